@@ -1,0 +1,49 @@
+# Every target makes .venv or reuses it, installs what it needs once (the stamp), and runs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
+# One thread a process: two test processes share two cores, and sums do not depend on the machine.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: help install demo test test-all test-oldest lint marks bench-cpu clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## .venv with everything below
+
+# torch alone and first: with it in place, no other package pulls in a build of its own choice.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## convert, distill and generate with the small model; pictures in demo/
+	$(BIN)/python -m lineardit demo
+
+test: $(STAMP)  ## everything that a change must pass, in minutes
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-all: $(STAMP)  ## the slow tests as well
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
+
+lint: $(STAMP)  ## ruff, and mypy on an installed copy (it cannot follow an editable install)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation --target build/lint .
+	MYPYPATH=build/lint $(BIN)/mypy -p lineardit
+
+marks: $(STAMP)  ## the figures of the README, again: about an hour, resumable
+	$(BIN)/python benchmarks/marks.py
+
+bench-cpu: $(STAMP)  ## window attention against dense attention on this CPU
+	$(BIN)/python benchmarks/cpu.py
+
+clean:  ## remove what the targets made, except pictures and runs
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

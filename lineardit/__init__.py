@@ -1,0 +1,48 @@
+"""Attention of linear cost for pretrained diffusion models.
+
+The public names load on first use: `import lineardit` costs nothing, and one part does not need the others.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .linearize.adapter import load_adapter_ as load_adapter_
+    from .linearize.adapter import save_adapter as save_adapter
+    from .linearize.convert import dense as dense
+    from .linearize.convert import linearize_ as linearize_
+    from .linearize.convert import restore_ as restore_
+    from .linearize.convert import set_impl_ as set_impl_
+    from .linearize.errors import KernelNotReachedError as KernelNotReachedError
+    from .linearize.errors import LayoutError as LayoutError
+    from .linearize.errors import UnsupportedModelError as UnsupportedModelError
+    from .linearize.loading import from_pretrained as from_pretrained
+    from .linearize.methods import Clear as Clear
+    from .linearize.report import SwapReport as SwapReport
+
+__version__ = "0.1.0"
+
+_PUBLIC_NAMES = {
+    ".linearize.adapter": ("load_adapter_", "save_adapter"),
+    ".linearize.convert": ("dense", "linearize_", "restore_", "set_impl_"),
+    ".linearize.errors": ("KernelNotReachedError", "LayoutError", "UnsupportedModelError"),
+    ".linearize.loading": ("from_pretrained",),
+    ".linearize.methods": ("Clear",),
+    ".linearize.report": ("SwapReport",),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
+
+_root = Path(__file__).parents[1]
+if (_root / "pyproject.toml").is_file():  # a checkout: the package's folders stand beside this one
+    __path__.append(str(_root))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
