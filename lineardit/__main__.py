@@ -1,0 +1,5 @@
+"""`python -m lineardit` is the command `lineardit`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""The command `lineardit`: words around the Python API, and one sentence for bad input.
+
+Commands import what they need when they run, so that `--help` answers without loading torch.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .commands.convert import convert
+from .commands.inspection import inspect
+from .commands.method_options import MethodCommand
+
+app = typer.Typer(
+    name="lineardit",
+    help="Attention of linear cost for pretrained diffusion models: convert, distill, generate.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command(cls=MethodCommand)(convert)
+app.command()(inspect)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lineardit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_each_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if not traceback else logging.DEBUG, format="%(message)s")
+    for chatty in ("httpx", "urllib3", "filelock", "matplotlib", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _with_what_is_allowed(error: typer.TyperException) -> str:
+    """The message, and for an option that does not exist the options that do."""
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    if context is None or not message.startswith("No such option"):
+        return message
+    options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+    if isinstance(context.command, MethodCommand):
+        options += context.command.method_options()
+    return f"{message.rstrip('.')}; {context.command_path} takes {', '.join(options)}"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2."""
+    try:
+        return app(args=list(arguments) or ["--help"], prog_name="lineardit", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        message, exit_code = _with_what_is_allowed(error), error.exit_code
+    except (ValueError, OSError) as error:
+        if "--traceback" in arguments:
+            raise
+        message, exit_code = str(error), 2
+    print(f"lineardit: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
+
+
+def main() -> None:
+    """The entry point of the command."""
+    sys.exit(run(sys.argv[1:]))

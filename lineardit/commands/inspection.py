@@ -1,0 +1,62 @@
+"""`lineardit inspect`: which attention a model or an adapter has, module by module, and what a step costs."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..linearize.inspection import Inspection
+
+MAX_WIDTH = 100  # columns
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="ADAPTER_OR_BASE", help="Adapter or model: Hub id or folder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    impl: Annotated[str, typer.Option(help="The implementation to ask about.")] = "auto",
+    offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON.")] = None,
+) -> None:
+    """Show every attention module: swapped or why not, its method and settings, and FLOPs per denoising step."""
+    from ..linearize.inspection import inspect_base
+
+    inspection = inspect_base(source, revision=revision, offline=offline, impl=impl)
+    if json_file is not None:
+        json_file.write_text(json.dumps(inspection.to_dict(), indent=2) + "\n")
+    show(inspection)
+
+
+def show(inspection: "Inspection") -> None:
+    """Print the two tables, at most `MAX_WIDTH` columns wide."""
+    console = Console()
+    console.width = min(console.width, MAX_WIDTH)
+    console.print(f"{inspection.model_class} of {inspection.base}, family {inspection.family}", highlight=False)
+    console.print(_modules(inspection))
+    console.print(_costs(inspection))
+
+
+def _modules(inspection: "Inspection") -> Table:
+    table = Table("module", "swapped", "method", "settings", "runs")
+    for row in inspection.rows:
+        if row.swapped:
+            settings = ", ".join(f"{name}={value}" for name, value in row.settings.items() if value is not None)
+            table.add_row(row.module, "yes", row.method, settings, row.impl)
+        else:
+            table.add_row(row.module, "no", "", row.reason, "")
+    return table
+
+
+def _costs(inspection: "Inspection") -> Table:
+    table = Table(title="One denoising step, batch 1", title_justify="left")
+    table.add_column("size")
+    for header in ("image tokens", "TFLOP before", "TFLOP after", "ratio"):
+        table.add_column(header, justify="right")
+    for step in inspection.flops:
+        tokens = f"{step.grid[-2] * step.grid[-1]:,}"
+        before, after = step.before / 1e12, step.after / 1e12
+        table.add_row(step.size, tokens, f"{before:,.4g}", f"{after:,.4g}", f"{before / after:.2f}")
+    return table

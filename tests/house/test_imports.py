@@ -1,0 +1,88 @@
+"""Imports between the folders go one way; the table is the one in the architecture notes of CONTRIBUTING.md."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "linearize": {"linearize", "kernels"},
+    "pipelines": {"pipelines", "linearize", "kernels"},
+    "distill": {"distill", "linearize", "kernels"},
+    "examples": {"examples", "pipelines", "distill", "linearize", "kernels", "lineardit"},
+    "lineardit": {"lineardit", "examples", "pipelines", "distill", "linearize", "kernels"},
+}
+SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported_modules(source: str, package: str) -> Iterator[str]:
+    """Absolute names of everything that `source`, a module of `package`, imports, wherever in the file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def package_of(path: Path) -> str:
+    """`lineardit.kernels.window` for kernels/window/tiled.py."""
+    parts = path.relative_to(ROOT).parent.parts
+    return ".".join(parts if parts[0] == "lineardit" else ("lineardit", *parts))
+
+
+def folder_of(module: str) -> str | None:
+    """The top folder that a module of this package lives in; None for other packages."""
+    parts = module.split(".")
+    if parts[0] != "lineardit":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else "lineardit"
+
+
+def backward_imports(source: str, package: str) -> list[str]:
+    folder = folder_of(package) or ""
+    return [m for m in imported_modules(source, package) if folder_of(m) not in {None, *MAY_IMPORT[folder]}]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    assert backward_imports(path.read_text(), package_of(path)) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_folders_import_each_other_relatively(path: Path) -> None:
+    if path.is_relative_to(ROOT / "examples"):
+        return  # examples are what people copy: they import the installed package
+    tree = ast.parse(path.read_text())
+    plain = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    absolute = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0]
+    assert [name for name in plain + absolute if name.split(".")[0] in MAY_IMPORT] == []
+
+
+def test_kernels_import_only_torch_and_triton() -> None:
+    allowed = {"torch", "triton", "lineardit", *sys.stdlib_module_names}
+    for path in (ROOT / "kernels").rglob("*.py"):
+        roots = {module.split(".")[0] for module in imported_modules(path.read_text(), package_of(path))}
+        assert roots <= allowed, path
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "found"),
+    [
+        ("from ..linearize.seam import x", "lineardit.kernels", ["lineardit.linearize.seam.x"]),
+        ("from ...distill import losses", "lineardit.linearize.methods", ["lineardit.distill.losses"]),
+        ("def f():\n    from .. import Clear", "lineardit.distill", ["lineardit.Clear"]),
+        ("import lineardit.pipelines.generate", "lineardit.distill", ["lineardit.pipelines.generate"]),
+        ("from ..kernels.window import window_attention", "lineardit.linearize", []),
+        ("from .seam import x\nimport torch", "lineardit.linearize", []),
+    ],
+)
+def test_backward_imports_are_found(source: str, package: str, found: list[str]) -> None:
+    assert backward_imports(source, package) == found

@@ -1,0 +1,156 @@
+"""One import name over the repository's folders: in a checkout of any name, installed, and as a wheel."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("lineardit", "kernels", "linearize", "pipelines", "distill", "examples")
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def package_name(folder: Path) -> str:
+    parts = folder.relative_to(ROOT).parts
+    return ".".join(parts if parts[0] == "lineardit" else ("lineardit", *parts))
+
+
+def source_files() -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_names() -> list[str]:
+    """Every module of the package that can be imported without running a program."""
+    names = []
+    for path in source_files():
+        if path.stem == "__main__":
+            continue
+        package = package_name(path.parent)
+        names.append(package if path.stem == "__init__" else f"{package}.{path.stem}")
+    return names
+
+
+def run_python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
+    """Standard output of a fresh interpreter; fails the test with its standard error."""
+    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout in a folder whose name is no Python identifier."""
+    target = tmp_path_factory.mktemp("clones") / "a-b"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "demo", "runs", "results")
+    shutil.copytree(ROOT, target, ignore=lambda folder, names: ignored(folder, names) - {"demo.py"})
+    return target
+
+
+def test_package_list_equals_the_folders() -> None:
+    assert sorted(SETUPTOOLS["packages"]) == sorted({package_name(path.parent) for path in source_files()})
+
+
+def test_package_data_matches_files() -> None:
+    for package, patterns in SETUPTOOLS["package-data"].items():
+        top, *rest = package.split(".")[1:] or ["lineardit"]
+        for pattern in patterns:
+            assert list((ROOT / top).joinpath(*rest).glob(pattern)), f"{package}: {pattern}"
+
+
+def test_kernels_is_no_regular_package() -> None:
+    """diffusers imports a package called `kernels`; a folder with an `__init__.py` would take its place."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_kernels_of_others_are_not_shadowed(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'another project'\n")
+    assert run_python("-c", "import kernels; print(kernels.owner)", cwd=ROOT, path=tmp_path) == "another project\n"
+
+
+def test_modules_have_one_name(tmp_path: Path) -> None:
+    code = f"""
+import importlib, sys
+for name in {module_names()!r}:
+    importlib.import_module(name)
+for name, module in list(sys.modules.items()):
+    if (getattr(module, "__file__", None) or "").startswith({str(ROOT)!r} + "/"):
+        print(module.__file__, name)
+"""
+    names_of = defaultdict(list)
+    for line in run_python("-c", code, cwd=ROOT).splitlines():
+        file, name = line.split()
+        if ".venv" not in file:
+            names_of[file].append(name)
+    assert {file: names for file, names in names_of.items() if len(names) > 1} == {}
+    assert sorted(names[0] for names in names_of.values()) == sorted(set(module_names()))
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, lineardit, lineardit.cli; print([m for m in ('torch', 'diffusers', 'numpy') if m in sys.modules])"
+    )
+    assert run_python("-c", code, cwd=ROOT) == "[]\n"
+
+
+def test_clone_runs_inside_its_root(clone: Path) -> None:
+    code = "import lineardit, lineardit.kernels.window as w; print(lineardit.__file__); print(w.__file__)"
+    assert run_python("-c", code, cwd=clone).split() == [
+        str(clone / "lineardit" / "__init__.py"),
+        str(clone / "kernels" / "window" / "__init__.py"),
+    ]
+    assert "convert" in run_python("-m", "lineardit", "--help", cwd=clone)
+
+
+def test_clone_runs_outside_its_root(clone: Path, tmp_path: Path) -> None:
+    code = "import lineardit; print(lineardit.Clear.__module__); print(lineardit.__file__)"
+    assert run_python("-c", code, cwd=tmp_path, path=clone).split() == [
+        "lineardit.linearize.methods.clear",
+        str(clone / "lineardit" / "__init__.py"),
+    ]
+    assert "convert" in run_python("-m", "lineardit", "--help", cwd=tmp_path, path=clone)
+
+
+def test_clone_runs_plain_pytest(clone: Path) -> None:
+    script = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"  # as the console script
+    assert " passed" in run_python("-c", script, "-q", "tests/house/test_imports.py", cwd=clone)
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_and_runs(clone: Path, tmp_path: Path) -> None:
+    run_python(
+        "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(clone), cwd=clone
+    )
+    (wheel,) = tmp_path.glob("lineardit-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    expected = {f"{package_name(path.parent).replace('.', '/')}/{path.name}" for path in source_files()}
+    assert expected | {"lineardit/py.typed"} <= names
+    assert not {name for name in names if name.startswith(("tests/", "benchmarks/", "kernels/"))}
+    code = "import lineardit; print(lineardit.Clear(radius=2).radius, lineardit.__file__)"
+    assert run_python("-c", code, cwd=tmp_path, path=tmp_path / "site").split() == [
+        "2",
+        str(tmp_path / "site" / "lineardit" / "__init__.py"),
+    ]
+
+
+def test_installed_package_is_found_anywhere(tmp_path: Path) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        installed = version("lineardit")
+    except PackageNotFoundError:
+        pytest.skip("runs from a checkout that is not installed; `make test` installs it")
+    code = "import lineardit, lineardit.kernels.window; print(lineardit.__version__)"
+    assert run_python("-c", code, cwd=tmp_path) == f"{installed}\n"
