@@ -1,10 +1,9 @@
-"""Options that come from the methods: `--pool-size 4` sets the field `pool_size` of the config that `--method` names."""
+"""Options that methods bring: `--pool-size 4` sets `pool_size` in the config of the method that `--method` names."""
 
 import dataclasses
 import json
 from typing import Any
 
-import typer
 from typer.core import TyperCommand
 
 

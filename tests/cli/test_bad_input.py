@@ -1,0 +1,141 @@
+"""Bad input on the command line: one sentence that says what is allowed, exit code 2, nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lineardit.cli import run
+
+FLUX = {
+    "_class_name": "FluxTransformer2DModel",
+    "_diffusers_version": "0.35.0",
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": False,
+    "axes_dims_rope": [4, 6, 6],
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The configuration of a small FLUX transformer; `convert` needs no weights."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(FLUX))
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Runs a command that must be refused; returns its one sentence."""
+    assert run([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lineardit: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "cleer", "--radius", "4"], ["cleer", "clear"]),
+        (["--method", "clear"], ["radius"]),
+        (["--method", "clear", "--radius", "0"], ["radius", "> 0", "0"]),
+        (["--method", "clear", "--radius=-3"], ["radius", "> 0", "-3"]),
+        (["--method", "clear", "--radius", "wide"], ["radius", "wide"]),
+        (["--method", "clear", "--radius"], ["--radius", "value"]),
+        (["--method", "clear", "--raduis", "4"], ["--raduis", "--radius"]),
+        (
+            ["--method", "clear", "--radius", "4", "--pool-size", "2", "--pool-tokens", "9"],
+            ["pool_size", "pool_tokens"],
+        ),
+        (["--method", "clear", "--radius", "4", "--layers", "encoder.*"], ["encoder.*", "transformer_blocks.0.attn"]),
+        (["--method", "clear", "--radius", "4", "--import", "clear:missing.safetensors"], ["missing.safetensors"]),
+        (["--method", "clear", "--radius", "4", "--import", "cleer:missing.safetensors"], ["cleer", "clear"]),
+        (["--radius", "4"], ["--method"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_convert_refuses_bad_options(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: list[str]
+) -> None:
+    sentence = refused(capsys, "convert", base, *options, "--offline", "-o", tmp_path / "out")
+    assert [words for words in said if words not in sentence] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_convert_refuses_a_missing_output_option(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--output" in refused(capsys, "convert", base, "--method", "clear", "--radius", "4")
+
+
+def test_convert_refuses_an_unknown_model_class(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (base / "config.json").write_text(json.dumps({**FLUX, "_class_name": "SanaTransformer2DModel"}))
+    sentence = refused(capsys, "convert", base, "--method", "clear", "--radius", "4", "-o", tmp_path / "out")
+    assert "SanaTransformer2DModel" in sentence
+    assert "FluxTransformer2DModel" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_refuses_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    sentence = refused(
+        capsys, "convert", tmp_path / "empty", "--method", "clear", "--radius", "4", "-o", tmp_path / "out"
+    )
+    assert "config.json" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_refuses_an_unreachable_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = refused(
+        capsys, "convert", "nobody/nothing", "--method", "clear", "--radius", "4", "--offline", "-o", tmp_path / "out"
+    )
+    assert "nobody/nothing" in sentence
+    assert "offline" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_keeps_an_existing_folder(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    options = ("convert", base, "--method", "clear", "--radius", "4", "--offline", "-o", out)
+    assert "--overwrite" in refused(capsys, *options)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"format_version": 1, "base', "lineardit.json"),
+        ('{"format_version": 1, "bases": "x"}', "base"),
+        ('{"format_version": 99}', "99"),
+    ],
+    ids=["truncated", "unknown-key", "newer-format"],
+)
+def test_inspect_refuses_a_broken_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+) -> None:
+    (tmp_path / "lineardit.json").write_text(content)
+    assert said in refused(capsys, "inspect", tmp_path)
+
+
+def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "convert" in refused(capsys, "convrt")
+
+
+def test_unknown_option_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = refused(capsys, "inspect", "somewhere", "--jsn", "file")
+    assert "--jsn" in sentence
+    assert "--json" in sentence
+
+
+def test_traceback_option_shows_the_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="config.json"):
+        run(["--traceback", "inspect", str(tmp_path)])
