@@ -1,0 +1,30 @@
+"""What several commands read from the command line: sizes and files of prompts."""
+
+import re
+from pathlib import Path
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels from WIDTHxHEIGHT.
+
+    Raises:
+        ValueError: not of this form, or a side of 0.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise ValueError(f"size must be WIDTHxHEIGHT in pixels, for example 1024x768, got {text!r}")
+    return int(match[2]), int(match[1])
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; empty lines and lines that start with # are passed over.
+
+    Raises:
+        ValueError: the file holds no prompt.
+        OSError: the file cannot be read.
+    """
+    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{file} must hold one prompt a line, it holds none")
+    return prompts
