@@ -16,12 +16,13 @@ help:  ## this list
 
 install: $(STAMP)  ## .venv with everything below
 
-# torch alone and first: with it in place, no other package pulls in a build of its own choice.
+# torch first: with it in place, no other package pulls in a build of its own choice.
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "Installing into $(VENV); the first time this takes a minute or two"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) $$(grep -E '^(torch|setuptools)==' constraints.txt)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
 
 demo: $(STAMP)  ## convert, distill and generate with the small model; pictures in demo/
 	$(BIN)/python -m lineardit demo

@@ -1,6 +1,5 @@
 """What the commands print and write when all is well."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path

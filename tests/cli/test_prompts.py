@@ -1,0 +1,27 @@
+from pathlib import Path
+
+import pytest
+
+from lineardit.commands.prompts import parse_size, read_prompts
+
+
+def test_parse_size_takes_width_first() -> None:
+    assert parse_size("8192x4096") == (4096, 8192)
+
+
+@pytest.mark.parametrize("text", ["512", "512x", "x512", "512X512", "0x512", "-1x512", "512x512x3", "51.2x512", ""])
+def test_parse_size_says_the_form(text: str) -> None:
+    with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
+        parse_size(text)
+
+
+def test_read_prompts_passes_over_empty_lines_and_comments(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# two prompts\na red circle\n\n  ein grünes Dreieck  \n", encoding="utf-8")
+    assert read_prompts(file) == ["a red circle", "ein grünes Dreieck"]
+
+
+def test_read_prompts_refuses_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n# nothing\n")
+    with pytest.raises(ValueError, match="one prompt a line"):
+        read_prompts(tmp_path / "prompts.txt")
