@@ -1,0 +1,29 @@
+"""`accelerate launch -m lineardit.distill CONFIG.toml [--resume latest] [--set table.key=value ...]`."""
+
+import argparse
+import logging
+import sys
+
+from .config import load_config
+from .train import distill
+from .trainer import DivergedError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one sentence on what is wrong with the input."""
+    parser = argparse.ArgumentParser(prog="lineardit.distill", description="Distill a model into linear attention.")
+    parser.add_argument("config", help="TOML file")
+    parser.add_argument("--resume", choices=["latest"], help="go on after the newest whole checkpoint of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change a setting")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        distill(load_config(options.config, options.set), resume=options.resume is not None)
+    except (ValueError, OSError, DivergedError) as error:
+        sys.stderr.write(f"lineardit.distill: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What the teacher made, on the disk and in batches whose order depends on nothing but the seed.
+
+A folder holds `index.json` (settings, and per sample: prompt, seed, size) and `shard-*.safetensors` with the tensors
+`INDEX.latents` and `INDEX.NAME` for every condition. A batch has one size, because a model sees one grid per forward.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .families import Conditions, Grid
+
+INDEX = "index.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture of the teacher; its starting noise came from `manual_seed(seed)` on the CPU."""
+
+    prompt: str
+    seed: int
+    height: int  # pixels
+    width: int
+    grid: Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    latents: Tensor  # [B, N, C], final and packed
+    conditions: Conditions  # each [B, ...]
+    grid: Grid
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        return Batch(
+            latents=self.latents.to(device, dtype),
+            conditions={name: one.to(device, dtype) for name, one in self.conditions.items()},
+            grid=self.grid,
+        )
+
+
+class TeacherSamples:
+    """The samples of a finished folder, read when asked for.
+
+    Raises:
+        ValueError: the folder holds no finished data, or a shard is not as long as the index says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        index = read_index(directory)
+        if index is None:
+            raise ValueError(f"{directory} holds no {INDEX}; make the samples with `lineardit prepare`")
+        entries = [entry for shard in index["shards"] for entry in shard["samples"]]
+        wanted = index["settings"]["num_prompts"]
+        if len(entries) < wanted:
+            raise ValueError(f"{directory} holds {len(entries)} of {wanted} samples; call `lineardit prepare` again")
+        for shard in index["shards"]:
+            if not shard_is_whole(directory, shard):
+                file = directory / shard["file"]
+                raise ValueError(f"{file} is missing or cut short; call `lineardit prepare` again")
+        self.directory = directory
+        self.settings: Mapping[str, Any] = index["settings"]
+        self.samples = tuple(Sample(**{**entry, "grid": tuple(entry["grid"])}) for entry in entries)
+        self._shards: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any setting, prompt, seed or size."""
+        content = json.dumps([self.settings, [vars(sample) for sample in self.samples]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        """The samples of these indices, all of one grid."""
+        rows = [self._read(index) for index in indices]
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return Batch(latents=stacked.pop("latents"), conditions=stacked, grid=self.samples[indices[0]].grid)
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        name = shard_name(index // self.settings["shard_size"])
+        try:
+            if name not in self._shards:
+                self._shards[name] = safe_open(self.directory / name, framework="pt")
+            shard = self._shards[name]
+            names = ("latents", *self.settings["conditions"])
+            return {part: shard.get_tensor(f"{index:08d}.{part}") for part in names}
+        except SafetensorError as error:
+            raise ValueError(f"{self.directory / name} cannot be read: {error}") from error
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def shard_is_whole(directory: Path, shard: Mapping[str, Any]) -> bool:
+    """Whether the file of this entry of the index has the size that the index says."""
+    path = directory / shard["file"]
+    return path.is_file() and path.stat().st_size == shard["bytes"]
+
+
+def read_index(directory: Path) -> dict[str, Any] | None:
+    """The index of a folder, None where there is none.
+
+    Raises:
+        ValueError: the file is no index of this format.
+    """
+    path = directory / INDEX
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an index of format {FORMAT}")
+    return index
+
+
+def counter_generator(seed: int, step: int, position: int) -> torch.Generator:
+    """Random numbers of one place in one step's batch, the same on every machine and number of processes."""
+    (mixed,) = numpy.random.SeedSequence((seed, step, position)).generate_state(1, numpy.uint64)
+    return torch.Generator("cpu").manual_seed(int(mixed))
+
+
+class Order:
+    """Which samples each step sees: epochs of shuffled batches, one grid per batch, a function of seed and step.
+
+    A size with fewer samples than a batch repeats them; what does not fill a batch waits for another epoch's shuffle.
+
+    Args:
+        samples: Those to train on; a batch names them by their place here.
+        batch_size: Samples per step, over all processes.
+    """
+
+    def __init__(self, samples: Sequence[Sample], *, batch_size: int, seed: int) -> None:
+        buckets = defaultdict(list)
+        for index, sample in enumerate(samples):
+            buckets[sample.height, sample.width].append(index)
+        self.buckets = list(buckets.values())
+        self.batch_size = batch_size
+        self.seed = seed
+        self.batches_per_epoch = sum(max(1, len(bucket) // batch_size) for bucket in self.buckets)
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def batch(self, step: int) -> list[int]:
+        """The samples of a step, counted from 0."""
+        epoch, place = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffle(epoch)
+        return self._batches[place]
+
+    def _shuffle(self, epoch: int) -> list[list[int]]:
+        random = numpy.random.default_rng((self.seed, epoch))
+        batches = [batch for bucket in self.buckets for batch in self._cut(random.permutation(bucket))]
+        return [batches[place] for place in random.permutation(len(batches))]
+
+    def _cut(self, shuffled: Any) -> Iterator[list[int]]:
+        if len(shuffled) < self.batch_size:
+            shuffled = numpy.resize(shuffled, self.batch_size)
+        for start in range(0, len(shuffled) - self.batch_size + 1, self.batch_size):
+            yield shuffled[start : start + self.batch_size].tolist()

@@ -1,0 +1,122 @@
+"""What distillation must know of a model family: one row, and five short functions.
+
+B batch, T text tokens, N image tokens, C channels of a packed token (a 2x2 patch of latents for FLUX).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
+from torch import Tensor
+
+Conditions = dict[str, Tensor]  # what the model is told beside the picture, each [B, ...]
+Grid = tuple[int, int]  # rows and columns of image tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Functions of a pipeline (or its parts) of one family."""
+
+    grid: Callable[[Any, int, int], Grid]  # (pipe, height, width in pixels)
+    encode: Callable[[Any, list[str], int], Conditions]  # (pipe, prompts, text tokens)
+    generate: Callable[..., Tensor]  # (pipe, conditions, *, height, width, steps, guidance, generators) -> [B, N, C]
+    decode: Callable[[Any, Tensor, Grid], list[Image.Image]]  # (pipe, [B, N, C], grid)
+    shift: Callable[[Any, Tensor, Grid], Tensor]  # (scheduler, sigma, grid) -> sigma
+    inputs: Callable[..., dict[str, Any]]  # (model, noisy, sigma, conditions, *, grid, guidance) -> forward arguments
+
+
+def _flux_grid(pipe: Any, height: int, width: int) -> Grid:
+    stride = 2 * pipe.vae_scale_factor
+    if height % stride or width % stride:
+        raise ValueError(f"height and width must be multiples of {stride} for this model, got {height}x{width}")
+    return height // stride, width // stride
+
+
+def _flux_encode(pipe: Any, prompts: list[str], max_sequence_length: int) -> Conditions:
+    embeds, pooled, _ = pipe.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=max_sequence_length)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _flux_generate(
+    pipe: Any,
+    conditions: Conditions,
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    return pipe(
+        prompt_embeds=conditions["prompt_embeds"],
+        pooled_prompt_embeds=conditions["pooled_prompt_embeds"],
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=list(generators),
+        output_type="latent",
+    ).images
+
+
+def _flux_decode(pipe: Any, latents: Tensor, grid: Grid) -> list[Image.Image]:
+    batch, _, channels = latents.shape
+    patches = latents.view(batch, *grid, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)  # [B, C/4, rows, 2, columns, 2]
+    planes = patches.reshape(batch, channels // 4, 2 * grid[0], 2 * grid[1]).to(pipe.vae.dtype)
+    with torch.no_grad():
+        pixels = pipe.vae.decode(planes / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample
+    return pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+def _flux_shift(scheduler: Any, sigma: Tensor, grid: Grid) -> Tensor:
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return scheduler.shift * sigma / (1 + (scheduler.shift - 1) * sigma)
+    spans = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+    return scheduler.time_shift(calculate_shift(grid[0] * grid[1], *spans), 1.0, sigma)
+
+
+def _flux_inputs(
+    model: Any, noisy: Tensor, sigma: Tensor, conditions: Conditions, *, grid: Grid, guidance: float
+) -> dict[str, Any]:
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+    text_len = conditions["prompt_embeds"].shape[1]
+    return {
+        "hidden_states": noisy,
+        # rounded as the pipeline rounds it
+        "timestep": (1000 * sigma).to(noisy.dtype) / 1000,
+        "guidance": torch.full_like(sigma, guidance) if model.config.guidance_embeds else None,
+        "encoder_hidden_states": conditions["prompt_embeds"],
+        "pooled_projections": conditions["pooled_prompt_embeds"],
+        "img_ids": image_ids.to(noisy.device, torch.float32),
+        "txt_ids": torch.zeros(text_len, 3, device=noisy.device),
+        "return_dict": False,
+    }
+
+
+FAMILIES = {
+    "FluxTransformer2DModel": Family(
+        grid=_flux_grid,
+        encode=_flux_encode,
+        generate=_flux_generate,
+        decode=_flux_decode,
+        shift=_flux_shift,
+        inputs=_flux_inputs,
+    )
+}
+
+
+def family_of(model: torch.nn.Module) -> Family:
+    """The row of a model's class.
+
+    Raises:
+        ValueError: distillation does not know this class.
+    """
+    name = type(model).__name__
+    if name not in FAMILIES:
+        raise ValueError(f"distillation knows {', '.join(FAMILIES)}, got a {name}")
+    return FAMILIES[name]

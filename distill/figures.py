@@ -1,0 +1,85 @@
+"""What a person looks at during a run: the loss as CSV and PNG, and the pictures of teacher and student."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .files import write_whole
+
+
+class StepLog:
+    """A CSV with one row per step, and the curve drawn from it.
+
+    Args:
+        path: The CSV; its columns are `step`, the given ones, `seconds`.
+        columns: What a row holds beside these two.
+        last_step: Rows after it are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], *, last_step: int = 0) -> None:
+        self.path = path
+        self.columns = ["step", *columns, "seconds"]
+        self.rows = [row for row in _read(path) if row["step"] <= last_step]
+        write_whole(path, self._rewrite)
+
+    @property
+    def seconds(self) -> float:
+        """Training time up to the last row."""
+        return self.rows[-1]["seconds"] if self.rows else 0.0
+
+    def append(self, row: Mapping[str, float]) -> None:
+        self.rows.append(dict(row))
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def draw(self, path: Path) -> None:
+        """A line per term over the steps, faint as measured and strong as running mean."""
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        steps = [row["step"] for row in self.rows]
+        for number, name in enumerate(name for name in self.columns if name not in ("step", "lr", "seconds")):
+            values = [row[name] for row in self.rows]
+            axes.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _running_mean(values, 0.98), color=f"C{number}", label=name)
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+    def _rewrite(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def _read(path: Path) -> list[dict[str, float]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a killed run may leave half a line
+    return [{name: int(value) if name == "step" else float(value) for name, value in row.items()} for row in rows]
+
+
+def _running_mean(values: Sequence[float], decay: float) -> list[float]:
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(total / weight)
+    return means
+
+
+def write_grid(pairs: Sequence[tuple[Image.Image, Image.Image]], path: Path) -> None:
+    """One row per sample: the teacher's picture, the student's picture."""
+    gap = 4  # pixels
+    width, height = max(one.width for one, _ in pairs), sum(one.height + gap for one, _ in pairs) - gap
+    sheet = Image.new("RGB", (2 * width + gap, height), "white")
+    top = 0
+    for teacher, student in pairs:
+        sheet.paste(teacher, (0, top))
+        sheet.paste(student, (width + gap, top))
+        top += teacher.height + gap
+    write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))

@@ -1,0 +1,66 @@
+"""CLEAR's objective (arXiv:2412.16112): the data, the teacher's prediction, the teacher's attention outputs.
+
+    L = w_flow |s - (noise - x)|^2  +  w_prediction |s - t|^2  +  w_attention mean_layers |a_s - a_t|^2
+
+x final latents of the teacher's own sample, s and t the predictions of student and teacher for
+(1 - sigma) x + sigma noise, a the output of an attention module. |.|^2 is the mean over all elements, in float32.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from .config import Loss
+
+Outputs = dict[str, tuple[Tensor, ...]]  # module name -> image output, or (image, text) of a joint attention
+
+
+def flow_loss(student: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
+    """Flow matching: the velocity from the sample to the noise. All [B, N, C]; a float32 scalar."""
+    return mse_loss(student.float(), noise.float() - latents.float())
+
+
+def prediction_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Distance of the two predictions, [B, N, C]; a float32 scalar."""
+    return mse_loss(student.float(), teacher.float())
+
+
+def attention_loss(student: Outputs, teacher: Outputs) -> Tensor:
+    """Distance of the attention outputs: the mean over all tokens of a layer, then over layers."""
+    return torch.stack([_layer_loss(student[name], teacher[name]) for name in teacher]).mean()
+
+
+def _layer_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
+    squares = sum(mse_loss(s.float(), t.float(), reduction="sum") for s, t in zip(student, teacher, strict=True))
+    return torch.as_tensor(squares) / sum(t.numel() for t in teacher)
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Loss) -> Tensor:
+    """The objective; `terms` holds those of weight above 0."""
+    return torch.stack([asdict(weights)[name] * term for name, term in terms.items()]).sum()
+
+
+@contextmanager
+def attention_outputs(modules: Mapping[str, nn.Module]) -> Iterator[Outputs]:
+    """Collect what these modules return while the context is open; no hook stays behind.
+
+    Close it before the backward pass: gradient checkpointing runs the modules once more.
+    """
+    outputs: Outputs = {}
+
+    def collect(name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs[name] = output if isinstance(output, tuple) else (output,)
+
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output, name=name: collect(name, output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,55 @@
+"""What a run is going to do, said before it starts."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..linearize.report import SwapReport
+from .config import DistillConfig, Lora, config_to_tables
+from .data import TeacherSamples
+from .student import KERNEL, trained_parameters
+
+GIB = 2**30
+# Saved activations of a block, in vectors of the model's width per token; read off saved tensors of FLUX's blocks.
+_VECTORS_PER_BLOCK = 40
+
+
+def describe_plan(
+    config: DistillConfig, model: nn.Module, report: SwapReport, samples: TeacherSamples, processes: int
+) -> str:
+    """A few lines of text: what is trained on what, for how long, and about how much memory a process needs."""
+    trained = trained_parameters(model)
+    count = sum(parameter.numel() for parameter in trained.values())
+    kernel = sum(parameter.numel() for name, parameter in trained.items() if KERNEL in name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    what = f"LoRA of rank {config.trained.rank}" if isinstance(config.trained, Lora) else "attention projections"
+    loss = " + ".join(f"{weight:g} {name}" for name, weight in config_to_tables(config)["loss"].items() if weight)
+    grids = sorted({sample.grid for sample in samples.samples})
+    micro = config.run.batch_size // (processes * config.run.gradient_accumulation)
+    lines = {
+        "student": f"{config.base.model}, {report}",
+        "trained": f"{what}: {len(trained)} tensors, {count:,} of {total:,} parameters ({kernel:,} in kernels)",
+        "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}",
+        "data": f"{len(samples)} samples ({config.validate.samples} held out), "
+        + ", ".join(f"{rows}x{columns} = {rows * columns} image tokens" for rows, columns in grids),
+        "steps": f"{config.run.steps} of {config.run.batch_size} samples = {processes} processes x "
+        f"{config.run.gradient_accumulation} accumulated x {micro}",
+        "memory": _memory(config, model, report, max(rows * columns for rows, columns in grids), micro),
+    }
+    return "\n".join(f"{name:>8}: {text}" for name, text in lines.items())
+
+
+def _memory(config: DistillConfig, model: nn.Module, report: SwapReport, num_tokens: int, micro: int) -> str:
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    state = 3 * sum(parameter.nbytes for parameter in trained_parameters(model).values())  # gradient, two moments
+    settings: Any = model.config
+    width = settings.num_attention_heads * settings.attention_head_dim
+    vector = micro * num_tokens * width * (4 if config.run.mixed_precision == "no" else 2)
+    blocks = len(report.swapped)
+    vectors = blocks + _VECTORS_PER_BLOCK if config.run.gradient_checkpointing else blocks * _VECTORS_PER_BLOCK
+    parts = {"weights": weights, "gradients and AdamW": state, "activations (rough)": vector * vectors}
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    return f"about {total / GIB:.2f} GiB a process on {device}: {listed}"

@@ -1,0 +1,154 @@
+"""The student inside the teacher: one copy of the frozen weights, and beside it what training changes.
+
+The student is the model as it stands; the teacher is the same model under `teacher(model)`: original attention, no
+LoRA, and where the projections themselves are trained, their frozen twins.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..linearize.convert import denoiser, dense, linearize_, swapped
+from ..linearize.overlays import overlays_of
+from ..linearize.report import SwapReport
+from ..linearize.training import add_lora_
+from .config import DistillConfig, Lora
+
+KERNEL = ".linear_kernel."
+
+
+def build_student_(pipe: Any, config: DistillConfig) -> SwapReport:
+    """Convert the pipeline's model, add what is trained, freeze the rest; the next step may shard it.
+
+    Raises:
+        ValueError: the model cannot be converted so, or a projection to train is not there.
+    """
+    report = linearize_(pipe, config.method, impl=config.run.impl)
+    _, model = denoiser(pipe)
+    if isinstance(config.trained, Lora):
+        lora = config.trained
+        overlay = add_lora_(model, rank=lora.rank, alpha=lora.alpha, targets=lora.projections, dtype=torch.float32)
+    else:
+        overlay = add_twins_(model, config.trained.projections)
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name in overlay or KERNEL in name:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+    return report
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer changes and a checkpoint holds."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def teacher(model: nn.Module) -> Iterator[None]:
+    """Make `model` the original for a while, without gradients.
+
+    Never open it between the student's forward and its backward: gradient checkpointing would run the teacher again.
+    """
+    with dense(model), torch.no_grad():
+        yield
+
+
+class TwinLinear(nn.Linear):
+    """A linear layer that also holds the weights it started from, and computes with one or the other.
+
+    The twin lives in the same module, so that DDP, FSDP2 and DeepSpeed move and shard it like any other parameter.
+    """
+
+    twin_active: bool
+    teacher_weight: nn.Parameter
+    teacher_bias: nn.Parameter | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.twin_active:
+            return F.linear(input, self.teacher_weight, self.teacher_bias)
+        return super().forward(input)
+
+
+def add_twins_(model: nn.Module, projections: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Give these projections of every swapped attention module a frozen twin; the weights themselves may then train.
+
+    Returns:
+        {parameter name: parameter} of the weights and biases to train.
+    Raises:
+        ValueError: no swapped module has one of the names, or it is not a plain nn.Linear (quantized, wrapped).
+    """
+    found = _projections(swapped(model), projections)
+    for name, module in found.items():
+        if type(module) is not nn.Linear:
+            raise ValueError(f"{name} must be an nn.Linear to be trained, got a {type(module).__name__}; train a lora")
+    for module in found.values():
+        module.teacher_weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+        bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+        module.register_parameter("teacher_bias", bias)
+        module.twin_active = False
+        module.__class__ = TwinLinear
+    twins = Twins({name: module for name, module in found.items() if isinstance(module, TwinLinear)})
+    overlays_of(model).items.append(twins)
+    return twins.parameters()
+
+
+def _projections(modules: Mapping[str, nn.Module], projections: Sequence[str]) -> dict[str, nn.Module]:
+    found = {}
+    for projection in projections:
+        here = {f"{name}.{projection}": _child(module, projection) for name, module in modules.items()}
+        if not any(here.values()):
+            known = sorted({name for one in modules.values() for name, _ in one.named_modules() if name})
+            raise ValueError(f"no swapped attention module has {projection!r}; there are {', '.join(known)}")
+        found |= {name: module for name, module in here.items() if module is not None}
+    return found
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    return dict(module.named_modules()).get(name)
+
+
+class Twins:
+    """The overlay of `add_twins_`: what `dense`, `restore_` and `save_adapter` ask of trained weights."""
+
+    reversible = True
+
+    def __init__(self, layers: dict[str, TwinLinear]) -> None:
+        self.layers = layers
+
+    def off(self) -> None:
+        for layer in self.layers.values():
+            layer.twin_active = True
+
+    def on(self) -> None:
+        for layer in self.layers.values():
+            layer.twin_active = False
+
+    def check_reversible(self) -> None:
+        """A twin always leads back."""
+
+    def remove(self) -> None:
+        for layer in self.layers.values():
+            layer.weight = layer.teacher_weight
+            layer.bias = layer.teacher_bias
+            del layer.teacher_weight, layer.teacher_bias, layer.twin_active
+            layer.__class__ = nn.Linear
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}.{key}": getattr(layer, key)
+            for name, layer in self.layers.items()
+            for key in ("weight", "bias")
+            if getattr(layer, key) is not None
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained weights in the base's dtype, under the base's names."""
+        dtypes = {name: layer.teacher_weight.dtype for name, layer in self.layers.items()}
+        return {name: one.detach().to(dtypes[name.rpartition(".")[0]]) for name, one in self.parameters().items()}
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "full"}

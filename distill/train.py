@@ -1,0 +1,106 @@
+"""A distillation from its settings to the saved adapter."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
+
+from ..linearize.adapter import save_adapter
+from ..linearize.convert import denoiser
+from .config import Base, DistillConfig
+from .data import TeacherSamples
+from .plan import describe_plan
+from .runs import open_run
+from .student import build_student_
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def distill(config: DistillConfig, *, resume: bool = False) -> Path:
+    """Run a distillation to its end; every process of the launch calls it.
+
+    Args:
+        resume: Go on after the newest whole checkpoint of the run's folder, if there is one.
+    Returns:
+        The adapter's folder, `adapter` in the run's.
+    Raises:
+        ValueError: settings, data and model do not fit together, or the folder holds another run.
+        DivergedError: a loss is not finite.
+    """
+    accelerator = start_accelerator()
+    samples = TeacherSamples(Path(config.data.directory))
+    _check_sizes(config, samples, accelerator.num_processes)
+    _on_main(accelerator, lambda: open_run(config, samples.fingerprint, resume=resume))
+    torch.manual_seed(config.run.seed)
+    pipe = load_base(config.base).to(accelerator.device)
+    report = build_student_(pipe, config)
+    if accelerator.is_main_process:
+        plan = describe_plan(config, denoiser(pipe)[1], report, samples, accelerator.num_processes)
+        logger.info("%s", plan)
+    trainer = Trainer(accelerator, config, pipe, samples)
+    trainer.fit(trainer.restore() if resume else 0)
+    adapter = Path(config.run.directory) / "adapter"
+    if accelerator.is_main_process:
+        save_adapter(pipe, adapter, overwrite=True)
+    accelerator.wait_for_everyone()
+    return adapter
+
+
+def start_accelerator() -> Accelerator:
+    """The processes of this launch, on CUDA where there is some, else on the CPU.
+
+    Raises:
+        ValueError: accelerate sees another number of processes than the launcher started.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # autocast is ours: the teacher must not always have it
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"the launcher started {started} processes, accelerate joined {accelerator.num_processes}; "
+            "launch with `accelerate launch --multi_gpu --num_processes N`, on CPUs as well"
+        )
+    return accelerator
+
+
+def load_base(base: Base) -> Any:
+    """The pipeline without its text encoders: the samples hold what they said."""
+    parts = DiffusionPipeline.load_config(base.model, revision=base.revision)
+    unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
+    without = {name: None for name in parts if name.startswith(unused)}
+    dtype = getattr(torch, base.dtype)
+    return DiffusionPipeline.from_pretrained(base.model, revision=base.revision, torch_dtype=dtype, **without)
+
+
+def _check_sizes(config: DistillConfig, samples: TeacherSamples, processes: int) -> None:
+    parts = processes * config.run.gradient_accumulation
+    if config.run.batch_size % parts:
+        raise ValueError(
+            f"run.batch_size must be a multiple of processes x run.gradient_accumulation = {parts}, "
+            f"got {config.run.batch_size}"
+        )
+    if len(samples) <= config.validate.samples:
+        raise ValueError(f"validate.samples must be < {len(samples)} (the samples), got {config.validate.samples}")
+
+
+def _on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Do it on the main process; all processes raise its ValueError."""
+    message: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except ValueError as error:
+            message = [str(error)]
+    broadcast_object_list(message)
+    if message[0] is not None:
+        raise ValueError(message[0])

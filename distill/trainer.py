@@ -1,0 +1,215 @@
+"""One student in training: the teacher's forward, the student's, one loss, one step, on any number of processes."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import mse_loss
+from tqdm import tqdm
+
+from ..linearize.convert import denoiser, swapped
+from .checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint, store_trained_only
+from .config import DistillConfig
+from .data import Batch, Order, TeacherSamples, counter_generator
+from .families import family_of
+from .figures import StepLog, write_grid
+from .losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
+from .student import teacher, trained_parameters
+
+logger = logging.getLogger(__name__)
+
+
+class DivergedError(RuntimeError):
+    """A loss or the gradient is not a finite number; the weights of the last checkpoint are good."""
+
+
+def learning_rate(config: DistillConfig, step: int) -> float:
+    """Of a step counted from 0."""
+    schedule, steps = config.schedule, config.run.steps
+    rate = config.optimizer.lr
+    if step < schedule.warmup:
+        return rate * (step + 1) / schedule.warmup
+    if schedule.kind == "constant":
+        return rate
+    progress = (step - schedule.warmup) / max(1, steps - schedule.warmup)
+    return rate * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class Trainer:
+    """One student in training.
+
+    Args:
+        pipe: Its model is a student of `build_student_`, on the accelerator's device.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: DistillConfig, pipe: Any, samples: TeacherSamples) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.pipe = pipe
+        self.samples = samples
+        self.directory = Path(config.run.directory)
+        self.model = denoiser(pipe)[1]
+        self.family = family_of(self.model)
+        self.layers = swapped(self.model)
+        self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
+        self.dtype = getattr(torch, config.base.dtype)
+        if config.run.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.model.train()
+        pipe.set_progress_bar_config(disable=True)
+        self.trained = trained_parameters(self.model)
+        self.order = Order(
+            samples.samples[: len(samples) - config.validate.samples],
+            batch_size=config.run.batch_size,
+            seed=config.run.seed,
+        )
+        adamw = config.optimizer
+        self.student, self.optimizer = accelerator.prepare(
+            self.model,
+            torch.optim.AdamW(
+                self.trained.values(),
+                lr=adamw.lr,
+                betas=adamw.betas,
+                eps=adamw.eps,
+                weight_decay=adamw.weight_decay,
+                fused=True,
+            ),
+        )
+        store_trained_only(accelerator)
+
+    def restore(self) -> int:
+        """Load the newest whole checkpoint; the number of steps it has behind it."""
+        found = latest_checkpoint(self.directory)
+        if found is None:
+            logger.info("%s holds no whole checkpoint; starting at step 0", self.directory)
+            return 0
+        folder, step = found
+        self.accelerator.load_state(str(folder))
+        logger.info("going on after step %d", step)
+        return step
+
+    def fit(self, start: int) -> None:
+        """Train from step `start` to the last one, with checkpoints, curve and pictures on the way."""
+        config, main = self.config, self.accelerator.is_main_process
+        log = StepLog(self.directory / "loss.csv", [*self.weights, "loss", "lr"], last_step=start) if main else None
+        began = time.perf_counter() - (log.seconds if log else 0.0)
+        progress = tqdm(total=config.run.steps, initial=start, desc="distill", unit="step", disable=not main)
+        for step in range(start + 1, config.run.steps + 1):
+            row = self.step(step)
+            progress.update()
+            progress.set_postfix(loss=f"{row['loss']:.4f}")
+            last = step == config.run.steps
+            if log:
+                log.append({"step": step, **row, "seconds": round(time.perf_counter() - began, 3)})
+                if last or step % config.save.log_every == 0:
+                    log.draw(self.directory / "loss.png")
+            if last or step % config.save.every == 0:
+                save_checkpoint(self.accelerator, self.directory, step)
+                if main:
+                    prune_checkpoints(self.directory, config.save.keep_last)
+            if config.validate.samples and (last or step % config.validate.every == 0):
+                self.validate(step)
+        progress.close()
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update, counted from 1; the loss terms over the whole batch, and the learning rate."""
+        rate = learning_rate(self.config, step - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = list(self._parts(step))
+        sums = torch.zeros(len(self.weights), device=self.accelerator.device)
+        for number, (batch, noise, sigma) in enumerate(parts, start=1):
+            waits = number < len(parts)  # the processes exchange gradients with the last part
+            with self.accelerator.no_sync(self.student) if waits else nullcontext():
+                terms = self.terms(batch, noise, sigma)
+                self.accelerator.backward(weighted_sum(terms, self.config.loss) / len(parts))
+            sums += torch.stack([terms[name].detach() for name in self.weights])
+        means = self.accelerator.reduce(sums / len(parts), "mean").tolist()
+        row = dict(zip(self.weights, means, strict=True))
+        self._check_finite(row, step)
+        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.config.optimizer.max_grad_norm)
+        self._check_finite({"gradient": float(norm)}, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return row | {"loss": sum(self.weights[name] * value for name, value in row.items()), "lr": rate}
+
+    def _parts(self, step: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """This process' share of the step's batch, in parts that fit the memory: samples, noise, sigma [B]."""
+        run, accelerator = self.config.run, self.accelerator
+        size = run.batch_size // (accelerator.num_processes * run.gradient_accumulation)
+        chosen = self.order.batch(step - 1)
+        first = accelerator.process_index * size * run.gradient_accumulation
+        for start in range(first, first + size * run.gradient_accumulation, size):
+            batch = self.samples.load(chosen[start : start + size])
+            generators = [counter_generator(run.seed, step, place) for place in range(start, start + size)]
+            normal = torch.stack([torch.randn((), generator=generator) for generator in generators])
+            noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=one) for one in generators])
+            sigma = torch.sigmoid(self.config.noise.mean + self.config.noise.std * normal)
+            sigma = self.family.shift(self.pipe.scheduler, sigma, batch.grid)
+            device = accelerator.device
+            yield batch.to(device, self.dtype), noise.to(device), sigma.to(device)
+
+    def terms(self, batch: Batch, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """The loss terms whose weight is not 0, for these samples with this noise."""
+        mixed = self.config.run.mixed_precision == "bf16"
+        autocast = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=mixed)
+        share = sigma[:, None, None]
+        noisy = ((1 - share) * batch.latents.float() + share * noise).to(self.dtype)
+        guidance = self.samples.settings["guidance"]
+        inputs = self.family.inputs(self.model, noisy, sigma, batch.conditions, grid=batch.grid, guidance=guidance)
+        layers = self.layers if "attention" in self.weights else {}
+        wanted = {}
+        if "prediction" in self.weights or layers:
+            # a base in bfloat16 needs no autocast, and without it the teacher is the original to the last bit
+            native = nullcontext() if self.dtype == torch.bfloat16 else autocast
+            with teacher(self.model), attention_outputs(layers) as wanted, native:
+                target = self.model(**inputs)[0]
+        with attention_outputs(layers) as given, autocast:
+            prediction = self.student(**inputs)[0]
+        compute: Mapping[str, Callable[[], Tensor]] = {
+            "flow": lambda: flow_loss(prediction, batch.latents, noise),
+            "prediction": lambda: prediction_loss(prediction, target),
+            "attention": lambda: attention_loss(given, wanted),
+        }
+        return {name: compute[name]() for name in self.weights}
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """The student draws the samples left out: pictures beside the teacher's, and the latent MSE."""
+        pairs, errors = [], []
+        mixed = self.config.run.mixed_precision == "bf16"
+        for index in range(len(self.samples) - self.config.validate.samples, len(self.samples)):
+            sample = self.samples.samples[index]
+            batch = self.samples.load([index]).to(self.accelerator.device, self.dtype)
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=mixed):
+                latents = self.family.generate(
+                    self.pipe,
+                    batch.conditions,
+                    height=sample.height,
+                    width=sample.width,
+                    steps=self.samples.settings["steps"],
+                    guidance=self.samples.settings["guidance"],
+                    generators=[torch.Generator("cpu").manual_seed(sample.seed)],
+                )
+            errors.append(float(mse_loss(latents.float(), batch.latents.float())))
+            decoded = [self.family.decode(self.pipe, one, sample.grid)[0] for one in (batch.latents, latents)]
+            pairs.append((decoded[0], decoded[1]))
+        if self.accelerator.is_main_process:
+            write_grid(pairs, self.directory / f"validation-{step:08d}.png")
+            log = StepLog(self.directory / "validation.csv", ["latent_mse"], last_step=step - 1)
+            log.append({"step": step, "latent_mse": sum(errors) / len(errors)})
+
+    def _check_finite(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                found = latest_checkpoint(self.directory)
+                kept = f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
+                raise DivergedError(f"{name} is {value} at step {step}; {kept}; try a lower optimizer.lr")

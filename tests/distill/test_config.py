@@ -1,0 +1,84 @@
+"""Settings: what is read, what is refused, and that they survive a round trip."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lineardit import Clear
+from lineardit.distill.config import Attention, DistillConfig, config_from_tables, config_to_tables, load_config
+
+TEXT = """
+base.model = "some/model"
+data.directory = "samples"
+run = { directory = "run", steps = 10 }
+trained = { kind = "attention" }
+optimizer.lr = 1
+
+[method."transformer_blocks.*.attn"]
+method = "clear"
+radius = 8
+[method."single_transformer_blocks.*.attn"]
+method = "clear"
+radius = 4
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_load_config_reads_tables_and_overrides(file: Path) -> None:
+    config = load_config(file, ["run.steps=20", "run.mixed_precision=bf16", "optimizer.betas=[0.5, 0.9]"])
+    assert config.run.steps == 20
+    assert config.run.mixed_precision == "bf16"
+    assert config.optimizer.betas == (0.5, 0.9)
+    assert isinstance(config.optimizer.lr, float)
+    assert isinstance(config.trained, Attention)
+    assert config.method["single_transformer_blocks.*.attn"] == Clear(radius=4)
+    assert (config.loss.flow, config.loss.prediction, config.loss.attention) == (1.0, 0.5, 0.5)
+
+
+def test_config_round_trips(file: Path, make_config: Callable[..., DistillConfig]) -> None:
+    for config in (load_config(file), make_config()):
+        assert config_from_tables(config_to_tables(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.stepps=3", "unknown setting run.stepps; did you mean run.steps?"),
+        ("optimiser.lr=1.0", "unknown setting optimiser; did you mean optimizer?"),
+        ("run.zzz=3", "unknown setting run.zzz; known: directory, steps"),
+        ("run.steps=many", "run.steps must be of type int, got 'many'"),
+        ("run.steps=0", "run.steps must be >= 1, got 0"),
+        ("run.steps", "an override must look like table.key=value, got 'run.steps'"),
+        ("trained.kind=all", "trained.kind must be lora or attention, got 'all'"),
+        ("trained.rank=4", "unknown setting trained.rank"),
+        ("loss.flow=-1", "loss.flow must be >= 0, got -1"),
+        ("optimizer.betas=[0.9]", "optimizer.betas must be a list of float pairs"),
+        ("base.dtype=bfloat16", "run.mixed_precision must be bf16"),
+        ("schedule.kind=linear", "schedule.kind must be cosine or constant"),
+    ],
+)
+def test_load_config_refuses(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + message.replace("[", r"\[").replace("?", r"\?")):
+        load_config(file, [override])
+
+
+def test_load_config_refuses_no_loss(file: Path) -> None:
+    with pytest.raises(ValueError, match="loss must be above 0 in at least one term"):
+        load_config(file, ["loss.flow=0", "loss.prediction=0", "loss.attention=0"])
+
+
+def test_load_config_refuses_a_file_that_is_not_toml(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("steps: 3")
+    with pytest.raises(ValueError, match="is not TOML"):
+        load_config(tmp_path / "config.toml")
+
+
+def test_config_refuses_a_missing_table() -> None:
+    with pytest.raises(ValueError, match="the setting base is missing"):
+        config_from_tables({"data": {"directory": "samples"}})
