@@ -14,21 +14,16 @@ class StepLog:
     """A CSV with one row per step, and the curve drawn from it.
 
     Args:
-        path: The CSV; its columns are `step`, the given ones, `seconds`.
-        columns: What a row holds beside these two.
+        path: The CSV; its first column is `step`.
+        columns: The others.
         last_step: Rows after it are dropped: a resumed run writes them again.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, last_step: int = 0) -> None:
         self.path = path
-        self.columns = ["step", *columns, "seconds"]
+        self.columns = ["step", *columns]
         self.rows = [row for row in _read(path) if row["step"] <= last_step]
         write_whole(path, self._rewrite)
-
-    @property
-    def seconds(self) -> float:
-        """Training time up to the last row."""
-        return self.rows[-1]["seconds"] if self.rows else 0.0
 
     def append(self, row: Mapping[str, float]) -> None:
         self.rows.append(dict(row))

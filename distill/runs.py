@@ -24,8 +24,8 @@ _MAY_CHANGE = {
 }
 
 
-def open_run(config: DistillConfig, data: str, *, resume: bool) -> None:
-    """Make the folder, or check that it is this run's, and record the settings.
+def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
+    """Whether the folder is free, or holds this run.
 
     Args:
         data: Fingerprint of the samples.
@@ -34,13 +34,21 @@ def open_run(config: DistillConfig, data: str, *, resume: bool) -> None:
     """
     directory = Path(config.run.directory)
     record = directory / RECORD
-    now = json.loads(json.dumps(config_to_tables(config) | {"samples": data}))
     if resume and record.is_file():
-        _compare(json.loads(record.read_text()), now, directory)
+        _compare(json.loads(record.read_text()), _contents(config, data), directory)
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
+
+
+def record_run(config: DistillConfig, data: str) -> None:
+    """Make the folder and write down what it is for."""
+    directory = Path(config.run.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(record, now)
+    write_json(directory / RECORD, _contents(config, data))
+
+
+def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
+    return json.loads(json.dumps(config_to_tables(config) | {"samples": data}))
 
 
 def _compare(stored: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:

@@ -12,11 +12,12 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 
 from ..linearize.adapter import save_adapter
+from ..linearize.base import read_base
 from ..linearize.convert import denoiser
 from .config import Base, DistillConfig
 from .data import TeacherSamples
 from .plan import describe_plan
-from .runs import open_run
+from .runs import check_run, record_run
 from .student import build_student_
 from .trainer import Trainer
 
@@ -37,11 +38,12 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     accelerator = start_accelerator()
     samples = TeacherSamples(Path(config.data.directory))
     _check_sizes(config, samples, accelerator.num_processes)
-    _on_main(accelerator, lambda: open_run(config, samples.fingerprint, resume=resume))
+    _on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
     torch.manual_seed(config.run.seed)
     pipe = load_base(config.base).to(accelerator.device)
     report = build_student_(pipe, config)
     if accelerator.is_main_process:
+        record_run(config, samples.fingerprint)
         plan = describe_plan(config, denoiser(pipe)[1], report, samples, accelerator.num_processes)
         logger.info("%s", plan)
     trainer = Trainer(accelerator, config, pipe, samples)
@@ -74,7 +76,12 @@ def start_accelerator() -> Accelerator:
 
 
 def load_base(base: Base) -> Any:
-    """The pipeline without its text encoders: the samples hold what they said."""
+    """The pipeline without its text encoders: the samples hold what they said.
+
+    Raises:
+        ValueError: it is not there, out of reach, damaged or of no class that can be converted.
+    """
+    read_base(base.model, revision=base.revision)
     parts = DiffusionPipeline.load_config(base.model, revision=base.revision)
     unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
     without = {name: None for name in parts if name.startswith(unused)}

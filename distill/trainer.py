@@ -99,8 +99,9 @@ class Trainer:
     def fit(self, start: int) -> None:
         """Train from step `start` to the last one, with checkpoints, curve and pictures on the way."""
         config, main = self.config, self.accelerator.is_main_process
-        log = StepLog(self.directory / "loss.csv", [*self.weights, "loss", "lr"], last_step=start) if main else None
-        began = time.perf_counter() - (log.seconds if log else 0.0)
+        columns = [*self.weights, "loss", "lr", "seconds"]
+        log = StepLog(self.directory / "loss.csv", columns, last_step=start) if main else None
+        began = time.perf_counter() - (log.rows[-1]["seconds"] if log and log.rows else 0.0)
         progress = tqdm(total=config.run.steps, initial=start, desc="distill", unit="step", disable=not main)
         for step in range(start + 1, config.run.steps + 1):
             row = self.step(step)

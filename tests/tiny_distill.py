@@ -1,9 +1,12 @@
 """A FLUX pipeline of two blocks with random weights, and prompts for it."""
 
 from diffusers import FluxPipeline, FluxTransformer2DModel
+
 from lineardit.examples.tiny_flux.model import build_pipeline
 
-PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "triangle", "cross")]
+PROMPTS = [
+    f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "triangle", "cross")
+]
 SIZES = ((24, 32), (32, 24))  # pixels; a token is 4 x 4
 
 

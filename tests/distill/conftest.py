@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from diffusers import FluxPipeline
+from tiny_distill import PROMPTS, SIZES, build_tiny
+
 from lineardit.distill.config import DistillConfig, config_from_tables
 from lineardit.distill.prepare import prepare
-from tiny_distill import PROMPTS, SIZES, build_tiny
+
 
 @pytest.fixture
 def pipe() -> FluxPipeline:

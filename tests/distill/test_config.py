@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from lineardit import Clear
 from lineardit.distill.config import Attention, DistillConfig, config_from_tables, config_to_tables, load_config
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import torch
+
 from lineardit.distill.data import Order, Sample, counter_generator
 
 

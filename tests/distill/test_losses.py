@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from lineardit.distill.config import Loss
 from lineardit.distill.losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
-from torch import nn
 
 
 def test_flow_loss_is_the_distance_to_noise_minus_latents() -> None:
@@ -14,16 +15,22 @@ def test_flow_loss_is_the_distance_to_noise_minus_latents() -> None:
 
 
 def test_prediction_loss_is_computed_in_float32() -> None:
-    student, teacher = torch.full((1, 4, 2), 1.0, dtype=torch.bfloat16), torch.full((1, 4, 2), 1.5, dtype=torch.bfloat16)
+    student, teacher = (
+        torch.full((1, 4, 2), 1.0, dtype=torch.bfloat16),
+        torch.full((1, 4, 2), 1.5, dtype=torch.bfloat16),
+    )
     loss = prediction_loss(student, teacher)
     assert loss.dtype == torch.float32
     assert loss.item() == 0.25
 
 
 def test_attention_loss_is_the_mean_over_layers_of_the_mean_over_tokens() -> None:
-    # joint layer: one image token off by 2 in both channels, two text tokens off by 1 in one of four numbers
+    # joint layer: one image token off by 2 in both channels, two text tokens off by 1 in one number of four
     joint = (torch.zeros(1, 1, 2), torch.zeros(1, 2, 2))
-    student = {"joint": (joint[0] + 2, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])), "image": (torch.full((1, 3, 2), 3.0),)}
+    student = {
+        "joint": (joint[0] + 2, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])),
+        "image": (torch.full((1, 3, 2), 3.0),),
+    }
     teacher = {"joint": joint, "image": (torch.zeros(1, 3, 2),)}
     assert attention_loss(student, teacher).item() == pytest.approx(((4 + 4 + 1) / 6 + 9) / 2)
 

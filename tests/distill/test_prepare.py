@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from tiny_distill import PROMPTS, SIZES, build_tiny
+from torch import Tensor
+
 from lineardit import Clear, linearize_
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.families import family_of
 from lineardit.distill.prepare import prepare
-from safetensors.torch import load_file
-from tiny_distill import PROMPTS, SIZES, build_tiny
-from torch import Tensor
 
 SETTINGS: dict[str, Any] = {"sizes": SIZES, "steps": 2, "max_sequence_length": 8, "shard_size": 5}
 
@@ -106,9 +107,7 @@ def test_prepare_writes_no_part_of_a_shard(pipe: FluxPipeline, tmp_path: Path) -
         ({"pipe": "other"}, "teacher was"),
     ],
 )
-def test_prepare_refuses_other_settings(
-    data: Path, pipe: FluxPipeline, change: dict[str, Any], message: str
-) -> None:
+def test_prepare_refuses_other_settings(data: Path, pipe: FluxPipeline, change: dict[str, Any], message: str) -> None:
     if change.pop("pipe", None):
         pipe.transformer.proj_out.weight.data.add_(1)
     prompts = change.pop("prompts", PROMPTS)
@@ -129,7 +128,7 @@ def test_prepare_refuses_a_converted_pipeline_and_bad_sizes(pipe: FluxPipeline, 
 
 def test_prepare_refuses_a_folder_of_something_else(pipe: FluxPipeline, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no index.json"):
+    with pytest.raises(ValueError, match=r"is not empty and holds no index\.json"):
         prepare(pipe, PROMPTS, tmp_path, **SETTINGS)
 
 
@@ -145,9 +144,7 @@ def test_inputs_equal_the_pipelines(guidance_embeds: bool) -> None:
     family.generate(pipe, conditions, **call, generators=generators)
     handle.remove()
     sigma = family.shift(pipe.scheduler, torch.tensor([0.5, 0.5]), (6, 8))  # of the second of two steps
-    given = family.inputs(
-        pipe.transformer, seen[1]["hidden_states"], sigma, conditions, grid=(6, 8), guidance=3.0
-    )
+    given = family.inputs(pipe.transformer, seen[1]["hidden_states"], sigma, conditions, grid=(6, 8), guidance=3.0)
     for name in given.keys() - {"return_dict", "guidance"}:
         torch.testing.assert_close(given[name], seen[1][name], rtol=1e-6, atol=0)
     assert (given["guidance"] is None) == (not guidance_embeds)

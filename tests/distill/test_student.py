@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
+from torch import Tensor, nn
+
 from lineardit import restore_
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.families import family_of
 from lineardit.distill.student import TwinLinear, add_twins_, build_student_, teacher, trained_parameters
-from torch import Tensor, nn
 
 LORA = {"kind": "lora", "rank": 2}
 ATTENTION = {"kind": "attention"}
@@ -84,12 +85,14 @@ def _layers(projections: list[str]) -> list[tuple[str, str]]:
 def test_every_trained_parameter_gets_a_gradient(
     trained: dict[str, Any], data: Any, pipe: FluxPipeline, make_config: Callable[..., DistillConfig]
 ) -> None:
-    """DDP waits for each of them: `find_unused_parameters` is not needed."""
+    """DDP waits for each of them, and `find_unused_parameters` is off."""
     text_side = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     build_student_(pipe, make_config(method=POOLED, trained=trained | {"projections": text_side}))
     pipe.transformer(**_inputs(pipe.transformer, data, torch.float32))[0].pow(2).mean().backward()
     assert not [name for name, one in trained_parameters(pipe.transformer).items() if one.grad is None]
-    assert not [name for name, one in pipe.transformer.named_parameters() if one.grad is not None and not one.requires_grad]
+    assert not [
+        name for name, one in pipe.transformer.named_parameters() if one.grad is not None and not one.requires_grad
+    ]
 
 
 def test_restore_gives_the_base_back_after_training(
@@ -110,7 +113,7 @@ def test_add_twins_refuses_unknown_and_wrapped_layers(
     pipe: FluxPipeline, make_config: Callable[..., DistillConfig]
 ) -> None:
     build_student_(pipe, make_config())
-    with pytest.raises(ValueError, match="no swapped attention module has 'to_x'; there are .*to_q"):
+    with pytest.raises(ValueError, match=r"no swapped attention module has 'to_x'; there are .*to_q"):
         add_twins_(pipe.transformer, ["to_q", "to_x"])
     with pytest.raises(ValueError, match=r"attn.norm_q must be an nn.Linear to be trained, got a RMSNorm"):
         add_twins_(pipe.transformer, ["norm_q"])

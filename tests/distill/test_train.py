@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
 from lineardit import from_pretrained
 from lineardit.distill.__main__ import main
+from lineardit.distill.checkpoint import latest_checkpoint
 from lineardit.distill.config import DistillConfig, config_to_tables
-from lineardit.distill.train import distill, load_base, start_accelerator
+from lineardit.distill.runs import check_run, record_run
+from lineardit.distill.train import distill, start_accelerator
 from lineardit.distill.trainer import DivergedError, Trainer, learning_rate
-from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., DistillConfig]
@@ -52,3 +56,218 @@ def _launch(config: Path, *arguments: str, processes: int = 1) -> subprocess.Pop
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "lineardit.distill", str(config), *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+
+
+def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The same ten losses at the same global batch, with two parts per process on one side."""
+    run = {"steps": 10, "batch_size": 4}
+    alone = make_config(run=run | {"directory": str(tmp_path / "one"), "gradient_accumulation": 2})
+    together = make_config(run=run | {"directory": str(tmp_path / "two")})
+    process = _launch(_write(together, tmp_path / "two.toml"), processes=2)
+    distill(alone)
+    assert process.wait() == 0, process.stderr.read().decode()
+    for one, two in zip(_rows(tmp_path / "one"), _rows(tmp_path / "two"), strict=True):
+        assert {name: two[name] for name in one if name != "seconds"} == pytest.approx(
+            {name: value for name, value in one.items() if name != "seconds"}, rel=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        pytest.param({"kind": "lora", "rank": 2}, id="lora"),
+        pytest.param({"kind": "attention"}, id="attention", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed_run_ends_in_the_same_weights(
+    trained: dict[str, Any], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    steps = {"steps": 60, "batch_size": 2}
+    config = make_config(trained=trained, run=steps, save={"every": 3})
+    file = _write(config, tmp_path / "config.toml")
+    run, csv_file = Path(config.run.directory), Path(config.run.directory) / "loss.csv"
+    process = _launch(file)
+    kill_after = random.Random(time.time_ns()).randrange(4, 50)
+    while process.poll() is None and not (csv_file.is_file() and len(csv_file.read_text().splitlines()) > kill_after):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "adapter").exists(), f"finished before it could be killed after step {kill_after}"
+    distill(config, resume=True)
+    whole = make_config(trained=trained, run=steps | {"directory": str(tmp_path / "whole")}, save={"every": 1000})
+    distill(whole)
+    assert [row["step"] for row in _rows(run)] == list(range(1, 61))
+    expected = _final(tmp_path / "whole")
+    assert _final(run).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _final(run).items())
+
+
+def test_distill_leaves_an_adapter_figures_and_the_last_checkpoints(make_config: MakeConfig) -> None:
+    config = make_config(method={"method": "clear", "radius": 2, "pool_size": 2}, validate={"samples": 3, "every": 4})
+    adapter = distill(config)
+    run = Path(config.run.directory)
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "adapter", "loss.csv", "loss.png", "run.json", "step-00000004", "step-00000006",
+        "validation-00000004.png", "validation-00000006.png", "validation.csv",
+    }  # fmt: skip
+    rows = _rows(run)
+    assert list(rows[0]) == ["step", "flow", "prediction", "attention", "loss", "lr", "seconds"]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["flow"] + 0.5 * rows[0]["prediction"] + 0.5 * rows[0]["attention"])
+    assert rows[-1]["attention"] < rows[0]["attention"]
+    stored = load_file(run / "step-00000006" / "trained.safetensors")
+    assert len(stored) == 2 * 7 + 2  # factors of seven projections, two pooling weights: nothing frozen
+    student = from_pretrained(adapter).transformer
+    kernels = {name: tensor for name, tensor in student.state_dict().items() if ".linear_kernel." in name}
+    assert kernels and all(torch.equal(tensor, stored[name]) for name, tensor in kernels.items())
+
+
+@pytest.mark.parametrize("terms", [["flow"], ["prediction"], ["attention"]])
+def test_a_term_of_weight_zero_is_not_computed(terms: list[str], make_config: MakeConfig) -> None:
+    weights = {name: float(name in terms) for name in ("flow", "prediction", "attention")}
+    config = make_config(loss=weights, run={"steps": 1})
+    distill(config)
+    assert list(_rows(Path(config.run.directory))[0]) == ["step", *terms, "loss", "lr", "seconds"]
+
+
+def test_gradient_checkpointing_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    rows = []
+    for on in (False, True):
+        directory = tmp_path / str(on)
+        distill(make_config(run={"steps": 3, "directory": str(directory), "gradient_checkpointing": on}))
+        rows.append([row["loss"] for row in _rows(directory)])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-6)
+
+
+def test_mixed_precision_trains_a_bfloat16_base(make_config: MakeConfig, tmp_path: Path) -> None:
+    full = make_config(run={"directory": str(tmp_path / "full"), "steps": 2})
+    half = make_config(base={"dtype": "bfloat16"}, run={"steps": 2, "mixed_precision": "bf16"})
+    distill(full)
+    distill(half)
+    pairs = zip(_rows(tmp_path / "full"), _rows(Path(half.run.directory)), strict=True)
+    assert all(one["flow"] == pytest.approx(two["flow"], rel=0.05) for one, two in pairs)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = Trainer.terms
+
+    def broken(self: Trainer, *arguments: Any) -> dict[str, torch.Tensor]:
+        found = terms(self, *arguments)
+        return found | {"prediction": found["prediction"] * float("nan")} if len(_rows(self.directory)) == 4 else found
+
+    config = make_config()
+    monkeypatch.setattr(Trainer, "terms", broken)
+    run = Path(config.run.directory)
+    with pytest.raises(DivergedError, match=r"prediction is nan at step 5; the last checkpoint is .*step-00000004"):
+        distill(config)
+    assert [row["step"] for row in _rows(run)] == [1, 2, 3, 4]
+    assert all(tensor.isfinite().all() for tensor in load_file(run / "step-00000004" / "trained.safetensors").values())
+    assert not (run / "adapter").exists()
+    monkeypatch.undo()
+    distill(config, resume=True)
+    assert [row["step"] for row in _rows(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> None:
+    with pytest.raises(DivergedError, match=r"gradient is (inf|nan) at step 1; there is no checkpoint yet"):
+        distill(make_config(loss={"flow": 1e38}))
+
+
+def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> None:
+    config = make_config(schedule={"kind": "constant", "warmup": 0}, save={"every": 2, "keep_last": 3})
+    distill(config)
+    run = Path(config.run.directory)
+    (run / "step-00000006" / "optimizer.bin").write_bytes(b"short")
+    (run / ".step-00000007.tmp").mkdir()
+    assert latest_checkpoint(run) == (run / "step-00000004", 4)
+    shutil.rmtree(run / "step-00000006")
+    longer = make_config(schedule={"kind": "constant", "warmup": 0}, run={"steps": 8})
+    distill(longer, resume=True)
+    assert sorted(path.name for path in run.glob("*step-*")) == ["step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": {"flow": 2}}, "loss.flow was 1.0, now 2.0"),
+        (
+            {"trained": {"kind": "attention"}},
+            "trained.kind was 'lora', now 'attention'",
+        ),
+        ({"run": {"steps": 7}}, "run.steps was 6, now 7"),
+        ({"run": {"seed": 1, "batch_size": 6}}, "run.batch_size was 4, now 6; run.seed was 0, now 1"),
+    ],
+)
+def test_resume_refuses_changed_settings(change: dict[str, Any], message: str, make_config: MakeConfig) -> None:
+    record_run(make_config(), "samples")
+    with pytest.raises(ValueError, match=f"was started with other settings: .*({message})"):
+        check_run(make_config(**change), "samples", resume=True)
+    check_run(make_config(run={"gradient_accumulation": 2}, save={"every": 9}), "samples", resume=True)
+    with pytest.raises(ValueError, match="samples was 'samples', now 'others'"):
+        check_run(make_config(), "others", resume=True)
+
+
+def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:
+    config = make_config()
+    run = Path(config.run.directory)
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="is not empty; add --resume latest to go on with its run"):
+            distill(config, resume=resume)
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "run.stepps=3"], "unknown setting run.stepps; did you mean run.steps?"),
+        (["--set", "run.batch_size=3", "--set", "run.gradient_accumulation=2"], "run.batch_size must be a multiple of"),
+        (["--set", "data.directory=nowhere"], "nowhere holds no index.json; make the samples with `lineardit prepare`"),
+        (["--set", "validate.samples=12"], "validate.samples must be < 12"),
+        (["--set", "base.model=nowhere"], "no folder nowhere here, and it is not a Hub id"),
+        (["--set", "method.radius=0"], "radius must be > 0"),
+        (["--set", "method.method=clair"], "unknown method 'clair'"),
+    ],
+)
+def test_main_tells_bad_input_in_one_sentence(
+    arguments: list[str], message: str, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    assert main([str(_write(config, tmp_path / "config.toml")), *arguments]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lineardit.distill: ")
+    assert message in last
+    assert not Path(config.run.directory).exists()
+
+
+def test_start_accelerator_counts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start_accelerator().num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"the launcher started 2 processes, accelerate joined 1; launch with"):
+        start_accelerator()
+
+
+@pytest.mark.parametrize(("kind", "last"), [("constant", 0.5), ("cosine", 0.05)])
+def test_learning_rate_warms_up_and_ends(kind: str, last: float, make_config: MakeConfig) -> None:
+    config = make_config(optimizer={"lr": 0.5}, schedule={"kind": kind, "warmup": 5, "final": 0.1}, run={"steps": 1005})
+    rates = [learning_rate(config, step) for step in range(1005)]
+    assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(last, abs=1e-4)
+
+
+def test_validation_of_an_untrained_window_over_everything_is_the_teachers(make_config: MakeConfig) -> None:
+    """The student starts as the teacher, redraws the samples left out, and finds the teacher's latents."""
+    config = make_config(
+        method={"method": "clear", "radius": 100}, optimizer={"lr": 1e-30}, run={"steps": 1}, validate={"samples": 2}
+    )
+    distill(config)
+    run = Path(config.run.directory)
+    with (run / "validation.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["latent_mse"]) < 1e-9
+    with Image.open(run / "validation-00000001.png") as sheet:
+        assert sheet.size == (2 * 32 + 4, 24 + 4 + 32)
+        left, right = sheet.crop((0, 0, 32, 24)), sheet.crop((36, 0, 68, 24))
+    assert list(left.getdata()) == list(right.getdata())
