@@ -65,7 +65,7 @@ def prepare(
         raise ValueError(f"prompts and sizes must not be empty, got {len(prompts)} and {len(sizes)}")
     samples = _samples(pipe, prompts, sizes, seed)
     settings = {
-        "teacher": _fingerprint(model),
+        "teacher": fingerprint(model),
         "model": type(model).__name__,
         "num_prompts": len(prompts),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],
@@ -176,7 +176,7 @@ def _whole_shards(directory: Path, settings: dict[str, Any]) -> list[dict[str, A
     return shards
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
+def fingerprint(model: torch.nn.Module) -> str:
     """Differs between models of other names, shapes, types or (where they are in memory) weights."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
