@@ -12,8 +12,10 @@ import typer
 
 from . import __version__
 from .commands.convert import convert
+from .commands.distillation import distill
 from .commands.inspection import inspect
 from .commands.method_options import MethodCommand
+from .commands.preparation import prepare
 
 app = typer.Typer(
     name="lineardit",
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 app.command(cls=MethodCommand)(convert)
 app.command()(inspect)
+app.command()(prepare)
+app.command()(distill)
 
 
 def _print_version(wanted: bool) -> None:

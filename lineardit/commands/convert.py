@@ -8,7 +8,7 @@ import typer
 
 def convert(
     ctx: typer.Context,
-    base: Annotated[str, typer.Argument(help="A pipeline in diffusers' format: Hub id or folder.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A pipeline in diffusers' format: Hub id or folder.")],
     method: Annotated[str, typer.Option(help="The attention to put in.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to write.")],
     layers: Annotated[str | None, typer.Option(help="Only modules whose name matches this pattern.")] = None,
@@ -19,7 +19,7 @@ def convert(
     offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
 ) -> None:
-    """Convert a model: reads its configuration, not its weights, and writes an adapter folder."""
+    """Convert a model to an adapter folder. Reads its configuration, not its weights."""
     from ..linearize.conversion import convert_base
     from ..linearize.methods import config_from_dict
 

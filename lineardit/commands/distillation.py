@@ -11,18 +11,21 @@ import typer
 
 
 def distill(
-    config: Annotated[Path, typer.Argument(help="The run's settings, a TOML file.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's settings, a TOML file.")],
     resume: Annotated[str | None, typer.Option(metavar="latest", help="Go on after the newest checkpoint.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; repeatable.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
 ) -> None:
-    """Teach a converted model to behave like its original. Several machines: use accelerate launch itself."""
+    """Teach a student what its teacher does. For several machines use accelerate launch itself."""
     from ..distill.__main__ import main
     from ..distill.config import load_config
 
-    options = [*(["--resume", resume] if resume else []), *(word for pair in settings or [] for word in ("--set", pair))]
+    options = [
+        *(["--resume", resume] if resume else []),
+        *(word for pair in settings or [] for word in ("--set", pair)),
+    ]
     if processes == 1:
         raise typer.Exit(main([str(config), *options]))
     load_config(config, settings or [])  # bad settings are told once, not by every process

@@ -1,0 +1,25 @@
+"""The device that a command runs on, and the type of weights that suits it."""
+
+import torch
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" is CUDA, else Apple's GPU, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if name == "auto":
+        return torch.device("cuda" if "cuda:0" in here else here[-1])
+    if name not in here and not (name == "cuda" and "cuda:0" in here):
+        raise ValueError(f"device must be auto or one of {', '.join(here)}, got {name!r}")
+    return torch.device(name)
+
+
+def find_dtype(name: str, device: torch.device) -> str:
+    """The name itself; for "auto", bfloat16 on a GPU and float32 on the CPU."""
+    if name != "auto":
+        return name
+    return "float32" if device.type == "cpu" else "bfloat16"
