@@ -1,0 +1,17 @@
+"""What replaces attention, and how it gets into a model."""
+
+from .compiling import compile_ as compile_
+from .convert import denoiser as denoiser
+from .convert import dense as dense
+from .convert import linearize_ as linearize_
+from .convert import restore_ as restore_
+from .convert import set_impl_ as set_impl_
+from .convert import swapped as swapped
+from .errors import KernelNotReachedError as KernelNotReachedError
+from .errors import LayoutError as LayoutError
+from .errors import UnsupportedModelError as UnsupportedModelError
+from .families import Family as Family
+from .families import Sight as Sight
+from .layout import Layout as Layout
+from .methods import Clear as Clear
+from .report import SwapReport as SwapReport

@@ -1,0 +1,245 @@
+"""Swap a model's self-attention for attention of linear cost, and back."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import diffusers
+import torch
+from packaging.version import Version
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .families import Family, family_of
+from .intercept import LinearAttention, change_class, check_forward, linear_class
+from .matching import attention_modules, choose
+from .methods import METHODS, config_to_dict, nearest
+from .record import forget_, record_
+from .report import SwapReport
+from .seam import Site, State, install, state_of
+
+logger = logging.getLogger(__name__)
+
+TESTED_DIFFUSERS = ("0.35.0", "0.42.1")  # oldest and newest version that the tests of the seam ran on
+
+
+def linearize_(
+    pipe_or_model: Any,
+    config: Any,
+    *,
+    layers: str | Sequence[str] | None = None,
+    impl: str = "auto",
+    family: Family | None = None,
+) -> SwapReport:
+    """Swap the self-attention of a model, in place; a model that is converted already is converted anew.
+
+    Args:
+        pipe_or_model: A pipeline (its `transformer` or `unet` is converted) or such a model.
+        config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}.
+        layers: Globs of module names to restrict the swap to; None: every self-attention module of the image.
+        impl: The implementation to run; "auto" picks, and makes the original call where the method covers everything.
+        family: How to convert a model of your own; None: found by the model's class.
+    Raises:
+        UnsupportedModelError: the model's class is unknown, it is sharded, or a hook of another tool is in the way.
+        ValueError: a pattern matches nothing or the same layer as another, a config or `impl` is unknown.
+    """
+    _, model = denoiser(pipe_or_model)
+    _refuse_sharded(model, "linearize_")
+    family = family or family_of(model)
+    _warn_untested()
+    patterns = dict(config) if isinstance(config, Mapping) else {"*": config}
+    for one in patterns.values():
+        config_to_dict(one)
+        check_impl(impl, type(one))
+    candidates, skipped = attention_modules(model, family)
+    configs = choose(list(candidates), patterns, [layers] if isinstance(layers, str) else layers)
+    if not configs:
+        raise ValueError("no module is swapped: the mapping of patterns is empty")
+    for name in configs:
+        check_forward(name, candidates[name])
+
+    companions = _remove_seam(model)
+    state = State(family, patterns if layers is None else configs)
+    state.companions = companions
+    _swap(model, state, {name: candidates[name] for name in configs}, configs, impl)
+    record_(model)
+    skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
+    report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl)
+    logger.info("%s", report)
+    return report
+
+
+def restore_(pipe_or_model: Any) -> None:
+    """Undo `linearize_`, and take away what was trained: the base model again, bit for bit.
+
+    Raises:
+        ValueError: nothing is converted.
+        UnsupportedModelError: the model was sharded or wrapped since.
+    """
+    model, state = _converted(pipe_or_model)
+    _refuse_sharded(model, "restore_")
+    for name, module in swapped(model).items():
+        check_forward(name, module)
+    for companion in state.companions:
+        companion.remove()
+    _remove_seam(model)
+    forget_(model)
+
+
+@contextmanager
+def dense(pipe_or_model: Any) -> Iterator[None]:
+    """Inside, the model is the base: its own attention, without what was trained.
+
+    Raises:
+        ValueError: nothing is converted.
+    """
+    _, state = _converted(pipe_or_model)
+    if not state.enabled:
+        yield
+        return
+    with ExitStack() as undo:
+        for companion in state.companions:
+            companion.suspend()
+            undo.callback(companion.resume)
+        state.enabled = False
+        undo.callback(setattr, state, "enabled", True)
+        yield
+
+
+def set_impl_(pipe_or_model: Any, impl: str) -> None:
+    """Choose the implementation that converted modules run; never saved.
+
+    Raises:
+        ValueError: nothing is converted, or a method has no such implementation (lists those it has).
+    """
+    model, _ = _converted(pipe_or_model)
+    kernels = [cast(Any, module).linear_kernel for module in swapped(model).values()]
+    for kernel in kernels:
+        check_impl(impl, type(kernel.config))
+    for kernel in kernels:
+        kernel.impl = impl
+
+
+def denoiser(pipe_or_model: Any) -> tuple[str, nn.Module]:
+    """The network that denoises, and its name in a pipeline: "transformer" or "unet".
+
+    Raises:
+        UnsupportedModelError: neither a pipeline that has one nor a model.
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        model = _inner(pipe_or_model)
+        return ("unet" if type(model).__name__.startswith("UNet") else "transformer"), model
+    for name in ("transformer", "unet"):
+        if isinstance(model := getattr(pipe_or_model, name, None), nn.Module):
+            return name, _inner(model)
+    raise UnsupportedModelError(
+        f"expected a pipeline with a `transformer` or `unet`, or such a model, got {type(pipe_or_model).__name__}"
+    )
+
+
+def swapped(model: nn.Module) -> dict[str, nn.Module]:
+    """The converted attention modules of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LinearAttention)}
+
+
+def check_impl(impl: str, config_class: type) -> None:
+    """Raise a ValueError where a method has no implementation of this name."""
+    names = METHODS[config_class].implementations()
+    if impl not in names:
+        raise ValueError(
+            f"{config_class.__name__} has no impl {impl!r}{nearest(impl, names)}; there are: {', '.join(names)}"
+        )
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """What `torch.compile(model)` wraps."""
+    return cast(nn.Module, model._orig_mod) if type(model).__name__ == "OptimizedModule" else model
+
+
+def _converted(pipe_or_model: Any) -> tuple[nn.Module, State]:
+    _, model = denoiser(pipe_or_model)
+    state = state_of(model)
+    if state is None:
+        raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+    return model, state
+
+
+def _swap(model: nn.Module, state: State, modules: dict[str, nn.Module], configs: dict[str, Any], impl: str) -> None:
+    """Hooks, kernels and classes, for modules that were all found fit."""
+    seen_at = state.family.seen_at
+    sites: dict[nn.Module, Site] = {}
+    for name, module in modules.items():
+        place = model if seen_at is None else _ancestor(model, name, seen_at)
+        site = sites.setdefault(place, Site(state))
+        attention = cast(Any, module)
+        kernel = METHODS[type(configs[name])](
+            configs[name], num_heads=attention.heads, head_dim=attention.inner_dim // attention.heads
+        )
+        kernel.impl = impl
+        device = next(module.parameters()).device
+        # kernels hold real numbers even in a model without weights: they are saved with the adapter
+        attention.linear_kernel = kernel.to("cpu" if device.type == "meta" else device).train(module.training)
+        attention._lineardit_site, attention._lineardit_name = site, name
+        site.kernels.append(kernel)
+        change_class(module, linear_class(type(module)))
+    install(model, state, sites)
+
+
+def _ancestor(model: nn.Module, name: str, class_name: str) -> nn.Module:
+    """The nearest module above `name` of this class."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        module = model.get_submodule(".".join(parts[:length]))
+        if type(module).__name__ == class_name:
+            return module
+    raise UnsupportedModelError(f"{name} lies in no {class_name}, where its token grid would be known")
+
+
+def _remove_seam(model: nn.Module) -> list[Any]:
+    """Classes and hooks as they were; returns the companions, which a new conversion keeps."""
+    state = state_of(model)
+    if state is None:
+        return []
+    for name, module in swapped(model).items():
+        dense_class = cast(Any, module)._dense_class
+        if type(module) is not linear_class(dense_class):
+            raise UnsupportedModelError(
+                f"{name} became a {type(module).__name__} after linearize_ (wrapped or sharded): undo that first"
+            )
+    for module in swapped(model).values():
+        change_class(module, cast(Any, module)._dense_class)
+        del module.linear_kernel, module._lineardit_name
+    for handle in state.handles:
+        handle.remove()
+    for module in model.modules():
+        vars(module).pop("_lineardit_site", None)
+    del vars(model)["_lineardit_state"]
+    return state.companions
+
+
+def _refuse_sharded(model: nn.Module, action: str) -> None:
+    """Kernel weights made after sharding would differ between ranks, silently."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine")
+    sharded = [type(model).__name__ for name in wrappers if type(model).__name__ == name]
+    sharded += [f"{name or 'the model'} (FSDP)" for name, part in model.named_modules() if _is_fsdp(part)]
+    sharded += [name for name, weight in model.named_parameters() if hasattr(weight, "ds_id") or _is_dtensor(weight)]
+    if sharded:
+        raise UnsupportedModelError(
+            f"{action} must come before the model is wrapped or sharded, found {sharded[0]}: linearize_, add LoRA, "
+            "freeze and cast, and only then DDP, FSDP or DeepSpeed"
+        )
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
+
+
+def _is_dtensor(weight: torch.Tensor) -> bool:
+    return type(weight).__name__ == "DTensor" or type(weight.data).__name__ == "DTensor"
+
+
+def _warn_untested() -> None:
+    oldest, newest = (Version(version) for version in TESTED_DIFFUSERS)
+    if not oldest <= Version(diffusers.__version__) <= newest:
+        logger.warning("lineardit was tested with diffusers %s to %s, found %s", oldest, newest, diffusers.__version__)

@@ -1,0 +1,169 @@
+"""One attention module under the seam: its class with another forward, and the call that is replaced.
+
+B batch, H heads, N tokens, D head dimension.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
+from .layout import Layout, text_mask_of
+from .seam import Site, rewind_before_backward
+
+
+class LinearAttention:
+    """Mixed in before an attention module's own class: upstream's forward, its self-attention by `linear_kernel`."""
+
+    _dense_class: type[nn.Module]
+    _lineardit_site: Site
+    _lineardit_name: str
+    linear_kernel: Any
+    processor: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._lineardit_site.state
+        if not state.enabled:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if getattr(self.processor, "_parallel_config", None) is not None:
+            raise LayoutError(
+                "context parallelism splits and reorders the tokens, which a window cannot follow yet: disable it, or "
+                "run this call inside `with dense(model):`"
+            )
+        intercept = _Intercept(self)
+        with intercept:
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if intercept.hits != 1:
+            raise KernelNotReachedError(_diagnosis(self, intercept.hits))
+        if not torch.compiler.is_compiling():
+            rewind_before_backward(state, output)
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the upstream class: ours is made on demand and has no address."""
+        return _blank, (self._dense_class,), self.__dict__.copy()
+
+
+@cache
+def linear_class(dense_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a converted module whose own class is `dense_class`."""
+    name = f"Linear{dense_class.__name__}"
+    return type(name, (LinearAttention, dense_class), {"__module__": __name__, "_dense_class": dense_class})
+
+
+def _blank(dense_class: type[nn.Module]) -> nn.Module:
+    cls = linear_class(dense_class)
+    return cls.__new__(cls)
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class; a forward that hooks have stored (offloading, caches) follows it."""
+    stored = list(_stored_forwards(module))
+    module.__class__ = cls
+    for holder, attribute in stored:
+        setattr(holder, attribute, MethodType(cls.forward, module))
+
+
+def check_forward(name: str, module: nn.Module) -> None:
+    """Raise an UnsupportedModelError where the instance owns a forward that would still lead to the old one."""
+    if "forward" in vars(module) and not list(_stored_forwards(module)):
+        owner = getattr(vars(module)["forward"], "__qualname__", repr(vars(module)["forward"]))
+        raise UnsupportedModelError(
+            f"{name}.forward was replaced on the instance by {owner}, which would bypass linear attention: "
+            "remove that hook, linearize_ first, then add it again"
+        )
+
+
+def _stored_forwards(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Where accelerate's and diffusers' hooks keep the module's own forward: (holder, attribute)."""
+    registry = vars(module).get("_diffusers_hook")
+    references = registry._fn_refs if registry is not None else []
+    places = [(module, "_old_forward")]
+    places += [(reference, attribute) for reference in references for attribute in ("forward", "original_forward")]
+    for holder, attribute in places:
+        method = vars(holder).get(attribute)
+        if isinstance(method, MethodType) and method.__self__ is module:
+            yield holder, attribute
+
+
+class _Intercept(TorchFunctionMode):
+    """Sends the image's self-attention to the module's `linear_kernel`, and counts how often that happened."""
+
+    def __init__(self, attention: LinearAttention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.hits = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:
+            # Dynamo cannot trace the super() call in this method under a mode
+            func = torch.unflatten
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, _ = _first_three(*args, **kwargs)
+        if query.shape[2] != key.shape[2]:
+            # cross-attention, or an image prompt beside the text
+            return func(*args, **kwargs)
+        self.hits += 1
+        return _attend(self.attention, *args, **kwargs)
+
+
+def _first_three(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query, key, value
+
+
+def _attend(
+    attention: LinearAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` of the image's tokens becomes; [B, H, N, D] -> [B, H, N, D]."""
+    site, kernel = attention._lineardit_site, attention.linear_kernel
+    text_first = site.state.family.text_first
+    image = Layout(site.grid, 0, text_first).num_image_tokens
+    text_len = query.shape[2] - image
+    if not torch.compiler.is_compiling() and text_len not in (0, site.text_len):
+        raise LayoutError(
+            f"{attention._lineardit_name} sees {query.shape[2]} tokens where the model was called with "
+            f"{site.text_len} of text and a grid of {site.grid}: call the model itself, and run each backward with "
+            "gradient checkpointing before the next forward at another size"
+        )
+    layout = Layout(site.grid, text_len, text_first)
+    if kernel.impl == "auto" and kernel.covers(layout):
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if is_causal or dropout_p > 0:
+        raise LayoutError(f"{attention._lineardit_name}: linear attention has no {is_causal=} or {dropout_p=}")
+    if attn_mask is not None:
+        text_mask = text_mask_of(attn_mask, query, text_len=text_len, text_first=text_first)
+        layout = Layout(site.grid, text_len, text_first, text_mask if text_len > 0 else None)
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return kernel(query, key, value, layout, scale=scale)
+
+
+def _diagnosis(attention: LinearAttention, hits: int) -> str:
+    processor = attention.processor
+    backend = getattr(processor, "_attention_backend", None)
+    return (
+        f"{attention._lineardit_name} is converted, but its forward reached linear attention {hits} times instead of "
+        f"once (processor {type(processor).__name__}, attention backend {backend or 'default'}). Likely causes: "
+        "set_attention_backend or DIFFUSERS_ATTN_BACKEND with a kernel of its own, xformers, attention slicing, ring "
+        "attention, or a processor that does not call torch's scaled_dot_product_attention. Go back to the default "
+        "processor and backend, or restore_ the model."
+    )

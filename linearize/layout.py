@@ -1,0 +1,94 @@
+"""Where the image tokens are in one attention call, and which text tokens may be attended to.
+
+B batch, H heads, N tokens (text_len + height * width).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import LayoutError
+
+Grid = tuple[int, ...]  # (height, width) or (frames, height, width), in tokens
+
+_BLOCKED = -1e4  # an additive mask at or below this blocks; diffusers writes -10000 or -inf
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of one self-attention call: the image in row-major order, the text before or after it.
+
+    Attributes:
+        grid: Size of the image in tokens; symbolic integers under `torch.compile`.
+        text_len: Every token that is not of the image.
+        text_first: The text stands before the image.
+        text_mask: [B, text_len] bool, True = attend; None: attend to all of it.
+    """
+
+    grid: Grid
+    text_len: int
+    text_first: bool
+    text_mask: Tensor | None = None
+
+    @property
+    def num_image_tokens(self) -> int:
+        product = 1
+        for side in self.grid:
+            product = product * side
+        return product
+
+
+def as_shape(*sides: int) -> Tensor:
+    """Integers that traced code is to read as the shape of a meta tensor.
+
+    A tuple of integers would be a constant in the guards of a trace, and every resolution a recompile. Marked, a side
+    is symbolic from the first trace on, and no two sides are taken for the same because they were once equal.
+    """
+    shape = torch.empty(sides, device="meta")
+    for axis in range(len(sides)):
+        torch._dynamo.maybe_mark_dynamic(shape, axis)
+    return shape
+
+
+def text_mask_of(attn_mask: Tensor, query: Tensor, *, text_len: int, text_first: bool) -> Tensor:
+    """The mask that upstream hands to attention, as a mask of the text alone.
+
+    Args:
+        attn_mask: Of keys: [B, N] or [B or 1, H or 1, 1, N]; bool (True = attend) or additive (0 or -inf).
+        query: [B, H, N, D].
+    Returns:
+        [B, text_len] bool.
+    Raises:
+        LayoutError: the mask differs between queries, heads or image tokens, or is a bias rather than a mask.
+    """
+    batch, _, num_tokens, _ = query.shape
+    mask = attn_mask
+    if mask.ndim == 2 and mask.shape[0] in (1, batch) and num_tokens != batch:
+        mask = mask[:, None, None]
+    if mask.ndim != 4 or mask.shape[2] != 1 or mask.shape[3] != num_tokens:
+        raise LayoutError(
+            f"linear attention takes a mask of keys, [batch, 1, 1, tokens], got attn_mask of shape "
+            f"{tuple(attn_mask.shape)} for {num_tokens} tokens: mask text padding per key, or run this call inside "
+            "`with dense(model):`"
+        )
+    attend = mask if mask.dtype == torch.bool else mask == 0
+    image = slice(text_len, None) if text_first else slice(0, num_tokens - text_len)
+    text = slice(0, text_len) if text_first else slice(num_tokens - text_len, None)
+    allowed = attend[..., image].all() & (attend == attend[:, :1]).all()
+    if mask.dtype != torch.bool:
+        allowed = allowed & (attend | (mask <= _BLOCKED)).all()
+    _require(
+        allowed,
+        "attn_mask must hide text tokens only, alike in every head (True/False, or 0/-inf): a mask on image tokens or "
+        "a bias has no linear form here; drop it, or run this call inside `with dense(model):`",
+    )
+    return attend[:, 0, 0, text].expand(batch, -1)
+
+
+def _require(allowed: Tensor, message: str) -> None:
+    """Raise a LayoutError where `allowed` is false; in traced code the device asserts it."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(allowed, message)
+    elif not allowed:
+        raise LayoutError(message)

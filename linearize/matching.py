@@ -1,0 +1,65 @@
+"""Which attention module gets which method: globs on full module names."""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .families import Family
+from .report import CROSS_ATTENTION, NOT_IMAGE_SELF_ATTENTION
+
+
+def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules that can be swapped, and why each other attention module cannot.
+
+    Raises:
+        UnsupportedModelError: there is nothing to swap.
+    """
+    candidates: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        is_ours = any(fnmatchcase(name, pattern) for pattern in family.attention)
+        if not is_ours and not hasattr(module, "get_processor"):
+            continue
+        if getattr(module, "is_cross_attention", False):
+            skipped[name] = CROSS_ATTENTION
+        elif not is_ours:
+            skipped[name] = NOT_IMAGE_SELF_ATTENTION
+        else:
+            candidates[name] = module
+    if not candidates:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no self-attention module named like {', '.join(family.attention)}"
+        )
+    return candidates, skipped
+
+
+def choose(names: Sequence[str], patterns: Mapping[str, Any], layers: Sequence[str] | None) -> dict[str, Any]:
+    """Module name -> config, for the names that `layers` (None: all) and one pattern match.
+
+    Raises:
+        ValueError: a pattern matches nothing, or two match one layer.
+    """
+    allowed = list(names)
+    if layers is not None:
+        chosen = {name for glob in layers for name in _matches(glob, names, "layers")}
+        allowed = [name for name in names if name in chosen]
+    configs: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for pattern, config in patterns.items():
+        for name in _matches(pattern, allowed, "pattern"):
+            if name in owner:
+                raise ValueError(f"two patterns match {name}, {owner[name]!r} and {pattern!r}: make them disjoint")
+            owner[name], configs[name] = pattern, config
+    return {name: configs[name] for name in names if name in configs}
+
+
+def _matches(pattern: str, names: Sequence[str], argument: str) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        near = get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
+        raise ValueError(f"{argument} {pattern!r} matches no self-attention module; near names: {', '.join(near)}")
+    return found

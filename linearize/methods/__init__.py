@@ -1,0 +1,85 @@
+"""The methods that can replace softmax attention: one file and one line of `METHODS` each."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..layout import Grid, Layout
+from .clear import Clear as Clear
+from .clear import ClearAttention
+
+METHODS: dict[type, type] = {
+    Clear: ClearAttention,
+}
+
+
+class Method(Protocol):
+    """What the seam asks of a method's module, beside being an `nn.Module`."""
+
+    config: Any
+    impl: str
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]: ...
+
+    @staticmethod
+    def pairs(config: Any, grid: Grid, text_len: int) -> int: ...
+
+    def observe(self, grid: Grid) -> None: ...
+
+    def covers(self, layout: Layout) -> bool: ...
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor: ...
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON has it: `{"method": "clear", "radius": 16}`, without the fields left at their defaults.
+
+    Raises:
+        ValueError: `config` is of no method.
+    """
+    if type(config) not in METHODS:
+        raise ValueError(f"expected a config of a method ({', '.join(_names())}), got {config!r}")
+    defaults = {field.name: field.default for field in fields(config)}
+    changed = {key: value for key, value in asdict(config).items() if value != defaults[key]}
+    return {"method": type(config).__name__.lower(), **changed}
+
+
+def config_from_dict(settings: Mapping[str, Any]) -> Any:
+    """The config that `config_to_dict` wrote.
+
+    Raises:
+        ValueError: an unknown method or setting (the nearest is named), a missing one, or a value out of range.
+    """
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("method"), str):
+        raise ValueError(f'settings must look like {{"method": "clear", "radius": 16}}, got {settings!r}')
+    classes = {cls.__name__.lower(): cls for cls in METHODS}
+    method = settings["method"]
+    if method not in classes:
+        raise ValueError(f"unknown method {method!r}{nearest(method, classes)}; there are: {', '.join(classes)}")
+    cls = classes[method]
+    known = {field.name: field for field in fields(cls)}
+    given = {key: value for key, value in settings.items() if key != "method"}
+    for key in given:
+        if key not in known:
+            raise ValueError(f"unknown setting {key!r} of {method}{nearest(key, known)}; there are: {', '.join(known)}")
+    try:
+        return cls(**given)
+    except TypeError as error:
+        missing = ", ".join(key for key in known if key not in given)
+        raise ValueError(f"method {method} needs more settings; not given: {missing}") from error
+
+
+def nearest(name: str, names: Any) -> str:
+    """ " (did you mean ...?)" for a name close to one of `names`, else nothing."""
+    near = get_close_matches(str(name), [str(known) for known in names], n=3)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def _names() -> list[str]:
+    return [cls.__name__ for cls in METHODS]

@@ -1,0 +1,131 @@
+"""Local attention (CLEAR, arXiv:2412.16112): softmax over all text and the image tokens nearer than `radius`.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  |pos_i - pos_j| < radius
+
+With pooling, image queries also see one key and value for each cell of the grid, for what is far away:
+
+    pooled_c = sum_t w_t k_t / sum_t w_t * sum(w),   t in cell c; tokens missing from a cell at the border drop out
+
+B batch, H heads, N tokens (text_len + height * width), D head dimension, C cells.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.window import implementations, window_attention
+from ..layout import Grid, Layout, as_shape
+from .pooling import cell_side, count_cells, mean_pool, weighted_pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clear:
+    """Settings of local attention.
+
+    Attributes:
+        radius: In image tokens, Euclidean, strict: distance < radius (CLEAR's `window_size`).
+        pool_size: Side of the pooled cells, weights learned (CLEAR's `down_factor`); cost N^2 / pool_size^2.
+        pool_tokens: Most cells there may be; their side grows with the image, so cost stays linear; plain mean.
+    """
+
+    radius: float
+    pool_size: int | None = None
+    pool_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.radius, bool) or not isinstance(self.radius, int | float):
+            raise ValueError(f"radius must be a number of tokens, got {self.radius!r}")
+        if not (0 < self.radius < math.inf):
+            raise ValueError(f"radius must be > 0 and finite, got {self.radius}")
+        if self.pool_size is not None and self.pool_tokens is not None:
+            raise ValueError(f"give pool_size or pool_tokens, not both, got {self.pool_size} and {self.pool_tokens}")
+        _check_count("pool_size", self.pool_size, least=2)
+        _check_count("pool_tokens", self.pool_tokens, least=1)
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least} or None, got {value!r}")
+
+
+class ClearAttention(nn.Module):
+    """Local attention as the kernel of one attention module; `pool_weight` [p, p] when cells have learned weights."""
+
+    def __init__(self, config: Clear, *, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = "auto"
+        self._cells: Tensor | None = None
+        if config.pool_size is not None:
+            self.pool_weight = nn.Parameter(torch.full((config.pool_size,) * 2, 1 / config.pool_size**2))
+
+    @property
+    def _pools(self) -> bool:
+        return self.config.pool_size is not None or self.config.pool_tokens is not None
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]:
+        """Names that `impl` may take."""
+        return ("auto", *(name for name in implementations() if name != "auto"))
+
+    def observe(self, grid: Grid) -> None:
+        """Told each new grid, outside traced code. The cells become a shape, which a trace keeps symbolic."""
+        if self._pools:
+            side = self.config.pool_size or cell_side(grid, self.config.pool_tokens)
+            self._cells = as_shape(side, count_cells(grid, side))
+
+    def covers(self, layout: Layout) -> bool:
+        """Whether this is softmax attention over everything, as the model had it."""
+        height, width = layout.grid[-2:]
+        return not self._pools and (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius**2
+
+    @staticmethod
+    def pairs(config: Clear, grid: Grid, text_len: int) -> int:
+        """Pairs of query and key in one call: window, text, cells for the image; all but cells for the text."""
+        height, width = grid[-2:]
+        reach = math.ceil(config.radius) - 1
+        steps = range(-reach, reach + 1)
+        window = sum(
+            max(height - abs(dy), 0) * max(width - abs(dx), 0)
+            for dy in steps
+            for dx in steps
+            if dy * dy + dx * dx < config.radius**2
+        )
+        side = config.pool_size or (cell_side(grid, config.pool_tokens) if config.pool_tokens else None)
+        cells = -(-height // side) * -(-width // side) if side else 0
+        return window + height * width * (text_len + cells) + text_len * (text_len + height * width)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]."""
+        return window_attention(
+            query,
+            key,
+            value,
+            grid=layout.grid,
+            radius=self.config.radius,
+            text_len=layout.text_len,
+            text_first=layout.text_first,
+            text_mask=layout.text_mask,
+            pooled=self._pooled(key, value, layout) if self._pools else None,
+            scale=scale,
+            impl=self.impl,
+        )
+
+    def _pooled(self, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        start = layout.text_len if layout.text_first else 0
+        image = slice(start, start + layout.num_image_tokens)
+        return self._pool(key[:, :, image], layout.grid), self._pool(value[:, :, image], layout.grid)
+
+    def _pool(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """[B, H, height * width, D] -> [B, H, C, D]."""
+        assert self._cells is not None, "the seam tells each grid before it calls"
+        side, num_cells = self._cells.shape
+        if self.config.pool_size is not None:
+            return weighted_pool(tokens, self.pool_weight.to(tokens.device), grid, num_cells)
+        return mean_pool(tokens, side, grid, num_cells)

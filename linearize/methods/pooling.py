@@ -1,0 +1,136 @@
+"""One token for each square cell of the grid: means with learned weights, and plain means.
+
+    pooled_c = sum_t w_t x_t * sum(w) / sum_t w_t,    t over the tokens that cell c holds
+
+so that a cell which the border cuts keeps the weight of a full one.
+B batch, H heads, D head dimension, p side of a cell, C = ceil(height / p) * ceil(width / p) cells.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..layout import Grid
+
+
+def cell_side(grid: Grid, max_cells: int) -> int:
+    """The smallest integer side >= 2 of square cells with at most `max_cells` of them on the grid."""
+    side = 2
+    while count_cells(grid, side) > max_cells:
+        side += 1
+    return side
+
+
+def count_cells(grid: Grid, side: int) -> int:
+    """How many square cells a grid has; those at the border may be cut."""
+    height, width = grid
+    return -(-height // side) * -(-width // side)
+
+
+def weighted_pool(tokens: Tensor, weight: Tensor, grid: Grid, num_cells: int) -> Tensor:
+    """Weighted means over cells, times the sum of the weights.
+
+    Args:
+        tokens: [B, H, height * width, D].
+        weight: [p, p].
+        num_cells: C, given because traced code cannot divide to get it.
+    Returns:
+        [B, H, C, D], dtype of `tokens`.
+    """
+    height, width = grid
+    ones = weight.new_ones(1, 1, height * width, 1)
+    is_full = cell_sums(ones, torch.ones_like(weight), height, width, num_cells) == weight.numel()
+    # in a full cell both factors are 1: weights may add up to 0 there
+    kept = torch.where(is_full, 1, cell_sums(ones, weight, height, width, num_cells))
+    total = torch.where(is_full, 1, weight.sum())
+    return (cell_sums(tokens, weight, height, width, num_cells) * total / kept).to(tokens.dtype)
+
+
+def mean_pool(tokens: Tensor, side: int, grid: Grid, num_cells: int) -> Tensor:
+    """Means over cells: [B, H, height * width, D] -> [B, H, C, D]."""
+    height, width = grid
+    weight = tokens.new_ones(side, side)
+    count = cell_sums(tokens.new_ones(1, 1, height * width, 1), weight, height, width, num_cells)
+    return (cell_sums(tokens, weight, height, width, num_cells) / count).to(tokens.dtype)
+
+
+# Operators: the views inside depend on sides that change with the grid, so tracing them would compile anew each time.
+@torch.library.custom_op("lineardit::cell_sums", mutates_args=())
+def cell_sums(tokens: Tensor, weight: Tensor, height: int, width: int, num_cells: int) -> Tensor:
+    """Weighted sums over square cells, in float32 or better.
+
+    Args:
+        tokens: [B, H, height * width, D].
+        weight: [p, p].
+    Returns:
+        [B, H, num_cells, D].
+    """
+    cells = _in_cells(tokens, weight.shape[0], height, width)
+    return (cells * weight.to(tokens.dtype)[:, None, :, None]).sum((3, 5), dtype=_wide(tokens)).flatten(2, 3)
+
+
+@cell_sums.register_fake
+def _(tokens: Tensor, weight: Tensor, height: int, width: int, num_cells: int) -> Tensor:
+    batch, num_heads, _, head_dim = tokens.shape
+    return tokens.new_empty(batch, num_heads, num_cells, head_dim, dtype=_wide(tokens))
+
+
+@torch.library.custom_op("lineardit::cell_sums_tokens_backward", mutates_args=())
+def _tokens_backward(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    """[B, H, C, D] -> [B, H, height * width, D]: to each token its cell's gradient times its weight."""
+    side = weight.shape[0]
+    rows, cols = -(-height // side), -(-width // side)
+    batch, num_heads, _, head_dim = tokens.shape
+    per_cell = gradient.to(tokens.dtype).reshape(batch, num_heads, rows, 1, cols, 1, head_dim)
+    spread = per_cell * weight.to(tokens.dtype)[:, None, :, None]  # [B, H, rows, p, cols, p, D]
+    whole = spread.reshape(batch, num_heads, rows * side, cols * side, head_dim)
+    return whole[:, :, :height, :width].reshape(tokens.shape).contiguous()
+
+
+@_tokens_backward.register_fake
+def _(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+@torch.library.custom_op("lineardit::cell_sums_weight_backward", mutates_args=())
+def _weight_backward(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    """[B, H, C, D] -> [p, p]: how each place in a cell goes with the cell's gradient."""
+    side = weight.shape[0]
+    cells = _in_cells(tokens, side, height, width)
+    per_cell = gradient.reshape(*cells.shape[:3], cells.shape[4], cells.shape[6])  # [B, H, rows, cols, D]
+    return torch.einsum("bhrpcqd,bhrcd->pq", cells.to(gradient.dtype), per_cell).to(weight.dtype)
+
+
+@_weight_backward.register_fake
+def _(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _in_cells(tokens: Tensor, side: int, height: int, width: int) -> Tensor:
+    """[B, H, height * width, D] -> [B, H, rows, p, cols, p, D], zero beyond the border."""
+    batch, num_heads, _, head_dim = tokens.shape
+    image = tokens.reshape(batch, num_heads, height, width, head_dim)
+    padded = functional.pad(image, (0, 0, 0, -width % side, 0, -height % side))
+    return padded.reshape(batch, num_heads, -(-height // side), side, -(-width // side), side, head_dim)
+
+
+def _wide(tokens: Tensor) -> torch.dtype:
+    return torch.promote_types(tokens.dtype, torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, weight, height, width, _ = inputs
+    ctx.save_for_backward(tokens, weight)
+    ctx.grid = height, width
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    saved = (*ctx.saved_tensors, *ctx.grid)
+    to_tokens = _tokens_backward(gradient, *saved) if ctx.needs_input_grad[0] else None
+    to_weight = _weight_backward(gradient, *saved) if ctx.needs_input_grad[1] else None
+    return to_tokens, to_weight, None, None, None
+
+
+cell_sums.register_autograd(_backward, setup_context=_setup_context)

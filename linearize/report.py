@@ -1,0 +1,39 @@
+"""What a conversion did: which modules it swapped, and why it left the others."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+CROSS_ATTENTION = "cross-attention"
+NOT_IMAGE_SELF_ATTENTION = "not an image self-attention of this family"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapReport:
+    """Every attention module of a model, swapped or not; `str()` tells it in one line.
+
+    Attributes:
+        swapped: Module name -> config of the method that replaced its attention.
+        skipped: Module name -> why it keeps its attention.
+        family: Name of the model's family.
+        impl: The implementation asked for.
+    """
+
+    swapped: dict[str, Any]
+    skipped: dict[str, str]
+    family: str
+    impl: str
+
+    def __str__(self) -> str:
+        chosen_out = [name for name, reason in self.skipped.items() if _could_be_swapped(reason)]
+        configs = Counter(repr(config) for config in self.swapped.values())
+        methods = ", ".join(f"{count} x {config}" for config, count in configs.items())
+        total = len(self.swapped) + len(chosen_out)
+        line = f"{len(self.swapped)}/{total} self-attention modules: {methods}"
+        reasons = Counter(self.skipped.values())
+        left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        return f"{line} (family {self.family}, impl {self.impl}{'; left: ' + left if left else ''})"
+
+
+def _could_be_swapped(reason: str) -> bool:
+    return reason not in (CROSS_ATTENTION, NOT_IMAGE_SELF_ATTENTION)

@@ -1,0 +1,170 @@
+"""The seam: a model's own forward, with one call inside it replaced.
+
+Hooks publish the token grid of each forward; a converted attention module runs upstream's forward while
+`torch.nn.functional.scaled_dot_product_attention` goes to its child `linear_kernel`. Projections, norms, rotary
+positions, LoRA and output projections stay upstream's code.
+
+B batch, H heads, N tokens, D head dimension.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LayoutError
+from .families import Family
+from .layout import Grid, as_shape
+from .methods import Method
+
+
+class Companion(Protocol):
+    """Trained weights laid over the base model: `dense` and `restore_` take them away."""
+
+    def suspend(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def remove(self) -> None: ...
+
+
+class State:
+    """What the hooks and attention modules of one converted model share.
+
+    Attributes:
+        enabled: False inside `dense`: the attention modules then run as upstream wrote them.
+        patterns: Glob of module names -> config, as the conversion is saved.
+        companions: Trained weights that belong to the conversion.
+        record: The grids of the running forward, where gradient checkpointing will run parts of it again.
+    """
+
+    def __init__(self, family: Family, patterns: dict[str, Any]) -> None:
+        self.family = family
+        self.patterns = patterns
+        self.enabled = True
+        self.companions: list[Companion] = []
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.record: dict[Site, tuple[Grid, int]] | None = None
+        self._thread: int | None = None
+
+    def enter(self) -> None:
+        """Claim the model for this thread's forward.
+
+        Raises:
+            RuntimeError: another thread is inside the model, whose grid this forward would overwrite.
+        """
+        me = threading.get_ident()
+        if self._thread not in (None, me) and any(thread.ident == self._thread for thread in threading.enumerate()):
+            raise RuntimeError(
+                "another thread is inside this converted model: one forward at a time, hold a lock around the call or "
+                "give each thread its own copy.deepcopy of the model"
+            )
+        self._thread = me
+
+    def leave(self) -> None:
+        """Give the model back, if it is this thread's."""
+        if self._thread == threading.get_ident():
+            self._thread = None
+
+
+class Site:
+    """Where a grid is published: the model, or one level of a UNet, with the kernels that read it."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.kernels: list[Method] = []
+        self.text_len = 0
+        self._shape: Tensor | None = None
+
+    @property
+    def grid(self) -> Grid:
+        if self._shape is None:
+            raise LayoutError("no token grid yet: call the converted model itself, not model.forward or a block of it")
+        return tuple(self._shape.shape)
+
+    def publish(self, grid: Grid, text_len: int) -> None:
+        """Make `grid` the one that the attention modules of this site read."""
+        self.text_len = text_len
+        if self._shape is not None and tuple(self._shape.shape) == grid:
+            return
+        self._shape = as_shape(*grid)
+        for kernel in self.kernels:
+            kernel.observe(grid)
+
+
+def install(model: nn.Module, state: State, sites: dict[nn.Module, Site]) -> None:
+    """Register the hooks of one model on it and on its sites."""
+    cast(Any, model)._lineardit_state = state
+    state.handles.append(model.register_forward_pre_hook(_enter, with_kwargs=True))
+    for module, site in sites.items():
+        cast(Any, module)._lineardit_site = site
+        state.handles.append(module.register_forward_pre_hook(_publish, with_kwargs=True))
+    state.handles.append(model.register_forward_hook(_leave, always_call=True))
+
+
+def state_of(model: nn.Module) -> State | None:
+    """What `install` left on a model, None where it is not converted."""
+    return vars(model).get("_lineardit_state")
+
+
+@torch.compiler.disable
+def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    state = model._lineardit_state
+    state.enter()
+    recomputes = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
+    state.record = {} if recomputes else None
+
+
+@torch.compiler.disable
+def _publish(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    site: Site = module._lineardit_site
+    if not site.state.enabled:
+        return None
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    sight = site.state.family.see(module, {**dict(zip(names, args, strict=False)), **kwargs})
+    site.publish(sight.grid, sight.text_len)
+    if site.state.record is not None:
+        site.state.record[site] = (sight.grid, sight.text_len)
+    new_args = tuple(sight.replaced.get(name, value) for name, value in zip(names, args, strict=False))
+    return new_args, {name: sight.replaced.get(name, value) for name, value in kwargs.items()}
+
+
+@torch.compiler.disable
+def _leave(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    state: State = model._lineardit_state
+    rewind_before_backward(state, output)
+    state.record = None
+    state.leave()
+
+
+def rewind_before_backward(state: State, output: Any) -> None:
+    """Gradient checkpointing runs blocks again in the backward pass: by then the grids of their forward are back."""
+    if state.record is None or output is None:
+        return
+    rewind: Callable[[Tensor], None] = partial(_rewind, state, state.record, state.enabled)
+    for value in _values(output):
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(rewind)
+
+
+def _values(output: Any) -> tuple[Any, ...]:
+    """What a forward returned: a tensor, several, or diffusers' output with names."""
+    if isinstance(output, Tensor):
+        return (output,)
+    return tuple(output.values() if isinstance(output, Mapping) else output)
+
+
+def _rewind(state: State, record: dict[Site, tuple[Grid, int]], enabled: bool, gradient: Tensor) -> None:
+    if state.enabled != enabled:
+        where = "outside" if enabled else "inside"
+        raise RuntimeError(
+            f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward there too"
+        )
+    for site, (grid, text_len) in record.items():
+        site.publish(grid, text_len)
