@@ -13,6 +13,8 @@ import typer
 from . import __version__
 from .commands.convert import convert
 from .commands.distillation import distill
+from .commands.evaluate import evaluate
+from .commands.generate import generate
 from .commands.inspection import inspect
 from .commands.method_options import MethodCommand
 from .commands.preparation import prepare
@@ -28,6 +30,8 @@ app.command(cls=MethodCommand)(convert)
 app.command()(inspect)
 app.command()(prepare)
 app.command()(distill)
+app.command()(generate)
+app.command()(evaluate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -21,7 +21,7 @@ def inspect(
     offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON.")] = None,
 ) -> None:
-    """Show every attention module and what a step costs. Swapped or why not, method, settings, FLOPs before and after."""
+    """Show every attention module and what a step costs. Swapped or why not, its method, and FLOPs before and after."""
     from ..linearize.inspection import inspect_base
 
     inspection = inspect_base(source, revision=revision, offline=offline, impl=impl)

@@ -25,7 +25,7 @@ def split_arguments(arguments: list[str], fields: set[str]) -> tuple[dict[str, A
     Returns:
         ({field: value}, the other arguments). A value is what it is in JSON (`16` a number, `null` None), else text.
     Raises:
-        ValueError: the last option has no value.
+        ValueError: an option has no value.
     """
     options: dict[str, Any] = {}
     others: list[str] = []
@@ -36,8 +36,8 @@ def split_arguments(arguments: list[str], fields: set[str]) -> tuple[dict[str, A
         if not name.startswith("--") or field not in fields:
             others.append(argument)
             continue
-        text = value or next(remaining, None)
-        if text is None:
+        text = value or next(remaining, "--")
+        if text.startswith("--"):
             raise ValueError(f"option {name} needs a value")
         try:
             options[field] = json.loads(text)
