@@ -1,0 +1,6 @@
+"""Attention of image tokens to the text and to the image tokens near them."""
+
+from .attention import choose_impl, implementations, window_attention
+from .reference import window_attention_reference
+
+__all__ = ["choose_impl", "implementations", "window_attention", "window_attention_reference"]

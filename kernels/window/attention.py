@@ -1,0 +1,180 @@
+"""Window attention: image queries attend to text and to the image tokens near them, text queries to everything.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  |pos_i - pos_j| < radius
+
+(CLEAR, arXiv:2412.16112.) The implementations:
+
+    reference   one dense call with a mask; any device and dtype; memory grows with the square of the tokens
+    tiled       plain PyTorch, tile by tile; any device and dtype; cost and memory linear in the image
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import window_attention_reference
+from .tiled_op import tiled_window_attention
+
+# Where `tiled` has no fused kernel (not a CPU), below this the dense call is taken for faster. Counted, not measured.
+DENSE_TOKENS = 6144
+
+
+def implementations() -> tuple[str, ...]:
+    """Names that `impl` takes beside "auto"."""
+    return ("reference", "tiled")
+
+
+def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len: int) -> str:
+    """The implementation that impl="auto" runs.
+
+    1. On a CPU "tiled": on a small grid it works with one tile, which is dense attention with a mask.
+    2. Elsewhere "reference" up to DENSE_TOKENS tokens.
+    3. Else "tiled".
+    """
+    if query.device.type != "cpu" and text_len + math.prod(grid) <= DENSE_TOKENS:
+        return "reference"
+    return "tiled"
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, ...],
+    radius: float,
+    text_len: int = 0,
+    text_first: bool = True,
+    text_mask: Tensor | None = None,
+    pooled: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Softmax attention of image tokens over the text and a circular window, of text tokens over everything.
+
+    Differentiable once. Under autocast, inputs are cast as for `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        query, key, value: [B, H, N, D], any strides; float16, bfloat16, float32 or float64.
+        grid: (height, width), or (frames, height, width) with the window in space and all frames in it; in tokens,
+            row-major; text_len + height * width == N.
+        radius: Euclidean, in tokens, strict: dy**2 + dx**2 < radius**2.
+        text_len: tokens that are not of the image, before it or (text_first=False) after it.
+        text_mask: [B, text_len] bool, True = attend; a masked text token is seen by nobody and attends itself.
+        pooled: (pooled_key, pooled_value), [B, H, P, D] each: more keys that image queries see and text queries do not.
+        scale: of the logits, D**-0.5 if None.
+        impl: "auto" (see `choose_impl`) or one of `implementations()`.
+    Returns:
+        [B, H, N, D], dtype of query (under autocast, of autocast); sums are in float32, or float64 for float64.
+    Raises:
+        ValueError: shapes, grid, radius or impl do not fit; "reference" with a mask of more than 2**31 entries.
+    """
+    _validate(query, key, value, grid, radius, text_len, text_mask, pooled, impl)
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    pooled = None if pooled is None else (_autocast(pooled[0]), _autocast(pooled[1]))
+    if impl == "auto":
+        impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attend = window_attention_reference if impl == "reference" else _tiled
+    return attend(
+        query,
+        key,
+        value,
+        grid=grid,
+        radius=radius,
+        text_len=text_len,
+        text_first=text_first,
+        text_mask=text_mask,
+        pooled=pooled,
+        scale=scale,
+    )
+
+
+def _tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, ...],
+    radius: float,
+    text_len: int,
+    text_first: bool,
+    text_mask: Tensor | None,
+    pooled: tuple[Tensor, Tensor] | None,
+    scale: float,
+) -> Tensor:
+    image_len = query.shape[2] - text_len
+    sizes = [text_len, image_len] if text_first else [image_len, text_len]
+    text_query, image_query = query.split(sizes, dim=2)[:: 1 if text_first else -1]
+    shared_key, image_key = key.split(sizes, dim=2)[:: 1 if text_first else -1]
+    shared_value, image_value = value.split(sizes, dim=2)[:: 1 if text_first else -1]
+    shared_mask = text_mask
+    if pooled is not None:
+        pooled_key, pooled_value = pooled
+        shared_key, shared_value = torch.cat([shared_key, pooled_key], 2), torch.cat([shared_value, pooled_value], 2)
+        shared_mask = None if text_mask is None else F.pad(text_mask, (0, pooled_key.shape[2]), value=True)
+    image_out, _ = tiled_window_attention(
+        image_query, image_key, image_value, shared_key, shared_value, shared_mask, grid, radius, scale
+    )
+    if text_len == 0:
+        return image_out
+
+    key_mask = None
+    if text_mask is not None:
+        image_mask = text_mask.new_ones(text_mask.shape[0], image_len)
+        key_mask = torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], dim=1)[:, None, None]
+    text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=key_mask, scale=scale)
+    outs = [text_out, image_out] if text_first else [image_out, text_out]
+    # Joined as [B, N, H, D], the order in which both lie in memory and in which the model goes on.
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Cast as autocast casts the inputs of `scaled_dot_product_attention`."""
+    device_type = tensor.device.type
+    if not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
+def _validate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, ...],
+    radius: float,
+    text_len: int,
+    text_mask: Tensor | None,
+    pooled: tuple[Tensor, Tensor] | None,
+    impl: str,
+) -> None:
+    if impl != "auto" and impl not in implementations():
+        raise ValueError(f"impl must be one of {('auto', *implementations())}, got {impl!r}")
+    if query.ndim != 4 or not query.is_floating_point():
+        raise ValueError(f"query must be floating point [B, H, N, D], got {query.dtype} {tuple(query.shape)}")
+    if not query.shape == key.shape == value.shape:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        raise ValueError(f"query, key and value must have one shape [B, H, N, D], got {shapes}")
+    batch, num_heads, num_tokens, head_dim = query.shape
+    if len(grid) not in (2, 3) or any(size < 1 for size in grid):
+        raise ValueError(f"grid must be (height, width) or (frames, height, width) of sizes >= 1, got {tuple(grid)}")
+    if not 0 < radius < math.inf:
+        raise ValueError(f"radius must be a finite number > 0, got {radius}")
+    if text_len < 0:
+        raise ValueError(f"text_len must be >= 0, got {text_len}")
+    if text_len + math.prod(grid) != num_tokens:
+        sizes = " * ".join(str(size) for size in grid)
+        raise ValueError(f"text_len + height * width must equal N, got {text_len} + {sizes} != {num_tokens}")
+    if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != (batch, text_len)):
+        got = f"{text_mask.dtype} {tuple(text_mask.shape)}"
+        raise ValueError(f"text_mask must be bool [B, text_len] = ({batch}, {text_len}), got {got}")
+    if pooled is not None:
+        pooled_shapes = [tuple(tensor.shape) for tensor in pooled]
+        wanted = (batch, num_heads, pooled[0].shape[-2], head_dim)
+        if pooled_shapes != [wanted, wanted]:
+            raise ValueError(f"pooled must be (key, value), each [B, H, P, D] like query, got {pooled_shapes}")
+    tensors = (query, key, value, *(pooled or ()))
+    if not torch.is_autocast_enabled(query.device.type) and any(tensor.dtype != query.dtype for tensor in tensors):
+        raise ValueError(f"query, key, value and pooled must have one dtype, got {[t.dtype for t in tensors]}")

@@ -1,0 +1,128 @@
+"""Softmax attention over a part of the keys, in a form that can be put together with other parts.
+
+With logits s_ij = scale * q_i . k_j + bias_ij, a part gives its own average and its log-sum-exp
+
+    out_i = sum_j exp(s_ij - lse_i) v_j        lse_i = log sum_j exp(s_ij)
+
+and two parts join, exactly, to the softmax over both (`merge`). In backward every part is given the joined `out`
+and `lse`: exp(s_ij - lse_i) is then the weight in the whole softmax, and the gradients of the parts add up.
+
+Two implementations of one interface, in float32 and float64: `PLAIN` is public operations; `FLASH` is
+PyTorch's own kernel for CPUs, which keeps no [query, key] array, but is private: `fastest_partial` tries it first.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Added to the logits of pairs that do not attend. Finite, so that a row without any key gives weight 0, never NaN.
+EXCLUDED = -1e30
+
+
+@dataclass(frozen=True)
+class Partial:
+    """forward(query, key, value, bias, scale) -> (out, lse);
+    backward(grad_out, query, key, value, out, lse, bias, scale) -> gradients of query, key, value.
+
+    query, out [B, H, Q, D]; key, value [B, H, K, D]; lse [B, H, Q]; bias broadcasts to [B, H, Q, K], or None.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys of both parts."""
+    share = torch.sigmoid(other_lse - lse)  # exp(other_lse) / (exp(lse) + exp(other_lse))
+    return torch.lerp(out, other_out, share[..., None]), torch.logaddexp(lse, other_lse)
+
+
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool mask, True = attend -> what is added to the logits."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, EXCLUDED)
+
+
+def _logits(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    logits = (query * scale) @ key.transpose(-1, -2)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _plain_forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    logits = _logits(query, key, bias, scale)
+    lse = logits.logsumexp(-1)
+    return logits.sub_(lse[..., None]).exp_() @ value, lse
+
+
+def _plain_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = _logits(query, key, bias, scale).sub_(lse[..., None]).exp_()
+    grad_value = weights.transpose(-1, -2) @ grad_out
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    grad_logits = (grad_out @ value.transpose(-1, -2)).sub_(delta).mul_(weights).mul_(scale)
+    return grad_logits @ key, grad_logits.transpose(-1, -2) @ query, grad_value
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, attn_mask=bias, scale=scale)
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    # The kernel reads the log-sum-exp in its own memory order, [B, Q, H].
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    return flash(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+
+
+PLAIN = Partial(_plain_forward, _plain_backward)
+FLASH = Partial(_flash_forward, _flash_backward)
+
+
+@lru_cache  # one trial, and one warning, for each device and dtype
+def fastest_partial(device_type: str, dtype: torch.dtype) -> Partial:
+    """FLASH on a CPU where it runs and agrees with PLAIN on a small example, else PLAIN."""
+    if device_type != "cpu":
+        return PLAIN
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (
+        torch.randn(2, 2, length, 8, generator=generator).to(dtype) for length in (5, 7, 7, 5)
+    )
+    mask = torch.ones(5, 7, dtype=torch.bool).triu()
+    args = (query, key, value, attention_bias(mask, dtype), 0.5)
+    out, lse = PLAIN.forward(*args)
+    expected = (out, lse, *PLAIN.backward(grad_out, *args[:3], out, lse, *args[3:]))
+    try:
+        computed = (*FLASH.forward(*args), *FLASH.backward(grad_out, *args[:3], out, lse, *args[3:]))
+        agree = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(computed, expected, strict=True))
+    except (AttributeError, RuntimeError):
+        agree = False
+    if not agree:
+        logger.warning("PyTorch's CPU flash attention does not work here in %s; using slower public operations", dtype)
+    return FLASH if agree else PLAIN

@@ -1,0 +1,185 @@
+"""Window attention of image queries, tile by tile, in plain PyTorch: cost and memory linear in the image.
+
+Query tiles with the same mask form a group. The keys that a tile sees are gathered into one dense block, which is
+attended to with that mask; the shared keys (text, pooled tokens) are a second part for the same queries, joined by
+log-sum-exp. Sums are in float32, or float64 for float64 inputs. Nothing here knows the form of the window.
+
+B batch, H heads, N image tokens, S shared keys, D head dimension. Inside, tensors are rows of tokens, [B, N, H * D]:
+one token is one piece of memory, and this is how diffusers' projections leave them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lists import TileLists
+from .partial import Partial, attention_bias, merge
+
+# Gathered keys and values of one call, in bytes: larger leaves the caches of a CPU, smaller leaves a GPU idle.
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
+
+
+class Inputs(NamedTuple):
+    """What image queries attend to."""
+
+    query: Tensor  # [B, H, N, D]
+    key: Tensor  # [B, H, N, D]
+    value: Tensor  # [B, H, N, D]
+    shared_key: Tensor  # [B, H, S, D]
+    shared_value: Tensor  # [B, H, S, D]
+    shared_mask: Tensor | None  # [B, S] bool, True = attend
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileGroup:
+    """Query tiles that share a mask: only real queries, only keys that some query of the tile sees."""
+
+    queries: Tensor  # [tiles, Q] image tokens
+    keys: Tensor  # [tiles, K] image tokens
+    mask: Tensor | None  # [Q, K] bool, None if every pair attends
+
+
+def tile_groups(lists: TileLists, device: torch.device) -> tuple[TileGroup, ...]:
+    """Groups on the device whose queries are, together, every image token once."""
+    patterns, members = torch.unique(lists.mask_ids, dim=0, return_inverse=True)
+    groups = []
+    for index, pattern in enumerate(patterns):
+        tiles = (members == index).nonzero()[:, 0]
+        count = int((pattern >= 0).sum())
+        mask = lists.masks[pattern[:count]].transpose(0, 1).flatten(1)  # [BLOCK_Q, count * BLOCK_K]
+        real, seen = mask.any(1), mask.any(0)
+        mask = mask[real][:, seen]
+        groups.append(
+            TileGroup(
+                queries=lists.query_tokens[tiles][:, real].to(device),
+                keys=lists.key_tokens[lists.key_tiles[tiles, :count]].flatten(1)[:, seen].to(device),
+                mask=None if mask.all() else mask.to(device),
+            )
+        )
+    return tuple(groups)
+
+
+class _Chunk(NamedTuple):
+    """Some tiles of one group, treated in one call."""
+
+    tiles: int
+    queries: Tensor  # [tiles * Q]
+    keys: Tensor  # [tiles * K]
+    bias: Tensor | None  # [Q, K]
+
+
+class _Shared(NamedTuple):
+    key: Tensor  # [B, H, S, D]
+    value: Tensor  # [B, H, S, D]
+    bias: Tensor | None  # [B, 1, 1, S]
+
+
+def tiled_forward(
+    inputs: Inputs, groups: tuple[TileGroup, ...], scale: float, partial: Partial
+) -> tuple[Tensor, Tensor]:
+    """-> (out [B, H, N, D] in the dtype of the inputs, lse [B, N, H] in float32 or float64)."""
+    batch, num_heads, num_tokens, head_dim = inputs.query.shape
+    dtype, shared = sum_dtype(inputs.query), _shared(inputs)
+    query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
+    out_rows = torch.empty_like(query)
+    lse_rows = query.new_empty(batch, num_tokens, num_heads, dtype=dtype)
+    for chunk in _chunks(groups, key, dtype):
+        q = _take(query, chunk.queries, num_heads, dtype)
+        k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
+        out, lse = partial.forward(_tiles(q, chunk.tiles), k, v, chunk.bias, scale)
+        out, lse = _untile(out, batch), _untile(lse, batch)  # [B, queries, H, D], [B, queries, H]
+        if shared is not None:
+            part_out, part_lse = partial.forward(q.transpose(1, 2), *shared, scale)
+            out, lse = merge(out, lse, part_out.transpose(1, 2), part_lse.transpose(1, 2))
+        out_rows.index_copy_(1, chunk.queries, out.flatten(2).to(out_rows.dtype))
+        lse_rows.index_copy_(1, chunk.queries, lse)
+    return out_rows.unflatten(2, (num_heads, head_dim)).transpose(1, 2), lse_rows
+
+
+def tiled_backward(
+    grad_out: Tensor,
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    groups: tuple[TileGroup, ...],
+    scale: float,
+    partial: Partial,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, shared_key, shared_value from the results of `tiled_forward`."""
+    num_heads, dtype, shared = inputs.query.shape[1], sum_dtype(inputs.query), _shared(inputs)
+    query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
+    out_rows, grad_out_rows = _rows(out), _rows(grad_out)
+    grad_query = torch.empty_like(query)
+    grad_key, grad_value = (torch.zeros_like(rows, dtype=dtype) for rows in (key, value))
+    grad_shared = [rows.new_zeros(rows.shape, dtype=dtype) for rows in (inputs.shared_key, inputs.shared_value)]
+    for chunk in _chunks(groups, key, dtype):
+        q, o, do = (_take(rows, chunk.queries, num_heads, dtype) for rows in (query, out_rows, grad_out_rows))
+        k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
+        chunk_lse = lse.index_select(1, chunk.queries)
+        q_tiles, o_tiles, do_tiles, lse_tiles = (_tiles(rows, chunk.tiles) for rows in (q, o, do, chunk_lse))
+        dq, dk, dv = partial.backward(do_tiles, q_tiles, k, v, o_tiles, lse_tiles, chunk.bias, scale)
+        dq = _untile(dq, query.shape[0])
+        if shared is not None:
+            q, o, do, chunk_lse = (rows.transpose(1, 2) for rows in (q, o, do, chunk_lse))
+            shared_dq, *shared_grads = partial.backward(
+                do, q, shared.key, shared.value, o, chunk_lse, shared.bias, scale
+            )
+            dq = dq + shared_dq.transpose(1, 2)
+            for total, grad in zip(grad_shared, shared_grads, strict=True):
+                total += grad
+        grad_query.index_copy_(1, chunk.queries, dq.flatten(2).to(grad_query.dtype))
+        grad_key.index_add_(1, chunk.keys, _untile(dk, query.shape[0]).flatten(2))
+        grad_value.index_add_(1, chunk.keys, _untile(dv, query.shape[0]).flatten(2))
+    heads = (
+        rows.to(query.dtype).unflatten(2, (num_heads, -1)).transpose(1, 2)
+        for rows in (grad_query, grad_key, grad_value)
+    )
+    return (*heads, *(total.to(query.dtype) for total in grad_shared))
+
+
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of logits, sums and log-sum-exp."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _chunks(groups: tuple[TileGroup, ...], key: Tensor, dtype: torch.dtype) -> Iterator[_Chunk]:
+    """Every group cut so that the gathered keys and values of a chunk have about CHUNK_BYTES."""
+    token_bytes = 2 * key.shape[0] * key.shape[2] * dtype.itemsize
+    budget = CHUNK_BYTES.get(key.device.type, CHUNK_BYTES["cuda"])
+    for group in groups:
+        bias = None if group.mask is None else attention_bias(group.mask, dtype)
+        step = max(1, budget // (token_bytes * group.keys.shape[1]))
+        for queries, keys in zip(group.queries.split(step), group.keys.split(step), strict=True):
+            yield _Chunk(len(queries), queries.flatten(), keys.flatten(), bias)
+
+
+def _shared(inputs: Inputs) -> _Shared | None:
+    """The keys that every image query sees, or None if there are none."""
+    if inputs.shared_key.shape[2] == 0:
+        return None
+    dtype, mask = sum_dtype(inputs.query), inputs.shared_mask
+    bias = None if mask is None else attention_bias(mask, dtype)[:, None, None, :]
+    return _Shared(inputs.shared_key.to(dtype), inputs.shared_value.to(dtype), bias)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[B, H, N, D] -> [B, N, H * D], without a copy where memory lies so."""
+    return tensor.transpose(1, 2).flatten(2).contiguous()
+
+
+def _take(rows: Tensor, index: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """[B, N, H * D] -> [B, len(index), H, D]."""
+    return rows.index_select(1, index).to(dtype).unflatten(2, (num_heads, -1))
+
+
+def _tiles(rows: Tensor, tiles: int) -> Tensor:
+    """[B, tiles * L, H, ...] -> [B * tiles, H, L, ...]."""
+    return rows.unflatten(1, (tiles, -1)).flatten(0, 1).transpose(1, 2)
+
+
+def _untile(tensor: Tensor, batch: int) -> Tensor:
+    """[B * tiles, H, L, ...] -> [B, tiles * L, H, ...]."""
+    return tensor.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)

@@ -1,0 +1,126 @@
+"""`lineardit::tiled_window_attention`: the tiled implementation as an operator for autograd and `torch.compile`.
+
+The operator is opaque to the compiler, so grid sizes may be symbolic outside of it, and are numbers inside, where the
+lists of the window are kept. Saved for backward: inputs, output and log-sum-exp. Differentiable once.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lists import circle_lists
+from .partial import fastest_partial
+from .tiled import Inputs, TileGroup, sum_dtype, tile_groups, tiled_backward, tiled_forward
+
+
+@torch.library.custom_op("lineardit::tiled_window_attention", mutates_args=())
+def tiled_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor,
+    shared_value: Tensor,
+    shared_mask: Tensor | None,
+    grid: Sequence[int],
+    radius: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of image queries over their window and all shared keys.
+
+    Args:
+        query, key, value: [B, H, N, D], the image tokens of `grid`.
+        shared_key, shared_value: [B, H, S, D], seen by every query; S may be 0.
+        shared_mask: [B, S] bool, True = attend; None attends to all.
+    Returns:
+        out [B, H, N, D], and the log-sum-exp of the logits, [B, N, H], which has no gradient.
+    """
+    inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
+    groups = _circle_groups(tuple(grid), radius, query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        return tiled_forward(inputs, groups, scale, fastest_partial(query.device.type, sum_dtype(query)))
+
+
+@torch.library.custom_op("lineardit::tiled_window_attention_backward", mutates_args=())
+def _tiled_window_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor,
+    shared_value: Tensor,
+    shared_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grid: Sequence[int],
+    radius: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
+    groups = _circle_groups(tuple(grid), radius, query.device)
+    partial = fastest_partial(query.device.type, sum_dtype(query))
+    with torch.autocast(query.device.type, enabled=False):
+        return tiled_backward(grad_out, inputs, out, lse, groups, scale, partial)
+
+
+@tiled_window_attention.register_fake
+def _(query, key, value, shared_key, shared_value, shared_mask, grid, radius, scale):  # type: ignore[no-untyped-def]
+    batch, num_heads, num_tokens, _ = query.shape
+    return _token_major(query), query.new_empty(batch, num_tokens, num_heads, dtype=sum_dtype(query))
+
+
+@_tiled_window_attention_backward.register_fake
+def _(grad_out, query, key, value, shared_key, shared_value, *_):  # type: ignore[no-untyped-def]
+    image = (_token_major(tensor) for tensor in (query, key, value))
+    return (*image, shared_key.new_empty(shared_key.shape), shared_value.new_empty(shared_value.shape))
+
+
+def _token_major(tensor: Tensor) -> Tensor:
+    """An empty [B, H, N, D] with memory in the order [B, N, H, D]."""
+    batch, num_heads, num_tokens, head_dim = tensor.shape
+    return tensor.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, grid, radius, scale = inputs
+    out, lse = output
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.window = (grid, radius, scale)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    grads = _tiled_window_attention_backward(grad_out, *ctx.saved_tensors, *ctx.window)
+    return (*grads, None, None, None, None)
+
+
+tiled_window_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@lru_cache(maxsize=8)
+def _circle_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
+    """The groups of a circular window, on the device."""
+    tile = tile_shape(grid[-2], grid[-1], radius)
+    with torch.inference_mode(False):
+        return tile_groups(circle_lists(grid, radius, query_tile=tile, key_tile=tile), device)
+
+
+def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
+    """(rows, columns) of the tiles that cut the grid evenly.
+
+    Measured on a CPU: 8x8 is best up to radius 16, then 16x16. A narrow grid takes longer tiles of as many tokens.
+    Where a tile would read most of a small grid, one tile is the grid, which is dense attention with a mask.
+    """
+    side = 8 if radius <= 16 else 16
+    reach = side + 2 * (radius - 1)
+    if height * width <= 1024 and 2 * min(reach, height) * min(reach, width) >= height * width:
+        return height, width
+    rows = _even(height, max(side, side * side // width))
+    return rows, _even(width, max(side, side * side // rows))
+
+
+def _even(size: int, longest: int) -> int:
+    """Length of the longest of the fewest pieces, none longer than `longest`."""
+    return -(-size // -(-size // longest))
