@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...kernels.window import implementations, window_attention
+from ...kernels.window import choose_impl, implementations, window_attention
 from ..layout import Grid, Layout, as_shape
 from .pooling import cell_side, count_cells, mean_pool, weighted_pool
 
@@ -82,6 +82,11 @@ class ClearAttention(nn.Module):
         """Whether this is softmax attention over everything, as the model had it."""
         height, width = layout.grid[-2:]
         return not self._pools and (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius**2
+
+    @staticmethod
+    def chosen(config: Clear, query: Tensor, grid: Grid, text_len: int) -> str:
+        """What impl="auto" runs for a query [B, H, N, D]."""
+        return choose_impl(query, grid=grid, radius=config.radius, text_len=text_len)
 
     @staticmethod
     def pairs(config: Clear, grid: Grid, text_len: int) -> int:

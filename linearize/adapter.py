@@ -1,0 +1,201 @@
+"""Adapters: what makes a linear student of a base, as a folder of one JSON and one safetensors file."""
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import __version__
+from .base import Place, Source, find_place, source_of
+from .convert import denoiser, linearize_, restore_, swapped
+from .families import family_of
+from .fitting import attention_shapes, check_fit, sorted_tensors
+from .folders import new_folder, read_tensors, sha256
+from .grouping import grouped
+from .manifest import MANIFEST_FILE, TENSORS_FILE, Manifest, TensorsFile, Trained, read_manifest
+from .matching import attention_modules
+from .methods import config_to_dict
+from .overlays import FusedLowRank, LowRank, like_layer, overlays_of, replace_weights_
+from .record import record_
+from .report import SwapReport
+
+logger = logging.getLogger(__name__)
+
+
+def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes what `linearize_` and training added to a base, and nothing of the base or of the user's own LoRA.
+
+    The folder appears whole or not at all. It holds `lineardit.json` and, where there are tensors,
+    `lineardit.safetensors`: the kernels' parameters, LoRA factors under peft's names (`add_lora_`), changed tensors
+    under the base's names (`train_full_`).
+
+    Args:
+        pipe_or_model: A pipeline or denoiser after `linearize_`.
+        directory: The folder to write.
+        overwrite: Replace an existing folder.
+    Returns:
+        The folder.
+    Raises:
+        ValueError: nothing is converted, the folder exists, or a tensor is not in memory (sharded or offloaded).
+    """
+    _, model = denoiser(pipe_or_model)
+    if not swapped(model):
+        raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+    return write_adapter(model, source_of(pipe_or_model, model), Path(directory), overwrite=overwrite)
+
+
+def load_adapter_(
+    pipe_or_model: Any,
+    directory_or_repo: str | Path,
+    *,
+    keep_original: bool = True,
+    impl: str = "auto",
+    revision: str | None = None,
+    offline: bool = False,
+) -> SwapReport:
+    """Converts a model as an adapter says and puts its trained weights on, in place.
+
+    An earlier conversion is undone first. `restore_` and `dense` then give the base's output bit for bit. A LoRA of the
+    adapter is no peft adapter of the model: choosing or unloading styles does not touch it.
+
+    Args:
+        pipe_or_model: A pipeline or denoiser of the class and shape that the adapter was made for.
+        directory_or_repo: The adapter's folder or Hub id.
+        keep_original: Keep the tensors that the adapter changes, on the CPU. False: LoRA is added into the weights, and
+            `restore_` and `dense` raise.
+        impl: The implementation to run, as in `linearize_`.
+        revision: Branch, tag or commit of the adapter's Hub id.
+        offline: Never touch the network.
+    Raises:
+        ValueError: the adapter is missing, damaged, or for another class, shape or number of layers; the model is as
+            it was.
+    """
+    manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
+    return mount_adapter_(pipe_or_model, manifest, tensors, keep_original=keep_original, impl=impl)
+
+
+def read_adapter(
+    directory_or_repo: str | Path, *, revision: str | None = None, offline: bool = False
+) -> tuple[Manifest, dict[str, Tensor]]:
+    """The checked contents of an adapter folder or Hub id.
+
+    Raises:
+        ValueError: it is missing, damaged, mixed from two adapters, or of a newer format.
+    """
+    place = find_place(directory_or_repo, revision=revision, offline=offline)
+    file = place.file(MANIFEST_FILE)
+    if file is None:
+        raise ValueError(
+            f"{place.name} has no {MANIFEST_FILE}: it is not an adapter; save_adapter or `lineardit convert` makes one"
+            + (", or, offline, it is not in the local cache" if offline else "")
+        )
+    manifest = read_manifest(file)
+    return manifest, {} if manifest.tensors is None else _checked_tensors(place, manifest.tensors)
+
+
+def _checked_tensors(place: Place, expected: TensorsFile) -> dict[str, Tensor]:
+    file = place.file(expected.file)
+    if file is None:
+        raise ValueError(f"{place.name} lacks {expected.file}, which its {MANIFEST_FILE} names: copy it again")
+    size = file.stat().st_size
+    if size != expected.bytes:
+        raise ValueError(
+            f"{file} has {size} bytes, {MANIFEST_FILE} says {expected.bytes}: it is truncated or of another adapter; "
+            "copy both files again"
+        )
+    if sha256(file) != expected.sha256:
+        raise ValueError(f"{file} is not the file that {MANIFEST_FILE} names (sha256 differs): copy both files again")
+    return read_tensors(file)
+
+
+def mount_adapter_(
+    pipe_or_model: Any, manifest: Manifest, tensors: dict[str, Tensor], *, keep_original: bool, impl: str
+) -> SwapReport:
+    """`load_adapter_` for an adapter that has been read."""
+    _, model = denoiser(pipe_or_model)
+    configs = manifest.configs()
+    check_fit(manifest, model)
+    parts = sorted_tensors(manifest, tensors, model)
+    _warn_of_other_base(manifest, source_of(pipe_or_model, model))
+    if swapped(model):
+        restore_(model)
+    report = linearize_(model, configs, impl=impl)
+    for name, module in swapped(model).items():
+        cast(Any, module).linear_kernel.load_state_dict(parts.kernels.get(name, {}))
+    if parts.full:
+        replace_weights_(model, parts.full, keep_original=keep_original)
+    if parts.lora:
+        factors = {name: like_layer(model, name, pair) for name, pair in parts.lora.items()}
+        overlay = LowRank if keep_original else FusedLowRank
+        overlays_of(model).items.append(overlay(model, factors, alpha=parts.alpha))
+    record_(model)
+    return report
+
+
+def _warn_of_other_base(manifest: Manifest, source: Source) -> None:
+    if None in (manifest.base, source.name):
+        return
+    if manifest.base != source.name:
+        logger.info("the adapter was made for %s, it is put on %s", manifest.base, source.name)
+    elif None not in (manifest.base_revision, source.revision) and manifest.base_revision != source.revision:
+        logger.warning(
+            "the adapter was made for revision %s of %s, this pipeline is revision %s: if pictures are off, load that "
+            "revision, or use lineardit.from_pretrained, which does",
+            manifest.base_revision,
+            manifest.base,
+            source.revision,
+        )
+
+
+def write_adapter(model: nn.Module, source: Source, directory: Path, *, overwrite: bool) -> Path:
+    """`save_adapter` for a converted denoiser whose base is known."""
+    tensors = _tensors(model)
+    with new_folder(directory, overwrite=overwrite) as folder:
+        file = None
+        if tensors:
+            path = folder / TENSORS_FILE
+            save_file(tensors, path, metadata={"format": "pt"})
+            file = TensorsFile(file=path.name, bytes=path.stat().st_size, sha256=sha256(path))
+        (folder / MANIFEST_FILE).write_text(_manifest(model, source, file).to_json(), encoding="utf-8")
+    return directory
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {
+        f"{name}.linear_kernel.{key}": tensor
+        for name, module in swapped(model).items()
+        for key, tensor in cast(nn.Module, module.linear_kernel).state_dict().items()
+    }
+    for overlay in overlays_of(model).items:
+        tensors |= overlay.tensors()
+    for name, tensor in tensors.items():
+        if tensor.is_meta or type(tensor.data) is not Tensor:
+            raise ValueError(f"{name} is not whole in memory (offloaded or sharded): gather it before save_adapter")
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _manifest(model: nn.Module, source: Source, tensors: TensorsFile | None) -> Manifest:
+    candidates, _ = attention_modules(model, family_of(model))
+    configs = {name: cast(Any, module).linear_kernel.config for name, module in swapped(model).items()}
+    groups = grouped(configs, list(candidates))
+    return Manifest(
+        base=source.name,
+        base_revision=source.revision,
+        base_license=source.license,
+        pipeline_class=source.pipeline_class,
+        model_class=type(model).__name__,
+        attention={pattern: attention_shapes(candidates[name] for name in names) for pattern, names in groups.items()},
+        methods={pattern: config_to_dict(configs[names[0]]) for pattern, names in groups.items()},
+        trained=trained_on(model),
+        tensors=tensors,
+        versions={"lineardit": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
+    )
+
+
+def trained_on(model: nn.Module) -> tuple[Trained, ...]:
+    """What was trained on the base's weights, each kind once."""
+    return tuple(dict.fromkeys(Trained(**overlay.describe()) for overlay in overlays_of(model).items))

@@ -1,0 +1,239 @@
+"""The pretrained model that is converted: where it is, what its config files say, and its shape without its weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import yaml
+from accelerate import init_empty_weights
+from huggingface_hub import metadata_load
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .families import FAMILIES
+from .hub import fetch, is_repository, snapshot_of
+from .manifest import MANIFEST_FILE
+from .methods import nearest
+from .record import CONFIG_KEY
+
+PIPELINE_FILE = "model_index.json"
+CONFIG_FILE = "config.json"
+COMPONENTS = ("transformer", "unet")  # where a pipeline has its denoiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: Hub id, or absolute path of the folder or config file; None: not known, such as a model made in memory.
+        revision: Commit of a Hub id; None: a folder.
+        license: From the model card, or the first line of a LICENSE file; None: neither found.
+        pipeline_class: None: this is a bare denoiser.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    pipeline_class: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What the config files of a base say.
+
+    Attributes:
+        source: Where they were found.
+        model_class: The denoiser's class.
+        config: The denoiser's config.json.
+        vae_scale: Pixels per latent position, along one side.
+        absent: Components that the pipeline was saved without.
+    """
+
+    source: Source
+    model_class: str
+    config: Mapping[str, Any]
+    vae_scale: int = 8
+    absent: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A folder, a config file or a Hub repository, and how to get single files from it."""
+
+    name: str
+    folder: Path | None
+    revision: str | None = None
+    offline: bool = False
+
+    def file(self, path: str) -> Path | None:
+        """A file of the folder or repository, None where it has none of that name."""
+        if self.folder is None:
+            return fetch(self.name, path, revision=self.revision, offline=self.offline)
+        file = self.folder / path
+        return file if file.is_file() else None
+
+
+def find_place(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Place:
+    """Where a base or an adapter is.
+
+    Raises:
+        ValueError: neither a folder nor the form of a Hub id, or a revision of a folder.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision is for Hub repositories, got {revision!r} for the folder {path}")
+        return Place(name=str(path.resolve()), folder=path.resolve())
+    if not is_repository(str(name)):
+        raise ValueError(f"no folder {name} here, and it is not a Hub id, which has the form owner/name")
+    return Place(name=str(name), folder=None, revision=revision, offline=offline)
+
+
+def read_base(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Base:
+    """Reads the config files of a pipeline, a denoiser's folder, or a bare config.json; of a Hub id nothing but these.
+
+    Args:
+        name: Folder, config file or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        offline: Never touch the network.
+    Raises:
+        UnsupportedModelError: the denoiser is of no class that can be converted.
+        ValueError: not found, out of reach, damaged, or no model in diffusers' format; says what to do.
+    """
+    place = find_place(name, revision=revision, offline=offline)
+    if place.folder is not None and place.folder.is_file():
+        index_file, config_file = None, place.folder
+    else:
+        index_file, config_file = place.file(PIPELINE_FILE), None
+    component = pipeline_class = None
+    index: dict[str, Any] = {}
+    if index_file is not None:
+        index = read_json(index_file)
+        pipeline_class = index.get("_class_name")
+        component = _component(index, index_file)
+        config_file = place.file(f"{component}/{CONFIG_FILE}")
+    elif config_file is None:
+        config_file = place.file(CONFIG_FILE)
+    if config_file is None:
+        raise ValueError(_nothing_found(place, component))
+    config = read_json(config_file)
+    if not isinstance(config.get("_class_name"), str):
+        raise ValueError(f"{config_file} names no _class_name: it is not a config of diffusers")
+    snapshot = snapshot_of(config_file)
+    revision = snapshot[1] if place.folder is None and snapshot else None
+    source = Source(name=place.name, revision=revision, license=_license(place), pipeline_class=pipeline_class)
+    vae_file = None if index_file is None else place.file(f"vae/{CONFIG_FILE}")
+    vae_levels = read_json(vae_file).get("block_out_channels") if vae_file is not None else None
+    vae_scale = 2 ** (len(vae_levels) - 1) if vae_levels else 8
+    return Base(
+        source=source,
+        model_class=config["_class_name"],
+        config=config,
+        vae_scale=vae_scale,
+        absent=tuple(name for name, entry in index.items() if entry == [None, None]),
+    )
+
+
+def source_of(pipe_or_model: Any, model: Any) -> Source:
+    """Where a pipeline or denoiser in memory was loaded from, as far as it knows.
+
+    Args:
+        pipe_or_model: A pipeline or a denoiser.
+        model: The denoiser.
+    """
+    pipeline_class = None if pipe_or_model is model else type(pipe_or_model).__name__
+    snapshot = snapshot_of(Path(_loaded_from(model)))
+    name = _loaded_from(pipe_or_model)
+    if snapshot is not None:
+        place = Place(name=snapshot[0], folder=None, revision=snapshot[1], offline=True)
+    elif Path(name).is_dir() and name:
+        place = Place(name=str(Path(name).resolve()), folder=Path(name).resolve())
+    else:
+        return Source(pipeline_class=pipeline_class)
+    return Source(name=place.name, revision=place.revision, license=_license(place), pipeline_class=pipeline_class)
+
+
+def _loaded_from(loaded: Any) -> str:
+    """The folder or Hub id that diffusers notes in a config, "" for none."""
+    return getattr(getattr(loaded, "config", None), "_name_or_path", None) or ""
+
+
+def build_on_meta(base: Base) -> nn.Module:
+    """The denoiser in its shape, without memory for its weights.
+
+    Raises:
+        UnsupportedModelError: it is of no class that can be converted.
+        ValueError: its config does not fit its class.
+    """
+    if base.model_class not in FAMILIES or not hasattr(diffusers, base.model_class):
+        near = nearest(base.model_class, FAMILIES)
+        raise UnsupportedModelError(f"cannot convert a {base.model_class}{near}; supported: {', '.join(FAMILIES)}")
+    config = {key: value for key, value in base.config.items() if key != CONFIG_KEY}
+    try:
+        with init_empty_weights(include_buffers=True):
+            return cast(nn.Module, getattr(diffusers, base.model_class).from_config(config))
+    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"the config of {base.source.name} does not fit a {base.model_class}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: it is damaged or holds something else.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
+    return entries
+
+
+def _component(index: Mapping[str, Any], index_file: Path) -> str:
+    for name in COMPONENTS:
+        entry = index.get(name)
+        if isinstance(entry, list) and entry[0] is not None:
+            if entry[0] != "diffusers":
+                raise UnsupportedModelError(
+                    f"{index_file}: its {name} is a {entry[1]} of {entry[0]}; only diffusers' own classes are loaded"
+                )
+            return name
+    raise UnsupportedModelError(f"{index_file} has no {' or '.join(COMPONENTS)}: nothing in this pipeline to convert")
+
+
+def _nothing_found(place: Place, component: str | None) -> str:
+    if component is not None:
+        return f"{place.name} has a {PIPELINE_FILE} but no {component}/{CONFIG_FILE}: its copy is not complete"
+    if place.offline:
+        return f"{place.name} is not in the local cache, and offline=True (--offline): drop that once, or give a folder"
+    if place.file(MANIFEST_FILE) is not None:
+        return f"{place.name} is an adapter, not a base: give the base that its {MANIFEST_FILE} names"
+    return f"{place.name} has no {PIPELINE_FILE} or {CONFIG_FILE}: give a pipeline or a denoiser in diffusers' format"
+
+
+def _license(place: Place) -> str | None:
+    if place.folder is not None and place.folder.is_file():
+        return None
+    card = place.file("README.md")
+    entries = _metadata(card) if card is not None else {}
+    if isinstance(entries.get("license"), str):
+        name = entries.get("license_name")
+        return str(name) if entries["license"] == "other" and name else entries["license"]
+    for name in ("LICENSE", "LICENSE.md", "LICENSE.txt"):
+        if (file := place.file(name)) is not None:
+            lines = [line.strip("# \t") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+            return next((line for line in lines if line), None)
+    return None
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    try:
+        return metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):
+        return {}  # a damaged card is not the model's fault

@@ -1,0 +1,104 @@
+"""Files and output folders that appear whole or not at all, and safetensors files that say what is wrong with them."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling to write into, which becomes `path` when the block ends without an exception.
+
+    Raises:
+        ValueError: `path` exists and overwrite is False, or it is a file.
+    """
+    check_output(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync(file)
+        sync(temporary)
+        _put_in_place(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Whether `path` may be written.
+
+    Raises:
+        ValueError: it exists and overwrite is False, or it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"the output must be a folder, {path} is a file")
+    if path.exists() and not overwrite and any(path.iterdir()):
+        raise ValueError(f"the output folder {path} exists: choose another one, or pass overwrite=True (--overwrite)")
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    path.replace(old)  # onto an empty folder: allowed
+    temporary.rename(path)
+    shutil.rmtree(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a hidden file beside `path`, then rename it: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's or folder's bytes are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(path: Path, *, only: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names pass `only`, on the CPU.
+
+    Raises:
+        ValueError: there is no such file, it is truncated, or not in this format.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: copy the missing file again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if only(name)}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): copy or download it again") from error

@@ -1,0 +1,27 @@
+"""Few patterns for many module names: how a conversion is written down."""
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+def grouped(labels: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[str]]:
+    """Globs that name exactly the labelled modules, those of one label and one kind of name together.
+
+    Args:
+        labels: Label by module name, such as the config of its method; labels are hashable.
+        names: All names that the globs will be matched against; those without a label must match none.
+    Returns:
+        {glob: names}. Numbers in names become `*`, as in "transformer_blocks.*.attn", where no other name would match.
+    """
+    groups: dict[tuple[str, Any], list[str]] = {}
+    for name, label in labels.items():
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), label), []).append(name)
+    found: dict[str, list[str]] = {}
+    for (glob, _), members in groups.items():
+        if [name for name in names if fnmatchcase(name, glob)] == [name for name in names if name in members]:
+            found[glob] = members
+        else:
+            found |= {name: [name] for name in members}
+    return found

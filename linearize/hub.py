@@ -1,0 +1,74 @@
+"""Single files of a Hub repository, and a sentence that says what to do where one cannot be had."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def fetch(repository: str, file: str, *, revision: str | None = None, offline: bool = False) -> Path | None:
+    """One file of a Hub repository, from the cache or downloaded.
+
+    Args:
+        repository: "owner/name".
+        file: Its path in the repository.
+        revision: Branch, tag or commit; None: the default branch.
+        offline: Only look into the cache.
+    Returns:
+        Where the file is, None: the repository has no such file (offline: or it is not in the cache).
+    Raises:
+        ValueError: the repository is missing, private, gated or out of reach, or has no such revision.
+    """
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=offline))
+    except LocalEntryNotFoundError as error:
+        if offline:
+            return None
+        raise ValueError(
+            f"the Hub cannot be reached and {repository}{at} is not in the local cache: check the network, or give the "
+            "folder of a copy that you have"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, log in with "
+            "`hf auth login`, and try again"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{repository} is neither a folder here nor a public Hub repository: check the name, or log in with "
+            "`hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"{repository} has no revision {revision!r}: its branches, tags and commits are listed at "
+            f"https://huggingface.co/{repository}/commits/main"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"the Hub answered for {repository}{at}: {error}; try again later") from error
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name has the form of a Hub id, owner/name."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def snapshot_of(path: Path) -> tuple[str, str] | None:
+    """(repository, commit) of a path inside the Hub's cache, None for any other path."""
+    for folder in (path, *path.parents):
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/", 1), folder.name
+    return None

@@ -1,0 +1,149 @@
+"""What a conversion does to a model, module by module, and what a step then costs: what `lineardit inspect` shows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import Base, build_on_meta, find_place, read_base
+from .convert import check_impl
+from .families import family_of
+from .flops import Step, StepFlops, count_steps
+from .manifest import MANIFEST_FILE, read_entry, read_manifest
+from .matching import attention_modules, choose
+from .methods import METHODS, config_to_dict
+from .record import CONFIG_KEY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One attention module.
+
+    Attributes:
+        module: Its name.
+        swapped: Whether a linear kernel replaces its attention.
+        reason: Why not, "" if swapped.
+        method: Name of the method, "" if not swapped.
+        settings: The method's settings.
+        impl: The implementation that runs on this machine, by size where it differs; "" if not swapped.
+    """
+
+    module: str
+    swapped: bool
+    reason: str
+    method: str
+    settings: dict[str, Any]
+    impl: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """Every attention module of a model or adapter, and the operations of a step; `str()` is a table.
+
+    Attributes:
+        base: Hub id or folder of the model.
+        model_class: Class of the denoiser.
+        family: Name of the model's family.
+        rows: One for each attention module, in the model's order.
+        flops: One for each size that the model can make.
+    """
+
+    base: str
+    model_class: str
+    family: str
+    rows: tuple[Row, ...]
+    flops: tuple[StepFlops, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self) | {"flops": [asdict(step) | {"after": step.after} for step in self.flops]}
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_class} of {self.base}, family {self.family}"]
+        width = max(len(row.module) for row in self.rows)
+        for row in self.rows:
+            settings = " ".join(f"{name}={value}" for name, value in row.settings.items())
+            told = f"{row.method} {settings}, runs {row.impl}" if row.swapped else f"not swapped: {row.reason}"
+            lines.append(f"  {row.module:{width}}  {told}")
+        lines.append("TFLOP per denoising step, batch 1")
+        for step in self.flops:
+            before, after = step.before / 1e12, step.after / 1e12
+            lines.append(f"  {step.size}  {before:12.3f} -> {after:12.3f}  ({before / after:.2f}x less)")
+        return "\n".join(lines)
+
+
+def inspect_base(
+    base_or_adapter: str | Path, *, revision: str | None = None, offline: bool = False, impl: str = "auto"
+) -> Inspection:
+    """Looks at a base, an adapter or a saved converted pipeline; reads config files, never the base's weights.
+
+    Args:
+        base_or_adapter: Folder, config.json or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        offline: Never touch the network.
+        impl: The implementation to ask about.
+    Raises:
+        UnsupportedModelError: the model's class cannot be converted.
+        ValueError: something is missing, damaged or out of reach, or there is no such `impl`.
+    """
+    place = find_place(base_or_adapter, revision=revision, offline=offline)
+    adapter_file = place.file(MANIFEST_FILE)
+    if adapter_file is None:
+        base = read_base(base_or_adapter, revision=revision, offline=offline)
+        configs = read_entry(base.config[CONFIG_KEY]).configs() if CONFIG_KEY in base.config else {}
+    else:
+        manifest = read_manifest(adapter_file)
+        configs = manifest.configs()
+        if manifest.base is None:
+            raise ValueError(f"{place.name} does not name its base (it was made in memory): inspect the base itself")
+        base = read_base(manifest.base, revision=manifest.base_revision, offline=offline)
+    return _inspect(base, configs, impl)
+
+
+def _inspect(base: Base, patterns: Mapping[str, Any], impl: str) -> Inspection:
+    for config in patterns.values():
+        check_impl(impl, type(config))
+    model = build_on_meta(base)
+    family = family_of(model)
+    candidates, skipped = attention_modules(model, family)
+    configs = choose(list(candidates), patterns, None)
+    steps = count_steps(model, vae_scale=base.vae_scale)
+    left = skipped | {name: "not converted" for name in candidates if name not in configs}
+    rows = {name: _left(name, reason) for name, reason in left.items()} | {
+        name: _row(name, config, _runs(name, config, steps, impl)) for name, config in configs.items()
+    }
+    return Inspection(
+        base=base.source.name or "memory",
+        model_class=base.model_class,
+        family=family.name,
+        rows=tuple(rows[name] for name, _ in model.named_modules() if name in rows),
+        flops=tuple(step.flops(configs) for step in steps),
+    )
+
+
+def _row(name: str, config: Any, impl: str) -> Row:
+    settings = config_to_dict(config)
+    method = settings.pop("method")
+    return Row(module=name, swapped=True, reason="", method=method, settings=settings, impl=impl)
+
+
+def _left(name: str, reason: str) -> Row:
+    return Row(module=name, swapped=False, reason=reason, method="", settings={}, impl="")
+
+
+def _runs(name: str, config: Any, steps: Sequence[Step], impl: str) -> str:
+    """The implementation at every size: "tiled", or "reference at 1K, tiled at 2K 4K 8K"."""
+    if impl != "auto":
+        return impl
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes: dict[str, list[str]] = {}
+    for step in steps:
+        call = next(call for call in step.calls if call.module == name)
+        query = torch.empty(1, device=device).expand(1, call.heads, call.queries, call.head_dim)  # no memory
+        chosen = METHODS[type(config)].chosen(config, query, *step.layout(call))
+        sizes.setdefault(chosen, []).append(step.size)
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    return ", ".join(f"{chosen} at {' '.join(names)}" for chosen, names in sizes.items())

@@ -1,0 +1,141 @@
+"""A linear pipeline in one call: the base that an adapter names, then the adapter."""
+
+import logging
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from .adapter import mount_adapter_, read_adapter
+from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
+from .convert import denoiser, linearize_
+from .folders import read_tensors
+from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
+from .overlays import LORA_NAME, FullWeights, LowRank, like_layer, overlays_of
+from .record import CONFIG_KEY, record_
+
+logger = logging.getLogger(__name__)
+
+
+def from_pretrained(
+    directory_or_repo: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    impl: str = "auto",
+    keep_original: bool = True,
+) -> Any:
+    """Loads the base that an adapter names, at the revision it names, and puts the adapter on it.
+
+    A folder that a plain `save_pretrained` wrote of a converted pipeline is restored too. Weights come from safetensors
+    files, never from pickles; no code of a repository runs.
+
+    Args:
+        directory_or_repo: Folder or Hub id of an adapter, or of a saved converted pipeline.
+        dtype: Of the weights; None: float32.
+        base: Folder or Hub id to load in place of the base that the adapter names, such as a moved copy or a fine-tune.
+        revision: Branch, tag or commit of `directory_or_repo` on the Hub.
+        offline: Never touch the network.
+        impl: The implementation to run, as in `linearize_`.
+        keep_original: As in `load_adapter_`.
+    Returns:
+        The pipeline, on the CPU; the denoiser where the adapter's base is a bare denoiser.
+    Raises:
+        ValueError: the adapter or its base is missing, out of reach, damaged, or they do not fit.
+    """
+    place = find_place(directory_or_repo, revision=revision, offline=offline)
+    if place.file(MANIFEST_FILE) is None:
+        return _restored(place, dtype=dtype, base=base, impl=impl)
+    manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
+    if base is None:
+        found = _named_base(manifest, place, offline)
+    else:
+        found = read_base(base, offline=offline)
+    pipe = _load(found, dtype=dtype, offline=offline)
+    mount_adapter_(pipe, manifest, tensors, keep_original=keep_original, impl=impl)
+    return pipe
+
+
+def _named_base(manifest: Manifest, place: Place, offline: bool) -> Base:
+    if manifest.base is None:
+        raise ValueError(f"{place.name} does not name its base (it was made in memory): pass base=")
+    if Path(manifest.base).is_absolute() and not Path(manifest.base).exists():
+        raise ValueError(f"the base of {place.name} is no longer at {manifest.base}: pass base= with its new place")
+    return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
+
+
+def _load(base: Base, *, dtype: torch.dtype | None, offline: bool) -> Any:
+    """The pipeline, or the bare denoiser, with its weights."""
+    source = base.source
+    if source.name is None or Path(source.name).is_file():
+        raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
+    loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
+    return loader.from_pretrained(
+        source.name,
+        torch_dtype=dtype,
+        revision=source.revision,
+        local_files_only=offline,
+        use_safetensors=True,
+        **dict.fromkeys(base.absent),  # diffusers wants a component that was saved as None passed as None again
+    )
+
+
+def _restored(place: Place, *, dtype: torch.dtype | None, base: str | Path | None, impl: str) -> Any:
+    """What a plain save_pretrained of a converted pipeline or denoiser wrote."""
+    files = (PIPELINE_FILE, CONFIG_FILE)
+    saved = None
+    if any(place.file(file) is not None for file in files):
+        saved = read_base(place.name, revision=place.revision, offline=place.offline)
+    if saved is None or CONFIG_KEY not in saved.config:
+        raise ValueError(
+            f"{place.name} is neither an adapter (no {MANIFEST_FILE}) nor a saved converted pipeline: "
+            "`lineardit convert` makes an adapter of a base"
+        )
+    entry = read_entry(saved.config[CONFIG_KEY])
+    if base is not None:
+        raise ValueError(f"{place.name} is a whole pipeline, base must be None, got {base}")
+    logger.warning(
+        "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full attention; "
+        "use lineardit.save_adapter to keep a student",
+        place.name,
+    )
+    pipe = _load(saved, dtype=dtype, offline=place.offline)
+    _, model = denoiser(pipe)
+    _restore_conversion_(model, entry, impl)
+    return pipe
+
+
+def _restore_conversion_(model: Any, entry: Entry, impl: str) -> None:
+    """Kernels, their parameters, LoRA, and the knowledge that some of the base's own weights are lost."""
+    linearize_(model, entry.configs(), impl=impl)
+    saved = _own_tensors(Path(model.config._name_or_path))
+    parameters = dict(model.named_parameters())
+    changed = [name for name in parameters if any(fnmatchcase(name, glob) for glob in entry.changed)]
+    if changed:
+        overlays_of(model).items.append(FullWeights(model, dict.fromkeys(changed)))
+    for trained in entry.trained:
+        if trained.kind == "lora":
+            overlays_of(model).items.append(_saved_lora(model, saved, cast(float, trained.alpha)))
+    model.load_state_dict(saved, strict=False)
+    record_(model)
+
+
+def _saved_lora(model: nn.Module, saved: Mapping[str, Tensor], alpha: float) -> LowRank:
+    end = f".{LORA_NAME}.down"
+    layers = [name.removesuffix(end) for name in saved if name.endswith(end)]
+    pairs = {layer: (saved[f"{layer}{end}"], saved[f"{layer}.{LORA_NAME}.up"]) for layer in layers}
+    return LowRank(model, {layer: like_layer(model, layer, pair) for layer, pair in pairs.items()}, alpha=alpha)
+
+
+def _own_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved denoiser that are ours and not the base's."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= read_tensors(file, only=lambda name: ".linear_kernel." in name or f".{LORA_NAME}." in name)
+    return tensors

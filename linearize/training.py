@@ -1,0 +1,95 @@
+"""What a distillation trains on the base's weights: LoRA, or the whole projections of the swapped attention modules."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .convert import denoiser, swapped
+from .overlays import LORA_NAME, FullWeights, LowRank, overlays_of, plain_layer
+from .record import record_
+
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora_(
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = ATTENTION_PROJECTIONS,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, nn.Parameter]:
+    """Puts an untrained LoRA beside the projections of every swapped attention module; the output does not change yet.
+
+    Args:
+        pipe_or_model: A pipeline or denoiser after `linearize_`.
+        rank: Columns of the low-rank term.
+        alpha: The term's factor is alpha / rank; default: rank, a factor of 1.
+        targets: Names of Linear layers below an attention module. A module that lacks one is passed over.
+        dtype: Of the new parameters; they are on each layer's own device.
+    Returns:
+        The new parameters by their name in the model.
+    Raises:
+        ValueError: rank < 1, nothing is converted, a target that no swapped module has, or a LoRA is there already.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}")
+    _, model = denoiser(pipe_or_model)
+    names = _projections(model, targets)
+    if any(overlay.describe()["kind"] == "lora" for overlay in overlays_of(model).items):
+        raise ValueError("this model has a LoRA of ours already: train that one, or restore_ and linearize_ first")
+    factors = {}
+    for name in names:
+        layer = plain_layer(model, name)
+        device = layer.weight.device
+        down = torch.empty(rank, layer.in_features, dtype=dtype, device=device)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        factors[name] = (down, torch.zeros(layer.out_features, rank, dtype=dtype, device=device))
+    overlays_of(model).items.append(LowRank(model, factors, alpha=rank if alpha is None else alpha))
+    record_(model)
+    return {name: parameter for name, parameter in model.named_parameters() if f".{LORA_NAME}." in name}
+
+
+def train_full_(
+    pipe_or_model: DiffusionPipeline | nn.Module, *, targets: Sequence[str] = ATTENTION_PROJECTIONS
+) -> dict[str, nn.Parameter]:
+    """Notes that the projections of every swapped attention module will change, and keeps a copy of them beside them.
+
+    `dense` and `restore_` then give the base's output again, and `save_adapter` saves these tensors.
+
+    Args:
+        pipe_or_model: A pipeline or denoiser after `linearize_`.
+        targets: Names of layers below an attention module. A module that lacks one is passed over.
+    Returns:
+        The model's own parameters by name.
+    Raises:
+        ValueError: Nothing is converted, or a target that no swapped module has.
+    """
+    _, model = denoiser(pipe_or_model)
+    overlay = FullWeights(
+        model,
+        {
+            f"{name}.{attribute}": parameter.detach().clone()
+            for name in _projections(model, targets)
+            for attribute, parameter in plain_layer(model, name).named_parameters(recurse=False)
+        },
+    )
+    overlays_of(model).items.append(overlay)
+    record_(model)
+    return {name: overlay.parameter(name) for name in overlay.originals}
+
+
+def _projections(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Full names of the target layers below the swapped modules."""
+    if not swapped(model):
+        raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+    candidates = {target: [f"{name}.{target}" for name in swapped(model)] for target in targets}
+    layers = {name for name, _ in model.named_modules()}
+    found = {target: [name for name in names if name in layers] for target, names in candidates.items()}
+    for target, names in found.items():
+        if not names:
+            raise ValueError(f"targets must be layers of the swapped attention modules, got {target!r}")
+    return [name for names in found.values() for name in names]
