@@ -1,0 +1,137 @@
+"""What the tiny pipeline learns from: batches of drawn scenes in mixed sizes, and the loss on one of them.
+
+    x_t = (1 - t) x_0 + t noise,   loss = |transformer(x_t, t, caption) - (noise - x_0)|^2
+
+Flow matching (arXiv:2210.02747) with FLUX's resolution-dependent shift of t. B batch, H and W sides of the latents.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from . import scenes
+from .train_vae import pictures
+
+PIXELS_PER_TOKEN = 4  # a side: the autoencoder halves, packing halves again
+TOKENS_PER_STEP = 4096  # of images
+# (width, height): share of the steps, in the first, second and third phase of the training
+SIZES = {
+    (64, 64): (0.70, 0.10, 0.08),
+    (96, 64): (0.10, 0.05, 0.03),
+    (64, 96): (0.10, 0.05, 0.03),
+    (128, 128): (0.10, 0.60, 0.66),
+    (160, 96): (0.00, 0.10, 0.05),
+    (96, 160): (0.00, 0.10, 0.05),
+    (192, 192): (0.00, 0.00, 0.05),
+    (256, 256): (0.00, 0.00, 0.05),
+}
+PHASES = (0.35, 0.8, 1.0)  # where each one ends, as a share of all steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    steps: int
+    learning_rate: float = 1.5e-3
+    warmup: int = 200
+    ema_decay: float = 0.999
+    seed: int = 0
+    save_every: int = 250
+    evaluate_every: int = 1000
+    device: str = "cpu"
+
+
+def size_of_step(step: int, settings: Settings) -> tuple[int, int]:
+    """The (width, height) of one step's pictures: a function of the step, so that a resumed run goes on alike."""
+    phase = next(i for i, end in enumerate(PHASES) if step < end * settings.steps)
+    rng = random.Random(f"size-{settings.seed}-{step}")
+    return rng.choices(list(SIZES), [shares[phase] for shares in SIZES.values()])[0]
+
+
+def text_len_of_step(step: int, num_tokens: int, settings: Settings) -> int:
+    """Mostly short texts; long ones, which pad much, beside few large pictures."""
+    rng = random.Random(f"text-{settings.seed}-{step}")
+    return rng.choices((32, 64, 128, 512), (0.5, 0.4, 0.05, 0.05) if num_tokens >= 1024 else (0.7, 0.3, 0, 0))[0]
+
+
+class TinyFlux(nn.Module):
+    """What is trained: the transformer and both text encoders."""
+
+    def __init__(self, pipe: FluxPipeline):
+        super().__init__()
+        self.transformer, self.clip, self.t5 = pipe.transformer, pipe.text_encoder, pipe.text_encoder_2
+
+    def forward(self, noisy: Tensor, times: Tensor, ids: tuple[Tensor, Tensor], height: int, width: int) -> Tensor:
+        """noisy: [B, 4, H, W] latents, times: [B] in [0, 1], ids: CLIP's and T5's token ids [B, L] -> [B, 4, H, W]."""
+        clip_ids, t5_ids = ids
+        rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        img_ids = torch.stack([torch.zeros_like(rows), rows, cols], -1).reshape(-1, 3).to(noisy)
+        out = self.transformer(
+            hidden_states=pack(noisy),
+            timestep=times,
+            encoder_hidden_states=self.t5(t5_ids)[0],
+            pooled_projections=self.clip(clip_ids).pooler_output,
+            img_ids=img_ids,
+            txt_ids=noisy.new_zeros(t5_ids.shape[1], 3),
+            return_dict=False,
+        )[0]
+        return unpack(out, height, width)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, 2h, 2w] -> [B, h * w, 4 C], FLUX's tokens."""
+    batch, channels, height, width = latents.shape
+    cells = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """[B, h * w, 4 C] -> [B, C, 2h, 2w]."""
+    batch, _, channels = tokens.shape
+    cells = tokens.reshape(batch, height, width, channels // 4, 2, 2)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * height, 2 * width)
+
+
+@dataclass(frozen=True)
+class Batch:
+    latents: Tensor  # [B, 4, 2 height, 2 width], normalised
+    ids: tuple[Tensor, Tensor]
+    grid: tuple[int, int]
+
+
+def make_batch(pipe: FluxPipeline, first: int, step: int, settings: Settings) -> Batch:
+    """Scenes `first`, `first + 1`, ... drawn, encoded, and told with their objects in either order."""
+    width, height = size_of_step(step, settings)
+    grid = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+    num_tokens = grid[0] * grid[1]
+    count = TOKENS_PER_STEP // num_tokens
+    with torch.no_grad():
+        drawn = pictures(first, count, width, height).to(settings.device)
+        latents = pipe.vae.encode(drawn).latent_dist.mode()
+    latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    captions = [scenes.sample(i).say(reverse=i % 3 == 0) for i in range(first, first + count)]
+    text_len = text_len_of_step(step, num_tokens, settings)
+    ids = token_ids(pipe.tokenizer, captions, 77), token_ids(pipe.tokenizer_2, captions, text_len)
+    return Batch(latents, (ids[0].to(settings.device), ids[1].to(settings.device)), grid)
+
+
+def token_ids(tokenizer: Any, captions: list[str], length: int) -> Tensor:
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def shifted_times(count: int, num_tokens: int) -> Tensor:
+    """Logit-normal times in (0, 1), shifted towards noise as FLUX's scheduler does for `num_tokens` image tokens."""
+    mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
+    return torch.sigmoid(torch.randn(count) + mu)
+
+
+def flow_loss(model: TinyFlux, batch: Batch) -> Tensor:
+    times = shifted_times(len(batch.latents), batch.grid[0] * batch.grid[1]).to(batch.latents)
+    noise = torch.randn_like(batch.latents)
+    mix = times.view(-1, 1, 1, 1)
+    with torch.autocast(noise.device.type, torch.bfloat16):
+        velocity = model((1 - mix) * batch.latents + mix * noise, times, batch.ids, *batch.grid)
+    return (velocity.float() - (noise - batch.latents)).square().mean()
