@@ -158,8 +158,8 @@ def _validate(
         shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         raise ValueError(f"query, key and value must have one shape [B, H, N, D], got {shapes}")
     batch, num_heads, num_tokens, head_dim = query.shape
-    if len(grid) not in (2, 3) or any(size < 1 for size in grid):
-        raise ValueError(f"grid must be (height, width) or (frames, height, width) of sizes >= 1, got {tuple(grid)}")
+    if len(grid) not in (2, 3) or any(not isinstance(size, int | torch.SymInt) or size < 1 for size in grid):
+        raise ValueError(f"grid must be (height, width) or (frames, height, width), integers >= 1, got {tuple(grid)}")
     if not 0 < radius < math.inf:
         raise ValueError(f"radius must be a finite number > 0, got {radius}")
     if text_len < 0:

@@ -1,0 +1,387 @@
+"""Window attention: every implementation against the reference, its window, its errors, autograd and the compiler."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_matches_reference
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from lineardit.kernels.window import (
+    choose_impl,
+    implementations,
+    tiled_op,
+    window_attention,
+    window_attention_reference,
+)
+from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    grid: tuple[int, ...]
+    radius: float
+    text_len: int = 0
+    text_first: bool = True
+    num_pooled: int = 0
+    masked: bool = False
+    batch: int = 1
+    num_heads: int = 2
+    head_dim: int = 8
+    contiguous: bool = True
+
+    def __str__(self) -> str:
+        grid = "x".join(str(size) for size in self.grid)
+        extras = [f"pooled{self.num_pooled}"] * bool(self.num_pooled) + ["masked"] * self.masked
+        extras += ["textlast"] * (not self.text_first) + ["strided"] * (not self.contiguous)
+        name = f"B{self.batch}-H{self.num_heads}-grid{grid}-r{self.radius}-text{self.text_len}"
+        return "-".join([name, *extras])
+
+    @property
+    def num_tokens(self) -> int:
+        return self.text_len + math.prod(self.grid)
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """Query, key, value and, where there are any, pooled key and value."""
+        shape = (self.batch, self.num_heads, self.num_tokens, self.head_dim)
+        if self.contiguous:
+            tensors = list(torch.randn(3, *shape, dtype=dtype))
+        else:  # as one projection leaves them
+            fused = torch.randn(self.batch, self.num_tokens, 3, self.num_heads, self.head_dim, dtype=dtype)
+            tensors = list(fused.permute(2, 0, 3, 1, 4))
+        if self.num_pooled:
+            tensors += torch.randn(2, self.batch, self.num_heads, self.num_pooled, self.head_dim, dtype=dtype)
+        return tensors
+
+    def text_mask(self) -> Tensor | None:
+        """The last sample's text is masked whole, the others' in part."""
+        if not self.masked:
+            return None
+        mask = torch.arange(self.text_len).repeat(self.batch, 1) % 3 > 0
+        mask[-1] = False
+        return mask
+
+    def run(self, attention, *tensors: Tensor, **options) -> Tensor:
+        return attention(
+            *tensors[:3],
+            grid=self.grid,
+            radius=self.radius,
+            text_len=self.text_len,
+            text_first=self.text_first,
+            text_mask=self.text_mask(),
+            pooled=tensors[3:] or None,
+            **options,
+        )
+
+    def matches_reference(self, dtype: torch.dtype, **options) -> None:
+        assert_matches_reference(
+            lambda *tensors: self.run(window_attention, *tensors, **options),
+            lambda *tensors: self.run(window_attention_reference, *tensors),
+            self.tensors(),
+            dtype,
+        )
+
+
+CASES = [
+    Case(grid=(3, 5), radius=1.5, text_len=4, masked=True, batch=2),
+    Case(grid=(7, 5), radius=99, text_len=3, num_heads=3),
+    Case(grid=(1, 150), radius=4, text_len=77, head_dim=16),
+    Case(grid=(12, 20), radius=2, batch=2, contiguous=False),
+    Case(grid=(13, 37), radius=5, text_len=7, text_first=False, masked=True, batch=2, num_pooled=3),
+    Case(grid=(37, 11), radius=3.3, text_len=77, num_pooled=6, contiguous=False),
+    Case(grid=(2, 9, 20), radius=2.5, text_len=5, batch=2),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+on_cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(params=["flash", "plain"])
+def partial_attention(request, monkeypatch):
+    """Both ways in which the tiled implementation computes a part."""
+    partial = {"flash": FLASH, "plain": PLAIN}[request.param]
+    monkeypatch.setattr(tiled_op, "fastest_partial", lambda *_: partial)
+    return partial
+
+
+@on_cases
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_window_attention_tiled_matches_reference(case, dtype, partial_attention):
+    case.matches_reference(dtype, impl="tiled")
+
+
+@settings(max_examples=15)
+@given(
+    case=st.builds(
+        Case,
+        grid=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+        radius=st.floats(0.5, 12),
+        text_len=st.integers(1, 9),
+        text_first=st.booleans(),
+        masked=st.booleans(),
+        num_pooled=st.integers(0, 3),
+        batch=st.integers(1, 2),
+        head_dim=st.sampled_from([1, 4, 24]),
+    ),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_window_attention_auto_matches_reference_anywhere(case, dtype):
+    case.matches_reference(dtype)
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_window_attention_beyond_the_diagonal_is_dense_attention(impl):
+    case = Case(grid=(6, 9), radius=math.hypot(5, 8) + 1e-6, text_len=4)
+    assert_matches_reference(
+        lambda *tensors: case.run(window_attention, *tensors, impl=impl, scale=0.3),
+        lambda *tensors: F.scaled_dot_product_attention(*tensors, scale=0.3),
+        case.tensors(),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("text_first", [True, False])
+def test_window_attention_changes_where_a_token_is_seen_and_nowhere_else(impl, text_first):
+    case = Case(grid=(9, 40), radius=3, text_len=2, text_first=text_first, num_pooled=1)
+    tensors = case.tensors()
+    start = 2 if text_first else 0
+    text = slice(0, 2) if text_first else slice(360, 362)
+    out = case.run(window_attention, *tensors, impl=impl)
+
+    row, column = 4, 17
+    query, key, value, pooled_key, pooled_value = tensors
+    moved = value.clone()
+    moved[:, :, start + row * 40 + column] += 1
+    changed = (case.run(window_attention, query, key, moved, pooled_key, pooled_value, impl=impl) != out).all(dim=3)
+    expected = torch.ones(362, dtype=torch.bool)
+    distance = [(row - y) ** 2 + (column - x) ** 2 for y, x in itertools.product(range(9), range(40))]
+    expected[start : start + 360] = torch.tensor(distance) < 9
+    assert torch.equal(changed, expected.expand_as(changed))
+
+    changed = (case.run(window_attention, query, key, value, pooled_key, pooled_value + 1, impl=impl) != out).all(dim=3)
+    expected = torch.ones(362, dtype=torch.bool)
+    expected[text] = False
+    assert torch.equal(changed, expected.expand_as(changed))
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_window_attention_ignores_masked_text(impl):
+    case = Case(grid=(4, 30), radius=3, text_len=4, masked=True, batch=2)
+    tensors = [tensor.requires_grad_() for tensor in case.tensors()]
+    out = case.run(window_attention, *tensors, impl=impl)
+    assert out.isfinite().all()
+    grads = torch.autograd.grad(out.square().sum(), tensors)
+    assert all(grad.isfinite().all() for grad in grads)
+    masked = ~case.text_mask()
+    for grad in grads[1:]:
+        text_grad = grad[:, :, :4].transpose(1, 2)
+        assert (text_grad[masked] == 0).all() and (text_grad[~masked] != 0).any()
+
+
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("size", [1e4, 1e-4])
+def test_window_attention_stays_finite_for_extreme_logits(impl, size):
+    case = Case(grid=(5, 40), radius=3, text_len=4, masked=True)
+    query, key, value = case.tensors(torch.float32)
+    assert case.run(window_attention, query * size, key * size, value, impl=impl).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "case", [CASES[0], Case(grid=(1, 70), radius=2, text_len=1, num_pooled=1, num_heads=1)], ids=str
+)
+def test_window_attention_tiled_passes_gradcheck(case, partial_attention, monkeypatch):
+    monkeypatch.setattr(tiled_op, "tile_shape", lambda height, width, radius: (min(height, 2), min(width, 35)))
+    tiled_op._circle_groups.cache_clear()
+    tensors = [tensor.requires_grad_() for tensor in case.tensors()]
+    assert torch.autograd.gradcheck(lambda *t: case.run(window_attention, *t, impl="tiled"), tensors, fast_mode=True)
+    tiled_op._circle_groups.cache_clear()
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2, 3, 4])
+def test_window_attention_tiled_gives_the_gradient_of_one_input_alone(needed):
+    case = CASES[4]
+    tensors = case.tensors()
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    every = torch.autograd.grad(case.run(window_attention, *leaves, impl="tiled").square().sum(), leaves)
+    alone = tensors[needed].detach().requires_grad_()
+    out = case.run(window_attention, *tensors[:needed], alone, *tensors[needed + 1 :], impl="tiled")
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), alone)[0], every[needed])
+
+
+def test_window_attention_tiled_is_the_same_without_gradients():
+    case = CASES[4]
+    tensors = case.tensors(torch.float32)
+    with torch.no_grad():
+        out = case.run(window_attention, *tensors, impl="tiled")
+    with torch.inference_mode():
+        inferred = case.run(window_attention, *tensors, impl="tiled")
+    assert not out.requires_grad and torch.equal(out, inferred)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    assert torch.equal(out, case.run(window_attention, *leaves, impl="tiled"))
+
+
+def test_window_attention_tiled_refuses_a_second_derivative():
+    case = Case(grid=(3, 5), radius=1.5)
+    tensors = [tensor.requires_grad_() for tensor in case.tensors()]
+    out = case.run(window_attention, *tensors, impl="tiled").square().sum()
+    (grad,) = torch.autograd.grad(out, tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), tensors[1])
+
+
+def test_window_attention_tiled_works_under_gradient_checkpointing():
+    case = CASES[5]
+    tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
+    expected = torch.autograd.grad(case.run(window_attention, *tensors, impl="tiled").square().sum(), tensors)
+    out = checkpoint(lambda *t: case.run(window_attention, *t, impl="tiled"), *tensors, use_reentrant=False)
+    for grad, other in zip(torch.autograd.grad(out.square().sum(), tensors), expected, strict=True):
+        assert torch.equal(grad, other)
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_window_attention_under_autocast_casts_as_sdpa_does(impl):
+    case = CASES[4]
+    query, key, value, *pooled = case.tensors(torch.float32)
+    cast = [tensor.bfloat16() for tensor in (query, key, value, *pooled)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.run(window_attention, query, key.bfloat16(), value, *pooled, impl=impl)
+        assert F.scaled_dot_product_attention(query, key, value).dtype == out.dtype
+    assert torch.equal(out, case.run(window_attention, *cast, impl=impl))
+
+
+def test_fastest_partial_is_flash_on_this_cpu():
+    assert fastest_partial("cpu", torch.float32) is FLASH
+    assert fastest_partial("cpu", torch.float64) is FLASH
+
+
+@pytest.mark.parametrize("broken", ["raises", "wrong"])
+def test_fastest_partial_falls_back_where_flash_does_not_work(broken, monkeypatch, caplog):
+    def flash(query: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        if broken == "raises":
+            raise NotImplementedError("no kernel for this device")
+        return query, query[..., 0]
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", flash)
+    assert fastest_partial.__wrapped__("cpu", torch.float32) is PLAIN
+    assert "slower public operations" in caplog.text
+
+
+def test_choose_impl_follows_its_cascade():
+    cpu, other = torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1, device="meta")
+    assert choose_impl(cpu, grid=(2, 2), radius=8, text_len=0) == "tiled"
+    assert choose_impl(other, grid=(64, 64), radius=8, text_len=512) == "reference"
+    assert choose_impl(other, grid=(2, 64, 64), radius=8, text_len=512) == "tiled"
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes, in elements, of what operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.sizes += [
+            tensor.numel() for tensor in (out if isinstance(out, tuple | list) else [out]) if isinstance(tensor, Tensor)
+        ]
+        return out
+
+
+def allocations(case: Case, monkeypatch) -> list[int]:
+    """Of a forward and a backward, inside of the operators too."""
+    mode = Allocations()
+
+    def recorded(function):
+        def inner(*args):
+            with mode:
+                return function(*args)
+
+        return inner
+
+    with monkeypatch.context() as patch:
+        for name in ("tiled_forward", "tiled_backward"):
+            patch.setattr(tiled_op, name, recorded(getattr(tiled_op, name)))
+        tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
+        with mode:
+            case.run(window_attention, *tensors, impl="tiled").sum().backward()
+    return mode.sizes
+
+
+def test_window_attention_tiled_never_allocates_tokens_by_tokens(monkeypatch, partial_attention):
+    case = Case(grid=(61, 67), radius=4, text_len=5, num_heads=1, head_dim=4)
+    sizes = allocations(case, monkeypatch)
+    assert max(sizes) <= 150 * case.num_tokens  # logits of 15x15 windows in chunks; dense is 4092 * num_tokens
+
+
+def test_window_attention_tiled_allocates_in_proportion_to_the_image(monkeypatch):
+    small, large = (Case(grid=(side, 2 * side), radius=4, num_heads=1, head_dim=4) for side in (32, 64))
+    assert sum(allocations(large, monkeypatch)) <= 4.2 * sum(allocations(small, monkeypatch))
+
+
+def test_window_attention_tiled_passes_opcheck():
+    case = Case(grid=(9, 40), radius=3, text_len=4, masked=True)
+    tensors = case.tensors(torch.float32)
+    text, image = zip(*(tensor.split([4, 360], dim=2) for tensor in tensors), strict=True)
+    image = [tensor.detach().requires_grad_() for tensor in image]
+    shared = [tensor.detach().requires_grad_() for tensor in text[1:]]
+    torch.library.opcheck(tiled_op.tiled_window_attention, (*image, *shared, case.text_mask(), case.grid, 3.0, 0.5))
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_window_attention_compiles_once_for_all_grids(impl):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    project = torch.nn.Linear(16, 48)
+
+    def block(tokens: Tensor, grid: Tensor) -> Tensor:
+        query, key, value = project(tokens).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        # The shape of a tensor is symbolic to the compiler from the second size on.
+        out = window_attention(query, key, value, grid=tuple(grid.shape), radius=3, text_len=4, impl=impl)
+        return tokens + out.transpose(1, 2).flatten(2)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for expected_graphs, grid in [(1, (5, 30)), (1, (5, 30)), (2, (7, 20)), (2, (40, 3)), (2, (13, 14))]:
+        tokens = torch.randn(1, 4 + math.prod(grid), 16, requires_grad=True)
+        results = [function(tokens, torch.empty(grid, device="meta")) for function in (block, compiled)]
+        grads = [torch.autograd.grad(out.square().sum(), tokens)[0] for out in results]
+        torch.testing.assert_close(results[1], results[0])
+        torch.testing.assert_close(grads[1], grads[0])
+        assert counter.frame_count == expected_graphs
+
+
+TENSOR = torch.zeros(2, 3, 11, 4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"query": TENSOR[0]}, r"query must be floating point \[B, H, N, D\], got torch.float32 \(3, 11, 4\)"),
+        ({"query": TENSOR.int()}, "query must be floating point"),
+        ({"key": TENSOR[:, :, :5]}, "query, key and value must have one shape"),
+        ({"value": TENSOR.double()}, "query, key, value and pooled must have one dtype"),
+        ({"grid": (2, 3)}, r"text_len \+ height \* width must equal N, got 3 \+ 2 \* 3 != 11"),
+        ({"grid": (8,)}, "grid must be .*got .8,"),
+        ({"grid": (0, 8)}, r"integers >= 1, got \(0, 8\)"),
+        ({"grid": (2.0, 4.0)}, r"integers >= 1, got \(2.0, 4.0\)"),
+        ({"radius": 0}, "radius must be a finite number > 0, got 0"),
+        ({"radius": math.nan}, "radius must be a finite number > 0, got nan"),
+        ({"text_len": -1}, "text_len must be >= 0, got -1"),
+        ({"text_mask": torch.ones(2, 4, dtype=torch.bool)}, r"\(2, 3\), got torch.bool \(2, 4\)"),
+        ({"text_mask": torch.ones(2, 3)}, "text_mask must be bool"),
+        ({"pooled": (TENSOR[:, :2], TENSOR[:, :2])}, "pooled must be"),
+        ({"pooled": (TENSOR, TENSOR[:, :, :4])}, "pooled must be"),
+        ({"impl": "triton2"}, r"impl must be one of \('auto', 'reference', 'tiled'\), got 'triton2'"),
+    ],
+)
+def test_window_attention_says_what_is_wrong(change, message):
+    arguments = {"query": TENSOR, "key": TENSOR, "value": TENSOR, "grid": (2, 4), "radius": 2, "text_len": 3}
+    with pytest.raises(ValueError, match=message):
+        window_attention(**(arguments | change))

@@ -1,0 +1,48 @@
+"""A measured tolerance: an implementation may err at most twice as much as the reference does in the same precision.
+
+    max|implementation - exact| <= 2 * max|reference - exact| + one rounding of the largest value
+
+`exact` is the reference in float64 on the same (rounded) inputs. Outputs and every gradient are compared.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+
+
+def assert_close(actual: Tensor, exact: Tensor, low_precision: Tensor, name: str = "output") -> None:
+    """`actual` and `low_precision` were computed in one dtype, `exact` in float64."""
+    assert actual.dtype == low_precision.dtype, f"{name} has dtype {actual.dtype}, the reference {low_precision.dtype}"
+    assert actual.shape == exact.shape, f"{name} has shape {tuple(actual.shape)}, the reference {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    error = (actual.double() - exact).abs().max().item()
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    allowed = 2 * (low_precision.double() - exact).abs().max().item() + rounding
+    assert error <= allowed, f"{name} is {error:.3g} off, allowed {allowed:.3g} in {actual.dtype}"
+
+
+def assert_matches_reference(
+    function: Function, reference: Function, inputs: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Outputs and the gradient of every input, of two functions of the same tensors that give one tensor."""
+    inputs = [tensor.to(dtype) for tensor in inputs]
+    grad_out = torch.randn_like(reference(*inputs))
+    doubles = [tensor.double() for tensor in inputs]
+    results = (
+        outputs_and_gradients(function, inputs, grad_out),
+        outputs_and_gradients(reference, doubles, grad_out.double()),
+        outputs_and_gradients(reference, inputs, grad_out),
+    )
+    for index, (actual, exact, low_precision) in enumerate(zip(*results, strict=True)):
+        assert_close(actual, exact, low_precision, "output" if index == 0 else f"gradient of input {index - 1}")
+
+
+def outputs_and_gradients(function: Function, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+    """[output, gradient of inputs[0], gradient of inputs[1], ...]."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
