@@ -1,4 +1,4 @@
-"""Swap the attention of a pipeline, look at what was swapped, draw, and go back: `python examples/convert.py [MODEL]`."""
+"""Swap a pipeline's attention, see what was swapped, draw, and go back: `python examples/convert.py [MODEL]`."""
 
 import sys
 
