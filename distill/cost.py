@@ -1,0 +1,160 @@
+"""What a model costs on this machine: seconds of one warm transformer forward, peak memory of one picture."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+from ..linearize.convert import denoiser
+from .families import family_of
+from .pictures import PictureSettings
+
+GIB = 2**30
+PROMPT = "a red circle at the top left on striped sand"  # cost does not depend on the words
+
+
+def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
+    """One transformer forward for one picture of this size, to be called again and again."""
+    _, model = denoiser(pipe)
+    family = family_of(model)
+    grid = family.grid(pipe, settings.height, settings.width)
+    weight = next(model.parameters())
+    with torch.no_grad():
+        conditions = family.encode(pipe, [PROMPT], settings.max_sequence_length)
+    noisy = torch.randn(1, grid[0] * grid[1], model.config.in_channels, generator=torch.Generator().manual_seed(0))
+    noisy, sigma = noisy.to(weight.device, weight.dtype), torch.tensor([0.5], device=weight.device)
+    inputs = family.inputs(model, noisy, sigma, conditions, grid=grid, guidance=settings.guidance)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(**inputs)
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def seconds_of(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def step_seconds(pipe: Any, settings: PictureSettings, *, repeats: int = 5) -> float:
+    """Median over `repeats` forwards, after one that warms up."""
+    step = step_call(pipe, settings)
+    step()
+    return median(seconds_of(step) for _ in range(repeats))
+
+
+def paired_step_seconds(
+    first: Any, second: Any, settings: PictureSettings, *, pairs: int = 5
+) -> list[tuple[float, float]]:
+    """Forwards of two pipelines in turn, so that both meet the same load of the machine; each warmed up once."""
+    steps = step_call(first, settings), step_call(second, settings)
+    for step in steps:
+        step()
+    return [(seconds_of(steps[0]), seconds_of(steps[1])) for _ in range(pairs)]
+
+
+def picture_peak(pipe: Any, settings: PictureSettings) -> float:
+    """GiB that one picture takes at its peak: on a GPU all that torch holds, on a CPU the growth of resident memory.
+
+    On a CPU call it in a fresh process (`fresh_picture_peak` does), or memory that earlier work has freed is used again
+    and does not count. A smallest picture goes before, so that weights and libraries are in memory.
+    """
+    family = family_of(denoiser(pipe)[1])
+    stride = settings.height // family.grid(pipe, settings.height, settings.width)[0]
+    small = 4 * stride
+    _draw(pipe, replace(settings, height=small, width=small))
+    if pipe.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        _draw(pipe, settings)
+        return torch.cuda.max_memory_allocated() / GIB
+    with _resident_peak() as peak:
+        _draw(pipe, settings)
+    return peak[0] / GIB
+
+
+def _draw(pipe: Any, settings: PictureSettings) -> None:
+    """One picture in two steps: the third needs no more memory than the second."""
+    family = family_of(denoiser(pipe)[1])
+    grid = family.grid(pipe, settings.height, settings.width)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        latents = family.generate(
+            pipe,
+            family.encode(pipe, [PROMPT], settings.max_sequence_length),
+            height=settings.height,
+            width=settings.width,
+            steps=2,
+            guidance=settings.guidance,
+            generators=[torch.Generator("cpu").manual_seed(settings.seed)],
+        )
+        family.decode(pipe, latents, grid)
+
+
+@contextmanager
+def _resident_peak() -> Iterator[list[int]]:
+    """A list that holds, afterwards, by how many bytes this process grew at most."""
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.002):  # seconds
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> float:
+    """`picture_peak` in a process of its own.
+
+    Args:
+        opening: Arguments of `open_pipeline`, as JSON has them.
+    """
+    request = json.dumps({"opening": opening, "settings": asdict(settings)})
+    done = subprocess.run(
+        [sys.executable, "-m", "lineardit.distill.cost", request],
+        env=os.environ | {"PYTHONPATH": search_path()},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def search_path() -> str:
+    """PYTHONPATH for a child that finds the same package as this process, installed or not."""
+    package = Path(str(sys.modules["lineardit"].__file__)).parent
+    return os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def main() -> None:
+    """Print the peak of the pipeline and settings that the first argument tells."""
+    from ..linearize.opening import open_pipeline
+
+    request = json.loads(sys.argv[1])
+    pipe = open_pipeline(**request["opening"])
+    sys.stdout.write(f"{picture_peak(pipe, PictureSettings(**request['settings']))}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Judges a student against its teacher: the same prompts and noise on both, pictures compared, costs measured."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..linearize.opening import open_pipeline
+from ..linearize.standing import describe_attention
+from .cost import fresh_picture_peak, picture_peak, step_seconds
+from .files import write_json
+from .metrics import Count, Interval, latent_mse, paired_bootstrap, psnr, ssim
+from .pictures import Pictures, PictureSettings, make_pictures
+from .sheet import GAIN, difference, write_sheet
+
+logger = logging.getLogger(__name__)
+
+REPORT, SHEET, PICTURES = "report.json", "teacher-student-difference.png", "pictures"
+
+# (prompt, picture) -> {name of a score: (right, of)}; empty for a prompt that it does not understand
+Judge = Callable[[str, Image.Image], Mapping[str, Count]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model by its name, as `open_pipeline` takes it, and the device it runs on."""
+
+    name: str
+    base: str | None = None
+    dtype: str = "float32"
+    impl: str = "auto"
+    offline: bool = False
+    device: str = "cpu"
+
+    def opening(self) -> dict[str, Any]:
+        """Arguments of `open_pipeline`."""
+        return {key: value for key, value in asdict(self).items() if key != "device"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What was measured of one model.
+
+    Attributes:
+        model: Its name, or its class if it was handed over in memory.
+        attention: What is swapped.
+        seconds_per_picture: Text encoding, denoising and decoding; the median.
+        seconds_per_step: One warm transformer forward for one picture; the median.
+        peak_gib: Of one picture, as `picture_peak` says; None: not measured.
+        scores: Name -> (right, of), over all prompts that the judge understands.
+    """
+
+    model: str
+    attention: str
+    seconds_per_picture: float
+    seconds_per_step: float
+    peak_gib: float | None
+    scores: dict[str, Count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A student against its teacher.
+
+    Attributes:
+        pictures: How many prompts.
+        settings: How the pictures were made.
+        latent_mse: Over final packed latents in float32: the mean of each picture, then over pictures.
+        psnr: Of the decoded pictures of 8 bits, in dB, the mean over pictures; infinite if one is equal.
+        ssim: The mean over pictures.
+        differences: Score -> student minus teacher, as shares, with the paired bootstrap interval.
+        sheet: The PNG with teacher, student and difference.
+    """
+
+    pictures: int
+    settings: PictureSettings
+    teacher: Side
+    student: Side
+    latent_mse: float
+    psnr: float
+    ssim: float
+    differences: dict[str, Interval] = field(default_factory=dict)
+    sheet: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; an infinite PSNR is null."""
+        return asdict(self) | {"psnr": self.psnr if isfinite(self.psnr) else None, "sheet": self.sheet.name}
+
+
+def evaluate(
+    teacher: Any,
+    student: Any,
+    prompts: Sequence[str],
+    directory: str | Path,
+    *,
+    settings: PictureSettings,
+    judge: Judge | None = None,
+    memory: bool = True,
+    shown: int = 16,
+    overwrite: bool = False,
+) -> Report:
+    """Make the same pictures with both models and compare them; called again, go on where it stopped.
+
+    Args:
+        teacher: A pipeline, or a `Source`, which is loaded when its turn comes.
+        student: The same.
+        prompts: One for each picture.
+        directory: Gets report.json, the sheet, and the pictures of both.
+        settings: Of the pictures; picture i starts from the noise of `settings.seed + i` on both sides.
+        judge: Scores pictures by what their prompts say.
+        memory: Measure peaks: on a GPU here, on a CPU in a fresh process (for a `Source` only).
+        shown: Pictures in the sheet.
+        overwrite: Replace a report that was made of other models, prompts or settings.
+    Raises:
+        ValueError: no prompt, a size or model that is not known, or a folder with something else in it.
+    """
+    if not prompts:
+        raise ValueError("prompts must not be empty")
+    directory = Path(directory)
+    question = _question(teacher, student, prompts, settings)
+    _check_directory(directory, question, overwrite)
+    ours: list[tuple[Side, Pictures, list[Mapping[str, Count]]]] = []
+    for role, source in (("teacher", teacher), ("student", student)):
+        ours.append(_judged(role, source, prompts, directory / PICTURES, settings, judge, memory))
+    (teacher_side, reference, teacher_scores), (student_side, pictures, student_scores) = ours
+    pairs = list(zip(pictures.images, reference.images, strict=True))
+    columns = ("teacher", "student", f"difference x {GAIN}")
+    rows = [(theirs, our, difference(our, theirs)) for our, theirs in pairs[:shown]]
+    write_sheet(columns, rows, directory / SHEET)
+    report = Report(
+        pictures=len(prompts),
+        settings=settings,
+        teacher=teacher_side,
+        student=student_side,
+        latent_mse=latent_mse(pictures.latents, reference.latents),
+        psnr=sum(psnr(*pair) for pair in pairs) / len(pairs),
+        ssim=sum(ssim(*pair) for pair in pairs) / len(pairs),
+        differences=score_differences(student_scores, teacher_scores),
+        sheet=directory / SHEET,
+    )
+    write_json(directory / REPORT, {"question": question, **report.to_dict()})
+    return report
+
+
+def score_totals(scores: Sequence[Mapping[str, Count]]) -> dict[str, Count]:
+    """{score: (right, of)} over all pictures that have it."""
+    names = dict.fromkeys(name for one in scores for name in one)
+    counts = {name: [one[name] for one in scores if name in one] for name in names}
+    return {name: (sum(right for right, _ in one), sum(of for _, of in one)) for name, one in counts.items()}
+
+
+def score_differences(
+    ours: Sequence[Mapping[str, Count]], reference: Sequence[Mapping[str, Count]]
+) -> dict[str, Interval]:
+    """Ours minus the reference's share of each score, picture by picture the same prompts."""
+    return {
+        name: paired_bootstrap(
+            [one[name] for one in ours if name in one], [one[name] for one in reference if name in one]
+        )
+        for name in score_totals(reference)
+    }
+
+
+def _judged(
+    role: str,
+    source: Any,
+    prompts: Sequence[str],
+    directory: Path,
+    settings: PictureSettings,
+    judge: Judge | None,
+    memory: bool,
+) -> tuple[Side, Pictures, list[Mapping[str, Count]]]:
+    pipe = open_pipeline(**source.opening()).to(source.device) if isinstance(source, Source) else source
+    attention = describe_attention(pipe)
+    logger.info("%s: %s", role, attention)
+    pictures = make_pictures(pipe, prompts, directory, settings, name=role)
+    scores = [judge(*pair) for pair in zip(prompts, pictures.images, strict=True)] if judge else []
+    side = Side(
+        model=_name(source),
+        attention=attention,
+        seconds_per_picture=pictures.seconds,
+        seconds_per_step=step_seconds(pipe, settings),
+        peak_gib=_peak(pipe, source, settings) if memory else None,
+        scores=score_totals(scores),
+    )
+    return side, pictures, scores
+
+
+def _peak(pipe: Any, source: Any, settings: PictureSettings) -> float | None:
+    if pipe.device.type == "cuda":
+        return picture_peak(pipe, settings)
+    return fresh_picture_peak(source.opening(), settings) if isinstance(source, Source) else None
+
+
+def _name(source: Any) -> str:
+    return source.name if isinstance(source, Source) else type(source).__name__
+
+
+def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: PictureSettings) -> dict[str, Any]:
+    """What a report answers: another question in the same folder would overwrite it."""
+    return {
+        "teacher": _name(teacher),
+        "student": _name(student),
+        "prompts": list(prompts),
+        "settings": {name: value for name, value in asdict(settings).items() if name != "batch_size"},
+    }
+
+
+def _check_directory(directory: Path, question: Mapping[str, Any], overwrite: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"the output must be a folder, {directory} is a file")
+    report = directory / REPORT
+    if overwrite or not directory.exists() or not any(directory.iterdir()):
+        return
+    if not report.is_file():
+        if not (directory / PICTURES).is_dir():
+            raise ValueError(f"{directory} is not empty and holds no evaluation: name another folder")
+        return
+    before = json.loads(report.read_text())["question"]
+    changed = [name for name, value in question.items() if before[name] != value]
+    if changed:
+        raise ValueError(
+            f"{directory} holds a report of other {', '.join(changed)}: name another folder, or add --overwrite"
+        )

@@ -1,0 +1,106 @@
+"""`lineardit evaluate`: a student against its teacher, same prompts, same noise."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .prompts import parse_size, read_prompts
+
+if TYPE_CHECKING:
+    from ..distill.evaluate import Report, Side
+
+
+def evaluate(
+    teacher: Annotated[str, typer.Argument(help="The original pipeline (or any other): Hub id or folder.")],
+    student: Annotated[str, typer.Argument(help="The adapter to judge (or any other): Hub id or folder.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="A file with one prompt a line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for report, sheet and pictures.")],
+    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels.")] = "1024x1024",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
+    seed: Annotated[int, typer.Option(help="Picture i has seed + i, on both sides.")] = 0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.5,
+    max_sequence_length: Annotated[int, typer.Option(help="Text tokens.")] = 512,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", help="Pictures at a time; changes speed only.")
+    ] = 1,
+    base: Annotated[str | None, typer.Option(help="Base of the student, in place of the one that it names.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    impl: Annotated[str, typer.Option(help="Implementation of the student's attention.")] = "auto",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    shown: Annotated[int, typer.Option(min=1, help="Pictures in the sheet.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report of something else.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
+) -> None:
+    """Compare a student with its teacher: latents, pictures, seconds, memory. Called again, it goes on."""
+    from ..distill.evaluate import Source
+    from ..distill.evaluate import evaluate as compare
+    from ..distill.pictures import PictureSettings
+    from ..scene_judge import judge_scene
+    from .devices import find_device, find_dtype
+
+    height, width = parse_size(size)
+    texts = read_prompts(prompts)
+    settings = PictureSettings(
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        max_sequence_length=max_sequence_length,
+        batch_size=batch_size,
+    )
+    target = find_device(device)
+    common = {"dtype": find_dtype(dtype, target), "device": str(target), "impl": impl, "offline": offline}
+    report = compare(
+        Source(name=teacher, **common),
+        Source(name=student, base=base, **common),
+        texts,
+        output,
+        settings=settings,
+        judge=judge_scene,
+        memory=memory,
+        shown=shown,
+        overwrite=overwrite,
+    )
+    show(report)
+    print(f"Report and pictures: {output}")
+
+
+def show(report: "Report") -> None:
+    """Print the table."""
+    settings = report.settings
+    told = f"{report.pictures} pictures of {settings.width}x{settings.height}, {settings.steps} steps"
+    table = Table("", "teacher", "student", title=told, title_justify="left")
+    for name, values in _rows(report):
+        table.add_row(name, *values)
+    Console().print(table, highlight=False)
+
+
+def _rows(report: "Report") -> list[tuple[str, tuple[str, str]]]:
+    sides = report.teacher, report.student
+
+    def both(tell: Callable[["Side"], str]) -> tuple[str, str]:
+        return tell(sides[0]), tell(sides[1])
+
+    rows = [
+        ("latent MSE to the teacher", ("0", f"{report.latent_mse:.4g}")),
+        ("PSNR, dB", ("", f"{report.psnr:.2f}")),
+        ("SSIM", ("", f"{report.ssim:.4f}")),
+        ("seconds a picture", both(lambda side: f"{side.seconds_per_picture:.3g}")),
+        ("seconds a step", both(lambda side: f"{side.seconds_per_step:.3g}")),
+        ("peak memory, GiB", both(lambda side: "not measured" if side.peak_gib is None else f"{side.peak_gib:.2f}")),
+    ]
+    for name, interval in report.differences.items():
+        rows.append((f"{name}, %", both(lambda side, name=name: _share(*side.scores[name]))))
+        bounds = f"{100 * interval.difference:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+        rows.append((f"{name}, difference in points (95%)", ("", bounds)))
+    return rows
+
+
+def _share(right: int, of: int) -> str:
+    return f"{100 * right / of:.1f} ({right}/{of})"

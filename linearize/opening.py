@@ -1,0 +1,67 @@
+"""A pipeline by its name, whatever that names: an adapter, a saved converted pipeline, or a plain base."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from .base import CONFIG_FILE, PIPELINE_FILE, find_place, read_base
+from .loading import from_pretrained
+from .manifest import MANIFEST_FILE
+from .methods import nearest
+from .record import CONFIG_KEY
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_pipeline(
+    name: str | Path,
+    *,
+    dtype: str = "float32",
+    base: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Load an adapter with its base, a converted pipeline, or an unconverted one.
+
+    Args:
+        name: Folder or Hub id.
+        dtype: Of the weights: float32, bfloat16 or float16.
+        base: To load in place of the base that an adapter names.
+        revision: Branch, tag or commit of `name` on the Hub.
+        offline: Never touch the network.
+        impl: The implementation that converted modules run.
+    Returns:
+        The pipeline, on the CPU.
+    Raises:
+        ValueError: missing, out of reach, damaged, no pipeline, or `base` beside something that is no adapter.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
+    weights = DTYPES[dtype]
+    place = find_place(name, revision=revision, offline=offline)
+    is_adapter = place.file(MANIFEST_FILE) is not None
+    plain = None if is_adapter or not _holds_a_model(place) else read_base(name, revision=revision, offline=offline)
+    if plain is None or CONFIG_KEY in plain.config:
+        pipe = from_pretrained(name, dtype=weights, base=base, revision=revision, offline=offline, impl=impl)
+    elif base is not None:
+        raise ValueError(f"base is for adapters, and {name} is a whole model: leave base out")
+    elif plain.source.pipeline_class is None:
+        raise ValueError(f"{name} is a denoiser alone: give the folder or Hub id of the pipeline it belongs to")
+    else:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            plain.source.name,
+            torch_dtype=weights,
+            revision=plain.source.revision,
+            local_files_only=offline,
+            use_safetensors=True,
+        )
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
+        raise ValueError(f"{name} belongs to a denoiser alone, which makes no pictures: pass a pipeline as base")
+    return pipe
+
+
+def _holds_a_model(place: Any) -> bool:
+    return any(place.file(file) is not None for file in (PIPELINE_FILE, CONFIG_FILE))

@@ -1,0 +1,1 @@
+"""Pictures from converted pipelines, as files."""

@@ -1,0 +1,35 @@
+"""Which picture sizes a pipeline can make."""
+
+from typing import Any
+
+from ..linearize.convert import denoiser
+
+
+def size_multiple(pipe: Any) -> int:
+    """Both sides of a picture are multiples of this many pixels: latents per pixel times latents per token."""
+    _, model = denoiser(pipe)
+    config: Any = model.config
+    # FLUX packs 2 x 2 latents before its transformer, whose patch_size is then 1; its image processor knows
+    return max(pipe.image_processor.config.vae_scale_factor, pipe.vae_scale_factor * (config.get("patch_size") or 1))
+
+
+def default_size(pipe: Any) -> tuple[int, int]:
+    """(height, width) in pixels that the pipeline makes when it is told none."""
+    _, model = denoiser(pipe)
+    config: Any = model.config
+    side = (getattr(pipe, "default_sample_size", None) or config.sample_size) * pipe.vae_scale_factor
+    return side, side
+
+
+def check_size(pipe: Any, height: int, width: int) -> None:
+    """Raise a ValueError that names the nearest sizes where the pipeline cannot make this one."""
+    multiple = size_multiple(pipe)
+    if height % multiple == 0 and width % multiple == 0:
+        return
+    down = [max(multiple, side // multiple * multiple) for side in (width, height)]
+    up = [-(-side // multiple) * multiple for side in (width, height)]
+    near = " and ".join(dict.fromkeys(f"{w}x{h}" for w, h in (down, up)))
+    raise ValueError(
+        f"both sides of a picture must be multiples of {multiple} pixels for this model, got {width}x{height}; "
+        f"nearest: {near}"
+    )
