@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .options import Offline, Revision
+
 
 def convert(
     ctx: typer.Context,
@@ -12,18 +14,18 @@ def convert(
     method: Annotated[str, typer.Option(help="The attention to put in.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to write.")],
     layers: Annotated[str | None, typer.Option(help="Only modules whose name matches this pattern.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    revision: Revision = None,
     importer: Annotated[
         str | None, typer.Option("--import", metavar="KIND:FILE", help="Published weights, e.g. clear:FILE.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
+    offline: Offline = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
 ) -> None:
     """Convert a model to an adapter folder. Reads its configuration, not its weights."""
     from ..linearize.conversion import convert_base
     from ..linearize.methods import config_from_dict
 
-    report = convert_base(
+    convert_base(
         base,
         config_from_dict({"method": method, **ctx.obj}),
         output=output,
@@ -33,5 +35,4 @@ def convert(
         overwrite=overwrite,
         importer=importer,
     )
-    print(report)
-    print(f"Wrote {output}; see it with: lineardit inspect {output}")
+    print(f"Wrote {output}; see what it does with: lineardit inspect {output}")

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from .options import Offline, Revision
 
 if TYPE_CHECKING:
     from ..linearize.inspection import Inspection
@@ -16,9 +19,9 @@ MAX_WIDTH = 100  # columns
 
 def inspect(
     source: Annotated[str, typer.Argument(metavar="ADAPTER_OR_BASE", help="Adapter or model: Hub id or folder.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    revision: Revision = None,
     impl: Annotated[str, typer.Option(help="The implementation to ask about.")] = "auto",
-    offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
+    offline: Offline = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON.")] = None,
 ) -> None:
     """Show every attention module and what a step costs. Swapped or why not, its method, and FLOPs before and after."""
@@ -40,7 +43,7 @@ def show(inspection: "Inspection") -> None:
 
 
 def _modules(inspection: "Inspection") -> Table:
-    table = Table("module", "swapped", "method", "settings", "runs")
+    table = Table("module", "swapped", "method", "settings", "runs", box=SIMPLE_HEAD)
     for row in inspection.rows:
         if row.swapped:
             settings = ", ".join(f"{name}={value}" for name, value in row.settings.items() if value is not None)
@@ -51,12 +54,12 @@ def _modules(inspection: "Inspection") -> Table:
 
 
 def _costs(inspection: "Inspection") -> Table:
-    table = Table(title="One denoising step, batch 1", title_justify="left")
+    table = Table(title="One denoising step, batch 1", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("size")
     for header in ("image tokens", "TFLOP before", "TFLOP after", "ratio"):
         table.add_column(header, justify="right")
     for step in inspection.flops:
         tokens = f"{step.grid[-2] * step.grid[-1]:,}"
         before, after = step.before / 1e12, step.after / 1e12
-        table.add_row(step.size, tokens, f"{before:,.4g}", f"{after:,.4g}", f"{before / after:.2f}")
+        table.add_row(step.size, tokens, f"{before:,.1f}", f"{after:,.1f}", f"{before / after:.2f}")
     return table

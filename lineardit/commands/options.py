@@ -1,0 +1,17 @@
+"""Options that several commands share, with one wording."""
+
+from typing import Annotated
+
+import typer
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
+Impl = Annotated[str, typer.Option(help="The implementation that converted attention runs.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights; auto: bfloat16 on a GPU, else float32.")]
+Device = Annotated[str, typer.Option(help="Where to compute; auto is a GPU if there is one.")]
+Size = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")]
+Guidance = Annotated[float, typer.Option(help="The pipeline's guidance_scale.")]
+MaxSequenceLength = Annotated[int, typer.Option(help="Text tokens.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures at a time; changes speed and memory only.")]
