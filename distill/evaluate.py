@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 REPORT, SHEET, PICTURES = "report.json", "teacher-student-difference.png", "pictures"
 
-# (prompt, picture) -> {name of a score: (right, of)}; empty for a prompt that it does not understand
-Judge = Callable[[str, Image.Image], Mapping[str, Count]]
+Scores = Mapping[str, Count]  # name -> (right, of), of one picture
+# what a prompt and its picture get; empty for a prompt that the judge does not understand
+Judge = Callable[[str, Image.Image], Scores]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,32 +65,47 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """A student against its teacher.
+class Comparison:
+    """How far pictures are from the reference's, for the same prompts and noise.
 
     Attributes:
-        pictures: How many prompts.
-        settings: How the pictures were made.
+        pictures: How many.
         latent_mse: Over final packed latents in float32: the mean of each picture, then over pictures.
         psnr: Of the decoded pictures of 8 bits, in dB, the mean over pictures; infinite if one is equal.
         ssim: The mean over pictures.
-        differences: Score -> student minus teacher, as shares, with the paired bootstrap interval.
-        sheet: The PNG with teacher, student and difference.
+        differences: Score -> ours minus the reference's share, with the paired bootstrap interval.
     """
 
     pictures: int
-    settings: PictureSettings
-    teacher: Side
-    student: Side
     latent_mse: float
     psnr: float
     ssim: float
-    differences: dict[str, Interval] = field(default_factory=dict)
-    sheet: Path
+    differences: dict[str, Interval]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; an infinite PSNR is null."""
-        return asdict(self) | {"psnr": self.psnr if isfinite(self.psnr) else None, "sheet": self.sheet.name}
+        return asdict(self) | {"psnr": self.psnr if isfinite(self.psnr) else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Comparison):
+    """A student against its teacher.
+
+    Attributes:
+        settings: How the pictures were made.
+        teacher: What was measured of it.
+        student: The same.
+        sheet: The PNG with teacher, student and difference.
+    """
+
+    settings: PictureSettings
+    teacher: Side
+    student: Side
+    sheet: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return super().to_dict() | {"sheet": self.sheet.name}
 
 
 def evaluate(
@@ -124,46 +140,53 @@ def evaluate(
     directory = Path(directory)
     question = _question(teacher, student, prompts, settings)
     _check_directory(directory, question, overwrite)
-    ours: list[tuple[Side, Pictures, list[Mapping[str, Count]]]] = []
-    for role, source in (("teacher", teacher), ("student", student)):
-        ours.append(_judged(role, source, prompts, directory / PICTURES, settings, judge, memory))
-    (teacher_side, reference, teacher_scores), (student_side, pictures, student_scores) = ours
-    pairs = list(zip(pictures.images, reference.images, strict=True))
+    teacher_side, reference, expected = _judged("teacher", teacher, prompts, directory, settings, judge, memory)
+    student_side, pictures, scores = _judged("student", student, prompts, directory, settings, judge, memory)
     columns = ("teacher", "student", f"difference x {GAIN}")
-    rows = [(theirs, our, difference(our, theirs)) for our, theirs in pairs[:shown]]
+    shown_pairs = list(zip(reference.images, pictures.images, strict=True))[:shown]
+    rows = [(theirs, ours, difference(ours, theirs)) for theirs, ours in shown_pairs]
     write_sheet(columns, rows, directory / SHEET)
     report = Report(
-        pictures=len(prompts),
         settings=settings,
         teacher=teacher_side,
         student=student_side,
-        latent_mse=latent_mse(pictures.latents, reference.latents),
-        psnr=sum(psnr(*pair) for pair in pairs) / len(pairs),
-        ssim=sum(ssim(*pair) for pair in pairs) / len(pairs),
-        differences=score_differences(student_scores, teacher_scores),
         sheet=directory / SHEET,
+        **vars(compare(pictures, reference, scores, expected)),
     )
     write_json(directory / REPORT, {"question": question, **report.to_dict()})
     return report
 
 
-def score_totals(scores: Sequence[Mapping[str, Count]]) -> dict[str, Count]:
+def compare(
+    ours: Pictures, reference: Pictures, scores: Sequence[Scores] = (), reference_scores: Sequence[Scores] = ()
+) -> Comparison:
+    """Compare pictures of the same prompts and noise.
+
+    Args:
+        scores: What a judge says of each of our pictures, `reference_scores` of the reference's; () for no judge.
+    """
+    pairs = list(zip(ours.images, reference.images, strict=True))
+    return Comparison(
+        pictures=len(pairs),
+        latent_mse=latent_mse(ours.latents, reference.latents),
+        psnr=sum(psnr(*pair) for pair in pairs) / len(pairs),
+        ssim=sum(ssim(*pair) for pair in pairs) / len(pairs),
+        differences={
+            name: paired_bootstrap(_counts(name, scores), _counts(name, reference_scores))
+            for name in score_totals(reference_scores)
+        },
+    )
+
+
+def score_totals(scores: Sequence[Scores]) -> dict[str, Count]:
     """{score: (right, of)} over all pictures that have it."""
     names = dict.fromkeys(name for one in scores for name in one)
-    counts = {name: [one[name] for one in scores if name in one] for name in names}
+    counts = {name: _counts(name, scores) for name in names}
     return {name: (sum(right for right, _ in one), sum(of for _, of in one)) for name, one in counts.items()}
 
 
-def score_differences(
-    ours: Sequence[Mapping[str, Count]], reference: Sequence[Mapping[str, Count]]
-) -> dict[str, Interval]:
-    """Ours minus the reference's share of each score, picture by picture the same prompts."""
-    return {
-        name: paired_bootstrap(
-            [one[name] for one in ours if name in one], [one[name] for one in reference if name in one]
-        )
-        for name in score_totals(reference)
-    }
+def _counts(name: str, scores: Sequence[Scores]) -> list[Count]:
+    return [one[name] for one in scores if name in one]
 
 
 def _judged(
@@ -174,11 +197,11 @@ def _judged(
     settings: PictureSettings,
     judge: Judge | None,
     memory: bool,
-) -> tuple[Side, Pictures, list[Mapping[str, Count]]]:
+) -> tuple[Side, Pictures, list[Scores]]:
     pipe = open_pipeline(**source.opening()).to(source.device) if isinstance(source, Source) else source
     attention = describe_attention(pipe)
     logger.info("%s: %s", role, attention)
-    pictures = make_pictures(pipe, prompts, directory, settings, name=role)
+    pictures = make_pictures(pipe, prompts, directory / PICTURES, settings, name=role)
     scores = [judge(*pair) for pair in zip(prompts, pictures.images, strict=True)] if judge else []
     side = Side(
         model=_name(source),

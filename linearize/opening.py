@@ -57,6 +57,7 @@ def open_pipeline(
             revision=plain.source.revision,
             local_files_only=offline,
             use_safetensors=True,
+            **dict.fromkeys(plain.absent),
         )
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise ValueError(f"{name} belongs to a denoiser alone, which makes no pictures: pass a pipeline as base")

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .options import BatchSize, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed, Size, Steps
 from .prompts import parse_size, read_prompts
 
 if TYPE_CHECKING:
@@ -19,22 +20,20 @@ def evaluate(
     student: Annotated[str, typer.Argument(help="The adapter to judge (or any other): Hub id or folder.")],
     prompts: Annotated[Path, typer.Option("--prompts", help="A file with one prompt a line.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for report, sheet and pictures.")],
-    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels.")] = "1024x1024",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
-    seed: Annotated[int, typer.Option(help="Picture i has seed + i, on both sides.")] = 0,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.5,
-    max_sequence_length: Annotated[int, typer.Option(help="Text tokens.")] = 512,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "--batch", help="Pictures at a time; changes speed only.")
-    ] = 1,
+    size: Size = "1024x1024",
+    steps: Steps = 28,
+    seed: Seed = 0,
+    guidance: Guidance = 3.5,
+    max_sequence_length: MaxSequenceLength = 512,
+    batch_size: BatchSize = 4,
     base: Annotated[str | None, typer.Option(help="Base of the student, in place of the one that it names.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    impl: Annotated[str, typer.Option(help="Implementation of the student's attention.")] = "auto",
-    memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    impl: Impl = "auto",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory; on a CPU in processes of its own.")] = True,
     shown: Annotated[int, typer.Option(min=1, help="Pictures in the sheet.")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report of something else.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
+    offline: Offline = False,
 ) -> None:
     """Compare a student with its teacher: latents, pictures, seconds, memory. Called again, it goes on."""
     from ..distill.evaluate import Source
@@ -42,6 +41,7 @@ def evaluate(
     from ..distill.pictures import PictureSettings
     from ..scene_judge import judge_scene
     from .devices import find_device, find_dtype
+    from .quiet import quiet_libraries
 
     height, width = parse_size(size)
     texts = read_prompts(prompts)
@@ -54,6 +54,7 @@ def evaluate(
         max_sequence_length=max_sequence_length,
         batch_size=batch_size,
     )
+    quiet_libraries()
     target = find_device(device)
     common = {"dtype": find_dtype(dtype, target), "device": str(target), "impl": impl, "offline": offline}
     report = compare(

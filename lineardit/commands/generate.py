@@ -6,38 +6,31 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import BatchSize, Device, Dtype, Impl, Offline, Revision, Seed, Steps
 from .prompts import parse_size, read_prompts
 
 
 def generate(
     source: Annotated[str, typer.Argument(metavar="ADAPTER_OR_BASE", help="Adapter or pipeline: Hub id or folder.")],
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One picture each.")] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A .png file, or a folder for several prompts.")
-    ] = Path("out.png"),
-    prompt_file: Annotated[Path | None, typer.Option("--prompts", help="A file with one prompt a line.")] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; the model's own if left out.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
-    seed: Annotated[int, typer.Option(help="Of the first picture; picture i has seed + i.")] = 0,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own if left out.")] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(help="Text tokens; the pipeline's own if left out.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "--batch", help="Pictures at a time; changes speed only.")
-    ] = 1,
-    base: Annotated[str | None, typer.Option(help="Base to load in place of the one that the adapter names.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    offload: Annotated[
-        str, typer.Option(help="Keep weights off the device: none, model, group or sequential.")
-    ] = "none",
-    impl: Annotated[str, typer.Option(help="Implementation of the new attention.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing pictures.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file, or a folder for several prompts.")] = Path(
+        "out.png"
+    ),
+    prompt_file: Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
+    steps: Steps = 28,
+    seed: Seed = 0,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; else the pipeline's own.")] = None,
+    batch_size: BatchSize = 1,
+    base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Annotated[str, typer.Option(help="Less GPU memory, slower: none, model, group or sequential.")] = "none",
+    impl: Impl = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
+    offline: Offline = False,
 ) -> None:
     """Make pictures. Each PNG says how it was made; noise of picture i comes from seed + i whatever the batch."""
     from ..pipelines.generate import generate as generate_pictures
@@ -85,17 +78,20 @@ def _load(
     from ..linearize.folders import sha256
     from ..linearize.manifest import MANIFEST_FILE
     from ..linearize.opening import open_pipeline
-    from ..linearize.standing import describe_attention
+    from ..linearize.standing import swap_report
     from ..pipelines.placement import place_
     from .devices import find_device, find_dtype
+    from .quiet import quiet_libraries
 
     target = find_device(device)
-    pipe = open_pipeline(
-        source, dtype=find_dtype(dtype, target), base=base, revision=revision, offline=offline, impl=impl
-    )
+    weights = find_dtype(dtype, target)
+    quiet_libraries()
+    pipe = open_pipeline(source, dtype=weights, base=base, revision=revision, offline=offline, impl=impl)
     place_(pipe, target, offload)
-    print(f"{source} on {target}: {describe_attention(pipe)}")
-    about = {"model": source_of(pipe, denoiser(pipe)[1]).name or source, "lineardit": __version__}
+    if swap_report(pipe) is None:  # else the conversion has said what it swapped
+        print(f"{source} runs with its original attention")
+    model = source_of(pipe, denoiser(pipe)[1]).name or source
+    about = {"model": model, "dtype": weights, "lineardit": __version__}
     manifest = find_place(source, revision=revision, offline=offline).file(MANIFEST_FILE)
     if manifest is not None:
         about |= {"adapter": source, "adapter_sha256": sha256(manifest)}
