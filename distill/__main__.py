@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 
 from .config import load_config
@@ -16,7 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", choices=["latest"], help="go on after the newest whole checkpoint of the run")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change a setting")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    if os.environ.get("RANK", "0") == "0":  # one process speaks for all
+        logging.getLogger("lineardit").setLevel(logging.INFO)
     try:
         distill(load_config(options.config, options.set), resume=options.resume is not None)
     except (ValueError, OSError, DivergedError) as error:

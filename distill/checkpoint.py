@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .files import sync
+from ..linearize.folders import sync
 from .student import trained_parameters
 
 logger = logging.getLogger(__name__)

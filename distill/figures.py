@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .files import write_whole
+from ..linearize.folders import write_whole
 
 
 class StepLog:

@@ -11,8 +11,9 @@ from .data import TeacherSamples
 from .student import KERNEL, trained_parameters
 
 GIB = 2**30
-# Saved activations of a block, in vectors of the model's width per token; read off saved tensors of FLUX's blocks.
-_VECTORS_PER_BLOCK = 40
+# Vectors of the model's width that a step keeps per token and block: what autograd saves, counted on FLUX's blocks,
+# and attention's outputs, the student's and the teacher's.
+_SAVED, _OUTPUTS = 14, 2
 
 
 def describe_plan(
@@ -47,7 +48,8 @@ def _memory(config: DistillConfig, model: nn.Module, report: SwapReport, num_tok
     width = settings.num_attention_heads * settings.attention_head_dim
     vector = micro * num_tokens * width * (4 if config.run.mixed_precision == "no" else 2)
     blocks = len(report.swapped)
-    vectors = blocks + _VECTORS_PER_BLOCK if config.run.gradient_checkpointing else blocks * _VECTORS_PER_BLOCK
+    saved = blocks + _SAVED if config.run.gradient_checkpointing else blocks * _SAVED
+    vectors = saved + (blocks * _OUTPUTS if config.loss.attention else 0)
     parts = {"weights": weights, "gradients and AdamW": state, "activations (rough)": vector * vectors}
     total = sum(parts.values())
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())

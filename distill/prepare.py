@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..linearize.convert import denoiser, swapped
+from ..linearize.folders import write_whole
 from .data import FORMAT, INDEX, Sample, read_index, shard_is_whole, shard_name
 from .families import family_of
-from .files import write_json, write_whole
+from .files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def _write_shards(
                 tensors |= _generate(pipe, batch, settings)
                 progress.update(len(batch))
             file = directory / shard_name(start // shard_size)
-            write_whole(file, lambda temporary, tensors=tensors: save_file(tensors, temporary))
+            write_whole(file, partial(save_file, tensors))
             entries = [asdict(sample) for sample in part.values()]
             shards.append({"file": file.name, "bytes": file.stat().st_size, "samples": entries})
             conditions = sorted({key.partition(".")[2] for key in tensors} - {"latents"})

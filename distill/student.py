@@ -6,7 +6,7 @@ LoRA, and where the projections themselves are trained, their frozen twins.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,19 +85,23 @@ def add_twins_(model: nn.Module, projections: Sequence[str]) -> dict[str, nn.Par
     for name, module in found.items():
         if type(module) is not nn.Linear:
             raise ValueError(f"{name} must be an nn.Linear to be trained, got a {type(module).__name__}; train a lora")
-    for module in found.values():
-        module.teacher_weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-        bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone(), requires_grad=False)
-        module.register_parameter("teacher_bias", bias)
-        module.twin_active = False
-        module.__class__ = TwinLinear
-    twins = Twins({name: module for name, module in found.items() if isinstance(module, TwinLinear)})
+    twins = Twins({name: _add_twin_(cast(nn.Linear, module)) for name, module in found.items()})
     overlays_of(model).items.append(twins)
     return twins.parameters()
 
 
+def _add_twin_(layer: nn.Linear) -> TwinLinear:
+    layer.__class__ = TwinLinear
+    twin = cast(TwinLinear, layer)
+    twin.twin_active = False
+    twin.teacher_weight = nn.Parameter(twin.weight.detach().clone(), requires_grad=False)
+    bias = None if twin.bias is None else nn.Parameter(twin.bias.detach().clone(), requires_grad=False)
+    twin.register_parameter("teacher_bias", bias)
+    return twin
+
+
 def _projections(modules: Mapping[str, nn.Module], projections: Sequence[str]) -> dict[str, nn.Module]:
-    found = {}
+    found: dict[str, nn.Module] = {}
     for projection in projections:
         here = {f"{name}.{projection}": _child(module, projection) for name, module in modules.items()}
         if not any(here.values()):
@@ -113,8 +117,6 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
 
 class Twins:
     """The overlay of `add_twins_`: what `dense`, `restore_` and `save_adapter` ask of trained weights."""
-
-    reversible = True
 
     def __init__(self, layers: dict[str, TwinLinear]) -> None:
         self.layers = layers
@@ -133,9 +135,9 @@ class Twins:
     def remove(self) -> None:
         for layer in self.layers.values():
             layer.weight = layer.teacher_weight
-            layer.bias = layer.teacher_bias
+            layer.register_parameter("bias", layer.teacher_bias)
             del layer.teacher_weight, layer.teacher_bias, layer.twin_active
-            layer.__class__ = nn.Linear
+            cast(nn.Linear, layer).__class__ = nn.Linear
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {

@@ -81,12 +81,17 @@ def load_base(base: Base) -> Any:
     Raises:
         ValueError: it is not there, out of reach, damaged or of no class that can be converted.
     """
-    read_base(base.model, revision=base.revision)
-    parts = DiffusionPipeline.load_config(base.model, revision=base.revision)
+    source = read_base(base.model, revision=base.revision).source
+    parts = DiffusionPipeline.load_config(base.model, revision=source.revision)
     unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
     without = {name: None for name in parts if name.startswith(unused)}
-    dtype = getattr(torch, base.dtype)
-    return DiffusionPipeline.from_pretrained(base.model, revision=base.revision, torch_dtype=dtype, **without)
+    return DiffusionPipeline.from_pretrained(
+        base.model,
+        revision=source.revision,
+        torch_dtype=getattr(torch, base.dtype),
+        use_safetensors=True,
+        **without,
+    )
 
 
 def _check_sizes(config: DistillConfig, samples: TeacherSamples, processes: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -56,7 +56,7 @@ class Trainer:
         self.pipe = pipe
         self.samples = samples
         self.directory = Path(config.run.directory)
-        self.model = denoiser(pipe)[1]
+        self.model = cast(Any, denoiser(pipe)[1])
         self.family = family_of(self.model)
         self.layers = swapped(self.model)
         self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
