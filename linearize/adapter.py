@@ -16,10 +16,11 @@ from .families import family_of
 from .fitting import attention_shapes, check_fit, sorted_tensors
 from .folders import new_folder, read_tensors, sha256
 from .grouping import grouped
+from .low_rank import FusedLowRank, LowRank, like_layer
 from .manifest import MANIFEST_FILE, TENSORS_FILE, Manifest, TensorsFile, Trained, read_manifest
 from .matching import attention_modules
 from .methods import config_to_dict
-from .overlays import FusedLowRank, LowRank, like_layer, overlays_of, replace_weights_
+from .overlays import overlays_of, refuse_fused, replace_weights_
 from .record import record_
 from .report import SwapReport
 
@@ -118,6 +119,8 @@ def mount_adapter_(
     """`load_adapter_` for an adapter that has been read."""
     _, model = denoiser(pipe_or_model)
     configs = manifest.configs()
+    if manifest.trained:
+        refuse_fused(model)
     check_fit(manifest, model)
     parts = sorted_tensors(manifest, tensors, model)
     _warn_of_other_base(manifest, source_of(pipe_or_model, model))

@@ -45,6 +45,12 @@ class LinearAttention:
             rewind_before_backward(state, output)
         return output
 
+    def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream copies the projections into one, where no trained weights would be lost by that."""
+        for companion in self._lineardit_site.state.companions:
+            companion.check_fusable()
+        super().fuse_projections(*args, **kwargs)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the upstream class: ours is made on demand and has no address."""
         return _blank, (self._dense_class,), self.__dict__.copy()
@@ -84,11 +90,11 @@ def _stored_forwards(module: nn.Module) -> Iterator[tuple[Any, str]]:
     """Where accelerate's and diffusers' hooks keep the module's own forward: (holder, attribute)."""
     registry = vars(module).get("_diffusers_hook")
     references = registry._fn_refs if registry is not None else []
-    places = [(module, "_old_forward")]
+    places = [(module, "forward"), (module, "_old_forward")]
     places += [(reference, attribute) for reference in references for attribute in ("forward", "original_forward")]
     for holder, attribute in places:
         method = vars(holder).get(attribute)
-        if isinstance(method, MethodType) and method.__self__ is module:
+        if isinstance(method, MethodType) and method.__self__ is module and method.__func__ is type(module).forward:
             yield holder, attribute
 
 
@@ -163,7 +169,7 @@ def _diagnosis(attention: LinearAttention, hits: int) -> str:
     return (
         f"{attention._lineardit_name} is converted, but its forward reached linear attention {hits} times instead of "
         f"once (processor {type(processor).__name__}, attention backend {backend or 'default'}). Likely causes: "
-        "set_attention_backend or DIFFUSERS_ATTN_BACKEND with a kernel of its own, xformers, attention slicing, ring "
-        "attention, or a processor that does not call torch's scaled_dot_product_attention. Go back to the default "
-        "processor and backend, or restore_ the model."
+        "set_attention_backend on any model (it holds for the whole process) or DIFFUSERS_ATTN_BACKEND with a kernel of "
+        "its own, xformers, attention slicing, ring attention, or a processor that does not call torch's "
+        "scaled_dot_product_attention. Go back to the default processor and the backend 'native', or restore_ the model."
     )

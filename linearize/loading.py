@@ -14,8 +14,9 @@ from .adapter import mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
 from .convert import denoiser, linearize_
 from .folders import read_tensors
+from .low_rank import LORA_NAME, LowRank, like_layer
 from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
-from .overlays import LORA_NAME, FullWeights, LowRank, like_layer, overlays_of
+from .overlays import FullWeights, overlays_of
 from .record import CONFIG_KEY, record_
 
 logger = logging.getLogger(__name__)
@@ -101,8 +102,8 @@ def _restored(place: Place, *, dtype: torch.dtype | None, base: str | Path | Non
     if base is not None:
         raise ValueError(f"{place.name} is a whole pipeline, base must be None, got {base}")
     logger.warning(
-        "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full attention; "
-        "use lineardit.save_adapter to keep a student",
+        "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full "
+        "attention; use lineardit.save_adapter to keep a student",
         place.name,
     )
     pipe = _load(saved, dtype=dtype, offline=place.offline)

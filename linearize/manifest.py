@@ -75,7 +75,8 @@ class Manifest:
         return {pattern: config_from_dict(settings) for pattern, settings in self.methods.items()}
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        trained = [{key: value for key, value in asdict(one).items() if value is not None} for one in self.trained]
+        return json.dumps(asdict(self) | {"trained": trained}, indent=2) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,18 @@
 """What training adds to a base's weights, and how to take it off again.
 
 A student is its base, plus the parameters of its linear kernels, plus overlays: a low-rank term beside some Linear
-layers (`LowRank`, LoRA), or changed tensors whose originals are kept (`FullWeights`).
-
-LoRA is not a peft adapter here on purpose. Adapters in peft belong to the user: loading or choosing a style switches
-all others off, `unload_lora_weights` removes them. A student without its trained weights is broken, so its term sits on
-the plain Linear layer, which keeps class, name and weights; a style's peft layer wraps that Linear, and neither knows
-of the other.
+layers (`low_rank`, LoRA), or changed tensors whose originals are kept (`FullWeights`).
 """
 
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from .errors import UnsupportedModelError
 from .seam import state_of
 
-LORA_NAME = "lineardit_lora"  # the child of a Linear layer that holds its low-rank term
-
-_NO_WAY_BACK = (
+NO_WAY_BACK = (
     "the originals of this model's trained weights were not kept, so the base cannot be restored: load the base again, "
     "and the adapter on top of it with keep_original=True"
 )
@@ -28,6 +20,9 @@ _NO_WAY_BACK = (
 
 class Overlay(Protocol):
     """Trained weights on a base. `off` and `on` alternate, beginning with `off`; after `remove` the object is spent."""
+
+    @property
+    def reversible(self) -> bool: ...  # the base can come back: its weights were kept
 
     def check_reversible(self) -> None: ...  # ValueError where `off` and `remove` cannot give the base back
     def off(self) -> None: ...
@@ -68,6 +63,18 @@ class Overlays:
         while self.items:
             self.items.pop().remove()
 
+    def check_fusable(self) -> None:
+        """Whether upstream may copy the projections into one: changes could not be taken off the copy.
+
+        Raises:
+            UnsupportedModelError: there are changes that `dense` takes off.
+        """
+        if any(overlay.reversible for overlay in self.items):
+            raise UnsupportedModelError(
+                "fuse_qkv_projections would copy trained projections, which dense and restore_ could not take off the "
+                "copy: load the adapter with keep_original=False first"
+            )
+
     def _check_reversible(self) -> None:
         for overlay in self.items:
             overlay.check_reversible()
@@ -84,112 +91,23 @@ def overlays_of(model: nn.Module) -> Overlays:
     return overlays_of(model)
 
 
+def refuse_fused(model: nn.Module) -> None:
+    """Raise where the model reads fused copies of its projections: changes of the projections would have no effect.
+
+    Raises:
+        UnsupportedModelError: `fuse_qkv_projections` is on.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False):
+            raise UnsupportedModelError(
+                f"{name} has fused projections, which trained weights would not reach: unfuse_qkv_projections first"
+            )
+
+
 def plain_layer(model: nn.Module, name: str) -> nn.Module:
     """The layer of that name in the base, also where a style's peft layer has been wrapped around it."""
     layer = model.get_submodule(name)
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-
-
-class LowRankTerm(nn.Module):
-    """scale * up(down(x)), computed in x's dtype on x's device: LoRA's term for one Linear layer."""
-
-    def __init__(self, down: Tensor, up: Tensor, *, scale: float) -> None:
-        super().__init__()
-        self.down = nn.Parameter(down)  # [rank, in]
-        self.up = nn.Parameter(up)  # [out, rank]
-        self.scale = scale
-        self.enabled = True
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return functional.linear(functional.linear(x, self.down.to(x)), self.up.to(x)) * self.scale
-
-
-def _add_term(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    term = cast(LowRankTerm, layer.get_submodule(LORA_NAME))
-    return out + term(args[0]) if term.enabled else out
-
-
-class LowRank:
-    """LoRA (arXiv:2106.09685) on some Linear layers: a forward hook on each adds `LowRankTerm`.
-
-    Args:
-        model: The denoiser.
-        factors: Per layer name `(down [rank, in], up [out, rank])`; they become the parameters as they are.
-        alpha: The term's factor is alpha / rank.
-    """
-
-    def __init__(self, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], *, alpha: float) -> None:
-        self.alpha = alpha
-        self.layers = {name: plain_layer(model, name) for name in factors}
-        self.rank = next(iter(factors.values()))[0].shape[0]
-        self.handles = []
-        for name, layer in self.layers.items():
-            layer.add_module(LORA_NAME, LowRankTerm(*factors[name], scale=alpha / self.rank))
-            self.handles.append(layer.register_forward_hook(_add_term))
-
-    def terms(self) -> dict[str, LowRankTerm]:
-        """The low-rank term of every layer, by the layer's name."""
-        return {name: cast(LowRankTerm, layer.get_submodule(LORA_NAME)) for name, layer in self.layers.items()}
-
-    def check_reversible(self) -> None:
-        return
-
-    def off(self) -> None:
-        for term in self.terms().values():
-            term.enabled = False
-
-    def on(self) -> None:
-        for term in self.terms().values():
-            term.enabled = True
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for layer in self.layers.values():
-            delattr(layer, LORA_NAME)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The factors under peft's names."""
-        found = {}
-        for name, term in self.terms().items():
-            found[f"{name}.lora_A.weight"] = term.down.detach()
-            found[f"{name}.lora_B.weight"] = term.up.detach()
-        return found
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
-
-
-class FusedLowRank:
-    """LoRA added into the weights of its layers: no cost per step, no way back. The factors stay, for saving.
-
-    Raises:
-        ValueError: A layer's weight is not in floating point (a quantized base), or not in memory.
-    """
-
-    def __init__(self, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], *, alpha: float) -> None:
-        self.alpha = alpha
-        self.rank = next(iter(factors.values()))[0].shape[0]
-        self.factors = {name: (down.cpu(), up.cpu()) for name, (down, up) in factors.items()}
-        weights = {name: _writable(f"{name}.weight", plain_layer(model, name).weight) for name in factors}
-        with torch.no_grad():
-            for name, (down, up) in factors.items():
-                weight = weights[name]
-                term = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
-                weight.copy_(weight.float() + term * (alpha / self.rank))
-
-    def check_reversible(self) -> None:
-        raise ValueError(_NO_WAY_BACK)
-
-    off = on = remove = check_reversible
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The factors under peft's names."""
-        downs = {f"{name}.lora_A.weight": down for name, (down, _) in self.factors.items()}
-        return downs | {f"{name}.lora_B.weight": up for name, (_, up) in self.factors.items()}
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
 
 
 class FullWeights:
@@ -202,6 +120,7 @@ class FullWeights:
 
     def __init__(self, model: nn.Module, originals: Mapping[str, Tensor | None]) -> None:
         self.originals = dict(originals)
+        self.reversible = all(original is not None for original in originals.values())
         self.owners = {name: _owner(model, name) for name in originals}
         self.trained: dict[str, Tensor] = {}  # their values while the overlay is off
 
@@ -213,8 +132,8 @@ class FullWeights:
     def check_reversible(self) -> None:
         for name, original in self.originals.items():
             if original is None:
-                raise ValueError(_NO_WAY_BACK)
-            _writable(name, self.parameter(name))
+                raise ValueError(NO_WAY_BACK)
+            writable(name, self.parameter(name))
 
     def off(self) -> None:
         for name, original in self.originals.items():
@@ -246,7 +165,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return plain_layer(model, layer), attribute
 
 
-def _writable(name: str, parameter: Tensor) -> Tensor:
+def writable(name: str, parameter: Tensor) -> Tensor:
     """The parameter, after checking that its numbers can be exchanged."""
     if parameter.is_meta:
         raise ValueError(f"{name} is not in memory (sequential offload?): do this before enabling offload")
@@ -273,7 +192,7 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
         if not is_meta:
-            _writable(name, old)
+            writable(name, old)
         originals[name] = old.detach().to("cpu", copy=True) if keep_original and not old.is_meta else None
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
@@ -284,12 +203,3 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
     overlay = FullWeights(model, originals)
     overlays_of(model).items.append(overlay)
     return overlay
-
-
-def like_layer(model: nn.Module, name: str, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Copies of LoRA factors on a layer's device, in the dtype it computes in; a quantized layer's dtype says nothing."""
-    weight = cast(Tensor, plain_layer(model, name).weight)
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else None
-    down, up = (factor.to(device, dtype, copy=True) for factor in factors)
-    return down, up

@@ -1,4 +1,4 @@
-"""The `lineardit` entry of a converted model's config: a plain save_pretrained carries it, `from_pretrained` reads it."""
+"""The `lineardit` entry of a converted model's config, which a plain save_pretrained carries to `from_pretrained`."""
 
 import logging
 from dataclasses import asdict

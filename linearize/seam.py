@@ -31,6 +31,8 @@ class Companion(Protocol):
 
     def remove(self) -> None: ...
 
+    def check_fusable(self) -> None: ...
+
 
 class State:
     """What the hooks and attention modules of one converted model share.
@@ -164,7 +166,7 @@ def _rewind(state: State, record: dict[Site, tuple[Grid, int]], enabled: bool, g
     if state.enabled != enabled:
         where = "outside" if enabled else "inside"
         raise RuntimeError(
-            f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward there too"
+            f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward there"
         )
     for site, (grid, text_len) in record.items():
         site.publish(grid, text_len)

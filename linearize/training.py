@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .convert import denoiser, swapped
-from .overlays import LORA_NAME, FullWeights, LowRank, overlays_of, plain_layer
+from .low_rank import LORA_NAME, LowRank
+from .overlays import FullWeights, overlays_of, plain_layer, refuse_fused
 from .record import record_
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -86,6 +87,7 @@ def _projections(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Full names of the target layers below the swapped modules."""
     if not swapped(model):
         raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+    refuse_fused(model)
     candidates = {target: [f"{name}.{target}" for name in swapped(model)] for target in targets}
     layers = {name for name, _ in model.named_modules()}
     found = {target: [name for name in names if name in layers] for target, names in candidates.items()}

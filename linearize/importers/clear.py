@@ -17,7 +17,7 @@ from ..fitting import check_shapes, shapes_of
 from ..folders import read_tensors
 from ..matching import attention_modules
 from ..methods.clear import Clear
-from ..overlays import plain_layer, replace_weights_
+from ..overlays import plain_layer, refuse_fused, replace_weights_
 from ..record import record_
 from ..report import SwapReport
 
@@ -55,6 +55,7 @@ def load_clear_checkpoint_(
         tensors, what = path_or_state_dict, "the tensors of the checkpoint"
     else:
         tensors, what = read_tensors(Path(path_or_state_dict)), f"the tensors of {path_or_state_dict}"
+    refuse_fused(transformer)
     _check_pool_size(tensors, pool_size, what)
     check_shapes(shapes_of(tensors), _expected(transformer, pool_size), what=what)
 

@@ -1,0 +1,159 @@
+"""LoRA (arXiv:2106.09685) as part of a student: a low-rank term beside some Linear layers.
+
+It is not a peft adapter on purpose. Adapters in peft belong to the user: loading or choosing a style switches all
+others off, `unload_lora_weights` removes them. A student without its trained weights is broken, so its term sits in the
+Linear layer itself, which keeps its name and weights; a style's peft layer wraps that Linear, and neither knows of the
+other.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .intercept import change_class, check_forward
+from .overlays import NO_WAY_BACK, plain_layer, writable
+
+LORA_NAME = "lineardit_lora"  # the child of a Linear layer that holds its low-rank term
+
+
+class LowRankTerm(nn.Module):
+    """scale * up(down(x)), computed in x's dtype on x's device: LoRA's term for one Linear layer."""
+
+    def __init__(self, down: Tensor, up: Tensor, *, scale: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down)  # [rank, in]
+        self.up = nn.Parameter(up)  # [out, rank]
+        self.scale = scale
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        return functional.linear(functional.linear(x, self.down.to(x)), self.up.to(x)) * self.scale
+
+
+class LowRankLayer:
+    """Mixed in before a Linear layer's own class, also a quantized one: its forward, and the term of its child."""
+
+    _plain_class: type[nn.Module]
+    lineardit_lora: LowRankTerm
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        out = super().forward(x)  # type: ignore[misc]
+        return out + self.lineardit_lora(x) if self.lineardit_lora.enabled else out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the plain class: ours is made on demand and has no address."""
+        return _blank_layer, (self._plain_class,), self.__dict__.copy()
+
+
+@cache
+def low_rank_class(plain_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a layer with a low-rank term whose own class is `plain_class`."""
+    name = f"LowRank{plain_class.__name__}"
+    return type(name, (LowRankLayer, plain_class), {"__module__": __name__, "_plain_class": plain_class})
+
+
+def _blank_layer(plain_class: type[nn.Module]) -> nn.Module:
+    cls = low_rank_class(plain_class)
+    return cls.__new__(cls)
+
+
+class LowRank:
+    """LoRA (arXiv:2106.09685) on some Linear layers: each becomes a `LowRankLayer` with a `LowRankTerm`.
+
+    Args:
+        model: The denoiser.
+        factors: Per layer name `(down [rank, in], up [out, rank])`; they become the parameters as they are.
+        alpha: The term's factor is alpha / rank.
+    Raises:
+        UnsupportedModelError: another tool has replaced a layer's forward.
+    """
+
+    reversible = True
+
+    def __init__(self, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], *, alpha: float) -> None:
+        self.alpha = alpha
+        self.layers = {name: plain_layer(model, name) for name in factors}
+        self.rank = next(iter(factors.values()))[0].shape[0]
+        for name, layer in self.layers.items():
+            check_forward(name, layer)
+        for name, layer in self.layers.items():
+            layer.add_module(LORA_NAME, LowRankTerm(*factors[name], scale=alpha / self.rank))
+            change_class(layer, low_rank_class(type(layer)))
+
+    def terms(self) -> dict[str, LowRankTerm]:
+        """The low-rank term of every layer, by the layer's name."""
+        return {name: cast(LowRankTerm, layer.get_submodule(LORA_NAME)) for name, layer in self.layers.items()}
+
+    def check_reversible(self) -> None:
+        return
+
+    def off(self) -> None:
+        for term in self.terms().values():
+            term.enabled = False
+
+    def on(self) -> None:
+        for term in self.terms().values():
+            term.enabled = True
+
+    def remove(self) -> None:
+        for layer in self.layers.values():
+            change_class(layer, cast(Any, layer)._plain_class)
+            delattr(layer, LORA_NAME)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors under peft's names."""
+        found = {}
+        for name, term in self.terms().items():
+            found[f"{name}.lora_A.weight"] = term.down.detach()
+            found[f"{name}.lora_B.weight"] = term.up.detach()
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
+
+
+class FusedLowRank:
+    """LoRA added into the weights of its layers: no cost per step, no way back. The factors stay, for saving.
+
+    Raises:
+        ValueError: A layer's weight is not in floating point (a quantized base), or not in memory.
+    """
+
+    reversible = False
+
+    def __init__(self, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], *, alpha: float) -> None:
+        self.alpha = alpha
+        self.rank = next(iter(factors.values()))[0].shape[0]
+        self.factors = {name: (down.cpu(), up.cpu()) for name, (down, up) in factors.items()}
+        weights = {name: writable(f"{name}.weight", plain_layer(model, name).weight) for name in factors}
+        with torch.no_grad():
+            for name, (down, up) in factors.items():
+                weight = weights[name]
+                term = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
+                weight.copy_(weight.float() + term * (alpha / self.rank))
+
+    def check_reversible(self) -> None:
+        raise ValueError(NO_WAY_BACK)
+
+    off = on = remove = check_reversible
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors under peft's names."""
+        downs = {f"{name}.lora_A.weight": down for name, (down, _) in self.factors.items()}
+        return downs | {f"{name}.lora_B.weight": up for name, (_, up) in self.factors.items()}
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
+
+
+def like_layer(model: nn.Module, name: str, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Copies of LoRA factors on a layer's device and in its dtype, if that is one to compute in."""
+    weight = cast(Tensor, plain_layer(model, name).weight)
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else None
+    down, up = (factor.to(device, dtype, copy=True) for factor in factors)
+    return down, up

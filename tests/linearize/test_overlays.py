@@ -1,0 +1,271 @@
+"""Trained weights on a base: off, on, away, and beside the user's own LoRA."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from lineardit import Clear, dense, linearize_, restore_
+from lineardit.linearize.low_rank import FusedLowRank, LowRank
+from lineardit.linearize.overlays import overlays_of, replace_weights_
+from lineardit.linearize.training import add_lora_, train_full_
+from tiny_models import build, inputs_of
+
+CLEAR = Clear(radius=2)
+
+
+def run(model: nn.Module, arguments: dict) -> Tensor:
+    with torch.no_grad():
+        return model(**arguments)[0]
+
+
+def disturb(parameters: dict[str, nn.Parameter]) -> None:
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+@pytest.fixture(params=["lora", "full", "both"])
+def student(request: pytest.FixtureRequest) -> tuple[nn.Module, dict, Tensor, Tensor]:
+    """(trained model, arguments, output of the base, output of the student)."""
+    model, arguments = build("flux"), inputs_of("flux")
+    base = run(model, arguments)
+    linearize_(model, CLEAR)
+    if request.param != "lora":
+        disturb(train_full_(model, targets=("to_q", "to_out.0")))
+    if request.param != "full":
+        disturb(add_lora_(model, rank=2, alpha=3))
+    return model, arguments, base, run(model, arguments)
+
+
+def test_dense_gives_the_base_and_then_the_student_bit_for_bit(student) -> None:
+    model, arguments, base, trained = student
+    assert not torch.equal(base, trained)
+    for _ in range(2):
+        with dense(model), dense(model):
+            assert torch.equal(run(model, arguments), base)
+        assert torch.equal(run(model, arguments), trained)
+
+
+def test_restore_gives_the_base_and_leaves_nothing(student) -> None:
+    model, arguments, base, _ = student
+    names = set(build("flux").state_dict())
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+    assert set(model.state_dict()) == names
+    assert [type(module) for module in model.modules()] == [type(module) for module in build("flux").modules()]
+
+
+def test_restore_inside_dense_gives_the_base(student) -> None:
+    model, arguments, base, _ = student
+    with dense(model):
+        copied = copy.deepcopy(model)
+    restore_(copied)
+    assert torch.equal(run(copied, arguments), base)
+
+
+def test_deepcopy_is_independent(student) -> None:
+    model, arguments, base, trained = student
+    copied = copy.deepcopy(model)
+    restore_(model)
+    assert torch.equal(run(copied, arguments), trained)
+    with dense(copied):
+        assert torch.equal(run(copied, arguments), base)
+    assert torch.equal(run(copied, arguments), trained)
+
+
+def test_a_style_lora_beside_ours_changes_and_leaves_it_alone(student) -> None:
+    model, arguments, base, trained = student
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), adapter_name="style")
+    styled = run(model, arguments)
+    assert not torch.equal(styled, trained)
+    model.set_adapter("style")
+    assert torch.equal(run(model, arguments), styled)
+    with dense(model):
+        dense_style = run(model, arguments)
+    assert not torch.equal(dense_style, base)
+    model.disable_adapters()
+    assert torch.equal(run(model, arguments), trained)
+    model.enable_adapters()
+    model.unload_lora()
+    assert torch.equal(run(model, arguments), trained)
+    with dense(model):
+        assert torch.equal(run(model, arguments), base)
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+
+
+def test_ours_goes_below_a_style_that_was_there_first() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    base = run(model, arguments)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style")
+    styled = run(model, arguments)
+    linearize_(model, CLEAR)
+    disturb(train_full_(model))
+    disturb(add_lora_(model, rank=2))
+    with dense(model):
+        assert torch.equal(run(model, arguments), styled)
+    restore_(model)
+    assert torch.equal(run(model, arguments), styled)
+    model.unload_lora()
+    assert torch.equal(run(model, arguments), base)
+
+
+def test_linearize_again_keeps_what_was_trained(student) -> None:
+    model, arguments, base, trained = student
+    linearize_(model, Clear(radius=3))
+    assert not torch.equal(run(model, arguments), trained)
+    linearize_(model, CLEAR)
+    assert torch.equal(run(model, arguments), trained)
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+
+
+def test_lora_is_the_low_rank_term(seed: int) -> None:
+    model, x = build("flux"), torch.randn(3, 5, 32, dtype=torch.float64)
+    model.double()
+    linearize_(model, CLEAR)
+    layer = model.transformer_blocks[0].attn.to_q
+    plain = layer(x)
+    parameters = add_lora_(model, rank=3, alpha=6, targets=["to_q"], dtype=torch.float64)
+    assert torch.equal(layer(x), plain)
+    disturb(parameters)
+    down, up = (parameters[f"transformer_blocks.0.attn.to_q.lineardit_lora.{end}"] for end in ("down", "up"))
+    torch.testing.assert_close(layer(x), plain + 2 * x @ down.T @ up.T, rtol=0, atol=1e-12)
+
+
+def test_lora_gradients_reach_only_its_factors() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, CLEAR)
+    model.requires_grad_(False)
+    parameters = add_lora_(model, rank=2)
+    disturb(parameters)
+    model(**arguments)[0].square().mean().backward()
+    assert all(parameter.grad is not None for parameter in parameters.values())
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == list(parameters)
+
+
+def test_fused_lora_is_lora_without_a_way_back() -> None:
+    model, arguments = build("flux").double(), inputs_of("flux")
+    arguments = {name: value.double() for name, value in arguments.items()}
+    linearize_(model, CLEAR)
+    fused = copy.deepcopy(model)
+    factors = {"transformer_blocks.0.attn.to_q": (torch.randn(2, 32).double(), torch.randn(32, 2).double())}
+    overlays_of(model).items.append(LowRank(model, factors, alpha=4))
+    overlays_of(fused).items.append(FusedLowRank(fused, factors, alpha=4))
+    torch.testing.assert_close(run(fused, arguments), run(model, arguments), rtol=0, atol=1e-6)
+    before = run(fused, arguments)
+    for way_back in (restore_, lambda model: dense(model).__enter__()):
+        with pytest.raises(ValueError, match="keep_original=True"):
+            way_back(fused)
+        assert torch.equal(run(fused, arguments), before)
+
+
+def test_replace_weights_without_originals_refuses_the_way_back_and_changes_nothing() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, CLEAR)
+    replace_weights_(model, {"transformer_blocks.0.attn.to_q.weight": torch.randn(32, 32)}, keep_original=False)
+    before = run(model, arguments)
+    for way_back in (restore_, lambda model: dense(model).__enter__()):
+        with pytest.raises(ValueError, match="keep_original=True"):
+            way_back(model)
+        assert torch.equal(run(model, arguments), before)
+
+
+def test_train_full_keeps_the_parameters_of_an_optimizer() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, CLEAR)
+    parameters = train_full_(model, targets=["to_v"])
+    optimizer = torch.optim.SGD(parameters.values(), lr=1)
+    with dense(model), torch.no_grad():
+        target = model(**arguments)[0]
+    (model(**arguments)[0] - target).square().sum().backward()
+    before = run(model, arguments)
+    optimizer.step()
+    assert not torch.equal(run(model, arguments), before)
+    with dense(model):
+        assert torch.equal(run(model, arguments), target)
+
+
+def test_stacked_changes_come_off_in_reverse() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    base = run(model, arguments)
+    linearize_(model, CLEAR)
+    for _ in range(2):
+        disturb(train_full_(model, targets=["to_q"]))
+    trained = run(model, arguments)
+    with dense(model):
+        assert torch.equal(run(model, arguments), base)
+    assert torch.equal(run(model, arguments), trained)
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_computes_in_the_dtype_of_its_input(dtype: torch.dtype) -> None:
+    model = build("flux")
+    linearize_(model, CLEAR)
+    model.to(dtype)
+    disturb(add_lora_(model, rank=2, dtype=torch.float32))
+    assert model.transformer_blocks[0].attn.to_q(torch.randn(2, 32, dtype=dtype)).dtype == dtype
+
+
+def test_a_compiled_layer_with_lora_follows_dense() -> None:
+    model, x = build("flux"), torch.randn(3, 32)
+    layer = model.transformer_blocks[0].attn.to_q
+    compiled = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)
+    base = compiled(x)
+    linearize_(model, CLEAR)
+    disturb(add_lora_(model, rank=2, targets=["to_q"]))
+    trained = layer(x)
+    for _ in range(2):
+        assert torch.equal(compiled(x), trained)
+        with dense(model):
+            assert torch.equal(compiled(x), base)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rank": 0}, "rank must be >= 1, got 0"),
+        ({"rank": 2, "targets": ["to_x"]}, "targets must be layers of the swapped attention modules, got 'to_x'"),
+    ],
+)
+def test_add_lora_names_what_is_wrong(options: dict, text: str) -> None:
+    model = build("flux")
+    with pytest.raises(ValueError, match="not converted" if options["rank"] else "rank"):
+        add_lora_(model, **options)
+    linearize_(model, CLEAR)
+    with pytest.raises(ValueError, match=text):
+        add_lora_(model, **options)
+
+
+def test_add_lora_refuses_a_second_one() -> None:
+    model = build("flux")
+    linearize_(model, CLEAR)
+    add_lora_(model, rank=2, targets=["to_q"])
+    with pytest.raises(ValueError, match="LoRA of ours already"):
+        add_lora_(model, rank=2, targets=["to_k"])
+
+
+def test_changed_weights_of_a_quantized_layer_are_refused() -> None:
+    model = build("flux")
+    linearize_(model, CLEAR)
+    layer = model.transformer_blocks[0].attn.to_q
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"floating point.*int8"):
+        replace_weights_(model, {"transformer_blocks.0.attn.to_q.weight": torch.randn(32, 32)}, keep_original=True)
+
+
+def test_fusing_projections_and_trained_weights_exclude_each_other(student) -> None:
+    model, arguments, _, trained = student
+    with pytest.raises(ValueError, match="keep_original=False"):
+        model.fuse_qkv_projections()
+    assert torch.equal(run(model, arguments), trained)
+    restore_(model)
+    linearize_(model, CLEAR)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections first"):
+        add_lora_(model, rank=2)
