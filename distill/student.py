@@ -4,7 +4,7 @@ The student is the model as it stands; the teacher is the same model under `teac
 LoRA, and where the projections themselves are trained, their frozen twins.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..linearize.convert import denoiser, dense, linearize_, swapped
+from ..linearize.convert import denoiser, dense, linearize_
 from ..linearize.overlays import overlays_of
+from ..linearize.record import record_
 from ..linearize.report import SwapReport
-from ..linearize.training import add_lora_
+from ..linearize.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
 
 KERNEL = ".linear_kernel."
@@ -81,12 +82,13 @@ def add_twins_(model: nn.Module, projections: Sequence[str]) -> dict[str, nn.Par
     Raises:
         ValueError: no swapped module has one of the names, or it is not a plain nn.Linear (quantized, wrapped).
     """
-    found = _projections(swapped(model), projections)
+    found = {name: model.get_submodule(name) for name in projection_names(model, projections)}
     for name, module in found.items():
         if type(module) is not nn.Linear:
             raise ValueError(f"{name} must be an nn.Linear to be trained, got a {type(module).__name__}; train a lora")
     twins = Twins({name: _add_twin_(cast(nn.Linear, module)) for name, module in found.items()})
     overlays_of(model).items.append(twins)
+    record_(model)
     return twins.parameters()
 
 
@@ -100,23 +102,10 @@ def _add_twin_(layer: nn.Linear) -> TwinLinear:
     return twin
 
 
-def _projections(modules: Mapping[str, nn.Module], projections: Sequence[str]) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    for projection in projections:
-        here = {f"{name}.{projection}": _child(module, projection) for name, module in modules.items()}
-        if not any(here.values()):
-            known = sorted({name for one in modules.values() for name, _ in one.named_modules() if name})
-            raise ValueError(f"no swapped attention module has {projection!r}; there are {', '.join(known)}")
-        found |= {name: module for name, module in here.items() if module is not None}
-    return found
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    return dict(module.named_modules()).get(name)
-
-
 class Twins:
     """The overlay of `add_twins_`: what `dense`, `restore_` and `save_adapter` ask of trained weights."""
+
+    reversible = True
 
     def __init__(self, layers: dict[str, TwinLinear]) -> None:
         self.layers = layers

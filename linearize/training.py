@@ -39,7 +39,7 @@ def add_lora_(
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
     _, model = denoiser(pipe_or_model)
-    names = _projections(model, targets)
+    names = projection_names(model, targets)
     if any(overlay.describe()["kind"] == "lora" for overlay in overlays_of(model).items):
         raise ValueError("this model has a LoRA of ours already: train that one, or restore_ and linearize_ first")
     factors = {}
@@ -74,7 +74,7 @@ def train_full_(
         model,
         {
             f"{name}.{attribute}": parameter.detach().clone()
-            for name in _projections(model, targets)
+            for name in projection_names(model, targets)
             for attribute, parameter in plain_layer(model, name).named_parameters(recurse=False)
         },
     )
@@ -83,8 +83,12 @@ def train_full_(
     return {name: overlay.parameter(name) for name in overlay.originals}
 
 
-def _projections(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the target layers below the swapped modules."""
+def projection_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Full names of the target layers below the swapped modules.
+
+    Raises:
+        ValueError: Nothing is converted, or a target that no swapped module has.
+    """
     if not swapped(model):
         raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
     refuse_fused(model)

@@ -113,7 +113,7 @@ def test_add_twins_refuses_unknown_and_wrapped_layers(
     pipe: FluxPipeline, make_config: Callable[..., DistillConfig]
 ) -> None:
     build_student_(pipe, make_config())
-    with pytest.raises(ValueError, match=r"no swapped attention module has 'to_x'; there are .*to_q"):
+    with pytest.raises(ValueError, match="targets must be layers of the swapped attention modules, got 'to_x'"):
         add_twins_(pipe.transformer, ["to_q", "to_x"])
     with pytest.raises(ValueError, match=r"attn.norm_q must be an nn.Linear to be trained, got a RMSNorm"):
         add_twins_(pipe.transformer, ["norm_q"])
