@@ -1,7 +1,6 @@
 """What a model costs on this machine: seconds of one warm transformer forward, peak memory of one picture."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -9,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 
 from ..linearize.convert import denoiser
 from .families import family_of
+from .launch import child_environment
 from .pictures import PictureSettings
 
 GIB = 2**30
@@ -131,20 +130,11 @@ def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> fl
         opening: Arguments of `open_pipeline`, as JSON has them.
     """
     request = json.dumps({"opening": opening, "settings": asdict(settings)})
-    done = subprocess.run(
-        [sys.executable, "-m", "lineardit.distill.cost", request],
-        env=os.environ | {"PYTHONPATH": search_path()},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "lineardit.distill.cost", request]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring the peak memory of {opening['name']} failed:\n{done.stderr}")
     return float(done.stdout.splitlines()[-1])
-
-
-def search_path() -> str:
-    """PYTHONPATH for a child that finds the same package as this process, installed or not."""
-    package = Path(str(sys.modules["lineardit"].__file__)).parent
-    return os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def main() -> None:

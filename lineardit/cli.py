@@ -12,6 +12,7 @@ import typer
 
 from . import __version__
 from .commands.convert import convert
+from .commands.demo import demo
 from .commands.distillation import distill
 from .commands.evaluate import evaluate
 from .commands.generate import generate
@@ -32,6 +33,7 @@ app.command()(prepare)
 app.command()(distill)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(demo)
 
 
 def _print_version(wanted: bool) -> None:

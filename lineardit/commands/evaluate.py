@@ -36,12 +36,14 @@ def evaluate(
     offline: Offline = False,
 ) -> None:
     """Compare a student with its teacher: latents, pictures, seconds, memory. Called again, it goes on."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
     from ..distill.evaluate import Source
     from ..distill.evaluate import evaluate as compare
     from ..distill.pictures import PictureSettings
     from ..scene_judge import judge_scene
     from .devices import find_device, find_dtype
-    from .quiet import quiet_libraries
 
     height, width = parse_size(size)
     texts = read_prompts(prompts)
@@ -54,7 +56,6 @@ def evaluate(
         max_sequence_length=max_sequence_length,
         batch_size=batch_size,
     )
-    quiet_libraries()
     target = find_device(device)
     common = {"dtype": find_dtype(dtype, target), "device": str(target), "impl": impl, "offline": offline}
     report = compare(

@@ -33,6 +33,9 @@ def generate(
     offline: Offline = False,
 ) -> None:
     """Make pictures. Each PNG says how it was made; noise of picture i comes from seed + i whatever the batch."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
     from ..pipelines.generate import generate as generate_pictures
     from ..pipelines.generate import plan_files
 
@@ -81,11 +84,9 @@ def _load(
     from ..linearize.standing import swap_report
     from ..pipelines.placement import place_
     from .devices import find_device, find_dtype
-    from .quiet import quiet_libraries
 
     target = find_device(device)
     weights = find_dtype(dtype, target)
-    quiet_libraries()
     pipe = open_pipeline(source, dtype=weights, base=base, revision=revision, offline=offline, impl=impl)
     place_(pipe, target, offload)
     if swap_report(pipe) is None:  # else the conversion has said what it swapped

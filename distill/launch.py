@@ -1,0 +1,37 @@
+"""Starts a distillation in processes of its own, as a user would: `accelerate launch -m lineardit.distill CONFIG`."""
+
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
+
+
+def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> int:
+    """Run a distillation to its end; its exit code.
+
+    Args:
+        config: The run's settings, a TOML file.
+        options: For the distillation, such as ("--resume", "latest").
+        processes: On this machine; several on CPUs too.
+    """
+    several = ["--multi_gpu"] if processes > 1 else []  # without it accelerate starts one on CPUs, whatever the number
+    settings = ["--quiet", *several, "--num_machines", "1", "--num_processes", str(processes)]
+    settings += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    arguments = [*settings, "-m", "lineardit.distill", str(config), *options]
+    logger.info("%s", shlex.join(["accelerate", "launch", *arguments]))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    return subprocess.run(command, env=child_environment(), check=False).returncode
+
+
+def child_environment() -> Mapping[str, str]:
+    """For a child that finds the same package as this process, installed or not, and keeps the libraries quiet."""
+    package = Path(str(sys.modules["lineardit"].__file__)).parent
+    search_path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return QUIET | os.environ | {"PYTHONPATH": search_path}

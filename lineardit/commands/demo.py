@@ -1,0 +1,37 @@
+"""`lineardit demo`: the whole way on the small model, with pictures at its end."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; an interrupted one is gone on with.")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Convert, distill and generate with a small model. About ten minutes on two idle cores; ends with a page."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    from ..demo import DemoSettings
+    from ..demo import demo as run
+    from ..demo_page import next_commands, table_rows, took, write_page
+
+    settings = DemoSettings()
+    report = run(output, settings=settings)
+    page = write_page(report, settings.radius)
+    header, *rows = table_rows(report)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table, highlight=False)
+    side, ratio = settings.large_side, report.speed.ratio
+    print(f"A step at {side}x{side}: the student is {ratio:.1f} times as fast as the teacher (at least 3 are wanted).")
+    print(took(report))
+    print(f"Pictures: {page}")
+    print("Next:\n  " + "\n  ".join(next_commands(report)))

@@ -1,0 +1,245 @@
+"""The whole way on the small model that comes with the repository: convert, distill, judge, generate.
+
+Every stage can be interrupted; called again, a demonstration goes on where it stopped.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from .distill.cost import paired_step_seconds
+from .distill.evaluate import Comparison, Scores, compare, score_totals
+from .distill.files import write_json
+from .distill.launch import launch
+from .distill.pictures import Pictures, PictureSettings, make_pictures
+from .distill.prepare import prepare
+from .distill.sheet import write_sheet
+from .examples.tiny_flux import path, scenes
+from .linearize.conversion import convert_base
+from .linearize.folders import sha256
+from .linearize.methods import Clear
+from .linearize.opening import open_pipeline
+from .pipelines.generate import generate
+from .scene_judge import judge_scene
+from .stages import Stages, matmul_gflops
+
+TEXT_TOKENS = 64
+REPORT, SHEET, LARGE, SPEED = "report.json", "teacher-converted-distilled.png", "512x512.png", "speed.json"
+
+CONFIG = """\
+# Settings of the distillation; every table and key: lineardit/distill/config.py
+[base]
+model = {base}
+
+[data]
+directory = {samples}
+
+[method]
+method = "clear"
+radius = {radius}
+
+[trained]
+kind = "attention"
+
+[run]
+directory = {run}
+steps = {steps}
+batch_size = 4
+
+[optimizer]
+lr = {lr}
+
+[schedule]
+warmup = 10
+
+[save]
+every = 50
+log_every = 25
+
+[validate]
+samples = 0
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """How much a demonstration does; the defaults take about ten minutes on two idle cores."""
+
+    radius: float = 4
+    samples: int = 64  # that the teacher makes for its student
+    sample_steps: int = 16  # denoising steps of each
+    train_steps: int = 150
+    learning_rate: float = 1e-3
+    captions: int = 16  # held out, to judge teacher and student
+    side: int = 128  # pixels, of samples and judged pictures
+    steps: int = 28
+    large_side: int = 512  # pixels
+    pairs: int = 3  # of steps timed at the large side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model in the table: its scores, and how far its pictures are from the teacher's (None: the teacher)."""
+
+    name: str
+    scores: dict[str, tuple[int, int]]
+    seconds_per_picture: float
+    comparison: Comparison | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Warm transformer steps at the large side, and a figure to compare machines by.
+
+    Attributes:
+        pairs: (teacher, student) in seconds, measured in turn.
+        gflops: Of a float32 product of 1024 x 1024 matrices.
+        threads: That torch uses.
+    """
+
+    pairs: tuple[tuple[float, float], ...]
+    gflops: float
+    threads: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the student's step is: the median over pairs."""
+        return median(teacher / student for teacher, student in self.pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoReport:
+    """What a demonstration found, and what it took: over all calls, in seconds."""
+
+    directory: Path
+    rows: tuple[Row, ...]
+    speed: Speed
+    seconds: float
+    cpu_seconds: float
+
+
+def demo(
+    directory: str | Path = "demo",
+    *,
+    base: str | Path | None = None,
+    settings: DemoSettings | None = None,
+) -> DemoReport:
+    """Convert the small pipeline to local attention, distill it, judge it and generate with it.
+
+    Args:
+        directory: For everything that is made; that of an interrupted demonstration is gone on with.
+        base: The pipeline; None: the trained one of the repository.
+        settings: None: the defaults.
+    Raises:
+        ValueError: the trained pipeline is not here, or the folder holds something else.
+    """
+    base, directory, settings = Path(base or path()), Path(directory), settings or DemoSettings()
+    if not (base / "model_index.json").is_file():
+        raise ValueError(f"no pipeline in {base}: the demonstration needs the one that comes with a clone")
+    stages = Stages(directory, asdict(settings) | {"base": _digest(base)})
+    with stages.stage("convert"):
+        converted = _convert(base, directory, settings)
+    with stages.stage("prepare: the teacher makes samples"):
+        _prepare(base, directory, settings)
+    with stages.stage("distill"):
+        adapter = _distill(base, directory, settings)
+    sources = {"teacher": base, "converted": converted, "distilled": adapter}
+    with stages.stage("judge"):
+        rows = _judge(sources, directory, settings)
+    with stages.stage("generate"):
+        _large_picture(adapter, directory, settings)
+    with stages.stage("time the steps"):
+        speed = _speed(base, adapter, directory, settings)
+    report = DemoReport(directory=directory, rows=rows, speed=speed, **stages.total())
+    write_json(directory / REPORT, asdict(report) | {"directory": str(directory), "ratio": speed.ratio})
+    return report
+
+
+def _digest(base: Path) -> str:
+    return " ".join(sha256(file)[:8] for file in sorted(base.rglob("*.safetensors")))
+
+
+def _convert(base: Path, directory: Path, settings: DemoSettings) -> Path:
+    converted = directory / "converted"
+    if not converted.exists():
+        convert_base(base, Clear(radius=settings.radius), output=converted)
+    return converted
+
+
+def _prepare(base: Path, directory: Path, settings: DemoSettings) -> None:
+    prepare(
+        open_pipeline(base),
+        [scenes.sample(index).caption for index in range(settings.samples)],
+        directory / "samples",
+        sizes=[(settings.side, settings.side)],
+        steps=settings.sample_steps,
+        max_sequence_length=TEXT_TOKENS,
+        shard_size=16,
+    )
+
+
+def _distill(base: Path, directory: Path, settings: DemoSettings) -> Path:
+    adapter = directory / "run" / "adapter"
+    if adapter.exists():
+        return adapter
+    config = directory / "distill.toml"
+    quoted = {"base": base, "samples": directory / "samples", "run": directory / "run"}
+    config.write_text(
+        CONFIG.format(
+            radius=settings.radius,
+            steps=settings.train_steps,
+            lr=settings.learning_rate,
+            **{name: json.dumps(str(one)) for name, one in quoted.items()},
+        )
+    )
+    if launch(config, ("--resume", "latest")):
+        raise RuntimeError("the distillation stopped; what it said stands above")
+    return adapter
+
+
+def _judge(sources: dict[str, Path], directory: Path, settings: DemoSettings) -> tuple[Row, ...]:
+    captions = [scenes.sample(index, split="held_out").caption for index in range(settings.captions)]
+    how = PictureSettings(
+        height=settings.side, width=settings.side, steps=settings.steps, max_sequence_length=TEXT_TOKENS
+    )
+    made: dict[str, Pictures] = {}
+    scores: dict[str, list[Scores]] = {}
+    for name, source in sources.items():
+        made[name] = make_pictures(open_pipeline(source), captions, directory / "pictures", how, name=name)
+        scores[name] = [judge_scene(*pair) for pair in zip(captions, made[name].images, strict=True)]
+    write_sheet(list(made), list(zip(*(one.images for one in made.values()), strict=True)), directory / SHEET)
+    return tuple(
+        Row(
+            name=name,
+            scores=score_totals(scores[name]),
+            seconds_per_picture=made[name].seconds,
+            comparison=None
+            if name == "teacher"
+            else compare(made[name], made["teacher"], scores[name], scores["teacher"]),
+        )
+        for name in sources
+    )
+
+
+def _large_picture(adapter: Path, directory: Path, settings: DemoSettings) -> None:
+    picture = directory / LARGE
+    if not picture.exists():
+        size = settings.large_side, settings.large_side
+        caption = scenes.sample(0, split="held_out").caption
+        generate(
+            open_pipeline(adapter), [caption], picture, size=size, steps=settings.steps, max_sequence_length=TEXT_TOKENS
+        )
+
+
+def _speed(base: Path, adapter: Path, directory: Path, settings: DemoSettings) -> Speed:
+    file = directory / SPEED
+    if not file.exists():
+        side = settings.large_side
+        how = PictureSettings(height=side, width=side, max_sequence_length=TEXT_TOKENS)
+        pairs = paired_step_seconds(open_pipeline(base), open_pipeline(adapter), how, pairs=settings.pairs)
+        write_json(file, {"pairs": pairs, "gflops": matmul_gflops(), "threads": torch.get_num_threads()})
+    stored = json.loads(file.read_text())
+    return Speed(pairs=tuple(map(tuple, stored["pairs"])), gflops=stored["gflops"], threads=stored["threads"])

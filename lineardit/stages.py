@@ -1,0 +1,75 @@
+"""Long work in stages that can be interrupted: which one runs, what each took, and how fast this machine is."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from .distill.cost import seconds_of
+from .distill.files import write_json
+
+logger = logging.getLogger(__name__)
+
+FILE = "stages.json"
+
+
+class Stages:
+    """Says which stage runs, and keeps in a folder what each took over all calls.
+
+    Args:
+        directory: New, or that of an interrupted call with the same settings.
+        settings: Whatever changes results, as JSON has it.
+    Raises:
+        ValueError: the folder holds something else, or was begun with other settings.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        self.file = directory / FILE
+        self.record: dict[str, Any] = {"settings": settings, "seconds": {}, "cpu_seconds": {}}
+        if self.file.is_file():
+            self.record = json.loads(self.file.read_text())
+            if changed := [name for name, value in settings.items() if self.record["settings"].get(name) != value]:
+                raise ValueError(
+                    f"{directory} was begun with other {', '.join(changed)}: remove it, or name another folder"
+                )
+        elif directory.exists() and any(directory.iterdir()):
+            raise ValueError(f"{directory} is not empty and was not begun here: name another folder")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._add("start", cpu_seconds=cpu_seconds())  # the libraries are loaded by now
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        logger.info("%s", name)
+        began, worked = time.perf_counter(), cpu_seconds()
+        try:
+            yield
+        finally:
+            self._add(name, seconds=time.perf_counter() - began, cpu_seconds=cpu_seconds() - worked)
+
+    def _add(self, name: str, **taken: float) -> None:
+        for key, seconds in taken.items():
+            self.record[key][name] = round(self.record[key].get(name, 0.0) + seconds, 2)
+        write_json(self.file, self.record)
+
+    def total(self) -> dict[str, float]:
+        """{"seconds": of the clock, "cpu_seconds": user and system} over all stages and calls."""
+        return {key: sum(self.record[key].values()) for key in ("seconds", "cpu_seconds")}
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of its finished children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def matmul_gflops() -> float:
+    """Speed of a float32 product of 1024 x 1024 matrices on the CPU, the median of 20: to compare machines by."""
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return 2 * 1024**3 / median(seconds_of(lambda: torch.mm(left, right)) for _ in range(20)) / 1e9
