@@ -1,0 +1,317 @@
+"""Adapters: what is written, what is read, and what is refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize.convert import swapped
+from lineardit.linearize.training import add_lora_, train_full_
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tiny_models import build, flux, inputs_of, sd3
+from torch import Tensor, nn
+
+CLEAR = Clear(radius=2, pool_size=2)
+FAMILIES = ("flux", "sd3", "pixart", "unet")
+
+
+def run(model: nn.Module, arguments: dict) -> Tensor:
+    with torch.no_grad():
+        return model(**arguments)[0]
+
+
+def base(family: str = "flux") -> nn.Module:
+    torch.manual_seed(1)
+    return build(family)
+
+
+def trained(kind: str, family: str = "flux") -> nn.Module:
+    """A model with kernels, and LoRA or changed projections, all moved away from where they started."""
+    model = base(family)
+    linearize_(model, CLEAR)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if ".linear_kernel." in name}
+    if kind in ("full", "both"):
+        parameters |= train_full_(model, targets=("to_q", "to_out.0"))
+    if kind in ("lora", "both"):
+        parameters |= add_lora_(model, rank=3, alpha=2)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["kernels", "lora", "full", "both"])
+def test_load_adapter_gives_the_saved_student_and_the_base(tmp_path: Path, kind: str) -> None:
+    student, arguments = trained(kind), inputs_of("flux")
+    save_adapter(student, tmp_path / "adapter")
+    model = base()
+    untouched = run(model, arguments)
+    report = load_adapter_(model, tmp_path / "adapter")
+    assert set(report.swapped) == set(swapped(student))
+    assert torch.equal(run(model, arguments), run(student, arguments))
+    with dense(model):
+        assert torch.equal(run(model, arguments), untouched)
+    assert torch.equal(run(model, arguments), run(student, arguments))
+    restore_(model)
+    assert torch.equal(run(model, arguments), untouched)
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_load_adapter_round_trips_other_families(tmp_path: Path, family: str) -> None:
+    student, arguments = trained("both", family), inputs_of(family)
+    save_adapter(student, tmp_path / "adapter")
+    model = base(family)
+    load_adapter_(model, tmp_path / "adapter")
+    assert torch.equal(run(model, arguments), run(student, arguments))
+
+
+@pytest.mark.parametrize("kind", ["kernels", "lora", "full", "both"])
+def test_save_adapter_after_load_writes_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    save_adapter(trained(kind), tmp_path / "first")
+    model = base()
+    load_adapter_(model, tmp_path / "first")
+    save_adapter(model, tmp_path / "second")
+    for file in ("lineardit.json", "lineardit.safetensors"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_save_adapter_holds_only_what_is_ours(tmp_path: Path) -> None:
+    model = trained("both")
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), adapter_name="style")
+    save_adapter(model, tmp_path / "adapter")
+    names = set(load_file(tmp_path / "adapter" / "lineardit.safetensors"))
+    block = "single_transformer_blocks.0.attn."
+    assert {name.removeprefix(block) for name in names if name.startswith(block)} == {
+        "linear_kernel.pool_weight",
+        "to_q.weight",
+        "to_q.bias",
+        *(f"{layer}.{factor}.weight" for layer in ("to_q", "to_k", "to_v") for factor in ("lora_A", "lora_B")),
+    }
+
+
+def test_load_adapter_goes_below_a_style_that_is_there(tmp_path: Path) -> None:
+    student, arguments = trained("both"), inputs_of("flux")
+    save_adapter(student, tmp_path / "adapter")
+    model = base()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style")
+    load_adapter_(model, tmp_path / "adapter")
+    assert not torch.equal(run(model, arguments), run(student, arguments))
+    model.unload_lora()
+    assert torch.equal(run(model, arguments), run(student, arguments))
+
+
+def test_save_adapter_inside_dense_saves_the_student(tmp_path: Path) -> None:
+    student = trained("full")
+    save_adapter(student, tmp_path / "outside")
+    with dense(student):
+        save_adapter(student, tmp_path / "inside")
+    outside, inside = (load_file(tmp_path / name / "lineardit.safetensors") for name in ("outside", "inside"))
+    assert all(torch.equal(outside[name], inside[name]) for name in outside | inside)
+
+
+def test_save_adapter_without_tensors_is_one_file(tmp_path: Path) -> None:
+    model = base()
+    linearize_(model, {"transformer_blocks.*": Clear(radius=2), "single_*": Clear(radius=3.5)})
+    save_adapter(model, tmp_path / "adapter")
+    assert [file.name for file in (tmp_path / "adapter").iterdir()] == ["lineardit.json"]
+    other, arguments = base(), inputs_of("flux")
+    report = load_adapter_(other, tmp_path / "adapter")
+    assert {config.radius for config in report.swapped.values()} == {2, 3.5}
+    assert torch.equal(run(other, arguments), run(model, arguments))
+
+
+def test_load_adapter_restores_a_selection_of_layers(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = flux(num_layers=3)
+    linearize_(model, Clear(radius=2), layers=["transformer_blocks.1.*", "single_*"])
+    save_adapter(model, tmp_path / "adapter")
+    torch.manual_seed(1)
+    report = load_adapter_(flux(num_layers=3), tmp_path / "adapter")
+    assert set(report.swapped) == set(swapped(model)) and len(report.swapped) == 4
+
+
+def test_load_adapter_twice_replaces(tmp_path: Path) -> None:
+    save_adapter(trained("both"), tmp_path / "one")
+    torch.manual_seed(7)
+    other = trained("lora")
+    save_adapter(other, tmp_path / "two")
+    model, arguments = base(), inputs_of("flux")
+    untouched = run(model, arguments)
+    load_adapter_(model, tmp_path / "one")
+    load_adapter_(model, tmp_path / "two")
+    assert torch.equal(run(model, arguments), run(other, arguments))
+    restore_(model)
+    assert torch.equal(run(model, arguments), untouched)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_load_adapter_without_originals_refuses_the_way_back(tmp_path: Path, kind: str) -> None:
+    student, arguments = trained(kind), inputs_of("flux")
+    save_adapter(student, tmp_path / "adapter")
+    model = base()
+    load_adapter_(model, tmp_path / "adapter", keep_original=False)
+    loaded = run(model, arguments)
+    torch.testing.assert_close(loaded, run(student, arguments), rtol=0, atol=1e-5)
+    for way_back in (restore_, lambda model: dense(model).__enter__()):
+        with pytest.raises(ValueError, match="keep_original=True"):
+            way_back(model)
+    assert torch.equal(run(model, arguments), loaded)
+    save_adapter(model, tmp_path / "again")
+    files = [tmp_path / name / "lineardit.safetensors" for name in ("adapter", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_load_adapter_casts_to_the_bases_dtype(tmp_path: Path) -> None:
+    save_adapter(trained("both"), tmp_path / "adapter")
+    model = base().to(torch.bfloat16)
+    load_adapter_(model, tmp_path / "adapter")
+    assert {parameter.dtype for name, parameter in model.named_parameters() if ".linear_kernel." not in name} == {
+        torch.bfloat16
+    }
+
+
+def test_save_adapter_keeps_an_existing_folder(tmp_path: Path) -> None:
+    save_adapter(trained("lora"), tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "lineardit.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="overwrite=True"):
+        save_adapter(trained("full"), tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "lineardit.safetensors").read_bytes() == before
+    save_adapter(trained("full"), tmp_path / "adapter", overwrite=True)
+    assert (tmp_path / "adapter" / "lineardit.safetensors").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_save_adapter_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained("lora")
+    save_adapter(model, tmp_path / "old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lineardit.linearize.adapter.save_file", fail)
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="no space"):
+            save_adapter(model, tmp_path / name, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    monkeypatch.undo()
+    load_adapter_(base(), tmp_path / "old")
+
+
+def test_save_adapter_refuses_what_is_not_converted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="linearize_ first"):
+        save_adapter(base(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def refused(folder: Path, model: nn.Module, text: str) -> None:
+    """Loading fails with `text`, and the model is as it was."""
+    state, classes = model.state_dict(), [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=text) as caught:
+        load_adapter_(model, folder)
+    assert "\n" not in str(caught.value)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (sd3, "a FluxTransformer2DModel; this model is a SD3Transformer2DModel"),
+        (lambda: flux(num_layers=2), r"transformer_blocks.\*.attn is 1 of 2x16 .*this model's is 2 of 2x16"),
+    ],
+)
+def test_load_adapter_names_the_difference_of_another_base(tmp_path: Path, model, text: str) -> None:
+    save_adapter(trained("both"), tmp_path / "adapter")
+    refused(tmp_path / "adapter", model(), text)
+
+
+def test_load_adapter_names_other_heads(tmp_path: Path) -> None:
+    save_adapter(trained("kernels"), tmp_path / "adapter")
+    wide = type(base()).from_config({**base().config, "num_attention_heads": 4})
+    refused(tmp_path / "adapter", wide, r"1 of 2x16 \(heads x head_dim\); this model's is 1 of 4x16")
+
+
+def test_load_adapter_refuses_before_it_undoes_an_earlier_conversion(tmp_path: Path) -> None:
+    save_adapter(trained("both"), tmp_path / "adapter")
+    (tmp_path / "adapter" / "lineardit.safetensors").unlink()
+    model, arguments = base(), inputs_of("flux")
+    linearize_(model, Clear(radius=3))
+    before = run(model, arguments)
+    refused(tmp_path / "adapter", model, r"lacks lineardit.safetensors")
+    assert torch.equal(run(model, arguments), before)
+
+
+def test_load_adapter_refuses_a_truncated_or_altered_tensors_file(tmp_path: Path) -> None:
+    folder = save_adapter(trained("both"), tmp_path / "adapter")
+    file = folder / "lineardit.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7])
+    refused(folder, base(), r"lineardit.safetensors has .* bytes.*truncated.*copy both files again")
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused(folder, base(), r"sha256 differs")
+
+
+def test_load_adapter_refuses_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
+    folder = save_adapter(trained("both"), tmp_path / "adapter")
+    (folder / "lineardit.safetensors").write_bytes(b"\x80\x04pickle")
+    rewrite_tensors_entry(folder)
+    refused(folder, base(), r"damaged or not a safetensors file")
+
+
+def rewrite_tensors_entry(folder: Path) -> None:
+    """Makes the JSON agree with the tensors file, as somebody who edits both would."""
+    from lineardit.linearize.folders import sha256
+
+    entries, file = json.loads((folder / "lineardit.json").read_text()), folder / "lineardit.safetensors"
+    entries["tensors"] |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    (folder / "lineardit.json").write_text(json.dumps(entries))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda tensors: tensors.pop("transformer_blocks.0.attn.linear_kernel.pool_weight"),
+            "1 missing: .*pool_weight",
+        ),
+        (lambda tensors: tensors.pop("transformer_blocks.0.attn.to_q.lora_B.weight"), "1 missing: .*to_q.lora_B"),
+        (lambda tensors: tensors.update({"x.y": torch.ones(1)}), "1 not in this model: x.y"),
+        (
+            lambda tensors: tensors.update({"transformer_blocks.0.attn.to_q.weight": torch.ones(2, 2)}),
+            r"1 of another shape: transformer_blocks.0.attn.to_q.weight is \[2, 2\], the model's is \[32, 32\]",
+        ),
+        (
+            lambda tensors: tensors.update({"transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 32)}),
+            r"1 of another shape: .*lora_A.weight is \[4, 32\], the model's is \[3, 32\]",
+        ),
+    ],
+)
+def test_load_adapter_lists_tensors_that_do_not_fit(tmp_path: Path, change, text: str) -> None:
+    folder = save_adapter(trained("both"), tmp_path / "adapter")
+    tensors = load_file(folder / "lineardit.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "lineardit.safetensors")
+    rewrite_tensors_entry(folder)
+    refused(folder, base(), text)
+
+
+def test_load_adapter_warns_of_another_revision(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = tmp_path / "models--somebody--tiny" / "snapshots"
+    model = base()
+    model.save_pretrained(snapshots / "aaaa")
+    model.save_pretrained(snapshots / "bbbb")
+    linearize_(old := type(model).from_pretrained(snapshots / "aaaa"), CLEAR)
+    save_adapter(old, tmp_path / "adapter")
+    entries = json.loads((tmp_path / "adapter" / "lineardit.json").read_text())
+    assert (entries["base"], entries["base_revision"]) == ("somebody/tiny", "aaaa")
+    with caplog.at_level(logging.WARNING, "lineardit"):
+        load_adapter_(type(model).from_pretrained(snapshots / "aaaa"), tmp_path / "adapter")
+        assert not caplog.records
+        load_adapter_(type(model).from_pretrained(snapshots / "bbbb"), tmp_path / "adapter")
+    (warning,) = caplog.messages
+    assert "revision aaaa of somebody/tiny, this pipeline is revision bbbb" in warning

@@ -1,0 +1,198 @@
+"""Finding a base and reading its config files; no network."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from lineardit.linearize.base import build_on_meta, find_place, read_base, source_of
+from lineardit.linearize.errors import UnsupportedModelError
+from lineardit.linearize.hub import fetch, is_repository, snapshot_of
+from tiny_models import FAMILIES, build
+from tiny_pipelines import saved_flux_pipeline
+
+FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"
+
+
+def test_read_base_reads_a_pipeline_folder(tmp_path: Path) -> None:
+    folder = saved_flux_pipeline(tmp_path / "pipeline")
+    base = read_base(folder)
+    assert (base.source.name, base.source.revision) == (str(folder), None)
+    assert (base.source.pipeline_class, base.source.license) == ("FluxPipeline", "tiny-license")
+    assert (base.model_class, base.vae_scale) == ("FluxTransformer2DModel", 2)
+    assert set(base.absent) >= {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
+
+
+@pytest.mark.parametrize("place", ["transformer", "transformer/config.json"])
+def test_read_base_reads_a_bare_denoiser(tmp_path: Path, place: str) -> None:
+    base = read_base(saved_flux_pipeline(tmp_path / "pipeline") / place)
+    assert (base.model_class, base.source.pipeline_class) == ("FluxTransformer2DModel", None)
+    assert base.config["num_attention_heads"] == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_build_on_meta_has_the_models_shape_and_no_memory(tmp_path: Path, family: str) -> None:
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    shape = build_on_meta(read_base(tmp_path))
+    assert all(tensor.is_meta for tensor in (*shape.parameters(), *shape.buffers()))
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in shape.state_dict().items()} == expected
+
+
+def test_source_of_finds_where_a_pipeline_was_loaded_from(tmp_path: Path) -> None:
+    model = build("flux")
+    assert source_of(model, model).name is None
+    model.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "LICENSE").write_text("\n# Some License 2.0\n\ntext")
+    loaded = type(model).from_pretrained(tmp_path / "folder")
+    source = source_of(loaded, loaded)
+    assert (source.name, source.license) == (str(tmp_path / "folder"), "Some License 2.0")
+
+
+def test_snapshot_of_reads_the_hubs_cache() -> None:
+    path = Path("/cache/models--black-forest-labs--FLUX.1-dev/snapshots/abc/transformer/config.json")
+    assert snapshot_of(path) == ("black-forest-labs/FLUX.1-dev", "abc")
+    assert snapshot_of(Path("/models/flux/transformer")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("owner/name", True), ("a.b/c-d_e.1", True), ("./a", False), ("/a/b", False), ("a/b/c", False)]
+)
+def test_is_repository_knows_the_form_of_an_id(name: str, known: bool) -> None:
+    assert is_repository(name) == known
+
+
+def response(status: int) -> Any:
+    return Mock(status_code=status, headers={})
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (GatedRepoError("", response=response(403)), "is gated: accept its terms at https://huggingface.co/some/model"),
+        (RepositoryNotFoundError("", response=response(401)), "neither a folder here nor a public Hub repository"),
+        (RevisionNotFoundError("", response=response(404)), "some/model has no revision 'v2'"),
+        (LocalEntryNotFoundError(""), "cannot be reached and some/model at revision v2 is not in the local cache"),
+        (HfHubHTTPError("busy", response=response(503)), "the Hub answered for some/model at revision v2: busy"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_fetch_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception, text: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ValueError, match=text) as caught:
+        read_base("some/model", revision="v2")
+    assert "\n" not in str(caught.value)
+
+
+def test_fetch_gives_none_for_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EntryNotFoundError("")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    assert fetch("some/model", "x.json") is None
+
+
+def test_read_base_of_a_hub_id_fetches_config_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
+    saved_flux_pipeline(snapshot)
+    asked: list[tuple[str, str | None, bool]] = []
+
+    def download(repository: str, file: str, *, revision: str | None, local_files_only: bool) -> str:
+        asked.append((file, revision, local_files_only))
+        if not (snapshot / file).is_file():
+            raise EntryNotFoundError("")
+        return str(snapshot / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    base = read_base("some/model", revision="main", offline=True)
+    assert (base.source.name, base.source.revision, base.source.license) == ("some/model", "0123", "tiny-license")
+    assert not [file for file, *_ in asked if file.endswith((".safetensors", ".bin"))]
+    assert {(revision, offline) for _, revision, offline in asked} == {("main", True)}
+
+
+def test_read_base_offline_never_downloads_and_says_so() -> None:
+    with pytest.raises(ValueError, match=r"some/model-that-is-not-here is not in the local cache, and offline"):
+        read_base("some/model-that-is-not-here", offline=True)
+
+
+def write(folder: Path, **files: object) -> Path:
+    for name, entries in files.items():
+        path = folder / f"{name.replace('__', '/')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(entries) if not isinstance(entries, str) else entries)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ({}, "has no model_index.json or config.json"),
+        ({"lineardit": {}}, "is an adapter, not a base"),
+        ({"model_index": "{"}, "model_index.json is damaged"),
+        ({"model_index": [1]}, "must hold a JSON object, got list"),
+        ({"model_index": {"_class_name": "P", "vae": ["diffusers", "V"]}}, "has no transformer or unet"),
+        ({"model_index": {"transformer": ["my_code", "Mine"]}}, "is a Mine of my_code; only diffusers' own classes"),
+        ({"model_index": {"transformer": ["diffusers", "X"]}}, "no transformer/config.json: its copy is not complete"),
+        ({"config": {"hidden_size": 3}}, "names no _class_name"),
+    ],
+)
+def test_read_base_names_what_is_wrong(tmp_path: Path, files: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        read_base(write(tmp_path, **files))
+
+
+def test_find_place_says_what_names_are_allowed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no folder ./nowhere here, and it is not a Hub id"):
+        find_place("./nowhere")
+    with pytest.raises(ValueError, match="revision is for Hub repositories, got 'v1'"):
+        find_place(tmp_path, revision="v1")
+
+
+def test_build_on_meta_lists_the_classes_it_knows(tmp_path: Path) -> None:
+    base = read_base(write(tmp_path, config={"_class_name": "FluxTransformer3DModel"}))
+    with pytest.raises(UnsupportedModelError, match=r"did you mean FluxTransformer2DModel.*; supported: .*UNet2DCond"):
+        build_on_meta(base)
+
+
+def test_build_on_meta_refuses_a_config_that_does_not_fit(tmp_path: Path) -> None:
+    base = read_base(write(tmp_path, config={"_class_name": "FluxTransformer2DModel", "num_layers": "many"}))
+    with pytest.raises(ValueError, match="does not fit a FluxTransformer2DModel"):
+        build_on_meta(base)
+
+
+def test_flux_dev_converts_in_seconds_and_in_under_2_gib(tmp_path: Path) -> None:
+    script = f"""
+import resource, time
+from lineardit.linearize.conversion import convert_base
+from lineardit import Clear
+started = time.process_time()
+report = convert_base({str(FLUX_DEV)!r}, Clear(radius=16, pool_size=4), output={str(tmp_path / "out")!r})
+print(len(report.swapped), time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=FLUX_DEV.parents[2]
+    )
+    swapped, seconds, kib = run.stdout.split()[-3:]
+    assert int(swapped) == 19 + 38
+    assert float(seconds) < 30 and int(kib) < 2 * 2**20
+    attention = json.loads((tmp_path / "out" / "lineardit.json").read_text())["attention"]
+    assert attention == {
+        "transformer_blocks.*.attn": {"24x128": 19},
+        "single_transformer_blocks.*.attn": {"24x128": 38},
+    }

@@ -1,0 +1,70 @@
+"""Folders that appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lineardit.linearize.folders import new_folder, read_tensors
+from safetensors.torch import save_file
+
+
+def test_new_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder"
+    with new_folder(path, overwrite=False) as temporary:
+        (temporary / "a").write_text("1")
+        assert not path.exists()
+    assert (path / "a").read_text() == "1"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_new_folder_is_readable_as_any_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with new_folder(tmp_path / "ours", overwrite=False):
+        pass
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_new_folder_leaves_the_old_one_when_its_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(error), new_folder(path, overwrite=True) as temporary:
+        (temporary / "new").touch()
+        raise error
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_new_folder_replaces_all_of_an_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with new_folder(path, overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_new_folder_keeps_what_exists(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match=r"folder exists: .*overwrite=True"),
+        new_folder(tmp_path / "folder", overwrite=False),
+    ):
+        pass
+    with pytest.raises(ValueError, match="is a file"), new_folder(tmp_path / "file", overwrite=True):
+        pass
+
+
+def test_read_tensors_says_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match=r"x.safetensors does not exist"):
+        read_tensors(file)
+    save_file({"a": torch.ones(3), "b": torch.zeros(2)}, file)
+    assert set(read_tensors(file, only=lambda name: name != "a")) == {"b"}
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"x.safetensors is damaged"):
+        read_tensors(file)

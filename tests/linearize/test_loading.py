@@ -1,0 +1,171 @@
+"""A pipeline by the name of its adapter, or from a plain save_pretrained."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize.training import add_lora_, train_full_
+from safetensors.torch import load_file
+from tiny_models import build, inputs_of
+from tiny_pipelines import flux_pipeline, saved_flux_pipeline
+from torch import Tensor
+
+NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+
+
+def run(pipe: diffusers.DiffusionPipeline, arguments: dict) -> Tensor:
+    with torch.no_grad():
+        return pipe.transformer(**arguments)[0]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return saved_flux_pipeline(tmp_path / "base")
+
+
+@pytest.fixture(params=["kernels", "lora", "full"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def student_of(base: Path, kind: str) -> diffusers.DiffusionPipeline:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base, **NO_TEXT)
+    linearize_(pipe, Clear(radius=2, pool_size=2))
+    trained = {name: weight for name, weight in pipe.transformer.named_parameters() if ".linear_kernel." in name}
+    if kind == "lora":
+        trained |= add_lora_(pipe, rank=2, alpha=5)
+    if kind == "full":
+        trained |= train_full_(pipe, targets=["to_q"])
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return pipe
+
+
+def test_from_pretrained_gives_the_student_on_the_base_that_the_adapter_names(
+    base: Path, kind: str, tmp_path: Path
+) -> None:
+    student, arguments = student_of(base, kind), inputs_of("flux")
+    save_adapter(student, tmp_path / "adapter")
+    pipe = from_pretrained(tmp_path / "adapter")
+    assert type(pipe) is diffusers.FluxPipeline
+    assert torch.equal(run(pipe, arguments), run(student, arguments))
+    restore_(pipe)
+    assert torch.equal(run(pipe, arguments), run(flux_base(base), arguments))
+
+
+def flux_base(base: Path) -> diffusers.DiffusionPipeline:
+    return diffusers.DiffusionPipeline.from_pretrained(base, **NO_TEXT)
+
+
+def test_from_pretrained_loads_in_the_dtype_asked_for(base: Path, tmp_path: Path) -> None:
+    save_adapter(student_of(base, "lora"), tmp_path / "adapter")
+    pipe = from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)
+    assert {weight.dtype for name, weight in pipe.transformer.named_parameters() if "kernel" not in name} == {
+        torch.bfloat16
+    }
+
+
+def test_from_pretrained_takes_a_base_that_has_moved(base: Path, tmp_path: Path) -> None:
+    student, arguments = student_of(base, "lora"), inputs_of("flux")
+    save_adapter(student, tmp_path / "adapter")
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"is no longer at .*base: pass base= with its new place"):
+        from_pretrained(tmp_path / "adapter")
+    assert torch.equal(run(from_pretrained(tmp_path / "adapter", base=moved), arguments), run(student, arguments))
+
+
+def test_from_pretrained_loads_a_bare_denoiser(tmp_path: Path) -> None:
+    model, arguments = build("pixart"), inputs_of("pixart")
+    model.save_pretrained(tmp_path / "base")
+    student = type(model).from_pretrained(tmp_path / "base")
+    linearize_(student, Clear(radius=2))
+    save_adapter(student, tmp_path / "adapter")
+    loaded = from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(loaded(**arguments)[0], student(**arguments)[0])
+
+
+def test_save_pretrained_is_restored_with_one_warning(
+    base: Path, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, arguments = student_of(base, kind), inputs_of("flux")
+    student.save_pretrained(tmp_path / "saved")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "lineardit"):
+        pipe = from_pretrained(tmp_path / "saved")
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("lineardit")]
+    assert "save_adapter" in message
+    assert torch.equal(run(pipe, arguments), run(student, arguments))
+    if kind == "full":  # the base's own weights are not in that folder
+        with pytest.raises(ValueError, match="originals"):
+            restore_(pipe)
+    else:
+        with dense(pipe):
+            assert torch.equal(run(pipe, arguments), run(flux_base(base), arguments))
+    adapters = [save_adapter(one, tmp_path / name) for one, name in ((student, "first"), (pipe, "second"))]
+    first, second = (load_file(folder / "lineardit.safetensors") for folder in adapters)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_save_pretrained_in_shards_is_restored(base: Path, tmp_path: Path) -> None:
+    student, arguments = student_of(base, "lora"), inputs_of("flux")
+    student.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
+    assert len(list((tmp_path / "saved" / "transformer").glob("*.safetensors"))) > 1
+    assert torch.equal(run(from_pretrained(tmp_path / "saved"), arguments), run(student, arguments))
+
+
+def test_save_pretrained_after_restore_is_the_plain_base(base: Path, tmp_path: Path) -> None:
+    student = student_of(base, "lora")
+    restore_(student)
+    student.save_pretrained(tmp_path / "saved")
+    for file in ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "saved" / file).read_bytes() == (base / file).read_bytes() or "config" in file
+    assert "lineardit" not in (tmp_path / "saved" / "transformer" / "config.json").read_text()
+
+
+def test_from_pretrained_runs_no_code_and_reads_no_pickle(base: Path, tmp_path: Path) -> None:
+    save_adapter(student_of(base, "kernels"), tmp_path / "adapter")
+    weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        from_pretrained(tmp_path / "adapter")
+
+
+def test_from_pretrained_says_what_a_folder_is_not(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither an adapter .* nor a saved converted pipeline"):
+        from_pretrained(base)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"neither an adapter .* nor a saved converted pipeline"):
+        from_pretrained(tmp_path / "empty")
+    with pytest.raises(ValueError, match="it is not a Hub id"):
+        from_pretrained(tmp_path / "nothing")
+
+
+def test_from_pretrained_needs_a_base_with_weights(base: Path, tmp_path: Path) -> None:
+    pipe = flux_pipeline()
+    linearize_(pipe, Clear(radius=2))
+    save_adapter(pipe, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"does not name its base .*pass base="):
+        from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is a config without weights"):
+        from_pretrained(tmp_path / "adapter", base=base / "transformer" / "config.json")
+
+
+def test_from_pretrained_of_a_copied_adapter_folder_is_the_same(base: Path, tmp_path: Path) -> None:
+    student, arguments = student_of(base, "lora"), inputs_of("flux")
+    shutil.copytree(save_adapter(student, tmp_path / "adapter"), tmp_path / "copy")
+    assert torch.equal(run(from_pretrained(tmp_path / "copy"), arguments), run(student, arguments))
+
+
+def test_load_adapter_takes_a_pipeline(base: Path, tmp_path: Path) -> None:
+    student, arguments = student_of(base, "full"), inputs_of("flux")
+    save_adapter(student, tmp_path / "adapter")
+    pipe = flux_base(base)
+    load_adapter_(pipe, tmp_path / "adapter")
+    assert torch.equal(run(pipe, arguments), run(student, arguments))
