@@ -1,11 +1,10 @@
-"""What a person looks at during a run: the loss as CSV and PNG, and the pictures of teacher and student."""
+"""The numbers of a run, step by step: a CSV, and a PNG of its curves."""
 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..linearize.folders import write_whole
 
@@ -40,7 +39,7 @@ class StepLog:
             axes.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
             axes.plot(steps, _running_mean(values, 0.98), color=f"C{number}", label=name)
         axes.set(xlabel="step", ylabel="loss", yscale="log")
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.grid(alpha=0.3)
         write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
@@ -65,16 +64,3 @@ def _running_mean(values: Sequence[float], decay: float) -> list[float]:
         total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
         means.append(total / weight)
     return means
-
-
-def write_grid(pairs: Sequence[tuple[Image.Image, Image.Image]], path: Path) -> None:
-    """One row per sample: the teacher's picture, the student's picture."""
-    gap = 4  # pixels
-    width, height = max(one.width for one, _ in pairs), sum(one.height + gap for one, _ in pairs) - gap
-    sheet = Image.new("RGB", (2 * width + gap, height), "white")
-    top = 0
-    for teacher, student in pairs:
-        sheet.paste(teacher, (0, top))
-        sheet.paste(student, (width + gap, top))
-        top += teacher.height + gap
-    write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))

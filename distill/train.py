@@ -52,6 +52,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     if accelerator.is_main_process:
         save_adapter(pipe, adapter, overwrite=True)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return adapter
 
 

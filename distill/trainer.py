@@ -20,8 +20,9 @@ from .checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint, s
 from .config import DistillConfig
 from .data import Batch, Order, TeacherSamples, counter_generator
 from .families import family_of
-from .figures import StepLog, write_grid
+from .figures import StepLog
 from .losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
+from .sheet import write_sheet
 from .student import teacher, trained_parameters
 
 logger = logging.getLogger(__name__)
@@ -202,9 +203,9 @@ class Trainer:
                 )
             errors.append(float(mse_loss(latents.float(), batch.latents.float())))
             decoded = [self.family.decode(self.pipe, one, sample.grid)[0] for one in (batch.latents, latents)]
-            pairs.append((decoded[0], decoded[1]))
+            pairs.append(decoded)
         if self.accelerator.is_main_process:
-            write_grid(pairs, self.directory / f"validation-{step:08d}.png")
+            write_sheet(["teacher", "student"], pairs, self.directory / f"validation-{step:08d}.png")
             log = StepLog(self.directory / "validation.csv", ["latent_mse"], last_step=step - 1)
             log.append({"step": step, "latent_mse": sum(errors) / len(errors)})
 

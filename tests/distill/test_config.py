@@ -47,6 +47,12 @@ def test_config_round_trips(file: Path, make_config: Callable[..., DistillConfig
         assert config_from_tables(config_to_tables(config)) == config
 
 
+def test_the_example_is_read() -> None:
+    config = load_config(Path(__file__).parents[2] / "examples" / "distill_flux.toml")
+    assert config.method == Clear(radius=16)
+    assert config.run.batch_size == 32
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from lineardit import dense, from_pretrained
@@ -277,8 +276,11 @@ def test_learning_rate_warms_up_and_ends(kind: str, last: float, make_config: Ma
     assert rates[-1] == pytest.approx(last, abs=1e-4)
 
 
-def test_validation_of_an_untrained_window_over_everything_is_the_teachers(make_config: MakeConfig) -> None:
-    """The student starts as the teacher, redraws the samples left out, and finds the teacher's latents."""
+def test_validation_of_a_window_over_everything_finds_the_teachers_pictures(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheets = []
+    monkeypatch.setattr("lineardit.distill.trainer.write_sheet", lambda *arguments: sheets.append(arguments))
     config = make_config(
         method={"method": "clear", "radius": 100}, optimizer={"lr": 1e-30}, run={"steps": 1}, validate={"samples": 2}
     )
@@ -287,7 +289,8 @@ def test_validation_of_an_untrained_window_over_everything_is_the_teachers(make_
     with (run / "validation.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["latent_mse"]) < 1e-9
-    with Image.open(run / "validation-00000001.png") as sheet:
-        assert sheet.size == (2 * 32 + 4, 24 + 4 + 32)
-        left, right = sheet.crop((0, 0, 32, 24)), sheet.crop((36, 0, 68, 24))
-    assert left.tobytes() == right.tobytes()
+    ((columns, rows, path),) = sheets
+    assert columns == ["teacher", "student"]
+    assert path == run / "validation-00000001.png"
+    assert [[picture.size for picture in pair] for pair in rows] == [[(32, 24)] * 2, [(24, 32)] * 2]
+    assert all(teacher.tobytes() == student.tobytes() for teacher, student in rows)
