@@ -1,8 +1,11 @@
 """Imports between the folders go one way; the table is the one in the architecture notes of CONTRIBUTING.md."""
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ MAY_IMPORT = {
     "examples": {"examples", "pipelines", "distill", "linearize", "kernels", "lineardit"},
     "lineardit": {"lineardit", "examples", "pipelines", "distill", "linearize", "kernels"},
 }
+PACKAGE_OF_MODULE = {"PIL": "pillow", "yaml": "pyyaml"}
 SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -72,6 +76,16 @@ def test_kernels_import_only_torch_and_triton() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         roots = {module.split(".")[0] for module in imported_modules(path.read_text(), package_of(path))}
         assert roots <= allowed, path
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    """None is only there because another package happens to bring it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    declared = {re.split(r"[<>=\[; ]", requirement)[0] for requirement in required}
+    modules = {name.split(".")[0] for path in SOURCES for name in imported_modules(path.read_text(), package_of(path))}
+    packages = {PACKAGE_OF_MODULE.get(name, name.replace("_", "-")) for name in modules - sys.stdlib_module_names}
+    assert packages - declared - {"lineardit"} == set()
 
 
 @pytest.mark.parametrize(
