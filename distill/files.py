@@ -1,12 +1,12 @@
-"""Files that appear whole or not at all."""
+"""JSON files that appear whole or not at all."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from ..linearize.folders import sync as sync
-from ..linearize.folders import write_whole as write_whole
+from ..linearize.folders import write_whole
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write `content`, indented by one."""
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))

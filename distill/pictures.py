@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..linearize.convert import denoiser, swapped
+from ..linearize.folders import write_whole
 from ..linearize.methods import config_to_dict
 from .families import family_of
-from .files import write_whole
 from .prepare import fingerprint
 
 logger = logging.getLogger(__name__)

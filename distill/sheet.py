@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from .files import write_whole
+from ..linearize.folders import write_whole
 
 GAP = 6  # pixels
 FONT_SIZE = 14  # pixels
