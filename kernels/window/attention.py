@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import window_attention_reference
-from .tiled_op import tiled_window_attention
+from .tiled_op import split_text, tiled_window_attention
 
 # Where `tiled` has no fused kernel (not a CPU), below this the dense call is taken for faster. Counted, not measured.
 DENSE_TOKENS = 6144
@@ -105,30 +105,27 @@ def _tiled(
     pooled: tuple[Tensor, Tensor] | None,
     scale: float,
 ) -> Tensor:
-    image_len = query.shape[2] - text_len
-    sizes = [text_len, image_len] if text_first else [image_len, text_len]
-    text_query, image_query = query.split(sizes, dim=2)[:: 1 if text_first else -1]
-    shared_key, image_key = key.split(sizes, dim=2)[:: 1 if text_first else -1]
-    shared_value, image_value = value.split(sizes, dim=2)[:: 1 if text_first else -1]
+    text_query, image_query = split_text(query, text_len, text_first)
+    text_out = text_query
+    if text_len > 0:
+        key_mask = None
+        if text_mask is not None:
+            image_mask = text_mask.new_ones(text_mask.shape[0], image_query.shape[2])
+            key_mask = torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], 1)[:, None, None]
+        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=key_mask, scale=scale)
+
+    shared_key, image_key = split_text(key, text_len, text_first)
+    shared_value, image_value = split_text(value, text_len, text_first)
     shared_mask = text_mask
     if pooled is not None:
         pooled_key, pooled_value = pooled
         shared_key, shared_value = torch.cat([shared_key, pooled_key], 2), torch.cat([shared_value, pooled_value], 2)
         shared_mask = None if text_mask is None else F.pad(text_mask, (0, pooled_key.shape[2]), value=True)
-    image_out, _ = tiled_window_attention(
-        image_query, image_key, image_value, shared_key, shared_value, shared_mask, grid, radius, scale
+    shared = (shared_key, shared_value, shared_mask)
+    out, _ = tiled_window_attention(
+        text_out, text_first, image_query, image_key, image_value, *shared, grid, radius, scale
     )
-    if text_len == 0:
-        return image_out
-
-    key_mask = None
-    if text_mask is not None:
-        image_mask = text_mask.new_ones(text_mask.shape[0], image_len)
-        key_mask = torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], dim=1)[:, None, None]
-    text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=key_mask, scale=scale)
-    outs = [text_out, image_out] if text_first else [image_out, text_out]
-    # Joined as [B, N, H, D], the order in which both lie in memory and in which the model goes on.
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
+    return out
 
 
 def _autocast(tensor: Tensor) -> Tensor:

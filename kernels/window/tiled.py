@@ -77,26 +77,24 @@ class _Shared(NamedTuple):
     bias: Tensor | None  # [B, 1, 1, S]
 
 
-def tiled_forward(
-    inputs: Inputs, groups: tuple[TileGroup, ...], scale: float, partial: Partial
-) -> tuple[Tensor, Tensor]:
-    """-> (out [B, H, N, D] in the dtype of the inputs, lse [B, N, H] in float32 or float64)."""
-    batch, num_heads, num_tokens, head_dim = inputs.query.shape
+def tiled_forward(inputs: Inputs, out: Tensor, groups: tuple[TileGroup, ...], scale: float, partial: Partial) -> Tensor:
+    """Fill `out` [B, H, N, D], whose memory is in the order [B, N, H, D] -> lse [B, N, H]."""
+    batch, num_heads, num_tokens, _ = inputs.query.shape
     dtype, shared = sum_dtype(inputs.query), _shared(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
-    out_rows = torch.empty_like(query)
+    out_rows = out.transpose(1, 2).flatten(2)
     lse_rows = query.new_empty(batch, num_tokens, num_heads, dtype=dtype)
     for chunk in _chunks(groups, key, dtype):
         q = _take(query, chunk.queries, num_heads, dtype)
         k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
-        out, lse = partial.forward(_tiles(q, chunk.tiles), k, v, chunk.bias, scale)
-        out, lse = _untile(out, batch), _untile(lse, batch)  # [B, queries, H, D], [B, queries, H]
+        o, lse = partial.forward(_tiles(q, chunk.tiles), k, v, chunk.bias, scale)
+        o, lse = _untile(o, batch), _untile(lse, batch)  # [B, queries, H, D], [B, queries, H]
         if shared is not None:
-            part_out, part_lse = partial.forward(q.transpose(1, 2), *shared, scale)
-            out, lse = merge(out, lse, part_out.transpose(1, 2), part_lse.transpose(1, 2))
-        out_rows.index_copy_(1, chunk.queries, out.flatten(2).to(out_rows.dtype))
+            shared_o, shared_lse = partial.forward(q.transpose(1, 2), *shared, scale)
+            o, lse = merge(o, lse, shared_o.transpose(1, 2), shared_lse.transpose(1, 2))
+        out_rows.index_copy_(1, chunk.queries, o.flatten(2).to(out_rows.dtype))
         lse_rows.index_copy_(1, chunk.queries, lse)
-    return out_rows.unflatten(2, (num_heads, head_dim)).transpose(1, 2), lse_rows
+    return lse_rows
 
 
 def tiled_backward(

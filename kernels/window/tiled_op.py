@@ -18,6 +18,8 @@ from .tiled import Inputs, TileGroup, sum_dtype, tile_groups, tiled_backward, ti
 
 @torch.library.custom_op("lineardit::tiled_window_attention", mutates_args=())
 def tiled_window_attention(
+    text_out: Tensor,
+    text_first: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -28,19 +30,25 @@ def tiled_window_attention(
     radius: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of image queries over their window and all shared keys.
+    """Softmax attention of image queries over their window and all shared keys, put beside the results for text.
 
     Args:
+        text_out: [B, H, T, D], what text queries get; T may be 0. Joined here, so that out is kept in memory only once.
+        text_first: text_out goes before the image, else after it.
         query, key, value: [B, H, N, D], the image tokens of `grid`.
         shared_key, shared_value: [B, H, S, D], seen by every query; S may be 0.
         shared_mask: [B, S] bool, True = attend; None attends to all.
     Returns:
-        out [B, H, N, D], and the log-sum-exp of the logits, [B, N, H], which has no gradient.
+        out [B, H, T + N, D], and the log-sum-exp of the image's logits, [B, N, H], which has no gradient.
     """
+    out = _token_major(query, text_out.shape[2] + query.shape[2])
+    text_slot, image_slot = split_text(out, text_out.shape[2], text_first)
+    text_slot.copy_(text_out)
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
     groups = _circle_groups(tuple(grid), radius, query.device)
+    partial = fastest_partial(query.device.type, sum_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
-        return tiled_forward(inputs, groups, scale, fastest_partial(query.device.type, sum_dtype(query)))
+        return out, tiled_forward(inputs, image_slot, groups, scale, partial)
 
 
 @torch.library.custom_op("lineardit::tiled_window_attention_backward", mutates_args=())
@@ -66,34 +74,49 @@ def _tiled_window_attention_backward(
 
 
 @tiled_window_attention.register_fake
-def _(query, key, value, shared_key, shared_value, shared_mask, grid, radius, scale):  # type: ignore[no-untyped-def]
+def _(text_out, text_first, query, *_):  # type: ignore[no-untyped-def]
     batch, num_heads, num_tokens, _ = query.shape
-    return _token_major(query), query.new_empty(batch, num_tokens, num_heads, dtype=sum_dtype(query))
+    lse = query.new_empty(batch, num_tokens, num_heads, dtype=sum_dtype(query))
+    return _token_major(query, text_out.shape[2] + num_tokens), lse
 
 
 @_tiled_window_attention_backward.register_fake
 def _(grad_out, query, key, value, shared_key, shared_value, *_):  # type: ignore[no-untyped-def]
-    image = (_token_major(tensor) for tensor in (query, key, value))
+    image = (_token_major(tensor, tensor.shape[2]) for tensor in (query, key, value))
     return (*image, shared_key.new_empty(shared_key.shape), shared_value.new_empty(shared_value.shape))
 
 
-def _token_major(tensor: Tensor) -> Tensor:
-    """An empty [B, H, N, D] with memory in the order [B, N, H, D]."""
-    batch, num_heads, num_tokens, head_dim = tensor.shape
-    return tensor.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
+def _token_major(like: Tensor, num_tokens: int) -> Tensor:
+    """An empty [B, H, num_tokens, D] with memory in the order [B, num_tokens, H, D]."""
+    batch, num_heads, _, head_dim = like.shape
+    return like.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, grid, radius, scale = inputs
+    text_out, text_first, *tensors, grid, radius, scale = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
+    ctx.text = (text_out.shape[2], text_first)
     ctx.window = (grid, radius, scale)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-    grads = _tiled_window_attention_backward(grad_out, *ctx.saved_tensors, *ctx.window)
-    return (*grads, None, None, None, None)
+    *tensors, out, lse = ctx.saved_tensors
+    _, image_out = split_text(out, *ctx.text)
+    grad_text, grad_image = split_text(grad_out, *ctx.text)
+    grads = _tiled_window_attention_backward(grad_image, *tensors, image_out, lse, *ctx.window)
+    return (grad_text, None, *grads, None, None, None, None)
+
+
+def split_text(tensor: Tensor, text_len: int, text_first: bool) -> tuple[Tensor, Tensor]:
+    """[B, H, T + N, D] -> text [B, H, T, D], image [B, H, N, D]."""
+    image_len = tensor.shape[2] - text_len
+    if text_first:
+        text, image = tensor.split([text_len, image_len], dim=2)
+    else:
+        image, text = tensor.split([image_len, text_len], dim=2)
+    return text, image
 
 
 tiled_window_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -246,14 +246,17 @@ def test_window_attention_tiled_works_under_gradient_checkpointing():
 
 
 @pytest.mark.parametrize("impl", implementations())
-def test_window_attention_under_autocast_casts_as_sdpa_does(impl):
+def test_window_attention_under_autocast_casts_as_sdpa_does(impl, partial_attention):
     case = CASES[4]
-    query, key, value, *pooled = case.tensors(torch.float32)
-    cast = [tensor.bfloat16() for tensor in (query, key, value, *pooled)]
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = case.run(window_attention, query, key.bfloat16(), value, *pooled, impl=impl)
-        assert F.scaled_dot_product_attention(query, key, value).dtype == out.dtype
-    assert torch.equal(out, case.run(window_attention, *cast, impl=impl))
+        out = case.run(window_attention, leaves[0], leaves[1].bfloat16(), *leaves[2:], impl=impl)
+        assert out.dtype == F.scaled_dot_product_attention(*leaves[:3]).dtype
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
+    expected = case.run(window_attention, *(tensor.bfloat16() for tensor in leaves), impl=impl)
+    assert torch.equal(out, expected)
+    for grad, other in zip(grads, torch.autograd.grad(expected.float().square().sum(), leaves), strict=True):
+        assert torch.equal(grad, other)
 
 
 def test_fastest_partial_is_flash_on_this_cpu():
@@ -332,7 +335,10 @@ def test_window_attention_tiled_passes_opcheck():
     text, image = zip(*(tensor.split([4, 360], dim=2) for tensor in tensors), strict=True)
     image = [tensor.detach().requires_grad_() for tensor in image]
     shared = [tensor.detach().requires_grad_() for tensor in text[1:]]
-    torch.library.opcheck(tiled_op.tiled_window_attention, (*image, *shared, case.text_mask(), case.grid, 3.0, 0.5))
+    arguments = (text[0].detach().requires_grad_(), True, *image, *shared, case.text_mask(), case.grid, 3.0, 0.5)
+    torch.library.opcheck(tiled_op.tiled_window_attention, arguments)
+    _, lse = tiled_op.tiled_window_attention(*arguments)
+    assert not lse.requires_grad
 
 
 @pytest.mark.parametrize("impl", implementations())
