@@ -58,13 +58,7 @@ def prepare(
         ValueError: a setting is out of range, differs from those of the folder, or the pipeline is converted.
     """
     _, model = denoiser(pipe)
-    if swapped(model):
-        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
-    for name, value in {"steps": steps, "batch_size": batch_size, "shard_size": shard_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    if not prompts or not sizes:
-        raise ValueError(f"prompts and sizes must not be empty, got {len(prompts)} and {len(sizes)}")
+    _check(model, prompts, sizes, {"steps": steps, "batch_size": batch_size, "shard_size": shard_size})
     samples = _samples(pipe, prompts, sizes, seed)
     settings = {
         "teacher": fingerprint(model),
@@ -81,6 +75,18 @@ def prepare(
     directory = Path(directory)
     _write_shards(pipe, samples, directory, settings, _whole_shards(directory, settings), batch_size)
     return directory
+
+
+def _check(
+    model: torch.nn.Module, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], counts: dict[str, int]
+) -> None:
+    if swapped(model):
+        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if not prompts or not sizes:
+        raise ValueError(f"prompts and sizes must not be empty, got {len(prompts)} and {len(sizes)}")
 
 
 def _samples(pipe: Any, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], seed: int) -> list[Sample]:
