@@ -40,8 +40,7 @@ def prepare(
 ) -> Path:
     """Generate one sample per prompt into a folder; called again, go on after the last whole shard.
 
-    The noise of sample i comes from `torch.Generator("cpu").manual_seed(seed + i)`, so that `batch_size` changes
-    nothing but speed.
+    The noise of sample i comes from `torch.Generator("cpu").manual_seed(seed + i)`: `batch_size` is about speed only.
 
     Args:
         pipe: The original pipeline, on the device where it shall run.
