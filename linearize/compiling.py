@@ -1,33 +1,34 @@
 """Compile the repeated blocks of a model, converted or not."""
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .convert import denoiser
+from .convert import denoiser, swapped
 from .families import Family, family_of
 
 
-def compile_(
-    pipe_or_model: Any, *, backend: str = "inductor", recompile_limit: int = 16, family: Family | None = None
-) -> int:
-    """Compile each repeated block, in place, as one whole graph; the number of blocks.
+def compile_(pipe_or_model: Any, *, backend: str = "inductor", family: Family | None = None) -> int:
+    """Compile each repeated block, in place, as one whole graph.
 
-    Resolutions share a graph from the second on. Layers with settings of their own get graphs of their own, where
-    torch knows how to keep them apart (2.13).
+    Blocks of one class share graphs where their configs agree, and resolutions share them from the second on. torch's
+    limit on graphs is raised for several configs, where it can be (torch 2.13); else it raises at the limit of 8.
 
     Args:
-        recompile_limit: Graphs that one block may have before it is an error.
+        backend: Of `torch.compile`.
         family: Of a model of your own; None: found by the model's class.
+    Returns:
+        The number of blocks.
     Raises:
-        UnsupportedModelError: the model's class is unknown, or has no such blocks.
+        UnsupportedModelError: the model's class is unknown.
     """
     _, model = denoiser(pipe_or_model)
     family = family or family_of(model)
-    known = inspect.signature(torch.compile).parameters
-    options = {"recompile_limit": recompile_limit}
-    options = {name: value for name, value in options.items() if name in known}
+    configs = {cast(Any, module).linear_kernel.config for module in swapped(model).values()}
+    options = {"recompile_limit": 8 * (1 + len(configs))}
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        options = {}
     blocks = [module for module in model.modules() if type(module).__name__ in family.blocks]
     for block in blocks:
         block.compile(fullgraph=True, backend=backend, **options)

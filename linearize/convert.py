@@ -77,8 +77,8 @@ def restore_(pipe_or_model: Any) -> None:
         ValueError: nothing is converted.
         UnsupportedModelError: the model was sharded or wrapped since.
     """
+    _refuse_sharded(denoiser(pipe_or_model)[1], "restore_")
     model, state = _converted(pipe_or_model)
-    _refuse_sharded(model, "restore_")
     for name, module in swapped(model).items():
         check_forward(name, module)
     for companion in state.companions:
@@ -131,8 +131,9 @@ def denoiser(pipe_or_model: Any) -> tuple[str, nn.Module]:
         model = _inner(pipe_or_model)
         return ("unet" if type(model).__name__.startswith("UNet") else "transformer"), model
     for name in ("transformer", "unet"):
-        if isinstance(model := getattr(pipe_or_model, name, None), nn.Module):
-            return name, _inner(model)
+        part = getattr(pipe_or_model, name, None)
+        if isinstance(part, nn.Module):
+            return name, _inner(part)
     raise UnsupportedModelError(
         f"expected a pipeline with a `transformer` or `unet`, or such a model, got {type(pipe_or_model).__name__}"
     )
@@ -140,7 +141,7 @@ def denoiser(pipe_or_model: Any) -> tuple[str, nn.Module]:
 
 def swapped(model: nn.Module) -> dict[str, nn.Module]:
     """The converted attention modules of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LinearAttention)}
+    return {name: module for name, module in model.named_modules() if issubclass(type(module), LinearAttention)}
 
 
 def check_impl(impl: str, config_class: type) -> None:
@@ -161,7 +162,9 @@ def _converted(pipe_or_model: Any) -> tuple[nn.Module, State]:
     _, model = denoiser(pipe_or_model)
     state = state_of(model)
     if state is None:
-        raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+        raise ValueError(
+            f"this {type(model).__name__} is not converted: call linearize_ first (a wrapped one: pass the inner model)"
+        )
     return model, state
 
 
@@ -182,7 +185,7 @@ def _swap(model: nn.Module, state: State, modules: dict[str, nn.Module], configs
         attention.linear_kernel = kernel.to("cpu" if device.type == "meta" else device).train(module.training)
         attention._lineardit_site, attention._lineardit_name = site, name
         site.kernels.append(kernel)
-        change_class(module, linear_class(type(module)))
+        change_class(module, linear_class(cast(Any, type(module))))
     install(model, state, sites)
 
 

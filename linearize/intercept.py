@@ -57,13 +57,13 @@ class LinearAttention:
 
 
 @cache
-def linear_class(dense_class: type[nn.Module]) -> type[nn.Module]:
+def linear_class(dense_class: Any) -> type[nn.Module]:
     """The class of a converted module whose own class is `dense_class`."""
     name = f"Linear{dense_class.__name__}"
     return type(name, (LinearAttention, dense_class), {"__module__": __name__, "_dense_class": dense_class})
 
 
-def _blank(dense_class: type[nn.Module]) -> nn.Module:
+def _blank(dense_class: Any) -> nn.Module:
     cls = linear_class(dense_class)
     return cls.__new__(cls)
 
@@ -169,7 +169,7 @@ def _diagnosis(attention: LinearAttention, hits: int) -> str:
     return (
         f"{attention._lineardit_name} is converted, but its forward reached linear attention {hits} times instead of "
         f"once (processor {type(processor).__name__}, attention backend {backend or 'default'}). Likely causes: "
-        "set_attention_backend on any model (it holds for the whole process) or DIFFUSERS_ATTN_BACKEND with a kernel of "
-        "its own, xformers, attention slicing, ring attention, or a processor that does not call torch's "
-        "scaled_dot_product_attention. Go back to the default processor and the backend 'native', or restore_ the model."
+        "set_attention_backend on any model (it holds for the whole process) or DIFFUSERS_ATTN_BACKEND with a kernel "
+        "of its own, xformers, attention slicing, ring attention, or a processor that does not call torch's "
+        "scaled_dot_product_attention. Go back to the default processor and the backend 'native', or restore_ it."
     )

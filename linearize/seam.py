@@ -165,8 +165,6 @@ def _values(output: Any) -> tuple[Any, ...]:
 def _rewind(state: State, record: dict[Site, tuple[Grid, int]], enabled: bool, gradient: Tensor) -> None:
     if state.enabled != enabled:
         where = "outside" if enabled else "inside"
-        raise RuntimeError(
-            f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward there"
-        )
+        raise RuntimeError(f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward there")
     for site, (grid, text_len) in record.items():
         site.publish(grid, text_len)

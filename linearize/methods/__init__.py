@@ -11,7 +11,7 @@ from ..layout import Grid, Layout
 from .clear import Clear as Clear
 from .clear import ClearAttention
 
-METHODS: dict[type, type] = {
+METHODS: dict[type, type[Any]] = {
     Clear: ClearAttention,
 }
 

@@ -63,10 +63,6 @@ class ClearAttention(nn.Module):
         if config.pool_size is not None:
             self.pool_weight = nn.Parameter(torch.full((config.pool_size,) * 2, 1 / config.pool_size**2))
 
-    @property
-    def _pools(self) -> bool:
-        return self.config.pool_size is not None or self.config.pool_tokens is not None
-
     @staticmethod
     def implementations() -> tuple[str, ...]:
         """Names that `impl` may take."""
@@ -74,14 +70,14 @@ class ClearAttention(nn.Module):
 
     def observe(self, grid: Grid) -> None:
         """Told each new grid, outside traced code. The cells become a shape, which a trace keeps symbolic."""
-        if self._pools:
-            side = self.config.pool_size or cell_side(grid, self.config.pool_tokens)
-            self._cells = as_shape(side, count_cells(grid, side))
+        cells = _cells(self.config, grid)
+        if cells is not None:
+            self._cells = as_shape(*cells)
 
     def covers(self, layout: Layout) -> bool:
         """Whether this is softmax attention over everything, as the model had it."""
         height, width = layout.grid[-2:]
-        return not self._pools and (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius**2
+        return not self._pools() and (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius**2
 
     @staticmethod
     def chosen(config: Clear, query: Tensor, grid: Grid, text_len: int) -> str:
@@ -100,9 +96,8 @@ class ClearAttention(nn.Module):
             for dx in steps
             if dy * dy + dx * dx < config.radius**2
         )
-        side = config.pool_size or (cell_side(grid, config.pool_tokens) if config.pool_tokens else None)
-        cells = -(-height // side) * -(-width // side) if side else 0
-        return window + height * width * (text_len + cells) + text_len * (text_len + height * width)
+        _, num_cells = _cells(config, grid) or (0, 0)
+        return window + height * width * (text_len + num_cells) + text_len * (text_len + height * width)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
@@ -117,20 +112,34 @@ class ClearAttention(nn.Module):
             text_len=layout.text_len,
             text_first=layout.text_first,
             text_mask=layout.text_mask,
-            pooled=self._pooled(key, value, layout) if self._pools else None,
+            pooled=self._pooled(key, value, layout) if self._pools() else None,
             scale=scale,
             impl=self.impl,
         )
 
-    def _pooled(self, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        start = layout.text_len if layout.text_first else 0
-        image = slice(start, start + layout.num_image_tokens)
-        return self._pool(key[:, :, image], layout.grid), self._pool(value[:, :, image], layout.grid)
+    def _pools(self) -> bool:
+        return self.config.pool_size is not None or self.config.pool_tokens is not None
 
-    def _pool(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """[B, H, height * width, D] -> [B, H, C, D]."""
+    def _pooled(self, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Keys and values of the image, each [B, H, C, D]."""
         assert self._cells is not None, "the seam tells each grid before it calls"
         side, num_cells = self._cells.shape
+        start = layout.text_len if layout.text_first else 0
+        image = slice(start, start + layout.num_image_tokens)
+        parts = key[:, :, image], value[:, :, image]
         if self.config.pool_size is not None:
-            return weighted_pool(tokens, self.pool_weight.to(tokens.device), grid, num_cells)
-        return mean_pool(tokens, side, grid, num_cells)
+            pooled = weighted_pool(parts, self.pool_weight.to(key.device), layout.grid, num_cells)
+        else:
+            pooled = mean_pool(parts, side, layout.grid, num_cells)
+        return pooled[0], pooled[1]
+
+
+def _cells(config: Clear, grid: Grid) -> tuple[int, int] | None:
+    """Side and number of the pooled cells, None without pooling."""
+    if config.pool_tokens is not None:
+        side = cell_side(grid, config.pool_tokens)
+    elif config.pool_size is not None:
+        side = config.pool_size
+    else:
+        return None
+    return side, count_cells(grid, side)

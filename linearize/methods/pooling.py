@@ -6,6 +6,7 @@ so that a cell which the border cuts keeps the weight of a full one.
 B batch, H heads, D head dimension, p side of a cell, C = ceil(height / p) * ceil(width / p) cells.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,31 +30,32 @@ def count_cells(grid: Grid, side: int) -> int:
     return -(-height // side) * -(-width // side)
 
 
-def weighted_pool(tokens: Tensor, weight: Tensor, grid: Grid, num_cells: int) -> Tensor:
+def weighted_pool(parts: Sequence[Tensor], weight: Tensor, grid: Grid, num_cells: int) -> tuple[Tensor, ...]:
     """Weighted means over cells, times the sum of the weights.
 
     Args:
-        tokens: [B, H, height * width, D].
+        parts: Each [B, H, height * width, D].
         weight: [p, p].
         num_cells: C, given because traced code cannot divide to get it.
     Returns:
-        [B, H, C, D], dtype of `tokens`.
+        For each part [B, H, C, D], in its dtype.
     """
     height, width = grid
     ones = weight.new_ones(1, 1, height * width, 1)
     is_full = cell_sums(ones, torch.ones_like(weight), height, width, num_cells) == weight.numel()
-    # in a full cell both factors are 1: weights may add up to 0 there
+    # in a full cell both are 1: there, weights may add up to 0
     kept = torch.where(is_full, 1, cell_sums(ones, weight, height, width, num_cells))
     total = torch.where(is_full, 1, weight.sum())
-    return (cell_sums(tokens, weight, height, width, num_cells) * total / kept).to(tokens.dtype)
+    factor = total / kept  # [1, 1, C, 1]
+    return tuple((cell_sums(part, weight, height, width, num_cells) * factor).to(part.dtype) for part in parts)
 
 
-def mean_pool(tokens: Tensor, side: int, grid: Grid, num_cells: int) -> Tensor:
-    """Means over cells: [B, H, height * width, D] -> [B, H, C, D]."""
+def mean_pool(parts: Sequence[Tensor], side: int, grid: Grid, num_cells: int) -> tuple[Tensor, ...]:
+    """Plain means over cells; for each part [B, H, height * width, D] -> [B, H, C, D]."""
     height, width = grid
-    weight = tokens.new_ones(side, side)
-    count = cell_sums(tokens.new_ones(1, 1, height * width, 1), weight, height, width, num_cells)
-    return (cell_sums(tokens, weight, height, width, num_cells) / count).to(tokens.dtype)
+    weight = parts[0].new_ones(side, side, dtype=torch.float32)
+    count = cell_sums(weight.new_ones(1, 1, height * width, 1), weight, height, width, num_cells)
+    return tuple((cell_sums(part, weight, height, width, num_cells) / count).to(part.dtype) for part in parts)
 
 
 # Operators: the views inside depend on sides that change with the grid, so tracing them would compile anew each time.

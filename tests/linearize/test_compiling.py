@@ -1,0 +1,147 @@
+"""Compiled blocks: one whole graph each, equal to eager, and no new graph after the second resolution."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+from torch._dynamo.utils import counters
+
+from lineardit.linearize import Clear, UnsupportedModelError, compile_, dense, linearize_, restore_
+from tiny_models import FAMILIES, build, inputs_of, run
+
+# squares first: their sides must not be taken for one number
+SIZES = [(6, 6), (8, 8), (8, 11), (11, 8), (5, 13), (9, 7)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _graphs_per_size(model: nn.Module, family: str, *, backend: str, tolerance: float) -> list[int]:
+    """Compile, run every size twice against eager, and count the graphs made so far."""
+    eager = copy.deepcopy(model)
+    assert compile_(model, backend=backend) >= 4
+    graphs = []
+    for grid in SIZES:
+        arguments = inputs_of(family, grid=grid)
+        for _ in range(2):
+            assert torch.allclose(run(model, arguments), run(eager, arguments), atol=tolerance), grid
+            graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
+def _at_least_four_blocks(family: str) -> nn.Module:
+    return build(family, num_layers=4 if family in ("sd3", "pixart") else 2)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES[:1], *FAMILIES[2:], pytest.param("sd3", marks=pytest.mark.slow)])
+def test_compile_makes_no_graph_after_the_second_size(family: str) -> None:
+    model = _at_least_four_blocks(family)
+    linearize_(model, Clear(radius=2.3))
+    graphs = _graphs_per_size(model, family, backend="eager", tolerance=1e-6)
+    assert graphs[0] == graphs[1]
+    assert graphs[2] == graphs[-1] > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Clear(radius=2.3, pool_tokens=6), pytest.param(Clear(radius=2.3, pool_size=3), marks=pytest.mark.slow)],
+    ids=["tokens", "size"],
+)
+def test_compile_keeps_pooled_cells_symbolic(config: Clear) -> None:
+    model = build("pixart", num_layers=4)
+    linearize_(model, config)
+    graphs = _graphs_per_size(model, "pixart", backend="eager", tolerance=1e-6)
+    assert graphs[2] == graphs[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compile_with_inductor_equals_eager(family: str) -> None:
+    model = _at_least_four_blocks(family)
+    linearize_(model, Clear(radius=2.3, pool_tokens=6))
+    graphs = _graphs_per_size(model, family, backend="inductor", tolerance=1e-5)
+    assert graphs[2] == graphs[-1]
+
+
+@pytest.mark.slow
+def test_compile_takes_a_config_for_each_layer() -> None:
+    model = build("flux", num_layers=4)
+    radii = (1.5, 2.3, 3.1, 4.2)
+    linearize_(model, {f"*.{i}.attn": Clear(radius=radius) for i, radius in enumerate(radii)}, impl="tiled")
+    graphs = _graphs_per_size(model, "flux", backend="eager", tolerance=1e-6)
+    assert graphs[2] == graphs[-1]
+
+
+def test_compile_gives_the_gradients_of_eager() -> None:
+    model, arguments = build("pixart", num_layers=1), inputs_of("pixart")
+    linearize_(model, Clear(radius=2.3, pool_size=2))
+    eager = copy.deepcopy(model)
+    compile_(model, backend="aot_eager")
+    for one in (model, eager):
+        one(**arguments).sample.square().sum().backward()
+    for name, weight in eager.named_parameters():
+        gradient = model.get_parameter(name).grad
+        assert (gradient is None) == (weight.grad is None)
+        if gradient is not None and weight.grad is not None:
+            assert torch.allclose(gradient, weight.grad, rtol=1e-4, atol=1e-4 * float(weight.grad.abs().max())), name
+
+
+def test_compiled_model_follows_dense_and_restore() -> None:
+    model, arguments = build("pixart", num_layers=1), inputs_of("pixart")
+    base = run(model, arguments)
+    compile_(model, backend="eager")
+    linearize_(model, Clear(radius=2.3))
+    windowed = run(model, arguments)
+    assert not torch.allclose(windowed, base, atol=1e-3)
+    with dense(model):
+        assert torch.equal(run(model, arguments), base)
+    assert torch.equal(run(model, arguments), windowed)
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+
+
+def test_compiled_block_takes_a_text_mask() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    mask = torch.ones(2, 38, dtype=torch.bool)
+    mask[1, 0] = False
+    arguments["joint_attention_kwargs"] = {"attention_mask": mask}
+    linearize_(model, Clear(radius=2.3))
+    eager = run(model, arguments)
+    compile_(model, backend="eager")
+    assert torch.allclose(run(model, arguments), eager, atol=1e-6)
+    mask[1, -1] = False
+    with pytest.raises(RuntimeError, match="image tokens"):
+        run(model, arguments)
+
+
+def test_compiled_block_that_misses_the_kernel_raises() -> None:
+    model, arguments = build("pixart", num_layers=1), inputs_of("pixart")
+    linearize_(model, Clear(radius=2.3))
+    model.transformer_blocks[0].attn1.set_processor(AttnProcessor())
+    compile_(model, backend="eager")
+    with pytest.raises(Exception, match="reached linear attention 0 times"):
+        run(model, arguments)
+
+
+@pytest.mark.slow
+def test_whole_model_compiles_with_breaks() -> None:
+    model = build("flux")
+    linearize_(model, Clear(radius=2.3))
+    compiled: Any = torch.compile(copy.deepcopy(model), backend="eager")
+    for grid in SIZES[:3]:
+        arguments = inputs_of("flux", grid=grid)
+        assert torch.allclose(run(compiled, arguments), run(model, arguments), atol=1e-6)
+
+
+def test_compile_refuses_an_unknown_model() -> None:
+    with pytest.raises(UnsupportedModelError, match="supported: FluxTransformer2DModel"):
+        compile_(nn.Linear(2, 2))

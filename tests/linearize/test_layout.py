@@ -1,0 +1,68 @@
+"""Grids out of position ids, and masks of text out of masks of keys."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lineardit.linearize import LayoutError
+from lineardit.linearize.families import rectangle
+from lineardit.linearize.layout import Layout, text_mask_of
+from tiny_models import position_ids
+
+SIDES = st.integers(1, 40)
+
+
+@given(height=SIDES, width=SIDES, offset=st.integers(0, 60))
+def test_rectangle_reads_any_grid(height: int, width: int, offset: int) -> None:
+    ids = position_ids((height, width), offset=offset)
+    grid, exact = rectangle(ids)
+    assert grid == (height, width)
+    assert torch.equal(exact, ids)
+
+
+@pytest.mark.parametrize("grid", [(512, 512), (257, 300), (300, 280), (1, 600), (600, 1), (2, 513)])
+def test_rectangle_reads_bfloat16_ids_beyond_256(grid: tuple[int, int]) -> None:
+    ids = position_ids(grid)
+    found, exact = rectangle(ids.to(torch.bfloat16))
+    assert found == grid
+    assert exact.dtype == torch.float32
+    assert torch.equal(exact, ids)
+
+
+@given(height=st.integers(2, 12), width=st.integers(2, 12), data=st.data())
+def test_rectangle_refuses_two_exchanged_tokens(height: int, width: int, data: st.DataObject) -> None:
+    ids = position_ids((height, width))
+    first, second = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=2, max_size=2, unique=True))
+    ids[[first, second]] = ids[[second, first]]
+    with pytest.raises(LayoutError, match="rectangle"):
+        rectangle(ids)
+
+
+@given(height=st.integers(2, 12), width=st.integers(2, 12), data=st.data())
+def test_rectangle_refuses_a_missing_token(height: int, width: int, data: st.DataObject) -> None:
+    ids = position_ids((height, width))
+    missing = data.draw(st.integers(1, len(ids) - 2))
+    with pytest.raises(LayoutError, match="rectangle"):
+        rectangle(torch.cat([ids[:missing], ids[missing + 1 :]]))
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+def test_text_mask_takes_the_text_part(text_first: bool) -> None:
+    text = torch.tensor([[True, False, True], [False, True, True]])
+    image = torch.ones(2, 6, dtype=torch.bool)
+    mask = torch.cat([text, image] if text_first else [image, text], dim=1)
+    query = torch.zeros(2, 4, 9, 8)
+    for given_mask in (mask, mask[:, None, None], mask[:, None, None].expand(2, 4, 1, 9)):
+        assert torch.equal(text_mask_of(given_mask, query, text_len=3, text_first=text_first), text)
+    one = text_mask_of(mask[:1, None, None], query, text_len=3, text_first=text_first)
+    assert torch.equal(one, text[:1].expand(2, 3))
+
+
+def test_text_mask_takes_a_square_for_queries_by_keys() -> None:
+    with pytest.raises(LayoutError, match="mask of keys"):
+        text_mask_of(torch.ones(9, 9, dtype=torch.bool), torch.zeros(9, 1, 9, 4), text_len=3, text_first=True)
+
+
+def test_layout_counts_image_tokens() -> None:
+    assert Layout((2, 5, 7), 3, True).num_image_tokens == 70

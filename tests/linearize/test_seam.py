@@ -1,0 +1,308 @@
+"""What conversion promises of every family: the same bits where the window covers the grid, else the exact window."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lineardit.linearize import Clear, LayoutError, dense, linearize_, restore_, set_impl_, swapped
+from lineardit.linearize.seam import state_of
+from tiny_models import FAMILIES, build, cast, inputs_of, position_ids, run
+
+IMPLS = ("reference", "tiled", "auto")
+COVERING = Clear(radius=20)
+SMALL = Clear(radius=2.3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linearize_covering_window_is_bit_equal(family: str) -> None:
+    model, arguments = build(family), inputs_of(family)
+    base = run(model, arguments)
+    linearize_(model, COVERING)
+    assert torch.equal(run(model, arguments), base)
+    linearize_(model, SMALL)
+    assert not torch.allclose(run(model, arguments), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linearize_covering_window_forced_is_close(family: str, impl: str) -> None:
+    model, arguments = build(family), inputs_of(family)
+    base = run(model, arguments)
+    linearize_(model, COVERING, impl=impl)
+    out = run(model, arguments)
+    assert torch.allclose(out, base, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None:
+    grid = (5, 7)
+    model = build(family)
+    linearize_(model, SMALL, impl=impl)
+    calls = _attention_calls(model, inputs_of(family, grid=grid, batch=1))
+    assert calls.keys() == swapped(model).keys()
+    for name, (module, args, kwargs) in calls.items():
+        near = _near(module._lineardit_site.grid, SMALL.radius)
+        image_changed, text_changed = _changed_by_each_image_token(module, args, kwargs, near.shape[0])
+        assert torch.equal(image_changed, near), name
+        assert text_changed.all(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restore_gives_the_base_bit_for_bit(family: str) -> None:
+    model, arguments = build(family), inputs_of(family)
+    base, names, config = run(model, arguments), set(model.state_dict()), dict(model.config)
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    linearize_(model, Clear(radius=2, pool_size=2))
+    assert not torch.equal(run(model, arguments), base)
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+    assert set(model.state_dict()) == names
+    assert dict(model.config) == config
+    assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks
+    assert not [name for module in model.modules() for name in vars(module) if "lineardit" in name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_is_the_base_inside_and_undone_after(family: str) -> None:
+    model, arguments = build(family), inputs_of(family)
+    base = run(model, arguments)
+    linearize_(model, SMALL)
+    windowed = run(model, arguments)
+    with dense(model), dense(model):
+        assert torch.equal(run(model, arguments), base)
+    with pytest.raises(KeyError), dense(model):
+        raise KeyError
+    assert torch.equal(run(model, arguments), windowed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linearize_twice_replaces(family: str) -> None:
+    model, arguments = build(family), inputs_of(family)
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=2, pool_size=2))
+    linearize_(model, SMALL)
+    out = run(model, arguments)
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+    linearize_(model, SMALL)
+    assert torch.equal(run(model, arguments), out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linearize_follows_the_resolution(family: str) -> None:
+    model = build(family)
+    converted = copy.deepcopy(model)
+    linearize_(converted, Clear(radius=2.3, pool_tokens=4), impl="tiled")
+    for grid in ((5, 7), (9, 4), (1, 6), (7, 5)):
+        arguments = inputs_of(family, grid=grid, text_len=grid[1])
+        fresh = copy.deepcopy(model)
+        linearize_(fresh, Clear(radius=2.3, pool_tokens=4), impl="reference")
+        assert torch.allclose(run(converted, arguments), run(fresh, arguments), atol=1e-5), grid
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linearize_in_bfloat16_is_near_float32(family: str) -> None:
+    model, arguments = build(family), inputs_of(family)
+    linearize_(model, Clear(radius=2.3, pool_size=2))
+    exact = run(model, arguments)
+    out = run(model.to(torch.bfloat16), cast(arguments, torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_deepcopy_and_pickle_are_models_of_their_own(family: str) -> None:
+    model, arguments = build(family), inputs_of(family)
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=2, pool_size=2))
+    out = run(model, arguments)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(saved, weights_only=False),
+    ]
+    restore_(model)
+    for one in copies:
+        run(one, inputs_of(family, grid=(4, 4)))
+        assert torch.equal(run(one, arguments), out)
+        restore_(one)
+        assert torch.equal(run(one, arguments), base)
+
+
+def test_set_impl_changes_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, COVERING)
+    ran: list[str] = []
+
+    def spy(query: Tensor, *_: Tensor, impl: str, **__: object) -> Tensor:
+        ran.append(impl)
+        return query
+
+    monkeypatch.setattr("lineardit.linearize.methods.clear.window_attention", spy)
+    run(model, arguments)
+    set_impl_(model, "tiled")
+    run(model, arguments)
+    set_impl_(model, "auto")
+    run(model, arguments)
+    assert ran == ["tiled", "tiled"]
+
+
+def test_flux_bfloat16_ids_beyond_256_are_made_exact() -> None:
+    model = build("flux")
+    linearize_(model, Clear(radius=3))
+    exact = inputs_of("flux", grid=(2, 300), batch=1)
+    rounded = {**exact, "img_ids": exact["img_ids"].to(torch.bfloat16)}
+    assert not torch.equal(rounded["img_ids"].float(), exact["img_ids"])
+    assert torch.equal(run(model, rounded), run(model, exact))
+    positional = [rounded[name] for name in ("hidden_states", "encoder_hidden_states", "pooled_projections")]
+    with torch.no_grad():
+        out = model(*positional, rounded["timestep"], rounded["img_ids"], rounded["txt_ids"], return_dict=False)[0]
+    assert torch.equal(out, run(model, exact))
+
+
+def test_dense_keeps_the_rounded_ids_of_the_base() -> None:
+    model = build("flux")
+    arguments = inputs_of("flux", grid=(2, 300), batch=1)
+    arguments["img_ids"] = arguments["img_ids"].to(torch.bfloat16)
+    base = run(model, arguments)
+    linearize_(model, COVERING)
+    with dense(model):
+        assert torch.equal(run(model, arguments), base)
+
+
+def test_flux_fused_projections_keep_the_window() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    apart = run(model, arguments)
+    model.fuse_qkv_projections()
+    assert torch.allclose(run(model, arguments), apart, atol=1e-5)
+    restore_(model)
+    linearize_(model, SMALL)
+    assert torch.allclose(run(model, arguments), apart, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
+    model = build(family)
+    linearize_(model, Clear(radius=2.3, pool_size=2))
+    arguments = inputs_of(family)
+    plain = _gradients(model, [arguments])
+    model.enable_gradient_checkpointing()
+    for one, other in zip(_gradients(model, [arguments]), plain, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["flux", "unet"])
+def test_gradient_checkpointing_recomputes_with_the_grid_of_its_forward(family: str) -> None:
+    model = build(family)
+    linearize_(model, Clear(radius=2.3))
+    # as many tokens in either orientation, so that no count can tell them apart
+    several = [inputs_of(family, grid=grid) for grid in ((4, 6), (6, 4), (8, 8))]
+    plain = _gradients(model, several)
+    model.enable_gradient_checkpointing()
+    for one, other in zip(_gradients(model, several), plain, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_gradient_checkpointing_of_attention_outputs_alone_recomputes_with_their_grid() -> None:
+    model = build("flux")
+    linearize_(model, Clear(radius=2.3))
+    weight = model.transformer_blocks[0].attn.to_v.weight
+
+    def gradient() -> Tensor:
+        outputs: list[Tensor] = []
+        hook = model.single_transformer_blocks[0].attn.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        for grid in ((4, 6), (6, 4)):
+            torch.manual_seed(grid[0])
+            model(**inputs_of("flux", grid=grid))
+        hook.remove()
+        return torch.autograd.grad(outputs[0].square().sum(), weight)[0]
+
+    plain = gradient()
+    model.enable_gradient_checkpointing()
+    assert torch.allclose(gradient(), plain, atol=1e-6)
+
+
+def test_gradient_checkpointing_refuses_backward_under_another_attention() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    model.enable_gradient_checkpointing()
+    loss = model(**arguments).sample.sum()
+    with dense(model), pytest.raises(RuntimeError, match="outside `dense"):
+        loss.backward()
+
+
+def test_forward_without_the_model_is_refused() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    with pytest.raises(LayoutError, match="no token grid"):
+        model.forward(**arguments)
+    run(model, arguments)
+    with pytest.raises(LayoutError, match="call the model itself"):
+        model.forward(**inputs_of("flux", grid=(7, 8)))
+
+
+def test_state_is_freed_after_an_error_in_forward() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    with pytest.raises(RuntimeError):
+        run(model, {**arguments, "encoder_hidden_states": torch.zeros(2, 3, 5)})
+    state = state_of(model)
+    assert state is not None
+    assert state._thread is None
+    run(model, arguments)
+
+
+def _attention_calls(model: nn.Module, arguments: dict) -> dict[str, tuple]:
+    """Every converted module with the arguments that a real forward gives it."""
+    calls: dict[str, tuple] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: calls.__setitem__(name, (module, args, dict(kwargs))),
+            with_kwargs=True,
+        )
+        for name, module in swapped(model).items()
+    ]
+    run(model, arguments)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def _near(grid: tuple[int, ...], radius: float) -> Tensor:
+    """[image tokens, image tokens] bool, from the definition."""
+    place = position_ids(grid)[:, 1:]
+    return (place[:, None] - place[None]).square().sum(-1) < radius**2
+
+
+def _changed_by_each_image_token(module: nn.Module, args: tuple, kwargs: dict, num_image: int) -> tuple[Tensor, Tensor]:
+    """Which outputs a change of each image token changes: [image, changed token], [text, changed token]."""
+    kwargs = dict(kwargs)
+    hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+    text = kwargs.pop("encoder_hidden_states", None)
+    start = hidden.shape[1] - num_image  # single blocks of FLUX get text and image in one
+    many = hidden.repeat(num_image + 1, 1, 1)
+    token = torch.arange(num_image)
+    many[token, start + token] += 3 * torch.randn(num_image, hidden.shape[2])
+    texts = None if text is None else text.repeat(num_image + 1, 1, 1)
+    with torch.no_grad():
+        out = module(many, *args[1:], encoder_hidden_states=texts, **kwargs)
+    image_out, text_out = out if isinstance(out, tuple) else (out[:, start:], out[:, :start])
+    return tuple(((part[:-1] - part[-1]).abs().amax(-1) > 1e-6).T for part in (image_out, text_out))
+
+
+def _gradients(model: nn.Module, several: list[dict]) -> tuple[Tensor, ...]:
+    """Gradients of the attention weights of the sum of all outputs, run one after the other."""
+    weights = [weight for module in swapped(model).values() for weight in module.parameters()]
+    torch.manual_seed(7)
+    outs = [model(**arguments).sample for arguments in several]
+    loss = sum((out * torch.randn_like(out)).mean() for out in outs)
+    return tuple(gradient for gradient in torch.autograd.grad(loss, weights, allow_unused=True) if gradient is not None)
