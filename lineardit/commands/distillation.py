@@ -1,9 +1,5 @@
 """`lineardit distill`: one process runs here, several through `accelerate launch -m lineardit.distill`."""
 
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +17,7 @@ def distill(
     """Teach a student what its teacher does. For several machines use accelerate launch itself."""
     from ..distill.__main__ import main
     from ..distill.config import load_config
+    from ..distill.launch import launch
 
     options = [
         *(["--resume", resume] if resume else []),
@@ -29,15 +26,4 @@ def distill(
     if processes == 1:
         raise typer.Exit(main([str(config), *options]))
     load_config(config, settings or [])  # bad settings are told once, not by every process
-    raise typer.Exit(_launch(processes, ["-m", "lineardit.distill", str(config), *options]))
-
-
-def _launch(processes: int, arguments: list[str]) -> int:
-    """Runs `accelerate launch` and returns its exit code; --multi_gpu is what starts several processes on CPUs too."""
-    launch = ["--quiet", "--multi_gpu", "--num_machines", "1", "--num_processes", str(processes)]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    print(shlex.join(["accelerate", "launch", *launch, *arguments]), flush=True)
-    # the child finds the same package as this process, installed or not
-    search_path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *arguments]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": search_path}, check=False).returncode
+    raise typer.Exit(launch(config, options, processes=processes))

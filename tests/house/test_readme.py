@@ -1,0 +1,68 @@
+"""What the README tells a reader to type and to open is there."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import lineardit
+from lineardit.cli import app
+from lineardit.commands.method_options import MethodCommand
+
+ROOT = Path(__file__).parents[2]
+PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md")}
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def shell_lines(program: str) -> list[str]:
+    """Every line of the README's shell blocks that starts with `program`."""
+    lines = [line for block in code_blocks(PAGES["README.md"], "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith(program + " ")]
+
+
+def options_of(name: str) -> set[str]:
+    command = COMMANDS[name]
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return options | set(command.method_options() if isinstance(command, MethodCommand) else ())
+
+
+@pytest.mark.parametrize("line", shell_lines("lineardit"))
+def test_readme_commands_and_their_options_exist(line: str) -> None:
+    _, name, *words = shlex.split(line, comments=True)
+    assert name in COMMANDS
+    assert {word.partition("=")[0] for word in words if word.startswith("-")} <= options_of(name)
+
+
+def test_readme_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    told = {target for text in PAGES.values() for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", text, re.M)}
+    assert {first or second for first, second in told} - targets == set()
+
+
+def test_readme_paths_exist() -> None:
+    linked = {
+        target
+        for text in PAGES.values()
+        for target in re.findall(r"\]\(([^)]+)\)", text)
+        if not target.startswith("http")
+    }
+    quoted = {path for text in PAGES.values() for path in re.findall(r"`([a-z_]+/[a-z_./]*)`", text)}
+    launched = {shlex.split(line, comments=True)[-1] for line in shell_lines("accelerate")}
+    assert {path for path in linked | quoted | launched if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("block", code_blocks(PAGES["README.md"], "python"))
+def test_readme_python_uses_names_that_exist(block: str) -> None:
+    names = [
+        node.attr
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lineardit"
+    ]
+    assert [name for name in names if not hasattr(lineardit, name)] == []
