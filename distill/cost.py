@@ -81,7 +81,7 @@ def picture_peak(pipe: Any, settings: PictureSettings) -> float:
         torch.cuda.reset_peak_memory_stats()
         _draw(pipe, settings)
         return torch.cuda.max_memory_allocated() / GIB
-    with _resident_peak() as peak:
+    with resident_peak() as peak:
         _draw(pipe, settings)
     return peak[0] / GIB
 
@@ -105,7 +105,7 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
 
 
 @contextmanager
-def _resident_peak() -> Iterator[list[int]]:
+def resident_peak() -> Iterator[list[int]]:
     """A list that holds, afterwards, by how many bytes this process grew at most."""
     process, done, peak = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss

@@ -1,0 +1,212 @@
+"""The marks of the main job, on the small trained model: `make marks`, about an hour on two idle cores, resumable.
+
+Clear(radius=4), taught by the model itself: does the student still follow held-out captions, do its pictures still hang
+together, how near are its latents, and what does each term of the loss bring? Writes benchmarks/results/marks.json,
+marks.md and marks.png.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from marks_report import Mark, Row, as_markdown, student_marks, teacher_marks
+
+from lineardit.commands.quiet import quiet_libraries
+from lineardit.distill.evaluate import Scores, compare, score_totals
+from lineardit.distill.files import write_json
+from lineardit.distill.launch import launch
+from lineardit.distill.pictures import Pictures, PictureSettings, make_pictures
+from lineardit.distill.prepare import prepare
+from lineardit.distill.sheet import write_sheet
+from lineardit.examples.tiny_flux import path, scenes
+from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.folders import sha256, write_whole
+from lineardit.linearize.methods import Clear
+from lineardit.linearize.opening import open_pipeline
+from lineardit.scene_judge import judge_scene
+from lineardit.stages import Stages, matmul_gflops
+
+logger = logging.getLogger(__name__)
+
+RESULTS = Path(__file__).with_name("results")
+TERMS = ("flow", "prediction", "attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is done; the defaults fit the hour."""
+
+    radius: float = 4
+    side: int = 128  # pixels
+    steps: int = 28  # denoising
+    captions: int = 256  # held out
+    few_captions: int = 64  # for rows beside the marks
+    text_tokens: int = 64
+    samples: int = 192  # of the teacher, to train on
+    train_steps: int = 400
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    shown: int = 12  # rows of the sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """Pictures of one model, and what the judge says of each."""
+
+    pictures: Pictures
+    scores: tuple[Scores, ...]
+
+    def first(self, count: int) -> "Made":
+        """The same for the first captions only."""
+        some = replace(self.pictures, latents=self.pictures.latents[:count], images=self.pictures.images[:count])
+        return Made(pictures=some, scores=self.scores[:count])
+
+
+class Marks:
+    """One run of all stages, in a folder of its own."""
+
+    def __init__(self, base: Path, directory: Path, plan: Plan) -> None:
+        weights = [sha256(file)[:8] for file in sorted(base.rglob("*.safetensors"))]
+        self.base, self.directory, self.plan = base, directory, plan
+        self.stages = Stages(directory, asdict(plan) | {"base": weights})
+        self.captions = [scenes.sample(index, split="held_out").caption for index in range(plan.captions)]
+        self.made: dict[str, Made] = {}
+
+    def run(self) -> tuple[list[Row], list[Mark]]:
+        """Every stage, the marks first and the rows beside them last."""
+        plan, directory = self.plan, self.directory
+        with self.stages.stage("teacher's pictures"):
+            self.draw("teacher", self.base, plan.captions)
+        with self.stages.stage("pictures of the swap without training"):
+            if not (directory / "converted").exists():
+                convert_base(self.base, Clear(radius=plan.radius), output=directory / "converted")
+            self.draw("0 steps", directory / "converted", plan.captions)
+        with self.stages.stage("samples"):
+            self.prepare()
+        with self.stages.stage("distill"):
+            self.distill("default")
+        with self.stages.stage("pictures of the student"):
+            self.draw("default", self.adapter("default"), plan.captions)
+        with self.stages.stage("teacher with 512 text positions"):
+            self.draw("teacher, 512 text tokens", self.base, plan.few_captions, text_tokens=512)
+        for term in TERMS:
+            with self.stages.stage(f"without the {term} loss"):
+                self.distill(f"no {term}", f"loss.{term}=0.0")
+                self.draw(f"no {term}", self.adapter(f"no {term}"), plan.few_captions)
+        return self.rows(), self.marks()
+
+    def draw(self, name: str, source: Path, count: int, *, text_tokens: int | None = None) -> None:
+        plan = self.plan
+        settings = PictureSettings(
+            height=plan.side,
+            width=plan.side,
+            steps=plan.steps,
+            max_sequence_length=text_tokens or plan.text_tokens,
+        )
+        captions = self.captions[:count]
+        pictures = make_pictures(open_pipeline(source), captions, self.directory / "pictures", settings, name=name)
+        scores = tuple(judge_scene(*pair) for pair in zip(captions, pictures.images, strict=True))
+        self.made[name] = Made(pictures=pictures, scores=scores)
+
+    def prepare(self) -> None:
+        plan = self.plan
+        prepare(
+            open_pipeline(self.base),
+            [scenes.sample(index).caption for index in range(plan.samples)],
+            self.directory / "samples",
+            sizes=[(plan.side, plan.side)],
+            steps=plan.steps,
+            max_sequence_length=plan.text_tokens,
+            shard_size=16,
+        )
+
+    def adapter(self, name: str) -> Path:
+        return self.directory / "runs" / name.replace(" ", "-") / "adapter"
+
+    def distill(self, name: str, *changes: str) -> None:
+        """Train one student; `changes` are settings that differ from the default."""
+        plan, adapter = self.plan, self.adapter(name)
+        if adapter.exists():
+            return
+        settings = [
+            f"base.model={json.dumps(str(self.base))}",
+            f"data.directory={json.dumps(str(self.directory / 'samples'))}",
+            f"method.radius={plan.radius}",
+            f"run.directory={json.dumps(str(adapter.parent))}",
+            f"run.steps={plan.train_steps}",
+            f"run.batch_size={plan.batch_size}",
+            f"optimizer.lr={plan.learning_rate}",
+            *changes,
+        ]
+        options = [word for setting in settings for word in ("--set", setting)]
+        if launch(Path(__file__).with_name("marks.toml"), ["--resume", "latest", *options]):
+            raise RuntimeError(f"the distillation {name!r} stopped; what it said stands above")
+
+    def rows(self) -> list[Row]:
+        return [self.row(name) for name in self.made]
+
+    def row(self, name: str) -> Row:
+        made = self.made[name]
+        count = len(made.scores)
+        teacher = self.made["teacher"].first(count)
+        return Row(
+            name=name,
+            pictures=count,
+            scores=score_totals(made.scores),
+            seconds_per_picture=made.pictures.seconds,
+            comparison=None
+            if name == "teacher"
+            else compare(made.pictures, teacher.pictures, made.scores, teacher.scores),
+        )
+
+    def marks(self) -> list[Mark]:
+        teacher, long = self.row("teacher"), self.row("teacher, 512 text tokens")
+        return [*teacher_marks(teacher, long), *student_marks(self.row("default"), self.row("0 steps"))]
+
+
+def write_results(results: Path, run: Marks, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
+    """marks.json, marks.md and marks.png."""
+    results.mkdir(parents=True, exist_ok=True)
+    columns = ("teacher", "0 steps", "default")
+    shown = [run.made[name].pictures.images[: run.plan.shown] for name in columns]
+    write_sheet(columns, list(zip(*shown, strict=True)), results / "marks.png")
+    taken = run.stages.total()
+    machine = (
+        f"Took {taken['seconds'] / 60:.0f} minutes, {taken['cpu_seconds'] / 60:.0f} CPU-minutes; "
+        f"float32 matrix product: {matmul_gflops():.0f} GFLOP/s."
+    )
+    content: dict[str, Any] = {
+        "plan": asdict(run.plan),
+        "marks": [asdict(mark) for mark in marks],
+        "rows": [asdict(row) for row in rows],
+        "stages": run.stages.record,
+    }
+    write_json(results / "marks.json", content)
+    plan = run.plan
+    title = (
+        f"Clear(radius={plan.radius:g}) on examples/tiny_flux, held-out captions at {plan.side}x{plan.side}, "
+        f"{plan.steps} steps; students: {plan.train_steps} steps of {plan.batch_size} samples. {machine}"
+    )
+    report = as_markdown(title, rows, marks)
+    write_whole(results / "marks.md", lambda temporary: temporary.write_text(report))
+    print(report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--directory", type=Path, default=Path("runs/marks"), help="pictures, samples, students")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    quiet_libraries()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run = Marks(path(), options.directory, Plan())
+    rows, marks = run.run()
+    write_results(options.results, run, rows, marks)
+
+
+if __name__ == "__main__":
+    main()

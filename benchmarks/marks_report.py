@@ -1,0 +1,109 @@
+"""What `marks.py` measured, held against the marks, and as a report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lineardit.distill.evaluate import Comparison
+from lineardit.distill.metrics import Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model over the first `pictures` held-out captions; `comparison` is with the teacher's same pictures."""
+
+    name: str
+    pictures: int
+    scores: dict[str, tuple[int, int]]
+    seconds_per_picture: float
+    comparison: Comparison | None
+
+    def share(self, score: str) -> float:
+        right, of = self.scores[score]
+        return right / of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A target and what was measured, in the unit that both texts name."""
+
+    name: str
+    target: str
+    measured: str
+    met: bool
+
+
+def teacher_marks(teacher: Row, long: Row) -> list[Mark]:
+    """The trained model itself; `long`: its default call with 512 text positions."""
+    assert long.comparison is not None
+    marks = [
+        Mark(
+            name=f"teacher: {score}",
+            target=f"at least {least}%",
+            measured=_percent(teacher.share(score)),
+            met=teacher.share(score) >= least / 100,
+        )
+        for score, least in (("objects", 90), ("coherence", 85))
+    ]
+    return marks + [
+        _difference(f"teacher with 512 text positions: {score}", interval, -2)
+        for score, interval in long.comparison.differences.items()
+    ]
+
+
+def student_marks(student: Row, untrained: Row) -> list[Mark]:
+    """The student against the teacher, and against the swap alone."""
+    assert student.comparison is not None and untrained.comparison is not None
+    share = student.comparison.latent_mse / untrained.comparison.latent_mse
+    return [
+        _difference("student: objects", student.comparison.differences["objects"], -3),
+        _difference("student: coherence", student.comparison.differences["coherence"], -5),
+        Mark(
+            name="student: latent MSE to the teacher",
+            target="at most 1/3 of the swap without training",
+            measured=f"{student.comparison.latent_mse:.4f} / {untrained.comparison.latent_mse:.4f} = {share:.3f}",
+            met=share <= 1 / 3,
+        ),
+    ]
+
+
+def _difference(name: str, interval: Interval, least: int) -> Mark:
+    return Mark(
+        name=name,
+        target=f"at most {-least} points below the teacher",
+        measured=points(interval),
+        met=100 * interval.difference >= least,
+    )
+
+
+def points(interval: Interval) -> str:
+    low, high = 100 * interval.low, 100 * interval.high
+    return f"{100 * interval.difference:+.1f} points (95%: {low:+.1f} to {high:+.1f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def as_markdown(title: str, rows: Sequence[Row], marks: Sequence[Mark]) -> str:
+    """The report that people read."""
+    lines = [
+        "# Marks of the main job",
+        "",
+        title,
+        "",
+        "| mark | target | measured | met |",
+        "| --- | --- | --- | --- |",
+        *(f"| {m.name} | {m.target} | {m.measured} | {'yes' if m.met else '**no**'} |" for m in marks),
+        "",
+        "| model | captions | objects | coherence | objects against the teacher | latent MSE | PSNR, dB | SSIM |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        scores = " | ".join(_percent(row.share(score)) for score in ("objects", "coherence"))
+        compared = " |  |  | "
+        if row.comparison:
+            c = row.comparison
+            compared = f"{points(c.differences['objects'])} | {c.latent_mse:.4f} | {c.psnr:.2f} | {c.ssim:.4f}"
+        lines.append(f"| {row.name} | {row.pictures} | {scores} | {compared} |")
+    lines += ["", "![teacher, swap without training, student](marks.png)", ""]
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""Teacher against student: what the report holds, that work goes on, what is refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from tiny_distill import PROMPTS, build_tiny
+
+from lineardit import Clear, linearize_
+from lineardit.distill.cost import PROMPT, fresh_picture_peak, paired_step_seconds, resident_peak
+from lineardit.distill.evaluate import Source, evaluate
+from lineardit.distill.pictures import PictureSettings, digest, make_pictures
+
+SETTINGS = PictureSettings(height=24, width=32, steps=2, max_sequence_length=8, batch_size=2)
+THREE = PROMPTS[:3]
+
+
+@pytest.fixture
+def student() -> FluxPipeline:
+    pipe = build_tiny()
+    linearize_(pipe, Clear(radius=2))
+    return pipe
+
+
+def forwards(pipe: FluxPipeline) -> list[int]:
+    """Grows by one with each forward of the transformer."""
+    calls: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def says_red(prompt: str, image: Image.Image) -> Mapping[str, tuple[int, int]]:
+    """A judge that understands two prompts, and finds every second picture column right."""
+    return {"red": (1, 2)} if "red" in prompt else {}
+
+
+def test_evaluate_compares_the_pipelines_own_latents(pipe: FluxPipeline, student: FluxPipeline, tmp_path: Path) -> None:
+    report = evaluate(pipe, student, THREE, tmp_path / "out", settings=SETTINGS, judge=says_red)
+    call: dict[str, Any] = {"height": 24, "width": 32, "num_inference_steps": 2, "max_sequence_length": 8}
+    errors = []
+    for index, prompt in enumerate(THREE):
+        both = [
+            one(prompt, generator=torch.Generator().manual_seed(index), output_type="latent", **call).images
+            for one in (pipe, student)
+        ]
+        errors.append((both[0] - both[1]).square().mean())
+    assert report.latent_mse == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
+    assert report.latent_mse > 0
+    assert report.pictures == 3
+    red = sum("red" in prompt for prompt in THREE)
+    assert report.teacher.scores == report.student.scores == {"red": (red, 2 * red)}
+    assert report.differences["red"].difference == 0
+    assert "original" in report.teacher.attention
+    assert "Clear(radius=2" in report.student.attention
+    assert report.teacher.peak_gib is None
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["latent_mse"] == report.latent_mse
+    with Image.open(report.sheet) as sheet:
+        assert sheet.width > 3 * 32
+        assert sheet.height > 3 * 24
+
+
+def test_evaluate_finds_no_difference_to_itself(pipe: FluxPipeline, tmp_path: Path) -> None:
+    report = evaluate(pipe, pipe, THREE[:1], tmp_path, settings=SETTINGS)
+    assert (report.latent_mse, report.psnr) == (0, float("inf"))
+    assert report.ssim == pytest.approx(1)
+    assert report.to_dict()["psnr"] is None
+
+
+def test_make_pictures_goes_on_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
+    first = make_pictures(pipe, THREE, tmp_path, SETTINGS)
+    calls = forwards(pipe)
+    (lost,) = tmp_path.glob("*/000001.png")
+    lost.unlink()
+    again = make_pictures(pipe, THREE, tmp_path, SETTINGS)
+    assert len(calls) == SETTINGS.steps
+    for before, after in zip(first.latents, again.latents, strict=True):
+        torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
+
+
+def test_make_pictures_makes_another_prompts_picture_anew(pipe: FluxPipeline, tmp_path: Path) -> None:
+    make_pictures(pipe, THREE, tmp_path, SETTINGS)
+    calls = forwards(pipe)
+    make_pictures(pipe, [THREE[0], "something else", THREE[2]], tmp_path, SETTINGS)
+    assert len(calls) == SETTINGS.steps
+
+
+def test_make_pictures_does_not_depend_on_the_batch(pipe: FluxPipeline, tmp_path: Path) -> None:
+    one = PictureSettings(**vars(SETTINGS) | {"batch_size": 1})
+    singly, together = (make_pictures(pipe, THREE, tmp_path / str(how), how) for how in (one, SETTINGS))
+    for a, b in zip(singly.latents, together.latents, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_digest_changes_with_what_changes_pictures(pipe: FluxPipeline, student: FluxPipeline) -> None:
+    other_batch = PictureSettings(**vars(SETTINGS) | {"batch_size": 7})
+    assert digest(pipe, SETTINGS) == digest(pipe, other_batch)
+    other = build_tiny()
+    linearize_(other, Clear(radius=3))
+    changed = {digest(one, SETTINGS) for one in (pipe, student, other)}
+    changed.add(digest(pipe, PictureSettings(**vars(SETTINGS) | {"seed": 1})))
+    pipe.text_encoder_2.shared.weight.data.add_(1)
+    changed.add(digest(pipe, SETTINGS))
+    assert len(changed) == 5
+
+
+def test_evaluate_keeps_the_report_of_another_question(pipe: FluxPipeline, tmp_path: Path) -> None:
+    evaluate(pipe, pipe, THREE[:1], tmp_path, settings=SETTINGS)
+    before = (tmp_path / "report.json").read_text()
+    other = PictureSettings(**vars(SETTINGS) | {"steps": 1})
+    with pytest.raises(ValueError, match="holds a report of other prompts, settings: name another folder"):
+        evaluate(pipe, pipe, THREE[:2], tmp_path, settings=other)
+    assert (tmp_path / "report.json").read_text() == before
+    assert evaluate(pipe, pipe, THREE[:2], tmp_path, settings=other, overwrite=True).pictures == 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "prompts must not be empty"),
+        (THREE, {"height": 26}, "multiples of 4 for this model, got 26x32"),
+    ],
+)
+def test_evaluate_refuses_bad_input(
+    pipe: FluxPipeline, tmp_path: Path, prompts: list[str], settings: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(pipe, pipe, prompts, tmp_path, settings=PictureSettings(**vars(SETTINGS) | settings))
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_evaluate_refuses_a_folder_of_something_else(pipe: FluxPipeline, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
+        evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS)
+
+
+def test_picture_settings_refuse_no_steps() -> None:
+    with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
+        PictureSettings(height=8, width=8, steps=0)
+
+
+def test_paired_step_seconds_runs_both_in_turn(pipe: FluxPipeline, student: FluxPipeline) -> None:
+    order: list[str] = []
+    for name, one in (("teacher", pipe), ("student", student)):
+        one.transformer.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    pairs = paired_step_seconds(pipe, student, SETTINGS, pairs=2)
+    assert order == ["teacher", "student"] * 3
+    assert all(seconds > 0 for pair in pairs for seconds in pair)
+
+
+def test_resident_peak_sees_memory_that_is_freed_again() -> None:
+    with resident_peak() as peak:
+        block = torch.ones(2**24)  # 64 MiB
+        assert block.sum() > 0
+        del block
+    assert 60 * 2**20 < peak[0] < 200 * 2**20
+
+
+@pytest.mark.slow
+def test_fresh_picture_peak_grows_with_the_picture(base: Path) -> None:
+    source = Source(name=str(base)).opening()
+    small, large = (
+        fresh_picture_peak(source, PictureSettings(height=side, width=side, max_sequence_length=8))
+        for side in (32, 256)
+    )
+    assert 0 <= small < large
+
+
+def test_prompt_of_the_cost_is_known_to_the_small_model(pipe: FluxPipeline) -> None:
+    assert pipe.tokenizer_2.unk_token_id not in pipe.tokenizer_2(PROMPT).input_ids
