@@ -8,6 +8,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def optimizers(model: TinyFlux, settings: Settings) -> list[torch.optim.Optimize
     outer = [p for p in model.parameters() if id(p) not in chosen]
     return [
         torch.optim.Muon(
-            inner, lr=settings.learning_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            inner, lr=settings.matrix_learning_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(outer, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
@@ -99,9 +100,10 @@ class Run:
             loss = flow_loss(self.model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            for optimizer in self.optimizers:
+            peaks = self.settings.matrix_learning_rate, self.settings.learning_rate
+            for optimizer, peak in zip(self.optimizers, peaks, strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.settings.learning_rate * rate(self.step, self.settings)
+                    group["lr"] = peak * rate(self.step, self.settings)
                 optimizer.step()
                 optimizer.zero_grad()
             self.ema.step(self.model.parameters())
@@ -153,7 +155,7 @@ def main() -> None:
     start.add_argument("--vae", type=Path, help="autoencoder from train_vae; all else starts from random weights")
     start.add_argument("--init", type=Path, help="a pipeline to go on from, with fresh optimizer state")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--learning-rate", type=float, default=Settings(steps=1).learning_rate)
+    parser.add_argument("--learning-rate", type=float, default=1.0, help="times the settings' own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training on")
     arguments = parser.parse_args()
@@ -162,7 +164,12 @@ def main() -> None:
     else:
         pipe = build_pipeline()
         pipe.register_modules(vae=AutoencoderKL.from_pretrained(arguments.vae).eval())
-    settings = Settings(steps=arguments.steps, learning_rate=arguments.learning_rate, device=arguments.device)
+    plain = Settings(steps=arguments.steps, device=arguments.device)
+    settings = replace(
+        plain,
+        learning_rate=plain.learning_rate * arguments.learning_rate,
+        matrix_learning_rate=plain.matrix_learning_rate * arguments.learning_rate,
+    )
     run = Run(arguments.run, pipe, settings)
     if arguments.export:
         export(run, arguments.export)
