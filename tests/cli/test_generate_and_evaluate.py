@@ -1,0 +1,136 @@
+"""`lineardit generate` and `lineardit evaluate` as they are typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_distill import build_tiny
+
+from lineardit import Clear, __version__, linearize_, save_adapter
+from lineardit.cli import run
+
+SCENE = "a red circle at the top left on striped sand"
+SMALL = ("--size", "32x24", "--steps", "1", "--max-sequence-length", "8", "--offline")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    build_tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import FluxPipeline
+
+    folder = tmp_path_factory.mktemp("adapters") / "clear"
+    pipe = FluxPipeline.from_pretrained(base)
+    linearize_(pipe, Clear(radius=2))
+    save_adapter(pipe, folder)
+    return folder
+
+
+def lineardit(*arguments: str | Path) -> int:
+    return run([str(argument) for argument in arguments])
+
+
+def test_generate_with_an_adapter(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.png"
+    assert lineardit("generate", adapter, SCENE, *SMALL, "--seed", "4", "-o", out) == 0
+    assert str(out) in capsys.readouterr().out
+    with Image.open(out) as image:
+        assert image.size == (32, 24)
+        info = image.info
+    told = {"prompt": SCENE, "seed": "4", "steps": "1", "size": "32x24", "lineardit": __version__}
+    assert info.items() >= told.items()
+    assert info["adapter"] == str(adapter)
+    assert info["model"] == str(base)
+
+
+def test_generate_with_a_base_and_a_file_of_prompts(base: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n# two\nthree\n")
+    assert lineardit("generate", base, "--prompts", prompts, *SMALL, "--batch-size", "2", "-o", tmp_path / "many") == 0
+    names = sorted(path.name for path in (tmp_path / "many").iterdir())
+    assert names == ["000.png", "001.png"]
+    with Image.open(tmp_path / "many" / "001.png") as image:
+        assert image.info["prompt"] == "three"
+        assert "adapter" not in image.info
+
+
+def test_evaluate_writes_table_report_and_sheet(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{SCENE}\nno scene\n")
+    out = tmp_path / "out"
+    assert lineardit("evaluate", base, adapter, "--prompts", prompts, *SMALL, "--no-memory", "-o", out) == 0
+    table = capsys.readouterr().out
+    for row in (
+        "latent MSE",
+        "PSNR",
+        "SSIM",
+        "seconds a picture",
+        "seconds a step",
+        "peak memory",
+        "objects",
+        "coherence",
+    ):
+        assert row in table
+    report = json.loads((out / "report.json").read_text())
+    assert report["pictures"] == 2
+    assert report["student"]["scores"]["objects"][1] == 1
+    assert (out / "teacher-student-difference.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "{base}"], "at least one prompt"),
+        (["generate", "{base}", "a", "--size", "30x24"], "multiples of 4"),
+        (["generate", "{base}", "a", "--size", "30"], "WIDTHxHEIGHT"),
+        (["generate", "{base}", "a", "--steps", "0"], "steps must be >= 1"),
+        (["generate", "{base}", "a", "--dtype", "float64"], "float32, bfloat16, float16"),
+        (["generate", "{base}", "a", "--device", "gpu"], "cpu"),
+        (["generate", "{base}", "a", "--offload", "some"], "none, model, sequential, group"),
+        (["generate", "{base}", "a", "--base", "{base}"], "base is for adapters"),
+        (["generate", "{base}", "a", "--prompts", "missing.txt"], "missing.txt"),
+        (["generate", "{base}", "a", "-o", "out.gif"], ".png"),
+        (["generate", "{adapter}", "a", "--impl", "tield"], "tiled"),
+        (["generate", "missing", "a"], "missing"),
+        (["generate", "nobody/nothing", "a"], "nobody/nothing"),
+        (["evaluate", "{base}", "{adapter}", "-o", "out"], "--prompts"),
+        (["evaluate", "{base}", "{adapter}", "--prompts", "missing.txt", "-o", "out"], "missing.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_commands_refuse_bad_input(
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lineardit(*(word.format(base=base, adapter=adapter) for word in arguments), "--offline") == 2
+    captured = capsys.readouterr()
+    assert said in captured.err.splitlines()[-1]
+    assert captured.err.splitlines()[-1].startswith("lineardit: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_keeps_an_existing_picture(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.png"
+    out.write_text("mine")
+    assert lineardit("generate", base, "a", *SMALL, "-o", out) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert lineardit("generate", base, "a", *SMALL, "-o", out, "--overwrite") == 0
+    with Image.open(out) as image:
+        assert image.size == (32, 24)

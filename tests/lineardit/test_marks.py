@@ -1,0 +1,98 @@
+"""benchmarks/marks.py: every row is made, each mark is held against its target, and nothing is done twice."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lineardit.distill.evaluate import Comparison
+from lineardit.distill.metrics import Interval
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def marks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("marks")
+
+
+def row(
+    marks: Any, *, objects: int, coherence: int, points: tuple[float, float] = (0, 0), latent_mse: float = 1
+) -> Any:
+    """Of 100 objects and 100 pictures; `points` below or above the teacher."""
+    differences = {
+        name: Interval(difference=one / 100, low=-1, high=1)
+        for name, one in zip(("objects", "coherence"), points, strict=True)
+    }
+    comparison = Comparison(pictures=100, latent_mse=latent_mse, psnr=20, ssim=0.5, differences=differences)
+    scores = {"objects": (objects, 100), "coherence": (coherence, 100)}
+    return marks.Row(name="a", pictures=100, scores=scores, seconds_per_picture=1, comparison=comparison)
+
+
+@pytest.mark.parametrize(
+    ("objects", "coherence", "points", "met"),
+    [
+        (90, 85, (-2, -2), [True] * 4),
+        (89, 84, (-2.1, -3), [False] * 4),
+        (100, 84, (0, -3), [True, False, True, False]),
+    ],
+)
+def test_teacher_marks_hold_at_the_target(
+    marks: Any, objects: int, coherence: int, points: tuple[float, float], met: list[bool]
+) -> None:
+    teacher = row(marks, objects=objects, coherence=coherence)
+    long = row(marks, objects=objects, coherence=coherence, points=points)
+    assert [mark.met for mark in marks.teacher_marks(teacher, long)] == met
+
+
+@pytest.mark.parametrize(
+    ("points", "latent_mse", "met"),
+    [((-3, -5), 1.0, [True, True, True]), ((-3.1, -5.1), 1.01, [False, False, False]), ((1, 1), 0.5, [True] * 3)],
+)
+def test_student_marks_hold_at_the_target(
+    marks: Any, points: tuple[float, float], latent_mse: float, met: list[bool]
+) -> None:
+    student = row(marks, objects=90, coherence=90, points=points, latent_mse=latent_mse)
+    untrained = row(marks, objects=20, coherence=20, latent_mse=3.0)
+    found = marks.student_marks(student, untrained)
+    assert [mark.met for mark in found] == met
+    assert "(95%: -100.0 to +100.0)" in found[0].measured
+
+
+def test_marks_run_makes_every_row_and_goes_on(
+    marks: Any,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launch_here: Any,
+    launched: list[list[str]],
+) -> None:
+    monkeypatch.setattr(marks, "launch", launch_here)
+    plan = marks.Plan(
+        radius=2, side=16, steps=1, captions=3, few_captions=2, samples=4, train_steps=1, text_tokens=16, shown=2
+    )
+    run = marks.Marks(base, tmp_path / "work", plan)
+    rows, held = run.run()
+    names = ["teacher", "0 steps", "default", "teacher, 512 text tokens", "no flow", "no prediction", "no attention"]
+    assert [one.name for one in rows] == names
+    assert [one.pictures for one in rows] == [3, 3, 3, 2, 2, 2, 2]
+    assert [set(one) & {f"loss.{term}=0.0" for term in marks.TERMS} for one in launched] == [
+        set(),
+        {"loss.flow=0.0"},
+        {"loss.prediction=0.0"},
+        {"loss.attention=0.0"},
+    ]
+    marks.write_results(tmp_path / "results", run, rows, held)
+    content = json.loads((tmp_path / "results" / "marks.json").read_text())
+    assert [mark["name"] for mark in content["marks"]] == [mark.name for mark in held]
+    report = (tmp_path / "results" / "marks.md").read_text()
+    assert all(f"| {name} |" in report for name in names)
+    assert (tmp_path / "results" / "marks.png").is_file()
+
+    again, _ = marks.Marks(base, tmp_path / "work", plan).run()
+    assert len(launched) == 4
+    assert [one.comparison for one in again] == [one.comparison for one in rows]

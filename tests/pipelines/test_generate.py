@@ -1,0 +1,189 @@
+"""Pictures as files: what they hold, that no work is lost, what is refused."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors import safe_open
+from tiny_distill import build_tiny
+
+from lineardit import Clear, linearize_
+from lineardit.pipelines.generate import generate
+from lineardit.pipelines.placement import place_
+
+PROMPTS = ["a red circle", "a blue square", "a green cross"]
+CALL: dict[str, Any] = {"size": (24, 32), "steps": 2, "max_sequence_length": 8}
+
+
+@pytest.fixture
+def pipe() -> FluxPipeline:
+    pipe = build_tiny()
+    linearize_(pipe, Clear(radius=2))
+    return pipe
+
+
+def expected(pipe: FluxPipeline, prompt: str, seed: int, output_type: str = "pil") -> Any:
+    """What the pipeline itself makes."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    call = {"height": 24, "width": 32, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": output_type}
+    return pipe(prompt, generator=generator, **call).images[0]
+
+
+def pixels(path: Path) -> numpy.ndarray:
+    with Image.open(path) as image:
+        return numpy.asarray(image, numpy.int16)
+
+
+def test_generate_writes_the_pipelines_picture_and_how_it_was_made(pipe: FluxPipeline, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out.png"
+    about = {"model": "tiny", "adapter": "kreuz-förmig"}
+    assert generate(pipe, PROMPTS[:1], out, **CALL, seed=5, guidance=3.0, about=about) == [out]
+    assert numpy.array_equal(pixels(out), numpy.asarray(expected(pipe, PROMPTS[0], 5)))
+    with Image.open(out) as image:
+        assert image.info == {
+            "prompt": PROMPTS[0],
+            "seed": "5",
+            "size": "32x24",
+            "steps": "2",
+            "guidance": "3.0",
+            "max_sequence_length": "8",
+            **about,
+        }
+    assert [path.name for path in out.parent.iterdir()] == ["out.png"]
+
+
+def test_generate_gives_each_picture_its_own_noise_whatever_the_batch(pipe: FluxPipeline, tmp_path: Path) -> None:
+    files = generate(pipe, PROMPTS, tmp_path / "pictures", **CALL, seed=3, batch_size=2)
+    assert [file.name for file in files] == ["000.png", "001.png", "002.png"]
+    for index, file in enumerate(files):
+        assert abs(pixels(file) - numpy.asarray(expected(pipe, PROMPTS[index], 3 + index))).max() <= 1
+
+
+def test_generate_makes_the_pipelines_own_size(pipe: FluxPipeline, tmp_path: Path) -> None:
+    pipe.default_sample_size = 8
+    (file,) = generate(pipe, PROMPTS[:1], tmp_path / "out.png", steps=1, max_sequence_length=8)
+    with Image.open(file) as image:
+        assert (image.size, image.info["size"]) == ((16, 16), "16x16")
+
+
+def test_generate_saves_latents_before_it_decodes(
+    pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("decoder")
+
+    wanted = expected(pipe, PROMPTS[0], 0, "latent")
+    monkeypatch.setattr(pipe.vae, "decode", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL)
+    latents = tmp_path / "out.latents.safetensors"
+    assert [path.name for path in tmp_path.iterdir()] == [latents.name]
+    assert str(latents) in caplog.text
+    with safe_open(latents, framework="pt") as file:
+        assert torch.equal(file.get_tensor("latents")[0], wanted)
+        assert file.metadata()["prompt"] == PROMPTS[0]
+    monkeypatch.undo()
+    generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_generate_goes_on_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
+    files = generate(pipe, PROMPTS, tmp_path / "pictures", **CALL)
+    stamps = [file.stat().st_mtime_ns for file in files]
+    files[1].unlink()
+    generate(pipe, PROMPTS, tmp_path / "pictures", **CALL)
+    assert [file.stat().st_mtime_ns == stamp for file, stamp in zip(files, stamps, strict=True)] == [True, False, True]
+
+
+def test_generate_keeps_what_was_made_otherwise(pipe: FluxPipeline, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    files = generate(pipe, PROMPTS, folder, **CALL)
+    before = files[0].read_bytes()
+    with pytest.raises(ValueError, match=r"000.png exists and is kept: name another output, or replace it"):
+        generate(pipe, PROMPTS, folder, **CALL, seed=1)
+    assert files[0].read_bytes() == before
+    generate(pipe, PROMPTS, folder, **CALL, seed=1, overwrite=True)
+    assert files[0].read_bytes() != before
+
+
+def test_generate_keeps_an_existing_file(pipe: FluxPipeline, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    out.write_text("mine")
+    with pytest.raises(ValueError, match=r"out.png exists and is kept"):
+        generate(pipe, PROMPTS[:1], out, **CALL)
+    assert out.read_text() == "mine"
+    generate(pipe, PROMPTS[:1], out, **CALL, overwrite=True)
+    assert pixels(out).shape == (24, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": (26, 33)}, "must be multiples of 4 pixels for this model, got 33x26; nearest: 32x24 and 36x28"),
+        ({"size": (2, 32)}, "got 32x2; nearest: 32x4"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": ["a", " "]}, "none may be empty"),
+        ({"prompts": PROMPTS}, "output must be a folder for 3 prompts, got the file"),
+        ({"output": "out.jpg"}, "output must end in .png, or name a folder, got out.jpg"),
+    ],
+)
+def test_generate_refuses_bad_input(
+    pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        generate(pipe, **{"prompts": PROMPTS[:1], "output": "out.png"} | CALL | change)
+    assert list(tmp_path.iterdir()) == []
+
+
+class OldPipeline(FluxPipeline):
+    """Takes the callback of older pipelines, and no text length."""
+
+    def __call__(
+        self, prompt: Any, *, height: int, width: int, num_inference_steps: int, generator: Any, callback: Any
+    ) -> Any:
+        def on_step_end(_pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+            callback(step, time, tensors["latents"])
+            return tensors
+
+        call = {"height": height, "width": width, "num_inference_steps": num_inference_steps, "generator": generator}
+        return super().__call__(prompt, **call, max_sequence_length=8, callback_on_step_end=on_step_end)
+
+
+def test_generate_knows_the_callback_of_older_pipelines(
+    pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.__class__ = OldPipeline
+    monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(pipe, PROMPTS[:1], tmp_path / "out.png", size=(24, 32), steps=2)
+    assert (tmp_path / "out.latents.safetensors").is_file()
+    with pytest.raises(ValueError, match="OldPipeline takes no max_sequence_length: leave max_sequence_length out"):
+        generate(pipe, PROMPTS[:1], tmp_path / "other.png", size=(24, 32), steps=2, max_sequence_length=8)
+
+
+@pytest.mark.parametrize(
+    ("radius", "said"), [(2, "kernel: tiled"), (99, "kernel: original (the window covers the picture)")]
+)
+def test_generate_tells_the_kernel_that_runs(
+    radius: float, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = build_tiny()
+    linearize_(pipe, Clear(radius=radius))
+    with caplog.at_level(logging.INFO):
+        generate(pipe, PROMPTS, tmp_path / "pictures", **CALL)
+    assert [record.message for record in caplog.records].count(said) == 1
+
+
+def test_place_refuses_offload_without_an_accelerator(pipe: FluxPipeline) -> None:
+    with pytest.raises(ValueError, match="offload 'model' needs an accelerator"):
+        place_(pipe, torch.device("cpu"), "model")
+    with pytest.raises(ValueError, match="offload must be one of none, model, sequential, group, got 'all'"):
+        place_(pipe, torch.device("cpu"), "all")

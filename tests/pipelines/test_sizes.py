@@ -1,0 +1,50 @@
+"""Sizes of pictures that each family can make."""
+
+from typing import Any
+
+import diffusers
+import pytest
+
+from lineardit.pipelines.sizes import default_size, size_multiple
+from tiny_models import build
+
+
+def vae() -> Any:
+    """Halves the sides twice: 4 pixels for each latent."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+    )
+
+
+def pipeline(family: str) -> Any:
+    """Without text encoders."""
+    model, scheduler = build(family), diffusers.FlowMatchEulerDiscreteScheduler()
+    if family == "flux":
+        return diffusers.FluxPipeline(scheduler, vae(), None, None, None, None, model)
+    if family == "sd3":
+        return diffusers.StableDiffusion3Pipeline(model, scheduler, vae(), None, None, None, None, None, None)
+    if family == "pixart":
+        return diffusers.PixArtSigmaPipeline(None, None, vae(), model, diffusers.DPMSolverMultistepScheduler())
+    return diffusers.StableDiffusionPipeline(
+        vae(),
+        None,
+        None,
+        model,
+        diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.mark.parametrize(("family", "multiple"), [("flux", 8), ("sd3", 8), ("pixart", 8), ("unet", 4)])
+def test_size_multiple_counts_latents_and_patches(family: str, multiple: int) -> None:
+    assert size_multiple(pipeline(family)) == multiple
+
+
+@pytest.mark.parametrize(("family", "side"), [("flux", 512), ("sd3", 128), ("pixart", 64), ("unet", 64)])
+def test_default_size_is_the_pipelines(family: str, side: int) -> None:
+    assert default_size(pipeline(family)) == (side, side)
