@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import diffusers
+
 from tiny_models import build
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.training import add_lora_, train_full_
-from peft import LoraConfig
-from safetensors.torch import load_file, save_file
 from tiny_models import build, flux, inputs_of, sd3
-from torch import Tensor, nn
 
 CLEAR = Clear(radius=2, pool_size=2)
 FAMILIES = ("flux", "sd3", "pixart", "unet")

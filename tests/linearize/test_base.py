@@ -17,11 +17,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from tiny_pipelines import saved_flux_pipeline
+
 from lineardit.linearize.base import build_on_meta, find_place, read_base, source_of
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.hub import fetch, is_repository, snapshot_of
 from tiny_models import FAMILIES, build
-from tiny_pipelines import saved_flux_pipeline
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"
 

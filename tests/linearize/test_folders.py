@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lineardit.linearize.folders import new_folder, read_tensors
 from safetensors.torch import save_file
+
+from lineardit.linearize.folders import new_folder, read_tensors
 
 
 def test_new_folder_appears_when_its_block_ends(tmp_path: Path) -> None:

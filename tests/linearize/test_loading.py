@@ -7,12 +7,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
-from lineardit.linearize.training import add_lora_, train_full_
 from safetensors.torch import load_file
-from tiny_models import build, inputs_of
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 from torch import Tensor
+
+from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize.training import add_lora_, train_full_
+from tiny_models import build, inputs_of
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 

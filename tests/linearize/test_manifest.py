@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lineardit.linearize.manifest import MANIFEST_FILE, Manifest, TensorsFile, Trained, read_entry, read_manifest
 
 MANIFEST = Manifest(
