@@ -88,14 +88,11 @@ class ClearAttention(nn.Module):
     def pairs(config: Clear, grid: Grid, text_len: int) -> int:
         """Pairs of query and key in one call: window, text, cells for the image; all but cells for the text."""
         height, width = grid[-2:]
-        reach = math.ceil(config.radius) - 1
-        steps = range(-reach, reach + 1)
-        window = sum(
-            max(height - abs(dy), 0) * max(width - abs(dx), 0)
-            for dy in steps
-            for dx in steps
-            if dy * dy + dx * dx < config.radius**2
-        )
+        window = 0
+        for step in range(1 - height, height):  # rows from a query to its keys
+            if (rest := config.radius**2 - step * step) > 0:
+                reach = min(math.isqrt(math.ceil(rest) - 1), width - 1)  # columns, at most
+                window += (height - abs(step)) * (width * (2 * reach + 1) - reach * (reach + 1))
         _, num_cells = _cells(config, grid) or (0, 0)
         return window + height * width * (text_len + num_cells) + text_len * (text_len + height * width)
 
