@@ -25,16 +25,18 @@ PIXELS_PER_TOKEN = 4  # a side: the autoencoder halves, packing halves again
 TOKENS_PER_STEP = 4096  # of images
 # (width, height): share of the steps, in the first, second and third phase of the training
 SIZES = {
-    (64, 64): (0.70, 0.30, 0.08),
-    (96, 64): (0.10, 0.05, 0.03),
-    (64, 96): (0.10, 0.05, 0.03),
-    (128, 128): (0.10, 0.46, 0.66),
+    (32, 32): (0.30, 0.04, 0.00),
+    (48, 48): (0.25, 0.04, 0.00),
+    (64, 64): (0.25, 0.22, 0.08),
+    (96, 64): (0.06, 0.05, 0.03),
+    (64, 96): (0.06, 0.05, 0.03),
+    (128, 128): (0.08, 0.46, 0.66),
     (160, 96): (0.00, 0.07, 0.05),
     (96, 160): (0.00, 0.07, 0.05),
     (192, 192): (0.00, 0.00, 0.05),
     (256, 256): (0.00, 0.00, 0.05),
 }
-PHASES = (0.66, 0.88, 1.0)  # where each one ends, as a share of all steps
+PHASES = (0.7, 0.88, 1.0)  # where each one ends, as a share of all steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def phase_of_step(step: int, settings: Settings) -> int:
 def text_len_of_step(step: int, num_tokens: int, settings: Settings) -> int:
     """Mostly short texts; long ones, which pad much, beside few large pictures."""
     rng = random.Random(f"text-{settings.seed}-{step}")
-    return rng.choices((32, 64, 128, 512), (0.5, 0.4, 0.05, 0.05) if num_tokens >= 1024 else (0.7, 0.3, 0, 0))[0]
+    return rng.choices((32, 64, 128, 512), (0.5, 0.4, 0.05, 0.05) if num_tokens >= 1024 else (0.8, 0.2, 0, 0))[0]
 
 
 class TinyFlux(nn.Module):
