@@ -31,7 +31,8 @@ def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
     weight = next(model.parameters())
     with torch.no_grad():
         conditions = family.encode(pipe, [PROMPT], settings.max_sequence_length)
-    noisy = torch.randn(1, grid[0] * grid[1], model.config.in_channels, generator=torch.Generator().manual_seed(0))
+    config: Any = model.config
+    noisy = torch.randn(1, grid[0] * grid[1], config.in_channels, generator=torch.Generator().manual_seed(0))
     noisy, sigma = noisy.to(weight.device, weight.dtype), torch.tensor([0.5], device=weight.device)
     inputs = family.inputs(model, noisy, sigma, conditions, grid=grid, guidance=settings.guidance)
 
@@ -44,7 +45,7 @@ def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
     return step
 
 
-def seconds_of(call: Callable[[], None]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began

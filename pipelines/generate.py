@@ -137,7 +137,7 @@ def _not_there(wanted: Sequence[Wanted], output: Path) -> list[Wanted]:
 def _text_of(path: Path) -> Text:
     try:
         with Image.open(path) as image:
-            return {key: value for key, value in image.info.items() if isinstance(value, str)}
+            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
     except OSError:  # no picture at all
         return {}
 

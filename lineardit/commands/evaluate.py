@@ -1,8 +1,7 @@
 """`lineardit evaluate`: a student against its teacher, same prompts, same noise."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +11,7 @@ from .options import BatchSize, Device, Dtype, Guidance, Impl, MaxSequenceLength
 from .prompts import parse_size, read_prompts
 
 if TYPE_CHECKING:
-    from ..distill.evaluate import Report, Side
+    from ..distill.evaluate import Report
 
 
 def evaluate(
@@ -57,7 +56,12 @@ def evaluate(
         batch_size=batch_size,
     )
     target = find_device(device)
-    common = {"dtype": find_dtype(dtype, target), "device": str(target), "impl": impl, "offline": offline}
+    common: dict[str, Any] = {
+        "dtype": find_dtype(dtype, target),
+        "device": str(target),
+        "impl": impl,
+        "offline": offline,
+    }
     report = compare(
         Source(name=teacher, **common),
         Source(name=student, base=base, **common),
@@ -83,25 +87,26 @@ def show(report: "Report") -> None:
     Console().print(table, highlight=False)
 
 
-def _rows(report: "Report") -> list[tuple[str, tuple[str, str]]]:
+def _rows(report: "Report") -> list[tuple[str, tuple[str, ...]]]:
     sides = report.teacher, report.student
 
-    def both(tell: Callable[["Side"], str]) -> tuple[str, str]:
-        return tell(sides[0]), tell(sides[1])
-
-    rows = [
+    rows: list[tuple[str, tuple[str, ...]]] = [
         ("latent MSE to the teacher", ("0", f"{report.latent_mse:.4g}")),
         ("PSNR, dB", ("", f"{report.psnr:.2f}")),
         ("SSIM", ("", f"{report.ssim:.4f}")),
-        ("seconds a picture", both(lambda side: f"{side.seconds_per_picture:.3g}")),
-        ("seconds a step", both(lambda side: f"{side.seconds_per_step:.3g}")),
-        ("peak memory, GiB", both(lambda side: "not measured" if side.peak_gib is None else f"{side.peak_gib:.2f}")),
+        ("seconds a picture", tuple(f"{side.seconds_per_picture:.3g}" for side in sides)),
+        ("seconds a step", tuple(f"{side.seconds_per_step:.3g}" for side in sides)),
+        ("peak memory, GiB", tuple(_gib(side.peak_gib) for side in sides)),
     ]
     for name, interval in report.differences.items():
-        rows.append((f"{name}, %", both(lambda side, name=name: _share(*side.scores[name]))))
+        rows.append((f"{name}, %", tuple(_share(*side.scores[name]) for side in sides)))
         bounds = f"{100 * interval.difference:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
         rows.append((f"{name}, difference in points (95%)", ("", bounds)))
     return rows
+
+
+def _gib(peak: float | None) -> str:
+    return "not measured" if peak is None else f"{peak:.2f}"
 
 
 def _share(right: int, of: int) -> str:
