@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import diffusers
-import yaml
+import yaml  # type: ignore[import-untyped]
 from accelerate import init_empty_weights
 from huggingface_hub import metadata_load
 from torch import nn

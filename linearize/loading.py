@@ -1,6 +1,7 @@
 """A linear pipeline in one call: the base that an adapter names, then the adapter."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -58,7 +59,7 @@ def from_pretrained(
         found = _named_base(manifest, place, offline)
     else:
         found = read_base(base, offline=offline)
-    pipe = _load(found, dtype=dtype, offline=offline)
+    pipe = load_base(found, dtype=dtype, offline=offline)
     mount_adapter_(pipe, manifest, tensors, keep_original=keep_original, impl=impl)
     return pipe
 
@@ -71,20 +72,31 @@ def _named_base(manifest: Manifest, place: Place, offline: bool) -> Base:
     return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
 
 
-def _load(base: Base, *, dtype: torch.dtype | None, offline: bool) -> Any:
-    """The pipeline, or the bare denoiser, with its weights."""
+def load_base(base: Base, *, dtype: torch.dtype | None = None, offline: bool = False) -> Any:
+    """The pipeline of a base, or the bare denoiser, with its weights; from safetensors files only.
+
+    Args:
+        base: From `read_base`.
+        dtype: Of the weights; None: float32.
+        offline: Never touch the network.
+    Raises:
+        ValueError: the base is a config without weights.
+    """
     source = base.source
     if source.name is None or Path(source.name).is_file():
         raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
-    return loader.from_pretrained(
-        source.name,
-        torch_dtype=dtype,
-        revision=source.revision,
-        local_files_only=offline,
-        use_safetensors=True,
-        **dict.fromkeys(base.absent),  # diffusers wants a component that was saved as None passed as None again
-    )
+    with warnings.catch_warnings():
+        # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+        return loader.from_pretrained(
+            source.name,
+            torch_dtype=dtype,
+            revision=source.revision,
+            local_files_only=offline,
+            use_safetensors=True,
+            **dict.fromkeys(base.absent),  # diffusers wants a component that was saved as None passed as None again
+        )
 
 
 def _restored(place: Place, *, dtype: torch.dtype | None, base: str | Path | None, impl: str) -> Any:
@@ -106,7 +118,7 @@ def _restored(place: Place, *, dtype: torch.dtype | None, base: str | Path | Non
         "attention; use lineardit.save_adapter to keep a student",
         place.name,
     )
-    pipe = _load(saved, dtype=dtype, offline=place.offline)
+    pipe = load_base(saved, dtype=dtype, offline=place.offline)
     _, model = denoiser(pipe)
     _restore_conversion_(model, entry, impl)
     return pipe

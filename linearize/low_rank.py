@@ -37,7 +37,7 @@ class LowRankTerm(nn.Module):
 class LowRankLayer:
     """Mixed in before a Linear layer's own class, also a quantized one: its forward, and the term of its child."""
 
-    _plain_class: type[nn.Module]
+    _plain_class: Any
     lineardit_lora: LowRankTerm
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
@@ -50,13 +50,13 @@ class LowRankLayer:
 
 
 @cache
-def low_rank_class(plain_class: type[nn.Module]) -> type[nn.Module]:
+def low_rank_class(plain_class: type[Any]) -> type[nn.Module]:
     """The class of a layer with a low-rank term whose own class is `plain_class`."""
     name = f"LowRank{plain_class.__name__}"
     return type(name, (LowRankLayer, plain_class), {"__module__": __name__, "_plain_class": plain_class})
 
 
-def _blank_layer(plain_class: type[nn.Module]) -> nn.Module:
+def _blank_layer(plain_class: Any) -> nn.Module:
     cls = low_rank_class(plain_class)
     return cls.__new__(cls)
 
@@ -82,7 +82,8 @@ class LowRank:
             check_forward(name, layer)
         for name, layer in self.layers.items():
             layer.add_module(LORA_NAME, LowRankTerm(*factors[name], scale=alpha / self.rank))
-            change_class(layer, low_rank_class(type(layer)))
+            plain_class: Any = type(layer)
+            change_class(layer, low_rank_class(plain_class))
 
     def terms(self) -> dict[str, LowRankTerm]:
         """The low-rank term of every layer, by the layer's name."""
@@ -152,7 +153,7 @@ class FusedLowRank:
 
 def like_layer(model: nn.Module, name: str, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Copies of LoRA factors on a layer's device and in its dtype, if that is one to compute in."""
-    weight = cast(Tensor, plain_layer(model, name).weight)
+    weight = plain_layer(model, name).weight
     device = torch.device("cpu") if weight.is_meta else weight.device
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else None
     down, up = (factor.to(device, dtype, copy=True) for factor in factors)

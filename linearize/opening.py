@@ -7,7 +7,7 @@ import diffusers
 import torch
 
 from .base import CONFIG_FILE, PIPELINE_FILE, find_place, read_base
-from .loading import from_pretrained
+from .loading import from_pretrained, load_base
 from .manifest import MANIFEST_FILE
 from .methods import nearest
 from .record import CONFIG_KEY
@@ -51,14 +51,7 @@ def open_pipeline(
     elif plain.source.pipeline_class is None:
         raise ValueError(f"{name} is a denoiser alone: give the folder or Hub id of the pipeline it belongs to")
     else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            plain.source.name,
-            torch_dtype=weights,
-            revision=plain.source.revision,
-            local_files_only=offline,
-            use_safetensors=True,
-            **dict.fromkeys(plain.absent),
-        )
+        pipe = load_base(plain, dtype=weights, offline=offline)
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise ValueError(f"{name} belongs to a denoiser alone, which makes no pictures: pass a pipeline as base")
     return pipe

@@ -104,9 +104,9 @@ def refuse_fused(model: nn.Module) -> None:
             )
 
 
-def plain_layer(model: nn.Module, name: str) -> nn.Module:
+def plain_layer(model: nn.Module, name: str) -> Any:
     """The layer of that name in the base, also where a style's peft layer has been wrapped around it."""
-    layer = model.get_submodule(name)
+    layer: Any = model.get_submodule(name)
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 

@@ -159,7 +159,7 @@ def test_read_base_names_what_is_wrong(tmp_path: Path, files: dict, text: str) -
 
 
 def test_find_place_says_what_names_are_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no folder ./nowhere here, and it is not a Hub id"):
+    with pytest.raises(ValueError, match=r"no folder ./nowhere here, and it is not a Hub id"):
         find_place("./nowhere")
     with pytest.raises(ValueError, match="revision is for Hub repositories, got 'v1'"):
         find_place(tmp_path, revision="v1")
