@@ -23,8 +23,8 @@ from .train_vae import pictures
 
 PIXELS_PER_TOKEN = 4  # a side: the autoencoder halves, packing halves again
 TOKENS_PER_STEP = 4096  # of images
-# (width, height): share of the steps in the first, second and third phase of the training. Positions in FLUX count tokens:
-# where "right" is differs with the size, and is learned far sooner at one size than at several.
+# (width, height): share of the steps in the first, second and third phase of the training. FLUX's positions count
+# tokens, so where "right" is differs with the size; that is learned far sooner at one size than at several.
 SIZES = {
     (64, 64): (1.0, 0.0, 0.10),
     (128, 128): (0.0, 1.0, 0.60),
