@@ -33,6 +33,18 @@ test: $(STAMP)  ## everything that a change must pass, in minutes
 test-all: $(STAMP)  ## the slow tests as well
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
+$(OLDEST)/.installed: constraints-oldest.txt
+	@echo "Installing the oldest supported versions into $(OLDEST)"
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) $$(grep '^torch==' constraints-oldest.txt)
+	@$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) --requirement constraints-oldest.txt
+	@touch $@
+
+# Group offload on a CPU and text masks for each query came to diffusers later.
+test-oldest: $(OLDEST)/.installed  ## how attention gets into a model, with the oldest supported diffusers
+	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -n $(JOBS) $(addprefix tests/linearize/test_,seam.py traps.py convert.py) \
+		-k 'not group_offload and not test_text_masks_are_taken_over'
+
 lint: $(STAMP)  ## ruff, and mypy on an installed copy (it cannot follow an editable install)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -37,7 +37,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert run([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("lineardit: ")
+    assert err.startswith(("lineardit: ", "lineardit.distill: "))
     assert err.count("\n") == 1
     return err
 
@@ -124,6 +124,34 @@ def test_inspect_refuses_a_broken_adapter(
 ) -> None:
     (tmp_path / "lineardit.json").write_text(content)
     assert said in refused(capsys, "inspect", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prepare", "BASE", "--prompts", "none.txt", "-o", "OUT"], "none.txt"),
+        (["prepare", "BASE", "--prompts", "PROMPTS", "--size", "64", "-o", "OUT"], "WIDTHxHEIGHT"),
+        (["prepare", "BASE", "--prompts", "PROMPTS", "--device", "tpu", "-o", "OUT"], "cpu"),
+        (["prepare", "nowhere", "--prompts", "PROMPTS", "--offline", "-o", "OUT"], "nowhere"),
+        (["generate", "BASE", "-o", "OUT"], "prompt"),
+        (["generate", "BASE", "a", "--size", "64x", "-o", "OUT"], "WIDTHxHEIGHT"),
+        (["generate", "BASE", "a", "b", "-o", "OUT.png"], "folder"),
+        (["evaluate", "BASE", "BASE", "--prompts", "none.txt", "-o", "OUT"], "none.txt"),
+        (["distill", "none.toml"], "none.toml"),
+        (["distill", "PROMPTS"], "TOML"),
+        (["distill", "none.toml", "--processes", "2"], "none.toml"),
+        (["distill", "none.toml", "--processes", "0"], "1"),
+    ],
+    ids=lambda value: "-".join(value[:1] + value[3:-2]) if isinstance(value, list) else "",
+)
+def test_commands_refuse_bad_input(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    places = {"BASE": base, "PROMPTS": prompts, "OUT": tmp_path / "out", "OUT.png": tmp_path / "out.png"}
+    assert said in refused(capsys, *(places.get(word, word) for word in arguments))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "prompts.txt"}
 
 
 def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

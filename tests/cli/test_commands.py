@@ -1,5 +1,6 @@
 """What the commands print and write when all is well."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,25 @@ def test_convert_help_lists_the_options_of_every_method(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "Options of --method clear" in out
     assert "--pool-tokens" in out
+
+
+FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
+
+
+def test_convert_and_inspect_tell_every_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, told = tmp_path / "adapter", tmp_path / "told.json"
+    assert run(["convert", str(FLUX_DEV), "--method", "clear", "--radius", "8", "--offline", "-o", str(adapter)]) == 0
+    assert {path.name for path in adapter.iterdir()} == {"lineardit.json"}
+    assert f"Wrote {adapter}" in capsys.readouterr().out.replace("\n", "")
+    assert run(["inspect", str(adapter), "--offline", "--json", str(told)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum("radius=8" in line for line in lines) == 57
+    assert len(json.loads(told.read_text())["rows"]) == 57
+
+
+def test_convert_takes_options_in_any_order(tmp_path: Path) -> None:
+    arguments = ["--radius", "8", "--pool-size=4", "--offline", str(FLUX_DEV), "-o", str(tmp_path / "a"), "--layers"]
+    assert run(["convert", *arguments, "single_transformer_blocks.*", "--method", "clear"]) == 0
+    methods = json.loads((tmp_path / "a" / "lineardit.json").read_text())["methods"]
+    assert methods == {"single_transformer_blocks.*.attn": {"method": "clear", "radius": 8, "pool_size": 4}}
