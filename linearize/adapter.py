@@ -20,7 +20,7 @@ from .low_rank import FusedLowRank, LowRank, like_layer
 from .manifest import MANIFEST_FILE, TENSORS_FILE, Manifest, TensorsFile, Trained, read_manifest
 from .matching import attention_modules
 from .methods import config_to_dict
-from .overlays import overlays_of, refuse_fused, replace_weights_
+from .overlays import check_writable, overlays_of, refuse_fused, replace_weights_
 from .record import record_
 from .report import SwapReport
 
@@ -123,6 +123,7 @@ def mount_adapter_(
         refuse_fused(model)
     check_fit(manifest, model)
     parts = sorted_tensors(manifest, tensors, model)
+    check_writable(model, [*parts.full, *([] if keep_original else [f"{name}.weight" for name in parts.lora])])
     _warn_of_other_base(manifest, source_of(pipe_or_model, model))
     if swapped(model):
         restore_(model)

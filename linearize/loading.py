@@ -105,6 +105,8 @@ def _restored(place: Place, *, dtype: torch.dtype | None, base: str | Path | Non
     saved = None
     if any(place.file(file) is not None for file in files):
         saved = read_base(place.name, revision=place.revision, offline=place.offline)
+    if saved is None and place.folder is None and place.offline:
+        raise ValueError(f"{place.name} is not in the local cache, and offline=True (--offline): drop that once")
     if saved is None or CONFIG_KEY not in saved.config:
         raise ValueError(
             f"{place.name} is neither an adapter (no {MANIFEST_FILE}) nor a saved converted pipeline: "

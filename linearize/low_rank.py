@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .intercept import change_class, check_forward
-from .overlays import NO_WAY_BACK, plain_layer, writable
+from .overlays import NO_WAY_BACK, plain_layer
 
 LORA_NAME = "lineardit_lora"  # the child of a Linear layer that holds its low-rank term
 
@@ -118,11 +118,7 @@ class LowRank:
 
 
 class FusedLowRank:
-    """LoRA added into the weights of its layers: no cost per step, no way back. The factors stay, for saving.
-
-    Raises:
-        ValueError: A layer's weight is not in floating point (a quantized base), or not in memory.
-    """
+    """LoRA added into the weights of its layers: no cost per step, no way back. The factors stay, for saving."""
 
     reversible = False
 
@@ -130,7 +126,7 @@ class FusedLowRank:
         self.alpha = alpha
         self.rank = next(iter(factors.values()))[0].shape[0]
         self.factors = {name: (down.cpu(), up.cpu()) for name, (down, up) in factors.items()}
-        weights = {name: writable(f"{name}.weight", plain_layer(model, name).weight) for name in factors}
+        weights = {name: plain_layer(model, name).weight for name in factors}
         with torch.no_grad():
             for name, (down, up) in factors.items():
                 weight = weights[name]

@@ -4,7 +4,7 @@ A student is its base, plus the parameters of its linear kernels, plus overlays:
 layers (`low_rank`, LoRA), or changed tensors whose originals are kept (`FullWeights`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def plain_layer(model: nn.Module, name: str) -> Any:
 
 
 class FullWeights:
-    """Changed tensors of the base. `off` and `on` exchange the data of the parameters, which stay the same objects.
+    """Changed tensors of the base. `off` and `on` write into the parameters in place: offloading may hold their memory.
 
     Args:
         model: The denoiser.
@@ -133,24 +133,21 @@ class FullWeights:
         for name, original in self.originals.items():
             if original is None:
                 raise ValueError(NO_WAY_BACK)
-            writable(name, self.parameter(name))
+            _check_writable(name, *self.owners[name])
 
     def off(self) -> None:
         for name, original in self.originals.items():
-            parameter = self.parameter(name)
-            self.trained[name] = parameter.data
-            parameter.data = cast(Tensor, original).to(parameter)
+            self.trained[name] = self.parameter(name).detach().to(cast(Tensor, original).device, copy=True)
+            self.parameter(name).data.copy_(cast(Tensor, original))
 
     def on(self) -> None:
         for name, trained in self.trained.items():
-            parameter = self.parameter(name)
-            parameter.data = trained.to(parameter)
+            self.parameter(name).data.copy_(trained)
         self.trained.clear()
 
     def remove(self) -> None:
         for name, original in self.originals.items():
-            parameter = self.parameter(name)
-            parameter.data = cast(Tensor, original).to(parameter)
+            self.parameter(name).data.copy_(cast(Tensor, original))
         self.trained.clear()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -165,15 +162,24 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return plain_layer(model, layer), attribute
 
 
-def writable(name: str, parameter: Tensor) -> Tensor:
-    """The parameter, after checking that its numbers can be exchanged."""
-    if parameter.is_meta:
+def check_writable(model: nn.Module, names: Iterable[str]) -> None:
+    """Whether the numbers of these parameters can be exchanged.
+
+    Raises:
+        ValueError: one is offloaded or quantized.
+    """
+    for name in names:
+        _check_writable(name, *_owner(model, name))
+
+
+def _check_writable(name: str, layer: nn.Module, attribute: str) -> None:
+    parameter = getattr(layer, attribute)
+    if parameter.is_meta and hasattr(layer, "_hf_hook"):  # accelerate's; without it the model was built without memory
         raise ValueError(f"{name} is not in memory (sequential offload?): do this before enabling offload")
     if not parameter.is_floating_point():
         raise ValueError(
             f"{name} must be in floating point to be changed, got {parameter.dtype}: quantized bases take LoRA adapters"
         )
-    return parameter
 
 
 def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_original: bool) -> FullWeights:
@@ -183,16 +189,11 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
         model: The denoiser.
         weights: New values by parameter name; shapes must agree. Cast to each parameter's dtype and device.
         keep_original: Keep the old values on the CPU, so that the base can come back.
-    Raises:
-        ValueError: A parameter is quantized or offloaded.
     """
     originals: dict[str, Tensor | None] = {}
     owners = {name: _owner(model, name) for name in weights}
-    is_meta = next(model.parameters()).is_meta
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
-        if not is_meta:
-            writable(name, old)
         originals[name] = old.detach().to("cpu", copy=True) if keep_original and not old.is_meta else None
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)

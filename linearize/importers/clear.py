@@ -17,7 +17,7 @@ from ..fitting import check_shapes, shapes_of
 from ..folders import read_tensors
 from ..matching import attention_modules
 from ..methods.clear import Clear
-from ..overlays import plain_layer, refuse_fused, replace_weights_
+from ..overlays import check_writable, plain_layer, refuse_fused, replace_weights_
 from ..record import record_
 from ..report import SwapReport
 
@@ -58,6 +58,7 @@ def load_clear_checkpoint_(
     refuse_fused(transformer)
     _check_pool_size(tensors, pool_size, what)
     check_shapes(shapes_of(tensors), _expected(transformer, pool_size), what=what)
+    check_writable(transformer, (name for name in tensors if not name.endswith(_POOLING)))
 
     if swapped(transformer):
         restore_(transformer)

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig
@@ -316,3 +317,37 @@ def test_load_adapter_warns_of_another_revision(
         load_adapter_(type(model).from_pretrained(snapshots / "bbbb"), tmp_path / "adapter")
     (warning,) = caplog.messages
     assert "revision aaaa of somebody/tiny, this pipeline is revision bbbb" in warning
+
+
+@pytest.mark.parametrize("keep_original", [True, False])
+def test_load_adapter_refuses_to_change_weights_it_cannot_write(tmp_path: Path, keep_original: bool) -> None:
+    save_adapter(trained("lora" if not keep_original else "full"), tmp_path / "adapter")
+    model = base()
+    layer = model.transformer_blocks[0].attn.to_q
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"floating point .*int8: quantized bases take LoRA"):
+        load_adapter_(model, tmp_path / "adapter", keep_original=keep_original)
+    assert not swapped(model)
+    model = base()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="before enabling offload"):
+        load_adapter_(model, tmp_path / "adapter", keep_original=keep_original)
+    assert not swapped(model)
+
+
+@pytest.mark.parametrize(("kind", "offload"), [("lora", "sequential"), ("lora", "group"), ("full", "group")])
+def test_load_adapter_works_after_offloading(tmp_path: Path, kind: str, offload: str) -> None:
+    student, arguments = trained(kind), inputs_of("flux")
+    save_adapter(student, tmp_path / "adapter")
+    model, cpu = base(), torch.device("cpu")
+    untouched = run(model, arguments)
+    if offload == "sequential":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    else:
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    load_adapter_(model, tmp_path / "adapter")
+    assert torch.equal(run(model, arguments), run(student, arguments))
+    with dense(model):
+        assert torch.equal(run(model, arguments), untouched)
+    restore_(model)
+    assert torch.equal(run(model, arguments), untouched)

@@ -250,15 +250,6 @@ def test_add_lora_refuses_a_second_one() -> None:
         add_lora_(model, rank=2, targets=["to_k"])
 
 
-def test_changed_weights_of_a_quantized_layer_are_refused() -> None:
-    model = build("flux")
-    linearize_(model, CLEAR)
-    layer = model.transformer_blocks[0].attn.to_q
-    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"floating point.*int8"):
-        replace_weights_(model, {"transformer_blocks.0.attn.to_q.weight": torch.randn(32, 32)}, keep_original=True)
-
-
 def test_fusing_projections_and_trained_weights_exclude_each_other(student) -> None:
     model, arguments, _, trained = student
     with pytest.raises(ValueError, match="keep_original=False"):
