@@ -7,6 +7,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ KL_WEIGHT = 1e-3  # of the mean over the latent's entries
 HELD_OUT_PICTURES = 64
 
 
-def pictures(first: int, count: int, width: int, height: int, *, split: str = "train") -> Tensor:
+def pictures(
+    first: int, count: int, width: int, height: int, *, split: Literal["train", "held_out"] = "train"
+) -> Tensor:
     """Scenes `first` to `first + count`, drawn: [count, 3, height, width] in [-1, 1]."""
     drawn = [scenes.render(scenes.sample(i, split=split), width, height) for i in range(first, first + count)]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) * 2 - 1

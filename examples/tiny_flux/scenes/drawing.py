@@ -13,7 +13,7 @@ from PIL import Image
 
 from .world import CELLS, COLOURS, NUM_PHASES, PATTERNS, TONES, Scene
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 RADIUS = 0.095  # of an object
 SHADOW_OFFSET = 0.055  # along each axis
@@ -38,7 +38,7 @@ def render(scene: Scene, width: int, height: int) -> Array:
     if min(width, height) < 16:
         raise ValueError(f"a scene needs at least 16 pixels a side, got {width}x{height}")
     rows, cols = pixel_centres(width, height)
-    image = np.asarray(TONES[scene.tone], np.float32) / 255 * wave(scene, rows, cols)[..., None]
+    image: Array = np.asarray(TONES[scene.tone], np.float32) / 255 * wave(scene, rows, cols)[..., None]
     sun_row, sun_col = light_corner(scene.light, width, height)
     sun = _disc(rows - sun_row, cols - sun_col, SUN_RADIUS)
     image = over(image, SUN_COLOUR, sun, width, height)

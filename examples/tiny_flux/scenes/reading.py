@@ -111,7 +111,7 @@ def _find_object(pixels: Array, cell: str) -> _Found | None:
     overlap, shape, move = max(
         (_overlap(coverage(shape, cell, width, height, *move)[window], saturated), shape, move)
         for shape in SHAPES
-        for move in product((-0.02, 0.0, 0.02), repeat=2)
+        for move in product((-0.02, 0.0, 0.02), (-0.02, 0.0, 0.02))
     )
     if overlap < MIN_OVERLAP:
         return None
@@ -146,8 +146,8 @@ def _free_of_objects(pixels: Array) -> Mask:
     height, width = pixels.shape[:2]
     busy = (_saturation(pixels) > 0.24) | (pixels.max(-1) < 0.5)
     padded = np.pad(busy, 2)
-    for rows, cols in product(range(5), repeat=2):
-        busy = busy | padded[rows : rows + height, cols : cols + width]
+    for down, right in product(range(5), repeat=2):
+        busy = busy | padded[down : down + height, right : right + width]
     rows, cols = pixel_centres(width, height)
     for light in LIGHTS:
         row, col = light_corner(light, width, height)
