@@ -7,6 +7,7 @@ import pytest
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 
 from lineardit import Clear, from_pretrained, linearize_, load_adapter_
+from lineardit.kernels.window import implementations
 from lineardit.linearize import inspection
 from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
@@ -83,7 +84,8 @@ def test_inspect_base_shows_every_attention_module(tmp_path: Path) -> None:
         if row.module.endswith("attn2"):
             assert (row.swapped, row.reason, row.method) == (False, "cross-attention", "")
         elif row.module.startswith("down_blocks"):
-            assert (row.swapped, row.method, row.settings, row.impl) == (True, "clear", {"radius": 2}, "tiled")
+            assert (row.swapped, row.method, row.settings) == (True, "clear", {"radius": 2})
+            assert row.impl.split()[0] in implementations()
         else:
             assert (row.swapped, row.reason) == (False, "not converted")
     assert [step.size for step in found.flops] == ["1K", "2K", "4K", "8K"]
