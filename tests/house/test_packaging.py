@@ -63,11 +63,17 @@ def test_package_list_equals_the_folders() -> None:
     assert sorted(SETUPTOOLS["packages"]) == sorted({package_name(path.parent) for path in source_files()})
 
 
-def test_package_data_matches_files() -> None:
-    for package, patterns in SETUPTOOLS["package-data"].items():
-        top, *rest = package.split(".")[1:] or ["lineardit"]
-        for pattern in patterns:
-            assert list((ROOT / top).joinpath(*rest).glob(pattern)), f"{package}: {pattern}"
+def data_files() -> set[Path]:
+    """Files of the package that are no Python code."""
+    files = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()}
+    return {path for path in files if path.suffix not in {".py", ".pyc"}}
+
+
+def test_package_data_covers_every_file() -> None:
+    folder_of = {package_name(path.parent): path.parent for path in source_files()}
+    patterns = SETUPTOOLS["package-data"].items()
+    covered = {file for package, globs in patterns for glob in globs for file in folder_of[package].glob(glob)}
+    assert data_files() - covered == set()
 
 
 def pins(file: str) -> dict[str, str]:
@@ -118,14 +124,14 @@ def test_import_is_light() -> None:
 
 
 def test_clone_runs_inside_its_root(clone: Path) -> None:
-    code = "import lineardit.kernels.window as w; print(w.__file__)"
-    assert run_python("-c", code, cwd=clone) == f"{clone / 'kernels' / 'window' / '__init__.py'}\n"
+    code = "import lineardit.examples as e; print(e.__file__)"
+    assert run_python("-c", code, cwd=clone) == f"{clone / 'examples' / '__init__.py'}\n"
     assert "convert" in run_python("-m", "lineardit", "--help", cwd=clone)
 
 
 def test_clone_runs_outside_its_root(clone: Path, tmp_path: Path) -> None:
-    code = "import lineardit.kernels.window as w; print(w.__file__)"
-    assert run_python("-c", code, cwd=tmp_path, path=clone) == f"{clone / 'kernels' / 'window' / '__init__.py'}\n"
+    code = "import lineardit.examples as e; print(e.__file__)"
+    assert run_python("-c", code, cwd=tmp_path, path=clone) == f"{clone / 'examples' / '__init__.py'}\n"
     assert "convert" in run_python("-m", "lineardit", "--help", cwd=tmp_path, path=clone)
 
 
@@ -143,8 +149,10 @@ def test_wheel_holds_every_module_and_runs(clone: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    expected = {f"{package_name(path.parent).replace('.', '/')}/{path.name}" for path in source_files()}
-    assert expected | {"lineardit/py.typed"} <= names
+    expected = {
+        f"{package_name(path.parent).replace('.', '/')}/{path.name}" for path in {*source_files(), *data_files()}
+    }
+    assert expected <= names
     assert not {name for name in names if name.startswith(("tests/", "benchmarks/", "kernels/"))}
     code = "import lineardit; print(lineardit.Clear(radius=2).radius, lineardit.__file__)"
     assert run_python("-c", code, cwd=tmp_path, path=tmp_path / "site").split() == [
@@ -155,5 +163,5 @@ def test_wheel_holds_every_module_and_runs(clone: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path(sys.prefix, ".installed").exists(), reason="only in the environment that make makes")
 def test_installed_package_is_found_anywhere(tmp_path: Path) -> None:
-    code = "import lineardit.kernels.window as w; print(w.__file__)"
-    assert run_python("-c", code, cwd=tmp_path) == f"{ROOT / 'kernels' / 'window' / '__init__.py'}\n"
+    code = "import lineardit.examples as e; print(e.__file__)"
+    assert run_python("-c", code, cwd=tmp_path) == f"{ROOT / 'examples' / '__init__.py'}\n"
