@@ -58,6 +58,7 @@ def linearize_(
         raise ValueError("no module is swapped: the mapping of patterns is empty")
     for name in configs:
         check_forward(name, candidates[name])
+    _check_ours(model)
 
     companions = _remove_seam(model)
     state = State(family, patterns if layers is None else configs)
@@ -79,8 +80,7 @@ def restore_(pipe_or_model: Any) -> None:
     """
     _refuse_sharded(denoiser(pipe_or_model)[1], "restore_")
     model, state = _converted(pipe_or_model)
-    for name, module in swapped(model).items():
-        check_forward(name, module)
+    _check_ours(model)
     for companion in state.companions:
         companion.remove()
     _remove_seam(model)
@@ -199,17 +199,22 @@ def _ancestor(model: nn.Module, name: str, class_name: str) -> nn.Module:
     raise UnsupportedModelError(f"{name} lies in no {class_name}, where its token grid would be known")
 
 
-def _remove_seam(model: nn.Module) -> list[Any]:
-    """Classes and hooks as they were; returns the companions, which a new conversion keeps."""
-    state = state_of(model)
-    if state is None:
-        return []
+def _check_ours(model: nn.Module) -> None:
+    """Raise an UnsupportedModelError where a converted module is not as `linearize_` left it."""
     for name, module in swapped(model).items():
+        check_forward(name, module)
         dense_class = cast(Any, module)._dense_class
         if type(module) is not linear_class(dense_class):
             raise UnsupportedModelError(
                 f"{name} became a {type(module).__name__} after linearize_ (wrapped or sharded): undo that first"
             )
+
+
+def _remove_seam(model: nn.Module) -> list[Any]:
+    """Classes and hooks as they were; returns the companions, which a new conversion keeps."""
+    state = state_of(model)
+    if state is None:
+        return []
     for module in swapped(model).values():
         change_class(module, cast(Any, module)._dense_class)
         del module.linear_kernel, module._lineardit_name

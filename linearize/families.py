@@ -37,6 +37,7 @@ class Family:
     Attributes:
         name: For reports.
         attention: Globs of module names; those of them that are not cross-attention are the image's self-attention.
+            Such a module calls `scaled_dot_product_attention` once, and has `heads` and `inner_dim`.
         see: (module, arguments by name) -> Sight. A module-level function, so that models can be copied and pickled.
         text_first: In joint attention the text stands before the image.
         seen_at: Class name of the modules whose arguments tell the grid; None: the model itself.

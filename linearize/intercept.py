@@ -25,13 +25,13 @@ class LinearAttention:
     _lineardit_site: Site
     _lineardit_name: str
     linear_kernel: Any
-    processor: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self._lineardit_site.state
         if not state.enabled:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if getattr(self.processor, "_parallel_config", None) is not None:
+        processor = getattr(self, "processor", None)
+        if getattr(processor, "_parallel_config", None) is not None:
             raise LayoutError(
                 "context parallelism splits and reorders the tokens, which a window cannot follow yet: disable it, or "
                 "run this call inside `with dense(model):`"
@@ -164,7 +164,7 @@ def _attend(
 
 
 def _diagnosis(attention: LinearAttention, hits: int) -> str:
-    processor = attention.processor
+    processor = getattr(attention, "processor", None)
     backend = getattr(processor, "_attention_backend", None)
     return (
         f"{attention._lineardit_name} is converted, but its forward reached linear attention {hits} times instead of "

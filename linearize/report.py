@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from .methods import config_to_dict
+
 CROSS_ATTENTION = "cross-attention"
 NOT_IMAGE_SELF_ATTENTION = "not an image self-attention of this family"
 
@@ -26,13 +28,19 @@ class SwapReport:
 
     def __str__(self) -> str:
         chosen_out = [name for name, reason in self.skipped.items() if _could_be_swapped(reason)]
-        configs = Counter(repr(config) for config in self.swapped.values())
+        configs = Counter(_short(config) for config in self.swapped.values())
         methods = ", ".join(f"{count} x {config}" for config, count in configs.items())
         total = len(self.swapped) + len(chosen_out)
         line = f"{len(self.swapped)}/{total} self-attention modules: {methods}"
         reasons = Counter(self.skipped.values())
         left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         return f"{line} (family {self.family}, impl {self.impl}{'; left: ' + left if left else ''})"
+
+
+def _short(config: Any) -> str:
+    """`Clear(radius=16)`: without the fields left at their defaults."""
+    settings = [f"{key}={value}" for key, value in config_to_dict(config).items() if key != "method"]
+    return f"{type(config).__name__}({', '.join(settings)})"
 
 
 def _could_be_swapped(reason: str) -> bool:
