@@ -4,8 +4,9 @@
 
 (CLEAR, arXiv:2412.16112.) The implementations:
 
-    reference   one dense call with a mask; any device and dtype; memory grows with the square of the tokens
-    tiled       plain PyTorch, tile by tile; any device and dtype; cost and memory linear in the image
+    reference   one masked call over all tokens, mask made anew; any device and dtype; memory tokens x tokens
+    masked      one masked call for the image, mask kept; the same limits, the fastest for small images
+    tiled       tile by tile, in plain PyTorch; any device and dtype; cost and memory linear in the image
 """
 
 import math
@@ -14,28 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import window_attention_reference
-from .tiled_op import split_text, tiled_window_attention
-
-# Where `tiled` has no fused kernel (not a CPU), below this the dense call is taken for faster. Counted, not measured.
-DENSE_TOKENS = 6144
-
-
-def implementations() -> tuple[str, ...]:
-    """Names that `impl` takes beside "auto"."""
-    return ("reference", "tiled")
-
-
-def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len: int) -> str:
-    """The implementation that impl="auto" runs.
-
-    1. On a CPU "tiled": on a small grid it works with one tile, which is dense attention with a mask.
-    2. Elsewhere "reference" up to DENSE_TOKENS tokens.
-    3. Else "tiled".
-    """
-    if query.device.type != "cpu" and text_len + math.prod(grid) <= DENSE_TOKENS:
-        return "reference"
-    return "tiled"
+from .choose import implementations
+from .op import split_text, window_attention_op
+from .reference import check_mask_size, window_attention_reference
 
 
 def window_attention(
@@ -69,51 +51,26 @@ def window_attention(
     Returns:
         [B, H, N, D], dtype of query (under autocast, of autocast); sums are in float32, or float64 for float64.
     Raises:
-        ValueError: shapes, grid, radius or impl do not fit; "reference" with a mask of more than 2**31 entries.
+        ValueError: shapes, grid, radius or impl do not fit; a mask of "reference" or "masked" beyond 2**31 entries.
     """
     _validate(query, key, value, grid, radius, text_len, text_mask, pooled, impl)
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     pooled = None if pooled is None else (_autocast(pooled[0]), _autocast(pooled[1]))
-    if impl == "auto":
-        impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = window_attention_reference if impl == "reference" else _tiled
-    return attend(
-        query,
-        key,
-        value,
-        grid=grid,
-        radius=radius,
-        text_len=text_len,
-        text_first=text_first,
-        text_mask=text_mask,
-        pooled=pooled,
-        scale=scale,
-    )
-
-
-def _tiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    grid: tuple[int, ...],
-    radius: float,
-    text_len: int,
-    text_first: bool,
-    text_mask: Tensor | None,
-    pooled: tuple[Tensor, Tensor] | None,
-    scale: float,
-) -> Tensor:
+    if impl == "reference":
+        return window_attention_reference(
+            query,
+            key,
+            value,
+            grid=grid,
+            radius=radius,
+            text_len=text_len,
+            text_first=text_first,
+            text_mask=text_mask,
+            pooled=pooled,
+            scale=scale,
+        )
     text_query, image_query = split_text(query, text_len, text_first)
-    text_out = text_query
-    if text_len > 0:
-        key_mask = None
-        if text_mask is not None:
-            image_mask = text_mask.new_ones(text_mask.shape[0], image_query.shape[2])
-            key_mask = torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], 1)[:, None, None]
-        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=key_mask, scale=scale)
-
     shared_key, image_key = split_text(key, text_len, text_first)
     shared_value, image_value = split_text(value, text_len, text_first)
     shared_mask = text_mask
@@ -121,19 +78,36 @@ def _tiled(
         pooled_key, pooled_value = pooled
         shared_key, shared_value = torch.cat([shared_key, pooled_key], 2), torch.cat([shared_value, pooled_value], 2)
         shared_mask = None if text_mask is None else F.pad(text_mask, (0, pooled_key.shape[2]), value=True)
+    if impl == "masked":
+        check_mask_size(image_query.shape[2], image_query.shape[2] + shared_key.shape[2], shared_mask)
+    text_out = text_query
+    if text_len > 0:
+        key_mask = _key_mask(text_mask, image_query.shape[2], text_first)
+        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=key_mask, scale=scale)
+    image = (image_query, image_key, image_value)
     shared = (shared_key, shared_value, shared_mask)
-    out, _ = tiled_window_attention(
-        text_out, text_first, image_query, image_key, image_value, *shared, grid, radius, scale
-    )
+    out, _ = window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl)
     return out
+
+
+def _key_mask(text_mask: Tensor | None, image_len: int, text_first: bool) -> Tensor | None:
+    """[B, 1, 1, N] bool: what text queries attend to."""
+    if text_mask is None:
+        return None
+    image_mask = text_mask.new_ones(text_mask.shape[0], image_len)
+    return torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], dim=1)[:, None, None]
 
 
 def _autocast(tensor: Tensor) -> Tensor:
     """Cast as autocast casts the inputs of `scaled_dot_product_attention`."""
-    device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
+    if not _autocast_enabled(tensor) or tensor.dtype == torch.float64:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _autocast_enabled(tensor: Tensor) -> bool:
+    device_type = tensor.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _validate(
@@ -173,5 +147,5 @@ def _validate(
         if pooled_shapes != [wanted, wanted]:
             raise ValueError(f"pooled must be (key, value), each [B, H, P, D] like query, got {pooled_shapes}")
     tensors = (query, key, value, *(pooled or ()))
-    if not torch.is_autocast_enabled(query.device.type) and any(tensor.dtype != query.dtype for tensor in tensors):
+    if not _autocast_enabled(query) and any(tensor.dtype != query.dtype for tensor in tensors):
         raise ValueError(f"query, key, value and pooled must have one dtype, got {[t.dtype for t in tensors]}")

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +26,22 @@ logger = logging.getLogger(__name__)
 EXCLUDED = -1e30
 
 
+class Keys(NamedTuple):
+    """One part of the keys."""
+
+    key: Tensor  # [B, H, K, D]
+    value: Tensor  # [B, H, K, D]
+    bias: Tensor | None  # added to the logits, broadcasts to [B, H, Q, K]
+
+
 @dataclass(frozen=True)
 class Partial:
-    """forward(query, key, value, bias, scale) -> (out, lse);
-    backward(grad_out, query, key, value, out, lse, bias, scale) -> gradients of query, key, value.
-
-    query, out [B, H, Q, D]; key, value [B, H, K, D]; lse [B, H, Q]; bias broadcasts to [B, H, Q, K], or None.
+    """forward(query, keys, scale) -> out [B, H, Q, D], lse [B, H, Q];
+    backward(grad_out, query, keys, out, lse, scale) -> gradients of query, key and value.
     """
 
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[[Tensor, Keys, float], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Keys, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,57 +55,39 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, EXCLUDED)
 
 
-def _logits(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    logits = (query * scale) @ key.transpose(-1, -2)
-    return logits if bias is None else logits.add_(bias)
+def _logits(query: Tensor, keys: Keys, scale: float) -> Tensor:
+    logits = (query * scale) @ keys.key.transpose(-1, -2)
+    return logits if keys.bias is None else logits.add_(keys.bias)
 
 
-def _plain_forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    logits = _logits(query, key, bias, scale)
+def _plain_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+    logits = _logits(query, keys, scale)
     lse = logits.logsumexp(-1)
-    return logits.sub_(lse[..., None]).exp_() @ value, lse
+    return logits.sub_(lse[..., None]).exp_() @ keys.value, lse
 
 
 def _plain_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    scale: float,
+    grad_out: Tensor, query: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weights = _logits(query, key, bias, scale).sub_(lse[..., None]).exp_()
+    weights = _logits(query, keys, scale).sub_(lse[..., None]).exp_()
     grad_value = weights.transpose(-1, -2) @ grad_out
     delta = (grad_out * out).sum(-1, keepdim=True)
-    grad_logits = (grad_out @ value.transpose(-1, -2)).sub_(delta).mul_(weights).mul_(scale)
-    return grad_logits @ key, grad_logits.transpose(-1, -2) @ query, grad_value
+    grad_logits = (grad_out @ keys.value.transpose(-1, -2)).sub_(delta).mul_(weights).mul_(scale)
+    return grad_logits @ keys.key, grad_logits.transpose(-1, -2) @ query, grad_value
 
 
-def _flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _flash_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(query, key, value, attn_mask=bias, scale=scale)
+    return flash(query, keys.key, keys.value, attn_mask=keys.bias, scale=scale)
 
 
 def _flash_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    scale: float,
+    grad_out: Tensor, query: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     # The kernel reads the log-sum-exp in its own memory order, [B, Q, H].
     lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    return flash(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+    return flash(grad_out, query, keys.key, keys.value, out, lse, 0.0, False, attn_mask=keys.bias, scale=scale)
 
 
 PLAIN = Partial(_plain_forward, _plain_backward)
@@ -115,11 +104,11 @@ def fastest_partial(device_type: str, dtype: torch.dtype) -> Partial:
         torch.randn(2, 2, length, 8, generator=generator).to(dtype) for length in (5, 7, 7, 5)
     )
     mask = torch.ones(5, 7, dtype=torch.bool).triu()
-    args = (query, key, value, attention_bias(mask, dtype), 0.5)
-    out, lse = PLAIN.forward(*args)
-    expected = (out, lse, *PLAIN.backward(grad_out, *args[:3], out, lse, *args[3:]))
+    keys = Keys(key, value, attention_bias(mask, dtype))
+    out, lse = PLAIN.forward(query, keys, 0.5)
+    expected = (out, lse, *PLAIN.backward(grad_out, query, keys, out, lse, 0.5))
     try:
-        computed = (*FLASH.forward(*args), *FLASH.backward(grad_out, *args[:3], out, lse, *args[3:]))
+        computed = (*FLASH.forward(query, keys, 0.5), *FLASH.backward(grad_out, query, keys, out, lse, 0.5))
         agree = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(computed, expected, strict=True))
     except (AttributeError, RuntimeError):
         agree = False

@@ -47,13 +47,7 @@ def window_attention_reference(
     """
     num_tokens = query.shape[2]
     num_keys = num_tokens + (pooled[0].shape[2] if pooled is not None else 0)
-    entries = num_tokens * num_keys * (query.shape[0] if text_mask is not None else 1)
-    if entries > MAX_MASK_ENTRIES:
-        raise ValueError(
-            f"the reference's mask must have at most 2**31 entries, got {entries} for {num_tokens} tokens; "
-            "impl='tiled' has linear cost"
-        )
-
+    check_mask_size(num_tokens, num_keys, text_mask)
     near = _near(grid, radius, query.device)  # [image, image]
     image_tokens = near.shape[0]
     start = text_len if text_first else 0
@@ -71,6 +65,16 @@ def window_attention_reference(
         mask = torch.cat([mask, sees_pooled], dim=3)
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def check_mask_size(num_queries: int, num_keys: int, text_mask: Tensor | None) -> None:
+    """Refuse a dense mask, one for each sample if `text_mask` [B, ...] is given, of more than 2**31 entries."""
+    entries = num_queries * num_keys * (1 if text_mask is None else text_mask.shape[0])
+    if entries > MAX_MASK_ENTRIES:
+        raise ValueError(
+            f"a dense mask must have at most 2**31 entries, got {entries} for {num_queries} x {num_keys} tokens; "
+            "impl='tiled' has linear cost"
+        )
 
 
 def _near(grid: tuple[int, ...], radius: float, device: torch.device) -> Tensor:

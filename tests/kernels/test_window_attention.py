@@ -11,17 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_matches_reference
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lineardit.kernels.window import (
     choose_impl,
     implementations,
-    tiled_op,
+    op,
     window_attention,
     window_attention_reference,
 )
+from lineardit.kernels.window.interface import Implementation
 from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
+from lineardit.kernels.window.tiled import TILED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +103,22 @@ CASES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 on_cases = pytest.mark.parametrize("case", CASES, ids=str)
+on_operator = pytest.mark.parametrize("impl", op.IMPLEMENTATIONS)
 
 
 @pytest.fixture(params=["flash", "plain"])
 def partial_attention(request, monkeypatch):
     """Both ways in which the tiled implementation computes a part."""
     partial = {"flash": FLASH, "plain": PLAIN}[request.param]
-    monkeypatch.setattr(tiled_op, "fastest_partial", lambda *_: partial)
+    monkeypatch.setattr(op, "fastest_partial", lambda *_: partial)
     return partial
 
 
 @on_cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-def test_window_attention_tiled_matches_reference(case, dtype, partial_attention):
-    case.matches_reference(dtype, impl="tiled")
+@on_operator
+def test_window_attention_matches_reference(case, dtype, impl, partial_attention):
+    case.matches_reference(dtype, impl=impl)
 
 
 @settings(max_examples=15)
@@ -194,53 +199,60 @@ def test_window_attention_stays_finite_for_extreme_logits(impl, size):
 
 
 @pytest.mark.parametrize(
-    "case", [CASES[0], Case(grid=(1, 70), radius=2, text_len=1, num_pooled=1, num_heads=1)], ids=str
+    "case",
+    [
+        Case(grid=(3, 5), radius=1.5, text_len=2, masked=True, batch=2, head_dim=3),
+        Case(grid=(1, 70), radius=2, text_len=1, num_pooled=1, num_heads=1, head_dim=2),
+    ],
+    ids=str,
 )
-def test_window_attention_tiled_passes_gradcheck(case, partial_attention, monkeypatch):
-    monkeypatch.setattr(tiled_op, "tile_shape", lambda height, width, radius: (min(height, 2), min(width, 35)))
-    tiled_op._circle_groups.cache_clear()
+@on_operator
+def test_window_attention_passes_gradcheck(case, impl, partial_attention):
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
-    assert torch.autograd.gradcheck(lambda *t: case.run(window_attention, *t, impl="tiled"), tensors, fast_mode=True)
-    tiled_op._circle_groups.cache_clear()
+    assert torch.autograd.gradcheck(lambda *t: case.run(window_attention, *t, impl=impl), tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2, 3, 4])
-def test_window_attention_tiled_gives_the_gradient_of_one_input_alone(needed):
+@on_operator
+def test_window_attention_gives_the_gradient_of_one_input_alone(needed, impl):
     case = CASES[4]
     tensors = case.tensors()
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    every = torch.autograd.grad(case.run(window_attention, *leaves, impl="tiled").square().sum(), leaves)
+    every = torch.autograd.grad(case.run(window_attention, *leaves, impl=impl).square().sum(), leaves)
     alone = tensors[needed].detach().requires_grad_()
-    out = case.run(window_attention, *tensors[:needed], alone, *tensors[needed + 1 :], impl="tiled")
+    out = case.run(window_attention, *tensors[:needed], alone, *tensors[needed + 1 :], impl=impl)
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), alone)[0], every[needed])
 
 
-def test_window_attention_tiled_is_the_same_without_gradients():
+@on_operator
+def test_window_attention_is_the_same_without_gradients(impl):
     case = CASES[4]
     tensors = case.tensors(torch.float32)
     with torch.no_grad():
-        out = case.run(window_attention, *tensors, impl="tiled")
+        out = case.run(window_attention, *tensors, impl=impl)
     with torch.inference_mode():
-        inferred = case.run(window_attention, *tensors, impl="tiled")
+        inferred = case.run(window_attention, *tensors, impl=impl)
     assert not out.requires_grad and torch.equal(out, inferred)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    assert torch.equal(out, case.run(window_attention, *leaves, impl="tiled"))
+    assert torch.equal(out, case.run(window_attention, *leaves, impl=impl))
 
 
-def test_window_attention_tiled_refuses_a_second_derivative():
+@on_operator
+def test_window_attention_refuses_a_second_derivative(impl):
     case = Case(grid=(3, 5), radius=1.5)
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
-    out = case.run(window_attention, *tensors, impl="tiled").square().sum()
+    out = case.run(window_attention, *tensors, impl=impl).square().sum()
     (grad,) = torch.autograd.grad(out, tensors[0], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(grad.sum(), tensors[1])
 
 
-def test_window_attention_tiled_works_under_gradient_checkpointing():
+@on_operator
+def test_window_attention_works_under_gradient_checkpointing(impl):
     case = CASES[5]
     tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
-    expected = torch.autograd.grad(case.run(window_attention, *tensors, impl="tiled").square().sum(), tensors)
-    out = checkpoint(lambda *t: case.run(window_attention, *t, impl="tiled"), *tensors, use_reentrant=False)
+    expected = torch.autograd.grad(case.run(window_attention, *tensors, impl=impl).square().sum(), tensors)
+    out = checkpoint(lambda *t: case.run(window_attention, *t, impl=impl), *tensors, use_reentrant=False)
     for grad, other in zip(torch.autograd.grad(out.square().sum(), tensors), expected, strict=True):
         assert torch.equal(grad, other)
 
@@ -276,11 +288,34 @@ def test_fastest_partial_falls_back_where_flash_does_not_work(broken, monkeypatc
     assert "slower public operations" in caplog.text
 
 
-def test_choose_impl_follows_its_cascade():
-    cpu, other = torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1, device="meta")
-    assert choose_impl(cpu, grid=(2, 2), radius=8, text_len=0) == "tiled"
-    assert choose_impl(other, grid=(64, 64), radius=8, text_len=512) == "reference"
-    assert choose_impl(other, grid=(2, 64, 64), radius=8, text_len=512) == "tiled"
+@pytest.mark.parametrize(
+    "grid, radius, text_len, expected",
+    [
+        ((16, 16), 2, 0, "masked"),
+        ((17, 16), 2, 0, "tiled"),
+        ((32, 32), 4, 64, "tiled"),
+        ((48, 48), 32, 512, "masked"),
+        ((65, 64), 64, 512, "tiled"),
+        ((2, 12, 12), 12, 0, "masked"),
+        ((2, 128, 128), 8, 512, "tiled"),
+    ],
+)
+def test_choose_impl_follows_its_cascade(grid, radius, text_len, expected):
+    query = torch.empty(1, 1, 1, 1)
+    assert choose_impl(query, grid=grid, radius=radius, text_len=text_len) == expected
+    assert choose_impl(query.to("meta"), grid=grid, radius=radius, text_len=text_len) == "tiled"
+
+
+@pytest.mark.parametrize("grid", [(5, 6), (17, 20)], ids=str)
+def test_window_attention_auto_runs_what_choose_impl_tells(grid, monkeypatch):
+    case = Case(grid=grid, radius=3, text_len=2)
+    tensors = case.tensors(torch.float32)
+    chosen = choose_impl(tensors[0], grid=grid, radius=3, text_len=2)
+    expected = case.run(window_attention, *tensors, impl=chosen)
+    for name in ("masked", "tiled"):
+        if name != chosen:
+            monkeypatch.delitem(op.IMPLEMENTATIONS, name)
+    assert torch.equal(case.run(window_attention, *tensors), expected)
 
 
 class Allocations(TorchDispatchMode):
@@ -309,12 +344,11 @@ def allocations(case: Case, monkeypatch) -> list[int]:
 
         return inner
 
-    with monkeypatch.context() as patch:
-        for name in ("tiled_forward", "tiled_backward"):
-            patch.setattr(tiled_op, name, recorded(getattr(tiled_op, name)))
+    tiled = Implementation(plan=TILED.plan, forward=recorded(TILED.forward), backward=recorded(TILED.backward))
+    with monkeypatch.context() as patch, mode:
+        patch.setitem(op.IMPLEMENTATIONS, "tiled", tiled)
         tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
-        with mode:
-            case.run(window_attention, *tensors, impl="tiled").sum().backward()
+        case.run(window_attention, *tensors, impl="tiled").sum().backward()
     return mode.sizes
 
 
@@ -329,21 +363,22 @@ def test_window_attention_tiled_allocates_in_proportion_to_the_image(monkeypatch
     assert sum(allocations(large, monkeypatch)) <= 4.2 * sum(allocations(small, monkeypatch))
 
 
-def test_window_attention_tiled_passes_opcheck():
+@on_operator
+def test_window_attention_passes_opcheck(impl):
     case = Case(grid=(9, 40), radius=3, text_len=4, masked=True)
     tensors = case.tensors(torch.float32)
     text, image = zip(*(tensor.split([4, 360], dim=2) for tensor in tensors), strict=True)
     image = [tensor.detach().requires_grad_() for tensor in image]
     shared = [tensor.detach().requires_grad_() for tensor in text[1:]]
-    arguments = (text[0].detach().requires_grad_(), True, *image, *shared, case.text_mask(), case.grid, 3.0, 0.5)
-    torch.library.opcheck(tiled_op.tiled_window_attention, arguments)
-    _, lse = tiled_op.tiled_window_attention(*arguments)
+    arguments = (text[0].detach().requires_grad_(), True, *image, *shared, case.text_mask(), case.grid, 3.0, 0.5, impl)
+    torch.library.opcheck(op.window_attention_op, arguments)
+    _, lse = op.window_attention_op(*arguments)
     assert not lse.requires_grad
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", ["auto", *implementations()])
 def test_window_attention_compiles_once_for_all_grids(impl):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     project = torch.nn.Linear(16, 48)
 
     def block(tokens: Tensor, grid: Tensor) -> Tensor:
@@ -384,10 +419,18 @@ TENSOR = torch.zeros(2, 3, 11, 4)
         ({"text_mask": torch.ones(2, 3)}, "text_mask must be bool"),
         ({"pooled": (TENSOR[:, :2], TENSOR[:, :2])}, "pooled must be"),
         ({"pooled": (TENSOR, TENSOR[:, :, :4])}, "pooled must be"),
-        ({"impl": "triton2"}, r"impl must be one of \('auto', 'reference', 'tiled'\), got 'triton2'"),
+        ({"impl": "triton2"}, r"impl must be one of \('auto', 'reference', 'masked', 'tiled'\), got 'triton2'"),
     ],
 )
 def test_window_attention_says_what_is_wrong(change, message):
     arguments = {"query": TENSOR, "key": TENSOR, "value": TENSOR, "grid": (2, 4), "radius": 2, "text_len": 3}
     with pytest.raises(ValueError, match=message):
         window_attention(**(arguments | change))
+
+
+def test_window_attention_masked_refuses_a_mask_beyond_2_to_31_entries():
+    query = torch.empty(1, 1, 46342, 1, device="meta")
+    options = {"grid": (1, 46341), "radius": 2, "text_len": 1}
+    with pytest.raises(ValueError, match="a dense mask must have at most"):
+        window_attention(query, query, query, **options, impl="masked")
+    assert window_attention(query, query, query, **options).shape == query.shape

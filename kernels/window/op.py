@@ -1,7 +1,8 @@
-"""`lineardit::tiled_window_attention`: the tiled implementation as an operator for autograd and `torch.compile`.
+"""`lineardit::window_attention`: the implementations as one operator, for autograd and `torch.compile`.
 
-The operator is opaque to the compiler, so grid sizes may be symbolic outside of it, and are numbers inside, where the
-lists of the window are kept. Saved for backward: inputs, output and log-sum-exp. Differentiable once.
+The operator is opaque to the compiler: grid sizes may be symbolic outside of it, and are numbers inside, where the
+implementation is chosen and what depends on the window alone is kept. Saved for backward: inputs, output and
+log-sum-exp. Differentiable once.
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lists import circle_lists
+from .choose import choose_impl
+from .interface import Implementation, Inputs, sum_dtype
+from .masked import MASKED
 from .partial import fastest_partial
-from .tiled import Inputs, TileGroup, sum_dtype, tile_groups, tiled_backward, tiled_forward
+from .tiled import TILED
+
+IMPLEMENTATIONS = {"masked": MASKED, "tiled": TILED}
 
 
-@torch.library.custom_op("lineardit::tiled_window_attention", mutates_args=())
-def tiled_window_attention(
+@torch.library.custom_op("lineardit::window_attention", mutates_args=())
+def window_attention_op(
     text_out: Tensor,
     text_first: bool,
     query: Tensor,
@@ -29,6 +34,7 @@ def tiled_window_attention(
     grid: Sequence[int],
     radius: float,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of image queries over their window and all shared keys, put beside the results for text.
 
@@ -38,21 +44,23 @@ def tiled_window_attention(
         query, key, value: [B, H, N, D], the image tokens of `grid`.
         shared_key, shared_value: [B, H, S, D], seen by every query; S may be 0.
         shared_mask: [B, S] bool, True = attend; None attends to all.
+        impl: "auto", or a name in IMPLEMENTATIONS.
     Returns:
         out [B, H, T + N, D], and the log-sum-exp of the image's logits, [B, N, H], which has no gradient.
     """
-    out = _token_major(query, text_out.shape[2] + query.shape[2])
-    text_slot, image_slot = split_text(out, text_out.shape[2], text_first)
+    text_len = text_out.shape[2]
+    out = _token_major(query, text_len + query.shape[2])
+    text_slot, image_slot = split_text(out, text_len, text_first)
     text_slot.copy_(text_out)
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
-    groups = _circle_groups(tuple(grid), radius, query.device)
+    implementation, plan = _resolve(query, tuple(grid), radius, text_len, impl)
     partial = fastest_partial(query.device.type, sum_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
-        return out, tiled_forward(inputs, image_slot, groups, scale, partial)
+        return out, implementation.forward(inputs, image_slot, plan, scale, partial)
 
 
-@torch.library.custom_op("lineardit::tiled_window_attention_backward", mutates_args=())
-def _tiled_window_attention_backward(
+@torch.library.custom_op("lineardit::window_attention_backward", mutates_args=())
+def _window_attention_backward_op(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -62,51 +70,51 @@ def _tiled_window_attention_backward(
     shared_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    text_len: int,
     grid: Sequence[int],
     radius: float,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
-    groups = _circle_groups(tuple(grid), radius, query.device)
+    implementation, plan = _resolve(query, tuple(grid), radius, text_len, impl)
     partial = fastest_partial(query.device.type, sum_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
-        return tiled_backward(grad_out, inputs, out, lse, groups, scale, partial)
+        return implementation.backward(grad_out, inputs, out, lse, plan, scale, partial)
 
 
-@tiled_window_attention.register_fake
+@window_attention_op.register_fake
 def _(text_out, text_first, query, *_):  # type: ignore[no-untyped-def]
     batch, num_heads, num_tokens, _ = query.shape
     lse = query.new_empty(batch, num_tokens, num_heads, dtype=sum_dtype(query))
     return _token_major(query, text_out.shape[2] + num_tokens), lse
 
 
-@_tiled_window_attention_backward.register_fake
+@_window_attention_backward_op.register_fake
 def _(grad_out, query, key, value, shared_key, shared_value, *_):  # type: ignore[no-untyped-def]
     image = (_token_major(tensor, tensor.shape[2]) for tensor in (query, key, value))
     return (*image, shared_key.new_empty(shared_key.shape), shared_value.new_empty(shared_value.shape))
 
 
-def _token_major(like: Tensor, num_tokens: int) -> Tensor:
-    """An empty [B, H, num_tokens, D] with memory in the order [B, num_tokens, H, D]."""
-    batch, num_heads, _, head_dim = like.shape
-    return like.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    text_out, text_first, *tensors, grid, radius, scale = inputs
+    text_out, text_first, *tensors, grid, radius, scale, impl = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.text = (text_out.shape[2], text_first)
-    ctx.window = (grid, radius, scale)
+    ctx.window = (grid, radius, scale, impl)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
-    _, image_out = split_text(out, *ctx.text)
-    grad_text, grad_image = split_text(grad_out, *ctx.text)
-    grads = _tiled_window_attention_backward(grad_image, *tensors, image_out, lse, *ctx.window)
-    return (grad_text, None, *grads, None, None, None, None)
+    text_len, text_first = ctx.text
+    _, image_out = split_text(out, text_len, text_first)
+    grad_text, grad_image = split_text(grad_out, text_len, text_first)
+    grads = _window_attention_backward_op(grad_image, *tensors, image_out, lse, text_len, *ctx.window)
+    return (grad_text, None, *grads, None, None, None, None, None)
+
+
+window_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def split_text(tensor: Tensor, text_len: int, text_first: bool) -> tuple[Tensor, Tensor]:
@@ -119,31 +127,22 @@ def split_text(tensor: Tensor, text_len: int, text_first: bool) -> tuple[Tensor,
     return text, image
 
 
-tiled_window_attention.register_autograd(_backward, setup_context=_setup_context)
+def _token_major(like: Tensor, num_tokens: int) -> Tensor:
+    """An empty [B, H, num_tokens, D] with memory in the order [B, num_tokens, H, D]."""
+    batch, num_heads, _, head_dim = like.shape
+    return like.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
+
+
+def _resolve(
+    query: Tensor, grid: tuple[int, ...], radius: float, text_len: int, impl: str
+) -> tuple[Implementation, Any]:
+    """The implementation that runs, and its plan for this window."""
+    if impl == "auto":
+        impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len)
+    return IMPLEMENTATIONS[impl], _plan(impl, grid, radius, query.device)
 
 
 @lru_cache(maxsize=8)
-def _circle_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
-    """The groups of a circular window, on the device."""
-    tile = tile_shape(grid[-2], grid[-1], radius)
+def _plan(impl: str, grid: tuple[int, ...], radius: float, device: torch.device) -> Any:
     with torch.inference_mode(False):
-        return tile_groups(circle_lists(grid, radius, query_tile=tile, key_tile=tile), device)
-
-
-def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
-    """(rows, columns) of the tiles that cut the grid evenly.
-
-    Measured on a CPU: 8x8 is best up to radius 16, then 16x16. A narrow grid takes longer tiles of as many tokens.
-    Where a tile would read most of a small grid, one tile is the grid, which is dense attention with a mask.
-    """
-    side = 8 if radius <= 16 else 16
-    reach = side + 2 * (radius - 1)
-    if height * width <= 1024 and 2 * min(reach, height) * min(reach, width) >= height * width:
-        return height, width
-    rows = _even(height, max(side, side * side // width))
-    return rows, _even(width, max(side, side * side // rows))
-
-
-def _even(size: int, longest: int) -> int:
-    """Length of the longest of the fewest pieces, none longer than `longest`."""
-    return -(-size // -(-size // longest))
+        return IMPLEMENTATIONS[impl].plan(grid, radius, device)
