@@ -28,6 +28,7 @@ from .sizes import check_size, default_size
 logger = logging.getLogger(__name__)
 
 Text = Mapping[str, str]
+MAX_SEED = 2**63  # what a generator takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,8 @@ def generate(
         ValueError: a setting is out of range or not known to this pipeline, the model cannot make this size, or a
             file is there that was made otherwise.
     """
-    for name, value in {"steps": steps, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    if min(steps, batch_size) < 1 or not 0 <= seed < MAX_SEED:
+        raise ValueError(f"steps and batch_size must be >= 1, seed >= 0, got {steps}, {batch_size} and {seed}")
     height, width = size or default_size(pipe)
     check_size(pipe, height, width)
     settings = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
@@ -91,8 +91,8 @@ def generate(
     text = {"size": f"{width}x{height}", **said, **(about or {})}
     wanted = plan_files(prompts, Path(output), seed=seed, text=text)
     missing = wanted if overwrite else _not_there(wanted, Path(output))
-    bar = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
-    with bar as progress, logging_redirect_tqdm():
+    progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
+    with progress, logging_redirect_tqdm():
         for start in range(0, len(missing), batch_size):
             _make(pipe, missing[start : start + batch_size], call, progress, tell_kernel=start == 0)
     return [one.path for one in wanted]

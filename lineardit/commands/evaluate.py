@@ -46,15 +46,8 @@ def evaluate(
 
     height, width = parse_size(size)
     texts = read_prompts(prompts)
-    settings = PictureSettings(
-        height=height,
-        width=width,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        max_sequence_length=max_sequence_length,
-        batch_size=batch_size,
-    )
+    drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size}
+    settings = PictureSettings(height=height, width=width, max_sequence_length=max_sequence_length, **drawing)
     target = find_device(device)
     common: dict[str, Any] = {
         "dtype": find_dtype(dtype, target),
@@ -62,16 +55,9 @@ def evaluate(
         "impl": impl,
         "offline": offline,
     }
+    sources = Source(name=teacher, **common), Source(name=student, base=base, **common)
     report = compare(
-        Source(name=teacher, **common),
-        Source(name=student, base=base, **common),
-        texts,
-        output,
-        settings=settings,
-        judge=judge_scene,
-        memory=memory,
-        shown=shown,
-        overwrite=overwrite,
+        *sources, texts, output, settings=settings, judge=judge_scene, memory=memory, shown=shown, overwrite=overwrite
     )
     show(report)
     print(f"Report and pictures: {output}")

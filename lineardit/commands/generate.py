@@ -40,28 +40,17 @@ def generate(
     from ..pipelines.generate import plan_files
 
     texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
-    wanted_size = None if size is None else parse_size(size)
+    height_width = None if size is None else parse_size(size)
     plan_files(texts, output, seed=seed, text={})  # before a large model is loaded
     if output.is_file() and not overwrite:
         raise ValueError(f"{output} exists and is kept: name another output, or replace it with --overwrite")
     pipe, about = _load(source, base, revision, dtype, device, offload, impl, offline)
     began = time.perf_counter()
-    files = generate_pictures(
-        pipe,
-        texts,
-        output,
-        size=wanted_size,
-        steps=steps,
-        seed=seed,
-        guidance=guidance,
-        max_sequence_length=max_sequence_length,
-        batch_size=batch_size,
-        about=about,
-        overwrite=overwrite,
-    )
-    seconds = time.perf_counter() - began
+    drawing: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed, "guidance": guidance}
+    drawing |= {"max_sequence_length": max_sequence_length, "batch_size": batch_size}
+    files = generate_pictures(pipe, texts, output, **drawing, about=about, overwrite=overwrite)
     where = str(files[0]) if len(files) == 1 else f"{len(files)} pictures in {output}"
-    print(f"{where}; {seconds:.1f} s")
+    print(f"{where}; {time.perf_counter() - began:.1f} s")
 
 
 def _load(

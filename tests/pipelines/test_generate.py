@@ -126,8 +126,10 @@ def test_generate_keeps_an_existing_file(pipe: FluxPipeline, tmp_path: Path) -> 
     [
         ({"size": (26, 33)}, "must be multiples of 4 pixels for this model, got 33x26; nearest: 32x24 and 36x28"),
         ({"size": (2, 32)}, "got 32x2; nearest: 32x4"),
-        ({"steps": 0}, "steps must be >= 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"steps": 0}, "steps and batch_size must be >= 1, seed >= 0, got 0, 1 and 0"),
+        ({"batch_size": 0}, "got 2, 0 and 0"),
+        ({"seed": -1}, "got 2, 1 and -1"),
+        ({"seed": 2**64}, f"and {2**64}"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": ["a", " "]}, "none may be empty"),
         ({"prompts": PROMPTS}, "output must be a folder for 3 prompts, got the file"),
