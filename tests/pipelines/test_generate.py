@@ -172,13 +172,18 @@ def test_generate_knows_the_callback_of_older_pipelines(
 
 
 @pytest.mark.parametrize(
-    ("radius", "said"), [(2, "kernel: tiled"), (99, "kernel: original (the window covers the picture)")]
+    ("radius", "impl", "said"),
+    [
+        (2, "reference", "kernel: reference"),
+        (2, "tiled", "kernel: tiled"),
+        (99, "auto", "kernel: original (the window covers the picture)"),
+    ],
 )
 def test_generate_tells_the_kernel_that_runs(
-    radius: float, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    radius: float, impl: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = build_tiny()
-    linearize_(pipe, Clear(radius=radius))
+    linearize_(pipe, Clear(radius=radius), impl=impl)
     with caplog.at_level(logging.INFO):
         generate(pipe, PROMPTS, tmp_path / "pictures", **CALL)
     assert [record.message for record in caplog.records].count(said) == 1
