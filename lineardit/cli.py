@@ -49,9 +49,8 @@ def _before_each_command(
     ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if not traceback else logging.DEBUG, format="%(message)s")
-    for chatty in ("httpx", "urllib3", "filelock", "matplotlib", "PIL"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lineardit").setLevel(logging.DEBUG if traceback else logging.INFO)
 
 
 def _with_what_is_allowed(error: typer.TyperException) -> str:

@@ -24,7 +24,9 @@ def convert(
     """Convert a model to an adapter folder. Reads its configuration, not its weights."""
     from ..linearize.conversion import convert_base
     from ..linearize.methods import config_from_dict
+    from .quiet import quiet_libraries
 
+    quiet_libraries()
     convert_base(
         base,
         config_from_dict({"method": method, **ctx.obj}),

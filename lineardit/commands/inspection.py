@@ -26,7 +26,9 @@ def inspect(
 ) -> None:
     """Show every attention module and what a step costs. Swapped or why not, its method, and FLOPs before and after."""
     from ..linearize.inspection import inspect_base
+    from .quiet import quiet_libraries
 
+    quiet_libraries()
     inspection = inspect_base(source, revision=revision, offline=offline, impl=impl)
     if json_file is not None:
         json_file.write_text(json.dumps(inspection.to_dict(), indent=2) + "\n")
