@@ -1,5 +1,6 @@
 """What holds for every test: offline, one thread, one seed, and fresh memory that is full of NaN."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,3 +30,16 @@ def nan_filled_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def logging_levels() -> Iterator[None]:
+    """Levels that a command sets for its process do not reach the next test."""
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
+    levels = [logger.level for logger in loggers]
+    yield
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("lineardit"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
