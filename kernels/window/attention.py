@@ -4,8 +4,8 @@
 
 (CLEAR, arXiv:2412.16112.) The implementations:
 
-    reference   one masked call over all tokens, mask made anew; any device and dtype; memory tokens x tokens
-    masked      one masked call for the image, mask kept; the same limits, the fastest for small images
+    reference   one dense call through a mask, made anew; any device and dtype; memory tokens x tokens
+    masked      the same with the mask kept from call to call; the fastest for small images
     tiled       tile by tile, in plain PyTorch; any device and dtype; cost and memory linear in the image
 """
 
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choose import implementations
-from .op import split_text, window_attention_op
-from .reference import check_mask_size, window_attention_reference
+from .choose import choose_impl, implementations
+from .kept_mask import kept_window_mask
+from .reference import check_mask_size, key_mask, masked_attention, window_mask
+from .tiled_op import split_text, tiled_window_attention
 
 
 def window_attention(
@@ -57,19 +58,31 @@ def window_attention(
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     pooled = None if pooled is None else (_autocast(pooled[0]), _autocast(pooled[1]))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "auto":
+        impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len)
+    if impl == "tiled":
+        return _tiled(query, key, value, grid, radius, text_len, text_first, text_mask, pooled, scale)
+    check_mask_size(query, text_mask, pooled)
     if impl == "reference":
-        return window_attention_reference(
-            query,
-            key,
-            value,
-            grid=grid,
-            radius=radius,
-            text_len=text_len,
-            text_first=text_first,
-            text_mask=text_mask,
-            pooled=pooled,
-            scale=scale,
-        )
+        mask = window_mask(grid, radius, text_len, text_first, query.device)
+    else:
+        mask = kept_window_mask(query, grid, radius, text_len, text_first)
+    return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
+
+
+def _tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, ...],
+    radius: float,
+    text_len: int,
+    text_first: bool,
+    text_mask: Tensor | None,
+    pooled: tuple[Tensor, Tensor] | None,
+    scale: float,
+) -> Tensor:
+    """The operator on the image's queries, with text and pooled tokens as shared keys, and a call for text queries."""
     text_query, image_query = split_text(query, text_len, text_first)
     shared_key, image_key = split_text(key, text_len, text_first)
     shared_value, image_value = split_text(value, text_len, text_first)
@@ -78,24 +91,14 @@ def window_attention(
         pooled_key, pooled_value = pooled
         shared_key, shared_value = torch.cat([shared_key, pooled_key], 2), torch.cat([shared_value, pooled_value], 2)
         shared_mask = None if text_mask is None else F.pad(text_mask, (0, pooled_key.shape[2]), value=True)
-    if impl == "masked":
-        check_mask_size(image_query.shape[2], image_query.shape[2] + shared_key.shape[2], shared_mask)
     text_out = text_query
     if text_len > 0:
-        key_mask = _key_mask(text_mask, image_query.shape[2], text_first)
-        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=key_mask, scale=scale)
+        keys_seen = None if text_mask is None else key_mask(text_mask, image_query.shape[2], text_first)
+        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=keys_seen, scale=scale)
     image = (image_query, image_key, image_value)
     shared = (shared_key, shared_value, shared_mask)
-    out, _ = window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl)
+    out, _ = tiled_window_attention(text_out, text_first, *image, *shared, grid, radius, scale)
     return out
-
-
-def _key_mask(text_mask: Tensor | None, image_len: int, text_first: bool) -> Tensor | None:
-    """[B, 1, 1, N] bool: what text queries attend to."""
-    if text_mask is None:
-        return None
-    image_mask = text_mask.new_ones(text_mask.shape[0], image_len)
-    return torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], dim=1)[:, None, None]
 
 
 def _autocast(tensor: Tensor) -> Tensor:

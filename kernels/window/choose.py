@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from .tiled import tile_shape
@@ -15,13 +16,13 @@ def implementations() -> tuple[str, ...]:
 def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len: int) -> str:
     """The implementation that impl="auto" runs, for a query of any shape on its device.
 
-    1. Not on a CPU: "tiled".
+    1. Not on a CPU, or traced by `torch.compile`, so that one graph serves all grids: "tiled".
     2. "masked" where tiles would save too little for the work they make: up to 256 image tokens, and up to 4096 of them
        where a tile reads more than 65% of all keys. Measured on 2 cores, 4 heads of 64, radius 4 to 32.
     3. Else "tiled".
     """
     image_len = math.prod(grid)
-    if query.device.type != "cpu" or image_len > 4096:
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or image_len > 4096:
         return "tiled"
     height, width = grid[-2:]
     rows, columns = tile_shape(height, width, radius)

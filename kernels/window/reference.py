@@ -45,34 +45,61 @@ def window_attention_reference(
     Raises:
         ValueError: the mask would have more than 2**31 entries.
     """
-    num_tokens = query.shape[2]
-    num_keys = num_tokens + (pooled[0].shape[2] if pooled is not None else 0)
-    check_mask_size(num_tokens, num_keys, text_mask)
-    near = _near(grid, radius, query.device)  # [image, image]
-    image_tokens = near.shape[0]
+    check_mask_size(query, text_mask, pooled)
+    mask = window_mask(grid, radius, text_len, text_first, query.device)
+    return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
+
+
+def window_mask(grid: tuple[int, ...], radius: float, text_len: int, text_first: bool, device: torch.device) -> Tensor:
+    """[N, N] bool, True where a query attends to a key, before `text_mask`."""
+    near = _near(grid, radius, device)  # [image, image]
+    image_len = near.shape[0]
     start = text_len if text_first else 0
-    mask = near.new_ones(num_tokens, num_tokens)
-    mask[start : start + image_tokens, start : start + image_tokens] = near
+    mask = near.new_ones(text_len + image_len, text_len + image_len)
+    mask[start : start + image_len, start : start + image_len] = near
+    return mask
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    text_len: int,
+    text_first: bool,
+    text_mask: Tensor | None,
+    pooled: tuple[Tensor, Tensor] | None,
+    scale: float | None,
+) -> Tensor:
+    """One call of dense attention, through `window_mask`, the text mask, and the mask of the pooled tokens."""
+    image_len = query.shape[2] - text_len
     mask = mask[None, None]  # [1, 1, query, key]
     if text_mask is not None:
-        image_mask = text_mask.new_ones(query.shape[0], image_tokens)
-        key_mask = torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], dim=1)
-        mask = mask & key_mask[:, None, None, :]
+        mask = mask & key_mask(text_mask, image_len, text_first)
     if pooled is not None:
         pooled_key, pooled_value = pooled
+        start = text_len if text_first else 0
         sees_pooled = mask.new_zeros(*mask.shape[:3], pooled_key.shape[2])
-        sees_pooled[:, :, start : start + image_tokens] = True
+        sees_pooled[:, :, start : start + image_len] = True
         mask = torch.cat([mask, sees_pooled], dim=3)
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def check_mask_size(num_queries: int, num_keys: int, text_mask: Tensor | None) -> None:
-    """Refuse a dense mask, one for each sample if `text_mask` [B, ...] is given, of more than 2**31 entries."""
-    entries = num_queries * num_keys * (1 if text_mask is None else text_mask.shape[0])
+def key_mask(text_mask: Tensor, image_len: int, text_first: bool) -> Tensor:
+    """[B, 1, 1, N] bool, False at masked text."""
+    image_mask = text_mask.new_ones(text_mask.shape[0], image_len)
+    return torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], dim=1)[:, None, None, :]
+
+
+def check_mask_size(query: Tensor, text_mask: Tensor | None, pooled: tuple[Tensor, Tensor] | None) -> None:
+    """Refuse a dense mask, one for each sample if there is a text mask, of more than 2**31 entries."""
+    num_tokens = query.shape[2]
+    num_keys = num_tokens + (pooled[0].shape[2] if pooled is not None else 0)
+    entries = num_tokens * num_keys * (query.shape[0] if text_mask is not None else 1)
     if entries > MAX_MASK_ENTRIES:
         raise ValueError(
-            f"a dense mask must have at most 2**31 entries, got {entries} for {num_queries} x {num_keys} tokens; "
+            f"a dense mask must have at most 2**31 entries, got {entries} for {num_tokens} tokens; "
             "impl='tiled' has linear cost"
         )
 

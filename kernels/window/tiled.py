@@ -2,7 +2,7 @@
 
 Query tiles with the same mask form a group. The keys that a tile sees are gathered into one dense block, which is
 attended to with that mask; the shared keys (text, pooled tokens) are a second part for the same queries, joined by
-log-sum-exp. Only `_plan` knows the form of the window.
+log-sum-exp. Only `circle_groups` knows the form of the window.
 
 Inside, tensors are rows of tokens, [B, N, H * D]: a token is one piece of memory, as diffusers' projections leave it.
 """
@@ -14,12 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .interface import Implementation, Inputs
 from .lists import TileLists, circle_lists
 from .partial import Keys, Partial, attention_bias, merge
 
 # Gathered keys and values of one call, in bytes: larger leaves the caches of a CPU, smaller leaves a GPU idle.
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+
+
+class Inputs(NamedTuple):
+    """Image queries, and what they attend to: their windows, and the shared keys (text and pooled tokens)."""
+
+    query: Tensor  # [B, H, N, D]
+    key: Tensor  # [B, H, N, D]
+    value: Tensor  # [B, H, N, D]
+    shared_key: Tensor  # [B, H, S, D]
+    shared_value: Tensor  # [B, H, S, D]
+    shared_mask: Tensor | None  # [B, S] bool, True = attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +70,9 @@ class _Chunk(NamedTuple):
     bias: Tensor | None  # [Q, K]
 
 
-def _forward(inputs: Inputs, out: Tensor, groups: tuple[TileGroup, ...], scale: float, partial: Partial) -> Tensor:
+def tiled_forward(inputs: Inputs, out: Tensor, groups: tuple[TileGroup, ...], scale: float, partial: Partial) -> Tensor:
     batch, num_heads, num_tokens, _ = inputs.query.shape
-    dtype, shared = inputs.sum_dtype, inputs.shared_keys()
+    dtype, shared = sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
     out_rows = out.transpose(1, 2).flatten(2)
     lse_rows = query.new_empty(batch, num_tokens, num_heads, dtype=dtype)
@@ -79,7 +89,7 @@ def _forward(inputs: Inputs, out: Tensor, groups: tuple[TileGroup, ...], scale: 
     return lse_rows
 
 
-def _backward(
+def tiled_backward(
     grad_out: Tensor,
     inputs: Inputs,
     out: Tensor,
@@ -88,7 +98,7 @@ def _backward(
     scale: float,
     partial: Partial,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_heads, dtype, shared = inputs.query.shape[1], inputs.sum_dtype, inputs.shared_keys()
+    num_heads, dtype, shared = inputs.query.shape[1], sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
     out_rows, grad_out_rows = _rows(out), _rows(grad_out)
     grad_query = torch.empty_like(query)
@@ -115,6 +125,21 @@ def _backward(
         for rows in (grad_query, grad_key, grad_value)
     )
     return (*heads, *(total.to(query.dtype) for total in grad_shared))
+
+
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of logits, sums and log-sum-exp: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _shared_keys(inputs: Inputs) -> Keys | None:
+    """The keys that every image query sees, None if there are none."""
+    if inputs.shared_key.shape[2] == 0:
+        return None
+    dtype, bias = sum_dtype(inputs.query), None
+    if inputs.shared_mask is not None:
+        bias = attention_bias(inputs.shared_mask, dtype)[:, None, None, :]
+    return Keys(inputs.shared_key.to(dtype), inputs.shared_value.to(dtype), bias)
 
 
 def _chunks(groups: tuple[TileGroup, ...], key: Tensor, dtype: torch.dtype) -> Iterator[_Chunk]:
@@ -148,7 +173,7 @@ def _untile(tensor: Tensor, batch: int) -> Tensor:
     return tensor.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
 
 
-def _plan(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
+def circle_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
     tile = tile_shape(grid[-2], grid[-1], radius)
     return tile_groups(circle_lists(grid, radius, query_tile=tile, key_tile=tile), device)
 
@@ -166,6 +191,3 @@ def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
 def _even(size: int, longest: int) -> int:
     """Length of the longest of the fewest pieces, none longer than `longest`."""
     return -(-size // -(-size // longest))
-
-
-TILED = Implementation(plan=_plan, forward=_forward, backward=_backward)

@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from lineardit.kernels.window import (
     choose_impl,
     implementations,
-    op,
+    tiled_op,
     window_attention,
     window_attention_reference,
 )
-from lineardit.kernels.window.interface import Implementation
+from lineardit.kernels.window.kept_mask import kept_window_mask
 from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
-from lineardit.kernels.window.tiled import TILED
+from lineardit.kernels.window.reference import window_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,22 +103,21 @@ CASES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 on_cases = pytest.mark.parametrize("case", CASES, ids=str)
-on_operator = pytest.mark.parametrize("impl", op.IMPLEMENTATIONS)
 
 
-@pytest.fixture(params=["flash", "plain"])
-def partial_attention(request, monkeypatch):
-    """Both ways in which the tiled implementation computes a part."""
-    partial = {"flash": FLASH, "plain": PLAIN}[request.param]
-    monkeypatch.setattr(op, "fastest_partial", lambda *_: partial)
-    return partial
+@pytest.fixture(params=["masked", "tiled-flash", "tiled-plain"])
+def fast_impl(request, monkeypatch):
+    """Name of an implementation other than the reference; tiled with each of its ways to compute a part."""
+    impl, _, partial = request.param.partition("-")
+    if partial:
+        monkeypatch.setattr(tiled_op, "fastest_partial", lambda *_: {"flash": FLASH, "plain": PLAIN}[partial])
+    return impl
 
 
 @on_cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-@on_operator
-def test_window_attention_matches_reference(case, dtype, impl, partial_attention):
-    case.matches_reference(dtype, impl=impl)
+def test_window_attention_matches_reference(case, dtype, fast_impl):
+    case.matches_reference(dtype, impl=fast_impl)
 
 
 @settings(max_examples=15)
@@ -206,66 +205,60 @@ def test_window_attention_stays_finite_for_extreme_logits(impl, size):
     ],
     ids=str,
 )
-@on_operator
-def test_window_attention_passes_gradcheck(case, impl, partial_attention):
+def test_window_attention_passes_gradcheck(case, fast_impl):
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
-    assert torch.autograd.gradcheck(lambda *t: case.run(window_attention, *t, impl=impl), tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *t: case.run(window_attention, *t, impl=fast_impl), tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2, 3, 4])
-@on_operator
-def test_window_attention_gives_the_gradient_of_one_input_alone(needed, impl):
+def test_window_attention_gives_the_gradient_of_one_input_alone(needed, fast_impl):
     case = CASES[4]
     tensors = case.tensors()
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    every = torch.autograd.grad(case.run(window_attention, *leaves, impl=impl).square().sum(), leaves)
+    every = torch.autograd.grad(case.run(window_attention, *leaves, impl=fast_impl).square().sum(), leaves)
     alone = tensors[needed].detach().requires_grad_()
-    out = case.run(window_attention, *tensors[:needed], alone, *tensors[needed + 1 :], impl=impl)
+    out = case.run(window_attention, *tensors[:needed], alone, *tensors[needed + 1 :], impl=fast_impl)
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), alone)[0], every[needed])
 
 
-@on_operator
-def test_window_attention_is_the_same_without_gradients(impl):
+def test_window_attention_is_the_same_without_gradients(fast_impl):
     case = CASES[4]
     tensors = case.tensors(torch.float32)
     with torch.no_grad():
-        out = case.run(window_attention, *tensors, impl=impl)
+        out = case.run(window_attention, *tensors, impl=fast_impl)
     with torch.inference_mode():
-        inferred = case.run(window_attention, *tensors, impl=impl)
+        inferred = case.run(window_attention, *tensors, impl=fast_impl)
     assert not out.requires_grad and torch.equal(out, inferred)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    assert torch.equal(out, case.run(window_attention, *leaves, impl=impl))
+    assert torch.equal(out, case.run(window_attention, *leaves, impl=fast_impl))
 
 
-@on_operator
-def test_window_attention_refuses_a_second_derivative(impl):
+def test_window_attention_refuses_a_second_derivative(fast_impl):
     case = Case(grid=(3, 5), radius=1.5)
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
-    out = case.run(window_attention, *tensors, impl=impl).square().sum()
+    out = case.run(window_attention, *tensors, impl=fast_impl).square().sum()
     (grad,) = torch.autograd.grad(out, tensors[0], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(grad.sum(), tensors[1])
 
 
-@on_operator
-def test_window_attention_works_under_gradient_checkpointing(impl):
+def test_window_attention_works_under_gradient_checkpointing(fast_impl):
     case = CASES[5]
     tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
-    expected = torch.autograd.grad(case.run(window_attention, *tensors, impl=impl).square().sum(), tensors)
-    out = checkpoint(lambda *t: case.run(window_attention, *t, impl=impl), *tensors, use_reentrant=False)
+    expected = torch.autograd.grad(case.run(window_attention, *tensors, impl=fast_impl).square().sum(), tensors)
+    out = checkpoint(lambda *t: case.run(window_attention, *t, impl=fast_impl), *tensors, use_reentrant=False)
     for grad, other in zip(torch.autograd.grad(out.square().sum(), tensors), expected, strict=True):
         assert torch.equal(grad, other)
 
 
-@pytest.mark.parametrize("impl", implementations())
-def test_window_attention_under_autocast_casts_as_sdpa_does(impl, partial_attention):
+def test_window_attention_under_autocast_casts_as_sdpa_does(fast_impl):
     case = CASES[4]
     leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = case.run(window_attention, leaves[0], leaves[1].bfloat16(), *leaves[2:], impl=impl)
+        out = case.run(window_attention, leaves[0], leaves[1].bfloat16(), *leaves[2:], impl=fast_impl)
         assert out.dtype == F.scaled_dot_product_attention(*leaves[:3]).dtype
         grads = torch.autograd.grad(out.float().square().sum(), leaves)
-    expected = case.run(window_attention, *(tensor.bfloat16() for tensor in leaves), impl=impl)
+    expected = case.run(window_attention, *(tensor.bfloat16() for tensor in leaves), impl=fast_impl)
     assert torch.equal(out, expected)
     for grad, other in zip(grads, torch.autograd.grad(expected.float().square().sum(), leaves), strict=True):
         assert torch.equal(grad, other)
@@ -307,15 +300,14 @@ def test_choose_impl_follows_its_cascade(grid, radius, text_len, expected):
 
 
 @pytest.mark.parametrize("grid", [(5, 6), (17, 20)], ids=str)
-def test_window_attention_auto_runs_what_choose_impl_tells(grid, monkeypatch):
+def test_window_attention_auto_runs_what_choose_impl_tells(grid):
     case = Case(grid=grid, radius=3, text_len=2)
     tensors = case.tensors(torch.float32)
     chosen = choose_impl(tensors[0], grid=grid, radius=3, text_len=2)
-    expected = case.run(window_attention, *tensors, impl=chosen)
-    for name in ("masked", "tiled"):
-        if name != chosen:
-            monkeypatch.delitem(op.IMPLEMENTATIONS, name)
-    assert torch.equal(case.run(window_attention, *tensors), expected)
+    (other,) = {"masked", "tiled"} - {chosen}
+    out = case.run(window_attention, *tensors)
+    assert torch.equal(out, case.run(window_attention, *tensors, impl=chosen))
+    assert not torch.equal(out, case.run(window_attention, *tensors, impl=other))
 
 
 class Allocations(TorchDispatchMode):
@@ -344,15 +336,17 @@ def allocations(case: Case, monkeypatch) -> list[int]:
 
         return inner
 
-    tiled = Implementation(plan=TILED.plan, forward=recorded(TILED.forward), backward=recorded(TILED.backward))
     with monkeypatch.context() as patch, mode:
-        patch.setitem(op.IMPLEMENTATIONS, "tiled", tiled)
+        for name in ("tiled_forward", "tiled_backward"):
+            patch.setattr(tiled_op, name, recorded(getattr(tiled_op, name)))
         tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
         case.run(window_attention, *tensors, impl="tiled").sum().backward()
     return mode.sizes
 
 
-def test_window_attention_tiled_never_allocates_tokens_by_tokens(monkeypatch, partial_attention):
+@pytest.mark.parametrize("partial", [FLASH, PLAIN], ids=["flash", "plain"])
+def test_window_attention_tiled_never_allocates_tokens_by_tokens(monkeypatch, partial):
+    monkeypatch.setattr(tiled_op, "fastest_partial", lambda *_: partial)
     case = Case(grid=(61, 67), radius=4, text_len=5, num_heads=1, head_dim=4)
     sizes = allocations(case, monkeypatch)
     assert max(sizes) <= 150 * case.num_tokens  # logits of 15x15 windows in chunks; dense is 4092 * num_tokens
@@ -363,17 +357,23 @@ def test_window_attention_tiled_allocates_in_proportion_to_the_image(monkeypatch
     assert sum(allocations(large, monkeypatch)) <= 4.2 * sum(allocations(small, monkeypatch))
 
 
-@on_operator
-def test_window_attention_passes_opcheck(impl):
+def test_tiled_window_attention_passes_opcheck():
     case = Case(grid=(9, 40), radius=3, text_len=4, masked=True)
     tensors = case.tensors(torch.float32)
     text, image = zip(*(tensor.split([4, 360], dim=2) for tensor in tensors), strict=True)
+    text_out, shared_key, shared_value = (tensor.detach().requires_grad_() for tensor in text)
     image = [tensor.detach().requires_grad_() for tensor in image]
-    shared = [tensor.detach().requires_grad_() for tensor in text[1:]]
-    arguments = (text[0].detach().requires_grad_(), True, *image, *shared, case.text_mask(), case.grid, 3.0, 0.5, impl)
-    torch.library.opcheck(op.window_attention_op, arguments)
-    _, lse = op.window_attention_op(*arguments)
+    arguments = (text_out, True, *image, shared_key, shared_value, case.text_mask(), case.grid, 3.0, 0.5)
+    torch.library.opcheck(tiled_op.tiled_window_attention, arguments)
+    _, lse = tiled_op.tiled_window_attention(*arguments)
     assert not lse.requires_grad
+
+
+def test_kept_window_mask_passes_opcheck_and_is_never_shared():
+    arguments = (torch.zeros(1), (3, 5), 2.0, 4, True)
+    torch.library.opcheck(kept_window_mask, arguments)
+    kept_window_mask(*arguments).fill_(False)
+    assert torch.equal(kept_window_mask(*arguments), window_mask((3, 5), 2.0, 4, True, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("impl", ["auto", *implementations()])

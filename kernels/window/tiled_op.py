@@ -1,8 +1,7 @@
-"""`lineardit::window_attention`: the implementations as one operator, for autograd and `torch.compile`.
+"""`lineardit::tiled_window_attention`: the tiled implementation as an operator for autograd and `torch.compile`.
 
-The operator is opaque to the compiler: grid sizes may be symbolic outside of it, and are numbers inside, where the
-implementation is chosen and what depends on the window alone is kept. Saved for backward: inputs, output and
-log-sum-exp. Differentiable once.
+The operator is opaque to the compiler: grid sizes may be symbolic outside of it and are numbers inside, where the lists
+of a window are kept. Saved for backward: inputs, output and log-sum-exp. Differentiable once.
 """
 
 from collections.abc import Sequence
@@ -12,17 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choose import choose_impl
-from .interface import Implementation, Inputs, sum_dtype
-from .masked import MASKED
 from .partial import fastest_partial
-from .tiled import TILED
-
-IMPLEMENTATIONS = {"masked": MASKED, "tiled": TILED}
+from .tiled import Inputs, TileGroup, circle_groups, sum_dtype, tiled_backward, tiled_forward
 
 
-@torch.library.custom_op("lineardit::window_attention", mutates_args=())
-def window_attention_op(
+@torch.library.custom_op("lineardit::tiled_window_attention", mutates_args=())
+def tiled_window_attention(
     text_out: Tensor,
     text_first: bool,
     query: Tensor,
@@ -34,7 +28,6 @@ def window_attention_op(
     grid: Sequence[int],
     radius: float,
     scale: float,
-    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of image queries over their window and all shared keys, put beside the results for text.
 
@@ -44,7 +37,6 @@ def window_attention_op(
         query, key, value: [B, H, N, D], the image tokens of `grid`.
         shared_key, shared_value: [B, H, S, D], seen by every query; S may be 0.
         shared_mask: [B, S] bool, True = attend; None attends to all.
-        impl: "auto", or a name in IMPLEMENTATIONS.
     Returns:
         out [B, H, T + N, D], and the log-sum-exp of the image's logits, [B, N, H], which has no gradient.
     """
@@ -53,14 +45,14 @@ def window_attention_op(
     text_slot, image_slot = split_text(out, text_len, text_first)
     text_slot.copy_(text_out)
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
-    implementation, plan = _resolve(query, tuple(grid), radius, text_len, impl)
+    groups = _kept_groups(tuple(grid), radius, query.device)
     partial = fastest_partial(query.device.type, sum_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
-        return out, implementation.forward(inputs, image_slot, plan, scale, partial)
+        return out, tiled_forward(inputs, image_slot, groups, scale, partial)
 
 
-@torch.library.custom_op("lineardit::window_attention_backward", mutates_args=())
-def _window_attention_backward_op(
+@torch.library.custom_op("lineardit::tiled_window_attention_backward", mutates_args=())
+def _tiled_window_attention_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -70,39 +62,37 @@ def _window_attention_backward_op(
     shared_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    text_len: int,
     grid: Sequence[int],
     radius: float,
     scale: float,
-    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
-    implementation, plan = _resolve(query, tuple(grid), radius, text_len, impl)
+    groups = _kept_groups(tuple(grid), radius, query.device)
     partial = fastest_partial(query.device.type, sum_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
-        return implementation.backward(grad_out, inputs, out, lse, plan, scale, partial)
+        return tiled_backward(grad_out, inputs, out, lse, groups, scale, partial)
 
 
-@window_attention_op.register_fake
+@tiled_window_attention.register_fake
 def _(text_out, text_first, query, *_):  # type: ignore[no-untyped-def]
     batch, num_heads, num_tokens, _ = query.shape
     lse = query.new_empty(batch, num_tokens, num_heads, dtype=sum_dtype(query))
     return _token_major(query, text_out.shape[2] + num_tokens), lse
 
 
-@_window_attention_backward_op.register_fake
+@_tiled_window_attention_backward.register_fake
 def _(grad_out, query, key, value, shared_key, shared_value, *_):  # type: ignore[no-untyped-def]
     image = (_token_major(tensor, tensor.shape[2]) for tensor in (query, key, value))
     return (*image, shared_key.new_empty(shared_key.shape), shared_value.new_empty(shared_value.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    text_out, text_first, *tensors, grid, radius, scale, impl = inputs
+    text_out, text_first, *tensors, grid, radius, scale = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.text = (text_out.shape[2], text_first)
-    ctx.window = (grid, radius, scale, impl)
+    ctx.window = (grid, radius, scale)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -110,11 +100,11 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     text_len, text_first = ctx.text
     _, image_out = split_text(out, text_len, text_first)
     grad_text, grad_image = split_text(grad_out, text_len, text_first)
-    grads = _window_attention_backward_op(grad_image, *tensors, image_out, lse, text_len, *ctx.window)
-    return (grad_text, None, *grads, None, None, None, None, None)
+    grads = _tiled_window_attention_backward(grad_image, *tensors, image_out, lse, *ctx.window)
+    return (grad_text, None, *grads, None, None, None, None)
 
 
-window_attention_op.register_autograd(_backward, setup_context=_setup_context)
+tiled_window_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def split_text(tensor: Tensor, text_len: int, text_first: bool) -> tuple[Tensor, Tensor]:
@@ -133,16 +123,7 @@ def _token_major(like: Tensor, num_tokens: int) -> Tensor:
     return like.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
 
 
-def _resolve(
-    query: Tensor, grid: tuple[int, ...], radius: float, text_len: int, impl: str
-) -> tuple[Implementation, Any]:
-    """The implementation that runs, and its plan for this window."""
-    if impl == "auto":
-        impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len)
-    return IMPLEMENTATIONS[impl], _plan(impl, grid, radius, query.device)
-
-
 @lru_cache(maxsize=8)
-def _plan(impl: str, grid: tuple[int, ...], radius: float, device: torch.device) -> Any:
+def _kept_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
     with torch.inference_mode(False):
-        return IMPLEMENTATIONS[impl].plan(grid, radius, device)
+        return circle_groups(grid, radius, device)
