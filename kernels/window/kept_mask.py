@@ -27,5 +27,4 @@ def _(like, grid, radius, text_len, text_first):  # type: ignore[no-untyped-def]
 
 @lru_cache(maxsize=4)
 def _kept(grid: tuple[int, ...], radius: float, text_len: int, text_first: bool, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return window_mask(grid, radius, text_len, text_first, device)
+    return window_mask(grid, radius, text_len, text_first, device)

@@ -71,6 +71,7 @@ class _Chunk(NamedTuple):
 
 
 def tiled_forward(inputs: Inputs, out: Tensor, groups: tuple[TileGroup, ...], scale: float, partial: Partial) -> Tensor:
+    """Fill `out` [B, H, N, D], whose memory is in the order [B, N, H, D]; returns the log-sum-exp [B, N, H]."""
     batch, num_heads, num_tokens, _ = inputs.query.shape
     dtype, shared = sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
@@ -98,6 +99,7 @@ def tiled_backward(
     scale: float,
     partial: Partial,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `tiled_forward` left them."""
     num_heads, dtype, shared = inputs.query.shape[1], sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
     out_rows, grad_out_rows = _rows(out), _rows(grad_out)
@@ -174,6 +176,7 @@ def _untile(tensor: Tensor, batch: int) -> Tensor:
 
 
 def circle_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
+    """The groups of a circular window, on the device."""
     tile = tile_shape(grid[-2], grid[-1], radius)
     return tile_groups(circle_lists(grid, radius, query_tile=tile, key_tile=tile), device)
 

@@ -125,5 +125,4 @@ def _token_major(like: Tensor, num_tokens: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _kept_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
-    with torch.inference_mode(False):
-        return circle_groups(grid, radius, device)
+    return circle_groups(grid, radius, device)

@@ -233,6 +233,15 @@ def test_window_attention_is_the_same_without_gradients(fast_impl):
     assert torch.equal(out, case.run(window_attention, *leaves, impl=fast_impl))
 
 
+def test_window_attention_trains_on_a_grid_first_met_in_inference_mode(fast_impl):
+    case = Case(grid=(6, 43), radius=3)
+    tiled_op._kept_groups.cache_clear()
+    tensors = case.tensors(torch.float32)
+    with torch.inference_mode():
+        case.run(window_attention, *tensors, impl=fast_impl)
+    case.matches_reference(torch.float32, impl=fast_impl)
+
+
 def test_window_attention_refuses_a_second_derivative(fast_impl):
     case = Case(grid=(3, 5), radius=1.5)
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
@@ -262,6 +271,14 @@ def test_window_attention_under_autocast_casts_as_sdpa_does(fast_impl):
     assert torch.equal(out, expected)
     for grad, other in zip(grads, torch.autograd.grad(expected.float().square().sum(), leaves), strict=True):
         assert torch.equal(grad, other)
+
+
+def test_window_attention_under_autocast_leaves_float64():
+    case = CASES[0]
+    tensors = case.tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.run(window_attention, *tensors, impl="tiled")
+    assert torch.equal(out, case.run(window_attention, *tensors, impl="tiled"))
 
 
 def test_fastest_partial_is_flash_on_this_cpu():
