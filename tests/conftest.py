@@ -16,6 +16,18 @@ hypothesis.settings.register_profile("lineardit", derandomize=True, deadline=Non
 hypothesis.settings.load_profile("lineardit")
 
 
+class TorchRandom:
+    """torch's global generator in the form that hypothesis seeds before every example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps only a weak reference
+hypothesis.register_random(TORCH_RANDOM)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Every test starts from this seed of torch's global generator."""
