@@ -1,0 +1,69 @@
+"""`lineardit prepare`, then `lineardit distill` on what it made, as they are typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_distill import PROMPTS, build_tiny
+
+from lineardit.cli import run
+
+CONFIG = """
+[base]
+model = "{base}"
+
+[data]
+directory = "{samples}"
+
+[method]
+method = "clear"
+radius = 2
+
+[trained]
+kind = "lora"
+rank = 2
+
+[run]
+directory = "{run}"
+steps = 2
+batch_size = 2
+
+[validate]
+samples = 0
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    build_tiny().save_pretrained(folder)
+    return folder
+
+
+def test_prepare_then_distill_gives_an_adapter(base: Path, tmp_path: Path) -> None:
+    prompts, samples = tmp_path / "prompts.txt", tmp_path / "samples"
+    prompts.write_text("\n".join(PROMPTS[:3]))
+    small = ["--size", "32x24", "--size", "24x32", "--steps", "1", "--max-sequence-length", "8", "--seed", "5"]
+    prepare = ["prepare", str(base), "--prompts", str(prompts), *small, "--offline", "-o", str(samples)]
+    assert run(prepare) == 0
+    shards = json.loads((samples / "index.json").read_text())["shards"]
+    made = [sample for shard in shards for sample in shard["samples"]]
+    assert [sample["prompt"] for sample in made] == PROMPTS[:3]
+    assert [sample["seed"] for sample in made] == [5, 6, 7]
+    assert [(sample["height"], sample["width"]) for sample in made] == [(24, 32), (32, 24), (24, 32)]
+    assert run(prepare) == 0  # nothing left to do
+
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG.format(base=base, samples=samples, run=tmp_path / "run"))
+    assert run(["distill", str(config), "--set", "run.steps=1"]) == 0
+    manifest = json.loads((tmp_path / "run" / "adapter" / "lineardit.json").read_text())
+    assert [trained["kind"] for trained in manifest["trained"]] == ["lora"]
+    assert run(["inspect", str(tmp_path / "run" / "adapter"), "--offline"]) == 0
+
+
+def test_distill_refuses_an_unknown_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG.format(base="base", samples="samples", run=tmp_path / "run"))
+    assert run(["distill", str(config), "--set", "run.stepz=1"]) == 2
+    assert "steps" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
