@@ -88,11 +88,13 @@ def test_compile_gives_the_gradients_of_eager() -> None:
     compile_(model, backend="aot_eager")
     for one in (model, eager):
         one(**arguments).sample.square().sum().backward()
+    # the largest of all: a key's bias shifts every logit alike, so its gradient is rounding around zero
+    largest = max(float(weight.grad.abs().max()) for weight in eager.parameters() if weight.grad is not None)
     for name, weight in eager.named_parameters():
         gradient = model.get_parameter(name).grad
         assert (gradient is None) == (weight.grad is None)
         if gradient is not None and weight.grad is not None:
-            assert torch.allclose(gradient, weight.grad, rtol=1e-4, atol=1e-4 * float(weight.grad.abs().max())), name
+            assert torch.allclose(gradient, weight.grad, rtol=1e-4, atol=1e-6 * largest), name
 
 
 def test_compiled_model_follows_dense_and_restore() -> None:
