@@ -5,24 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from lineardit.stages import Stages, cpu_seconds, matmul_gflops
+from lineardit import stages
+from lineardit.stages import Stages, matmul_gflops
 
 
-def test_stages_add_up_over_calls(tmp_path: Path) -> None:
-    for _ in range(2):
-        stages = Stages(tmp_path / "work", {"steps": 3})
-        before = stages.total()
-        with pytest.raises(KeyboardInterrupt), stages.stage("first"):
-            deadline = cpu_seconds() + 0.05
-            while cpu_seconds() < deadline:
-                pass
+def test_stages_add_up_over_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"wall": 100.0, "cpu": 1.5}
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(stages, "cpu_seconds", lambda: clock["cpu"])
+    for call in (1, 2):
+        work = Stages(tmp_path / "work", {"steps": 3})
+        with pytest.raises(KeyboardInterrupt), work.stage("first"):
+            clock["wall"] += 3
+            clock["cpu"] += 5
             raise KeyboardInterrupt
-        after = stages.total()
-        assert after["cpu_seconds"] - before["cpu_seconds"] >= 0.04
-        assert after["seconds"] - before["seconds"] >= 0.04
-    record = json.loads((tmp_path / "work" / "stages.json").read_text())
-    assert record["seconds"]["first"] >= 0.08
-    assert record["cpu_seconds"]["start"] > 0
+        record = json.loads((tmp_path / "work" / "stages.json").read_text())
+        assert record["seconds"]["first"] == 3 * call
+        assert record["cpu_seconds"]["first"] == 5 * call
+    assert record["cpu_seconds"]["start"] == 1.5 + 6.5  # what the libraries took, at each call
+    assert work.total() == {"seconds": 6, "cpu_seconds": 10 + 8}
 
 
 def test_stages_refuse_other_settings_and_other_folders(tmp_path: Path) -> None:
