@@ -18,7 +18,7 @@ from .lists import TileLists, circle_lists
 from .partial import Keys, Partial, attention_bias, merge
 
 # Gathered keys and values of one call, in bytes: larger leaves the caches of a CPU, smaller leaves a GPU idle.
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 
 
 class Inputs(NamedTuple):
