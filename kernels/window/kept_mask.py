@@ -13,7 +13,11 @@ from torch import Tensor
 from .reference import window_mask
 
 
-@torch.library.custom_op("lineardit::window_mask", mutates_args=())
+@torch.library.custom_op(
+    "lineardit::window_mask",
+    mutates_args=(),
+    schema="(Tensor like, SymInt[] grid, float radius, SymInt text_len, bool text_first) -> Tensor",
+)
 def kept_window_mask(like: Tensor, grid: Sequence[int], radius: float, text_len: int, text_first: bool) -> Tensor:
     """[N, N] bool on the device of `like`; a copy, since an operator owns what it returns."""
     return _kept(tuple(grid), radius, text_len, text_first, like.device).clone()

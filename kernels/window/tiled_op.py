@@ -14,8 +14,15 @@ from torch import Tensor
 from .partial import fastest_partial
 from .tiled import Inputs, TileGroup, circle_groups, sum_dtype, tiled_backward, tiled_forward
 
+INPUTS = "Tensor query, Tensor key, Tensor value, Tensor shared_key, Tensor shared_value, Tensor? shared_mask"
+WINDOW = "SymInt[] grid, float radius, float scale"
 
-@torch.library.custom_op("lineardit::tiled_window_attention", mutates_args=())
+
+@torch.library.custom_op(
+    "lineardit::tiled_window_attention",
+    mutates_args=(),
+    schema=f"(Tensor text_out, bool text_first, {INPUTS}, {WINDOW}) -> (Tensor, Tensor)",
+)
 def tiled_window_attention(
     text_out: Tensor,
     text_first: bool,
@@ -51,7 +58,11 @@ def tiled_window_attention(
         return out, tiled_forward(inputs, image_slot, groups, scale, partial)
 
 
-@torch.library.custom_op("lineardit::tiled_window_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "lineardit::tiled_window_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {INPUTS}, Tensor out, Tensor lse, {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _tiled_window_attention_backward(
     grad_out: Tensor,
     query: Tensor,
