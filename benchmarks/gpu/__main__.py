@@ -1,0 +1,92 @@
+"""The whole run: each part in a process of its own, then tables and marks. See `benchmarks/gpu.sh`.
+
+Rows that are in the file already, for the same GPU, commit and versions, are not measured again.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .environment import ROOT, describe, file_name
+from .marks import marks
+from .records import PARTS, SETTLED, Results, Row, load, open_results
+from .tables import failures, marks_table, part_tables
+
+PART_SECONDS = 165  # after which no new row begins
+GRACE = 45  # seconds: a row that has not ended by then is given up
+NAMED_LINES = 30  # of what a failing process says
+
+
+def run_part(path: Path, part: str, seconds: float) -> Results:
+    """Goes on after a row that ends its process, and says so in the file."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        command = [sys.executable, "-m", f"{__package__}.worker", str(path), part, f"{left:.0f}"]
+        try:
+            process = subprocess.run(
+                command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=max(left, 0) + GRACE, check=False
+            )
+            code, said = process.returncode, process.stderr
+        except subprocess.TimeoutExpired as error:
+            code, said = None, (error.stderr or b"").decode()
+        results = load(path)
+        if code == 0:
+            return results
+        print("\n".join(said.splitlines()[-NAMED_LINES:]), file=sys.stderr)
+        known = results.running is not None
+        results.add(failed_row(results, part, code, said))
+        if not known:
+            return results
+
+
+def failed_row(results: Results, part: str, code: int | None, said: str) -> Row:
+    """The row that was running when the process ended, or the start of the part."""
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    note = f"given up after {GRACE} s beyond the part's time" if code is None else f"process ended with {code}: {last}"
+    _, case, impl = results.running or (part, "start", "worker")
+    return Row(part=part, case=case, impl=impl, status="failed", took=0, note=note)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="everything at tiny sizes, on the CPU")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given again")
+    parser.add_argument("--again", action="store_true", help="measure these parts anew")
+    parser.add_argument("--impl", default="triton", help="our implementation (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="of the JSON (default: benchmarks/results; smoke: a new one)")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse(sys.argv[1:])
+    head = describe(smoke=arguments.smoke, impl=arguments.impl, arguments=sys.argv[1:])
+    folder = arguments.output or (Path(tempfile.mkdtemp()) if arguments.smoke else ROOT / "benchmarks/results")
+    path = folder.resolve() / file_name(head)
+    results = open_results(path, head)
+    parts = arguments.only or PARTS
+    if arguments.again:
+        results.forget(parts)
+    print(f"{head.gpu}, {head.date}, commit {head.commit}, {head.versions}\n{path}", flush=True)
+    for part in parts:
+        print(f"\n-- {part}", flush=True)
+        results = run_part(path, part, PART_SECONDS)
+    results.marks = marks(results)
+    results.save()
+    for part in parts:
+        print(f"\n{part_tables(results, part)}")
+    print(f"\n{marks_table(results.marks)}\n\n{path}")
+    missing = [row for row in results.rows if row.part in parts and row.status not in SETTLED]
+    failed = [row for row in missing if row.status == "failed"]
+    if len(missing) > len(failed):
+        print(f"{len(missing) - len(failed)} rows were left out for time: the same command goes on with them")
+    if failed:
+        print(failures(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Our implementations against float64: outputs and every gradient, operators, determinism, memory errors, a long run.
+
+The rule is that of the tests: at most twice the largest error that the reference makes in the same precision, plus
+four roundings of the largest value. Every `torch.empty` is filled with NaN meanwhile.
+"""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from lineardit.kernels.window import implementations, window_attention, window_attention_reference
+
+from .bench import Bench, Measured, Shape, Task, Tasks, UnavailableError
+from .cases import FEW, GENERAL, PORTABLE, Case
+from .competitors import COMPETITORS, check_ours, tile_order
+from .names import CLEARS_WAY
+
+PART = "correctness"
+ROUNDINGS = 4
+SAMPLED = 64  # queries of the long run that are computed exactly
+SANITIZER = "compute-sanitizer"
+SANITIZER_ERROR = 86
+
+
+def tasks(bench: Bench) -> Tasks:
+    for case in FEW if bench.scale.few_cases else GENERAL:
+        yield _task(f"{case}", bench.impl, partial(against_reference, bench, case, bench.impl))
+    for case in PORTABLE:
+        if bench.impl != "tiled" and not bench.scale.few_cases:
+            yield _task(f"{case}", "tiled", partial(against_reference, bench, case, "tiled"))
+    for name in (CLEARS_WAY, "flex tiles"):
+        yield _task("same function", name, partial(competitor_against_reference, bench, name))
+    yield _task("torch.library.opcheck", bench.impl, partial(operators, bench))
+    yield _task("two backward passes, bit for bit", bench.impl, partial(determinism, bench))
+    long_side = bench.scale.long_side
+    yield _task(f"{long_side**2} tokens, forward and backward", bench.impl, partial(long_run, bench))
+    yield _task(SANITIZER, bench.impl, partial(sanitizer, bench))
+
+
+def _task(case: str, impl: str, measure: Callable[[], Measured]) -> Task:
+    return Task(part=PART, case=case, impl=impl, measure=measure)
+
+
+def against_reference(bench: Bench, case: Case, impl: str) -> Measured:
+    if impl not in implementations():
+        raise UnavailableError(f"there is no implementation {impl!r}, but {implementations()}")
+    if impl == bench.impl:
+        check_ours(bench, case.dtype)
+    inputs = case.inputs(bench.device)
+    options = case.options(bench.device)
+    grad_out = case.spread(torch.randn_like(inputs[0]))
+    with nan_filled_memory():
+        actual = outputs_and_gradients(partial(window_attention, impl=impl), inputs, options, grad_out)
+    low = outputs_and_gradients(window_attention_reference, inputs, options, grad_out)
+    doubles = [tensor.double() for tensor in inputs]
+    exact = outputs_and_gradients(window_attention_reference, doubles, options, grad_out.double())
+    return verdict(actual, exact, low)
+
+
+def outputs_and_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], options: dict[str, Any], grad_out: Tensor
+) -> list[Tensor]:
+    """[out, gradient of every input]; inputs are query, key, value, and pooled key and value if there are any."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    query, key, value, *pooled = leaves
+    out = function(query, key, value, pooled=tuple(pooled) or None, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+
+def verdict(actual: list[Tensor], exact: list[Tensor], low: list[Tensor]) -> Measured:
+    """Of the tensor that uses most of what it is allowed; NaN never passes."""
+    names = ["out", *(f"gradient {index}" for index in range(len(actual) - 1))]
+    figures = [_errors(*tensors) for tensors in zip(actual, exact, low, strict=True)]
+    name, worst = max(zip(names, figures, strict=True), key=lambda one: one[1]["share_of_allowed"])
+    passed = worst["share_of_allowed"] <= 1
+    note = f"worst: {name}" if passed else f"WRONG: {name} has an error of {worst['largest_error']}"
+    return Measured(figures=worst, note=note, passed=passed)
+
+
+def _errors(actual: Tensor, exact: Tensor, low: Tensor) -> dict[str, float]:
+    error = (actual.double() - exact).abs()
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    allowed = 2 * (low.double() - exact).abs().max().item() + ROUNDINGS * rounding
+    share = error.max().item() / allowed
+    return {
+        "share_of_allowed": share if math.isfinite(share) else math.inf,
+        "largest_error": error.max().item(),
+        "relative_error": (error.norm() / exact.norm()).item(),
+    }
+
+
+@contextmanager
+def nan_filled_memory() -> Iterator[None]:
+    """`torch.empty` and its relatives give NaN, so that reading or returning what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def competitor_against_reference(bench: Bench, name: str) -> Measured:
+    """What is compared with ours computes the same, so its mask and its order are right; forward alone."""
+    shape = Shape(side=32, radius=5, text_len=128, num_heads=2, head_dim=64, dtype=bench.scale.dtype)
+    attention = COMPETITORS[name](shape, bench, backward=False)
+    query, key, value = shape.tensors(bench.device)
+    options: dict[str, Any] = {"grid": (shape.side, shape.side), "radius": shape.radius, "text_len": shape.text_len}
+    actual = torch.cat(attention.call(*_reordered(name, shape, query, key, value)), dim=2)
+    low = window_attention_reference(query, key, value, **options)
+    exact = window_attention_reference(query.double(), key.double(), value.double(), **options)
+    expected = _reordered(name, shape, exact, low)
+    return verdict([actual], expected[:1], expected[1:])
+
+
+def _reordered(name: str, shape: Shape, *tensors: Tensor) -> list[Tensor]:
+    """In the order of tiles, where a competitor takes its tokens so."""
+    if name == CLEARS_WAY:
+        return list(tensors)
+    row, column = tile_order(shape.side, backward=False).place(torch.arange(shape.image_len, device=tensors[0].device))
+    index = torch.cat([torch.arange(shape.text_len, device=row.device), shape.text_len + row * shape.side + column])
+    return [tensor.index_select(2, index) for tensor in tensors]
+
+
+class _Calls(TorchDispatchMode):
+    """Records one call of each operator of ours, whatever it is named and takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lineardit":
+            self.calls.setdefault(func, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(bench: Bench) -> Measured:
+    """Every operator that a forward pass calls: schema, fake tensors, autograd, symbolic shapes."""
+    check_ours(bench, torch.float32)
+    case = Case(grid=(9, 14), radius=3, text_len=5, head_dim=16, dtype=torch.float32)
+    query, key, value = (tensor.requires_grad_() for tensor in case.inputs(bench.device))
+    with _Calls() as recorded:
+        window_attention(query, key, value, impl=bench.impl, **case.options(bench.device))
+    if not recorded.calls:
+        return Measured(figures={}, note=f"{bench.impl} calls no operator of ours", passed=False)
+    for operator, (args, kwargs) in recorded.calls.items():
+        torch.library.opcheck(operator, *tree_map(_fresh, (args, kwargs)))
+    return Measured(figures={}, note=", ".join(str(operator) for operator in recorded.calls))
+
+
+def _fresh(value: Any) -> Any:
+    """A leaf of its own for every tensor."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
+
+
+def determinism(bench: Bench) -> Measured:
+    check_ours(bench, torch.float32)
+    grid = (24, 40) if bench.scale.few_cases else (96, 160)
+    case = Case(grid=grid, radius=5, text_len=77, head_dim=16, dtype=torch.float32)
+    inputs, options = case.inputs(bench.device), case.options(bench.device)
+    grad_out = torch.randn_like(inputs[0])
+    function = partial(window_attention, impl=bench.impl)
+    first, second = (outputs_and_gradients(function, inputs, options, grad_out) for _ in range(2))
+    differing = [index for index, (a, b) in enumerate(zip(first, second, strict=True)) if not torch.equal(a, b)]
+    note = f"these differ: {differing} of (out, gradients)" if differing else ""
+    return Measured(figures={}, note=note, passed=not differing)
+
+
+def long_run(bench: Bench) -> Measured:
+    """Everything finite; some queries against all keys, exactly."""
+    scale = bench.scale
+    check_ours(bench, scale.dtype)
+    side, radius = scale.long_side, 8
+    dim = scale.head_dim
+    case = Case(grid=(side, side), radius=radius, text_len=128, head_dim=dim, dtype=scale.dtype, num_heads=1)
+    inputs, options = case.inputs(bench.device), case.options(bench.device)
+    grad_out = torch.randn_like(inputs[0])
+    function = partial(window_attention, impl=bench.impl)
+    out, *grads = outputs_and_gradients(function, inputs, options, grad_out)
+    unset = [index for index, tensor in enumerate((out, *grads)) if not tensor.isfinite().all()]
+    if unset:
+        return Measured(figures={}, note=f"not finite: {unset} of (out, gradients)", passed=False)
+    tokens = torch.randperm(side * side, device=bench.device)[:SAMPLED]
+    mask = _window_rows(tokens, side, radius, case.text_len)
+    query, key, value = (inputs[0][:, :, case.text_len + tokens], *inputs[1:])
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), attn_mask=mask)
+    low = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return verdict([out[:, :, case.text_len + tokens]], [exact], [low])
+
+
+def _window_rows(tokens: Tensor, side: int, radius: int, text_len: int) -> Tensor:
+    """[tokens, text_len + side * side] bool: what these image tokens attend to."""
+    every = torch.arange(side * side, device=tokens.device)
+    rows, columns = (tokens // side)[:, None] - every // side, (tokens % side)[:, None] - every % side
+    return F.pad(rows**2 + columns**2 < radius**2, (text_len, 0), value=True)
+
+
+def sanitizer(bench: Bench) -> Measured:
+    """A small forward and backward under NVIDIA's memory checker, where that is installed."""
+    if bench.device.type != "cuda" or shutil.which(SANITIZER) is None:
+        raise UnavailableError(f"{SANITIZER} needs a GPU, and to be installed")
+    check_ours(bench, torch.float16)
+    command = [SANITIZER, "--tool", "memcheck", "--error-exitcode", str(SANITIZER_ERROR)]
+    command += [sys.executable, "-m", f"{__package__}.small_run", bench.impl]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    limit = max(20.0, bench.seconds_left())
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"{SANITIZER} took longer than {limit:.0f} s") from None
+    lines = (run.stdout + run.stderr).strip().splitlines() or [""]
+    if run.returncode not in (0, SANITIZER_ERROR):
+        raise UnavailableError(f"{SANITIZER} ended with {run.returncode}: {lines[-1]}")
+    return Measured(figures={}, note=lines[-1].strip("= "), passed=run.returncode == 0)

@@ -1,0 +1,126 @@
+"""One step of FLUX.1-dev's transformer with compiled blocks: dense, CLEAR's way, ours; seconds and peak memory."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bench import Bench, Measured, Task, Tasks, UnavailableError
+from .names import CLEARS_STEP, DENSE_STEP, OUR_STEPS, size_name
+from .timing import peak_gib, seconds
+
+PART = "model"
+LONGEST = 20.0  # seconds: steps expected to take longer are extrapolated from a few blocks
+CLEARS_RADIUS = 8
+SIDES_BY_WORTH = (256, 512, 64, 128)  # should time run out
+
+
+def tasks(bench: Bench) -> Tasks:
+    if importlib.util.find_spec("diffusers") is None:
+        yield Task(part=PART, case="FLUX.1-dev's transformer", impl=DENSE_STEP, measure=_no_diffusers)
+        return
+    models = Models(bench)
+    sides = sorted(bench.scale.sides, key=SIDES_BY_WORTH.index) if len(bench.scale.sides) > 1 else bench.scale.sides
+    for impl, side in product((DENSE_STEP, *OUR_STEPS.values(), CLEARS_STEP), sides):
+        measure = partial(measure_step, bench, models, impl, side)
+        yield Task(part=PART, case=size_name(side), impl=impl, measure=measure)
+
+
+def _no_diffusers() -> Measured:
+    raise UnavailableError("diffusers is not installed")
+
+
+class Models:
+    """The model, made when it is first needed, and as it was last converted and compiled."""
+
+    def __init__(self, bench: Bench, *, compiled: bool = True) -> None:
+        self.bench = bench
+        self.compiled = compiled
+        self.units = self.whole = 0
+        self._model: Any = None
+        self._impl = ""
+
+    def converted(self, impl: str) -> Any:
+        """With DENSE_STEP attention, CLEARS_STEP or ours."""
+        from . import flux
+
+        if self._model is None:
+            self.units, self.whole = flux.units_that_fit(self.bench.scale)
+            self._model = flux.build(self.bench.scale, self.units)
+        if impl != self._impl:
+            _convert(self._model, impl, self.bench)
+            if self.compiled:
+                _compile(self._model, self.bench.scale.backend)
+            self._impl = impl
+        return self._model
+
+
+def _convert(model: Any, impl: str, bench: Bench) -> None:
+    from lineardit import Clear, linearize_, restore_
+
+    from .clears_way import RowMajorFlex, register
+
+    if impl == DENSE_STEP:
+        if "lineardit" in model.config:
+            restore_(model)
+    elif impl == CLEARS_STEP:
+        register()
+        linearize_(model, RowMajorFlex(radius=CLEARS_RADIUS, text_len=bench.scale.text_len))
+    else:
+        radius = next(radius for radius, name in OUR_STEPS.items() if name == impl)
+        # What users get; the interpreter of a smoke run is never chosen by itself
+        linearize_(model, Clear(radius=radius), impl=bench.impl if bench.results.head.smoke else "auto")
+
+
+def _compile(model: Any, backend: str) -> None:
+    """The blocks anew, without the graphs of another attention."""
+    from lineardit.linearize.compiling import compile_
+
+    torch.compiler.reset()
+    compile_(model, backend=backend)
+
+
+def measure_step(bench: Bench, models: Models, impl: str, side: int) -> Measured:
+    """One block of each kind first: that compiles, and tells whether the whole step can be waited for."""
+    from . import flux
+
+    model = models.converted(impl)
+    run = flux.step(model, bench.scale, side)
+    with flux.first_units(model, 1):
+        run()
+        one = _seconds(run, bench)
+    expected = one * models.whole
+    affordable = expected <= LONGEST and 3 * expected < bench.seconds_left()
+    if models.units == models.whole and affordable:
+        peak = peak_gib(partial(_finite, run), bench.device)
+        taken, note = _seconds(run, bench), ""
+    else:
+        with flux.first_units(model, 2):
+            peak = peak_gib(partial(_finite, run), bench.device)
+            taken = extrapolated(one, _seconds(run, bench), models.whole)
+        note = "extrapolated from 1 and 2 of 19 units of blocks"
+        if models.units < models.whole:
+            note += f"; memory with the weights of {models.units} units, which is what fits"
+    figures = {"seconds": taken, "peak_gib": peak}
+    dense = bench.results.figure(PART, size_name(side), DENSE_STEP, "seconds")
+    if dense is not None:
+        figures["speedup"] = dense / taken
+    return Measured(figures=figures, note=note)
+
+
+def extrapolated(one: float, two: float, whole: int) -> float:
+    """Seconds of a step with `whole` units, from steps with 1 and 2."""
+    return one + (whole - 1) * (two - one)
+
+
+def _seconds(run: Callable[[], Tensor], bench: Bench) -> float:
+    return seconds(run, bench.device, repeats=min(bench.scale.repeats, 5))
+
+
+def _finite(run: Callable[[], Tensor]) -> None:
+    if not run().isfinite().all():
+        raise ValueError("the step's output is not finite")

@@ -1,0 +1,18 @@
+"""How cases and implementations are called in the file; without torch, so that reading results needs none."""
+
+NAMES = {64: "1K", 128: "2K", 256: "4K", 512: "8K"}  # side in tokens -> picture of FLUX.1
+DENSE = ("dense cuDNN", "dense flash")
+CLEARS_WAY = "flex row-major"
+DENSE_STEP, CLEARS_STEP = "dense", "CLEAR's way, radius 8"
+OUR_STEPS = {radius: f"ours, radius {radius}" for radius in (8, 16)}
+
+
+def size_name(side: int) -> str:
+    """ "4K" for 256 tokens a side; one token is 16 x 16 pixels."""
+    return NAMES.get(side, f"{16 * side} px")
+
+
+def case_name(side: int, radius: int | None, *, backward: bool) -> str:
+    """ "4K, radius 16, forward + backward"; dense attention has no radius."""
+    window = [] if radius is None else [f"radius {radius}"]
+    return ", ".join([size_name(side), *window, "forward + backward" if backward else "forward"])

@@ -1,0 +1,152 @@
+"""The operator at FLUX.1's shape: ours, FlexAttention in two orders, dense attention, NATTEN; forward and backward."""
+
+from functools import partial
+from itertools import product
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from .bench import Bench, Measured, Shape, Task, Tasks, UnavailableError, shape_of
+from .competitors import COMPETITORS, Attention, Competitor, ours, pairs_attending
+from .flex_window import row_major_mask_mod
+from .names import CLEARS_WAY, DENSE, case_name, size_name
+from .timing import peak_gib, seconds
+
+PART = "operator"
+CARD = ("this card", "rates")  # the case and impl of the first row
+SLOW_SIDE = 512  # of two dense calls, only the one that was faster at half of it is timed here
+MARKED = ((256, 16), (512, 8))  # (side, radius): these first, should time run out
+
+
+def tasks(bench: Bench) -> Tasks:
+    scale = bench.scale
+    yield Task(part=PART, case=CARD[0], impl=CARD[1], measure=partial(card_rates, bench))
+    for side, name, backward in product(scale.sides, DENSE, (False, True)):
+        yield _task(bench, side, None, name, COMPETITORS[name], backward=backward)
+    for backward, side, radius in product((False, True), scale.sides, scale.radii):
+        yield _task(bench, side, radius, bench.impl, ours, backward=backward)
+
+    others = [name for name in COMPETITORS if name not in DENSE]
+    cases = list(product((False, True), scale.sides, scale.radii))
+    marked = [case for case in cases if case[1:] in MARKED]
+    for backward, side, radius in dict.fromkeys([*marked, *cases]):
+        for name in others:
+            yield _task(bench, side, radius, name, COMPETITORS[name], backward=backward)
+    for side in scale.sides:
+        measure = partial(making_a_mask, bench, shape_of(scale, side, scale.radii[0]))
+        yield Task(part=PART, case=f"{size_name(side)}, its mask", impl="create_block_mask", measure=measure)
+
+
+def _task(bench: Bench, side: int, radius: int | None, name: str, competitor: Competitor, *, backward: bool) -> Task:
+    measure = partial(speed, bench, side, radius, name, competitor, backward=backward)
+    return Task(part=PART, case=case_name(side, radius, backward=backward), impl=name, measure=measure)
+
+
+def speed(
+    bench: Bench, side: int, radius: int | None, name: str, competitor: Competitor, *, backward: bool
+) -> Measured:
+    """Of one call; `radius` None for dense attention."""
+    if side >= SLOW_SIDE and name in DENSE:
+        _check_fastest(bench, side // 2, name, backward=backward)
+    shape = shape_of(bench.scale, side, radius or bench.scale.radii[0])
+    attention = competitor(shape, bench, backward=backward)
+    query, key, value, grad_out = shape.tensors(bench.device, count=4)
+    inputs = [tensor.requires_grad_(backward) for tensor in (query, key, value)]
+
+    def run() -> None:
+        outs = attention.call(*inputs)
+        if backward:
+            torch.autograd.grad(outs, inputs, _gradients(grad_out, outs))
+
+    peak = peak_gib(run, bench.device)
+    taken = seconds(run, bench.device, repeats=bench.scale.repeats)
+    figures = {"milliseconds": 1e3 * taken, "peak_gib": peak}
+    figures |= _rates(bench, shape, attention, taken, dense=radius is None, backward=backward)
+    dense = dense_milliseconds(bench, side, backward=backward)
+    if dense is not None:
+        figures["speedup"] = dense / figures["milliseconds"]
+    return Measured(figures=figures, note=attention.note)
+
+
+def dense_milliseconds(bench: Bench, side: int, *, backward: bool) -> float | None:
+    """Of the faster dense call, None where none was measured."""
+    case = case_name(side, None, backward=backward)
+    times = [bench.results.figure(PART, case, name, "milliseconds") for name in DENSE]
+    return min((time for time in times if time is not None), default=None)
+
+
+def _check_fastest(bench: Bench, side: int, name: str, *, backward: bool) -> None:
+    times = {
+        other: time
+        for other in DENSE
+        if (time := bench.results.figure(PART, case_name(side, None, backward=backward), other, "milliseconds"))
+    }
+    if times and min(times, key=times.__getitem__) != name:
+        raise UnavailableError(f"not timed: slower at {size_name(side)}")
+
+
+def _gradients(grad_out: torch.Tensor, outs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """One random gradient for each output, without a copy for the large ones."""
+    if len(outs) == 1 and outs[0].shape == grad_out.shape:
+        return [grad_out]
+    return [torch.randn_like(out) for out in outs]
+
+
+def _rates(
+    bench: Bench, shape: Shape, attention: Attention, taken: float, *, dense: bool, backward: bool
+) -> dict[str, float]:
+    """TFLOP/s, and the share of what the card's own rates allow."""
+    per_pair = 2 * shape.num_heads * shape.head_dim  # of one product: multiply and add
+    pairs = shape.num_tokens**2 if dense else pairs_attending(shape)
+    useful = pairs * per_pair * (2 + 5 * backward)
+    figures = {"useful_tflops": useful / taken / 1e12}
+    if attention.pairs is not None:
+        computed = attention.pairs * per_pair * (2 + attention.backward_products * backward)
+        figures["computed_tflops"] = computed / taken / 1e12
+    copy, matmul = (bench.results.figure(PART, *CARD, name) for name in ("copy_tb_per_s", "matmul_tflops"))
+    if copy and matmul:
+        # query, key, value, out; backward reads them and the gradient of out, and writes three gradients
+        moved = (4 + 8 * backward) * shape.num_tokens * shape.num_heads * shape.head_dim * shape.dtype.itemsize
+        figures["roofline_share"] = max(moved / copy, useful / matmul) / 1e12 / taken
+    return figures
+
+
+def card_rates(bench: Bench) -> Measured:
+    """Two ceilings: a large copy, and a large matrix product of random numbers."""
+    scale, device = bench.scale, bench.device
+    figures: dict[str, float] = {}
+    size = scale.copy_bytes
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        size = min(size, free // 4)
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        figures = {"memory_gib": free / 2**30, "shared_memory_kib": shared / 2**10}
+    source, target = torch.ones(2, size, dtype=torch.uint8, device=device)
+    copy = partial(target.copy_, source)
+    copy()
+    copying = seconds(copy, device, repeats=scale.repeats)
+    side = scale.matmul_side
+    left, right = torch.randn(2, side, side, dtype=torch.bfloat16, device=device)
+    multiply = partial(torch.mm, left, right)
+    multiply()
+    multiplying = seconds(multiply, device, repeats=scale.repeats)
+    return Measured(
+        figures=figures
+        | {"copy_tb_per_s": 2 * size / copying / 1e12, "matmul_tflops": 2 * side**3 / multiplying / 1e12}
+    )
+
+
+def making_a_mask(bench: Bench, shape: Shape) -> Measured:
+    """What `create_block_mask`, compiled as CLEAR calls it, takes once for every size; the figures above spare it."""
+    mask_mod = row_major_mask_mod(shape.side, shape.radius, shape.text_len)
+    compiled = bench.device.type == "cuda"
+
+    def run() -> None:
+        create_block_mask(
+            mask_mod, None, None, shape.num_tokens, shape.num_tokens, device=bench.device.type, _compile=compiled
+        )
+
+    torch.compiler.reset()
+    peak = peak_gib(run, bench.device)
+    taken = seconds(run, bench.device, repeats=1)
+    return Measured(figures={"milliseconds": 1e3 * taken, "peak_gib": peak}, note=f"for {CLEARS_WAY}")

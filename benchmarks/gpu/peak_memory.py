@@ -1,0 +1,63 @@
+"""Peak memory of the operator and of a model step, ours against dense; in eager mode, which is the larger one."""
+
+import importlib.util
+from functools import partial
+from itertools import product
+
+import torch
+
+from .bench import Bench, Measured, Task, Tasks, shape_of
+from .competitors import COMPETITORS, Competitor, ours
+from .model_step import Models
+from .names import DENSE, DENSE_STEP, OUR_STEPS, case_name, size_name
+from .timing import peak_gib
+
+PART = "memory"
+SIDES = (256, 512)
+RADIUS = 8
+
+
+def tasks(bench: Bench) -> Tasks:
+    scale = bench.scale
+    sides = [side for side in SIDES if side in scale.sides] or list(scale.sides)
+    for backward, side in product((False, True), sides):
+        radius = RADIUS if RADIUS in scale.radii else scale.radii[0]
+        calls: dict[str, Competitor] = {DENSE[1]: COMPETITORS[DENSE[1]], bench.impl: ours}
+        for name, competitor in calls.items():
+            measure = partial(of_operator, bench, side, radius, competitor, backward=backward)
+            case = f"operator, {case_name(side, radius, backward=backward)}"
+            yield Task(part=PART, case=case, impl=name, measure=measure)
+    if importlib.util.find_spec("diffusers") is None:
+        return
+    models = Models(bench, compiled=False)
+    for impl, side in product((DENSE_STEP, OUR_STEPS[RADIUS]), sides):
+        measure = partial(of_step, bench, models, impl, side)
+        yield Task(part=PART, case=f"step, {size_name(side)}", impl=impl, measure=measure)
+
+
+def of_operator(bench: Bench, side: int, radius: int, competitor: Competitor, *, backward: bool) -> Measured:
+    """With its inputs."""
+    shape = shape_of(bench.scale, side, radius)
+    attention = competitor(shape, bench, backward=backward)
+    inputs = shape.tensors(bench.device, requires_grad=backward)
+
+    def run() -> None:
+        outs = attention.call(*inputs)
+        if backward:
+            torch.autograd.grad(outs, inputs, [torch.ones_like(out) for out in outs])
+
+    return Measured(figures={"peak_gib": peak_gib(run, bench.device)})
+
+
+def of_step(bench: Bench, models: Models, impl: str, side: int) -> Measured:
+    """Blocks free what they allocate, so the first of each kind tell the peak; the weights are all there."""
+    from . import flux
+
+    model = models.converted(impl)
+    run = flux.step(model, bench.scale, side)
+    with flux.first_units(model, 1):
+        peak = peak_gib(run, bench.device)
+    note = "first blocks, with all weights in memory"
+    if models.units < models.whole:
+        note = f"first blocks, with the weights of {models.units} of {models.whole} units, which is what fits"
+    return Measured(figures={"peak_gib": peak}, note=note)

@@ -1,0 +1,59 @@
+"""Time and peak memory of a call, on a GPU or (smoke runs) a CPU."""
+
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+FLUSH_BYTES = 2**30
+ENOUGH = 0.3  # seconds of measuring
+LONG = 1.0  # seconds: longer calls are timed once
+
+
+def seconds(run: Callable[[], object], device: torch.device, *, repeats: int) -> float:
+    """Median time of a call that ran before. Caches are cold: other memory is written before each run.
+
+    On a GPU the time of the device is taken, by events; that writing also gives the host a head start.
+    """
+    measure = _on_gpu if device.type == "cuda" else _on_cpu
+    first = measure(run, 1)
+    if first > LONG or repeats == 1:
+        return first
+    return measure(run, min(repeats, max(3, math.ceil(ENOUGH / first))))
+
+
+def peak_gib(run: Callable[[], object], device: torch.device) -> float:
+    """GiB allocated at most during the call, with all that was allocated before it; on a CPU, of the process so far."""
+    if device.type != "cuda":
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def _on_gpu(run: Callable[[], object], repeats: int) -> float:
+    free, _ = torch.cuda.mem_get_info()
+    flush = torch.empty(min(FLUSH_BYTES, free // 8), dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def _on_cpu(run: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

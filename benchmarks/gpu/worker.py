@@ -1,0 +1,70 @@
+"""One part in a process of its own: `python -m benchmarks.gpu.worker FILE PART SECONDS`.
+
+Measures the rows that the file does not have yet. An error ends the process; who started it knows the row from the
+file, and starts again after it. So a broken CUDA context costs one row, not the rest.
+"""
+
+import gc
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .bench import FULL, SMOKE, Bench, Measured, Task, UnavailableError
+from .records import Row, finite, load
+from .tables import line
+
+MODULES = {"correctness": "correctness", "operator": "operator_speed", "model": "model_step", "memory": "peak_memory"}
+
+
+def measure(task: Task, bench: Bench) -> None:
+    """One row, in the file and on the terminal."""
+    results = bench.results
+    if results.is_settled(task.key):
+        return
+    start = time.monotonic()
+
+    def row(status: str, measured: Measured) -> Row:
+        took, figures = time.monotonic() - start, finite(measured.figures)
+        return Row(
+            part=task.part,
+            case=task.case,
+            impl=task.impl,
+            status=status,
+            took=round(took, 1),
+            figures=figures,
+            note=measured.note,
+        )
+
+    if bench.seconds_left() < 0:
+        results.add(row("left out", Measured(figures={}, note="the time of this part was spent; run it again")))
+        return
+    results.start(task.key)
+    try:
+        measured = task.measure()
+        done = row("measured" if measured.passed else "failed", measured)
+    except UnavailableError as reason:
+        done = row("not available", Measured(figures={}, note=str(reason)))
+    except torch.OutOfMemoryError:
+        done = row("not available", Measured(figures={}, note="out of memory on this card"))
+    results.add(done)
+    print(line(done), flush=True)
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    path, part, seconds = sys.argv[1:]
+    deadline = time.monotonic() + float(seconds)
+    results = load(Path(path))
+    bench = Bench(scale=SMOKE if results.head.smoke else FULL, results=results, deadline=deadline)
+    torch.manual_seed(0)
+    for task in importlib.import_module(f".{MODULES[part]}", __package__).tasks(bench):
+        measure(task, bench)
+
+
+if __name__ == "__main__":
+    main()
