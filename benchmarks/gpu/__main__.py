@@ -1,4 +1,4 @@
-"""The whole run: each part in a process of its own, then tables and marks. See `benchmarks/gpu.sh`.
+"""The whole run: each part in a process of its own, a smoke run all in one; then tables and marks.
 
 Rows that are in the file already, for the same GPU, commit and versions, are not measured again.
 """
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .environment import ROOT, describe, file_name
@@ -15,17 +16,18 @@ from .marks import marks
 from .records import PARTS, SETTLED, Results, Row, load, open_results
 from .tables import failures, marks_table, part_tables
 
-PART_SECONDS = 165  # after which no new row begins
+PART_SECONDS = 165  # after which no new row begins; a smoke run is not cut short
+SMOKE_SECONDS = 3600
 GRACE = 45  # seconds: a row that has not ended by then is given up
 NAMED_LINES = 30  # of what a failing process says
 
 
-def run_part(path: Path, part: str, seconds: float) -> Results:
-    """Goes on after a row that ends its process, and says so in the file."""
+def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
+    """In one process; goes on after a row that ends it, and says so in the file."""
     deadline = time.monotonic() + seconds
     while True:
         left = deadline - time.monotonic()
-        command = [sys.executable, "-m", f"{__package__}.worker", str(path), part, f"{left:.0f}"]
+        command = [sys.executable, "-m", f"{__package__}.worker", str(path), f"{left:.0f}", *parts]
         try:
             process = subprocess.run(
                 command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=max(left, 0) + GRACE, check=False
@@ -38,13 +40,13 @@ def run_part(path: Path, part: str, seconds: float) -> Results:
             return results
         print("\n".join(said.splitlines()[-NAMED_LINES:]), file=sys.stderr)
         known = results.running is not None
-        results.add(failed_row(results, part, code, said))
+        results.add(failed_row(results, parts[0], code, said))
         if not known:
             return results
 
 
 def failed_row(results: Results, part: str, code: int | None, said: str) -> Row:
-    """The row that was running when the process ended, or the start of the part."""
+    """The row that was running when the process ended, or its start."""
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
     note = f"given up after {GRACE} s beyond the part's time" if code is None else f"process ended with {code}: {last}"
     _, case, impl = results.running or (part, "start", "worker")
@@ -71,9 +73,10 @@ def main() -> int:
     if arguments.again:
         results.forget(parts)
     print(f"{head.gpu}, {head.date}, commit {head.commit}, {head.versions}\n{path}", flush=True)
-    for part in parts:
-        print(f"\n-- {part}", flush=True)
-        results = run_part(path, part, PART_SECONDS)
+    # What one part leaves on the card is gone before the next; loading torch four times is too much for a smoke run.
+    groups = [parts] if arguments.smoke else [[part] for part in parts]
+    for group in groups:
+        results = run_parts(path, group, SMOKE_SECONDS if arguments.smoke else PART_SECONDS)
     results.marks = marks(results)
     results.save()
     for part in parts:

@@ -1,21 +1,16 @@
-"""What our kernels compute beyond the pairs that attend: the rest of the tiles that a window touches."""
+"""What our Triton kernels compute beyond the pairs that attend: the rest of the tiles that a window touches."""
 
 from lineardit.kernels.window.lists import circle_lists
+from lineardit.kernels.window.triton_probe import tiles_for
 
-from .bench import Shape
-
-# Query and key tiles of the Triton kernels on a card with at least 160 KiB of shared memory
-QUERY_TILE = (8, 16)
-KEY_TILE = (8, 8)
+from .bench import Bench, Shape
 
 
-def our_pairs(shape: Shape, impl: str) -> int | None:
-    """Pairs for each head, in whole tiles; None for an implementation without such tiles."""
-    if impl != "triton":
-        return None
-    visited = []
-    for query_tile in (QUERY_TILE, QUERY_TILE[::-1]):
-        lists = circle_lists((shape.side, shape.side), shape.radius, query_tile=query_tile, key_tile=KEY_TILE)
-        visited.append(int(lists.counts.sum()))
-    tile_pairs = QUERY_TILE[0] * QUERY_TILE[1] * KEY_TILE[0] * KEY_TILE[1]
-    return min(visited) * tile_pairs + shape.image_len * shape.text_len + shape.text_len * shape.num_tokens
+def our_pairs(shape: Shape, bench: Bench) -> tuple[int, str]:
+    """Pairs for each head, in whole tiles; and those tiles in words."""
+    tiles = tiles_for(bench.device, shape.dtype, shape.head_dim)
+    grid = (shape.side, shape.side)
+    lists = circle_lists(grid, shape.radius, query_tile=tiles.query, key_tile=tiles.key)
+    window = lists.query_tokens.shape[1] * lists.key_tokens.shape[1] * int(lists.counts.sum())
+    text = shape.image_len * shape.text_len + shape.text_len * shape.num_tokens
+    return window + text, f"{tiles}"

@@ -1,4 +1,4 @@
-"""One part in a process of its own: `python -m benchmarks.gpu.worker FILE PART SECONDS`.
+"""Parts in a process of their own: `python -m benchmarks.gpu.worker FILE SECONDS PART...`.
 
 Measures the rows that the file does not have yet. An error ends the process; who started it knows the row from the
 file, and starts again after it. So a broken CUDA context costs one row, not the rest.
@@ -57,13 +57,15 @@ def measure(task: Task, bench: Bench) -> None:
 
 
 def main() -> None:
-    path, part, seconds = sys.argv[1:]
+    path, seconds, *parts = sys.argv[1:]
     deadline = time.monotonic() + float(seconds)
     results = load(Path(path))
     bench = Bench(scale=SMOKE if results.head.smoke else FULL, results=results, deadline=deadline)
     torch.manual_seed(0)
-    for task in importlib.import_module(f".{MODULES[part]}", __package__).tasks(bench):
-        measure(task, bench)
+    for part in parts:
+        print(f"\n-- {part}", flush=True)
+        for task in importlib.import_module(f".{MODULES[part]}", __package__).tasks(bench):
+            measure(task, bench)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""The file of the GPU benchmark: nothing but its own format is read, and no row is lost."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.__main__ import failed_row
+from benchmarks.gpu.environment import file_name
+from benchmarks.gpu.marks import marks
+from benchmarks.gpu.names import CLEARS_WAY, OUR_STEPS, case_name
+from benchmarks.gpu.records import Head, Results, Row, load, open_results
+from benchmarks.gpu.tables import marks_table, part_tables
+
+HEAD = Head(
+    gpu="NVIDIA H200",
+    date="2026-11-21",
+    command="benchmarks/gpu.sh",
+    commit="abc1234",
+    versions={"torch": "2.11.0"},
+    smoke=False,
+    impl="triton",
+)
+
+
+def row(case: str, impl: str = "triton", *, part: str = "operator", status: str = "measured", **figures: float) -> Row:
+    return Row(part=part, case=case, impl=impl, status=status, took=1.0, figures=figures)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    return open_results(tmp_path / file_name(HEAD), HEAD)
+
+
+def test_file_name_names_the_card_and_the_day() -> None:
+    assert file_name(HEAD) == "nvidia-h200-2026-11-21.json"
+
+
+def test_load_reads_what_was_saved(results: Results) -> None:
+    results.add(row("a", milliseconds=1.5))
+    results.start(("operator", "b", "triton"))
+    results.marks = marks(results)
+    results.save()
+    assert load(results.path) == results
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format"),
+        ({"gpu": 7}, "gpu"),
+        ({"unknown": 1}, "fields"),
+        ({"rows": [{"part": "operator"}]}, "fields"),
+        ({"rows": [vars(row("a")) | {"figures": {"furlongs": 1.0}}]}, "furlongs"),
+        ({"rows": [vars(row("a")) | {"figures": {"seconds": "1"}}]}, "figures"),
+        ({"rows": [vars(row("a")) | {"status": "perhaps"}]}, "perhaps"),
+    ],
+)
+def test_load_refuses_another_format(results: Results, change: dict[str, object], message: str) -> None:
+    results.path.write_text(json.dumps(json.loads(results.path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load(results.path)
+
+
+def test_rows_of_the_same_sources_are_kept(results: Results) -> None:
+    results.add(row("a"))
+    again = open_results(results.path, replace(HEAD, command="another"))
+    assert again.rows == results.rows and load(results.path).head.command == "another"
+
+
+@pytest.mark.parametrize("change", [{"commit": "def5678"}, {"versions": {"torch": "2.13.0"}}, {"impl": "tiled"}])
+def test_rows_of_other_sources_stay_in_a_file_of_their_own(results: Results, change: dict[str, object]) -> None:
+    results.add(row("a"))
+    fresh = open_results(results.path, replace(HEAD, **change))  # type: ignore[arg-type]
+    (other,) = set(results.path.parent.glob("*.json")) - {results.path}
+    assert fresh.rows == [] and load(other).rows == results.rows
+
+
+@pytest.mark.parametrize(
+    ("status", "settled"), [("measured", True), ("not available", True), ("failed", False), ("left out", False)]
+)
+def test_rows_that_failed_are_measured_again(results: Results, status: str, settled: bool) -> None:
+    results.add(row("a", status=status))
+    assert results.is_settled(("operator", "a", "triton")) is settled
+
+
+def test_failed_row_is_the_one_that_was_running(results: Results) -> None:
+    results.start(("operator", "a", "triton"))
+    failed = failed_row(load(results.path), "operator", 1, "Traceback\nRuntimeError: no luck\n")
+    results.add(failed)
+    assert (failed.key, failed.status) == (("operator", "a", "triton"), "failed")
+    assert "no luck" in failed.note and load(results.path).running is None
+
+
+def test_marks_hold_at_the_target(results: Results) -> None:
+    for radius, side, ours, clear in ((16, 256, 6.5, 19.5), (8, 512, 10.0, 34.9)):
+        results.add(row(case_name(side, radius, backward=False), milliseconds=ours))
+        results.add(row(case_name(side, radius, backward=False), CLEARS_WAY, milliseconds=clear))
+    results.add(row(case_name(256, 16, backward=True), milliseconds=6.5 + 4 * 6.5))
+    for size, speedup in (("4K", 3.8), ("8K", 11.9)):
+        results.add(row(size, OUR_STEPS[8], part="model", speedup=speedup))
+    assert [mark.met for mark in marks(results)] == [True, True, True, False, True, True, False, None, None]
+    table = marks_table(marks(results))
+    assert table.count(" met ") + table.count(" met\n") == 5 and table.count("MISSED") == 2
+
+
+def test_tables_show_every_case_and_reason(results: Results) -> None:
+    results.add(row("4K, forward", milliseconds=12.34))
+    results.add(replace(row("8K, forward", status="not available"), note="out of memory"))
+    shown = part_tables(results, "operator")
+    assert "12.3" in shown and "triton: not available: out of memory" in shown
