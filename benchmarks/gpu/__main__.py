@@ -4,6 +4,7 @@ Rows that are in the file already, for the same GPU, commit and versions, are no
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,8 +48,11 @@ def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
 
 def failed_row(results: Results, part: str, code: int | None, said: str) -> Row:
     """The row that was running when the process ended, or its start."""
-    last = (said.strip().splitlines() or ["it said nothing"])[-1]
-    note = f"given up after {GRACE} s beyond the part's time" if code is None else f"process ended with {code}: {last}"
+    lines = said.strip().splitlines() or ["it said nothing"]
+    error = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
+    note = f"process ended with {code}: {error[-1][:500]}"
+    if code is None:
+        note = f"given up {GRACE} s after the time of its part"
     _, case, impl = results.running or (part, "start", "worker")
     return Row(part=part, case=case, impl=impl, status="failed", took=0, note=note)
 

@@ -55,7 +55,9 @@ class RowMajorFlexAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
         """[B, H, N, D] -> [B, H, N, D]."""
-        return flex_attention(query, key, value, block_mask=self.block_mask, scale=scale)
+        out = flex_attention(query, key, value, block_mask=self.block_mask, scale=scale)
+        assert isinstance(out, Tensor)
+        return out
 
 
 @lru_cache(maxsize=2)

@@ -30,7 +30,7 @@ def operator_series(results: Results, radius: int) -> dict[str, Series]:
 def step_series(results: Results) -> dict[str, Series]:
     """Seconds of one step, by attention."""
     impls = (DENSE_STEP, CLEARS_STEP, *OUR_STEPS.values())
-    series = {impl: {} for impl in impls}
+    series: dict[str, Series] = {impl: {} for impl in impls}
     for impl in impls:
         for side in NAMES:
             seconds = results.figure("model", size_name(side), impl, "seconds")
