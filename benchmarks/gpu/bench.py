@@ -37,7 +37,7 @@ class Scale:
 
 
 FULL = Scale(
-    device="cuda",
+    device="cuda:0",
     dtype=torch.bfloat16,
     sides=tuple(NAMES),
     radii=(8, 16, 32),

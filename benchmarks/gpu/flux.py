@@ -13,45 +13,45 @@ from .bench import Scale
 from .environment import ROOT
 
 CONFIG = ROOT / "tests/data/flux1-dev/transformer/config.json"
-BYTES_LEFT = 0.6  # share of the card's memory that weights may take
+WEIGHTS_SHARE = 0.6  # of the card's memory: the rest is for activations
 
 
 def config_of(scale: Scale) -> dict[str, Any]:
     return json.loads(CONFIG.read_text()) | scale.model
 
 
-def build(scale: Scale, units: int) -> nn.Module:
-    """On the device, with `units` double blocks and as many single ones for each as FLUX.1-dev has."""
+def sized(scale: Scale, units: int) -> dict[str, Any]:
+    """The config with `units` double blocks, and as many single ones for each as FLUX.1-dev has."""
     config = config_of(scale)
     singles = config["num_single_layers"] // config["num_layers"]
-    config |= {"num_layers": units, "num_single_layers": units * singles}
+    return config | {"num_layers": units, "num_single_layers": units * singles}
+
+
+def build(scale: Scale, units: int) -> nn.Module:
+    """On the device, in the dtype of this run."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(scale.dtype)
     with torch.device(scale.device):
-        model = FluxTransformer2DModel.from_config(config)
+        model = FluxTransformer2DModel.from_config(sized(scale, units))
     torch.set_default_dtype(before)
-    return model.to(scale.dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def units_that_fit(scale: Scale) -> tuple[int, int]:
     """(units whose weights the card holds, units of the whole model)."""
-    config = config_of(scale)
-    whole = config["num_layers"]
-    if scale.device != "cuda":
+    whole = config_of(scale)["num_layers"]
+    if torch.device(scale.device).type != "cuda":
         return whole, whole
     free, _ = torch.cuda.mem_get_info()
-    return max(2, min(whole, int(BYTES_LEFT * free / unit_bytes(scale)))), whole
+    return max(2, min(whole, int(WEIGHTS_SHARE * free / unit_bytes(scale)))), whole
 
 
 def unit_bytes(scale: Scale) -> int:
     """Weights of one double block and its single ones."""
     with torch.device("meta"):
-        one, two = (
-            FluxTransformer2DModel.from_config(config_of(scale) | {"num_layers": units, "num_single_layers": 2 * units})
-            for units in (1, 2)
-        )
-    count = [sum(weight.numel() for weight in model.parameters()) for model in (one, two)]
-    return (count[1] - count[0]) * scale.dtype.itemsize
+        models = [FluxTransformer2DModel.from_config(sized(scale, units)) for units in (1, 2)]
+    one, two = (sum(weight.numel() for weight in model.parameters()) for model in models)
+    return (two - one) * scale.dtype.itemsize
 
 
 def step(model: nn.Module, scale: Scale, side: int) -> Callable[[], Tensor]:

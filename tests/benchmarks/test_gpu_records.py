@@ -1,18 +1,20 @@
 """The file of the GPU benchmark: nothing but its own format is read, and no row is lost."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import failed_row
+from benchmarks.gpu.__main__ import failed_row, run_parts
 from benchmarks.gpu.environment import file_name
 from benchmarks.gpu.marks import marks
 from benchmarks.gpu.names import CLEARS_WAY, OUR_STEPS, case_name
 from benchmarks.gpu.records import Head, Results, Row, load, open_results
 from benchmarks.gpu.tables import marks_table, part_tables
 
+ROOT = Path(__file__).parents[2]
 HEAD = Head(
     gpu="NVIDIA H200",
     date="2026-11-21",
@@ -93,6 +95,31 @@ def test_failed_row_is_the_one_that_was_running(results: Results) -> None:
     assert "no luck" in failed.note and load(results.path).running is None
 
 
+# Stands for Python: its first process dies in a row, the second finds that row in the file and ends well.
+WORKER = """#!{python}
+import sys
+sys.path.insert(0, {root!r})
+from benchmarks.gpu.records import load
+from pathlib import Path
+results = load(Path(sys.argv[3]))
+if not results.rows:
+    results.start(("operator", "a", "triton"))
+    raise ValueError("the card is broken")
+"""
+
+
+def test_run_goes_on_after_a_process_that_died(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker"
+    worker.write_text(WORKER.format(python=sys.executable, root=str(ROOT)))
+    worker.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(worker))
+    (failed,) = run_parts(results.path, ["operator"], seconds=60).rows
+    assert (failed.key, failed.status) == (("operator", "a", "triton"), "failed")
+    assert "ValueError: the card is broken" in failed.note
+
+
 def test_marks_hold_at_the_target(results: Results) -> None:
     for radius, side, ours, clear in ((16, 256, 6.5, 19.5), (8, 512, 10.0, 34.9)):
         results.add(row(case_name(side, radius, backward=False), milliseconds=ours))
@@ -110,3 +137,13 @@ def test_tables_show_every_case_and_reason(results: Results) -> None:
     results.add(replace(row("8K, forward", status="not available"), note="out of memory"))
     shown = part_tables(results, "operator")
     assert "12.3" in shown and "triton: not available: out of memory" in shown
+
+
+def test_draw_makes_a_picture(results: Results, tmp_path: Path) -> None:
+    plot = pytest.importorskip("benchmarks.gpu.plot", exc_type=ImportError)
+    for side, time in ((64, 0.5), (256, 6.5)):
+        results.add(row(case_name(side, 16, backward=False), milliseconds=time))
+        results.add(row(case_name(side, None, backward=False), "dense flash", milliseconds=2 * time))
+    assert plot.operator_series(results, 16) == {"triton": {64: 0.5, 256: 6.5}, "dense": {64: 1.0, 256: 13.0}}
+    plot.draw(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
