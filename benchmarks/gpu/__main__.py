@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .environment import ROOT, describe, file_name
 from .marks import marks
-from .records import PARTS, SETTLED, Results, Row, load, open_results
+from .records import PARTS, SETTLED, STATUSES, Results, Row, load, open_results
 from .tables import failures, marks_table, part_tables
 
 PART_SECONDS = 165  # after which no new row begins; a smoke run is not cut short
@@ -47,13 +47,13 @@ def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
 
 
 def failed_row(results: Results, part: str, code: int | None, said: str) -> Row:
-    """The row that was running when the process ended, or its start."""
+    """The row that was running when the process ended, or the start of this part."""
     lines = said.strip().splitlines() or ["it said nothing"]
     error = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
     note = f"process ended with {code}: {error[-1][:500]}"
     if code is None:
         note = f"given up {GRACE} s after the time of its part"
-    _, case, impl = results.running or (part, "start", "worker")
+    part, case, impl = results.running or (part, "start", "worker")
     return Row(part=part, case=case, impl=impl, status="failed", took=0, note=note)
 
 
@@ -74,8 +74,7 @@ def main() -> int:
     path = folder.resolve() / file_name(head)
     results = open_results(path, head)
     parts = arguments.only or PARTS
-    if arguments.again:
-        results.forget(parts)
+    results.forget(parts, statuses=STATUSES if arguments.again else set(STATUSES) - set(SETTLED))
     print(f"{head.gpu}, {head.date}, commit {head.commit}, {head.versions}\n{path}", flush=True)
     # What one part leaves on the card is gone before the next; loading torch four times is too much for a smoke run.
     groups = [parts] if arguments.smoke else [[part] for part in parts]

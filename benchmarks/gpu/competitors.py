@@ -41,12 +41,14 @@ class Attention:
     Attributes:
         call: query, key, value -> what it computes, all of it needing gradients.
         pairs: of query and key that the kernel computes, for each head; None where that is not known.
+        backward_pairs: The same of the backward pass, None for as many.
         backward_products: matrix products for each pair of the backward pass; the forward pass has 2.
         note: In what it differs from the others.
     """
 
     call: Call
     pairs: int | None
+    backward_pairs: int | None = None
     backward_products: int = 7  # logits and their gradients twice, dq, dk, dv
     note: str = ""
 
@@ -65,8 +67,8 @@ def ours(shape: Shape, bench: Bench, *, backward: bool) -> Attention:
         return Attention(call=call, pairs=None)
     from .our_tiles import our_pairs
 
-    pairs, note = our_pairs(shape, bench)
-    return Attention(call=call, pairs=pairs, note=note)
+    pairs, backward_pairs, note = our_pairs(shape, bench, backward=backward)
+    return Attention(call=call, pairs=pairs, backward_pairs=backward_pairs, note=note)
 
 
 def check_ours(bench: Bench, dtype: torch.dtype) -> None:

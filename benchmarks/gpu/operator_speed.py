@@ -103,8 +103,10 @@ def _rates(
     useful = pairs * per_pair * (2 + 5 * backward)
     figures = {"useful_tflops": useful / taken / 1e12}
     if attention.pairs is not None:
-        computed = attention.pairs * per_pair * (2 + attention.backward_products * backward)
-        figures["computed_tflops"] = computed / taken / 1e12
+        products = 2 * attention.pairs
+        if backward:
+            products += attention.backward_products * (attention.backward_pairs or attention.pairs)
+        figures["computed_tflops"] = products * per_pair / taken / 1e12
     copy, matmul = (bench.results.figure(PART, *CARD, name) for name in ("copy_tb_per_s", "matmul_tflops"))
     if copy and matmul:
         # query, key, value, out; backward reads them and the gradient of out, and writes three gradients

@@ -15,9 +15,9 @@ FORMAT = 1
 PARTS = ("correctness", "operator", "model", "memory")
 STATUSES = (
     "measured",
-    "failed",  # an error, or wrong numbers; a rerun tries again
+    "failed",  # an error, or wrong numbers; the next run tries again
     "not available",  # cannot run here; the note says why
-    "left out",  # the part's time was spent; a rerun goes on with it
+    "left out",  # the part's time was spent; the next run goes on with it
 )
 SETTLED = ("measured", "not available")  # not done again
 FIGURES = {
@@ -113,10 +113,6 @@ class Results:
     def of_part(self, part: str) -> list[Row]:
         return [row for row in self.rows if row.part == part]
 
-    def is_settled(self, key: tuple[str, str, str]) -> bool:
-        row = self.find(*key)
-        return row is not None and row.status in SETTLED
-
     def start(self, key: tuple[str, str, str]) -> None:
         self.running = key
         self.save()
@@ -127,8 +123,8 @@ class Results:
         self.running = None
         self.save()
 
-    def forget(self, parts: Iterable[str]) -> None:
-        self.rows = [row for row in self.rows if row.part not in parts]
+    def forget(self, parts: Iterable[str], *, statuses: Iterable[str] = STATUSES) -> None:
+        self.rows = [row for row in self.rows if row.part not in parts or row.status not in statuses]
         self.save()
 
     def save(self) -> None:

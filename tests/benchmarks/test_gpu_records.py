@@ -11,7 +11,7 @@ from benchmarks.gpu.__main__ import failed_row, run_parts
 from benchmarks.gpu.environment import file_name
 from benchmarks.gpu.marks import marks
 from benchmarks.gpu.names import CLEARS_WAY, OUR_STEPS, case_name
-from benchmarks.gpu.records import Head, Results, Row, load, open_results
+from benchmarks.gpu.records import SETTLED, STATUSES, Head, Results, Row, load, open_results
 from benchmarks.gpu.tables import marks_table, part_tables
 
 ROOT = Path(__file__).parents[2]
@@ -79,17 +79,19 @@ def test_rows_of_other_sources_stay_in_a_file_of_their_own(results: Results, cha
     assert fresh.rows == [] and load(other).rows == results.rows
 
 
-@pytest.mark.parametrize(
-    ("status", "settled"), [("measured", True), ("not available", True), ("failed", False), ("left out", False)]
-)
-def test_rows_that_failed_are_measured_again(results: Results, status: str, settled: bool) -> None:
-    results.add(row("a", status=status))
-    assert results.is_settled(("operator", "a", "triton")) is settled
+def test_forget_drops_the_rows_to_be_measured_again(results: Results) -> None:
+    for status in STATUSES:
+        results.add(row(status, status=status))
+    results.add(row("other", part="model", status="failed"))
+    results.forget(["operator"], statuses=set(STATUSES) - set(SETTLED))
+    assert [one.case for one in load(results.path).rows] == ["measured", "not available", "other"]
+    results.forget(["operator"])
+    assert [one.case for one in load(results.path).rows] == ["other"]
 
 
 def test_failed_row_is_the_one_that_was_running(results: Results) -> None:
     results.start(("operator", "a", "triton"))
-    failed = failed_row(load(results.path), "operator", 1, "Traceback\nRuntimeError: no luck\n")
+    failed = failed_row(load(results.path), "model", 1, "Traceback\nRuntimeError: no luck\n")
     results.add(failed)
     assert (failed.key, failed.status) == (("operator", "a", "triton"), "failed")
     assert "no luck" in failed.note and load(results.path).running is None
