@@ -29,13 +29,7 @@ def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
     while True:
         left = deadline - time.monotonic()
         command = [sys.executable, "-m", f"{__package__}.worker", str(path), f"{left:.0f}", *parts]
-        try:
-            process = subprocess.run(
-                command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=max(left, 0) + GRACE, check=False
-            )
-            code, said = process.returncode, process.stderr
-        except subprocess.TimeoutExpired as error:
-            code, said = None, (error.stderr or b"").decode()
+        code, said = run_process(command, max(left, 0) + GRACE)
         results = load(path)
         if code == 0:
             return results
@@ -44,6 +38,20 @@ def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
         results.add(failed_row(results, parts[0], code, said))
         if not known:
             return results
+
+
+def run_process(command: list[str], limit: float) -> tuple[int | None, str]:
+    """Exit code, None if it was ended after `limit` seconds; and what it wrote to stderr.
+
+    That goes to a file: a pipe would be kept open by processes that it leaves behind.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        try:
+            code = subprocess.run(command, cwd=ROOT, stderr=said, timeout=limit, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        said.seek(0)
+        return code, said.read()
 
 
 def failed_row(results: Results, part: str, code: int | None, said: str) -> Row:

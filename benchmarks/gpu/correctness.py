@@ -106,8 +106,10 @@ def nan_filled_memory() -> Iterator[None]:
     """`torch.empty` and its relatives give NaN, so that reading or returning what nobody wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def competitor_against_reference(bench: Bench, name: str) -> Measured:

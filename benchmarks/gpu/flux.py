@@ -31,9 +31,11 @@ def build(scale: Scale, units: int) -> nn.Module:
     """On the device, in the dtype of this run."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(scale.dtype)
-    with torch.device(scale.device):
-        model = FluxTransformer2DModel.from_config(sized(scale, units))
-    torch.set_default_dtype(before)
+    try:
+        with torch.device(scale.device):
+            model = FluxTransformer2DModel.from_config(sized(scale, units))
+    finally:
+        torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
 
 
@@ -85,5 +87,7 @@ def first_units(model: Any, units: int) -> Iterator[None]:
     doubles, singles = model.transformer_blocks, model.single_transformer_blocks
     model.transformer_blocks = doubles[:units]
     model.single_transformer_blocks = singles[: units * (len(singles) // len(doubles))]
-    yield
-    model.transformer_blocks, model.single_transformer_blocks = doubles, singles
+    try:
+        yield
+    finally:
+        model.transformer_blocks, model.single_transformer_blocks = doubles, singles

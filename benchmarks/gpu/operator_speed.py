@@ -50,20 +50,21 @@ def speed(
         _check_fastest(bench, side // 2, name, backward=backward)
     shape = shape_of(bench.scale, side, radius or bench.scale.radii[0])
     attention = competitor(shape, bench, backward=backward)
-    query, key, value, grad_out = shape.tensors(bench.device, count=4)
-    inputs = [tensor.requires_grad_(backward) for tensor in (query, key, value)]
+    inputs = shape.tensors(bench.device, requires_grad=backward)
+    grad_outs: list[torch.Tensor] = []  # made once, at the first run
 
     def run() -> None:
         outs = attention.call(*inputs)
         if backward:
-            torch.autograd.grad(outs, inputs, _gradients(grad_out, outs))
+            grad_outs.extend(torch.randn_like(out) for out in outs[len(grad_outs) :])
+            torch.autograd.grad(outs, inputs, grad_outs)
 
     peak = peak_gib(run, bench.device)
     taken = seconds(run, bench.device, repeats=bench.scale.repeats)
     figures = {"milliseconds": 1e3 * taken, "peak_gib": peak}
     figures |= _rates(bench, shape, attention, taken, dense=radius is None, backward=backward)
     dense = dense_milliseconds(bench, side, backward=backward)
-    if dense is not None:
+    if dense is not None and radius is not None:
         figures["speedup"] = dense / figures["milliseconds"]
     return Measured(figures=figures, note=attention.note)
 
@@ -85,13 +86,6 @@ def _check_fastest(bench: Bench, side: int, name: str, *, backward: bool) -> Non
     row = bench.results.find(PART, case_name(2 * side, None, backward=backward), fastest)
     if fastest != name and (row is None or row.status == "measured"):
         raise UnavailableError(f"not timed: {fastest} is faster at {size_name(side)}")
-
-
-def _gradients(grad_out: torch.Tensor, outs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """One random gradient for each output, without a copy for the large ones."""
-    if len(outs) == 1 and outs[0].shape == grad_out.shape:
-        return [grad_out]
-    return [torch.randn_like(out) for out in outs]
 
 
 def _rates(

@@ -1,0 +1,53 @@
+"""What a run on a GPU would measure, listed on the CPU; and how an error is judged."""
+
+import importlib
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.bench import FULL, Bench
+from benchmarks.gpu.correctness import verdict
+from benchmarks.gpu.names import CLEARS_WAY, DENSE, case_name
+from benchmarks.gpu.records import PARTS, Head, Results
+from benchmarks.gpu.worker import MODULES
+
+HEAD = Head(gpu="a card", date="", command="", commit="", versions={}, smoke=False, impl="triton")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    results = Results(path=tmp_path / "results.json", head=HEAD)
+    return Bench(scale=FULL, results=results, deadline=time.monotonic() + 60)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_tasks_of_a_part_have_names_of_their_own(bench: Bench, part: str) -> None:
+    keys = [task.key for task in importlib.import_module(f"benchmarks.gpu.{MODULES[part]}").tasks(bench)]
+    assert len(keys) == len(set(keys)) > 0
+    assert {key[0] for key in keys} == {part}
+
+
+def test_operator_is_measured_at_every_size_and_radius(bench: Bench) -> None:
+    keys = {task.key[1:] for task in importlib.import_module("benchmarks.gpu.operator_speed").tasks(bench)}
+    for side in (64, 128, 256, 512):
+        for backward in (False, True):
+            assert {(case_name(side, None, backward=backward), name) for name in DENSE} <= keys
+            for radius in (8, 16, 32):
+                case = case_name(side, radius, backward=backward)
+                assert {(case, "triton"), (case, CLEARS_WAY), (case, "flex tiles"), (case, "natten")} <= keys
+
+
+@pytest.mark.parametrize(
+    ("error", "passed"), [(0.0, True), (0.0019, True), (0.0041, False), (float("nan"), False), (float("inf"), False)]
+)
+def test_verdict_allows_twice_the_error_of_the_reference(error: float, passed: bool) -> None:
+    exact = torch.zeros(2, 3, dtype=torch.float64)
+    exact[0, 0] = 1e-9  # so small that roundings allow nothing
+    low = exact.float() + 0.001
+    actual = exact.float()
+    actual[1, 2] += error
+    judged = verdict([low, actual], [exact, exact], [low, low])
+    assert judged.passed is passed
+    assert ("WRONG: gradient 0" in judged.note) is not passed
