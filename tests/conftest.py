@@ -1,10 +1,11 @@
-"""What holds for every test: offline, one thread, one seed, and fresh memory that is full of NaN."""
+"""What holds for every test: offline, one thread and seed, Triton interpreted, fresh memory full of NaN."""
 
 import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
 

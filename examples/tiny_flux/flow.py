@@ -22,9 +22,10 @@ from . import scenes
 from .train_vae import pictures
 
 PIXELS_PER_TOKEN = 4  # a side: the autoencoder halves, packing halves again
-TOKENS_PER_STEP = 4096  # of images
+TOKENS_PER_STEP = 4096  # of images, in each process
 # (width, height): share of the steps in the first, second and third phase of the training. FLUX's positions count
-# tokens, so where "right" is differs with the size; that is learned far sooner at one size than at several.
+# tokens, so where "right" is differs with the size; that is learned far sooner at one size than at several. The first
+# phase learns it from four times as many pictures: 64 px, a token standing where the middle of four stands at 128 px.
 SIZES = {
     (64, 64): (1.0, 0.0, 0.10),
     (128, 128): (0.0, 1.0, 0.60),
@@ -35,7 +36,10 @@ SIZES = {
     (192, 192): (0.0, 0.0, 0.05),
     (256, 256): (0.0, 0.0, 0.05),
 }
-PHASES = (0.3, 0.8, 1.0)  # where each one ends, as a share of all steps
+PHASES = (0.55, 0.9, 1.0)  # where each one ends, as a share of all steps
+STRIDES = (2, 1, 1)  # of the positions, in each phase
+# Of the times towards noise. Which object has which colour must be read from the caption only while noise hides it.
+EXTRA_SHIFTS = (1.2, 0.3, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class Settings:
     matrix_learning_rate: float = 1.6e-3  # of Muon
     object_weight: float = 4.0  # in the first two phases
     warmup: int = 200
-    ema_decay: float = 0.999
+    ema_decay: float = 0.997
     seed: int = 0
     save_every: int = 250
     evaluate_every: int = 1000
@@ -71,17 +75,21 @@ def text_len_of_step(step: int, num_tokens: int, settings: Settings) -> int:
 
 
 class TinyFlux(nn.Module):
-    """What is trained: the transformer and both text encoders."""
+    """What is trained: the transformer and the CLIP encoder. T5 is frozen, as it is for the real FLUX.
+
+    Trained along, it forgets which words belong together.
+    """
 
     def __init__(self, pipe: FluxPipeline):
         super().__init__()
-        self.transformer, self.clip, self.t5 = pipe.transformer, pipe.text_encoder, pipe.text_encoder_2
+        self.transformer, self.clip = pipe.transformer, pipe.text_encoder
+        self.t5 = pipe.text_encoder_2.requires_grad_(False)
 
-    def forward(self, noisy: Tensor, times: Tensor, ids: tuple[Tensor, Tensor], height: int, width: int) -> Tensor:
+    def forward(self, noisy: Tensor, times: Tensor, ids: tuple[Tensor, Tensor], stride: int) -> Tensor:
         """noisy: [B, 4, H, W] latents, times: [B] in [0, 1], ids: CLIP's and T5's token ids [B, L] -> [B, 4, H, W]."""
         clip_ids, t5_ids = ids
-        rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        img_ids = torch.stack([torch.zeros_like(rows), rows, cols], -1).reshape(-1, 3).to(noisy)
+        height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+        img_ids = image_positions(height, width, stride).to(noisy)
         out = self.transformer(
             hidden_states=pack(noisy),
             timestep=times,
@@ -92,6 +100,14 @@ class TinyFlux(nn.Module):
             return_dict=False,
         )[0]
         return unpack(out, height, width)
+
+
+def image_positions(height: int, width: int, stride: int) -> Tensor:
+    """[height * width, 3] as FLUX takes them: (0, row, column), in the middle of stride x stride of its own."""
+    rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, cols], -1).reshape(-1, 3) * stride + torch.tensor(
+        [0, (stride - 1) / 2, (stride - 1) / 2]
+    )
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -113,26 +129,32 @@ class Batch:
     latents: Tensor  # [B, 4, 2 height, 2 width], normalised
     weight: Tensor  # [B, 1, 2 height, 2 width], mean 1
     ids: tuple[Tensor, Tensor]
-    grid: tuple[int, int]
+    stride: int  # of the image tokens' positions
+    extra_shift: float  # of the times
 
 
-def make_batch(pipe: FluxPipeline, first: int, step: int, settings: Settings) -> Batch:
-    """Scenes `first`, `first + 1`, ... drawn, encoded, and told with their objects in either order."""
+def make_batch(pipe: FluxPipeline, seen: int, step: int, settings: Settings, rank: int = 0) -> Batch:
+    """The scenes after `seen`, drawn, encoded, and told with their objects in either order; the next to each rank."""
     width, height = size_of_step(step, settings)
-    grid = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
-    num_tokens = grid[0] * grid[1]
+    num_tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
     count = TOKENS_PER_STEP // num_tokens
+    first = seen + rank * count
     with torch.no_grad():
         drawn = pictures(first, count, width, height).to(settings.device)
         latents = pipe.vae.encode(drawn).latent_dist.mode()
     latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    weight = object_weights(
-        first, count, width, height, settings.object_weight if phase_of_step(step, settings) < 2 else 1
-    )
+    phase = phase_of_step(step, settings)
+    weight = object_weights(first, count, width, height, settings.object_weight if phase < 2 else 1)
     captions = [scenes.sample(i).say(reverse=i % 3 == 0) for i in range(first, first + count)]
     text_len = text_len_of_step(step, num_tokens, settings)
     ids = token_ids(pipe.tokenizer, captions, 77), token_ids(pipe.tokenizer_2, captions, text_len)
-    return Batch(latents, weight.to(latents), (ids[0].to(settings.device), ids[1].to(settings.device)), grid)
+    return Batch(
+        latents,
+        weight.to(latents),
+        (ids[0].to(settings.device), ids[1].to(settings.device)),
+        STRIDES[phase],
+        EXTRA_SHIFTS[phase],
+    )
 
 
 def object_weights(first: int, count: int, width: int, height: int, weight: float) -> Tensor:
@@ -150,16 +172,16 @@ def token_ids(tokenizer: Any, captions: list[str], length: int) -> Tensor:
     return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def shifted_times(count: int, num_tokens: int) -> Tensor:
+def shifted_times(count: int, num_tokens: int, extra: float) -> Tensor:
     """Logit-normal times in (0, 1), shifted towards noise as FLUX's scheduler does for `num_tokens` image tokens."""
     mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
-    return torch.sigmoid(torch.randn(count) + mu)
+    return torch.sigmoid(torch.randn(count) + mu + extra)
 
 
 def flow_loss(model: TinyFlux, batch: Batch) -> Tensor:
-    times = shifted_times(len(batch.latents), batch.grid[0] * batch.grid[1]).to(batch.latents)
+    times = shifted_times(len(batch.latents), batch.latents[0, 0].numel() // 4, batch.extra_shift).to(batch.latents)
     noise = torch.randn_like(batch.latents)
     mix = times.view(-1, 1, 1, 1)
     with torch.autocast(noise.device.type, torch.bfloat16):
-        velocity = model((1 - mix) * batch.latents + mix * noise, times, batch.ids, *batch.grid)
+        velocity = model((1 - mix) * batch.latents + mix * noise, times, batch.ids, batch.stride)
     return ((velocity.float() - (noise - batch.latents)).square() * batch.weight).mean()

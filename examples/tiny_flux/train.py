@@ -1,34 +1,40 @@
 """Trains the tiny FLUX pipeline on drawn scenes: `python -m lineardit.examples.tiny_flux.train RUN --vae DIRECTORY`.
 
-Transformer and both text encoders are trained together, on the loss of flow.py. The run goes on from its last
-checkpoint; the moving average of the weights is what is exported.
+First the T5 encoder alone learns which words belong together (train_text.py), and stays as it is; then transformer and
+CLIP encoder are trained together, on the loss of flow.py. The run goes on from its last
+checkpoint; the moving average of the weights is what is exported. Under `torchrun --nproc_per_node N -m ...` every
+process draws pictures of its own and the gradients are averaged.
 """
 
 import argparse
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.training_utils import EMAModel
 
 from lineardit.distill.figures import StepLog
 
 from . import scenes
-from .flow import Settings, TinyFlux, flow_loss, make_batch
+from .flow import STRIDES, Settings, TinyFlux, flow_loss, image_positions, make_batch, phase_of_step
 from .model import build_pipeline
+from .train_text import train_text_encoder
 
 EVALUATED = 16  # held-out captions
 
 
 def optimizers(model: TinyFlux, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for all else."""
-    inner = [p for n, p in model.named_parameters() if "block" in n and p.ndim == 2 and "relative_attention" not in n]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inner = [p for name, p in trained if "block" in name and p.ndim == 2]
     chosen = {id(p) for p in inner}
-    outer = [p for p in model.parameters() if id(p) not in chosen]
+    outer = [p for _, p in trained if id(p) not in chosen]
     return [
         torch.optim.Muon(
             inner, lr=settings.matrix_learning_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
@@ -51,6 +57,7 @@ class Run:
         self.optimizers = optimizers(self.model, settings)
         self.ema = EMAModel(self.model.parameters(), decay=settings.ema_decay)
         self.step = self.seen = 0
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "checkpoint.pt").exists():
             self.load()
@@ -79,6 +86,10 @@ class Run:
     def train(self) -> None:
         """Trains to the last step; writes loss.csv, loss.png and checkpoints on the way."""
         start, first = time.monotonic(), self.step
+        if self.rank > 0:
+            for _ in self.losses():
+                pass
+            return
         log = StepLog(self.folder / "loss.csv", ["loss"], last_step=self.step)
         for loss in self.losses():
             log.append({"step": self.step, "loss": round(loss, 5)})
@@ -95,10 +106,11 @@ class Run:
     def losses(self) -> Iterator[float]:
         """One optimizer step each; yields its loss."""
         while self.step < self.settings.steps:
-            torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
-            batch = make_batch(self.pipe, self.seen, self.step, self.settings)
+            torch.manual_seed((self.settings.seed * 1_000_003 + self.step) * 1_009 + self.rank)
+            batch = make_batch(self.pipe, self.seen, self.step, self.settings, self.rank)
             loss = flow_loss(self.model, batch)
             loss.backward()
+            self.average_gradients()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             peaks = self.settings.matrix_learning_rate, self.settings.learning_rate
             for optimizer, peak in zip(self.optimizers, peaks, strict=True):
@@ -108,35 +120,58 @@ class Run:
                 optimizer.zero_grad()
             self.ema.step(self.model.parameters())
             self.step += 1
-            self.seen += len(batch.latents)
+            self.seen += len(batch.latents) * self.world_size
             yield loss.item()
+
+    def average_gradients(self) -> None:
+        """Over all processes, in one call."""
+        if self.world_size == 1:
+            return
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads]) / self.world_size
+        dist.all_reduce(flat)
+        for grad, averaged in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(averaged.view_as(grad))
 
     @torch.no_grad()
     def evaluate(self) -> str:
         """Object score and coherence of the averaged weights on a few held-out captions, 12 steps."""
+        stride = STRIDES[phase_of_step(self.step - 1, self.settings)]
         self.ema.store(self.model.parameters())
         self.ema.copy_to(self.model.parameters())
         self.model.eval()
         self.pipe.set_progress_bar_config(disable=True)
         captions = [scenes.sample(i, split="held_out").caption for i in range(EVALUATED)]
-        parts = []
-        for size in (64, 128):
-            with torch.autocast(self.settings.device, torch.bfloat16):
-                images = self.pipe(
-                    captions,
-                    height=size,
-                    width=size,
-                    num_inference_steps=12,
-                    max_sequence_length=64,
-                    generator=[torch.Generator().manual_seed(i) for i in range(EVALUATED)],
-                ).images
-            scores = [scenes.score(caption, image) for caption, image in zip(captions, images, strict=True)]
-            right, total = (sum(column) for column in zip(*scores, strict=True))
-            coherent = sum(scenes.read(image).coherence for image in images)
-            parts.append(f"{size} px: {right}/{total} objects, {coherent}/{EVALUATED} coherent")
+        size = 128 // stride
+        with torch.autocast(self.settings.device, torch.bfloat16), positions(self.pipe, stride):
+            images = self.pipe(
+                captions,
+                height=size,
+                width=size,
+                num_inference_steps=12,
+                max_sequence_length=64,
+                generator=[torch.Generator().manual_seed(i) for i in range(EVALUATED)],
+            ).images
+        scores = [scenes.score(caption, image) for caption, image in zip(captions, images, strict=True)]
+        right, total = (sum(column) for column in zip(*scores, strict=True))
+        coherent = sum(scenes.read(image).coherence for image in images)
         self.ema.restore(self.model.parameters())
         self.model.train()
-        return "; ".join(parts)
+        return f"{size} px: {right}/{total} objects, {coherent}/{EVALUATED} coherent"
+
+
+@contextmanager
+def positions(pipe: FluxPipeline, stride: int) -> Iterator[None]:
+    """Inside, the pipeline's image tokens stand `stride` apart, as in the first phase of the training."""
+
+    def strided(batch_size: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return image_positions(height, width, stride).to(device, dtype)
+
+    pipe._prepare_latent_image_ids = strided
+    try:
+        yield
+    finally:
+        del pipe._prepare_latent_image_ids
 
 
 def export(run: Run, directory: Path) -> None:
@@ -164,12 +199,17 @@ def main() -> None:
     else:
         pipe = build_pipeline()
         pipe.register_modules(vae=AutoencoderKL.from_pretrained(arguments.vae).eval())
+        if not (arguments.run / "checkpoint.pt").exists():
+            told = train_text_encoder(pipe, device=arguments.device)
+            print(f"text encoder: {told:.1%} of the words tell their object whole", flush=True)
     plain = Settings(steps=arguments.steps, device=arguments.device)
     settings = replace(
         plain,
         learning_rate=plain.learning_rate * arguments.learning_rate,
         matrix_learning_rate=plain.matrix_learning_rate * arguments.learning_rate,
     )
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group()
     run = Run(arguments.run, pipe, settings)
     if arguments.export:
         export(run, arguments.export)

@@ -7,6 +7,7 @@
     reference   one dense call through a mask, made anew; any device and dtype; memory tokens x tokens
     masked      the same with the mask kept from call to call; the fastest for small images
     tiled       tile by tile, in plain PyTorch; any device and dtype; cost and memory linear in the image
+    triton      the same in one kernel; CUDA; float16, bfloat16, float32; head dimensions up to 256
 """
 
 import math
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choose import choose_impl, implementations
+from .choose import choose_impl, implementations, require_triton
 from .kept_mask import kept_window_mask
+from .operator import split_text, window_attention_op
 from .reference import check_mask_size, key_mask, masked_attention, window_mask
-from .tiled_op import split_text, tiled_window_attention
 
 
 def window_attention(
@@ -52,7 +53,8 @@ def window_attention(
     Returns:
         [B, H, N, D], dtype of query (under autocast, of autocast); sums are in float32, or float64 for float64.
     Raises:
-        ValueError: shapes, grid, radius or impl do not fit; a mask of "reference" or "masked" beyond 2**31 entries.
+        ValueError: shapes, grid, radius or impl do not fit; "triton" cannot run here; a mask of "reference" or
+            "masked" beyond 2**31 entries.
     """
     _validate(query, key, value, grid, radius, text_len, text_mask, pooled, impl)
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
@@ -60,8 +62,10 @@ def window_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len)
-    if impl == "tiled":
-        return _tiled(query, key, value, grid, radius, text_len, text_first, text_mask, pooled, scale)
+    elif impl == "triton":
+        require_triton(query)
+    if impl in ("tiled", "triton"):
+        return _linear(query, key, value, grid, radius, text_len, text_first, text_mask, pooled, scale, impl)
     check_mask_size(query, text_mask, pooled)
     if impl == "reference":
         mask = window_mask(grid, radius, text_len, text_first, query.device)
@@ -70,7 +74,7 @@ def window_attention(
     return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
 
 
-def _tiled(
+def _linear(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -81,6 +85,7 @@ def _tiled(
     text_mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
     scale: float,
+    impl: str,
 ) -> Tensor:
     """The operator on the image's queries, with text and pooled tokens as shared keys, and a call for text queries."""
     text_query, image_query = split_text(query, text_len, text_first)
@@ -97,7 +102,7 @@ def _tiled(
         text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=keys_seen, scale=scale)
     image = (image_query, image_key, image_value)
     shared = (shared_key, shared_value, shared_mask)
-    out, _ = tiled_window_attention(text_out, text_first, *image, *shared, grid, radius, scale)
+    out, _ = window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl)
     return out
 
 

@@ -1,26 +1,38 @@
 """Which implementation of window attention runs."""
 
+import logging
 import math
+import os
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from .tiled import tile_shape
 
+logger = logging.getLogger(__name__)
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_TRITON_HEAD_DIM = 256
+
 
 def implementations() -> tuple[str, ...]:
     """Names that `impl` takes beside "auto"."""
-    return ("reference", "masked", "tiled")
+    return ("reference", "masked", "tiled", "triton")
 
 
 def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len: int) -> str:
-    """The implementation that impl="auto" runs, for a query of any shape on its device.
+    """The implementation that impl="auto" runs, for a query [..., head_dim] on its device.
 
-    1. Not on a CPU, or traced by `torch.compile`, so that one graph serves all grids: "tiled".
-    2. "masked" where tiles would save too little for the work they make: up to 256 image tokens, and up to 4096 of them
+    1. On a CUDA device "triton", where its kernels run and agree with the reference; else "tiled", with a warning.
+    2. On another device than a CPU, or traced by `torch.compile`, so that one graph serves all grids: "tiled".
+    3. "masked" where tiles would save too little for the work they make: up to 256 image tokens, and up to 4096 of them
        where a tile reads more than 65% of all keys. Measured on 2 cores, 4 heads of 64, radius 4 to 32.
-    3. Else "tiled".
+    4. Else "tiled".
     """
+    if query.device.type == "cuda":
+        return "tiled" if why_not_triton(query.device, query.dtype, query.shape[-1]) else "triton"
     image_len = math.prod(grid)
     if torch.compiler.is_compiling() or query.device.type != "cpu" or image_len > 4096:
         return "tiled"
@@ -30,6 +42,44 @@ def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len
     frames = image_len // (height * width)
     read = frames * _mean_reach(height, rows, reach) * _mean_reach(width, columns, reach)
     return "masked" if image_len <= 256 or read + text_len > 0.65 * (image_len + text_len) else "tiled"
+
+
+def require_triton(query: Tensor) -> None:
+    """Raise ValueError where impl="triton" cannot run."""
+    reason = why_not_triton(query.device, query.dtype, query.shape[-1])
+    if reason:
+        others = ", ".join(name for name in implementations() if name != "triton")
+        raise ValueError(f"impl='triton' cannot run here: {reason}; what runs anywhere: {others}")
+
+
+@torch.compiler.assume_constant_result  # devices do not change under a compiled graph
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot run, None if they can. The first call on a device tries them."""
+    return _why_not_triton(device, dtype, head_dim)
+
+
+@lru_cache  # one trial, and one warning, for each device, dtype and head dimension
+def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"it needs a CUDA device, got {device.type}"
+    if dtype not in TRITON_DTYPES:
+        return f"it takes {', '.join(map(str, TRITON_DTYPES))}, got {dtype}"
+    if head_dim > MAX_TRITON_HEAD_DIM:
+        return f"it takes head dimensions up to {MAX_TRITON_HEAD_DIM}, got {head_dim}"
+    if find_spec("triton") is None:
+        reason = "triton is not installed"
+    else:
+        from .triton_probe import tiles_for
+
+        try:
+            tiles_for(device, dtype, head_dim)
+        except RuntimeError as exception:
+            reason = f"on {torch.cuda.get_device_name(device)}: {exception}"
+        else:
+            return None
+    logger.warning("Window attention falls back to plain PyTorch, which is slower: %s", reason)
+    return reason
 
 
 def _mean_reach(size: int, side: int, reach: int) -> float:

@@ -37,6 +37,36 @@ class TileLists:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SwappedLists:
+    """The query tiles that read each key tile."""
+
+    counts: Tensor  # [key tiles]
+    query_tiles: Tensor  # [key tiles, longest list]
+    mask_ids: Tensor  # [key tiles, longest list], -1 beyond the count
+
+
+def swapped(lists: TileLists) -> SwappedLists:
+    """The same pairs with the roles of the tiles swapped: what the gradients of keys and values go over."""
+    query_tiles, entries = (torch.arange(lists.key_tiles.shape[1]) < lists.counts[:, None]).nonzero().unbind(1)
+    key_tiles = lists.key_tiles[query_tiles, entries]
+    order = key_tiles.argsort(stable=True)
+    key_tiles, query_tiles, entries = key_tiles[order], query_tiles[order], entries[order]
+    counts = key_tiles.bincount(minlength=len(lists.key_tokens))
+    slots = torch.arange(len(key_tiles)) - (counts.cumsum(0) - counts)[key_tiles]
+    shape = len(counts), int(counts.max())
+    return SwappedLists(
+        counts=counts,
+        query_tiles=torch.zeros(shape, dtype=torch.int64).index_put((key_tiles, slots), query_tiles),
+        mask_ids=torch.full(shape, -1).index_put((key_tiles, slots), lists.mask_ids[query_tiles, entries]),
+    )
+
+
+def mask_words(masks: Tensor) -> Tensor:
+    """[masks, BLOCK_Q, BLOCK_K <= 64] bool -> [masks, BLOCK_Q] int64 whose bit j is the mask of key j."""
+    return (masks.long() << torch.arange(masks.shape[2], device=masks.device)).sum(2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Axis:
     """One axis of the grid: the key tiles in reach of every query tile, candidates `[query tiles, width]`."""
 

@@ -7,29 +7,20 @@ log-sum-exp. Only `circle_groups` knows the form of the window.
 Inside, tensors are rows of tokens, [B, N, H * D]: a token is one piece of memory, as diffusers' projections leave it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .inputs import Inputs, sum_dtype
 from .lists import TileLists, circle_lists
-from .partial import Keys, Partial, attention_bias, merge
+from .partial import Keys, Partial, attention_bias, fastest_partial, merge
 
 # Gathered keys and values of one call, in bytes: larger leaves the caches of a CPU, smaller leaves a GPU idle.
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
-
-
-class Inputs(NamedTuple):
-    """Image queries, and what they attend to: their windows, and the shared keys (text and pooled tokens)."""
-
-    query: Tensor  # [B, H, N, D]
-    key: Tensor  # [B, H, N, D]
-    value: Tensor  # [B, H, N, D]
-    shared_key: Tensor  # [B, H, S, D]
-    shared_value: Tensor  # [B, H, S, D]
-    shared_mask: Tensor | None  # [B, S] bool, True = attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +61,9 @@ class _Chunk(NamedTuple):
     bias: Tensor | None  # [Q, K]
 
 
-def tiled_forward(inputs: Inputs, out: Tensor, groups: tuple[TileGroup, ...], scale: float, partial: Partial) -> Tensor:
-    """Fill `out` [B, H, N, D], whose memory is in the order [B, N, H, D]; returns the log-sum-exp [B, N, H]."""
+def tiled_forward(inputs: Inputs, out: Tensor, grid: Sequence[int], radius: float, scale: float) -> Tensor:
+    """Fill `out` [B, H, N, D], whose memory is in the order [B, N, H, D]; returns the log-sum-exp [B, H, N]."""
+    groups, partial = _groups_and_partial(inputs, grid, radius)
     batch, num_heads, num_tokens, _ = inputs.query.shape
     dtype, shared = sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
@@ -87,7 +79,7 @@ def tiled_forward(inputs: Inputs, out: Tensor, groups: tuple[TileGroup, ...], sc
             o, lse = merge(o, lse, shared_o.transpose(1, 2), shared_lse.transpose(1, 2))
         out_rows.index_copy_(1, chunk.queries, o.flatten(2).to(out_rows.dtype))
         lse_rows.index_copy_(1, chunk.queries, lse)
-    return lse_rows
+    return lse_rows.transpose(1, 2).contiguous()
 
 
 def tiled_backward(
@@ -95,11 +87,13 @@ def tiled_backward(
     inputs: Inputs,
     out: Tensor,
     lse: Tensor,
-    groups: tuple[TileGroup, ...],
+    grid: Sequence[int],
+    radius: float,
     scale: float,
-    partial: Partial,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `tiled_forward` left them."""
+    groups, partial = _groups_and_partial(inputs, grid, radius)
+    lse_rows = lse.transpose(1, 2).contiguous()  # [B, N, H]
     num_heads, dtype, shared = inputs.query.shape[1], sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
     out_rows, grad_out_rows = _rows(out), _rows(grad_out)
@@ -109,7 +103,7 @@ def tiled_backward(
     for chunk in _chunks(groups, key, dtype):
         q, o, do = (_take(rows, chunk.queries, num_heads, dtype) for rows in (query, out_rows, grad_out_rows))
         k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
-        chunk_lse = lse.index_select(1, chunk.queries)
+        chunk_lse = lse_rows.index_select(1, chunk.queries)
         q_tiles, o_tiles, do_tiles, lse_tiles = (_tiles(rows, chunk.tiles) for rows in (q, o, do, chunk_lse))
         dq, dk, dv = partial.backward(do_tiles, q_tiles, Keys(k, v, chunk.bias), o_tiles, lse_tiles, scale)
         dq = _untile(dq, query.shape[0])
@@ -127,11 +121,6 @@ def tiled_backward(
         for rows in (grad_query, grad_key, grad_value)
     )
     return (*heads, *(total.to(query.dtype) for total in grad_shared))
-
-
-def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of logits, sums and log-sum-exp: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _shared_keys(inputs: Inputs) -> Keys | None:
@@ -175,6 +164,12 @@ def _untile(tensor: Tensor, batch: int) -> Tensor:
     return tensor.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
 
 
+def _groups_and_partial(inputs: Inputs, grid: Sequence[int], radius: float) -> tuple[tuple[TileGroup, ...], Partial]:
+    device = inputs.query.device
+    return circle_groups(tuple(grid), radius, device), fastest_partial(device.type, sum_dtype(inputs.query))
+
+
+@lru_cache(maxsize=8)
 def circle_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
     """The groups of a circular window, on the device."""
     tile = tile_shape(grid[-2], grid[-1], radius)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,83 +13,18 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from window_case import Case
 
+from impls import PORTABLE
 from lineardit.kernels.window import (
     choose_impl,
-    implementations,
-    tiled_op,
+    operator,
+    tiled,
     window_attention,
-    window_attention_reference,
 )
 from lineardit.kernels.window.kept_mask import kept_window_mask
 from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
 from lineardit.kernels.window.reference import window_mask
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    grid: tuple[int, ...]
-    radius: float
-    text_len: int = 0
-    text_first: bool = True
-    num_pooled: int = 0
-    masked: bool = False
-    batch: int = 1
-    num_heads: int = 2
-    head_dim: int = 8
-    contiguous: bool = True
-
-    def __str__(self) -> str:
-        grid = "x".join(str(size) for size in self.grid)
-        extras = [f"pooled{self.num_pooled}"] * bool(self.num_pooled) + ["masked"] * self.masked
-        extras += ["textlast"] * (not self.text_first) + ["strided"] * (not self.contiguous)
-        name = f"B{self.batch}-H{self.num_heads}-grid{grid}-r{self.radius}-text{self.text_len}"
-        return "-".join([name, *extras])
-
-    @property
-    def num_tokens(self) -> int:
-        return self.text_len + math.prod(self.grid)
-
-    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        """Query, key, value and, where there are any, pooled key and value."""
-        shape = (self.batch, self.num_heads, self.num_tokens, self.head_dim)
-        if self.contiguous:
-            tensors = list(torch.randn(3, *shape, dtype=dtype))
-        else:  # as one projection leaves them
-            fused = torch.randn(self.batch, self.num_tokens, 3, self.num_heads, self.head_dim, dtype=dtype)
-            tensors = list(fused.permute(2, 0, 3, 1, 4))
-        if self.num_pooled:
-            tensors += torch.randn(2, self.batch, self.num_heads, self.num_pooled, self.head_dim, dtype=dtype)
-        return tensors
-
-    def text_mask(self) -> Tensor | None:
-        """The last sample's text is masked whole, the others' in part."""
-        if not self.masked:
-            return None
-        mask = torch.arange(self.text_len).repeat(self.batch, 1) % 3 > 0
-        mask[-1] = False
-        return mask
-
-    def run(self, attention, *tensors: Tensor, **options) -> Tensor:
-        return attention(
-            *tensors[:3],
-            grid=self.grid,
-            radius=self.radius,
-            text_len=self.text_len,
-            text_first=self.text_first,
-            text_mask=self.text_mask(),
-            pooled=tensors[3:] or None,
-            **options,
-        )
-
-    def matches_reference(self, dtype: torch.dtype, **options) -> None:
-        assert_matches_reference(
-            lambda *tensors: self.run(window_attention, *tensors, **options),
-            lambda *tensors: self.run(window_attention_reference, *tensors),
-            self.tensors(),
-            dtype,
-        )
-
 
 CASES = [
     Case(grid=(3, 5), radius=1.5, text_len=4, masked=True, batch=2),
@@ -110,7 +44,7 @@ def fast_impl(request, monkeypatch):
     """Name of an implementation other than the reference; tiled with each of its ways to compute a part."""
     impl, _, partial = request.param.partition("-")
     if partial:
-        monkeypatch.setattr(tiled_op, "fastest_partial", lambda *_: {"flash": FLASH, "plain": PLAIN}[partial])
+        monkeypatch.setattr(tiled, "fastest_partial", lambda *_: {"flash": FLASH, "plain": PLAIN}[partial])
     return impl
 
 
@@ -139,7 +73,7 @@ def test_window_attention_auto_matches_reference_anywhere(case, dtype):
     case.matches_reference(dtype)
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", PORTABLE)
 def test_window_attention_beyond_the_diagonal_is_dense_attention(impl):
     case = Case(grid=(6, 9), radius=math.hypot(5, 8) + 1e-6, text_len=4)
     assert_matches_reference(
@@ -150,7 +84,7 @@ def test_window_attention_beyond_the_diagonal_is_dense_attention(impl):
     )
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", PORTABLE)
 @pytest.mark.parametrize("text_first", [True, False])
 def test_window_attention_changes_where_a_token_is_seen_and_nowhere_else(impl, text_first):
     case = Case(grid=(9, 40), radius=3, text_len=2, text_first=text_first, num_pooled=1)
@@ -175,7 +109,7 @@ def test_window_attention_changes_where_a_token_is_seen_and_nowhere_else(impl, t
     assert torch.equal(changed, expected.expand_as(changed))
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", PORTABLE)
 def test_window_attention_ignores_masked_text(impl):
     case = Case(grid=(4, 30), radius=3, text_len=4, masked=True, batch=2)
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
@@ -189,7 +123,7 @@ def test_window_attention_ignores_masked_text(impl):
         assert (text_grad[masked] == 0).all() and (text_grad[~masked] != 0).any()
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", PORTABLE)
 @pytest.mark.parametrize("size", [1e4, 1e-4])
 def test_window_attention_stays_finite_for_extreme_logits(impl, size):
     case = Case(grid=(5, 40), radius=3, text_len=4, masked=True)
@@ -235,7 +169,7 @@ def test_window_attention_is_the_same_without_gradients(fast_impl):
 
 def test_window_attention_trains_on_a_grid_first_met_in_inference_mode(fast_impl):
     case = Case(grid=(6, 43), radius=3)
-    tiled_op._kept_groups.cache_clear()
+    tiled.circle_groups.cache_clear()
     tensors = case.tensors(torch.float32)
     with torch.inference_mode():
         case.run(window_attention, *tensors, impl=fast_impl)
@@ -355,7 +289,7 @@ def allocations(case: Case, monkeypatch) -> list[int]:
 
     with monkeypatch.context() as patch, mode:
         for name in ("tiled_forward", "tiled_backward"):
-            patch.setattr(tiled_op, name, recorded(getattr(tiled_op, name)))
+            patch.setattr(operator, name, recorded(getattr(operator, name)))
         tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
         case.run(window_attention, *tensors, impl="tiled").sum().backward()
     return mode.sizes
@@ -363,7 +297,7 @@ def allocations(case: Case, monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("partial", [FLASH, PLAIN], ids=["flash", "plain"])
 def test_window_attention_tiled_never_allocates_tokens_by_tokens(monkeypatch, partial):
-    monkeypatch.setattr(tiled_op, "fastest_partial", lambda *_: partial)
+    monkeypatch.setattr(tiled, "fastest_partial", lambda *_: partial)
     case = Case(grid=(61, 67), radius=4, text_len=5, num_heads=1, head_dim=4)
     sizes = allocations(case, monkeypatch)
     assert max(sizes) <= 150 * case.num_tokens  # logits of 15x15 windows in chunks; dense is 4092 * num_tokens
@@ -374,15 +308,15 @@ def test_window_attention_tiled_allocates_in_proportion_to_the_image(monkeypatch
     assert sum(allocations(large, monkeypatch)) <= 4.2 * sum(allocations(small, monkeypatch))
 
 
-def test_tiled_window_attention_passes_opcheck():
+def test_window_attention_op_passes_opcheck():
     case = Case(grid=(9, 40), radius=3, text_len=4, masked=True)
     tensors = case.tensors(torch.float32)
     text, image = zip(*(tensor.split([4, 360], dim=2) for tensor in tensors), strict=True)
     text_out, shared_key, shared_value = (tensor.detach().requires_grad_() for tensor in text)
     image = [tensor.detach().requires_grad_() for tensor in image]
-    arguments = (text_out, True, *image, shared_key, shared_value, case.text_mask(), case.grid, 3.0, 0.5)
-    torch.library.opcheck(tiled_op.tiled_window_attention, arguments)
-    _, lse = tiled_op.tiled_window_attention(*arguments)
+    arguments = (text_out, True, *image, shared_key, shared_value, case.text_mask(), case.grid, 3.0, 0.5, "tiled")
+    torch.library.opcheck(operator.window_attention_op, arguments)
+    _, lse = operator.window_attention_op(*arguments)
     assert not lse.requires_grad
 
 
@@ -393,7 +327,7 @@ def test_kept_window_mask_passes_opcheck_and_is_never_shared():
     assert torch.equal(kept_window_mask(*arguments), window_mask((3, 5), 2.0, 4, True, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("impl", ["auto", *implementations()])
+@pytest.mark.parametrize("impl", ["auto", *PORTABLE])
 def test_window_attention_compiles_once_for_all_grids(impl):
     counter = CompileCounterWithBackend("aot_eager")
     project = torch.nn.Linear(16, 48)
@@ -436,7 +370,10 @@ TENSOR = torch.zeros(2, 3, 11, 4)
         ({"text_mask": torch.ones(2, 3)}, "text_mask must be bool"),
         ({"pooled": (TENSOR[:, :2], TENSOR[:, :2])}, "pooled must be"),
         ({"pooled": (TENSOR, TENSOR[:, :, :4])}, "pooled must be"),
-        ({"impl": "triton2"}, r"impl must be one of \('auto', 'reference', 'masked', 'tiled'\), got 'triton2'"),
+        (
+            {"impl": "triton2"},
+            r"impl must be one of \('auto', 'reference', 'masked', 'tiled', 'triton'\), got 'triton2'",
+        ),
     ],
 )
 def test_window_attention_says_what_is_wrong(change, message):

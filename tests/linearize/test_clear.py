@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lineardit.kernels.window import implementations
+from impls import PORTABLE
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import METHODS, Clear, config_from_dict, config_to_dict
 from lineardit.linearize.methods.clear import ClearAttention
@@ -115,7 +115,7 @@ def test_cell_sums_is_a_sound_operator() -> None:
     torch.library.opcheck(cell_sums, (tokens, weight, 5, 7, 12))
 
 
-@pytest.mark.parametrize("impl", [*implementations(), "auto"])
+@pytest.mark.parametrize("impl", [*PORTABLE, "auto"])
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize(
     "config", [Clear(radius=2.3, pool_size=2), Clear(radius=2.3, pool_tokens=5), Clear(radius=2.3)]

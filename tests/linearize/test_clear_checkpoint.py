@@ -13,16 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from impls import ALL
 from lineardit import Clear, dense, linearize_, restore_, save_adapter, set_impl_
 from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.importers import load_clear_checkpoint_
-from lineardit.linearize.methods import ClearAttention
 from tiny_models import build, position_ids
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"clear_flux_r4": None, "clear_flux_r4_down4": 4}  # file -> pool size
-IMPLS = [impl for impl in ClearAttention.implementations() if impl != "auto"]
+IMPLS = ALL
 
 
 class Case:

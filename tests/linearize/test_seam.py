@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lineardit.kernels.window import implementations
+from impls import ALL
 from lineardit.linearize import Clear, LayoutError, dense, linearize_, restore_, set_impl_, swapped
 from lineardit.linearize.seam import state_of
 from tiny_models import FAMILIES, build, cast, inputs_of, position_ids, run
 
-IMPLS = (*implementations(), "auto")
+IMPLS = (*ALL, "auto")
 COVERING = Clear(radius=20)
 SMALL = Clear(radius=2.3)
 
@@ -28,7 +28,7 @@ def test_linearize_covering_window_is_bit_equal(family: str) -> None:
     assert not torch.allclose(run(model, arguments), base, atol=1e-3)
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linearize_covering_window_forced_is_close(family: str, impl: str) -> None:
     model, arguments = build(family), inputs_of(family)

@@ -1,29 +1,28 @@
-"""`lineardit::tiled_window_attention`: the tiled implementation as an operator for autograd and `torch.compile`.
+"""`lineardit::window_attention`: the implementations of linear memory as an operator for autograd and the compiler.
 
 The operator is opaque to the compiler: grid sizes may be symbolic outside of it and are numbers inside, where the lists
 of a window are kept. Saved for backward: inputs, output and log-sum-exp. Differentiable once.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .partial import fastest_partial
-from .tiled import Inputs, TileGroup, circle_groups, sum_dtype, tiled_backward, tiled_forward
+from .inputs import Inputs, sum_dtype, token_major
+from .tiled import tiled_backward, tiled_forward
 
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor shared_key, Tensor shared_value, Tensor? shared_mask"
-WINDOW = "SymInt[] grid, float radius, float scale"
+WINDOW = "SymInt[] grid, float radius, float scale, str impl"
 
 
 @torch.library.custom_op(
-    "lineardit::tiled_window_attention",
+    "lineardit::window_attention",
     mutates_args=(),
     schema=f"(Tensor text_out, bool text_first, {INPUTS}, {WINDOW}) -> (Tensor, Tensor)",
 )
-def tiled_window_attention(
+def window_attention_op(
     text_out: Tensor,
     text_first: bool,
     query: Tensor,
@@ -35,6 +34,7 @@ def tiled_window_attention(
     grid: Sequence[int],
     radius: float,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of image queries over their window and all shared keys, put beside the results for text.
 
@@ -44,26 +44,31 @@ def tiled_window_attention(
         query, key, value: [B, H, N, D], the image tokens of `grid`.
         shared_key, shared_value: [B, H, S, D], seen by every query; S may be 0.
         shared_mask: [B, S] bool, True = attend; None attends to all.
+        impl: "tiled" or "triton".
     Returns:
-        out [B, H, T + N, D], and the log-sum-exp of the image's logits, [B, N, H], which has no gradient.
+        out [B, H, T + N, D], and the log-sum-exp of the image's logits, [B, H, N], which has no gradient.
     """
     text_len = text_out.shape[2]
-    out = _token_major(query, text_len + query.shape[2])
+    out = token_major(query, text_len + query.shape[2])
     text_slot, image_slot = split_text(out, text_len, text_first)
     text_slot.copy_(text_out)
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
-    groups = _kept_groups(tuple(grid), radius, query.device)
-    partial = fastest_partial(query.device.type, sum_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
-        return out, tiled_forward(inputs, image_slot, groups, scale, partial)
+        if impl == "triton":
+            from .triton_probe import tiles_for
+            from .triton_window import triton_forward
+
+            tiles, _ = tiles_for(query.device, query.dtype, query.shape[3])
+            return out, triton_forward(inputs, image_slot, grid, radius, scale, tiles)
+        return out, tiled_forward(inputs, image_slot, grid, radius, scale)
 
 
 @torch.library.custom_op(
-    "lineardit::tiled_window_attention_backward",
+    "lineardit::window_attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad_out, {INPUTS}, Tensor out, Tensor lse, {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _tiled_window_attention_backward(
+def _window_attention_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -76,34 +81,39 @@ def _tiled_window_attention_backward(
     grid: Sequence[int],
     radius: float,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
-    groups = _kept_groups(tuple(grid), radius, query.device)
-    partial = fastest_partial(query.device.type, sum_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
-        return tiled_backward(grad_out, inputs, out, lse, groups, scale, partial)
+        if impl == "triton":
+            from .triton_probe import tiles_for
+            from .triton_window import triton_backward
+
+            _, tiles = tiles_for(query.device, query.dtype, query.shape[3])
+            return triton_backward(grad_out, inputs, out, lse, grid, radius, scale, tiles)
+        return tiled_backward(grad_out, inputs, out, lse, grid, radius, scale)
 
 
-@tiled_window_attention.register_fake
+@window_attention_op.register_fake
 def _(text_out, text_first, query, *_):  # type: ignore[no-untyped-def]
     batch, num_heads, num_tokens, _ = query.shape
-    lse = query.new_empty(batch, num_tokens, num_heads, dtype=sum_dtype(query))
-    return _token_major(query, text_out.shape[2] + num_tokens), lse
+    lse = query.new_empty(batch, num_heads, num_tokens, dtype=sum_dtype(query))
+    return token_major(query, text_out.shape[2] + num_tokens), lse
 
 
-@_tiled_window_attention_backward.register_fake
+@_window_attention_backward.register_fake
 def _(grad_out, query, key, value, shared_key, shared_value, *_):  # type: ignore[no-untyped-def]
-    image = (_token_major(tensor, tensor.shape[2]) for tensor in (query, key, value))
+    image = (token_major(tensor, tensor.shape[2]) for tensor in (query, key, value))
     return (*image, shared_key.new_empty(shared_key.shape), shared_value.new_empty(shared_value.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    text_out, text_first, *tensors, grid, radius, scale = inputs
+    text_out, text_first, *tensors, grid, radius, scale, impl = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.text = (text_out.shape[2], text_first)
-    ctx.window = (grid, radius, scale)
+    ctx.window = (grid, radius, scale, impl)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -111,11 +121,11 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     text_len, text_first = ctx.text
     _, image_out = split_text(out, text_len, text_first)
     grad_text, grad_image = split_text(grad_out, text_len, text_first)
-    grads = _tiled_window_attention_backward(grad_image, *tensors, image_out, lse, *ctx.window)
-    return (grad_text, None, *grads, None, None, None, None)
+    grads = _window_attention_backward(grad_image, *tensors, image_out, lse, *ctx.window)
+    return (grad_text, None, *grads, None, None, None, None, None)
 
 
-tiled_window_attention.register_autograd(_backward, setup_context=_setup_context)
+window_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def split_text(tensor: Tensor, text_len: int, text_first: bool) -> tuple[Tensor, Tensor]:
@@ -126,14 +136,3 @@ def split_text(tensor: Tensor, text_len: int, text_first: bool) -> tuple[Tensor,
     else:
         image, text = tensor.split([image_len, text_len], dim=2)
     return text, image
-
-
-def _token_major(like: Tensor, num_tokens: int) -> Tensor:
-    """An empty [B, H, num_tokens, D] with memory in the order [B, num_tokens, H, D]."""
-    batch, num_heads, _, head_dim = like.shape
-    return like.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
-
-
-@lru_cache(maxsize=8)
-def _kept_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
-    return circle_groups(grid, radius, device)

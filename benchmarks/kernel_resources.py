@@ -1,0 +1,160 @@
+"""Registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be here.
+
+    python benchmarks/kernel_resources.py            compare with the committed table; exit code 1 on growth
+    python benchmarks/kernel_resources.py --write    write the table
+    python benchmarks/kernel_resources.py --archs 80 86 90 100 120
+
+bfloat16, head dimension 128 (FLUX). For each architecture the first tiles that fit into its shared memory, as at run
+time. The numbers depend on the version of Triton, which the table names; another version is compared with nothing.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lineardit.kernels.window import triton_kernels as kernels
+from lineardit.kernels.window.triton_window import BACKWARD_TILES, FORWARD_TILES, Tiles, block_d, candidates
+
+TABLE = Path(__file__).parent / "results" / "kernel_resources.json"
+SHARED_MEMORY = {
+    80: 166_912,
+    86: 101_376,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    120: 101_376,
+}  # bytes a program may take
+DEFAULT_ARCHS = (80, 86, 90)
+HEAD_DIM = 128
+MEASURES = ("registers", "stack_bytes", "shared_bytes")
+POINTERS = {
+    "*fp32": {"LSE", "DELTA"},
+    "*i64": {"MASK_WORDS", "SHARED_WORDS"},
+    "*i32": {"QUERY_CORNERS", "KEY_CORNERS", "MASK_IDS", "COUNTS", "INSIDE"},
+}
+
+
+def constants(kernel: Any, tiles: Tiles) -> dict[str, Any]:
+    """What is fixed when a kernel is compiled."""
+    every = {
+        "Q_ROWS": tiles.query[0],
+        "Q_COLUMNS": tiles.query[1],
+        "K_ROWS": tiles.key[0],
+        "K_COLUMNS": tiles.key[1],
+        "BLOCK_Q": tiles.query[0] * tiles.query[1],
+        "BLOCK_K": tiles.key[0] * tiles.key[1],
+        "HEAD_DIM": HEAD_DIM,
+        "BLOCK_D": block_d(HEAD_DIM),
+        "PRECISION": "ieee",
+    }
+    return {name: value for name, value in every.items() if name in kernel.arg_names}
+
+
+def argument_type(kernel: Any, name: str) -> str:
+    """As Triton writes it."""
+    if name.isupper():
+        if kernel is kernels.window_grad_shared and name.startswith("GRAD_") and name != "GRAD_OUT":
+            return "*fp32"
+        return next((kind for kind, names in POINTERS.items() if name in names), "*bf16")
+    return "fp32" if name == "scale" else "i32"
+
+
+def compile_for(kernel: Any, tiles: Tiles, arch: int) -> dict[str, int]:
+    """Registers a thread, bytes of stack (spills) a thread, bytes of shared memory a program."""
+    fixed = constants(kernel, tiles)
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in fixed else argument_type(kernel, name) for name in names}
+    aligned = [
+        i for i, name in enumerate(names) if signature[name].startswith("*") or re.fullmatch(r"[a-z]+_[bhn]", name)
+    ]  # pointers and strides of tensors as diffusers lays them out
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in fixed.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, stack = cubin_usage(compiled.asm["cubin"])
+    return dict(zip(MEASURES, (registers, stack, compiled.metadata.shared), strict=True))
+
+
+def cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack of the only kernel in it, by the cuobjdump that Triton brings."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", run.stdout + run.stderr)[0]
+    return int(registers), int(stack)
+
+
+def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """One row for each kernel, with the first tiles for which all kernels of a direction fit."""
+    rows = {}
+    directions = {
+        FORWARD_TILES: (kernels.window_forward,),
+        BACKWARD_TILES: (kernels.window_grad_query, kernels.window_grad_key, kernels.window_grad_shared),
+    }
+    for every_tiles, members in directions.items():
+        for tiles in candidates(every_tiles, HEAD_DIM):
+            usages = {kernel.fn.__name__: compile_for(kernel, tiles, arch) for kernel in members}
+            if all(usage["shared_bytes"] <= SHARED_MEMORY[arch] for usage in usages.values()):
+                break
+            report(f"sm_{arch}: {tiles} do not fit")
+        for name, usage in usages.items():
+            shape = f"q{tiles.query[0]}x{tiles.query[1]} k{tiles.key[0]}x{tiles.key[1]}"
+            rows[f"sm_{arch} {name}"] = {"tiles": f"{shape} w{tiles.num_warps} s{tiles.num_stages}", **usage}
+            report(f"sm_{arch} {name:20} {rows[f'sm_{arch} {name}']}")
+    return rows
+
+
+def growth(rows: dict[str, dict[str, Any]], table: dict[str, dict[str, Any]]) -> list[str]:
+    """One sentence for each measure that is larger than in the table, and for other tiles."""
+    lines = [f"{name}: not in the table" for name in rows if name not in table]
+    for name in rows.keys() & table.keys():
+        if rows[name]["tiles"] != table[name]["tiles"]:
+            lines.append(f"{name}: tiles {rows[name]['tiles']}, in the table {table[name]['tiles']}")
+        lines += [
+            f"{name}: {measure} {rows[name][measure]}, in the table {table[name][measure]}"
+            for measure in MEASURES
+            if rows[name][measure] > table[name][measure]
+        ]
+    return sorted(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--archs", type=int, nargs="+", default=DEFAULT_ARCHS, choices=SHARED_MEMORY)
+    parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    rows = {name: row for arch in arguments.archs for name, row in rows_for(arch, print).items()}
+    stored = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": triton.__version__, "kernels": {}}
+    if arguments.write:
+        known = stored["kernels"] if stored["triton"] == triton.__version__ else {}
+        content = {"triton": triton.__version__, "kernels": dict(sorted({**known, **rows}.items()))}
+        TABLE.write_text(json.dumps(content, indent=2) + "\n")
+        return 0
+    if stored["triton"] != triton.__version__:
+        print(f"the table was made with Triton {stored['triton']}, this is {triton.__version__}: nothing compared")
+        return 0
+    lines = growth(rows, stored["kernels"])
+    print("\n".join(lines) if lines else "nothing grew")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""Window attention of image queries in Triton: forward, gradients of the queries, gradients of the keys.
+
+A program owns one tile of tokens and goes over the tiles that its list names (lists.py), in two flat loops, so that
+Triton can load ahead: first the tiles that every query sees whole, then those read through a mask.
+
+    tile    rectangle of the image, addressed in the row-major image itself: a corner token and a width; slots beyond
+            an edge are other tokens of the image, or clamped to its last one, and no mask lets them through
+    mask    one 64-bit word for each query of a tile: bit j is set if it sees key j of the key tile
+    shared  keys that all queries see (text, pooled tokens), in blocks before (unmasked) and after (masked) the tiles;
+            one word for each block stands for all queries
+
+Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
+Every pointer argument is followed in the signature by its strides over batch, head and token; the last axis has
+stride 1. Offsets are 64-bit. Sums are float32.
+"""
+
+import triton
+import triton.language as tl
+
+EXCLUDED = tl.constexpr(-1.0e30)  # logit of a pair that does not attend
+FLOOR = tl.constexpr(-1.0e20)  # the running maximum starts here, so that exp2(EXCLUDED - FLOOR) is 0
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile_tokens(corner, width, last, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS * COLUMNS] tokens of the tile, none beyond `last`."""
+    i_slot = tl.arange(0, ROWS * COLUMNS)
+    return tl.minimum(corner + (i_slot // COLUMNS) * width + i_slot % COLUMNS, last)
+
+
+@triton.jit
+def _tile_exists(corner, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS * COLUMNS] bool, False beyond the edge of the grid."""
+    i_slot = tl.arange(0, ROWS * COLUMNS)
+    row, column = (corner // width) % height, corner % width
+    return (row + i_slot // COLUMNS < height) & (column + i_slot % COLUMNS < width)
+
+
+@triton.jit
+def _load_rows(p_base, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[tokens, BLOCK_D] rows of one head; zeros beyond HEAD_DIM."""
+    i_d = tl.arange(0, BLOCK_D)
+    pointers = p_base + tokens.to(tl.int64)[:, None] * stride + i_d[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=i_d[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def _load_either(
+    is_shared, p_shared, shared_stride, p_image, image_stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows of the shared keys, or of the image's."""
+    stride = tl.where(is_shared, shared_stride, image_stride)
+    return _load_rows(tl.where(is_shared, p_shared, p_image), tokens, stride, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _store_rows(p_base, tokens, stride, rows, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    i_d = tl.arange(0, BLOCK_D)
+    pointers = p_base + tokens.to(tl.int64)[:, None] * stride + i_d[None, :]
+    tl.store(pointers, rows.to(p_base.dtype.element_ty), mask=exists[:, None] & (i_d[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def _head(pointer, i_batch, i_head, batch_stride, head_stride):
+    """Pointer to token 0 of one head."""
+    return pointer + i_batch.to(tl.int64) * batch_stride + i_head.to(tl.int64) * head_stride
+
+
+@triton.jit
+def _sees(words, BLOCK_K: tl.constexpr):
+    """[queries] words -> [queries, BLOCK_K] bool."""
+    return ((words[:, None] >> tl.arange(0, BLOCK_K)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _whole_tokens(
+    n, i_tile, KEY_CORNERS, list_len, width, last, shared_whole, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Keys of step `n` of the unmasked loop: (are they shared ones, tokens)."""
+    is_shared = n < shared_whole
+    corner = tl.load(KEY_CORNERS + i_tile * list_len + tl.maximum(n - shared_whole, 0))
+    shared_tokens = n * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS)
+    return is_shared, tl.where(is_shared, shared_tokens, _tile_tokens(corner, width, last, ROWS, COLUMNS))
+
+
+@triton.jit
+def _masked_tokens(
+    n,
+    i_tile,
+    i_batch,
+    inside,
+    border,
+    KEY_CORNERS,
+    MASK_IDS,
+    MASK_WORDS,
+    SHARED_WORDS,
+    list_len,
+    width,
+    last,
+    num_shared,
+    shared_whole,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Keys of step `n` of the masked loop: (are they shared ones, tokens, [BLOCK_Q] words)."""
+    BLOCK_K: tl.constexpr = ROWS * COLUMNS
+    is_shared = n >= border
+    entry = i_tile * list_len + inside + tl.minimum(n, border - 1)
+    corner, mask_id = tl.load(KEY_CORNERS + entry), tl.load(MASK_IDS + entry)
+    i_block = shared_whole + n - border
+    shared_tokens = tl.minimum(i_block * BLOCK_K + tl.arange(0, BLOCK_K), num_shared - 1)
+    tokens = tl.where(is_shared, shared_tokens, _tile_tokens(corner, width, last, ROWS, COLUMNS))
+    i_query = tl.arange(0, BLOCK_Q)
+    shared_word = i_batch * tl.cdiv(num_shared, BLOCK_K) + i_block
+    p_words = tl.where(is_shared, SHARED_WORDS + shared_word + i_query * 0, MASK_WORDS + mask_id * BLOCK_Q + i_query)
+    return is_shared, tokens, tl.load(p_words)
+
+
+@triton.jit
+def _online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION: tl.constexpr):
+    """One block of logits and values into the running maximum, sum and weighted sum of values."""
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_new_max[:, None])
+    b_shrink = tl.exp2(b_max - b_new_max)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
+    return b_acc, b_new_max, b_sum * b_shrink + tl.sum(b_p, 1)
+
+
+@triton.jit
+def window_forward(
+    Q, q_b, q_h, q_n,
+    K, k_b, k_h, k_n,
+    V, v_b, v_h, v_n,
+    SHARED_K, sk_b, sk_h, sk_n,
+    SHARED_V, sv_b, sv_h, sv_n,
+    OUT, out_b, out_h, out_n,
+    LSE,  # [B, H, N]
+    QUERY_CORNERS, KEY_CORNERS, MASK_IDS, COUNTS, INSIDE, MASK_WORDS, SHARED_WORDS,
+    num_heads, height, width, num_tokens, num_shared, shared_whole, list_len,
+    scale,
+    Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, K_ROWS: tl.constexpr, K_COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out and log-sum-exp of one tile of queries, one head."""
+    BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
+    BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
+    i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    p_k, p_v = _head(K, i_batch, i_head, k_b, k_h), _head(V, i_batch, i_head, v_b, v_h)
+    p_sk, p_sv = _head(SHARED_K, i_batch, i_head, sk_b, sk_h), _head(SHARED_V, i_batch, i_head, sv_b, sv_h)
+    last = num_tokens - 1
+
+    corner = tl.load(QUERY_CORNERS + i_tile)
+    queries = _tile_tokens(corner, width, last, Q_ROWS, Q_COLUMNS)
+    b_q = _load_rows(_head(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_Q], FLOOR, tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], tl.float32)
+
+    inside = tl.load(INSIDE + i_tile)
+    for n in tl.range(0, shared_whole + inside):
+        is_shared, keys = _whole_tokens(n, i_tile, KEY_CORNERS, list_len, width, last, shared_whole, K_ROWS, K_COLUMNS)
+        b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
+        b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_acc, b_max, b_sum = _online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+
+    border = tl.load(COUNTS + i_tile) - inside
+    for n in tl.range(0, border + tl.cdiv(num_shared, BLOCK_K) - shared_whole):
+        is_shared, keys, words = _masked_tokens(
+            n, i_tile, i_batch, inside, border, KEY_CORNERS, MASK_IDS, MASK_WORDS, SHARED_WORDS,
+            list_len, width, last, num_shared, shared_whole, K_ROWS, K_COLUMNS, BLOCK_Q,
+        )  # fmt: skip
+        b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
+        b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_s = tl.where(_sees(words, BLOCK_K), b_s, EXCLUDED)
+        b_acc, b_max, b_sum = _online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+
+    exists = _tile_exists(corner, height, width, Q_ROWS, Q_COLUMNS)
+    b_sum = tl.where(exists, b_sum, 1.0)  # a slot beyond the edge may have seen nothing
+    b_out = b_acc / b_sum[:, None]
+    _store_rows(_head(OUT, i_batch, i_head, out_b, out_h), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
+    o_lse = tl.program_id(1).to(tl.int64) * num_tokens
+    tl.store(LSE + o_lse + queries, (b_max + tl.log2(b_sum)) / LOG2_E, mask=exists)
+
+
+@triton.jit
+def window_grad_query(
+    GRAD_OUT, do_b, do_h, do_n,
+    Q, q_b, q_h, q_n,
+    K, k_b, k_h, k_n,
+    V, v_b, v_h, v_n,
+    SHARED_K, sk_b, sk_h, sk_n,
+    SHARED_V, sv_b, sv_h, sv_n,
+    OUT, out_b, out_h, out_n,
+    GRAD_Q, dq_b, dq_h, dq_n,
+    LSE, DELTA,  # [B, H, N]; DELTA = sum(out * grad_out) over the head dimension, written here for the other kernels
+    QUERY_CORNERS, KEY_CORNERS, MASK_IDS, COUNTS, INSIDE, MASK_WORDS, SHARED_WORDS,
+    num_heads, height, width, num_tokens, num_shared, shared_whole, list_len,
+    scale,
+    Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, K_ROWS: tl.constexpr, K_COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * sum_j ds_j k_j of one tile of queries, with p = exp(s - lse), ds = p (dout . v - delta)."""
+    BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
+    BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
+    i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    p_k, p_v = _head(K, i_batch, i_head, k_b, k_h), _head(V, i_batch, i_head, v_b, v_h)
+    p_sk, p_sv = _head(SHARED_K, i_batch, i_head, sk_b, sk_h), _head(SHARED_V, i_batch, i_head, sv_b, sv_h)
+    last = num_tokens - 1
+
+    corner = tl.load(QUERY_CORNERS + i_tile)
+    queries = _tile_tokens(corner, width, last, Q_ROWS, Q_COLUMNS)
+    exists = _tile_exists(corner, height, width, Q_ROWS, Q_COLUMNS)
+    b_q = _load_rows(_head(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_do = _load_rows(_head(GRAD_OUT, i_batch, i_head, do_b, do_h), queries, do_n, HEAD_DIM, BLOCK_D)
+    b_out = _load_rows(_head(OUT, i_batch, i_head, out_b, out_h), queries, out_n, HEAD_DIM, BLOCK_D)
+    o_lse = tl.program_id(1).to(tl.int64) * num_tokens
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+    tl.store(DELTA + o_lse + queries, b_delta, mask=exists)
+    b_lse = tl.load(LSE + o_lse + queries) * LOG2_E
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+
+    inside = tl.load(INSIDE + i_tile)
+    for n in tl.range(0, shared_whole + inside):
+        is_shared, keys = _whole_tokens(n, i_tile, KEY_CORNERS, list_len, width, last, shared_whole, K_ROWS, K_COLUMNS)
+        b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
+        b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_p = tl.exp2(b_s - b_lse[:, None])
+        b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+    border = tl.load(COUNTS + i_tile) - inside
+    for n in tl.range(0, border + tl.cdiv(num_shared, BLOCK_K) - shared_whole):
+        is_shared, keys, words = _masked_tokens(
+            n, i_tile, i_batch, inside, border, KEY_CORNERS, MASK_IDS, MASK_WORDS, SHARED_WORDS,
+            list_len, width, last, num_shared, shared_whole, K_ROWS, K_COLUMNS, BLOCK_Q,
+        )  # fmt: skip
+        b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
+        b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+    p_dq = _head(GRAD_Q, i_batch, i_head, dq_b, dq_h)
+    _store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION: tl.constexpr):
+    """What one block of queries adds to dk / scale and dv; `b_p` are the weights, [queries, BLOCK_K]."""
+    b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=PRECISION)
+    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
+    b_dk = tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
+def window_grad_key(
+    GRAD_OUT, do_b, do_h, do_n,
+    Q, q_b, q_h, q_n,
+    K, k_b, k_h, k_n,
+    V, v_b, v_h, v_n,
+    GRAD_K, dk_b, dk_h, dk_n,
+    GRAD_V, dv_b, dv_h, dv_n,
+    LSE, DELTA,
+    KEY_CORNERS, QUERY_CORNERS, MASK_IDS, COUNTS, MASK_WORDS,  # the same lists with the roles swapped
+    num_heads, height, width, num_tokens, list_len,
+    scale,
+    Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, K_ROWS: tl.constexpr, K_COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk = scale * sum_i ds_i q_i and dv = sum_i p_i dout_i of one tile of keys, over the queries that see it."""
+    BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
+    BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
+    i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    p_q, p_do = _head(Q, i_batch, i_head, q_b, q_h), _head(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    last = num_tokens - 1
+    o_lse = tl.program_id(1).to(tl.int64) * num_tokens
+
+    corner = tl.load(KEY_CORNERS + i_tile)
+    keys = _tile_tokens(corner, width, last, K_ROWS, K_COLUMNS)
+    b_k = _load_rows(_head(K, i_batch, i_head, k_b, k_h), keys, k_n, HEAD_DIM, BLOCK_D)
+    b_v = _load_rows(_head(V, i_batch, i_head, v_b, v_h), keys, v_n, HEAD_DIM, BLOCK_D)
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+
+    for n in tl.range(0, tl.load(COUNTS + i_tile)):
+        entry = i_tile * list_len + n
+        q_corner, mask_id = tl.load(QUERY_CORNERS + entry), tl.load(MASK_IDS + entry)
+        queries = _tile_tokens(q_corner, width, last, Q_ROWS, Q_COLUMNS)
+        words = tl.load(MASK_WORDS + mask_id * BLOCK_Q + tl.arange(0, BLOCK_Q))
+        b_q = _load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+        b_do = _load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+        b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_dk, b_dv = _key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+
+    exists = _tile_exists(corner, height, width, K_ROWS, K_COLUMNS)
+    p_dk, p_dv = _head(GRAD_K, i_batch, i_head, dk_b, dk_h), _head(GRAD_V, i_batch, i_head, dv_b, dv_h)
+    _store_rows(p_dk, keys, dk_n, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
+    _store_rows(p_dv, keys, dv_n, b_dv, exists, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def window_grad_shared(
+    GRAD_OUT, do_b, do_h, do_n,
+    Q, q_b, q_h, q_n,
+    SHARED_K, sk_b, sk_h, sk_n,
+    SHARED_V, sv_b, sv_h, sv_n,
+    GRAD_K, GRAD_V,  # [splits, B, H, S, HEAD_DIM] float32, to be summed over the splits
+    LSE, DELTA, SHARED_WORDS,
+    num_heads, num_tokens, num_shared, split_len,
+    scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of shared keys, over `split_len` image queries: a multiple of BLOCK_Q."""
+    i_block, i_split = tl.program_id(0), tl.program_id(2)
+    i_batch, i_head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    p_q, p_do = _head(Q, i_batch, i_head, q_b, q_h), _head(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    o_lse = tl.program_id(1).to(tl.int64) * num_tokens
+
+    slots = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    keys = tl.minimum(slots, num_shared - 1)
+    b_k = _load_rows(_head(SHARED_K, i_batch, i_head, sk_b, sk_h), keys, sk_n, HEAD_DIM, BLOCK_D)
+    b_v = _load_rows(_head(SHARED_V, i_batch, i_head, sv_b, sv_h), keys, sv_n, HEAD_DIM, BLOCK_D)
+    word = tl.load(SHARED_WORDS + i_batch * tl.cdiv(num_shared, BLOCK_K) + i_block)
+    seen = ((word >> tl.arange(0, BLOCK_K)) & 1) != 0
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+
+    first = i_split * split_len
+    for start in tl.range(first, tl.minimum(first + split_len, num_tokens), BLOCK_Q):
+        i_query = start + tl.arange(0, BLOCK_Q)
+        queries = tl.minimum(i_query, num_tokens - 1)
+        b_q = _load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+        b_do = _load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+        b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        attends = (i_query < num_tokens)[:, None] & seen[None, :]
+        b_p = tl.where(attends, tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_dk, b_dv = _key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+
+    o_out = (i_split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_shared * HEAD_DIM
+    exists = slots < num_shared
+    _store_rows(GRAD_K + o_out, keys, HEAD_DIM, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
+    _store_rows(GRAD_V + o_out, keys, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)

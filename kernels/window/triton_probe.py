@@ -1,0 +1,88 @@
+"""Which tiles the Triton kernels take on a device: the largest that fit there, tried once against the plain formula."""
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from .inputs import Inputs, token_major
+from .partial import PLAIN, Keys, attention_bias
+from .reference import window_mask
+from .triton_window import BACKWARD_TILES, FORWARD_TILES, Tiles, candidates, triton_backward, triton_forward
+
+GRID, RADIUS, NUM_SHARED = (35, 40), 14.0, 77
+MAX_ERROR = 0.05  # of the largest value; a wrong kernel is off by more than bfloat16 rounds
+
+
+@lru_cache
+def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Tiles, Tiles]:
+    """Of the forward and of the backward.
+
+    Raises:
+        RuntimeError: no tiles fit, or the kernels are wrong there.
+    """
+    forward, backward = candidates(FORWARD_TILES, head_dim), candidates(BACKWARD_TILES, head_dim)
+    if device.type == "cpu":  # Triton's interpreter, which has no limits
+        return forward[0], backward[0]
+    trial = _Trial(device, dtype, head_dim)
+    return _first_that_fits(forward, trial.forward_error), _first_that_fits(backward, trial.backward_error)
+
+
+def _first_that_fits(tiles: list[Tiles], error_of: Callable[[Tiles], float]) -> Tiles:
+    for candidate in tiles:
+        try:
+            error = error_of(candidate)
+        except OutOfResources as exception:
+            reason = str(exception)
+            continue
+        if error > MAX_ERROR:
+            raise RuntimeError(f"a trial differs from the reference by {error:.2g} of its largest value")
+        return candidate
+    raise RuntimeError(reason)
+
+
+class _Trial:
+    """A small window with tiles inside and on the border, whole blocks of shared keys and a rest."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int):
+        generator = torch.Generator().manual_seed(0)
+        self.num_tokens, self.scale = GRID[0] * GRID[1], head_dim**-0.5
+
+        def random(length: int) -> Tensor:
+            return torch.randn(1, 1, length, head_dim, generator=generator).to(device, dtype)
+
+        lengths = (self.num_tokens, self.num_tokens, self.num_tokens, NUM_SHARED, NUM_SHARED)
+        query, key, value, shared_key, shared_value = map(random, lengths)
+        self.inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask=None)
+        self.grad_out = random(self.num_tokens)
+        mask = F.pad(window_mask(GRID, RADIUS, 0, True, device), (0, NUM_SHARED), value=True)
+        self.query = query.float()
+        self.keys = Keys(
+            torch.cat([key, shared_key], 2).float(),
+            torch.cat([value, shared_value], 2).float(),
+            attention_bias(mask, torch.float32),
+        )
+        self.out, self.lse = PLAIN.forward(self.query, self.keys, self.scale)
+
+    def forward_error(self, tiles: Tiles) -> float:
+        out = token_major(self.inputs.query, self.num_tokens)
+        lse = triton_forward(self.inputs, out, GRID, RADIUS, self.scale, tiles)
+        return _relative_error([out, lse], [self.out, self.lse])
+
+    def backward_error(self, tiles: Tiles) -> float:
+        out = self.out.to(self.grad_out.dtype)
+        grads = triton_backward(self.grad_out, self.inputs, out, self.lse, GRID, RADIUS, self.scale, tiles)
+        expected = PLAIN.backward(self.grad_out.float(), self.query, self.keys, self.out, self.lse, self.scale)
+        grad_query, *grad_keys = expected
+        image, shared = zip(*(grad.split([self.num_tokens, NUM_SHARED], 2) for grad in grad_keys), strict=True)
+        return _relative_error(grads, [grad_query, *image, *shared])
+
+
+def _relative_error(computed: Iterable[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference, relative to the largest value of the same tensor; infinite for NaN."""
+    pairs = zip(computed, expected, strict=True)
+    errors = torch.stack([(ours.float() - theirs).abs().max() / theirs.abs().max() for ours, theirs in pairs])
+    return float(errors.nan_to_num(torch.inf).max())

@@ -1,0 +1,267 @@
+"""Window attention by the Triton kernels: tiles, lists on the device, launches.
+
+Two tile shapes: of queries (longer along one axis, the one that makes fewer pairs of tiles) and of keys (at most 64
+tokens, the bits of a mask word). The shapes of the backward may be smaller, since its kernels need more memory.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_kernels as kernels
+from .inputs import Inputs, token_major
+from .lists import circle_lists, mask_words, swapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tokens of a query tile and of a key tile, (rows, columns); warps of a program; stages of its loads."""
+
+    query: tuple[int, int]
+    key: tuple[int, int]
+    num_warps: int
+    num_stages: int
+
+
+SMALLER_TILES = (
+    Tiles(query=(8, 8), key=(8, 8), num_warps=8, num_stages=2),
+    Tiles(query=(8, 8), key=(4, 8), num_warps=4, num_stages=2),
+    Tiles(query=(8, 8), key=(4, 8), num_warps=4, num_stages=1),
+    Tiles(query=(4, 8), key=(4, 4), num_warps=4, num_stages=1),
+)
+FORWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=3), *SMALLER_TILES)
+BACKWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=2), *SMALLER_TILES)
+MAX_SUMS = (
+    2**14
+)  # float32 sums that a program can keep in registers: of a query tile, or of two gradients of a key tile
+
+
+def candidates(tiles: tuple[Tiles, ...], head_dim: int) -> list[Tiles]:
+    """Those whose sums stay in registers, the largest first."""
+    widest = MAX_SUMS // block_d(head_dim)
+    return [t for t in tiles if max(t.query[0] * t.query[1], 2 * t.key[0] * t.key[1]) <= widest]
+
+
+def block_d(head_dim: int) -> int:
+    """Width of a row inside the kernels: a power of two, at least 16 for the matrix units."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """The lists of one kind of tile on the device; a tile is told by the token in its corner."""
+
+    corners: Tensor  # [tiles] int32, of the tiles that own a list
+    listed: Tensor  # [tiles, longest list] int32, corners of the tiles in it
+    mask_ids: Tensor  # [tiles, longest list] int32
+    counts: Tensor  # [tiles] int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A window on one grid, cut into tiles."""
+
+    tiles: Tiles
+    by_query: Entries
+    inside: Tensor  # [query tiles] int32, how many at the front of a list need no mask
+    by_key: Entries
+    words: Tensor  # [masks, BLOCK_Q] int64
+
+
+@lru_cache(maxsize=8)
+def _window(grid: tuple[int, ...], radius: float, tiles: Tiles, device: torch.device) -> Window:
+    """Tiles with their longer side along the axis for which the lists are shorter."""
+    turned = replace(tiles, query=tiles.query[::-1])
+    choices = [(tiles, circle_lists(grid, radius, query_tile=tiles.query, key_tile=tiles.key))]
+    if turned != tiles:
+        choices.append((turned, circle_lists(grid, radius, query_tile=turned.query, key_tile=turned.key)))
+    tiles, lists = min(choices, key=lambda choice: int(choice[1].counts.sum()))
+    by_key = swapped(lists)
+    query_corners, key_corners = lists.query_tokens[:, 0], lists.key_tokens[:, 0]
+
+    def on_device(tensor: Tensor) -> Tensor:
+        return tensor.int().contiguous().to(device)
+
+    return Window(
+        tiles=tiles,
+        by_query=Entries(
+            corners=on_device(query_corners),
+            listed=on_device(key_corners[lists.key_tiles]),
+            mask_ids=on_device(lists.mask_ids),
+            counts=on_device(lists.counts),
+        ),
+        inside=on_device(lists.inside),
+        by_key=Entries(
+            corners=on_device(key_corners),
+            listed=on_device(query_corners[by_key.query_tiles]),
+            mask_ids=on_device(by_key.mask_ids),
+            counts=on_device(by_key.counts),
+        ),
+        words=mask_words(lists.masks).to(device),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Launch:
+    """What every kernel of one call is given."""
+
+    window: Window
+    shared_words: Tensor  # [B, blocks of shared keys] int64
+    shared_whole: int  # leading blocks without a mask
+    constants: dict[str, Any]
+
+
+def _prepare(inputs: Inputs, grid: Sequence[int], radius: float, tiles: Tiles) -> _Launch:
+    query = inputs.query
+    head_dim = query.shape[3]
+    window = _window(tuple(grid), radius, tiles, query.device)
+    block = tiles.key[0] * tiles.key[1]
+    num_shared, mask = inputs.shared_key.shape[2], inputs.shared_mask
+    seen = query.new_ones(query.shape[0], num_shared, dtype=torch.bool) if mask is None else mask
+    padded = torch.nn.functional.pad(seen, (0, -num_shared % block))
+    return _Launch(
+        window=window,
+        shared_words=mask_words(padded.unflatten(1, (-1, block))),
+        shared_whole=num_shared // block if mask is None else 0,
+        constants={
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": block_d(head_dim),
+            "PRECISION": "ieee",
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+        },
+    )
+
+
+def _tile_constants(tiles: Tiles) -> dict[str, int]:
+    names = ("Q_ROWS", "Q_COLUMNS", "K_ROWS", "K_COLUMNS")
+    return dict(zip(names, (*tiles.query, *tiles.key), strict=True))
+
+
+def _with_strides(*tensors: Tensor) -> list[Any]:
+    """Each tensor and its strides over batch, head and token."""
+    return [item for tensor in tensors for item in (tensor, *tensor.stride()[:3])]
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where a token's row is one piece of memory, else a copy."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def triton_forward(
+    inputs: Inputs, out: Tensor, grid: Sequence[int], radius: float, scale: float, tiles: Tiles
+) -> Tensor:
+    """Fill `out` [B, H, N, D], whose rows are dense; returns the log-sum-exp [B, H, N], float32."""
+    launch = _prepare(inputs, grid, radius, tiles)
+    tensors = [_dense_rows(tensor) for tensor in inputs[:5]]
+    batch, num_heads, num_tokens, _ = inputs.query.shape
+    lse = out.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
+    window, lists = launch.window, launch.window.by_query
+    with _device_of(out):
+        kernels.window_forward[len(lists.counts), batch * num_heads](
+            *_with_strides(*tensors, out),
+            lse,
+            *(lists.corners, lists.listed, lists.mask_ids, lists.counts, window.inside),
+            *(window.words, launch.shared_words),
+            *(num_heads, *grid[-2:], num_tokens, inputs.shared_key.shape[2], launch.shared_whole),
+            lists.listed.shape[1],
+            scale,
+            **_tile_constants(window.tiles),
+            **launch.constants,
+        )
+    return lse
+
+
+def triton_backward(
+    grad_out: Tensor,
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    grid: Sequence[int],
+    radius: float,
+    scale: float,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `triton_forward` left them."""
+    launch = _prepare(inputs, grid, radius, tiles)
+    query, key, value, shared_key, shared_value = (_dense_rows(tensor) for tensor in inputs[:5])
+    grad_out = _dense_rows(grad_out)
+    batch, num_heads, num_tokens, _ = query.shape
+    grads = [token_major(query, num_tokens) for _ in range(3)]
+    delta = torch.empty_like(lse)
+    window, lists, by_key = launch.window, launch.window.by_query, launch.window.by_key
+    tile_constants = _tile_constants(window.tiles)
+    with _device_of(query):
+        kernels.window_grad_query[len(lists.counts), batch * num_heads](
+            *_with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0]),
+            *(lse, delta),
+            *(lists.corners, lists.listed, lists.mask_ids, lists.counts, window.inside),
+            *(window.words, launch.shared_words),
+            *(num_heads, *grid[-2:], num_tokens, shared_key.shape[2], launch.shared_whole),
+            lists.listed.shape[1],
+            scale,
+            **tile_constants,
+            **launch.constants,
+        )
+        kernels.window_grad_key[len(by_key.counts), batch * num_heads](
+            *_with_strides(grad_out, query, key, value, *grads[1:]),
+            *(lse, delta),
+            *(by_key.corners, by_key.listed, by_key.mask_ids, by_key.counts, window.words),
+            *(num_heads, *grid[-2:], num_tokens, by_key.listed.shape[1]),
+            scale,
+            **tile_constants,
+            **launch.constants,
+        )
+        shared = (query, shared_key, shared_value, lse, delta)
+        grad_shared_key, grad_shared_value = _shared_gradients(grad_out, *shared, launch, scale)
+    return grads[0], grads[1], grads[2], grad_shared_key, grad_shared_value
+
+
+def _shared_gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    shared_key: Tensor,
+    shared_value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    launch: _Launch,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of shared_key and shared_value: partial sums over parts of the image, then their sum, no atomics."""
+    batch, num_heads, num_shared, head_dim = shared_key.shape
+    if num_shared == 0:
+        return torch.empty_like(shared_key), torch.empty_like(shared_value)
+    num_tokens, tiles = query.shape[2], launch.window.tiles
+    block_q, block_k = tiles.query[0] * tiles.query[1], tiles.key[0] * tiles.key[1]
+    blocks, query_blocks = triton.cdiv(num_shared, block_k), triton.cdiv(num_tokens, block_q)
+    splits = min(query_blocks, triton.cdiv(_programs_wanted(query.device), blocks * batch * num_heads))
+    split_len = triton.cdiv(query_blocks, splits) * block_q
+    splits = triton.cdiv(num_tokens, split_len)
+    partial = query.new_empty(2, splits, batch, num_heads, num_shared, head_dim, dtype=torch.float32)
+    kernels.window_grad_shared[blocks, batch * num_heads, splits](
+        *_with_strides(grad_out, query, shared_key, shared_value),
+        *(*partial, lse, delta, launch.shared_words),
+        *(num_heads, num_tokens, num_shared, split_len),
+        scale,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        **launch.constants,
+    )
+    grad_key, grad_value = partial
+    return grad_key.sum(0).to(shared_key.dtype), grad_value.sum(0).to(shared_value.dtype)
+
+
+def _programs_wanted(device: torch.device) -> int:
+    """Four for each multiprocessor, so that none idles long at the end."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels run on the tensor's card, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

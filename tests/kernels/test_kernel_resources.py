@@ -1,0 +1,39 @@
+"""The Triton kernels compile for the GPUs that users have, and take no more registers or memory than the table says."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+
+
+@pytest.mark.parametrize(
+    "arch", [80, 86, 90, pytest.param(100, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
+)
+def test_kernels_compile_within_the_committed_resources(arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "--archs", str(arch)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"sm_{arch} window_forward" in run.stdout
+
+
+def test_growth_names_what_grew():
+    spec = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    row = {"tiles": "q8x16 k8x8 w8 s2", "registers": 200, "stack_bytes": 0, "shared_bytes": 1000}
+    assert module.growth({"a": row}, {"a": row}) == []
+    assert module.growth({"a": {**row, "registers": 100}}, {"a": row}) == []
+    assert module.growth({"a": {**row, "stack_bytes": 8}}, {"a": row}) == ["a: stack_bytes 8, in the table 0"]
+    assert module.growth({"a": {**row, "tiles": "q8x8"}}, {"a": row}) == [
+        "a: tiles q8x8, in the table q8x16 k8x8 w8 s2"
+    ]
+    assert module.growth({"a": row}, {}) == ["a: not in the table"]

@@ -1,0 +1,192 @@
+"""Triton's window attention in the interpreter: outputs and gradients against float64, tiles, fallbacks."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from window_case import Case
+
+from lineardit.kernels.window import choose, choose_impl, window_attention
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from lineardit.kernels.window import operator, triton_probe, triton_window
+from lineardit.kernels.window.lists import circle_lists, mask_words, swapped
+from lineardit.kernels.window.reference import window_mask
+from lineardit.kernels.window.triton_window import BACKWARD_TILES, FORWARD_TILES, SMALLER_TILES, candidates
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+CASES = [
+    (
+        Case(grid=(13, 21), radius=5, text_len=7, text_first=False, masked=True, batch=2, num_pooled=3, head_dim=24),
+        FP32,
+    ),
+    (Case(grid=(16, 25), radius=26, text_len=77, num_heads=1, head_dim=16), FP32),  # tiles that need no mask
+    (Case(grid=(2, 9, 20), radius=2.5, head_dim=16), FP16),
+    (Case(grid=(1, 40), radius=4, text_len=77, num_heads=1, head_dim=72), BF16),
+    (Case(grid=(20, 9), radius=4, text_len=64, num_heads=1, head_dim=128, contiguous=False), BF16),
+    (Case(grid=(5, 9), radius=3.3, text_len=5, num_heads=1, head_dim=256), FP16),
+]
+
+
+@pytest.mark.parametrize("case, dtype", CASES, ids=lambda item: str(item).removeprefix("torch."))
+def test_window_attention_triton_matches_reference(case, dtype, bf16_in_interpreter):
+    case.matches_reference(dtype, impl="triton")
+
+
+@settings(max_examples=6)
+@given(
+    case=st.builds(
+        Case,
+        grid=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+        radius=st.floats(0.5, 12),
+        text_len=st.integers(1, 70),
+        text_first=st.booleans(),
+        masked=st.booleans(),
+        num_heads=st.just(1),
+        batch=st.integers(1, 2),
+        head_dim=st.sampled_from([3, 16, 40]),
+    ),
+    dtype=st.sampled_from([FP32, FP16]),
+)
+def test_window_attention_triton_matches_reference_anywhere(case, dtype):
+    case.matches_reference(dtype, impl="triton")
+
+
+@pytest.mark.parametrize("tiles", SMALLER_TILES, ids=lambda t: f"q{t.query}-k{t.key}-s{t.num_stages}")
+def test_window_attention_triton_matches_reference_with_smaller_tiles(tiles, monkeypatch):
+    monkeypatch.setattr(triton_probe, "tiles_for", lambda *_: (tiles, tiles))
+    Case(grid=(9, 11), radius=3, text_len=5, num_heads=1, head_dim=16).matches_reference(FP32, impl="triton")
+
+
+def test_window_attention_op_returns_the_log_sum_exp():
+    case = Case(grid=(9, 14), radius=4, num_heads=2, head_dim=16)
+    query, key, value = case.tensors(FP32)
+    text = query[:, :, :0]
+    arguments = (text, True, query, key, value, text, text, None, case.grid, 4.0, 0.3, "triton")
+    _, lse = operator.window_attention_op(*arguments)
+    logits = (0.3 * query.double() @ key.double().transpose(2, 3)).masked_fill(
+        ~window_mask(case.grid, 4.0, 0, True, query.device), -math.inf
+    )
+    torch.testing.assert_close(lse, logits.logsumexp(-1).float())
+
+
+def test_window_attention_op_passes_opcheck_with_triton():
+    case = Case(grid=(3, 9), radius=2, text_len=4, masked=True, num_heads=1, head_dim=16)
+    tensors = case.tensors(FP32)
+    text, image = zip(*(tensor.split([4, 27], dim=2) for tensor in tensors), strict=True)
+    text, image = ([tensor.detach().requires_grad_() for tensor in part] for part in (text, image))
+    arguments = (text[0], True, *image, *text[1:], case.text_mask(), case.grid, 2.0, 0.5, "triton")
+    torch.library.opcheck(operator.window_attention_op, arguments)
+
+
+def test_window_attention_triton_compiles_whole_and_is_deterministic():
+    case = Case(grid=(5, 9), radius=2, text_len=3, num_heads=1, head_dim=16)
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(FP32)]
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return case.run(window_attention, *tensors, impl="triton")
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    results = [
+        (out := function(*leaves), *torch.autograd.grad(out.square().sum(), leaves)) for function in (attend, compiled)
+    ]
+    for eager, other in zip(*results, strict=True):
+        assert torch.equal(eager, other)
+
+
+def test_swapped_lists_hold_the_same_pairs_of_tiles():
+    lists = circle_lists((20, 23), 9, query_tile=(4, 8), key_tile=(3, 2))
+    other = swapped(lists)
+    pairs = {
+        (tile, int(key), int(mask))
+        for tile, count in enumerate(lists.counts)
+        for key, mask in zip(lists.key_tiles[tile, :count], lists.mask_ids[tile, :count], strict=True)
+    }
+    swapped_pairs = [
+        (int(query), tile, int(mask))
+        for tile, count in enumerate(other.counts)
+        for query, mask in zip(other.query_tiles[tile, :count], other.mask_ids[tile, :count], strict=True)
+    ]
+    assert len(swapped_pairs) == len(pairs) and set(swapped_pairs) == pairs
+
+
+def test_mask_words_hold_each_bit():
+    masks = torch.rand(3, 5, 64) > 0.5
+    words = mask_words(masks)
+    assert torch.equal((words[..., None] >> torch.arange(64)) & 1 == 1, masks)
+
+
+def test_candidates_keep_the_sums_in_registers():
+    assert candidates(FORWARD_TILES, 128)[0].query == (8, 16)
+    assert candidates(FORWARD_TILES, 129)[0].query == (8, 8)
+    for head_dim in (1, 16, 128, 256):
+        assert candidates(BACKWARD_TILES, head_dim)
+
+
+def test_first_that_fits_takes_the_next_smaller_tiles():
+    def error_of(tiles: triton_window.Tiles) -> float:
+        if tiles is FORWARD_TILES[0]:
+            raise OutOfResources(200_000, 101_376, "shared memory")
+        return 0.01
+
+    assert triton_probe._first_that_fits(list(FORWARD_TILES), error_of) is FORWARD_TILES[1]
+    with pytest.raises(RuntimeError, match="shared memory"):
+        triton_probe._first_that_fits(list(FORWARD_TILES[:1]), error_of)
+    with pytest.raises(RuntimeError, match="differs from the reference"):
+        triton_probe._first_that_fits(list(FORWARD_TILES), lambda _: 0.3)
+
+
+@pytest.mark.slow
+def test_trial_finds_the_kernels_right_and_a_wrong_scale_wrong():
+    trial = triton_probe._Trial(torch.device("cpu"), FP32, 16)
+    tiles = FORWARD_TILES[0]
+    assert trial.forward_error(tiles) < 1e-5 and trial.backward_error(tiles) < 1e-5
+    trial.scale *= 1.5
+    assert trial.forward_error(tiles) > triton_probe.MAX_ERROR
+    assert trial.backward_error(tiles) > triton_probe.MAX_ERROR
+
+
+@pytest.mark.parametrize(
+    "device, dtype, head_dim, reason",
+    [
+        ("meta", FP32, 64, "needs a CUDA device, got meta"),
+        ("cpu", torch.float64, 64, "got torch.float64"),
+        ("cpu", FP32, 257, "head dimensions up to 256, got 257"),
+    ],
+)
+def test_require_triton_tells_why_it_cannot_run(device, dtype, head_dim, reason):
+    query = torch.empty(1, 1, 15, head_dim, dtype=dtype, device=device)
+    with pytest.raises(ValueError, match=reason):
+        window_attention(query, query, query, grid=(3, 5), radius=2, impl="triton")
+
+
+def test_require_triton_needs_a_cuda_device_outside_of_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "needs a CUDA device, got cpu" in choose._why_not_triton.__wrapped__(torch.device("cpu"), FP32, 64)
+
+
+def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog):
+    def failing(*_: object) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(triton_probe, "tiles_for", failing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tiny GPU")
+    choose._why_not_triton.cache_clear()
+    for _ in range(2):
+        assert choose.why_not_triton(torch.device("cuda"), BF16, 64) == "on Tiny GPU: out of resource: shared memory"
+    choose._why_not_triton.cache_clear()
+    assert caplog.text.count("falls back to plain PyTorch") == 1
+
+
+@pytest.mark.parametrize("reason, expected", [(None, "triton"), ("it broke", "tiled")])
+def test_choose_impl_prefers_triton_on_cuda(reason, expected, monkeypatch):
+    monkeypatch.setattr(choose, "why_not_triton", lambda *_: reason)
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=BF16, shape=(1, 24, 4608, 128))
+    assert choose_impl(query, grid=(64, 64), radius=8, text_len=512) == expected
