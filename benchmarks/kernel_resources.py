@@ -109,7 +109,7 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
         BACKWARD_TILES: (kernels.window_grad_query, kernels.window_grad_key, kernels.window_grad_shared),
     }
     for every_tiles, members in directions.items():
-        for tiles in candidates(every_tiles, HEAD_DIM):
+        for tiles in candidates(every_tiles, HEAD_DIM, arch):
             usages = {kernel.fn.__name__: compile_for(kernel, tiles, arch) for kernel in members}
             if all(usage["shared_bytes"] <= SHARED_MEMORY[arch] for usage in usages.values()):
                 break

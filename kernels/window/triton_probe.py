@@ -24,8 +24,10 @@ def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
     Raises:
         RuntimeError: no tiles fit, or the kernels are wrong there.
     """
-    forward, backward = candidates(FORWARD_TILES, head_dim), candidates(BACKWARD_TILES, head_dim)
-    if device.type == "cpu":  # Triton's interpreter, which has no limits
+    interpreted = device.type == "cpu"  # without limits
+    major, minor = (9, 0) if interpreted else torch.cuda.get_device_capability(device)
+    forward, backward = (candidates(t, head_dim, 10 * major + minor) for t in (FORWARD_TILES, BACKWARD_TILES))
+    if interpreted:
         return forward[0], backward[0]
     trial = _Trial(device, dtype, head_dim)
     return _first_that_fits(forward, trial.forward_error), _first_that_fits(backward, trial.backward_error)

@@ -27,6 +27,7 @@ class Tiles:
     key: tuple[int, int]
     num_warps: int
     num_stages: int
+    min_arch: int = 0  # compute capability (90 for 9.0) from which on they are worth trying
 
 
 SMALLER_TILES = (
@@ -36,16 +37,17 @@ SMALLER_TILES = (
     Tiles(query=(4, 8), key=(4, 4), num_warps=4, num_stages=1),
 )
 FORWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=3), *SMALLER_TILES)
-BACKWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=2), *SMALLER_TILES)
+# Compiled for 8.0, the larger ones spill 1.5 KB a thread (benchmarks/kernel_resources.py).
+BACKWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=2, min_arch=90), *SMALLER_TILES)
 MAX_SUMS = (
     2**14
 )  # float32 sums that a program can keep in registers: of a query tile, or of two gradients of a key tile
 
 
-def candidates(tiles: tuple[Tiles, ...], head_dim: int) -> list[Tiles]:
+def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int) -> list[Tiles]:
     """Those whose sums stay in registers, the largest first."""
     widest = MAX_SUMS // block_d(head_dim)
-    return [t for t in tiles if max(t.query[0] * t.query[1], 2 * t.key[0] * t.key[1]) <= widest]
+    return [t for t in tiles if max(t.query[0] * t.query[1], 2 * t.key[0] * t.key[1]) <= widest and arch >= t.min_arch]
 
 
 def block_d(head_dim: int) -> int:

@@ -124,10 +124,12 @@ def test_mask_words_hold_each_bit():
 
 
 def test_candidates_keep_the_sums_in_registers():
-    assert candidates(FORWARD_TILES, 128)[0].query == (8, 16)
-    assert candidates(FORWARD_TILES, 129)[0].query == (8, 8)
+    assert candidates(FORWARD_TILES, 128, 80)[0].query == (8, 16)
+    assert candidates(FORWARD_TILES, 129, 80)[0].query == (8, 8)
+    assert candidates(BACKWARD_TILES, 128, 90)[0].query == (8, 16)
+    assert candidates(BACKWARD_TILES, 128, 80)[0].query == (8, 8)
     for head_dim in (1, 16, 128, 256):
-        assert candidates(BACKWARD_TILES, head_dim)
+        assert candidates(BACKWARD_TILES, head_dim, 80)
 
 
 def test_first_that_fits_takes_the_next_smaller_tiles():
