@@ -28,7 +28,7 @@ def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len
     1. On a CUDA device "triton", where its kernels run and agree with the reference; else "tiled", with a warning.
     2. On another device than a CPU, or traced by `torch.compile`, so that one graph serves all grids: "tiled".
     3. "masked" where tiles would save too little for the work they make: up to 256 image tokens, and up to 4096 of them
-       where a tile reads more than 65% of all keys. Measured on 2 cores, 4 heads of 64, radius 4 to 32.
+       where a tile reads more than 55% of all keys. Measured on 2 cores, 4 heads of 64, radius 4 to 32.
     4. Else "tiled".
     """
     if query.device.type == "cuda":
@@ -41,7 +41,7 @@ def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len
     reach = math.ceil(radius) - 1
     frames = image_len // (height * width)
     read = frames * _mean_reach(height, rows, reach) * _mean_reach(width, columns, reach)
-    return "masked" if image_len <= 256 or read + text_len > 0.65 * (image_len + text_len) else "tiled"
+    return "masked" if image_len <= 256 or read + text_len > 0.55 * (image_len + text_len) else "tiled"
 
 
 def require_triton(query: Tensor) -> None:

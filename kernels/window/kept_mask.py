@@ -1,6 +1,6 @@
-"""`lineardit::window_mask`: the reference's mask, kept for the windows that were used last.
+"""The reference's mask, kept for the windows that were used last.
 
-An operator, so that the compiler may call it with symbolic sizes, and what is kept never belongs to a trace.
+For the compiler it comes from an operator, `lineardit::window_mask`, which takes symbolic sizes and hands out copies.
 """
 
 import math
@@ -13,17 +13,24 @@ from torch import Tensor
 from .reference import window_mask
 
 
+def kept_window_mask(like: Tensor, grid: Sequence[int], radius: float, text_len: int, text_first: bool) -> Tensor:
+    """[N, N] bool on the device of `like`, to be read only."""
+    if torch.compiler.is_compiling():
+        return window_mask_op(like, grid, radius, text_len, text_first)
+    return _kept(tuple(grid), radius, text_len, text_first, like.device)
+
+
 @torch.library.custom_op(
     "lineardit::window_mask",
     mutates_args=(),
     schema="(Tensor like, SymInt[] grid, float radius, SymInt text_len, bool text_first) -> Tensor",
 )
-def kept_window_mask(like: Tensor, grid: Sequence[int], radius: float, text_len: int, text_first: bool) -> Tensor:
+def window_mask_op(like: Tensor, grid: Sequence[int], radius: float, text_len: int, text_first: bool) -> Tensor:
     """[N, N] bool on the device of `like`; a copy, since an operator owns what it returns."""
     return _kept(tuple(grid), radius, text_len, text_first, like.device).clone()
 
 
-@kept_window_mask.register_fake
+@window_mask_op.register_fake
 def _(like, grid, radius, text_len, text_first):  # type: ignore[no-untyped-def]
     num_tokens = text_len + math.prod(grid)
     return like.new_empty(num_tokens, num_tokens, dtype=torch.bool)
@@ -31,4 +38,5 @@ def _(like, grid, radius, text_len, text_first):  # type: ignore[no-untyped-def]
 
 @lru_cache(maxsize=4)
 def _kept(grid: tuple[int, ...], radius: float, text_len: int, text_first: bool, device: torch.device) -> Tensor:
-    return window_mask(grid, radius, text_len, text_first, device)
+    with torch.inference_mode(False):  # a mask first made for inference serves training as well
+        return window_mask(grid, radius, text_len, text_first, device)

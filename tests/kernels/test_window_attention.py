@@ -22,7 +22,7 @@ from lineardit.kernels.window import (
     tiled,
     window_attention,
 )
-from lineardit.kernels.window.kept_mask import kept_window_mask
+from lineardit.kernels.window.kept_mask import kept_window_mask, window_mask_op
 from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
 from lineardit.kernels.window.reference import window_mask
 
@@ -320,10 +320,10 @@ def test_window_attention_op_passes_opcheck():
     assert not lse.requires_grad
 
 
-def test_kept_window_mask_passes_opcheck_and_is_never_shared():
+def test_window_mask_op_passes_opcheck_and_is_never_shared():
     arguments = (torch.zeros(1), (3, 5), 2.0, 4, True)
-    torch.library.opcheck(kept_window_mask, arguments)
-    kept_window_mask(*arguments).fill_(False)
+    torch.library.opcheck(window_mask_op, arguments)
+    window_mask_op(*arguments).fill_(False)
     assert torch.equal(kept_window_mask(*arguments), window_mask((3, 5), 2.0, 4, True, torch.device("cpu")))
 
 
