@@ -188,7 +188,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the checkpoint and the loss log")
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--vae", type=Path, help="autoencoder from train_vae; all else starts from random weights")
-    start.add_argument("--init", type=Path, help="a pipeline to go on from, with fresh optimizer state")
+    start.add_argument(
+        "--init", type=Path, help="a pipeline to go on from, with fresh optimizer state; its T5 encoder stays as it is"
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--learning-rate", type=float, default=1.0, help="times the settings' own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,8 +10,8 @@ Triton can load ahead: first the tiles that every query sees whole, then those r
             one word for each block stands for all queries
 
 Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
-Every pointer argument is followed in the signature by its strides over batch, head and token; the last axis has
-stride 1. Offsets are 64-bit. Sums are float32.
+Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token; the last axis has
+stride 1. Offsets into them are 64-bit. The lists are those of `Entries` in triton_window.py. Sums are float32.
 """
 
 import triton

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from .inputs import Inputs, token_major
 from .partial import PLAIN, Keys, attention_bias
@@ -37,7 +37,7 @@ def _first_that_fits(tiles: list[Tiles], error_of: Callable[[Tiles], float]) -> 
     for candidate in tiles:
         try:
             error = error_of(candidate)
-        except OutOfResources as exception:
+        except TritonError as exception:  # it needs too much, or does not compile
             reason = str(exception)
             continue
         if error > MAX_ERROR:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -39,9 +40,8 @@ SMALLER_TILES = (
 FORWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=3), *SMALLER_TILES)
 # Compiled for 8.0, the larger ones spill 1.5 KB a thread (benchmarks/kernel_resources.py).
 BACKWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=2, min_arch=90), *SMALLER_TILES)
-MAX_SUMS = (
-    2**14
-)  # float32 sums that a program can keep in registers: of a query tile, or of two gradients of a key tile
+# float32 sums that fit the registers of a program: of one query tile, or of the two gradients of a key tile.
+MAX_SUMS = 2**14
 
 
 def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int) -> list[Tiles]:
@@ -125,11 +125,13 @@ def _prepare(inputs: Inputs, grid: Sequence[int], radius: float, tiles: Tiles) -
     window = _window(tuple(grid), radius, tiles, query.device)
     block = tiles.key[0] * tiles.key[1]
     num_shared, mask = inputs.shared_key.shape[2], inputs.shared_mask
-    seen = query.new_ones(query.shape[0], num_shared, dtype=torch.bool) if mask is None else mask
-    padded = torch.nn.functional.pad(seen, (0, -num_shared % block))
+    if mask is None:
+        words = _words_of_all(query.shape[0], num_shared, block, query.device)
+    else:
+        words = _shared_words(mask, block)
     return _Launch(
         window=window,
-        shared_words=mask_words(padded.unflatten(1, (-1, block))),
+        shared_words=words,
         shared_whole=num_shared // block if mask is None else 0,
         constants={
             "HEAD_DIM": head_dim,
@@ -139,6 +141,17 @@ def _prepare(inputs: Inputs, grid: Sequence[int], radius: float, tiles: Tiles) -
             "num_stages": tiles.num_stages,
         },
     )
+
+
+def _shared_words(mask: Tensor, block: int) -> Tensor:
+    """[B, S] bool -> [B, blocks] words; the keys missing from the last block are not seen."""
+    return mask_words(F.pad(mask, (0, -mask.shape[1] % block)).unflatten(1, (-1, block)))
+
+
+@lru_cache(maxsize=8)
+def _words_of_all(batch: int, num_shared: int, block: int, device: torch.device) -> Tensor:
+    """Of shared keys without a mask: the same in every layer and step."""
+    return _shared_words(torch.ones(batch, num_shared, dtype=torch.bool, device=device), block)
 
 
 def _tile_constants(tiles: Tiles) -> dict[str, int]:

@@ -1,0 +1,34 @@
+"""What the tiny pipeline is trained on: words that tell their object, and positions of the first phase."""
+
+import pytest
+import torch
+
+from lineardit.examples.tiny_flux import scenes
+from lineardit.examples.tiny_flux.flow import image_positions
+from lineardit.examples.tiny_flux.train_text import TOLD, label_tensor, words_and_objects
+
+
+def test_words_and_objects_label_every_word_with_its_object():
+    captions, labels = words_and_objects(0, 40)
+    for caption, row in zip(captions, labels, strict=True):
+        objects = {(item.colour, item.shape, item.cell): item for item in scenes.parse(caption).objects}
+        told = [item and tuple(names[i] for names, i in zip(TOLD, item, strict=True)) for item in row]
+        words = caption.split()
+        for item in objects:
+            phrase = " ".join(word for word, label in zip(words, told, strict=False) if label == item)
+            assert phrase == objects[item].phrase
+        others = [word for word, label in zip(words, told, strict=False) if label is None] + words[len(told) :]
+        assert " ".join(others).startswith("and on" if len(objects) == 2 else "on")
+
+
+def test_label_tensor_leaves_out_what_is_no_object():
+    out = label_tensor([[(1, 2, 3), None]], 3)
+    assert out.tolist() == [[[1, 2, 3], [-100] * 3, [-100] * 3]]
+
+
+@pytest.mark.parametrize("stride, expected", [(1, [0.0, 1.0, 2.0]), (2, [0.5, 2.5, 4.5])])
+def test_image_positions_stand_in_the_middle_of_what_they_replace(stride, expected):
+    positions = image_positions(2, 3, stride)
+    assert positions[:3, 2].tolist() == expected
+    assert positions[:, 1].tolist() == [expected[0]] * 3 + [expected[1]] * 3
+    assert torch.equal(positions[:, 0], torch.zeros(6))
