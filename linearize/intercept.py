@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
 from .layout import Layout, text_mask_of
+from .parallel import join_shares, refuse_gradients, share_out, share_sizes, ulysses_degree
 from .seam import Site, rewind_before_backward
+
+_SKIPS_SCORES = "AttentionScoreSkipFunctionMode"  # diffusers.hooks.layer_skip
 
 
 class LinearAttention:
@@ -30,17 +33,13 @@ class LinearAttention:
         state = self._lineardit_site.state
         if not state.enabled:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        processor = getattr(self, "processor", None)
-        if getattr(processor, "_parallel_config", None) is not None:
-            raise LayoutError(
-                "context parallelism splits and reorders the tokens, which a window cannot follow yet: disable it, or "
-                "run this call inside `with dense(model):`"
-            )
+        degree = ulysses_degree(getattr(self, "processor", None))
         intercept = _Intercept(self)
         with intercept:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if intercept.hits != 1:
             raise KernelNotReachedError(_diagnosis(self, intercept.hits))
+        refuse_gradients(degree, output)
         if not torch.compiler.is_compiling():
             rewind_before_backward(state, output)
         return output
@@ -118,6 +117,9 @@ class _Intercept(TorchFunctionMode):
             # cross-attention, or an image prompt beside the text
             return func(*args, **kwargs)
         self.hits += 1
+        if any(type(mode).__name__ == _SKIPS_SCORES for mode in _get_current_function_mode_stack()):
+            # the layers that guidance perturbs (LayerSkipConfig): the values are the answer, and no score is computed
+            return func(*args, **kwargs)
         return _attend(self.attention, *args, **kwargs)
 
 
@@ -154,13 +156,28 @@ def _attend(
         )
     if is_causal or dropout_p > 0:
         raise LayoutError(f"{attention._lineardit_name}: linear attention has no {is_causal=} or {dropout_p=}")
+    sizes = _share_sizes(attention, layout)
+    if sizes:
+        query, key, value = (join_shares(x, sizes, dim=2) for x in (query, key, value))
+        if attn_mask is not None and attn_mask.shape[-1] == query.shape[2]:
+            attn_mask = join_shares(attn_mask, sizes, dim=-1)
     if attn_mask is not None:
         text_mask = text_mask_of(attn_mask, query, text_len=text_len, text_first=text_first)
         layout = Layout(site.grid, text_len, text_first, text_mask if text_len > 0 else None)
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return kernel(query, key, value, layout, scale=scale)
+    out = kernel(query, key, value, layout, scale=scale)
+    return share_out(out, sizes, dim=2) if sizes else out
+
+
+def _share_sizes(attention: Any, layout: Layout) -> list[int]:
+    """Sizes of the shares in which context parallelism hands the tokens over; empty where they are in order."""
+    degree = ulysses_degree(getattr(attention, "processor", None))
+    if degree == 1 or layout.text_len == 0:
+        return []
+    parts = (layout.text_len, layout.num_image_tokens)
+    return share_sizes(*(parts if layout.text_first else parts[::-1]), degree)
 
 
 def _diagnosis(attention: LinearAttention, hits: int) -> str:

@@ -1,0 +1,65 @@
+"""Context parallelism: where the tokens of an attention call stand when several processes share one image.
+
+In Ulysses (arXiv:2309.14509) every process holds a share of the tokens outside of attention, and all tokens of some
+heads inside it. diffusers shares out the text and the image apart, each in order, so that inside attention the tokens
+are [text 0, image 0, text 1, image 1, ...]. A window needs each of the two in one piece.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import LayoutError
+
+
+def ulysses_degree(processor: Any) -> int:
+    """How many processes share the tokens of an attention processor; 1 without context parallelism.
+
+    Raises:
+        LayoutError: ring attention, which never has all the keys at once, or parallelism of an unknown kind.
+    """
+    parallelism = getattr(processor, "_parallel_config", None)
+    if parallelism is None:
+        return 1
+    context = getattr(parallelism, "context_parallel_config", None)
+    if context is None or context.ring_degree not in (None, 1):
+        raise LayoutError(
+            "linear attention takes context parallelism by Ulysses alone, ContextParallelConfig(ulysses_degree=...): "
+            f"ring attention sees a part of the keys at a time, got {context or parallelism}; use ulysses_degree, "
+            "disable it, or run this call inside `with dense(model):`"
+        )
+    return context.ulysses_degree or 1
+
+
+def refuse_gradients(degree: int, output: Any) -> None:
+    """Upstream's backward pass of Ulysses computes dense attention anew, where nothing of ours can take its place.
+
+    Raises:
+        LayoutError: the output of an attention module would be differentiated.
+    """
+    outputs = output if isinstance(output, tuple) else (output,)
+    if degree > 1 and any(out.requires_grad for out in outputs):
+        raise LayoutError(
+            "under context parallelism diffusers takes gradients through dense attention, which would be wrong here: "
+            "generate under torch.no_grad(), and train without enable_parallelism"
+        )
+
+
+def share_sizes(first: int, second: int, degree: int) -> list[int]:
+    """Sizes of [first 0, second 0, first 1, second 1, ...], as `torch.tensor_split` cuts each of the two."""
+    return [total // degree + (rank < total % degree) for rank in range(degree) for total in (first, second)]
+
+
+def join_shares(x: Tensor, sizes: Sequence[int], *, dim: int) -> Tensor:
+    """[first 0, second 0, first 1, second 1, ...] along `dim` -> [first, second]."""
+    shares = x.split_with_sizes(list(sizes), dim)
+    return torch.cat([*shares[0::2], *shares[1::2]], dim)
+
+
+def share_out(x: Tensor, sizes: Sequence[int], *, dim: int) -> Tensor:
+    """[first, second] along `dim` -> [first 0, second 0, first 1, second 1, ...]."""
+    parts = x.split_with_sizes([*sizes[0::2], *sizes[1::2]], dim)
+    degree = len(sizes) // 2
+    return torch.cat([share for pair in zip(parts[:degree], parts[degree:], strict=True) for share in pair], dim)

@@ -1,0 +1,150 @@
+"""Ulysses context parallelism on two processes gives what one process gives; all other kinds are refused."""
+
+import copy
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lineardit import Clear, LayoutError, dense, linearize_
+from lineardit.linearize.parallel import join_shares, share_out, share_sizes
+from tiny_models import FAMILIES, build, inputs_of, run
+
+diffusers = pytest.importorskip("diffusers", minversion="0.36", reason="context parallelism came with diffusers 0.36")
+
+DEGREE = 2
+CONFIGS = (Clear(radius=2.3), Clear(radius=2.3, pool_size=2), Clear(radius=20))
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize(("first", "second"), [(5, 7), (0, 6), (3, 2)])
+def test_share_sizes_are_those_of_tensor_split(first: int, second: int, degree: int) -> None:
+    text, image = torch.randn(2, first, 3), torch.randn(2, second, 3)
+    parts = zip(text.tensor_split(degree, 1), image.tensor_split(degree, 1), strict=True)
+    shares = [part for pair in parts for part in pair]
+    sizes = share_sizes(first, second, degree)
+    assert torch.equal(join_shares(torch.cat(shares, 1), sizes, dim=1), torch.cat([text, image], 1))
+    assert torch.equal(share_out(torch.cat([text, image], 1), sizes, dim=1), torch.cat(shares, 1))
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (2, 2)])
+def test_ring_attention_is_refused(ring: int, ulysses: int) -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    base = run(model, arguments)
+    linearize_(model, CONFIGS[0])
+    context = SimpleNamespace(ring_degree=ring, ulysses_degree=ulysses)
+    processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    for processor in processors:
+        processor._parallel_config = SimpleNamespace(context_parallel_config=context)
+    with pytest.raises(LayoutError, match=r"ring attention.*use ulysses_degree"):
+        run(model, arguments)
+    for processor in processors:
+        processor._parallel_config = None
+    with dense(model):
+        assert torch.equal(run(model, arguments), base)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if getattr(build(name), "_cp_plan", None)])
+def test_ulysses_equals_one_process(family: str, tmp_path: Path) -> None:
+    _in_processes(_compare, family, tmp_path)
+
+
+def test_ulysses_takes_uneven_shares(tmp_path: Path) -> None:
+    _in_processes(_compare_uneven, "flux", tmp_path)
+
+
+def test_ulysses_takes_a_text_mask(tmp_path: Path) -> None:
+    _in_processes(_compare_masked, "flux", tmp_path)
+
+
+def test_gradients_under_ulysses_are_refused(tmp_path: Path) -> None:
+    _in_processes(_differentiate, "flux", tmp_path)
+
+
+def _share_tokens(model: nn.Module, plan: dict | None = None, **options: bool) -> None:
+    config = diffusers.ContextParallelConfig(ulysses_degree=DEGREE, **options)
+    model.enable_parallelism(config=config, cp_plan=plan)
+
+
+def _compare(rank: int, family: str) -> None:
+    base, arguments = build(family), inputs_of(family, grid=(4, 6), text_len=4)
+    parallel = copy.deepcopy(base)
+    _share_tokens(parallel)
+    parallel_dense = run(parallel, arguments)
+    for config in CONFIGS:
+        alone = copy.deepcopy(base)
+        linearize_(alone, config)
+        expected = run(alone, arguments)
+        linearize_(parallel, config)
+        assert torch.allclose(run(parallel, arguments), expected, atol=1e-5), config
+        with dense(parallel):
+            assert torch.equal(run(parallel, arguments), parallel_dense), config
+        _share_tokens(alone)
+        assert torch.allclose(run(alone, arguments), expected, atol=1e-5), (config, "converted first")
+
+
+def _compare_uneven(rank: int, family: str) -> None:
+    base, arguments = build(family), inputs_of(family, grid=(5, 7), text_len=5)
+    # gloo gathers no uneven shares, so each process keeps its own
+    plan = {name: part for name, part in base._cp_plan.items() if name != "proj_out"}
+    for config in CONFIGS:
+        alone, parallel = copy.deepcopy(base), copy.deepcopy(base)
+        _share_tokens(parallel, plan, ulysses_anything=True)
+        for model in (alone, parallel):
+            linearize_(model, config)
+        expected = run(alone, arguments).tensor_split(DEGREE, 1)[rank]
+        assert torch.allclose(run(parallel, arguments), expected, atol=1e-5), config
+
+
+def _compare_masked(rank: int, family: str) -> None:
+    model, arguments = build(family), inputs_of(family, grid=(4, 6), text_len=4)
+    mask = torch.ones(2, 4 + 24, dtype=torch.bool)
+    mask[1, 1:4] = False
+    linearize_(model, CONFIGS[0])
+    expected = run(model, {**arguments, "joint_attention_kwargs": {"attention_mask": mask}})
+    _share_tokens(model)
+    share = share_out(mask, share_sizes(4, 24, DEGREE), dim=1).chunk(DEGREE, 1)[rank]
+    out = run(model, {**arguments, "joint_attention_kwargs": {"attention_mask": share}})
+    assert torch.allclose(out, expected, atol=1e-5)
+    with pytest.raises(LayoutError, match="image tokens"):
+        run(model, {**arguments, "joint_attention_kwargs": {"attention_mask": mask}})
+
+
+def _differentiate(rank: int, family: str) -> None:
+    model = build(family)
+    linearize_(model, CONFIGS[0])
+    _share_tokens(model)
+    with pytest.raises(LayoutError, match="train without enable_parallelism"):
+        model(**inputs_of(family, grid=(4, 6), text_len=4))
+
+
+def _in_processes(work: Callable[[int, str], None], family: str, folder: Path) -> None:
+    """Run `work` on DEGREE processes: forks of this one, which have everything imported already."""
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=_enter, args=(rank, work, family, folder)) for rank in range(DEGREE)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        process.kill()
+        process.join()
+    errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
+    assert [process.exitcode for process in processes] == [0] * DEGREE, "\n".join(errors)
+
+
+def _enter(rank: int, work: Callable[[int, str], None], family: str, folder: Path) -> None:
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and a CPU is no accelerator
+    store = torch.distributed.FileStore(str(folder / "store"), DEGREE)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=DEGREE)
+    torch.manual_seed(0)
+    try:
+        work(rank, family)
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
