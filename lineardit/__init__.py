@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .linearize.errors import UnsupportedModelError as UnsupportedModelError
     from .linearize.loading import from_pretrained as from_pretrained
     from .linearize.methods import Clear as Clear
+    from .linearize.methods import LinFusion as LinFusion
     from .linearize.report import SwapReport as SwapReport
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ _PUBLIC_NAMES = {
     ".linearize.convert": ("dense", "linearize_", "restore_", "set_impl_"),
     ".linearize.errors": ("KernelNotReachedError", "LayoutError", "UnsupportedModelError"),
     ".linearize.loading": ("from_pretrained",),
-    ".linearize.methods": ("Clear",),
+    ".linearize.methods": ("Clear", "LinFusion"),
     ".linearize.report": ("SwapReport",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

@@ -14,4 +14,5 @@ from .families import Family as Family
 from .families import Sight as Sight
 from .layout import Layout as Layout
 from .methods import Clear as Clear
+from .methods import LinFusion as LinFusion
 from .report import SwapReport as SwapReport

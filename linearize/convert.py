@@ -12,8 +12,9 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .families import Family, family_of
+from .input_terms import InputTerms, check_inputs, input_terms
 from .intercept import LinearAttention, change_class, check_forward, linear_class
-from .matching import attention_modules, choose
+from .matching import attention_modules, choose, head_shape
 from .methods import METHODS, config_to_dict, nearest
 from .record import forget_, record_
 from .report import SwapReport
@@ -56,8 +57,9 @@ def linearize_(
     configs = choose(list(candidates), patterns, [layers] if isinstance(layers, str) else layers)
     if not configs:
         raise ValueError("no module is swapped: the mapping of patterns is empty")
-    for name in configs:
+    for name, one in configs.items():
         check_forward(name, candidates[name])
+        check_inputs(name, candidates[name], one)
     _check_ours(model)
 
     companions = _remove_seam(model)
@@ -176,14 +178,17 @@ def _swap(model: nn.Module, state: State, modules: dict[str, nn.Module], configs
         place = model if seen_at is None else _ancestor(model, name, seen_at)
         site = sites.setdefault(place, Site(state))
         attention = cast(Any, module)
+        num_heads, head_dim = head_shape(attention)
         kernel = METHODS[type(configs[name])](
-            configs[name], num_heads=attention.heads, head_dim=attention.inner_dim // attention.heads
+            configs[name], num_heads=num_heads, head_dim=head_dim
         )
         kernel.impl = impl
         device = next(module.parameters()).device
         # kernels hold real numbers even in a model without weights: they are saved with the adapter
         attention.linear_kernel = kernel.to("cpu" if device.type == "meta" else device).train(module.training)
         attention._lineardit_site, attention._lineardit_name = site, name
+        if input_terms(type(kernel)):
+            state.input_terms.append(InputTerms(attention, kernel, state))
         site.kernels.append(kernel)
         change_class(module, linear_class(cast(Any, type(module))))
     install(model, state, sites)
@@ -218,6 +223,8 @@ def _remove_seam(model: nn.Module) -> list[Any]:
     for module in swapped(model).values():
         change_class(module, cast(Any, module)._dense_class)
         del module.linear_kernel, module._lineardit_name
+    for terms in state.input_terms:
+        terms.remove()
     for handle in state.handles:
         handle.remove()
     for module in model.modules():

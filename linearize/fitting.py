@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .families import family_of
 from .manifest import Manifest
-from .matching import attention_modules
+from .matching import attention_modules, head_shape
 from .methods import METHODS
 from .overlays import plain_layer
 
@@ -36,12 +37,8 @@ class Parts:
 
 def attention_shapes(modules: Iterable[nn.Module]) -> dict[str, int]:
     """How many attention modules there are of each shape, {"24x128": 19} for heads x head_dim."""
-    shapes = Counter(f"{heads}x{head_dim}" for heads, head_dim in map(_heads, modules))
+    shapes = Counter(f"{heads}x{head_dim}" for heads, head_dim in map(head_shape, modules))
     return dict(sorted(shapes.items()))
-
-
-def _heads(module: Any) -> tuple[int, int]:
-    return module.heads, module.inner_dim // module.heads
 
 
 def check_fit(manifest: Manifest, model: nn.Module) -> None:
@@ -116,12 +113,13 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
         if name in found and found[name] != shape
     ]
     problems = {"missing": missing, "not in this model": unknown, "of another shape": others}
-    texts = [f"{len(names)} {problem}: {_listed(names)}" for problem, names in problems.items() if names]
+    texts = [f"{len(names)} {problem}: {listed(names)}" for problem, names in problems.items() if names]
     if texts:
         raise ValueError(f"{what} do not fit this model; {'; '.join(texts)}")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
 
@@ -133,7 +131,8 @@ def _kernel_shapes(manifest: Manifest, model: nn.Module) -> dict[str, tuple[int,
     for pattern, config in manifest.configs().items():
         for name in fnmatch.filter(candidates, pattern):
             num_heads, head_dim = _heads(candidates[name])
-            kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
+            with torch.device("meta"):
+                kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
             expected |= {f"{name}.linear_kernel.{key}": shape for key, shape in shapes_of(kernel.state_dict()).items()}
     return expected
 

@@ -88,7 +88,9 @@ class Step:
                 config = configs[call.module]
                 grid, text_len = self.layout(call)
                 before += call.flops(call.queries * call.keys)
-                after += call.flops(METHODS[type(config)].pairs(config, grid, text_len))
+                method = METHODS[type(config)]
+                pairs = method.pairs(config, grid, text_len, num_heads=call.heads, head_dim=call.head_dim)
+                after += call.flops(pairs)
         everything = self.layers + sum(call.flops(call.queries * call.keys) for call in self.calls)
         return StepFlops(
             size=self.size,

@@ -4,17 +4,19 @@ B batch, H heads, N tokens, D head dimension.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from ..kernels.window.reference import key_mask
 from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
-from .layout import Layout, text_mask_of
+from .layout import Layout, reorder, text_mask_of
 from .parallel import join_shares, refuse_gradients, share_out, share_sizes, ulysses_degree
 from .seam import Site, rewind_before_backward
 
@@ -46,8 +48,9 @@ class LinearAttention:
 
     def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
         """Upstream copies the projections into one, where no trained weights would be lost by that."""
-        for companion in self._lineardit_site.state.companions:
-            companion.check_fusable()
+        state = self._lineardit_site.state
+        for part in (*state.companions, *state.input_terms):
+            part.check_fusable()
         super().fuse_projections(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -112,8 +115,7 @@ class _Intercept(TorchFunctionMode):
             func = torch.unflatten
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        query, key, _ = _first_three(*args, **kwargs)
-        if query.shape[2] != key.shape[2]:
+        if not _is_of_the_image(self.attention, *_query_and_key(*args, **kwargs)):
             # cross-attention, or an image prompt beside the text
             return func(*args, **kwargs)
         self.hits += 1
@@ -123,8 +125,17 @@ class _Intercept(TorchFunctionMode):
         return _attend(self.attention, *args, **kwargs)
 
 
-def _first_three(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query, key, value
+def _query_and_key(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return query, key
+
+
+def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> bool:
+    """Whether a call is the image's self-attention: every token asks, or the image's do where text only answers."""
+    site = attention._lineardit_site
+    if site.state.family.text_queries:
+        return query.shape[2] == key.shape[2]
+    image = Layout(site.grid, 0, site.state.family.text_first).num_image_tokens
+    return query.shape[2] == image <= key.shape[2]
 
 
 def _attend(
@@ -140,42 +151,69 @@ def _attend(
 ) -> Tensor:
     """What `scaled_dot_product_attention` of the image's tokens becomes; [B, H, N, D] -> [B, H, N, D]."""
     site, kernel = attention._lineardit_site, attention.linear_kernel
-    text_first = site.state.family.text_first
-    image = Layout(site.grid, 0, text_first).num_image_tokens
-    text_len = query.shape[2] - image
-    if not torch.compiler.is_compiling() and text_len not in (0, site.text_len):
-        raise LayoutError(
-            f"{attention._lineardit_name} sees {query.shape[2]} tokens where the model was called with "
-            f"{site.text_len} of text and a grid of {site.grid}: call the model itself, and run each backward with "
-            "gradient checkpointing before the next forward at another size"
-        )
-    layout = Layout(site.grid, text_len, text_first)
+    layout = _layout_of(attention, key)
     if kernel.impl == "auto" and kernel.covers(layout):
+        if attn_mask is None and layout.text_mask is not None:
+            attn_mask = key_mask(layout.text_mask, layout.num_image_tokens, layout.text_first)
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if is_causal or dropout_p > 0:
         raise LayoutError(f"{attention._lineardit_name}: linear attention has no {is_causal=} or {dropout_p=}")
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    no_queries = key.shape[2] - query.shape[2]  # text that only answers: its queries are made up, and dropped
+    if no_queries > 0:
+        padding = (0, 0, no_queries, 0) if layout.text_first else (0, 0, 0, no_queries)
+        query = pad(query, padding)
     sizes = _share_sizes(attention, layout)
     if sizes:
         query, key, value = (join_shares(x, sizes, dim=2) for x in (query, key, value))
         if attn_mask is not None and attn_mask.shape[-1] == query.shape[2]:
             attn_mask = join_shares(attn_mask, sizes, dim=-1)
+    order = site.order
+    if order is not None and order.shape[1] != query.shape[2]:
+        order = None  # a call of the image alone
+    if order is not None:
+        order = order.to(query.device)
+        query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
+        attn_mask = None if attn_mask is None else reorder(attn_mask, order, dim=-1)
+        layout = replace(layout, text_first=False)
     if attn_mask is not None:
-        text_mask = text_mask_of(attn_mask, query, text_len=text_len, text_first=text_first)
-        layout = Layout(site.grid, text_len, text_first, text_mask if text_len > 0 else None)
-    if enable_gqa:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        layout = replace(layout, text_mask=text_mask_of(attn_mask, query, layout))
     out = kernel(query, key, value, layout, scale=scale)
+    if order is not None:
+        out = reorder(out, order.argsort(-1), dim=2)
+    if no_queries > 0:
+        out = out[:, :, no_queries:] if layout.text_first else out[:, :, :-no_queries]
     return share_out(out, sizes, dim=2) if sizes else out
 
 
-def _share_sizes(attention: Any, layout: Layout) -> list[int]:
+def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
+    """Where the image is among the keys [B, H, N, D] of a call, as the family has it."""
+    site = attention._lineardit_site
+    text_first = site.state.family.text_first
+    text_len = key.shape[2] - Layout(site.grid, 0, text_first).num_image_tokens
+    if not torch.compiler.is_compiling() and text_len not in (0, *site.text_lens):
+        raise LayoutError(
+            f"{attention._lineardit_name} sees {key.shape[2]} tokens where the model was called with "
+            f"{' or '.join(map(str, site.text_lens or (0,)))} of text and a grid of {site.grid}: call the model "
+            "itself, and run each backward with gradient checkpointing before the next forward at another size"
+        )
+    return Layout(site.grid, text_len, text_first, site.text_mask if text_len > 0 else None)
+
+
+def _share_sizes(attention: LinearAttention, layout: Layout) -> list[int]:
     """Sizes of the shares in which context parallelism hands the tokens over; empty where they are in order."""
     degree = ulysses_degree(getattr(attention, "processor", None))
     if degree == 1 or layout.text_len == 0:
         return []
+    if attention._lineardit_site.order is not None:
+        raise LayoutError(
+            "context parallelism cannot share out reference images or prompts of different length with linear "
+            "attention: run without it, or run this call inside `with dense(model):`"
+        )
     parts = (layout.text_len, layout.num_image_tokens)
     return share_sizes(*(parts if layout.text_first else parts[::-1]), degree)
 

@@ -10,6 +10,7 @@ B batch, H heads, N tokens, D head dimension.
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LayoutError
-from .families import Family
-from .layout import Grid, as_shape
+from .families import Family, Sight
+from .input_terms import InputTerms
+from .layout import Grid, as_shape, image_first
 from .methods import Method
 
 
@@ -41,6 +43,7 @@ class State:
         enabled: False inside `dense`: the attention modules then run as upstream wrote them.
         patterns: Glob of module names -> config, as the conversion is saved.
         companions: Trained weights that belong to the conversion.
+        input_terms: What methods add to the inputs of layers, for each module whose method does.
         record: The grids of the running forward, where gradient checkpointing will run parts of it again.
     """
 
@@ -49,8 +52,9 @@ class State:
         self.patterns = patterns
         self.enabled = True
         self.companions: list[Companion] = []
+        self.input_terms: list[InputTerms] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.record: dict[Site, tuple[Grid, int]] | None = None
+        self.record: dict[Site, Sight] | None = None
         self._thread: int | None = None
 
     def enter(self) -> None:
@@ -74,12 +78,20 @@ class State:
 
 
 class Site:
-    """Where a grid is published: the model, or one level of a UNet, with the kernels that read it."""
+    """Where a grid is published: the model, or one level of a UNet, with the kernels that read it.
+
+    Attributes:
+        text_lens: What `Sight` says of the running forward, as the two below.
+        text_mask: [B, text_len] bool, or None.
+        order: [B or 1, N], which token comes when the image's come first; None: they stand as the family says.
+    """
 
     def __init__(self, state: State) -> None:
         self.state = state
         self.kernels: list[Method] = []
-        self.text_len = 0
+        self.text_lens: tuple[int, ...] = ()
+        self.text_mask: Tensor | None = None
+        self.order: Tensor | None = None
         self._shape: Tensor | None = None
 
     @property
@@ -88,14 +100,18 @@ class Site:
             raise LayoutError("no token grid yet: call the converted model itself, not model.forward or a block of it")
         return tuple(self._shape.shape)
 
-    def publish(self, grid: Grid, text_len: int) -> None:
-        """Make `grid` the one that the attention modules of this site read."""
-        self.text_len = text_len
-        if self._shape is not None and tuple(self._shape.shape) == grid:
+    def publish(self, sight: Sight) -> None:
+        """Make this the sight that the attention modules of this site read."""
+        self.text_lens, self.text_mask = sight.text_lens, sight.text_mask
+        self.order = None
+        if sight.image_starts is not None:
+            self.order = image_first(sight.grid, sight.image_starts, max(sight.text_lens))
+        if self._shape is not None and tuple(self._shape.shape) == sight.grid:
             return
-        self._shape = as_shape(*grid)
+        self._shape = None  # a grid that a kernel refuses is refused again the next time
         for kernel in self.kernels:
-            kernel.observe(grid)
+            kernel.observe(sight.grid)
+        self._shape = as_shape(*sight.grid)
 
 
 def install(model: nn.Module, state: State, sites: dict[nn.Module, Site]) -> None:
@@ -105,7 +121,31 @@ def install(model: nn.Module, state: State, sites: dict[nn.Module, Site]) -> Non
     for module, site in sites.items():
         cast(Any, module)._lineardit_site = site
         state.handles.append(module.register_forward_pre_hook(_publish, with_kwargs=True))
+    for module in model.modules():
+        if type(module).__name__ in state.family.masked_at and _holds_kernel(module):
+            state.handles.append(module.register_forward_pre_hook(_Unmask(module, state), with_kwargs=True))
     state.handles.append(model.register_forward_hook(_leave, always_call=True))
+
+
+def _holds_kernel(module: nn.Module) -> bool:
+    return any(hasattr(part, "linear_kernel") for part in module.modules())
+
+
+class _Unmask:
+    """Hook of a module that would make a tokens x tokens mask: it gets no `attention_mask`; `Site.text_mask` has it."""
+
+    def __init__(self, module: nn.Module, state: State) -> None:
+        self.state = state
+        self.index = list(inspect.signature(type(module).forward).parameters).index("attention_mask") - 1
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.state.enabled:
+            return None
+        if len(args) > self.index:
+            return (*args[: self.index], None, *args[self.index + 1 :]), kwargs
+        return args, {**kwargs, "attention_mask": None}
 
 
 def state_of(model: nn.Module) -> State | None:
@@ -117,6 +157,8 @@ def state_of(model: nn.Module) -> State | None:
 def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state = model._lineardit_state
     state.enter()
+    for terms in state.input_terms:
+        terms.follow()
     recomputes = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
     state.record = {} if recomputes else None
 
@@ -130,9 +172,9 @@ def _publish(
         return None
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     sight = site.state.family.see(module, {**dict(zip(names, args, strict=False)), **kwargs})
-    site.publish(sight.grid, sight.text_len)
+    site.publish(sight)
     if site.state.record is not None:
-        site.state.record[site] = (sight.grid, sight.text_len)
+        site.state.record[site] = replace(sight, replaced={})
     new_args = tuple(sight.replaced.get(name, value) for name, value in zip(names, args, strict=False))
     return new_args, {name: sight.replaced.get(name, value) for name, value in kwargs.items()}
 
@@ -162,9 +204,9 @@ def _values(output: Any) -> tuple[Any, ...]:
     return tuple(output.values() if isinstance(output, Mapping) else output)
 
 
-def _rewind(state: State, record: dict[Site, tuple[Grid, int]], enabled: bool, gradient: Tensor) -> None:
+def _rewind(state: State, record: dict[Site, Sight], enabled: bool, gradient: Tensor) -> None:
     if state.enabled != enabled:
         where = "outside" if enabled else "inside"
         raise RuntimeError(f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward there")
-    for site, (grid, text_len) in record.items():
-        site.publish(grid, text_len)
+    for site, sight in record.items():
+        site.publish(sight)

@@ -40,8 +40,9 @@ class RowMajorFlexAttention(nn.Module):
         return "auto"
 
     @staticmethod
-    def pairs(config: RowMajorFlex, grid: Grid, text_len: int) -> int:
-        return ClearAttention.pairs(Clear(radius=config.radius), grid, text_len)
+    def pairs(config: RowMajorFlex, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        clear = Clear(radius=config.radius)
+        return ClearAttention.pairs(clear, grid, text_len, num_heads=num_heads, head_dim=head_dim)
 
     def observe(self, grid: Grid) -> None:
         """A new grid, outside of traced code."""

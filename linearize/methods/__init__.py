@@ -10,14 +10,21 @@ from torch import Tensor
 from ..layout import Grid, Layout
 from .clear import Clear as Clear
 from .clear import ClearAttention
+from .linfusion import LinFusion as LinFusion
+from .linfusion import LinFusionAttention
 
 METHODS: dict[type, type[Any]] = {
     Clear: ClearAttention,
+    LinFusion: LinFusionAttention,
 }
 
 
 class Method(Protocol):
-    """What the seam asks of a method's module, beside being an `nn.Module`."""
+    """What the seam asks of a method's module, beside being an `nn.Module`.
+
+    A method that changes the input of the attention module's own layers also has a class attribute `input_terms`, as
+    `linfusion.py` has: {layer of the attention module: child of this module}, and that layer's x becomes x + child(x).
+    """
 
     config: Any
     impl: str
@@ -29,7 +36,7 @@ class Method(Protocol):
     def chosen(config: Any, query: Tensor, grid: Grid, text_len: int) -> str: ...
 
     @staticmethod
-    def pairs(config: Any, grid: Grid, text_len: int) -> int: ...
+    def pairs(config: Any, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int: ...
 
     def observe(self, grid: Grid) -> None: ...
 

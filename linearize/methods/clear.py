@@ -2,11 +2,12 @@
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  |pos_i - pos_j| < radius
 
-With pooling, image queries also see one key and value for each cell of the grid, for what is far away:
+In a video, pos is the place within a frame, and |frame_i - frame_j| < frame_radius holds as well. With pooling, image
+queries also see one key and value for each cell of the grid, in every frame, for what is far away:
 
     pooled_c = sum_t w_t k_t / sum_t w_t * sum(w),   t in cell c; tokens missing from a cell at the border drop out
 
-B batch, H heads, N tokens (text_len + height * width), D head dimension, C cells.
+B batch, H heads, N tokens (text_len + frames * height * width), D head dimension, C cells of all frames.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.window import choose_impl, implementations, window_attention
+from ..errors import LayoutError
 from ..layout import Grid, Layout, as_shape
 from .pooling import cell_side, count_cells, mean_pool, weighted_pool
 
@@ -28,11 +30,13 @@ class Clear:
         radius: In image tokens, Euclidean, strict: distance < radius (CLEAR's `window_size`).
         pool_size: Side of the pooled cells, weights learned (CLEAR's `down_factor`); cost N^2 / pool_size^2.
         pool_tokens: Most cells there may be; their side grows with the image, so cost stays linear; plain mean.
+        frame_radius: In frames of a video, strict: |frame_i - frame_j| < frame_radius; None: all frames.
     """
 
     radius: float
     pool_size: int | None = None
     pool_tokens: int | None = None
+    frame_radius: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.radius, bool) or not isinstance(self.radius, int | float):
@@ -43,6 +47,7 @@ class Clear:
             raise ValueError(f"give pool_size or pool_tokens, not both, got {self.pool_size} and {self.pool_tokens}")
         _check_count("pool_size", self.pool_size, least=2)
         _check_count("pool_tokens", self.pool_tokens, least=1)
+        _check_count("frame_radius", self.frame_radius, least=1)
 
 
 def _check_count(name: str, value: object, *, least: int) -> None:
@@ -69,32 +74,44 @@ class ClearAttention(nn.Module):
         return ("auto", *(name for name in implementations() if name != "auto"))
 
     def observe(self, grid: Grid) -> None:
-        """Told each new grid, outside traced code. The cells become a shape, which a trace keeps symbolic."""
+        """Told each new grid, outside traced code. The cells become a shape, which a trace keeps symbolic.
+
+        Raises:
+            LayoutError: frame_radius in a model of single pictures, or more frames than pool_tokens.
+        """
+        _with_frames(self.config, grid)
         cells = _cells(self.config, grid)
         if cells is not None:
             self._cells = as_shape(*cells)
 
     def covers(self, layout: Layout) -> bool:
         """Whether this is softmax attention over everything, as the model had it."""
-        height, width = layout.grid[-2:]
-        return not self._pools() and (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius**2
+        frames, height, width = _with_frames(self.config, layout.grid)
+        sees_frame = (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius**2
+        sees_frames = self.config.frame_radius is None or frames <= self.config.frame_radius
+        return not self._pools() and sees_frame and sees_frames
 
     @staticmethod
     def chosen(config: Clear, query: Tensor, grid: Grid, text_len: int) -> str:
         """What impl="auto" runs for a query [B, H, N, D]."""
-        return choose_impl(query, grid=grid, radius=config.radius, text_len=text_len)
+        return choose_impl(
+            query, grid=grid, radius=config.radius, text_len=text_len, frame_radius=config.frame_radius
+        )
 
     @staticmethod
-    def pairs(config: Clear, grid: Grid, text_len: int) -> int:
+    def pairs(config: Clear, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """Pairs of query and key in one call: window, text, cells for the image; all but cells for the text."""
-        height, width = grid[-2:]
+        frames, height, width = _with_frames(config, grid)
         window = 0
         for step in range(1 - height, height):  # rows from a query to its keys
             if (rest := config.radius**2 - step * step) > 0:
                 reach = min(math.isqrt(math.ceil(rest) - 1), width - 1)  # columns, at most
                 window += (height - abs(step)) * (width * (2 * reach + 1) - reach * (reach + 1))
+        frame_reach = min(config.frame_radius or frames, frames) - 1
+        window *= frames * (2 * frame_reach + 1) - frame_reach * (frame_reach + 1)
         _, num_cells = _cells(config, grid) or (0, 0)
-        return window + height * width * (text_len + num_cells) + text_len * (text_len + height * width)
+        image_len = frames * height * width
+        return window + image_len * (text_len + num_cells) + text_len * (text_len + image_len)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
@@ -106,6 +123,7 @@ class ClearAttention(nn.Module):
             value,
             grid=layout.grid,
             radius=self.config.radius,
+            frame_radius=self.config.frame_radius,
             text_len=layout.text_len,
             text_first=layout.text_first,
             text_mask=layout.text_mask,
@@ -129,6 +147,16 @@ class ClearAttention(nn.Module):
         else:
             pooled = mean_pool(parts, side, layout.grid, num_cells)
         return pooled[0], pooled[1]
+
+
+def _with_frames(config: Clear, grid: Grid) -> Grid:
+    """(frames, height, width)."""
+    if config.frame_radius is not None and len(grid) == 2:
+        raise LayoutError(
+            f"frame_radius={config.frame_radius} is for models of several frames, got a grid of {tuple(grid)}: "
+            "leave frame_radius out"
+        )
+    return (1, *grid)[-3:]
 
 
 def _cells(config: Clear, grid: Grid) -> tuple[int, int] | None:

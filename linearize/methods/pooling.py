@@ -1,9 +1,10 @@
-"""One token for each square cell of the grid: means with learned weights, and plain means.
+"""One token for each square cell of every frame: means with learned weights, and plain means.
 
     pooled_c = sum_t w_t x_t * sum(w) / sum_t w_t,    t over the tokens that cell c holds
 
 so that a cell which the border cuts keeps the weight of a full one.
-B batch, H heads, D head dimension, p side of a cell, C = ceil(height / p) * ceil(width / p) cells.
+B batch, H heads, D head dimension, p side of a cell, C = frames * ceil(height / p) * ceil(width / p) cells.
+n = frames * height * width tokens; a grid (height, width) is one frame.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import LayoutError
 from ..layout import Grid
 
 
 def cell_side(grid: Grid, max_cells: int) -> int:
-    """The smallest integer side >= 2 of square cells with at most `max_cells` of them on the grid."""
+    """The smallest integer side >= 2 of square cells with at most `max_cells` of them on the grid.
+
+    Raises:
+        LayoutError: there are more frames than that.
+    """
+    frames, *_ = _with_frames(grid)
+    if frames > max_cells:
+        raise LayoutError(
+            f"every frame has a cell, so pool_tokens must be >= the number of frames, got {max_cells} for {frames}: "
+            "raise pool_tokens, or pool by pool_size"
+        )
     side = 2
     while count_cells(grid, side) > max_cells:
         side += 1
@@ -26,22 +38,26 @@ def cell_side(grid: Grid, max_cells: int) -> int:
 
 def count_cells(grid: Grid, side: int) -> int:
     """How many square cells a grid has; those at the border may be cut."""
-    height, width = grid
-    return -(-height // side) * -(-width // side)
+    frames, height, width = _with_frames(grid)
+    return frames * -(-height // side) * -(-width // side)
+
+
+def _with_frames(grid: Grid) -> Grid:
+    return (1, *grid)[-3:]
 
 
 def weighted_pool(parts: Sequence[Tensor], weight: Tensor, grid: Grid, num_cells: int) -> tuple[Tensor, ...]:
     """Weighted means over cells, times the sum of the weights.
 
     Args:
-        parts: Each [B, H, height * width, D].
+        parts: Each [B, H, n, D].
         weight: [p, p].
         num_cells: C, given because traced code cannot divide to get it.
     Returns:
         For each part [B, H, C, D], in its dtype.
     """
-    height, width = grid
-    ones = weight.new_ones(1, 1, height * width, 1)
+    height, width = grid[-2:]
+    ones = weight.new_ones(1, 1, parts[0].shape[2], 1)
     is_full = cell_sums(ones, torch.ones_like(weight), height, width, num_cells) == weight.numel()
     # in a full cell both are 1: there, weights may add up to 0
     kept = torch.where(is_full, 1, cell_sums(ones, weight, height, width, num_cells))
@@ -51,10 +67,10 @@ def weighted_pool(parts: Sequence[Tensor], weight: Tensor, grid: Grid, num_cells
 
 
 def mean_pool(parts: Sequence[Tensor], side: int, grid: Grid, num_cells: int) -> tuple[Tensor, ...]:
-    """Plain means over cells; for each part [B, H, height * width, D] -> [B, H, C, D]."""
-    height, width = grid
+    """Plain means over cells; for each part [B, H, n, D] -> [B, H, C, D]."""
+    height, width = grid[-2:]
     weight = parts[0].new_ones(side, side, dtype=torch.float32)
-    count = cell_sums(weight.new_ones(1, 1, height * width, 1), weight, height, width, num_cells)
+    count = cell_sums(weight.new_ones(1, 1, parts[0].shape[2], 1), weight, height, width, num_cells)
     return tuple((cell_sums(part, weight, height, width, num_cells) / count).to(part.dtype) for part in parts)
 
 
@@ -64,13 +80,13 @@ def cell_sums(tokens: Tensor, weight: Tensor, height: int, width: int, num_cells
     """Weighted sums over square cells, in float32 or better.
 
     Args:
-        tokens: [B, H, height * width, D].
+        tokens: [B, H, n, D].
         weight: [p, p].
     Returns:
-        [B, H, num_cells, D].
+        [B, H, C, D].
     """
     cells = _in_cells(tokens, weight.shape[0], height, width)
-    return (cells * weight.to(tokens.dtype)[:, None, :, None]).sum((3, 5), dtype=_wide(tokens)).flatten(2, 3)
+    return (cells * weight.to(tokens.dtype)[:, None, :, None]).sum((4, 6), dtype=_wide(tokens)).flatten(2, 4)
 
 
 @cell_sums.register_fake
@@ -81,14 +97,14 @@ def _(tokens: Tensor, weight: Tensor, height: int, width: int, num_cells: int) -
 
 @torch.library.custom_op("lineardit::cell_sums_tokens_backward", mutates_args=())
 def _tokens_backward(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    """[B, H, C, D] -> [B, H, height * width, D]: to each token its cell's gradient times its weight."""
+    """[B, H, C, D] -> [B, H, n, D]: to each token its cell's gradient times its weight."""
     side = weight.shape[0]
     rows, cols = -(-height // side), -(-width // side)
     batch, num_heads, _, head_dim = tokens.shape
-    per_cell = gradient.to(tokens.dtype).reshape(batch, num_heads, rows, 1, cols, 1, head_dim)
-    spread = per_cell * weight.to(tokens.dtype)[:, None, :, None]  # [B, H, rows, p, cols, p, D]
-    whole = spread.reshape(batch, num_heads, rows * side, cols * side, head_dim)
-    return whole[:, :, :height, :width].reshape(tokens.shape).contiguous()
+    per_cell = gradient.to(tokens.dtype).reshape(batch, num_heads, -1, rows, 1, cols, 1, head_dim)
+    spread = per_cell * weight.to(tokens.dtype)[:, None, :, None]  # [B, H, frames, rows, p, cols, p, D]
+    whole = spread.reshape(batch, num_heads, -1, rows * side, cols * side, head_dim)
+    return whole[:, :, :, :height, :width].reshape(tokens.shape).contiguous()
 
 
 @_tokens_backward.register_fake
@@ -101,8 +117,8 @@ def _weight_backward(gradient: Tensor, tokens: Tensor, weight: Tensor, height: i
     """[B, H, C, D] -> [p, p]: how each place in a cell goes with the cell's gradient."""
     side = weight.shape[0]
     cells = _in_cells(tokens, side, height, width)
-    per_cell = gradient.reshape(*cells.shape[:3], cells.shape[4], cells.shape[6])  # [B, H, rows, cols, D]
-    return torch.einsum("bhrpcqd,bhrcd->pq", cells.to(gradient.dtype), per_cell).to(weight.dtype)
+    per_cell = gradient.reshape(*cells.shape[:4], cells.shape[5], cells.shape[7])  # [B, H, frames, rows, cols, D]
+    return torch.einsum("bhfrpcqd,bhfrcd->pq", cells.to(gradient.dtype), per_cell).to(weight.dtype)
 
 
 @_weight_backward.register_fake
@@ -111,11 +127,11 @@ def _(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int)
 
 
 def _in_cells(tokens: Tensor, side: int, height: int, width: int) -> Tensor:
-    """[B, H, height * width, D] -> [B, H, rows, p, cols, p, D], zero beyond the border."""
+    """[B, H, n, D] -> [B, H, frames, rows, p, cols, p, D], zero beyond the border."""
     batch, num_heads, _, head_dim = tokens.shape
-    image = tokens.reshape(batch, num_heads, height, width, head_dim)
+    image = tokens.reshape(batch, num_heads, -1, height, width, head_dim)
     padded = functional.pad(image, (0, 0, 0, -width % side, 0, -height % side))
-    return padded.reshape(batch, num_heads, -(-height // side), side, -(-width // side), side, head_dim)
+    return padded.reshape(batch, num_heads, -1, -(-height // side), side, -(-width // side), side, head_dim)
 
 
 def _wide(tokens: Tensor) -> torch.dtype:

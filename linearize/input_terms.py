@@ -1,0 +1,96 @@
+"""Networks of a method that change the input of layers inside an attention module: `to_q(x)` is `to_q(x + term(x))`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedModelError
+from .methods import METHODS
+
+
+class InputTerms:
+    """The terms of one converted module, as forward pre-hooks of its layers.
+
+    Args:
+        attention: The attention module.
+        kernel: Its linear kernel, whose class says which child of it belongs to which layer of the module.
+        state: Of the converted model.
+    """
+
+    def __init__(self, attention: nn.Module, kernel: nn.Module, state: Any) -> None:
+        self.attention = attention
+        self.hooks = {
+            layer: _AddTerm(kernel.get_submodule(child), state) for layer, child in input_terms(type(kernel)).items()
+        }
+        self.hooked: dict[str, tuple[nn.Module, torch.utils.hooks.RemovableHandle]] = {}
+        for layer, hook in self.hooks.items():
+            weight: Any = getattr(attention, layer).weight
+            if weight.is_floating_point() and weight.itemsize > 1:
+                hook.term.to(weight.dtype)
+        self.follow()
+
+    def follow(self) -> None:
+        """Hook what stands at each layer's place now: loading a style wraps a layer in peft's, unloading unwraps it."""
+        for name, hook in self.hooks.items():
+            layer = getattr(self.attention, name)
+            old, handle = self.hooked.get(name, (None, None))
+            if layer is old:
+                continue
+            if handle is not None:
+                handle.remove()
+            self.hooked[name] = layer, layer.register_forward_pre_hook(hook)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for _, handle in self.hooked.values():
+            handle.remove()
+        self.hooked.clear()
+
+    def check_fusable(self) -> None:
+        """Whether upstream may copy the projections into one.
+
+        Raises:
+            UnsupportedModelError: always; the copy would be called with the input that these terms change.
+        """
+        raise UnsupportedModelError(
+            "fuse_qkv_projections would put one layer in the place of to_q, to_k and to_v, whose inputs differ in this "
+            "method: leave the projections as they are"
+        )
+
+
+class _AddTerm:
+    """Hook of one layer."""
+
+    def __init__(self, term: nn.Module, state: Any) -> None:
+        self.term = term
+        self.state = state
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self.state.enabled:
+            return None
+        x, *others = args
+        return x + self.term(x), *others
+
+
+def input_terms(method: type) -> Mapping[str, str]:
+    """{layer of the attention module: child of the kernel}, for methods that change inputs."""
+    return getattr(method, "input_terms", {})
+
+
+def check_inputs(name: str, attention: Any, config: Any) -> None:
+    """Whether a module has the layers whose inputs a method changes.
+
+    Raises:
+        UnsupportedModelError: it lacks one, they are fused into one, or they take another number of channels.
+    """
+    for layer in input_terms(METHODS[type(config)]):
+        if getattr(attention, "fused_projections", False):
+            raise UnsupportedModelError(f"{name} has fused projections: unfuse_qkv_projections first")
+        channels = getattr(getattr(attention, layer, None), "in_features", None)
+        if channels != attention.inner_dim:
+            raise UnsupportedModelError(
+                f"{type(config).__name__} needs {name}.{layer} with {attention.inner_dim} inputs, as many as heads * "
+                f"head_dim, got {channels}: choose other layers, or another method for this model"
+            )

@@ -1,0 +1,114 @@
+"""Generalized linear attention (LinFusion, arXiv:2409.02097): all tokens meet in one D x D state per head.
+
+    out_i = phi(q_i) S / (phi(q_i) . z + eps),   S = 1/N sum_j phi(k_j) v_j^T,   z = 1/N sum_j phi(k_j)
+    phi(x) = elu(x) + 1,   q = W_q (x + f_q(x)),   k = W_k (x + f_k(x)),   v = W_v x
+
+x is the input of the attention module, f_q and f_k are small networks, trained together with the projections W:
+f(x) = Linear(leaky_relu(LayerNorm(Linear(x)))). eps = 1e-4, as in the published weights' training.
+
+B batch, H heads, N tokens of the image, D head dimension, C = H * D channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn.functional import elu
+
+from ..errors import LayoutError
+from ..layout import Grid, Layout
+
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinFusion:
+    """Settings of generalized linear attention.
+
+    Attributes:
+        projection_channels: Hidden channels of f_q and f_k; None: C. 0: no networks, f(x) = x.
+    """
+
+    projection_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        channels = self.projection_channels
+        if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 0):
+            raise ValueError(f"projection_channels must be an integer >= 0 or None, got {channels!r}")
+
+
+class InputTerm(nn.Sequential):
+    """f_q or f_k; its last layer starts at zero, so that an untrained one changes nothing."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, channels))
+        nn.init.zeros_(self[3].weight)
+        nn.init.zeros_(self[3].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C], in the precision of its own weights."""
+        # layerwise casting stores Linear layers in float8 between calls, and leaves norms as they are
+        return super().forward(x.to(self[1].weight.dtype)).to(x.dtype)
+
+
+class LinFusionAttention(nn.Module):
+    """Generalized linear attention as the kernel of one attention module, with the networks f_q and f_k."""
+
+    input_terms: ClassVar[Mapping[str, str]] = {"to_q": "query_term", "to_k": "key_term"}
+
+    def __init__(self, config: LinFusion, *, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = "auto"
+        channels = num_heads * head_dim
+        hidden = _hidden(config, channels)
+        self.query_term = InputTerm(channels, hidden) if hidden else nn.Identity()
+        self.key_term = InputTerm(channels, hidden) if hidden else nn.Identity()
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]:
+        """Names that `impl` may take."""
+        return ("auto", "torch")
+
+    def observe(self, grid: Grid) -> None:
+        """The order of the tokens does not matter here."""
+
+    def covers(self, layout: Layout) -> bool:
+        """Never softmax attention."""
+        return False
+
+    @staticmethod
+    def chosen(config: LinFusion, query: Tensor, grid: Grid, text_len: int) -> str:
+        """What impl="auto" runs."""
+        return "torch"
+
+    @staticmethod
+    def pairs(config: LinFusion, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        """What costs as much: 2 N D C for the state and for its use each, 4 N C hidden for f_q and f_k each."""
+        num_tokens = grid[-2] * grid[-1]
+        return num_tokens * (head_dim + 2 * _hidden(config, num_heads * head_dim))
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]; a scale of logits has no place in the formula."""
+        if layout.text_len > 0:
+            raise LayoutError(
+                f"LinFusion is for self-attention of the image alone, got {layout.text_len} text tokens in the same "
+                "call: take it for UNets, or another method for this model"
+            )
+        return linear_attention(query, key, value)
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The formula above after the projections; all [B, H, N, D]."""
+    query, key = elu(query) + 1, elu(key) + 1
+    share = key.shape[2] ** -0.5  # of both factors of a product: N would leave the range of float16
+    state = (key * share).mT @ (value * share)  # [B, H, D, D]
+    normalizer = query @ key.mean(dim=2, keepdim=True).mT + EPSILON  # [B, H, N, 1]
+    return (query @ state) / normalizer
+
+
+def _hidden(config: LinFusion, channels: int) -> int:
+    return channels if config.projection_channels is None else config.projection_channels
