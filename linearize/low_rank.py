@@ -6,7 +6,7 @@ Linear layer itself, which keeps its name and weights; a style's peft layer wrap
 other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -32,6 +32,15 @@ class LowRankTerm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return functional.linear(functional.linear(x, self.down.to(x)), self.up.to(x)) * self.scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # layerwise casting stores the layer around this in 8 bits between calls, which would round what was trained
+        return super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)
+
+
+def _moved(tensor: Tensor, converted: Tensor) -> Tensor:
+    """`converted`, but in the dtype of `tensor` where its own is too coarse to compute in."""
+    return converted if converted.itemsize > 1 else tensor.to(converted.device)
 
 
 class LowRankLayer:
@@ -105,6 +114,17 @@ class LowRank:
             change_class(layer, cast(Any, layer)._plain_class)
             delattr(layer, LORA_NAME)
 
+    def changed(self) -> list[str]:
+        return []
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """What the weights would be with the terms added into them."""
+        with torch.no_grad():
+            return {
+                f"{name}.weight": merged_weight(self.layers[name].weight, term.down, term.up, scale=term.scale)
+                for name, term in self.terms().items()
+            }
+
     def tensors(self) -> dict[str, Tensor]:
         """The factors under peft's names."""
         found = {}
@@ -129,14 +149,15 @@ class FusedLowRank:
         weights = {name: plain_layer(model, name).weight for name in factors}
         with torch.no_grad():
             for name, (down, up) in factors.items():
-                weight = weights[name]
-                term = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
-                weight.copy_(weight.float() + term * (alpha / self.rank))
+                weights[name].copy_(merged_weight(weights[name], down, up, scale=alpha / self.rank))
 
     def check_reversible(self) -> None:
         raise ValueError(NO_WAY_BACK)
 
     off = on = remove = check_reversible
+
+    def changed(self) -> list[str]:
+        return [f"{name}.weight" for name in self.factors]
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors under peft's names."""
@@ -145,6 +166,12 @@ class FusedLowRank:
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
+
+
+def merged_weight(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> Tensor:
+    """weight + scale * up @ down, computed in float32, in the dtype of weight."""
+    term = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
+    return (weight.float() + term * scale).to(weight.dtype)
 
 
 def like_layer(model: nn.Module, name: str, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

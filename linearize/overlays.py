@@ -28,6 +28,7 @@ class Overlay(Protocol):
     def off(self) -> None: ...
     def on(self) -> None: ...
     def remove(self) -> None: ...
+    def changed(self) -> list[str]: ...  # the base's parameters that hold other numbers while it is on
     def tensors(self) -> dict[str, Tensor]: ...
     def describe(self) -> dict[str, Any]: ...
 
@@ -98,9 +99,29 @@ def refuse_fused(model: nn.Module) -> None:
         UnsupportedModelError: `fuse_qkv_projections` is on.
     """
     for name, module in model.named_modules():
-        if getattr(module, "fused_projections", False):
+        if _reads_fused(module):
             raise UnsupportedModelError(
                 f"{name} has fused projections, which trained weights would not reach: unfuse_qkv_projections first"
+            )
+
+
+def _reads_fused(module: Any) -> bool:
+    if not getattr(module, "fused_projections", False):
+        return False
+    # diffusers' older attention class keeps that flag for good; there the processor decides
+    return hasattr(module, "unfuse_projections") or type(module.processor).__name__.startswith("Fused")
+
+
+def check_unmerged(model: nn.Module, names: Iterable[str]) -> None:
+    """Whether the layers of these parameters hold no style of peft's in their weights.
+
+    Raises:
+        ValueError: `fuse_lora` added one: exchanging the weights would lose it, and `unfuse_lora` take it off in vain.
+    """
+    for name in names:
+        if getattr(model.get_submodule(name.rpartition(".")[0]), "merged", False):
+            raise ValueError(
+                f"{name} has a style fused into it, which changing the weight would break: unfuse_lora first"
             )
 
 
@@ -119,6 +140,8 @@ class FullWeights:
     """
 
     def __init__(self, model: nn.Module, originals: Mapping[str, Tensor | None]) -> None:
+        check_unmerged(model, originals)
+        self.model = model
         self.originals = dict(originals)
         self.reversible = all(original is not None for original in originals.values())
         self.owners = {name: _owner(model, name) for name in originals}
@@ -130,6 +153,7 @@ class FullWeights:
         return cast(nn.Parameter, getattr(layer, attribute))
 
     def check_reversible(self) -> None:
+        check_unmerged(self.model, self.originals)
         for name, original in self.originals.items():
             if original is None:
                 raise ValueError(NO_WAY_BACK)
@@ -149,6 +173,9 @@ class FullWeights:
         for name, original in self.originals.items():
             self.parameter(name).data.copy_(cast(Tensor, original))
         self.trained.clear()
+
+    def changed(self) -> list[str]:
+        return list(self.originals)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.trained.get(name, self.parameter(name).detach()) for name in self.originals}
@@ -195,12 +222,12 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
         originals[name] = old.detach().to("cpu", copy=True) if keep_original and not old.is_meta else None
+    overlay = FullWeights(model, originals)
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
         if old.is_meta:
             setattr(layer, attribute, nn.Parameter(weights[name].clone(), requires_grad=old.requires_grad))
         else:
             old.data.copy_(weights[name])
-    overlay = FullWeights(model, originals)
     overlays_of(model).items.append(overlay)
     return overlay
