@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .linearize.errors import LayoutError as LayoutError
     from .linearize.errors import UnsupportedModelError as UnsupportedModelError
     from .linearize.loading import from_pretrained as from_pretrained
+    from .linearize.merging import save_merged as save_merged
     from .linearize.methods import Clear as Clear
     from .linearize.methods import LinFusion as LinFusion
+    from .linearize.publishing import push_to_hub as push_to_hub
     from .linearize.report import SwapReport as SwapReport
 
 __version__ = "0.1.0"
@@ -29,7 +31,9 @@ _PUBLIC_NAMES = {
     ".linearize.convert": ("dense", "linearize_", "restore_", "set_impl_"),
     ".linearize.errors": ("KernelNotReachedError", "LayoutError", "UnsupportedModelError"),
     ".linearize.loading": ("from_pretrained",),
+    ".linearize.merging": ("save_merged",),
     ".linearize.methods": ("Clear", "LinFusion"),
+    ".linearize.publishing": ("push_to_hub",),
     ".linearize.report": ("SwapReport",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

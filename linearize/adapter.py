@@ -1,6 +1,7 @@
-"""Adapters: what makes a linear student of a base, as a folder of one JSON and one safetensors file."""
+"""Adapters: what makes a linear student of a base: a folder of one JSON and one safetensors file, or a single file."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +15,21 @@ from .base import Place, Source, find_place, source_of
 from .convert import denoiser, linearize_, restore_, swapped
 from .families import family_of
 from .fitting import attention_shapes, check_fit, sorted_tensors
-from .folders import new_folder, read_tensors, sha256
+from .folders import check_output, check_output_file, new_folder, read_tensors, sha256, write_whole
 from .grouping import grouped
 from .low_rank import FusedLowRank, LowRank, like_layer
-from .manifest import MANIFEST_FILE, TENSORS_FILE, Manifest, TensorsFile, Trained, read_manifest
+from .manifest import (
+    MANIFEST_FILE,
+    SINGLE_FILE_SUFFIX,
+    TENSORS_FILE,
+    Manifest,
+    TensorsFile,
+    Trained,
+    read_manifest,
+)
 from .matching import attention_modules
 from .methods import config_to_dict
-from .overlays import check_writable, overlays_of, refuse_fused, replace_weights_
+from .overlays import check_unmerged, check_writable, overlays_of, refuse_fused, replace_weights_
 from .record import record_
 from .report import SwapReport
 
@@ -32,16 +41,17 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
 
     The folder appears whole or not at all. It holds `lineardit.json` and, where there are tensors,
     `lineardit.safetensors`: the kernels' parameters, LoRA factors under peft's names (`add_lora_`), changed tensors
-    under the base's names (`train_full_`).
+    under the base's names (`train_full_`). A name that ends in `.safetensors` makes one file of it, with the JSON in
+    its header.
 
     Args:
         pipe_or_model: A pipeline or denoiser after `linearize_`.
-        directory: The folder to write.
-        overwrite: Replace an existing folder.
+        directory: The folder to write, or the `.safetensors` file.
+        overwrite: Replace what is there.
     Returns:
-        The folder.
+        The folder or file.
     Raises:
-        ValueError: nothing is converted, the folder exists, or a tensor is not in memory (sharded or offloaded).
+        ValueError: nothing is converted, the output exists, or a tensor is not in memory (sharded or offloaded).
     """
     _, model = denoiser(pipe_or_model)
     if not swapped(model):
@@ -65,7 +75,7 @@ def load_adapter_(
 
     Args:
         pipe_or_model: A pipeline or denoiser of the class and shape that the adapter was made for.
-        directory_or_repo: The adapter's folder or Hub id.
+        directory_or_repo: The adapter's folder, `.safetensors` file or Hub id.
         keep_original: Keep the tensors that the adapter changes, on the CPU. False: LoRA is added into the weights, and
             `restore_` and `dense` raise.
         impl: The implementation to run, as in `linearize_`.
@@ -82,20 +92,46 @@ def load_adapter_(
 def read_adapter(
     directory_or_repo: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> tuple[Manifest, dict[str, Tensor]]:
-    """The checked contents of an adapter folder or Hub id.
+    """The checked contents of an adapter: a folder, a single file or a Hub id.
 
     Raises:
         ValueError: it is missing, damaged, mixed from two adapters, or of a newer format.
     """
     place = find_place(directory_or_repo, revision=revision, offline=offline)
-    file = place.file(MANIFEST_FILE)
+    file = adapter_file(place)
     if file is None:
         raise ValueError(
             f"{place.name} has no {MANIFEST_FILE}: it is not an adapter; save_adapter or `lineardit convert` makes one"
             + (", or, offline, it is not in the local cache" if offline else "")
         )
     manifest = read_manifest(file)
+    if file == place.folder:
+        return manifest, read_tensors(file)
     return manifest, {} if manifest.tensors is None else _checked_tensors(place, manifest.tensors)
+
+
+def adapter_file(place: Place) -> Path | None:
+    """Where an adapter says what it is: its `lineardit.json`, or the single file itself; None: it is no adapter."""
+    if place.folder is not None and is_single_file(place.folder):
+        return place.folder
+    return place.file(MANIFEST_FILE)
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether an adapter of this name is one file."""
+    return path.suffix == SINGLE_FILE_SUFFIX
+
+
+def check_adapter_output(path: Path, *, overwrite: bool) -> None:
+    """Whether an adapter may be written at `path`.
+
+    Raises:
+        ValueError: something is there and overwrite is False, or it is a folder for a file or the other way round.
+    """
+    if is_single_file(path):
+        check_output_file(path, overwrite=overwrite)
+    else:
+        check_output(path, overwrite=overwrite)
 
 
 def _checked_tensors(place: Place, expected: TensorsFile) -> dict[str, Tensor]:
@@ -123,6 +159,7 @@ def mount_adapter_(
         refuse_fused(model)
     check_fit(manifest, model)
     parts = sorted_tensors(manifest, tensors, model)
+    check_unmerged(model, parts.full)
     check_writable(model, [*parts.full, *([] if keep_original else [f"{name}.weight" for name in parts.lora])])
     _warn_of_other_base(manifest, source_of(pipe_or_model, model))
     if swapped(model):
@@ -155,17 +192,27 @@ def _warn_of_other_base(manifest: Manifest, source: Source) -> None:
         )
 
 
-def write_adapter(model: nn.Module, source: Source, directory: Path, *, overwrite: bool) -> Path:
+def write_adapter(model: nn.Module, source: Source, output: Path, *, overwrite: bool) -> Path:
     """`save_adapter` for a converted denoiser whose base is known."""
-    tensors = _tensors(model)
-    with new_folder(directory, overwrite=overwrite) as folder:
+    return write_parts(manifest_of(model, source), _tensors(model), output, overwrite=overwrite)
+
+
+def write_parts(manifest: Manifest, tensors: dict[str, Tensor], output: Path, *, overwrite: bool) -> Path:
+    """Writes an adapter, as a folder or as a single file."""
+    if is_single_file(output):
+        check_output_file(output, overwrite=overwrite)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        header = replace(manifest, tensors=None).header()
+        write_whole(output, lambda temporary: save_file(tensors, temporary, metadata=header))
+        return output
+    with new_folder(output, overwrite=overwrite) as folder:
         file = None
         if tensors:
             path = folder / TENSORS_FILE
             save_file(tensors, path, metadata={"format": "pt"})
             file = TensorsFile(file=path.name, bytes=path.stat().st_size, sha256=sha256(path))
-        (folder / MANIFEST_FILE).write_text(_manifest(model, source, file).to_json(), encoding="utf-8")
-    return directory
+        (folder / MANIFEST_FILE).write_text(replace(manifest, tensors=file).to_json(), encoding="utf-8")
+    return output
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -182,8 +229,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _manifest(model: nn.Module, source: Source, tensors: TensorsFile | None) -> Manifest:
-    candidates, _ = attention_modules(model, family_of(model))
+def manifest_of(model: nn.Module, source: Source) -> Manifest:
+    """What a converted denoiser is, without its tensors."""
+    family = family_of(model)
+    candidates, _ = attention_modules(model, family)
     configs = {name: cast(Any, module).linear_kernel.config for name, module in swapped(model).items()}
     groups = grouped(configs, list(candidates))
     return Manifest(
@@ -192,10 +241,10 @@ def _manifest(model: nn.Module, source: Source, tensors: TensorsFile | None) -> 
         base_license=source.license,
         pipeline_class=source.pipeline_class,
         model_class=type(model).__name__,
+        family=family.name,
         attention={pattern: attention_shapes(candidates[name] for name in names) for pattern, names in groups.items()},
         methods={pattern: config_to_dict(configs[names[0]]) for pattern, names in groups.items()},
         trained=trained_on(model),
-        tensors=tensors,
         versions={"lineardit": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
     )
 

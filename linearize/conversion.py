@@ -1,19 +1,24 @@
-"""From a base to an adapter folder, without the base's weights: what `lineardit convert` runs."""
+"""From a base to a student on the disk: what `lineardit convert` runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
-from .adapter import write_adapter
-from .base import build_on_meta, read_base
+from .adapter import adapter_file, check_adapter_output, is_single_file, read_adapter, write_adapter, write_parts
+from .base import build_on_meta, find_place, read_base
 from .convert import linearize_
 from .folders import check_output
-from .importers import load_clear_checkpoint_
-from .methods import nearest
+from .importers import load_clear_checkpoint_, load_linfusion_checkpoint_
+from .loading import from_pretrained, load_base
+from .merging import save_merged
+from .methods import METHODS, nearest
 from .methods.clear import Clear
+from .methods.linfusion import LinFusion
 from .report import SwapReport
+
+IMPORTERS = ("clear:FILE", "linfusion:DIR")
 
 
 def convert_base(
@@ -31,34 +36,135 @@ def convert_base(
 
     Args:
         base: Folder, config.json or Hub id of a pipeline or denoiser in diffusers' format.
-        config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}.
-        output: The adapter folder to write.
+        config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}; None: the importer knows.
+        output: The adapter folder to write, or one file if it ends in `.safetensors`.
         layers: Globs of module names to restrict the swap to.
         revision: Branch, tag or commit of a Hub id.
         offline: Never touch the network.
-        overwrite: Replace an existing folder.
-        importer: "clear:FILE" loads a checkpoint of CLEAR, trained for `config`.
+        overwrite: Replace what is at `output`.
+        importer: "clear:FILE" loads a checkpoint of CLEAR, trained for `config`; "linfusion:DIR" one of LinFusion.
     Raises:
         UnsupportedModelError: the base's class cannot be converted.
         ValueError: the base cannot be had, nothing matches, or the output exists; nothing is written.
     """
-    check_output(Path(output), overwrite=overwrite)
+    check_adapter_output(Path(output), overwrite=overwrite)
+    _check_settings(config, importer, layers)
+    _refuse_adapter(base, revision=revision, offline=offline)
     found = read_base(base, revision=revision, offline=offline)
     model = build_on_meta(found)
-    if importer is None:
-        report = linearize_(model, config, layers=layers)
-    else:
-        report = _import(model, config, importer, layers)
+    report = _convert_(model, config, importer, layers, offline=offline)
     write_adapter(model, found.source, Path(output), overwrite=overwrite)
     return report
 
 
-def _import(model: nn.Module, config: Any, importer: str, layers: str | Sequence[str] | None) -> SwapReport:
-    kind, _, file = importer.partition(":")
-    if kind != "clear" or not file:
-        raise ValueError(f"importer must be clear:FILE, got {importer!r}{nearest(kind, ['clear'])}")
-    if not isinstance(config, Clear) or isinstance(config, Mapping) or config.pool_tokens is not None:
-        raise ValueError(f"CLEAR's checkpoints need method clear with its radius and pool_size, got {config}")
+def repack_adapter(
+    adapter: str | Path,
+    *,
+    output: str | Path,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Writes an adapter anew: a folder as one `.safetensors` file, or a file as a folder.
+
+    Args:
+        adapter: Folder, file or Hub id.
+        output: The folder to write, or the file.
+        revision: Branch, tag or commit of a Hub id.
+        offline: Never touch the network.
+        overwrite: Replace what is at `output`.
+    Returns:
+        The output.
+    Raises:
+        ValueError: the adapter is missing or damaged, or the output exists.
+    """
+    check_adapter_output(Path(output), overwrite=overwrite)
+    manifest, tensors = read_adapter(adapter, revision=revision, offline=offline)
+    return write_parts(manifest, tensors, Path(output), overwrite=overwrite)
+
+
+def convert_and_merge(
+    adapter_or_base: str | Path,
+    config: Any = None,
+    *,
+    output: str | Path,
+    layers: str | Sequence[str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+    importer: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Loads a student with the weights of its base and writes the whole pipeline, merged, as `save_merged` does.
+
+    Args:
+        adapter_or_base: An adapter, where neither config nor importer is given; else a base.
+        config: As in `convert_base`.
+        output: The folder to write.
+        layers: As in `convert_base`.
+        revision: Branch, tag or commit of a Hub id.
+        offline: Never touch the network.
+        overwrite: Replace an existing folder.
+        importer: As in `convert_base`.
+        dtype: Of the weights; None: float32.
+    Returns:
+        The folder.
+    Raises:
+        UnsupportedModelError: the base's class cannot be converted.
+        ValueError: something cannot be had or does not fit, or the output exists; nothing is written.
+    """
+    if is_single_file(Path(output)):
+        raise ValueError(f"a merged pipeline is a folder, got the output {output}")
+    check_output(Path(output), overwrite=overwrite)
+    if config is None and importer is None:
+        pipe = from_pretrained(adapter_or_base, dtype=dtype, revision=revision, offline=offline, keep_original=False)
+    else:
+        _check_settings(config, importer, layers)
+        _refuse_adapter(adapter_or_base, revision=revision, offline=offline)
+        pipe = load_base(read_base(adapter_or_base, revision=revision, offline=offline), dtype=dtype, offline=offline)
+        _convert_(pipe, config, importer, layers, offline=offline)
+    return save_merged(pipe, output, overwrite=overwrite)
+
+
+def is_adapter(name: str | Path, *, revision: str | None = None, offline: bool = False) -> bool:
+    """Whether a folder, file or Hub id is an adapter."""
+    return adapter_file(find_place(name, revision=revision, offline=offline)) is not None
+
+
+def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) -> None:
+    if is_adapter(base, revision=revision, offline=offline):
+        raise ValueError(f"{base} is an adapter, which has its method already: give the base that it names")
+
+
+def _check_settings(config: Any, importer: str | None, layers: str | Sequence[str] | None) -> None:
+    """Whether method, importer and layers go together."""
+    if importer is None:
+        if config is None:
+            names = ", ".join(cls.__name__.lower() for cls in METHODS)
+            raise ValueError(f"a base needs a method (--method), one of {names}, or weights to import (--import)")
+        return
+    kind, _, path = importer.partition(":")
+    if kind not in ("clear", "linfusion") or not path:
+        raise ValueError(
+            f"importer must be {' or '.join(IMPORTERS)}, got {importer!r}{nearest(kind, ['clear', 'linfusion'])}"
+        )
     if layers is not None:
-        raise ValueError(f"CLEAR's checkpoints are for all layers, got layers={layers!r}")
-    return load_clear_checkpoint_(model, file, radius=config.radius, pool_size=config.pool_size)
+        raise ValueError(f"checkpoints to import are for all their layers, got layers={layers!r}")
+    if kind == "clear" and (not isinstance(config, Clear) or config.pool_tokens is not None):
+        raise ValueError(f"CLEAR's checkpoints need method clear with its radius and pool_size, got {config}")
+    if kind == "linfusion" and config not in (None, LinFusion()):
+        raise ValueError(f"LinFusion's checkpoints bring their own settings, so no method is given, got {config}")
+
+
+def _convert_(
+    pipe_or_model: Any, config: Any, importer: str | None, layers: str | Sequence[str] | None, *, offline: bool
+) -> SwapReport:
+    """Swaps, and loads what is to be imported, in place; there is no way back."""
+    if importer is None:
+        return linearize_(pipe_or_model, config, layers=layers)
+    kind, _, path = importer.partition(":")
+    if kind == "linfusion":
+        return load_linfusion_checkpoint_(pipe_or_model, path, keep_original=False, offline=offline)
+    return load_clear_checkpoint_(
+        pipe_or_model, path, radius=config.radius, pool_size=config.pool_size, keep_original=False
+    )

@@ -16,6 +16,7 @@ from .input_terms import InputTerms, check_inputs, input_terms
 from .intercept import LinearAttention, change_class, check_forward, linear_class
 from .matching import attention_modules, choose, head_shape
 from .methods import METHODS, config_to_dict, nearest
+from .overlays import refuse_fused
 from .record import forget_, record_
 from .report import SwapReport
 from .seam import Site, State, install, state_of
@@ -57,6 +58,8 @@ def linearize_(
     configs = choose(list(candidates), patterns, [layers] if isinstance(layers, str) else layers)
     if not configs:
         raise ValueError("no module is swapped: the mapping of patterns is empty")
+    if any(input_terms(METHODS[type(one)]) for one in configs.values()):
+        refuse_fused(model)
     for name, one in configs.items():
         check_forward(name, candidates[name])
         check_inputs(name, candidates[name], one)
@@ -179,9 +182,7 @@ def _swap(model: nn.Module, state: State, modules: dict[str, nn.Module], configs
         site = sites.setdefault(place, Site(state))
         attention = cast(Any, module)
         num_heads, head_dim = head_shape(attention)
-        kernel = METHODS[type(configs[name])](
-            configs[name], num_heads=num_heads, head_dim=head_dim
-        )
+        kernel = METHODS[type(configs[name])](configs[name], num_heads=num_heads, head_dim=head_dim)
         kernel.impl = impl
         device = next(module.parameters()).device
         # kernels hold real numbers even in a model without weights: they are saved with the adapter

@@ -130,7 +130,7 @@ def _kernel_shapes(manifest: Manifest, model: nn.Module) -> dict[str, tuple[int,
     expected: dict[str, tuple[int, ...]] = {}
     for pattern, config in manifest.configs().items():
         for name in fnmatch.filter(candidates, pattern):
-            num_heads, head_dim = _heads(candidates[name])
+            num_heads, head_dim = head_shape(candidates[name])
             with torch.device("meta"):
                 kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
             expected |= {f"{name}.linear_kernel.{key}": shape for key, shape in shapes_of(kernel.state_dict()).items()}

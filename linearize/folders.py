@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -44,6 +45,18 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise ValueError(f"the output must be a folder, {path} is a file")
     if path.exists() and not overwrite and any(path.iterdir()):
         raise ValueError(f"the output folder {path} exists: choose another one, or pass overwrite=True (--overwrite)")
+
+
+def check_output_file(path: Path, *, overwrite: bool) -> None:
+    """Whether a file may be written at `path`.
+
+    Raises:
+        ValueError: it exists and overwrite is False, or it is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"the output must be a file, {path} is a folder")
+    if path.exists() and not overwrite:
+        raise ValueError(f"the output file {path} exists: choose another one, or pass overwrite=True (--overwrite)")
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -89,16 +102,33 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file.
+
+    Raises:
+        ValueError: there is no such file, it is truncated, or not in this format.
+    """
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: Path, *, only: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """The tensors of a safetensors file whose names pass `only`, on the CPU.
 
     Raises:
         ValueError: there is no such file, it is truncated, or not in this format.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if only(name)}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: copy the missing file again")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if only(name)}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}): copy or download it again") from error

@@ -1,12 +1,14 @@
 """Networks of a method that change the input of layers inside an attention module: `to_q(x)` is `to_q(x + term(x))`."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
+from .matching import head_shape
 from .methods import METHODS
 
 
@@ -83,14 +85,13 @@ def check_inputs(name: str, attention: Any, config: Any) -> None:
     """Whether a module has the layers whose inputs a method changes.
 
     Raises:
-        UnsupportedModelError: it lacks one, they are fused into one, or they take another number of channels.
+        UnsupportedModelError: it lacks one, or it takes another number of channels.
     """
     for layer in input_terms(METHODS[type(config)]):
-        if getattr(attention, "fused_projections", False):
-            raise UnsupportedModelError(f"{name} has fused projections: unfuse_qkv_projections first")
-        channels = getattr(getattr(attention, layer, None), "in_features", None)
-        if channels != attention.inner_dim:
+        channels = prod(head_shape(attention))
+        found = getattr(getattr(attention, layer, None), "in_features", None)
+        if found != channels:
             raise UnsupportedModelError(
-                f"{type(config).__name__} needs {name}.{layer} with {attention.inner_dim} inputs, as many as heads * "
-                f"head_dim, got {channels}: choose other layers, or another method for this model"
+                f"{type(config).__name__} needs {name}.{layer} with {channels} inputs, as many as heads * head_dim, "
+                f"got {found}: choose other layers, or another method for this model"
             )

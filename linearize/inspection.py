@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from .adapter import adapter_file
 from .base import Base, build_on_meta, find_place, read_base
 from .convert import check_impl
 from .families import family_of
 from .flops import Step, StepFlops, count_steps
-from .manifest import MANIFEST_FILE, read_entry, read_manifest
+from .manifest import read_entry, read_manifest
 from .matching import attention_modules, choose
 from .methods import METHODS, config_to_dict
 from .record import CONFIG_KEY
@@ -89,12 +90,12 @@ def inspect_base(
         ValueError: something is missing, damaged or out of reach, or there is no such `impl`.
     """
     place = find_place(base_or_adapter, revision=revision, offline=offline)
-    adapter_file = place.file(MANIFEST_FILE)
-    if adapter_file is None:
+    file = adapter_file(place)
+    if file is None:
         base = read_base(base_or_adapter, revision=revision, offline=offline)
         configs = read_entry(base.config[CONFIG_KEY]).configs() if CONFIG_KEY in base.config else {}
     else:
-        manifest = read_manifest(adapter_file)
+        manifest = read_manifest(file)
         configs = manifest.configs()
         if manifest.base is None:
             raise ValueError(f"{place.name} does not name its base (it was made in memory): inspect the base itself")

@@ -11,7 +11,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from .adapter import mount_adapter_, read_adapter
+from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
 from .convert import denoiser, linearize_
 from .folders import read_tensors
@@ -39,7 +39,8 @@ def from_pretrained(
     files, never from pickles; no code of a repository runs.
 
     Args:
-        directory_or_repo: Folder or Hub id of an adapter, or of a saved converted pipeline.
+        directory_or_repo: Folder, `.safetensors` file or Hub id of an adapter; folder or Hub id of a saved converted
+            pipeline, merged (`save_merged`) or not.
         dtype: Of the weights; None: float32.
         base: Folder or Hub id to load in place of the base that the adapter names, such as a moved copy or a fine-tune.
         revision: Branch, tag or commit of `directory_or_repo` on the Hub.
@@ -52,7 +53,7 @@ def from_pretrained(
         ValueError: the adapter or its base is missing, out of reach, damaged, or they do not fit.
     """
     place = find_place(directory_or_repo, revision=revision, offline=offline)
-    if place.file(MANIFEST_FILE) is None:
+    if adapter_file(place) is None:
         return _restored(place, dtype=dtype, base=base, impl=impl)
     manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
     if base is None:
@@ -115,11 +116,12 @@ def _restored(place: Place, *, dtype: torch.dtype | None, base: str | Path | Non
     entry = read_entry(saved.config[CONFIG_KEY])
     if base is not None:
         raise ValueError(f"{place.name} is a whole pipeline, base must be None, got {base}")
-    logger.warning(
-        "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full "
-        "attention; use lineardit.save_adapter to keep a student",
-        place.name,
-    )
+    if entry.warning is None:
+        logger.warning(
+            "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full "
+            "attention; use lineardit.save_adapter to keep a student",
+            place.name,
+        )
     pipe = load_base(saved, dtype=dtype, offline=place.offline)
     _, model = denoiser(pipe)
     _restore_conversion_(model, entry, impl)

@@ -1,8 +1,10 @@
 """`lineardit.json`: what an adapter is, which base it belongs to, and how its tensors file must look.
 
+An adapter in a single safetensors file has the same text in its header, under `lineardit`.
+
 {"format_version": 1,
  "base": "black-forest-labs/FLUX.1-dev", "base_revision": "3de623f...", "base_license": "other",
- "pipeline_class": "FluxPipeline", "model_class": "FluxTransformer2DModel",
+ "pipeline_class": "FluxPipeline", "model_class": "FluxTransformer2DModel", "family": "flux",
  "attention": {"transformer_blocks.*.attn": {"24x128": 19}},
  "methods": {"transformer_blocks.*.attn": {"method": "clear", "radius": 16}},
  "trained": [{"kind": "lora", "rank": 16, "alpha": 16.0}],
@@ -17,11 +19,14 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .folders import read_header
 from .methods import config_from_dict, nearest
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "lineardit.json"
 TENSORS_FILE = "lineardit.safetensors"
+SINGLE_FILE_SUFFIX = ".safetensors"
+HEADER_KEY = "lineardit"  # in the header of a single file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +56,11 @@ class Manifest:
         base_revision: Commit of a Hub id; None: a folder.
         base_license: As its model card or LICENSE file says.
         pipeline_class: None: the base is a bare denoiser.
+        family: Name of the model's family.
         attention: The swapped modules: {pattern: {"heads x head_dim" as "24x128": number of modules}}.
         methods: {pattern: a method's config as JSON}.
         trained: What was trained beside the kernels' own parameters, each kind at most once.
-        tensors: None: there is no tensor to load.
+        tensors: None: there is no tensor to load, or they are in the same file.
         versions: Of the libraries that wrote it.
     """
 
@@ -64,6 +70,7 @@ class Manifest:
     base_license: str | None = None
     pipeline_class: str | None = None
     model_class: str
+    family: str | None = None
     attention: Mapping[str, Mapping[str, int]]
     methods: Mapping[str, Mapping[str, Any]]
     trained: tuple[Trained, ...] = ()
@@ -78,17 +85,30 @@ class Manifest:
         trained = [{key: value for key, value in asdict(one).items() if value is not None} for one in self.trained]
         return json.dumps(asdict(self) | {"trained": trained}, indent=2) + "\n"
 
+    def header(self) -> dict[str, str]:
+        """For a single file: all of this, to be read back, and what other programs show of a file."""
+        shown = {"family": self.family, "base": self.base, "base_revision": self.base_revision}
+        return {
+            "format": "pt",
+            HEADER_KEY: self.to_json(),
+            "method": ", ".join(sorted({settings["method"] for settings in self.methods.values()})),
+            "settings": json.dumps(self.methods),
+            **{key: value for key, value in shown.items() if value is not None},
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """The `lineardit` entry of a converted model's config.json.
 
     Attributes:
+        warning: For who reads the file, where trained weights were merged into the base's; None: they were not.
         methods: {pattern: a method's config as JSON}.
         trained: What was trained beside the kernels' own parameters, each kind at most once.
         changed: Patterns of the names of the base's parameters that training changed.
     """
 
+    warning: str | None = None
     methods: Mapping[str, Mapping[str, Any]]
     trained: tuple[Trained, ...] = ()
     changed: tuple[str, ...] = ()
@@ -97,6 +117,10 @@ class Entry:
         """{pattern: config}, as `linearize_` takes it."""
         return {pattern: config_from_dict(settings) for pattern, settings in self.methods.items()}
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
 
 def read_entry(entries: Any) -> Entry:
     """Checks the entry of a config.json.
@@ -104,14 +128,14 @@ def read_entry(entries: Any) -> Entry:
     Raises:
         ValueError: an unknown key (the nearest is named), or a value of the wrong kind.
     """
-    entry = _record("lineardit", Entry, entries, methods=dict, trained=list, changed=list)
+    entry = _record("lineardit", Entry, entries, warning=(str, type(None)), methods=dict, trained=list, changed=list)
     entry = replace(entry, trained=_all_trained(entry.trained), changed=tuple(entry.changed))
     entry.configs()
     return entry
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads and checks a `lineardit.json`.
+    """Reads and checks a `lineardit.json`, or the same in the header of a single file.
 
     Raises:
         ValueError: it is missing, damaged, of a newer format, or has an unknown key (the nearest is named) or a value
@@ -120,13 +144,25 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: an adapter folder is what save_adapter or `lineardit convert` wrote")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
     try:
         return _manifest(entries)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    if path.suffix != SINGLE_FILE_SUFFIX:
+        return path.read_text(encoding="utf-8")
+    header = read_header(path)
+    if HEADER_KEY not in header:
+        raise ValueError(
+            f"{path} has no {HEADER_KEY!r} in its header, so it is no adapter; checkpoints of other projects go in by "
+            "`lineardit convert BASE --import clear:FILE`"
+        )
+    return header[HEADER_KEY]
 
 
 def _manifest(entries: Any) -> Manifest:
@@ -138,7 +174,7 @@ def _manifest(entries: Any) -> Manifest:
             "a newer lineardit wrote this, or it was edited; update lineardit, or copy the file again"
         )
     _check_keys("the file", entries, Manifest)
-    for key in ("base", "base_revision", "base_license", "pipeline_class"):
+    for key in ("base", "base_revision", "base_license", "pipeline_class", "family"):
         _check(key, entries.get(key), (str, type(None)))
     _check("model_class", entries["model_class"], str)
     for pattern, shapes in _entries("attention", entries["attention"]).items():

@@ -37,6 +37,13 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
     return candidates, skipped
 
 
+def head_shape(attention: Any) -> tuple[int, int]:
+    """(heads, head_dim) of the queries of an attention module, by the names that diffusers' classes give them."""
+    num_heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    channels = attention.inner_dim if hasattr(attention, "inner_dim") else attention.to_q.out_features
+    return num_heads, channels // num_heads
+
+
 def choose(names: Sequence[str], patterns: Mapping[str, Any], layers: Sequence[str] | None) -> dict[str, Any]:
     """Module name -> config, for the names that `layers` (None: all) and one pattern match.
 

@@ -6,9 +6,9 @@ from typing import Any
 import diffusers
 import torch
 
+from .adapter import adapter_file
 from .base import CONFIG_FILE, PIPELINE_FILE, find_place, read_base
 from .loading import from_pretrained, load_base
-from .manifest import MANIFEST_FILE
 from .methods import nearest
 from .record import CONFIG_KEY
 
@@ -38,11 +38,9 @@ def open_pipeline(
     Raises:
         ValueError: missing, out of reach, damaged, no pipeline, or `base` beside something that is no adapter.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
-    weights = DTYPES[dtype]
+    weights = named_dtype(dtype)
     place = find_place(name, revision=revision, offline=offline)
-    is_adapter = place.file(MANIFEST_FILE) is not None
+    is_adapter = adapter_file(place) is not None
     plain = None if is_adapter or not _holds_a_model(place) else read_base(name, revision=revision, offline=offline)
     if plain is None or CONFIG_KEY in plain.config:
         pipe = from_pretrained(name, dtype=weights, base=base, revision=revision, offline=offline, impl=impl)
@@ -55,6 +53,17 @@ def open_pipeline(
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise ValueError(f"{name} belongs to a denoiser alone, which makes no pictures: pass a pipeline as base")
     return pipe
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype of weights that has this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
+    return DTYPES[name]
 
 
 def _holds_a_model(place: Any) -> bool:

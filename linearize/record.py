@@ -1,15 +1,16 @@
 """The `lineardit` entry of a converted model's config, which a plain save_pretrained carries to `from_pretrained`."""
 
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
+from torch import nn
 
 from .grouping import grouped
 from .manifest import Entry, Trained
 from .methods import config_to_dict
-from .overlays import overlays_of
+from .overlays import Overlay, overlays_of
 from .seam import state_of
 
 logger = logging.getLogger(__name__)
@@ -33,15 +34,31 @@ def record_(model: Any) -> None:
     state = state_of(model)
     if state is None or not hasattr(model, "register_to_config"):
         return
-    overlays = overlays_of(model).items
-    changed = [name for overlay in overlays if overlay.describe()["kind"] == "full" for name in overlay.tensors()]
+    changed = [name for overlay in overlays_of(model).items for name in overlay.changed()]
+    model.register_to_config(**{CONFIG_KEY: _Saved(entry_of(model, changed=changed).to_dict())})
+
+
+def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
+    """How a model was converted and what was trained.
+
+    Args:
+        model: A converted denoiser.
+        changed: Names of the base's parameters that hold other numbers than in the base.
+    """
+    state = state_of(model)
+    assert state is not None, "only a converted model has an entry"
+    told = [Trained(**overlay.describe()) for overlay in overlays_of(model).items if not _is_fused(overlay)]
     names = [name for name, _ in model.named_parameters()]
-    entry = Entry(
+    return Entry(
         methods={pattern: config_to_dict(config) for pattern, config in state.patterns.items()},
-        trained=tuple(dict.fromkeys(Trained(**overlay.describe()) for overlay in overlays)),
+        trained=tuple(dict.fromkeys(told)),
         changed=tuple(grouped(dict.fromkeys(changed, 0), names)),
     )
-    model.register_to_config(**{CONFIG_KEY: _Saved(asdict(entry))})
+
+
+def _is_fused(overlay: Overlay) -> bool:
+    """LoRA that was added into the weights is no term of its own any more."""
+    return overlay.describe()["kind"] == "lora" and bool(overlay.changed())
 
 
 def forget_(model: Any) -> None:

@@ -1,7 +1,7 @@
-"""`lineardit convert`: give a pretrained model attention of linear cost and write that as an adapter folder."""
+"""`lineardit convert`: give a pretrained model attention of linear cost and write that: an adapter, or merged."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,31 +10,48 @@ from .options import Offline, Revision
 
 def convert(
     ctx: typer.Context,
-    base: Annotated[str, typer.Argument(metavar="BASE", help="A pipeline in diffusers' format: Hub id or folder.")],
-    method: Annotated[str, typer.Option(help="The attention to put in.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to write.")],
+    base: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER_OR_BASE", help="A pipeline in diffusers' format, or an adapter to rewrite."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; X.safetensors: one file.")],
+    method: Annotated[str | None, typer.Option(help="The attention to put in.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only modules whose name matches this pattern.")] = None,
     revision: Revision = None,
     importer: Annotated[
-        str | None, typer.Option("--import", metavar="KIND:FILE", help="Published weights, e.g. clear:FILE.")
+        str | None, typer.Option("--import", metavar="KIND:PATH", help="Published weights: clear:FILE, linfusion:DIR.")
     ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole pipeline, trained weights merged.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights that --merge writes.")] = "float32",
     offline: Offline = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
 ) -> None:
-    """Convert a model to an adapter folder. Reads its configuration, not its weights."""
-    from ..linearize.conversion import convert_base
-    from ..linearize.methods import config_from_dict
+    """Convert a model to an adapter; this reads its configuration, not its weights. Or rewrite or merge an adapter."""
+    from ..linearize.conversion import convert_and_merge, convert_base, is_adapter, repack_adapter
+    from ..linearize.opening import named_dtype
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    convert_base(
-        base,
-        config_from_dict({"method": method, **ctx.obj}),
-        output=output,
-        layers=layers,
-        revision=revision,
-        offline=offline,
-        overwrite=overwrite,
-        importer=importer,
-    )
+    config = _config(method, ctx.obj)
+    places: dict[str, Any] = {"output": output, "revision": revision, "offline": offline, "overwrite": overwrite}
+    conversion: dict[str, Any] = {"layers": layers, "importer": importer}
+    if merge:
+        convert_and_merge(base, config, dtype=named_dtype(dtype), **conversion, **places)
+        print(f"Wrote {output}; generate with: lineardit generate {output} PROMPT")
+        return
+    if config is None and importer is None and is_adapter(base, revision=revision, offline=offline):
+        repack_adapter(base, **places)
+    else:
+        convert_base(base, config, **conversion, **places)
     print(f"Wrote {output}; see what it does with: lineardit inspect {output}")
+
+
+def _config(method: str | None, settings: dict[str, Any]) -> Any:
+    """The method's config; None without a method."""
+    from ..linearize.methods import config_from_dict
+
+    if method is not None:
+        return config_from_dict({"method": method, **settings})
+    if settings:
+        raise ValueError(f"{', '.join(settings)} is a setting of a method: say which with --method")
+    return None

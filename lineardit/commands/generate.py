@@ -65,10 +65,10 @@ def _load(
 ) -> tuple[Any, dict[str, str]]:
     """The pipeline in its place, and what its pictures say of it."""
     from .. import __version__
+    from ..linearize.adapter import adapter_file
     from ..linearize.base import find_place, source_of
     from ..linearize.convert import denoiser
     from ..linearize.folders import sha256
-    from ..linearize.manifest import MANIFEST_FILE
     from ..linearize.opening import open_pipeline
     from ..linearize.standing import swap_report
     from ..pipelines.placement import place_
@@ -82,7 +82,7 @@ def _load(
         print(f"{source} runs with its original attention")
     model = source_of(pipe, denoiser(pipe)[1]).name or source
     about = {"model": model, "dtype": weights, "lineardit": __version__}
-    manifest = find_place(source, revision=revision, offline=offline).file(MANIFEST_FILE)
+    manifest = adapter_file(find_place(source, revision=revision, offline=offline))
     if manifest is not None:
         about |= {"adapter": source, "adapter_sha256": sha256(manifest)}
     return pipe, about

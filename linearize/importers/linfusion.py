@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..base import CONFIG_FILE, Place, find_place, read_json
@@ -19,7 +20,7 @@ from ..families import family_of
 from ..fitting import check_shapes, listed, shapes_of
 from ..folders import read_tensors
 from ..grouping import grouped
-from ..matching import attention_modules
+from ..matching import attention_modules, head_shape
 from ..methods.linfusion import LinFusion, LinFusionAttention
 from ..overlays import check_writable, plain_layer, refuse_fused, replace_weights_
 from ..record import record_
@@ -143,11 +144,11 @@ def _check_modules(entries: Sequence[_Entry], model: nn.Module, name: str) -> No
         module: Any = candidates.get(entry.name)
         if module is None:
             wrong.append(f"{entry.name} is no self-attention of it")
-        elif (module.inner_dim, module.heads) != (entry.channels, entry.heads):
-            wrong.append(
-                f"{entry.name} has {module.inner_dim} channels in {module.heads} heads, not {entry.channels} in "
-                f"{entry.heads}"
-            )
+            continue
+        heads, head_dim = head_shape(module)
+        if (heads * head_dim, heads) != (entry.channels, entry.heads):
+            here = f"{heads * head_dim} channels in {heads} heads"
+            wrong.append(f"{entry.name} has {here}, not {entry.channels} in {entry.heads}")
     if len({entry.name for entry in entries}) < len(entries):
         wrong.append("a module is named twice")
     if wrong:
@@ -162,7 +163,8 @@ def _expected(entries: Sequence[_Entry], model: nn.Module) -> dict[str, tuple[in
             layer = plain_layer(model, f"{entry.name}.{projection}")
             for key, parameter in layer.named_parameters(recurse=False):
                 expected[f"{index}.{projection}.{key}"] = tuple(parameter.shape)
-        kernel = LinFusionAttention(entry.config, num_heads=entry.heads, head_dim=entry.channels // entry.heads)
+        with torch.device("meta"):
+            kernel = LinFusionAttention(entry.config, num_heads=entry.heads, head_dim=entry.channels // entry.heads)
         for theirs, ours in _NETWORKS.items():
             for key, shape in shapes_of(kernel.get_submodule(ours).state_dict()).items():
                 expected[f"{index}.{theirs}.{key}"] = shape

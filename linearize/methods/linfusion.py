@@ -9,6 +9,7 @@ f(x) = Linear(leaky_relu(LayerNorm(Linear(x)))). eps = 1e-4, as in the published
 B batch, H heads, N tokens of the image, D head dimension, C = H * D channels.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -86,8 +87,7 @@ class LinFusionAttention(nn.Module):
     @staticmethod
     def pairs(config: LinFusion, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """What costs as much: 2 N D C for the state and for its use each, 4 N C hidden for f_q and f_k each."""
-        num_tokens = grid[-2] * grid[-1]
-        return num_tokens * (head_dim + 2 * _hidden(config, num_heads * head_dim))
+        return math.prod(grid) * (head_dim + 2 * _hidden(config, num_heads * head_dim))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None

@@ -1,0 +1,92 @@
+"""A student as a plain folder of diffusers: the whole pipeline, with what was trained merged into its weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .adapter import manifest_of
+from .base import source_of
+from .convert import denoiser, swapped
+from .folders import new_folder
+from .low_rank import LORA_NAME, LowRank
+from .manifest import Manifest
+from .model_card import CARD_FILE, merged_card, merged_warning
+from .overlays import check_writable, overlays_of, refuse_fused
+from .record import CONFIG_KEY, entry_of, record_
+from .seam import state_of
+
+
+def save_merged(pipe_or_model: Any, directory: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes the whole pipeline with what was trained merged into its weights; the one in memory stays as it is.
+
+    `lineardit.from_pretrained` loads the folder converted. Plain diffusers loads it as well, with full attention, which
+    these weights were not trained for: config.json and the model card (README.md) say so.
+
+    Args:
+        pipe_or_model: A pipeline or denoiser after `linearize_`.
+        directory: The folder to write; it appears whole or not at all.
+        overwrite: Replace an existing folder.
+    Returns:
+        The folder.
+    Raises:
+        ValueError: nothing is converted, the folder exists, a LoRA of the user's is loaded, or weights are quantized
+            or not in memory.
+    """
+    _, model = denoiser(pipe_or_model)
+    _check_mergeable(model)
+    folder = Path(directory)
+    manifest = manifest_of(model, source_of(pipe_or_model, model))
+    saved: Any = model if isinstance(pipe_or_model, nn.Module) else pipe_or_model
+    with new_folder(folder, overwrite=overwrite) as temporary, _merged(model, manifest):
+        saved.save_pretrained(temporary)
+        (temporary / CARD_FILE).write_text(merged_card(manifest, folder.name), encoding="utf-8")
+    return folder
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    state = state_of(model)
+    if not swapped(model) or state is None:
+        raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+    if not state.enabled:
+        raise ValueError("inside `with dense(model):` the trained weights are off: save outside of it")
+    refuse_fused(model)
+    for name, module in model.named_modules():
+        if hasattr(module, "get_base_layer"):
+            raise ValueError(f"{name} carries a LoRA of your own, which is no part of the student: unload it first")
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{missing[0]} is not in memory (sequential offload?): save before enabling offload")
+    check_writable(model, _merged_names(model))
+
+
+def _merged_names(model: nn.Module) -> list[str]:
+    """The base's parameters that hold other numbers in the merged folder."""
+    names: list[str] = []
+    for overlay in overlays_of(model).items:
+        names += [f"{layer}.weight" for layer in overlay.layers] if isinstance(overlay, LowRank) else overlay.changed()
+    return names
+
+
+@contextmanager
+def _merged(model: Any, manifest: Manifest) -> Iterator[None]:
+    """Inside, the model's state dict and config are those of the merged one."""
+    entry = replace(entry_of(model, changed=_merged_names(model)), warning=merged_warning(manifest), trained=())
+    handle = model.register_state_dict_post_hook(_merge)
+    model.register_to_config(**{CONFIG_KEY: entry.to_dict()})
+    try:
+        yield
+    finally:
+        handle.remove()
+        record_(model)
+
+
+def _merge(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """A hook of `state_dict`: LoRA goes into the weights of its layers."""
+    for overlay in overlays_of(model).items:
+        if isinstance(overlay, LowRank):
+            state_dict.update({prefix + name: weight for name, weight in overlay.merged_weights().items()})
+    for name in [name for name in state_dict if f".{LORA_NAME}." in name]:
+        del state_dict[name]
