@@ -13,10 +13,9 @@ from huggingface_hub import metadata_load
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .families import FAMILIES
+from .families import FAMILIES, unsupported
 from .hub import fetch, is_repository, snapshot_of
 from .manifest import MANIFEST_FILE
-from .methods import nearest
 from .record import CONFIG_KEY
 
 PIPELINE_FILE = "model_index.json"
@@ -170,8 +169,7 @@ def build_on_meta(base: Base) -> nn.Module:
         ValueError: its config does not fit its class.
     """
     if base.model_class not in FAMILIES or not hasattr(diffusers, base.model_class):
-        near = nearest(base.model_class, FAMILIES)
-        raise UnsupportedModelError(f"cannot convert a {base.model_class}{near}; supported: {', '.join(FAMILIES)}")
+        raise UnsupportedModelError(unsupported(base.model_class))
     config = {key: value for key, value in base.config.items() if key != CONFIG_KEY}
     try:
         with init_empty_weights(include_buffers=True):

@@ -4,6 +4,7 @@ B batch, H heads, N tokens (text_len + height * width).
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -51,14 +52,41 @@ def as_shape(*sides: int) -> Tensor:
     return shape
 
 
-def text_mask_of(attn_mask: Tensor, query: Tensor, *, text_len: int, text_first: bool) -> Tensor:
+def image_first(grid: Grid, image_starts: tuple[int, ...], text_len: int) -> Tensor | None:
+    """The order of tokens that brings the image before all others.
+
+    Args:
+        image_starts: Where the image begins, in each sample or once for all.
+        text_len: How many tokens are not of the image.
+    Returns:
+        [B or 1, N] int64, None where the image stands after all others in every sample.
+    """
+    if set(image_starts) == {text_len}:
+        return None
+    num_image = prod(grid)
+    positions = torch.arange(num_image + text_len)
+    starts = image_starts[:1] if len(set(image_starts)) == 1 else image_starts
+    return torch.stack(
+        [torch.cat([positions[at : at + num_image], positions[:at], positions[at + num_image :]]) for at in starts]
+    )
+
+
+def reorder(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """Tokens of x [B, ..., N, ...] in another order [B or 1, N]."""
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = order.shape
+    return torch.take_along_dim(x, order.view(shape), dim)
+
+
+def text_mask_of(attn_mask: Tensor, query: Tensor, layout: Layout) -> Tensor | None:
     """The mask that upstream hands to attention, as a mask of the text alone.
 
     Args:
         attn_mask: Of keys: [B, N] or [B or 1, H or 1, 1, N]; bool (True = attend) or additive (0 or -inf).
         query: [B, H, N, D].
+        layout: Of these tokens.
     Returns:
-        [B, text_len] bool.
+        [B, text_len] bool, None without text.
     Raises:
         LayoutError: the mask differs between queries, heads or image tokens, or is a bias rather than a mask.
     """
@@ -73,8 +101,9 @@ def text_mask_of(attn_mask: Tensor, query: Tensor, *, text_len: int, text_first:
             "`with dense(model):`"
         )
     attend = mask if mask.dtype == torch.bool else mask == 0
-    image = slice(text_len, None) if text_first else slice(0, num_tokens - text_len)
-    text = slice(0, text_len) if text_first else slice(num_tokens - text_len, None)
+    text_len = layout.text_len
+    image = slice(text_len, None) if layout.text_first else slice(0, num_tokens - text_len)
+    text = slice(0, text_len) if layout.text_first else slice(num_tokens - text_len, None)
     allowed = attend[..., image].all() & (attend == attend[:, :1]).all()
     if mask.dtype != torch.bool:
         allowed = allowed & (attend | (mask <= _BLOCKED)).all()
@@ -83,7 +112,7 @@ def text_mask_of(attn_mask: Tensor, query: Tensor, *, text_len: int, text_first:
         "attn_mask must hide text tokens only, alike in every head (True/False, or 0/-inf): a mask on image tokens or "
         "a bias has no linear form here; drop it, or run this call inside `with dense(model):`",
     )
-    return attend[:, 0, 0, text].expand(batch, -1)
+    return attend[:, 0, 0, text].expand(batch, -1) if text_len > 0 else None
 
 
 def _require(allowed: Tensor, message: str) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.training import add_lora_, train_full_
-from tiny_models import build, flux, inputs_of, sd3
+from tiny_models import build, inputs_of
+from tiny_models.latents import sd3
+from tiny_models.positions import flux
 
 CLEAR = Clear(radius=2, pool_size=2)
 FAMILIES = ("flux", "sd3", "pixart", "unet")

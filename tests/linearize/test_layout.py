@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lineardit.linearize import LayoutError
-from lineardit.linearize.families import rectangle
+from lineardit.linearize.families.positions import rectangle
 from lineardit.linearize.layout import Layout, text_mask_of
 from tiny_models import position_ids
 
@@ -54,14 +54,14 @@ def test_text_mask_takes_the_text_part(text_first: bool) -> None:
     mask = torch.cat([text, image] if text_first else [image, text], dim=1)
     query = torch.zeros(2, 4, 9, 8)
     for given_mask in (mask, mask[:, None, None], mask[:, None, None].expand(2, 4, 1, 9)):
-        assert torch.equal(text_mask_of(given_mask, query, text_len=3, text_first=text_first), text)
-    one = text_mask_of(mask[:1, None, None], query, text_len=3, text_first=text_first)
+        assert torch.equal(text_mask_of(given_mask, query, Layout((2, 3), 3, text_first)), text)
+    one = text_mask_of(mask[:1, None, None], query, Layout((2, 3), 3, text_first))
     assert torch.equal(one, text[:1].expand(2, 3))
 
 
 def test_text_mask_takes_a_square_for_queries_by_keys() -> None:
     with pytest.raises(LayoutError, match="mask of keys"):
-        text_mask_of(torch.ones(9, 9, dtype=torch.bool), torch.zeros(9, 1, 9, 4), text_len=3, text_first=True)
+        text_mask_of(torch.ones(9, 9, dtype=torch.bool), torch.zeros(9, 1, 9, 4), Layout((2, 3), 3, True))
 
 
 def test_layout_counts_image_tokens() -> None:

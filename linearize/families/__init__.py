@@ -1,0 +1,145 @@
+"""The model families, one row each: how `linearize_` finds the image's self-attention and its token grid."""
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..methods import nearest
+from .family import Family as Family
+from .family import Sight as Sight
+from .latents import (
+    level_tokens,
+    see_auraflow,
+    see_feature_map,
+    see_hunyuan_image,
+    see_latents,
+    see_latents_and_text,
+    see_sd3,
+    see_square_latents,
+)
+from .positions import see_image_ids, see_image_ids_and_mask
+from .sequences import see_image_shapes, see_lumina, see_z_image
+
+_FLUX = Family(
+    name="flux",
+    attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    see=see_image_ids,
+    blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+)
+_SD3 = Family(
+    name="sd3",
+    attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
+    see=see_sd3,
+    text_first=False,
+    blocks=("JointTransformerBlock", "SD3SingleTransformerBlock"),
+)
+_SD_UNET = Family(
+    name="sd-unet",
+    attention=("*.transformer_blocks.*.attn1", "*.transformer_blocks.*.attn2"),
+    see=see_feature_map,
+    seen_at="Transformer2DModel",
+    blocks=("BasicTransformerBlock",),
+    native_tokens=level_tokens,
+)
+_HUNYUAN_DIT = Family(name="hunyuan-dit", attention=("blocks.*.attn1",), see=see_latents, blocks=("HunyuanDiTBlock",))
+_QWEN_IMAGE = Family(
+    name="qwen-image",
+    attention=("transformer_blocks.*.attn",),
+    see=see_image_shapes,
+    blocks=("QwenImageTransformerBlock",),
+)
+_WAN = Family(name="wan", attention=("blocks.*.attn1",), see=see_latents, blocks=("WanTransformerBlock",))
+
+FAMILIES: dict[str, Family] = {
+    "FluxTransformer2DModel": _FLUX,
+    "FluxControlNetModel": _FLUX,
+    "Flux2Transformer2DModel": Family(
+        name="flux2",
+        attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        see=see_image_ids,
+        blocks=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+    ),
+    "ChromaTransformer2DModel": Family(
+        name="chroma",
+        attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        see=see_image_ids_and_mask,
+        blocks=("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
+        masked_at=("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
+    ),
+    "SD3Transformer2DModel": _SD3,
+    "SD3ControlNetModel": _SD3,
+    "PixArtTransformer2DModel": Family(
+        name="pixart", attention=("transformer_blocks.*.attn1",), see=see_latents, blocks=("BasicTransformerBlock",)
+    ),
+    "DiTTransformer2DModel": Family(
+        name="dit",
+        attention=("transformer_blocks.*.attn1",),
+        see=see_square_latents,
+        blocks=("BasicTransformerBlock",),
+    ),
+    "UNet2DConditionModel": _SD_UNET,
+    "ControlNetModel": _SD_UNET,
+    "ControlNetUnionModel": _SD_UNET,
+    "AuraFlowTransformer2DModel": Family(
+        name="auraflow",
+        attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        see=see_auraflow,
+        blocks=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
+    ),
+    "HunyuanDiT2DModel": _HUNYUAN_DIT,
+    "HunyuanDiT2DControlNetModel": _HUNYUAN_DIT,
+    "HunyuanImageTransformer2DModel": Family(
+        name="hunyuan-image",
+        attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        see=see_hunyuan_image,
+        text_first=False,
+        blocks=("HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"),
+    ),
+    "Lumina2Transformer2DModel": Family(
+        name="lumina2",
+        attention=("layers.*.attn", "noise_refiner.*.attn"),
+        see=see_lumina,
+        blocks=("Lumina2TransformerBlock",),
+    ),
+    "QwenImageTransformer2DModel": _QWEN_IMAGE,
+    "QwenImageControlNetModel": _QWEN_IMAGE,
+    "ZImageTransformer2DModel": Family(
+        name="z-image",
+        attention=("layers.*.attention", "noise_refiner.*.attention"),
+        see=see_z_image,
+        text_first=False,
+        blocks=("ZImageTransformerBlock",),
+    ),
+    "CogView4Transformer2DModel": Family(
+        name="cogview4",
+        attention=("transformer_blocks.*.attn1",),
+        see=see_latents_and_text,
+        blocks=("CogView4TransformerBlock",),
+    ),
+    "WanTransformer3DModel": _WAN,
+    "WanVACETransformer3DModel": _WAN,
+}
+
+# Models of diffusers that have nothing to convert, and why.
+LINEAR_ALREADY = ("SanaTransformer2DModel", "SanaControlNetModel", "SanaVideoTransformer3DModel")
+
+
+def family_of(model: nn.Module) -> Family:
+    """The row of a model's class, or of a class it derives from.
+
+    Raises:
+        UnsupportedModelError: there is none; lists those there are.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    raise UnsupportedModelError(unsupported(type(model).__name__))
+
+
+def unsupported(class_name: str) -> str:
+    """Why a model of this class cannot be converted, in a sentence."""
+    if class_name in LINEAR_ALREADY:
+        return f"a {class_name} has linear self-attention already: nothing to convert"
+    return (
+        f"cannot convert a {class_name}{nearest(class_name, FAMILIES)}; supported: {', '.join(FAMILIES)}; "
+        "for a model of your own pass linearize_(..., family=Family(...))"
+    )

@@ -1,0 +1,96 @@
+"""Models that take latents as an image, [B, C, height, width] or [B, C, frames, height, width].
+
+B batch, C channels; `patch_size` latents make one token along a side.
+"""
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import LayoutError
+from ..layout import Grid
+from .family import Sight
+
+_SMALLER = "choose a smaller picture, or run this call inside `with dense(model):` if you know that it is right"
+
+
+def _grid(model: Any, latents: Tensor) -> Grid:
+    """(height, width) or (frames, height, width) in tokens."""
+    patch = model.config.patch_size
+    sides = latents.shape[2:]
+    patches = (patch,) * len(sides) if isinstance(patch, int) else tuple(patch)[-len(sides) :]
+    return tuple(side // size for side, size in zip(sides, patches, strict=True))
+
+
+def see_latents(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """Attention over image tokens only."""
+    return Sight(grid=_grid(model, arguments["hidden_states"]))
+
+
+def see_square_latents(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """DiT, whose output upstream folds into a square whatever the input was."""
+    grid = _grid(model, arguments["hidden_states"])
+    if grid[0] != grid[1]:
+        raise LayoutError(f"{type(model).__name__} makes square pictures only, got {grid} tokens: {_SMALLER}")
+    return Sight(grid=grid)
+
+
+def see_latents_and_text(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """Joint attention with encoder_hidden_states [B, text, C], where there is any."""
+    text = arguments.get("encoder_hidden_states")
+    return Sight(grid=_grid(model, arguments["hidden_states"]), text_lens=() if text is None else (text.shape[1],))
+
+
+def see_sd3(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """SD3 crops a table of positions; `attn2` of its dual blocks sees the image alone."""
+    sight = see_latents_and_text(model, arguments)
+    limit = getattr(model.config, "pos_embed_max_size", None)
+    if limit is not None and max(sight.grid) > limit:
+        raise LayoutError(
+            f"this {type(model).__name__} knows positions up to {limit} tokens a side (pos_embed_max_size), got "
+            f"{sight.grid}: {_SMALLER}"
+        )
+    return sight
+
+
+def see_auraflow(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """AuraFlow puts register tokens before the text; beyond its table of positions it would wrap, unnoticed."""
+    sight = see_latents_and_text(model, arguments)
+    limit = isqrt(model.config.pos_embed_max_size)
+    if max(sight.grid) > limit:
+        raise LayoutError(
+            f"this {type(model).__name__} knows positions up to {limit} tokens a side, and takes wrong ones beyond "
+            f"without a word, got {sight.grid}: {_SMALLER}"
+        )
+    return Sight(grid=sight.grid, text_lens=(sight.text_lens[0] + model.register_tokens.shape[1],))
+
+
+def see_hunyuan_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """HunyuanImage joins two texts, the second optional."""
+    grid = _grid(model, arguments["hidden_states"])
+    texts = [arguments["encoder_hidden_states"]]
+    if model.context_embedder_2 is not None and arguments.get("encoder_hidden_states_2") is not None:
+        texts.append(arguments["encoder_hidden_states_2"])
+    return Sight(grid=grid, text_lens=(sum(text.shape[1] for text in texts),))
+
+
+def see_feature_map(module: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """A level of a UNet: hidden_states [B, C, height, width], one token for each position."""
+    return Sight(grid=tuple(arguments["hidden_states"].shape[-2:]))
+
+
+def level_tokens(model: Any, name: str) -> int:
+    """Tokens of a UNet's attention module at `sample_size`, the size that the model was trained for.
+
+    The name of the module says its level: down_blocks.1.attentions.0..., mid_block..., up_blocks.2.attentions....
+    """
+    part, index = name.split(".")[:2]
+    last = len(model.config.block_out_channels) - 1
+    level = {"down_blocks": lambda: int(index), "up_blocks": lambda: last - int(index)}.get(part, lambda: last)()
+    sample = model.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    for _ in range(level):
+        height, width = -(-height // 2), -(-width // 2)
+    return height * width

@@ -1,0 +1,113 @@
+"""Models that are told the position of every token: FLUX and its relatives.
+
+B batch, N tokens of the image and its references, C channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LayoutError
+from ..layout import Grid
+from .family import Sight
+
+
+def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
+    """The grid that position ids spell out, and the same ids without rounding.
+
+    Pipelines make ids in bfloat16, exact to 256 only. Beyond, rows and columns collapse in pairs: the first change of
+    row, or the first step back of columns, still tells the width, where the greatest position does not.
+
+    Args:
+        ids: [N, axes], any dtype; column 1 is the row, column 2 the column, the others are constant.
+    Returns:
+        (height, width), and ids [N, axes] in float32.
+    Raises:
+        LayoutError: the ids are not exactly one rectangle in row-major order.
+    """
+    rows, cols = ids[:, 1], ids[:, 2]
+    num_tokens = ids.shape[0]
+    widths = (_first(rows != rows[0]), 1 + _first(cols[1:] < cols[:-1]))
+    for width in widths:
+        height, rest = divmod(num_tokens, width)
+        exact = ids[:1].float().repeat(num_tokens, 1)
+        if rest == 0:
+            exact[:, 1] += torch.arange(height, device=ids.device).repeat_interleave(width)
+            exact[:, 2] += torch.arange(width, device=ids.device).repeat(height)
+            if torch.equal(exact.to(ids.dtype), ids):
+                return (height, width), exact
+    raise LayoutError(
+        f"the {num_tokens} image positions are not one full rectangle in row-major order, so there is no window on "
+        "them (an image cropped or packed by hand, or references that share the image's first position column): run "
+        "this call inside `with dense(model):`, or restore_ the model"
+    )
+
+
+def image_and_references(ids: Tensor) -> tuple[Grid, int, Tensor]:
+    """The grid of the image that is generated, and how many tokens of reference images stand after it.
+
+    References (FLUX Kontext, FLUX.2 editing) differ from the image in a position column other than row and column.
+
+    Args:
+        ids: [N, axes], as for `rectangle`; the image first.
+    Returns:
+        (height, width), the number of tokens after the image, and all ids [N, axes] in float32, without rounding.
+    Raises:
+        LayoutError: one of the images is no rectangle.
+    """
+    others = [axis for axis in range(ids.shape[1]) if axis not in (1, 2)]
+    grid, exact, start = None, [], 0
+    while start < ids.shape[0]:
+        length = _first((ids[start:, others] != ids[start, others]).any(1))
+        shape, run = rectangle(ids[start : start + length])
+        grid = grid or shape
+        exact.append(run)
+        start += length
+    assert grid is not None, "there is at least one image token"
+    return grid, ids.shape[0] - grid[0] * grid[1], torch.cat(exact)
+
+
+def _first(mask: Tensor) -> int:
+    """Index of the first True in [N], N where there is none."""
+    return int(mask.to(torch.uint8).argmax()) if mask.any() else mask.shape[0]
+
+
+def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """hidden_states [B, N, C], img_ids [N, axes] (or, deprecated, [1, N, axes]), encoder_hidden_states [B, text, C]."""
+    ids, tokens = arguments["img_ids"], arguments["hidden_states"].shape[1]
+    ids = ids[0] if ids.ndim == 3 else ids
+    if ids.shape[0] != tokens:
+        raise LayoutError(
+            f"hidden_states hold {tokens} image tokens, img_ids {ids.shape[0]}: make both from the same height and "
+            "width (a token is a 2x2 patch of latents)"
+        )
+    grid, num_references, exact = image_and_references(ids)
+    text_len = arguments["encoder_hidden_states"].shape[1]
+    return Sight(
+        grid=grid,
+        text_lens=(text_len + num_references,),
+        image_starts=(text_len,) if num_references else None,
+        replaced={"img_ids": exact},
+    )
+
+
+def see_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """As `see_image_ids`, with attention_mask [B, text + N] bool, of which blocks would make a tokens x tokens mask."""
+    sight = see_image_ids(model, arguments)
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return sight
+    text_len = arguments["encoder_hidden_states"].shape[1]
+    if mask.dtype != torch.bool or not mask[:, text_len:].all():
+        raise LayoutError(
+            "attention_mask must be bool (True = attend) and hide text tokens only, got "
+            f"{mask.dtype} {tuple(mask.shape)}"
+        )
+    if sight.image_starts is not None:
+        raise LayoutError(
+            "reference images beside a text mask have no window yet: give one prompt at a time, without padding"
+        )
+    return replace(sight, text_mask=mask[:, :text_len])

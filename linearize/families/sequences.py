@@ -1,0 +1,90 @@
+"""Models that pack text and image into one sequence by the samples' own lengths: Qwen-Image, Lumina 2, Z-Image.
+
+B batch, C channels.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from ..errors import LayoutError
+from ..layout import Grid
+from .family import Sight
+
+Shape = tuple[int, int, int]  # (frames, height, width) in tokens
+
+
+def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """Qwen-Image: img_shapes, for every sample the (frames, height, width) of its images; the first is generated.
+
+    The images after it are references. Layered models generate every image, all of one size: their frames.
+    """
+    shapes = _shapes_of_all(arguments["img_shapes"])
+    text_len = arguments["encoder_hidden_states"].shape[1]
+    tokens = arguments["hidden_states"].shape[1]
+    if sum(map(prod, shapes)) != tokens:
+        raise LayoutError(f"hidden_states hold {tokens} image tokens, img_shapes say {shapes}: make both from one size")
+    if getattr(model.config, "use_layer3d_rope", False) and len(set(shapes)) == 1:
+        return Sight(grid=(len(shapes) * shapes[0][0], *shapes[0][1:]), text_lens=(text_len,))
+    num_references = tokens - prod(shapes[0])
+    return Sight(
+        grid=_flat(shapes[0]),
+        text_lens=(text_len + num_references,),
+        image_starts=(text_len,) if num_references else None,
+    )
+
+
+def _shapes_of_all(img_shapes: Sequence[Any]) -> list[Shape]:
+    """The shapes of one sample's images, alike in all samples."""
+    samples = [[sample] if isinstance(sample[0], int) else list(sample) for sample in img_shapes]
+    if any(sample != samples[0] for sample in samples):
+        raise LayoutError(
+            f"every picture of a batch must have the same size, got img_shapes={img_shapes}: run them one by one"
+        )
+    return [(int(frames), int(height), int(width)) for frames, height, width in samples[0]]
+
+
+def _flat(shape: Shape) -> Grid:
+    return shape[1:] if shape[0] == 1 else shape
+
+
+def see_lumina(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """Lumina 2: latents [B, C, height, width]; each sample is its own text, then the image, then padding."""
+    height, width = (side // model.config.patch_size for side in arguments["hidden_states"].shape[-2:])
+    _check_axes(model, (height, width), model.config.axes_lens[1:])
+    lengths = [int(length) for length in arguments["encoder_attention_mask"].sum(1).tolist()]
+    return Sight(grid=(height, width), text_lens=(max(lengths),), image_starts=tuple(lengths))
+
+
+def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """Z-Image: a list of latents [C, frames, height, width]; the image, padded to a multiple, then the text, padded."""
+    latents, texts = arguments["x"], arguments["cap_feats"]
+    if isinstance(latents[0], list):
+        raise LayoutError(
+            "several images in one sequence (Z-Image's omni mode) have no window yet: run this call inside "
+            "`with dense(model):`, or restore_ the model"
+        )
+    sizes = {tuple(latent.shape[-3:]) for latent in latents}
+    if len(sizes) > 1:
+        raise LayoutError(f"every picture of a batch must have the same size, got {sorted(sizes)}: run them one by one")
+    frames, height, width = sizes.pop()
+    patch, frame_patch = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
+    shape = (frames // frame_patch, height // patch, width // patch)
+    _check_axes(model, shape, (model.config.axes_lens[0], *model.config.axes_lens[1:]))
+    padding = -prod(shape) % _SEQUENCE_MULTIPLE
+    longest = max(text.shape[0] for text in texts)
+    return Sight(grid=_flat(shape), text_lens=(padding, padding + longest + -longest % _SEQUENCE_MULTIPLE))
+
+
+_SEQUENCE_MULTIPLE = 32  # SEQ_MULTI_OF of diffusers' transformer_z_image
+
+
+def _check_axes(model: nn.Module, grid: Grid, limits: Sequence[int]) -> None:
+    """Raise a LayoutError where a side has more tokens than the model has positions."""
+    if any(side > limit for side, limit in zip(grid, limits, strict=True)):
+        raise LayoutError(
+            f"this {type(model).__name__} knows positions up to {tuple(limits)} tokens (axes_lens), got {tuple(grid)}: "
+            "choose a smaller picture"
+        )
