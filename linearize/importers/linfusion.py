@@ -81,10 +81,11 @@ def load_linfusion_checkpoint_(
     configs = {entry.name: entry.config for entry in entries}
     candidates, _ = attention_modules(model, family_of(model))
     groups = grouped(configs, list(candidates))
+    without_memory = next(model.parameters()).is_meta  # then there is no precision but the checkpoint's
     report = linearize_(model, {glob: configs[names[0]] for glob, names in groups.items()})
     for index, entry in enumerate(entries):
         kernel = cast(nn.Module, model.get_submodule(entry.name).linear_kernel)
-        kernel.load_state_dict(_networks(index, tensors))
+        kernel.load_state_dict(_networks(index, tensors), assign=without_memory)
     replace_weights_(model, weights, keep_original=keep_original)
     record_(model)
     return report
