@@ -201,7 +201,8 @@ def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
             f"{' or '.join(map(str, site.text_lens or (0,)))} of text and a grid of {site.grid}: call the model "
             "itself, and run each backward with gradient checkpointing before the next forward at another size"
         )
-    return Layout(site.grid, text_len, text_first, site.text_mask if text_len > 0 else None)
+    mask = site.text_mask.expand(key.shape[0], -1) if site.text_mask is not None and text_len > 0 else None
+    return Layout(site.grid, text_len, text_first, mask)
 
 
 def _share_sizes(attention: LinearAttention, layout: Layout) -> list[int]:

@@ -298,6 +298,8 @@ def _changed_by_each_image_token(module: nn.Module, args: tuple, kwargs: dict, n
     arguments["hidden_states"] = many
     if text is not None:
         arguments["encoder_hidden_states"] = many if text is hidden else text.repeat(num_image + 1, 1, 1)
+    if arguments.get("encoder_hidden_states_mask") is not None:
+        arguments["encoder_hidden_states_mask"] = arguments["encoder_hidden_states_mask"].expand(num_image + 1, -1)
     with torch.no_grad():
         out = module(**arguments)
     if isinstance(out, tuple) and out[1] is not None:
