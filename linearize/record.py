@@ -35,7 +35,8 @@ def record_(model: Any) -> None:
     if state is None or not hasattr(model, "register_to_config"):
         return
     changed = [name for overlay in overlays_of(model).items for name in overlay.changed()]
-    model.register_to_config(**{CONFIG_KEY: _Saved(entry_of(model, changed=changed).to_dict())})
+    entry = _Saved(entry_of(model, changed=changed).to_dict())
+    model._internal_dict = _config({**model.config, CONFIG_KEY: entry}, model.config)
 
 
 def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
@@ -64,4 +65,12 @@ def _is_fused(overlay: Overlay) -> bool:
 def forget_(model: Any) -> None:
     """Takes the entry out of the config."""
     if CONFIG_KEY in getattr(model, "_internal_dict", {}):
-        model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != CONFIG_KEY})
+        entries = {key: value for key, value in model.config.items() if key != CONFIG_KEY}
+        model._internal_dict = _config(entries, model.config)
+
+
+def _config(entries: dict[str, Any], before: FrozenDict) -> FrozenDict:
+    """Other entries for a config, without losing the values that diffusers' loaders set as its attributes alone."""
+    config = FrozenDict(entries)
+    vars(config).update({name: value for name, value in vars(before).items() if name != CONFIG_KEY})
+    return config
