@@ -90,7 +90,7 @@ def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
         grid=grid,
         text_lens=(text_len + num_references,),
         image_starts=(text_len,) if num_references else None,
-        replaced={"img_ids": exact},
+        replaced={"img_ids": exact.expand_as(arguments["img_ids"])},  # context parallelism splits them by their axes
     )
 
 

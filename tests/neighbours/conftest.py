@@ -102,7 +102,12 @@ def paint(prompt: dict[str, Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.fixture
-def forward(family: str) -> Callable[[Any], Tensor]:
-    """One forward of a pipeline's denoiser, on the same arguments at every call."""
-    arguments = inputs_of(family)
+def arguments(family: str) -> dict[str, Any]:
+    """Of one forward of the denoiser."""
+    return inputs_of(family)
+
+
+@pytest.fixture
+def forward(arguments: dict[str, Any]) -> Callable[[Any], Tensor]:
+    """One forward of a pipeline's denoiser."""
     return lambda pipe: run(denoiser(pipe)[1], arguments)

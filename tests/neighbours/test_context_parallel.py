@@ -72,6 +72,8 @@ def _share_tokens(model: nn.Module, plan: dict | None = None, **options: bool) -
 
 def _compare(rank: int, family: str) -> None:
     base, arguments = build(family), inputs_of(family, grid=(4, 6), text_len=4)
+    if family == "flux2":  # its plan wants positions with a batch, as its pipeline has them
+        arguments |= {name: arguments[name].expand(2, -1, -1) for name in ("img_ids", "txt_ids")}
     parallel = copy.deepcopy(base)
     _share_tokens(parallel)
     parallel_dense = run(parallel, arguments)

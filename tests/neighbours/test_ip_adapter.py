@@ -1,0 +1,99 @@
+"""Image prompts: their own attention beside the text stays as it is, the image's self-attention stays ours."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lineardit import Clear, dense, linearize_, restore_
+from lineardit.linearize.convert import denoiser
+from tiny_models import run
+
+NUM_TOKENS = 4  # of the image prompt, diffusers' own number
+
+
+def _projection(width: int) -> dict[str, Tensor]:
+    return {
+        "proj.weight": torch.randn(NUM_TOKENS * width, 8),
+        "proj.bias": torch.randn(NUM_TOKENS * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+
+
+def _weights_for_flux(model: Any) -> dict[str, dict[str, Tensor]]:
+    names = [f"{i}.{name}" for i in range(len(model.transformer_blocks)) for name in ("to_k_ip", "to_v_ip")]
+    layers = {f"{name}.weight": torch.randn(model.inner_dim, 32) for name in names}
+    return {"image_proj": _projection(32), "ip_adapter": layers | {f"{name}.bias": torch.zeros(32) for name in names}}
+
+
+def _weights_for_unet(model: Any) -> dict[str, dict[str, Tensor]]:
+    layers, number = {}, 1
+    for name, module in model.named_modules():
+        if name.endswith("attn2"):
+            for kind in ("to_k_ip", "to_v_ip"):
+                layers[f"{number}.{kind}.weight"] = torch.randn_like(module.to_k.weight)
+            number += 2
+    return {"image_proj": _projection(32), "ip_adapter": layers}
+
+
+def _load(pipe: Any, weights: dict) -> None:
+    if hasattr(pipe, "unet"):
+        pipe.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    else:
+        pipe.load_ip_adapter(weights, weight_name="", image_encoder_pretrained_model_name_or_path=None)
+
+
+@pytest.fixture
+def prompted(family: str, arguments: dict[str, Any]) -> Callable[[Any], Tensor]:
+    """One forward of a pipeline's denoiser with an image prompt."""
+    image = [torch.randn(2, 1, 8)]
+    options: dict[str, Any] = {"joint_attention_kwargs": {"ip_adapter_image_embeds": image}}
+    if family == "unet":
+        options = {"added_cond_kwargs": {"image_embeds": image}}
+    # diffusers takes the image out of the dictionary that it is given
+    return lambda pipe: run(denoiser(pipe)[1], {**arguments, **copy.deepcopy(options)})
+
+
+@pytest.mark.parametrize("converted_first", [True, False])
+@pytest.mark.parametrize(
+    ("family", "weights_for"), [("flux", _weights_for_flux), ("unet", _weights_for_unet)], indirect=["family"]
+)
+def test_image_prompts_go_on_beside_the_window(
+    pipe: Any,
+    forward: Callable[[Any], Tensor],
+    prompted: Callable[[Any], Tensor],
+    weights_for: Callable[[Any], dict],
+    converted_first: bool,
+) -> None:
+    plain, weights = forward(pipe), weights_for(denoiser(pipe)[1])
+    linearize_(pipe, Clear(radius=1.5))
+    windowed = forward(pipe)
+    if converted_first:
+        _load(pipe, weights)
+    else:
+        restore_(pipe)
+        _load(pipe, weights)
+        linearize_(pipe, Clear(radius=1.5))
+    both = prompted(pipe)
+    assert not torch.allclose(both, windowed, atol=1e-3)
+    with dense(pipe):
+        base = prompted(pipe)
+    assert not torch.allclose(both, base, atol=1e-3)
+    linearize_(pipe, Clear(radius=20))
+    assert torch.equal(prompted(pipe), base)
+    linearize_(pipe, Clear(radius=1.5))
+    pipe.set_ip_adapter_scale(0.0)
+    assert torch.allclose(prompted(pipe), windowed, atol=1e-6)
+    pipe.set_ip_adapter_scale(1.0)
+    assert torch.equal(prompted(pipe), both)
+    restore_(pipe)
+    assert torch.equal(prompted(pipe), base)
+    linearize_(pipe, Clear(radius=1.5))
+    pipe.unload_ip_adapter()
+    assert torch.equal(forward(pipe), windowed)
+    with dense(pipe):
+        assert torch.equal(forward(pipe), plain)
