@@ -2,7 +2,8 @@
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  |pos_i - pos_j| < radius
 
-(CLEAR, arXiv:2412.16112.) The implementations:
+(CLEAR, arXiv:2412.16112.) In a video, pos is the place within a frame, and |frame_i - frame_j| < frame_radius holds as
+well. The implementations:
 
     reference   one dense call through a mask, made anew; any device and dtype; memory tokens x tokens
     masked      the same with the mask kept from call to call; the fastest for small images
@@ -35,6 +36,7 @@ def window_attention(
     pooled: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    frame_radius: int | None = None,
 ) -> Tensor:
     """Softmax attention of image tokens over the text and a circular window, of text tokens over everything.
 
@@ -42,35 +44,37 @@ def window_attention(
 
     Args:
         query, key, value: [B, H, N, D], any strides; float16, bfloat16, float32 or float64.
-        grid: (height, width), or (frames, height, width) with the window in space and all frames in it; in tokens,
-            row-major; text_len + height * width == N.
+        grid: (height, width), or (frames, height, width) for a video or images of one size, the window at the same
+            place in each; in tokens, row-major; text_len + their product == N.
         radius: Euclidean, in tokens, strict: dy**2 + dx**2 < radius**2.
         text_len: tokens that are not of the image, before it or (text_first=False) after it.
         text_mask: [B, text_len] bool, True = attend; a masked text token is seen by nobody and attends itself.
         pooled: (pooled_key, pooled_value), [B, H, P, D] each: more keys that image queries see and text queries do not.
         scale: of the logits, D**-0.5 if None.
         impl: "auto" (see `choose_impl`) or one of `implementations()`.
+        frame_radius: in frames, strict: image queries see frames with |df| < frame_radius; None: all frames.
     Returns:
         [B, H, N, D], dtype of query (under autocast, of autocast); sums are in float32, or float64 for float64.
     Raises:
-        ValueError: shapes, grid, radius or impl do not fit; "triton" cannot run here; a mask of "reference" or
-            "masked" beyond 2**31 entries.
+        ValueError: shapes, grid, radius, frame_radius or impl do not fit; "triton" cannot run here; a mask of
+            "reference" or "masked" beyond 2**31 entries.
     """
-    _validate(query, key, value, grid, radius, text_len, text_mask, pooled, impl)
+    _validate(query, key, value, grid, radius, frame_radius, text_len, text_mask, pooled, impl)
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     pooled = None if pooled is None else (_autocast(pooled[0]), _autocast(pooled[1]))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
-        impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len)
+        impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len, frame_radius=frame_radius)
     elif impl == "triton":
         require_triton(query)
     if impl in ("tiled", "triton"):
-        return _linear(query, key, value, grid, radius, text_len, text_first, text_mask, pooled, scale, impl)
+        window = (grid, radius, scale, impl, frame_radius)
+        return _linear(query, key, value, text_len, text_first, text_mask, pooled, *window)
     check_mask_size(query, text_mask, pooled)
     if impl == "reference":
-        mask = window_mask(grid, radius, text_len, text_first, query.device)
+        mask = window_mask(grid, radius, text_len, text_first, query.device, frame_radius)
     else:
-        mask = kept_window_mask(query, grid, radius, text_len, text_first)
+        mask = kept_window_mask(query, grid, radius, text_len, text_first, frame_radius)
     return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
 
 
@@ -78,14 +82,15 @@ def _linear(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    grid: tuple[int, ...],
-    radius: float,
     text_len: int,
     text_first: bool,
     text_mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
+    grid: tuple[int, ...],
+    radius: float,
     scale: float,
     impl: str,
+    frame_radius: int | None,
 ) -> Tensor:
     """The operator on the image's queries, with text and pooled tokens as shared keys, and a call for text queries."""
     text_query, image_query = split_text(query, text_len, text_first)
@@ -102,7 +107,7 @@ def _linear(
         text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=keys_seen, scale=scale)
     image = (image_query, image_key, image_value)
     shared = (shared_key, shared_value, shared_mask)
-    out, _ = window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl)
+    out, _ = window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius)
     return out
 
 
@@ -124,6 +129,7 @@ def _validate(
     value: Tensor,
     grid: tuple[int, ...],
     radius: float,
+    frame_radius: int | None,
     text_len: int,
     text_mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
@@ -141,6 +147,11 @@ def _validate(
         raise ValueError(f"grid must be (height, width) or (frames, height, width), integers >= 1, got {tuple(grid)}")
     if not 0 < radius < math.inf:
         raise ValueError(f"radius must be a finite number > 0, got {radius}")
+    if frame_radius is not None:
+        if not isinstance(frame_radius, int | torch.SymInt) or isinstance(frame_radius, bool) or frame_radius < 1:
+            raise ValueError(f"frame_radius must be an integer >= 1 or None, got {frame_radius!r}")
+        if len(grid) != 3:
+            raise ValueError(f"frame_radius={frame_radius} needs grid = (frames, height, width), got {tuple(grid)}")
     if text_len < 0:
         raise ValueError(f"text_len must be >= 0, got {text_len}")
     if text_len + math.prod(grid) != num_tokens:

@@ -22,7 +22,9 @@ def implementations() -> tuple[str, ...]:
     return ("reference", "masked", "tiled", "triton")
 
 
-def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len: int) -> str:
+def choose_impl(
+    query: Tensor, *, grid: tuple[int, ...], radius: float, text_len: int, frame_radius: int | None = None
+) -> str:
     """The implementation that impl="auto" runs, for a query [..., head_dim] on its device.
 
     1. On a CUDA device "triton", where its kernels run and agree with the reference; else "tiled", with a warning.
@@ -36,11 +38,11 @@ def choose_impl(query: Tensor, *, grid: tuple[int, ...], radius: float, text_len
     image_len = math.prod(grid)
     if torch.compiler.is_compiling() or query.device.type != "cpu" or image_len > 4096:
         return "tiled"
-    height, width = grid[-2:]
+    frames, height, width = (1, *grid)[-3:]
     rows, columns = tile_shape(height, width, radius)
     reach = math.ceil(radius) - 1
-    frames = image_len // (height * width)
-    read = frames * _mean_reach(height, rows, reach) * _mean_reach(width, columns, reach)
+    frames_read = _mean_reach(frames, 1, (frame_radius or frames) - 1)
+    read = frames_read * _mean_reach(height, rows, reach) * _mean_reach(width, columns, reach)
     return "masked" if image_len <= 256 or read + text_len > 0.55 * (image_len + text_len) else "tiled"
 
 

@@ -78,13 +78,19 @@ class _Axis:
 
 
 def circle_lists(
-    grid: tuple[int, ...], radius: float, *, query_tile: tuple[int, int], key_tile: tuple[int, int]
+    grid: tuple[int, ...],
+    radius: float,
+    frame_radius: int | None = None,
+    *,
+    query_tile: tuple[int, int],
+    key_tile: tuple[int, int],
 ) -> TileLists:
-    """Lists of the window `dy**2 + dx**2 < radius**2` (CLEAR, arXiv:2412.16112), in every frame of the grid.
+    """Lists of the window `dy**2 + dx**2 < radius**2` (CLEAR, arXiv:2412.16112), in the frames near the query's.
 
     Args:
         grid: (height, width) or (frames, height, width) in tokens.
         radius: in tokens, strict, > 0.
+        frame_radius: in frames, strict, >= 1; None: all frames.
         query_tile: (rows, columns) of a query tile; key_tile: of a key tile.
     """
     frames, height, width = (1, *grid)[-3:]
@@ -104,10 +110,13 @@ def circle_lists(
     num_columns = -(-width // key_tile[1])
     key_tiles = (rows.key[:, None, :, None] * num_columns + columns.key[None, :, None, :]).flatten(2).flatten(0, 1)
 
-    # Each query tile reads its window in all frames.
+    # Each query tile reads the same window in all frames in reach: [frames, query tiles, frames in reach, candidates].
+    in_time = _axis(frames, 1, 1, min(frame_radius or frames, frames) ** 2)
+    key_frame, exists = in_time.key[:, None, :, None], in_time.exists[:, None, :, None]
     per_frame = -(-height // key_tile[0]) * num_columns
-    key_tiles = (key_tiles[:, None] + per_frame * torch.arange(frames)[:, None]).flatten(1).repeat(frames, 1)
-    kind, mask_ids = kind.repeat(frames, frames), mask_ids.repeat(frames, frames)
+    key_tiles = (key_tiles[:, None] + per_frame * key_frame).flatten(2).flatten(0, 1)
+    kind = torch.where(exists, kind[:, None], 2).flatten(2).flatten(0, 1)
+    mask_ids = torch.where(exists, mask_ids[:, None], -1).flatten(2).flatten(0, 1)
 
     order = kind.argsort(dim=1, stable=True)[:, : int((kind < 2).sum(1).max())]
     return TileLists(

@@ -14,7 +14,7 @@ from .inputs import Inputs, sum_dtype, token_major
 from .tiled import tiled_backward, tiled_forward
 
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor shared_key, Tensor shared_value, Tensor? shared_mask"
-WINDOW = "SymInt[] grid, float radius, float scale, str impl"
+WINDOW = "SymInt[] grid, float radius, float scale, str impl, SymInt? frame_radius=None"
 
 
 @torch.library.custom_op(
@@ -35,6 +35,7 @@ def window_attention_op(
     radius: float,
     scale: float,
     impl: str,
+    frame_radius: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of image queries over their window and all shared keys, put beside the results for text.
 
@@ -45,6 +46,7 @@ def window_attention_op(
         shared_key, shared_value: [B, H, S, D], seen by every query; S may be 0.
         shared_mask: [B, S] bool, True = attend; None attends to all.
         impl: "tiled" or "triton".
+        frame_radius: in frames, strict; None: all frames.
     Returns:
         out [B, H, T + N, D], and the log-sum-exp of the image's logits, [B, H, N], which has no gradient.
     """
@@ -59,8 +61,8 @@ def window_attention_op(
             from .triton_window import triton_forward
 
             tiles, _ = tiles_for(query.device, query.dtype, query.shape[3])
-            return out, triton_forward(inputs, image_slot, grid, radius, scale, tiles)
-        return out, tiled_forward(inputs, image_slot, grid, radius, scale)
+            return out, triton_forward(inputs, image_slot, grid, radius, frame_radius, scale, tiles)
+        return out, tiled_forward(inputs, image_slot, grid, radius, frame_radius, scale)
 
 
 @torch.library.custom_op(
@@ -82,6 +84,7 @@ def _window_attention_backward(
     radius: float,
     scale: float,
     impl: str,
+    frame_radius: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
     with torch.autocast(query.device.type, enabled=False):
@@ -90,8 +93,8 @@ def _window_attention_backward(
             from .triton_window import triton_backward
 
             _, tiles = tiles_for(query.device, query.dtype, query.shape[3])
-            return triton_backward(grad_out, inputs, out, lse, grid, radius, scale, tiles)
-        return tiled_backward(grad_out, inputs, out, lse, grid, radius, scale)
+            return triton_backward(grad_out, inputs, out, lse, grid, radius, frame_radius, scale, tiles)
+        return tiled_backward(grad_out, inputs, out, lse, grid, radius, frame_radius, scale)
 
 
 @window_attention_op.register_fake
@@ -108,12 +111,12 @@ def _(grad_out, query, key, value, shared_key, shared_value, *_):  # type: ignor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    text_out, text_first, *tensors, grid, radius, scale, impl = inputs
+    text_out, text_first, *tensors, grid, radius, scale, impl, frame_radius = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.text = (text_out.shape[2], text_first)
-    ctx.window = (grid, radius, scale, impl)
+    ctx.window = (grid, radius, scale, impl, frame_radius)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -122,7 +125,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     _, image_out = split_text(out, text_len, text_first)
     grad_text, grad_image = split_text(grad_out, text_len, text_first)
     grads = _window_attention_backward(grad_image, *tensors, image_out, lse, *ctx.window)
-    return (grad_text, None, *grads, None, None, None, None, None)
+    return (grad_text, None, *grads, None, None, None, None, None, None)
 
 
 window_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -5,6 +5,7 @@
     query i \\ key j   text       image                             pooled
     text              unmasked   all                               none
     image             unmasked   dy**2 + dx**2 < radius**2         all
+                                 and |df| < frame_radius
 
 "unmasked": where `text_mask` is True. A masked text query attends like any other text query. Every query sees at least
 one image token, so no row is empty. B batch, H heads, N = text_len + image tokens, D head dimension, P pooled tokens.
@@ -29,6 +30,7 @@ def window_attention_reference(
     text_mask: Tensor | None = None,
     pooled: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
+    frame_radius: int | None = None,
 ) -> Tensor:
     """Window attention by one dense masked call; memory grows with the square of the tokens.
 
@@ -40,19 +42,27 @@ def window_attention_reference(
         text_mask: [B, text_len] bool, True = attend; None attends to all.
         pooled: (pooled_key, pooled_value), [B, H, P, D] each, seen by image queries only.
         scale: of the logits, D**-0.5 if None.
+        frame_radius: in frames, strict; None: all frames.
     Returns:
         [B, H, N, D], dtype of query.
     Raises:
         ValueError: the mask would have more than 2**31 entries.
     """
     check_mask_size(query, text_mask, pooled)
-    mask = window_mask(grid, radius, text_len, text_first, query.device)
+    mask = window_mask(grid, radius, text_len, text_first, query.device, frame_radius)
     return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
 
 
-def window_mask(grid: tuple[int, ...], radius: float, text_len: int, text_first: bool, device: torch.device) -> Tensor:
+def window_mask(
+    grid: tuple[int, ...],
+    radius: float,
+    text_len: int,
+    text_first: bool,
+    device: torch.device,
+    frame_radius: int | None = None,
+) -> Tensor:
     """[N, N] bool, True where a query attends to a key, before `text_mask`."""
-    near = _near(grid, radius, device)  # [image, image]
+    near = _near(grid, radius, frame_radius, device)  # [image, image]
     image_len = near.shape[0]
     start = text_len if text_first else 0
     mask = near.new_ones(text_len + image_len, text_len + image_len)
@@ -104,11 +114,15 @@ def check_mask_size(query: Tensor, text_mask: Tensor | None, pooled: tuple[Tenso
         )
 
 
-def _near(grid: tuple[int, ...], radius: float, device: torch.device) -> Tensor:
+def _near(grid: tuple[int, ...], radius: float, frame_radius: int | None, device: torch.device) -> Tensor:
     """[image tokens, image tokens] bool: the key lies in the query's window."""
     frames, height, width = (1, *grid)[-3:]
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     row = rows[:, None].expand(height, width).flatten().repeat(frames)
     column = columns.repeat(height * frames)
     squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
-    return squared.double() < radius * radius
+    near = squared.double() < radius * radius
+    if frame_radius is None:
+        return near
+    frame = torch.arange(frames, device=device).repeat_interleave(height * width)
+    return near & ((frame[:, None] - frame).abs() < frame_radius)

@@ -61,9 +61,11 @@ class _Chunk(NamedTuple):
     bias: Tensor | None  # [Q, K]
 
 
-def tiled_forward(inputs: Inputs, out: Tensor, grid: Sequence[int], radius: float, scale: float) -> Tensor:
+def tiled_forward(
+    inputs: Inputs, out: Tensor, grid: Sequence[int], radius: float, frame_radius: int | None, scale: float
+) -> Tensor:
     """Fill `out` [B, H, N, D], whose memory is in the order [B, N, H, D]; returns the log-sum-exp [B, H, N]."""
-    groups, partial = _groups_and_partial(inputs, grid, radius)
+    groups, partial = _groups_and_partial(inputs, grid, radius, frame_radius)
     batch, num_heads, num_tokens, _ = inputs.query.shape
     dtype, shared = sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
@@ -89,10 +91,11 @@ def tiled_backward(
     lse: Tensor,
     grid: Sequence[int],
     radius: float,
+    frame_radius: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `tiled_forward` left them."""
-    groups, partial = _groups_and_partial(inputs, grid, radius)
+    groups, partial = _groups_and_partial(inputs, grid, radius, frame_radius)
     lse_rows = lse.transpose(1, 2).contiguous()  # [B, N, H]
     num_heads, dtype, shared = inputs.query.shape[1], sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
@@ -164,16 +167,21 @@ def _untile(tensor: Tensor, batch: int) -> Tensor:
     return tensor.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
 
 
-def _groups_and_partial(inputs: Inputs, grid: Sequence[int], radius: float) -> tuple[tuple[TileGroup, ...], Partial]:
+def _groups_and_partial(
+    inputs: Inputs, grid: Sequence[int], radius: float, frame_radius: int | None
+) -> tuple[tuple[TileGroup, ...], Partial]:
     device = inputs.query.device
-    return circle_groups(tuple(grid), radius, device), fastest_partial(device.type, sum_dtype(inputs.query))
+    groups = circle_groups(tuple(grid), radius, frame_radius, device)
+    return groups, fastest_partial(device.type, sum_dtype(inputs.query))
 
 
 @lru_cache(maxsize=8)
-def circle_groups(grid: tuple[int, ...], radius: float, device: torch.device) -> tuple[TileGroup, ...]:
+def circle_groups(
+    grid: tuple[int, ...], radius: float, frame_radius: int | None, device: torch.device
+) -> tuple[TileGroup, ...]:
     """The groups of a circular window, on the device."""
     tile = tile_shape(grid[-2], grid[-1], radius)
-    return tile_groups(circle_lists(grid, radius, query_tile=tile, key_tile=tile), device)
+    return tile_groups(circle_lists(grid, radius, frame_radius, query_tile=tile, key_tile=tile), device)
 
 
 def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:

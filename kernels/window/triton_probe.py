@@ -71,12 +71,12 @@ class _Trial:
 
     def forward_error(self, tiles: Tiles) -> float:
         out = token_major(self.inputs.query, self.num_tokens)
-        lse = triton_forward(self.inputs, out, GRID, RADIUS, self.scale, tiles)
+        lse = triton_forward(self.inputs, out, GRID, RADIUS, None, self.scale, tiles)
         return _relative_error([out, lse], [self.out, self.lse])
 
     def backward_error(self, tiles: Tiles) -> float:
         out = self.out.to(self.grad_out.dtype)
-        grads = triton_backward(self.grad_out, self.inputs, out, self.lse, GRID, RADIUS, self.scale, tiles)
+        grads = triton_backward(self.grad_out, self.inputs, out, self.lse, GRID, RADIUS, None, self.scale, tiles)
         expected = PLAIN.backward(self.grad_out.float(), self.query, self.keys, self.out, self.lse, self.scale)
         grad_query, *grad_keys = expected
         image, shared = zip(*(grad.split([self.num_tokens, NUM_SHARED], 2) for grad in grad_keys), strict=True)

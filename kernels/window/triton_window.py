@@ -77,12 +77,15 @@ class Window:
 
 
 @lru_cache(maxsize=8)
-def _window(grid: tuple[int, ...], radius: float, tiles: Tiles, device: torch.device) -> Window:
+def _window(
+    grid: tuple[int, ...], radius: float, frame_radius: int | None, tiles: Tiles, device: torch.device
+) -> Window:
     """Tiles with their longer side along the axis for which the lists are shorter."""
     turned = replace(tiles, query=tiles.query[::-1])
-    choices = [(tiles, circle_lists(grid, radius, query_tile=tiles.query, key_tile=tiles.key))]
-    if turned != tiles:
-        choices.append((turned, circle_lists(grid, radius, query_tile=turned.query, key_tile=turned.key)))
+    choices = [
+        (choice, circle_lists(grid, radius, frame_radius, query_tile=choice.query, key_tile=choice.key))
+        for choice in dict.fromkeys((tiles, turned))
+    ]
     tiles, lists = min(choices, key=lambda choice: int(choice[1].counts.sum()))
     by_key = swapped(lists)
     query_corners, key_corners = lists.query_tokens[:, 0], lists.key_tokens[:, 0]
@@ -119,10 +122,10 @@ class _Launch:
     constants: dict[str, Any]
 
 
-def _prepare(inputs: Inputs, grid: Sequence[int], radius: float, tiles: Tiles) -> _Launch:
+def _prepare(inputs: Inputs, grid: Sequence[int], radius: float, frame_radius: int | None, tiles: Tiles) -> _Launch:
     query = inputs.query
     head_dim = query.shape[3]
-    window = _window(tuple(grid), radius, tiles, query.device)
+    window = _window(tuple(grid), radius, frame_radius, tiles, query.device)
     block = tiles.key[0] * tiles.key[1]
     num_shared, mask = inputs.shared_key.shape[2], inputs.shared_mask
     if mask is None:
@@ -170,10 +173,16 @@ def _dense_rows(tensor: Tensor) -> Tensor:
 
 
 def triton_forward(
-    inputs: Inputs, out: Tensor, grid: Sequence[int], radius: float, scale: float, tiles: Tiles
+    inputs: Inputs,
+    out: Tensor,
+    grid: Sequence[int],
+    radius: float,
+    frame_radius: int | None,
+    scale: float,
+    tiles: Tiles,
 ) -> Tensor:
     """Fill `out` [B, H, N, D], whose rows are dense; returns the log-sum-exp [B, H, N], float32."""
-    launch = _prepare(inputs, grid, radius, tiles)
+    launch = _prepare(inputs, grid, radius, frame_radius, tiles)
     tensors = [_dense_rows(tensor) for tensor in inputs[:5]]
     batch, num_heads, num_tokens, _ = inputs.query.shape
     lse = out.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
@@ -200,11 +209,12 @@ def triton_backward(
     lse: Tensor,
     grid: Sequence[int],
     radius: float,
+    frame_radius: int | None,
     scale: float,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `triton_forward` left them."""
-    launch = _prepare(inputs, grid, radius, tiles)
+    launch = _prepare(inputs, grid, radius, frame_radius, tiles)
     query, key, value, shared_key, shared_value = (_dense_rows(tensor) for tensor in inputs[:5])
     grad_out = _dense_rows(grad_out)
     batch, num_heads, num_tokens, _ = query.shape

@@ -94,9 +94,7 @@ class ClearAttention(nn.Module):
     @staticmethod
     def chosen(config: Clear, query: Tensor, grid: Grid, text_len: int) -> str:
         """What impl="auto" runs for a query [B, H, N, D]."""
-        return choose_impl(
-            query, grid=grid, radius=config.radius, text_len=text_len, frame_radius=config.frame_radius
-        )
+        return choose_impl(query, grid=grid, radius=config.radius, text_len=text_len, frame_radius=config.frame_radius)
 
     @staticmethod
     def pairs(config: Clear, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:

@@ -24,7 +24,7 @@ def cell_side(grid: Grid, max_cells: int) -> int:
     Raises:
         LayoutError: there are more frames than that.
     """
-    frames, *_ = _with_frames(grid)
+    frames = (1, *grid)[-3]
     if frames > max_cells:
         raise LayoutError(
             f"every frame has a cell, so pool_tokens must be >= the number of frames, got {max_cells} for {frames}: "
@@ -38,12 +38,8 @@ def cell_side(grid: Grid, max_cells: int) -> int:
 
 def count_cells(grid: Grid, side: int) -> int:
     """How many square cells a grid has; those at the border may be cut."""
-    frames, height, width = _with_frames(grid)
+    frames, height, width = (1, *grid)[-3:]
     return frames * -(-height // side) * -(-width // side)
-
-
-def _with_frames(grid: Grid) -> Grid:
-    return (1, *grid)[-3:]
 
 
 def weighted_pool(parts: Sequence[Tensor], weight: Tensor, grid: Grid, num_cells: int) -> tuple[Tensor, ...]:
