@@ -35,9 +35,9 @@ def merged_card(manifest: Manifest, name: str) -> str:
 def merged_warning(manifest: Manifest) -> str:
     """What who loads a merged folder must know."""
     return (
-        f"WRONG WITH PLAIN DIFFUSERS: this model's self-attention is {_methods(manifest)}, and its weights were "
-        "trained for that. Plain diffusers loads this folder without an error, but runs full attention, which costs "
-        "more and gives wrong pictures. Load it with lineardit.from_pretrained."
+        "WRONG WITH PLAIN DIFFUSERS: this model's attention was trained for a window or another form of linear cost, "
+        f"{_methods(manifest)}, not for full attention. Plain diffusers loads it without an error, but runs full "
+        "attention, which costs more and gives wrong pictures. Load it with lineardit.from_pretrained."
     )
 
 
@@ -49,6 +49,7 @@ def _card(manifest: Manifest, name: str, *, warning: str, relation: str) -> str:
         library_name="lineardit",
         license=manifest.base_license if known else "other" if manifest.base_license else None,
         license_name=None if known or not manifest.base_license else _slug(manifest.base_license),
+        license_link=f"https://huggingface.co/{base}" if on_hub and not known and manifest.base_license else None,
         base_model=base if on_hub else None,
         base_model_relation=relation if on_hub else None,
         tags=["lineardit", "linear-attention", "diffusers", *_names(manifest)],

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from impls import ALL
-from lineardit import Clear, dense, linearize_, restore_, save_adapter, set_impl_
+from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter, set_impl_
+from lineardit.cli import run as run_command
 from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.importers import load_clear_checkpoint_
@@ -193,8 +194,6 @@ def test_load_clear_checkpoint_reads_files_and_saves_as_an_adapter(case: Case, t
 
 
 def test_convert_base_imports_a_checkpoint_without_the_bases_weights(case: Case, tmp_path: Path) -> None:
-    from lineardit import load_adapter_
-
     model = case.model()
     model.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "diffusion_pytorch_model.safetensors").unlink()
@@ -207,6 +206,22 @@ def test_convert_base_imports_a_checkpoint_without_the_bases_weights(case: Case,
     )
     load_adapter_(model, tmp_path / "adapter")
     assert relative_error(run(model, case.inputs), case.output) < 1e-4
+
+
+@pytest.mark.parametrize(("radius", "pool_size"), [(32, None), (16, None), (8, None), (16, 4), (8, 4)])
+def test_convert_imports_each_of_the_five_published_checkpoints(tmp_path: Path, radius: int, pool_size) -> None:
+    case = Case("clear_flux_r4" if pool_size is None else "clear_flux_r4_down4")
+    case.model().save_config(tmp_path / "base")
+    file = tmp_path / f"clear_local_{radius}{'' if pool_size is None else f'_down_{pool_size}'}.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in case.checkpoint.items()}, file)
+    options = ["--radius", str(radius), *([] if pool_size is None else ["--pool-size", str(pool_size)])]
+    words = ["convert", str(tmp_path / "base"), "--method", "clear", *options, "--import", f"clear:{file}", "--offline"]
+    assert run_command([*words, "-o", str(tmp_path / "x.safetensors")]) == 0
+    model = case.model()
+    report = load_adapter_(model, tmp_path / "x.safetensors")
+    assert set(report.swapped.values()) == {Clear(radius=radius, pool_size=pool_size)}
+    name = "transformer_blocks.0.attn.to_out.0.weight"
+    assert torch.equal(model.get_parameter(name), case.checkpoint[name].bfloat16().float())
 
 
 KEY = "single_transformer_blocks.1.attn.to_k.bias"
