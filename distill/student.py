@@ -136,6 +136,10 @@ class Twins:
             if getattr(layer, key) is not None
         }
 
+    def changed(self) -> list[str]:
+        """Names of the base's parameters that hold other numbers now."""
+        return list(self.parameters())
+
     def tensors(self) -> dict[str, Tensor]:
         """The trained weights in the base's dtype, under the base's names."""
         dtypes = {name: layer.teacher_weight.dtype for name, layer in self.layers.items()}

@@ -49,8 +49,10 @@ class LinearAttention:
     def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
         """Upstream copies the projections into one, where no trained weights would be lost by that."""
         state = self._lineardit_site.state
-        for part in (*state.companions, *state.input_terms):
-            part.check_fusable()
+        for companion in state.companions:
+            companion.check_fusable()
+        for terms in state.input_terms:
+            terms.check_fusable()
         super().fuse_projections(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

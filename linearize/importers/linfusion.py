@@ -103,7 +103,7 @@ def _entries(place: Place) -> tuple[_Entry, ...]:
 
 
 def _entry(module: Any, where: str) -> _Entry:
-    keys = {"module_name": str, "dim_n": int, "heads": int, "projection_mid_dim": (int, type(None))}
+    keys: dict[str, Any] = {"module_name": str, "dim_n": int, "heads": int, "projection_mid_dim": (int, type(None))}
     wrong = [
         key for key, kind in keys.items() if not isinstance(module, dict) or not isinstance(module.get(key, ...), kind)
     ]

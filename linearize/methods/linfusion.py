@@ -43,14 +43,15 @@ class InputTerm(nn.Sequential):
     """f_q or f_k; its last layer starts at zero, so that an untrained one changes nothing."""
 
     def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, channels))
-        nn.init.zeros_(self[3].weight)
-        nn.init.zeros_(self[3].bias)
+        last = nn.Linear(hidden, channels)
+        super().__init__(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C], in the precision of its own weights."""
         # layerwise casting stores Linear layers in float8 between calls, and leaves norms as they are
-        return super().forward(x.to(self[1].weight.dtype)).to(x.dtype)
+        return super().forward(x.to(self.get_parameter("1.weight").dtype)).to(x.dtype)
 
 
 class LinFusionAttention(nn.Module):
