@@ -1,0 +1,88 @@
+"""ControlNets beside a converted model: their residuals are added, and their own attention is converted apart."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lineardit import Clear, dense, linearize_, restore_
+from lineardit.linearize import swapped
+from tiny_models import build
+
+SMALL = Clear(radius=1.5)
+PIPELINES = {
+    "flux": (diffusers.FluxControlNetPipeline, "control_image"),
+    "sd3": (diffusers.StableDiffusion3ControlNetPipeline, "control_image"),
+    "unet": (diffusers.StableDiffusionControlNetPipeline, "image"),
+}
+
+
+@pytest.fixture
+def steer(family: str, paint: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Call a pipeline with a picture that steers; two ControlNets take a scale and a picture each."""
+    picture, argument = torch.rand(1, 3, 16, 24), PIPELINES[family][1]
+
+    def call(pipe: Any, *scales: float) -> Tensor:
+        pictures: Any = picture if len(scales) == 1 else [picture] * len(scales)
+        scale: Any = scales[0] if len(scales) == 1 else list(scales)
+        torch.manual_seed(0)  # SD3 draws the picture's latents from torch's own generator
+        return paint(pipe, controlnet_conditioning_scale=scale, **{argument: pictures})
+
+    return call
+
+
+def _steered(pipe: Any, family: str, *controlnets: nn.Module) -> Any:
+    network = controlnets[0] if len(controlnets) == 1 else list(controlnets)
+    return PIPELINES[family][0].from_pipe(pipe, controlnet=network)
+
+
+@pytest.mark.parametrize("converted_first", [True, False])
+def test_residuals_are_added_to_a_converted_model(
+    pipe: Any, family: str, steer: Callable[..., Tensor], converted_first: bool
+) -> None:
+    controlnet = build(f"{family}-controlnet")
+    other = _steered(pipe, family, controlnet)
+    base, unsteered = steer(other, 1.0), steer(other, 0.0)
+    assert not torch.allclose(base, unsteered, atol=1e-3)
+    if converted_first:
+        linearize_(pipe, SMALL)
+        other = _steered(pipe, family, controlnet)
+    else:
+        linearize_(other, SMALL)
+    assert not swapped(controlnet)
+    windowed, window_unsteered = steer(other, 1.0), steer(other, 0.0)
+    assert not torch.allclose(windowed, base, atol=1e-3)
+    assert not torch.allclose(windowed, window_unsteered, atol=1e-3)
+    linearize_(controlnet, SMALL)
+    assert not torch.allclose(steer(other, 1.0), windowed, atol=1e-5)
+    assert torch.equal(steer(other, 0.0), window_unsteered)
+    with dense(pipe), dense(controlnet):
+        assert torch.equal(steer(other, 1.0), base)
+    for model in (other, controlnet):
+        linearize_(model, Clear(radius=30))
+    assert torch.equal(steer(other, 1.0), base)
+    restore_(controlnet)
+    restore_(other)
+    assert torch.equal(steer(other, 1.0), base)
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_several_controlnets_steer_a_converted_model(pipe: Any, family: str, steer: Callable[..., Tensor]) -> None:
+    networks = build("flux-controlnet"), build("flux-controlnet")
+    other = _steered(pipe, family, *networks)
+    base, first_alone = steer(other, 1.0, 1.0), steer(other, 1.0, 0.0)
+    assert not torch.allclose(base, first_alone, atol=1e-3)
+    linearize_(pipe, SMALL)
+    windowed = steer(other, 1.0, 1.0)
+    assert not torch.allclose(windowed, base, atol=1e-3)
+    linearize_(networks[1], SMALL)
+    assert not torch.allclose(steer(other, 1.0, 1.0), windowed, atol=1e-5)
+    with dense(networks[1]):
+        assert torch.equal(steer(other, 1.0, 1.0), windowed)
+    for model in (pipe, networks[1]):
+        linearize_(model, Clear(radius=30))
+    assert torch.equal(steer(other, 1.0, 1.0), base)
+    assert torch.equal(steer(other, 1.0, 0.0), first_alone)
