@@ -226,8 +226,9 @@ def _diagnosis(attention: LinearAttention, hits: int) -> str:
     backend = getattr(processor, "_attention_backend", None)
     return (
         f"{attention._lineardit_name} is converted, but its forward reached linear attention {hits} times instead of "
-        f"once (processor {type(processor).__name__}, attention backend {backend or 'default'}). Likely causes: "
-        "set_attention_backend on any model (it holds for the whole process) or DIFFUSERS_ATTN_BACKEND with a kernel "
-        "of its own, xformers, attention slicing, ring attention, or a processor that does not call torch's "
-        "scaled_dot_product_attention. Go back to the default processor and the backend 'native', or restore_ it."
+        f"once (processor {type(processor).__name__}, attention backend {getattr(backend, 'value', 'default')}). "
+        "Likely causes: set_attention_backend on any model (it holds for the whole process) or DIFFUSERS_ATTN_BACKEND "
+        "with a kernel of its own, xformers, attention slicing, or a processor that does not call torch's "
+        "scaled_dot_product_attention once. Set the backend 'native' and a processor that does (a UNet's "
+        "set_default_attn_processor sets one that does not, AttnProcessor2_0() does), or restore_ it."
     )

@@ -82,7 +82,8 @@ def text_mask_of(attn_mask: Tensor, query: Tensor, layout: Layout) -> Tensor | N
     """The mask that upstream hands to attention, as a mask of the text alone.
 
     Args:
-        attn_mask: Of keys: [B, N] or [B or 1, H or 1, 1, N]; bool (True = attend) or additive (0 or -inf).
+        attn_mask: Of keys: [B, N] or [B or 1, H or 1, 1, N]; bool (True = attend) or additive (0 or -inf). Or of
+            queries and keys, [B or 1, H or 1, N, N], if every token that is seen sees the same ones.
         query: [B, H, N, D].
         layout: Of these tokens.
     Returns:
@@ -94,7 +95,10 @@ def text_mask_of(attn_mask: Tensor, query: Tensor, layout: Layout) -> Tensor | N
     mask = attn_mask
     if mask.ndim == 2 and mask.shape[0] in (1, batch) and num_tokens != batch:
         mask = mask[:, None, None]
-    if mask.ndim != 4 or mask.shape[2] != 1 or mask.shape[3] != num_tokens:
+    if mask.ndim == 4:
+        # one row stands for all where upstream has only expanded it
+        mask = mask[:, : 1 if mask.stride(1) == 0 else None, : 1 if mask.stride(2) == 0 else None]
+    if mask.ndim != 4 or mask.shape[2] not in (1, num_tokens) or mask.shape[3] != num_tokens:
         raise LayoutError(
             f"linear attention takes a mask of keys, [batch, 1, 1, tokens], got attn_mask of shape "
             f"{tuple(attn_mask.shape)} for {num_tokens} tokens: mask text padding per key, or run this call inside "
@@ -104,7 +108,9 @@ def text_mask_of(attn_mask: Tensor, query: Tensor, layout: Layout) -> Tensor | N
     text_len = layout.text_len
     image = slice(text_len, None) if layout.text_first else slice(0, num_tokens - text_len)
     text = slice(0, text_len) if layout.text_first else slice(num_tokens - text_len, None)
-    allowed = attend[..., image].all() & (attend == attend[:, :1]).all()
+    seen = attend[:, :1, slice(text_len, text_len + 1) if layout.text_first and mask.shape[2] > 1 else slice(0, 1)]
+    unread = False if mask.shape[2] == 1 else ~seen.mT  # rows of tokens that nobody sees
+    allowed = seen[..., image].all() & ((attend == seen) | unread).all()
     if mask.dtype != torch.bool:
         allowed = allowed & (attend | (mask <= _BLOCKED)).all()
     _require(
@@ -112,7 +118,7 @@ def text_mask_of(attn_mask: Tensor, query: Tensor, layout: Layout) -> Tensor | N
         "attn_mask must hide text tokens only, alike in every head (True/False, or 0/-inf): a mask on image tokens or "
         "a bias has no linear form here; drop it, or run this call inside `with dense(model):`",
     )
-    return attend[:, 0, 0, text].expand(batch, -1) if text_len > 0 else None
+    return seen[:, 0, 0, text].expand(batch, -1) if text_len > 0 else None
 
 
 def _require(allowed: Tensor, message: str) -> None:

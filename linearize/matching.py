@@ -40,6 +40,8 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
 def head_shape(attention: Any) -> tuple[int, int]:
     """(heads, head_dim) of the queries of an attention module, by the names that diffusers' classes give them."""
     num_heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    if hasattr(attention, "head_dim"):
+        return num_heads, attention.head_dim
     channels = attention.inner_dim if hasattr(attention, "inner_dim") else attention.to_q.out_features
     return num_heads, channels // num_heads
 

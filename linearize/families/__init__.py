@@ -1,5 +1,7 @@
 """The model families, one row each: how `linearize_` finds the image's self-attention and its token grid."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from ..errors import UnsupportedModelError
@@ -9,14 +11,17 @@ from .family import Sight as Sight
 from .latents import (
     level_tokens,
     see_auraflow,
+    see_ernie_image,
     see_feature_map,
+    see_hidream,
     see_hunyuan_image,
+    see_items,
     see_latents,
     see_latents_and_text,
     see_sd3,
     see_square_latents,
 )
-from .positions import see_image_ids, see_image_ids_and_mask
+from .positions import see_image_ids, see_image_ids_and_mask, see_joint_position_ids
 from .sequences import see_image_shapes, see_lumina, see_z_image
 
 _FLUX = Family(
@@ -25,6 +30,13 @@ _FLUX = Family(
     see=see_image_ids,
     blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
 )
+
+
+def _like_flux(name: str, classes: str) -> Family:
+    """A relative of FLUX with the same module names, whose own classes begin with `classes`."""
+    return replace(_FLUX, name=name, blocks=(f"{classes}TransformerBlock", f"{classes}SingleTransformerBlock"))
+
+
 _SD3 = Family(
     name="sd3",
     attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
@@ -52,11 +64,16 @@ _WAN = Family(name="wan", attention=("blocks.*.attn1",), see=see_latents, blocks
 FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
     "FluxControlNetModel": _FLUX,
-    "Flux2Transformer2DModel": Family(
-        name="flux2",
-        attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        see=see_image_ids,
-        blocks=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+    "Flux2Transformer2DModel": _like_flux("flux2", "Flux2"),
+    "BriaTransformer2DModel": _like_flux("bria", "Bria"),
+    "BriaFiboTransformer2DModel": _like_flux("bria-fibo", "BriaFibo"),
+    "LongCatImageTransformer2DModel": _like_flux("longcat-image", "LongCatImage"),
+    "OvisImageTransformer2DModel": _like_flux("ovis-image", "OvisImage"),
+    "Krea2Transformer2DModel": Family(
+        name="krea2",
+        attention=("transformer_blocks.*.attn",),
+        see=see_joint_position_ids,
+        blocks=("Krea2TransformerBlock",),
     ),
     "ChromaTransformer2DModel": Family(
         name="chroma",
@@ -114,6 +131,57 @@ FAMILIES: dict[str, Family] = {
         attention=("transformer_blocks.*.attn1",),
         see=see_latents_and_text,
         blocks=("CogView4TransformerBlock",),
+    ),
+    "CogView3PlusTransformer2DModel": Family(
+        name="cogview3-plus",
+        attention=("transformer_blocks.*.attn1",),
+        see=see_latents_and_text,
+        blocks=("CogView3PlusTransformerBlock",),
+    ),
+    "GlmImageTransformer2DModel": Family(
+        name="glm-image",
+        attention=("transformer_blocks.*.attn1",),
+        see=see_latents_and_text,
+        blocks=("GlmImageTransformerBlock",),
+    ),
+    "ErnieImageTransformer2DModel": Family(
+        name="ernie-image",
+        attention=("layers.*.self_attention",),
+        see=see_ernie_image,
+        text_first=False,
+        blocks=("ErnieImageSharedAdaLNBlock",),
+    ),
+    "HiDreamImageTransformer2DModel": Family(
+        name="hidream",
+        attention=("double_stream_blocks.*.attn1", "single_stream_blocks.*.attn1"),
+        see=see_hidream,
+        text_first=False,
+        blocks=("HiDreamBlock",),
+    ),
+    "JoyImageEditTransformer3DModel": Family(
+        name="joy-image",
+        attention=("double_blocks.*.attn",),
+        see=see_items,
+        text_first=False,
+        blocks=("JoyImageTransformerBlock",),
+    ),
+    "LuminaNextDiT2DModel": Family(
+        name="lumina-next", attention=("layers.*.attn1",), see=see_latents, blocks=("LuminaNextDiTBlock",)
+    ),
+    "NucleusMoEImageTransformer2DModel": Family(
+        name="nucleus-image",
+        attention=("transformer_blocks.*.attn",),
+        see=see_image_shapes,
+        text_first=False,
+        text_queries=False,
+        blocks=("NucleusMoEImageTransformerBlock",),
+    ),
+    "PRXTransformer2DModel": Family(
+        name="prx",
+        attention=("blocks.*.attention",),
+        see=see_latents_and_text,
+        text_queries=False,
+        blocks=("PRXBlock",),
     ),
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": _WAN,

@@ -67,6 +67,32 @@ def see_auraflow(model: Any, arguments: Mapping[str, Any]) -> Sight:
     return Sight(grid=sight.grid, text_lens=(sight.text_lens[0] + model.register_tokens.shape[1],))
 
 
+def see_ernie_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """ERNIE-Image: text_bth [B, text, C] after the image."""
+    return Sight(grid=_grid(model, arguments["hidden_states"]), text_lens=(arguments["text_bth"].shape[1],))
+
+
+def see_hidream(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """HiDream: two texts, one of them twice, after the image, and padding between where the picture is not square."""
+    latents = arguments["hidden_states"]
+    if latents.ndim != 4:
+        raise LayoutError(
+            "give HiDream latents [batch, channels, height, width]: in patches of its own, their padding is unknown"
+        )
+    grid = _grid(model, latents)
+    padding = 0 if grid[0] == grid[1] else model.max_seq - grid[0] * grid[1]
+    llama = arguments["encoder_hidden_states_llama3"].shape[-2]
+    return Sight(grid=grid, text_lens=(padding + arguments["encoder_hidden_states_t5"].shape[1] + 2 * llama,))
+
+
+def see_items(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """JoyImage: latents [B, C, frames, height, width], or [B, items, C, frames, height, width]: items are frames."""
+    latents = arguments["hidden_states"]
+    items = latents.shape[1] if latents.ndim == 6 else 1
+    frames, height, width = _grid(model, latents[:, 0] if latents.ndim == 6 else latents)
+    return Sight(grid=(items * frames, height, width), text_lens=(arguments["encoder_hidden_states"].shape[1],))
+
+
 def see_hunyuan_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
     """HunyuanImage joins two texts, the second optional."""
     grid = _grid(model, arguments["hidden_states"])

@@ -94,6 +94,18 @@ def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     )
 
 
+def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """Krea 2: position_ids [text + N, 3] of both; hidden_states [B, N, C], encoder_hidden_states [B, text, ...]."""
+    ids, text_len = arguments["position_ids"], arguments["encoder_hidden_states"].shape[1]
+    grid, num_references, exact = image_and_references(ids[text_len:])
+    return Sight(
+        grid=grid,
+        text_lens=(text_len + num_references,),
+        image_starts=(text_len,) if num_references else None,
+        replaced={"position_ids": torch.cat([ids[:text_len].float(), exact])},
+    )
+
+
 def see_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     """As `see_image_ids`, with attention_mask [B, text + N] bool, of which blocks would make a tokens x tokens mask."""
     sight = see_image_ids(model, arguments)

@@ -15,7 +15,7 @@ from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_ad
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.training import add_lora_, train_full_
 from tiny_models import build, inputs_of
-from tiny_models.latents import sd3
+from tiny_models.joint_latents import sd3
 from tiny_models.positions import flux
 
 CLEAR = Clear(radius=2, pool_size=2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .controlnets import CONTROLNETS
+from .joint_latents import JOINT_LATENTS
 from .latents import LATENTS
 from .positions import POSITIONS
 from .positions import position_ids as position_ids
@@ -19,7 +20,7 @@ from .tiny import Arguments, Grid, Tiny
 
 diffusers.utils.logging.set_verbosity_error()
 
-MODELS: dict[str, Tiny] = {**POSITIONS, **LATENTS, **SEQUENCES, **CONTROLNETS}
+MODELS: dict[str, Tiny] = {**POSITIONS, **LATENTS, **JOINT_LATENTS, **SEQUENCES, **CONTROLNETS}
 FAMILIES = tuple(name for name, tiny in MODELS.items() if hasattr(diffusers, tiny.needs))
 
 

@@ -4,22 +4,15 @@ import diffusers
 import torch
 from torch import nn
 
-from .latents import hunyuan_dit_inputs, sd3_inputs, unet_inputs
+from .joint_latents import sd3_inputs
+from .latents import hunyuan_dit_inputs, unet_inputs
 from .positions import flux_inputs
 from .sequences import qwen_image_inputs
-from .tiny import Arguments, Grid, Tiny
-
-
-def _awake(model: nn.Module) -> nn.Module:
-    """With numbers in place of the zeros that a ControlNet's outputs start from."""
-    for weight in model.parameters():
-        if not weight.any():
-            nn.init.normal_(weight, std=0.1)
-    return model
+from .tiny import Arguments, Grid, Tiny, awake
 
 
 def flux_controlnet(num_layers: int = 1) -> nn.Module:
-    return _awake(
+    return awake(
         diffusers.FluxControlNetModel(
             in_channels=4,
             num_layers=num_layers,
@@ -39,7 +32,7 @@ def flux_controlnet_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
 
 
 def sd3_controlnet(num_layers: int = 2) -> nn.Module:
-    return _awake(
+    return awake(
         diffusers.SD3ControlNetModel(
             sample_size=32,
             patch_size=2,
@@ -62,7 +55,7 @@ def sd3_controlnet_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
 
 
 def unet_controlnet(num_layers: int = 1) -> nn.Module:
-    return _awake(
+    return awake(
         diffusers.ControlNetModel(
             block_out_channels=(16, 32),
             layers_per_block=num_layers,
@@ -83,7 +76,7 @@ def unet_controlnet_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
 
 
 def hunyuan_dit_controlnet(num_layers: int = 6) -> nn.Module:
-    return _awake(
+    return awake(
         diffusers.HunyuanDiT2DControlNetModel(
             sample_size=16,
             transformer_num_layers=num_layers,
@@ -107,7 +100,7 @@ def hunyuan_dit_controlnet_inputs(grid: Grid, text_len: int, batch: int) -> Argu
 
 
 def qwen_image_controlnet(num_layers: int = 2) -> nn.Module:
-    return _awake(
+    return awake(
         diffusers.QwenImageControlNetModel(
             patch_size=2,
             in_channels=16,

@@ -1,42 +1,16 @@
-"""Models that take latents as an image or a video."""
+"""Models that take latents as an image or a video, with attention of the image alone."""
 
 import diffusers
 import torch
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from torch import nn
 
 from .tiny import Arguments, Grid, Tiny
 
 
-def _latents(grid: Grid, batch: int) -> torch.Tensor:
+def latents(grid: Grid, batch: int) -> torch.Tensor:
+    """Two by two for each token."""
     return torch.randn(batch, 4, 2 * grid[0], 2 * grid[1])
-
-
-def sd3(num_layers: int = 2) -> nn.Module:
-    return diffusers.SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=2,
-        in_channels=4,
-        num_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=32,
-        out_channels=4,
-        pos_embed_max_size=32,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-
-
-def sd3_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    return {
-        "hidden_states": _latents(grid, batch),
-        "encoder_hidden_states": torch.randn(batch, text_len, 32),
-        "pooled_projections": torch.randn(batch, 32),
-        "timestep": torch.full((batch,), 5),
-    }
 
 
 def pixart(num_layers: int = 2) -> nn.Module:
@@ -56,7 +30,7 @@ def pixart(num_layers: int = 2) -> nn.Module:
 
 def pixart_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     return {
-        "hidden_states": _latents(grid, batch),
+        "hidden_states": latents(grid, batch),
         "encoder_hidden_states": torch.randn(batch, text_len, 32),
         "encoder_attention_mask": torch.ones(batch, text_len),
         "timestep": torch.full((batch,), 5),
@@ -81,7 +55,7 @@ def dit_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     """Square, as DiT has it: the longer side of the grid."""
     side = max(grid)
     return {
-        "hidden_states": _latents((side, side), batch),
+        "hidden_states": latents((side, side), batch),
         "timestep": torch.full((batch,), 5),
         "class_labels": torch.arange(batch),
     }
@@ -111,30 +85,6 @@ def unet_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
-def auraflow(num_layers: int = 1) -> nn.Module:
-    return diffusers.AuraFlowTransformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        num_mmdit_layers=num_layers,
-        num_single_dit_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        caption_projection_dim=32,
-        joint_attention_dim=32,
-        out_channels=4,
-        pos_embed_max_size=1024,
-    )
-
-
-def auraflow_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    return {
-        "hidden_states": _latents(grid, batch),
-        "encoder_hidden_states": torch.randn(batch, text_len, 32),
-        "timestep": torch.full((batch,), 0.5),
-    }
-
-
 def hunyuan_dit(num_layers: int = 4) -> nn.Module:
     return diffusers.HunyuanDiT2DModel(
         sample_size=16,
@@ -155,7 +105,7 @@ def hunyuan_dit(num_layers: int = 4) -> nn.Module:
 def hunyuan_dit_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     """Its text is as long as its config says."""
     return {
-        "hidden_states": _latents(grid, batch),
+        "hidden_states": latents(grid, batch),
         "timestep": torch.full((batch,), 5.0),
         "encoder_hidden_states": torch.randn(batch, 4, 32),
         "text_embedding_mask": torch.ones(batch, 4),
@@ -164,62 +114,6 @@ def hunyuan_dit_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
         "image_meta_size": torch.full((batch, 6), 16.0),
         "style": torch.zeros(batch, dtype=torch.long),
         "image_rotary_emb": get_2d_rotary_pos_embed(16, ((0, 0), grid), grid, output_type="pt"),
-    }
-
-
-def hunyuan_image(num_layers: int = 1) -> nn.Module:
-    return diffusers.HunyuanImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
-        num_refiner_layers=1,
-        patch_size=(1, 1),
-        text_embed_dim=32,
-        text_embed_2_dim=16,
-        rope_axes_dim=(8, 8),
-    )
-
-
-def hunyuan_image_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    """The last token of the second sample's first text is padding."""
-    mask = torch.ones(batch, text_len)
-    mask[1:, -1] = 0
-    return {
-        "hidden_states": torch.randn(batch, 4, *grid),
-        "timestep": torch.full((batch,), 5.0),
-        "encoder_hidden_states": torch.randn(batch, text_len, 32),
-        "encoder_attention_mask": mask,
-        "encoder_hidden_states_2": torch.randn(batch, 2, 16),
-        "encoder_attention_mask_2": torch.ones(batch, 2),
-    }
-
-
-def cogview4(num_layers: int = 2) -> nn.Module:
-    return diffusers.CogView4Transformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        num_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        out_channels=4,
-        text_embed_dim=32,
-        time_embed_dim=8,
-        condition_dim=4,
-        rope_axes_dim=(16, 16),
-    )
-
-
-def cogview4_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    return {
-        "hidden_states": _latents(grid, batch),
-        "encoder_hidden_states": torch.randn(batch, text_len, 32),
-        "timestep": torch.full((batch,), 5),
-        "original_size": torch.full((batch, 2), 16.0),
-        "target_size": torch.full((batch, 2), 16.0),
-        "crop_coords": torch.zeros(batch, 2),
     }
 
 
@@ -246,16 +140,37 @@ def wan_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
+def lumina_next(num_layers: int = 2) -> nn.Module:
+    return diffusers.LuminaNextDiT2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=num_layers,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        learn_sigma=False,
+        cross_attention_dim=32,
+    )
+
+
+def lumina_next_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
+    return {
+        "hidden_states": latents(grid, batch),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": torch.randn(batch, text_len, 32),
+        "encoder_mask": torch.ones(batch, text_len),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 48, 48),
+        "cross_attention_kwargs": {},
+    }
+
+
 LATENTS = {
-    "sd3": Tiny(needs="SD3Transformer2DModel", make=sd3, inputs=sd3_inputs, num_attention=3),
     "pixart": Tiny(needs="PixArtTransformer2DModel", make=pixart, inputs=pixart_inputs, num_attention=2),
     "dit": Tiny(needs="DiTTransformer2DModel", make=dit, inputs=dit_inputs, num_attention=2),
     "unet": Tiny(needs="UNet2DConditionModel", make=unet, inputs=unet_inputs, num_attention=7),
-    "auraflow": Tiny(needs="AuraFlowTransformer2DModel", make=auraflow, inputs=auraflow_inputs, num_attention=2),
     "hunyuan-dit": Tiny(needs="HunyuanDiT2DModel", make=hunyuan_dit, inputs=hunyuan_dit_inputs, num_attention=4),
-    "hunyuan-image": Tiny(
-        needs="HunyuanImageTransformer2DModel", make=hunyuan_image, inputs=hunyuan_image_inputs, num_attention=2
-    ),
-    "cogview4": Tiny(needs="CogView4Transformer2DModel", make=cogview4, inputs=cogview4_inputs, num_attention=2),
+    "lumina-next": Tiny(needs="LuminaNextDiT2DModel", make=lumina_next, inputs=lumina_next_inputs, num_attention=2),
     "wan": Tiny(needs="WanTransformer3DModel", make=wan, inputs=wan_inputs, num_attention=2),
 }

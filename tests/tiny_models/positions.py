@@ -39,6 +39,13 @@ def flux_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
+def without_pooled(grid: Grid, text_len: int, batch: int) -> Arguments:
+    """FLUX's arguments, for its relatives that take no pooled text."""
+    arguments = flux_inputs(grid, text_len, batch)
+    del arguments["pooled_projections"]
+    return arguments
+
+
 def flux2(num_layers: int = 1) -> nn.Module:
     return diffusers.Flux2Transformer2DModel(
         in_channels=4,
@@ -52,11 +59,9 @@ def flux2(num_layers: int = 1) -> nn.Module:
 
 
 def flux2_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    arguments = flux_inputs(grid, text_len, batch)
-    del arguments["pooled_projections"]
     text_ids = torch.zeros(text_len, 4)
     text_ids[:, 3] = torch.arange(text_len)
-    return arguments | {
+    return without_pooled(grid, text_len, batch) | {
         "img_ids": position_ids(grid, axes=4),
         "txt_ids": text_ids,
         "guidance": torch.ones(batch),
@@ -80,15 +85,115 @@ def chroma(num_layers: int = 1) -> nn.Module:
 
 def chroma_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     """The last text token of the second sample is padding."""
-    arguments = flux_inputs(grid, text_len, batch)
-    del arguments["pooled_projections"]
     mask = torch.ones(batch, text_len + grid[0] * grid[1], dtype=torch.bool)
     mask[1:, text_len - 1] = False
-    return arguments | {"attention_mask": mask}
+    return without_pooled(grid, text_len, batch) | {"attention_mask": mask}
+
+
+def bria(num_layers: int = 1) -> nn.Module:
+    return diffusers.BriaTransformer2DModel(
+        in_channels=4,
+        num_layers=num_layers,
+        num_single_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+
+
+def bria_fibo(num_layers: int = 1) -> nn.Module:
+    return diffusers.BriaFiboTransformer2DModel(
+        in_channels=4,
+        num_layers=num_layers,
+        num_single_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        text_encoder_dim=16,
+    )
+
+
+def bria_fibo_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
+    """The last text token of the second sample is padding, told by queries and by keys, as its pipeline does."""
+    arguments = without_pooled(grid, text_len, batch)
+    attend = torch.ones(batch, text_len + grid[0] * grid[1])
+    attend[1:, text_len - 1] = 0
+    pairs = attend[:, None, :, None] * attend[:, None, None, :]
+    return arguments | {
+        "text_encoder_layers": [torch.randn(batch, text_len, 16) for _ in range(2)],
+        "joint_attention_kwargs": {"attention_mask": torch.where(pairs == 1, 0.0, -torch.inf)},
+    }
+
+
+def longcat_image(num_layers: int = 1) -> nn.Module:
+    return diffusers.LongCatImageTransformer2DModel(
+        in_channels=4,
+        num_layers=num_layers,
+        num_single_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+
+
+def ovis_image(num_layers: int = 1) -> nn.Module:
+    return diffusers.OvisImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=num_layers,
+        num_single_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def krea2(num_layers: int = 2) -> nn.Module:
+    return diffusers.Krea2Transformer2DModel(
+        in_channels=4,
+        num_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def krea2_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
+    """The last text token of the second sample is padding."""
+    mask = torch.ones(batch, text_len, dtype=torch.bool)
+    mask[1:, -1] = False
+    return {
+        "hidden_states": torch.randn(batch, grid[0] * grid[1], 4),
+        "encoder_hidden_states": torch.randn(batch, text_len, 2, 16),
+        "timestep": torch.full((batch,), 0.5),
+        "position_ids": torch.cat([torch.zeros(text_len, 3), position_ids(grid)]),
+        "encoder_attention_mask": mask,
+    }
 
 
 POSITIONS = {
     "flux": Tiny(needs="FluxTransformer2DModel", make=flux, inputs=flux_inputs, num_attention=2),
     "flux2": Tiny(needs="Flux2Transformer2DModel", make=flux2, inputs=flux2_inputs, num_attention=2),
     "chroma": Tiny(needs="ChromaTransformer2DModel", make=chroma, inputs=chroma_inputs, num_attention=2),
+    "bria": Tiny(needs="BriaTransformer2DModel", make=bria, inputs=without_pooled, num_attention=2),
+    "bria-fibo": Tiny(needs="BriaFiboTransformer2DModel", make=bria_fibo, inputs=bria_fibo_inputs, num_attention=2),
+    "longcat-image": Tiny(
+        needs="LongCatImageTransformer2DModel", make=longcat_image, inputs=without_pooled, num_attention=2
+    ),
+    "ovis-image": Tiny(needs="OvisImageTransformer2DModel", make=ovis_image, inputs=without_pooled, num_attention=2),
+    "krea2": Tiny(needs="Krea2Transformer2DModel", make=krea2, inputs=krea2_inputs, num_attention=2),
 }

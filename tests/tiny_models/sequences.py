@@ -84,8 +84,27 @@ def z_image_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
+def nucleus_image(num_layers: int = 2) -> nn.Module:
+    return diffusers.NucleusMoEImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        moe_enabled=False,
+        capacity_factors=[8.0] * num_layers,
+    )
+
+
 SEQUENCES = {
     "lumina2": Tiny(needs="Lumina2Transformer2DModel", make=lumina2, inputs=lumina2_inputs, num_attention=2),
     "qwen-image": Tiny(needs="QwenImageTransformer2DModel", make=qwen_image, inputs=qwen_image_inputs, num_attention=2),
+    "nucleus-image": Tiny(
+        needs="NucleusMoEImageTransformer2DModel", make=nucleus_image, inputs=qwen_image_inputs, num_attention=2
+    ),
     "z-image": Tiny(needs="ZImageTransformer2DModel", make=z_image, inputs=z_image_inputs, num_attention=2),
 }

@@ -25,3 +25,11 @@ class Tiny:
     make: Callable[..., nn.Module]
     inputs: Callable[[Grid, int, int], Arguments]
     num_attention: int
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """With numbers in place of the zeros that outputs or modulations start from, which would hide the attention."""
+    for weight in model.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.1)
+    return model
