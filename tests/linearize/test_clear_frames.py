@@ -141,6 +141,22 @@ def test_clear_refuses_a_frame_radius_in_a_model_of_pictures_each_time(impl: str
             run(model, arguments)
 
 
+@pytest.mark.parametrize("impl", [*PORTABLE, "auto"])
+def test_clear_in_a_video_model_sees_the_frames_in_reach(impl: str) -> None:
+    arguments = inputs_of("wan", grid=(4, 5), batch=1)
+    latents = torch.randn(1, 4, 3, 8, 10)
+    moved = latents.clone()
+    moved[:, :, 2] += 1
+    for frame_radius, expected in [(1, [False, False, True]), (2, [False, True, True]), (3, [True, True, True])]:
+        model = build("wan", num_layers=1)
+        linearize_(model, Clear(radius=3, frame_radius=frame_radius), impl=impl)
+        outs = [run(model, {**arguments, "hidden_states": tokens}) for tokens in (latents, moved)]
+        assert [
+            bool((one != other).any()) for one, other in zip(*(out.unbind(2) for out in outs), strict=True)
+        ] == expected
+        run(model, {**arguments, "hidden_states": latents[:, :, :1]})
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("pools", [{"pool_size": 2}, {"pool_tokens": 12}], ids=str)
 def test_clear_attention_of_frames_compiles_once_for_all_grids(pools: dict[str, int]) -> None:
