@@ -17,7 +17,7 @@ from ..fitting import check_shapes, shapes_of
 from ..folders import read_tensors
 from ..matching import attention_modules
 from ..methods.clear import Clear
-from ..overlays import check_writable, plain_layer, refuse_fused, replace_weights_
+from ..overlays import check_unmerged, check_writable, plain_layer, refuse_fused, replace_weights_
 from ..record import record_
 from ..report import SwapReport
 
@@ -58,7 +58,9 @@ def load_clear_checkpoint_(
     refuse_fused(transformer)
     _check_pool_size(tensors, pool_size, what)
     check_shapes(shapes_of(tensors), _expected(transformer, pool_size), what=what)
-    check_writable(transformer, (name for name in tensors if not name.endswith(_POOLING)))
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(_POOLING)}
+    check_unmerged(transformer, weights)
+    check_writable(transformer, weights)
 
     if swapped(transformer):
         restore_(transformer)
@@ -67,7 +69,6 @@ def load_clear_checkpoint_(
         if pool_size is not None:
             weight = tensors[name + _POOLING].reshape(pool_size, pool_size)
             module.get_submodule("linear_kernel").load_state_dict({"pool_weight": weight})
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(_POOLING)}
     replace_weights_(transformer, weights, keep_original=keep_original)
     record_(transformer)
     return report

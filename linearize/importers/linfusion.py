@@ -22,7 +22,7 @@ from ..folders import read_tensors
 from ..grouping import grouped
 from ..matching import attention_modules, head_shape
 from ..methods.linfusion import LinFusion, LinFusionAttention
-from ..overlays import check_writable, plain_layer, refuse_fused, replace_weights_
+from ..overlays import check_unmerged, check_writable, plain_layer, refuse_fused, replace_weights_
 from ..record import record_
 from ..report import SwapReport
 from ..training import ATTENTION_PROJECTIONS
@@ -74,6 +74,7 @@ def load_linfusion_checkpoint_(
     _check_modules(entries, model, place.name)
     check_shapes(shapes_of(tensors), _expected(entries, model), what=f"the tensors of {place.name}")
     weights = _projections(entries, tensors)
+    check_unmerged(model, weights)
     check_writable(model, weights)
 
     if swapped(model):

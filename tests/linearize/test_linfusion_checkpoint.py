@@ -151,6 +151,55 @@ def test_load_linfusion_checkpoint_swaps_the_modules_of_the_list_alone(case: Cas
     assert relative_error(run(unet, case.inputs), written_out(case, case.inputs)) < 1e-4
 
 
+def published_for(unet: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """A checkpoint with random weights, in the form that the authors publish for a UNet."""
+    modules, tensors = [], {}
+    for name, attention in unet.named_modules():
+        if not name.endswith("attn1"):
+            continue
+        channels = attention.to_q.out_features
+        entry = {"module_name": name, "dim_n": channels, "heads": attention.heads, "projection_mid_dim": None}
+        parts = {layer: attention.get_submodule(layer) for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+        for term in ("to_q_", "to_k_"):
+            parts[term] = nn.Sequential(
+                nn.Linear(channels, channels), nn.LayerNorm(channels), nn.LeakyReLU(), nn.Linear(channels, channels)
+            )
+        for part, layer in parts.items():
+            for key, tensor in layer.state_dict().items():
+                tensors[f"{len(modules)}.{part}.{key}"] = tensor + torch.randn_like(tensor) * 0.1
+        modules.append(entry)
+    return modules, tensors
+
+
+SD21 = {"attention_head_dim": [1, 4], "use_linear_projection": True, "upcast_attention": True}
+SDXL = {
+    "attention_head_dim": [2, 4],
+    "use_linear_projection": True,
+    "transformer_layers_per_block": [1, 2],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 10,
+}
+
+
+@pytest.mark.parametrize("changes", [SD21, SDXL], ids=["sd21", "sdxl"])
+def test_load_linfusion_checkpoint_onto_other_unets(case: Case, tmp_path: Path, changes: dict[str, Any]) -> None:
+    case.config |= changes
+    base = diffusers.UNet2DConditionModel(**case.config)
+    case.base = base.state_dict()
+    case.modules, case.tensors = published_for(base)
+    text = {"text_embeds": torch.randn(2, 10), "time_ids": torch.rand(2, 6)}
+    inputs = case.inputs | {"sample": torch.randn(2, 4, 12, 20), "added_cond_kwargs": text}
+    unet = case.unet()
+    report = load_linfusion_checkpoint_(unet, case.folder(tmp_path / "folder"))
+    assert len(report.swapped) == len(case.modules) and not any(
+        "not converted" in why for why in report.skipped.values()
+    )
+    assert relative_error(run(unet, inputs), written_out(case, inputs)) < 1e-4
+
+
 def sharded(folder: Path) -> None:
     """What save_pretrained writes beyond max_shard_size."""
     tensors = load_file(folder / WEIGHTS)
