@@ -1,0 +1,159 @@
+"""Offloading and layerwise casting of a student with trained weights, enabled before and after them.
+
+The device that computes is the CPU here: hooks, orders of calls and what stays where are tested, not two devices.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
+from packaging.version import Version
+from torch import Tensor
+
+from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize.convert import denoiser
+from lineardit.linearize.training import add_lora_, train_full_
+
+CPU = torch.device("cpu")
+flux = pytest.mark.parametrize("family", ["flux"], indirect=True)
+group_offload = pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.42") and torch.accelerator.current_accelerator() is None,
+    reason="before diffusers 0.42, group offloading needs an accelerator",
+)
+
+
+@pytest.fixture(params=["lora", "full"])
+def adapter(request: pytest.FixtureRequest, pipe: Any, tmp_path: Path) -> Path:
+    """Trained weights for `pipe`, which is left as it was."""
+    linearize_(pipe, Clear(radius=1.5, pool_size=2))
+    trained = add_lora_(pipe, rank=2) if request.param == "lora" else train_full_(pipe, targets=("to_q", "to_v"))
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    save_adapter(pipe, tmp_path / "adapter")
+    restore_(pipe)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter"), [("flux", "lora"), ("flux", "full"), ("unet", "lora")], indirect=["family", "adapter"]
+)
+@pytest.mark.parametrize("offloaded_first", [True, False])
+def test_model_offload_keeps_the_student(
+    pipe: Any, paint: Callable[..., Tensor], adapter: Path, offloaded_first: bool
+) -> None:
+    base = paint(pipe)
+    load_adapter_(pipe, adapter)
+    student = paint(pipe)
+    if offloaded_first:
+        restore_(pipe)
+        pipe.enable_model_cpu_offload(device="cpu")
+        load_adapter_(pipe, adapter)
+    else:
+        pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(paint(pipe), student)
+    with dense(pipe):
+        assert torch.equal(paint(pipe), base)
+    pipe.remove_all_hooks()
+    assert torch.equal(paint(pipe), student)
+    restore_(pipe)
+    assert torch.equal(paint(pipe), base)
+
+
+@flux
+@pytest.mark.parametrize("adapter", ["lora"], indirect=True)
+@pytest.mark.parametrize("offloaded_first", [True, False])
+def test_sequential_offload_keeps_the_student(
+    pipe: Any, forward: Callable[[Any], Tensor], adapter: Path, offloaded_first: bool
+) -> None:
+    base, model = forward(pipe), denoiser(pipe)[1]
+    load_adapter_(pipe, adapter)
+    student = forward(pipe)
+    if offloaded_first:
+        restore_(pipe)
+        cpu_offload(model, execution_device=CPU)
+        load_adapter_(pipe, adapter)
+    else:
+        cpu_offload(model, execution_device=CPU)
+    assert model.transformer_blocks[0].attn.to_q.weight.is_meta
+    assert torch.equal(forward(pipe), student)
+    with dense(pipe):
+        assert torch.equal(forward(pipe), base)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(forward(pipe), student)
+    restore_(pipe)
+    assert torch.equal(forward(pipe), base)
+
+
+@flux
+@pytest.mark.parametrize("adapter", ["full"], indirect=True)
+def test_sequential_offload_keeps_whole_weights_that_were_loaded_before(
+    pipe: Any, forward: Callable[[Any], Tensor], adapter: Path
+) -> None:
+    load_adapter_(pipe, adapter)
+    student, model = forward(pipe), denoiser(pipe)[1]
+    cpu_offload(model, execution_device=CPU)
+    assert torch.equal(forward(pipe), student)
+    for refused in (lambda: load_adapter_(pipe, adapter), lambda: restore_(pipe), lambda: dense(pipe).__enter__()):
+        with pytest.raises(ValueError, match=r"not in memory \(sequential offload\?\)"):
+            refused()
+    assert torch.equal(forward(pipe), student)
+
+
+@flux
+@group_offload
+@pytest.mark.parametrize("offloaded_first", [True, False])
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offload_keeps_the_student(
+    pipe: Any, forward: Callable[[Any], Tensor], adapter: Path, offload_type: str, offloaded_first: bool
+) -> None:
+    base, model = forward(pipe), denoiser(pipe)[1]
+    load_adapter_(pipe, adapter)
+    student = forward(pipe)
+    if offloaded_first:
+        restore_(pipe)
+    model.enable_group_offload(CPU, offload_type=offload_type, num_blocks_per_group=1)
+    if offloaded_first:
+        load_adapter_(pipe, adapter)
+    assert torch.equal(forward(pipe), student)
+    with dense(pipe):
+        assert torch.equal(forward(pipe), base)
+    restore_(pipe)
+    assert torch.equal(forward(pipe), base)
+
+
+@pytest.mark.parametrize("family", ["flux", "unet"], indirect=True)
+@pytest.mark.parametrize("adapter", ["lora"], indirect=True)
+@pytest.mark.parametrize("cast_first", [True, False])
+def test_layerwise_casting_does_not_round_what_was_trained(
+    pipe: Any, forward: Callable[[Any], Tensor], adapter: Path, cast_first: bool
+) -> None:
+    model = denoiser(pipe)[1]
+    kinds = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    if cast_first:
+        model.enable_layerwise_casting(**kinds)
+    load_adapter_(pipe, adapter)
+    trained = _trained(model)
+    if not cast_first:
+        model.enable_layerwise_casting(**kinds)
+    student = forward(pipe)
+    assert _trained(model).keys() == trained.keys()
+    for name, factor in _trained(model).items():
+        assert factor.dtype == torch.float32
+        assert torch.equal(factor, trained[name]), name
+    assert torch.equal(forward(pipe), student)
+    with dense(pipe):
+        assert not torch.allclose(forward(pipe), student, atol=1e-3)
+
+
+def _trained(model: Any) -> dict[str, Tensor]:
+    return {
+        name: factor.detach().clone()
+        for name, factor in model.named_parameters()
+        if "lineardit_lora" in name or "linear_kernel" in name
+    }
