@@ -149,7 +149,7 @@ def _check_settings(config: Any, importer: str | None, layers: str | Sequence[st
             f"importer must be {' or '.join(IMPORTERS)}, got {importer!r}{nearest(kind, ['clear', 'linfusion'])}"
         )
     if layers is not None:
-        raise ValueError(f"checkpoints to import are for all their layers, got layers={layers!r}")
+        raise ValueError(f"checkpoints to import are for all layers that they name, got layers={layers!r}")
     if kind == "clear" and (not isinstance(config, Clear) or config.pool_tokens is not None):
         raise ValueError(f"CLEAR's checkpoints need method clear with its radius and pool_size, got {config}")
     if kind == "linfusion" and config not in (None, LinFusion()):

@@ -345,7 +345,7 @@ def test_convert_keeps_the_precision_of_the_checkpoint(case: Case, tmp_path: Pat
         (["--import", "linfusion:"], "clear:FILE or linfusion:DIR"),
         (["--import", "linfusin:DIR"], "did you mean linfusion"),
         (["--import", "linfusion:DIR", "--method", "clear", "--radius", "4"], "bring their own settings"),
-        (["--import", "linfusion:DIR", "--layers", "mid_block.*"], "for all their layers"),
+        (["--import", "linfusion:DIR", "--layers", "mid_block.*"], "are for all layers"),
         (["--import", "clear:FILE"], "need method clear"),
     ],
 )
