@@ -11,10 +11,10 @@ from packaging.version import Version
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .families import Family, family_of
+from .families import FAMILIES, Family, family_of
 from .input_terms import InputTerms, check_inputs, input_terms
 from .intercept import LinearAttention, change_class, check_forward, linear_class
-from .matching import attention_modules, choose, head_shape
+from .matching import attention_modules, choose, head_shape, levels_below
 from .methods import METHODS, config_to_dict, nearest
 from .overlays import refuse_fused
 from .record import forget_, record_
@@ -31,6 +31,7 @@ def linearize_(
     config: Any,
     *,
     layers: str | Sequence[str] | None = None,
+    min_tokens: int = 0,
     impl: str = "auto",
     family: Family | None = None,
 ) -> SwapReport:
@@ -40,6 +41,8 @@ def linearize_(
         pipe_or_model: A pipeline (its `transformer` or `unet` is converted) or such a model.
         config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}.
         layers: Globs of module names to restrict the swap to; None: every self-attention module of the image.
+        min_tokens: Leave the levels of a UNet that have fewer image tokens at its native size, where full attention is
+            cheap.
         impl: The implementation to run; "auto" picks, and makes the original call where the method covers everything.
         family: How to convert a model of your own; None: found by the model's class.
     Raises:
@@ -55,6 +58,9 @@ def linearize_(
         config_to_dict(one)
         check_impl(impl, type(one))
     candidates, skipped = attention_modules(model, family)
+    small = levels_below(model, family, list(candidates), min_tokens)
+    skipped |= small
+    candidates = {name: module for name, module in candidates.items() if name not in small}
     configs = choose(list(candidates), patterns, [layers] if isinstance(layers, str) else layers)
     if not configs:
         raise ValueError("no module is swapped: the mapping of patterns is empty")
@@ -66,13 +72,14 @@ def linearize_(
     _check_ours(model)
 
     companions = _remove_seam(model)
-    state = State(family, patterns if layers is None else configs)
+    state = State(family, patterns if layers is None and not small else configs)
     state.companions = companions
     _swap(model, state, {name: candidates[name] for name in configs}, configs, impl)
     record_(model)
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
     report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl)
     logger.info("%s", report)
+    _warn_of_others(pipe_or_model, model)
     return report
 
 
@@ -253,6 +260,21 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 def _is_dtensor(weight: torch.Tensor) -> bool:
     return type(weight).__name__ == "DTensor" or type(weight.data).__name__ == "DTensor"
+
+
+def _warn_of_others(pipe_or_model: Any, model: nn.Module) -> None:
+    """Tell which other networks of a pipeline could be converted, and keep their full attention."""
+    if pipe_or_model is model:
+        return
+    for name, part in getattr(pipe_or_model, "components", {}).items():
+        convertible = isinstance(part, nn.Module) and any(cls.__name__ in FAMILIES for cls in type(part).__mro__)
+        if convertible and part is not model and state_of(part) is None:
+            logger.warning(
+                "the pipeline's %s (a %s) keeps its full attention: linearize_(pipe.%s, ...) converts it as well",
+                name,
+                type(part).__name__,
+                name,
+            )
 
 
 def _warn_untested() -> None:

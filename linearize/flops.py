@@ -109,12 +109,14 @@ class Step:
 
 
 def count_steps(model: Any, *, vae_scale: int) -> tuple[Step, ...]:
-    """A step at each of `SIZES` that the model can make.
+    """A step at each of `SIZES` that the model can make; none for a class whose inputs are not in the table below.
 
     Args:
         model: An unconverted denoiser on the meta device.
         vae_scale: Pixels per latent position, along one side.
     """
+    if type(model).__name__ not in _INPUTS:
+        return ()
     patch = _PACKED.get(type(model).__name__) or getattr(model.config, "patch_size", None) or 1
     limit = getattr(model.config, "pos_embed_max_size", None)
     sides = {size: pixels // vae_scale // patch for size, pixels in SIZES.items()}

@@ -48,7 +48,7 @@ class Inspection:
         model_class: Class of the denoiser.
         family: Name of the model's family.
         rows: One for each attention module, in the model's order.
-        flops: One for each size that the model can make.
+        flops: One for each size that the model can make; empty for classes whose operations are not counted.
     """
 
     base: str
@@ -68,6 +68,9 @@ class Inspection:
             settings = " ".join(f"{name}={value}" for name, value in row.settings.items())
             told = f"{row.method} {settings}, runs {row.impl}" if row.swapped else f"not swapped: {row.reason}"
             lines.append(f"  {row.module:{width}}  {told}")
+        if not self.flops:
+            lines.append(f"operations of a step are not counted for a {self.model_class}")
+            return "\n".join(lines)
         lines.append("TFLOP per denoising step, batch 1")
         for step in self.flops:
             before, after = step.before / 1e12, step.after / 1e12
@@ -135,8 +138,8 @@ def _left(name: str, reason: str) -> Row:
 
 
 def _runs(name: str, config: Any, steps: Sequence[Step], impl: str) -> str:
-    """The implementation at every size: "tiled", or "reference at 1K, tiled at 2K 4K 8K"."""
-    if impl != "auto":
+    """The implementation at every size: "tiled", or "reference at 1K, tiled at 2K 4K 8K"; "auto" without sizes."""
+    if impl != "auto" or not steps:
         return impl
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes: dict[str, list[str]] = {}

@@ -37,6 +37,22 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
     return candidates, skipped
 
 
+def levels_below(model: nn.Module, family: Family, names: Sequence[str], min_tokens: int) -> dict[str, str]:
+    """Why modules with fewer than `min_tokens` image tokens, at the size that the model was trained for, are left.
+
+    Raises:
+        ValueError: `min_tokens` is negative, or the modules of this family do not differ in that.
+    """
+    if min_tokens < 0:
+        raise ValueError(f"min_tokens must be >= 0, got {min_tokens}")
+    if min_tokens == 0:
+        return {}
+    if family.native_tokens is None:
+        raise ValueError(f"min_tokens is for models with levels, such as a UNet; a {type(model).__name__} has none")
+    counts = {name: family.native_tokens(model, name) for name in names}
+    return {name: f"{count} tokens, fewer than {min_tokens}" for name, count in counts.items() if count < min_tokens}
+
+
 def head_shape(attention: Any) -> tuple[int, int]:
     """(heads, head_dim) of the queries of an attention module, by the names that diffusers' classes give them."""
     num_heads = attention.heads if hasattr(attention, "heads") else attention.num_heads

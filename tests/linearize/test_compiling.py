@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lineardit.linearize import Clear, UnsupportedModelError, compile_, dense, linearize_, restore_
-from tiny_models import FAMILIES, build, inputs_of, run
+from tiny_models import FAMILIES, FIRST, build, inputs_of, run
 
 # squares first: their sides must not be taken for one number
 SIZES = [(6, 6), (8, 8), (8, 11), (11, 8), (5, 13), (9, 7)]
@@ -42,7 +42,10 @@ def _at_least_four_blocks(family: str) -> nn.Module:
     return build(family, num_layers=4 if family in ("sd3", "pixart") else 2)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES[:1], *FAMILIES[2:], pytest.param("sd3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in FIRST and name != "sd3" else pytest.mark.slow) for name in FAMILIES],
+)
 def test_compile_makes_no_graph_after_the_second_size(family: str) -> None:
     model = _at_least_four_blocks(family)
     linearize_(model, Clear(radius=2.3))
@@ -64,7 +67,7 @@ def test_compile_keeps_pooled_cells_symbolic(config: Clear) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_compile_with_inductor_equals_eager(family: str) -> None:
     model = _at_least_four_blocks(family)
     linearize_(model, Clear(radius=2.3, pool_tokens=6))

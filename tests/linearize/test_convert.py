@@ -21,10 +21,9 @@ from lineardit.linearize import (
     swapped,
 )
 from lineardit.linearize.convert import denoiser
-from tiny_models import FAMILIES, build, inputs_of, run
+from tiny_models import FAMILIES, MODELS, build, inputs_of, run
 
 SMALL = Clear(radius=2.3)
-COUNTS = {"flux": 2, "sd3": 3, "pixart": 2, "unet": 7}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,8 +32,9 @@ def test_linearize_reports_every_attention_module(family: str) -> None:
     report = linearize_(model, SMALL, impl="tiled")
     assert set(report.swapped) == set(swapped(model))
     assert set(report.swapped.values()) == {SMALL}
-    assert len(report.swapped) == COUNTS[family]
-    assert str(report).startswith(f"{COUNTS[family]}/{COUNTS[family]} self-attention modules: ")
+    count = MODELS[family].num_attention
+    assert len(report.swapped) == count
+    assert str(report).startswith(f"{count}/{count} self-attention modules: ")
     everything = {name for name, module in model.named_modules() if hasattr(module, "get_processor")}
     assert report.swapped.keys() | report.skipped.keys() == everything
     assert set(report.skipped.values()) <= {"cross-attention"}

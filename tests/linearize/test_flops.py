@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lineardit import Clear
 from lineardit.linearize.flops import SIZES, Step, count_steps
 from lineardit.linearize.methods import ClearAttention
-from tiny_models import FAMILIES, build
+from tiny_models import FIRST, build
 
 TEXT_LEN, CHANNELS = 512, 24 * 128  # FLUX.1
 
@@ -49,7 +49,7 @@ def test_pairs_counts_the_mask(grid: tuple[int, int], config: Clear) -> None:
     assert found == image + text_len * (text_len + len(positions))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_count_steps_agrees_with_pytorchs_counter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lineardit.linearize.flops.SIZES", {"small": 64})
     model = build(family).to("meta")
@@ -73,7 +73,7 @@ def steps_of(family: str) -> tuple[Step, ...]:
     return count_steps(build(family).to("meta"), vae_scale=64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_step_flops_with_a_window_over_everything_saves_nothing(family: str) -> None:
     for step in steps_of(family):
         modules = {call.module for call in step.calls}

@@ -21,6 +21,7 @@ from .tiny import Arguments, Grid, Tiny
 diffusers.utils.logging.set_verbosity_error()
 
 MODELS: dict[str, Tiny] = {**POSITIONS, **LATENTS, **JOINT_LATENTS, **SEQUENCES, **CONTROLNETS}
+FIRST = ("flux", "sd3", "pixart", "unet")  # they stand for all in tests that take long
 FAMILIES = tuple(name for name, tiny in MODELS.items() if hasattr(diffusers, tiny.needs))
 
 

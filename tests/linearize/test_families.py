@@ -1,0 +1,247 @@
+"""What families have of their own: reference images, prompts of different length, masks, positions, levels."""
+
+import logging
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lineardit.linearize import Clear, LayoutError, UnsupportedModelError, linearize_, restore_, swapped
+from lineardit.linearize.families import FAMILIES as ROWS
+from lineardit.linearize.families import family_of
+from lineardit.linearize.layout import image_first, reorder
+from tiny_models import MODELS, build, inputs_of, position_ids, run
+
+GRID, REFERENCE, TEXT_LEN = (4, 5), (2, 3), 3
+NUM_IMAGE, NUM_REFERENCE = 20, 6
+SMALL = Clear(radius=2.3)
+
+
+def _near() -> Tensor:
+    """[image, image] bool, from the definition."""
+    place = position_ids(GRID)[:, 1:]
+    return (place[:, None] - place[None]).square().sum(-1) < SMALL.radius**2
+
+
+def _with_reference(family: str) -> dict[str, Any]:
+    """Arguments for one picture of `GRID` and a reference of another size, which stands after it."""
+    arguments = inputs_of(family, grid=GRID, text_len=TEXT_LEN, batch=1)
+    channels = arguments["hidden_states"].shape[-1]
+    arguments["hidden_states"] = torch.randn(1, NUM_IMAGE + NUM_REFERENCE, channels)
+    if family == "qwen-image":
+        return arguments | {"img_shapes": [[(1, *GRID), (1, *REFERENCE)]]}
+    reference = position_ids(REFERENCE, axes=arguments["img_ids"].shape[1])
+    reference[:, 0] = 1
+    return arguments | {"img_ids": torch.cat([arguments["img_ids"], reference])}
+
+
+def _one_block(family: str) -> nn.Module:
+    """A model with a single attention, so that its output tells the receptive field."""
+    common = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32}
+    if family == "flux":
+        model: nn.Module = diffusers.FluxTransformer2DModel(
+            in_channels=4, num_single_layers=0, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), **common
+        )
+    elif family == "flux2":
+        model = diffusers.Flux2Transformer2DModel(
+            in_channels=4, num_single_layers=0, axes_dims_rope=(4, 4, 4, 4), **common
+        )
+    else:
+        model = build("qwen-image", num_layers=1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen-image"])
+def test_reference_images_are_seen_whole_and_the_image_in_its_window(family: str) -> None:
+    if not hasattr(diffusers, MODELS[family].needs):
+        pytest.skip("not in this diffusers")
+    model, arguments = _one_block(family), _with_reference(family)
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=50), impl="tiled")
+    assert torch.allclose(run(model, arguments), base, atol=1e-5)
+    linearize_(model, SMALL, impl="tiled")
+    out = run(model, arguments)
+    changed = []
+    for token in range(NUM_IMAGE + NUM_REFERENCE):
+        hidden = arguments["hidden_states"].clone()
+        hidden[0, token] += 1
+        moved = run(model, {**arguments, "hidden_states": hidden})
+        changed.append((moved - out)[0].abs().amax(-1) > 1e-6)
+    by_image, by_reference = torch.stack(changed).split([NUM_IMAGE, NUM_REFERENCE])
+    assert torch.equal(by_image[:, :NUM_IMAGE], _near())
+    assert by_image[:, NUM_IMAGE:].all()  # a reference sees the whole picture
+    assert by_reference.all()
+
+
+@pytest.mark.parametrize("family", ["lumina2", "z-image"])
+def test_prompts_of_different_length_give_what_each_gives_alone(family: str) -> None:
+    if not hasattr(diffusers, MODELS[family].needs):
+        pytest.skip("not in this diffusers")
+    model = build(family)
+    linearize_(model, SMALL, impl="tiled")
+    both = inputs_of(family, grid=GRID, text_len=TEXT_LEN)
+    together = run(model, both).view(2, -1)
+    for sample in range(2):
+        one = {name: value[sample : sample + 1] for name, value in both.items()}
+        if family == "lumina2":
+            text_len = int(one["encoder_attention_mask"].sum())
+            for name in ("encoder_hidden_states", "encoder_attention_mask"):
+                one[name] = one[name][:, :text_len]
+        assert torch.allclose(run(model, one).flatten(), together[sample], atol=1e-5), sample
+
+
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("family", ["chroma", "qwen-image"])
+def test_text_masks_never_become_tokens_by_tokens(family: str) -> None:
+    grid, text_len = (128, 128), 40
+    model, arguments = build(family, num_layers=1), inputs_of(family, grid=grid, text_len=text_len)
+    linearize_(model, Clear(radius=3), impl="tiled")
+    with _Largest() as largest:
+        run(model, arguments)
+    assert largest.bytes < (text_len + 128 * 128) ** 2 / 8
+
+
+def test_masked_text_is_not_seen_where_its_mask_was_withheld() -> None:
+    model, arguments = build("chroma"), inputs_of("chroma", text_len=TEXT_LEN)
+    linearize_(model, SMALL, layers="transformer_blocks.*")  # the single blocks keep upstream's mask
+    out = run(model, arguments)
+    arguments["encoder_hidden_states"][1, -1] += 1  # padding of the second sample
+    assert torch.allclose(run(model, arguments), out, atol=1e-5)
+    arguments["encoder_hidden_states"][0, -1] += 1
+    assert not torch.allclose(run(model, arguments), out, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "chroma", "bria", "longcat-image", "ovis-image", "krea2"])
+def test_bfloat16_ids_beyond_256_are_read_and_made_exact(family: str) -> None:
+    if not hasattr(diffusers, MODELS[family].needs):
+        pytest.skip("not in this diffusers")
+    model, arguments = build(family), inputs_of(family, grid=(300, 280), batch=1)
+    name = "position_ids" if family == "krea2" else "img_ids"
+    exact = arguments[name]
+    sight = family_of(model).see(model, {**arguments, name: exact.to(torch.bfloat16)})
+    assert sight.grid == (300, 280)
+    assert torch.equal(sight.replaced[name], exact)
+
+
+@pytest.mark.slow
+def test_bfloat16_ids_beyond_256_give_the_float32_output() -> None:
+    model, arguments = build("flux"), inputs_of("flux", grid=(300, 280), batch=1)
+    linearize_(model, Clear(radius=2), impl="tiled")
+    out = run(model, arguments)
+    assert torch.equal(run(model, {**arguments, "img_ids": arguments["img_ids"].to(torch.bfloat16)}), out)
+
+
+@pytest.mark.parametrize(
+    ("family", "grid", "text"),
+    [
+        ("sd3", (4, 33), "32 tokens a side"),
+        ("auraflow", (33, 4), "takes wrong ones beyond"),
+        ("lumina2", (4, 33), "axes_lens"),
+        ("z-image", (33, 4), "axes_lens"),
+    ],
+)
+def test_positions_that_a_model_does_not_know_are_refused(family: str, grid: tuple[int, int], text: str) -> None:
+    if not hasattr(diffusers, MODELS[family].needs):
+        pytest.skip("not in this diffusers")
+    model = build(family)
+    linearize_(model, SMALL)
+    with pytest.raises(LayoutError, match=text):
+        run(model, inputs_of(family, grid=grid, batch=1))
+
+
+def test_a_picture_that_dit_would_fold_wrongly_is_refused() -> None:
+    model, arguments = build("dit"), inputs_of("dit")
+    linearize_(model, SMALL)
+    with pytest.raises(LayoutError, match="square pictures only"):
+        run(model, {**arguments, "hidden_states": torch.randn(2, 4, 8, 12)})
+
+
+def test_several_sizes_in_a_batch_are_refused() -> None:
+    model, arguments = build("qwen-image"), inputs_of("qwen-image", grid=(4, 6))
+    linearize_(model, SMALL)
+    with pytest.raises(LayoutError, match="one by one"):
+        run(model, {**arguments, "img_shapes": [[(1, 4, 6)], [(1, 6, 4)]]})
+
+
+def test_layered_pictures_are_frames() -> None:
+    model = build("qwen-image")
+    arguments = inputs_of("qwen-image", grid=(4, 6)) | {"img_shapes": [[(1, 2, 6), (1, 2, 6)]] * 2}
+    assert family_of(model).see(model, arguments).grid == (2, 6)
+    model.register_to_config(use_layer3d_rope=True)
+    assert family_of(model).see(model, arguments).grid == (2, 2, 6)
+
+
+@pytest.mark.parametrize("starts", [(0,), (2,), (3,), (0, 2, 3)])
+def test_image_first_brings_the_image_before_all_others(starts: tuple[int, ...]) -> None:
+    tokens = torch.arange(9.0).expand(3, 2, 9)[..., None]  # 3 of text, 6 of the image
+    order = image_first((2, 3), starts, 3)
+    if starts == (3,):
+        assert order is None
+        return
+    assert order is not None
+    moved = reorder(tokens, order, dim=2)
+    for sample in range(3):
+        start = starts[sample % len(starts)]
+        assert moved[sample, 0, :6, 0].tolist() == list(range(start, start + 6))
+    assert torch.equal(reorder(moved, order.argsort(-1), dim=2), tokens)
+
+
+def test_min_tokens_leaves_the_small_levels_of_a_unet() -> None:
+    model, arguments = build("unet"), inputs_of("unet", grid=(16, 16))
+    base = run(model, arguments)
+    report = linearize_(model, SMALL, min_tokens=100)
+    assert {name.split(".attentions")[0] for name in report.swapped} == {"down_blocks.0", "up_blocks.1"}
+    assert "64 tokens, fewer than 100" in set(report.skipped.values())
+    assert set(swapped(model)) == set(report.swapped)
+    assert not torch.equal(run(model, arguments), base)
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+
+
+def test_min_tokens_is_refused_where_all_modules_have_as_many() -> None:
+    with pytest.raises(ValueError, match="has none"):
+        linearize_(build("flux"), SMALL, min_tokens=100)
+    with pytest.raises(ValueError, match=">= 0"):
+        linearize_(build("unet"), SMALL, min_tokens=-1)
+
+
+def test_a_second_transformer_and_a_controlnet_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = diffusers.FluxControlNetPipeline(None, None, None, None, None, None, build("flux"), build("flux-controlnet"))
+    with caplog.at_level(logging.WARNING, logger="lineardit"):
+        linearize_(pipe, SMALL)
+        assert "controlnet (a FluxControlNetModel) keeps its full attention" in caplog.text
+        caplog.clear()
+        linearize_(pipe.controlnet, SMALL)
+        linearize_(pipe, SMALL)
+        assert not caplog.text
+
+
+def test_models_with_linear_attention_are_refused_with_the_reason() -> None:
+    class SanaTransformer2DModel(nn.Module):
+        pass
+
+    with pytest.raises(UnsupportedModelError, match="linear self-attention already"):
+        linearize_(SanaTransformer2DModel(), SMALL)
+
+
+def test_every_row_has_a_tiny_model() -> None:
+    tested = {tiny.needs for tiny in MODELS.values()}
+    assert ROWS.keys() - tested == {"ControlNetUnionModel", "WanVACETransformer3DModel"}
