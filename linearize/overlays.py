@@ -203,9 +203,10 @@ def _check_writable(name: str, layer: nn.Module, attribute: str) -> None:
     parameter = getattr(layer, attribute)
     if parameter.is_meta and hasattr(layer, "_hf_hook"):  # accelerate's; without it the model was built without memory
         raise ValueError(f"{name} is not in memory (sequential offload?): do this before enabling offload")
-    if not parameter.is_floating_point():
+    if not parameter.is_floating_point() or type(parameter.data) is not Tensor:  # torchao's tensors claim a float dtype
+        kind = parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
         raise ValueError(
-            f"{name} must be in floating point to be changed, got {parameter.dtype}: quantized bases take LoRA adapters"
+            f"{name} must be in floating point to be changed, got {kind}: quantized bases take LoRA adapters"
         )
 
 

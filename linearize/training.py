@@ -9,7 +9,7 @@ from torch import nn
 
 from .convert import denoiser, swapped
 from .low_rank import LORA_NAME, LowRank
-from .overlays import FullWeights, overlays_of, plain_layer, refuse_fused
+from .overlays import FullWeights, check_writable, overlays_of, plain_layer, refuse_fused
 from .record import record_
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -67,17 +67,16 @@ def train_full_(
     Returns:
         The model's own parameters by name.
     Raises:
-        ValueError: Nothing is converted, or a target that no swapped module has.
+        ValueError: Nothing is converted, a target that no swapped module has, or the base is quantized or offloaded.
     """
     _, model = denoiser(pipe_or_model)
-    overlay = FullWeights(
-        model,
-        {
-            f"{name}.{attribute}": parameter.detach().clone()
-            for name in projection_names(model, targets)
-            for attribute, parameter in plain_layer(model, name).named_parameters(recurse=False)
-        },
-    )
+    parameters = {
+        f"{name}.{attribute}": parameter
+        for name in projection_names(model, targets)
+        for attribute, parameter in plain_layer(model, name).named_parameters(recurse=False)
+    }
+    check_writable(model, parameters)
+    overlay = FullWeights(model, {name: parameter.detach().clone() for name, parameter in parameters.items()})
     overlays_of(model).items.append(overlay)
     record_(model)
     return {name: overlay.parameter(name) for name in overlay.originals}

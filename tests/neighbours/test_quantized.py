@@ -1,0 +1,93 @@
+"""Quantized bases: projections are only called, so attention and LoRA go on; whole weights are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize.training import add_lora_, train_full_
+from tiny_models import build, inputs_of, run
+
+SMALL = Clear(radius=1.5)
+
+
+def _model() -> Any:
+    """Layers of 64 features: bitsandbytes packs them in blocks of so many."""
+    config = {**build("flux").config, "attention_head_dim": 32, "axes_dims_rope": (8, 8, 16)}
+    return diffusers.FluxTransformer2DModel.from_config(config).eval()
+
+
+def _torchao(folder: Path) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    return diffusers.FluxTransformer2DModel.from_pretrained(folder, quantization_config=config)
+
+
+def _bitsandbytes(folder: Path, kind: str) -> nn.Module:
+    """diffusers loads these on a GPU alone; the layers themselves compute on a CPU too."""
+    layers = pytest.importorskip("bitsandbytes.nn")
+    model = diffusers.FluxTransformer2DModel.from_pretrained(folder)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in ("to_q", "to_k", "to_v"):
+            options: dict[str, Any] = {"quant_type": "nf4"} if kind == "Linear4bit" else {"has_fp16_weights": False}
+            quantized = getattr(layers, kind)(layer.in_features, layer.out_features, **options)
+            quantized.load_state_dict(layer.state_dict())
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, quantized.to("cpu"))
+    return model
+
+
+BASES = {
+    "torchao": _torchao,
+    "bitsandbytes 4 bits": lambda folder: _bitsandbytes(folder, "Linear4bit"),
+    "bitsandbytes 8 bits": lambda folder: _bitsandbytes(folder, "Linear8bitLt"),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_quantized_bases_take_the_window_and_lora(kind: str, tmp_path: Path) -> None:
+    plain, arguments = _model(), inputs_of("flux")
+    plain.save_pretrained(tmp_path / "base")
+    model: Any = BASES[kind](tmp_path / "base").eval()
+    assert type(model.transformer_blocks[0].attn.to_q.weight) is not nn.Parameter
+    for one in (plain, model):
+        linearize_(one, SMALL)
+    expected, windowed = run(plain, arguments), run(model, arguments)
+    assert torch.allclose(windowed, expected, atol=0.2 * float(expected.abs().max()))
+    linearize_(model, Clear(radius=20))
+    with dense(model):
+        base = run(model, arguments)
+    assert torch.equal(run(model, arguments), base)
+
+    trained = add_lora_(plain, rank=2)
+    with torch.no_grad():
+        for factor in trained.values():
+            factor.normal_(std=0.3)
+    save_adapter(plain, tmp_path / "lora")
+    load_adapter_(model, tmp_path / "lora")
+    student = run(model, arguments)
+    assert not torch.allclose(student, windowed, atol=1e-3)
+    save_adapter(model, tmp_path / "again")
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+    load_adapter_(model, tmp_path / "again")
+    assert torch.equal(run(model, arguments), student)
+    restore_(model)
+
+    linearize_(model, SMALL)
+    with pytest.raises(ValueError, match="quantized bases take LoRA adapters"):
+        train_full_(model)
+    with pytest.raises(ValueError, match="quantized bases take LoRA adapters"):
+        load_adapter_(model, tmp_path / "lora", keep_original=False)
+    restore_(plain)
+    linearize_(plain, SMALL)
+    train_full_(plain, targets=("to_q",))
+    save_adapter(plain, tmp_path / "full")
+    # weights packed in 4 bits have another shape
+    with pytest.raises(ValueError, match=r"quantized bases take LoRA adapters|do not fit this model"):
+        load_adapter_(model, tmp_path / "full")
+    assert torch.equal(run(model, arguments), windowed)
