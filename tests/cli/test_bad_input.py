@@ -76,9 +76,9 @@ def test_convert_refuses_a_missing_output_option(base: Path, capsys: pytest.Capt
 
 
 def test_convert_refuses_an_unknown_model_class(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (base / "config.json").write_text(json.dumps({**FLUX, "_class_name": "SanaTransformer2DModel"}))
+    (base / "config.json").write_text(json.dumps({**FLUX, "_class_name": "NewTransformer2DModel"}))
     sentence = refused(capsys, "convert", base, "--method", "clear", "--radius", "4", "-o", tmp_path / "out")
-    assert "SanaTransformer2DModel" in sentence
+    assert "NewTransformer2DModel" in sentence
     assert "FluxTransformer2DModel" in sentence
     assert not (tmp_path / "out").exists()
 

@@ -9,22 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.training import add_lora_, train_full_
-from tiny_models import build, inputs_of
+from tiny_models import FAMILIES, build, inputs_of, run
 from tiny_models.joint_latents import sd3
 from tiny_models.positions import flux
 
 CLEAR = Clear(radius=2, pool_size=2)
-FAMILIES = ("flux", "sd3", "pixart", "unet")
-
-
-def run(model: nn.Module, arguments: dict) -> Tensor:
-    with torch.no_grad():
-        return model(**arguments)[0]
 
 
 def base(family: str = "flux") -> nn.Module:
