@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: help install demo test test-all test-oldest lint marks bench-cpu clean
+.PHONY: help install demo test test-all test-oldest lint marks bench-cpu support clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ marks: $(STAMP)  ## the figures of the README, again: about an hour, resumable
 
 bench-cpu: $(STAMP)  ## window attention against dense attention on this CPU
 	$(BIN)/python benchmarks/cpu.py
+
+support: $(STAMP)  ## the README's table of models, from the tests: about ten minutes
+	$(TEST_ENV) $(BIN)/python benchmarks/support.py
 
 clean:  ## remove what the targets made, except pictures and runs
 	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ def convert_base(
     *,
     output: str | Path,
     layers: str | Sequence[str] | None = None,
+    min_tokens: int = 0,
     revision: str | None = None,
     offline: bool = False,
     overwrite: bool = False,
@@ -39,6 +40,7 @@ def convert_base(
         config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}; None: the importer knows.
         output: The adapter folder to write, or one file if it ends in `.safetensors`.
         layers: Globs of module names to restrict the swap to.
+        min_tokens: Leave the levels of a UNet with fewer image tokens, as in `linearize_`.
         revision: Branch, tag or commit of a Hub id.
         offline: Never touch the network.
         overwrite: Replace what is at `output`.
@@ -48,11 +50,11 @@ def convert_base(
         ValueError: the base cannot be had, nothing matches, or the output exists; nothing is written.
     """
     check_adapter_output(Path(output), overwrite=overwrite)
-    _check_settings(config, importer, layers)
+    _check_settings(config, importer, layers, min_tokens)
     _refuse_adapter(base, revision=revision, offline=offline)
     found = read_base(base, revision=revision, offline=offline)
     model = build_on_meta(found)
-    report = _convert_(model, config, importer, layers, offline=offline)
+    report = _convert_(model, config, importer, layers, min_tokens, offline=offline)
     write_adapter(model, found.source, Path(output), overwrite=overwrite)
     return report
 
@@ -89,6 +91,7 @@ def convert_and_merge(
     *,
     output: str | Path,
     layers: str | Sequence[str] | None = None,
+    min_tokens: int = 0,
     revision: str | None = None,
     offline: bool = False,
     overwrite: bool = False,
@@ -102,6 +105,7 @@ def convert_and_merge(
         config: As in `convert_base`.
         output: The folder to write.
         layers: As in `convert_base`.
+        min_tokens: As in `convert_base`.
         revision: Branch, tag or commit of a Hub id.
         offline: Never touch the network.
         overwrite: Replace an existing folder.
@@ -119,10 +123,10 @@ def convert_and_merge(
     if config is None and importer is None:
         pipe = from_pretrained(adapter_or_base, dtype=dtype, revision=revision, offline=offline, keep_original=False)
     else:
-        _check_settings(config, importer, layers)
+        _check_settings(config, importer, layers, min_tokens)
         _refuse_adapter(adapter_or_base, revision=revision, offline=offline)
         pipe = load_base(read_base(adapter_or_base, revision=revision, offline=offline), dtype=dtype, offline=offline)
-        _convert_(pipe, config, importer, layers, offline=offline)
+        _convert_(pipe, config, importer, layers, min_tokens, offline=offline)
     return save_merged(pipe, output, overwrite=overwrite)
 
 
@@ -136,8 +140,8 @@ def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) ->
         raise ValueError(f"{base} is an adapter, which has its method already: give the base that it names")
 
 
-def _check_settings(config: Any, importer: str | None, layers: str | Sequence[str] | None) -> None:
-    """Whether method, importer and layers go together."""
+def _check_settings(config: Any, importer: str | None, layers: str | Sequence[str] | None, min_tokens: int) -> None:
+    """Whether method, importer and the choice of layers go together."""
     if importer is None:
         if config is None:
             names = ", ".join(cls.__name__.lower() for cls in METHODS)
@@ -148,8 +152,8 @@ def _check_settings(config: Any, importer: str | None, layers: str | Sequence[st
         raise ValueError(
             f"importer must be {' or '.join(IMPORTERS)}, got {importer!r}{nearest(kind, ['clear', 'linfusion'])}"
         )
-    if layers is not None:
-        raise ValueError(f"checkpoints to import are for all layers that they name, got layers={layers!r}")
+    if layers is not None or min_tokens > 0:
+        raise ValueError(f"checkpoints to import are for all layers that they name, got {layers=} and {min_tokens=}")
     if kind == "clear" and (not isinstance(config, Clear) or config.pool_tokens is not None):
         raise ValueError(f"CLEAR's checkpoints need method clear with its radius and pool_size, got {config}")
     if kind == "linfusion" and config not in (None, LinFusion()):
@@ -157,11 +161,17 @@ def _check_settings(config: Any, importer: str | None, layers: str | Sequence[st
 
 
 def _convert_(
-    pipe_or_model: Any, config: Any, importer: str | None, layers: str | Sequence[str] | None, *, offline: bool
+    pipe_or_model: Any,
+    config: Any,
+    importer: str | None,
+    layers: str | Sequence[str] | None,
+    min_tokens: int,
+    *,
+    offline: bool,
 ) -> SwapReport:
     """Swaps, and loads what is to be imported, in place; there is no way back."""
     if importer is None:
-        return linearize_(pipe_or_model, config, layers=layers)
+        return linearize_(pipe_or_model, config, layers=layers, min_tokens=min_tokens)
     kind, _, path = importer.partition(":")
     if kind == "linfusion":
         return load_linfusion_checkpoint_(pipe_or_model, path, keep_original=False, offline=offline)

@@ -17,6 +17,9 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; X.safetensors: one file.")],
     method: Annotated[str | None, typer.Option(help="The attention to put in.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only modules whose name matches this pattern.")] = None,
+    min_tokens: Annotated[
+        int, typer.Option(help="Leave the levels of a UNet that have fewer image tokens at its native size.")
+    ] = 0,
     revision: Revision = None,
     importer: Annotated[
         str | None, typer.Option("--import", metavar="KIND:PATH", help="Published weights: clear:FILE, linfusion:DIR.")
@@ -34,7 +37,7 @@ def convert(
     quiet_libraries()
     config = _config(method, ctx.obj)
     places: dict[str, Any] = {"output": output, "revision": revision, "offline": offline, "overwrite": overwrite}
-    conversion: dict[str, Any] = {"layers": layers, "importer": importer}
+    conversion: dict[str, Any] = {"layers": layers, "min_tokens": min_tokens, "importer": importer}
     if merge:
         convert_and_merge(base, config, dtype=named_dtype(dtype), **conversion, **places)
         print(f"Wrote {output}; generate with: lineardit generate {output} PROMPT")

@@ -1,5 +1,7 @@
 """Models that pack text and image into one sequence by the samples' own lengths."""
 
+import inspect
+
 import diffusers
 import torch
 from torch import nn
@@ -52,7 +54,9 @@ def qwen_image_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     """The last text token of the second sample is padding."""
     mask = torch.ones(batch, text_len, dtype=torch.long)
     mask[1:, -1] = 0
-    return {
+    takes = inspect.signature(diffusers.QwenImageTransformer2DModel.forward).parameters
+    lengths = {"txt_seq_lens": [text_len] * batch} if "txt_seq_lens" in takes else {}  # older versions ask for them
+    return lengths | {
         "hidden_states": torch.randn(batch, grid[0] * grid[1], 16),
         "encoder_hidden_states": torch.randn(batch, text_len, 32),
         "encoder_hidden_states_mask": mask,
