@@ -1,7 +1,18 @@
 """Attention of image tokens to the text and to the image tokens near them."""
 
-from .attention import window_attention
+from .attention import window_attention, windowed_attention
 from .choose import choose_impl, implementations
-from .reference import window_attention_reference
+from .reference import window_attention_reference, windowed_attention_reference
+from .windows import Box, Circle, Window
 
-__all__ = ["choose_impl", "implementations", "window_attention", "window_attention_reference"]
+__all__ = [
+    "Box",
+    "Circle",
+    "Window",
+    "choose_impl",
+    "implementations",
+    "window_attention",
+    "window_attention_reference",
+    "windowed_attention",
+    "windowed_attention_reference",
+]

@@ -1,9 +1,10 @@
 """Window attention: image queries attend to text and to the image tokens near them, text queries to everything.
 
-    out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  |pos_i - pos_j| < radius
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  pos_j in window(pos_i)
 
-(CLEAR, arXiv:2412.16112.) In a video, pos is the place within a frame, and |frame_i - frame_j| < frame_radius holds as
-well. The implementations:
+In a video, pos is the place within a frame, and |frame_i - frame_j| < frame_radius holds as well. The windows are in
+windows.py: `window_attention` takes CLEAR's circle, |pos_i - pos_j| < radius, and `windowed_attention` any of them.
+The implementations:
 
     reference   one dense call through a mask, made anew; any device and dtype; memory tokens x tokens
     masked      the same with the mask kept from call to call; the fastest for small images
@@ -21,6 +22,7 @@ from .choose import choose_impl, implementations, require_triton
 from .kept_mask import kept_window_mask
 from .operator import split_text, window_attention_op
 from .reference import check_mask_size, key_mask, masked_attention, window_mask
+from .windows import Box, Circle, Window, to_arguments
 
 
 def window_attention(
@@ -59,22 +61,54 @@ def window_attention(
         ValueError: shapes, grid, radius, frame_radius or impl do not fit; "triton" cannot run here; a mask of
             "reference" or "masked" beyond 2**31 entries.
     """
-    _validate(query, key, value, grid, radius, frame_radius, text_len, text_mask, pooled, impl)
+    return windowed_attention(
+        query,
+        key,
+        value,
+        grid=grid,
+        window=Circle(radius=radius, frame_radius=frame_radius),
+        text_len=text_len,
+        text_first=text_first,
+        text_mask=text_mask,
+        pooled=pooled,
+        scale=scale,
+        impl=impl,
+    )
+
+
+def windowed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, ...],
+    window: Window,
+    text_len: int = 0,
+    text_first: bool = True,
+    text_mask: Tensor | None = None,
+    pooled: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The same with any window, `Circle(radius=8)` or `Box(window=(13, 13))`.
+
+    The other arguments, the result and the errors are those of `window_attention`.
+    """
+    _validate(query, key, value, grid, window, text_len, text_mask, pooled, impl)
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     pooled = None if pooled is None else (_autocast(pooled[0]), _autocast(pooled[1]))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
-        impl = choose_impl(query, grid=grid, radius=radius, text_len=text_len, frame_radius=frame_radius)
+        impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
     elif impl == "triton":
         require_triton(query)
     if impl in ("tiled", "triton"):
-        window = (grid, radius, scale, impl, frame_radius)
-        return _linear(query, key, value, text_len, text_first, text_mask, pooled, *window)
+        return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)
     check_mask_size(query, text_mask, pooled)
     if impl == "reference":
-        mask = window_mask(grid, radius, text_len, text_first, query.device, frame_radius)
+        mask = window_mask(grid, window, text_len, text_first, query.device)
     else:
-        mask = kept_window_mask(query, grid, radius, text_len, text_first, frame_radius)
+        mask = kept_window_mask(query, grid, window, text_len, text_first)
     return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
 
 
@@ -87,10 +121,9 @@ def _linear(
     text_mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
     grid: tuple[int, ...],
-    radius: float,
+    window: Window,
     scale: float,
     impl: str,
-    frame_radius: int | None,
 ) -> Tensor:
     """The operator on the image's queries, with text and pooled tokens as shared keys, and a call for text queries."""
     text_query, image_query = split_text(query, text_len, text_first)
@@ -107,7 +140,8 @@ def _linear(
         text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=keys_seen, scale=scale)
     image = (image_query, image_key, image_value)
     shared = (shared_key, shared_value, shared_mask)
-    out, _ = window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius)
+    radius, frame_radius, box = to_arguments(window)
+    out, _ = window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius, box)
     return out
 
 
@@ -128,8 +162,7 @@ def _validate(
     key: Tensor,
     value: Tensor,
     grid: tuple[int, ...],
-    radius: float,
-    frame_radius: int | None,
+    window: Window,
     text_len: int,
     text_mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
@@ -145,13 +178,10 @@ def _validate(
     batch, num_heads, num_tokens, head_dim = query.shape
     if len(grid) not in (2, 3) or any(not isinstance(size, int | torch.SymInt) or size < 1 for size in grid):
         raise ValueError(f"grid must be (height, width) or (frames, height, width), integers >= 1, got {tuple(grid)}")
-    if not 0 < radius < math.inf:
-        raise ValueError(f"radius must be a finite number > 0, got {radius}")
-    if frame_radius is not None:
-        if not isinstance(frame_radius, int | torch.SymInt) or isinstance(frame_radius, bool) or frame_radius < 1:
-            raise ValueError(f"frame_radius must be an integer >= 1 or None, got {frame_radius!r}")
-        if len(grid) != 3:
-            raise ValueError(f"frame_radius={frame_radius} needs grid = (frames, height, width), got {tuple(grid)}")
+    if not isinstance(window, Circle | Box):
+        raise ValueError(f"window must be a Circle or a Box, got {window!r}")
+    if window.frame_radius is not None and len(grid) != 3:
+        raise ValueError(f"frame_radius={window.frame_radius} needs grid = (frames, height, width), got {tuple(grid)}")
     if text_len < 0:
         raise ValueError(f"text_len must be >= 0, got {text_len}")
     if text_len + math.prod(grid) != num_tokens:

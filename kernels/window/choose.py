@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .tiled import tile_shape
+from .tiled import query_tile
+from .windows import Window, mean_reach
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,7 @@ def implementations() -> tuple[str, ...]:
     return ("reference", "masked", "tiled", "triton")
 
 
-def choose_impl(
-    query: Tensor, *, grid: tuple[int, ...], radius: float, text_len: int, frame_radius: int | None = None
-) -> str:
+def choose_impl(query: Tensor, *, grid: tuple[int, ...], window: Window, text_len: int) -> str:
     """The implementation that impl="auto" runs, for a query [..., head_dim] on its device.
 
     1. On a CUDA device "triton", where its kernels run and agree with the reference; else "tiled", with a warning.
@@ -39,10 +38,9 @@ def choose_impl(
     if torch.compiler.is_compiling() or query.device.type != "cpu" or image_len > 4096:
         return "tiled"
     frames, height, width = (1, *grid)[-3:]
-    rows, columns = tile_shape(height, width, radius)
-    reach = math.ceil(radius) - 1
-    frames_read = _mean_reach(frames, 1, (frame_radius or frames) - 1)
-    read = frames_read * _mean_reach(height, rows, reach) * _mean_reach(width, columns, reach)
+    rows, columns = query_tile(window, height, width)
+    frames_read = mean_reach(frames, 1, (window.frame_radius or frames) - 1)
+    read = frames_read * window.keys_read(0, height, rows) * window.keys_read(1, width, columns)
     return "masked" if image_len <= 256 or read + text_len > 0.55 * (image_len + text_len) else "tiled"
 
 
@@ -82,9 +80,3 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
             return None
     logger.warning("Window attention falls back to plain PyTorch, which is slower: %s", reason)
     return reason
-
-
-def _mean_reach(size: int, side: int, reach: int) -> float:
-    """Tokens of one axis that its tiles see, on average."""
-    starts = range(0, size, side)
-    return sum(min(start + side + reach, size) - max(start - reach, 0) for start in starts) / len(starts)

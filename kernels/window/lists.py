@@ -1,7 +1,7 @@
 """Which key tiles every query tile reads: all that an implementation needs to know about a window.
 
 The image is cut in rectangular tiles. A builder turns the geometry of one window into `TileLists`; attention code
-reads only these lists. Another window (square, dilated, groups, aligned tiles) is another builder.
+reads only these lists. `circle_lists` and `box_lists` are the builders; another window is another one.
 
     . . . . . . . .     a query tile (Q) and the key tiles of its circular window:
     . b b b b b . .         Q, i   every query of Q sees the whole tile: read without a mask
@@ -16,6 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .windows import Box, Circle, Span, Window
+
+INSIDE, BORDER, APART = 0, 1, 2  # a key tile is read without a mask, through a mask, not at all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,50 @@ def mask_words(masks: Tensor) -> Tensor:
     return (masks.long() << torch.arange(masks.shape[2], device=masks.device)).sum(2)
 
 
+def window_lists(
+    grid: tuple[int, ...], window: Window, *, query_tile: tuple[int, int], key_tile: tuple[int, int]
+) -> TileLists:
+    """Lists of any window whose tiles are rectangles of the image."""
+    if isinstance(window, Circle):
+        return circle_lists(grid, window.radius, window.frame_radius, query_tile=query_tile, key_tile=key_tile)
+    return box_lists(grid, window, query_tile=query_tile, key_tile=key_tile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pairs:
+    """The pairs of tiles of one frame: each query tile with its candidates among the key tiles."""
+
+    key_tiles: Tensor  # [query tiles, candidates]
+    kind: Tensor  # [query tiles, candidates] INSIDE, BORDER or APART
+    mask_ids: Tensor  # [query tiles, candidates], -1 where APART
+    masks: Tensor  # [distinct masks, BLOCK_Q, BLOCK_K] bool
+
+
+def _in_frames(
+    pairs: _Pairs, query_tokens: Tensor, key_tokens: Tensor, frames: int, frame_radius: int | None
+) -> TileLists:
+    """Each query tile reads the same window in all frames in reach; tokens of the tiles of all frames."""
+    in_time = _axis(frames, 1, 1, min(frame_radius or frames, frames) ** 2)
+    # [frames, query tiles, frames in reach, candidates]
+    key_frame, exists = in_time.key[:, None, :, None], in_time.exists[:, None, :, None]
+    per_frame = len(key_tokens) // frames
+    key_tiles = (pairs.key_tiles[:, None] + per_frame * key_frame).flatten(2).flatten(0, 1)
+    kind = torch.where(exists, pairs.kind[:, None], APART).flatten(2).flatten(0, 1)
+    mask_ids = torch.where(exists, pairs.mask_ids[:, None], -1).flatten(2).flatten(0, 1)
+
+    counts = (kind != APART).sum(1)
+    order = kind.argsort(dim=1, stable=True)[:, : int(counts.max())]
+    return TileLists(
+        query_tokens=query_tokens,
+        key_tokens=key_tokens,
+        counts=counts,
+        inside=(kind == INSIDE).sum(1),
+        key_tiles=key_tiles.gather(1, order),
+        mask_ids=mask_ids.gather(1, order),
+        masks=pairs.masks,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Axis:
     """One axis of the grid: the key tiles in reach of every query tile, candidates `[query tiles, width]`."""
@@ -98,36 +146,25 @@ def circle_lists(
     rows = _axis(height, query_tile[0], key_tile[0], limit)
     columns = _axis(width, query_tile[1], key_tile[1], limit)
 
-    nearest, farthest = _squared(rows.nearest, columns.nearest), _squared(rows.farthest, columns.farthest)
-    exists = (rows.exists[:, None, :, None] & columns.exists[None, :, None, :]).flatten(2).flatten(0, 1)
-    touched = exists & (nearest < limit)
-    shapes = _pair_shapes(rows.shape, columns.shape)  # [query tiles, candidates, 6]
+    nearest, farthest = (
+        torch.add(*_outer(a**2, b**2)) for a, b in ((rows.nearest, columns.nearest), (rows.farthest, columns.farthest))
+    )
+    touched = torch.logical_and(*_outer(rows.exists, columns.exists)) & (nearest < limit)
+    shapes = torch.cat(_outer(rows.shape, columns.shape), dim=-1)  # [query tiles, candidates, 6]
     whole = (shapes[..., 2] == key_tile[0]) & (shapes[..., 5] == key_tile[1])
-    kind = torch.where(touched, torch.where(whole & (farthest < limit), 0, 1), 2)  # 0 inside, 1 border, 2 not read
-
     distinct, ids = torch.unique(shapes[touched], dim=0, return_inverse=True)
-    mask_ids = torch.full(kind.shape, -1).masked_scatter(touched, ids)
-    num_columns = -(-width // key_tile[1])
-    key_tiles = (rows.key[:, None, :, None] * num_columns + columns.key[None, :, None, :]).flatten(2).flatten(0, 1)
-
-    # Each query tile reads the same window in all frames in reach: [frames, query tiles, frames in reach, candidates].
-    in_time = _axis(frames, 1, 1, min(frame_radius or frames, frames) ** 2)
-    key_frame, exists = in_time.key[:, None, :, None], in_time.exists[:, None, :, None]
-    per_frame = -(-height // key_tile[0]) * num_columns
-    key_tiles = (key_tiles[:, None] + per_frame * key_frame).flatten(2).flatten(0, 1)
-    kind = torch.where(exists, kind[:, None], 2).flatten(2).flatten(0, 1)
-    mask_ids = torch.where(exists, mask_ids[:, None], -1).flatten(2).flatten(0, 1)
-
-    order = kind.argsort(dim=1, stable=True)[:, : int((kind < 2).sum(1).max())]
-    return TileLists(
-        query_tokens=_tile_tokens(frames, height, width, query_tile),
-        key_tokens=_tile_tokens(frames, height, width, key_tile),
-        counts=(kind < 2).sum(1),
-        inside=(kind == 0).sum(1),
-        key_tiles=key_tiles.gather(1, order),
-        mask_ids=mask_ids.gather(1, order),
+    key_rows, key_columns = _outer(rows.key, columns.key)
+    pairs = _Pairs(
+        key_tiles=key_rows * -(-width // key_tile[1]) + key_columns,
+        kind=torch.where(touched, torch.where(whole & (farthest < limit), INSIDE, BORDER), APART),
+        mask_ids=torch.full(touched.shape, -1).masked_scatter(touched, ids),
         masks=_circle_masks(distinct, query_tile, key_tile, limit),
     )
+    query_tokens, key_tokens = (
+        _tile_tokens(frames, height, width, _cut(height, tile[0])[0], _cut(width, tile[1])[0])
+        for tile in (query_tile, key_tile)
+    )
+    return _in_frames(pairs, query_tokens, key_tokens, frames, frame_radius)
 
 
 def squared_limit(radius: float, height: int, width: int) -> int:
@@ -159,18 +196,6 @@ def _axis(size: int, query_tile: int, key_tile: int, limit: int) -> _Axis:
     )
 
 
-def _squared(rows: Tensor, columns: Tensor) -> Tensor:
-    """[row tiles, a], [column tiles, b] distances -> squared distance [row tiles * column tiles, a * b]."""
-    return (rows[:, None, :, None] ** 2 + columns[None, :, None, :] ** 2).flatten(2).flatten(0, 1)
-
-
-def _pair_shapes(rows: Tensor, columns: Tensor) -> Tensor:
-    """[row tiles, a, 3], [column tiles, b, 3] -> [row tiles * column tiles, a * b, 6]."""
-    full = (rows.shape[0], columns.shape[0], rows.shape[1], columns.shape[1], 3)
-    pair = [rows[:, None, :, None].expand(full), columns[None, :, None, :].expand(full)]
-    return torch.cat(pair, dim=-1).flatten(2, 3).flatten(0, 1)
-
-
 def _circle_masks(shapes: Tensor, query_tile: tuple[int, int], key_tile: tuple[int, int], limit: int) -> Tensor:
     """Mask of every distinct (offset, query length, key length) per axis: [masks, 6] -> [masks, BLOCK_Q, BLOCK_K]."""
     squares = []
@@ -183,11 +208,105 @@ def _circle_masks(shapes: Tensor, query_tile: tuple[int, int], key_tile: tuple[i
     return near.flatten(3).flatten(1, 2)
 
 
-def _tile_tokens(frames: int, height: int, width: int, tile: tuple[int, int]) -> Tensor:
-    """Tokens of every tile, tiles row-major within a frame: [tiles, BLOCK]; slots beyond an edge repeat its token."""
-    row, column = (
-        (torch.arange(0, size, step)[:, None] + torch.arange(step)).clamp(max=size - 1)
-        for size, step in ((height, tile[0]), (width, tile[1]))
+@dataclass(frozen=True, kw_only=True)
+class _BoxAxis:
+    """One axis of the grid under a box: each query tile with its candidates among the key tiles."""
+
+    query_places: Tensor  # [query tiles, query tile]
+    key_places: Tensor  # [key tiles, key tile]
+    key: Tensor  # [query tiles, candidates]
+    touched: Tensor  # [query tiles, candidates] some pair attends
+    inside: Tensor  # [query tiles, candidates] all of them do
+    mask_ids: Tensor  # [query tiles, candidates]
+    masks: Tensor  # [distinct masks, query tile, key tile]
+
+
+def box_lists(
+    grid: tuple[int, ...],
+    box: Box,
+    *,
+    query_tile: tuple[int, int],
+    key_tile: tuple[int, int],
+    step: tuple[int, int] = (1, 1),
+) -> TileLists:
+    """Lists of a window that is a box: on each axis by itself, so that a mask is a product of two.
+
+    Args:
+        grid: (height, width) or (frames, height, width) in tokens.
+        query_tile: (rows, columns) of a query tile; key_tile: of a key tile.
+        step: between neighbours in a tile, per axis. 1: tiles are rectangles of the image. The box's dilation: tiles
+            hold tokens that see each other.
+    """
+    frames, height, width = (1, *grid)[-3:]
+    rows, columns = (
+        _box_axis(box.span(axis, size), query_tile[axis], key_tile[axis], step[axis])
+        for axis, size in enumerate((height, width))
     )
-    tokens = (row[:, None, :, None] * width + column[None, :, None, :]).flatten(2).flatten(0, 1)
+    touched = torch.logical_and(*_outer(rows.touched, columns.touched))
+    inside = torch.logical_and(*_outer(rows.inside, columns.inside))
+    key_rows, key_columns = _outer(rows.key, columns.key)
+    row_masks, column_masks = _outer(rows.mask_ids, columns.mask_ids)
+    distinct, ids = torch.unique((row_masks * len(columns.masks) + column_masks)[touched], return_inverse=True)
+    by_row, by_column = rows.masks[distinct // len(columns.masks)], columns.masks[distinct % len(columns.masks)]
+    pairs = _Pairs(
+        key_tiles=key_rows * len(columns.key_places) + key_columns,
+        kind=torch.where(touched, torch.where(inside, INSIDE, BORDER), APART),
+        mask_ids=torch.full(touched.shape, -1).masked_scatter(touched, ids),
+        masks=(by_row[:, :, None, :, None] & by_column[:, None, :, None, :]).flatten(3).flatten(1, 2),
+    )
+    query_tokens = _tile_tokens(frames, height, width, rows.query_places, columns.query_places)
+    key_tokens = _tile_tokens(frames, height, width, rows.key_places, columns.key_places)
+    return _in_frames(pairs, query_tokens, key_tokens, frames, box.frame_radius)
+
+
+def _box_axis(span: Span, query_tile: int, key_tile: int, step: int) -> _BoxAxis:
+    size = len(span.first)
+    (queries, query_exists), (keys, key_exists) = _cut(size, query_tile, step), _cut(size, key_tile, step)
+    tile_of = torch.empty(size, dtype=torch.int64)
+    tile_of[keys] = torch.arange(len(keys))[:, None].expand_as(keys)
+    first, last = span.first[queries], span.last[queries]  # [query tiles, query tile]
+    first_tile, last_tile = tile_of[first].amin(1, keepdim=True), tile_of[last].amax(1, keepdim=True)
+    key = first_tile + torch.arange(int((last_tile - first_tile).max()) + 1)
+    exists = key <= last_tile
+    key = key.minimum(last_tile)
+
+    first, last, place = first[:, None, :, None], last[:, None, :, None], keys[key][:, :, None]
+    seen = (first <= place) & (place <= last) & ((place - first) % span.step == 0)
+    seen &= exists[..., None, None] & key_exists[key][:, :, None] & query_exists[:, None, :, None]
+    masks, ids = torch.unique(seen.flatten(0, 1), dim=0, return_inverse=True)
+    return _BoxAxis(
+        query_places=queries,
+        key_places=keys,
+        key=key,
+        touched=seen.flatten(2).any(2),
+        inside=(seen | ~query_exists[:, None, :, None]).flatten(2).all(2),
+        mask_ids=ids.view(key.shape),
+        masks=masks,
+    )
+
+
+def _cut(size: int, tile: int, step: int = 1) -> tuple[Tensor, Tensor]:
+    """Places of the tiles of an axis, `step` apart within a tile, and whether they exist: [tiles, tile] each.
+
+    A slot beyond the end repeats the last place of its tile.
+    """
+    places, exists = [], []
+    for residue in range(min(step, size)):
+        count = len(range(residue, size, step))
+        slot = torch.arange(0, count, tile)[:, None] + torch.arange(tile)
+        places.append(residue + step * slot.clamp(max=count - 1))
+        exists.append(slot < count)
+    return torch.cat(places), torch.cat(exists)
+
+
+def _outer(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """[row tiles, a, ...], [column tiles, b, ...] -> both as [row tiles * column tiles, a * b, ...]."""
+    shape = (rows.shape[0], columns.shape[0], rows.shape[1], columns.shape[1], *rows.shape[2:])
+    pair = rows[:, None, :, None].expand(shape), columns[None, :, None, :].expand(shape)
+    return pair[0].flatten(2, 3).flatten(0, 1), pair[1].flatten(2, 3).flatten(0, 1)
+
+
+def _tile_tokens(frames: int, height: int, width: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Tokens of every tile, [tiles, BLOCK], tiles row-major within a frame, from the places along each axis."""
+    tokens = (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(2).flatten(0, 1)
     return (tokens + height * width * torch.arange(frames)[:, None, None]).flatten(0, 1)

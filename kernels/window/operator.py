@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .inputs import Inputs, sum_dtype, token_major
 from .tiled import tiled_backward, tiled_forward
+from .windows import from_arguments
 
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor shared_key, Tensor shared_value, Tensor? shared_mask"
-WINDOW = "SymInt[] grid, float radius, float scale, str impl, SymInt? frame_radius=None"
+# Of radius and box, one is None (windows.py).
+WINDOW = "SymInt[] grid, float? radius, float scale, str impl, SymInt? frame_radius=None, SymInt[]? box=None"
 
 
 @torch.library.custom_op(
@@ -32,10 +34,11 @@ def window_attention_op(
     shared_value: Tensor,
     shared_mask: Tensor | None,
     grid: Sequence[int],
-    radius: float,
+    radius: float | None,
     scale: float,
     impl: str,
     frame_radius: int | None = None,
+    box: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of image queries over their window and all shared keys, put beside the results for text.
 
@@ -45,8 +48,8 @@ def window_attention_op(
         query, key, value: [B, H, N, D], the image tokens of `grid`.
         shared_key, shared_value: [B, H, S, D], seen by every query; S may be 0.
         shared_mask: [B, S] bool, True = attend; None attends to all.
+        radius, frame_radius, box: the window, as `to_arguments` takes it apart.
         impl: "tiled" or "triton".
-        frame_radius: in frames, strict; None: all frames.
     Returns:
         out [B, H, T + N, D], and the log-sum-exp of the image's logits, [B, H, N], which has no gradient.
     """
@@ -55,14 +58,15 @@ def window_attention_op(
     text_slot, image_slot = split_text(out, text_len, text_first)
     text_slot.copy_(text_out)
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
+    window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
             from .triton_probe import tiles_for
             from .triton_window import triton_forward
 
             tiles, _ = tiles_for(query.device, query.dtype, query.shape[3])
-            return out, triton_forward(inputs, image_slot, grid, radius, frame_radius, scale, tiles)
-        return out, tiled_forward(inputs, image_slot, grid, radius, frame_radius, scale)
+            return out, triton_forward(inputs, image_slot, grid, window, scale, tiles)
+        return out, tiled_forward(inputs, image_slot, grid, window, scale)
 
 
 @torch.library.custom_op(
@@ -81,20 +85,22 @@ def _window_attention_backward(
     out: Tensor,
     lse: Tensor,
     grid: Sequence[int],
-    radius: float,
+    radius: float | None,
     scale: float,
     impl: str,
     frame_radius: int | None = None,
+    box: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
+    window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
             from .triton_probe import tiles_for
             from .triton_window import triton_backward
 
             _, tiles = tiles_for(query.device, query.dtype, query.shape[3])
-            return triton_backward(grad_out, inputs, out, lse, grid, radius, frame_radius, scale, tiles)
-        return tiled_backward(grad_out, inputs, out, lse, grid, radius, frame_radius, scale)
+            return triton_backward(grad_out, inputs, out, lse, grid, window, scale, tiles)
+        return tiled_backward(grad_out, inputs, out, lse, grid, window, scale)
 
 
 @window_attention_op.register_fake
@@ -111,12 +117,12 @@ def _(grad_out, query, key, value, shared_key, shared_value, *_):  # type: ignor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    text_out, text_first, *tensors, grid, radius, scale, impl, frame_radius = inputs
+    text_out, text_first, *tensors, grid, radius, scale, impl, frame_radius, box = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.text = (text_out.shape[2], text_first)
-    ctx.window = (grid, radius, scale, impl, frame_radius)
+    ctx.window = (grid, radius, scale, impl, frame_radius, box)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -125,7 +131,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     _, image_out = split_text(out, text_len, text_first)
     grad_text, grad_image = split_text(grad_out, text_len, text_first)
     grads = _window_attention_backward(grad_image, *tensors, image_out, lse, *ctx.window)
-    return (grad_text, None, *grads, None, None, None, None, None, None)
+    return (grad_text, None, *grads, *(None,) * 7)
 
 
 window_attention_op.register_autograd(_backward, setup_context=_setup_context)

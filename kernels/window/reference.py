@@ -4,7 +4,7 @@
 
     query i \\ key j   text       image                             pooled
     text              unmasked   all                               none
-    image             unmasked   dy**2 + dx**2 < radius**2         all
+    image             unmasked   in the window (windows.py)        all
                                  and |df| < frame_radius
 
 "unmasked": where `text_mask` is True. A masked text query attends like any other text query. Every query sees at least
@@ -14,6 +14,8 @@ one image token, so no row is empty. B batch, H heads, N = text_len + image toke
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .windows import Circle, Window
 
 MAX_MASK_ENTRIES = 2**31
 
@@ -46,23 +48,44 @@ def window_attention_reference(
     Returns:
         [B, H, N, D], dtype of query.
     Raises:
-        ValueError: the mask would have more than 2**31 entries.
+        ValueError: radius or frame_radius is out of range; the mask would have more than 2**31 entries.
     """
+    return windowed_attention_reference(
+        query,
+        key,
+        value,
+        grid=grid,
+        window=Circle(radius=radius, frame_radius=frame_radius),
+        text_len=text_len,
+        text_first=text_first,
+        text_mask=text_mask,
+        pooled=pooled,
+        scale=scale,
+    )
+
+
+def windowed_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, ...],
+    window: Window,
+    text_len: int = 0,
+    text_first: bool = True,
+    text_mask: Tensor | None = None,
+    pooled: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The same with any window: arguments, result and errors of `window_attention_reference`."""
     check_mask_size(query, text_mask, pooled)
-    mask = window_mask(grid, radius, text_len, text_first, query.device, frame_radius)
+    mask = window_mask(grid, window, text_len, text_first, query.device)
     return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
 
 
-def window_mask(
-    grid: tuple[int, ...],
-    radius: float,
-    text_len: int,
-    text_first: bool,
-    device: torch.device,
-    frame_radius: int | None = None,
-) -> Tensor:
+def window_mask(grid: tuple[int, ...], window: Window, text_len: int, text_first: bool, device: torch.device) -> Tensor:
     """[N, N] bool, True where a query attends to a key, before `text_mask`."""
-    near = _near(grid, radius, frame_radius, device)  # [image, image]
+    near = _near(grid, window, device)  # [image, image]
     image_len = near.shape[0]
     start = text_len if text_first else 0
     mask = near.new_ones(text_len + image_len, text_len + image_len)
@@ -114,15 +137,11 @@ def check_mask_size(query: Tensor, text_mask: Tensor | None, pooled: tuple[Tenso
         )
 
 
-def _near(grid: tuple[int, ...], radius: float, frame_radius: int | None, device: torch.device) -> Tensor:
+def _near(grid: tuple[int, ...], window: Window, device: torch.device) -> Tensor:
     """[image tokens, image tokens] bool: the key lies in the query's window."""
     frames, height, width = (1, *grid)[-3:]
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    row = rows[:, None].expand(height, width).flatten().repeat(frames)
-    column = columns.repeat(height * frames)
-    squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
-    near = squared.double() < radius * radius
-    if frame_radius is None:
-        return near
-    frame = torch.arange(frames, device=device).repeat_interleave(height * width)
-    return near & ((frame[:, None] - frame).abs() < frame_radius)
+    frame = torch.arange(frames, device=device)
+    distance = (frame[:, None] - frame).abs()
+    in_time = distance < (frames if window.frame_radius is None else window.frame_radius)
+    near = window.near(height, width, device)
+    return (in_time[:, None, :, None] & near[:, None]).flatten(2).flatten(0, 1)

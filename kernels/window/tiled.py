@@ -2,7 +2,7 @@
 
 Query tiles with the same mask form a group. The keys that a tile sees are gathered into one dense block, which is
 attended to with that mask; the shared keys (text, pooled tokens) are a second part for the same queries, joined by
-log-sum-exp. Only `circle_groups` knows the form of the window.
+log-sum-exp. Only `window_groups` knows the form of the window.
 
 Inside, tensors are rows of tokens, [B, N, H * D]: a token is one piece of memory, as diffusers' projections leave it.
 """
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .inputs import Inputs, sum_dtype
-from .lists import TileLists, circle_lists
+from .lists import TileLists, box_lists, circle_lists
 from .partial import Keys, Partial, attention_bias, fastest_partial, merge
+from .windows import Circle, Window
 
 # Gathered keys and values of one call, in bytes: larger leaves the caches of a CPU, smaller leaves a GPU idle.
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
@@ -61,11 +62,9 @@ class _Chunk(NamedTuple):
     bias: Tensor | None  # [Q, K]
 
 
-def tiled_forward(
-    inputs: Inputs, out: Tensor, grid: Sequence[int], radius: float, frame_radius: int | None, scale: float
-) -> Tensor:
+def tiled_forward(inputs: Inputs, out: Tensor, grid: Sequence[int], window: Window, scale: float) -> Tensor:
     """Fill `out` [B, H, N, D], whose memory is in the order [B, N, H, D]; returns the log-sum-exp [B, H, N]."""
-    groups, partial = _groups_and_partial(inputs, grid, radius, frame_radius)
+    groups, partial = _groups_and_partial(inputs, grid, window)
     batch, num_heads, num_tokens, _ = inputs.query.shape
     dtype, shared = sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
@@ -90,12 +89,11 @@ def tiled_backward(
     out: Tensor,
     lse: Tensor,
     grid: Sequence[int],
-    radius: float,
-    frame_radius: int | None,
+    window: Window,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `tiled_forward` left them."""
-    groups, partial = _groups_and_partial(inputs, grid, radius, frame_radius)
+    groups, partial = _groups_and_partial(inputs, grid, window)
     lse_rows = lse.transpose(1, 2).contiguous()  # [B, N, H]
     num_heads, dtype, shared = inputs.query.shape[1], sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
@@ -167,21 +165,30 @@ def _untile(tensor: Tensor, batch: int) -> Tensor:
     return tensor.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
 
 
-def _groups_and_partial(
-    inputs: Inputs, grid: Sequence[int], radius: float, frame_radius: int | None
-) -> tuple[tuple[TileGroup, ...], Partial]:
+def _groups_and_partial(inputs: Inputs, grid: Sequence[int], window: Window) -> tuple[tuple[TileGroup, ...], Partial]:
     device = inputs.query.device
-    groups = circle_groups(tuple(grid), radius, frame_radius, device)
-    return groups, fastest_partial(device.type, sum_dtype(inputs.query))
+    return window_groups(tuple(grid), window, device), fastest_partial(device.type, sum_dtype(inputs.query))
 
 
 @lru_cache(maxsize=8)
-def circle_groups(
-    grid: tuple[int, ...], radius: float, frame_radius: int | None, device: torch.device
-) -> tuple[TileGroup, ...]:
-    """The groups of a circular window, on the device."""
-    tile = tile_shape(grid[-2], grid[-1], radius)
-    return tile_groups(circle_lists(grid, radius, frame_radius, query_tile=tile, key_tile=tile), device)
+def window_groups(grid: tuple[int, ...], window: Window, device: torch.device) -> tuple[TileGroup, ...]:
+    """The groups of a window, on the device."""
+    tile = query_tile(window, grid[-2], grid[-1])
+    if isinstance(window, Circle):
+        lists = circle_lists(grid, window.radius, window.frame_radius, query_tile=tile, key_tile=tile)
+    else:
+        lists = box_lists(grid, window, query_tile=tile, key_tile=tile, step=window.dilation)
+    return tile_groups(lists, device)
+
+
+def query_tile(window: Window, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of the tiles; under dilation, in tokens of a class."""
+    if isinstance(window, Circle):
+        return tile_shape(height, width, window.radius)
+    height, width = -(-height // window.dilation[0]), -(-width // window.dilation[1])
+    if window.cell == (1, 1):
+        return tile_shape(height, width, max(window.window) / 2)
+    return min(_of_whole_cells(window.cell[0]), height), min(_of_whole_cells(window.cell[1]), width)
 
 
 def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
@@ -197,3 +204,10 @@ def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
 def _even(size: int, longest: int) -> int:
     """Length of the longest of the fewest pieces, none longer than `longest`."""
     return -(-size // -(-size // longest))
+
+
+def _of_whole_cells(cell: int) -> int:
+    """Side of a tile that holds whole cells or, from 8 tokens on, divides one where it can: no mask is needed then."""
+    if cell <= 8:
+        return cell * (8 // cell)
+    return next((side for side in range(16, 8, -1) if cell % side == 0), 8)

@@ -12,8 +12,9 @@ from .inputs import Inputs, token_major
 from .partial import PLAIN, Keys, attention_bias
 from .reference import window_mask
 from .triton_window import BACKWARD_TILES, FORWARD_TILES, Tiles, candidates, triton_backward, triton_forward
+from .windows import Circle
 
-GRID, RADIUS, NUM_SHARED = (35, 40), 14.0, 77
+GRID, WINDOW, NUM_SHARED = (35, 40), Circle(radius=14.0), 77
 MAX_ERROR = 0.05  # of the largest value; a wrong kernel is off by more than bfloat16 rounds
 
 
@@ -60,7 +61,7 @@ class _Trial:
         query, key, value, shared_key, shared_value = map(random, lengths)
         self.inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask=None)
         self.grad_out = random(self.num_tokens)
-        mask = F.pad(window_mask(GRID, RADIUS, 0, True, device), (0, NUM_SHARED), value=True)
+        mask = F.pad(window_mask(GRID, WINDOW, 0, True, device), (0, NUM_SHARED), value=True)
         self.query = query.float()
         self.keys = Keys(
             torch.cat([key, shared_key], 2).float(),
@@ -71,12 +72,12 @@ class _Trial:
 
     def forward_error(self, tiles: Tiles) -> float:
         out = token_major(self.inputs.query, self.num_tokens)
-        lse = triton_forward(self.inputs, out, GRID, RADIUS, None, self.scale, tiles)
+        lse = triton_forward(self.inputs, out, GRID, WINDOW, self.scale, tiles)
         return _relative_error([out, lse], [self.out, self.lse])
 
     def backward_error(self, tiles: Tiles) -> float:
         out = self.out.to(self.grad_out.dtype)
-        grads = triton_backward(self.grad_out, self.inputs, out, self.lse, GRID, RADIUS, None, self.scale, tiles)
+        grads = triton_backward(self.grad_out, self.inputs, out, self.lse, GRID, WINDOW, self.scale, tiles)
         expected = PLAIN.backward(self.grad_out.float(), self.query, self.keys, self.out, self.lse, self.scale)
         grad_query, *grad_keys = expected
         image, shared = zip(*(grad.split([self.num_tokens, NUM_SHARED], 2) for grad in grad_keys), strict=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 from .inputs import Inputs, token_major
-from .lists import circle_lists, mask_words, swapped
+from .lists import mask_words, swapped, window_lists
+from .windows import Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Entries:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class TiledWindow:
     """A window on one grid, cut into tiles."""
 
     tiles: Tiles
@@ -77,13 +78,11 @@ class Window:
 
 
 @lru_cache(maxsize=8)
-def _window(
-    grid: tuple[int, ...], radius: float, frame_radius: int | None, tiles: Tiles, device: torch.device
-) -> Window:
+def _window(grid: tuple[int, ...], window: Window, tiles: Tiles, device: torch.device) -> TiledWindow:
     """Tiles with their longer side along the axis for which the lists are shorter."""
     turned = replace(tiles, query=tiles.query[::-1])
     choices = [
-        (choice, circle_lists(grid, radius, frame_radius, query_tile=choice.query, key_tile=choice.key))
+        (choice, window_lists(grid, window, query_tile=choice.query, key_tile=choice.key))
         for choice in dict.fromkeys((tiles, turned))
     ]
     tiles, lists = min(choices, key=lambda choice: int(choice[1].counts.sum()))
@@ -93,7 +92,7 @@ def _window(
     def on_device(tensor: Tensor) -> Tensor:
         return tensor.int().contiguous().to(device)
 
-    return Window(
+    return TiledWindow(
         tiles=tiles,
         by_query=Entries(
             corners=on_device(query_corners),
@@ -116,16 +115,15 @@ def _window(
 class _Launch:
     """What every kernel of one call is given."""
 
-    window: Window
+    window: TiledWindow
     shared_words: Tensor  # [B, blocks of shared keys] int64
     shared_whole: int  # leading blocks without a mask
     constants: dict[str, Any]
 
 
-def _prepare(inputs: Inputs, grid: Sequence[int], radius: float, frame_radius: int | None, tiles: Tiles) -> _Launch:
+def _prepare(inputs: Inputs, grid: Sequence[int], window: Window, tiles: Tiles) -> _Launch:
     query = inputs.query
     head_dim = query.shape[3]
-    window = _window(tuple(grid), radius, frame_radius, tiles, query.device)
     block = tiles.key[0] * tiles.key[1]
     num_shared, mask = inputs.shared_key.shape[2], inputs.shared_mask
     if mask is None:
@@ -133,7 +131,7 @@ def _prepare(inputs: Inputs, grid: Sequence[int], radius: float, frame_radius: i
     else:
         words = _shared_words(mask, block)
     return _Launch(
-        window=window,
+        window=_window(tuple(grid), window, tiles, query.device),
         shared_words=words,
         shared_whole=num_shared // block if mask is None else 0,
         constants={
@@ -176,27 +174,26 @@ def triton_forward(
     inputs: Inputs,
     out: Tensor,
     grid: Sequence[int],
-    radius: float,
-    frame_radius: int | None,
+    window: Window,
     scale: float,
     tiles: Tiles,
 ) -> Tensor:
     """Fill `out` [B, H, N, D], whose rows are dense; returns the log-sum-exp [B, H, N], float32."""
-    launch = _prepare(inputs, grid, radius, frame_radius, tiles)
+    launch = _prepare(inputs, grid, window, tiles)
     tensors = [_dense_rows(tensor) for tensor in inputs[:5]]
     batch, num_heads, num_tokens, _ = inputs.query.shape
     lse = out.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
-    window, lists = launch.window, launch.window.by_query
+    tiled, lists = launch.window, launch.window.by_query
     with _device_of(out):
         kernels.window_forward[len(lists.counts), batch * num_heads](
             *_with_strides(*tensors, out),
             lse,
-            *(lists.corners, lists.listed, lists.mask_ids, lists.counts, window.inside),
-            *(window.words, launch.shared_words),
+            *(lists.corners, lists.listed, lists.mask_ids, lists.counts, tiled.inside),
+            *(tiled.words, launch.shared_words),
             *(num_heads, *grid[-2:], num_tokens, inputs.shared_key.shape[2], launch.shared_whole),
             lists.listed.shape[1],
             scale,
-            **_tile_constants(window.tiles),
+            **_tile_constants(tiled.tiles),
             **launch.constants,
         )
     return lse
@@ -208,26 +205,25 @@ def triton_backward(
     out: Tensor,
     lse: Tensor,
     grid: Sequence[int],
-    radius: float,
-    frame_radius: int | None,
+    window: Window,
     scale: float,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `triton_forward` left them."""
-    launch = _prepare(inputs, grid, radius, frame_radius, tiles)
+    launch = _prepare(inputs, grid, window, tiles)
     query, key, value, shared_key, shared_value = (_dense_rows(tensor) for tensor in inputs[:5])
     grad_out = _dense_rows(grad_out)
     batch, num_heads, num_tokens, _ = query.shape
     grads = [token_major(query, num_tokens) for _ in range(3)]
     delta = torch.empty_like(lse)
-    window, lists, by_key = launch.window, launch.window.by_query, launch.window.by_key
-    tile_constants = _tile_constants(window.tiles)
+    tiled, lists, by_key = launch.window, launch.window.by_query, launch.window.by_key
+    tile_constants = _tile_constants(tiled.tiles)
     with _device_of(query):
         kernels.window_grad_query[len(lists.counts), batch * num_heads](
             *_with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0]),
             *(lse, delta),
-            *(lists.corners, lists.listed, lists.mask_ids, lists.counts, window.inside),
-            *(window.words, launch.shared_words),
+            *(lists.corners, lists.listed, lists.mask_ids, lists.counts, tiled.inside),
+            *(tiled.words, launch.shared_words),
             *(num_heads, *grid[-2:], num_tokens, shared_key.shape[2], launch.shared_whole),
             lists.listed.shape[1],
             scale,
@@ -237,7 +233,7 @@ def triton_backward(
         kernels.window_grad_key[len(by_key.counts), batch * num_heads](
             *_with_strides(grad_out, query, key, value, *grads[1:]),
             *(lse, delta),
-            *(by_key.corners, by_key.listed, by_key.mask_ids, by_key.counts, window.words),
+            *(by_key.corners, by_key.listed, by_key.mask_ids, by_key.counts, tiled.words),
             *(num_heads, *grid[-2:], num_tokens, by_key.listed.shape[1]),
             scale,
             **tile_constants,

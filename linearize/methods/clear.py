@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...kernels.window import choose_impl, implementations, window_attention
+from ...kernels.window import Circle, choose_impl, implementations, window_attention
 from ..errors import LayoutError
 from ..layout import Grid, Layout, as_shape
 from .pooling import cell_side, count_cells, mean_pool, weighted_pool
@@ -94,7 +94,8 @@ class ClearAttention(nn.Module):
     @staticmethod
     def chosen(config: Clear, query: Tensor, grid: Grid, text_len: int) -> str:
         """What impl="auto" runs for a query [B, H, N, D]."""
-        return choose_impl(query, grid=grid, radius=config.radius, text_len=text_len, frame_radius=config.frame_radius)
+        window = Circle(radius=config.radius, frame_radius=config.frame_radius)
+        return choose_impl(query, grid=grid, window=window, text_len=text_len)
 
     @staticmethod
     def pairs(config: Clear, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:

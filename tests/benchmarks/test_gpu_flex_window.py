@@ -16,6 +16,7 @@ from benchmarks.gpu.flex_window import (
 )
 from benchmarks.gpu.model_step import extrapolated
 from lineardit.kernels.window.reference import window_mask
+from lineardit.kernels.window.windows import Circle
 
 CPU = torch.device("cpu")
 ORDERS = {
@@ -71,13 +72,13 @@ def test_row_major_mask_mod_is_the_window() -> None:
     tokens = torch.arange(text_len + height * width)
     mask_mod = row_major_mask_mod(width, radius, text_len)
     mask = mask_mod(tokens, tokens, tokens[:, None], tokens[None])
-    assert torch.equal(mask, window_mask((height, width), radius, text_len, True, CPU))
+    assert torch.equal(mask, window_mask((height, width), Circle(radius=radius), text_len, True, CPU))
 
 
 @pytest.mark.parametrize(("side", "radius", "text_len"), [(7, 3, 0), (12, 5, 4), (6, 16, 9)])
 def test_pairs_attending_counts_the_mask(side: int, radius: int, text_len: int) -> None:
     shape = Shape(side=side, radius=radius, text_len=text_len, num_heads=1, head_dim=16)
-    assert pairs_attending(shape) == window_mask((side, side), radius, text_len, True, CPU).sum()
+    assert pairs_attending(shape) == window_mask((side, side), Circle(radius=radius), text_len, True, CPU).sum()
 
 
 def test_extrapolated_steps_are_linear_in_the_blocks() -> None:

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from window_case import Case
 
 from impls import ALL, PORTABLE
-from lineardit.kernels.window import choose_impl, operator, window_attention, window_attention_reference
+from lineardit.kernels.window import Circle, choose_impl, operator, window_attention, window_attention_reference
 from lineardit.kernels.window.kept_mask import window_mask_op
 from lineardit.kernels.window.lists import circle_lists
 from lineardit.kernels.window.reference import window_mask
@@ -137,7 +137,8 @@ def test_tile_groups_hold_the_pairs_of_near_frames(
             mask = torch.ones(group.queries.shape[1], group.keys.shape[1], dtype=torch.bool)
         for queries, keys in zip(group.queries, group.keys, strict=True):
             pairs[queries[:, None], keys] += mask.int()
-    assert torch.equal(pairs, window_mask(grid, radius, 0, True, torch.device("cpu"), frame_radius).int())
+    window = Circle(radius=radius, frame_radius=frame_radius)
+    assert torch.equal(pairs, window_mask(grid, window, 0, True, torch.device("cpu")).int())
 
 
 @pytest.mark.parametrize(("frame_radius", "frames_read"), [(1, [1, 1, 1, 1]), (2, [2, 3, 3, 2]), (9, [4, 4, 4, 4])])
@@ -166,7 +167,8 @@ def test_circle_lists_read_no_tile_of_a_frame_out_of_reach(frame_radius: int, fr
 )
 def test_choose_impl_counts_the_frames_in_reach(grid: tuple[int, ...], frame_radius: int | None, expected: str) -> None:
     query = torch.empty(1, 1, 1, 1)
-    assert choose_impl(query, grid=grid, radius=16, text_len=0, frame_radius=frame_radius) == expected
+    window = Circle(radius=16, frame_radius=frame_radius)
+    assert choose_impl(query, grid=grid, window=window, text_len=0) == expected
 
 
 @pytest.mark.parametrize("impl", ["masked", "tiled"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from window_case import Case
 
-from lineardit.kernels.window import choose, choose_impl, window_attention
+from lineardit.kernels.window import Circle, choose, choose_impl, window_attention
 
 pytest.importorskip("triton")
 
@@ -72,7 +72,7 @@ def test_window_attention_op_returns_the_log_sum_exp():
     arguments = (text, True, query, key, value, text, text, None, case.grid, 4.0, 0.3, "triton")
     _, lse = operator.window_attention_op(*arguments)
     logits = (0.3 * query.double() @ key.double().transpose(2, 3)).masked_fill(
-        ~window_mask(case.grid, 4.0, 0, True, query.device), -math.inf
+        ~window_mask(case.grid, Circle(radius=4.0), 0, True, query.device), -math.inf
     )
     torch.testing.assert_close(lse, logits.logsumexp(-1).float())
 
@@ -191,4 +191,4 @@ def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog):
 def test_choose_impl_prefers_triton_on_cuda(reason, expected, monkeypatch):
     monkeypatch.setattr(choose, "why_not_triton", lambda *_: reason)
     query = SimpleNamespace(device=torch.device("cuda"), dtype=BF16, shape=(1, 24, 4608, 128))
-    assert choose_impl(query, grid=(64, 64), radius=8, text_len=512) == expected
+    assert choose_impl(query, grid=(64, 64), window=Circle(radius=8), text_len=512) == expected

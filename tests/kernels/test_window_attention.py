@@ -17,6 +17,7 @@ from window_case import Case
 
 from impls import PORTABLE
 from lineardit.kernels.window import (
+    Circle,
     choose_impl,
     operator,
     tiled,
@@ -169,7 +170,7 @@ def test_window_attention_is_the_same_without_gradients(fast_impl):
 
 def test_window_attention_trains_on_a_grid_first_met_in_inference_mode(fast_impl):
     case = Case(grid=(6, 43), radius=3)
-    tiled.circle_groups.cache_clear()
+    tiled.window_groups.cache_clear()
     tensors = case.tensors(torch.float32)
     with torch.inference_mode():
         case.run(window_attention, *tensors, impl=fast_impl)
@@ -246,15 +247,16 @@ def test_fastest_partial_falls_back_where_flash_does_not_work(broken, monkeypatc
 )
 def test_choose_impl_follows_its_cascade(grid, radius, text_len, expected):
     query = torch.empty(1, 1, 1, 1)
-    assert choose_impl(query, grid=grid, radius=radius, text_len=text_len) == expected
-    assert choose_impl(query.to("meta"), grid=grid, radius=radius, text_len=text_len) == "tiled"
+    window = Circle(radius=radius)
+    assert choose_impl(query, grid=grid, window=window, text_len=text_len) == expected
+    assert choose_impl(query.to("meta"), grid=grid, window=window, text_len=text_len) == "tiled"
 
 
 @pytest.mark.parametrize("grid", [(5, 6), (17, 20)], ids=str)
 def test_window_attention_auto_runs_what_choose_impl_tells(grid):
     case = Case(grid=grid, radius=3, text_len=2)
     tensors = case.tensors(torch.float32)
-    chosen = choose_impl(tensors[0], grid=grid, radius=3, text_len=2)
+    chosen = choose_impl(tensors[0], grid=grid, window=Circle(radius=3), text_len=2)
     (other,) = {"masked", "tiled"} - {chosen}
     out = case.run(window_attention, *tensors)
     assert torch.equal(out, case.run(window_attention, *tensors, impl=chosen))
@@ -324,7 +326,9 @@ def test_window_mask_op_passes_opcheck_and_is_never_shared():
     arguments = (torch.zeros(1), (3, 5), 2.0, 4, True)
     torch.library.opcheck(window_mask_op, arguments)
     window_mask_op(*arguments).fill_(False)
-    assert torch.equal(kept_window_mask(*arguments), window_mask((3, 5), 2.0, 4, True, torch.device("cpu")))
+    window = Circle(radius=2.0)
+    kept = kept_window_mask(torch.zeros(1), (3, 5), window, 4, True)
+    assert torch.equal(kept, window_mask((3, 5), window, 4, True, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("impl", ["auto", *PORTABLE])

@@ -1,0 +1,171 @@
+"""Windows: which image tokens an image query sees within a frame, and in which frames. Text and pooled tokens aside.
+
+    Circle    dy**2 + dx**2 < radius**2                                             CLEAR, arXiv:2412.16112
+    Box       on each axis by itself, `window` places around the query's own        NAT, arXiv:2204.07143
+              in steps of `dilation`                                                DiNA, arXiv:2209.15001
+              of whole cells of tokens                                              STA, arXiv:2502.04507
+
+A box slides inside at the border, so that every query sees as many cells. An axis of 9 tokens, what q sees (x):
+
+    window 3                 window 3, dilation 2          window 3 cells of 2
+    q x x . . . . . .        q . x . x . . . .             q x|x x|x x|. .|.
+    . . . x q x . . .        . . x . q . x . .             . .|. .|x q|x x|x      the last cell is ragged
+    . . . . . . x x q        . . . x . x . q .             . .|. .|x x|x x|q
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle:
+    """The tokens nearer than a radius.
+
+    Attributes:
+        radius: Euclidean, in tokens, strict: dy**2 + dx**2 < radius**2.
+        frame_radius: in frames, strict: |df| < frame_radius; None: all frames.
+    Raises:
+        ValueError: radius is not a finite number > 0, or frame_radius no integer >= 1.
+    """
+
+    radius: float
+    frame_radius: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.radius < math.inf:
+            raise ValueError(f"radius must be a finite number > 0, got {self.radius}")
+        _check_frame_radius(self.frame_radius)
+
+    def near(self, height: int, width: int, device: torch.device = CPU) -> Tensor:
+        """[tokens of a frame, tokens of a frame] bool: the key lies in the query's window."""
+        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+        row_squares, column_squares = (rows[:, None] - rows) ** 2, (columns[:, None] - columns) ** 2
+        squares = row_squares[:, None, :, None] + column_squares[:, None]
+        return (squares.double() < self.radius * self.radius).flatten(2).flatten(0, 1)
+
+    def keys_read(self, axis: int, size: int, tile: int) -> float:
+        """Places of an axis of this size that its tiles of queries see together, on average over the tiles."""
+        return mean_reach(size, tile, math.ceil(self.radius) - 1)
+
+
+class Span(NamedTuple):
+    """What each place of an axis sees of that axis: first, first + step, ... up to last."""
+
+    first: Tensor  # [size]
+    last: Tensor  # [size]
+    step: int
+
+    def near(self) -> Tensor:
+        """[size, size] bool."""
+        place = torch.arange(self.first.shape[0], device=self.first.device)
+        between = (self.first[:, None] <= place) & (place <= self.last[:, None])
+        return between & ((place - self.first[:, None]) % self.step == 0)
+
+    def num_pairs(self) -> int:
+        """Pairs of a place and one that it sees."""
+        return int(((self.last - self.first) // self.step + 1).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """The cells around the query's own, as many on either side; at the border the window slides inside.
+
+    Each is (along the height, along the width). Every `dilation`-th token of an axis makes a class of its own, and a
+    query sees its class only; the class is cut into cells of `cell` tokens, the last of which may be shorter.
+
+    Attributes:
+        window: in cells, odd; an axis of fewer cells is seen whole.
+        dilation: in tokens.
+        cell: in tokens of a class.
+        frame_radius: in frames, strict: |df| < frame_radius; None: all frames.
+    Raises:
+        ValueError: window is not a pair of odd integers >= 1, dilation or cell no pair of integers >= 1, or
+            frame_radius no integer >= 1.
+    """
+
+    window: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
+    cell: tuple[int, int] = (1, 1)
+    frame_radius: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_pair("window", self.window)
+        if self.window[0] % 2 == 0 or self.window[1] % 2 == 0:
+            raise ValueError(f"window must be odd along both axes, got {self.window}")
+        _check_pair("dilation", self.dilation)
+        _check_pair("cell", self.cell)
+        _check_frame_radius(self.frame_radius)
+
+    def span(self, axis: int, size: int, device: torch.device = CPU) -> Span:
+        """What each place sees along the height (axis 0) or the width (axis 1), of this size."""
+        window, dilation, cell = self.window[axis], self.dilation[axis], self.cell[axis]
+        place = torch.arange(size, device=device)
+        residue, index = place % dilation, place // dilation  # which class, and where in it
+        class_size = (size - residue + dilation - 1) // dilation
+        num_cells = (class_size + cell - 1) // cell
+        start = (index // cell - window // 2).minimum(num_cells - window).clamp(min=0)
+        stop = ((start + window) * cell).minimum(class_size)
+        return Span(residue + dilation * start * cell, residue + dilation * (stop - 1), dilation)
+
+    def near(self, height: int, width: int, device: torch.device = CPU) -> Tensor:
+        """[tokens of a frame, tokens of a frame] bool: the key lies in the query's window."""
+        rows, columns = self.span(0, height, device).near(), self.span(1, width, device).near()
+        return (rows[:, None, :, None] & columns[:, None]).flatten(2).flatten(0, 1)
+
+    def covers(self, height: int, width: int) -> bool:
+        """Whether every token of a frame sees every other."""
+        return self._covers_axis(0, height) and self._covers_axis(1, width)
+
+    def _covers_axis(self, axis: int, size: int) -> bool:
+        return size <= self.window[axis] * self.cell[axis] and (self.dilation[axis] == 1 or size == 1)
+
+    def keys_read(self, axis: int, size: int, tile: int) -> float:
+        """Places of an axis of this size that a tile of queries of one class sees, away from the border."""
+        cells = math.ceil(tile / self.cell[axis]) + self.window[axis] - 1
+        return min(math.ceil(size / self.dilation[axis]), cells * self.cell[axis])
+
+
+Window = Circle | Box
+
+
+def to_arguments(window: Window) -> tuple[float | None, int | None, list[int] | None]:
+    """(radius, frame_radius, box) as operators take a window; of radius and box, one is None."""
+    if isinstance(window, Circle):
+        return window.radius, window.frame_radius, None
+    return None, window.frame_radius, [*window.window, *window.dilation, *window.cell]
+
+
+def from_arguments(radius: float | None, frame_radius: int | None, box: Sequence[int] | None) -> Window:
+    """The window that `to_arguments` took apart."""
+    if box is None:
+        assert radius is not None
+        return Circle(radius=radius, frame_radius=frame_radius)
+    window, dilation, cell = ((box[at], box[at + 1]) for at in (0, 2, 4))
+    return Box(window=window, dilation=dilation, cell=cell, frame_radius=frame_radius)
+
+
+def mean_reach(size: int, tile: int, reach: int) -> float:
+    """Places of an axis that are at most `reach` away from a tile, on average over the tiles."""
+    starts = range(0, size, tile)
+    return sum(min(start + tile + reach, size) - max(start - reach, 0) for start in starts) / len(starts)
+
+
+def _check_pair(name: str, pair: object) -> None:
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(_is_count(side) for side in pair)):
+        raise ValueError(f"{name} must be (along the height, along the width), integers >= 1, got {pair!r}")
+
+
+def _check_frame_radius(frame_radius: object) -> None:
+    if frame_radius is not None and not _is_count(frame_radius):
+        raise ValueError(f"frame_radius must be an integer >= 1 or None, got {frame_radius!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool) and bool(value >= 1)
