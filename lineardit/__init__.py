@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .linearize.merging import save_merged as save_merged
     from .linearize.methods import Clear as Clear
     from .linearize.methods import LinFusion as LinFusion
+    from .linearize.methods import Neighborhood as Neighborhood
+    from .linearize.methods import SlidingTile as SlidingTile
     from .linearize.publishing import push_to_hub as push_to_hub
     from .linearize.report import SwapReport as SwapReport
 
@@ -32,7 +34,7 @@ _PUBLIC_NAMES = {
     ".linearize.errors": ("KernelNotReachedError", "LayoutError", "UnsupportedModelError"),
     ".linearize.loading": ("from_pretrained",),
     ".linearize.merging": ("save_merged",),
-    ".linearize.methods": ("Clear", "LinFusion"),
+    ".linearize.methods": ("Clear", "LinFusion", "Neighborhood", "SlidingTile"),
     ".linearize.publishing": ("push_to_hub",),
     ".linearize.report": ("SwapReport",),
 }

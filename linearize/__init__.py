@@ -15,4 +15,6 @@ from .families import Sight as Sight
 from .layout import Layout as Layout
 from .methods import Clear as Clear
 from .methods import LinFusion as LinFusion
+from .methods import Neighborhood as Neighborhood
+from .methods import SlidingTile as SlidingTile
 from .report import SwapReport as SwapReport

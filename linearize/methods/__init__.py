@@ -8,14 +8,19 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..layout import Grid, Layout
+from .boxes import BoxAttention
 from .clear import Clear as Clear
 from .clear import ClearAttention
 from .linfusion import LinFusion as LinFusion
 from .linfusion import LinFusionAttention
+from .neighborhood import Neighborhood as Neighborhood
+from .sliding_tile import SlidingTile as SlidingTile
 
 METHODS: dict[type, type[Any]] = {
     Clear: ClearAttention,
     LinFusion: LinFusionAttention,
+    Neighborhood: BoxAttention,
+    SlidingTile: BoxAttention,
 }
 
 
@@ -57,6 +62,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
         raise ValueError(f"expected a config of a method ({', '.join(_names())}), got {config!r}")
     defaults = {field.name: field.default for field in fields(config)}
     changed = {key: value for key, value in asdict(config).items() if value != defaults[key]}
+    changed = {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
     return {"method": type(config).__name__.lower(), **changed}
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.window import Circle, choose_impl, implementations, window_attention
-from ..errors import LayoutError
 from ..layout import Grid, Layout, as_shape
+from .frames import pairs_of_frames, with_frames
 from .pooling import cell_side, count_cells, mean_pool, weighted_pool
 
 
@@ -79,14 +79,14 @@ class ClearAttention(nn.Module):
         Raises:
             LayoutError: frame_radius in a model of single pictures, or more frames than pool_tokens.
         """
-        _with_frames(self.config, grid)
+        with_frames(self.config.frame_radius, grid)
         cells = _cells(self.config, grid)
         if cells is not None:
             self._cells = as_shape(*cells)
 
     def covers(self, layout: Layout) -> bool:
         """Whether this is softmax attention over everything, as the model had it."""
-        frames, height, width = _with_frames(self.config, layout.grid)
+        frames, height, width = with_frames(self.config.frame_radius, layout.grid)
         sees_frame = (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius**2
         sees_frames = self.config.frame_radius is None or frames <= self.config.frame_radius
         return not self._pools() and sees_frame and sees_frames
@@ -100,14 +100,13 @@ class ClearAttention(nn.Module):
     @staticmethod
     def pairs(config: Clear, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """Pairs of query and key in one call: window, text, cells for the image; all but cells for the text."""
-        frames, height, width = _with_frames(config, grid)
+        frames, height, width = with_frames(config.frame_radius, grid)
         window = 0
         for step in range(1 - height, height):  # rows from a query to its keys
             if (rest := config.radius**2 - step * step) > 0:
                 reach = min(math.isqrt(math.ceil(rest) - 1), width - 1)  # columns, at most
                 window += (height - abs(step)) * (width * (2 * reach + 1) - reach * (reach + 1))
-        frame_reach = min(config.frame_radius or frames, frames) - 1
-        window *= frames * (2 * frame_reach + 1) - frame_reach * (frame_reach + 1)
+        window *= pairs_of_frames(config.frame_radius, frames)
         _, num_cells = _cells(config, grid) or (0, 0)
         image_len = frames * height * width
         return window + image_len * (text_len + num_cells) + text_len * (text_len + image_len)
@@ -146,16 +145,6 @@ class ClearAttention(nn.Module):
         else:
             pooled = mean_pool(parts, side, layout.grid, num_cells)
         return pooled[0], pooled[1]
-
-
-def _with_frames(config: Clear, grid: Grid) -> Grid:
-    """(frames, height, width)."""
-    if config.frame_radius is not None and len(grid) == 2:
-        raise LayoutError(
-            f"frame_radius={config.frame_radius} is for models of several frames, got a grid of {tuple(grid)}: "
-            "leave frame_radius out"
-        )
-    return (1, *grid)[-3:]
 
 
 def _cells(config: Clear, grid: Grid) -> tuple[int, int] | None:

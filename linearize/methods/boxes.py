@@ -1,0 +1,104 @@
+"""The module of every method whose window is a box (kernels/window/windows.py): its config tells which.
+
+B batch, H heads, N tokens (text_len + frames * height * width), D head dimension.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ...kernels.window import Box, choose_impl, implementations, windowed_attention
+from ..layout import Grid, Layout
+from .frames import pairs_of_frames, with_frames
+
+Pair = int | tuple[int, int]  # one number for both axes, or (along the height, along the width)
+
+
+class BoxConfig(Protocol):
+    """A config whose window is a box."""
+
+    @property
+    def box(self) -> Box: ...
+
+
+class BoxAttention(nn.Module):
+    """Attention in a box as the kernel of one attention module."""
+
+    def __init__(self, config: BoxConfig, *, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.box = config.box
+        self.impl = "auto"
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]:
+        """Names that `impl` may take."""
+        return ("auto", *implementations())
+
+    def observe(self, grid: Grid) -> None:
+        """Told each new grid, outside traced code.
+
+        Raises:
+            LayoutError: frame_radius in a model of single pictures.
+        """
+        with_frames(self.box.frame_radius, grid)
+
+    def covers(self, layout: Layout) -> bool:
+        """Whether this is softmax attention over everything, as the model had it."""
+        frames, height, width = with_frames(self.box.frame_radius, layout.grid)
+        sees_frames = self.box.frame_radius is None or frames <= self.box.frame_radius
+        return self.box.covers(height, width) and sees_frames
+
+    @staticmethod
+    def chosen(config: BoxConfig, query: Tensor, grid: Grid, text_len: int) -> str:
+        """What impl="auto" runs for a query [B, H, N, D]."""
+        return choose_impl(query, grid=grid, window=config.box, text_len=text_len)
+
+    @staticmethod
+    def pairs(config: BoxConfig, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        """Pairs of query and key in one call: box and text for the image, everything for the text."""
+        box = config.box
+        frames, height, width = with_frames(box.frame_radius, grid)
+        in_frame = box.span(0, height).num_pairs() * box.span(1, width).num_pairs()
+        image_len = frames * height * width
+        window = in_frame * pairs_of_frames(box.frame_radius, frames)
+        return window + image_len * text_len + text_len * (text_len + image_len)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]."""
+        return windowed_attention(
+            query,
+            key,
+            value,
+            grid=layout.grid,
+            window=self.box,
+            text_len=layout.text_len,
+            text_first=layout.text_first,
+            text_mask=layout.text_mask,
+            scale=scale,
+            impl=self.impl,
+        )
+
+
+def tuples(config: Any, names: Iterable[str]) -> None:
+    """Lists, as JSON has them, become tuples in these fields of a frozen config."""
+    for name in names:
+        if isinstance(value := getattr(config, name), list):
+            object.__setattr__(config, name, tuple(value))
+
+
+def both_axes(name: str, value: Pair) -> tuple[int, int]:
+    """(along the height, along the width).
+
+    Raises:
+        ValueError: neither an integer >= 1 nor two of them.
+    """
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in pair):
+        raise ValueError(
+            f"{name} must be an integer >= 1, or two of them (along the height, along the width), got {value!r}"
+        )
+    return pair

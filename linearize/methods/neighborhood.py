@@ -1,0 +1,43 @@
+"""Neighborhood attention (NAT, arXiv:2204.07143; dilated, DiNA, arXiv:2209.15001): softmax over all text and a
+rectangle of image tokens around the query's own.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  j in N(i)
+
+N(i) is, on each axis by itself, the `window` places nearest to i in steps of `dilation`: at the border it slides
+inside, so that every image token sees as many, window_height * window_width. Where the grid has fewer places, all of
+them are seen. In a video, N(i) is the same in all frames, or in those with |frame_i - frame_j| < frame_radius. The
+module is `BoxAttention` (boxes.py).
+"""
+
+from dataclasses import dataclass
+
+from ...kernels.window import Box
+from .boxes import Pair, both_axes, tuples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighborhood:
+    """Settings of neighborhood attention. A pair is (along the height, along the width), one number is for both.
+
+    Attributes:
+        window: Full sides in tokens, odd (NATTEN's `kernel_size`).
+        dilation: In tokens; a query sees only tokens of its own residue modulo this, `window` of them.
+        frame_radius: In frames of a video, strict: |frame_i - frame_j| < frame_radius; None: all frames.
+    """
+
+    window: Pair
+    dilation: Pair = 1
+    frame_radius: int | None = None
+
+    def __post_init__(self) -> None:
+        tuples(self, ("window", "dilation"))
+        _ = self.box  # refuses what is no box
+
+    @property
+    def box(self) -> Box:
+        """The window as a value."""
+        return Box(
+            window=both_axes("window", self.window),
+            dilation=both_axes("dilation", self.dilation),
+            frame_radius=self.frame_radius,
+        )
