@@ -1,12 +1,12 @@
 """What conversion promises of every family: the same bits where the window covers the grid, else the exact window."""
 
 import copy
-import inspect
 import io
 import pickle
 
 import pytest
 import torch
+from receptive_field import attention_calls, changed_by_each_image_token
 from torch import Tensor, nn
 
 from impls import ALL
@@ -45,11 +45,11 @@ def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None
     grid = (5, 7)
     model = build(family)
     linearize_(model, SMALL, impl=impl)
-    calls = _attention_calls(model, inputs_of(family, grid=grid, batch=1))
+    calls = attention_calls(model, inputs_of(family, grid=grid, batch=1))
     assert calls.keys() == swapped(model).keys()
     for name, (module, args, kwargs) in calls.items():
         near = _near(module._lineardit_site.grid, SMALL.radius)
-        image_changed, text_changed = _changed_by_each_image_token(module, args, kwargs, near.shape[0])
+        image_changed, text_changed = changed_by_each_image_token(module, args, kwargs, near.shape[0])
         assert torch.equal(image_changed, near), name
         assert text_changed.all(), name
 
@@ -263,51 +263,10 @@ def test_state_is_freed_after_an_error_in_forward() -> None:
     run(model, arguments)
 
 
-def _attention_calls(model: nn.Module, arguments: dict) -> dict[str, tuple]:
-    """Every converted module with the arguments that a real forward gives it."""
-    calls: dict[str, tuple] = {}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: calls.__setitem__(name, (module, args, dict(kwargs))),
-            with_kwargs=True,
-        )
-        for name, module in swapped(model).items()
-    ]
-    run(model, arguments)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
 def _near(grid: tuple[int, ...], radius: float) -> Tensor:
     """[image tokens, image tokens] bool, from the definition; all frames are one."""
     place = position_ids(grid[-2:])[:, 1:].repeat(1 if len(grid) == 2 else grid[0], 1)
     return (place[:, None] - place[None]).square().sum(-1) < radius**2
-
-
-def _changed_by_each_image_token(module: nn.Module, args: tuple, kwargs: dict, num_image: int) -> tuple[Tensor, Tensor]:
-    """Which outputs a change of each image token changes: [image, changed token], [text, changed token]."""
-    names = list(inspect.signature(module._dense_class.forward).parameters)[1:]
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    prefix = "norm_" if "norm_hidden_states" in arguments else ""  # HiDream's names
-    hidden, text = arguments[f"{prefix}hidden_states"], arguments.get(f"{prefix}encoder_hidden_states")
-    # where a module gets text and image in one, as the single blocks of FLUX
-    start = hidden.shape[1] - num_image if module._lineardit_site.state.family.text_first else 0
-    many = hidden.repeat(num_image + 1, 1, 1)
-    token = torch.arange(num_image)
-    many[token, start + token] += 3 * torch.randn(num_image, hidden.shape[2])
-    for name, value in arguments.items():
-        if "mask" in name and value is not None:
-            arguments[name] = value.expand(num_image + 1, *[-1] * (value.ndim - 1))
-    arguments[f"{prefix}hidden_states"] = many
-    if text is not None:
-        arguments[f"{prefix}encoder_hidden_states"] = many if text is hidden else text.repeat(num_image + 1, 1, 1)
-    with torch.no_grad():
-        out = module(**arguments)
-    first, *others = [part.flatten(2) for part in (out if isinstance(out, tuple) else (out,)) if part is not None]
-    image_out = first[:, start : start + num_image]
-    text_out = torch.cat([first[:, :start], first[:, start + num_image :], *others], 1)
-    return tuple(((part[:-1] - part[-1]).abs().amax(-1) > 1e-6).T for part in (image_out, text_out))
 
 
 def _gradients(model: nn.Module, several: list[dict]) -> tuple[Tensor, ...]:
