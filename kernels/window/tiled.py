@@ -207,7 +207,7 @@ def _even(size: int, longest: int) -> int:
 
 
 def _of_whole_cells(cell: int) -> int:
-    """Side of a tile that holds whole cells or, from 8 tokens on, divides one where it can: no mask is needed then."""
+    """Side of a tile that divides a cell where it can, so that no mask is needed; of small cells, it holds several."""
     if cell <= 8:
         return cell * (8 // cell)
     return next((side for side in range(16, 8, -1) if cell % side == 0), 8)
