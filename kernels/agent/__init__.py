@@ -1,0 +1,6 @@
+"""Attention through a few agent tokens."""
+
+from .attention import agent_attention, implementations
+from .reference import agent_attention_reference
+
+__all__ = ["agent_attention", "agent_attention_reference", "implementations"]

@@ -1,0 +1,74 @@
+"""Agent attention (arXiv:2312.08874): agents attend to all tokens, and every query to the agents.
+
+    out = softmax(second_scale Q A^T + query_bias) softmax(scale A K^T + key_bias) V + shortcut V
+
+The implementations:
+
+    reference   both arrays of weights in memory
+    torch       two calls of PyTorch's attention; cost and memory linear in N for a fixed number of agents
+"""
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .reference import agent_attention_reference
+
+
+def implementations() -> tuple[str, ...]:
+    """Names that `impl` takes beside "auto", which is "torch"."""
+    return ("reference", "torch")
+
+
+def agent_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agents: Tensor,
+    *,
+    scale: float | None = None,
+    second_scale: float | None = None,
+    shortcut: float = 0.0,
+    key_bias: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Softmax attention through agents.
+
+    Args:
+        query, key, value: [B, H, N, D].
+        agents: [B, H, A, D], A > 0.
+        scale: of the logits of agents and keys, D**-0.5 if None.
+        second_scale: of the logits of queries and agents, `scale` if None.
+        shortcut: how much of its own value every token gets besides.
+        key_bias: added to the logits of agents and keys, broadcasts to [B, H, A, N].
+        query_bias: added to the logits of queries and agents, broadcasts to [B, H, N, A].
+        impl: "auto" or one of `implementations()`.
+    Returns:
+        [B, H, N, D], dtype of value (under autocast, of autocast).
+    Raises:
+        ValueError: shapes or impl do not fit.
+    """
+    _validate(query, key, value, agents, impl)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    second_scale = scale if second_scale is None else second_scale
+    if impl == "reference":
+        scales = {"scale": scale, "second_scale": second_scale, "shortcut": shortcut}
+        biases = {"key_bias": key_bias, "query_bias": query_bias}
+        return agent_attention_reference(query, key, value, agents, **scales, **biases)
+    gathered = scaled_dot_product_attention(agents, key, value, attn_mask=key_bias, scale=scale)
+    out = scaled_dot_product_attention(query, agents, gathered, attn_mask=query_bias, scale=second_scale)
+    return out if shortcut == 0 else out + shortcut * value
+
+
+def _validate(query: Tensor, key: Tensor, value: Tensor, agents: Tensor, impl: str) -> None:
+    if impl not in ("auto", *implementations()):
+        raise ValueError(f"impl must be one of {('auto', *implementations())}, got {impl!r}")
+    if query.ndim != 4 or not query.is_floating_point():
+        raise ValueError(f"query must be floating point [B, H, N, D], got {query.dtype} {tuple(query.shape)}")
+    if not query.shape == key.shape == value.shape:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        raise ValueError(f"query, key and value must have one shape [B, H, N, D], got {shapes}")
+    batch, num_heads, _, head_dim = query.shape
+    wanted = (batch, num_heads, agents.shape[-2] if agents.ndim > 1 else 0, head_dim)
+    if agents.shape != wanted or agents.shape[2] == 0:
+        raise ValueError(f"agents must be [B, H, A, D] like query, A > 0, got {tuple(agents.shape)}")

@@ -1,0 +1,70 @@
+"""Linear attention with weights that are not those of plain linear attention, where every query sees a mixture alike.
+
+    mala   magnitude-aware (arXiv:2507.00698): weights scale with |phi(q)|, as those of softmax do; rows sum to 1
+    rala   rank-augmented (arXiv:2411.07635): keys weighted by how much the mean query attends to them; rows sum to 1
+
+Both: phi(x) = elu(x) + 1. The implementations:
+
+    reference   all pairs in one N x N array; any device
+    torch       two passes over the tokens, in chunks; any device; cost and memory linear in N
+"""
+
+from torch import Tensor
+
+from .mala import mala_op
+from .rala import rala_op
+from .reference import mala_attention_reference, rala_attention_reference
+
+
+def implementations() -> tuple[str, ...]:
+    """Names that `impl` takes beside "auto", which is "torch"."""
+    return ("reference", "torch")
+
+
+def mala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+    """Magnitude-aware linear attention of every token to every token.
+
+        out_i = sum_j ((1 + 1 / (z_i + eps)) s_ij - z_i) v_j / N,
+        s_ij = D**-0.5 phi(q_i) . phi(k_j),   z_i = mean_j s_ij
+
+    Differentiable once.
+
+    Args:
+        query, key, value: [B, H, N, D], any strides; float16, bfloat16, float32 or float64.
+        eps: > 0, keeps 1 / z finite; a row of weights sums to z / (z + eps).
+        impl: "auto" or one of `implementations()`.
+    Returns:
+        [B, H, N, D], dtype of value; sums are in float32, or float64 for float64, under autocast too.
+    Raises:
+        ValueError: shapes, eps or impl do not fit.
+    """
+    _validate(query, key, value, eps, impl)
+    if impl == "reference":
+        return mala_attention_reference(query, key, value, eps=eps)
+    return mala_op(query, key, value, eps)[0]
+
+
+def rala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+    """Rank-augmented linear attention of every token to every token.
+
+        out_i = phi(q_i) (sum_j a_j phi(k_j)^T v_j) / (phi(q_i) . sum_j a_j phi(k_j) + eps),
+        a = softmax_j(D**-0.5 g . phi(k_j)),   g = mean_i phi(q_i)
+
+    Arguments, result and errors as of `mala_attention`.
+    """
+    _validate(query, key, value, eps, impl)
+    if impl == "reference":
+        return rala_attention_reference(query, key, value, eps=eps)
+    return rala_op(query, key, value, eps)[0]
+
+
+def _validate(query: Tensor, key: Tensor, value: Tensor, eps: float, impl: str) -> None:
+    if impl not in ("auto", *implementations()):
+        raise ValueError(f"impl must be one of {('auto', *implementations())}, got {impl!r}")
+    if query.ndim != 4 or not query.is_floating_point():
+        raise ValueError(f"query must be floating point [B, H, N, D], got {query.dtype} {tuple(query.shape)}")
+    if not query.shape == key.shape == value.shape:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        raise ValueError(f"query, key and value must have one shape [B, H, N, D], got {shapes}")
+    if not 0 < eps < 1:
+        raise ValueError(f"eps must be > 0 and < 1, got {eps}")

@@ -1,0 +1,36 @@
+"""What the linear operators share: the feature map, and the chunks of tokens that they read one after the other.
+
+phi(x) = elu(x) + 1 = max(x, 0) + exp(min(x, 0))        phi'(x) = exp(min(x, 0))
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..window.inputs import sum_dtype
+
+CHUNK_NUMBERS = 2**24  # of one tensor in float32 at a time: 64 MiB
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """phi(x) in float32, or float64 for float64; in half precision elu(x) + 1 would lose all small values."""
+    x = x.to(sum_dtype(x))
+    return x.clamp(min=0) + x.clamp(max=0).exp()
+
+
+def feature_slope(x: Tensor) -> Tensor:
+    """phi'(x), dtype as of `feature_map`."""
+    return x.to(sum_dtype(x)).clamp(max=0).exp()
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype that sums are in."""
+    return x.to(sum_dtype(x))
+
+
+def chunks(x: Tensor) -> Iterator[slice]:
+    """Slices of the tokens of x [B, H, N, D] that together are all of them."""
+    batch, num_heads, num_tokens, head_dim = x.shape
+    size = max(1, CHUNK_NUMBERS // max(1, batch * num_heads * head_dim))
+    for start in range(0, num_tokens, size):
+        yield slice(start, start + size)

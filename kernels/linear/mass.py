@@ -1,0 +1,115 @@
+"""How much softmax attention would give to a set of keys, at linear cost: `lineardit::log_mass`.
+
+    log sum_j exp(l_ij),   l_ij = scale q_i . k_j,   from the exact mean and variance of l_i over the N keys
+
+    mean_i = scale q_i . m,   var_i = scale**2 q_i K q_i^T,   m the mean, K the covariance [D, D] of the keys
+    log_mass_i = mean_i + log N + var_i / 2                          where sqrt(var_i) <= b
+                 mean_i + log N + b sqrt(var_i) - b**2 / 2           beyond
+
+The first line is exact, for many keys, where the logits of a query are normal. Beyond, their largest rules the sum
+(Derrida's random energy model, Phys. Rev. B 24, 2613, 1981) and grows as b, the expected largest of N standard normal
+numbers: b = inverse normal distribution at (N - 3/8) / (N + 1/4) (Blom, 1958). Value and slope of the two lines agree
+where they meet. B batch, H heads, N keys and queries, D head dimension.
+"""
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..window.inputs import sum_dtype, token_major
+from .features import chunks, wide
+
+
+def log_mass(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
+    """The logarithm of what the keys add to the denominator of softmax attention, estimated; differentiable once.
+
+    Args:
+        query, key: [B, H, N, D], any strides; float16, bfloat16, float32 or float64.
+        scale: of the logits.
+    Returns:
+        [B, H, N], float32, or float64 for float64.
+    """
+    return _log_mass_op(query, key, scale)[0]
+
+
+@torch.library.custom_op("lineardit::log_mass", mutates_args=())
+def _log_mass_op(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log_mass [B, H, N], the mean [B, H, 1, D] and covariance [B, H, D, D] of the keys."""
+    with torch.autocast(query.device.type, enabled=False):
+        mean, covariance = _moments(key)
+        out = covariance.new_empty(query.shape[:3])
+        for part in chunks(query):
+            q = wide(query[:, :, part]) * scale
+            variance = ((q @ covariance) * q).sum(-1)
+            out[:, :, part] = (q @ mean.mT)[..., 0] + _log_mean_of_exponentials(variance, key.shape[2])[0]
+    return out, mean, covariance
+
+
+@_log_mass_op.register_fake
+def _(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_heads, num_tokens, head_dim = query.shape
+    shapes = ((num_tokens,), (1, head_dim), (head_dim, head_dim))
+    out, mean, covariance = (query.new_empty(batch, num_heads, *shape, dtype=sum_dtype(query)) for shape in shapes)
+    return out, mean, covariance
+
+
+def _moments(key: Tensor) -> tuple[Tensor, Tensor]:
+    num_tokens, head_dim = key.shape[2:]
+    mean = key.mean(2, keepdim=True, dtype=sum_dtype(key))
+    covariance = mean.new_zeros(*key.shape[:2], head_dim, head_dim)
+    for part in chunks(key):
+        centred = wide(key[:, :, part]) - mean
+        covariance += centred.mT @ centred
+    return mean, covariance / num_tokens
+
+
+def _log_mean_of_exponentials(variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The lines of the formula after the mean, and their slope."""
+    largest = NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+    spread = variance > largest**2
+    deviation = torch.where(spread, variance, 1).sqrt()
+    rise = torch.where(spread, largest * deviation - largest**2 / 2, variance / 2)
+    return math.log(count) + rise, torch.where(spread, largest / (2 * deviation), 0.5)
+
+
+@torch.library.custom_op("lineardit::log_mass_backward", mutates_args=())
+def _log_mass_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, mean: Tensor, covariance: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    num_tokens = key.shape[2]
+    grad_query, grad_key = (token_major(x, num_tokens) for x in (query, key))
+    grad_mean, grad_covariance = torch.zeros_like(mean), torch.zeros_like(covariance)
+    with torch.autocast(query.device.type, enabled=False):
+        for part in chunks(query):
+            q, grad = wide(query[:, :, part]) * scale, grad_out[:, :, part, None]
+            along = q @ covariance
+            grad_variance = grad * _log_mean_of_exponentials((along * q).sum(-1, keepdim=True), num_tokens)[1]
+            grad_query[:, :, part] = (grad * mean + 2 * grad_variance * along) * scale
+            grad_mean += grad.mT @ q
+            grad_covariance += (grad_variance * q).mT @ q
+        for part in chunks(key):
+            centred = wide(key[:, :, part]) - mean
+            grad_key[:, :, part] = (grad_mean + 2 * centred @ grad_covariance) / num_tokens
+    return grad_query, grad_key
+
+
+@_log_mass_backward.register_fake
+def _(grad_out, query, key, *_):  # type: ignore[no-untyped-def]
+    return tuple(token_major(x, x.shape[2]) for x in (query, key))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, ctx.scale = inputs
+    _, mean, covariance = output
+    ctx.mark_non_differentiable(mean, covariance)
+    ctx.save_for_backward(query, key, mean, covariance)
+
+
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *_log_mass_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+_log_mass_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,84 @@
+"""Agent attention against explicit weights in float64, and the published result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tolerance import assert_matches_reference
+from torch import Tensor
+
+from lineardit.kernels.agent import agent_attention, agent_attention_reference
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "agent_op_a.safetensors"
+
+
+def inputs() -> list[Tensor]:
+    """query, key, value on a 3 x 5 grid, and 4 agents."""
+    return [torch.randn(2, count, 2, 8, dtype=torch.float64).transpose(1, 2) for count in (15, 15, 15, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.2, "second_scale": 0.7, "shortcut": 0.1}], ids=["plain", "all"])
+def test_agent_attention_is_the_reference(settings: dict[str, float], dtype: torch.dtype) -> None:
+    def attention(*tensors: Tensor) -> Tensor:
+        return agent_attention(*tensors, **settings)
+
+    def reference(*tensors: Tensor) -> Tensor:
+        # the agents' values are rounded between the two softmaxes
+        query, key, value, agents = tensors
+        second = {name: number for name, number in settings.items() if name == "second_scale"}
+        first = {name: number for name, number in settings.items() if name == "scale"}
+        gathered = _softmax(agents, key, first.get("scale", 8**-0.5)) @ _wide(value)
+        weights = _softmax(query, agents, second.get("second_scale", first.get("scale", 8**-0.5)))
+        out = weights @ gathered.to(value.dtype).to(weights.dtype)
+        return (out + settings.get("shortcut", 0) * _wide(value)).to(value.dtype)
+
+    assert_matches_reference(attention, reference, inputs(), dtype)
+
+
+def _softmax(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    return (_wide(query) @ _wide(key).mT * scale).softmax(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def test_agent_attention_takes_biases() -> None:
+    query, key, value, agents = inputs()
+    key_bias, query_bias = torch.randn(2, 4, 15).double(), torch.randn(2, 15, 4).double()
+
+    def attention(*tensors: Tensor) -> Tensor:
+        return agent_attention(*tensors[:4], key_bias=tensors[4], query_bias=tensors[5])
+
+    def reference(*tensors: Tensor) -> Tensor:
+        return agent_attention_reference(*tensors[:4], key_bias=tensors[4], query_bias=tensors[5])
+
+    tensors = [query, key, value, agents, key_bias, query_bias]
+    assert_matches_reference(attention, reference, tensors, torch.float64)
+    assert not torch.allclose(attention(*tensors), agent_attention(*tensors[:4]), atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_agent_attention_gives_the_published_result(impl: str) -> None:
+    with safe_open(GOLDEN, "pt") as file:
+        case = {key.split(".")[1]: file.get_tensor(key).transpose(1, 2) for key in file.keys()}  # noqa: SIM118
+        settings = {key: json.loads(text) for key, text in file.metadata().items()}
+    query, key, value, agents = (case[name] for name in ("query", "key", "value", "agents"))
+    second_scale = query.shape[-1] ** (-0.5 * settings["second_scale_exponent"])
+    out = agent_attention(
+        query, key, value, agents, second_scale=second_scale, shortcut=settings["shortcut"], impl=impl
+    )
+    assert (out - case["hidden_states"]).abs().max() < 1e-5 * case["hidden_states"].std()
+
+
+@pytest.mark.parametrize("name", ["query", "key", "agents", "impl"])
+def test_agent_attention_refuses(name: str) -> None:
+    query, key, value, agents = inputs()
+    arguments = {"query": query, "key": key, "value": value, "agents": agents, "impl": "auto"}
+    bad = {"query": query[0], "key": key[:, :, 1:], "agents": agents[:, :, :0], "impl": "triton"}
+    told = {"query": "query must be", "key": "one shape", "agents": "agents must be", "impl": "impl must be one of"}
+    with pytest.raises(ValueError, match=told[name]):
+        agent_attention(**{**arguments, name: bad[name]})
