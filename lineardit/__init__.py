@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from .linearize.errors import KernelNotReachedError as KernelNotReachedError
     from .linearize.errors import LayoutError as LayoutError
     from .linearize.errors import UnsupportedModelError as UnsupportedModelError
+    from .linearize.first_steps import first_steps as first_steps
     from .linearize.loading import from_pretrained as from_pretrained
     from .linearize.merging import save_merged as save_merged
+    from .linearize.methods import Agent as Agent
     from .linearize.methods import Clear as Clear
     from .linearize.methods import LinFusion as LinFusion
+    from .linearize.methods import Mala as Mala
     from .linearize.methods import Neighborhood as Neighborhood
+    from .linearize.methods import Rala as Rala
     from .linearize.methods import SlidingTile as SlidingTile
     from .linearize.publishing import push_to_hub as push_to_hub
     from .linearize.report import SwapReport as SwapReport
@@ -32,9 +36,10 @@ _PUBLIC_NAMES = {
     ".linearize.adapter": ("load_adapter_", "save_adapter"),
     ".linearize.convert": ("dense", "linearize_", "restore_", "set_impl_"),
     ".linearize.errors": ("KernelNotReachedError", "LayoutError", "UnsupportedModelError"),
+    ".linearize.first_steps": ("first_steps",),
     ".linearize.loading": ("from_pretrained",),
     ".linearize.merging": ("save_merged",),
-    ".linearize.methods": ("Clear", "LinFusion", "Neighborhood", "SlidingTile"),
+    ".linearize.methods": ("Agent", "Clear", "LinFusion", "Mala", "Neighborhood", "Rala", "SlidingTile"),
     ".linearize.publishing": ("push_to_hub",),
     ".linearize.report": ("SwapReport",),
 }

@@ -8,12 +8,18 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..layout import Grid, Layout
+from .agent import Agent as Agent
+from .agent import AgentAttention
 from .boxes import BoxAttention
 from .clear import Clear as Clear
 from .clear import ClearAttention
 from .linfusion import LinFusion as LinFusion
 from .linfusion import LinFusionAttention
+from .mala import Mala as Mala
+from .mala import MalaAttention
 from .neighborhood import Neighborhood as Neighborhood
+from .rala import Rala as Rala
+from .rala import RalaAttention
 from .sliding_tile import SlidingTile as SlidingTile
 
 METHODS: dict[type, type[Any]] = {
@@ -21,6 +27,9 @@ METHODS: dict[type, type[Any]] = {
     LinFusion: LinFusionAttention,
     Neighborhood: BoxAttention,
     SlidingTile: BoxAttention,
+    Agent: AgentAttention,
+    Mala: MalaAttention,
+    Rala: RalaAttention,
 }
 
 

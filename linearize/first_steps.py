@@ -1,0 +1,42 @@
+"""Linear attention for the first steps of a pipeline's denoising, the base's attention for the rest."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from .convert import dense
+
+OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+@contextmanager
+def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
+    """Inside, a pipeline that is called with the given callback is the base from step `count` on, as under `dense`.
+
+        with first_steps(pipe, 20) as on_step_end:
+            pipe(prompt, num_inference_steps=50, callback_on_step_end=on_step_end)
+
+    The pipeline itself counts the steps: each call begins with linear attention again, and so does what comes after.
+
+    Args:
+        pipe: A pipeline after `linearize_`.
+        count: Steps with linear attention, >= 1.
+    Yields:
+        The pipeline's `callback_on_step_end`; one of your own can call it with its arguments.
+    Raises:
+        ValueError: count < 1, or nothing is converted.
+    """
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}: for no linear attention at all, use `dense`")
+    with dense(pipe):
+        pass  # raises where nothing is converted
+    with ExitStack() as base:
+
+        def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step + 1 == count:
+                base.enter_context(dense(pipe))
+            if step + 1 >= pipeline.num_timesteps:
+                base.close()
+            return tensors
+
+        yield on_step_end

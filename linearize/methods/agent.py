@@ -1,0 +1,133 @@
+"""Agent attention (arXiv:2312.08874): a fixed number of agents ask all tokens, and every token asks the agents.
+
+    x = softmax(second_scale Q A^T + B_2) softmax(scale A K^T + B_1) V + shortcut V + LocalConv(V)
+
+A are the image's queries, pooled over the grid (`agent_tokens.py`); B_1 and B_2 are learned tables over the offset of
+a token from an agent, spread over any grid. second_scale = scale**second_scale_exponent. Text stays under softmax:
+`joint.py` says how a query is shared.
+
+Without training, on a Stable Diffusion UNet (AgentSD): `Agent(num_agents=..., second_scale_exponent=0.3,
+shortcut=0.075)` for the first denoising steps, and the base's attention for the rest, which `first_steps` switches:
+
+    linearize_(pipe, Agent(num_agents=256, second_scale_exponent=0.3, shortcut=0.075), min_tokens=4096)
+    with first_steps(pipe, 20) as on_step_end:
+        pipe(prompt, num_inference_steps=50, callback_on_step_end=on_step_end)
+
+AgentSD takes a share of the tokens for agents, by similarity; here their number is fixed, so that cost is linear.
+
+B batch, H heads, N tokens, D head dimension, C = H * D channels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.agent import agent_attention, implementations
+from ..layout import Grid, Layout
+from .agent_tokens import agent_bias, pool_agents
+from .joint import joint_attention, joint_pairs
+from .local_terms import LocalConv, check_conv_size, check_switch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agent:
+    """Settings of agent attention; what is trained beside the base's weights starts without effect.
+
+    Attributes:
+        num_agents: At any size of the image; a number with many divisors, such as 64, fits most shapes.
+        conv_size: Side in tokens of the depth-wise convolution of values, odd; None: none.
+        bias_size: Side of each head's two tables of position bias, odd; None: none.
+        second_scale_exponent: 1: queries ask agents at the scale at which agents ask keys; less is sharper.
+        shortcut: How much of its own value every token gets besides.
+        balance: Whether each head learns to shift weight between text and image; for models that attend to both at
+            once (elsewhere it has no gradient).
+    """
+
+    num_agents: int
+    conv_size: int | None = None
+    bias_size: int | None = None
+    second_scale_exponent: float = 1.0
+    shortcut: float = 0.0
+    balance: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_agents, bool) or not isinstance(self.num_agents, int) or self.num_agents < 1:
+            raise ValueError(f"num_agents must be an integer >= 1, got {self.num_agents!r}")
+        check_conv_size(self.conv_size)
+        size = self.bias_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 3 or size % 2 == 0):
+            raise ValueError(f"bias_size must be an odd integer >= 3 or None, got {size!r}")
+        for name in ("second_scale_exponent", "shortcut"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {number!r}")
+        check_switch("balance", self.balance)
+
+
+class AgentAttention(nn.Module):
+    """Agent attention as the kernel of one attention module; `key_bias` and `query_bias` [H, R, R] are B_1 and B_2."""
+
+    def __init__(self, config: Agent, *, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = "auto"
+        shape = {"num_heads": num_heads, "head_dim": head_dim}
+        self.conv = LocalConv(config.conv_size, **shape) if config.conv_size is not None else None
+        self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
+        if config.bias_size is not None:
+            self.key_bias = nn.Parameter(torch.zeros(num_heads, config.bias_size, config.bias_size))
+            self.query_bias = nn.Parameter(torch.zeros(num_heads, config.bias_size, config.bias_size))
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]:
+        """Names that `impl` may take."""
+        return ("auto", *implementations())
+
+    @staticmethod
+    def chosen(config: Agent, query: Tensor, grid: Grid, text_len: int) -> str:
+        """What impl="auto" runs."""
+        return "torch"
+
+    @staticmethod
+    def pairs(config: Agent, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        """What costs as much: each agent with each token, twice; 2 n k^2 C for the conv."""
+        num_image = math.prod(grid)
+        per_token = 4 * config.num_agents + (config.conv_size or 0) ** 2
+        return joint_pairs(num_image * per_token // 2, num_image, text_len, head_dim)
+
+    def observe(self, grid: Grid) -> None:
+        """Nothing here depends on the grid before the call."""
+
+    def covers(self, layout: Layout) -> bool:
+        """Never softmax attention."""
+        return False
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]."""
+        return joint_attention(query, key, value, layout, self._attend_to_image, scale=scale, balance=self.balance)
+
+    def _attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        height, width = grid[-2:]
+        num_agents = self.config.num_agents
+        key_bias = query_bias = None
+        if self.config.bias_size is not None:
+            sizes = (query.shape[2], height, width, num_agents)
+            key_bias = agent_bias(self.key_bias, *sizes)[None].to(query.dtype)
+            query_bias = agent_bias(self.query_bias, *sizes).mT[None].to(query.dtype)
+        out = agent_attention(
+            query,
+            key,
+            value,
+            pool_agents(query, height, width, num_agents).to(query.dtype),
+            scale=scale,
+            second_scale=scale**self.config.second_scale_exponent,
+            shortcut=self.config.shortcut,
+            key_bias=key_bias,
+            query_bias=query_bias,
+            impl=self.impl,
+        )
+        return out if self.conv is None else out + self.conv(value, grid)

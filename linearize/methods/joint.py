@@ -1,0 +1,89 @@
+"""Text beside an image that has an attention of its own: softmax wherever a text token asks or answers.
+
+    text query i    softmax over every token, as in the base
+    image query i   out_i = (1 - w_i) T_i + w_i x_i,    w_i = exp(m_i) / (exp(m_i) + sum_t exp(scale q_i . k_t))
+
+T_i is softmax attention over the text alone, x_i what the method gives from the image alone, and m_i estimates the
+logarithm of what the image's keys add to the denominator of softmax (`log_mass`): with the exact m_i and softmax for
+x_i, out_i would be the base's. So text and image share a query about as the base shares it, before any training; rows
+of weights sum to 1 as those of x do; and without text, or where all of it is masked, out is x.
+
+`balance`, a learned number for each head that starts at 0, is added to m.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...kernels.linear import attend_to_text, log_mass
+from ...kernels.window.reference import key_mask
+from ..layout import Grid, Layout
+
+
+class ImageAttention(Protocol):
+    """Attention of the image's tokens [B, H, n, D] to each other."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor: ...
+
+
+def joint_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    attend_to_image: ImageAttention,
+    *,
+    scale: float | None,
+    balance: Tensor | None,
+) -> Tensor:
+    """The formula above.
+
+    Args:
+        query, key, value: [B, H, N, D], of all tokens.
+        attend_to_image: gives x.
+        scale: of the logits, D**-0.5 if None.
+        balance: [H], None for 0.
+    Returns:
+        [B, H, N, D].
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if layout.text_len == 0:
+        return attend_to_image(query, key, value, layout.grid, scale)
+    _, image_query = _split(query, layout)
+    text_key, image_key = _split(key, layout)
+    text_value, image_value = _split(value, layout)
+    image_out = attend_to_image(image_query, image_key, image_value, layout.grid, scale)
+    mass = log_mass(image_query, image_key, scale=scale)
+    if balance is not None:
+        mass = mass + balance[:, None]
+    out = attend_to_text(image_query, image_out, mass, text_key, text_value, text_mask=layout.text_mask, scale=scale)
+    text_out = _attend_to_all(query, key, value, layout, scale)
+    return torch.cat([text_out, out] if layout.text_first else [out, text_out], dim=2)
+
+
+def joint_pairs(image_pairs: int, num_image: int, text_len: int, head_dim: int) -> int:
+    """What costs as much as a method whose image part costs `image_pairs`; the two products of `log_mass` included."""
+    if text_len == 0:
+        return image_pairs
+    return image_pairs + num_image * (text_len + head_dim) + text_len * (text_len + num_image)
+
+
+def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """What text queries get, [B, H, T, D]."""
+    text_query, image_query = _split(query, layout)
+    mask = None
+    if layout.text_mask is not None:
+        mask = key_mask(layout.text_mask, image_query.shape[2], layout.text_first)
+    return scaled_dot_product_attention(text_query, key, value, attn_mask=mask, scale=scale)
+
+
+def _split(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """[B, H, N, D] -> text [B, H, T, D], image [B, H, n, D]."""
+    image_len = x.shape[2] - layout.text_len
+    if layout.text_first:
+        text, image = x.split([layout.text_len, image_len], dim=2)
+    else:
+        image, text = x.split([image_len, layout.text_len], dim=2)
+    return text, image

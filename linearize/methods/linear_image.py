@@ -1,0 +1,91 @@
+"""What methods share whose image tokens meet in one D x D state per head: `mala.py` and `rala.py` have the formulas.
+
+    x = g * (kernel(q, k, v) + LocalConv(v)),   g = ValueGate(v)
+
+B batch, H heads, N tokens, n of them of the image, D head dimension, C = H * D channels.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.linear import implementations
+from ..layout import Grid, Layout
+from .joint import joint_attention, joint_pairs
+from .local_terms import LocalConv, ValueGate, check_conv_size, check_switch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearImage:
+    """Settings; what is trained beside the base's weights starts without effect.
+
+    Attributes:
+        conv_size: Side in tokens of the depth-wise convolution of values, odd; None: none.
+        gate: Whether values modulate the result, by a learned factor for each number.
+        balance: Whether each head learns to shift weight between text and image; for models that attend to both at
+            once (elsewhere it has no gradient).
+    """
+
+    conv_size: int | None = None
+    gate: bool = False
+    balance: bool = False
+
+    def __post_init__(self) -> None:
+        check_conv_size(self.conv_size)
+        check_switch("gate", self.gate)
+        check_switch("balance", self.balance)
+
+
+class LinearImageAttention(nn.Module):
+    """The kernel of one attention module; `kernel(query, key, value, impl=...)` is linear attention of the image."""
+
+    kernel: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, config: LinearImage, *, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = "auto"
+        shape = {"num_heads": num_heads, "head_dim": head_dim}
+        self.conv = LocalConv(config.conv_size, **shape) if config.conv_size is not None else None
+        self.gate = ValueGate(**shape) if config.gate else None
+        self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]:
+        """Names that `impl` may take."""
+        return ("auto", *implementations())
+
+    @staticmethod
+    def chosen(config: LinearImage, query: Tensor, grid: Grid, text_len: int) -> str:
+        """What impl="auto" runs."""
+        return "torch"
+
+    @staticmethod
+    def pairs(config: LinearImage, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        """What costs as much: 2 n D C for the state, for its use and for the gate each, 2 n k^2 C for the conv."""
+        num_image = math.prod(grid)
+        per_token = 2 * head_dim + (config.conv_size or 0) ** 2 + (head_dim if config.gate else 0)
+        return joint_pairs(num_image * per_token // 2, num_image, text_len, head_dim)
+
+    def observe(self, grid: Grid) -> None:
+        """Nothing here depends on the grid before the call."""
+
+    def covers(self, layout: Layout) -> bool:
+        """Never softmax attention."""
+        return False
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]; a scale of logits is that of text, and has no place in the linear part."""
+        return joint_attention(query, key, value, layout, self._attend_to_image, scale=scale, balance=self.balance)
+
+    def _attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        out = self.kernel(query, key, value, impl=self.impl)
+        if self.conv is not None:
+            out = out + self.conv(value, grid)
+        return out if self.gate is None else out * self.gate(value)
