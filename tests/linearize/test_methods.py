@@ -1,0 +1,253 @@
+"""What holds for every method of the registry; a new one adds its entry to EXAMPLES."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+
+from lineardit.linearize import dense, linearize_, restore_, swapped
+from lineardit.linearize.adapter import load_adapter_, save_adapter
+from lineardit.linearize.compiling import compile_
+from lineardit.linearize.layout import Layout
+from lineardit.linearize.methods import (
+    METHODS,
+    Agent,
+    Clear,
+    LinFusion,
+    Mala,
+    Neighborhood,
+    Rala,
+    SlidingTile,
+    config_from_dict,
+    config_to_dict,
+)
+from tiny_models import build, inputs_of, run
+
+# each method with everything that it can learn, and where that changes the path, without
+EXAMPLES: dict[type, list[Any]] = {
+    Clear: [Clear(radius=2), Clear(radius=2, pool_tokens=4), Clear(radius=2, pool_size=2)],
+    LinFusion: [LinFusion(projection_channels=4)],
+    Neighborhood: [Neighborhood(window=3), Neighborhood(window=3, dilation=2)],
+    SlidingTile: [SlidingTile(tile=2, window=3)],
+    Agent: [Agent(num_agents=4), Agent(num_agents=4, conv_size=3, bias_size=3, balance=True)],
+    Mala: [Mala(), Mala(conv_size=3, gate=True, balance=True)],
+    Rala: [Rala(), Rala(conv_size=3, gate=True, balance=True)],
+}
+CONFIGS = [config for configs in EXAMPLES.values() for config in configs]
+IMAGE_ALONE = (LinFusion,)  # these refuse text
+JOINT = [config for config in CONFIGS if not isinstance(config, IMAGE_ALONE)]
+LEARNED = [
+    config
+    for config in CONFIGS
+    if next(iter(METHODS[type(config)](config, num_heads=2, head_dim=8).parameters()), None) is not None
+]
+LINEAR = [config for config in CONFIGS if getattr(config, "pool_size", None) is None]
+GRIDS = [(3, 5), (1, 6), (7, 2), (2, 3, 5)]
+TEXT_LEN = 3
+
+
+def kernel_of(config: Any, *, moved: bool = False) -> Any:
+    """The module of one attention module with 2 heads of 8, its parameters where they start or away from there."""
+    kernel = METHODS[type(config)](config, num_heads=2, head_dim=8)
+    if moved:
+        move(kernel)
+    return kernel
+
+
+def move(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def tokens(grid: tuple[int, ...], text_len: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """query, key and value, [2, 2, N, 8]."""
+    num_tokens = text_len + torch.Size(grid).numel()
+    return [torch.randn(2, num_tokens, 2, 8, dtype=dtype).transpose(1, 2) for _ in range(3)]
+
+
+def attend(kernel: Any, inputs: list[Tensor], layout: Layout, *, scale: float | None = None) -> Tensor:
+    kernel.observe(layout.grid)
+    return kernel(*inputs, layout, scale=scale)
+
+
+def test_every_method_has_examples() -> None:
+    assert EXAMPLES.keys() == METHODS.keys()
+    assert all(type(config) is cls for cls, configs in EXAMPLES.items() for config in configs)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_configs_round_trip(config: Any) -> None:
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize("text_first", [True, False], ids=["text-first", "text-last"])
+@pytest.mark.parametrize("text_len", [0, TEXT_LEN])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_rows_of_weights_sum_to_one(config: Any, text_len: int, text_first: bool) -> None:
+    if text_len > 0 and isinstance(config, IMAGE_ALONE):
+        pytest.skip("for the image alone")
+    kernel = kernel_of(config)
+    mask = torch.tensor([[True, False, True], [False] * 3]) if text_len > 0 else None
+    for grid in GRIDS:
+        query, key, value = tokens(grid, text_len)
+        out = attend(kernel, [query, key, torch.full_like(value, 5)], Layout(grid, text_len, text_first, mask))
+        assert out.shape == query.shape
+        assert torch.allclose(out, torch.full_like(out, 5), rtol=1e-3), grid
+
+
+@pytest.mark.parametrize("config", JOINT, ids=str)
+def test_text_may_stand_first_or_last(config: Any) -> None:
+    kernel = kernel_of(config, moved=True)
+    mask = torch.tensor([[True, False, True], [True] * 3])
+    for grid in GRIDS:
+        inputs = tokens(grid, TEXT_LEN)
+        first = attend(kernel, inputs, Layout(grid, TEXT_LEN, True, mask))
+        turned = [torch.cat([x[:, :, TEXT_LEN:], x[:, :, :TEXT_LEN]], 2) for x in inputs]
+        last = attend(kernel, turned, Layout(grid, TEXT_LEN, False, mask))
+        assert torch.allclose(torch.cat([last[:, :, -TEXT_LEN:], last[:, :, :-TEXT_LEN]], 2), first, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", JOINT, ids=str)
+def test_text_asks_everything_by_softmax(config: Any) -> None:
+    kernel, grid = kernel_of(config, moved=True), (3, 5)
+    inputs = tokens(grid, TEXT_LEN)
+    mask = torch.tensor([[True, False, True], [True] * 3])
+    out = attend(kernel, inputs, Layout(grid, TEXT_LEN, True, mask), scale=0.6)
+    keys = torch.cat([mask, mask.new_ones(2, 15)], 1)[:, None, None]
+    expected = scaled_dot_product_attention(*inputs, attn_mask=keys, scale=0.6)
+    assert torch.allclose(out[:, :, :TEXT_LEN], expected[:, :, :TEXT_LEN], atol=1e-5)
+
+
+@pytest.mark.parametrize("config", JOINT, ids=str)
+def test_masked_text_is_not_seen(config: Any) -> None:
+    kernel, grid = kernel_of(config, moved=True), (3, 5)
+    inputs = tokens(grid, TEXT_LEN)
+    mask = torch.tensor([[True, False, True], [False] * 3])
+    out = attend(kernel, inputs, Layout(grid, TEXT_LEN, True, mask))
+    changed = [torch.where(torch.cat([mask, mask.new_ones(2, 15)], 1)[:, None, :, None], x, x + 1) for x in inputs]
+    again = attend(kernel, [inputs[0], *changed[1:]], Layout(grid, TEXT_LEN, True, mask))
+    assert torch.allclose(again, out, atol=1e-6)
+    alone = attend(kernel, [x[:, :, TEXT_LEN:] for x in inputs], Layout(grid, 0, True, None))
+    assert torch.allclose(out[1, :, TEXT_LEN:], alone[1], atol=1e-5)
+    assert not torch.allclose(out[0, :, TEXT_LEN:], alone[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_gradients_are_right_and_reach_what_is_learned(config: Any) -> None:
+    kernel, grid = kernel_of(config, moved=True).double(), (3, 5)
+    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    inputs = [x.requires_grad_() for x in tokens(grid, text_len, torch.float64)]
+    layout = Layout(grid, text_len, False, None)
+    assert torch.autograd.gradcheck(lambda *x: attend(kernel, list(x), layout), inputs, fast_mode=True)
+    if isinstance(config, LinFusion):  # its networks stand before the projections
+        return
+    attend(kernel, inputs, layout).square().sum().backward()
+    for name, parameter in kernel.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("config", [config for config in LEARNED if isinstance(config, Agent | Mala | Rala)], ids=str)
+def test_what_is_learned_starts_without_effect(config: Any) -> None:
+    plain = type(config)(num_agents=4) if isinstance(config, Agent) else type(config)()
+    for text_len in (0, TEXT_LEN):
+        inputs, layout = tokens((3, 5), text_len), Layout((3, 5), text_len, True, None)
+        assert torch.allclose(attend(kernel_of(config), inputs, layout), attend(kernel_of(plain), inputs, layout))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_another_resolution_leaves_no_trace(config: Any) -> None:
+    kernel = kernel_of(config, moved=True)
+    fresh = copy.deepcopy(kernel)
+    small, large = tokens((3, 5), 0), tokens((8, 6), 0)
+    layouts = Layout((3, 5), 0, True, None), Layout((8, 6), 0, True, None)
+    before = attend(kernel, small, layouts[0])
+    assert torch.equal(attend(kernel, large, layouts[1]), attend(fresh, large, layouts[1]))
+    assert torch.equal(attend(kernel, small, layouts[0]), before)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_implementations_agree(config: Any) -> None:
+    kernel = kernel_of(config, moved=True)
+    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    inputs, layout = tokens((3, 5), text_len), Layout((3, 5), text_len, True, None)
+    expected = attend(kernel, inputs, layout)
+    for name in kernel.implementations():
+        if name != "triton":
+            kernel.impl = name
+            assert torch.allclose(attend(kernel, inputs, layout), expected, atol=1e-5), name
+
+
+@pytest.mark.parametrize("config", LINEAR, ids=str)
+def test_memory_and_pairs_grow_with_the_image(config: Any) -> None:
+    """Twice the sides, four times the tokens: four times the bytes at the peak of a forward and backward."""
+    kernel = METHODS[type(config)](config, num_heads=1, head_dim=4)
+    kernel.impl = "tiled" if "tiled" in kernel.implementations() else "torch"
+    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    small, large = (_peak(kernel, (side, side), text_len) for side in (24, 48))
+    assert large < 4.5 * small
+    shape = {"num_heads": 1, "head_dim": 4}
+    few, many = (kernel.pairs(config, (side, side), text_len, **shape) for side in (64, 256))
+    assert many < 16.5 * few
+
+
+def _peak(kernel: Any, grid: tuple[int, int], text_len: int) -> int:
+    """Bytes that are allocated at once, at most, inside operators too."""
+    inputs = [torch.randn(1, 1, text_len + grid[0] * grid[1], 4, requires_grad=True) for _ in range(3)]
+    attend(kernel, inputs, Layout(grid, text_len, True, None))  # what is kept for each grid is there
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        attend(kernel, inputs, Layout(grid, text_len, True, None)).sum().backward()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("family", ["flux", "unet"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_models_convert_save_load_and_restore(config: Any, family: str, tmp_path: Path) -> None:
+    if family == "flux" and isinstance(config, IMAGE_ALONE):
+        pytest.skip("for the image alone")
+    model, arguments = build(family), inputs_of(family, grid=(8, 10))
+    base = run(model, arguments)
+    other = copy.deepcopy(model)
+    linearize_(model, config)
+    for module in swapped(model).values():
+        move(module.linear_kernel)
+    student = run(model, arguments)
+    assert student.isfinite().all()
+    assert not torch.allclose(student, base, atol=1e-4)
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter_(other, tmp_path / "adapter")
+    assert torch.equal(run(other, arguments), student)
+    with dense(model):
+        assert torch.equal(run(model, arguments), base)
+    restore_(model)
+    assert torch.equal(run(model, arguments), base)
+
+
+@pytest.mark.parametrize(
+    "config", [EXAMPLES[Agent][-1], pytest.param(EXAMPLES[Mala][-1], marks=pytest.mark.slow)], ids=str
+)
+def test_compiled_blocks_serve_every_size(config: Any) -> None:
+    torch._dynamo.reset()
+    model = build("flux", num_layers=1)
+    linearize_(model, config)
+    eager = copy.deepcopy(model)
+    compile_(model, backend="eager")
+    graphs = []
+    for grid in ((6, 6), (5, 7), (9, 4)):
+        arguments = inputs_of("flux", grid=grid)
+        assert torch.allclose(run(model, arguments), run(eager, arguments), atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[1] == graphs[-1]
