@@ -9,7 +9,7 @@ A box slides inside at the border, so that every query sees as many cells. An ax
 
     window 3                 window 3, dilation 2          window 3 cells of 2
     q x x . . . . . .        q . x . x . . . .             q x|x x|x x|. .|.
-    . . . x q x . . .        . . x . q . x . .             . .|. .|x q|x x|x      the last cell is ragged
+    . . . x q x . . .        . . x . q . x . .             . .|x x|x q|x x|.      the last cell is ragged
     . . . . . . x x q        . . . x . x . q .             . .|. .|x x|x x|q
 """
 
