@@ -119,6 +119,7 @@ class _Intercept(TorchFunctionMode):
             return func(*args, **kwargs)
         if not _is_of_the_image(self.attention, *_query_and_key(*args, **kwargs)):
             # cross-attention, or an image prompt beside the text
+            _refuse_dense(self.attention, *_query_and_key(*args, **kwargs))
             return func(*args, **kwargs)
         self.hits += 1
         if any(type(mode).__name__ == _SKIPS_SCORES for mode in _get_current_function_mode_stack()):
@@ -138,6 +139,20 @@ def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> 
         return query.shape[2] == key.shape[2]
     image = Layout(site.grid, 0, site.state.family.text_first).num_image_tokens
     return query.shape[2] == image <= key.shape[2]
+
+
+def _refuse_dense(attention: LinearAttention, query: Tensor, key: Tensor) -> None:
+    """Raise a LayoutError for a call beside the self-attention that costs as much as the one that was replaced."""
+    site, kernel = attention._lineardit_site, attention.linear_kernel
+    image = Layout(site.grid, 0, site.state.family.text_first)
+    if query.shape[2] != image.num_image_tokens or key.shape[2] <= query.shape[2]:
+        return
+    if not (kernel.impl == "auto" and kernel.covers(image)):
+        processor = type(getattr(attention, "processor", None)).__name__
+        raise LayoutError(
+            f"{attention._lineardit_name}: {processor} lets every image token attend to the whole image once more, as "
+            "image prompts do in SD3: unload_ip_adapter, or run this call inside `with dense(model):`"
+        )
 
 
 def _attend(

@@ -4,13 +4,15 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from torch import Tensor
 
-from lineardit import Clear, dense, linearize_, restore_
+from lineardit import Clear, LayoutError, dense, linearize_, restore_
 from lineardit.linearize.convert import denoiser
-from tiny_models import run
+from tiny_models import build, inputs_of, run
 
 NUM_TOKENS = 4  # of the image prompt, diffusers' own number
 
@@ -97,3 +99,22 @@ def test_image_prompts_go_on_beside_the_window(
     assert torch.equal(forward(pipe), windowed)
     with dense(pipe):
         assert torch.equal(forward(pipe), plain)
+
+
+def test_image_prompts_of_sd3_are_refused_as_they_attend_to_the_image_again() -> None:
+    config = {**build("sd3").config, "dual_attention_layers": ()}
+    model = diffusers.SD3Transformer2DModel.from_config(config).eval()
+    arguments = inputs_of("sd3") | {
+        "joint_attention_kwargs": {"ip_hidden_states": torch.randn(2, 4, 32), "temb": torch.randn(2, 32)}
+    }
+    model.set_attn_processor(
+        {name: SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=32) for name in model.attn_processors}
+    )
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=1.5))
+    with pytest.raises(LayoutError, match=r"attend to the whole image once more.*unload_ip_adapter"):
+        run(model, arguments)
+    with dense(model):
+        assert torch.equal(run(model, arguments), base)
+    linearize_(model, Clear(radius=20))
+    assert torch.equal(run(model, arguments), base)
