@@ -1,0 +1,80 @@
+"""`first_steps`: linear attention for some steps of a pipeline, the base's for the rest."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import flux_pipeline
+from torch import Tensor
+
+from lineardit import Agent, dense, first_steps, linearize_
+
+STEPS = 3
+
+
+@pytest.fixture
+def pipe() -> diffusers.FluxPipeline:
+    pipe = flux_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(pipe: Any, **arguments: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    prompt = {"prompt_embeds": torch.ones(1, 3, 32), "pooled_prompt_embeds": torch.ones(1, 32)}
+    options = {"height": 16, "width": 24, "num_inference_steps": STEPS, "output_type": "latent", **arguments}
+    return pipe(**prompt, **options, generator=generator).images
+
+
+def linear_in_each_step(pipe: Any, count: int) -> list[bool]:
+    """Whether attention was linear in each step of a call."""
+    state = vars(pipe.transformer)["_lineardit_state"]
+    seen: list[bool] = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(state.enabled))
+    with first_steps(pipe, count) as on_step_end:
+        paint(pipe, callback_on_step_end=on_step_end)
+        assert state.enabled
+        paint(pipe, callback_on_step_end=on_step_end)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("count", [1, 2, STEPS, STEPS + 1])
+def test_first_steps_are_linear_in_every_call(pipe: diffusers.FluxPipeline, count: int) -> None:
+    linearize_(pipe, Agent(num_agents=4))
+    assert linear_in_each_step(pipe, count) == [step < count for step in range(STEPS)] * 2
+
+
+def test_first_steps_give_other_latents_than_all_and_none(pipe: diffusers.FluxPipeline) -> None:
+    linearize_(pipe, Agent(num_agents=4, second_scale_exponent=0.3, shortcut=0.075))
+    with dense(pipe):
+        none = paint(pipe)
+    every = paint(pipe)
+    with first_steps(pipe, 1) as on_step_end:
+        some = paint(pipe, callback_on_step_end=on_step_end)
+    assert torch.equal(paint(pipe), every)
+    for other in (none, every):
+        assert not torch.allclose(some, other, atol=1e-4)
+
+
+def test_first_steps_end_with_the_block_where_a_call_breaks_off(pipe: diffusers.FluxPipeline) -> None:
+    linearize_(pipe, Agent(num_agents=4))
+    state = vars(pipe.transformer)["_lineardit_state"]
+
+    with pytest.raises(KeyboardInterrupt), first_steps(pipe, 1) as on_step_end:
+
+        def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            tensors = on_step_end(pipeline, step, timestep, tensors)
+            assert not state.enabled
+            raise KeyboardInterrupt
+
+        paint(pipe, callback_on_step_end=stop)
+    assert state.enabled
+
+
+def test_first_steps_refuses(pipe: diffusers.FluxPipeline) -> None:
+    with pytest.raises(ValueError, match="not converted"), first_steps(pipe, 2):
+        pass
+    with pytest.raises(ValueError, match="count must be >= 1, got 0"), first_steps(pipe, 0):
+        pass
