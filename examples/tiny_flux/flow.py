@@ -36,10 +36,11 @@ SIZES = {
     (192, 192): (0.0, 0.0, 0.05),
     (256, 256): (0.0, 0.0, 0.05),
 }
-PHASES = (0.55, 0.9, 1.0)  # where each one ends, as a share of all steps
+PHASES = (0.3, 0.9, 1.0)  # where each one ends, as a share of all steps
 STRIDES = (2, 1, 1)  # of the positions, in each phase
-# Of the times towards noise. Which object has which colour must be read from the caption only while noise hides it.
-EXTRA_SHIFTS = (1.2, 0.3, 0.0)
+# Of the times towards noise. Which object has which colour, and on which side of it the shadow falls so that it points
+# away from the sun, is decided while noise hides them; with a shift of 0.3 in the second phase, shadows fell at random.
+EXTRA_SHIFTS = (1.2, 1.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +159,21 @@ def make_batch(pipe: FluxPipeline, seen: int, step: int, settings: Settings, ran
 
 
 def object_weights(first: int, count: int, width: int, height: int, weight: float) -> Tensor:
-    """[count, 1, height / 2, width / 2], mean 1: `weight` to 1 where an object or a shadow is, elsewhere."""
+    """[count, 1, height / 2, width / 2], mean 1: `weight` to 1 where objects, shadows and the sun are, elsewhere."""
     masks = []
     for scene in (scenes.sample(i) for i in range(first, first + count)):
         empty = scenes.render(replace(scene, objects=()), width, height)
-        masks.append(np.abs(scenes.render(scene, width, height) - empty).max(-1))
+        elsewhere = scenes.render(replace(scene, objects=(), light=_opposite(scene.light)), width, height)
+        drawn = np.abs(scenes.render(scene, width, height) - empty)
+        masks.append(np.maximum(drawn, np.abs(elsewhere - empty)).max(-1))
     covered = max_pool2d(torch.from_numpy(np.stack(masks))[:, None], 2) > 0.02
     weights = 1 + (weight - 1) * covered.float()
     return weights / weights.mean()
+
+
+def _opposite(light: str) -> str:
+    """The corner across the picture."""
+    return scenes.LIGHTS[len(scenes.LIGHTS) - 1 - scenes.LIGHTS.index(light)]
 
 
 def token_ids(tokenizer: Any, captions: list[str], length: int) -> Tensor:

@@ -191,7 +191,7 @@ def main() -> None:
     start.add_argument(
         "--init", type=Path, help="a pipeline to go on from, with fresh optimizer state; its T5 encoder stays as it is"
     )
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4600)
     parser.add_argument("--learning-rate", type=float, default=1.0, help="times the settings' own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training on")

@@ -51,7 +51,7 @@ def test_tokenizers_know_every_word_of_a_caption(pipe):
             assert ids[-1] == vocabulary()["</s>"]
 
 
-def test_pipeline_draws_the_background_that_a_caption_tells(pipe):
+def test_pipeline_draws_what_a_caption_tells(pipe):
     """A smoke test with few steps; `make marks` measures objects and coherence."""
     captions = [scenes.sample(seed, split="held_out").caption for seed in range(CAPTIONS)]
     images = pipe(
@@ -62,6 +62,9 @@ def test_pipeline_draws_the_background_that_a_caption_tells(pipe):
         max_sequence_length=64,
         generator=[torch.Generator().manual_seed(seed) for seed in range(CAPTIONS)],
     ).images
+    right = total = 0
     for caption, image in zip(captions, images, strict=True):
         told, found = scenes.parse(caption), scenes.read(image)
         assert (found.tone, found.pattern) == (told.tone, told.pattern)
+        right, total = (sum(pair) for pair in zip((right, total), scenes.score(caption, image), strict=True))
+    assert right >= 0.6 * total
