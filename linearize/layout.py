@@ -13,7 +13,7 @@ from .errors import LayoutError
 
 Grid = tuple[int, ...]  # (height, width) or (frames, height, width), in tokens
 
-_BLOCKED = -1e4  # an additive mask at or below this blocks; diffusers writes -10000 or -inf
+_BLOCKED = -9e3  # an additive mask at or below this blocks; diffusers writes -inf or -10000, -9984 in bfloat16
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,17 @@ def as_shape(*sides: int) -> Tensor:
     return shape
 
 
-def image_first(grid: Grid, image_starts: tuple[int, ...], text_len: int) -> Tensor | None:
+def image_first(grid: Grid, image_starts: tuple[int, ...], text_len: int, *, text_first: bool) -> Tensor | None:
     """The order of tokens that brings the image before all others.
 
     Args:
         image_starts: Where the image begins, in each sample or once for all.
         text_len: How many tokens are not of the image.
+        text_first: The family has the image after all others, else before.
     Returns:
-        [B or 1, N] int64, None where the image stands after all others in every sample.
+        [B or 1, N] int64, None where the image stands as the family has it in every sample.
     """
-    if set(image_starts) == {text_len}:
+    if set(image_starts) == {text_len if text_first else 0}:
         return None
     num_image = prod(grid)
     positions = torch.arange(num_image + text_len)

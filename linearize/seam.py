@@ -105,7 +105,8 @@ class Site:
         self.text_lens, self.text_mask = sight.text_lens, sight.text_mask
         self.order = None
         if sight.image_starts is not None:
-            self.order = image_first(sight.grid, sight.image_starts, max(sight.text_lens))
+            text_first = self.state.family.text_first
+            self.order = image_first(sight.grid, sight.image_starts, max(sight.text_lens), text_first=text_first)
         if self._shape is not None and tuple(self._shape.shape) == sight.grid:
             return
         self._shape = None  # a grid that a kernel refuses is refused again the next time
@@ -122,26 +123,26 @@ def install(model: nn.Module, state: State, sites: dict[nn.Module, Site]) -> Non
         cast(Any, module)._lineardit_site = site
         state.handles.append(module.register_forward_pre_hook(_publish, with_kwargs=True))
     for module in model.modules():
-        if type(module).__name__ in state.family.masked_at and _holds_kernel(module):
-            state.handles.append(module.register_forward_pre_hook(_Unmask(module, state), with_kwargs=True))
+        if type(module).__name__ not in state.family.masked_at:
+            continue
+        converted = [part for part in module.modules() if hasattr(part, "linear_kernel")]
+        if converted:
+            hook = _Unmask(module, cast(Any, converted[0])._lineardit_site)
+            state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     state.handles.append(model.register_forward_hook(_leave, always_call=True))
-
-
-def _holds_kernel(module: nn.Module) -> bool:
-    return any(hasattr(part, "linear_kernel") for part in module.modules())
 
 
 class _Unmask:
     """Hook of a module that would make a tokens x tokens mask: it gets no `attention_mask`; `Site.text_mask` has it."""
 
-    def __init__(self, module: nn.Module, state: State) -> None:
-        self.state = state
+    def __init__(self, module: nn.Module, site: Site) -> None:
+        self.site = site
         self.index = list(inspect.signature(type(module).forward).parameters).index("attention_mask") - 1
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self.state.enabled:
+        if not self.site.state.enabled or self.site.text_mask is None:
             return None
         if len(args) > self.index:
             return (*args[: self.index], None, *args[self.index + 1 :]), kwargs

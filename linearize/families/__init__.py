@@ -13,6 +13,7 @@ from .latents import (
     see_auraflow,
     see_ernie_image,
     see_feature_map,
+    see_glm_image,
     see_hidream,
     see_hunyuan_image,
     see_items,
@@ -21,7 +22,7 @@ from .latents import (
     see_sd3,
     see_square_latents,
 )
-from .positions import see_image_ids, see_image_ids_and_mask, see_joint_position_ids
+from .positions import see_flux2, see_image_ids, see_image_ids_and_mask, see_joint_position_ids
 from .sequences import see_image_shapes, see_lumina, see_z_image
 
 _FLUX = Family(
@@ -64,7 +65,7 @@ _WAN = Family(name="wan", attention=("blocks.*.attn1",), see=see_latents, blocks
 FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
     "FluxControlNetModel": _FLUX,
-    "Flux2Transformer2DModel": _like_flux("flux2", "Flux2"),
+    "Flux2Transformer2DModel": replace(_like_flux("flux2", "Flux2"), see=see_flux2),
     "BriaTransformer2DModel": _like_flux("bria", "Bria"),
     "BriaFiboTransformer2DModel": _like_flux("bria-fibo", "BriaFibo"),
     "LongCatImageTransformer2DModel": _like_flux("longcat-image", "LongCatImage"),
@@ -141,7 +142,7 @@ FAMILIES: dict[str, Family] = {
     "GlmImageTransformer2DModel": Family(
         name="glm-image",
         attention=("transformer_blocks.*.attn1",),
-        see=see_latents_and_text,
+        see=see_glm_image,
         blocks=("GlmImageTransformerBlock",),
     ),
     "ErnieImageTransformer2DModel": Family(
@@ -184,7 +185,11 @@ FAMILIES: dict[str, Family] = {
         blocks=("PRXBlock",),
     ),
     "WanTransformer3DModel": _WAN,
-    "WanVACETransformer3DModel": _WAN,
+    "WanVACETransformer3DModel": replace(
+        _WAN,
+        attention=("blocks.*.attn1", "vace_blocks.*.attn1"),
+        blocks=("WanTransformerBlock", "WanVACETransformerBlock"),
+    ),
 }
 
 # Models of diffusers that have nothing to convert, and why.

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 
 from ..layout import Grid
 
+CACHED_REFERENCES = (
+    "reference images whose keys and values are kept between the steps (kv_cache) have no window: use a pipeline that "
+    "runs them in every step (FLUX.2: Flux2KleinPipeline), make this call inside `with dense(pipe):`, or restore_ it"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
@@ -44,7 +49,7 @@ class Family:
         seen_at: Class name of the modules whose arguments tell the grid; None: the model itself.
         blocks: Class names of the repeated blocks, for `compile_`.
         masked_at: Class names of the modules that would make a tokens x tokens mask of their `attention_mask`: those
-            with a converted attention get None for it, and `Sight.text_mask` stands in.
+            with a converted attention get None for it where there is a `Sight.text_mask`, which stands in.
         native_tokens: (model, name of an attention module) -> image tokens at the size that the model was trained
             for, where modules differ in that (the levels of a UNet).
     """

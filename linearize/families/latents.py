@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..layout import Grid
-from .family import Sight
+from .family import CACHED_REFERENCES, Sight
 
 _SMALLER = "choose a smaller picture, or run this call inside `with dense(model):` if you know that it is right"
 
@@ -41,6 +41,14 @@ def see_latents_and_text(model: nn.Module, arguments: Mapping[str, Any]) -> Sigh
     """Joint attention with encoder_hidden_states [B, text, C], where there is any."""
     text = arguments.get("encoder_hidden_states")
     return Sight(grid=_grid(model, arguments["hidden_states"]), text_lens=() if text is None else (text.shape[1],))
+
+
+def see_glm_image(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """GLM-Image; references are run first, and their keys and values kept in `kv_caches` for the image."""
+    caches = arguments.get("kv_caches")
+    if caches is not None and any(layer.mode in ("write", "read") for layer in caches.caches):
+        raise LayoutError(CACHED_REFERENCES)
+    return see_latents_and_text(model, arguments)
 
 
 def see_sd3(model: Any, arguments: Mapping[str, Any]) -> Sight:
@@ -80,6 +88,11 @@ def see_hidream(model: Any, arguments: Mapping[str, Any]) -> Sight:
             "give HiDream latents [batch, channels, height, width]: in patches of its own, their padding is unknown"
         )
     grid = _grid(model, latents)
+    if grid[0] != grid[1] and grid[0] * grid[1] > model.max_seq:
+        raise LayoutError(
+            f"this {type(model).__name__} has room for {model.max_seq} tokens where a picture is not square "
+            f"(max_resolution), got {grid}: choose a smaller or a square picture"
+        )
     padding = 0 if grid[0] == grid[1] else model.max_seq - grid[0] * grid[1]
     llama = arguments["encoder_hidden_states_llama3"].shape[-2]
     return Sight(grid=grid, text_lens=(padding + arguments["encoder_hidden_states_t5"].shape[1] + 2 * llama,))

@@ -5,14 +5,14 @@ B batch, N tokens of the image and its references, C channels.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError
-from ..layout import Grid
-from .family import Sight
+from ..layout import Grid, Layout
+from .family import CACHED_REFERENCES, Sight
 
 
 def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
@@ -94,6 +94,13 @@ def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     )
 
 
+def see_flux2(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """FLUX.2: as `see_image_ids`; with a `kv_cache_mode`, references stand first or only as keys and values."""
+    if arguments.get("kv_cache_mode") is not None:
+        raise LayoutError(CACHED_REFERENCES)
+    return see_image_ids(model, arguments)
+
+
 def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     """Krea 2: position_ids [text + N, 3] of both; hidden_states [B, N, C], encoder_hidden_states [B, text, ...]."""
     ids, text_len = arguments["position_ids"], arguments["encoder_hidden_states"].shape[1]
@@ -107,19 +114,31 @@ def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Si
 
 
 def see_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """As `see_image_ids`, with attention_mask [B, text + N] bool, of which blocks would make a tokens x tokens mask."""
+    """As `see_image_ids`, with attention_mask [B, text + N], of which blocks would make a tokens x tokens mask.
+
+    Chroma's pipelines make it of 0.0 and 1.0, which full attention adds to its scores, so that it hides nothing
+    (diffusers issue 12116). Linear attention hides what it says, as the model was trained; where all of it makes the
+    original call, upstream's mask stays.
+    """
     sight = see_image_ids(model, arguments)
     mask = arguments.get("attention_mask")
-    if mask is None:
+    if mask is None or (mask.dtype != torch.bool and _is_original(model, sight.grid)):
         return sight
     text_len = arguments["encoder_hidden_states"].shape[1]
-    if mask.dtype != torch.bool or not mask[:, text_len:].all():
+    if not (mask[:, text_len:] == 1).all() or not ((mask == 0) | (mask == 1)).all():
         raise LayoutError(
-            "attention_mask must be bool (True = attend) and hide text tokens only, got "
+            "attention_mask must be True or 1 (attend) and False or 0, and hide text tokens only, got "
             f"{mask.dtype} {tuple(mask.shape)}"
         )
     if sight.image_starts is not None:
         raise LayoutError(
             "reference images beside a text mask have no window yet: give one prompt at a time, without padding"
         )
-    return replace(sight, text_mask=mask[:, :text_len])
+    return replace(sight, text_mask=mask[:, :text_len].bool())
+
+
+def _is_original(model: nn.Module, grid: Grid) -> bool:
+    """Whether every converted module makes the original call on this grid."""
+    layout = Layout(grid, 0, text_first=True)
+    kernels = [cast(Any, module).linear_kernel for module in model.modules() if hasattr(module, "linear_kernel")]
+    return all(kernel.impl == "auto" and kernel.covers(layout) for kernel in kernels)

@@ -59,13 +59,19 @@ def see_lumina(model: Any, arguments: Mapping[str, Any]) -> Sight:
 
 
 def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """Z-Image: a list of latents [C, frames, height, width]; the image, padded to a multiple, then the text, padded."""
+    """Z-Image: a list of latents [C, frames, height, width]; the image, padded to a multiple, then the text, padded.
+
+    In omni mode a list of texts and images for each sample, and all of its texts come first.
+    """
     latents, texts = arguments["x"], arguments["cap_feats"]
-    if isinstance(latents[0], list):
-        raise LayoutError(
-            "several images in one sequence (Z-Image's omni mode) have no window yet: run this call inside "
-            "`with dense(model):`, or restore_ the model"
-        )
+    omni = isinstance(latents[0], list)
+    if omni:
+        if any(len(sample) > 1 for sample in latents):
+            raise LayoutError(
+                "several images in one sequence (Z-Image's omni mode) have no window yet: run this call inside "
+                "`with dense(model):`, or restore_ the model"
+            )
+        latents = [image for (image,) in latents]
     sizes = {tuple(latent.shape[-3:]) for latent in latents}
     if len(sizes) > 1:
         raise LayoutError(f"every picture of a batch must have the same size, got {sorted(sizes)}: run them one by one")
@@ -74,8 +80,13 @@ def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
     shape = (frames // frame_patch, height // patch, width // patch)
     _check_axes(model, shape, (model.config.axes_lens[0], *model.config.axes_lens[1:]))
     padding = -prod(shape) % _SEQUENCE_MULTIPLE
-    longest = max(text.shape[0] for text in texts)
-    return Sight(grid=_flat(shape), text_lens=(padding, padding + longest + -longest % _SEQUENCE_MULTIPLE))
+    parts = texts if omni else [[text] for text in texts]
+    lengths = tuple(sum(len(text) + -len(text) % _SEQUENCE_MULTIPLE for text in sample) for sample in parts)
+    return Sight(
+        grid=_flat(shape),
+        text_lens=(padding, padding + max(lengths)),
+        image_starts=lengths if omni else None,
+    )
 
 
 _SEQUENCE_MULTIPLE = 32  # SEQ_MULTI_OF of diffusers' transformer_z_image

@@ -94,6 +94,31 @@ def test_prompts_of_different_length_give_what_each_gives_alone(family: str) -> 
         assert torch.allclose(run(model, one).flatten(), together[sample], atol=1e-5), sample
 
 
+def _z_image_omni() -> nn.Module:
+    config = {name: value for name, value in build("z-image").config.items() if not name.startswith("_")}
+    return diffusers.ZImageTransformer2DModel(**{**config, "siglip_feat_dim": 16}).eval()
+
+
+@pytest.mark.parametrize("num_texts", [1, 2])
+def test_omni_texts_stand_before_the_image(num_texts: int) -> None:
+    if not hasattr(diffusers, "ZImageOmniPipeline"):
+        pytest.skip("not in this diffusers")
+    model = _z_image_omni()
+    texts = [torch.randn(length, 16) for length in (3, 40)[:num_texts]]
+    arguments = {
+        "x": [[torch.randn(4, 1, 8, 16)]] * 2,  # 32 tokens, which need no padding
+        "t": torch.full((2,), 0.5),
+        "cap_feats": [texts] * 2,
+        "siglip_feats": [None] * 2,
+        "image_noise_mask": [[1]] * 2,
+    }
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=50), impl="tiled")
+    assert torch.allclose(run(model, arguments), base, atol=1e-5)
+    with pytest.raises(LayoutError, match="omni mode"):
+        run(model, {**arguments, "x": [[torch.randn(4, 1, 8, 16)] * 2] * 2, "image_noise_mask": [[0, 1]] * 2})
+
+
 class _Largest(TorchDispatchMode):
     """Bytes of the largest tensor that any operation makes."""
 
@@ -127,6 +152,19 @@ def test_masked_text_is_not_seen_where_its_mask_was_withheld() -> None:
     assert torch.allclose(run(model, arguments), out, atol=1e-5)
     arguments["encoder_hidden_states"][0, -1] += 1
     assert not torch.allclose(run(model, arguments), out, atol=1e-3)
+
+
+def test_chroma_reads_a_mask_of_numbers_as_what_it_hides() -> None:
+    model, arguments = build("chroma"), inputs_of("chroma", text_len=TEXT_LEN)
+    numbers = {**arguments, "attention_mask": arguments["attention_mask"].float()}
+    base = run(model, numbers)
+    linearize_(model, SMALL)
+    assert torch.equal(run(model, numbers), run(model, arguments))
+    linearize_(model, Clear(radius=50))
+    assert torch.equal(run(model, numbers), base)  # upstream adds the numbers to its scores
+    with pytest.raises(LayoutError, match="hide text tokens only"):
+        linearize_(model, SMALL)
+        run(model, {**numbers, "attention_mask": 2 * numbers["attention_mask"]})
 
 
 @pytest.mark.parametrize("family", ["flux", "flux2", "chroma", "bria", "longcat-image", "ovis-image", "krea2"])
@@ -167,6 +205,15 @@ def test_positions_that_a_model_does_not_know_are_refused(family: str, grid: tup
         run(model, inputs_of(family, grid=grid, batch=1))
 
 
+def test_room_of_hidream_for_pictures_that_are_not_square_is_told() -> None:
+    if not hasattr(diffusers, MODELS["hidream"].needs):
+        pytest.skip("not in this diffusers")
+    model = build("hidream")
+    linearize_(model, SMALL)
+    with pytest.raises(LayoutError, match="room for 64 tokens"):
+        run(model, inputs_of("hidream", grid=(5, 13), batch=1))
+
+
 def test_a_picture_that_dit_would_fold_wrongly_is_refused() -> None:
     model, arguments = build("dit"), inputs_of("dit")
     linearize_(model, SMALL)
@@ -192,7 +239,8 @@ def test_layered_pictures_are_frames() -> None:
 @pytest.mark.parametrize("starts", [(0,), (2,), (3,), (0, 2, 3)])
 def test_image_first_brings_the_image_before_all_others(starts: tuple[int, ...]) -> None:
     tokens = torch.arange(9.0).expand(3, 2, 9)[..., None]  # 3 of text, 6 of the image
-    order = image_first((2, 3), starts, 3)
+    assert image_first((2, 3), (0,), 3, text_first=False) is None
+    order = image_first((2, 3), starts, 3, text_first=True)
     if starts == (3,):
         assert order is None
         return

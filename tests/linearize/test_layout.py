@@ -59,6 +59,15 @@ def test_text_mask_takes_the_text_part(text_first: bool) -> None:
     assert torch.equal(one, text[:1].expand(2, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocked", [-10000.0, -torch.inf])
+def test_text_mask_reads_an_additive_mask(dtype: torch.dtype, blocked: float) -> None:
+    text = torch.tensor([[True, False, True]])
+    attend = torch.cat([text, torch.ones(1, 6, dtype=torch.bool)], dim=1)
+    mask = torch.zeros(1, 9, dtype=dtype).masked_fill(~attend, blocked)
+    assert torch.equal(text_mask_of(mask[:, None, None], torch.zeros(1, 4, 9, 8), Layout((2, 3), 3, True)), text)
+
+
 def test_text_mask_takes_a_square_for_queries_by_keys() -> None:
     with pytest.raises(LayoutError, match="mask of keys"):
         text_mask_of(torch.ones(9, 9, dtype=torch.bool), torch.zeros(9, 1, 9, 4), Layout((2, 3), 3, True))

@@ -1,0 +1,70 @@
+"""diffusers' own pipelines around converted models: two prompts of two lengths, guidance, not square, two steps."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from tiny_stock import REFUSED, STOCK, Stock, paint
+
+from lineardit import Clear, dense, linearize_, restore_
+from lineardit.linearize import LayoutError, swapped
+
+SMALL, COVERING = Clear(radius=2.3), Clear(radius=50)
+
+
+def _made(stock: Stock) -> tuple[Any, dict[str, Any]]:
+    try:
+        getattr(diffusers, stock.needs)
+    except (AttributeError, RuntimeError) as error:  # it is not there, or needs a newer transformers
+        pytest.skip(f"this diffusers has no {stock.needs}: {error}")
+    return stock.make(), stock.arguments()
+
+
+def _networks(pipe: Any, stock: Stock) -> Iterator[Any]:
+    """The pipeline, whose denoiser is converted, and its other networks."""
+    yield pipe
+    for name in stock.others:
+        yield getattr(pipe, name)
+
+
+def _linearize(pipe: Any, stock: Stock, config: Clear, *, impl: str = "auto") -> None:
+    for network in _networks(pipe, stock):
+        linearize_(network, config, impl=impl)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_pipeline_is_equal_where_the_window_covers_and_after_restoring(name: str) -> None:
+    stock = STOCK[name]
+    pipe, arguments = _made(stock)
+    base = paint(pipe, arguments)
+    tolerance = 1e-5 * max(1.0, float(base.abs().max()))
+    _linearize(pipe, stock, COVERING)
+    assert torch.equal(paint(pipe, arguments), base)
+    if not stock.biased:
+        _linearize(pipe, stock, COVERING, impl="tiled")  # reads layout and masks, where "auto" makes the original call
+        assert torch.allclose(paint(pipe, arguments), base, atol=tolerance)
+    _linearize(pipe, stock, SMALL)
+    out = paint(pipe, arguments)
+    assert out.isfinite().all() and not torch.allclose(out, base, atol=tolerance)
+    for network in _networks(pipe, stock):
+        restore_(network)
+    assert torch.equal(paint(pipe, arguments), base)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_stock_pipeline_that_has_no_window_is_refused_and_runs_dense(name: str) -> None:
+    pipe, arguments = _made(REFUSED[name])
+    base = paint(pipe, arguments)
+    linearize_(pipe, SMALL)
+    with pytest.raises(LayoutError, match="inside `with dense"):
+        paint(pipe, arguments)
+    with dense(pipe):
+        assert torch.equal(paint(pipe, arguments), base)
+
+
+def test_control_blocks_of_vace_are_swapped() -> None:
+    pipe, _ = _made(STOCK["wan-vace"])
+    linearize_(pipe, SMALL)
+    assert set(swapped(pipe.transformer)) == {"blocks.0.attn1", "blocks.1.attn1", "vace_blocks.0.attn1"}
