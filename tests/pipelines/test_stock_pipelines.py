@@ -6,10 +6,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_stock import REFUSED, STOCK, Stock, paint
 
 from lineardit import Clear, dense, linearize_, restore_
 from lineardit.linearize import LayoutError, swapped
+from tiny_stock import REFUSED, STOCK, Stock, paint
 
 SMALL, COVERING = Clear(radius=2.3), Clear(radius=50)
 
