@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from ..kernels.window.reference import key_mask
 from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
 from .layout import Layout, reorder, text_mask_of
+from .matching import head_shape
 from .parallel import join_shares, refuse_gradients, share_out, share_sizes, ulysses_degree
 from .seam import Site, rewind_before_backward
 
@@ -125,6 +126,7 @@ class _Intercept(TorchFunctionMode):
         if any(type(mode).__name__ == _SKIPS_SCORES for mode in _get_current_function_mode_stack()):
             # the layers that guidance perturbs (LayerSkipConfig): the values are the answer, and no score is computed
             return func(*args, **kwargs)
+        _check_heads(self.attention, _query_and_key(*args, **kwargs)[0])
         return _attend(self.attention, *args, **kwargs)
 
 
@@ -139,6 +141,18 @@ def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> 
         return query.shape[2] == key.shape[2]
     image = Layout(site.grid, 0, site.state.family.text_first).num_image_tokens
     return query.shape[2] == image <= key.shape[2]
+
+
+def _check_heads(attention: LinearAttention, query: Tensor) -> None:
+    """Raise a LayoutError where this process has some of the heads, and a method's weights are for all of them."""
+    kernel, num_heads = attention.linear_kernel, head_shape(attention)[0]
+    alike = getattr(kernel, "heads_alike", False) or not list(kernel.parameters())
+    if query.shape[1] != num_heads and not alike:
+        method = type(kernel.config).__name__
+        raise LayoutError(
+            f"{attention._lineardit_name}: {method} has weights for each of {num_heads} heads, and {query.shape[1]} of them "
+            "are here (context or tensor parallelism): run it without, or take a method whose weights all heads share"
+        )
 
 
 def _refuse_dense(attention: LinearAttention, query: Tensor, key: Tensor) -> None:

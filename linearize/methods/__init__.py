@@ -38,6 +38,7 @@ class Method(Protocol):
 
     A method that changes the input of the attention module's own layers also has a class attribute `input_terms`, as
     `linfusion.py` has: {layer of the attention module: child of this module}, and that layer's x becomes x + child(x).
+    One whose weights are the same for every head says so by `heads_alike = True`: it may then be given some of them.
     """
 
     config: Any

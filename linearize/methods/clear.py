@@ -60,6 +60,8 @@ def _check_count(name: str, value: object, *, least: int) -> None:
 class ClearAttention(nn.Module):
     """Local attention as the kernel of one attention module; `pool_weight` [p, p] when cells have learned weights."""
 
+    heads_alike = True
+
     def __init__(self, config: Clear, *, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.config = config

@@ -58,6 +58,7 @@ class LinFusionAttention(nn.Module):
     """Generalized linear attention as the kernel of one attention module, with the networks f_q and f_k."""
 
     input_terms: ClassVar[Mapping[str, str]] = {"to_q": "query_term", "to_k": "key_term"}
+    heads_alike = True
 
     def __init__(self, config: LinFusion, *, num_heads: int, head_dim: int) -> None:
         super().__init__()

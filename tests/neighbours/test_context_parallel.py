@@ -10,13 +10,35 @@ import pytest
 import torch
 from torch import nn
 
-from lineardit import Clear, LayoutError, dense, linearize_
+from lineardit import (
+    Agent,
+    Clear,
+    LayoutError,
+    LinFusion,
+    Mala,
+    Neighborhood,
+    Rala,
+    SlidingTile,
+    dense,
+    linearize_,
+)
 from lineardit.linearize.parallel import join_shares, share_out, share_sizes
 from tiny_models import FAMILIES, build, inputs_of, run
 
 diffusers = pytest.importorskip("diffusers", minversion="0.36", reason="context parallelism came with diffusers 0.36")
 
 DEGREE = 2
+WEIGHTS_SHARED = {
+    "flux": (
+        Neighborhood(window=(3, 5)),
+        SlidingTile(window=(3, 3), tile=(2, 2)),
+        Agent(num_agents=4),
+        Mala(),
+        Rala(),
+    ),
+    "wan": (LinFusion(),),
+}
+WEIGHTS_BY_HEAD = (Agent(num_agents=4, bias_size=3), Mala(conv_size=3), Rala(gate=True))
 CONFIGS = (Clear(radius=2.3), Clear(radius=2.3, pool_size=2), Clear(radius=20))
 
 
@@ -59,6 +81,11 @@ def test_ulysses_takes_uneven_shares(tmp_path: Path) -> None:
 
 def test_ulysses_takes_a_text_mask(tmp_path: Path) -> None:
     _in_processes(_compare_masked, "flux", tmp_path)
+
+
+@pytest.mark.parametrize("family", WEIGHTS_SHARED)
+def test_ulysses_takes_every_method_or_says_why_not(family: str, tmp_path: Path) -> None:
+    _in_processes(_try_methods, family, tmp_path)
 
 
 def test_gradients_under_ulysses_are_refused(tmp_path: Path) -> None:
@@ -114,6 +141,20 @@ def _compare_masked(rank: int, family: str) -> None:
     assert torch.allclose(out, expected, atol=1e-5)
     with pytest.raises(LayoutError, match="image tokens"):
         run(model, {**arguments, "joint_attention_kwargs": {"attention_mask": mask}})
+
+
+def _try_methods(rank: int, family: str) -> None:
+    base, arguments = build(family), inputs_of(family, grid=(4, 6), text_len=4)
+    for config in (*WEIGHTS_SHARED[family], *WEIGHTS_BY_HEAD):
+        model = copy.deepcopy(base)
+        linearize_(model, config)
+        expected = run(model, arguments)
+        _share_tokens(model)
+        if config in WEIGHTS_SHARED[family]:
+            assert torch.allclose(run(model, arguments), expected, atol=1e-5), config
+        else:
+            with pytest.raises(LayoutError, match=r"weights for each of 2 heads, and 1 of them"):
+                run(model, arguments)
 
 
 def _differentiate(rank: int, family: str) -> None:
