@@ -150,8 +150,8 @@ def _check_heads(attention: LinearAttention, query: Tensor) -> None:
     if query.shape[1] != num_heads and not alike:
         method = type(kernel.config).__name__
         raise LayoutError(
-            f"{attention._lineardit_name}: {method} has weights for each of {num_heads} heads, and {query.shape[1]} of them "
-            "are here (context or tensor parallelism): run it without, or take a method whose weights all heads share"
+            f"{attention._lineardit_name}: {method} has weights for each of {num_heads} heads, and {query.shape[1]} of "
+            "them are here (context or tensor parallelism): run it without, or take a method whose weights all heads share"
         )
 
 
