@@ -151,7 +151,7 @@ def _check_heads(attention: LinearAttention, query: Tensor) -> None:
         method = type(kernel.config).__name__
         raise LayoutError(
             f"{attention._lineardit_name}: {method} has weights for each of {num_heads} heads, and {query.shape[1]} of "
-            "them are here (context or tensor parallelism): run it without, or take a method whose weights all heads share"
+            "them are here (context or tensor parallelism): run it without, or take a method whose heads share weights"
         )
 
 
