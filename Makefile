@@ -58,7 +58,7 @@ marks: $(STAMP)  ## the figures of the README, again: about an hour, resumable
 bench-cpu: $(STAMP)  ## window attention against dense attention on this CPU
 	$(BIN)/python benchmarks/cpu.py
 
-support: $(STAMP)  ## the README's table of models, from the tests: about ten minutes
+support: $(STAMP)  ## the README's table of models, from the tests: some minutes
 	$(TEST_ENV) $(BIN)/python benchmarks/support.py
 
 clean:  ## remove what the targets made, except pictures and runs
