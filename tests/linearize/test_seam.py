@@ -16,6 +16,12 @@ from lineardit.linearize.seam import state_of
 from tiny_models import FAMILIES, MODELS, build, cast, inputs_of, output, position_ids, run
 
 IMPLS = (*ALL, "auto")
+# HunyuanImage hands its blocks a keyword that diffusers' own checkpointing function refuses
+CHECKPOINTED = [
+    name
+    for name in FAMILIES
+    if getattr(diffusers, MODELS[name].needs)._supports_gradient_checkpointing and name != "hunyuan-image"
+]
 COVERING = Clear(radius=20)
 SMALL = Clear(radius=2.3)
 
@@ -192,9 +198,7 @@ def test_flux_fused_projections_keep_the_window() -> None:
     assert torch.allclose(run(model, arguments), apart, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if getattr(diffusers, MODELS[name].needs)._supports_gradient_checkpointing]
-)
+@pytest.mark.parametrize("family", CHECKPOINTED)
 def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
     model = build(family)
     linearize_(model, Clear(radius=2.3, pool_size=2))
