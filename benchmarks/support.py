@@ -19,7 +19,7 @@ FEATURES = {
     "full window = original": "test_linearize_covering_window_is_bit_equal",
     "restored": "test_restore_gives_the_base_bit_for_bit",
     "new size": "test_linearize_follows_the_resolution",
-    "adapter": "test_load_adapter_round_trips_other_families",
+    "adapter": "test_load_adapter_round_trips_every_family",
     "checkpointing": "test_gradient_checkpointing_gives_the_same_gradients",
     "copied, pickled": "test_deepcopy_and_pickle_are_models_of_their_own",
 }
@@ -69,7 +69,9 @@ def main() -> None:
         report = Path(folder) / "report.xml"
         names = " or ".join(FEATURES.values())
         command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-k", names, f"--junitxml={report}"]
-        subprocess.run([*command, *FILES], cwd=ROOT, check=False)
+        code = subprocess.run([*command, *FILES], cwd=ROOT).returncode
+        if code not in (0, 1):  # 1: some failed, the table says which
+            raise SystemExit("pytest did not run to its end, so the table stays as it was")
         table = as_markdown(models, outcomes(report, list(models)))
     before, rest = README.read_text().split(BEGIN)
     _, after = rest.split(END)

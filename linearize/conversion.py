@@ -121,6 +121,7 @@ def convert_and_merge(
         raise ValueError(f"a merged pipeline is a folder, got the output {output}")
     check_output(Path(output), overwrite=overwrite)
     if config is None and importer is None:
+        check_whole_adapter(layers, min_tokens)
         pipe = from_pretrained(adapter_or_base, dtype=dtype, revision=revision, offline=offline, keep_original=False)
     else:
         _check_settings(config, importer, layers, min_tokens)
@@ -133,6 +134,12 @@ def convert_and_merge(
 def is_adapter(name: str | Path, *, revision: str | None = None, offline: bool = False) -> bool:
     """Whether a folder, file or Hub id is an adapter."""
     return adapter_file(find_place(name, revision=revision, offline=offline)) is not None
+
+
+def check_whole_adapter(layers: str | Sequence[str] | None, min_tokens: int) -> None:
+    """Raise a ValueError where layers are chosen of an adapter, which has its own."""
+    if layers is not None or min_tokens > 0:
+        raise ValueError(f"an adapter keeps the layers that it has, got {layers=} and {min_tokens=}: give its base")
 
 
 def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) -> None:

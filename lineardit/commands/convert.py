@@ -30,7 +30,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
 ) -> None:
     """Convert a model to an adapter; this reads its configuration, not its weights. Or rewrite or merge an adapter."""
-    from ..linearize.conversion import convert_and_merge, convert_base, is_adapter, repack_adapter
+    from ..linearize.conversion import check_whole_adapter, convert_and_merge, convert_base, is_adapter, repack_adapter
     from ..linearize.opening import named_dtype
     from .quiet import quiet_libraries
 
@@ -43,6 +43,7 @@ def convert(
         print(f"Wrote {output}; generate with: lineardit generate {output} PROMPT")
         return
     if config is None and importer is None and is_adapter(base, revision=revision, offline=offline):
+        check_whole_adapter(layers, min_tokens)
         repack_adapter(base, **places)
     else:
         convert_base(base, config, **conversion, **places)

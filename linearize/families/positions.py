@@ -84,14 +84,16 @@ def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
             f"hidden_states hold {tokens} image tokens, img_ids {ids.shape[0]}: make both from the same height and "
             "width (a token is a 2x2 patch of latents)"
         )
+    sight, exact = _beside_text(ids, arguments["encoder_hidden_states"].shape[1])
+    # as many axes as came: context parallelism splits them by their place
+    return replace(sight, replaced={"img_ids": exact.expand_as(arguments["img_ids"])})
+
+
+def _beside_text(ids: Tensor, text_len: int) -> tuple[Sight, Tensor]:
+    """What ids [N, axes] of the image and its references say, after a text; and the same ids without rounding."""
     grid, num_references, exact = image_and_references(ids)
-    text_len = arguments["encoder_hidden_states"].shape[1]
-    return Sight(
-        grid=grid,
-        text_lens=(text_len + num_references,),
-        image_starts=(text_len,) if num_references else None,
-        replaced={"img_ids": exact.expand_as(arguments["img_ids"])},  # context parallelism splits them by their axes
-    )
+    starts = (text_len,) if num_references else None
+    return Sight(grid=grid, text_lens=(text_len + num_references,), image_starts=starts), exact
 
 
 def see_flux2(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
@@ -104,13 +106,8 @@ def see_flux2(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
 def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     """Krea 2: position_ids [text + N, 3] of both; hidden_states [B, N, C], encoder_hidden_states [B, text, ...]."""
     ids, text_len = arguments["position_ids"], arguments["encoder_hidden_states"].shape[1]
-    grid, num_references, exact = image_and_references(ids[text_len:])
-    return Sight(
-        grid=grid,
-        text_lens=(text_len + num_references,),
-        image_starts=(text_len,) if num_references else None,
-        replaced={"position_ids": torch.cat([ids[:text_len].float(), exact])},
-    )
+    sight, exact = _beside_text(ids[text_len:], text_len)
+    return replace(sight, replaced={"position_ids": torch.cat([ids[:text_len].float(), exact])})
 
 
 def see_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:

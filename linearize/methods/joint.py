@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...kernels.linear import attend_to_text, log_mass
+from ...kernels.window.operator import split_text
 from ...kernels.window.reference import key_mask
 from ..layout import Grid, Layout
 
@@ -51,9 +52,9 @@ def joint_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if layout.text_len == 0:
         return attend_to_image(query, key, value, layout.grid, scale)
-    _, image_query = _split(query, layout)
-    text_key, image_key = _split(key, layout)
-    text_value, image_value = _split(value, layout)
+    _, image_query = split_text(query, layout.text_len, layout.text_first)
+    text_key, image_key = split_text(key, layout.text_len, layout.text_first)
+    text_value, image_value = split_text(value, layout.text_len, layout.text_first)
     image_out = attend_to_image(image_query, image_key, image_value, layout.grid, scale)
     mass = log_mass(image_query, image_key, scale=scale)
     if balance is not None:
@@ -72,18 +73,8 @@ def joint_pairs(image_pairs: int, num_image: int, text_len: int, head_dim: int) 
 
 def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """What text queries get, [B, H, T, D]."""
-    text_query, image_query = _split(query, layout)
+    text_query, image_query = split_text(query, layout.text_len, layout.text_first)
     mask = None
     if layout.text_mask is not None:
         mask = key_mask(layout.text_mask, image_query.shape[2], layout.text_first)
     return scaled_dot_product_attention(text_query, key, value, attn_mask=mask, scale=scale)
-
-
-def _split(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """[B, H, N, D] -> text [B, H, T, D], image [B, H, n, D]."""
-    image_len = x.shape[2] - layout.text_len
-    if layout.text_first:
-        text, image = x.split([layout.text_len, image_len], dim=2)
-    else:
-        image, text = x.split([image_len, layout.text_len], dim=2)
-    return text, image

@@ -7,7 +7,7 @@ from benchmarks import support
 from tiny_models import FAMILIES, MODELS
 
 REPORT = """<testsuites><testsuite>
-<testcase name="test_load_adapter_round_trips_other_families[flux2]"/>
+<testcase name="test_load_adapter_round_trips_every_family[flux2]"/>
 <testcase name="test_linearize_receptive_field_is_the_window[flux-tiled]"/>
 <testcase name="test_linearize_receptive_field_is_the_window[flux-auto]"><failure/></testcase>
 <testcase name="test_linearize_receptive_field_is_the_window[flux-controlnet-auto]"/>
@@ -20,7 +20,7 @@ def test_outcomes_and_table_say_what_ran_and_passed(tmp_path: Path) -> None:
     families = ["flux", "flux2", "flux-controlnet"]
     found = support.outcomes(tmp_path / "report.xml", families)
     assert found == {
-        ("test_load_adapter_round_trips_other_families", "flux2"): [True],
+        ("test_load_adapter_round_trips_every_family", "flux2"): [True],
         ("test_linearize_receptive_field_is_the_window", "flux"): [True, False],
         ("test_linearize_receptive_field_is_the_window", "flux-controlnet"): [True],
     }
@@ -45,3 +45,6 @@ def test_readme_table_has_every_model_and_no_failure() -> None:
     assert [cell.strip() for cell in header.strip("|").split("|")] == ["model", *support.FEATURES]
     assert [row.split("`")[1] for row in rows] == [MODELS[family].needs for family in FAMILIES]
     assert "**no**" not in table
+    for row in rows:
+        cells = dict(zip(support.FEATURES, [cell.strip() for cell in row.strip("|").split("|")][1:], strict=True))
+        assert {feature for feature, cell in cells.items() if cell == "-"} <= {"checkpointing"}, row

@@ -348,6 +348,8 @@ def test_convert_merges_an_adapter_or_a_base(base: Path, tmp_path: Path, capsys:
         (["ADAPTER", "--method", "clear", "--radius", "2"], "is an adapter, which has its method already"),
         (["ADAPTER", "--merge", "--method", "clear", "--radius", "2"], "is an adapter, which has its method already"),
         (["FILE", "--method", "clear", "--radius", "2"], "is an adapter, which has its method already"),
+        (["ADAPTER", "--layers", "x"], "an adapter keeps the layers that it has, got layers='x'"),
+        (["ADAPTER", "--merge", "--min-tokens", "9"], "an adapter keeps the layers that it has"),
         (["ADAPTER", "--radius", "2"], "radius is a setting of a method: say which with --method"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -359,6 +361,7 @@ def test_convert_refuses_in_one_sentence(base: Path, tmp_path: Path, capsys: Any
         "ADAPTER": save_adapter(student, tmp_path / "adapter"),
         "FILE": save_adapter(student, tmp_path / "x.safetensors"),
     }
+    capsys.readouterr()  # loading bars of the lines above
     assert command("convert", *(places.get(word, word) for word in words), "-o", tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert said in message and message.count("\n") == 1

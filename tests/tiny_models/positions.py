@@ -15,17 +15,21 @@ def position_ids(grid: Grid, *, dtype: torch.dtype = torch.float32, offset: int 
     return ids.to(dtype)
 
 
+def _like_flux(num_layers: int) -> Arguments:
+    """What the configs of FLUX and its relatives have in common."""
+    return {
+        "in_channels": 4,
+        "num_layers": num_layers,
+        "num_single_layers": num_layers,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+    }
+
+
 def flux(num_layers: int = 1) -> nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
+    return diffusers.FluxTransformer2DModel(**_like_flux(num_layers), pooled_projection_dim=32)
 
 
 def flux_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
@@ -47,15 +51,7 @@ def without_pooled(grid: Grid, text_len: int, batch: int) -> Arguments:
 
 
 def flux2(num_layers: int = 1) -> nn.Module:
-    return diffusers.Flux2Transformer2DModel(
-        in_channels=4,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
+    return diffusers.Flux2Transformer2DModel(**_like_flux(num_layers) | {"axes_dims_rope": (4, 4, 4, 4)})
 
 
 def flux2_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
@@ -70,13 +66,7 @@ def flux2_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
 
 def chroma(num_layers: int = 1) -> nn.Module:
     return diffusers.ChromaTransformer2DModel(
-        in_channels=4,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 4, 8),
+        **_like_flux(num_layers),
         approximator_num_channels=8,
         approximator_hidden_dim=16,
         approximator_layers=1,
@@ -91,28 +81,11 @@ def chroma_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
 
 
 def bria(num_layers: int = 1) -> nn.Module:
-    return diffusers.BriaTransformer2DModel(
-        in_channels=4,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=[4, 4, 8],
-    )
+    return diffusers.BriaTransformer2DModel(**_like_flux(num_layers))
 
 
 def bria_fibo(num_layers: int = 1) -> nn.Module:
-    return diffusers.BriaFiboTransformer2DModel(
-        in_channels=4,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=[4, 4, 8],
-        text_encoder_dim=16,
-    )
+    return diffusers.BriaFiboTransformer2DModel(**_like_flux(num_layers), text_encoder_dim=16)
 
 
 def bria_fibo_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
@@ -128,29 +101,11 @@ def bria_fibo_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
 
 
 def longcat_image(num_layers: int = 1) -> nn.Module:
-    return diffusers.LongCatImageTransformer2DModel(
-        in_channels=4,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=[4, 4, 8],
-    )
+    return diffusers.LongCatImageTransformer2DModel(**_like_flux(num_layers), pooled_projection_dim=32)
 
 
 def ovis_image(num_layers: int = 1) -> nn.Module:
-    return diffusers.OvisImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
+    return diffusers.OvisImageTransformer2DModel(**_like_flux(num_layers), out_channels=4)
 
 
 def krea2(num_layers: int = 2) -> nn.Module:
