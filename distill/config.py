@@ -3,7 +3,7 @@
     [base]      the teacher            [loss]       weights of the three terms     [run]       steps, batch, precision
     [data]      what prepare made      [optimizer]  AdamW                          [save]      checkpoints, log
     [method]    the new attention      [schedule]   of the learning rate           [validate]  pictures on the way
-    [trained]   which weights learn    [noise]      of the training inputs
+    [trained]   which weights learn    [noise]      of the training inputs    [layerwise] an optional first stage
 
 `[method]` is one method (`method = "clear"`, `radius = 16`), or one table per pattern of module names.
 """
@@ -110,6 +110,20 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layerwise:
+    """A first stage (`layerwise.py`), before `run.steps` end to end; the schedule's kind, with a warm-up of its own."""
+
+    steps: int = 0  # 0: no such stage
+    lr: float = 1e-3
+    warmup: int = 10  # steps
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "layerwise.steps", ">= 0", self.steps)
+        _require(self.lr > 0, "layerwise.lr", "> 0", self.lr)
+        _require(self.warmup >= 0, "layerwise.warmup", ">= 0", self.warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Noise:
     """sigma = sigmoid(mean + std * normal), then shifted for the resolution as the pipeline's scheduler does."""
 
@@ -120,7 +134,7 @@ class Noise:
 @dataclass(frozen=True, kw_only=True)
 class Run:
     directory: str
-    steps: int
+    steps: int  # end to end
     batch_size: int = 8  # samples per step, over all processes
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
@@ -167,6 +181,7 @@ class DistillConfig:
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    layerwise: Layerwise = field(default_factory=Layerwise)
     noise: Noise = field(default_factory=Noise)
     save: Save = field(default_factory=Save)
     validate: Validate = field(default_factory=Validate)

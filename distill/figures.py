@@ -10,7 +10,7 @@ from ..linearize.folders import write_whole
 
 
 class StepLog:
-    """A CSV with one row per step, and the curve drawn from it.
+    """A CSV with one row per step, a cell of a term that the step has not left empty, and the curve drawn from it.
 
     Args:
         path: The CSV; its first column is `step`.
@@ -29,15 +29,25 @@ class StepLog:
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
-    def draw(self, path: Path) -> None:
-        """A line per term over the steps, faint as measured and strong as running mean."""
+    def draw(self, path: Path, *, first_stage: int = 0) -> None:
+        """A line per term over the steps, faint as measured and strong as running mean.
+
+        Args:
+            first_stage: Steps of another loss before; a vertical line ends them.
+        """
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        steps = [row["step"] for row in self.rows]
+        before = sum(row["step"] <= first_stage for row in self.rows)
+        stages = self.rows[:before], self.rows[before:]
         for number, name in enumerate(name for name in self.columns if name not in ("step", "lr", "seconds")):
-            values = [row[name] for row in self.rows]
-            axes.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
-            axes.plot(steps, _running_mean(values, 0.98), color=f"C{number}", label=name)
+            axes.plot([], [], color=f"C{number}", label=name)
+            for rows in stages:
+                steps = [row["step"] for row in rows if name in row]
+                values = [row[name] for row in rows if name in row]
+                axes.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
+                axes.plot(steps, _running_mean(values, 0.98), color=f"C{number}")
+        if first_stage:
+            axes.axvline(first_stage + 0.5, color="black", linewidth=0.8, linestyle="--")
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.grid(alpha=0.3)
@@ -55,7 +65,9 @@ def _read(path: Path) -> list[dict[str, float]]:
         return []
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a killed run may leave half a line
-    return [{name: int(value) if name == "step" else float(value) for name, value in row.items()} for row in rows]
+    return [
+        {name: int(value) if name == "step" else float(value) for name, value in row.items() if value} for row in rows
+    ]
 
 
 def _running_mean(values: Sequence[float], decay: float) -> list[float]:

@@ -34,11 +34,16 @@ def describe_plan(
         "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}",
         "data": f"{len(samples)} samples ({config.validate.samples} held out), "
         + ", ".join(f"{rows}x{columns} = {rows * columns} image tokens" for rows, columns in grids),
-        "steps": f"{config.run.steps} of {config.run.batch_size} samples = {processes} processes x "
-        f"{config.run.gradient_accumulation} accumulated x {micro}",
+        "steps": f"{_first_stage(config)}{config.run.steps} of {config.run.batch_size} samples = "
+        f"{processes} processes x {config.run.gradient_accumulation} accumulated x {micro}",
         "memory": _memory(config, model, report, max(rows * columns for rows, columns in grids), micro),
     }
     return "\n".join(f"{name:>8}: {text}" for name, text in lines.items())
+
+
+def _first_stage(config: DistillConfig) -> str:
+    first = config.layerwise
+    return f"{first.steps} layer by layer at rate {first.lr:g}, then " if first.steps else ""
 
 
 def _memory(config: DistillConfig, model: nn.Module, report: SwapReport, num_tokens: int, micro: int) -> str:

@@ -1,10 +1,13 @@
-"""One student in training: the teacher's forward, the student's, one loss, one step, on any number of processes."""
+"""One student in training: the teacher's forward, the student's, one loss, one step, on any number of processes.
+
+Steps are counted from 1 over both stages: first those layer by layer (`layerwise.py`), if any, then those end to end.
+"""
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +24,14 @@ from .config import DistillConfig
 from .data import Batch, Order, TeacherSamples, counter_generator
 from .families import family_of
 from .figures import StepLog
+from .layerwise import average_gradients, lessons
 from .losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
 from .sheet import write_sheet
 from .student import teacher, trained_parameters
 
 logger = logging.getLogger(__name__)
+
+Part = tuple[Batch, Tensor, Tensor]  # what one forward takes: samples, noise [B, N, C], sigma [B]
 
 
 class DivergedError(RuntimeError):
@@ -33,14 +39,18 @@ class DivergedError(RuntimeError):
 
 
 def learning_rate(config: DistillConfig, step: int) -> float:
-    """Of a step counted from 0."""
-    schedule, steps = config.schedule, config.run.steps
-    rate = config.optimizer.lr
-    if step < schedule.warmup:
-        return rate * (step + 1) / schedule.warmup
+    """Of a step counted from 0; each stage has the whole schedule."""
+    schedule, first = config.schedule, config.layerwise
+    if step < first.steps:
+        rate, steps, warmup = first.lr, first.steps, first.warmup
+    else:
+        rate, steps, warmup = config.optimizer.lr, config.run.steps, schedule.warmup
+        step -= first.steps
+    if step < warmup:
+        return rate * (step + 1) / warmup
     if schedule.kind == "constant":
         return rate
-    progress = (step - schedule.warmup) / max(1, steps - schedule.warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
     return rate * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2)
 
 
@@ -100,19 +110,21 @@ class Trainer:
     def fit(self, start: int) -> None:
         """Train from step `start` to the last one, with checkpoints, curve and pictures on the way."""
         config, main = self.config, self.accelerator.is_main_process
-        columns = [*self.weights, "loss", "lr", "seconds"]
+        first = config.layerwise.steps
+        last_step = first + config.run.steps
+        columns = [*(["layerwise"] if first else []), *self.weights, "loss", "lr", "seconds"]
         log = StepLog(self.directory / "loss.csv", columns, last_step=start) if main else None
         began = time.perf_counter() - (log.rows[-1]["seconds"] if log and log.rows else 0.0)
-        progress = tqdm(total=config.run.steps, initial=start, desc="distill", unit="step", disable=not main)
-        for step in range(start + 1, config.run.steps + 1):
+        progress = tqdm(total=last_step, initial=start, desc="distill", unit="step", disable=not main)
+        for step in range(start + 1, last_step + 1):
             row = self.step(step)
             progress.update()
             progress.set_postfix(loss=f"{row['loss']:.4f}")
-            last = step == config.run.steps
+            last = step == last_step
             if log:
                 log.append({"step": step, **row, "seconds": round(time.perf_counter() - began, 3)})
                 if last or step % config.save.log_every == 0:
-                    log.draw(self.directory / "loss.png")
+                    log.draw(self.directory / "loss.png", first_stage=first)
             if last or step % config.save.every == 0:
                 save_checkpoint(self.accelerator, self.directory, step)
                 if main:
@@ -122,11 +134,35 @@ class Trainer:
         progress.close()
 
     def step(self, step: int) -> dict[str, float]:
-        """One update, counted from 1; the loss terms over the whole batch, and the learning rate."""
+        """One update; the loss terms over the whole batch, and the learning rate."""
+        first = self.config.layerwise.steps
+        if step == first + 1:
+            self.optimizer.state.clear()  # what AdamW remembers is of another loss
         rate = learning_rate(self.config, step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = list(self._parts(step))
+        row = self._layer_by_layer(parts) if step <= first else self._end_to_end(parts)
+        self._check_finite(row, step)
+        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.config.optimizer.max_grad_norm)
+        self._check_finite({"gradient": float(norm)}, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return row | {"loss": sum(self.weights.get(name, 1) * value for name, value in row.items()), "lr": rate}
+
+    def _layer_by_layer(self, parts: Sequence[Part]) -> dict[str, float]:
+        """Gradients of the first stage's loss, and its mean over layers."""
+        sums = torch.zeros(len(self.layers), device=self.accelerator.device)
+        for batch, noise, sigma in parts:
+            inputs = self._inputs(batch, noise, sigma)
+            with torch.no_grad(), lessons(self.model, self._autocast, share=1 / len(parts)) as errors, self._native():
+                self.model(**inputs)
+            sums += torch.stack([errors[name] for name in self.layers])
+        average_gradients(self.accelerator, list(self.trained.values()))
+        return {"layerwise": self.accelerator.reduce(sums / len(parts), "mean").mean().item()}
+
+    def _end_to_end(self, parts: Sequence[Part]) -> dict[str, float]:
+        """Gradients of the objective, and its terms."""
         sums = torch.zeros(len(self.weights), device=self.accelerator.device)
         for number, (batch, noise, sigma) in enumerate(parts, start=1):
             waits = number < len(parts)  # the processes exchange gradients with the last part
@@ -135,16 +171,10 @@ class Trainer:
                 self.accelerator.backward(weighted_sum(terms, self.config.loss) / len(parts))
             sums += torch.stack([terms[name].detach() for name in self.weights])
         means = self.accelerator.reduce(sums / len(parts), "mean").tolist()
-        row = dict(zip(self.weights, means, strict=True))
-        self._check_finite(row, step)
-        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.config.optimizer.max_grad_norm)
-        self._check_finite({"gradient": float(norm)}, step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return row | {"loss": sum(self.weights[name] * value for name, value in row.items()), "lr": rate}
+        return dict(zip(self.weights, means, strict=True))
 
-    def _parts(self, step: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """This process' share of the step's batch, in parts that fit the memory: samples, noise, sigma [B]."""
+    def _parts(self, step: int) -> Iterator[Part]:
+        """This process' share of the step's batch, in parts that fit the memory."""
         run, accelerator = self.config.run, self.accelerator
         size = run.batch_size // (accelerator.num_processes * run.gradient_accumulation)
         chosen = self.order.batch(step - 1)
@@ -161,20 +191,13 @@ class Trainer:
 
     def terms(self, batch: Batch, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         """The loss terms whose weight is not 0, for these samples with this noise."""
-        mixed = self.config.run.mixed_precision == "bf16"
-        autocast = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=mixed)
-        share = sigma[:, None, None]
-        noisy = ((1 - share) * batch.latents.float() + share * noise).to(self.dtype)
-        guidance = self.samples.settings["guidance"]
-        inputs = self.family.inputs(self.model, noisy, sigma, batch.conditions, grid=batch.grid, guidance=guidance)
+        inputs = self._inputs(batch, noise, sigma)
         layers = self.layers if "attention" in self.weights else {}
         wanted = {}
         if "prediction" in self.weights or layers:
-            # a base in bfloat16 needs no autocast, and without it the teacher is the original to the last bit
-            native = nullcontext() if self.dtype == torch.bfloat16 else autocast
-            with teacher(self.model), attention_outputs(layers) as wanted, native:
+            with teacher(self.model), attention_outputs(layers) as wanted, self._native():
                 target = self.model(**inputs)[0]
-        with attention_outputs(layers) as given, autocast:
+        with attention_outputs(layers) as given, self._autocast():
             prediction = self.student(**inputs)[0]
         compute: Mapping[str, Callable[[], Tensor]] = {
             "flow": lambda: flow_loss(prediction, batch.latents, noise),
@@ -183,15 +206,30 @@ class Trainer:
         }
         return {name: compute[name]() for name in self.weights}
 
+    def _inputs(self, batch: Batch, noise: Tensor, sigma: Tensor) -> dict[str, Any]:
+        """The model's arguments for these samples with this noise."""
+        share = sigma[:, None, None]
+        noisy = ((1 - share) * batch.latents.float() + share * noise).to(self.dtype)
+        guidance = self.samples.settings["guidance"]
+        return self.family.inputs(self.model, noisy, sigma, batch.conditions, grid=batch.grid, guidance=guidance)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The student's precision."""
+        mixed = self.config.run.mixed_precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=mixed)
+
+    def _native(self) -> AbstractContextManager[Any]:
+        """The teacher's: a base in bfloat16 needs no autocast, and is the original to the last bit without it."""
+        return nullcontext() if self.dtype == torch.bfloat16 else self._autocast()
+
     @torch.no_grad()
     def validate(self, step: int) -> None:
         """The student draws the samples left out: pictures beside the teacher's, and the latent MSE."""
         pairs, errors = [], []
-        mixed = self.config.run.mixed_precision == "bf16"
         for index in range(len(self.samples) - self.config.validate.samples, len(self.samples)):
             sample = self.samples.samples[index]
             batch = self.samples.load([index]).to(self.accelerator.device, self.dtype)
-            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=mixed):
+            with self._autocast():
                 latents = self.family.generate(
                     self.pipe,
                     batch.conditions,
@@ -213,5 +251,6 @@ class Trainer:
         for name, value in values.items():
             if not math.isfinite(value):
                 found = latest_checkpoint(self.directory)
+                rate = "layerwise.lr" if step <= self.config.layerwise.steps else "optimizer.lr"
                 kept = f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
-                raise DivergedError(f"{name} is {value} at step {step}; {kept}; try a lower optimizer.lr")
+                raise DivergedError(f"{name} is {value} at step {step}; {kept}; try a lower {rate}")

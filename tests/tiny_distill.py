@@ -1,8 +1,17 @@
-"""A FLUX pipeline of two blocks with random weights, and prompts for it."""
+"""A FLUX pipeline of two blocks with random weights, prompts for it, and distillations as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
+from lineardit.distill.config import DistillConfig, config_to_tables
 from lineardit.examples.tiny_flux.model import build_pipeline
+
+ROOT = Path(__file__).parents[1]
 
 PROMPTS = [
     f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "triangle", "cross")
@@ -27,3 +36,23 @@ def build_tiny(*, guidance_embeds: bool = False) -> FluxPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def write_config(config: DistillConfig, path: Path) -> Path:
+    """The config as TOML; JSON's values are TOML's, but for null."""
+    tables = config_to_tables(config)
+    lines = [
+        f"{table}.{key} = {json.dumps(value)}"
+        for table, settings in tables.items()
+        for key, value in settings.items()
+        if value is not None
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def launch_run(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[bytes]:
+    """A distillation in processes of its own."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "lineardit.distill", str(config), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)

@@ -1,13 +1,9 @@
 """Whole runs of a few steps: the same with two processes, after kill -9, and never over a NaN."""
 
 import csv
-import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_distill import launch_run, write_config
 
 from lineardit import dense, from_pretrained
 from lineardit.distill.__main__ import main
 from lineardit.distill.checkpoint import latest_checkpoint
-from lineardit.distill.config import DistillConfig, config_to_tables
+from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.families import family_of
 from lineardit.distill.runs import check_run, record_run
@@ -28,45 +25,26 @@ from lineardit.distill.student import build_student_
 from lineardit.distill.train import distill, load_base, start_accelerator
 from lineardit.distill.trainer import DivergedError, Trainer, learning_rate
 
-ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., DistillConfig]
 POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
 
 
 def _rows(run: Path) -> list[dict[str, float]]:
     with (run / "loss.csv").open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def _final(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "lineardit.safetensors")
 
 
-def _write(config: DistillConfig, path: Path) -> Path:
-    """The config as TOML; JSON's values are TOML's, but for null."""
-    tables = config_to_tables(config)
-    lines = [
-        f"{table}.{key} = {json.dumps(value)}"
-        for table, settings in tables.items()
-        for key, value in settings.items()
-        if value is not None
-    ]
-    path.write_text("\n".join(lines))
-    return path
-
-
-def _launch(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[bytes]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "lineardit.distill", str(config), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-
-
 def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    """The same ten losses at the same global batch, with two parts per process on one side."""
-    run = {"steps": 10, "batch_size": 4}
-    alone = make_config(run=run | {"directory": str(tmp_path / "one"), "gradient_accumulation": 2})
-    together = make_config(run=run | {"directory": str(tmp_path / "two")})
-    process = _launch(_write(together, tmp_path / "two.toml"), processes=2)
+    """The same ten losses at the same global batch, with two parts per process on one side, in both stages."""
+    run = {"steps": 7, "batch_size": 4}
+    first = {"steps": 3, "lr": 1e-2}
+    alone = make_config(layerwise=first, run=run | {"directory": str(tmp_path / "one"), "gradient_accumulation": 2})
+    together = make_config(layerwise=first, run=run | {"directory": str(tmp_path / "two")})
+    process = launch_run(write_config(together, tmp_path / "two.toml"), processes=2)
     distill(alone)
     assert process.wait() == 0, process.stderr.read().decode()
     for one, two in zip(_rows(tmp_path / "one"), _rows(tmp_path / "two"), strict=True):
@@ -87,9 +65,9 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
 ) -> None:
     steps = {"steps": 60, "batch_size": 2}
     config = make_config(trained=trained, run=steps, save={"every": 3})
-    file = _write(config, tmp_path / "config.toml")
+    file = write_config(config, tmp_path / "config.toml")
     run, csv_file = Path(config.run.directory), Path(config.run.directory) / "loss.csv"
-    process = _launch(file)
+    process = launch_run(file)
     kill_after = random.Random(time.time_ns()).randrange(4, 50)
     while process.poll() is None and not (csv_file.is_file() and len(csv_file.read_text().splitlines()) > kill_after):
         time.sleep(0.002)
@@ -214,6 +192,7 @@ def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> N
             "trained.kind was 'lora', now 'attention'",
         ),
         ({"run": {"steps": 7}}, "run.steps was 6, now 7"),
+        ({"layerwise": {"steps": 7}}, "layerwise.steps was 0, now 7"),
         ({"run": {"seed": 1, "batch_size": 6}}, "run.batch_size was 4, now 6; run.seed was 0, now 1"),
     ],
 )
@@ -253,7 +232,7 @@ def test_main_tells_bad_input_in_one_sentence(
     arguments: list[str], message: str, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config()
-    assert main([str(_write(config, tmp_path / "config.toml")), *arguments]) == 2
+    assert main([str(write_config(config, tmp_path / "config.toml")), *arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("lineardit.distill: ")
     assert message in last

@@ -1,0 +1,99 @@
+"""The optional first stage: each swapped layer learns the teacher's attention output on the teacher's own inputs.
+
+    L = sum_layers mean_samples |a_s - a_t|^2 / |a_t|^2
+
+a_s and a_t what an attention module gives as student and as teacher for the same input, the one that it has in the
+teacher's forward; |.|^2 the sum over all elements of a sample, image and text, in float32. Methods that change the
+formula of attention begin far from the teacher: here a layer's error does not reach the next.
+
+One forward of the model, without gradients, teaches all layers. For the seam it is a student's, so that every grid is
+published as ever; but a swapped module answers as the teacher, and what follows sees the teacher's activations, bit for
+bit. Before it answers it runs as the student, with gradients and on the same arguments, and once the teacher's answer
+is there its error goes back through this one module. So there is no backward through the model, memory holds the graph
+of one layer at a time, and gradient checkpointing, which is for graphs, has nothing to do.
+
+The backwards run inside the forward, where DistributedDataParallel does not expect them: it stays out, and
+`average_gradients` does its work. Every process must hold all parameters: sharded ones (FSDP, ZeRO 3) do not work.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..linearize.convert import swapped
+from .student import teacher
+
+Output = Tensor | tuple[Tensor, ...]  # the image's, or (image, text) of a joint attention
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+def layer_error(student: Output, teacher: Output) -> Tensor:
+    """Of one layer: 0 for the teacher's own output, 1 for an output of zeros; a float32 scalar."""
+    given, wanted = (output if isinstance(output, tuple) else (output,) for output in (student, teacher))
+    pairs = [(s.float().flatten(1), t.float().flatten(1)) for s, t in zip(given, wanted, strict=True)]
+    error = torch.stack([(s - t).square().sum(1) for s, t in pairs]).sum(0)  # [B]
+    return (error / torch.stack([t.square().sum(1) for _, t in pairs]).sum(0)).mean()
+
+
+@contextmanager
+def lessons(model: nn.Module, precision: Precision, *, share: float = 1.0) -> Iterator[dict[str, Tensor]]:
+    """Make each forward of a student, called under no_grad, the teacher's, and a lesson for every swapped module.
+
+    Gradients are added to those that are there; no hook stays behind.
+
+    Args:
+        model: A student of `build_student_`, not a wrapper.
+        precision: The context in which a module runs as the student.
+        share: Factor of the loss.
+    Yields:
+        Each module's error in the last forward, by name.
+    """
+    errors: dict[str, Tensor] = {}
+    with ExitStack() as undo:
+        for name, module in swapped(model).items():
+            lesson = _Lesson(model, precision, share, partial(errors.__setitem__, name))
+            undo.callback(lesson.as_teacher.close)
+            undo.callback(module.register_forward_pre_hook(lesson.ask, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(lesson.learn).remove)
+        yield errors
+
+
+class _Lesson:
+    """The hooks of one module: before its forward, which is the teacher's, and after."""
+
+    def __init__(self, model: nn.Module, precision: Precision, share: float, note: Callable[[Tensor], None]) -> None:
+        self.model = model
+        self.precision = precision
+        self.share = share
+        self.note = note
+        self.as_teacher = ExitStack()
+        self.answer: Output = ()
+
+    def ask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.enable_grad(), self.precision():
+            self.answer = module.forward(*args, **kwargs)  # not module(...), which would come back here
+        self.as_teacher.enter_context(teacher(self.model))
+
+    def learn(self, module: nn.Module, args: tuple[Any, ...], output: Output) -> None:
+        self.as_teacher.close()
+        device = next(module.parameters()).device
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            error = layer_error(self.answer, output)
+            (self.share * error).backward()
+        self.answer = ()
+        self.note(error.detach())
+
+
+def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """The mean of each gradient over the processes, in place; all of them in one message."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    means = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

@@ -1,0 +1,220 @@
+"""The first stage: each layer's own gradient on the teacher's activations, and runs that stop and go on in it."""
+
+import csv
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.data import TeacherSamples
+from lineardit.distill.families import family_of
+from lineardit.distill.layerwise import layer_error, lessons
+from lineardit.distill.student import build_student_, teacher, trained_parameters
+from lineardit.distill.train import distill
+from lineardit.distill.trainer import DivergedError, Trainer, learning_rate
+from lineardit.linearize.convert import swapped
+
+MakeConfig = Callable[..., DistillConfig]
+KINDS = {"lora": {"kind": "lora", "rank": 2}, "attention": {"kind": "attention"}}
+TRAINED = pytest.mark.parametrize("trained", KINDS.values(), ids=KINDS)
+MALA = {"method": "mala", "conv_size": 3, "balance": True}
+
+
+def _rows(run: Path) -> list[dict[str, float]]:
+    with (run / "loss.csv").open(newline="") as file:
+        return [
+            {name: float(value) for name, value in row.items() if value and name != "seconds"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _student(pipe: Any, config: DistillConfig, data: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A student whose every trained parameter has an effect, and arguments for its forward."""
+    build_student_(pipe, config)
+    model = pipe.transformer
+    torch.manual_seed(0)
+    for parameter in trained_parameters(model).values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    batch = TeacherSamples(data).load([0, 2])
+    sigma = torch.tensor([0.3, 0.8])
+    return model, family_of(model).inputs(model, batch.latents, sigma, batch.conditions, grid=batch.grid, guidance=3.5)
+
+
+def _alone(model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """Each swapped module called by itself on what the teacher's forward gives it: its error and gradients."""
+    seen: dict[str, Any] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _module, args, kwargs, output, name=name: seen.update({name: (args, kwargs, output)}),
+            with_kwargs=True,
+        )
+        for name, module in swapped(model).items()
+    ]
+    with teacher(model):
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        model(**inputs)  # publishes the grid
+    found = {}
+    for name, (args, kwargs, output) in seen.items():
+        error = layer_error(model.get_submodule(name)(*args, **kwargs), output)
+        error.backward()
+        gradients = {name: one.grad for name, one in trained_parameters(model).items() if one.grad is not None}
+        found[name] = error.detach(), gradients
+        model.zero_grad()
+    return found
+
+
+@TRAINED
+def test_lessons_give_each_layer_the_gradient_it_has_alone(
+    trained: dict[str, Any], pipe: Any, data: Path, make_config: MakeConfig
+) -> None:
+    model, inputs = _student(pipe, make_config(method=MALA, trained=trained), data)
+    alone = _alone(model, inputs)
+    with torch.no_grad(), lessons(model, nullcontext, share=0.5) as errors:
+        model(**inputs)
+    assert errors == {name: error for name, (error, _) in alone.items()}
+    expected = [(name, gradient) for _, gradients in alone.values() for name, gradient in gradients.items()]
+    assert len(dict(expected)) == len(expected), "no parameter learns from two layers"
+    found = {name: one.grad for name, one in trained_parameters(model).items()}
+    assert found.keys() == dict(expected).keys()
+    for name, gradient in expected:
+        torch.testing.assert_close(found[name], 0.5 * gradient, rtol=1e-6, atol=0)
+        assert gradient.abs().max() > 0
+
+
+@TRAINED
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lessons_follow_the_teacher_bit_for_bit(
+    dtype: str, trained: dict[str, Any], pipe: Any, data: Path, make_config: MakeConfig
+) -> None:
+    pipe.transformer.to(getattr(torch, dtype))
+    mixed = {"mixed_precision": "bf16"} if dtype == "bfloat16" else {}
+    model, inputs = _student(pipe, make_config(trained=trained, base={"dtype": dtype}, run=mixed), data)
+    inputs = {
+        name: one.to(getattr(torch, dtype))
+        if isinstance(one, Tensor) and name in ("hidden_states", "encoder_hidden_states", "pooled_projections")
+        else one
+        for name, one in inputs.items()
+    }
+    with teacher(model):
+        expected = model(**inputs)[0]
+
+    def precision() -> Any:
+        return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+
+    with torch.no_grad(), lessons(model, precision) as errors:
+        assert torch.equal(model(**inputs)[0], expected)
+    assert all(0 < error < 10 for error in errors.values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in swapped(model).values())
+    with torch.no_grad(), precision():
+        assert not torch.equal(model(**inputs)[0], expected)
+
+
+def test_layer_error_is_relative_for_each_sample() -> None:
+    image, text = torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]]]), torch.zeros(2, 1, 1)
+    assert layer_error((image, text), (image, text)) == 0
+    assert layer_error((0 * image, text), (image, text)) == 1
+    # the first sample has an error of 1 + 4 of 4, the second of 4 of 16
+    off = image + torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]]), text + torch.tensor([[[2.0]], [[0.0]]])
+    assert layer_error(off, (image, text)).item() == pytest.approx((5 / 4 + 4 / 16) / 2)
+    assert layer_error(image[:1].bfloat16() / 3, image[:1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "stopped_after"),
+    [
+        pytest.param("lora", 2, id="in-the-first"),
+        pytest.param("attention", 3, id="between"),
+        pytest.param("lora", 5, id="in-the-second"),
+        pytest.param("attention", 2, id="attention-in-the-first", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_resumes_in_either_stage_bit_for_bit(
+    kind: str,
+    stopped_after: int,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"method": MALA, "trained": KINDS[kind], "layerwise": {"steps": 3, "lr": 1e-2}, "save": {"every": 1}}
+    whole = make_config(**settings, run={"directory": str(tmp_path / "whole"), "steps": 4})
+    expected = load_file(distill(whole) / "lineardit.safetensors")
+    config = make_config(**settings, run={"steps": 4})
+    step = Trainer.step
+
+    def broken(self: Trainer, number: int) -> dict[str, float]:
+        if number > stopped_after:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    monkeypatch.undo()
+    found = load_file(distill(config, resume=True) / "lineardit.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(one, expected[name]) for name, one in found.items())
+    assert _rows(Path(config.run.directory)) == _rows(tmp_path / "whole")
+
+
+def test_each_stage_has_its_terms_rate_and_part_of_the_curve(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), savefig(self, *args, **kw)))
+    config = make_config(method=MALA, layerwise={"steps": 30, "lr": 2e-2, "warmup": 2}, run={"steps": 2})
+    distill(config)
+    rows = _rows(Path(config.run.directory))
+    assert [set(row) for row in rows[:30]] == [{"step", "layerwise", "loss", "lr"}] * 30
+    assert [set(row) for row in rows[30:]] == [{"step", "flow", "prediction", "attention", "loss", "lr"}] * 2
+    assert all(row["loss"] == row["layerwise"] for row in rows[:30])
+    assert rows[29]["layerwise"] < 0.5 * rows[0]["layerwise"]
+    assert [row["lr"] for row in rows] == [learning_rate(config, step) for step in range(32)]
+    assert [rows[0]["lr"], rows[1]["lr"], rows[30]["lr"], rows[31]["lr"]] == [1e-2, 2e-2, 5e-3, 1e-2]
+    boundary = [line for line in figures[-1].axes[0].lines if line.get_linestyle() == "--"]
+    assert [list(line.get_xdata()) for line in boundary] == [[30.5, 30.5]]
+
+
+def test_the_first_stage_starts_the_second_nearer_to_the_teacher(make_config: MakeConfig, tmp_path: Path) -> None:
+    terms = {}
+    for steps in (0, 30):
+        directory = tmp_path / str(steps)
+        first = {"steps": steps, "lr": 2e-2, "warmup": 2}
+        distill(make_config(method=MALA, layerwise=first, run={"directory": str(directory), "steps": 1}))
+        terms[steps] = _rows(directory)[-1]
+    assert terms[30]["attention"] < 0.7 * terms[0]["attention"]
+
+
+def test_a_stage_of_no_steps_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    runs = []
+    for name, tables in (("left out", {}), ("zero", {"layerwise": {"steps": 0, "lr": 5.0}})):
+        adapter = distill(make_config(run={"directory": str(tmp_path / name), "steps": 3}, **tables))
+        runs.append((_rows(tmp_path / name), load_file(adapter / "lineardit.safetensors")))
+    assert list(runs[0][0][0]) == ["step", "flow", "prediction", "attention", "loss", "lr"]
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(one, runs[1][1][name]) for name, one in runs[0][1].items())
+
+
+def test_checkpointing_and_accumulation_change_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    runs = []
+    for name, changes in (("plain", {}), ("other", {"gradient_checkpointing": True, "gradient_accumulation": 2})):
+        distill(make_config(layerwise={"steps": 2}, run={"directory": str(tmp_path / name), "steps": 1} | changes))
+        runs.append(_rows(tmp_path / name))
+    for one, two in zip(*runs, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_a_layer_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> None:
+    config = make_config(method=MALA, layerwise={"steps": 5, "lr": 1e30, "warmup": 0}, save={"every": 1})
+    with pytest.raises(DivergedError, match=r"is (inf|nan) at step \d; .* try a lower layerwise.lr"):
+        distill(config)
