@@ -44,6 +44,7 @@ class State:
         patterns: Glob of module names -> config, as the conversion is saved.
         companions: Trained weights that belong to the conversion.
         input_terms: What methods add to the inputs of layers, for each module whose method does.
+        logit_factor: What `scaled_logits` multiplies the logits of attention by.
         record: The grids of the running forward, where gradient checkpointing will run parts of it again.
     """
 
@@ -54,6 +55,7 @@ class State:
         self.companions: list[Companion] = []
         self.input_terms: list[InputTerms] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.logit_factor = 1.0
         self.record: dict[Site, Sight] | None = None
         self._thread: int | None = None
 
