@@ -183,6 +183,8 @@ def _attend(
     """What `scaled_dot_product_attention` of the image's tokens becomes; [B, H, N, D] -> [B, H, N, D]."""
     site, kernel = attention._lineardit_site, attention.linear_kernel
     layout = _layout_of(attention, key)
+    if site.state.logit_factor != 1:
+        scale = site.state.logit_factor * (query.shape[-1] ** -0.5 if scale is None else scale)
     if kernel.impl == "auto" and kernel.covers(layout):
         if attn_mask is None and layout.text_mask is not None:
             attn_mask = key_mask(layout.text_mask, layout.num_image_tokens, layout.text_first)
