@@ -1,5 +1,9 @@
 """What replaces attention, and how it gets into a model."""
 
+from .attention_profile import Profile as Profile
+from .attention_profile import read_profile as read_profile
+from .budget import Proposal as Proposal
+from .budget import propose as propose
 from .compiling import compile_ as compile_
 from .convert import denoiser as denoiser
 from .convert import dense as dense
@@ -21,4 +25,5 @@ from .methods import Mala as Mala
 from .methods import Neighborhood as Neighborhood
 from .methods import Rala as Rala
 from .methods import SlidingTile as SlidingTile
+from .profiling import profile_attention as profile_attention
 from .report import SwapReport as SwapReport

@@ -14,7 +14,7 @@ from .errors import UnsupportedModelError
 from .families import FAMILIES, Family, family_of
 from .input_terms import InputTerms, check_inputs, input_terms
 from .intercept import LinearAttention, change_class, check_forward, linear_class
-from .matching import attention_modules, choose, head_shape, levels_below
+from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, config_to_dict, nearest
 from .overlays import refuse_fused
 from .record import forget_, record_
@@ -68,13 +68,15 @@ def linearize_(
         refuse_fused(model)
     for name, one in configs.items():
         check_forward(name, candidates[name])
+        check_text(name, family, one)
         check_inputs(name, candidates[name], one)
     _check_ours(model)
 
     companions = _remove_seam(model)
     state = State(family, patterns if layers is None and not small else configs)
     state.companions = companions
-    _swap(model, state, {name: candidates[name] for name in configs}, configs, impl)
+    kernels = {name: _kernel(candidates[name], one, impl) for name, one in configs.items()}
+    swap_(model, state, {name: candidates[name] for name in configs}, kernels)
     record_(model)
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
     report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl)
@@ -180,17 +182,21 @@ def _converted(pipe_or_model: Any) -> tuple[nn.Module, State]:
     return model, state
 
 
-def _swap(model: nn.Module, state: State, modules: dict[str, nn.Module], configs: dict[str, Any], impl: str) -> None:
-    """Hooks, kernels and classes, for modules that were all found fit."""
+def _kernel(attention: Any, config: Any, impl: str) -> Any:
+    num_heads, head_dim = head_shape(attention)
+    kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
+    kernel.impl = impl
+    return kernel
+
+
+def swap_(model: nn.Module, state: State, modules: Mapping[str, nn.Module], kernels: Mapping[str, Any]) -> None:
+    """Hooks, kernels and classes, for modules that were all found fit; kernels are as `Method` has them."""
     seen_at = state.family.seen_at
     sites: dict[nn.Module, Site] = {}
     for name, module in modules.items():
         place = model if seen_at is None else _ancestor(model, name, seen_at)
         site = sites.setdefault(place, Site(state))
-        attention = cast(Any, module)
-        num_heads, head_dim = head_shape(attention)
-        kernel = METHODS[type(configs[name])](configs[name], num_heads=num_heads, head_dim=head_dim)
-        kernel.impl = impl
+        attention, kernel = cast(Any, module), kernels[name]
         device = next(module.parameters()).device
         # kernels hold real numbers even in a model without weights: they are saved with the adapter
         attention.linear_kernel = kernel.to("cpu" if device.type == "meta" else device).train(module.training)

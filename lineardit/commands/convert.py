@@ -6,6 +6,22 @@ from typing import Annotated, Any
 import typer
 
 from .options import Offline, Revision
+from .prompts import parse_numbers, parse_size
+
+FromProfile = Annotated[
+    Path | None, typer.Option("--from-profile", metavar="FILE", help="Windows by layer, from `lineardit profile`.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE|radius:R", help="Of full attention's operations; or what radius R everywhere costs."),
+]
+BudgetSize = Annotated[
+    str, typer.Option(metavar="WIDTHxHEIGHT", help="The picture whose operations the budget counts.")
+]
+Choices = Annotated[
+    str | None,
+    typer.Option(metavar="R,...,full", help="Windows to choose from; else all that were profiled, and full."),
+]
 
 
 def convert(
@@ -24,6 +40,10 @@ def convert(
     importer: Annotated[
         str | None, typer.Option("--import", metavar="KIND:PATH", help="Published weights: clear:FILE, linfusion:DIR.")
     ] = None,
+    from_profile: FromProfile = None,
+    budget: Budget = None,
+    budget_size: BudgetSize = "4096x4096",
+    choices: Choices = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole pipeline, trained weights merged.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights that --merge writes.")] = "float32",
     offline: Offline = False,
@@ -36,6 +56,10 @@ def convert(
 
     quiet_libraries()
     config = _config(method, ctx.obj)
+    if from_profile is not None or budget is not None or choices is not None:
+        if (config, importer, layers, min_tokens) != (None, None, None, 0):
+            raise ValueError("--from-profile chooses method and layers: leave --method, --import and --layers out")
+        config = _from_profile(from_profile, base, budget, budget_size, choices, revision=revision, offline=offline)
     places: dict[str, Any] = {"output": output, "revision": revision, "offline": offline, "overwrite": overwrite}
     conversion: dict[str, Any] = {"layers": layers, "min_tokens": min_tokens, "importer": importer}
     if merge:
@@ -59,3 +83,34 @@ def _config(method: str | None, settings: dict[str, Any]) -> Any:
     if settings:
         raise ValueError(f"{', '.join(settings)} is a setting of a method: say which with --method")
     return None
+
+
+def _from_profile(
+    file: Path | None,
+    base: str,
+    budget: str | None,
+    size: str,
+    choices: str | None,
+    *,
+    revision: str | None,
+    offline: bool,
+) -> dict[str, Any]:
+    """Config by glob, as the budget allows."""
+    from ..linearize.attention_profile import read_profile
+    from ..linearize.base import read_base
+    from ..linearize.budget import check_profile, parse_budget, propose
+
+    if file is None or budget is None:
+        raise ValueError("--from-profile FILE and --budget go together, for example --budget 0.25 or radius:8")
+    profile = read_profile(file)
+    check_profile(profile, read_base(base, revision=revision, offline=offline))
+    options = None if choices is None else choices.split(",")
+    proposal = propose(
+        profile,
+        parse_budget(budget),
+        size=parse_size(size),
+        radii=options and parse_numbers("choices", ",".join(option for option in options if option != "full")),
+        full=options is None or "full" in options,
+    )
+    print(proposal)
+    return dict(proposal.configs)

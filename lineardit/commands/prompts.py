@@ -1,4 +1,4 @@
-"""What several commands read from the command line: sizes and files of prompts."""
+"""What several commands read from the command line: sizes, lists of numbers and files of prompts."""
 
 import re
 from pathlib import Path
@@ -14,6 +14,20 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"size must be WIDTHxHEIGHT in pixels, for example 1024x768, got {text!r}")
     return int(match[2]), int(match[1])
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """Numbers from 4,8,16.
+
+    Raises:
+        ValueError: not of this form.
+    """
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"{option} must be numbers with commas between them, for example 4,8,16, got {text!r}"
+        ) from error
 
 
 def read_prompts(file: Path) -> list[str]:

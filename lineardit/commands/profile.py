@@ -1,0 +1,104 @@
+"""`lineardit profile`: where the attention of a model goes, and what a window in each layer does to it."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .options import Device, Dtype, Offline, Revision, Seed
+from .prompts import parse_numbers, parse_size, read_prompts
+
+if TYPE_CHECKING:
+    from ..linearize.attention_profile import Profile
+
+MAX_WIDTH = 100  # columns
+
+
+def profile(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="An unconverted pipeline: Hub id or folder.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="Text file, one prompt a line, one picture each.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for profile.json and profile.png.")] = Path(
+        "profile"
+    ),
+    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
+    radii: Annotated[str, typer.Option(metavar="R,R,...", help="Windows to measure, in tokens.")] = "4,8,16,32",
+    steps: Annotated[int, typer.Option(help="Denoising steps; every one is looked at.")] = 8,
+    compared: Annotated[
+        int, typer.Option(help="Steps of each picture that run once more for each layer and radius.")
+    ] = 2,
+    queries: Annotated[int, typer.Option(help="Image tokens to look at in each call of a layer, drawn anew.")] = 64,
+    seed: Seed = 0,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; else the pipeline's own.")] = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Annotated[str, typer.Option(help="Less GPU memory, slower: none, model, group or sequential.")] = "none",
+    offline: Offline = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a profile that is there.")] = False,
+) -> None:
+    """Measure where attention goes, by layer and head: near, far, on text. For `convert --from-profile`."""
+    texts = read_prompts(prompts)
+    height_width = None if size is None else parse_size(size)
+    windows = parse_numbers("radii", radii)
+    if find_spec("matplotlib") is None:
+        raise ValueError("profile.png is drawn with matplotlib, which is not here: pip install 'lineardit[train]'")
+    from ..attention_map import draw_profile
+    from ..linearize.folders import check_output_file
+    from ..linearize.opening import open_pipeline
+    from ..linearize.profiling import profile_attention
+    from ..pipelines.placement import place_
+    from ..pipelines.sizes import check_size, default_size
+    from .devices import find_device, find_dtype
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    figures, picture = output / "profile.json", output / "profile.png"
+    for file in (figures, picture):
+        check_output_file(file, overwrite=overwrite)
+    target = find_device(device)
+    pipe = open_pipeline(base, dtype=find_dtype(dtype, target), revision=revision, offline=offline)
+    place_(pipe, target, offload)
+    height, width = height_width or default_size(pipe)
+    check_size(pipe, height, width)
+    began = time.perf_counter()
+    found = profile_attention(
+        pipe,
+        texts,
+        size=(height, width),
+        radii=windows,
+        steps=steps,
+        compared=compared,
+        queries=queries,
+        seed=seed,
+        guidance=guidance,
+        max_sequence_length=max_sequence_length,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    found.write(figures)
+    draw_profile(found, picture)
+    show(found)
+    print(f"Wrote {figures} and {picture.name}; {time.perf_counter() - began:.0f} s")
+    print(f"Convert with: lineardit convert {base} --from-profile {figures} --budget radius:8 -o DIR")
+
+
+def show(profile: "Profile") -> None:
+    """Print a row for each layer, means over its heads, at most `MAX_WIDTH` columns wide."""
+    console = Console()
+    console.width = min(console.width, MAX_WIDTH)
+    table = Table(title="Attention of image tokens, mean over heads", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("module")
+    headers = [f"< {radius:g}" for radius in profile.radii]
+    for header in (*headers, "text", "distance", f"damage at {profile.radii[0]:g}"):
+        table.add_column(header, justify="right")
+    for layer in profile.layers:
+        masses = [f"{mean(column):.0%}" for column in zip(*layer.mass, strict=True)]
+        cells = (*masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}", f"{layer.damage[0]:.1e}")
+        table.add_row(layer.module, *cells)
+    console.print(table, highlight=False)

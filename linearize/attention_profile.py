@@ -1,0 +1,108 @@
+"""Where the attention of a model goes, layer by layer and head by head, as `profile.json` has it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .base import read_json
+from .folders import write_whole
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerProfile:
+    """One self-attention module of the image; every figure is a mean over image queries, prompts and steps.
+
+    Attributes:
+        module: Its name.
+        grid: Of its image tokens, at the profiled size.
+        text_len: Its other tokens.
+        head_dim: Channels of a head.
+        mass: For each head and radius, the attention on image tokens nearer than that; the query's own counts.
+        text: For each head, the attention on text.
+        distance: For each head, the mean distance in tokens of what it sees in the image, weighted by attention.
+        output_error: For each radius, |out_r - out|^2 / |out|^2 of its attention in that window.
+        damage: For each radius, the relative squared error of the model's prediction where this layer alone has that
+            window.
+    """
+
+    module: str
+    grid: tuple[int, ...]
+    text_len: int
+    head_dim: int
+    mass: tuple[tuple[float, ...], ...]
+    text: tuple[float, ...]
+    distance: tuple[float, ...]
+    output_error: tuple[float, ...]
+    damage: tuple[float, ...]
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.mass)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A profiled model.
+
+    Attributes:
+        base: Hub id or folder.
+        revision: Commit of a Hub id.
+        model_class: The denoiser's.
+        size: (height, width) of the pictures in pixels.
+        radii: Ascending, in tokens, strict: distance < radius.
+        prompts: How many.
+        steps: Denoising steps of each picture.
+        compared: Of these, how many ran with each layer's windows.
+        queries: Image queries looked at in each call of a layer.
+        seed: Of noise and sample.
+        layers: In the order of the forward.
+        versions: Of lineardit, diffusers and torch.
+    """
+
+    base: str | None
+    revision: str | None
+    model_class: str
+    size: tuple[int, int]
+    radii: tuple[float, ...]
+    prompts: int
+    steps: int
+    compared: int
+    queries: int
+    seed: int
+    layers: tuple[LayerProfile, ...]
+    versions: Mapping[str, str]
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_profile(path: str | Path) -> Profile:
+    """What `Profile.write` wrote.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no profile {path}: make one with `lineardit profile`")
+    entries = read_json(path)
+    if entries.pop("format", None) != FORMAT or set(entries) != {field.name for field in fields(Profile)}:
+        raise ValueError(f"{path} is not a profile of format {FORMAT}: make it with this version's `lineardit profile`")
+    try:
+        layers = tuple(
+            LayerProfile(**{name: _tuples(value) for name, value in layer.items()}) for layer in entries.pop("layers")
+        )
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again with `lineardit profile`") from error
+    return Profile(layers=layers, **{name: _tuples(value) for name, value in entries.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, at every depth."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

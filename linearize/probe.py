@@ -1,0 +1,171 @@
+"""The base's attention as the kernel of one attention module, and a note of where a sample of its queries looks.
+
+    p_ij = softmax_j(scale * q_i . k_j),   i a sampled image query, j any key
+    mass_r    sum of p_ij over image keys with |pos_i - pos_j| < r         distance    sum of p_ij |pos_i - pos_j|
+    text      sum of p_ij over text keys                                               over image keys / their mass
+    error_r   |out_r - out|^2 / |out|^2, out_r with softmax over text and the keys nearer than r, as `Clear` has it
+
+B batch, H heads, N tokens, D head dimension, R radii, S sampled queries.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from ..kernels.window import window_attention
+from ..kernels.window.operator import split_text
+from ..kernels.window.reference import key_mask
+from .layout import Grid, Layout
+
+MAX_ENTRIES = 2**24  # of queries x keys at a time: 64 MiB in float32
+
+
+@dataclass
+class Sums:
+    """Over all queries that were noted, in float64 on the CPU.
+
+    Attributes:
+        queries: How many of each head.
+        mass: [H, R].
+        text: [H].
+        distance: [H], in tokens, weighted by attention.
+        error: [R], squares summed over heads.
+        norm: [], the same of the outputs.
+    """
+
+    queries: int
+    mass: Tensor
+    text: Tensor
+    distance: Tensor
+    error: Tensor
+    norm: Tensor
+
+
+class Probe(nn.Module):
+    """Attention over everything, or in a window; looked at while `noting`.
+
+    Args:
+        radii: Of the windows, in tokens, strict.
+        num_queries: Image queries to note in each call, all of them in a smaller image.
+        generator: Draws them, on the CPU.
+        turns: Numbers the probes of a model in the order in which they first note something.
+    """
+
+    impl = "auto"
+
+    def __init__(
+        self,
+        radii: Sequence[float],
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_queries: int,
+        generator: torch.Generator,
+        turns: Iterator[int],
+    ) -> None:
+        super().__init__()
+        self.radii = radii
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_queries = num_queries
+        self.generator = generator
+        self.turns = turns
+        self.turn = -1
+        self.noting = False
+        self.window: float | None = None  # the radius that stands in for full attention
+        self.grid: Grid = ()
+        self.text_len = 0
+        double = torch.float64
+        self.sums = Sums(
+            queries=0,
+            mass=torch.zeros(num_heads, len(radii), dtype=double),
+            text=torch.zeros(num_heads, dtype=double),
+            distance=torch.zeros(num_heads, dtype=double),
+            error=torch.zeros(len(radii), dtype=double),
+            norm=torch.zeros((), dtype=double),
+        )
+
+    def observe(self, grid: Grid) -> None:
+        """Told each new grid by the seam."""
+
+    def covers(self, layout: Layout) -> bool:
+        """False: the seam shall always call this module."""
+        return False
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]."""
+        if self.noting:
+            self._note(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)
+        if self.window is not None:
+            return window_attention(
+                query,
+                key,
+                value,
+                grid=layout.grid,
+                radius=self.window,
+                text_len=layout.text_len,
+                text_first=layout.text_first,
+                text_mask=layout.text_mask,
+                scale=scale,
+            )
+        mask = None
+        if layout.text_mask is not None:
+            mask = key_mask(layout.text_mask, layout.num_image_tokens, layout.text_first)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+    def _note(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> None:
+        if self.turn < 0:
+            self.turn = next(self.turns)
+        self.grid, self.text_len = layout.grid, layout.text_len
+        image_query = split_text(query, layout.text_len, layout.text_first)[1]
+        # keys in one order, [image, text]
+        keys, values = (
+            torch.cat(split_text(x, layout.text_len, layout.text_first)[::-1], dim=2).float() for x in (key, value)
+        )
+        num_image = layout.num_image_tokens
+        sample = torch.randperm(num_image, generator=self.generator)[: self.num_queries]
+        rows = max(1, MAX_ENTRIES // (query.shape[0] * query.shape[1] * key.shape[2]))
+        hidden = None
+        if layout.text_mask is not None:
+            hidden = pad(~layout.text_mask, (num_image, 0))[:, None, None]  # [B, 1, 1, N]
+        for part in sample.split(rows):
+            queries = image_query[:, :, part.to(query.device)].float()
+            logits = scale * queries @ keys.mT  # [B, H, S, N]
+            if hidden is not None:
+                logits = logits.masked_fill(hidden, -torch.inf)
+            self._add(logits, values, _distances(part, layout.grid).to(query.device))
+
+    def _add(self, logits: Tensor, value: Tensor, distance: Tensor) -> None:
+        """Adds the figures of logits [B, H, S, N] with distances [S, image tokens] to the sums."""
+        sums = self.sums
+        num_image = distance.shape[1]
+        weights = logits.softmax(-1)
+        out = weights @ value
+        image = weights[..., :num_image]
+        sums.queries += logits.shape[0] * logits.shape[2]
+        sums.text += _by_head(weights[..., num_image:])
+        sums.distance += _by_head(image * distance)
+        sums.norm += out.square().sum().double().cpu()
+        for index, radius in enumerate(self.radii):
+            far = distance >= radius
+            sums.mass[:, index] += _by_head(image.masked_fill(far, 0))
+            near_out = logits.masked_fill(pad(far, (0, logits.shape[-1] - num_image)), -torch.inf).softmax(-1) @ value
+            sums.error[index] += (near_out - out).square().sum().double().cpu()
+
+
+def _distances(queries: Tensor, grid: Grid) -> Tensor:
+    """[S, image tokens], from each of these image tokens to all, within a frame."""
+    frames, height, width = (1, *grid)[-3:]
+    index = torch.arange(frames * height * width)
+    row, column = index // width % height, index % width
+    squares = (row[queries, None] - row) ** 2 + (column[queries, None] - column) ** 2
+    return squares.double().sqrt().float()
+
+
+def _by_head(weights: Tensor) -> Tensor:
+    """[B, H, S, n] summed to [H]."""
+    return weights.sum(-1).double().sum((0, 2)).cpu()

@@ -1,0 +1,105 @@
+"""`lineardit profile`, then `lineardit convert --from-profile` on what it wrote, as they are typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_distill import build_tiny
+
+from lineardit.cli import run
+
+FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, and its profile beside it."""
+    folder = tmp_path_factory.mktemp("profile")
+    build_tiny().save_pretrained(folder / "base")
+    (folder / "prompts.txt").write_text("a red circle\n# not this\na blue cross\n")
+    words = ["--prompts", folder / "prompts.txt", "--size", "32x24", "--radii", "1.5,2,3", "--steps", "2"]
+    words += ["--compared", "1", "--max-sequence-length", "8", "--offline", "-o", folder / "out"]
+    assert run(["profile", *map(str, [folder / "base", *words])]) == 0
+    return folder
+
+
+def convert(made: Path, *options: str, base: Path | None = None) -> list[str]:
+    profile = str(made / "out" / "profile.json")
+    return ["convert", str(base or made / "base"), "--from-profile", profile, "--offline", *options]
+
+
+def test_profile_writes_figures_and_a_picture(made: Path) -> None:
+    profile = json.loads((made / "out" / "profile.json").read_text())
+    assert profile["base"] == str(made / "base")
+    assert (profile["prompts"], profile["radii"], profile["size"]) == (2, [1.5, 2, 3], [24, 32])
+    assert [layer["module"] for layer in profile["layers"]] == [
+        "transformer_blocks.0.attn",
+        "single_transformer_blocks.0.attn",
+    ]
+    with Image.open(made / "out" / "profile.png") as picture:
+        assert min(picture.size) > 200
+    assert {path.name for path in (made / "out").iterdir()} == {"profile.json", "profile.png"}
+
+
+def test_profile_keeps_what_is_there(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["profile", str(made / "base"), "--prompts", str(made / "prompts.txt"), "-o", str(made / "out")]
+    assert run([*words, "--offline"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_convert_from_profile_writes_an_adapter_within_the_budget(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    options = ["--budget", "radius:2", "--budget-size", "512x256", "--choices", "1.5,2,3", "-o", str(adapter)]
+    assert run(convert(made, *options)) == 0
+    assert "operations at 512x256" in capsys.readouterr().out
+    methods = json.loads((adapter / "lineardit.json").read_text())["methods"]
+    assert {config["method"] for config in methods.values()} == {"clear"}
+    assert {config["radius"] for config in methods.values()} <= {1.5, 2, 3}
+    assert run(["inspect", str(adapter), "--offline"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], ["--from-profile FILE and --budget"]),
+        (["--budget", "much"], ["budget must be a share", "'much'"]),
+        (["--budget", "radius:2", "--method", "clear", "--radius", "2"], ["--from-profile chooses"]),
+        (["--budget", "radius:2", "--layers", "single*"], ["--from-profile chooses"]),
+        (["--budget", "radius:2", "--choices", "4"], ["radius 4 was not profiled", "1.5, 2, 3"]),
+        (["--budget", "1e-9"], ["the smallest windows need"]),
+    ],
+)
+def test_convert_from_profile_refuses(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: list[str]
+) -> None:
+    assert run(convert(made, *options, "-o", str(tmp_path / "adapter"))) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in said)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_convert_refuses_a_profile_of_another_model(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.json").write_text((made / "base" / "transformer" / "config.json").read_text())
+    for base in (FLUX_DEV, tmp_path / "copy"):
+        assert run(convert(made, "--budget", "radius:2", "-o", str(tmp_path / "adapter"), base=base)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "of another model" in error and str(base) in error
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 2}'])
+def test_convert_refuses_a_damaged_profile(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(content)
+    words = ["convert", str(made / "base"), "--from-profile", str(file), "--budget", "0.5", "-o", str(tmp_path / "a")]
+    assert run(words) == 2
+    assert str(file) in capsys.readouterr().err

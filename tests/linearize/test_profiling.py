@@ -1,0 +1,321 @@
+"""What is measured of attention against loops over the base's own calls, and budgets against trying everything."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_distill import build_tiny
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from lineardit.linearize import Clear, Proposal, linearize_, profile_attention, propose, restore_, swapped
+from lineardit.linearize import probe as probe_module
+from lineardit.linearize.attention_profile import LayerProfile, Profile, read_profile
+from lineardit.linearize.budget import knapsack, parse_budget
+from lineardit.linearize.methods import ClearAttention
+from lineardit.linearize.profiling import probed
+from tiny_models import FAMILIES, build, inputs_of, run
+
+RADII = (1.5, 2, 3.2)
+GRID, TEXT_LEN = (5, 7), 3
+GRIDS = {math.prod(grid): grid for grid in (GRID, (3, 4), (2, 2))}  # the levels of a UNet
+TEXT_FIRST = {"flux": True, "sd3": False, "unet": True}
+
+
+class Recorder(TorchFunctionMode):
+    """Keeps what each self-attention module of an unconverted model hands to softmax attention."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.module = ""
+        for name, module in modules.items():
+            module.register_forward_pre_hook(lambda *_, name=name: setattr(self, "module", name))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        if func is scaled_dot_product_attention and given["query"].shape == given["key"].shape:
+            self.calls[self.module] = (given["query"], given["key"], given["value"])
+        return func(*args, **(kwargs or {}))
+
+
+def loops(call: tuple[Tensor, Tensor, Tensor], text_first: bool) -> dict[str, Tensor]:
+    """mass [H, R], text [H], distance [H], error [R] of [B, H, N, D], query by query in float64."""
+    query, key, value = (x.double() for x in call)
+    batch, heads, num_tokens, head_dim = query.shape
+    text_len = TEXT_LEN if num_tokens - TEXT_LEN in GRIDS else 0
+    _, width = GRIDS[num_tokens - text_len]
+    image = range(text_len, num_tokens) if text_first else range(num_tokens - text_len)
+    places = {token: divmod(index, width) for index, token in enumerate(image)}
+    mass, text, distance = torch.zeros(heads, len(RADII)), torch.zeros(heads), torch.zeros(heads)
+    error, norm = torch.zeros(len(RADII)), 0.0
+    for b, h, i in itertools.product(range(batch), range(heads), image):
+        scores = (query[b, h, i] * key[b, h]).sum(-1) / math.sqrt(head_dim)
+        weights = scores.exp() / scores.exp().sum()
+        far = [math.dist(places[i], places[j]) if j in places else -1.0 for j in range(num_tokens)]
+        out = (weights[:, None] * value[b, h]).sum(0)
+        norm += float(out.square().sum())
+        text[h] += sum(weights[j] for j in range(num_tokens) if j not in places)
+        distance[h] += sum(weights[j] * far[j] for j in places)
+        for r, radius in enumerate(RADII):
+            near = torch.tensor([far[j] < radius for j in range(num_tokens)])
+            mass[h, r] += sum(weights[j] for j in places if far[j] < radius)
+            seen = weights * near / (weights * near).sum()
+            error[r] += ((seen[:, None] * value[b, h]).sum(0) - out).square().sum()
+    count = batch * len(image)
+    return {"mass": mass / count, "text": text / count, "distance": distance / (count - text), "error": error / norm}
+
+
+@pytest.mark.parametrize("entries", [probe_module.MAX_ENTRIES, 2000])
+@pytest.mark.parametrize("family", TEXT_FIRST)
+def test_probe_measures_what_loops_do(family: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "MAX_ENTRIES", entries)
+    model, arguments = build(family), inputs_of(family, grid=GRID, text_len=TEXT_LEN)
+    generator = torch.Generator().manual_seed(0)
+    with probed(model, RADII, num_queries=10**6, generator=generator) as probes:
+        for probe in probes.values():
+            probe.noting = True
+        out = run(model, arguments)
+    with Recorder({name: model.get_submodule(name) for name in probes}) as recorder:
+        base = run(model, arguments)
+    assert torch.allclose(out, base, atol=1e-5)
+    for name, probe in probes.items():
+        expected, sums = loops(recorder.calls[name], TEXT_FIRST[family]), probe.sums
+        found = {
+            "mass": sums.mass / sums.queries,
+            "text": sums.text / sums.queries,
+            "distance": sums.distance / (sums.queries - sums.text),
+            "error": sums.error / sums.norm,
+        }
+        for figure in expected:
+            assert torch.allclose(found[figure].float(), expected[figure], atol=1e-5), (name, figure)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probed_model_is_the_base_and_restored(family: str) -> None:
+    model, arguments = build(family), inputs_of(family)
+    base = run(model, arguments)
+    with probed(model, RADII, num_queries=4, generator=torch.Generator().manual_seed(0)) as probes:
+        for probe in probes.values():
+            probe.noting = True
+        assert torch.allclose(run(model, arguments), base, atol=1e-5)
+        assert all(probe.sums.queries == 4 * 2 for probe in probes.values())
+        inside = [(probe.sums.mass[:, -1] + probe.sums.text) / probe.sums.queries for probe in probes.values()]
+        assert all((shares <= 1 + 1e-5).all() for shares in inside)
+    assert not swapped(model)
+    assert torch.equal(run(model, arguments), base)
+
+
+def test_probe_hides_masked_text() -> None:
+    query, key, value = torch.randn(3, 2, 2, 3 + 12, 8)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    layout = probe_module.Layout((3, 4), 3, True, mask)
+    one = _probe()
+    one(query, key, value, layout)
+    other = key.clone()
+    other[0, :, 1], other[1, :, 2] = 100, -100
+    two = _probe()
+    two(query, other, value, layout)
+    assert torch.equal(one.sums.text, two.sums.text)
+    assert torch.equal(one.sums.error, two.sums.error)
+
+
+def _probe() -> probe_module.Probe:
+    shape = {"num_heads": 2, "head_dim": 8, "num_queries": 99}
+    probe = probe_module.Probe(RADII, generator=torch.Generator(), turns=itertools.count(), **shape)
+    probe.noting = True
+    return probe
+
+
+def _profile(**settings: Any) -> Profile:
+    call: dict[str, Any] = {"size": (24, 32), "radii": RADII, "steps": 2, "compared": 1, "max_sequence_length": 8}
+    return profile_attention(build_tiny(), ["a red circle", "a blue cross"], **{**call, **settings})
+
+
+def test_profile_attention_damage_is_that_of_the_layer_converted_alone() -> None:
+    pipe = build_tiny()
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+    handle = pipe.transformer.register_forward_hook(
+        lambda _module, _args, kwargs, out: calls.append((kwargs, out[0])), with_kwargs=True
+    )
+    settings = {"height": 24, "width": 32, "num_inference_steps": 1, "max_sequence_length": 8, "output_type": "latent"}
+    pipe("a red circle", generator=torch.Generator().manual_seed(3), **settings)
+    handle.remove()
+    ((kwargs, dense),) = calls
+    call: dict[str, Any] = {"size": (24, 32), "radii": RADII, "max_sequence_length": 8}
+    profile = profile_attention(pipe, ["a red circle"], steps=1, compared=1, seed=3, **call)
+    assert [layer.module for layer in profile.layers] == [
+        "transformer_blocks.0.attn",
+        "single_transformer_blocks.0.attn",
+    ]
+    for layer in profile.layers:
+        for radius, damage in zip(RADII, layer.damage, strict=True):
+            linearize_(pipe, Clear(radius=radius), layers=layer.module)
+            with torch.no_grad():
+                out = pipe.transformer(**kwargs)[0]
+            restore_(pipe)
+            assert damage == pytest.approx(float((out - dense).square().sum() / dense.square().sum()), rel=1e-3)
+
+
+def test_profile_attention_repeats_by_seed_and_is_read_back(tmp_path: Path) -> None:
+    profile = _profile(queries=5)
+    assert profile == _profile(queries=5)
+    assert profile != _profile(queries=5, seed=1)
+    profile.write(tmp_path / "profile.json")
+    assert read_profile(tmp_path / "profile.json") == profile
+    assert profile.layers[0].grid == (6, 8) and profile.layers[0].text_len == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"compared": 3}, "compared must be <= steps, got 3 > 2"),
+        ({"radii": ()}, "must not be empty"),
+        ({"radii": (-1,)}, "radius must be > 0"),
+        ({"queries": 0}, "queries must be >= 1"),
+    ],
+)
+def test_profile_attention_refuses(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        _profile(**settings)
+
+
+def test_profile_attention_refuses_a_converted_pipeline() -> None:
+    pipe = build_tiny()
+    linearize_(pipe, Clear(radius=2))
+    with pytest.raises(ValueError, match="original pipeline"):
+        profile_attention(pipe, ["a red circle"], size=(24, 32))
+
+
+ITEMS = st.integers(1, 4).flatmap(
+    lambda options: st.lists(
+        st.tuples(
+            st.lists(st.integers(1, 20), min_size=options, max_size=options),
+            st.lists(st.integers(0, 9), min_size=options, max_size=options),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+
+
+@given(items=ITEMS, spare=st.integers(0, 40))
+def test_knapsack_is_as_good_as_trying_everything(items: list[tuple[list[int], list[int]]], spare: int) -> None:
+    costs, damages = [list(one) for one in zip(*items, strict=True)]
+    limit = sum(map(min, costs)) + spare
+    found = knapsack(costs, damages, limit)
+
+    def total(table: list[list[int]], options: tuple[int, ...] | list[int]) -> int:
+        return sum(row[option] for row, option in zip(table, options, strict=True))
+
+    everything = itertools.product(*(range(len(row)) for row in costs))
+    least = min(total(damages, options) for options in everything if total(costs, options) <= limit)
+    assert total(costs, found) <= limit
+    assert total(damages, found) == least
+
+
+def _made(*damages: tuple[float, ...]) -> Profile:
+    """A profile of 16 x 16 tokens and 10 of text."""
+    layers = tuple(
+        LayerProfile(
+            module=f"blocks.{index}.attn",
+            grid=(16, 16),
+            text_len=10,
+            head_dim=8,
+            mass=((0.5,) * 3,) * 2,
+            text=(0.1,) * 2,
+            distance=(3.0,) * 2,
+            output_error=one,
+            damage=one,
+        )
+        for index, one in enumerate(damages)
+    )
+    numbers: dict[str, Any] = {"prompts": 1, "steps": 1, "compared": 1, "queries": 1, "seed": 0}
+    return Profile(
+        base="/base",
+        revision=None,
+        model_class="Model",
+        size=(256, 256),
+        radii=(2, 4, 8),
+        layers=layers,
+        versions={},
+        **numbers,
+    )
+
+
+DAMAGES = ((0.9, 0.5, 0.1), (0.9, 0.8, 0.7), (0.01, 0.005, 0.001), (0.3, 0.01, 0.001))
+
+
+def test_propose_spends_where_damage_is() -> None:
+    proposal = propose(_made(*DAMAGES), Clear(radius=4))
+    uniform = sum(damage[1] for damage in DAMAGES)
+    assert proposal.damage < uniform
+    assert proposal.flops <= proposal.budget == 4 * _flops((16, 16), 4)
+    assert proposal.radii["blocks.2.attn"] == 2
+    assert proposal.configs.keys() <= {f"blocks.{index}.attn" for index in range(4)} | {"blocks.*.attn"}
+
+
+def _flops(grid: tuple[int, int], radius: float) -> int:
+    return 4 * ClearAttention.pairs(Clear(radius=radius), grid, 10, num_heads=2, head_dim=8) * 2 * 8
+
+
+def test_propose_counts_at_the_size_that_it_is_told() -> None:
+    proposal = propose(_made(*DAMAGES), Clear(radius=4), size=(512, 384))
+    assert proposal.budget == 4 * _flops((32, 24), 4)
+    assert proposal.dense_flops == 4 * 4 * (32 * 24 + 10) ** 2 * 2 * 8
+
+
+def test_propose_leaves_layers_with_full_attention() -> None:
+    profile = _made(*DAMAGES)
+    assert propose(profile, 0.9).radii["blocks.1.attn"] is None
+    assert "blocks.1.attn" not in propose(profile, 0.9).configs
+    assert None not in propose(profile, 0.9, full=False).radii.values()
+    assert set(propose(profile, 0.9, radii=(2, 4), full=False).radii.values()) == {4}
+
+
+@pytest.mark.parametrize(
+    ("budget", "radii", "said"),
+    [
+        (0.01, None, "the smallest windows need"),
+        (1.5, None, "between 0 and 1, got 1.5"),
+        (0.9999999, (8,), "nothing to convert"),
+        (0.5, (3,), "radius 3 was not profiled, these were: 2, 4, 8"),
+    ],
+)
+def test_propose_refuses(budget: float, radii: tuple[float, ...] | None, said: str) -> None:
+    profile = _made(*DAMAGES)
+    if said == "nothing to convert":
+        profile = replace(profile, layers=profile.layers[:1])
+        budget = Clear(radius=99)  # what full attention costs
+    with pytest.raises(ValueError, match=said):
+        propose(profile, budget, radii=radii)
+
+
+def test_proposal_converts_the_model(tmp_path: Path) -> None:
+    pipe, profile = build_tiny(), _profile()
+    proposal: Proposal = propose(profile, Clear(radius=2), full=False)
+    report = linearize_(pipe, proposal.configs)
+    assert {name: config.radius for name, config in report.swapped.items()} == proposal.radii
+    assert "operations at 32x24" in str(proposal)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("0.25", 0.25), ("radius:8", Clear(radius=8)), ("radius:2.5", Clear(radius=2.5))]
+)
+def test_parse_budget_reads_shares_and_radii(text: str, budget: float | Clear) -> None:
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["much", "radius:", "window:8", "radius:x", "nan"])
+def test_parse_budget_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="budget must be a share such as"):
+        parse_budget(text)
