@@ -19,6 +19,7 @@ from .commands.generate import generate
 from .commands.inspection import inspect
 from .commands.method_options import MethodCommand
 from .commands.preparation import prepare
+from .commands.profile import profile
 
 app = typer.Typer(
     name="lineardit",
@@ -33,6 +34,7 @@ app.command()(prepare)
 app.command()(distill)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(profile)
 app.command()(demo)
 
 

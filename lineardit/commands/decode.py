@@ -1,0 +1,42 @@
+"""`lineardit decode`: pictures from latents that `generate` has left."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, Dtype, Offline, Revision
+
+
+def decode(
+    latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="X.latents.safetensors, as generate leaves it.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="PNG file; else X.png beside it.", show_default=False)
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The pipeline whose VAE decodes; else the one named inside.")] = None,
+    tile: Annotated[int, typer.Option(help="Side in pixels of the tiles that are decoded at a time.")] = 1024,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
+    offline: Offline = False,
+) -> None:
+    """Finish a picture whose decoding was interrupted; this loads the VAE alone."""
+    from ..pipelines.decoding import decode_file
+    from .devices import find_device, find_dtype
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    target = find_device(device)
+    path = decode_file(
+        latents,
+        output,
+        base=base,
+        tile=tile,
+        device=target,
+        dtype=find_dtype(dtype, target),
+        revision=revision,
+        offline=offline,
+        overwrite=overwrite,
+    )
+    print(path)

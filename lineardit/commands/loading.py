@@ -1,0 +1,38 @@
+"""The pipeline that a command asks for, in its place."""
+
+from typing import Any
+
+
+def load(
+    source: str,
+    base: str | None,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    offload: str,
+    impl: str,
+    offline: bool,
+) -> tuple[Any, dict[str, str]]:
+    """The pipeline in its place, and what its pictures say of it."""
+    from .. import __version__
+    from ..linearize.adapter import adapter_file
+    from ..linearize.base import find_place, source_of
+    from ..linearize.convert import denoiser
+    from ..linearize.folders import sha256
+    from ..linearize.opening import open_pipeline
+    from ..linearize.standing import swap_report
+    from ..pipelines.placement import place_
+    from .devices import find_device, find_dtype
+
+    target = find_device(device)
+    weights = find_dtype(dtype, target)
+    pipe = open_pipeline(source, dtype=weights, base=base, revision=revision, offline=offline, impl=impl)
+    place_(pipe, target, offload)
+    if swap_report(pipe) is None:  # else the conversion has said what it swapped
+        print(f"{source} runs with its original attention")
+    model = source_of(pipe, denoiser(pipe)[1]).name or source
+    about = {"model": model, "dtype": weights, "lineardit": __version__}
+    manifest = adapter_file(find_place(source, revision=revision, offline=offline))
+    if manifest is not None:
+        about |= {"adapter": source, "adapter_sha256": sha256(manifest)}
+    return pipe, about

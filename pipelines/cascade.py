@@ -1,0 +1,159 @@
+"""A cascade as files: every stage's picture to look at, its latents to go on from, and one PNG at the end.
+
+Of `out.png`, the folder `out.stages` holds `1-1024x1024.png` and so on. The latents beside them go once the PNG is
+there.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..linearize.errors import UnsupportedModelError
+from ..linearize.folders import write_whole
+from .files import Wanted, latents_kept, save_latents, write_picture
+from .high_resolution import HighResolutionPipeline
+from .plan import Plan, Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A pipeline and what it will do; `picture`: what it enlarges, None: a prompt alone."""
+
+    pipe: Any
+    plan: Plan
+    picture: Image.Image | None = None
+
+
+def cascade_of(
+    pipe: Any, height: int, width: int, *, steps: int, text_len: int | None, wanted: bool | None
+) -> Staged | None:
+    """The cascade that makes this size, None where one call of the pipeline does.
+
+    Args:
+        wanted: None: a cascade where the size takes several stages and the pipeline has one.
+    Raises:
+        UnsupportedModelError: a cascade is wanted, and there is none for this model.
+    """
+    if wanted is False:
+        return None
+    try:
+        high = HighResolutionPipeline.from_pipe(pipe)
+    except UnsupportedModelError:
+        if wanted:
+            raise
+        return None
+    plan = high.plan(height, width, num_inference_steps=steps, text_len=text_len or 512)
+    return Staged(high, plan) if wanted or len(plan.stages) > 1 else None
+
+
+def enlarge(
+    pipe: Any,
+    picture: Image.Image,
+    one: Wanted,
+    size: tuple[int, int],
+    settings: Settings,
+    *,
+    guidance: float | None,
+    max_sequence_length: int | None,
+) -> None:
+    """A picture, larger, as `make_in_stages` writes it.
+
+    Args:
+        size: (height, width) in pixels.
+        guidance, max_sequence_length: Of the pipeline; None: its own.
+    Raises:
+        UnsupportedModelError: there is no cascade for this model.
+        ValueError: the size is not larger than the picture, or a setting is out of range.
+    """
+    if min(size[0] / picture.height, size[1] / picture.width) <= 1:
+        got = f"{size[1]}x{size[0]} from {picture.width}x{picture.height}"
+        raise ValueError(f"size must be larger than the picture on both sides, got {got}")
+    high = HighResolutionPipeline.from_pipe(pipe)
+    plan = high.plan(*size, settings=settings, enlarge=True, text_len=max_sequence_length or 512)
+    call = {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
+    make_in_stages(
+        Staged(high, plan, picture),
+        replace(one, text={**one.text, "stages": plan.settings(), "picture": _fingerprint(picture)}),
+        {name: value for name, value in call.items() if value is not None},
+    )
+
+
+def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None:
+    """One picture from the stage after the last one that is on disk."""
+    folder = one.path.parent / f"{one.path.stem}.stages"
+    folder.mkdir(parents=True, exist_ok=True)
+    latents, done = _last_latents(folder, one, len(staged.plan.stages) - 1)
+    if done:
+        logger.info("%s: stages 1 to %d are there already", one.path, done)
+
+    def on_stage_end(_pipe: Any, number: int, made: dict[str, Any]) -> None:
+        stage = staged.plan.stages[number]
+        if "latents" in made:
+            if number + 1 == len(staged.plan.stages):
+                save_latents([one], made["latents"])
+            else:
+                _save(folder / f"{number + 1}.latents.safetensors", made["latents"], one)
+        for image in made.get("images", ()):
+            file = folder / f"{number + 1}-{stage.width}x{stage.height}.png"
+            write_whole(file, partial(image.save, format="PNG"))
+
+    with latents_kept([one]):
+        image = staged.pipe(
+            one.prompt,
+            plan=staged.plan,
+            image=staged.picture if done == 0 else None,
+            generator=torch.Generator("cpu").manual_seed(one.seed),
+            callback_on_stage_end=on_stage_end,
+            start_latents=latents,
+            start_stage=done,
+            **call,
+        ).images[0]
+        write_picture(one, image)
+    for file in folder.glob("*.latents.safetensors"):
+        file.unlink()
+
+
+def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, int]:
+    """The latents of the last stage that was made just so, and its number; (None, 0) where there is none."""
+    for number in range(most, 0, -1):
+        file = folder / f"{number}.latents.safetensors"
+        if not file.exists():
+            continue
+        latents, text = read_latents(file)
+        if text == dict(one.text):
+            return latents, number
+    return None, 0
+
+
+def _fingerprint(picture: Image.Image) -> str:
+    return hashlib.sha256(picture.tobytes()).hexdigest()
+
+
+def _save(file: Path, latents: Tensor, one: Wanted) -> None:
+    write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(one.text)))
+
+
+def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
+    """Latents as they were saved, and what their picture says.
+
+    Raises:
+        ValueError: it is no file of latents.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            return content.get_tensor("latents"), dict(content.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole file of latents, as generate leaves them: {error}") from error

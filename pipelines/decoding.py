@@ -1,0 +1,80 @@
+"""Pictures from files of latents, with nothing loaded but the VAE."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from .cascade import read_latents
+from .files import Wanted, write_picture
+from .latents import unpack_latents
+from .vae import decode, pixels_per_latent
+
+
+def decode_file(
+    file: Path,
+    output: Path | None = None,
+    *,
+    base: str | None = None,
+    tile: int | None = 1024,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """The PNG of latents that `generate` has saved and not decoded.
+
+    Args:
+        output: None: the file's name with .png for .latents.safetensors.
+        base: The pipeline whose VAE decodes; None: the one that the file names.
+        tile: Side in pixels of the tiles that are decoded at a time; None: in one piece.
+    Raises:
+        ValueError: the file holds no latents or does not say whose, or the output is there.
+        OSError: a file cannot be read, or the base is not there.
+    """
+    latents, text = read_latents(file)
+    path = output or file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"output must end in .png, got {path}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists and is kept: name another output, or replace it with overwrite (--overwrite)")
+    name, size = base or text.get("model"), re.fullmatch(r"(\d+)x(\d+)", text.get("size", ""))
+    if name is None or size is None:
+        raise ValueError(f"{file} does not say whose latents it holds and of what size: were they left by generate?")
+    vae = _vae(name, revision=revision, offline=offline).to(device, dtype)
+    pixels = decode(vae, _planes(latents, vae, int(size[2]), int(size[1])).to(device), tile=tile, progress=True)
+    pixels = pixels[..., : int(size[2]), : int(size[1])]
+    (picture,) = VaeImageProcessor().postprocess(pixels, output_type="pil")
+    seed = int(text.get("seed", "0"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_picture(Wanted(path=path, prompt=text.get("prompt", ""), seed=seed, text=text), picture)
+    return path
+
+
+def _planes(latents: Tensor, vae: Any, height: int, width: int) -> Tensor:
+    """[1, C, h, w] of latents as pictures or as FLUX's tokens, for a picture of at least this size."""
+    if latents.ndim == 4:
+        return latents
+    token = 2 * pixels_per_latent(vae)
+    rows, columns = -(-height // token), -(-width // token)
+    if rows * columns != latents.shape[1]:
+        raise ValueError(f"{latents.shape[1]} tokens of latents are no picture of {width}x{height} from this VAE")
+    return unpack_latents(latents, 2 * rows, 2 * columns)
+
+
+def _vae(name: str, *, revision: str | None, offline: bool) -> Any:
+    """The VAE of a pipeline."""
+    config = DiffusionPipeline.load_config(name, revision=revision, local_files_only=offline)
+    library, class_name = config["vae"]
+    if library != "diffusers":
+        raise ValueError(f"the VAE of {name} is a {library}.{class_name}, which is none of diffusers'")
+    made: Any = getattr(diffusers, class_name)
+    return made.from_pretrained(
+        name, subfolder="vae", revision=revision, local_files_only=offline, use_safetensors=True
+    )

@@ -1,0 +1,104 @@
+"""Files of pictures: their names, what they say of how they were made, and latents that wait to be decoded."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..linearize.folders import write_whole
+
+logger = logging.getLogger(__name__)
+
+Text = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One picture to make: the file, the seed of its noise, and what is written into the PNG."""
+
+    path: Path
+    prompt: str
+    seed: int
+    text: Text
+
+    @property
+    def latents(self) -> Path:
+        """Where its latents wait for the decoder."""
+        return self.path.with_suffix(".latents.safetensors")
+
+
+def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -> list[Wanted]:
+    """The files that `generate` makes.
+
+    Raises:
+        ValueError: no prompt or an empty one, or a file name for several prompts, or another format than PNG.
+    """
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("prompts must hold at least one prompt, and none may be empty")
+    if output.suffix.lower() == ".png":
+        if len(prompts) > 1:
+            raise ValueError(f"output must be a folder for {len(prompts)} prompts, got the file {output}")
+        paths = [output]
+    elif output.suffix.lower() in Image.registered_extensions():
+        raise ValueError(f"output must end in .png, or name a folder, got {output}")
+    else:
+        digits = max(3, len(str(len(prompts) - 1)))
+        paths = [output / f"{index:0{digits}d}.png" for index in range(len(prompts))]
+    return [
+        Wanted(path=path, prompt=prompt, seed=seed + index, text={"prompt": prompt, "seed": str(seed + index), **text})
+        for index, (path, prompt) in enumerate(zip(paths, prompts, strict=True))
+    ]
+
+
+def not_there(wanted: Sequence[Wanted], output: Path) -> list[Wanted]:
+    """Those to make; a picture in a folder that says it was made just so is kept."""
+    present = [one for one in wanted if one.path.exists()]
+    for one in present:
+        if one.path == output or text_of(one.path) != one.text:
+            raise ValueError(
+                f"{one.path} exists and is kept: name another output, or replace it with overwrite (--overwrite)"
+            )
+    if present:
+        logger.info("%d of %d pictures are there already", len(present), len(wanted))
+    return [one for one in wanted if one not in present]
+
+
+def text_of(path: Path) -> Text:
+    """What a PNG says of how it was made; nothing if it is none."""
+    try:
+        with Image.open(path) as image:
+            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+    except OSError:  # no picture at all
+        return {}
+
+
+def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
+    """Each picture's final latents, with what its PNG will say."""
+    for one, row in zip(batch, latents.split(1), strict=True):
+        write_whole(one.latents, partial(save_file, {"latents": row.cpu().contiguous()}, metadata=dict(one.text)))
+
+
+def write_picture(one: Wanted, image: Image.Image) -> None:
+    """The PNG, in place of the latents."""
+    info = PngInfo()
+    for key, value in one.text.items():
+        info.add_text(key, value)
+    write_whole(one.path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+    one.latents.unlink(missing_ok=True)
+
+
+@contextmanager
+def latents_kept(batch: Sequence[Wanted]) -> Iterator[None]:
+    """Say where the latents are if decoding does not come to its end."""
+    try:
+        yield
+    finally:
+        if left := [str(one.latents) for one in batch if one.latents.exists()]:
+            logger.warning("not decoded; the finished latents are kept in %s", ", ".join(left))

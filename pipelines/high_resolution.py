@@ -1,0 +1,195 @@
+"""Pictures of 4K to 8K from a pipeline after `linearize_`: a cascade of diffusers' own image-to-image calls.
+
+    native size          the original attention, as the stock pipeline has it, bit for bit
+    each larger stage    decode, enlarge (Lanczos), encode, add noise, denoise with linear attention: `plan.py`
+    the end              decode in tiles (`vae.py`), crop to the size asked for
+
+The weights are those of the pipeline that it is made from: LoRA, offloading and adapters hold for both. This is what
+families share; `flux.py` has what FLUX.1 takes and how one of its stages runs.
+
+B pictures, N image tokens, C numbers of a token.
+"""
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from ..linearize.convert import denoiser, dense
+from ..linearize.errors import UnsupportedModelError
+from ..linearize.logits import scaled_logits
+from ..linearize.seam import state_of
+from .latents import unpack_latents
+from .plan import Attention, Plan, Stage
+from .positions import rope_scaled
+from .vae import decode, encode, pixels_per_latent
+
+logger = logging.getLogger(__name__)
+
+OnStage = Callable[[Any, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a cascade begins: with stage `stage`, from pictures to enlarge or from the stage before's latents."""
+
+    stage: int = 0
+    pictures: Any = None
+    latents: Tensor | None = None
+
+
+class HighResolutionPipeline(DiffusionPipeline):
+    """A cascade around a pipeline's parts; `from_pipe` gives the class of its family.
+
+    Attributes:
+        native_size: Side in pixels of the square pictures that the model was trained on.
+    """
+
+    native_size: int
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, *, native_size: int | None = None) -> Any:
+        """The high-resolution pipeline around the parts of another; nothing is copied or cast.
+
+        Args:
+            pipeline: Of FLUX.1, converted or not, on its device, offloaded or not.
+            native_size: Side in pixels of the square pictures that the model was trained on; None: what the VAE's
+                config says (1024 for FLUX.1).
+        Raises:
+            UnsupportedModelError: there is no high-resolution pipeline for this model yet.
+            ValueError: native_size is not known.
+        """
+        from .flux import FluxHighResolutionPipeline
+
+        families = {"FluxTransformer2DModel": FluxHighResolutionPipeline}
+        name = type(denoiser(pipeline)[1]).__name__
+        if name not in families:
+            raise UnsupportedModelError(
+                f"high resolution is built for {', '.join(families)}, got a {name}: after linearize_ call its own "
+                "pipelines, text-to-image at native size and image-to-image at larger ones"
+            )
+        family: Any = families[name]
+        expected, _ = family._get_signature_keys(family)
+        made = family(**{part: module for part, module in pipeline.components.items() if part in expected})
+        native_size = native_size or pipeline.vae.config.get("sample_size")
+        if native_size is None:
+            raise ValueError("native_size, the side of the pictures that the model was trained on, must be given here")
+        made.native_size = native_size
+        for remembered in ("_all_hooks", "_offload_device", "_offload_gpu_id"):  # of enable_model_cpu_offload
+            if hasattr(pipeline, remembered):
+                setattr(made, remembered, getattr(pipeline, remembered))
+        return made
+
+    @abstractmethod
+    def _denoise(
+        self, stage: Stage, clean: Tensor | None, call: dict[str, Any], generator: Any, on_step_end: Any
+    ) -> Tensor:
+        """One stage from clean latents [B, C, h, w] (None: from noise alone); its latents [B, N, C]."""
+
+    def _cascade(
+        self,
+        plan: Plan,
+        start: Start,
+        call: dict[str, Any],
+        generators: list[Any],
+        on_step_end: Any,
+        on_stage_end: OnStage | None,
+    ) -> Tensor:
+        """The latents [B, N, C] of the last stage."""
+        pictures, latents = start.pictures, start.latents
+        for number in range(start.stage, len(plan.stages)):
+            stage = plan.stages[number]
+            if number > 0:
+                assert latents is not None
+                pictures = self._pictures(latents, plan.stages[number - 1], plan.tile)
+                if on_stage_end is not None and number > start.stage:
+                    on_stage_end(self, number - 1, {"images": pictures})
+            clean = None if pictures is None else self._enlarged(pictures, stage, plan.tile)
+            with self._told(number, plan), self._as_planned(stage):
+                latents = self._denoise(stage, clean, call, generators[number], on_step_end)
+            if on_stage_end is not None:
+                on_stage_end(self, number, {"latents": latents})
+            if self.interrupt:
+                break
+        assert latents is not None
+        return latents
+
+    @contextmanager
+    def _as_planned(self, stage: Stage) -> Iterator[None]:
+        """The model as this stage wants it."""
+        _, model = denoiser(self)
+        converted = state_of(model) is not None
+        original = dense(model) if converted and stage.attention == "original" else nullcontext()
+        logits = scaled_logits(model, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
+        with original, logits, rope_scaled(model, stage.rope_factor):
+            yield
+
+    @contextmanager
+    def _told(self, number: int, plan: Plan) -> Iterator[None]:
+        """Progress of the steps of one stage, and the log of how long it took."""
+        stage = plan.stages[number]
+        before = dict(getattr(self, "_progress_bar_config", {}))
+        what = f"stage {number + 1} of {len(plan.stages)}, {stage.width}x{stage.height}, {stage.attention} attention"
+        self.set_progress_bar_config(**{"unit": "step", **before, "desc": what})
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.set_progress_bar_config(**before)
+        logger.info("%s: %.1f s", what, time.perf_counter() - began)
+
+    def _attention(self) -> Attention:
+        """What the model can run."""
+        _, model = denoiser(self)
+        if state_of(model) is None:
+            return "original"
+        try:
+            with dense(model):
+                return "both"
+        except (ValueError, RuntimeError):  # the originals of trained weights were not kept
+            return "converted"
+
+    def _pictures(self, latents: Tensor, stage: Stage, tile: int | None) -> list[Image.Image]:
+        return self.image_processor.postprocess(self._decoded(latents, stage, tile), output_type="pil")
+
+    def _decoded(self, latents: Tensor, stage: Stage, tile: int | None) -> Tensor:
+        """[B, N, C] -> [B, 3, height, width] in [-1, 1]."""
+        scale = pixels_per_latent(self.vae)
+        planes = unpack_latents(latents, stage.height // scale, stage.width // scale)
+        return decode(self.vae, planes, tile=tile, progress=self._shows_progress())
+
+    def _enlarged(self, pictures: Any, stage: Stage, tile: int | None) -> Tensor:
+        """Clean latents [B, C, h, w] of pictures at the stage's size."""
+        pixels = self.image_processor.preprocess(pictures, height=stage.height, width=stage.width)
+        latents = encode(self.vae, pixels.to(self._execution_device), tile=tile, progress=self._shows_progress())
+        return latents.to(self._execution_device)
+
+    def _finish(self, latents: Tensor, plan: Plan, output_type: str) -> Any:
+        """The pictures at the size asked for."""
+        pixels = self._decoded(latents, plan.stages[-1], plan.tile)[..., : plan.height, : plan.width]
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _shows_progress(self) -> bool:
+        return not getattr(self, "_progress_bar_config", {}).get("disable", False)
+
+
+def stage_generators(generator: Any, count: int) -> list[Any]:
+    """One generator, or list of them, for each stage: the user's for the first, for the others new ones.
+
+    Their seeds come from a copy of the user's, so that a cascade that goes on at a later stage draws the same noise,
+    and the first stage is the stock pipeline's.
+    """
+    if generator is None:
+        return [None] * count
+    if isinstance(generator, list):
+        return [list(one) for one in zip(*(stage_generators(one, count) for one in generator), strict=True)]
+    seeds = torch.randint(2**62, (count,), generator=generator.clone_state(), device=generator.device).tolist()
+    return [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in seeds[1:])]

@@ -1,0 +1,47 @@
+"""Low frequencies that follow the stage before, while the details are free (after I-Max, arXiv:2410.07536).
+
+A flow-matching step of Euler goes from x_s to x_t, t < s, along one velocity, so that it also tells the picture that
+the model has in mind: x_0 = x_t - t (x_s - x_t) / (s - t). Its low frequencies are drawn towards those of the enlarged
+picture r:
+
+    x_t <- x_t + (1 - t) w_t (low(r) - low(x_0)),    w_t = follow * t
+
+low(x) is x sampled down by `CELL` and up again. w falls with the noise: when that is gone, the picture stands.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+CELL = 4  # latents, along one side: what the stage before knows, twice as small and half as sharp
+
+
+class LowFrequencies:
+    """The correction after each step of a stage.
+
+    Args:
+        reference: r, latents [B, C, h, w].
+        follow: w at noise level 1.
+    """
+
+    def __init__(self, reference: Tensor, *, follow: float) -> None:
+        self.follow = follow
+        self.wanted = _low(reference.float())
+
+    def after_step(self, before: Tensor, after: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        """x_s and x_t [B, C, h, w], their noise levels s and t -> x_t corrected."""
+        velocity = (before.float() - after.float()) / (sigma - next_sigma)
+        predicted = after.float() - next_sigma * velocity
+        weight = (1 - next_sigma) * self.follow * next_sigma
+        return (after.float() + weight * (self.wanted - _low(predicted))).to(after.dtype)
+
+
+def noise_levels(scheduler: Any) -> tuple[float, float]:
+    """Before and after the step that a flow-matching scheduler has just made."""
+    return float(scheduler.sigmas[scheduler.step_index - 1]), float(scheduler.sigmas[scheduler.step_index])
+
+
+def _low(x: Tensor) -> Tensor:
+    small = interpolate(x, scale_factor=1 / CELL, mode="bilinear", antialias=True)
+    return interpolate(small, size=x.shape[-2:], mode="bilinear")

@@ -1,0 +1,150 @@
+"""Encoding and decoding pictures of any size in the memory of one tile.
+
+Tiles of one size lie evenly over the picture and overlap by at least a quarter; where they overlap, weights go
+linearly from one to the other. All that grows with the picture is its sum, in float32 on the CPU. Inside a tile the VAE
+is whole: its attention and group norms see the tile alone, so that memory is bounded by the tile.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+OVERLAP = 0.25  # of a tile, at least
+SMALLEST_TILE = 256  # pixels; below it, a tile is mostly border
+
+
+def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
+    """Pictures of latents, in smaller tiles where memory runs out.
+
+    Args:
+        vae: Of diffusers, with `scaling_factor` and perhaps `shift_factor`.
+        latents: [B, C, h, w], as the denoiser has them.
+        tile: Side in pixels; None: in one piece.
+    Returns:
+        [B, 3, height, width] in [-1, 1], float32, on the CPU.
+    Raises:
+        torch.OutOfMemoryError: even the smallest tile does not fit.
+    """
+    scale = pixels_per_latent(vae)
+    values = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+
+    def run(part: Tensor) -> Tensor:
+        return vae.decode(part.to(vae.dtype), return_dict=False)[0]
+
+    return _in_tiles(run, values, tile=tile, step=scale, gain=scale, what="decode", progress=progress)
+
+
+def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
+    """Latents of pictures, the mean of what the encoder gives.
+
+    Args:
+        pictures: [B, 3, height, width] in [-1, 1], both sides multiples of `pixels_per_latent`.
+        tile: As in `decode`.
+    Returns:
+        [B, C, h, w] as the denoiser takes them, float32, on the CPU.
+    """
+    scale = pixels_per_latent(vae)
+
+    def run(part: Tensor) -> Tensor:
+        return vae.encode(part.to(vae.dtype)).latent_dist.mode()
+
+    values = _in_tiles(run, pictures, tile=tile, step=1, gain=1 / scale, what="encode", progress=progress, align=scale)
+    return (values - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def pixels_per_latent(vae: Any) -> int:
+    """Along one side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _in_tiles(
+    run: Callable[[Tensor], Tensor],
+    values: Tensor,
+    *,
+    tile: int | None,
+    step: int,
+    gain: float,
+    what: str,
+    progress: bool,
+    align: int = 1,
+) -> Tensor:
+    """`run` on tiles of values [B, C, rows, columns].
+
+    Args:
+        tile: In pixels.
+        step: Pixels per row of values.
+        gain: Rows of the result per row of values.
+        align: Tiles begin at multiples of this many rows.
+    """
+    side = None if tile is None else max(align, tile // step // align * align)
+    while True:
+        try:
+            return _blended(run, values, side, gain, what, progress, align)
+        except torch.OutOfMemoryError:
+            largest = max(values.shape[-2:]) if side is None else min(side, max(values.shape[-2:]))
+            smaller = largest // 2 // align * align
+            if smaller * step < SMALLEST_TILE:
+                raise
+            logger.warning("out of memory: the VAE goes on in tiles of %d pixels", smaller * step)
+            side = smaller
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _blended(
+    run: Callable[[Tensor], Tensor],
+    values: Tensor,
+    side: int | None,
+    gain: float,
+    what: str,
+    progress: bool,
+    align: int,
+) -> Tensor:
+    rows, columns = values.shape[-2:]
+    heights, widths = (_spans(length, side, align) for length in (rows, columns))
+    total = weight = None
+    tiles = list(product(heights, widths))
+    for (top, bottom), (left, right) in tqdm(tiles, desc=what, unit="tile", disable=not progress or len(tiles) == 1):
+        part = run(values[..., top:bottom, left:right]).float().cpu()
+        if len(tiles) == 1:
+            return part
+        if total is None or weight is None:
+            size = round(rows * gain), round(columns * gain)
+            total, weight = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
+        place = (slice(round(top * gain), round(bottom * gain)), slice(round(left * gain), round(right * gain)))
+        ramps = _ramp(part.shape[-2], top > 0, bottom < rows)[:, None] * _ramp(
+            part.shape[-1], left > 0, right < columns
+        )
+        total[..., *place] += part * ramps
+        weight[place] += ramps
+    assert total is not None and weight is not None
+    return total.div_(weight)
+
+
+def _spans(length: int, side: int | None, align: int) -> list[tuple[int, int]]:
+    """Where tiles begin and end: all of one size, evenly, from border to border, overlapping by `OVERLAP` or more."""
+    if side is None or length <= side:
+        return [(0, length)]
+    count = math.ceil((length - side) / (side * (1 - OVERLAP))) + 1
+    starts = [round((length - side) * index / (count - 1) / align) * align for index in range(count)]
+    return [(start, start + side) for start in starts]
+
+
+def _ramp(length: int, fades_in: bool, fades_out: bool) -> Tensor:
+    """Weights along one side of a tile: 1, falling linearly to a border that has a neighbour, over the overlap."""
+    reach = round(length * OVERLAP)
+    position = torch.arange(length) + 0.5
+    weight = torch.ones(length)
+    if fades_in:
+        weight = torch.minimum(weight, position / reach)
+    if fades_out:
+        weight = torch.minimum(weight, (length - position) / reach)
+    return weight

@@ -1,0 +1,328 @@
+"""The cascade: each stage is what diffusers' own calls make, the model is as it was afterwards, nothing is lost."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FluxImg2ImgPipeline, FluxPipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from tiny_distill import build_tiny
+
+import lineardit
+from lineardit import Clear, HighResolutionPipeline, dense, linearize_
+from lineardit.linearize.convert import denoiser, swapped
+from lineardit.pipelines.decoding import decode_file
+from lineardit.pipelines.generate import generate
+from lineardit.pipelines.plan import Settings
+
+PROMPT = "a red circle"
+CALL: dict[str, Any] = {"max_sequence_length": 8, "num_inference_steps": 2}
+FEW = Settings(steps=2)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def converted(native_size: int = 16) -> Any:
+    pipe = build_tiny()
+    linearize_(pipe, Clear(radius=2))
+    pipe.vae.register_to_config(sample_size=native_size)
+    return pipe
+
+
+@pytest.fixture
+def high() -> Any:
+    return HighResolutionPipeline.from_pipe(converted())
+
+
+def test_from_pipe_shares_the_parts(high: Any) -> None:
+    pipe = converted()
+    made = HighResolutionPipeline.from_pipe(pipe, native_size=32)
+    assert isinstance(made, HighResolutionPipeline) and isinstance(made, FluxImg2ImgPipeline)
+    assert made.components.keys() == pipe.components.keys()
+    assert all(made.components[name] is part for name, part in pipe.components.items())
+    assert (made.native_size, high.native_size) == (32, 16)
+    pipe = converted()
+    pipe.transformer.to(torch.bfloat16)
+    assert HighResolutionPipeline.from_pipe(pipe).transformer.dtype == torch.bfloat16
+
+
+def test_native_stage_is_the_stock_pipeline_bit_for_bit(high: Any) -> None:
+    base = build_tiny()
+    wanted = base(PROMPT, height=16, width=16, generator=seeded(), output_type="latent", **CALL).images
+    made = high(PROMPT, generator=seeded(), output_type="latent", **CALL).images
+    assert torch.equal(made, wanted)
+    both = high([PROMPT, "b"], generator=[seeded(), seeded(1)], output_type="latent", **CALL).images
+    assert torch.allclose(both[:1], wanted, atol=1e-5)
+
+
+def test_later_stage_is_diffusers_image_to_image(high: Any) -> None:
+    """With nothing scaled and no guidance, from the same noise and noise levels."""
+    seen: dict[int, dict[str, Any]] = {}
+    plan = high.plan(32, 24, num_inference_steps=2, settings=Settings(steps=3, follow=0, rope_factor=1))
+    made = high(
+        PROMPT,
+        plan=plan,
+        generator=seeded(),
+        max_sequence_length=8,
+        output_type="latent",
+        callback_on_stage_end=lambda _pipe, number, what: seen.setdefault(number, {}).update(what),
+    ).images
+    assert [stage.attention for stage in plan.stages] == ["original", "converted"]
+    assert set(seen) == {0, 1} and set(seen[0]) == {"latents", "images"} and set(seen[1]) == {"latents"}
+    stock = FluxImg2ImgPipeline(**high.components)
+    stock.set_progress_bar_config(disable=True)
+    stock.scheduler = type(stock.scheduler).from_config(stock.scheduler.config, use_dynamic_shifting=False, shift=1.0)
+    pixels = stock.image_processor.preprocess(seen[0]["images"], height=32, width=24)
+    latents = high.vae.encode(pixels).latent_dist.mode()
+    latents = (latents - high.vae.config.shift_factor) * high.vae.config.scaling_factor
+    (seed,) = torch.randint(2**62, (2,), generator=seeded()).tolist()[1:]
+    wanted = stock(
+        PROMPT,
+        image=latents,
+        height=32,
+        width=24,
+        strength=1.0,
+        sigmas=plan.stages[1].sigmas(),
+        num_inference_steps=3,
+        guidance_scale=3.5,
+        generator=seeded(seed),
+        max_sequence_length=8,
+        output_type="latent",
+    ).images
+    assert torch.allclose(made, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(33, 41), (16, 90)])
+def test_call_gives_the_size_asked_for(high: Any, size: tuple[int, int]) -> None:
+    plan = high.plan(*size, num_inference_steps=1, settings=Settings(steps=1))
+    image = high(PROMPT, plan=plan, generator=seeded(), max_sequence_length=8).images[0]
+    assert (image.height, image.width) == size
+    assert len(plan.stages) > 1 and "cropped" in str(plan)
+
+
+def test_model_is_as_it_was_afterwards_and_after_an_error(high: Any) -> None:
+    plan = high.plan(48, 48, num_inference_steps=1, settings=Settings(steps=1, proportional=1.0))
+    theta, scheduler, state = high.transformer.pos_embed.theta, high.scheduler, high.transformer._lineardit_state
+    inside: list[tuple[float, float, bool]] = []
+
+    def note(*_: Any) -> dict[str, Any]:
+        inside.append((high.transformer.pos_embed.theta / theta, state.logit_factor, state.enabled))
+        return {}
+
+    def fail(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("stop")
+
+    call: dict[str, Any] = {"plan": plan, "generator": seeded(), "max_sequence_length": 8}
+    high(PROMPT, **call, callback_on_step_end=note)
+    assert inside == [(stage.rope_factor, stage.logit_factor, stage.attention == "converted") for stage in plan.stages]
+    assert inside[-1][0] > 1 and inside[-1][1] > 1
+    for stage in range(len(plan.stages)):
+        reached: list[int] = []
+
+        def stop(*_: Any, stage: int = stage, reached: list[int] = reached) -> dict[str, Any]:
+            reached.append(0)
+            return fail() if len(reached) > stage else {}
+
+        with pytest.raises(RuntimeError, match="stop"):
+            high(PROMPT, **call, callback_on_step_end=stop)
+        assert (high.transformer.pos_embed.theta, state.logit_factor, state.enabled) == (theta, 1.0, True)
+        assert high.scheduler is scheduler
+
+
+def test_rope_factor_is_the_models_own_base(high: Any) -> None:
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    from lineardit.pipelines.positions import rope_scaled
+
+    ids = torch.arange(7.0)[:, None].expand(-1, 3)
+    with rope_scaled(high, 10.0):
+        cos, _ = high.transformer.pos_embed(ids)
+    dims = high.transformer.config.axes_dims_rope
+    wanted = [
+        get_1d_rotary_pos_embed(dim, ids[:, 0], ntk_factor=10.0, use_real=True, repeat_interleave_real=True)[0]
+        for dim in dims
+    ]
+    assert torch.allclose(cos, torch.cat(wanted, -1), atol=1e-6)
+
+
+def test_following_draws_the_picture_to_the_stage_before(high: Any) -> None:
+    """A model with random weights wanders off; with low frequencies held it stays nearer to the enlarged picture."""
+    picture = Image.linear_gradient("L").convert("RGB")
+    errors = []
+    for follow in (0.0, 1.0):
+        plan = high.plan(32, 32, enlarge=True, settings=Settings(steps=4, follow=follow, rope_factor=1))
+        made = high(PROMPT, image=picture, plan=plan, generator=seeded(), max_sequence_length=8).images[0]
+        small = [numpy.asarray(one.resize((4, 4), Image.Resampling.BOX), float) for one in (made, picture)]
+        errors.append(abs(small[0] - small[1]).mean())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_cascade_goes_on_at_a_later_stage(high: Any) -> None:
+    plan = high.plan(64, 64, num_inference_steps=1, settings=Settings(steps=1))
+    seen: dict[int, Any] = {}
+
+    def keep(_pipe: Any, number: int, made: dict[str, Any]) -> None:
+        if "latents" in made:
+            seen[number] = made["latents"]
+
+    call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
+    whole = high(PROMPT, generator=seeded(3), callback_on_stage_end=keep, **call).images
+    rest = high(PROMPT, generator=seeded(3), start_latents=seen[0], start_stage=1, **call).images
+    assert len(plan.stages) == 3 and torch.equal(rest, whole)
+
+
+def test_negative_prompt_and_several_pictures(high: Any) -> None:
+    plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
+    call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "np"}
+    plain = high(PROMPT, num_images_per_prompt=2, generator=seeded(), **call).images
+    guided = high(
+        PROMPT, negative_prompt="b", true_cfg_scale=3.0, num_images_per_prompt=2, generator=seeded(), **call
+    ).images
+    assert plain.shape == guided.shape == (2, 32, 32, 3)
+    assert not numpy.allclose(plain[0], plain[1]) and not numpy.allclose(plain, guided)
+
+
+def test_interrupt_stops_after_the_step(high: Any) -> None:
+    plan = high.plan(64, 64, num_inference_steps=2, settings=FEW)
+    steps: list[int] = []
+
+    def stop(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        steps.append(step)
+        pipe._interrupt = True
+        return {}
+
+    out = high(PROMPT, plan=plan, generator=seeded(), max_sequence_length=8, callback_on_step_end=stop).images[0]
+    assert steps == [0] and out.size == (16, 16)
+
+
+def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None:
+    pipe = build_tiny()
+    high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
+    plan = high.plan(32, 32, num_inference_steps=1, settings=Settings(steps=1))
+    assert {stage.attention for stage in plan.stages} == {"original"}
+    assert high(PROMPT, plan=plan, generator=seeded(), max_sequence_length=8).images[0].size == (32, 32)
+    linearize_(high, Clear(radius=2))
+    assert swapped(denoiser(pipe)[1])
+    assert high.plan(64, 64).stages[-1].attention == "converted"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan: {"plan": replace(plan, stages=plan.stages[1:])}, "enlarges a picture: give image"),
+        (lambda plan: {"plan": plan, "start_stage": 1}, "start_stage must be 1 to 2 with start_latents"),
+        (lambda plan: {"plan": plan, "height": 16}, "height and width must be the plan's, 64 and 64, or left out"),
+        (lambda plan: {"plan": plan, "prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
+        (
+            lambda plan: {"plan": replace(plan, stages=(*plan.stages[:-1], replace(plan.stages[-1], width=66)))},
+            "sides of a stage must be multiples of 4, got 66x64",
+        ),
+    ],
+)
+def test_call_refuses_what_does_not_fit(high: Any, change: Callable[[Any], dict[str, Any]], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        high(**({"prompt": PROMPT} | change(high.plan(64, 64))))
+
+
+def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:
+    class Other:
+        transformer = torch.nn.Linear(2, 2)
+
+    with pytest.raises(lineardit.UnsupportedModelError, match="high resolution is built for FluxTransformer2DModel"):
+        HighResolutionPipeline.from_pipe(Other())
+    high.scheduler = DPMSolverMultistepScheduler()
+    with pytest.raises(ValueError, match="must be a FlowMatchEulerDiscreteScheduler, got a DPMSolverMultistep"):
+        high.plan(64, 64)
+    assert StableDiffusionPipeline is not None
+
+
+def test_lora_of_a_style_holds_in_every_stage(high: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
+    call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
+    plain = high(PROMPT, generator=seeded(), **call).images
+    high.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    styled = high(PROMPT, generator=seeded(), **call).images
+    high.disable_lora()
+    assert torch.equal(high(PROMPT, generator=seeded(), **call).images, plain)
+    assert not torch.allclose(styled, plain)
+
+
+def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, out = converted(), tmp_path / "out.png"
+    call: dict[str, Any] = {"size": (50, 62), "steps": 2, "max_sequence_length": 8}
+    steps = 0
+    own = type(pipe.transformer).forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 20:
+            raise RuntimeError("power cut")
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", count)
+    with pytest.raises(RuntimeError, match="power cut"):
+        generate(pipe, [PROMPT], out, **call)
+    assert sorted(path.name for path in (tmp_path / "out.stages").iterdir()) == [
+        "1-20x16.png",
+        "1.latents.safetensors",
+        "2.latents.safetensors",
+    ]
+    steps = 100
+    generate(pipe, [PROMPT], out, **call)
+    assert steps == 114  # of the last stage alone
+    with Image.open(out) as image:
+        assert image.size == (62, 50) and "stages" in image.info
+        resumed = numpy.asarray(image).copy()
+    assert not list((tmp_path / "out.stages").glob("*.safetensors"))
+    generate(pipe, [PROMPT], tmp_path / "again.png", **call)
+    with Image.open(tmp_path / "again.png") as image:
+        assert numpy.array_equal(numpy.asarray(image), resumed)
+
+
+def test_generate_makes_it_directly_when_told(tmp_path: Path) -> None:
+    pipe = converted()
+    generate(pipe, [PROMPT], tmp_path / "a.png", size=(48, 48), steps=1, max_sequence_length=8, cascade=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    generate(pipe, [PROMPT], tmp_path / "b.png", size=(16, 16), steps=1, max_sequence_length=8, cascade=True)
+    assert (tmp_path / "b.stages").is_dir()
+
+
+def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, out = converted(), tmp_path / "out.png"
+    build_tiny().save_pretrained(tmp_path / "base")
+    call: dict[str, Any] = {"size": (30, 43), "steps": 1, "max_sequence_length": 8}
+    generate(pipe, [PROMPT], tmp_path / "wanted.png", **call)
+    high_finish = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"
+    monkeypatch.setattr(high_finish, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(pipe, [PROMPT], out, **call, about={"model": str(tmp_path / "base")})
+    latents = tmp_path / "out.latents.safetensors"
+    with safe_open(latents, framework="pt") as file:
+        assert file.metadata()["prompt"] == PROMPT
+    made = decode_file(latents, device=torch.device("cpu"), dtype=torch.float32)
+    assert made == out and not latents.exists()
+    with Image.open(out) as image, Image.open(tmp_path / "wanted.png") as wanted:
+        assert numpy.array_equal(numpy.asarray(image), numpy.asarray(wanted))
+        assert image.info["seed"] == "0"
+
+
+def test_dense_reaches_the_base_after_a_cascade(high: Any) -> None:
+    base = build_tiny()
+    high(PROMPT, plan=high.plan(32, 32, num_inference_steps=1, settings=FEW), max_sequence_length=8)
+    stock = FluxPipeline(**{name: part for name, part in high.components.items()})
+    stock.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"height": 16, "width": 16, "output_type": "latent", **CALL}
+    with dense(high):
+        assert torch.equal(
+            stock(PROMPT, generator=seeded(), **call).images, base(PROMPT, generator=seeded(), **call).images
+        )

@@ -1,0 +1,45 @@
+"""Low frequencies that follow a reference."""
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from lineardit.pipelines.latents import pack_latents, unpack_latents
+from lineardit.pipelines.low_frequencies import LowFrequencies, noise_levels
+
+
+def test_after_step_moves_the_predicted_picture_and_not_the_noise() -> None:
+    """For a model that knows picture x and noise e, weight 1 puts the reference's low frequencies in x's place."""
+    generator = torch.Generator().manual_seed(0)
+    picture, noise = (torch.randn(1, 4, 16, 24, generator=generator) for _ in range(2))
+    reference = torch.full_like(picture, 3.0)
+    sigma, following = 0.75, 0.5
+    before, after = ((1 - t) * picture + t * noise for t in (sigma, following))
+    corrected = LowFrequencies(reference, follow=1 / following).after_step(before, after, sigma, following)
+    moved = (corrected - following * noise) / (1 - following)
+    low = torch.nn.functional.avg_pool2d(moved, 8)  # cells that the filter does not reach across would be exact
+    assert (low - 3).abs().max() < 0.6
+    high = moved - LowFrequencies(moved, follow=1).wanted
+    assert torch.allclose(high.std(), (picture - LowFrequencies(picture, follow=1).wanted).std(), rtol=0.15)
+
+
+def test_after_step_leaves_the_last_step_alone() -> None:
+    before, after = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    assert torch.equal(LowFrequencies(torch.zeros(1, 4, 8, 8), follow=0.5).after_step(before, after, 0.3, 0.0), after)
+
+
+def test_noise_levels_are_those_of_the_step_that_was_made() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.2])
+    scheduler.set_begin_index(0)
+    for wanted in ((0.9, 0.5), (0.5, 0.2), (0.2, 0.0)):
+        scheduler.step(torch.zeros(1, 1), scheduler.timesteps[0], torch.zeros(1, 1))
+        assert torch.allclose(torch.tensor(noise_levels(scheduler)), torch.tensor(wanted))
+
+
+def test_pack_latents_is_what_flux_takes() -> None:
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 4, 6, 10)
+    tokens = pack_latents(latents)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 4, 6, 10))
+    assert torch.equal(unpack_latents(tokens, 6, 10), latents)

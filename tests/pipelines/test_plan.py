@@ -1,0 +1,151 @@
+"""What a cascade will do: sizes, noise levels, notes, refusals."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lineardit.pipelines.plan import Limits, Plan, Settings, Stage, cascade, ntk_factor, proportional_factor
+
+FLUX = Limits(native=1024, multiple=16, largest_shift=math.exp(1.15), rope_dim=56, attention="both")
+CALL: dict[str, Any] = {"first_steps": 28, "enlarge": False, "text_len": 512, "tile": 1024}
+
+
+def sizes(height: int, width: int, **changes: Any) -> list[tuple[int, int]]:
+    plan = cascade(height, width, FLUX, Settings(), **(CALL | changes))
+    return [(stage.height, stage.width) for stage in plan.stages]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "wanted"),
+    [
+        (1024, 1024, [(1024, 1024)]),
+        (768, 1536, [(768, 1536)]),
+        (4096, 4096, [(1024, 1024), (2048, 2048), (4096, 4096)]),
+        (4096, 8192, [(720, 1440), (1296, 2576), (2304, 4592), (4096, 8192)]),
+        (2048, 6144, [(592, 1776), (1104, 3312), (2048, 6144)]),
+        (1000, 1001, [(1008, 1008)]),
+        (64, 64, [(64, 64)]),
+    ],
+)
+def test_cascade_goes_from_the_native_area_to_the_size_asked_for(
+    height: int, width: int, wanted: list[tuple[int, int]]
+) -> None:
+    assert sizes(height, width) == wanted
+
+
+@pytest.mark.parametrize("height", [16, 700, 1024, 1500, 3000, 5000, 8192, 20000])
+@pytest.mark.parametrize("width", [16, 1000, 2048, 8192])
+def test_cascade_at_most_doubles_and_keeps_the_shape(height: int, width: int) -> None:
+    made = sizes(height, width)
+    for (rows, columns), (next_rows, next_columns) in zip(made, made[1:], strict=False):
+        assert rows < next_rows <= 2.1 * rows or rows == 16
+        assert columns < next_columns <= 2.1 * columns or columns == 16
+    assert height <= made[-1][0] < height + 16
+    assert width <= made[-1][1] < width + 16
+    assert all(rows % 16 == 0 and columns % 16 == 0 for rows, columns in made)
+
+
+def test_cascade_of_a_picture_has_no_native_stage() -> None:
+    assert sizes(4096, 4096, enlarge=True) == [(2048, 2048), (4096, 4096)]
+    assert sizes(1024, 1024, enlarge=True) == [(1024, 1024)]
+    plan = cascade(1024, 1024, FLUX, Settings(strength=0.4), **(CALL | {"enlarge": True}))
+    assert plan.stages[0].strength == 0.4
+
+
+def test_stage_noise_is_bounded_at_every_size() -> None:
+    """Stock image-to-image starts from sigma 0.999995 at 4K, whatever the strength."""
+    for side in (2048, 4096, 8192):
+        stage = cascade(side, side, FLUX, Settings(), **CALL).stages[-1]
+        levels = stage.sigmas()
+        assert levels is not None and len(levels) == stage.steps
+        assert levels[0] == pytest.approx(math.exp(1.15) * 0.7 / (1 + (math.exp(1.15) - 1) * 0.7))
+        assert levels == sorted(levels, reverse=True) and levels[-1] > 0
+
+
+def test_cascade_uses_linear_attention_where_it_pays() -> None:
+    assert [stage.attention for stage in cascade(4096, 4096, FLUX, Settings(), **CALL).stages] == [
+        "original",
+        "converted",
+        "converted",
+    ]
+    only = replace(FLUX, attention="original")
+    plan = cascade(4096, 4096, only, Settings(proportional=1.0), **CALL)
+    assert {stage.attention for stage in plan.stages} == {"original"}
+    assert "not converted" in plan.notes[0]
+    plan = cascade(4096, 4096, replace(FLUX, attention="converted"), Settings(), **CALL)
+    assert {stage.attention for stage in plan.stages} == {"converted"}
+
+
+def test_cascade_follows_low_frequencies_beyond_known_positions() -> None:
+    stages = cascade(4096, 4096, FLUX, Settings(), **CALL).stages
+    assert [stage.follow for stage in stages] == [0, 0, 0.5]
+    assert [stage.rope_factor for stage in stages] == [1, 1, pytest.approx(2 ** (56 / 54))]
+    free = cascade(4096, 4096, FLUX, Settings(follow=0, rope_factor=10), **CALL)
+    assert [stage.rope_factor for stage in free.stages] == [1, 10, 10]
+    assert any("expect repeated objects" in note for note in free.notes)
+    assert any("nobody has shown" in note for note in cascade(16384, 64, FLUX, Settings(), **CALL).notes)
+
+
+def test_proportional_factor_is_clears_formula() -> None:
+    assert proportional_factor(4608, 4608) == 1
+    assert proportional_factor(65536 + 512, 4608, 10) == pytest.approx(math.sqrt(math.log(660480) / math.log(4608)))
+    stages = cascade(4096, 4096, FLUX, Settings(proportional=1.0), **CALL).stages
+    assert stages[0].logit_factor == 1
+    assert stages[2].logit_factor == pytest.approx(proportional_factor(256 * 256 + 512, 64 * 64 + 512))
+
+
+def test_ntk_factor_stretches_the_slowest_turn() -> None:
+    dim, ratio = 12, 4.0
+    slowest = (dim - 2) / dim
+    before, after = 10000**-slowest, (10000 * ntk_factor(ratio, dim)) ** -slowest
+    assert before / after == pytest.approx(ratio)
+    assert ntk_factor(0.5, dim) == 1
+
+
+def test_plan_says_what_it_does() -> None:
+    text = str(cascade(4096, 8190, FLUX, Settings(), **CALL))
+    assert text.startswith("8190x4096 in 4 stages\n  1. 1440x720, 28 steps, original attention")
+    assert "from sigma 0.881" in text
+    assert "VAE in tiles of 1024 pixels" in text
+    assert "8192x4096 is made and cropped to 8190x4096" in text
+
+
+def test_plan_settings_leave_out_what_differs_between_machines() -> None:
+    plan = cascade(2048, 2048, FLUX, Settings(), **CALL)
+    timed = replace(plan, stages=tuple(replace(stage, seconds=1.0, gib=2.0) for stage in plan.stages))
+    assert timed.settings() == plan.settings()
+    assert cascade(2048, 2048, FLUX, Settings(strength=0.5), **CALL).settings() != plan.settings()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"height": 0}, "height of a stage must be an integer >= 1, got 0"),
+        ({"steps": 2.5}, "steps of a stage must be an integer >= 1, got 2.5"),
+        ({"strength": 0}, r"strength of a stage must be in \(0, 1\], got 0"),
+        ({"strength": 1.1}, r"in \(0, 1\], got 1.1"),
+        ({"strength": 0.5}, "needs a shift of its own"),
+        ({"shift": -1.0}, "shift of a stage must be > 0 and finite, got -1.0"),
+        ({"rope_factor": math.inf}, "rope_factor of a stage must be > 0 and finite"),
+        ({"follow": 2}, r"follow of a stage must be in \[0, 1\], got 2"),
+        ({"attention": "dense"}, "attention of a stage must be original or converted, got 'dense'"),
+        ({"logit_factor": 1.1}, "logit_factor is of converted attention"),
+    ],
+)
+def test_stage_refuses_bad_settings(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Stage(**({"height": 16, "width": 16, "steps": 1} | change))
+
+
+def test_plan_refuses_what_does_not_fit() -> None:
+    stage = Stage(height=16, width=16, steps=1)
+    with pytest.raises(ValueError, match="at least one stage"):
+        Plan(height=16, width=16, stages=())
+    with pytest.raises(ValueError, match="the last stage must be at least as large as the picture, 32x16, got 16x16"):
+        Plan(height=16, width=32, stages=(stage,))
+    with pytest.raises(ValueError, match="tile must be an integer >= 64 pixels or None, got 8"):
+        Plan(height=16, width=16, stages=(stage,), tile=8)
+    with pytest.raises(ValueError, match="height and width must be >= 1, got 0 and 16"):
+        cascade(0, 16, FLUX, Settings(), **CALL)
