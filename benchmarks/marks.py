@@ -9,26 +9,22 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from marks_report import Mark, Row, as_markdown, student_marks, teacher_marks
+from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
-from lineardit.distill.evaluate import Scores, compare, score_totals
 from lineardit.distill.files import write_json
 from lineardit.distill.launch import launch
-from lineardit.distill.pictures import Pictures, PictureSettings, make_pictures
-from lineardit.distill.prepare import prepare
 from lineardit.distill.sheet import write_sheet
-from lineardit.examples.tiny_flux import path, scenes
+from lineardit.examples.tiny_flux import path
 from lineardit.linearize.conversion import convert_base
-from lineardit.linearize.folders import sha256, write_whole
+from lineardit.linearize.folders import write_whole
 from lineardit.linearize.methods import Clear
-from lineardit.linearize.opening import open_pipeline
-from lineardit.scene_judge import judge_scene
-from lineardit.stages import Stages, matmul_gflops
+from lineardit.stages import matmul_gflops
 
 logger = logging.getLogger(__name__)
 
@@ -37,44 +33,17 @@ TERMS = ("flow", "prediction", "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How much is done; the defaults fit the hour."""
+class Plan(ScenePlan):
+    """The defaults fit the hour."""
 
     radius: float = 4
-    side: int = 128  # pixels
-    steps: int = 28  # denoising
-    captions: int = 256  # held out
-    few_captions: int = 64  # for rows beside the marks
-    text_tokens: int = 64
-    samples: int = 192  # of the teacher, to train on
-    train_steps: int = 400
-    batch_size: int = 4
-    learning_rate: float = 1e-3
     shown: int = 12  # rows of the sheet
 
 
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """Pictures of one model, and what the judge says of each."""
-
-    pictures: Pictures
-    scores: tuple[Scores, ...]
-
-    def first(self, count: int) -> "Made":
-        """The same for the first captions only."""
-        some = replace(self.pictures, latents=self.pictures.latents[:count], images=self.pictures.images[:count])
-        return Made(pictures=some, scores=self.scores[:count])
-
-
-class Marks:
+class Marks(SceneStudents):
     """One run of all stages, in a folder of its own."""
 
-    def __init__(self, base: Path, directory: Path, plan: Plan) -> None:
-        weights = [sha256(file)[:8] for file in sorted(base.rglob("*.safetensors"))]
-        self.base, self.directory, self.plan = base, directory, plan
-        self.stages = Stages(directory, asdict(plan) | {"base": weights})
-        self.captions = [scenes.sample(index, split="held_out").caption for index in range(plan.captions)]
-        self.made: dict[str, Made] = {}
+    plan: Plan
 
     def run(self) -> tuple[list[Row], list[Mark]]:
         """Every stage, the marks first and the rows beside them last."""
@@ -98,31 +67,6 @@ class Marks:
                 self.distill(f"no {term}", f"loss.{term}=0.0")
                 self.draw(f"no {term}", self.adapter(f"no {term}"), plan.few_captions)
         return self.rows(), self.marks()
-
-    def draw(self, name: str, source: Path, count: int, *, text_tokens: int | None = None) -> None:
-        plan = self.plan
-        settings = PictureSettings(
-            height=plan.side,
-            width=plan.side,
-            steps=plan.steps,
-            max_sequence_length=text_tokens or plan.text_tokens,
-        )
-        captions = self.captions[:count]
-        pictures = make_pictures(open_pipeline(source), captions, self.directory / "pictures", settings, name=name)
-        scores = tuple(judge_scene(*pair) for pair in zip(captions, pictures.images, strict=True))
-        self.made[name] = Made(pictures=pictures, scores=scores)
-
-    def prepare(self) -> None:
-        plan = self.plan
-        prepare(
-            open_pipeline(self.base),
-            [scenes.sample(index).caption for index in range(plan.samples)],
-            self.directory / "samples",
-            sizes=[(plan.side, plan.side)],
-            steps=plan.steps,
-            max_sequence_length=plan.text_tokens,
-            shard_size=16,
-        )
 
     def adapter(self, name: str) -> Path:
         return self.directory / "runs" / name.replace(" ", "-") / "adapter"
@@ -148,20 +92,6 @@ class Marks:
 
     def rows(self) -> list[Row]:
         return [self.row(name) for name in self.made]
-
-    def row(self, name: str) -> Row:
-        made = self.made[name]
-        count = len(made.scores)
-        teacher = self.made["teacher"].first(count)
-        return Row(
-            name=name,
-            pictures=count,
-            scores=score_totals(made.scores),
-            seconds_per_picture=made.pictures.seconds,
-            comparison=None
-            if name == "teacher"
-            else compare(made.pictures, teacher.pictures, made.scores, teacher.scores),
-        )
 
     def marks(self) -> list[Mark]:
         teacher, long = self.row("teacher"), self.row("teacher, 512 text tokens")

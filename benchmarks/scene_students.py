@@ -1,0 +1,103 @@
+"""What benchmarks on the small trained model share: its pictures and its students', drawn once, judged, compared."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from marks_report import Row
+
+from lineardit.distill.evaluate import Scores, compare, score_totals
+from lineardit.distill.pictures import Pictures, PictureSettings, make_pictures
+from lineardit.distill.prepare import prepare
+from lineardit.examples.tiny_flux import scenes
+from lineardit.linearize.folders import sha256
+from lineardit.linearize.opening import open_pipeline
+from lineardit.scene_judge import judge_scene
+from lineardit.stages import Stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenePlan:
+    """How much is done."""
+
+    side: int = 128  # pixels
+    steps: int = 28  # denoising
+    captions: int = 256  # held out
+    few_captions: int = 64  # for rows beside the marks
+    text_tokens: int = 64
+    samples: int = 192  # of the teacher, to train on
+    train_steps: int = 400
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """Pictures of one model, and what the judge says of each."""
+
+    pictures: Pictures
+    scores: tuple[Scores, ...]
+
+    def first(self, count: int) -> "Made":
+        """The same for the first captions only."""
+        some = replace(self.pictures, latents=self.pictures.latents[:count], images=self.pictures.images[:count])
+        return Made(pictures=some, scores=self.scores[:count])
+
+
+class SceneStudents:
+    """A teacher and its students in one folder; what an interrupted call has made is read again.
+
+    Args:
+        base: The teacher's pipeline.
+        directory: New, or that of a call with the same plan.
+    """
+
+    def __init__(self, base: Path, directory: Path, plan: ScenePlan) -> None:
+        weights = [sha256(file)[:8] for file in sorted(base.rglob("*.safetensors"))]
+        self.base, self.directory, self.plan = base, directory, plan
+        self.stages = Stages(directory, json.loads(json.dumps(asdict(plan))) | {"base": weights})
+        self.captions = [scenes.sample(index, split="held_out").caption for index in range(plan.captions)]
+        self.made: dict[str, Made] = {}
+
+    def draw(self, name: str, source: Path, count: int, *, text_tokens: int | None = None) -> None:
+        """Pictures of the first `count` captions; the noise of each is the same for every model."""
+        plan = self.plan
+        settings = PictureSettings(
+            height=plan.side,
+            width=plan.side,
+            steps=plan.steps,
+            max_sequence_length=text_tokens or plan.text_tokens,
+            batch_size=8,
+        )
+        captions = self.captions[:count]
+        pictures = make_pictures(open_pipeline(source), captions, self.directory / "pictures", settings, name=name)
+        scores = tuple(judge_scene(*pair) for pair in zip(captions, pictures.images, strict=True))
+        self.made[name] = Made(pictures=pictures, scores=scores)
+
+    def prepare(self) -> Path:
+        """The teacher's samples, which all students learn from."""
+        plan = self.plan
+        return prepare(
+            open_pipeline(self.base),
+            [scenes.sample(index).caption for index in range(plan.samples)],
+            self.directory / "samples",
+            sizes=[(plan.side, plan.side)],
+            steps=plan.steps,
+            max_sequence_length=plan.text_tokens,
+            shard_size=16,
+        )
+
+    def row(self, name: str) -> Row:
+        """One model's figures; all but the teacher's are compared with the teacher's same pictures."""
+        made = self.made[name]
+        count = len(made.scores)
+        teacher = self.made["teacher"].first(count)
+        return Row(
+            name=name,
+            pictures=count,
+            scores=score_totals(made.scores),
+            seconds_per_picture=made.pictures.seconds,
+            comparison=None
+            if name == "teacher"
+            else compare(made.pictures, teacher.pictures, made.scores, teacher.scores),
+        )
