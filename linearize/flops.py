@@ -1,22 +1,28 @@
 """Floating-point operations of one denoising step before and after conversion, counted from a model's shape.
 
-The model runs without memory (meta device) while its Linear layers and convolutions are counted. An attention call
-costs 4 * pairs * channels: pairs of query and key, times heads * head_dim, two products, multiply and add (as in
-CLEAR's tables, arXiv:2412.16112). A linear kernel's method tells its pairs exactly, text and pooled tokens included.
+The model runs without memory (meta device) while its products and convolutions are counted. An attention call costs
+4 * pairs * channels: pairs of query and key, times heads * head_dim, two products, multiply and add (as in CLEAR's
+tables, arXiv:2412.16112). A linear kernel's method tells its pairs exactly, text and pooled tokens included.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .errors import LayoutError
+from .families import family_of
 from .layout import Grid
+from .matching import attention_modules
 from .methods import METHODS
+from .step_inputs import can_make_inputs, step_inputs
 
 SIZES = {"1K": 1024, "2K": 2048, "4K": 4096, "8K": 8192}  # side of a square picture in pixels
 
@@ -66,13 +72,15 @@ class Step:
 
     Attributes:
         size: "1K" for 1024 x 1024 pixels, and so on.
-        side: Side of the picture in tokens; of a UNet, in latent positions.
+        grid: The picture in tokens; of a UNet, in latent positions.
+        text_queries: As the family has it.
         layers: Operations of all layers but attention.
         calls: Every attention call.
     """
 
     size: str
-    side: int
+    grid: Grid
+    text_queries: bool
     layers: int
     calls: tuple[Call, ...]
 
@@ -84,7 +92,7 @@ class Step:
         """
         before = after = 0
         for call in self.calls:
-            if call.module in configs and call.queries == call.keys:
+            if call.module in configs and self.is_of_the_image(call):
                 config = configs[call.module]
                 grid, text_len = self.layout(call)
                 before += call.flops(call.queries * call.keys)
@@ -94,46 +102,50 @@ class Step:
         everything = self.layers + sum(call.flops(call.queries * call.keys) for call in self.calls)
         return StepFlops(
             size=self.size,
-            grid=(self.side, self.side),
+            grid=self.grid,
             attention_before=before,
             attention_after=after,
             before=everything,
         )
 
+    def is_of_the_image(self, call: Call) -> bool:
+        """Whether a call of a converted module is the one that its linear kernel replaces."""
+        return call.queries == (call.keys if self.text_queries else prod(self.grid))
+
     def layout(self, call: Call) -> tuple[Grid, int]:
         """Grid and text length of a self-attention call, at the level of a UNet whose grid fits in."""
-        side = self.side
-        while side * side > call.queries:
-            side = (side + 1) // 2
-        return (side, side), call.queries - side * side
+        grid = self.grid
+        while prod(grid) > call.queries:
+            grid = tuple((side + 1) // 2 for side in grid)
+        return grid, call.keys - prod(grid)
 
 
 def count_steps(model: Any, *, vae_scale: int) -> tuple[Step, ...]:
-    """A step at each of `SIZES` that the model can make; none for a class whose inputs are not in the table below.
+    """A step at each of `SIZES` that the model can make; none for a class whose inputs are not known by name.
 
     Args:
-        model: An unconverted denoiser on the meta device.
+        model: An unconverted denoiser on the meta device, of a class that can be converted.
         vae_scale: Pixels per latent position, along one side.
     """
-    if type(model).__name__ not in _INPUTS:
+    if not can_make_inputs(model):
         return ()
-    patch = _PACKED.get(type(model).__name__) or getattr(model.config, "patch_size", None) or 1
-    limit = getattr(model.config, "pos_embed_max_size", None)
-    sides = {size: pixels // vae_scale // patch for size, pixels in SIZES.items()}
-    return tuple(
-        _count_step(model, size, side, patch) for size, side in sides.items() if limit is None or side <= limit
-    )
+    steps = (_count_step(model, size, pixels // vae_scale) for size, pixels in SIZES.items())
+    return tuple(step for step in steps if step is not None)
 
 
-def _count_step(model: Any, size: str, side: int, patch: int) -> Step:
-    with torch.device("meta"):
-        inputs = _INPUTS[type(model).__name__](model.config, side * patch)
-    layers, calls = _run(model, inputs)
-    return Step(size=size, side=side, layers=layers, calls=tuple(calls))
+def _count_step(model: Any, size: str, latents: int) -> Step | None:
+    family = family_of(model)
+    inputs = step_inputs(model, family.name, latents)
+    try:
+        grid = (latents, latents) if family.seen_at else family.see(model, inputs).grid
+    except LayoutError:
+        return None  # larger than the model's table of positions
+    layers, calls = _run(model, inputs, attention_modules(model, family))
+    return Step(size=size, grid=grid, text_queries=family.text_queries, layers=layers, calls=tuple(calls))
 
 
 class _Counter(TorchFunctionMode):
-    """Counts Linear layers and convolutions as they run; notes attention calls and skips them."""
+    """Counts products and convolutions as they run; notes attention calls and skips them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,13 +157,25 @@ class _Counter(TorchFunctionMode):
         """A forward pre-hook of the attention module `name`."""
         self.module = name
 
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook of attention modules."""
+        self.module = ""
+
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            return self.skip(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        if func in (functional.linear, functional.conv2d):
-            weight = args[1]  # [out, in] or [out, in / groups, height, width]
+            return self.skip(*args, **kwargs)
+        if func is Tensor.__setitem__ and args[0].is_meta:
+            return None
+        if func is Tensor.repeat_interleave and isinstance(args[1], Tensor):
+            kwargs = {**kwargs, "output_size": int(args[1].sum())}
+        args, kwargs = _without_numbers(args, kwargs)
+        out = func(*args, **kwargs)
+        if func in _WEIGHTED:
+            weight = args[1]  # [out, in] or [out, in / groups, *sides]
             self.layers += 2 * out.numel() * weight[0].numel()
+        elif func in _PRODUCTS:
+            self.layers += 2 * out.numel() * args[0].shape[-1]
         return out
 
     def skip(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
@@ -164,64 +188,50 @@ class _Counter(TorchFunctionMode):
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
-def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, list[Call]]:
-    """Operations of all layers but attention, and the attention calls."""
+_WEIGHTED = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+_PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+
+
+def _without_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Where a tensor of a call has no numbers, none has; a mask that picks entries becomes their indices before."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if len({tensor.is_meta for tensor in tensors}) < 2:
+        return args, kwargs
+    if len(args) > 1 and args[0] is tensors[0] and tensors[0].is_meta:
+        args = (args[0], _as_indices(args[1]), *args[2:])
+    return cast(Any, tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs)))
+
+
+def _as_indices(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(_as_indices(one) for one in index)
+    if isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta:
+        found = index.nonzero(as_tuple=True)
+        return found if len(found) > 1 else found[0]
+    return index
+
+
+def _as_upstream_takes(name: str, value: Any) -> Any:
+    """Masks, lengths and indices with their numbers, which models read; of all else the shape alone."""
+    return tree_map_only(
+        Tensor,
+        lambda tensor: tensor.to("meta") if tensor.is_floating_point() or name == "segment_ids" else tensor,
+        value,
+    )
+
+
+def _run(
+    model: nn.Module, inputs: Mapping[str, Any], modules: tuple[Mapping[str, nn.Module], Mapping[str, str]]
+) -> tuple[int, list[Call]]:
+    """Operations of all layers but attention, and the attention calls, of the swappable and the other modules."""
     counter = _Counter()
-    modules = {name: module for name, module in model.named_modules() if hasattr(module, "get_processor")}
-    handles = [module.register_forward_pre_hook(partial(counter.enter, name)) for name, module in modules.items()]
+    handles = []
+    for name in (*modules[0], *modules[1]):
+        module = model.get_submodule(name)
+        handles += [module.register_forward_pre_hook(partial(counter.enter, name))]
+        handles += [module.register_forward_hook(counter.leave)]
     with torch.no_grad(), counter:
-        model(**inputs)
+        model(**{name: _as_upstream_takes(name, value) for name, value in inputs.items()})
     for handle in handles:
         handle.remove()
     return counter.layers, counter.calls
-
-
-def _flux_inputs(config: Any, latent: int) -> dict[str, Any]:
-    num_tokens, text_len = (latent // 2) ** 2, 512
-    return {
-        "hidden_states": torch.empty(1, num_tokens, config.in_channels),
-        "encoder_hidden_states": torch.empty(1, text_len, config.joint_attention_dim),
-        "pooled_projections": torch.empty(1, config.pooled_projection_dim),
-        "timestep": torch.empty(1),
-        "img_ids": torch.empty(num_tokens, 3),
-        "txt_ids": torch.empty(text_len, 3),
-        "guidance": torch.empty(1) if config.guidance_embeds else None,
-    }
-
-
-def _sd3_inputs(config: Any, latent: int) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.empty(1, config.in_channels, latent, latent),
-        "encoder_hidden_states": torch.empty(1, 77 + 256, config.joint_attention_dim),
-        "pooled_projections": torch.empty(1, config.pooled_projection_dim),
-        "timestep": torch.empty(1),
-    }
-
-
-def _pixart_inputs(config: Any, latent: int) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.empty(1, config.in_channels, latent, latent),
-        "encoder_hidden_states": torch.empty(1, 300, config.caption_channels),
-        "timestep": torch.empty(1),
-        "added_cond_kwargs": {"resolution": torch.empty(1, 2), "aspect_ratio": torch.empty(1, 1)},
-    }
-
-
-def _unet_inputs(config: Any, latent: int) -> dict[str, Any]:
-    time_ids = 6
-    text_embeds = (config.projection_class_embeddings_input_dim or 0) - time_ids * (config.addition_time_embed_dim or 0)
-    return {
-        "sample": torch.empty(1, config.in_channels, latent, latent),
-        "timestep": torch.empty(1),
-        "encoder_hidden_states": torch.empty(1, 77, config.cross_attention_dim),
-        "added_cond_kwargs": {"text_embeds": torch.empty(1, text_embeds), "time_ids": torch.empty(1, time_ids)},
-    }
-
-
-_PACKED = {"FluxTransformer2DModel": 2}  # latent positions per token and side that are packed before the model
-_INPUTS = {
-    "FluxTransformer2DModel": _flux_inputs,
-    "SD3Transformer2DModel": _sd3_inputs,
-    "PixArtTransformer2DModel": _pixart_inputs,
-    "UNet2DConditionModel": _unet_inputs,
-}

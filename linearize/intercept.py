@@ -140,7 +140,9 @@ def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> 
     if site.state.family.text_queries:
         return query.shape[2] == key.shape[2]
     image = Layout(site.grid, 0, site.state.family.text_first).num_image_tokens
-    return query.shape[2] == image <= key.shape[2]
+    if query.shape[2] != image or torch.compiler.is_compiling():
+        return query.shape[2] == image <= key.shape[2]
+    return key.shape[2] - image in (site.text_lens or (0,))  # a reference may have as many tokens, and sees fewer
 
 
 def _check_heads(attention: LinearAttention, query: Tensor) -> None:
@@ -161,6 +163,8 @@ def _refuse_dense(attention: LinearAttention, query: Tensor, key: Tensor) -> Non
     image = Layout(site.grid, 0, site.state.family.text_first)
     if query.shape[2] != image.num_image_tokens or key.shape[2] <= query.shape[2]:
         return
+    if not site.state.family.text_queries:
+        return  # a reference image of the same size
     if not (kernel.impl == "auto" and kernel.covers(image)):
         processor = type(getattr(attention, "processor", None)).__name__
         raise LayoutError(

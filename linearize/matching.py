@@ -9,6 +9,7 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .families import Family
+from .methods import METHODS
 from .report import CROSS_ATTENTION, NOT_IMAGE_SELF_ATTENTION
 
 
@@ -37,6 +38,20 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
     return candidates, skipped
 
 
+def check_text(name: str, family: Family, config: Any) -> None:
+    """Raise an UnsupportedModelError where a module sees text beside the image, for which a method has no place."""
+    alone = any(fnmatchcase(name, pattern) for pattern in family.image_alone)
+    if getattr(METHODS[type(config)], "image_alone", False) and not alone:
+        method, layers = type(config).__name__, ", ".join(map(repr, family.image_alone))
+        way_out = (
+            f"choose layers={layers}" if layers else "in a Family of your own, name those that do not: image_alone"
+        )
+        raise UnsupportedModelError(
+            f"{method} is for self-attention of the image alone, and {name} of family {family.name} may see text as "
+            f"well: take another method (Clear, Mala, Rala, ...), or {way_out}"
+        )
+
+
 def levels_below(model: nn.Module, family: Family, names: Sequence[str], min_tokens: int) -> dict[str, str]:
     """Why modules with fewer than `min_tokens` image tokens, at the size that the model was trained for, are left.
 
@@ -58,8 +73,10 @@ def head_shape(attention: Any) -> tuple[int, int]:
     num_heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
     if hasattr(attention, "head_dim"):
         return num_heads, attention.head_dim
-    channels = attention.inner_dim if hasattr(attention, "inner_dim") else attention.to_q.out_features
-    return num_heads, channels // num_heads
+    if hasattr(attention, "inner_dim"):
+        return num_heads, attention.inner_dim // num_heads
+    to_query = attention.to_q if hasattr(attention, "to_q") else attention.to_query  # Kandinsky's name
+    return num_heads, to_query.out_features // num_heads
 
 
 def choose(names: Sequence[str], patterns: Mapping[str, Any], layers: Sequence[str] | None) -> dict[str, Any]:

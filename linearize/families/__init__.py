@@ -11,6 +11,7 @@ from .family import Sight as Sight
 from .latents import (
     level_tokens,
     see_auraflow,
+    see_channels_last,
     see_ernie_image,
     see_feature_map,
     see_glm_image,
@@ -22,8 +23,23 @@ from .latents import (
     see_sd3,
     see_square_latents,
 )
-from .positions import see_flux2, see_image_ids, see_image_ids_and_mask, see_joint_position_ids
-from .sequences import see_image_shapes, see_lumina, see_z_image
+from .positions import (
+    see_flux2,
+    see_flux3,
+    see_image_ids,
+    see_image_ids_and_mask,
+    see_indicator,
+    see_joint_position_ids,
+)
+from .refused import REFUSED
+from .sequences import (
+    see_bria_fibo2,
+    see_image_shapes,
+    see_image_shapes_last,
+    see_lumina,
+    see_shape_list,
+    see_z_image,
+)
 
 _FLUX = Family(
     name="flux",
@@ -43,6 +59,7 @@ _SD3 = Family(
     attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
     see=see_sd3,
     text_first=False,
+    image_alone=("*.attn2",),
     blocks=("JointTransformerBlock", "SD3SingleTransformerBlock"),
 )
 _SD_UNET = Family(
@@ -50,24 +67,46 @@ _SD_UNET = Family(
     attention=("*.transformer_blocks.*.attn1", "*.transformer_blocks.*.attn2"),
     see=see_feature_map,
     seen_at="Transformer2DModel",
+    image_alone=("*",),
     blocks=("BasicTransformerBlock",),
     native_tokens=level_tokens,
 )
-_HUNYUAN_DIT = Family(name="hunyuan-dit", attention=("blocks.*.attn1",), see=see_latents, blocks=("HunyuanDiTBlock",))
+
+
+def _of_the_image(name: str, attention: str, block: str) -> Family:
+    """Latents as an image, and self-attention of the image alone."""
+    return Family(name=name, attention=(attention,), see=see_latents, image_alone=("*",), blocks=(block,))
+
+
+_HUNYUAN_DIT = _of_the_image("hunyuan-dit", "blocks.*.attn1", "HunyuanDiTBlock")
 _QWEN_IMAGE = Family(
     name="qwen-image",
     attention=("transformer_blocks.*.attn",),
     see=see_image_shapes,
     blocks=("QwenImageTransformerBlock",),
 )
-_WAN = Family(name="wan", attention=("blocks.*.attn1",), see=see_latents, blocks=("WanTransformerBlock",))
+_WAN = _of_the_image("wan", "blocks.*.attn1", "WanTransformerBlock")
 
 FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
     "FluxControlNetModel": _FLUX,
     "Flux2Transformer2DModel": replace(_like_flux("flux2", "Flux2"), see=see_flux2),
+    "Flux3Transformer2DModel": Family(
+        name="flux3",
+        attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+        see=see_flux3,
+        image_alone=("mode_blocks.*",),
+        blocks=("Flux3ModeTransformerBlock", "Flux3SingleTransformerBlock"),
+    ),
     "BriaTransformer2DModel": _like_flux("bria", "Bria"),
     "BriaFiboTransformer2DModel": _like_flux("bria-fibo", "BriaFibo"),
+    "BriaFibo2Transformer2DModel": Family(
+        name="bria-fibo2",
+        attention=("layers.*.attention", "noise_refiner.*.attention"),
+        see=see_bria_fibo2,
+        text_first=False,
+        blocks=("BriaFibo2TransformerBlock",),
+    ),
     "LongCatImageTransformer2DModel": _like_flux("longcat-image", "LongCatImage"),
     "OvisImageTransformer2DModel": _like_flux("ovis-image", "OvisImage"),
     "Krea2Transformer2DModel": Family(
@@ -75,6 +114,13 @@ FAMILIES: dict[str, Family] = {
         attention=("transformer_blocks.*.attn",),
         see=see_joint_position_ids,
         blocks=("Krea2TransformerBlock",),
+    ),
+    "Ideogram4Transformer2DModel": Family(
+        name="ideogram4",
+        attention=("layers.*.attention",),
+        see=see_indicator,
+        blocks=("Ideogram4TransformerBlock",),
+        masked_at=("Ideogram4TransformerBlock",),
     ),
     "ChromaTransformer2DModel": Family(
         name="chroma",
@@ -85,14 +131,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "SD3Transformer2DModel": _SD3,
     "SD3ControlNetModel": _SD3,
-    "PixArtTransformer2DModel": Family(
-        name="pixart", attention=("transformer_blocks.*.attn1",), see=see_latents, blocks=("BasicTransformerBlock",)
-    ),
-    "DiTTransformer2DModel": Family(
-        name="dit",
-        attention=("transformer_blocks.*.attn1",),
-        see=see_square_latents,
-        blocks=("BasicTransformerBlock",),
+    "PixArtTransformer2DModel": _of_the_image("pixart", "transformer_blocks.*.attn1", "BasicTransformerBlock"),
+    "DiTTransformer2DModel": replace(
+        _of_the_image("dit", "transformer_blocks.*.attn1", "BasicTransformerBlock"), see=see_square_latents
     ),
     "UNet2DConditionModel": _SD_UNET,
     "ControlNetModel": _SD_UNET,
@@ -116,10 +157,18 @@ FAMILIES: dict[str, Family] = {
         name="lumina2",
         attention=("layers.*.attn", "noise_refiner.*.attn"),
         see=see_lumina,
+        image_alone=("noise_refiner.*",),
         blocks=("Lumina2TransformerBlock",),
     ),
     "QwenImageTransformer2DModel": _QWEN_IMAGE,
     "QwenImageControlNetModel": _QWEN_IMAGE,
+    "QwenImage21Transformer2DModel": Family(
+        name="qwen-image-21",
+        attention=("transformer_blocks.*.attn",),
+        see=see_image_shapes_last,
+        text_queries=False,
+        blocks=("QwenImage21TransformerBlock",),
+    ),
     "ZImageTransformer2DModel": Family(
         name="z-image",
         attention=("layers.*.attention", "noise_refiner.*.attention"),
@@ -166,9 +215,19 @@ FAMILIES: dict[str, Family] = {
         text_first=False,
         blocks=("JoyImageTransformerBlock",),
     ),
-    "LuminaNextDiT2DModel": Family(
-        name="lumina-next", attention=("layers.*.attn1",), see=see_latents, blocks=("LuminaNextDiTBlock",)
+    "JoyImageEditPlusTransformer3DModel": Family(
+        name="joy-image-plus",
+        attention=("double_blocks.*.attn",),
+        see=see_shape_list,
+        text_first=False,
+        blocks=("JoyImageEditPlusTransformerBlock",),
     ),
+    "Kandinsky5Transformer3DModel": replace(
+        _of_the_image("kandinsky5", "visual_transformer_blocks.*.self_attention", "Kandinsky5TransformerDecoderBlock"),
+        see=see_channels_last,
+    ),
+    "CosmosTransformer3DModel": _of_the_image("cosmos", "transformer_blocks.*.attn1", "CosmosTransformerBlock"),
+    "LuminaNextDiT2DModel": _of_the_image("lumina-next", "layers.*.attn1", "LuminaNextDiTBlock"),
     "NucleusMoEImageTransformer2DModel": Family(
         name="nucleus-image",
         attention=("transformer_blocks.*.attn",),
@@ -185,15 +244,13 @@ FAMILIES: dict[str, Family] = {
         blocks=("PRXBlock",),
     ),
     "WanTransformer3DModel": _WAN,
+    "ChronoEditTransformer3DModel": replace(_WAN, name="chronoedit"),
     "WanVACETransformer3DModel": replace(
         _WAN,
         attention=("blocks.*.attn1", "vace_blocks.*.attn1"),
         blocks=("WanTransformerBlock", "WanVACETransformerBlock"),
     ),
 }
-
-# Models of diffusers that have nothing to convert, and why.
-LINEAR_ALREADY = ("SanaTransformer2DModel", "SanaControlNetModel", "SanaVideoTransformer3DModel")
 
 
 def family_of(model: nn.Module) -> Family:
@@ -203,6 +260,8 @@ def family_of(model: nn.Module) -> Family:
         UnsupportedModelError: there is none; lists those there are.
     """
     for cls in type(model).__mro__:
+        if cls.__name__ in REFUSED:
+            break
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
     raise UnsupportedModelError(unsupported(type(model).__name__))
@@ -210,8 +269,8 @@ def family_of(model: nn.Module) -> Family:
 
 def unsupported(class_name: str) -> str:
     """Why a model of this class cannot be converted, in a sentence."""
-    if class_name in LINEAR_ALREADY:
-        return f"a {class_name} has linear self-attention already: nothing to convert"
+    if class_name in REFUSED:
+        return f"a {class_name} {REFUSED[class_name]}"
     return (
         f"cannot convert a {class_name}{nearest(class_name, FAMILIES)}; supported: {', '.join(FAMILIES)}; "
         "for a model of your own pass linearize_(..., family=Family(...))"

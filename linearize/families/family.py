@@ -46,6 +46,7 @@ class Family:
         see: (module, arguments by name) -> Sight. A module-level function, so that models can be copied and pickled.
         text_first: In joint attention the text stands before the image.
         text_queries: In joint attention the text's tokens attend as well; False: they are attended to only.
+        image_alone: Globs of those of the modules whose calls never have text or other tokens beside the image.
         seen_at: Class name of the modules whose arguments tell the grid; None: the model itself.
         blocks: Class names of the repeated blocks, for `compile_`.
         masked_at: Class names of the modules that would make a tokens x tokens mask of their `attention_mask`: those
@@ -59,6 +60,7 @@ class Family:
     see: Callable[[nn.Module, Mapping[str, Any]], Sight]
     text_first: bool = True
     text_queries: bool = True
+    image_alone: tuple[str, ...] = ()
     seen_at: str | None = None
     blocks: tuple[str, ...] = ()
     masked_at: tuple[str, ...] = ()

@@ -106,6 +106,20 @@ def see_items(model: Any, arguments: Mapping[str, Any]) -> Sight:
     return Sight(grid=(items * frames, height, width), text_lens=(arguments["encoder_hidden_states"].shape[1],))
 
 
+def see_channels_last(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """Kandinsky 5: latents [B, frames, height, width, C]; its sparse attention comes in `sparse_params`."""
+    if arguments.get("sparse_params") is not None:
+        raise LayoutError(
+            "Kandinsky 5's own sparse attention (sparse_params) leaves nothing to replace: use a checkpoint with "
+            'attention_type "regular", or run this call inside `with dense(model):`'
+        )
+    grid = _grid(model, arguments["hidden_states"].movedim(-1, 1))
+    limits = model.visual_rope_embeddings.max_pos
+    if any(side > limit for side, limit in zip(grid, limits, strict=True)):
+        raise LayoutError(f"this {type(model).__name__} knows positions up to {limits} tokens, got {grid}: {_SMALLER}")
+    return Sight(grid=grid)
+
+
 def see_hunyuan_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
     """HunyuanImage joins two texts, the second optional."""
     grid = _grid(model, arguments["hidden_states"])

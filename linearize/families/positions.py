@@ -103,6 +103,43 @@ def see_flux2(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     return see_image_ids(model, arguments)
 
 
+def see_flux3(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """FLUX.3: as `see_image_ids`; its references come in arguments of their own and stand after the image."""
+    sight = see_image_ids(model, arguments)
+    references = arguments.get("image_cond_hidden_states")
+    if references is None:
+        return sight
+    text_len = arguments["encoder_hidden_states"].shape[1]
+    return replace(sight, text_lens=(text_len + references.shape[1],), image_starts=(text_len,))
+
+
+_OUTPUT_IMAGE = 2  # OUTPUT_IMAGE_INDICATOR of diffusers' transformer_ideogram4
+
+
+def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """Ideogram 4: indicator [B, text + N] tells what each token is, position_ids [B, text + N, 3] where it is.
+
+    Upstream makes a tokens x tokens mask of segment_ids [B, text + N], which set the padding before the text apart.
+    Where every layer is converted it gets one segment instead; `text_mask` says what they said.
+    """
+    is_image, segments = arguments["indicator"] == _OUTPUT_IMAGE, arguments["segment_ids"]
+    text_len = _first(is_image[0])
+    positions = arguments["position_ids"][:, text_len:]
+    attend = segments == segments[:, -1:]
+    alike = (is_image == is_image[:1]).all() and (positions == positions[:1]).all()
+    if not alike or not is_image[:, text_len:].all() or not attend[:, text_len:].all():
+        raise LayoutError(
+            "linear attention needs one image in each sequence, of one size and in one place after the text "
+            "(indicator, position_ids, segment_ids): pad the texts at their beginning, as Ideogram4Pipeline does"
+        )
+    grid, _ = rectangle(positions[0])
+    sight = Sight(grid=grid, text_lens=(text_len,))
+    if _is_original(model, grid):
+        return sight
+    whole = all(hasattr(layer.attention, "linear_kernel") for layer in model.layers)
+    return replace(sight, text_mask=attend[:, :text_len], replaced={"segment_ids": segments[:, -1:]} if whole else {})
+
+
 def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     """Krea 2: position_ids [text + N, 3] of both; hidden_states [B, N, C], encoder_hidden_states [B, text, ...]."""
     ids, text_len = arguments["position_ids"], arguments["encoder_hidden_states"].shape[1]

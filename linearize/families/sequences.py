@@ -1,4 +1,4 @@
-"""Models that pack text and image into one sequence by the samples' own lengths: Qwen-Image, Lumina 2, Z-Image.
+"""Models that pack text and images into one sequence by lengths of their own: Qwen-Image, Lumina 2, Z-Image, ...
 
 B batch, C channels.
 """
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..layout import Grid
@@ -36,12 +36,30 @@ def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
     )
 
 
+def see_image_shapes_last(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """Qwen-Image 2.1: img_shapes as above, with the generated image last; what stands before it does not see it.
+
+    img_mask [B, slots] tells slots of images, each of 2 x 2 tokens, from slots of text, each of one.
+    """
+    shape = _shapes_of_all(arguments["img_shapes"])[-1]
+    slots = arguments["img_mask"][0]
+    num_tokens = slots.shape[0] + 3 * int(slots.sum())
+    return Sight(grid=_flat(shape), text_lens=(num_tokens - prod(shape),))
+
+
+def see_shape_list(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    """JoyImage Edit Plus: hidden_states [B, N, ...] of the image, its references and padding; the text after them."""
+    shape = _shapes_of_all(arguments["shape_list"])[0]
+    num_tokens = arguments["hidden_states"].shape[1] + arguments["encoder_hidden_states"].shape[1]
+    return Sight(grid=_flat(shape), text_lens=(num_tokens - prod(shape),))
+
+
 def _shapes_of_all(img_shapes: Sequence[Any]) -> list[Shape]:
     """The shapes of one sample's images, alike in all samples."""
     samples = [[sample] if isinstance(sample[0], int) else list(sample) for sample in img_shapes]
     if any(sample != samples[0] for sample in samples):
         raise LayoutError(
-            f"every picture of a batch must have the same size, got img_shapes={img_shapes}: run them one by one"
+            f"every picture of a batch must have the same size, got the shapes {img_shapes}: run them one by one"
         )
     return [(int(frames), int(height), int(width)) for frames, height, width in samples[0]]
 
@@ -50,12 +68,45 @@ def _flat(shape: Shape) -> Grid:
     return shape[1:] if shape[0] == 1 else shape
 
 
+def _patches(patch_size: int, latents: Tensor) -> Grid:
+    """(height, width) in tokens of latents [B, C, height, width]."""
+    return tuple(side // patch_size for side in latents.shape[-2:])
+
+
 def see_lumina(model: Any, arguments: Mapping[str, Any]) -> Sight:
     """Lumina 2: latents [B, C, height, width]; each sample is its own text, then the image, then padding."""
-    height, width = (side // model.config.patch_size for side in arguments["hidden_states"].shape[-2:])
-    _check_axes(model, (height, width), model.config.axes_lens[1:])
+    grid = _patches(model.config.patch_size, arguments["hidden_states"])
+    _check_axes(model, grid, model.config.axes_lens[1:])
     lengths = [int(length) for length in arguments["encoder_attention_mask"].sum(1).tolist()]
-    return Sight(grid=(height, width), text_lens=(max(lengths),), image_starts=tuple(lengths))
+    return Sight(grid=grid, text_lens=(max(lengths),), image_starts=tuple(lengths))
+
+
+def see_bria_fibo2(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """Bria Fibo 2: latents [B, C, height, width], references, and gist tokens in place of the text.
+
+    The gist stands before the image, or after the references where the samples' gists differ in length.
+    """
+    from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count  # not in older versions
+
+    config, text = model.config, arguments["encoder_hidden_states"]  # [B, layers, text, C]
+    grid = _patches(config.patch_size, arguments["hidden_states"])
+    _check_axes(model, grid, config.axes_lens[1:])
+    mask = arguments.get("encoder_attention_mask")
+    gists = compute_gist_count(
+        [text.shape[2]] * text.shape[0] if mask is None else mask.sum(1).tolist(),
+        config.min_num_gist_tokens,
+        config.max_num_gist_tokens,
+        config.gist_step,
+        config.gist_min_text_len,
+        config.gist_max_text_len,
+    )
+    references = arguments.get("context_latents") or ()
+    num_references = sum(prod(_patches(config.patch_size, latents)) for latents in references)
+    return Sight(
+        grid=grid,
+        text_lens=(num_references, num_references + max(gists)),
+        image_starts=(gists[0] if len(set(gists)) == 1 else 0,),
+    )
 
 
 def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:

@@ -1,7 +1,7 @@
 """The methods that can replace softmax attention: one file and one line of `METHODS` each."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from typing import Any, Protocol
 
@@ -13,11 +13,15 @@ from .agent import AgentAttention
 from .boxes import BoxAttention
 from .clear import Clear as Clear
 from .clear import ClearAttention
+from .hybrid import Hybrid as Hybrid
+from .hybrid import HybridAttention
 from .linfusion import LinFusion as LinFusion
 from .linfusion import LinFusionAttention
 from .mala import Mala as Mala
 from .mala import MalaAttention
 from .neighborhood import Neighborhood as Neighborhood
+from .proxy_tokens import ProxyTokens as ProxyTokens
+from .proxy_tokens import ProxyTokensAttention
 from .rala import Rala as Rala
 from .rala import RalaAttention
 from .sliding_tile import SlidingTile as SlidingTile
@@ -30,6 +34,8 @@ METHODS: dict[type, type[Any]] = {
     Agent: AgentAttention,
     Mala: MalaAttention,
     Rala: RalaAttention,
+    ProxyTokens: ProxyTokensAttention,
+    Hybrid: HybridAttention,
 }
 
 
@@ -39,6 +45,7 @@ class Method(Protocol):
     A method that changes the input of the attention module's own layers also has a class attribute `input_terms`, as
     `linfusion.py` has: {layer of the attention module: child of this module}, and that layer's x becomes x + child(x).
     One whose weights are the same for every head says so by `heads_alike = True`: it may then be given some of them.
+    One that has no place for text beside the image says so by `image_alone = True`: joint attention is then refused.
     """
 
     config: Any
@@ -65,15 +72,22 @@ class Method(Protocol):
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON has it: `{"method": "clear", "radius": 16}`, without the fields left at their defaults.
 
+    A field that holds the config of another method has such a dictionary in turn.
+
     Raises:
         ValueError: `config` is of no method.
     """
     if type(config) not in METHODS:
         raise ValueError(f"expected a config of a method ({', '.join(_names())}), got {config!r}")
-    defaults = {field.name: field.default for field in fields(config)}
-    changed = {key: value for key, value in asdict(config).items() if value != defaults[key]}
-    changed = {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
+    values = {setting_name(field): (getattr(config, field.name), field.default) for field in fields(config)}
+    changed = {name: _plain(value) for name, (value, default) in values.items() if value != default}
     return {"method": type(config).__name__.lower(), **changed}
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in METHODS:
+        return config_to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Any:
@@ -89,16 +103,30 @@ def config_from_dict(settings: Mapping[str, Any]) -> Any:
     if method not in classes:
         raise ValueError(f"unknown method {method!r}{nearest(method, classes)}; there are: {', '.join(classes)}")
     cls = classes[method]
-    known = {field.name: field for field in fields(cls)}
+    known = {setting_name(field): field for field in fields(cls)}
     given = {key: value for key, value in settings.items() if key != "method"}
     for key in given:
         if key not in known:
             raise ValueError(f"unknown setting {key!r} of {method}{nearest(key, known)}; there are: {', '.join(known)}")
+    nested = {key: config_from_dict(given[key]) for key in given if known[key].metadata.get("of_method")}
     try:
-        return cls(**given)
+        return cls(**{known[key].name: value for key, value in (given | nested).items()})
     except TypeError as error:
         missing = ", ".join(key for key in known if key not in given)
         raise ValueError(f"method {method} needs more settings; not given: {missing}") from error
+
+
+def setting_name(field: Field[Any]) -> str:
+    """A field of a config as files and commands call it: `global`, which no name in Python can be, for `global_`."""
+    return field.name.rstrip("_")
+
+
+def spelled(value: Any) -> str:
+    """A setting in a line of text; a nested method as the command takes it, `clear:radius=8`."""
+    if not isinstance(value, Mapping):
+        return str(value).replace(" ", "")
+    settings = ",".join(f"{key}={spelled(one)}" for key, one in value.items() if key != "method")
+    return f"{value['method']}:{settings}" if settings else value["method"]
 
 
 def nearest(name: str, names: Any) -> str:

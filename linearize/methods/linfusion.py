@@ -59,6 +59,7 @@ class LinFusionAttention(nn.Module):
 
     input_terms: ClassVar[Mapping[str, str]] = {"to_q": "query_term", "to_k": "key_term"}
     heads_alike = True
+    image_alone = True
 
     def __init__(self, config: LinFusion, *, num_heads: int, head_dim: int) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ CHECKPOINTED = [
     for name in FAMILIES
     if getattr(diffusers, MODELS[name].needs)._supports_gradient_checkpointing and name != "hunyuan-image"
 ]
+IN_HALF = [name for name in FAMILIES if name != "kandinsky5"]  # upstream computes parts of it in float32
 COVERING = Clear(radius=20)
 SMALL = Clear(radius=2.3)
 
@@ -58,7 +59,8 @@ def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None
         near = _near(module._lineardit_site.grid, SMALL.radius)
         image_changed, text_changed = changed_by_each_image_token(module, args, kwargs, near.shape[0])
         assert torch.equal(image_changed, near), name
-        assert text_changed.all(), name
+        text_queries = module._lineardit_site.state.family.text_queries
+        assert text_changed.all() if text_queries else not text_changed.any(), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +116,7 @@ def test_linearize_follows_the_resolution(family: str) -> None:
         assert torch.allclose(run(converted, arguments), run(fresh, arguments), atol=1e-5), grid
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_HALF)
 def test_linearize_in_bfloat16_is_near_float32(family: str) -> None:
     model, arguments = build(family), inputs_of(family)
     linearize_(model, Clear(radius=2.3, pool_size=2))

@@ -214,16 +214,20 @@ def hidream_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
+def joy_image_config(num_layers: int) -> Arguments:
+    return {
+        "patch_size": [1, 2, 2],
+        "in_channels": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "text_dim": 16,
+        "num_layers": num_layers,
+        "rope_dim_list": [4, 4, 8],
+    }
+
+
 def joy_image(num_layers: int = 2) -> nn.Module:
-    return diffusers.JoyImageEditTransformer3DModel(
-        patch_size=[1, 2, 2],
-        in_channels=4,
-        hidden_size=32,
-        num_attention_heads=2,
-        text_dim=16,
-        num_layers=num_layers,
-        rope_dim_list=[4, 4, 8],
-    )
+    return diffusers.JoyImageEditTransformer3DModel(**joy_image_config(num_layers))
 
 
 def joy_image_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:

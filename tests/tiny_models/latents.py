@@ -5,7 +5,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from torch import nn
 
-from .tiny import Arguments, Grid, Tiny
+from .tiny import Arguments, Grid, Tiny, awake
 
 
 def latents(grid: Grid, batch: int) -> torch.Tensor:
@@ -117,18 +117,22 @@ def hunyuan_dit_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
+def wan_config(num_layers: int) -> Arguments:
+    return {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": num_layers,
+        "rope_max_seq_len": 32,
+    }
+
+
 def wan(num_layers: int = 2) -> nn.Module:
-    return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        ffn_dim=32,
-        num_layers=num_layers,
-        rope_max_seq_len=32,
-    )
+    return diffusers.WanTransformer3DModel(**wan_config(num_layers))
 
 
 def wan_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
@@ -137,6 +141,65 @@ def wan_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
         "hidden_states": torch.randn(batch, 4, 2, 2 * grid[0], 2 * grid[1]),
         "encoder_hidden_states": torch.randn(batch, text_len, 16),
         "timestep": torch.full((batch,), 5),
+    }
+
+
+def chronoedit(num_layers: int = 2) -> nn.Module:
+    return diffusers.ChronoEditTransformer3DModel(**wan_config(num_layers))
+
+
+def cosmos(num_layers: int = 2) -> nn.Module:
+    return diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=num_layers,
+        text_embed_dim=32,
+        adaln_lora_dim=4,
+        max_size=(4, 64, 64),
+        rope_scale=(1.0, 1.0, 1.0),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    )
+
+
+def cosmos_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
+    """A picture: one frame."""
+    return {
+        "hidden_states": latents(grid, batch)[:, :, None],
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": torch.randn(batch, text_len, 32),
+    }
+
+
+def kandinsky5(num_layers: int = 2) -> nn.Module:
+    return awake(
+        diffusers.Kandinsky5Transformer3DModel(
+            in_visual_dim=4,
+            in_text_dim=16,
+            in_text_dim2=16,
+            time_dim=16,
+            out_visual_dim=4,
+            model_dim=32,
+            ff_dim=32,
+            num_text_blocks=1,
+            num_visual_blocks=num_layers,
+            axes_dims=(4, 4, 8),
+        ),
+        std=0.03,
+    )
+
+
+def kandinsky5_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
+    """A picture: one frame; channels come last."""
+    return {
+        "hidden_states": latents(grid, batch)[:, :, None].movedim(1, -1),
+        "encoder_hidden_states": torch.randn(batch, text_len, 16),
+        "timestep": torch.full((batch,), 0.5),
+        "pooled_projections": torch.randn(batch, 16),
+        "visual_rope_pos": [torch.arange(side) for side in (1, *grid)],
+        "text_rope_pos": torch.arange(text_len),
     }
 
 
@@ -173,4 +236,9 @@ LATENTS = {
     "hunyuan-dit": Tiny(needs="HunyuanDiT2DModel", make=hunyuan_dit, inputs=hunyuan_dit_inputs, num_attention=4),
     "lumina-next": Tiny(needs="LuminaNextDiT2DModel", make=lumina_next, inputs=lumina_next_inputs, num_attention=2),
     "wan": Tiny(needs="WanTransformer3DModel", make=wan, inputs=wan_inputs, num_attention=2),
+    "chronoedit": Tiny(needs="ChronoEditTransformer3DModel", make=chronoedit, inputs=wan_inputs, num_attention=2),
+    "cosmos": Tiny(needs="CosmosTransformer3DModel", make=cosmos, inputs=cosmos_inputs, num_attention=2),
+    "kandinsky5": Tiny(
+        needs="Kandinsky5Transformer3DModel", make=kandinsky5, inputs=kandinsky5_inputs, num_attention=2
+    ),
 }

@@ -64,6 +64,20 @@ def flux2_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
+def flux3(num_layers: int = 1) -> nn.Module:
+    config = _like_flux(num_layers) | {"axes_dims_rope": (4, 4, 4, 4), "cond_in_channels": 4}
+    return diffusers.Flux3Transformer2DModel(**config)
+
+
+def flux3_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
+    """With a reference of 2 x 3 tokens."""
+    arguments = flux2_inputs(grid, text_len, batch)
+    del arguments["guidance"]
+    reference = position_ids((2, 3), axes=4)
+    reference[:, 0] = 10
+    return arguments | {"image_cond_hidden_states": torch.randn(batch, 6, 4), "image_cond_ids": reference}
+
+
 def chroma(num_layers: int = 1) -> nn.Module:
     return diffusers.ChromaTransformer2DModel(
         **_like_flux(num_layers),
@@ -140,9 +154,40 @@ def krea2_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
+def ideogram4(num_layers: int = 2) -> nn.Module:
+    return diffusers.Ideogram4Transformer2DModel(
+        in_channels=4,
+        num_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=16,
+        llm_features_dim=16,
+        mrope_section=(4, 2, 2),
+    )
+
+
+def ideogram4_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
+    """Without padding, whose outputs upstream makes of the padding alone."""
+    num_image = grid[0] * grid[1]
+    text = torch.arange(text_len)[:, None].repeat(1, 3)
+    image = position_ids(grid, dtype=torch.long) + 65536
+    kinds = torch.tensor([3] * text_len + [2] * num_image)
+    return {
+        "hidden_states": torch.randn(batch, text_len + num_image, 4),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": torch.randn(batch, text_len + num_image, 16),
+        "position_ids": torch.cat([text, image]).repeat(batch, 1, 1),
+        "segment_ids": torch.ones(batch, text_len + num_image, dtype=torch.long),
+        "indicator": kinds.repeat(batch, 1),
+    }
+
+
 POSITIONS = {
     "flux": Tiny(needs="FluxTransformer2DModel", make=flux, inputs=flux_inputs, num_attention=2),
     "flux2": Tiny(needs="Flux2Transformer2DModel", make=flux2, inputs=flux2_inputs, num_attention=2),
+    "flux3": Tiny(needs="Flux3Transformer2DModel", make=flux3, inputs=flux3_inputs, num_attention=2),
+    "ideogram4": Tiny(needs="Ideogram4Transformer2DModel", make=ideogram4, inputs=ideogram4_inputs, num_attention=2),
     "chroma": Tiny(needs="ChromaTransformer2DModel", make=chroma, inputs=chroma_inputs, num_attention=2),
     "bria": Tiny(needs="BriaTransformer2DModel", make=bria, inputs=without_pooled, num_attention=2),
     "bria-fibo": Tiny(needs="BriaFiboTransformer2DModel", make=bria_fibo, inputs=bria_fibo_inputs, num_attention=2),

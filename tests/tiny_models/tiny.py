@@ -27,9 +27,9 @@ class Tiny:
     num_attention: int
 
 
-def awake(model: nn.Module) -> nn.Module:
+def awake(model: nn.Module, std: float = 0.1) -> nn.Module:
     """With numbers in place of the zeros that outputs or modulations start from, which would hide the attention."""
     for weight in model.parameters():
         if not weight.any():
-            nn.init.normal_(weight, std=0.1)
+            nn.init.normal_(weight, std=std)
     return model

@@ -1,0 +1,24 @@
+"""Models of diffusers that have no row, though they make pictures, and why: what `UnsupportedModelError` says."""
+
+_LINEAR = "has linear self-attention already: nothing to convert"
+
+REFUSED = {
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaControlNetModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "OmniGenTransformer2DModel": (
+        "lets each text token see those before it only, and tells so by a mask of tokens x tokens, for which there is "
+        "no linear attention yet"
+    ),
+    "DreamLiteUNetModel": (
+        "has picture and reference side by side in one image, where a window would hide the reference; it attends at "
+        "its smallest level only"
+    ),
+    "Kandinsky3UNet": "has its self-attention marked as cross-attention by diffusers, so that it cannot be told apart",
+    "StableCascadeUNet": "attends to image and text from unlike layers, which is not supported yet",
+    "UVit2DModel": "makes pictures of 256 or 512 pixels only, where attention is cheap",
+    "ZImageControlNetModel": (
+        "shares the refiner of its transformer, which is told one grid for both: convert the transformer with "
+        'layers="layers.*" to run it beside this'
+    ),
+}
