@@ -33,7 +33,8 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
             candidates[name] = module
     if not candidates:
         raise UnsupportedModelError(
-            f"this {type(model).__name__} has no self-attention module named like {', '.join(family.attention)}"
+            f"this {type(model).__name__} has no self-attention module named like {', '.join(family.attention)}; near "
+            f"names: {', '.join(_near(family.attention[0], [name for name, _ in model.named_modules()]))}"
         )
     return candidates, skipped
 
@@ -43,9 +44,7 @@ def check_text(name: str, family: Family, config: Any) -> None:
     alone = any(fnmatchcase(name, pattern) for pattern in family.image_alone)
     if getattr(METHODS[type(config)], "image_alone", False) and not alone:
         method, layers = type(config).__name__, ", ".join(map(repr, family.image_alone))
-        way_out = (
-            f"choose layers={layers}" if layers else "in a Family of your own, name those that do not: image_alone"
-        )
+        way_out = f"choose layers={layers}" if layers else "set image_alone in a Family of your own"
         raise UnsupportedModelError(
             f"{method} is for self-attention of the image alone, and {name} of family {family.name} may see text as "
             f"well: take another method (Clear, Mala, Rala, ...), or {way_out}"
@@ -102,6 +101,10 @@ def choose(names: Sequence[str], patterns: Mapping[str, Any], layers: Sequence[s
 def _matches(pattern: str, names: Sequence[str], argument: str) -> list[str]:
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        near = get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
-        raise ValueError(f"{argument} {pattern!r} matches no self-attention module; near names: {', '.join(near)}")
+        near = ", ".join(_near(pattern, names))
+        raise ValueError(f"{argument} {pattern!r} matches no self-attention module; near names: {near}")
     return found
+
+
+def _near(pattern: str, names: Sequence[str]) -> list[str]:
+    return get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lineardit.linearize import Clear, LayoutError, UnsupportedModelError, linearize_, restore_, swapped
 from lineardit.linearize.families import FAMILIES as ROWS
 from lineardit.linearize.families import family_of
+from lineardit.linearize.families.refused import REFUSED
 from lineardit.linearize.layout import image_first, reorder
 from tiny_models import MODELS, build, inputs_of, position_ids, run
 
@@ -134,8 +135,10 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("family", ["chroma", "qwen-image"])
+@pytest.mark.parametrize("family", ["chroma", "qwen-image", "ideogram4", "bria-fibo2", "qwen-image-21"])
 def test_text_masks_never_become_tokens_by_tokens(family: str) -> None:
+    if not hasattr(diffusers, MODELS[family].needs):
+        pytest.skip("not in this diffusers")
     grid, text_len = (128, 128), 40
     model, arguments = build(family, num_layers=1), inputs_of(family, grid=grid, text_len=text_len)
     linearize_(model, Clear(radius=3), impl="tiled")
@@ -167,7 +170,46 @@ def test_chroma_reads_a_mask_of_numbers_as_what_it_hides() -> None:
         run(model, {**numbers, "attention_mask": 2 * numbers["attention_mask"]})
 
 
-@pytest.mark.parametrize("family", ["flux", "flux2", "chroma", "bria", "longcat-image", "ovis-image", "krea2"])
+@pytest.mark.parametrize("impl", ["auto", "tiled"])
+def test_a_reference_of_the_same_size_is_not_taken_for_the_image(impl: str) -> None:
+    if not hasattr(diffusers, "QwenImage21Transformer2DModel"):
+        pytest.skip("not in this diffusers")
+    model, arguments = build("qwen-image-21"), inputs_of("qwen-image-21", grid=(4, 6), text_len=TEXT_LEN, batch=1)
+    arguments["img_shapes"] = [[(1, 4, 6)] * 2]
+    arguments["hidden_states"] = torch.randn(1, 48, 4)
+    arguments["img_mask"] = torch.cat([torch.ones(1, 6, dtype=torch.bool), arguments["img_mask"]], 1)
+    arguments["encoder_hidden_states"] = torch.randn(1, 6 + TEXT_LEN, 16)  # the slots of the reference as well
+    arguments["encoder_hidden_states_mask"] = torch.ones(1, 6 + TEXT_LEN, dtype=torch.bool)
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=50), impl=impl)
+    assert torch.allclose(run(model, arguments), base, atol=1e-5)
+    linearize_(model, SMALL, impl=impl)
+    out = run(model, arguments)
+    assert torch.equal(out[:, :-24], base[:, :-24]) and not torch.allclose(out[:, -24:], base[:, -24:], atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [None, "layers.1.*"])
+def test_padding_of_one_sequence_is_not_seen(layers: str | None) -> None:
+    if not hasattr(diffusers, "Ideogram4Transformer2DModel"):
+        pytest.skip("not in this diffusers")
+    model, arguments = build("ideogram4"), inputs_of("ideogram4", grid=GRID, text_len=TEXT_LEN)
+    arguments["segment_ids"][1, 0] = -1
+    arguments["indicator"][1, 0] = 0
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=50), impl="tiled", layers=layers)
+    assert torch.allclose(run(model, arguments)[:, 1:], base[:, 1:], atol=1e-5)
+    linearize_(model, SMALL, impl="tiled", layers=layers)
+    out = run(model, arguments)
+    arguments["position_ids"][1, 0] += 5
+    assert torch.equal(run(model, arguments)[:, 1:], out[:, 1:])
+    arguments["position_ids"][0, 0] += 5
+    assert not torch.allclose(run(model, arguments)[:, 1:], out[:, 1:], atol=1e-4)
+    arguments["indicator"][0, -1] = 0
+    with pytest.raises(LayoutError, match="one image in each sequence"):
+        run(model, arguments)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "flux3", "chroma", "bria", "longcat-image", "ovis-image", "krea2"])
 def test_bfloat16_ids_beyond_256_are_read_and_made_exact(family: str) -> None:
     if not hasattr(diffusers, MODELS[family].needs):
         pytest.skip("not in this diffusers")
@@ -282,12 +324,13 @@ def test_a_second_transformer_and_a_controlnet_are_named(caplog: pytest.LogCaptu
         assert not caplog.text
 
 
-def test_models_with_linear_attention_are_refused_with_the_reason() -> None:
-    class SanaTransformer2DModel(nn.Module):
-        pass
-
-    with pytest.raises(UnsupportedModelError, match="linear self-attention already"):
-        linearize_(SanaTransformer2DModel(), SMALL)
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_be_right_are_refused_with_the_reason(name: str) -> None:
+    parent = diffusers.UNet2DConditionModel if name == "DreamLiteUNetModel" else nn.Module
+    model = object.__new__(type(name, (parent,), {}))
+    nn.Module.__init__(model)
+    with pytest.raises(UnsupportedModelError, match=rf"a {name} {REFUSED[name].split(',')[0]}"):
+        linearize_(model, SMALL)
 
 
 def test_every_row_has_a_tiny_model() -> None:

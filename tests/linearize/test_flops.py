@@ -8,9 +8,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lineardit import Clear
+from lineardit.linearize import flops
+from lineardit.linearize.families import family_of
 from lineardit.linearize.flops import SIZES, Step, count_steps
+from lineardit.linearize.matching import attention_modules
 from lineardit.linearize.methods import ClearAttention
-from tiny_models import FIRST, build
+from lineardit.linearize.step_inputs import can_make_inputs, step_inputs
+from tiny_models import FAMILIES, FIRST, build, inputs_of
 
 TEXT_LEN, CHANNELS = 512, 24 * 128  # FLUX.1
 
@@ -49,19 +53,55 @@ def test_pairs_counts_the_mask(grid: tuple[int, int], config: Clear) -> None:
     assert found == image + text_len * (text_len + len(positions))
 
 
-@pytest.mark.parametrize("family", FIRST)
-def test_count_steps_agrees_with_pytorchs_counter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lineardit.linearize.flops.SIZES", {"small": 64})
-    model = build(family).to("meta")
-    (step,) = count_steps(model, vae_scale=4)
-    from lineardit.linearize import flops
+# Upstream computes rotary positions or attention masks by products as well, in sums that PyTorch's counter has
+COUNTED = ("flux", "sd3", "pixart", "unet", "wan", "qwen-image", "prx", "kandinsky5", "cosmos")
 
-    patch = 64 // 4 // step.side
-    with torch.device("meta"):
-        inputs = flops._INPUTS[type(model).__name__](model.config, step.side * patch)
+
+@pytest.mark.parametrize("family", COUNTED)
+def test_count_steps_agrees_with_pytorchs_counter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "SIZES", {"small": 64})
+    if family not in FAMILIES:
+        pytest.skip("not in this diffusers")
+    model = build(family)
+    (step,) = count_steps(model.to("meta"), vae_scale=4)
+    torch.manual_seed(0)
+    model = build(family)
+    text = step_inputs(model, family_of(model).name, 16)["encoder_hidden_states"].shape[1]
+    inputs = inputs_of(family, grid=step.grid[-2:], text_len=text, batch=1)
+    if family == "wan":
+        inputs["hidden_states"] = inputs["hidden_states"][:, :, :1]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(**inputs)
     assert step.flops({}).before == counter.get_total_flops()
+
+
+def test_count_steps_agrees_with_a_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "SIZES", {"small": 64})
+    (step,) = count_steps(build("dit", num_layers=3).to("meta"), vae_scale=4)
+    tokens, width = 64, 32  # 8 x 8 tokens of 2 x 2 latents, 2 heads of 16
+    block = tokens * (4 * width * width + 2 * 4 * width * width)  # projections, feed-forward
+    timestep = 256 * width + width * width  # embedding of the timestep, in every block
+    modulation = width * 6 * width
+    patches = tokens * (4 * 4 * width + width * 4 * 8)
+    ends = 256 * width + width * width + width * 2 * width
+    products = 3 * (block + timestep + modulation) + patches + ends
+    attention = 3 * 2 * tokens * tokens * width
+    assert step.flops({}).before == 2 * (products + attention)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_count_steps_finds_the_attention_of_every_row(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "SIZES", {"small": 128})
+    model = build(family).to("meta")
+    if not can_make_inputs(model):
+        assert count_steps(model, vae_scale=4) == ()
+        return
+    (step,) = count_steps(model, vae_scale=4)
+    modules, _ = attention_modules(model, family_of(model))
+    assert {call.module for call in step.calls if step.is_of_the_image(call)} >= modules.keys()
+    near, nearer = (step.flops(dict.fromkeys(modules, Clear(radius=radius))) for radius in (2, 1))
+    assert 0 < nearer.after < near.after
+    assert near.before == nearer.before > near.attention_before > 0
 
 
 def test_count_steps_leaves_out_sizes_beyond_the_position_table() -> None:
@@ -77,8 +117,8 @@ def steps_of(family: str) -> tuple[Step, ...]:
 def test_step_flops_with_a_window_over_everything_saves_nothing(family: str) -> None:
     for step in steps_of(family):
         modules = {call.module for call in step.calls}
-        flops = step.flops(dict.fromkeys(modules, Clear(radius=10_000)))
-        assert flops.after == flops.before > flops.attention_before > 0
+        told = step.flops(dict.fromkeys(modules, Clear(radius=10_000)))
+        assert told.after == told.before > told.attention_before > 0
 
 
 def test_step_flops_counts_swapped_modules_only() -> None:
@@ -92,8 +132,8 @@ def test_step_flops_counts_swapped_modules_only() -> None:
 
 def test_step_flops_before_grows_with_the_square_and_after_with_the_pixels() -> None:
     modules = {call.module for step in steps_of("pixart") for call in step.calls}
-    flops = [step.flops(dict.fromkeys(modules, Clear(radius=2))) for step in steps_of("pixart")]
-    assert [step.size for step in flops] == list(SIZES)
-    for small, large in pairwise(flops):
+    told = [step.flops(dict.fromkeys(modules, Clear(radius=2))) for step in steps_of("pixart")]
+    assert [step.size for step in told] == list(SIZES)
+    for small, large in pairwise(told):
         assert large.attention_before == 16 * small.attention_before
         assert large.attention_after < 4.5 * small.attention_after

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lineardit import (
     Clear,
     KernelNotReachedError,
-    LayoutError,
     LinFusion,
     UnsupportedModelError,
     dense,
@@ -211,9 +210,14 @@ def test_fused_projections_are_refused_in_either_order() -> None:
 
 def test_joint_attention_is_refused_with_the_way_out() -> None:
     model = build("flux")
-    linearize_(model, LinFusion())
-    with pytest.raises(LayoutError, match="image alone, got 3 text tokens"):
-        run(model, inputs_of("flux"))
+    with pytest.raises(UnsupportedModelError, match="take another method"):
+        linearize_(model, LinFusion(projection_channels=0))
+    assert not swapped(model)
+    model = build("sd3")
+    with pytest.raises(UnsupportedModelError, match=r"choose layers='\*\.attn2'"):
+        linearize_(model, LinFusion())
+    assert linearize_(model, LinFusion(), layers="*.attn2").swapped
+    run(model, inputs_of("sd3"))
 
 
 def test_another_processor_is_never_silent() -> None:

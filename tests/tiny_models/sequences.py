@@ -149,7 +149,7 @@ def bria_fibo2(num_layers: int = 2) -> nn.Module:
         gist_min_text_len=0,
         gist_max_text_len=8,
         axes_dims=(4, 4, 8),
-        axes_lens=(64, 32, 32),
+        axes_lens=(64, 128, 128),
     )
 
 
