@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from .linearize.merging import save_merged as save_merged
     from .linearize.methods import Agent as Agent
     from .linearize.methods import Clear as Clear
+    from .linearize.methods import Hybrid as Hybrid
     from .linearize.methods import LinFusion as LinFusion
     from .linearize.methods import Mala as Mala
     from .linearize.methods import Neighborhood as Neighborhood
+    from .linearize.methods import ProxyTokens as ProxyTokens
     from .linearize.methods import Rala as Rala
     from .linearize.methods import SlidingTile as SlidingTile
     from .linearize.publishing import push_to_hub as push_to_hub
     from .linearize.report import SwapReport as SwapReport
+    from .pipelines.high_resolution import HighResolutionPipeline as HighResolutionPipeline
 
 __version__ = "0.1.0"
 
@@ -39,9 +42,20 @@ _PUBLIC_NAMES = {
     ".linearize.first_steps": ("first_steps",),
     ".linearize.loading": ("from_pretrained",),
     ".linearize.merging": ("save_merged",),
-    ".linearize.methods": ("Agent", "Clear", "LinFusion", "Mala", "Neighborhood", "Rala", "SlidingTile"),
+    ".linearize.methods": (
+        "Agent",
+        "Clear",
+        "Hybrid",
+        "LinFusion",
+        "Mala",
+        "Neighborhood",
+        "ProxyTokens",
+        "Rala",
+        "SlidingTile",
+    ),
     ".linearize.publishing": ("push_to_hub",),
     ".linearize.report": ("SwapReport",),
+    ".pipelines.high_resolution": ("HighResolutionPipeline",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
 

@@ -12,6 +12,7 @@ import typer
 
 from . import __version__
 from .commands.convert import convert
+from .commands.decode import decode
 from .commands.demo import demo
 from .commands.distillation import distill
 from .commands.evaluate import evaluate
@@ -20,6 +21,7 @@ from .commands.inspection import inspect
 from .commands.method_options import MethodCommand
 from .commands.preparation import prepare
 from .commands.profile import profile
+from .commands.upscale import upscale
 
 app = typer.Typer(
     name="lineardit",
@@ -33,6 +35,8 @@ app.command()(inspect)
 app.command()(prepare)
 app.command()(distill)
 app.command()(generate)
+app.command()(upscale)
+app.command()(decode)
 app.command()(evaluate)
 app.command()(profile)
 app.command()(demo)

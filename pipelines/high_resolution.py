@@ -102,8 +102,8 @@ class HighResolutionPipeline(DiffusionPipeline):
         generators: list[Any],
         on_step_end: Any,
         on_stage_end: OnStage | None,
-    ) -> Tensor:
-        """The latents [B, N, C] of the last stage."""
+    ) -> tuple[Tensor, Stage]:
+        """The latents [B, N, C] of the last stage that ran, and which that was."""
         pictures, latents = start.pictures, start.latents
         for number in range(start.stage, len(plan.stages)):
             stage = plan.stages[number]
@@ -120,7 +120,7 @@ class HighResolutionPipeline(DiffusionPipeline):
             if self.interrupt:
                 break
         assert latents is not None
-        return latents
+        return latents, stage
 
     @contextmanager
     def _as_planned(self, stage: Stage) -> Iterator[None]:
@@ -172,9 +172,9 @@ class HighResolutionPipeline(DiffusionPipeline):
         latents = encode(self.vae, pixels.to(self._execution_device), tile=tile, progress=self._shows_progress())
         return latents.to(self._execution_device)
 
-    def _finish(self, latents: Tensor, plan: Plan, output_type: str) -> Any:
-        """The pictures at the size asked for."""
-        pixels = self._decoded(latents, plan.stages[-1], plan.tile)[..., : plan.height, : plan.width]
+    def _finish(self, latents: Tensor, stage: Stage, plan: Plan, output_type: str) -> Any:
+        """The pictures at the size asked for, or smaller where the call was interrupted."""
+        pixels = self._decoded(latents, stage, plan.tile)[..., : plan.height, : plan.width]
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def _shows_progress(self) -> bool:

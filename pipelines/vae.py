@@ -109,7 +109,7 @@ def _blended(
     align: int,
 ) -> Tensor:
     rows, columns = values.shape[-2:]
-    heights, widths = (_spans(length, side, align) for length in (rows, columns))
+    heights, widths = (tile_spans(length, side, align) for length in (rows, columns))
     total = weight = None
     tiles = list(product(heights, widths))
     for (top, bottom), (left, right) in tqdm(tiles, desc=what, unit="tile", disable=not progress or len(tiles) == 1):
@@ -129,7 +129,7 @@ def _blended(
     return total.div_(weight)
 
 
-def _spans(length: int, side: int | None, align: int) -> list[tuple[int, int]]:
+def tile_spans(length: int, side: int | None, align: int) -> list[tuple[int, int]]:
     """Where tiles begin and end: all of one size, evenly, from border to border, overlapping by `OVERLAP` or more."""
     if side is None or length <= side:
         return [(0, length)]

