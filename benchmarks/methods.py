@@ -1,0 +1,275 @@
+"""Methods side by side on the small trained model, equal training for all: `make methods`, hours, resumable.
+
+Each method of `METHODS` becomes a student by the same number of steps on the same samples, with the same number of
+trained parameters (the rank of its LoRA makes up for what its kernels have), from three seeds. Beside every hybrid
+stands local attention of the same FLOPs. Writes benchmarks/results/methods.json, methods.md and methods.png.
+"""
+
+import argparse
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flux_layer import flops, local_of_equal_flops, title
+from marks_report import Mark
+from methods_report import MethodRow, follow_marks, hybrid_marks, proposal_mark, write_results
+from scene_students import ScenePlan, SceneStudents
+
+from lineardit.commands.quiet import quiet_libraries
+from lineardit.distill.config import DistillConfig, config_from_tables
+from lineardit.distill.cost import step_seconds
+from lineardit.distill.files import write_json
+from lineardit.distill.pictures import PictureSettings
+from lineardit.distill.student import KERNEL, build_student_, trained_parameters
+from lineardit.distill.train import distill, load_base
+from lineardit.examples.tiny_flux import path, scenes
+from lineardit.linearize.attention_profile import Profile, read_profile
+from lineardit.linearize.budget import propose
+from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.families import family_of
+from lineardit.linearize.matching import attention_modules
+from lineardit.linearize.methods import (
+    Agent,
+    Clear,
+    Hybrid,
+    Mala,
+    Neighborhood,
+    ProxyTokens,
+    Rala,
+    SlidingTile,
+    config_to_dict,
+)
+from lineardit.linearize.opening import open_pipeline
+from lineardit.linearize.profiling import profile_attention
+from lineardit.stages import matmul_gflops
+
+RESULTS = Path(__file__).with_name("results")
+SINGLE = "single_transformer_blocks.*.attn"  # five of the small model's eight attention modules
+
+# a config, or {pattern: config} where the other layers keep full attention
+METHODS: tuple[Any, ...] = (
+    Clear(radius=4),
+    Clear(radius=8),
+    Clear(radius=4, pool_tokens=64),
+    Neighborhood(window=7),
+    SlidingTile(tile=4, window=3),
+    Agent(num_agents=64, conv_size=5, balance=True),
+    Mala(conv_size=5, balance=True),
+    Rala(conv_size=5, balance=True),
+    ProxyTokens(num_proxies=64),
+    Hybrid(local=Clear(radius=4), global_=Agent(num_agents=64), gate=1.0),
+    Hybrid(local=Clear(radius=4), global_=Mala(), gate=1.0),
+    Hybrid(local=Clear(radius=4), global_=Agent(num_agents=16), gate=1.0, mass_cells=16),
+    {SINGLE: Agent(num_agents=64, conv_size=5, balance=True)},
+    {SINGLE: Mala(conv_size=5, balance=True)},
+)
+PROJECTIONS = ("to_q", "to_k", "to_v")  # every attention module has these
+QUICK = (Clear(radius=4), Mala())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(ScenePlan):
+    """How much is done."""
+
+    steps: int = 20
+    train_steps: int = 200
+    layer_steps: int = 40  # of the first stage, before those
+    layer_rate: float = 1e-3
+    seeds: tuple[int, ...] = (0, 1, 2)
+    trained: int = 220_000  # parameters of each student, to be met within 5%
+    step_side: int = 512  # pixels, for seconds a step
+    budgets: tuple[float, ...] = (3, 5, 8)  # uniform radii whose FLOPs the profile's proposals get
+    profiled: int = 8  # prompts
+    shown: int = 8  # captions in the picture of all methods
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A method on the base: the LoRA rank that makes the trained parameters as many as in every other row.
+
+    Attributes:
+        trained: How many they are.
+        layers: The config of each self-attention module of the image, None for one that keeps full attention.
+    """
+
+    rank: int
+    trained: int
+    layers: tuple[Any, ...]
+
+
+class MethodTable(SceneStudents):
+    """One run of all rows, in a folder of its own."""
+
+    plan: Plan
+
+    def run(self, shown: tuple[Any, ...]) -> tuple[list[MethodRow], list[Mark]]:
+        """Every row, and what the marks say of them."""
+        rivals = {title(one): local_of_equal_flops(one) for one in shown if type(one) is Hybrid}
+        with self.stages.stage("teacher's pictures"):
+            self.draw("teacher", self.base, self.plan.captions)
+        with self.stages.stage("samples"):
+            self.prepare()
+        entries = {title(one): one for one in (*shown, *rivals.values())}
+        rows = {name: self.method(name, one) for name, one in entries.items()}
+        teacher = self.row("teacher")
+        marks = [
+            *hybrid_marks(teacher, [(rows[name], rows[title(rival)]) for name, rival in rivals.items()]),
+            *follow_marks(teacher, list(rows.values())),
+            self.proposals(),
+        ]
+        return list(rows.values()), marks
+
+    def method(self, name: str, method: Any) -> MethodRow:
+        """One row: untrained, and a student from each seed."""
+        plan = self.plan
+        untrained = self.converted(name, method)
+        with self.stages.stage(f"{name}, untrained"):
+            self.draw(f"{name}, untrained", untrained, plan.few_captions)
+            seconds = self.seconds(name, untrained)
+        fit = self.fit(method)
+        students = []
+        for seed in plan.seeds:
+            student = f"{name}, seed {seed}"
+            with self.stages.stage(student):
+                adapter = self.distill(self.settings(method, fit.rank, seed))
+                self.draw(student, adapter, plan.captions)
+            students.append(self.row(student))
+        return MethodRow(
+            name=name,
+            flops=round(sum(map(flops, fit.layers)) / len(fit.layers)),
+            swapped=sum(one is not None for one in fit.layers),
+            layers=len(fit.layers),
+            trained=fit.trained,
+            seconds_per_step=seconds,
+            untrained=self.row(f"{name}, untrained"),
+            students=tuple(students),
+        )
+
+    def converted(self, name: str, method: Any) -> Path:
+        """The folder of this swap, without training."""
+        folder = self.directory / "converted" / _folder(name)
+        if not folder.exists():
+            convert_base(self.base, method, output=folder)
+        return folder
+
+    def seconds(self, name: str, source: Path) -> float:
+        """Of a step, measured once."""
+        plan, file = self.plan, self.directory / "seconds" / f"{_folder(name)}.json"
+        if not file.exists():
+            length = plan.text_tokens
+            settings = PictureSettings(height=plan.step_side, width=plan.step_side, max_sequence_length=length)
+            seconds = step_seconds(open_pipeline(source), settings, repeats=3)
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, {"seconds": seconds})
+        return float(json.loads(file.read_text())["seconds"])
+
+    def fit(self, method: Any) -> Fit:
+        """What this method makes of the base, and how much of it is trained.
+
+        Raises:
+            ValueError: no rank brings the trained parameters within 5% of the plan's number.
+        """
+        config, wanted = self.settings(method, 1, 0), self.plan.trained
+        pipe = load_base(config.base)
+        modules, _ = attention_modules(pipe.transformer, family_of(pipe.transformer))
+        swapped = build_student_(pipe, config).swapped
+        counts = {name: one.numel() for name, one in trained_parameters(pipe.transformer).items()}
+        kernels = sum(count for name, count in counts.items() if KERNEL in name)
+        each_rank = sum(counts.values()) - kernels
+        rank = max(1, round((wanted - kernels) / each_rank))
+        trained = kernels + rank * each_rank
+        if abs(trained / wanted - 1) > 0.05:
+            raise ValueError(f"{title(method)}: {trained} trained parameters, not within 5% of {wanted}")
+        return Fit(rank=rank, trained=trained, layers=tuple(swapped.get(name) for name in modules))
+
+    def settings(self, method: Any, rank: int, seed: int) -> DistillConfig:
+        """Of one student's training; alike for all but method, rank and seed."""
+        plan = self.plan
+        patterns = method if isinstance(method, Mapping) else {"*": method}
+        tables = {
+            "base": {"model": str(self.base)},
+            "data": {"directory": str(self.directory / "samples")},
+            "method": {pattern: config_to_dict(one) for pattern, one in patterns.items()},
+            "trained": {"kind": "lora", "rank": rank, "projections": PROJECTIONS},
+            "layerwise": {"steps": plan.layer_steps, "lr": plan.layer_rate},
+            "optimizer": {"lr": plan.learning_rate},
+            "schedule": {"warmup": 20},
+            "run": {
+                "directory": str(self.directory / "runs" / _folder(f"{title(method)}-{seed}")),
+                "steps": plan.train_steps,
+                "batch_size": plan.batch_size,
+                "seed": seed,
+            },
+            "save": {"every": 50, "keep_last": 1, "log_every": 50},
+            "validate": {"samples": 0},
+        }
+        return config_from_tables(tables)
+
+    def distill(self, config: DistillConfig) -> Path:
+        """The student's adapter."""
+        adapter = Path(config.run.directory) / "adapter"
+        return adapter if adapter.exists() else distill(config, resume=True)
+
+    def proposals(self) -> Mark:
+        """The profile's layers against one radius for all, of equal FLOPs at this size and without training."""
+        pairs = []
+        with self.stages.stage("proposals of the profile"):
+            profile = self.profile()
+            for radius in self.plan.budgets:
+                uniform = Clear(radius=radius)
+                proposal = propose(profile, uniform).configs
+                rows = []
+                for name, method in ((f"radius {radius:g}", uniform), (f"proposal at {radius:g}", proposal)):
+                    self.draw(name, self.converted(name, method), self.plan.few_captions)
+                    rows.append(self.row(name))
+                pairs.append((rows[0], rows[1]))
+        return proposal_mark(pairs)
+
+    def profile(self) -> Profile:
+        file, plan = self.directory / "profile.json", self.plan
+        if not file.exists():
+            prompts = [scenes.sample(plan.samples + index).caption for index in range(plan.profiled)]
+            radii = sorted({2, 3, 4, 6, 8, 12, 16, *plan.budgets})
+            size = (plan.side, plan.side)
+            length = plan.text_tokens
+            pipe = open_pipeline(self.base)
+            profile_attention(pipe, prompts, size=size, radii=radii, max_sequence_length=length).write(file)
+        return read_profile(file)
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--directory", type=Path, help="pictures, samples, students")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --quick in the directory")
+    parser.add_argument("--quick", action="store_true", help="two methods, two steps, two captions: does it run?")
+    options = parser.parse_args()
+    quiet_libraries()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    plan = quick_plan() if options.quick else Plan()
+    directory = options.directory or Path("runs/methods-quick" if options.quick else "runs/methods")
+    table = MethodTable(path(), directory, plan)
+    rows, marks = table.run(QUICK if options.quick else METHODS)
+    results = options.results or (directory / "results" if options.quick else RESULTS)
+    machine = f"{torch.get_num_threads()} threads, float32 matrix product: {matmul_gflops():.0f} GFLOP/s"
+    print(write_results(results, table, rows, marks, machine=machine))
+
+
+def quick_plan() -> Plan:
+    """Minutes at most, and no figures worth a look."""
+    return Plan(
+        side=64, steps=2, captions=2, few_captions=2, samples=4, train_steps=2, layer_steps=2, batch_size=2,
+        seeds=(0,), step_side=64, budgets=(3,), profiled=1, shown=2,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""benchmarks/methods.py: equal training for every row, what an interrupted run made is kept, marks at their targets."""
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_distill import build_tiny
+
+from lineardit import Clear, Mala
+from lineardit.distill.evaluate import Comparison
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("methods")
+
+
+@pytest.fixture
+def report(methods: Any) -> Any:
+    return importlib.import_module("methods_report")
+
+
+def picture_row(report: Any, *, objects: int = 90, coherence: int = 90, latent_mse: float | None = 1.0) -> Any:
+    """Of 100 objects and 100 pictures; a latent MSE of None is the teacher's row."""
+    comparison = None
+    if latent_mse is not None:
+        comparison = Comparison(pictures=100, latent_mse=latent_mse, psnr=20, ssim=0.5, differences={})
+    scores = {"objects": (objects, 100), "coherence": (coherence, 100)}
+    return report.Row(name="a", pictures=100, scores=scores, seconds_per_picture=1, comparison=comparison)
+
+
+def method_row(report: Any, name: str, students: Sequence[Any]) -> Any:
+    return report.MethodRow(
+        name=name, flops=1, swapped=1, layers=1, trained=1, seconds_per_step=1, untrained=picture_row(report),
+        students=tuple(students),
+    )  # fmt: skip
+
+
+def test_quick_run_makes_every_row_and_goes_on(methods: Any, report: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    build_tiny().save_pretrained(base)
+    plan = replace(methods.quick_plan(), side=16, text_tokens=16, step_side=16, trained=5_000)
+    partial = {methods.SINGLE: Clear(radius=2)}
+    table = methods.MethodTable(base, tmp_path / "work", plan)
+    rows, marks = table.run((Mala(), partial))
+    assert [row.name for row in rows] == ["Mala()", "Clear(radius=2) in single_transformer_blocks.*.attn"]
+    assert [(row.swapped, row.layers) for row in rows] == [(2, 2), (1, 2)]
+    assert [row.trained / plan.trained for row in rows] == pytest.approx([1, 1], abs=0.05)
+    assert rows[1].flops == (methods.flops(None) + methods.flops(Clear(radius=2))) // 2
+    assert len(list((tmp_path / "work" / "runs").glob("*/loss.csv"))) == 2
+    methods.write_results(tmp_path / "results", table, rows, marks, machine="here")
+    content = json.loads((tmp_path / "results" / "methods.json").read_text())
+    assert [row["name"] for row in content["rows"]] == [row.name for row in rows]
+    text = (tmp_path / "results" / "methods.md").read_text()
+    assert all(f"| {row.name} |" in text for row in rows) and all(mark.name in text for mark in marks)
+    assert (tmp_path / "results" / "methods.png").stat().st_size > 10_000
+
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    again, _ = methods.MethodTable(base, tmp_path / "work", plan).run((Mala(), partial))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == made
+    assert [row.students for row in again] == [row.students for row in rows]
+    with pytest.raises(ValueError, match="begun with other train_steps"):
+        methods.MethodTable(base, tmp_path / "work", replace(plan, train_steps=3))
+
+
+def test_local_of_equal_flops_costs_no_less_and_half_a_token_less_would(methods: Any) -> None:
+    for config in (Mala(), Clear(radius=4, pool_tokens=64)):
+        found = methods.local_of_equal_flops(config)
+        assert methods.flops(Clear(radius=found.radius - 0.5)) < methods.flops(config) <= methods.flops(found)
+
+
+def test_every_method_of_the_table_can_be_trained_alike(methods: Any, tmp_path: Path) -> None:
+    table = methods.MethodTable(methods.path(), tmp_path / "work", replace(methods.Plan(), captions=1))
+    for method in methods.METHODS:
+        fit = table.fit(method)
+        assert fit.rank >= 1
+        assert fit.trained / table.plan.trained == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("coherence", "latent_mses", "met"),
+    [
+        ((89, 88, 88), (0.4, 0.4, 0.4), True),
+        ((88, 88, 87), (0.4, 0.4, 0.4), False),  # more than 2 points below the teacher
+        ((95, 95, 80), (0.4, 0.4, 0.4), False),  # not on every seed
+        ((89, 88, 88), (0.4, 0.5, 0.4), False),
+    ],
+)
+def test_hybrid_marks_hold_on_every_seed(
+    report: Any, coherence: Sequence[int], latent_mses: Sequence[float], met: bool
+) -> None:
+    teacher = picture_row(report, coherence=90, latent_mse=None)
+    students = [
+        picture_row(report, coherence=one, latent_mse=error) for one, error in zip(coherence, latent_mses, strict=True)
+    ]
+    local = method_row(report, "Clear", [picture_row(report, coherence=85, latent_mse=0.5)] * 3)
+    (mark,) = report.hybrid_marks(teacher, [(method_row(report, "Hybrid", students), local)])
+    assert mark.met == met
+
+
+def test_follow_and_proposal_marks_hold_at_the_target(report: Any) -> None:
+    teacher = picture_row(report, objects=90, latent_mse=None)
+    rows = [
+        method_row(report, name, [picture_row(report, objects=objects)])
+        for name, objects in (("Agent(num_agents=4)", 85), ("Mala() in x", 84), ("Clear(radius=4)", 10))
+    ]
+    assert [mark.met for mark in report.follow_marks(teacher, rows)] == [True, False]
+    uniform, better, worse = (picture_row(report, latent_mse=error) for error in (0.5, 0.4, 0.5))
+    assert report.proposal_mark([(uniform, better)] * 3).met
+    assert not report.proposal_mark([(uniform, better), (uniform, worse)]).met
