@@ -3,7 +3,7 @@
 from .attention import implementations, mala_attention, rala_attention
 from .mass import log_mass
 from .reference import log_mass_reference, mala_attention_reference, rala_attention_reference
-from .with_text import attend_to_text
+from .with_text import attend_to_text, share_of_keys
 
 __all__ = [
     "attend_to_text",
@@ -14,4 +14,5 @@ __all__ = [
     "mala_attention_reference",
     "rala_attention",
     "rala_attention_reference",
+    "share_of_keys",
 ]

@@ -1,11 +1,12 @@
-"""Softmax over text tokens and one more key that stands for the whole image, in one call of PyTorch's attention.
+"""Softmax over keys and one more, whose logit each query brings itself, in one call of PyTorch's attention.
 
     out_i = (sum_t exp(scale q_i . k_t) v_t + exp(m_i) x_i) / (sum_t exp(scale q_i . k_t) + exp(m_i))
 
-x_i is what query i gets from the image, m_i the logarithm of the image's mass. The image's key has one more coordinate
-than the text's: its logit is what the query has there, m_i, and the share it gets comes back in one more of the value.
+The one more stands for a set of keys that have been attended to elsewhere: x_i is what query i gets from them, m_i the
+logarithm of their mass. It has one more coordinate than the other keys: its logit is what the query has there, m_i, and
+the share it gets comes back in one more of the value.
 
-B batch, H heads, N image tokens, T text tokens, D head dimension.
+B batch, H heads, N queries, T keys, D head dimension.
 """
 
 import torch
@@ -36,18 +37,39 @@ def attend_to_text(
     Returns:
         [B, H, N, D], dtype of text_value.
     """
-    dtype, head_dim = text_value.dtype, query.shape[-1]
-    query, text_key = query.to(dtype), text_key.to(dtype)
+    from_text, image_share = _attend(query, log_mass, text_key, text_value, text_mask, scale)
+    return from_text + image_share * image_out.to(text_value.dtype)
+
+
+def share_of_keys(query: Tensor, key: Tensor, log_mass: Tensor, *, scale: float) -> Tensor:
+    """sum_t exp(scale q_i . k_t) / (sum_t exp(scale q_i . k_t) + exp(m_i)): what these keys take of a query.
+
+    Args:
+        query: [B, H, N, D].
+        key: [B, H, T, D].
+        log_mass: [B, H, N], m above, float32 or float64.
+        scale: of the logits, > 0.
+    Returns:
+        [B, H, N], dtype of key.
+    """
+    return _attend(query, log_mass, key, torch.ones_like(key), None, scale)[0][..., 0]
+
+
+def _attend(
+    query: Tensor, log_mass: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What the keys give, [B, H, N, D], and the share of the one more, [B, H, N, 1]."""
+    dtype, head_dim = value.dtype, query.shape[-1]
+    query, key = query.to(dtype), key.to(dtype)
     high = (log_mass / scale).to(dtype)
     low = (log_mass / scale - high).to(dtype)  # the mass to twice the digits of a half precision
     query = torch.cat([query, pad(torch.stack([high, low], -1), (0, EXTRA - 2))], -1)
-    image_key, image_value = query.new_zeros(2, *text_key.shape[:2], 1, head_dim + EXTRA)
-    image_key[..., head_dim : head_dim + 2] = 1
-    image_value[..., head_dim] = 1
-    key = torch.cat([pad(text_key, (0, EXTRA)), image_key], 2)
-    value = torch.cat([pad(text_value, (0, EXTRA)), image_value], 2)
-    mask = None if text_mask is None else pad(text_mask, (0, 1), value=True)[:, None, None, :]
+    more_key, more_value = query.new_zeros(2, *key.shape[:2], 1, head_dim + EXTRA)
+    more_key[..., head_dim : head_dim + 2] = 1
+    more_value[..., head_dim] = 1
+    key = torch.cat([pad(key, (0, EXTRA)), more_key], 2)
+    value = torch.cat([pad(value, (0, EXTRA)), more_value], 2)
+    mask = None if key_mask is None else pad(key_mask, (0, 1), value=True)[:, None, None, :]
     with torch.autocast(query.device.type, enabled=False):
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    from_text, image_share = out[..., :head_dim], out[..., head_dim : head_dim + 1]
-    return from_text + image_share * image_out.to(dtype)
+    return out[..., :head_dim], out[..., head_dim : head_dim + 1]

@@ -1,6 +1,6 @@
 """Attention of image tokens to the text and to the image tokens near them."""
 
-from .attention import window_attention, windowed_attention
+from .attention import window_attention, windowed_attention, windowed_attention_and_lse
 from .choose import choose_impl, implementations
 from .reference import window_attention_reference, windowed_attention_reference
 from .windows import Box, Circle, Window
@@ -14,5 +14,6 @@ __all__ = [
     "window_attention",
     "window_attention_reference",
     "windowed_attention",
+    "windowed_attention_and_lse",
     "windowed_attention_reference",
 ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from .choose import choose_impl, implementations, require_triton
 from .kept_mask import kept_window_mask
 from .operator import split_text, window_attention_op
-from .reference import check_mask_size, key_mask, masked_attention, window_mask
+from .reference import check_mask_size, key_mask, masked_attention, window_mask, windowed_lse_reference
 from .windows import Box, Circle, Window, to_arguments
 
 
@@ -103,13 +103,46 @@ def windowed_attention(
     elif impl == "triton":
         require_triton(query)
     if impl in ("tiled", "triton"):
-        return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)
+        return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)[0]
     check_mask_size(query, text_mask, pooled)
     if impl == "reference":
         mask = window_mask(grid, window, text_len, text_first, query.device)
     else:
         mask = kept_window_mask(query, grid, window, text_len, text_first)
     return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
+
+
+def windowed_attention_and_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, ...],
+    window: Window,
+    text_len: int = 0,
+    text_first: bool = True,
+    text_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What `windowed_attention` gives, and the log-sum-exp of the logits of each image query: the weight of this part.
+
+    Args and errors are those of `windowed_attention`.
+    Returns:
+        out [B, H, N, D], lse [B, H, image tokens] in float32, or float64 for float64; both have gradients.
+    """
+    _validate(query, key, value, grid, window, text_len, text_mask, None, impl)
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "auto":
+        impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
+    elif impl == "triton":
+        require_triton(query)
+    if impl in ("tiled", "triton"):
+        return _linear(query, key, value, text_len, text_first, text_mask, None, grid, window, scale, impl)
+    layout = {"grid": grid, "window": window, "text_len": text_len, "text_first": text_first, "text_mask": text_mask}
+    out = windowed_attention(query, key, value, scale=scale, impl=impl, **layout)
+    return out, windowed_lse_reference(query, key, scale=scale, **layout)
 
 
 def _linear(
@@ -124,7 +157,7 @@ def _linear(
     window: Window,
     scale: float,
     impl: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The operator on the image's queries, with text and pooled tokens as shared keys, and a call for text queries."""
     text_query, image_query = split_text(query, text_len, text_first)
     shared_key, image_key = split_text(key, text_len, text_first)
@@ -141,8 +174,7 @@ def _linear(
     image = (image_query, image_key, image_value)
     shared = (shared_key, shared_value, shared_mask)
     radius, frame_radius, box = to_arguments(window)
-    out, _ = window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius, box)
-    return out
+    return window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius, box)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

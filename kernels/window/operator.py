@@ -1,7 +1,7 @@
 """`lineardit::window_attention`: the implementations of linear memory as an operator for autograd and the compiler.
 
 The operator is opaque to the compiler: grid sizes may be symbolic outside of it and are numbers inside, where the lists
-of a window are kept. Saved for backward: inputs, output and log-sum-exp. Differentiable once.
+of a window are kept. Saved for backward: inputs, output and log-sum-exp, both of which may be differentiated, once.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def window_attention_op(
         radius, frame_radius, box: the window, as `to_arguments` takes it apart.
         impl: "tiled" or "triton".
     Returns:
-        out [B, H, T + N, D], and the log-sum-exp of the image's logits, [B, H, N], which has no gradient.
+        out [B, H, T + N, D], and the log-sum-exp of the logits of image queries, [B, H, N].
     """
     text_len = text_out.shape[2]
     out = token_major(query, text_len + query.shape[2])
@@ -72,7 +72,8 @@ def window_attention_op(
 @torch.library.custom_op(
     "lineardit::window_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, {INPUTS}, Tensor out, Tensor lse, {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_out, {INPUTS}, Tensor out, Tensor lse, Tensor? grad_lse, {WINDOW}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _window_attention_backward(
     grad_out: Tensor,
@@ -84,6 +85,7 @@ def _window_attention_backward(
     shared_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    grad_lse: Tensor | None,
     grid: Sequence[int],
     radius: float | None,
     scale: float,
@@ -99,8 +101,8 @@ def _window_attention_backward(
             from .triton_window import triton_backward
 
             _, tiles = tiles_for(query.device, query.dtype, query.shape[3])
-            return triton_backward(grad_out, inputs, out, lse, grid, window, scale, tiles)
-        return tiled_backward(grad_out, inputs, out, lse, grid, window, scale)
+            return triton_backward(grad_out, inputs, out, lse, grad_lse, grid, window, scale, tiles)
+        return tiled_backward(grad_out, inputs, out, lse, grad_lse, grid, window, scale)
 
 
 @window_attention_op.register_fake
@@ -120,17 +122,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     text_out, text_first, *tensors, grid, radius, scale, impl, frame_radius, box = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
-    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # most callers leave lse alone
     ctx.text = (text_out.shape[2], text_first)
     ctx.window = (grid, radius, scale, impl, frame_radius, box)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     text_len, text_first = ctx.text
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     _, image_out = split_text(out, text_len, text_first)
     grad_text, grad_image = split_text(grad_out, text_len, text_first)
-    grads = _window_attention_backward(grad_image, *tensors, image_out, lse, *ctx.window)
+    grads = _window_attention_backward(grad_image, *tensors, image_out, lse, grad_lse, *ctx.window)
     return (grad_text, None, *grads, *(None,) * 7)
 
 

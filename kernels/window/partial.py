@@ -5,7 +5,8 @@ With logits s_ij = scale * q_i . k_j + bias_ij, a part gives its own average and
     out_i = sum_j exp(s_ij - lse_i) v_j        lse_i = log sum_j exp(s_ij)
 
 and two parts join, exactly, to the softmax over both (`merge`). In backward every part is given the joined `out`
-and `lse`: exp(s_ij - lse_i) is then the weight in the whole softmax, and the gradients of the parts add up.
+and `lse`: exp(s_ij - lse_i) is then the weight in the whole softmax, and the gradients of the parts add up. The
+gradient of lse itself, where it is used, adds exp(s_ij - lse_i) grad_lse_i to that of each logit.
 
 Two implementations of one interface, in float32 and float64: `PLAIN` is public operations; `FLASH` is
 PyTorch's own kernel for CPUs, which keeps no [query, key] array, but is private: `fastest_partial` tries it first.
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +39,12 @@ class Keys(NamedTuple):
 @dataclass(frozen=True)
 class Partial:
     """forward(query, keys, scale) -> out [B, H, Q, D], lse [B, H, Q];
-    backward(grad_out, query, keys, out, lse, scale) -> gradients of query, key and value.
+    backward(grad_out, query, keys, out, lse, scale, grad_lse) -> gradients of query, key and value; grad_lse [B, H, Q]
+    may be None.
     """
 
     forward: Callable[[Tensor, Keys, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Keys, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Keys, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,11 +70,13 @@ def _plain_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Ten
 
 
 def _plain_backward(
-    grad_out: Tensor, query: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor, query: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = _logits(query, keys, scale).sub_(lse[..., None]).exp_()
     grad_value = weights.transpose(-1, -2) @ grad_out
     delta = (grad_out * out).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[..., None]
     grad_logits = (grad_out @ keys.value.transpose(-1, -2)).sub_(delta).mul_(weights).mul_(scale)
     return grad_logits @ keys.key, grad_logits.transpose(-1, -2) @ query, grad_value
 
@@ -82,8 +87,14 @@ def _flash_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Ten
 
 
 def _flash_backward(
-    grad_out: Tensor, query: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor, query: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if grad_lse is not None:
+        # One more coordinate, 0 in query, key and value: out * grad_out, which the kernel sums, has -grad_lse there.
+        longer = Keys(pad(keys.key, (0, 1)), pad(keys.value, (0, 1)), keys.bias)
+        grad_out, out = pad(grad_out, (0, 1), value=1), torch.cat([out, -grad_lse[..., None]], -1)
+        grads = _flash_backward(grad_out, pad(query, (0, 1)), longer, out, lse, scale, None)
+        return grads[0][..., :-1], grads[1][..., :-1], grads[2][..., :-1]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     # The kernel reads the log-sum-exp in its own memory order, [B, Q, H].
     lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -103,12 +114,13 @@ def fastest_partial(device_type: str, dtype: torch.dtype) -> Partial:
     query, key, value, grad_out = (
         torch.randn(2, 2, length, 8, generator=generator).to(dtype) for length in (5, 7, 7, 5)
     )
+    grad_lse = grad_out[..., 0]
     mask = torch.ones(5, 7, dtype=torch.bool).triu()
     keys = Keys(key, value, attention_bias(mask, dtype))
     out, lse = PLAIN.forward(query, keys, 0.5)
-    expected = (out, lse, *PLAIN.backward(grad_out, query, keys, out, lse, 0.5))
+    expected = (out, lse, *PLAIN.backward(grad_out, query, keys, out, lse, 0.5, grad_lse))
     try:
-        computed = (*FLASH.forward(query, keys, 0.5), *FLASH.backward(grad_out, query, keys, out, lse, 0.5))
+        computed = (*FLASH.forward(query, keys, 0.5), *FLASH.backward(grad_out, query, keys, out, lse, 0.5, grad_lse))
         agree = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(computed, expected, strict=True))
     except (AttributeError, RuntimeError):
         agree = False

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .inputs import sum_dtype
 from .windows import Circle, Window
 
 MAX_MASK_ENTRIES = 2**31
@@ -81,6 +82,29 @@ def windowed_attention_reference(
     check_mask_size(query, text_mask, pooled)
     mask = window_mask(grid, window, text_len, text_first, query.device)
     return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
+
+
+def windowed_lse_reference(
+    query: Tensor,
+    key: Tensor,
+    *,
+    grid: tuple[int, ...],
+    window: Window,
+    text_len: int,
+    text_first: bool,
+    text_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """log sum_j exp(scale * q_i . k_j) over what each image query sees; [B, H, N, D] -> [B, H, image tokens]."""
+    check_mask_size(query, text_mask, None)
+    num_image = query.shape[2] - text_len
+    image = slice(text_len, None) if text_first else slice(0, num_image)
+    mask = window_mask(grid, window, text_len, text_first, query.device)[image]
+    if text_mask is not None:
+        mask = mask & key_mask(text_mask, num_image, text_first)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query[:, :, image].to(sum_dtype(query)) @ key.to(sum_dtype(query)).mT * scale
+    return logits.masked_fill(~mask, -torch.inf).logsumexp(-1)
 
 
 def window_mask(grid: tuple[int, ...], window: Window, text_len: int, text_first: bool, device: torch.device) -> Tensor:

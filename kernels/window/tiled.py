@@ -88,6 +88,7 @@ def tiled_backward(
     inputs: Inputs,
     out: Tensor,
     lse: Tensor,
+    grad_lse: Tensor | None,
     grid: Sequence[int],
     window: Window,
     scale: float,
@@ -95,6 +96,7 @@ def tiled_backward(
     """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `tiled_forward` left them."""
     groups, partial = _groups_and_partial(inputs, grid, window)
     lse_rows = lse.transpose(1, 2).contiguous()  # [B, N, H]
+    grad_lse_rows = None if grad_lse is None else grad_lse.to(lse.dtype).transpose(1, 2).contiguous()
     num_heads, dtype, shared = inputs.query.shape[1], sum_dtype(inputs.query), _shared_keys(inputs)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
     out_rows, grad_out_rows = _rows(out), _rows(grad_out)
@@ -105,12 +107,15 @@ def tiled_backward(
         q, o, do = (_take(rows, chunk.queries, num_heads, dtype) for rows in (query, out_rows, grad_out_rows))
         k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
         chunk_lse = lse_rows.index_select(1, chunk.queries)
+        dl = None if grad_lse_rows is None else grad_lse_rows.index_select(1, chunk.queries)
         q_tiles, o_tiles, do_tiles, lse_tiles = (_tiles(rows, chunk.tiles) for rows in (q, o, do, chunk_lse))
-        dq, dk, dv = partial.backward(do_tiles, q_tiles, Keys(k, v, chunk.bias), o_tiles, lse_tiles, scale)
+        dl_tiles = None if dl is None else _tiles(dl, chunk.tiles)
+        dq, dk, dv = partial.backward(do_tiles, q_tiles, Keys(k, v, chunk.bias), o_tiles, lse_tiles, scale, dl_tiles)
         dq = _untile(dq, query.shape[0])
         if shared is not None:
             q, o, do, chunk_lse = (rows.transpose(1, 2) for rows in (q, o, do, chunk_lse))
-            shared_dq, *shared_grads = partial.backward(do, q, shared, o, chunk_lse, scale)
+            dl = None if dl is None else dl.transpose(1, 2)
+            shared_dq, *shared_grads = partial.backward(do, q, shared, o, chunk_lse, scale, dl)
             dq = dq + shared_dq.transpose(1, 2)
             for total, grad in zip(grad_shared, shared_grads, strict=True):
                 total += grad

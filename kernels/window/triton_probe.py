@@ -77,8 +77,8 @@ class _Trial:
 
     def backward_error(self, tiles: Tiles) -> float:
         out = self.out.to(self.grad_out.dtype)
-        grads = triton_backward(self.grad_out, self.inputs, out, self.lse, GRID, WINDOW, self.scale, tiles)
-        expected = PLAIN.backward(self.grad_out.float(), self.query, self.keys, self.out, self.lse, self.scale)
+        grads = triton_backward(self.grad_out, self.inputs, out, self.lse, None, GRID, WINDOW, self.scale, tiles)
+        expected = PLAIN.backward(self.grad_out.float(), self.query, self.keys, self.out, self.lse, self.scale, None)
         grad_query, *grad_keys = expected
         image, shared = zip(*(grad.split([self.num_tokens, NUM_SHARED], 2) for grad in grad_keys), strict=True)
         return _relative_error(grads, [grad_query, *image, *shared])

@@ -204,6 +204,7 @@ def triton_backward(
     inputs: Inputs,
     out: Tensor,
     lse: Tensor,
+    grad_lse: Tensor | None,
     grid: Sequence[int],
     window: Window,
     scale: float,
@@ -215,7 +216,9 @@ def triton_backward(
     grad_out = _dense_rows(grad_out)
     batch, num_heads, num_tokens, _ = query.shape
     grads = [token_major(query, num_tokens) for _ in range(3)]
-    delta = torch.empty_like(lse)
+    delta = torch.zeros_like(lse)  # the kernel takes the gradient of lse from here, and leaves there what others need
+    if grad_lse is not None:
+        delta.copy_(grad_lse)
     tiled, lists, by_key = launch.window, launch.window.by_query, launch.window.by_key
     tile_constants = _tile_constants(tiled.tiles)
     with _device_of(query):
