@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import config_to_dict
+from .methods import config_to_dict, spelled
 
 CROSS_ATTENTION = "cross-attention"
 NOT_IMAGE_SELF_ATTENTION = "not an image self-attention of this family"
@@ -39,7 +39,7 @@ class SwapReport:
 
 def _short(config: Any) -> str:
     """`Clear(radius=16)`: without the fields left at their defaults."""
-    settings = [f"{key}={value}" for key, value in config_to_dict(config).items() if key != "method"]
+    settings = [f"{key}={spelled(value)}" for key, value in config_to_dict(config).items() if key != "method"]
     return f"{type(config).__name__}({', '.join(settings)})"
 
 

@@ -45,10 +45,14 @@ def show(inspection: "Inspection") -> None:
 
 
 def _modules(inspection: "Inspection") -> Table:
+    from ..linearize.methods import spelled
+
     table = Table("module", "swapped", "method", "settings", "runs", box=SIMPLE_HEAD)
     for row in inspection.rows:
         if row.swapped:
-            settings = ", ".join(f"{name}={value}" for name, value in row.settings.items() if value is not None)
+            settings = ", ".join(
+                f"{name}={spelled(value)}" for name, value in row.settings.items() if value is not None
+            )
             table.add_row(row.module, "yes", row.method, settings, row.impl)
         else:
             table.add_row(row.module, "no", "", row.reason, "")

@@ -1,15 +1,19 @@
-"""Options that methods bring: `--pool-size 4` sets `pool_size` in the config of the method that `--method` names."""
+"""Options that methods bring: `--pool-size 4` sets `pool_size` in the config of the method that `--method` names.
+
+A setting that is a method in turn is spelled METHOD:SETTING=VALUE,..., as in `--local clear:radius=8 --global mala`.
+"""
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from typer.core import TyperCommand
 
 
 def option_name(field: str) -> str:
-    """`--pool-size` for the field `pool_size`."""
-    return "--" + field.replace("_", "-")
+    """`--pool-size` for the field `pool_size`, `--global` for `global_`."""
+    return "--" + field.rstrip("_").replace("_", "-")
 
 
 def fields_of_methods() -> dict[str, tuple[dataclasses.Field[Any], ...]]:
@@ -19,13 +23,19 @@ def fields_of_methods() -> dict[str, tuple[dataclasses.Field[Any], ...]]:
     return {config.__name__.lower(): dataclasses.fields(config) for config in METHODS}
 
 
-def split_arguments(arguments: list[str], fields: set[str]) -> tuple[dict[str, Any], list[str]]:
+def split_arguments(
+    arguments: list[str], fields: set[str], of_methods: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], list[str]]:
     """Takes `--field value` and `--field=value` out of `arguments`.
 
+    Args:
+        fields: Names of all fields.
+        of_methods: Names of those that hold a method.
     Returns:
-        ({field: value}, the other arguments). A value is what it is in JSON (`16` a number, `null` None), else text.
+        ({field: value}, the other arguments). A value is what it is in JSON (`16` a number, `null` None), else text; a
+        method is a dictionary.
     Raises:
-        ValueError: an option has no value.
+        ValueError: an option has no value, or a method is misspelled.
     """
     options: dict[str, Any] = {}
     others: list[str] = []
@@ -39,11 +49,27 @@ def split_arguments(arguments: list[str], fields: set[str]) -> tuple[dict[str, A
         text = value or next(remaining, "--")
         if text.startswith("--"):
             raise ValueError(f"option {name} needs a value")
-        try:
-            options[field] = json.loads(text)
-        except json.JSONDecodeError:
-            options[field] = text
+        options[field] = _method(text) if field in of_methods else _value(text)
     return options, others
+
+
+def _method(text: str) -> Any:
+    """{"method": "clear", "radius": 8} of `clear:radius=8`, or of that in JSON."""
+    if text.startswith("{"):
+        return _value(text)
+    method, _, settings = text.partition(":")
+    parts = re.split(r",(?![^\[]*\])", settings) if settings else []  # commas within brackets are of a value
+    pairs = [part.partition("=") for part in parts]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"a method is spelled METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")
+    return {"method": method} | {key.replace("-", "_"): _value(value) for key, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 class MethodCommand(TyperCommand):
@@ -54,8 +80,10 @@ class MethodCommand(TyperCommand):
         return sorted({option_name(field.name) for fields in fields_of_methods().values() for field in fields})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        names = {field.name for fields in fields_of_methods().values() for field in fields}
-        ctx.obj, args = split_arguments(args, names)
+        fields = [field for fields in fields_of_methods().values() for field in fields]
+        names = {field.name.rstrip("_") for field in fields}
+        of_methods = frozenset(field.name.rstrip("_") for field in fields if field.metadata.get("of_method"))
+        ctx.obj, args = split_arguments(args, names, of_methods)
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -66,5 +94,7 @@ class MethodCommand(TyperCommand):
 
 
 def _describe(field: dataclasses.Field[Any]) -> str:
+    if field.metadata.get("of_method"):
+        return "METHOD:SETTING=VALUE,..., required"
     kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
     return f"{kind}, required" if field.default is dataclasses.MISSING else f"{kind}, default {field.default}"

@@ -108,9 +108,10 @@ class AgentAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
         """[B, H, N, D] -> [B, H, N, D]."""
-        return joint_attention(query, key, value, layout, self._attend_to_image, scale=scale, balance=self.balance)
+        return joint_attention(query, key, value, layout, self.attend_to_image, scale=scale, balance=self.balance)
 
-    def _attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+    def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        """x above, of the image's tokens [B, H, n, D] -> [B, H, n, D]."""
         height, width = grid[-2:]
         num_agents = self.config.num_agents
         key_bias = query_bias = None

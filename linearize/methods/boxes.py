@@ -8,7 +8,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ...kernels.window import Box, choose_impl, implementations, windowed_attention
+from ...kernels.window import (
+    Box,
+    choose_impl,
+    implementations,
+    windowed_attention,
+    windowed_attention_and_lse,
+)
 from ..layout import Grid, Layout
 from .frames import pairs_of_frames, with_frames
 
@@ -70,6 +76,23 @@ class BoxAttention(nn.Module):
     ) -> Tensor:
         """[B, H, N, D] -> [B, H, N, D]."""
         return windowed_attention(
+            query,
+            key,
+            value,
+            grid=layout.grid,
+            window=self.box,
+            text_len=layout.text_len,
+            text_first=layout.text_first,
+            text_mask=layout.text_mask,
+            scale=scale,
+            impl=self.impl,
+        )
+
+    def attend_and_lse(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the log-sum-exp of the logits of image queries [B, H, n]."""
+        return windowed_attention_and_lse(
             query,
             key,
             value,

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...kernels.window import Circle, choose_impl, implementations, window_attention
+from ...kernels.window import (
+    Circle,
+    choose_impl,
+    implementations,
+    window_attention,
+    windowed_attention_and_lse,
+)
 from ..layout import Grid, Layout, as_shape
 from .frames import pairs_of_frames, with_frames
 from .pooling import cell_side, count_cells, mean_pool, weighted_pool
@@ -128,6 +134,23 @@ class ClearAttention(nn.Module):
             text_first=layout.text_first,
             text_mask=layout.text_mask,
             pooled=self._pooled(key, value, layout) if self._pools() else None,
+            scale=scale,
+            impl=self.impl,
+        )
+
+    def attend_and_lse(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The same without pooled tokens, and the log-sum-exp of the logits of image queries [B, H, n]."""
+        return windowed_attention_and_lse(
+            query,
+            key,
+            value,
+            grid=layout.grid,
+            window=Circle(radius=self.config.radius, frame_radius=self.config.frame_radius),
+            text_len=layout.text_len,
+            text_first=layout.text_first,
+            text_mask=layout.text_mask,
             scale=scale,
             impl=self.impl,
         )

@@ -82,9 +82,10 @@ class LinearImageAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
         """[B, H, N, D] -> [B, H, N, D]; a scale of logits is that of text, and has no place in the linear part."""
-        return joint_attention(query, key, value, layout, self._attend_to_image, scale=scale, balance=self.balance)
+        return joint_attention(query, key, value, layout, self.attend_to_image, scale=scale, balance=self.balance)
 
-    def _attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+    def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        """x above, of the image's tokens [B, H, n, D] -> [B, H, n, D]."""
         out = self.kernel(query, key, value, impl=self.impl)
         if self.conv is not None:
             out = out + self.conv(value, grid)

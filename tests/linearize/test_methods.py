@@ -18,9 +18,11 @@ from lineardit.linearize.methods import (
     METHODS,
     Agent,
     Clear,
+    Hybrid,
     LinFusion,
     Mala,
     Neighborhood,
+    ProxyTokens,
     Rala,
     SlidingTile,
     config_from_dict,
@@ -37,6 +39,11 @@ EXAMPLES: dict[type, list[Any]] = {
     Agent: [Agent(num_agents=4), Agent(num_agents=4, conv_size=3, bias_size=3, balance=True)],
     Mala: [Mala(), Mala(conv_size=3, gate=True, balance=True)],
     Rala: [Rala(), Rala(conv_size=3, gate=True, balance=True)],
+    ProxyTokens: [ProxyTokens(num_proxies=4, balance=True)],
+    Hybrid: [
+        Hybrid(local=Clear(radius=2), global_=Agent(num_agents=4), mass_cells=4),
+        Hybrid(local=Neighborhood(window=(3, 3)), global_=Mala(gate=True), join="gate", gate=0.5),
+    ],
 }
 CONFIGS = [config for configs in EXAMPLES.values() for config in configs]
 IMAGE_ALONE = (LinFusion,)  # these refuse text
@@ -236,7 +243,13 @@ def test_models_convert_save_load_and_restore(config: Any, family: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "config", [EXAMPLES[Agent][-1], pytest.param(EXAMPLES[Mala][-1], marks=pytest.mark.slow)], ids=str
+    "config",
+    [
+        EXAMPLES[Agent][-1],
+        pytest.param(EXAMPLES[Mala][-1], marks=pytest.mark.slow),
+        pytest.param(EXAMPLES[Hybrid][0], marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_compiled_blocks_serve_every_size(config: Any) -> None:
     torch._dynamo.reset()

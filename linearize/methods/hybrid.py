@@ -1,0 +1,183 @@
+"""A hybrid: softmax over text and a window, and for all that lies beyond the window a global branch of linear cost.
+
+    text query i    softmax over every token, once, in the local branch
+    image query i   out_i = L_i + g s_i (G_i - L_i)
+
+    L   the local branch: softmax over all text and a window of the image
+    G   the global branch: attention to the image alone, through agents, proxies or a state
+    g   learned for each head, starts at `gate`; at 0 the hybrid is its local branch, bit for bit
+
+    join="mass"     s_i = M_i / (M_i + sum_j exp(scale q_i . k_j)),   j in text or window
+                    M_i = exp(b) n/C sum_c exp(scale q_i . k_c),   k_c the mean key of a cell
+    join="gate"     s_i = 1
+
+Softmax over everything is such a sum: L its part over text and window, G its part over the rest of the image, s_i the
+rest's share of the denominator, g = 1. So "mass" weighs a query's two answers as the base does, as far as linear cost
+can tell: M_i estimates the image's part of the denominator from C = `mass_cells` cells of n/C tokens. It is too small
+by what the means smooth, and too large by the window itself; b, learned for each head, starts at 0. With "gate", text
+loses what G gains, since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by
+far, and at g = 0 both are the local branch.
+
+Where the window covers the image there is no rest, and the hybrid is the base's attention.
+
+Not rebuilt here: `Clear(pool_tokens=...)`, one softmax over window and pooled tokens, where a cell weighs as one token.
+
+Related: SLA (arXiv:2509.24006) takes softmax for large weights and linear attention for others, and adds the two, with
+a learned projection in the place of g s. L2ViT (arXiv:2501.16182) gives layers linear and window attention by turns, as
+a mapping of patterns does here. UltraGen (arXiv:2510.16325) has windows and, for what is global, a low-resolution copy
+of the picture beside them.
+
+B batch, H heads, N tokens, n of them of the image, D head dimension.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.linear import share_of_keys
+from ...kernels.window.operator import split_text
+from ..layout import Grid, Layout
+from .agent import Agent, AgentAttention
+from .agent_tokens import pool_agents
+from .boxes import BoxAttention
+from .clear import Clear, ClearAttention
+from .mala import Mala, MalaAttention
+from .neighborhood import Neighborhood
+from .proxy_tokens import ProxyTokens, ProxyTokensAttention
+from .rala import Rala, RalaAttention
+from .sliding_tile import SlidingTile
+
+# A local branch has `attend_and_lse`, a global one `attend_to_image`.
+LOCAL: dict[type, type[Any]] = {Clear: ClearAttention, Neighborhood: BoxAttention, SlidingTile: BoxAttention}
+GLOBAL: dict[type, type[Any]] = {
+    Agent: AgentAttention,
+    Mala: MalaAttention,
+    Rala: RalaAttention,
+    ProxyTokens: ProxyTokensAttention,
+}
+JOINS = ("mass", "gate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """Settings of a hybrid.
+
+    Attributes:
+        local: Config of a window: `Clear` without pooling, `Neighborhood` or `SlidingTile`.
+        global_: Config of the global branch: `Agent`, `Mala`, `Rala` or `ProxyTokens`; "global" in files and commands.
+        join: How the two are weighed, "mass" or "gate".
+        gate: Where g starts, for every head.
+        mass_cells: Of join="mass", at any size of the image.
+    """
+
+    local: Any = field(metadata={"of_method": True})
+    global_: Any = field(metadata={"of_method": True})
+    join: str = "mass"
+    gate: float = 0.0
+    mass_cells: int = 64
+
+    def __post_init__(self) -> None:
+        _check_branch("local", self.local, LOCAL)
+        _check_branch("global", self.global_, GLOBAL)
+        if isinstance(self.local, Clear) and (self.local.pool_size is not None or self.local.pool_tokens is not None):
+            raise ValueError(f"local must have no pooled tokens, the global branch is there for them, got {self.local}")
+        if self.global_.balance:
+            raise ValueError(f"global must have no balance of its own, there is the hybrid's gate, got {self.global_}")
+        if self.join not in JOINS:
+            raise ValueError(f"join must be one of {', '.join(JOINS)}, got {self.join!r}")
+        if isinstance(self.gate, bool) or not isinstance(self.gate, int | float) or not math.isfinite(self.gate):
+            raise ValueError(f"gate must be a finite number, got {self.gate!r}")
+        if isinstance(self.mass_cells, bool) or not isinstance(self.mass_cells, int) or self.mass_cells < 1:
+            raise ValueError(f"mass_cells must be an integer >= 1, got {self.mass_cells!r}")
+
+
+def _check_branch(name: str, config: object, allowed: dict[type, type[Any]]) -> None:
+    if type(config) not in allowed:
+        names = ", ".join(cls.__name__ for cls in allowed)
+        raise ValueError(f"{name} must be a config of {names}, got {config!r}")
+
+
+class HybridAttention(nn.Module):
+    """A hybrid as the kernel of one attention module; `gate` [H] is g and, of join="mass", `balance` [H] is b."""
+
+    def __init__(self, config: Hybrid, *, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        shape = {"num_heads": num_heads, "head_dim": head_dim}
+        self.local = LOCAL[type(config.local)](config.local, **shape)
+        self.global_ = GLOBAL[type(config.global_)](config.global_, **shape)
+        self.gate = nn.Parameter(torch.full((num_heads,), float(config.gate)))
+        self.balance = nn.Parameter(torch.zeros(num_heads)) if config.join == "mass" else None
+
+    @property
+    def impl(self) -> str:
+        """Of the local branch; the global branch runs the one of the same name where it has one."""
+        return self.local.impl
+
+    @impl.setter
+    def impl(self, name: str) -> None:
+        self.local.impl = name
+        self.global_.impl = name if name in self.global_.implementations() else "auto"
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]:
+        """Names that `impl` may take, those of windows."""
+        return ClearAttention.implementations()
+
+    @staticmethod
+    def chosen(config: Hybrid, query: Tensor, grid: Grid, text_len: int) -> str:
+        """What impl="auto" runs for a query [B, H, N, D]."""
+        return LOCAL[type(config.local)].chosen(config.local, query, grid, text_len)
+
+    @staticmethod
+    def pairs(config: Hybrid, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        """What both branches cost, text once, and the cells that weigh them."""
+        shape = {"num_heads": num_heads, "head_dim": head_dim}
+        local = LOCAL[type(config.local)].pairs(config.local, grid, text_len, **shape)
+        of_image = GLOBAL[type(config.global_)].pairs(config.global_, grid, 0, **shape)
+        return local + of_image + (math.prod(grid) * config.mass_cells if config.join == "mass" else 0)
+
+    def observe(self, grid: Grid) -> None:
+        """Told each new grid, outside traced code.
+
+        Raises:
+            LayoutError: a branch cannot have this grid.
+        """
+        self.local.observe(grid)
+        self.global_.observe(grid)
+
+    def covers(self, layout: Layout) -> bool:
+        """Whether the window leaves nothing to the global branch."""
+        return self.local.covers(layout)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if self.covers(layout):
+            return self.local(query, key, value, layout, scale=scale)
+        text_len, text_first = layout.text_len, layout.text_first
+        image_query, image_key, image_value = (split_text(x, text_len, text_first)[1] for x in (query, key, value))
+        share = self.gate[:, None]  # [H, 1]
+        if self.balance is None:
+            out = self.local(query, key, value, layout, scale=scale)
+        else:
+            out, lse = self.local.attend_and_lse(query, key, value, layout, scale=scale)
+            share = share * self._share(image_query, image_key, lse - self.balance[:, None], layout.grid, scale)
+        text_out, near = split_text(out, text_len, text_first)
+        far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
+        joined = near + share[..., None].to(near.dtype) * (far.to(near.dtype) - near)
+        if text_len == 0:
+            return joined
+        return torch.cat([text_out, joined] if text_first else [joined, text_out], dim=2)
+
+    def _share(self, query: Tensor, key: Tensor, lse: Tensor, grid: Grid, scale: float) -> Tensor:
+        """s above, [B, H, n]; query, key: [B, H, n, D], lse: [B, H, n], of what M is weighed against."""
+        num_cells = self.config.mass_cells
+        cells = pool_agents(key, *grid[-2:], num_cells).to(key.dtype)
+        tokens_of_a_cell = lse.new_ones(()) * (query.shape[2] / num_cells)
+        return share_of_keys(query, cells, lse - tokens_of_a_cell.log(), scale=scale)

@@ -1,0 +1,97 @@
+"""Proxy tokens (PT-DiT, arXiv:2409.04005): one token for each cell of the image speaks for it to all the others.
+
+    x_i = sum_c softmax_c(scale q_i . k_c) (v_c + g (y_c - v_c)),   y_c = sum_d softmax_d(scale q_c . k_d) v_d
+
+q_c, k_c and v_c are the means of a cell of tokens, its proxy; c and d are any of the `num_proxies` cells, on the grid
+of `agent_tokens.py`. First the proxies attend to each other, which gives y; then every token attends to the proxies.
+The number of cells is fixed, so cost is linear. Text stays under softmax: `joint.py` says how a query is shared.
+
+Where this departs from the paper, which trains a model from the start: there, proxies are means of the block's input,
+the second attention has projections of its own, and windows follow it (`Hybrid` adds one). A module of the base has one
+set of projections, and here proxies are means of what they give. g, learned for each head, starts at 0, where a token
+gets the proxies' own values: softmax attention with cells for keys. At 1 it gets what the proxies heard, as in the
+paper; before training that is further from the base, since it smooths twice.
+
+B batch, H heads, n tokens of the image, D head dimension, C = num_proxies.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..layout import Grid, Layout
+from .agent_tokens import pool_agents
+from .joint import joint_attention, joint_pairs
+from .local_terms import check_switch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyTokens:
+    """Settings of attention through proxy tokens; what is trained beside the base's weights starts without effect.
+
+    Attributes:
+        num_proxies: At any size of the image; a number with many divisors, such as 64, fits most shapes.
+        balance: Whether each head learns to shift weight between text and image; for models that attend to both at
+            once (elsewhere it has no gradient).
+    """
+
+    num_proxies: int
+    balance: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_proxies, bool) or not isinstance(self.num_proxies, int) or self.num_proxies < 1:
+            raise ValueError(f"num_proxies must be an integer >= 1, got {self.num_proxies!r}")
+        check_switch("balance", self.balance)
+
+
+class ProxyTokensAttention(nn.Module):
+    """Attention through proxy tokens as the kernel of one attention module; `gate` [H] is g."""
+
+    def __init__(self, config: ProxyTokens, *, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = "auto"
+        self.gate = nn.Parameter(torch.zeros(num_heads))
+        self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]:
+        """Names that `impl` may take."""
+        return ("auto", "torch")
+
+    @staticmethod
+    def chosen(config: ProxyTokens, query: Tensor, grid: Grid, text_len: int) -> str:
+        """What impl="auto" runs."""
+        return "torch"
+
+    @staticmethod
+    def pairs(config: ProxyTokens, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        """Pairs of query and key: proxies with each other, each token with the proxies."""
+        num_image = math.prod(grid)
+        return joint_pairs((num_image + config.num_proxies) * config.num_proxies, num_image, text_len, head_dim)
+
+    def observe(self, grid: Grid) -> None:
+        """Nothing here depends on the grid before the call."""
+
+    def covers(self, layout: Layout) -> bool:
+        """Never softmax attention."""
+        return False
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]."""
+        return joint_attention(query, key, value, layout, self.attend_to_image, scale=scale, balance=self.balance)
+
+    def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        """x above, [B, H, n, D] -> [B, H, n, D]."""
+        proxy_query, proxy_key, proxy_value = (  # [B, H, C, D]
+            pool_agents(tokens, *grid[-2:], self.config.num_proxies).to(tokens.dtype) for tokens in (query, key, value)
+        )
+        heard = scaled_dot_product_attention(proxy_query, proxy_key, proxy_value, scale=scale)
+        gate = self.gate[:, None, None].to(proxy_value.dtype)
+        told = proxy_value + gate * (heard - proxy_value)
+        return scaled_dot_product_attention(query, proxy_key, told.to(value.dtype), scale=scale)

@@ -1,0 +1,253 @@
+"""Hybrids: the formula written out, the local branch bit for bit at gate 0, exactness, settings, files and commands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, scaled_dot_product_attention
+
+from lineardit.cli import run as run_command
+from lineardit.commands.method_options import split_arguments
+from lineardit.kernels.agent import agent_attention_reference
+from lineardit.kernels.linear import mala_attention_reference
+from lineardit.linearize import linearize_
+from lineardit.linearize.layout import Layout
+from lineardit.linearize.methods import (
+    METHODS,
+    Agent,
+    Clear,
+    Hybrid,
+    LinFusion,
+    Mala,
+    Neighborhood,
+    ProxyTokens,
+    Rala,
+    SlidingTile,
+    config_from_dict,
+    config_to_dict,
+)
+from tiny_models import build
+
+GRID, TEXT_LEN, SCALE = (5, 6), 3, 0.6
+FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
+BRANCHES = [
+    Hybrid(local=Clear(radius=2), global_=Agent(num_agents=4)),
+    Hybrid(local=Neighborhood(window=3), global_=Mala(conv_size=3, gate=True)),
+    Hybrid(local=SlidingTile(tile=2, window=1), global_=Rala(), join="gate"),
+    Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), mass_cells=4),
+]
+
+
+def kernel_of(config: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The module of 2 heads of 8, told of the grid."""
+    kernel = METHODS[type(config)](config, num_heads=2, head_dim=8).to(dtype)
+    kernel.observe(GRID)
+    return kernel
+
+
+def tokens(text_len: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """query, key and value, [2, 2, text_len + 30, 8]."""
+    return [torch.randn(2, 2, text_len + 30, 8).to(dtype) for _ in range(3)]
+
+
+def masked(text_len: int) -> Tensor | None:
+    return torch.tensor([[True, False, True], [False] * 3]) if text_len > 0 else None
+
+
+@pytest.mark.parametrize("impl", ["auto", "masked", "tiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("text_len", [0, TEXT_LEN])
+@pytest.mark.parametrize("config", BRANCHES, ids=str)
+def test_a_closed_gate_leaves_the_local_branch_bit_for_bit(
+    config: Hybrid, text_len: int, dtype: torch.dtype, impl: str
+) -> None:
+    hybrid, local = kernel_of(config, dtype), kernel_of(config.local, dtype)
+    hybrid.impl = local.impl = impl
+    inputs, layout = tokens(text_len, dtype), Layout(GRID, text_len, True, masked(text_len))
+    assert torch.equal(hybrid(*inputs, layout), local(*inputs, layout))
+
+
+@pytest.mark.parametrize("join", ["mass", "gate"])
+@pytest.mark.parametrize("text_first", [True, False], ids=["text-first", "text-last"])
+@pytest.mark.parametrize("global_", [Agent(num_agents=4), Mala()], ids=str)
+def test_hybrid_is_the_formula(global_: Any, text_first: bool, join: str) -> None:
+    kernel = kernel_of(Hybrid(local=Clear(radius=2), global_=global_, join=join, mass_cells=4))
+    for parameter in kernel.parameters():
+        torch.nn.init.normal_(parameter)
+    text, image = ([torch.randn(2, 2, count, 8, dtype=torch.float64) for _ in range(3)] for count in (TEXT_LEN, 30))
+    mask = masked(TEXT_LEN)
+    assert mask is not None
+    inputs = [torch.cat((a, b) if text_first else (b, a), 2) for a, b in zip(text, image, strict=True)]
+    out = kernel(*inputs, Layout(GRID, TEXT_LEN, text_first, mask), scale=SCALE)
+
+    query, key, value = image
+    place = torch.stack(torch.meshgrid(torch.arange(5), torch.arange(6), indexing="ij"), -1).flatten(0, 1)
+    near = (place[:, None] - place).square().sum(-1) < 4
+    of_text = (query @ text[1].mT * SCALE).masked_fill(~mask[:, None, None], -torch.inf)
+    of_window = (query @ key.mT * SCALE).masked_fill(~near, -torch.inf)
+    logits = torch.cat([of_text, of_window], -1)
+    local = logits.softmax(-1) @ torch.cat([text[2], value], 2)
+    rest = _means(query), key, value
+    if isinstance(global_, Agent):
+        far = agent_attention_reference(
+            query, key, value, rest[0], scale=SCALE, second_scale=SCALE, shortcut=0, key_bias=None, query_bias=None
+        )
+    else:
+        far = mala_attention_reference(query, key, value)
+    share = kernel.gate[:, None, None]
+    if join == "mass":
+        of_image = (query @ _means(key).mT * SCALE).exp().sum(-1, keepdim=True) * 30 / 4
+        of_image = of_image * kernel.balance.exp()[:, None, None]
+        share = share * of_image / (of_image + logits.exp().sum(-1, keepdim=True))
+    expected = local + share * (far - local)
+    assert torch.allclose(out[:, :, TEXT_LEN:] if text_first else out[:, :, :30], expected, atol=1e-8)
+
+
+def _means(tokens: Tensor) -> Tensor:
+    """[2, 2, 30, 8] -> of 2 x 2 cells of the grid, [2, 2, 4, 8]."""
+    return adaptive_avg_pool2d(tokens.mT.reshape(2, 16, *GRID), (2, 2)).reshape(2, 2, 8, 4).mT
+
+
+def test_where_nothing_is_estimated_an_open_gate_is_softmax_over_everything() -> None:
+    """Keys and values constant within each cell, and a window that sees its own token alone, of next to no mass."""
+    kernel = kernel_of(Hybrid(local=Clear(radius=1), global_=ProxyTokens(num_proxies=4), mass_cells=4, gate=1.0))
+    grid, text_len = (20, 20), 2
+    kernel.observe(grid)
+    cells = torch.randn(3, 1, 2, 2, 2, 8, dtype=torch.float64) / 2
+    image = cells.repeat_interleave(10, 3).repeat_interleave(10, 4).flatten(3, 4)
+    text = torch.randn(3, 1, 2, text_len, 8, dtype=torch.float64)
+    inputs = list(torch.cat([text, image], 3))
+    out = kernel(*inputs, Layout(grid, text_len, True, None), scale=1.0)
+    expected = scaled_dot_product_attention(*inputs, scale=1.0)
+    closed = kernel.local(*inputs, Layout(grid, text_len, True, None), scale=1.0)
+    error, of_local = ((x - expected).norm() / expected.norm() for x in (out, closed))
+    assert error < 0.03
+    assert of_local > 0.3
+
+
+def test_a_window_that_covers_the_image_leaves_nothing_to_the_global_branch() -> None:
+    for join in ("mass", "gate"):
+        kernel = kernel_of(Hybrid(local=Clear(radius=9), global_=Mala(), join=join, gate=0.7))
+        inputs, layout = tokens(TEXT_LEN), Layout(GRID, TEXT_LEN, True, None)
+        assert kernel.covers(layout)
+        kernel.impl = "tiled"
+        assert torch.allclose(kernel(*inputs, layout), scaled_dot_product_attention(*inputs))
+        assert not kernel.covers(Layout((20, 20), TEXT_LEN, True, None))
+
+
+@pytest.mark.parametrize("config", BRANCHES, ids=str)
+def test_gradient_reaches_the_closed_gate(config: Hybrid) -> None:
+    kernel = kernel_of(config)
+    kernel(*tokens(TEXT_LEN), Layout(GRID, TEXT_LEN, True, None)).square().sum().backward()
+    assert kernel.gate.grad.abs().min() > 0
+
+
+def test_impl_is_that_of_the_window_and_of_the_global_branch_where_it_has_one() -> None:
+    kernel = kernel_of(BRANCHES[0])
+    assert kernel.implementations() == kernel.local.implementations()
+    for name, of_agents in {"tiled": "auto", "reference": "reference", "auto": "auto"}.items():
+        kernel.impl = name
+        assert (kernel.impl, kernel.local.impl, kernel.global_.impl) == (name, name, of_agents)
+
+
+def test_pairs_are_those_of_both_branches_with_text_once() -> None:
+    shape = {"num_heads": 2, "head_dim": 8}
+    for config in BRANCHES:
+        local = METHODS[type(config.local)].pairs(config.local, GRID, TEXT_LEN, **shape)
+        far = METHODS[type(config.global_)].pairs(config.global_, GRID, 0, **shape)
+        weighing = 30 * config.mass_cells if config.join == "mass" else 0
+        assert METHODS[Hybrid].pairs(config, GRID, TEXT_LEN, **shape) == local + far + weighing
+
+
+def test_several_frames_pass_through_both_branches() -> None:
+    """Where each frame's window holds that frame, what comes from the other is the global branch's."""
+    kernel = METHODS[Hybrid](
+        Hybrid(local=Clear(radius=9, frame_radius=1), global_=Agent(num_agents=4), gate=1), num_heads=2, head_dim=8
+    ).double()
+    layout = Layout((2, 3, 5), 0, True, None)
+    kernel.observe(layout.grid)
+    query, key, value = tokens(0)
+    later = torch.cat([value[:, :, :15], value[:, :, 15:] + 1], 2)
+    assert torch.equal(*(kernel.local(query, key, x, layout)[:, :, :15] for x in (value, later)))
+    change = kernel(query, key, later, layout) - kernel(query, key, value, layout)
+    assert change[:, :, :15].abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("config", BRANCHES, ids=str)
+def test_config_round_trips_through_json(config: Hybrid) -> None:
+    settings = config_to_dict(config)
+    assert settings["local"]["method"] == type(config.local).__name__.lower()
+    assert "global_" not in settings
+    assert config_from_dict(json.loads(json.dumps(settings))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"local": Mala()}, "local must be a config of Clear, Neighborhood, SlidingTile, got Mala"),
+        ({"local": None}, "local must be a config of"),
+        ({"local": Clear(radius=2, pool_tokens=4)}, "local must have no pooled tokens"),
+        ({"global_": Clear(radius=2)}, "global must be a config of Agent, Mala, Rala, ProxyTokens, got Clear"),
+        ({"global_": LinFusion()}, "global must be a config of"),
+        ({"global_": Mala(balance=True)}, "global must have no balance of its own"),
+        ({"join": "sum"}, "join must be one of mass, gate, got 'sum'"),
+        ({"gate": True}, "gate must be a finite number"),
+        ({"gate": float("nan")}, "gate must be a finite number"),
+        ({"mass_cells": 0}, "mass_cells must be an integer >= 1"),
+    ],
+)
+def test_settings_are_checked(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Hybrid(**{"local": Clear(radius=2), "global_": Mala(), **change})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"local": {"method": "clear", "radius": 2}}, "needs more settings; not given: global"),
+        ({"local": "clear", "global": {"method": "mala"}}, "settings must look like"),
+        ({"local": {"method": "clear", "raduis": 2}, "global": {"method": "mala"}}, r"did you mean radius\?"),
+        ({"local": {"method": "clear", "radius": 2}, "globol": {"method": "mala"}}, r"did you mean global\?"),
+    ],
+)
+def test_config_from_dict_names_what_is_wrong_in_a_branch(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        config_from_dict({"method": "hybrid", **settings})
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("mala", {"method": "mala"}),
+        ("clear:radius=8", {"method": "clear", "radius": 8}),
+        ("neighborhood:window=[7,9],dilation=2", {"method": "neighborhood", "window": [7, 9], "dilation": 2}),
+        ("proxytokens:num-proxies=64", {"method": "proxytokens", "num_proxies": 64}),
+        ('{"method": "clear", "radius": 8}', {"method": "clear", "radius": 8}),
+    ],
+)
+def test_split_arguments_reads_a_method_as_a_setting(text: str, method: dict[str, Any]) -> None:
+    options, others = split_arguments(["--local", text, "BASE"], {"local"}, frozenset({"local"}))
+    assert options == {"local": method}
+    assert others == ["BASE"]
+    with pytest.raises(ValueError, match="METHOD:SETTING=VALUE"):
+        split_arguments([f"--local={text.partition(':')[0].strip('{')}:x"], {"local"}, frozenset({"local"}))
+
+
+def test_convert_takes_a_hybrid(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    branches = ["--local", "clear:radius=8", "--global=agent:num-agents=64", "--mass-cells", "16"]
+    arguments = ["convert", str(FLUX_DEV), "--method", "hybrid", *branches, "--offline", "-o", str(adapter)]
+    assert run_command(arguments) == 0
+    methods = json.loads((adapter / "lineardit.json").read_text())["methods"]
+    expected = Hybrid(local=Clear(radius=8), global_=Agent(num_agents=64), mass_cells=16)
+    assert {config_from_dict(method) for method in methods.values()} == {expected}
+
+
+def test_report_spells_both_branches_as_the_command_takes_them() -> None:
+    report = linearize_(build("flux"), Hybrid(local=Neighborhood(window=(3, 5)), global_=Mala(gate=True)))
+    assert "x Hybrid(local=neighborhood:window=[3,5], global=mala:gate=True)" in str(report)
+    options, _ = split_arguments(["--local=neighborhood:window=[3,5]"], {"local"}, frozenset({"local"}))
+    assert config_from_dict(options["local"]) == Neighborhood(window=(3, 5))
