@@ -14,7 +14,7 @@ from .families import family_of
 from .flops import Step, StepFlops, count_steps
 from .manifest import read_entry, read_manifest
 from .matching import attention_modules, choose
-from .methods import METHODS, config_to_dict
+from .methods import METHODS, config_to_dict, spelled
 from .record import CONFIG_KEY
 
 
@@ -65,7 +65,7 @@ class Inspection:
         lines = [f"{self.model_class} of {self.base}, family {self.family}"]
         width = max(len(row.module) for row in self.rows)
         for row in self.rows:
-            settings = " ".join(f"{name}={value}" for name, value in row.settings.items())
+            settings = " ".join(f"{name}={spelled(value)}" for name, value in row.settings.items())
             told = f"{row.method} {settings}, runs {row.impl}" if row.swapped else f"not swapped: {row.reason}"
             lines.append(f"  {row.module:{width}}  {told}")
         if not self.flops:

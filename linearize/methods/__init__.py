@@ -1,5 +1,6 @@
 """The methods that can replace softmax attention: one file and one line of `METHODS` each."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from difflib import get_close_matches
@@ -122,10 +123,12 @@ def setting_name(field: Field[Any]) -> str:
 
 
 def spelled(value: Any) -> str:
-    """A setting in a line of text; a nested method as the command takes it, `clear:radius=8`."""
+    """A setting in a line of text; one that is a method as the command takes it, `clear:radius=8`."""
     if not isinstance(value, Mapping):
-        return str(value).replace(" ", "")
-    settings = ",".join(f"{key}={spelled(one)}" for key, one in value.items() if key != "method")
+        return str(value)
+    settings = ",".join(
+        f"{key}={json.dumps(one, separators=(',', ':'))}" for key, one in value.items() if key != "method"
+    )
     return f"{value['method']}:{settings}" if settings else value["method"]
 
 

@@ -248,6 +248,6 @@ def test_convert_takes_a_hybrid(tmp_path: Path) -> None:
 
 def test_report_spells_both_branches_as_the_command_takes_them() -> None:
     report = linearize_(build("flux"), Hybrid(local=Neighborhood(window=(3, 5)), global_=Mala(gate=True)))
-    assert "x Hybrid(local=neighborhood:window=[3,5], global=mala:gate=True)" in str(report)
-    options, _ = split_arguments(["--local=neighborhood:window=[3,5]"], {"local"}, frozenset({"local"}))
-    assert config_from_dict(options["local"]) == Neighborhood(window=(3, 5))
+    assert "x Hybrid(local=neighborhood:window=[3,5], global=mala:gate=true)" in str(report)
+    options, _ = split_arguments(["--global=mala:gate=true"], {"global"}, frozenset({"global"}))
+    assert config_from_dict(options["global"]) == Mala(gate=True)
