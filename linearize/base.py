@@ -126,8 +126,7 @@ def read_base(name: str | Path, *, revision: str | None = None, offline: bool = 
     revision = snapshot[1] if place.folder is None and snapshot else None
     source = Source(name=place.name, revision=revision, license=_license(place), pipeline_class=pipeline_class)
     vae_file = None if index_file is None else place.file(f"vae/{CONFIG_FILE}")
-    vae_levels = read_json(vae_file).get("block_out_channels") if vae_file is not None else None
-    vae_scale = 2 ** (len(vae_levels) - 1) if vae_levels else 8
+    vae_scale = _vae_scale(read_json(vae_file) if vae_file is not None else {})
     return Base(
         source=source,
         model_class=config["_class_name"],
@@ -203,6 +202,13 @@ def _component(index: Mapping[str, Any], index_file: Path) -> str:
                 )
             return name
     raise UnsupportedModelError(f"{index_file} has no {' or '.join(COMPONENTS)}: nothing in this pipeline to convert")
+
+
+def _vae_scale(config: Mapping[str, Any]) -> int:
+    """Pixels per latent position, along one side, from a VAE's config.json."""
+    told = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return int(told or (2 ** (len(levels) - 1) if levels else 8))
 
 
 def _nothing_found(place: Place, component: str | None) -> str:

@@ -144,8 +144,8 @@ def _runs(name: str, config: Any, steps: Sequence[Step], impl: str) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes: dict[str, list[str]] = {}
     for step in steps:
-        call = next(call for call in step.calls if call.module == name)
-        query = torch.empty(1, device=device).expand(1, call.heads, call.queries, call.head_dim)  # no memory
+        call = next(call for call in step.calls if call.module == name and step.is_of_the_image(call))
+        query = torch.empty(1, device=device).expand(1, call.heads, call.keys, call.head_dim)  # no memory
         chosen = METHODS[type(config)].chosen(config, query, *step.layout(call))
         sizes.setdefault(chosen, []).append(step.size)
     if len(sizes) == 1:
