@@ -69,7 +69,7 @@ class Hybrid:
         local: Config of a window: `Clear` without pooling, `Neighborhood` or `SlidingTile`.
         global_: Config of the global branch: `Agent`, `Mala`, `Rala` or `ProxyTokens`; "global" in files and commands.
         join: How the two are weighed, "mass" or "gate".
-        gate: Where g starts, for every head.
+        gate: Where g starts, for every head: 0 at the local branch, 1 at the whole share, nearer to the base untrained.
         mass_cells: Of join="mass", at any size of the image.
     """
 
