@@ -3,10 +3,12 @@
 from typing import Any
 
 import diffusers
+import torch
+from PIL import Image
 
 from tiny_models import build
 
-from .stock import Arguments, Stock, changed, euler, mask, padded, pipeline, prompts, size, vae
+from .stock import Arguments, Stock, TextEncoder, changed, euler, mask, padded, pipeline, prompts, size, vae
 
 
 def ddim() -> Any:
@@ -119,6 +121,53 @@ def wan_arguments() -> Arguments:
     return {**size(16), **prompts(16, negative_len=5), "num_frames": 5}
 
 
+def kandinsky5() -> Any:
+    pipe = pipeline("Kandinsky5T2IPipeline", scheduler=euler(), transformer=build("kandinsky5"))
+    pipe.resolutions = [(96, 64)]  # every other size is changed to one of these
+    return pipe
+
+
+def kandinsky5_arguments() -> Arguments:
+    """Its texts are as long as the longest, without a mask."""
+    arguments: Arguments = size(16)
+    for sign, text_len in (("", 6), ("negative_", 5)):
+        arguments[f"{sign}prompt_embeds_qwen"] = padded(sign, 16, text_len=text_len)
+        arguments[f"{sign}prompt_embeds_clip"] = torch.randn(2, 16)
+        arguments[f"{sign}prompt_cu_seqlens"] = torch.tensor([0, text_len, 2 * text_len])
+    return arguments
+
+
+def cosmos() -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    parts = {"transformer": build("cosmos"), "safety_checker": TextEncoder()}
+    return pipeline("Cosmos2TextToImagePipeline", scheduler=scheduler, **parts)
+
+
+def chronoedit() -> Any:
+    """Its transformer takes 4 latents of the video, 2 of the mask, 4 of the picture; this sees the picture as well."""
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        scale_factor_spatial=2,
+        scale_factor_temporal=2,
+    )
+    transformer = changed("chronoedit", in_channels=10, image_dim=16, added_kv_proj_dim=24)
+    pipe = pipeline("ChronoEditPipeline", scheduler=euler(), vae=vae.eval(), transformer=transformer)
+    features = torch.randn(1, 3, 16)
+    pipe.encode_image = lambda *_: features
+    return pipe
+
+
+def chronoedit_arguments() -> Arguments:
+    """Three frames of 8 x 12 tokens, as sides are multiples of 16 pixels."""
+    return {**size(8), **prompts(16), "image": Image.effect_noise((24, 16), 64).convert("RGB")}
+
+
 LATENTS = {
     "pixart-alpha": Stock(needs="PixArtAlphaPipeline", make=pixart_alpha, arguments=pixart_arguments),
     "pixart-sigma": Stock(needs="PixArtSigmaPipeline", make=pixart_sigma, arguments=pixart_arguments),
@@ -129,4 +178,9 @@ LATENTS = {
     "lumina-next": Stock(needs="LuminaPipeline", make=lumina_next, arguments=lumina_next_arguments),
     "wan": Stock(needs="WanPipeline", make=wan, arguments=wan_arguments),
     "wan-of-two": Stock(needs="WanPipeline", make=wan_of_two, arguments=wan_arguments, others=("transformer_2",)),
+    "kandinsky5": Stock(needs="Kandinsky5T2IPipeline", make=kandinsky5, arguments=kandinsky5_arguments),
+    "cosmos": Stock(
+        needs="Cosmos2TextToImagePipeline", make=cosmos, arguments=lambda: {**size(16), **prompts(32, negative_len=5)}
+    ),
+    "chronoedit": Stock(needs="ChronoEditPipeline", make=chronoedit, arguments=chronoedit_arguments),
 }

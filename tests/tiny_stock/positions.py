@@ -9,7 +9,21 @@ from torch import Tensor
 
 from tiny_models import build
 
-from .stock import Arguments, Stock, TextEncoder, changed, euler, mask, padded, pipeline, prompts, size, vae
+from .stock import (
+    LENGTHS,
+    TEXT_LEN,
+    Arguments,
+    Stock,
+    TextEncoder,
+    changed,
+    euler,
+    mask,
+    padded,
+    pipeline,
+    prompts,
+    size,
+    vae,
+)
 
 
 def flux() -> Any:
@@ -164,6 +178,25 @@ def chroma_arguments() -> Arguments:
     return {**size(4), **{name: value.float() if "mask" in name else value for name, value in arguments.items()}}
 
 
+def ideogram4() -> Any:
+    """A second transformer sees the image alone. Embeddings cannot be handed over: the method gives random ones."""
+    parts = {"transformer": build("ideogram4"), "unconditional_transformer": build("ideogram4")}
+    pipe = pipeline("Ideogram4Pipeline", scheduler=euler(), vae=flux2_vae(), **parts)
+
+    def encode_prompt(grid_h: int, grid_w: int, device: Any, **_: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        layout = pipe._prepare_ids(list(LENGTHS[""]), grid_h, grid_w, TEXT_LEN, device)
+        return torch.randn(2, TEXT_LEN + grid_h * grid_w, 16), *layout
+
+    pipe.encode_prompt = encode_prompt
+    return pipe
+
+
+def ideogram4_arguments() -> Arguments:
+    guidance = {"guidance_scale": 2.0, "guidance_schedule": None}
+    return {**size(16), **guidance, "prompt": ["six", "four"], "max_sequence_length": TEXT_LEN}
+
+
 POSITIONS = {
     "flux": Stock(needs="FluxPipeline", make=flux, arguments=flux_arguments),
     "flux-kontext": Stock(needs="FluxKontextPipeline", make=kontext, arguments=kontext_arguments),
@@ -177,5 +210,11 @@ POSITIONS = {
     "longcat-image": Stock(needs="LongCatImagePipeline", make=longcat, arguments=longcat_arguments),
     "ovis-image": Stock(needs="OvisImagePipeline", make=ovis, arguments=ovis_arguments),
     "krea2": Stock(needs="Krea2Pipeline", make=krea2, arguments=krea2_arguments),
+    "ideogram4": Stock(
+        needs="Ideogram4Pipeline",
+        make=ideogram4,
+        arguments=ideogram4_arguments,
+        others=("unconditional_transformer",),
+    ),
     "chroma": Stock(needs="ChromaPipeline", make=chroma, arguments=chroma_arguments, biased=True),
 }

@@ -5,10 +5,11 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tiny_models import build
 
-from .stock import LENGTHS, Arguments, Stock, TextEncoder, changed, euler, pipeline, prompts, size
+from .stock import LENGTHS, Arguments, Stock, TextEncoder, changed, euler, mask, padded, pipeline, prompts, size
 
 
 def lumina2() -> Any:
@@ -116,6 +117,57 @@ def z_image_omni_arguments() -> Arguments:
     return {name: [[text] for text in value] if "embeds" in name else value for name, value in arguments.items()}
 
 
+class Processor:
+    """What Qwen-Image 2.1's pipeline asks of its processor when it is made."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[0]]
+
+    def encode(self, _: str) -> list[int]:
+        return [1]
+
+
+def qwen_image_21() -> Any:
+    """What is before the image is run once, and its keys and values kept for the second step."""
+    parts = {"transformer": build("qwen-image-21"), "processor": Processor()}
+    return pipeline("QwenImage21Pipeline", scheduler=euler(), **parts)
+
+
+def qwen_image_21_arguments() -> Arguments:
+    text = prompts(16, masks="prompt_embeds_mask", negative_len=5)
+    text = {name: value.bool() if "mask" in name else value for name, value in text.items()}
+    return {**size(16), **text, "true_cfg_scale": 2.0}
+
+
+def bria_fibo2() -> Any:
+    return pipeline("BriaFibo2Pipeline", scheduler=euler(), transformer=build("bria-fibo2"))
+
+
+def bria_fibo2_arguments() -> Arguments:
+    """Features of two layers of its text encoder for each prompt."""
+    arguments: Arguments = size(16)
+    for sign in ("", "negative_"):
+        arguments[f"{sign}prompt_embeds"] = padded(sign, 2, 16).transpose(1, 2)
+        arguments[f"{sign}prompt_embeds_mask"] = mask(sign).bool()
+    return arguments
+
+
+def joy_image_plus() -> Any:
+    """Embeddings and prompts cannot be handed over together, so the method that makes them gives random ones."""
+    pipe = pipeline("JoyImageEditPlusPipeline", scheduler=euler(), transformer=build("joy-image-plus"))
+
+    def encode(prompt: list[str], **_: Any) -> tuple[Tensor, Tensor]:
+        sign = "" if "six" in prompt[0] else "negative_"
+        torch.manual_seed(len(sign))
+        return padded(sign, 16), mask(sign)
+
+    pipe.encode_prompt_multiple_images = encode
+    return pipe
+
+
 SEQUENCES = {
     "lumina2": Stock(needs="Lumina2Pipeline", make=lumina2, arguments=lumina2_arguments),
     "qwen-image": Stock(needs="QwenImagePipeline", make=qwen_image, arguments=qwen_image_arguments),
@@ -127,6 +179,13 @@ SEQUENCES = {
         needs="QwenImageLayeredPipeline", make=qwen_image_layered, arguments=qwen_image_layered_arguments
     ),
     "nucleus-image": Stock(needs="NucleusMoEImagePipeline", make=nucleus_image, arguments=nucleus_image_arguments),
+    "qwen-image-21": Stock(needs="QwenImage21Pipeline", make=qwen_image_21, arguments=qwen_image_21_arguments),
+    "bria-fibo2": Stock(needs="BriaFibo2Pipeline", make=bria_fibo2, arguments=bria_fibo2_arguments),
+    "joy-image-plus": Stock(
+        needs="JoyImageEditPlusPipeline",
+        make=joy_image_plus,
+        arguments=lambda: {**size(16), "prompt": ["six", "four"], "negative_prompt": ["", ""]},
+    ),
     "z-image": Stock(needs="ZImagePipeline", make=z_image, arguments=z_image_arguments),
     "z-image-omni": Stock(needs="ZImageOmniPipeline", make=z_image_omni, arguments=z_image_omni_arguments),
 }
