@@ -225,7 +225,7 @@ def _run(
 ) -> tuple[int, list[Call]]:
     """Operations of all layers but attention, and the attention calls, of the swappable and the other modules."""
     counter = _Counter()
-    handles = []
+    handles: list[torch.utils.hooks.RemovableHandle] = []
     for name in (*modules[0], *modules[1]):
         module = model.get_submodule(name)
         handles += [module.register_forward_pre_hook(partial(counter.enter, name))]
