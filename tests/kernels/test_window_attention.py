@@ -318,8 +318,6 @@ def test_window_attention_op_passes_opcheck():
     image = [tensor.detach().requires_grad_() for tensor in image]
     arguments = (text_out, True, *image, shared_key, shared_value, case.text_mask(), case.grid, 3.0, 0.5, "tiled")
     torch.library.opcheck(operator.window_attention_op, arguments)
-    _, lse = operator.window_attention_op(*arguments)
-    assert not lse.requires_grad
 
 
 def test_window_mask_op_passes_opcheck_and_is_never_shared():
