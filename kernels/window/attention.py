@@ -13,6 +13,7 @@ The implementations:
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,13 @@ def windowed_attention_and_lse(
         require_triton(query)
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, None, grid, window, scale, impl)
-    layout = {"grid": grid, "window": window, "text_len": text_len, "text_first": text_first, "text_mask": text_mask}
+    layout: dict[str, Any] = {
+        "grid": grid,
+        "window": window,
+        "text_len": text_len,
+        "text_first": text_first,
+        "text_mask": text_mask,
+    }
     out = windowed_attention(query, key, value, scale=scale, impl=impl, **layout)
     return out, windowed_lse_reference(query, key, scale=scale, **layout)
 
