@@ -1,10 +1,10 @@
 """Do the windows that a profile proposes beat one radius everywhere of the same cost? On the small model, untrained.
 
 `python benchmarks/profile_budget.py` profiles examples/tiny_flux on a few training captions. Then, for budgets of what
-Clear(radius=R) costs in every layer, it converts the model as the knapsack says. Three things to spend the budget by
-are compared: what each layer's window alone does to the prediction (`damage`, which `propose` uses), the error of the
-layer's own output, and the attention that falls outside. Measured on held-out captions: the prediction's relative
-squared error on the teacher's own trajectory, and latent MSE after sampling. Writes benchmarks/results/profile.json.
+Clear(radius=R) costs in every layer, it converts the model as the knapsack says, by the error of each layer's output
+(what `propose` goes by) and by the attention that falls outside. Measured on held-out captions: the prediction's
+relative squared error on the teacher's own trajectory, and latent MSE after sampling. Writes
+benchmarks/results/profile.json.
 """
 
 import argparse
@@ -40,9 +40,9 @@ class Plan:
     text_tokens: int = 64
     steps: int = 8
     radii: tuple[float, ...] = (2, 3, 4, 5, 6, 8, 12)
-    budgets: tuple[float, ...] = (3, 4, 6)
+    budgets: tuple[float, ...] = (3, 4, 6, 8)
     prompts: int = 3  # of the training captions, to profile
-    captions: int = 8  # held out, to judge
+    captions: int = 4  # held out, to judge
     seed: int = 1000  # of the judged pictures
 
 
@@ -53,15 +53,14 @@ def _lost(layer: LayerProfile) -> tuple[float, ...]:
 
 
 VALUES: dict[str, Callable[[LayerProfile], tuple[float, ...]]] = {
-    "damage": lambda layer: layer.damage,
     "output error": lambda layer: layer.output_error,
     "attention lost": _lost,
 }
 
 
 def valued_by(profile: Profile, value: Callable[[LayerProfile], tuple[float, ...]]) -> Profile:
-    """The profile with another figure in place of `damage`, which `propose` spends the budget by."""
-    return replace(profile, layers=tuple(replace(layer, damage=value(layer)) for layer in profile.layers))
+    """The profile with another figure in place of the error, which `propose` spends the budget by."""
+    return replace(profile, layers=tuple(replace(layer, output_error=value(layer)) for layer in profile.layers))
 
 
 class Judge:
@@ -114,12 +113,12 @@ def run(pipe: Any, profile: Profile, plan: Plan) -> list[dict[str, Any]]:
     rows = []
     for radius in plan.budgets:
         proposals = {name: propose(valued_by(profile, value), Clear(radius=radius)) for name, value in VALUES.items()}
-        uniform = proposals["damage"].budget
+        uniform = proposals["output error"].budget
         ways: dict[str, tuple[Config, int, Any]] = {"uniform": (Clear(radius=radius), uniform, radius)}
         ways |= {name: (found.configs, found.flops, found.radii) for name, found in proposals.items()}
         for name, (config, flops, radii) in ways.items():
             row = {"budget": f"radius:{radius:g}", "spent by": name, **judge.judge(config)}
-            rows.append(row | {"flops": flops, "share": flops / proposals["damage"].dense_flops, "radii": radii})
+            rows.append(row | {"flops": flops, "share": flops / proposals["output error"].dense_flops, "radii": radii})
             logger.info("%s", as_line(row))
     return rows
 

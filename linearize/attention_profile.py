@@ -25,8 +25,6 @@ class LayerProfile:
         text: For each head, the attention on text.
         distance: For each head, the mean distance in tokens of what it sees in the image, weighted by attention.
         output_error: For each radius, |out_r - out|^2 / |out|^2 of its attention in that window.
-        damage: For each radius, the relative squared error of the model's prediction where this layer alone has that
-            window.
     """
 
     module: str
@@ -37,7 +35,6 @@ class LayerProfile:
     text: tuple[float, ...]
     distance: tuple[float, ...]
     output_error: tuple[float, ...]
-    damage: tuple[float, ...]
 
     @property
     def num_heads(self) -> int:
@@ -56,7 +53,6 @@ class Profile:
         radii: Ascending, in tokens, strict: distance < radius.
         prompts: How many.
         steps: Denoising steps of each picture.
-        compared: Of these, how many ran with each layer's windows.
         queries: Image queries looked at in each call of a layer.
         seed: Of noise and sample.
         layers: In the order of the forward.
@@ -70,7 +66,6 @@ class Profile:
     radii: tuple[float, ...]
     prompts: int
     steps: int
-    compared: int
     queries: int
     seed: int
     layers: tuple[LayerProfile, ...]

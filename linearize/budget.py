@@ -1,9 +1,11 @@
 """Which window each layer gets under a budget of operations: a knapsack over what a profile measured.
 
-    least  sum_l damage_l(c_l)    with    sum_l flops_l(c_l) <= budget,    c_l a radius or full attention (damage 0)
+    least  sum_l error_l(c_l)    with    sum_l flops_l(c_l) <= budget,    c_l a radius or full attention (error 0)
 
-damage_l is the error of the model's prediction where layer l alone has its window. Errors of several layers add up, as
-far as they are small and independent; so the sum is for choosing, not for foretelling.
+error_l(r) = |out_r - out|^2 / |out|^2 of the layer's own attention output. Compared with two other figures on
+examples/tiny_flux (benchmarks/profile_budget.py): the attention that falls outside of the window says too little, since
+what is far may add up to what is near; and the error of the model's prediction with that layer alone in a window, which
+costs a forward for each layer and radius, chose worse, since layers that stand in for each other look harmless alone.
 """
 
 import math
@@ -36,7 +38,7 @@ class Proposal:
         flops: Of the attention of all these layers in one step, batch 1.
         budget: What they were allowed.
         dense_flops: The same with full attention everywhere.
-        damage: Sum of the layers' damages.
+        error: Sum of the layers' errors.
     """
 
     configs: Mapping[str, Clear]
@@ -45,7 +47,7 @@ class Proposal:
     flops: int
     budget: int
     dense_flops: int
-    damage: float
+    error: float
 
     def __str__(self) -> str:
         counts = Counter(self.radii.values())
@@ -64,7 +66,7 @@ def propose(
     radii: Sequence[float] | None = None,
     full: bool = True,
 ) -> Proposal:
-    """The windows that do least damage for so many operations.
+    """The windows that change the layers' outputs least for so many operations.
 
     Args:
         profile: Of the model that is to be converted.
@@ -83,13 +85,13 @@ def propose(
     dense_flops = sum(_flops(layer, grid, None) for layer, grid in pairs)
     limit = _limit(budget, pairs, dense_flops)
     flops = [[_flops(layer, grid, choice) for choice in choices] for layer, grid in pairs]
-    damages = [[_damage(profile, layer, choice) for choice in choices] for layer in profile.layers]
+    errors = [[_error(profile, layer, choice) for choice in choices] for layer in profile.layers]
     if sum(map(min, flops)) > limit:
         least = sum(map(min, flops)) / dense_flops
         raise ValueError(
             f"the budget is {limit / dense_flops:.4f} of full attention, the smallest windows need {least:.4f}"
         )
-    chosen = knapsack(flops, damages, limit)
+    chosen = knapsack(flops, errors, limit)
     found = {layer.module: choices[option] for layer, option in zip(profile.layers, chosen, strict=True)}
     windows = {module: Clear(radius=radius) for module, radius in found.items() if radius is not None}
     if not windows:
@@ -102,7 +104,7 @@ def propose(
         flops=sum(costs[option] for costs, option in zip(flops, chosen, strict=True)),
         budget=limit,
         dense_flops=dense_flops,
-        damage=sum(ones[option] for ones, option in zip(damages, chosen, strict=True)),
+        error=sum(ones[option] for ones, option in zip(errors, chosen, strict=True)),
     )
 
 
@@ -122,28 +124,28 @@ def parse_budget(text: str) -> float | Clear:
     return Clear(radius=value) if colon else value
 
 
-def knapsack(costs: Sequence[Sequence[int]], damages: Sequence[Sequence[float]], limit: int) -> list[int]:
-    """One option for each item, with the least sum of damages among those whose costs sum up to `limit` at most.
+def knapsack(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], limit: int) -> list[int]:
+    """One option for each item, with the least sum of errors among those whose costs sum up to `limit` at most.
 
     Exact: after each item it keeps every sum of costs that no cheaper or equal one beats.
 
     Args:
-        costs, damages: [items][options]; the cheapest options together cost no more than `limit`.
+        costs, errors: [items][options]; the cheapest options together cost no more than `limit`.
     Returns:
         [items], the options.
     """
     spare = limit - sum(map(min, costs))
-    cost, damage = np.zeros(1, np.int64), np.zeros(1)
+    cost, error = np.zeros(1, np.int64), np.zeros(1)
     steps: list[npt.NDArray[np.int64]] = []  # what was kept: row * options + option
-    for one_costs, one_damages in zip(costs, damages, strict=True):
+    for one_costs, one_errors in zip(costs, errors, strict=True):
         extra = np.array(one_costs, np.int64) - min(one_costs)
         all_costs = (cost[:, None] + extra).ravel()
-        all_damages = (damage[:, None] + np.array(one_damages)).ravel()
-        order = np.lexsort((all_damages, all_costs))
+        all_errors = (error[:, None] + np.array(one_errors)).ravel()
+        order = np.lexsort((all_errors, all_costs))
         order = order[all_costs[order] <= spare]
-        best = np.minimum.accumulate(all_damages[order])
+        best = np.minimum.accumulate(all_errors[order])
         kept = order[np.concatenate([[True], best[1:] < best[:-1]])]
-        cost, damage = all_costs[kept], all_damages[kept]
+        cost, error = all_costs[kept], all_errors[kept]
         steps.append(kept)
     options, row = [], len(cost) - 1
     for kept, one_costs in zip(reversed(steps), reversed(costs), strict=True):
@@ -196,8 +198,8 @@ def _flops(layer: LayerProfile, grid: Grid, radius: float | None) -> int:
     return 4 * pairs * layer.num_heads * layer.head_dim
 
 
-def _damage(profile: Profile, layer: LayerProfile, radius: float | None) -> float:
-    return 0.0 if radius is None else layer.damage[profile.radii.index(radius)]
+def _error(profile: Profile, layer: LayerProfile, radius: float | None) -> float:
+    return 0.0 if radius is None else layer.output_error[profile.radii.index(radius)]
 
 
 def _limit(budget: float | Clear, pairs: Sequence[tuple[LayerProfile, Grid]], dense_flops: int) -> int:

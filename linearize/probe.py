@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..kernels.window import window_attention
 from ..kernels.window.operator import split_text
 from ..kernels.window.reference import key_mask
 from .layout import Grid, Layout
@@ -45,7 +44,7 @@ class Sums:
 
 
 class Probe(nn.Module):
-    """Attention over everything, or in a window; looked at while `noting`.
+    """Attention over everything, looked at.
 
     Args:
         radii: Of the windows, in tokens, strict.
@@ -73,8 +72,6 @@ class Probe(nn.Module):
         self.generator = generator
         self.turns = turns
         self.turn = -1
-        self.noting = False
-        self.window: float | None = None  # the radius that stands in for full attention
         self.grid: Grid = ()
         self.text_len = 0
         double = torch.float64
@@ -98,20 +95,7 @@ class Probe(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
         """[B, H, N, D] -> [B, H, N, D]."""
-        if self.noting:
-            self._note(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)
-        if self.window is not None:
-            return window_attention(
-                query,
-                key,
-                value,
-                grid=layout.grid,
-                radius=self.window,
-                text_len=layout.text_len,
-                text_first=layout.text_first,
-                text_mask=layout.text_mask,
-                scale=scale,
-            )
+        self._note(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)
         mask = None
         if layout.text_mask is not None:
             mask = key_mask(layout.text_mask, layout.num_image_tokens, layout.text_first)
@@ -149,12 +133,12 @@ class Probe(nn.Module):
         sums.queries += logits.shape[0] * logits.shape[2]
         sums.text += _by_head(weights[..., num_image:])
         sums.distance += _by_head(image * distance)
-        sums.norm += out.square().sum().double().cpu()
+        sums.norm += out.square().sum().cpu()
         for index, radius in enumerate(self.radii):
             far = distance >= radius
             sums.mass[:, index] += _by_head(image.masked_fill(far, 0))
             near_out = logits.masked_fill(pad(far, (0, logits.shape[-1] - num_image)), -torch.inf).softmax(-1) @ value
-            sums.error[index] += (near_out - out).square().sum().double().cpu()
+            sums.error[index] += (near_out - out).square().sum().cpu()
 
 
 def _distances(queries: Tensor, grid: Grid) -> Tensor:
@@ -168,4 +152,4 @@ def _distances(queries: Tensor, grid: Grid) -> Tensor:
 
 def _by_head(weights: Tensor) -> Tensor:
     """[B, H, S, n] summed to [H]."""
-    return weights.sum(-1).double().sum((0, 2)).cpu()
+    return weights.sum(-1).cpu().double().sum((0, 2))

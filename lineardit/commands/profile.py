@@ -1,4 +1,4 @@
-"""`lineardit profile`: where the attention of a model goes, and what a window in each layer does to it."""
+"""`lineardit profile`: where the attention of a model goes, and how much a window changes each layer."""
 
 import time
 from importlib.util import find_spec
@@ -29,9 +29,6 @@ def profile(
     size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
     radii: Annotated[str, typer.Option(metavar="R,R,...", help="Windows to measure, in tokens.")] = "4,8,16,32",
     steps: Annotated[int, typer.Option(help="Denoising steps; every one is looked at.")] = 8,
-    compared: Annotated[
-        int, typer.Option(help="Steps of each picture that run once more for each layer and radius.")
-    ] = 2,
     queries: Annotated[int, typer.Option(help="Image tokens to look at in each call of a layer, drawn anew.")] = 64,
     seed: Seed = 0,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")] = None,
@@ -74,7 +71,6 @@ def profile(
         size=(height, width),
         radii=windows,
         steps=steps,
-        compared=compared,
         queries=queries,
         seed=seed,
         guidance=guidance,
@@ -95,10 +91,10 @@ def show(profile: "Profile") -> None:
     table = Table(title="Attention of image tokens, mean over heads", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("module")
     headers = [f"< {radius:g}" for radius in profile.radii]
-    for header in (*headers, "text", "distance", f"damage at {profile.radii[0]:g}"):
+    for header in (*headers, "text", "distance", f"error at {profile.radii[0]:g}"):
         table.add_column(header, justify="right")
     for layer in profile.layers:
         masses = [f"{mean(column):.0%}" for column in zip(*layer.mass, strict=True)]
-        cells = (*masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}", f"{layer.damage[0]:.1e}")
+        cells = (*masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}", f"{layer.output_error[0]:.2f}")
         table.add_row(layer.module, *cells)
     console.print(table, highlight=False)

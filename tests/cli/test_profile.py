@@ -19,7 +19,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tiny().save_pretrained(folder / "base")
     (folder / "prompts.txt").write_text("a red circle\n# not this\na blue cross\n")
     words = ["--prompts", folder / "prompts.txt", "--size", "32x24", "--radii", "1.5,2,3", "--steps", "2"]
-    words += ["--compared", "1", "--max-sequence-length", "8", "--offline", "-o", folder / "out"]
+    words += ["--max-sequence-length", "8", "--offline", "-o", folder / "out"]
     assert run(["profile", *map(str, [folder / "base", *words])]) == 0
     return folder
 
