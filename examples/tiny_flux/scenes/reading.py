@@ -1,6 +1,6 @@
 """Reads a picture back into a scene, and judges whether it hangs together.
 
-A picture of any size is averaged down (or scaled up) to a shorter side of 96 pixels. Objects are the saturated regions
+A picture of any size is averaged down (or scaled up) to a shorter side of 96 pixels. Objects are the colourful regions
 of a cell, named by the template that overlaps them best. Light, shadows, wave and tints are each found by comparing the
 picture with what the drawing code would have drawn.
 """
@@ -43,7 +43,9 @@ Mask = NDArray[np.bool_]
 
 SIDE = 96  # pixels, of the shorter side while reading
 BLUR = 0.8  # pixels, against noise
-SATURATED = 0.27  # (max - min) / max; backgrounds stay below 0.2, objects above 0.33
+# max - min of a pixel's colour: backgrounds stay below 0.18, objects above 0.29. Divided by max, as saturation is, it
+# would make objects of the shadows that a model paints with a slight hue.
+COLOURFUL = 0.23
 MIN_OVERLAP = 0.6  # intersection over union with a shape's template, below which a region is no object
 MAX_WAVE_ERROR = 0.5  # of a cell's brightness, root mean square, as a share of the wave's own
 
@@ -91,9 +93,8 @@ def _canonical(image: Image.Image) -> Array:
     return np.asarray(resized, np.float32) / 255
 
 
-def _saturation(pixels: Array) -> Array:
-    top = pixels.max(-1)
-    return (top - pixels.min(-1)) / np.maximum(top, 0.05)
+def _chroma(pixels: Array) -> Array:
+    return pixels.max(-1) - pixels.min(-1)
 
 
 def _find_object(pixels: Array, cell: str) -> _Found | None:
@@ -103,13 +104,13 @@ def _find_object(pixels: Array, cell: str) -> _Found | None:
         slice(row * height // 3, (row + 1) * height // 3),
         slice(col * width // 3, (col + 1) * width // 3),
     )
-    saturation = _saturation(pixels)[window]
-    if (saturation > SATURATED).sum() < 40:  # the smallest template covers about 150 pixels
+    chroma = _chroma(pixels)[window]
+    if (chroma > COLOURFUL).sum() < 40:  # the smallest template covers about 150 pixels
         return None
-    peak = float(np.median(saturation[saturation > SATURATED]))
-    saturated = (saturation > max(SATURATED, 0.65 * peak)).astype(np.float32)
+    peak = float(np.median(chroma[chroma > COLOURFUL]))
+    region = (chroma > max(COLOURFUL, 0.65 * peak)).astype(np.float32)
     overlap, shape, move = max(
-        (_overlap(coverage(shape, cell, width, height, *move)[window], saturated), shape, move)
+        (_overlap(coverage(shape, cell, width, height, *move)[window], region), shape, move)
         for shape in SHAPES
         for move in product((-0.02, 0.0, 0.02), (-0.02, 0.0, 0.02))
     )
@@ -144,7 +145,7 @@ def _read_shadow(pixels: Array, item: Object, move: tuple[float, float]) -> str 
 def _free_of_objects(pixels: Array) -> Mask:
     """Where the plain background shows: no object, no shadow, no sun, with a margin."""
     height, width = pixels.shape[:2]
-    busy = (_saturation(pixels) > 0.24) | (pixels.max(-1) < 0.5)
+    busy = (_chroma(pixels) > 0.2) | (pixels.max(-1) < 0.5)
     padded = np.pad(busy, 2)
     for down, right in product(range(5), repeat=2):
         busy = busy | padded[down : down + height, right : right + width]
