@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: help install demo test test-all test-oldest lint marks methods bench-cpu support clean
+.PHONY: help install demo test test-all test-oldest lint marks methods high-resolution bench-cpu support clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ marks: $(STAMP)  ## the figures of the README, again: about an hour, resumable
 
 methods: $(STAMP)  ## every method on the small model, equal training: hours, resumable
 	$(BIN)/python benchmarks/methods.py
+
+high-resolution: $(STAMP)  ## the cascade at 512 and 1024 px on the small model, after make marks: hours, resumable
+	$(BIN)/python benchmarks/high_resolution.py
 
 bench-cpu: $(STAMP)  ## window attention against dense attention on this CPU
 	$(BIN)/python benchmarks/cpu.py

@@ -1,0 +1,18 @@
+"""4K on a small card, one part of the model on it at a time: python examples/low_memory.py flux-clear-16 "prompt" """
+
+import sys
+
+import torch
+
+import lineardit
+
+adapter, prompt = sys.argv[1:3]
+width, height = map(int, (sys.argv[3] if len(sys.argv) > 3 else "4096x4096").split("x"))
+
+pipe = lineardit.from_pretrained(adapter, dtype=torch.bfloat16)
+if torch.cuda.is_available():
+    pipe.enable_model_cpu_offload()  # or enable_sequential_cpu_offload: least memory, slowest
+high = lineardit.HighResolutionPipeline.from_pipe(pipe)
+plan = high.plan(height, width, tile=512)  # tiles of the VAE, in pixels
+print(plan)
+high(prompt, plan=plan, generator=torch.Generator("cpu").manual_seed(0)).images[0].save("low_memory.png")

@@ -1,0 +1,19 @@
+"""A picture of yours, four times as wide: python examples/upscale.py flux-clear-16 photo.jpg "what it shows" """
+
+import sys
+
+import torch
+from PIL import Image
+
+import lineardit
+from lineardit.pipelines.plan import Settings
+
+adapter, file, prompt = sys.argv[1:4]
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+pipe = lineardit.from_pretrained(adapter, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+high = lineardit.HighResolutionPipeline.from_pipe(pipe)
+picture = Image.open(file).convert("RGB")
+size = {"height": 4 * picture.height, "width": 4 * picture.width}
+plan = high.plan(**size, enlarge=True, settings=Settings(strength=0.5))  # less is nearer to the picture
+high(prompt, image=picture, plan=plan, generator=torch.Generator("cpu").manual_seed(0)).images[0].save("upscaled.png")
