@@ -8,7 +8,6 @@ marks.md and marks.png.
 import argparse
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ class Marks(SceneStudents):
 
     plan: Plan
 
-    def run(self) -> tuple[list[Row], list[Mark]]:
-        """Every stage, the marks first and the rows beside them last."""
+    def run(self) -> None:
+        """What the marks need."""
         plan, directory = self.plan, self.directory
         with self.stages.stage("teacher's pictures"):
             self.draw("teacher", self.base, plan.captions)
@@ -62,11 +61,14 @@ class Marks(SceneStudents):
             self.draw("default", self.adapter("default"), plan.captions)
         with self.stages.stage("teacher with 512 text positions"):
             self.draw("teacher, 512 text tokens", self.base, plan.few_captions, text_tokens=512)
+
+    def run_without_terms(self) -> None:
+        """The rows beside the marks: what each term of the loss brings."""
+        plan = self.plan
         for term in TERMS:
             with self.stages.stage(f"without the {term} loss"):
                 self.distill(f"no {term}", f"loss.{term}=0.0")
                 self.draw(f"no {term}", self.adapter(f"no {term}"), plan.few_captions)
-        return self.rows(), self.marks()
 
     def adapter(self, name: str) -> Path:
         return self.directory / "runs" / name.replace(" ", "-") / "adapter"
@@ -98,8 +100,9 @@ class Marks(SceneStudents):
         return [*teacher_marks(teacher, long), *student_marks(self.row("default"), self.row("0 steps"))]
 
 
-def write_results(results: Path, run: Marks, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
-    """marks.json, marks.md and marks.png."""
+def write_results(results: Path, run: Marks) -> None:
+    """marks.json, marks.md and marks.png, of what has been made."""
+    rows, marks = run.rows(), run.marks()
     results.mkdir(parents=True, exist_ok=True)
     columns = ("teacher", "0 steps", "default")
     shown = [run.made[name].pictures.images[: run.plan.shown] for name in columns]
@@ -134,8 +137,10 @@ def main() -> None:
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run = Marks(path(), options.directory, Plan())
-    rows, marks = run.run()
-    write_results(options.results, run, rows, marks)
+    run.run()
+    write_results(options.results, run)
+    run.run_without_terms()
+    write_results(options.results, run)
 
 
 if __name__ == "__main__":

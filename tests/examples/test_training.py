@@ -5,7 +5,9 @@ import torch
 
 from lineardit.examples.tiny_flux import scenes
 from lineardit.examples.tiny_flux.flow import image_positions
+from lineardit.examples.tiny_flux.model import build_vae
 from lineardit.examples.tiny_flux.train_text import TOLD, label_tensor, words_and_objects
+from lineardit.examples.tiny_flux.train_vae import object_masks, refine
 
 
 def test_words_and_objects_label_every_word_with_its_object():
@@ -32,3 +34,21 @@ def test_image_positions_stand_in_the_middle_of_what_they_replace(stride, expect
     assert positions[:3, 2].tolist() == expected
     assert positions[:, 1].tolist() == [expected[0]] * 3 + [expected[1]] * 3
     assert torch.equal(positions[:, 0], torch.zeros(6))
+
+
+def test_refine_trains_the_decoder_alone():
+    vae = build_vae()
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    refine(vae, steps=2, batch=1)
+    changed = {name.split(".")[0] for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"decoder"}
+    assert all(weight.requires_grad for weight in vae.parameters())
+
+
+def test_object_masks_cover_objects_and_their_shadows():
+    masks = object_masks(5, 3, 96, 64)
+    assert masks.shape == (3, 1, 64, 96)
+    for index in range(3):
+        scene = scenes.sample(5 + index)
+        share = masks[index].mean() / len(scene.objects)
+        assert 0.02 < share < 0.1  # a disc of radius 0.095 is 2.8% of a square; its shadow as much again
