@@ -1,5 +1,6 @@
 """The heat map of a profile: a row for each layer, in the order of the forward, a column for each head."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ def draw_profile(profile: Profile, path: Path) -> None:
     radius = min(profile.radii, key=lambda one: abs(one - MAP_RADIUS))
     column = profile.radii.index(radius)
     names = [layer.module for layer in profile.layers]
-    panels = {
+    panels: dict[str, list[Sequence[float]]] = {
         f"attention nearer than {radius:g} tokens": [[mass[column] for mass in layer.mass] for layer in profile.layers],
         "mean distance in the image, tokens": [layer.distance for layer in profile.layers],
         "attention on text": [layer.text for layer in profile.layers],

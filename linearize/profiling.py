@@ -59,7 +59,7 @@ def profile_attention(
     _check(model, prompts, {"steps": steps, "queries": queries})
     for radius in radii:
         Clear(radius=radius)  # raises where it is no radius
-    settings = {"height": size[0], "width": size[1], "num_inference_steps": steps}
+    settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
     settings |= {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
     call = _call(pipe, {name: value for name, value in settings.items() if value is not None})
     generator = torch.Generator("cpu").manual_seed(seed)

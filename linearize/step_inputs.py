@@ -124,7 +124,8 @@ def _floats(*shape: int) -> Tensor:
 
 
 def _image(picture: Picture) -> Tensor:
-    side, channels, patch = picture.latents, picture.channels, picture.config.get("patch_size")
+    side, channels = picture.latents, picture.channels
+    patch: Any = picture.config.get("patch_size")
     if "shape_list" in picture.names:
         return _floats(1, picture.tokens, channels, *patch)
     if "indicator" in picture.names:

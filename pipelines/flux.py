@@ -30,6 +30,8 @@ OnStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
     """FLUX.1 at sizes beyond its own; `FluxImg2ImgPipeline` denoises every stage."""
 
+    scheduler: Any
+
     def plan(
         self,
         height: int | None = None,

@@ -10,6 +10,7 @@ families share; `flux.py` has what FLUX.1 takes and how one of its stages runs.
 B pictures, N image tokens, C numbers of a token.
 """
 
+import inspect
 import logging
 import time
 from abc import abstractmethod
@@ -62,27 +63,32 @@ class HighResolutionPipeline(DiffusionPipeline):
         Args:
             pipeline: Of FLUX.1, converted or not, on its device, offloaded or not.
             native_size: Side in pixels of the square pictures that the model was trained on; None: what the VAE's
-                config says (1024 for FLUX.1).
+                config says, else the pipeline's default (1024 for FLUX.1).
         Raises:
             UnsupportedModelError: there is no high-resolution pipeline for this model yet.
-            ValueError: native_size is not known.
         """
-        from .flux import FluxHighResolutionPipeline
+        from .flux import FluxHighResolutionPipeline  # which derives from this class
 
         families = {"FluxTransformer2DModel": FluxHighResolutionPipeline}
-        name = type(denoiser(pipeline)[1]).__name__
+        model: Any = denoiser(pipeline)[1]
+        name = type(model).__name__
         if name not in families:
             raise UnsupportedModelError(
                 f"high resolution is built for {', '.join(families)}, got a {name}: after linearize_ call its own "
                 "pipelines, text-to-image at native size and image-to-image at larger ones"
             )
+        if getattr(pipeline, "vae", None) is None:
+            raise UnsupportedModelError(f"high resolution needs the VAE of the {type(pipeline).__name__}, it has none")
+        channels: Any = 4 * pipeline.vae.config.latent_channels
+        if model.config.in_channels != channels:
+            raise UnsupportedModelError(
+                f"this {name} takes {model.config.in_channels} numbers a token where text-to-image takes {channels} "
+                "(Fill, Canny, Depth): use its own pipelines"
+            )
         family: Any = families[name]
-        expected, _ = family._get_signature_keys(family)
+        expected = inspect.signature(family.__init__).parameters
         made = family(**{part: module for part, module in pipeline.components.items() if part in expected})
-        native_size = native_size or pipeline.vae.config.get("sample_size")
-        if native_size is None:
-            raise ValueError("native_size, the side of the pictures that the model was trained on, must be given here")
-        made.native_size = native_size
+        made.native_size = native_size or _native_size(made)
         for remembered in ("_all_hooks", "_offload_device", "_offload_gpu_id"):  # of enable_model_cpu_offload
             if hasattr(pipeline, remembered):
                 setattr(made, remembered, getattr(pipeline, remembered))
@@ -179,6 +185,12 @@ class HighResolutionPipeline(DiffusionPipeline):
 
     def _shows_progress(self) -> bool:
         return not getattr(self, "_progress_bar_config", {}).get("disable", False)
+
+
+def _native_size(pipe: Any) -> int:
+    said = pipe.vae.config.get("sample_size")
+    # 32 is what a config that leaves it out gets
+    return pipe.default_sample_size * pixels_per_latent(pipe.vae) if said in (None, 32) else said
 
 
 def stage_generators(generator: Any, count: int) -> list[Any]:

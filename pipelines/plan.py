@@ -206,7 +206,7 @@ def cascade(
     if min(height, width) < 1:
         raise ValueError(f"height and width must be >= 1, got {height} and {width}")
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
-    stages = []
+    stages: list[Stage] = []
     for rows, columns in sizes:
         small = rows * columns <= 2 * limits.native**2  # there the original is as fast
         original = limits.attention == "original" or (limits.attention == "both" and small)

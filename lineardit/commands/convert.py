@@ -105,11 +105,14 @@ def _from_profile(
     profile = read_profile(file)
     check_profile(profile, read_base(base, revision=revision, offline=offline))
     options = None if choices is None else choices.split(",")
+    radii = None
+    if options is not None:
+        radii = parse_numbers("choices", ",".join(option for option in options if option != "full"))
     proposal = propose(
         profile,
         parse_budget(budget),
         size=parse_size(size),
-        radii=options and parse_numbers("choices", ",".join(option for option in options if option != "full")),
+        radii=radii,
         full=options is None or "full" in options,
     )
     print(proposal)

@@ -22,6 +22,7 @@ def decode(
     offline: Offline = False,
 ) -> None:
     """Finish a picture whose decoding was interrupted; this loads the VAE alone."""
+    from ..linearize.opening import named_dtype
     from ..pipelines.decoding import decode_file
     from .devices import find_device, find_dtype
     from .quiet import quiet_libraries
@@ -34,7 +35,7 @@ def decode(
         base=base,
         tile=tile,
         device=target,
-        dtype=find_dtype(dtype, target),
+        dtype=named_dtype(find_dtype(dtype, target)),
         revision=revision,
         offline=offline,
         overwrite=overwrite,

@@ -242,6 +242,14 @@ def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:
 
     with pytest.raises(lineardit.UnsupportedModelError, match="high resolution is built for FluxTransformer2DModel"):
         HighResolutionPipeline.from_pipe(Other())
+    pipe = converted()
+    pipe.transformer.register_to_config(in_channels=24)
+    with pytest.raises(lineardit.UnsupportedModelError, match="takes 24 numbers a token where text-to-image takes 16"):
+        HighResolutionPipeline.from_pipe(pipe)
+    pipe.register_modules(vae=None)
+    with pytest.raises(lineardit.UnsupportedModelError, match="needs the VAE of the FluxPipeline, it has none"):
+        HighResolutionPipeline.from_pipe(pipe)
+    assert HighResolutionPipeline.from_pipe(converted(native_size=32)).native_size == 256
     high.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(ValueError, match="must be a FlowMatchEulerDiscreteScheduler, got a DPMSolverMultistep"):
         high.plan(64, 64)
