@@ -34,7 +34,7 @@ def upscale(
     offline: Offline = False,
 ) -> None:
     """Enlarge a picture in stages: sharper, more detail, at the cost of linear attention."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     from ..pipelines.cascade import enlarge
     from ..pipelines.files import plan_files, text_of
@@ -44,9 +44,14 @@ def upscale(
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    if not picture.is_file():
+        raise ValueError(f"{picture}: no such picture")
     said = text_of(picture)
-    with Image.open(picture) as opened:
-        image = opened.convert("RGB")
+    try:
+        with Image.open(picture) as opened:
+            image = opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{picture} is no picture that Pillow can read") from error
     prompt = prompt or said.get("prompt")
     source = source or said.get("adapter") or said.get("model")
     if prompt is None or source is None:

@@ -1,0 +1,94 @@
+"""`lineardit generate` in stages, `upscale` and `decode` as they are typed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from tiny_distill import build_tiny
+
+from lineardit import Clear, linearize_, save_adapter
+from lineardit.cli import run
+
+PROMPT = "a red circle"
+FEW = ("--steps", "1", "--max-sequence-length", "8", "--offline")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    pipe = build_tiny()
+    pipe.vae.register_to_config(sample_size=16)
+    pipe.save_pretrained(folder / "base")
+    pipe = FluxPipeline.from_pretrained(folder / "base")
+    linearize_(pipe, Clear(radius=2))
+    save_adapter(pipe, folder / "adapter")
+    return folder / "adapter"
+
+
+def lineardit(*arguments: Any) -> int:
+    return run([str(argument) for argument in arguments])
+
+
+def test_generate_keeps_the_pictures_of_its_stages(adapter: Path, tmp_path: Path) -> None:
+    assert lineardit("generate", adapter, PROMPT, "--size", "45x33", *FEW, "-o", tmp_path / "out.png") == 0
+    assert sorted(path.name for path in (tmp_path / "out.stages").iterdir()) == ["1-20x12.png", "2-28x20.png"]
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (45, 33)
+    assert lineardit("generate", adapter, PROMPT, "--size", "44x32", *FEW, "--direct", "-o", tmp_path / "b.png") == 0
+    assert not (tmp_path / "b.stages").exists()
+
+
+def test_upscale_takes_prompt_and_model_from_the_picture(adapter: Path, tmp_path: Path) -> None:
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "-o", small) == 0
+    assert lineardit("upscale", small, "--size", "36x32", *FEW, "-o", large) == 0
+    with Image.open(large) as image:
+        assert image.size == (36, 32) and image.info["prompt"] == PROMPT and image.info["adapter"] == str(adapter)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["PLAIN", "MODEL"], "does not say how it was made: give --prompt"),
+        (["PLAIN", "--prompt", "a"], "does not say how it was made: give the model, after the picture"),
+        (["PLAIN", "MODEL", "--prompt", "a", "--size", "16x99"], "must be larger than the picture on both sides"),
+        (["PLAIN", "MODEL", "--prompt", "a", "--strength", "2"], "strength of a stage must be in (0, 1], got 2.0"),
+        (["PLAIN", "MODEL", "--prompt", "a", "--steps", "0"], "steps of a stage must be an integer >= 1, got 0"),
+        (["PLAIN", "MODEL", "--prompt", "a", "-o", "x.jpg"], "output must end in .png, got x.jpg"),
+        (["NONE", "MODEL", "--prompt", "a"], "no such picture"),
+        (["TEXT", "MODEL", "--prompt", "a"], "is no picture"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_upscale_refuses_in_one_sentence(
+    adapter: Path, tmp_path: Path, capsys: Any, words: list[str], said: str
+) -> None:
+    places = {"PLAIN": tmp_path / "a.png", "TEXT": tmp_path / "b.png", "NONE": tmp_path / "c.png", "MODEL": adapter}
+    Image.new("RGB", (20, 20)).save(places["PLAIN"])
+    places["TEXT"].write_text("no")
+    output = [] if "-o" in words else ["-o", tmp_path / "out.png"]
+    capsys.readouterr()
+    assert lineardit("upscale", *(places.get(word, word) for word in words), *output, "--offline") == 2
+    message = capsys.readouterr().err
+    assert said in message and message.splitlines()[-1].startswith("lineardit: ")
+    assert not (tmp_path / "out.png").exists() and not (tmp_path / "out.stages").exists()
+
+
+def test_decode_finishes_what_generate_left(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"
+    out = tmp_path / "out.png"
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
+        with pytest.raises(torch.OutOfMemoryError):
+            lineardit("generate", adapter, PROMPT, "--size", "42x32", *FEW, "-o", out)
+    latents = tmp_path / "out.latents.safetensors"
+    assert latents.is_file() and not out.exists()
+    assert lineardit("decode", latents, "--offline") == 0
+    with Image.open(out) as image:
+        assert image.size == (42, 32) and image.info["prompt"] == PROMPT
+    assert not latents.exists()
+    latents.write_text("no")
+    assert lineardit("decode", latents, "-o", tmp_path / "b.png") == 2
