@@ -39,7 +39,7 @@ from lineardit.stages import Stages
 logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).with_name("results")
-COLOURFUL = 0.23  # max - min of a pixel: objects are above, backgrounds below 0.18
+COLOURFUL = 0.2  # max - min of a pixel: objects are above, backgrounds below 0.18
 Draw = Callable[[int], Image.Image]  # the picture of one caption
 
 

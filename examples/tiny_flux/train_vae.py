@@ -112,7 +112,7 @@ class _Progress:
         if step % 50 and step < self.steps - 1:
             return
         left = (time.monotonic() - self.start) / (step + 1) * (self.steps - step - 1)
-        psnr = -10 * math.log10(float((error / 2).square().mean()))
+        psnr = -10 * math.log10(float((error.detach() / 2).square().mean()))
         print(
             f"step {step}/{self.steps}  loss {loss.item():.4f}  PSNR {psnr:.1f} dB  {left / 60:.0f} min left",
             flush=True,

@@ -34,7 +34,7 @@ def lineardit(*arguments: Any) -> int:
 
 def test_generate_keeps_the_pictures_of_its_stages(adapter: Path, tmp_path: Path) -> None:
     assert lineardit("generate", adapter, PROMPT, "--size", "45x33", *FEW, "-o", tmp_path / "out.png") == 0
-    assert sorted(path.name for path in (tmp_path / "out.stages").iterdir()) == ["1-20x12.png", "2-28x20.png"]
+    assert sorted(path.name for path in (tmp_path / "out.stages").iterdir()) == ["1-20x12.png", "2-28x24.png"]
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (45, 33)
     assert lineardit("generate", adapter, PROMPT, "--size", "44x32", *FEW, "--direct", "-o", tmp_path / "b.png") == 0

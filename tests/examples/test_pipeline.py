@@ -38,9 +38,21 @@ def test_shipped_pipeline_has_the_shapes_that_the_code_builds(pipe):
 @pytest.mark.parametrize("size", [64, 128])
 def test_vae_keeps_drawn_scenes(pipe, size):
     psnr, mean, std = measure(pipe.vae, size)
-    assert psnr >= 32
+    assert psnr >= 35
     assert mean == pytest.approx(pipe.vae.config.shift_factor, abs=0.1)
     assert std * pipe.vae.config.scaling_factor == pytest.approx(1, abs=0.1)
+
+
+def test_autoencoder_keeps_every_object(pipe):
+    """What it loses, no training of the transformer gives back."""
+    right = total = 0
+    for seed in range(24):
+        scene = scenes.sample(seed, split="held_out")
+        pixels = pipe.image_processor.preprocess(scenes.draw(scene, 128))
+        decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+        (image,) = pipe.image_processor.postprocess(decoded.detach())
+        right, total = (sum(pair) for pair in zip((right, total), scenes.score(scene.caption, image), strict=True))
+    assert right >= 0.97 * total
 
 
 def test_tokenizers_know_every_word_of_a_caption(pipe):
@@ -67,4 +79,4 @@ def test_pipeline_draws_what_a_caption_tells(pipe):
         told, found = scenes.parse(caption), scenes.read(image)
         assert (found.tone, found.pattern) == (told.tone, told.pattern)
         right, total = (sum(pair) for pair in zip((right, total), scenes.score(caption, image), strict=True))
-    assert right >= 0.6 * total
+    assert right >= 0.75 * total

@@ -45,7 +45,7 @@ SIDE = 96  # pixels, of the shorter side while reading
 BLUR = 0.8  # pixels, against noise
 # max - min of a pixel's colour: backgrounds stay below 0.18, objects above 0.29. Divided by max, as saturation is, it
 # would make objects of the shadows that a model paints with a slight hue.
-COLOURFUL = 0.23
+COLOURFUL = 0.2
 MIN_OVERLAP = 0.6  # intersection over union with a shape's template, below which a region is no object
 MAX_WAVE_ERROR = 0.5  # of a cell's brightness, root mean square, as a share of the wave's own
 
