@@ -15,5 +15,5 @@ pipe = lineardit.from_pretrained(adapter, dtype=torch.bfloat16 if device == "cud
 high = lineardit.HighResolutionPipeline.from_pipe(pipe)
 picture = Image.open(file).convert("RGB")
 size = {"height": 4 * picture.height, "width": 4 * picture.width}
-plan = high.plan(**size, enlarge=True, settings=Settings(strength=0.5))  # less is nearer to the picture
+plan = high.plan(**size, enlarge=True, settings=Settings(strength=0.4))  # less is nearer to the picture
 high(prompt, image=picture, plan=plan, generator=torch.Generator("cpu").manual_seed(0)).images[0].save("upscaled.png")

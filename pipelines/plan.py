@@ -5,7 +5,8 @@ again, until the size asked for. Where each default comes from:
 
     stages          sides at most twice those of the stage before
     attention       the original up to twice the native area, where it is as fast (CLEAR's authors say so), then linear
-    strength, steps CLEAR (arXiv:2412.16112), for FLUX at 2K and 4K: 0.7, of 20 steps
+    strength, steps the small model of this repository, which loses its pictures above; CLEAR (arXiv:2412.16112) starts
+                    FLUX at 2K and 4K from noise level 0.875, 14 steps
     shift           what the scheduler takes at its largest size; stock pipelines extrapolate it, up to pure noise
     rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2))
     follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536) beyond those positions
@@ -18,8 +19,8 @@ from typing import Literal
 
 Attention = Literal["original", "converted", "both"]
 KNOWN = 2  # a model knows positions up to this many times its native side: it was trained on long pictures too
-STRENGTH = 0.7
-STEPS = 14  # CLEAR: 20 at strength 0.7
+STRENGTH = 0.3
+STEPS = 8
 FOLLOW = 0.5
 
 
@@ -30,9 +31,9 @@ class Stage:
     Attributes:
         height, width: In pixels.
         steps: Forwards of the model.
-        strength: How far back into noise the enlarged picture goes, in (0, 1]; 1, as in the first stage: all the way.
-        shift: Of the noise levels, sigma = shift t / (1 + (shift - 1) t), t from `strength` to 0; None: as the
-            pipeline's scheduler has it.
+        strength: Noise level that the enlarged picture gets, in (0, 1]; 1, as in the first stage: it is forgotten.
+        shift: Of the noise levels, sigma = shift t / (1 + (shift - 1) t), t in even steps to 0; None: as the pipeline's
+            scheduler has it.
         attention: "original" or "converted".
         rope_factor: What multiplies the base of rotary positions; 1: as trained.
         logit_factor: What multiplies the logits of converted attention (`proportional_factor`); 1: as trained.
@@ -76,15 +77,14 @@ class Stage:
         """Noise levels of the steps, before the last one goes to 0; None: the scheduler's own."""
         if self.shift is None:
             return None
-        times = [self.strength * (self.steps - step) / self.steps for step in range(self.steps)]
+        first = self.strength / (self.shift - (self.shift - 1) * self.strength)
+        times = [first * (self.steps - step) / self.steps for step in range(self.steps)]
         return [self.shift * time / (1 + (self.shift - 1) * time) for time in times]
 
     def __str__(self) -> str:
         words = [f"{self.width}x{self.height}", f"{self.steps} steps", f"{self.attention} attention"]
         if self.shift is not None:
-            levels = self.sigmas()
-            assert levels is not None
-            words.append(f"strength {self.strength:g}, shift {self.shift:.3g}: from sigma {levels[0]:.3f}")
+            words.append(f"from noise level {self.strength:g}, shift {self.shift:.3g}")
         words += [f"rope x{self.rope_factor:.3g}"] if self.rope_factor != 1 else []
         words += [f"logits x{self.logit_factor:.3g}"] if self.logit_factor != 1 else []
         words += [f"low frequencies follow at {self.follow:g}"] if self.follow else []

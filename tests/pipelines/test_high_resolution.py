@@ -162,7 +162,7 @@ def test_following_draws_the_picture_to_the_stage_before(high: Any) -> None:
     wanted = LowFrequencies(encode(high.vae, pixels, tile=None), follow=1).wanted
     errors = []
     for follow in (0.0, 1.0):
-        plan = high.plan(32, 32, enlarge=True, settings=Settings(steps=6, follow=follow, rope_factor=1))
+        plan = high.plan(32, 32, enlarge=True, settings=Settings(steps=6, follow=follow, rope_factor=1, strength=0.9))
         call: dict[str, Any] = {"plan": plan, "generator": seeded(), "max_sequence_length": 8, "output_type": "latent"}
         made = unpack_latents(high(PROMPT, image=picture, **call).images, 16, 16)
         errors.append(float((LowFrequencies(made, follow=1).wanted - wanted).abs().mean()))
@@ -277,7 +277,7 @@ def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkey
     def count(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 20:
+        if steps == 14:
             raise RuntimeError("power cut")
         return own(*args, **kwargs)
 
@@ -292,7 +292,7 @@ def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkey
     ]
     steps = 100
     generate(pipe, [PROMPT], out, **call)
-    assert steps == 114  # of the last stage alone
+    assert steps == 108  # of the last stage alone
     with Image.open(out) as image:
         assert image.size == (62, 50) and "stages" in image.info
         resumed = numpy.asarray(image).copy()

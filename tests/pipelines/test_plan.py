@@ -61,7 +61,7 @@ def test_stage_noise_is_bounded_at_every_size() -> None:
         stage = cascade(side, side, FLUX, Settings(), **CALL).stages[-1]
         levels = stage.sigmas()
         assert levels is not None and len(levels) == stage.steps
-        assert levels[0] == pytest.approx(math.exp(1.15) * 0.7 / (1 + (math.exp(1.15) - 1) * 0.7))
+        assert levels[0] == pytest.approx(0.3)
         assert levels == sorted(levels, reverse=True) and levels[-1] > 0
 
 
@@ -108,7 +108,7 @@ def test_ntk_factor_stretches_the_slowest_turn() -> None:
 def test_plan_says_what_it_does() -> None:
     text = str(cascade(4096, 8190, FLUX, Settings(), **CALL))
     assert text.startswith("8190x4096 in 4 stages\n  1. 1456x720, 28 steps, original attention")
-    assert "from sigma 0.881" in text
+    assert "from noise level 0.3, shift 3.16" in text
     assert "VAE in tiles of 1024 pixels" in text
     assert "8192x4096 is made and cropped to 8190x4096" in text
 
