@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from impls import ALL
 from lineardit.linearize import Clear, LayoutError, dense, linearize_, restore_, set_impl_, swapped
 from lineardit.linearize.seam import state_of
-from tiny_models import FAMILIES, MODELS, build, cast, inputs_of, output, position_ids, run
+from tiny_models import FAMILIES, FIRST, MODELS, build, cast, inputs_of, output, position_ids, run
 
 IMPLS = (*ALL, "auto")
 # HunyuanImage hands its blocks a keyword that diffusers' own checkpointing function refuses
@@ -47,8 +47,19 @@ def test_linearize_covering_window_forced_is_close(family: str, impl: str) -> No
     assert torch.allclose(out, base, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "impl"),
+    [
+        pytest.param(  # Triton's interpreter takes seconds for each
+            family,
+            impl,
+            id=f"{family}-{impl}",
+            marks=[pytest.mark.slow] if impl == "triton" and family not in FIRST else [],
+        )
+        for family in FAMILIES
+        for impl in IMPLS
+    ],
+)
 def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None:
     grid = (5, 7)
     model = build(family)
