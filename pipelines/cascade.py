@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..linearize.errors import UnsupportedModelError
 from ..linearize.folders import write_whole
-from .files import Wanted, latents_kept, save_latents, write_picture
+from .files import Wanted, latents_kept, read_latents, save_latents, write_latents, write_picture
 from .high_resolution import HighResolutionPipeline
 from .plan import Plan, Settings
 
@@ -54,8 +52,9 @@ def cascade_of(
         if wanted:
             raise
         return None
-    plan = high.plan(height, width, num_inference_steps=steps, text_len=text_len or 512)
-    return Staged(high, plan) if wanted or len(plan.stages) > 1 else None
+    if not wanted and height * width <= 2 * high.native_size**2:
+        return None  # one stage, which the pipeline makes with whatever scheduler it has
+    return Staged(high, high.plan(height, width, num_inference_steps=steps, text_len=text_len or 512))
 
 
 def enlarge(
@@ -77,9 +76,7 @@ def enlarge(
         UnsupportedModelError: there is no cascade for this model.
         ValueError: the size is not larger than the picture, or a setting is out of range.
     """
-    if min(size[0] / picture.height, size[1] / picture.width) <= 1:
-        got = f"{size[1]}x{size[0]} from {picture.width}x{picture.height}"
-        raise ValueError(f"size must be larger than the picture on both sides, got {got}")
+    check_larger(picture, size)
     high = HighResolutionPipeline.from_pipe(pipe)
     plan = high.plan(*size, settings=settings, enlarge=True, text_len=max_sequence_length or 512)
     call = {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
@@ -88,6 +85,13 @@ def enlarge(
         replace(one, text={**one.text, "stages": plan.settings(), "picture": _fingerprint(picture)}),
         {name: value for name, value in call.items() if value is not None},
     )
+
+
+def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:
+    """Raise a ValueError where a size (height, width) does not enlarge a picture."""
+    if min(size[0] / picture.height, size[1] / picture.width) <= 1:
+        got = f"{size[1]}x{size[0]} from {picture.width}x{picture.height}"
+        raise ValueError(f"size must be larger than the picture on both sides, got {got}")
 
 
 def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None:
@@ -104,7 +108,7 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
             if number + 1 == len(staged.plan.stages):
                 save_latents([one], made["latents"])
             else:
-                _save(folder / f"{number + 1}.latents.safetensors", made["latents"], one)
+                write_latents(folder / f"{number + 1}.latents.safetensors", made["latents"], one.text)
         for image in made.get("images", ()):
             file = folder / f"{number + 1}-{stage.width}x{stage.height}.png"
             write_whole(file, partial(image.save, format="PNG"))
@@ -139,21 +143,3 @@ def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, 
 
 def _fingerprint(picture: Image.Image) -> str:
     return hashlib.sha256(picture.tobytes()).hexdigest()
-
-
-def _save(file: Path, latents: Tensor, one: Wanted) -> None:
-    write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(one.text)))
-
-
-def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
-    """Latents as they were saved, and what their picture says.
-
-    Raises:
-        ValueError: it is no file of latents.
-        OSError: it cannot be read.
-    """
-    try:
-        with safe_open(file, framework="pt") as content:
-            return content.get_tensor("latents"), dict(content.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no whole file of latents, as generate leaves them: {error}") from error

@@ -10,8 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from .cascade import read_latents
-from .files import Wanted, write_picture
+from .files import Wanted, read_latents, write_picture
 from .latents import unpack_latents
 from .vae import decode, pixels_per_latent
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -82,7 +83,26 @@ def text_of(path: Path) -> Text:
 def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
     """Each picture's final latents, with what its PNG will say."""
     for one, row in zip(batch, latents.split(1), strict=True):
-        write_whole(one.latents, partial(save_file, {"latents": row.cpu().contiguous()}, metadata=dict(one.text)))
+        write_latents(one.latents, row, one.text)
+
+
+def write_latents(file: Path, latents: Tensor, text: Text) -> None:
+    """One picture's latents, whole or not at all, and what is said of them."""
+    write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
+
+
+def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
+    """Latents as they were saved, and what their picture says.
+
+    Raises:
+        ValueError: it is no file of latents.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            return content.get_tensor("latents"), dict(content.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole file of latents, as generate leaves them: {error}") from error
 
 
 def write_picture(one: Wanted, image: Image.Image) -> None:

@@ -172,7 +172,7 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
         start = Start(start_stage, image, start_latents)
         generators = stage_generators(generator, len(plan.stages))
         latents, stage = self._cascade(plan, start, call, generators, callback_on_step_end, callback_on_stage_end)
-        self.maybe_free_model_hooks()
+        self.maybe_free_model_hooks()  # the transformer leaves the card before the VAE comes
         images = latents if output_type == "latent" else self._finish(latents, stage, plan, output_type)
         self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=images) if return_dict else (images,)

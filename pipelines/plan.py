@@ -4,7 +4,7 @@ A cascade makes the picture at the size that the model was trained on, enlarges 
 again, until the size asked for. Where each default comes from:
 
     stages          sides at most twice those of the stage before
-    attention       the original up to twice the native area, where it is as fast (CLEAR's authors say so), then linear
+    attention       the original up to twice the native area (CLEAR's authors advise it at the native size), then linear
     strength, steps the small model of this repository, which loses its pictures above; CLEAR (arXiv:2412.16112) starts
                     FLUX at 2K and 4K from noise level 0.875, 14 steps
     shift           what the scheduler takes at its largest size; stock pipelines extrapolate it, up to pure noise

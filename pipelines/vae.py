@@ -120,11 +120,10 @@ def _blended(
             size = round(rows * gain), round(columns * gain)
             total, weight = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
         place = (slice(round(top * gain), round(bottom * gain)), slice(round(left * gain), round(right * gain)))
-        ramps = _ramp(part.shape[-2], top > 0, bottom < rows)[:, None] * _ramp(
-            part.shape[-1], left > 0, right < columns
-        )
-        total[..., *place] += part * ramps
-        weight[place] += ramps
+        down = _ramp(part.shape[-2], top > 0, bottom < rows)
+        across = _ramp(part.shape[-1], left > 0, right < columns)
+        total[..., *place] += part * down[:, None] * across
+        weight[place] += down[:, None] * across
     assert total is not None and weight is not None
     return total.div_(weight)
 

@@ -36,7 +36,7 @@ def upscale(
     """Enlarge a picture in stages: sharper, more detail, at the cost of linear attention."""
     from PIL import Image, UnidentifiedImageError
 
-    from ..pipelines.cascade import enlarge
+    from ..pipelines.cascade import check_larger, enlarge
     from ..pipelines.files import plan_files, text_of
     from ..pipelines.plan import Settings
     from .loading import load
@@ -63,6 +63,7 @@ def upscale(
         raise ValueError(f"{output} exists and is kept: name another output, or replace it with --overwrite")
     settings = Settings(strength=strength, steps=steps)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
+    check_larger(image, (height, width))  # before a large model is loaded
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline)
     (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **about})
     began = time.perf_counter()

@@ -8,7 +8,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+)
 from PIL import Image
 from safetensors import safe_open
 from tiny_distill import build_tiny
@@ -16,6 +21,7 @@ from tiny_distill import build_tiny
 import lineardit
 from lineardit import Clear, HighResolutionPipeline, dense, linearize_
 from lineardit.linearize.convert import denoiser, swapped
+from lineardit.pipelines.cascade import cascade_of
 from lineardit.pipelines.decoding import decode_file
 from lineardit.pipelines.generate import generate
 from lineardit.pipelines.latents import unpack_latents
@@ -308,6 +314,14 @@ def test_generate_makes_it_directly_when_told(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     generate(pipe, [PROMPT], tmp_path / "b.png", size=(16, 16), steps=1, max_sequence_length=8, cascade=True)
     assert (tmp_path / "b.stages").is_dir()
+
+
+def test_generate_at_native_size_asks_nothing_of_the_scheduler(tmp_path: Path) -> None:
+    pipe = converted(native_size=64)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler"):
+        generate(pipe, [PROMPT], tmp_path / "a.png", size=(128, 128), steps=1, max_sequence_length=8)
+    assert cascade_of(pipe, 64, 64, steps=1, text_len=8, wanted=None) is None
 
 
 def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
