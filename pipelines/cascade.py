@@ -35,11 +35,12 @@ class Staged:
 
 
 def cascade_of(
-    pipe: Any, height: int, width: int, *, steps: int, text_len: int | None, wanted: bool | None
+    pipe: Any, height: int, width: int, settings: Settings, *, steps: int, text_len: int | None, wanted: bool | None
 ) -> Staged | None:
     """The cascade that makes this size, None where one call of the pipeline does.
 
     Args:
+        steps: Of the first stage; the settings are of the others.
         wanted: None: a cascade where the size takes several stages and the pipeline has one.
     Raises:
         UnsupportedModelError: a cascade is wanted, and there is none for this model.
@@ -54,7 +55,8 @@ def cascade_of(
         return None
     if not wanted and height * width <= 2 * high.native_size**2:
         return None  # one stage, which the pipeline makes with whatever scheduler it has
-    return Staged(high, high.plan(height, width, num_inference_steps=steps, text_len=text_len or 512))
+    plan = high.plan(height, width, num_inference_steps=steps, settings=settings, text_len=text_len or 512)
+    return Staged(high, plan)
 
 
 def enlarge(

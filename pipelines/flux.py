@@ -19,7 +19,8 @@ from .estimate import Estimator
 from .high_resolution import HighResolutionPipeline, OnStage, Start, stage_generators
 from .latents import pack_latents, unpack_latents
 from .low_frequencies import LowFrequencies, noise_levels
-from .plan import Limits, Plan, Settings, Stage, cascade
+from .plan import Limits, Plan, Settings, Stage
+from .planning import cascade
 from .vae import pixels_per_latent
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ The latents of a picture are saved before they are decoded, so that a decoder th
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..linearize.convert import denoiser, swapped
-from ..linearize.standing import describe_implementations, implementations_seen
 from .cascade import cascade_of, make_in_stages
 from .files import Text, Wanted, latents_kept, not_there, plan_files, save_latents, write_picture
+from .plan import Settings
+from .running_kernels import kernels_told
 from .sizes import check_size, default_size
+from .token_chunks import in_token_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def generate(
     max_sequence_length: int | None = None,
     batch_size: int = 1,
     cascade: bool | None = None,
+    chunk_tokens: int | None = None,
     about: Text | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -55,6 +59,8 @@ def generate(
         batch_size: Pictures at a time; it changes nothing but speed and memory. Cascades make one at a time.
         cascade: By stages from the model's native size (`high_resolution.py`), any size; None: where the size is more
             than twice the native area and the pipeline has a cascade. An interrupted one goes on at its last stage.
+        chunk_tokens: Token-wise layers run on so many tokens at a time, for less memory (FLUX.1); None: in a cascade
+            where the GPU's memory is too small, else never.
         about: What else to write into the PNG, such as {"model": ...}.
         overwrite: Replace what is there.
     Returns:
@@ -69,7 +75,8 @@ def generate(
     settings = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
     said = {name: str(value) for name, value in settings.items() if value is not None}
     text = {"size": f"{width}x{height}", **said, **(about or {})}
-    staged = cascade_of(pipe, height, width, steps=steps, text_len=max_sequence_length, wanted=cascade)
+    stages = Settings(chunk_tokens=chunk_tokens)
+    staged = cascade_of(pipe, height, width, stages, steps=steps, text_len=max_sequence_length, wanted=cascade)
     if staged is not None:
         text |= {"stages": staged.plan.settings()}
     else:
@@ -84,7 +91,8 @@ def generate(
         return [one.path for one in wanted]
     call = _call(pipe, settings | {"height": height, "width": width})
     progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
-    with progress, logging_redirect_tqdm():
+    chunks = nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens)
+    with progress, logging_redirect_tqdm(), chunks:
         for start in range(0, len(missing), batch_size):
             _make(pipe, missing[start : start + batch_size], call, progress, tell_kernel=start == 0)
     return [one.path for one in wanted]
@@ -111,12 +119,10 @@ def _make(pipe: Any, batch: Sequence[Wanted], call: Mapping[str, Any], progress:
     generators = [torch.Generator("cpu").manual_seed(one.seed) for one in batch]
     _, model = denoiser(pipe)
     pipe.set_progress_bar_config(disable=True)
-    with latents_kept(batch), implementations_seen(pipe) as seen:
+    with latents_kept(batch), kernels_told(pipe) if tell_kernel and swapped(model) else nullcontext():
 
         def after_step(step: int, latents: Tensor) -> None:
             progress.update(len(batch))
-            if step == 0 and tell_kernel and swapped(model):
-                logger.info("kernel: %s", describe_implementations(seen, model))
             if step + 1 == len(pipe.scheduler.timesteps):
                 save_latents(batch, latents)
 

@@ -31,6 +31,8 @@ from ..linearize.seam import state_of
 from .latents import unpack_latents
 from .plan import Attention, Plan, Stage
 from .positions import rope_scaled
+from .running_kernels import kernels_told
+from .token_chunks import in_token_chunks
 from .vae import decode, encode, pixels_per_latent
 
 logger = logging.getLogger(__name__)
@@ -135,7 +137,8 @@ class HighResolutionPipeline(DiffusionPipeline):
         converted = state_of(model) is not None
         original = dense(model) if converted and stage.attention == "original" else nullcontext()
         logits = scaled_logits(model, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
-        with original, logits, rope_scaled(model, stage.rope_factor):
+        chunks = nullcontext() if stage.chunk_tokens is None else in_token_chunks(model, stage.chunk_tokens)
+        with original, logits, rope_scaled(model, stage.rope_factor), chunks:
             yield
 
     @contextmanager
@@ -146,8 +149,10 @@ class HighResolutionPipeline(DiffusionPipeline):
         what = f"stage {number + 1} of {len(plan.stages)}, {stage.width}x{stage.height}, {stage.attention} attention"
         self.set_progress_bar_config(**{"unit": "step", **before, "desc": what})
         began = time.perf_counter()
+        kernels = kernels_told(self, what) if stage.attention == "converted" else nullcontext()
         try:
-            yield
+            with kernels:
+                yield
         finally:
             self.set_progress_bar_config(**before)
         logger.info("%s: %.1f s", what, time.perf_counter() - began)

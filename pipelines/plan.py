@@ -1,15 +1,6 @@
-"""What a high-resolution call will do, before it does it: the stages of a cascade, their settings and their cost.
+"""What a high-resolution call will do, as data: stages of a cascade, their settings and their cost.
 
-A cascade makes the picture at the size that the model was trained on, enlarges it, adds noise to it, and denoises
-again, until the size asked for. Where each default comes from:
-
-    stages          sides at most twice those of the stage before
-    attention       the original up to twice the native area (CLEAR's authors advise it at the native size), then linear
-    strength, steps the small model of this repository, which loses its pictures above; CLEAR (arXiv:2412.16112) starts
-                    FLUX at 2K and 4K from noise level 0.875, 14 steps
-    shift           what the scheduler takes at its largest size; stock pipelines extrapolate it, up to pure noise
-    rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2))
-    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536) beyond those positions
+`planning.py` says how a plan comes about by itself.
 """
 
 import json
@@ -21,7 +12,6 @@ Attention = Literal["original", "converted", "both"]
 KNOWN = 2  # a model knows positions up to this many times its native side: it was trained on long pictures too
 STRENGTH = 0.3
 STEPS = 8
-FOLLOW = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +28,8 @@ class Stage:
         rope_factor: What multiplies the base of rotary positions; 1: as trained.
         logit_factor: What multiplies the logits of converted attention (`proportional_factor`); 1: as trained.
         follow: Weight in [0, 1] by which low frequencies follow the stage before; 0: they are free.
+        chunk_tokens: Token-wise layers run on so many tokens at a time, for less memory (`token_chunks.py`); None: on
+            all of them.
         seconds, gib: Rough estimates of time and peak memory; None where nothing is known.
     """
 
@@ -50,12 +42,15 @@ class Stage:
     rope_factor: float = 1.0
     logit_factor: float = 1.0
     follow: float = 0.0
+    chunk_tokens: int | None = None
     seconds: float | None = None
     gib: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "steps"):
-            number = getattr(self, name)
+        counts = {"height": self.height, "width": self.width, "steps": self.steps}
+        if self.chunk_tokens is not None:
+            counts["chunk_tokens"] = self.chunk_tokens
+        for name, number in counts.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} of a stage must be an integer >= 1, got {number!r}")
         if not 0 < self.strength <= 1:
@@ -88,6 +83,7 @@ class Stage:
         words += [f"rope x{self.rope_factor:.3g}"] if self.rope_factor != 1 else []
         words += [f"logits x{self.logit_factor:.3g}"] if self.logit_factor != 1 else []
         words += [f"low frequencies follow at {self.follow:g}"] if self.follow else []
+        words += [f"token-wise layers in chunks of {self.chunk_tokens}"] if self.chunk_tokens is not None else []
         words += [f"about {self.seconds:.0f} s"] if self.seconds is not None else []
         words += [f"about {self.gib:.1f} GiB"] if self.gib is not None else []
         return ", ".join(words)
@@ -126,7 +122,8 @@ class Plan:
         """As JSON, without what differs between machines: calls with the same settings make the same picture."""
         stages = [asdict(stage) for stage in self.stages]
         for stage in stages:
-            del stage["seconds"], stage["gib"]
+            for name in ("seconds", "gib", "chunk_tokens"):
+                del stage[name]
         return json.dumps({"tile": self.tile, "stages": stages})
 
     def __str__(self) -> str:
@@ -147,6 +144,7 @@ class Settings:
         rope_factor: As in `Stage`; None: NTK scaling beyond the positions that the model knows.
         follow: As in `Stage`; None: 0.5 beyond those positions, else 0.
         proportional: N of CLEAR's proportional attention counts this many times; None: logits as trained.
+        chunk_tokens: As in `Stage`; None: chunks where the estimate is more than the GPU's memory.
     """
 
     strength: float = STRENGTH
@@ -155,6 +153,7 @@ class Settings:
     rope_factor: float | None = None
     follow: float | None = None
     proportional: float | None = None
+    chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,115 +178,3 @@ class Limits:
     def known(self) -> int:
         """Pixels of the longest side whose positions the model knows."""
         return KNOWN * self.native
-
-
-def cascade(
-    height: int,
-    width: int,
-    limits: Limits,
-    settings: Settings,
-    *,
-    first_steps: int,
-    enlarge: bool,
-    text_len: int,
-    tile: int | None,
-) -> Plan:
-    """The default plan.
-
-    Args:
-        height, width: In pixels, any.
-        first_steps: Of the first stage.
-        enlarge: There is a picture already: no stage at native size.
-        text_len: Tokens, for proportional attention.
-        tile: Side in pixels of the VAE's tiles.
-    Raises:
-        ValueError: a setting is out of range.
-    """
-    if min(height, width) < 1:
-        raise ValueError(f"height and width must be >= 1, got {height} and {width}")
-    sizes = stage_sizes(height, width, limits, enlarge=enlarge)
-    stages: list[Stage] = []
-    for rows, columns in sizes:
-        small = rows * columns <= 2 * limits.native**2  # there the original is as fast
-        original = limits.attention == "original" or (limits.attention == "both" and small)
-        attention = "original" if original else "converted"
-        if not stages and not enlarge:
-            stages.append(Stage(height=rows, width=columns, steps=first_steps, attention=attention))
-        else:
-            stages.append(_larger_stage(rows, columns, attention, limits, settings, text_len))
-    notes = _notes(height, width, stages[-1], limits)
-    return Plan(height=height, width=width, stages=tuple(stages), tile=tile, notes=notes)
-
-
-def _larger_stage(height: int, width: int, attention: str, limits: Limits, settings: Settings, text_len: int) -> Stage:
-    beyond = max(height, width) / limits.known
-    rope_factor, follow, logit_factor = settings.rope_factor, settings.follow, 1.0
-    if rope_factor is None:
-        rope_factor = ntk_factor(beyond, limits.rope_dim)
-    if follow is None:
-        follow = FOLLOW if beyond > 1 else 0.0
-    if settings.proportional is not None and attention == "converted":
-        tokens, trained = (side // limits.multiple**2 + text_len for side in (height * width, limits.native**2))
-        logit_factor = proportional_factor(tokens, trained, settings.proportional)
-    return Stage(
-        height=height,
-        width=width,
-        steps=settings.steps,
-        strength=settings.strength,
-        shift=limits.largest_shift if settings.shift is None else settings.shift,
-        attention=attention,
-        rope_factor=rope_factor,
-        follow=follow,
-        logit_factor=logit_factor,
-    )
-
-
-def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, ...]:
-    notes = []
-    if (last.height, last.width) != (height, width):
-        notes.append(
-            f"sides are multiples of {limits.multiple} pixels: {last.width}x{last.height} is made and cropped to "
-            f"{width}x{height}"
-        )
-    if limits.attention == "original":
-        notes.append("the model is not converted, so every size has its full attention: linearize_ it first")
-    elif limits.attention == "converted":
-        notes.append("the originals of its trained weights were not kept, so every size has its converted attention")
-    if max(height, width) > limits.known and last.follow == 0:
-        notes.append(
-            f"beyond {limits.known} pixels a side the model does not know its positions, and low frequencies do not "
-            "follow the stage before: expect repeated objects; set follow, or make a smaller picture"
-        )
-    if max(height, width) > 8 * limits.native:
-        notes.append(f"nobody has shown pictures beyond {8 * limits.native} pixels a side from such a model")
-    return tuple(notes)
-
-
-def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool) -> list[tuple[int, int]]:
-    """(height, width) of each stage: of one shape, from the native area on, in even steps of at most a factor 2.
-
-    The last one is rounded up to what the model can make, the others to the nearest. Up to sqrt(2) times the native
-    side there is one stage. Where a picture is there to enlarge, the one of native size is left out.
-    """
-    last = tuple(math.ceil(side / limits.multiple) * limits.multiple for side in (height, width))
-    ratio = math.sqrt(last[0] * last[1]) / limits.native
-    doublings = math.ceil(round(math.log2(ratio), 6)) if ratio > math.sqrt(2) else 0
-    sizes = []
-    for index in range(1 if enlarge else 0, doublings):
-        share = ratio ** (index / doublings - 1)
-        rows, columns = (max(1, round(side * share / limits.multiple)) * limits.multiple for side in last)
-        sizes.append((rows, columns))
-    return [*sizes, (last[0], last[1])]
-
-
-def ntk_factor(ratio: float, rope_dim: int) -> float:
-    """What multiplies the base of rotary positions so that the slowest one spans `ratio` times as many of them.
-
-    Neural-tangent-kernel scaling: base * ratio ** (d / (d - 2)), d the numbers of a head that one axis turns.
-    """
-    return max(1.0, ratio) ** (rope_dim / (rope_dim - 2))
-
-
-def proportional_factor(num_tokens: int, trained_tokens: int, count: float = 1.0) -> float:
-    """CLEAR's proportional attention: logits times sqrt(log(count * N) / log(N_train)), text included in both."""
-    return math.sqrt(math.log(count * num_tokens) / math.log(trained_tokens))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BatchSize, Device, Dtype, Impl, Offline, Revision, Seed, Steps
+from .options import BatchSize, ChunkTokens, Device, Dtype, Impl, Offline, Revision, Seed, Steps
 from .prompts import parse_size, read_prompts
 
 
@@ -33,6 +33,7 @@ def generate(
         bool | None,
         typer.Option("--cascade/--direct", help="In stages from the native size; else where the size takes several."),
     ] = None,
+    chunk_tokens: ChunkTokens = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     offline: Offline = False,
 ) -> None:
@@ -53,6 +54,7 @@ def generate(
     began = time.perf_counter()
     drawing: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed, "guidance": guidance}
     drawing |= {"max_sequence_length": max_sequence_length, "batch_size": batch_size, "cascade": cascade}
+    drawing |= {"chunk_tokens": chunk_tokens}
     files = generate_pictures(pipe, texts, output, **drawing, about=about, overwrite=overwrite)
     where = str(files[0]) if len(files) == 1 else f"{len(files)} pictures in {output}"
     print(f"{where}; {time.perf_counter() - began:.1f} s")

@@ -14,4 +14,8 @@ Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")]
 Guidance = Annotated[float, typer.Option(help="The pipeline's guidance_scale.")]
 MaxSequenceLength = Annotated[int, typer.Option(help="Text tokens.")]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option(help="FLUX.1: so many tokens at a time but in attention, for less memory; else where it is needed."),
+]
 BatchSize = Annotated[int, typer.Option(help="Pictures at a time; changes speed and memory only.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Impl, Offline, Revision, Seed
+from .options import ChunkTokens, Device, Dtype, Impl, Offline, Revision, Seed
 
 
 def upscale(
@@ -30,6 +30,7 @@ def upscale(
     device: Device = "auto",
     offload: Annotated[str, typer.Option(help="Less GPU memory, slower: none, model, group or sequential.")] = "none",
     impl: Impl = "auto",
+    chunk_tokens: ChunkTokens = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
     offline: Offline = False,
 ) -> None:
@@ -61,7 +62,7 @@ def upscale(
         raise ValueError(f"output must end in .png, got {output}")
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists and is kept: name another output, or replace it with --overwrite")
-    settings = Settings(strength=strength, steps=steps)
+    settings = Settings(strength=strength, steps=steps, chunk_tokens=chunk_tokens)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
     check_larger(image, (height, width))  # before a large model is loaded
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline)

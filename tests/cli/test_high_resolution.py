@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -37,14 +38,25 @@ def test_generate_keeps_the_pictures_of_its_stages(adapter: Path, tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "out.stages").iterdir()) == ["1-20x12.png", "2-28x24.png"]
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (45, 33)
-    assert lineardit("generate", adapter, PROMPT, "--size", "44x32", *FEW, "--direct", "-o", tmp_path / "b.png") == 0
+    direct = ("generate", adapter, PROMPT, "--size", "44x32", *FEW, "--direct")
+    assert lineardit(*direct, "-o", tmp_path / "b.png") == 0
     assert not (tmp_path / "b.stages").exists()
+    assert lineardit(*direct, "--chunk-tokens", "9", "-o", tmp_path / "c.png") == 0
+    whole, chunked = (numpy.asarray(Image.open(tmp_path / name), int) for name in ("b.png", "c.png"))
+    assert abs(whole - chunked).max() <= 1
+
+
+def test_generate_tells_stages_and_kernels(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ("--size", "45x33", "--chunk-tokens", "9", *FEW, "-o", tmp_path / "out.png")
+    assert lineardit("generate", adapter, PROMPT, *words) == 0
+    assert "token-wise layers in chunks of 9" in caplog.text
+    assert "stage 2 of 3, 28x24, converted attention, kernel: masked" in caplog.text
 
 
 def test_upscale_takes_prompt_and_model_from_the_picture(adapter: Path, tmp_path: Path) -> None:
     small, large = tmp_path / "small.png", tmp_path / "large.png"
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "-o", small) == 0
-    assert lineardit("upscale", small, "--size", "36x32", *FEW, "-o", large) == 0
+    assert lineardit("upscale", small, "--size", "36x32", "--chunk-tokens", "16", *FEW, "-o", large) == 0
     with Image.open(large) as image:
         assert image.size == (36, 32) and image.info["prompt"] == PROMPT and image.info["adapter"] == str(adapter)
 

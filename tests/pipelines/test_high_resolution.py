@@ -1,5 +1,6 @@
 """The cascade: each stage is what diffusers' own calls make, the model is as it was afterwards, nothing is lost."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -321,7 +322,7 @@ def test_generate_at_native_size_asks_nothing_of_the_scheduler(tmp_path: Path) -
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler"):
         generate(pipe, [PROMPT], tmp_path / "a.png", size=(128, 128), steps=1, max_sequence_length=8)
-    assert cascade_of(pipe, 64, 64, steps=1, text_len=8, wanted=None) is None
+    assert cascade_of(pipe, 64, 64, FEW, steps=1, text_len=8, wanted=None) is None
 
 
 def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +342,21 @@ def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pyt
     with Image.open(out) as image, Image.open(tmp_path / "wanted.png") as wanted:
         assert numpy.array_equal(numpy.asarray(image), numpy.asarray(wanted))
         assert image.info["seed"] == "0"
+
+
+def test_stages_tell_the_kernel_that_runs(high: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plan = high.plan(64, 64, num_inference_steps=1, settings=FEW)
+    with caplog.at_level(logging.INFO):
+        high(PROMPT, plan=plan, negative_prompt="b", true_cfg_scale=2.0, max_sequence_length=8)
+    told = [record.message for record in caplog.records if record.message.startswith("stage")]
+    assert [line.partition(": ")[0] for line in told] == [
+        "stage 1 of 3, 16x16, original attention",
+        "stage 2 of 3, 32x32, converted attention, kernel",
+        "stage 2 of 3, 32x32, converted attention",
+        "stage 3 of 3, 64x64, converted attention, kernel",
+        "stage 3 of 3, 64x64, converted attention",
+    ]
+    assert told[3].endswith("kernel: masked")
 
 
 def test_dense_reaches_the_base_after_a_cascade(high: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lineardit.pipelines.plan import Limits, Plan, Settings, Stage, cascade, ntk_factor, proportional_factor
+from lineardit.pipelines.plan import Limits, Plan, Settings, Stage
+from lineardit.pipelines.planning import cascade, ntk_factor, proportional_factor
 
 FLUX = Limits(native=1024, multiple=16, largest_shift=math.exp(1.15), rope_dim=56, attention="both")
 CALL: dict[str, Any] = {"first_steps": 28, "enlarge": False, "text_len": 512, "tile": 1024}

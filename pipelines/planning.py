@@ -1,0 +1,132 @@
+"""The default plan of a high-resolution call: sizes of the stages, and their settings.
+
+A cascade makes the picture at the size that the model was trained on, enlarges it, adds noise to it, and denoises
+again, until the size asked for. Where each default comes from:
+
+    stages          sides at most twice those of the stage before
+    attention       the original up to twice the native area (CLEAR's authors advise it at the native size), then linear
+    strength, steps the small model of this repository, which loses its pictures above; CLEAR (arXiv:2412.16112) starts
+                    FLUX at 2K and 4K from noise level 0.875, 14 steps
+    shift           what the scheduler takes at its largest size; stock pipelines extrapolate it, up to pure noise
+    rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2))
+    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536) beyond those positions
+"""
+
+import math
+
+from .plan import Limits, Plan, Settings, Stage
+
+FOLLOW = 0.5
+
+
+def cascade(
+    height: int,
+    width: int,
+    limits: Limits,
+    settings: Settings,
+    *,
+    first_steps: int,
+    enlarge: bool,
+    text_len: int,
+    tile: int | None,
+) -> Plan:
+    """The default plan.
+
+    Args:
+        height, width: In pixels, any.
+        first_steps: Of the first stage.
+        enlarge: There is a picture already: no stage at native size.
+        text_len: Tokens, for proportional attention.
+        tile: Side in pixels of the VAE's tiles.
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"height and width must be >= 1, got {height} and {width}")
+    sizes = stage_sizes(height, width, limits, enlarge=enlarge)
+    stages: list[Stage] = []
+    for rows, columns in sizes:
+        small = rows * columns <= 2 * limits.native**2  # there the original is as fast
+        original = limits.attention == "original" or (limits.attention == "both" and small)
+        attention = "original" if original else "converted"
+        if not stages and not enlarge:
+            stages.append(Stage(height=rows, width=columns, steps=first_steps, attention=attention))
+        else:
+            stages.append(_larger_stage(rows, columns, attention, limits, settings, text_len))
+    notes = _notes(height, width, stages[-1], limits)
+    return Plan(height=height, width=width, stages=tuple(stages), tile=tile, notes=notes)
+
+
+def _larger_stage(height: int, width: int, attention: str, limits: Limits, settings: Settings, text_len: int) -> Stage:
+    beyond = max(height, width) / limits.known
+    rope_factor, follow, logit_factor = settings.rope_factor, settings.follow, 1.0
+    if rope_factor is None:
+        rope_factor = ntk_factor(beyond, limits.rope_dim)
+    if follow is None:
+        follow = FOLLOW if beyond > 1 else 0.0
+    if settings.proportional is not None and attention == "converted":
+        tokens, trained = (side // limits.multiple**2 + text_len for side in (height * width, limits.native**2))
+        logit_factor = proportional_factor(tokens, trained, settings.proportional)
+    return Stage(
+        height=height,
+        width=width,
+        steps=settings.steps,
+        strength=settings.strength,
+        shift=limits.largest_shift if settings.shift is None else settings.shift,
+        attention=attention,
+        rope_factor=rope_factor,
+        follow=follow,
+        logit_factor=logit_factor,
+        chunk_tokens=settings.chunk_tokens,
+    )
+
+
+def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, ...]:
+    notes = []
+    if (last.height, last.width) != (height, width):
+        notes.append(
+            f"sides are multiples of {limits.multiple} pixels: {last.width}x{last.height} is made and cropped to "
+            f"{width}x{height}"
+        )
+    if limits.attention == "original":
+        notes.append("the model is not converted, so every size has its full attention: linearize_ it first")
+    elif limits.attention == "converted":
+        notes.append("the originals of its trained weights were not kept, so every size has its converted attention")
+    if max(height, width) > limits.known and last.follow == 0:
+        notes.append(
+            f"beyond {limits.known} pixels a side the model does not know its positions, and low frequencies do not "
+            "follow the stage before: expect repeated objects; set follow, or make a smaller picture"
+        )
+    if max(height, width) > 8 * limits.native:
+        notes.append(f"nobody has shown pictures beyond {8 * limits.native} pixels a side from such a model")
+    return tuple(notes)
+
+
+def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool) -> list[tuple[int, int]]:
+    """(height, width) of each stage: of one shape, from the native area on, in even steps of at most a factor 2.
+
+    The last one is rounded up to what the model can make, the others to the nearest. Up to sqrt(2) times the native
+    side there is one stage. Where a picture is there to enlarge, the one of native size is left out.
+    """
+    last = tuple(math.ceil(side / limits.multiple) * limits.multiple for side in (height, width))
+    ratio = math.sqrt(last[0] * last[1]) / limits.native
+    doublings = math.ceil(round(math.log2(ratio), 6)) if ratio > math.sqrt(2) else 0
+    sizes = []
+    for index in range(1 if enlarge else 0, doublings):
+        share = ratio ** (index / doublings - 1)
+        rows, columns = (max(1, round(side * share / limits.multiple)) * limits.multiple for side in last)
+        sizes.append((rows, columns))
+    return [*sizes, (last[0], last[1])]
+
+
+def ntk_factor(ratio: float, rope_dim: int) -> float:
+    """What multiplies the base of rotary positions so that the slowest one spans `ratio` times as many of them.
+
+    Neural-tangent-kernel scaling: base * ratio ** (d / (d - 2)), d the numbers of a head that one axis turns.
+    """
+    return max(1.0, ratio) ** (rope_dim / (rope_dim - 2))
+
+
+def proportional_factor(num_tokens: int, trained_tokens: int, count: float = 1.0) -> float:
+    """CLEAR's proportional attention: logits times sqrt(log(count * N) / log(N_train)), text included in both."""
+    return math.sqrt(math.log(count * num_tokens) / math.log(trained_tokens))

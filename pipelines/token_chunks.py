@@ -1,0 +1,194 @@
+"""FLUX.1's token-wise layers on some tokens at a time, so that what lies between their input and output stays small.
+
+What such a layer gives for a token depends on that token alone: chunks change nothing but how a matrix product sums.
+
+    double block      ff(x), chunk by chunk: it is 4 C wide inside
+    single block      proj_out([a, act_mlp(proj_mlp(x))]), chunk by chunk: until then proj_mlp and act_mlp hand x on
+    attention         norms of queries and keys, then RoPE, which is in float32: upstream's function, chunk by chunk
+
+At the peak is what attention itself needs: queries, keys and values of all tokens.
+
+For that time modules have a class of their own with another `__call__`: the hooks of offloading and casting, LoRA and
+quantized weights lie inside of it, and nothing is registered or copied.
+
+B pictures, N tokens, C numbers of a token, H heads, D numbers of a head.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+
+from ..linearize.convert import denoiser
+from ..linearize.errors import UnsupportedModelError
+
+
+@contextmanager
+def in_token_chunks(pipe_or_model: Any, chunk_tokens: int) -> Iterator[None]:
+    """Inside, token-wise layers of the model's blocks run on at most `chunk_tokens` tokens at a time.
+
+    Offloading by layers moves their weights to the device once for each chunk.
+
+    Raises:
+        UnsupportedModelError: the model has none of FLUX.1's blocks.
+        ValueError: chunk_tokens is below 1, or the model runs in chunks already.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
+    _, model = denoiser(pipe_or_model)
+    if any(isinstance(module, _InChunks) for module in model.modules()):
+        raise ValueError(f"this {type(model).__name__} runs in chunks of tokens already")
+    changes = list(_changes(model, chunk_tokens))
+    if not changes:
+        raise UnsupportedModelError(
+            f"token-wise layers run in chunks in FLUX.1's blocks, and this {type(model).__name__} has none: "
+            "leave chunk_tokens out"
+        )
+    before = [(module, type(module)) for module, _ in changes]
+    try:
+        for module, change in changes:
+            module.__class__ = change
+        yield
+    finally:
+        for module, own in before:
+            module.__class__ = own
+
+
+def _changes(model: nn.Module, chunk_tokens: int) -> Iterator[tuple[nn.Module, type[Any]]]:
+    """Modules, and the classes that they get."""
+    for block in model.modules():
+        if isinstance(block, FluxTransformerBlock):
+            yield block.ff, _with(_Layer, block.ff, chunk_tokens)
+            yield block.ff_context, _with(_Layer, block.ff_context, chunk_tokens)
+        elif isinstance(block, FluxSingleTransformerBlock):
+            mlp = block.proj_mlp, block.act_mlp
+            yield block.proj_out, _with(_Out, block.proj_out, chunk_tokens, mlp=mlp)
+            for module in mlp:
+                yield module, _with(_HandsOn, module, chunk_tokens)
+        else:
+            continue
+        # others, such as that of image prompts, use queries before they are turned
+        if type(block.attn.processor) is FluxAttnProcessor:
+            yield from _attention_changes(block.attn, chunk_tokens)
+
+
+def _attention_changes(attention: Any, chunk_tokens: int) -> Iterator[tuple[nn.Module, type[Any]]]:
+    positions = _Positions()
+    yield attention, _with(_Attention, attention, chunk_tokens, positions=positions)
+    of_text = () if attention.added_kv_proj_dim is None else (attention.norm_added_q, attention.norm_added_k)
+    for norm in (attention.norm_q, attention.norm_k, *of_text):
+        yield norm, _with(_Norm, norm, chunk_tokens, positions=positions, of_text=norm in of_text)
+
+
+def _with(kind: type[Any], module: nn.Module, chunk_tokens: int, **known: Any) -> type[Any]:
+    """The class of a module with `kind` before it; what its calls must know are attributes of the class."""
+    own = type(module)
+    return type(f"{own.__name__}{kind.__name__}", (kind, own), {"chunk_tokens": chunk_tokens, **known})
+
+
+def _joined(num_tokens: int, chunk_tokens: int, piece: Callable[[slice], Tensor]) -> Tensor:
+    """[B, N, ...] of pieces [B, n, ...]; `piece` makes that of some tokens."""
+    if num_tokens <= chunk_tokens:
+        return piece(slice(0, num_tokens))
+    first = piece(slice(0, chunk_tokens))
+    out = first.new_empty(first.shape[0], num_tokens, *first.shape[2:])
+    out[:, :chunk_tokens] = first
+    for start in range(chunk_tokens, num_tokens, chunk_tokens):
+        span = slice(start, min(start + chunk_tokens, num_tokens))
+        out[:, span] = piece(span)
+    return out
+
+
+@dataclass
+class _Positions:
+    """Of one attention's call that runs: cosines and sines [N, D] of its tokens, None outside of a call."""
+
+    cos_sin: tuple[Tensor, Tensor] | None = None
+    text_len: int = 0
+
+
+class _InChunks:
+    """Mixed in before a module's own class."""
+
+    chunk_tokens: int
+
+
+class _Layer(_InChunks):
+    """A layer of tokens."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:  # [B, N, C] -> [B, N, C]
+        layer = super().__call__  # type: ignore[misc]
+        return _joined(tokens.shape[1], self.chunk_tokens, lambda span: layer(tokens[:, span]))
+
+
+class _HandsOn(_InChunks):
+    """Of a single block: `proj_mlp` and `act_mlp`, whose work waits for `proj_out`."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def work(self, tokens: Tensor) -> Tensor:
+        return super().__call__(tokens)  # type: ignore[misc]
+
+
+class _Out(_InChunks):
+    """Of a single block: `proj_out`, which gets the input of `proj_mlp` beside what attention gave."""
+
+    mlp: tuple[Any, Any]
+
+    def __call__(self, both: Tensor) -> Tensor:  # [B, N, 2 C] -> [B, N, C]
+        project = super().__call__  # type: ignore[misc]
+        proj_mlp, act_mlp = self.mlp
+
+        def piece(span: slice) -> Tensor:
+            attended, tokens = both[:, span].chunk(2, dim=-1)
+            return project(torch.cat([attended, act_mlp.work(proj_mlp.work(tokens))], dim=-1))
+
+        return _joined(both.shape[1], self.chunk_tokens, piece)
+
+
+class _Attention(_InChunks):
+    """An attention module whose norms of queries and keys turn them."""
+
+    positions: _Positions
+
+    def __call__(
+        self, *, image_rotary_emb: Any = None, encoder_hidden_states: Tensor | None = None, **others: Any
+    ) -> Any:
+        positions = self.positions
+        positions.cos_sin = image_rotary_emb
+        positions.text_len = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        try:
+            return super().__call__(encoder_hidden_states=encoder_hidden_states, **others)  # type: ignore[misc]
+        finally:
+            positions.cos_sin = None
+
+
+class _Norm(_InChunks):
+    """The norm of queries or keys, of the text's or of all others, and rotary positions after it."""
+
+    positions: _Positions
+    of_text: bool
+
+    def __call__(self, heads: Tensor) -> Tensor:  # [B, N, H, D] -> [B, N, H, D]
+        norm = super().__call__  # type: ignore[misc]
+        cos_sin = self.positions.cos_sin
+        offset = 0 if self.of_text else self.positions.text_len
+
+        def piece(span: slice) -> Tensor:
+            normed = norm(heads[:, span])
+            if cos_sin is None:
+                return normed
+            cos, sin = (table[span.start + offset : span.stop + offset] for table in cos_sin)
+            return apply_rotary_emb(normed, (cos, sin), sequence_dim=1)
+
+        return _joined(heads.shape[1], self.chunk_tokens, piece)

@@ -1,0 +1,236 @@
+"""Chunks of tokens: the same numbers, whatever lies around a layer; less memory; the model as it was afterwards."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from packaging.version import Version
+from peft import LoraConfig
+from tiny_distill import build_tiny
+from tolerance import assert_close
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, dense, linearize_
+from lineardit.linearize.compiling import compile_
+from lineardit.pipelines.estimate import COPIES, COPIES_IN_CHUNKS
+from lineardit.pipelines.plan import Settings, Stage
+from lineardit.pipelines.token_chunks import in_token_chunks
+from tiny_models import build, cast, inputs_of, run
+
+CPU = torch.device("cpu")
+SIZES = (1, 7, 38, 1000)  # of 5 x 7 + 3 tokens
+TOKEN_WISE = ["to_q", "proj_mlp", "proj_out", "ff.net.0.proj", "ff.net.2"]
+
+
+@pytest.fixture
+def model() -> Any:
+    made = build("flux")
+    linearize_(made, Clear(radius=1.5))
+    return made
+
+
+def in_chunks(model: nn.Module, arguments: dict[str, Any], chunk_tokens: int = 7) -> Tensor:
+    with in_token_chunks(model, chunk_tokens):
+        return run(model, arguments)
+
+
+@pytest.mark.parametrize("chunk_tokens", SIZES)
+def test_in_token_chunks_is_exact(model: Any, chunk_tokens: int) -> None:
+    arguments = inputs_of("flux")
+    low = run(model, arguments), in_chunks(model, arguments, chunk_tokens)
+    double = cast(arguments, torch.float64)
+    model.double()
+    exact, made = run(model, double), in_chunks(model, double, chunk_tokens)
+    assert float((made - exact).abs().max()) < 1e-12
+    assert_close(low[1], exact, low[0])
+    with dense(model):
+        assert float((in_chunks(model, double, chunk_tokens) - run(model, double)).abs().max()) < 1e-12
+
+
+def test_in_token_chunks_bounds_what_a_layer_sees(model: Any) -> None:
+    seen: list[int] = []
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        single = not hasattr(block, "ff")
+        layers = (block.proj_mlp, block.act_mlp, block.proj_out) if single else (block.ff, block.ff_context)
+        for layer in (*layers, block.attn.norm_q, block.attn.norm_k):
+            layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0].shape[1]))
+    run(model, inputs_of("flux"))
+    assert max(seen) == 38
+    seen.clear()
+    in_chunks(model, inputs_of("flux"), 7)
+    assert max(seen) == 7
+
+
+def test_in_token_chunks_leaves_the_model_as_it_was(model: Any) -> None:
+    arguments = inputs_of("flux")
+    classes, names = [type(module) for module in model.modules()], list(model.state_dict())
+    before = run(model, arguments)
+    with pytest.raises(RuntimeError, match="stop"), in_token_chunks(model, 7):
+        assert list(model.state_dict()) == names
+        model.single_transformer_blocks[0].attn.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, arguments)
+        model.single_transformer_blocks[0].attn._forward_hooks.clear()
+        raise RuntimeError("stop")
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(run(model, arguments), before)
+    assert torch.allclose(in_chunks(model, arguments), in_chunks(model, arguments, 9), atol=1e-5)
+    with in_token_chunks(model, 7), pytest.raises(ValueError, match="runs in chunks of tokens already"):
+        in_chunks(model, arguments)
+
+
+def test_in_token_chunks_refuses_what_it_does_not_know(model: Any) -> None:
+    with pytest.raises(ValueError, match="chunk_tokens must be >= 1, got 0"):
+        in_chunks(model, {}, 0)
+    with pytest.raises(UnsupportedModelError, match=r"in FLUX\.1's blocks, and this PixArtTransformer2DModel has none"):
+        in_chunks(build("pixart"), {})
+
+
+def _styled(model: Any) -> None:
+    model.add_adapter(LoraConfig(r=2, target_modules=TOKEN_WISE, init_lora_weights=False), "style")
+
+
+def _fused(model: Any) -> None:
+    model.fuse_qkv_projections()
+
+
+def _group(offload_type: str) -> Callable[[Any], None]:
+    return lambda model: model.enable_group_offload(CPU, offload_type=offload_type, num_blocks_per_group=1)
+
+
+def _image_prompts(model: Any) -> None:
+    """Its processor asks with queries that are not turned yet."""
+    block = model.transformer_blocks[0]
+    processor = FluxIPAdapterAttnProcessor(model.inner_dim, model.inner_dim, num_tokens=(4,))
+    block.attn.set_processor(processor)
+
+
+AROUND: dict[str, Callable[[Any], Any]] = {
+    "model offload": lambda model: cpu_offload_with_hook(model, execution_device=CPU),
+    "sequential offload": lambda model: cpu_offload(model, execution_device=CPU),
+    "group offload by leaves": _group("leaf_level"),
+    "group offload by blocks": _group("block_level"),
+    "layerwise casting": lambda model: model.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    ),
+    "style": _styled,
+    "fused projections": _fused,
+    "image prompts": _image_prompts,
+}
+NO_GROUPS = Version(diffusers.__version__) < Version("0.42") and torch.accelerator.current_accelerator() is None
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_in_token_chunks_goes_with(around: str, model: Any) -> None:
+    """What was there first, and what comes after a stage that ran in chunks."""
+    if NO_GROUPS and around.startswith("group"):
+        pytest.skip("before diffusers 0.42, group offloading needs an accelerator")
+    arguments = inputs_of("flux")
+    if around == "image prompts":
+        arguments["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(2, 4, model.inner_dim)]}
+        AROUND[around](model)
+        assert torch.allclose(in_chunks(model, arguments), run(model, arguments), atol=1e-5)
+        return
+    plain = in_chunks(model, arguments)
+    AROUND[around](model)
+    wanted = run(model, arguments)
+    assert torch.allclose(in_chunks(model, arguments), wanted, atol=1e-5)
+    assert torch.equal(run(model, arguments), wanted)
+    if around == "style":
+        assert not torch.allclose(wanted, plain, atol=1e-3)
+        model.delete_adapters("style")
+        assert torch.allclose(in_chunks(model, arguments), plain, atol=1e-6)
+
+
+def test_in_token_chunks_goes_with_quantized_layers() -> None:
+    layers = pytest.importorskip("bitsandbytes.nn")
+    model: Any = build("flux")
+    for block in model.single_transformer_blocks:
+        quantized = layers.Linear8bitLt(block.proj_mlp.in_features, block.proj_mlp.out_features, has_fp16_weights=False)
+        quantized.load_state_dict(block.proj_mlp.state_dict())
+        block.proj_mlp = quantized.to("cpu")
+    wanted = run(model, inputs_of("flux"))
+    assert torch.allclose(in_chunks(model, inputs_of("flux")), wanted, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_in_token_chunks_goes_with_compiled_blocks(model: Any) -> None:
+    arguments = inputs_of("flux")
+    wanted = run(model, arguments)
+    compile_(model, backend="eager")
+    for _ in range(2):
+        assert torch.allclose(in_chunks(model, arguments), wanted, atol=1e-5)
+        assert torch.allclose(run(model, arguments), wanted, atol=1e-5)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside and are still there."""
+
+    def __init__(self, known: nn.Module) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+        self.known = {weight.untyped_storage()._cdata for weight in known.parameters()}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.bytes.keys() | self.known:
+                self.bytes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.bytes.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.bytes.values()))
+        return out
+
+
+def test_estimate_of_memory_is_what_a_forward_holds() -> None:
+    """In copies of all tokens, at a width beside which rotary tables are small."""
+    shape = {"attention_head_dim": 16, "num_attention_heads": 24, "axes_dims_rope": (4, 6, 6)}
+    model, arguments = build("flux", num_layers=1, **shape).bfloat16(), inputs_of("flux", grid=(24, 24), batch=1)
+    num_tokens, chunk_tokens = 24 * 24 + 3, 48
+    for chunks, copies in (
+        (nullcontext(), COPIES * num_tokens),
+        (in_token_chunks(model, chunk_tokens), COPIES_IN_CHUNKS * (num_tokens + chunk_tokens)),
+    ):
+        with chunks, Live(model) as live:
+            run(model, cast(arguments, torch.bfloat16))
+        assert 0.85 * copies < live.peak / (model.inner_dim * 2) < copies
+
+
+def test_plan_takes_chunks_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build_tiny()
+    high = HighResolutionPipeline.from_pipe(pipe, native_size=64)
+    settings = Settings(steps=1)
+    free = high.plan(512, 512, settings=settings)
+    assert [stage.chunk_tokens for stage in free.stages] == [None] * 4
+    assert high.plan(512, 512, settings=Settings(steps=1, chunk_tokens=100)).stages[1].chunk_tokens == 100
+    whole = free.stages[-1].gib
+    monkeypatch.setattr("lineardit.pipelines.estimate.free_gib", lambda _: 0.9 * whole)
+    short = high.plan(512, 512, settings=settings)
+    assert [stage.chunk_tokens for stage in short.stages] == [None, None, None, 8192]
+    assert short.stages[-1].gib < whole and not any("are free" in note for note in short.notes)
+    assert "token-wise layers in chunks of 8192" in str(short) and short.settings() == free.settings()
+    monkeypatch.setattr("lineardit.pipelines.estimate.free_gib", lambda _: 0.001)
+    assert "GiB where 0.0 are free: offload" in high.plan(512, 512, settings=settings).notes[-1]
+
+
+def test_stage_in_chunks_makes_the_same_picture() -> None:
+    pipe = build_tiny()
+    linearize_(pipe, Clear(radius=2))
+    high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
+    call: dict[str, Any] = {"max_sequence_length": 8, "output_type": "latent"}
+    made = []
+    for chunk_tokens in (None, 9):
+        plan = high.plan(32, 24, num_inference_steps=1, settings=Settings(steps=2, chunk_tokens=chunk_tokens))
+        made.append(high("a", plan=plan, generator=torch.Generator().manual_seed(0), **call).images)
+    assert torch.allclose(*made, atol=1e-5)
+    with pytest.raises(ValueError, match="chunk_tokens of a stage must be an integer >= 1, got 0"):
+        Stage(height=16, width=16, steps=1, chunk_tokens=0)
