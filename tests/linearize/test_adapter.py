@@ -15,8 +15,6 @@ from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_ad
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.training import add_lora_, train_full_
 from tiny_models import FAMILIES, build, inputs_of, run
-from tiny_models.joint_latents import sd3
-from tiny_models.positions import flux
 
 CLEAR = Clear(radius=2, pool_size=2)
 
@@ -126,11 +124,11 @@ def test_save_adapter_without_tensors_is_one_file(tmp_path: Path) -> None:
 
 def test_load_adapter_restores_a_selection_of_layers(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = flux(num_layers=3)
+    model = build("flux", num_layers=3)
     linearize_(model, Clear(radius=2), layers=["transformer_blocks.1.*", "single_*"])
     save_adapter(model, tmp_path / "adapter")
     torch.manual_seed(1)
-    report = load_adapter_(flux(num_layers=3), tmp_path / "adapter")
+    report = load_adapter_(build("flux", num_layers=3), tmp_path / "adapter")
     assert set(report.swapped) == set(swapped(model)) and len(report.swapped) == 4
 
 
@@ -220,8 +218,8 @@ def refused(folder: Path, model: nn.Module, text: str) -> None:
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (sd3, "a FluxTransformer2DModel; this model is a SD3Transformer2DModel"),
-        (lambda: flux(num_layers=2), r"transformer_blocks.\*.attn is 1 of 2x16 .*this model's is 2 of 2x16"),
+        (lambda: build("sd3"), "a FluxTransformer2DModel; this model is a SD3Transformer2DModel"),
+        (lambda: build("flux", num_layers=2), r"transformer_blocks.\*.attn is 1 of 2x16 .*this model's is 2 of 2x16"),
     ],
 )
 def test_load_adapter_names_the_difference_of_another_base(tmp_path: Path, model, text: str) -> None:

@@ -42,18 +42,8 @@ def _with_reference(family: str) -> dict[str, Any]:
 
 def _one_block(family: str) -> nn.Module:
     """A model with a single attention, so that its output tells the receptive field."""
-    common = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32}
-    if family == "flux":
-        model: nn.Module = diffusers.FluxTransformer2DModel(
-            in_channels=4, num_single_layers=0, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), **common
-        )
-    elif family == "flux2":
-        model = diffusers.Flux2Transformer2DModel(
-            in_channels=4, num_single_layers=0, axes_dims_rope=(4, 4, 4, 4), **common
-        )
-    else:
-        model = build("qwen-image", num_layers=1)
-    return model.eval()
+    config = {} if family == "qwen-image" else {"num_single_layers": 0}
+    return build(family, num_layers=1, **config)
 
 
 @pytest.mark.parametrize("family", ["flux", "flux2", "qwen-image"])
@@ -95,16 +85,11 @@ def test_prompts_of_different_length_give_what_each_gives_alone(family: str) -> 
         assert torch.allclose(run(model, one).flatten(), together[sample], atol=1e-5), sample
 
 
-def _z_image_omni() -> nn.Module:
-    config = {name: value for name, value in build("z-image").config.items() if not name.startswith("_")}
-    return diffusers.ZImageTransformer2DModel(**{**config, "siglip_feat_dim": 16}).eval()
-
-
 @pytest.mark.parametrize("num_texts", [1, 2])
 def test_omni_texts_stand_before_the_image(num_texts: int) -> None:
     if not hasattr(diffusers, "ZImageOmniPipeline"):
         pytest.skip("not in this diffusers")
-    model = _z_image_omni()
+    model = build("z-image", siglip_feat_dim=16)
     texts = [torch.randn(length, 16) for length in (3, 40)[:num_texts]]
     arguments = {
         "x": [[torch.randn(4, 1, 8, 16)]] * 2,  # 32 tokens, which need no padding

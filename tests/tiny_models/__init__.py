@@ -1,6 +1,7 @@
 """Tiny models with random weights, a line for each class, with the arguments of a forward.
 
-A new family is one function that makes a model, one that makes arguments, and one line of `MODELS`.
+A new family is a line in a table: `config` has what `SMALL` in tiny.py lacks or has otherwise, and `inputs` makes the
+arguments that `inputs_by_name` does not know or makes otherwise.
 """
 
 from collections.abc import Iterator
@@ -25,15 +26,14 @@ FIRST = ("flux", "sd3", "pixart", "unet")  # they stand for all in tests that ta
 FAMILIES = tuple(name for name, tiny in MODELS.items() if hasattr(diffusers, tiny.needs))
 
 
-def build(family: str, *, num_layers: int | None = None) -> nn.Module:
-    """A model in eval mode, the same weights for the same global seed."""
-    make = MODELS[family].make
-    return (make() if num_layers is None else make(num_layers)).eval()
+def build(family: str, *, num_layers: int | None = None, **config: Any) -> nn.Module:
+    """A model in eval mode, the same weights for the same global seed; `config`: other values than its line has."""
+    return MODELS[family].make(num_layers, **config).eval()
 
 
 def inputs_of(family: str, *, grid: Grid = (5, 7), text_len: int = 3, batch: int = 2) -> Arguments:
     """Arguments of one forward."""
-    return MODELS[family].inputs(grid, text_len, batch)
+    return MODELS[family].arguments(grid, text_len, batch)
 
 
 def cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:

@@ -12,7 +12,7 @@ from .joint_latents import sd3_arguments
 from .latents import SDXL, ddim, hunyuan_dit_arguments, sdxl_arguments
 from .positions import flux_arguments
 from .sequences import qwen_image_arguments, qwen_vae
-from .stock import Arguments, Stock, changed, euler, pipeline, prompts, size, vae
+from .stock import Arguments, Stock, euler, pipeline, prompts, size, vae
 
 
 def flux() -> Any:
@@ -59,7 +59,7 @@ def sdxl_union() -> Any:
         num_trans_head=2,
         **SDXL,
     )
-    parts = {"unet": changed("unet", **SDXL), "controlnet": awake(controlnet).eval(), "add_watermarker": False}
+    parts = {"unet": build("unet", **SDXL), "controlnet": awake(controlnet).eval(), "add_watermarker": False}
     return pipeline("StableDiffusionXLControlNetUnionPipeline", scheduler=ddim(), vae=vae(4, blocks=4), **parts)
 
 
@@ -92,7 +92,7 @@ def qwen_image_control_arguments() -> Arguments:
 
 
 def wan_vace() -> Any:
-    """Its control blocks take 4 latents of the video, 4 of what is to be changed, and 2 x 2 pixels of the mask.
+    """Its control blocks take 4 latents of the video, 4 of what is to be and 2 x 2 pixels of the mask.
 
     Old versions take no embeddings, so the method that makes them gives random ones.
     """

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tiny_models import build
 
-from .stock import Arguments, Stock, TextEncoder, changed, euler, mask, padded, pipeline, prompts, size, vae
+from .stock import Arguments, Stock, TextEncoder, euler, mask, padded, pipeline, prompts, size, vae
 
 
 def ddim() -> Any:
@@ -32,7 +32,7 @@ def pixart_arguments() -> Arguments:
 
 def dit() -> Any:
     """The class of no class is number 1000."""
-    transformer = changed("dit", num_embeds_ada_norm=1000)
+    transformer = build("dit", num_embeds_ada_norm=1000)
     return pipeline("DiTPipeline", scheduler=ddim(), vae=vae(4), transformer=transformer)
 
 
@@ -66,7 +66,7 @@ SDXL = {
 
 
 def sdxl() -> Any:
-    unet = changed("unet", **SDXL)
+    unet = build("unet", **SDXL)
     return pipeline(
         "StableDiffusionXLPipeline", scheduler=ddim(), vae=vae(4, blocks=4), unet=unet, add_watermarker=False
     )
@@ -97,7 +97,7 @@ def hunyuan_dit_arguments() -> Arguments:
 
 
 def lumina_next() -> Any:
-    transformer = changed("lumina-next", learn_sigma=True)
+    transformer = build("lumina-next", learn_sigma=True)
     return pipeline("LuminaPipeline", scheduler=euler(), vae=vae(4, blocks=4), transformer=transformer)
 
 
@@ -156,7 +156,7 @@ def chronoedit() -> Any:
         scale_factor_spatial=2,
         scale_factor_temporal=2,
     )
-    transformer = changed("chronoedit", in_channels=10, image_dim=16, added_kv_proj_dim=24)
+    transformer = build("chronoedit", in_channels=10, image_dim=16, added_kv_proj_dim=24)
     pipe = pipeline("ChronoEditPipeline", scheduler=euler(), vae=vae.eval(), transformer=transformer)
     features = torch.randn(1, 3, 16)
     pipe.encode_image = lambda *_: features

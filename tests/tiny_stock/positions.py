@@ -15,7 +15,6 @@ from .stock import (
     Arguments,
     Stock,
     TextEncoder,
-    changed,
     euler,
     mask,
     padded,
@@ -46,7 +45,7 @@ def kontext_arguments() -> Arguments:
 
 def fill() -> Any:
     """A token holds 4 latents, the 4 of the masked picture, and 4 x 4 pixels of the mask."""
-    transformer = changed("flux", in_channels=24, out_channels=4)
+    transformer = build("flux", in_channels=24, out_channels=4)
     return pipeline("FluxFillPipeline", scheduler=euler(), vae=vae(1), transformer=transformer)
 
 
@@ -58,7 +57,7 @@ def fill_arguments() -> Arguments:
 
 
 def control() -> Any:
-    transformer = changed("flux", in_channels=8, out_channels=4)
+    transformer = build("flux", in_channels=8, out_channels=4)
     return pipeline("FluxControlPipeline", scheduler=euler(), vae=vae(1), transformer=transformer)
 
 
@@ -76,7 +75,7 @@ def flux2_arguments() -> Arguments:
 
 
 def klein() -> Any:
-    transformer = changed("flux2", guidance_embeds=False)
+    transformer = build("flux2", guidance_embeds=False)
     return pipeline("Flux2KleinPipeline", scheduler=euler(), vae=flux2_vae(), transformer=transformer)
 
 
@@ -135,7 +134,7 @@ def words_arguments() -> Arguments:
 
 def longcat() -> Any:
     """Its embeddings and prompts cannot be handed over together, so the method that makes them gives random ones."""
-    transformer = changed("longcat-image", in_channels=64)
+    transformer = build("longcat-image", in_channels=64)
     pipe = pipeline("LongCatImagePipeline", scheduler=euler(), transformer=transformer)
 
     def encode(prompt: list[str]) -> Tensor:

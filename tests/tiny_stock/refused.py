@@ -10,11 +10,11 @@ from tiny_models import build
 
 from .joint_latents import glm_image_arguments
 from .positions import flux2_vae
-from .stock import Arguments, Stock, changed, euler, padded, pipeline, size
+from .stock import Arguments, Stock, euler, padded, pipeline, size
 
 
 def klein_kv() -> Any:
-    parts = {"transformer": changed("flux2", guidance_embeds=False), "vae": flux2_vae()}
+    parts = {"transformer": build("flux2", guidance_embeds=False), "vae": flux2_vae()}
     return pipeline("Flux2KleinKVPipeline", scheduler=euler(), **parts)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiny_models import build
 
-from .stock import LENGTHS, Arguments, Stock, TextEncoder, changed, euler, mask, padded, pipeline, prompts, size
+from .stock import LENGTHS, Arguments, Stock, TextEncoder, euler, mask, padded, pipeline, prompts, size
 
 
 def lumina2() -> Any:
@@ -74,7 +74,7 @@ def qwen_image_edit_plus_arguments() -> Arguments:
 
 
 def qwen_image_layered() -> Any:
-    transformer = changed("qwen-image", use_additional_t_cond=True, use_layer3d_rope=True)
+    transformer = build("qwen-image", use_additional_t_cond=True, use_layer3d_rope=True)
     parts = {"transformer": transformer, "text_encoder": TextEncoder(), "vae": qwen_vae()}
     return _with_few_latents(pipeline("QwenImageLayeredPipeline", scheduler=euler(), **parts))
 
@@ -109,7 +109,7 @@ def z_image_arguments() -> Arguments:
 
 def z_image_omni() -> Any:
     """Z-Image's model for texts and pictures in turn, here a text alone."""
-    return pipeline("ZImageOmniPipeline", scheduler=euler(), transformer=changed("z-image", siglip_feat_dim=16))
+    return pipeline("ZImageOmniPipeline", scheduler=euler(), transformer=build("z-image", siglip_feat_dim=16))
 
 
 def z_image_omni_arguments() -> Arguments:

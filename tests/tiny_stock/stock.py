@@ -12,8 +12,6 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from tiny_models import build
-
 Arguments = dict[str, Any]
 TEXT_LEN = 6
 LENGTHS = {"": (6, 4), "negative_": (3, 5)}  # of the two prompts, and of their negative ones
@@ -50,13 +48,6 @@ def pipeline(name: str, **parts: Any) -> Any:
     cls = getattr(diffusers, name)
     needed, _ = cls._get_signature_keys(cls)
     return cls(**(dict.fromkeys(needed) | parts))
-
-
-def changed(family: str, **config: Any) -> nn.Module:
-    """The tiny model of a family, with other values in its config."""
-    model = build(family)
-    values = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    return type(model)(**{**values, **config}).eval()
 
 
 def euler() -> Any:
