@@ -1,6 +1,7 @@
 """Peak memory of the operator and of a model step, ours against dense; in eager mode, which is the larger one."""
 
 import importlib.util
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
@@ -9,7 +10,7 @@ import torch
 from .bench import Bench, Measured, Task, Tasks, shape_of
 from .competitors import COMPETITORS, Competitor, ours
 from .model_step import Models
-from .names import DENSE, DENSE_STEP, OUR_STEPS, case_name, size_name
+from .names import DENSE, DENSE_STEP, IN_CHUNKS, OUR_STEPS, case_name, size_name
 from .timing import peak_gib
 
 PART = "memory"
@@ -30,7 +31,7 @@ def tasks(bench: Bench) -> Tasks:
     if importlib.util.find_spec("diffusers") is None:
         return
     models = Models(bench, compiled=False)
-    for impl, side in product((DENSE_STEP, OUR_STEPS[RADIUS]), sides):
+    for impl, side in product((DENSE_STEP, OUR_STEPS[RADIUS], IN_CHUNKS), sides):
         measure = partial(of_step, bench, models, impl, side)
         yield Task(part=PART, case=f"step, {size_name(side)}", impl=impl, measure=measure)
 
@@ -51,11 +52,15 @@ def of_operator(bench: Bench, side: int, radius: int, competitor: Competitor, *,
 
 def of_step(bench: Bench, models: Models, impl: str, side: int) -> Measured:
     """Blocks free what they allocate, so the first of each kind tell the peak; the weights are all there."""
+    from lineardit.pipelines.estimate import CHUNK_TOKENS
+    from lineardit.pipelines.token_chunks import in_token_chunks
+
     from . import flux
 
-    model = models.converted(impl)
+    model = models.converted(OUR_STEPS[RADIUS] if impl == IN_CHUNKS else impl)
     run = flux.step(model, bench.scale, side)
-    with flux.first_units(model, 1):
+    chunks = in_token_chunks(model, CHUNK_TOKENS) if impl == IN_CHUNKS else nullcontext()
+    with flux.first_units(model, 1), chunks:
         peak = peak_gib(run, bench.device)
     note = "first blocks, with all weights in memory"
     if models.units < models.whole:
