@@ -30,7 +30,7 @@ from ..linearize.logits import scaled_logits
 from ..linearize.seam import state_of
 from .latents import unpack_latents
 from .plan import Attention, Plan, Stage
-from .positions import rope_scaled
+from .positions import exact_positions, rope_scaled
 from .running_kernels import kernels_told
 from .token_chunks import in_token_chunks
 from .vae import decode, encode, pixels_per_latent
@@ -138,7 +138,7 @@ class HighResolutionPipeline(DiffusionPipeline):
         original = dense(model) if converted and stage.attention == "original" else nullcontext()
         logits = scaled_logits(model, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
         chunks = nullcontext() if stage.chunk_tokens is None else in_token_chunks(model, stage.chunk_tokens)
-        with original, logits, rope_scaled(model, stage.rope_factor), chunks:
+        with original, logits, exact_positions(model), rope_scaled(model, stage.rope_factor), chunks:
             yield
 
     @contextmanager

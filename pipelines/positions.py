@@ -1,10 +1,29 @@
-"""Rotary positions beyond those a model was trained on, by the model's own mechanism."""
+"""Positions of image tokens: exact ones, and rotary ones beyond those a model was trained on, by its own mechanism."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..linearize.convert import denoiser
+from ..linearize.families.positions import rectangle
+
+
+@contextmanager
+def exact_positions(pipe_or_model: Any) -> Iterator[None]:
+    """Inside, a model of the FLUX.1 family gets `img_ids` in float32, in any attention.
+
+    Its pipelines make them in the dtype of the text: bfloat16 collapses rows and columns in pairs beyond 256 tokens.
+    """
+
+    def exact(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "img_ids": rectangle(kwargs["img_ids"])[1]}
+
+    _, model = denoiser(pipe_or_model)
+    handle = model.register_forward_pre_hook(exact, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from lineardit.pipelines.decoding import decode_file
 from lineardit.pipelines.generate import generate
 from lineardit.pipelines.latents import unpack_latents
 from lineardit.pipelines.low_frequencies import LowFrequencies
-from lineardit.pipelines.plan import Settings
+from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import encode
 
 PROMPT = "a red circle"
@@ -160,6 +160,18 @@ def test_rope_factor_is_the_models_own_base(high: Any) -> None:
         for dim in dims
     ]
     assert torch.allclose(cos, torch.cat(wanted, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["original", "converted"])
+def test_positions_are_exact_in_bfloat16(high: Any, attention: str) -> None:
+    """The stock pipelines' ids are in bfloat16, where 257 is 256."""
+    high.to(torch.bfloat16)
+    seen: list[torch.Tensor] = []
+    high.transformer.pos_embed.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    (stage,) = high.plan(8, 1040, num_inference_steps=1, enlarge=True, settings=Settings(steps=1)).stages[-1:]
+    plan = Plan(height=8, width=1040, stages=(replace(stage, attention=attention, rope_factor=1.0),))
+    high(PROMPT, image=Image.new("RGB", (1040, 8)), plan=plan, max_sequence_length=8, output_type="latent")
+    assert torch.equal(seen[-1][8:, 2], torch.arange(260.0).repeat(2))
 
 
 def test_following_draws_the_picture_to_the_stage_before(high: Any) -> None:
