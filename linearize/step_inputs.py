@@ -26,8 +26,14 @@ _TEXT = {
     "joy-image": 1024,
     "joy-image-plus": 1024,
 }
-# Their experts are chosen by numbers; ERNIE asks autocast for its device, which cannot be "meta".
-_UNCOUNTED = ("HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", "ErnieImageTransformer2DModel")
+# Their experts are chosen by numbers; ERNIE asks autocast for its device, which cannot be "meta"; ControlNet-XS's config
+# does not say its channels.
+_UNCOUNTED = (
+    "HiDreamImageTransformer2DModel",
+    "NucleusMoEImageTransformer2DModel",
+    "ErnieImageTransformer2DModel",
+    "UNetControlNetXSModel",
+)
 
 
 def can_make_inputs(model: nn.Module) -> bool:

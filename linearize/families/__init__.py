@@ -26,6 +26,7 @@ from .latents import (
 from .positions import (
     see_flux2,
     see_flux3,
+    see_flux_controlnet,
     see_image_ids,
     see_image_ids_and_mask,
     see_indicator,
@@ -89,7 +90,7 @@ _WAN = _of_the_image("wan", "blocks.*.attn1", "WanTransformerBlock")
 
 FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
-    "FluxControlNetModel": _FLUX,
+    "FluxControlNetModel": replace(_FLUX, see=see_flux_controlnet),
     "Flux2Transformer2DModel": replace(_like_flux("flux2", "Flux2"), see=see_flux2),
     "Flux3Transformer2DModel": Family(
         name="flux3",
@@ -138,6 +139,7 @@ FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": _SD_UNET,
     "ControlNetModel": _SD_UNET,
     "ControlNetUnionModel": _SD_UNET,
+    "UNetControlNetXSModel": _SD_UNET,
     "AuraFlowTransformer2DModel": Family(
         name="auraflow",
         attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),

@@ -52,9 +52,14 @@ def see_glm_image(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
 
 
 def see_sd3(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """SD3 crops a table of positions; `attn2` of its dual blocks sees the image alone."""
+    """SD3 crops a table of positions; `attn2` of its dual blocks sees the image alone.
+
+    A ControlNet may have no table of its own: its hidden_states are tokens then, and controlnet_cond has the size.
+    """
+    if arguments["hidden_states"].ndim == 3:
+        arguments = {**arguments, "hidden_states": arguments["controlnet_cond"]}
     sight = see_latents_and_text(model, arguments)
-    limit = getattr(model.config, "pos_embed_max_size", None)
+    limit = getattr(model.pos_embed, "pos_embed_max_size", None)
     if limit is not None and max(sight.grid) > limit:
         raise LayoutError(
             f"this {type(model).__name__} knows positions up to {limit} tokens a side (pos_embed_max_size), got "

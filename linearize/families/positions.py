@@ -77,6 +77,16 @@ def _first(mask: Tensor) -> int:
 
 def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     """hidden_states [B, N, C], img_ids [N, axes] (or, deprecated, [1, N, axes]), encoder_hidden_states [B, text, C]."""
+    return _see_ids(arguments, arguments["encoder_hidden_states"].shape[1])
+
+
+def see_flux_controlnet(model: Any, arguments: Mapping[str, Any]) -> Sight:
+    """As `see_image_ids`; where one ControlNet has several modes, a token before the text tells which."""
+    num_modes = arguments["controlnet_mode"].shape[1] if model.union else 0
+    return _see_ids(arguments, num_modes + arguments["encoder_hidden_states"].shape[1])
+
+
+def _see_ids(arguments: Mapping[str, Any], text_len: int) -> Sight:
     ids, tokens = arguments["img_ids"], arguments["hidden_states"].shape[1]
     ids = ids[0] if ids.ndim == 3 else ids
     if ids.shape[0] != tokens:
@@ -84,7 +94,7 @@ def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
             f"hidden_states hold {tokens} image tokens, img_ids {ids.shape[0]}: make both from the same height and "
             "width (a token is a 2x2 patch of latents)"
         )
-    sight, exact = _beside_text(ids, arguments["encoder_hidden_states"].shape[1])
+    sight, exact = _beside_text(ids, text_len)
     # as many axes as came: context parallelism splits them by their place
     return replace(sight, replaced={"img_ids": exact.expand_as(arguments["img_ids"])})
 
