@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
-import diffusers
 import torch
-from packaging.version import Version
 from torch import nn
 
+from .advice import warn_of_others, warn_untested
 from .errors import UnsupportedModelError
-from .families import FAMILIES, Family, family_of
+from .families import Family, family_of
 from .input_terms import InputTerms, check_inputs, input_terms
 from .intercept import LinearAttention, change_class, check_forward, linear_class
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
@@ -22,8 +21,6 @@ from .report import SwapReport
 from .seam import Site, State, install, state_of
 
 logger = logging.getLogger(__name__)
-
-TESTED_DIFFUSERS = ("0.35.0", "0.42.1")  # oldest and newest version that the tests of the seam ran on
 
 
 def linearize_(
@@ -52,7 +49,7 @@ def linearize_(
     _, model = denoiser(pipe_or_model)
     _refuse_sharded(model, "linearize_")
     family = family or family_of(model)
-    _warn_untested()
+    warn_untested()
     patterns = dict(config) if isinstance(config, Mapping) else {"*": config}
     for one in patterns.values():
         config_to_dict(one)
@@ -81,7 +78,7 @@ def linearize_(
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
     report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl)
     logger.info("%s", report)
-    _warn_of_others(pipe_or_model, model)
+    warn_of_others(pipe_or_model, model)
     return report
 
 
@@ -168,8 +165,11 @@ def check_impl(impl: str, config_class: type) -> None:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """What `torch.compile(model)` wraps."""
-    return cast(nn.Module, model._orig_mod) if type(model).__name__ == "OptimizedModule" else model
+    """What `torch.compile(model)` and peft's `get_peft_model(model, ...)` wrap."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "OptimizedModule" in names:
+        return _inner(cast(nn.Module, model._orig_mod))
+    return _inner(cast(Any, model).get_base_model()) if "PeftModel" in names else model
 
 
 def _converted(pipe_or_model: Any) -> tuple[nn.Module, State]:
@@ -184,7 +184,8 @@ def _converted(pipe_or_model: Any) -> tuple[nn.Module, State]:
 
 def _kernel(attention: Any, config: Any, impl: str) -> Any:
     num_heads, head_dim = head_shape(attention)
-    kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
+    with torch.inference_mode(False):  # its parameters can be trained, wherever linearize_ is called
+        kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
     kernel.impl = impl
     return kernel
 
@@ -266,24 +267,3 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 def _is_dtensor(weight: torch.Tensor) -> bool:
     return type(weight).__name__ == "DTensor" or type(weight.data).__name__ == "DTensor"
-
-
-def _warn_of_others(pipe_or_model: Any, model: nn.Module) -> None:
-    """Tell which other networks of a pipeline could be converted, and keep their full attention."""
-    if pipe_or_model is model:
-        return
-    for name, part in getattr(pipe_or_model, "components", {}).items():
-        convertible = isinstance(part, nn.Module) and any(cls.__name__ in FAMILIES for cls in type(part).__mro__)
-        if convertible and part is not model and state_of(part) is None:
-            logger.warning(
-                "the pipeline's %s (a %s) keeps its full attention: linearize_(pipe.%s, ...) converts it as well",
-                name,
-                type(part).__name__,
-                name,
-            )
-
-
-def _warn_untested() -> None:
-    oldest, newest = (Version(version) for version in TESTED_DIFFUSERS)
-    if not oldest <= Version(diffusers.__version__) <= newest:
-        logger.warning("lineardit was tested with diffusers %s to %s, found %s", oldest, newest, diffusers.__version__)

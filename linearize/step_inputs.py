@@ -26,8 +26,8 @@ _TEXT = {
     "joy-image": 1024,
     "joy-image-plus": 1024,
 }
-# Their experts are chosen by numbers; ERNIE asks autocast for its device, which cannot be "meta"; ControlNet-XS's config
-# does not say its channels.
+# Their experts are chosen by numbers; ERNIE asks autocast for its device, which cannot be "meta"; the config of
+# ControlNet-XS does not say how many channels it takes.
 _UNCOUNTED = (
     "HiDreamImageTransformer2DModel",
     "NucleusMoEImageTransformer2DModel",

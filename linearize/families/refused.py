@@ -2,7 +2,19 @@
 
 _LINEAR = "has linear self-attention already: nothing to convert"
 
+# ControlNets held in one, as pipelines make of a list of them
+MULTIPLE = (
+    "FluxMultiControlNetModel",
+    "HunyuanDiT2DMultiControlNetModel",
+    "MultiControlNetModel",
+    "MultiControlNetUnionModel",
+    "QwenImageMultiControlNetModel",
+    "SD3MultiControlNetModel",
+)
+_SEVERAL = "holds several networks: convert each one of its `nets`"
+
 REFUSED = {
+    **dict.fromkeys(MULTIPLE, _SEVERAL),
     "SanaTransformer2DModel": _LINEAR,
     "SanaControlNetModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from lineardit.linearize.convert import TESTED_DIFFUSERS
+from lineardit.linearize.advice import TESTED_DIFFUSERS
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("lineardit", "kernels", "linearize", "pipelines", "distill", "examples")

@@ -309,6 +309,16 @@ def test_a_second_transformer_and_a_controlnet_are_named(caplog: pytest.LogCaptu
         assert not caplog.text
 
 
+def test_each_of_several_controlnets_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    controlnets = [build("flux-controlnet"), build("flux-controlnet")]
+    pipe = diffusers.FluxControlNetPipeline(None, None, None, None, None, None, build("flux"), controlnets)
+    linearize_(controlnets[0], SMALL)
+    with caplog.at_level(logging.WARNING, logger="lineardit"):
+        linearize_(pipe, SMALL)
+    (record,) = caplog.records
+    assert "controlnet.nets[1] (a FluxControlNetModel) keeps its full attention" in record.getMessage()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_that_cannot_be_right_are_refused_with_the_reason(name: str) -> None:
     parent = diffusers.UNet2DConditionModel if name == "DreamLiteUNetModel" else nn.Module

@@ -13,6 +13,7 @@ from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_b
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.models.attention_processor import AttnProcessor
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, distribute_tensor
@@ -290,6 +291,28 @@ def test_layerwise_casting_keeps_the_kernel_weights() -> None:
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     run(model, arguments)
     assert model.transformer_blocks[0].attn.linear_kernel.pool_weight.dtype == torch.float32
+
+
+def test_a_model_in_pefts_wrapper_is_converted() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    base = run(wrapped, arguments)
+    linearize_(wrapped, SMALL)
+    windowed = run(wrapped, arguments)
+    assert not torch.allclose(windowed, base, atol=1e-4)
+    with dense(wrapped):
+        assert torch.equal(run(wrapped, arguments), base)
+    assert torch.allclose(run(wrapped.merge_and_unload(), arguments), windowed, atol=1e-5)
+    restore_(model)
+
+
+def test_linearize_in_inference_mode_leaves_a_model_that_can_be_trained() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    with torch.inference_mode():
+        linearize_(model, Clear(radius=2.3, pool_size=2))
+        run(model, arguments)
+    model(**arguments).sample.sum().backward()
+    assert model.transformer_blocks[0].attn.linear_kernel.pool_weight.grad.any()
 
 
 def test_second_thread_in_one_model_is_refused() -> None:
