@@ -2,7 +2,7 @@
 
 The cascade with a student against direct generation, against the 128 px picture enlarged by Lanczos, and against an
 oracle: the drawing itself, through the VAE. Does each picture still follow its caption and hang together, and how sharp
-are its objects? Writes benchmarks/results/high_resolution.json, .md and .png.
+are its objects? And what memory does the cascade take? Writes benchmarks/results/high_resolution.json, .md and .png.
 
 A student's adapter comes from `make marks`; --adapter names another.
 """
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy
 import torch
+from high_resolution_memory import SIDES, Memory, measure_fresh
+from high_resolution_report import Row, report
 from PIL import Image
 from tqdm import tqdm
 
@@ -55,18 +57,6 @@ class Amount:
     steps: int = 28
     text_tokens: int = 64
     settings: Settings = field(default_factory=Settings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Pictures of one kind over the first captions."""
-
-    name: str
-    side: int
-    pictures: int
-    objects: float
-    coherence: float
-    sharpness: float  # mean gradient at borders of objects, of 255 a pixel
 
 
 def sharpness(picture: Image.Image) -> float | None:
@@ -220,9 +210,18 @@ class HighResolution:
             },
             "step seconds": {"student": median(s for s, _ in seconds), "teacher": median(t for _, t in seconds)},
         }
+        beside["memory"] = [asdict(one) for one in self.memory()]
         self.sheet = [native, *sheets[amount.side].values()]
         self.sheet_names = ["teacher, 128 px", *sheets[amount.side]]
         return rows, beside
+
+    def memory(self) -> list[Memory]:
+        """In fresh processes, once."""
+        file = self.directory / "memory.json"
+        if not file.exists():
+            with self.stages.stage("memory"):
+                write_json(file, [asdict(one) for one in measure_fresh(SIDES)])
+        return [Memory(**one) for one in json.loads(file.read_text())]
 
     def differences(self, native: Sequence[Image.Image], made: Sequence[Image.Image]) -> dict[str, Any]:
         """The cascade's scores against the native picture's, with 95% intervals."""
@@ -234,66 +233,6 @@ class HighResolution:
             name: asdict(paired_bootstrap([score[name] for score in ours], [score[name] for score in theirs]))
             for name in ("objects", "coherence")
         }
-
-
-def report(amount: Amount, rows: Sequence[Row], beside: dict[str, Any], plan: Plan) -> str:
-    """Marks and rows, as people read them."""
-    by_name = {(row.name, row.side): row for row in rows}
-    edges = {name: by_name[name, amount.side].sharpness for name in ("cascade, student", "Lanczos", "oracle")}
-    cascade, lanczos, oracle = edges.values()
-    step = beside["step seconds"]
-    marks = [
-        (
-            f"cascade at {amount.side} px: {name}",
-            "at most 2 points below the 128 px teacher",
-            f"{100 * interval['difference']:+.1f} points (95%: {100 * interval['low']:+.1f} to "
-            f"{100 * interval['high']:+.1f})",
-            interval["difference"] >= -0.02,
-        )
-        for name, interval in beside["differences"].items()
-    ]
-    marks += [
-        (
-            "sharpness against the oracle",
-            "at least 50%",
-            f"{cascade / oracle:.0%}",
-            cascade >= oracle / 2,
-        ),
-        (
-            "sharpness against Lanczos",
-            "at least 1.5 times",
-            f"{cascade / lanczos:.2f} times",
-            cascade >= 1.5 * lanczos,
-        ),
-        (
-            "last stage, student against dense teacher: PSNR",
-            "at least 27.7 dB",
-            f"{beside['last stage']['psnr']:.2f} dB",
-            beside["last stage"]["psnr"] >= 27.7,
-        ),
-        (
-            "last stage, student against dense teacher: SSIM",
-            "at least 0.90",
-            f"{beside['last stage']['ssim']:.3f}",
-            beside["last stage"]["ssim"] >= 0.9,
-        ),
-        (
-            f"a step at {amount.largest} px",
-            "at least 8 times as fast as the dense teacher's",
-            f"{step['teacher'] / step['student']:.1f} times ({step['student']:.1f} s, {step['teacher']:.1f} s)",
-            step["teacher"] >= 8 * step["student"],
-        ),
-    ]
-    lines = ["# High resolution, on the small model", "", f"```\n{plan}\n```", "", "| mark | target | measured | met |"]
-    lines += ["| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {target} | {got} | {'yes' if met else '**no**'} |" for name, target, got, met in marks]
-    lines += ["", "| pictures | px | captions | objects | coherence | gradient at objects |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {row.name} | {row.side} | {row.pictures} | {row.objects:.1%} | {row.coherence:.1%} | {row.sharpness:.1f} |"
-        for row in rows
-    ]
-    return "\n".join([*lines, "", "![pictures](high_resolution.png)", ""])
 
 
 def main() -> None:
@@ -311,7 +250,7 @@ def main() -> None:
     amount = Amount(captions=options.captions, few_captions=options.few_captions)
     run = HighResolution(path(), options.adapter, options.directory, amount)
     rows, beside = run.run()
-    text = report(amount, rows, beside, run.plan(amount.side))
+    text = report(amount.side, amount.largest, rows, beside, run.plan(amount.side))
     write_json(
         options.results / "high_resolution.json",
         {"amount": asdict(amount), "rows": [asdict(row) for row in rows], **beside},

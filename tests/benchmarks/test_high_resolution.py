@@ -1,24 +1,45 @@
 """The benchmark of the cascade, on few and small pictures."""
 
+import importlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy
+import pytest
 from PIL import Image, ImageFilter
 
-from benchmarks.high_resolution import Amount, HighResolution, report, sharpness
 from lineardit import Clear
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.conversion import convert_base
 from lineardit.pipelines.plan import Settings
 
-AMOUNT = Amount(
-    native=128, side=192, captions=2, largest=224, few_captions=1, steps=1, text_tokens=32, settings=Settings(steps=1)
-)
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+AMOUNT: dict[str, Any] = {
+    "native": 128,
+    "side": 192,
+    "captions": 2,
+    "largest": 224,
+    "few_captions": 1,
+    "steps": 1,
+    "text_tokens": 32,
+    "settings": Settings(steps=1),
+}
 
 
-def test_run_has_every_row_and_goes_on(tmp_path: Path) -> None:
+@pytest.fixture
+def high_resolution(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("high_resolution")
+
+
+def test_run_has_every_row_and_goes_on(high_resolution: Any, tmp_path: Path) -> None:
+    amount = high_resolution.Amount(**AMOUNT)
     convert_base(path(), Clear(radius=4), output=tmp_path / "adapter")
-    run = HighResolution(path(), tmp_path / "adapter", tmp_path / "run", AMOUNT)
+    run = high_resolution.HighResolution(path(), tmp_path / "adapter", tmp_path / "run", amount)
+    memory = [{"side": side, "idle": 1.0, "growth": side**2, "peak": 1.0, "seconds": 1.0} for side in (1, 2, 6)]
+    (tmp_path / "run" / "memory.json").write_text(json.dumps(memory))
     rows, beside = run.run()
     assert [(row.name, row.side, row.pictures) for row in rows] == [
         ("teacher", 128, 2),
@@ -33,17 +54,28 @@ def test_run_has_every_row_and_goes_on(tmp_path: Path) -> None:
         ("oracle", 224, 1),
     ]
     assert next(row for row in rows if row.name == "oracle").objects == 1
-    text = report(AMOUNT, rows, beside, run.plan(AMOUNT.side))
-    assert text.count("**no**") + text.count("| yes |") == 7
+    text = high_resolution.report(amount.side, amount.largest, rows, beside, run.plan(amount.side))
+    assert text.count("**no**") + text.count("| yes |") == 9
+    assert "4.00 times | yes |" in text and "9.00 times | **no** |" in text
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*.png") if "stages" not in str(file)}
-    again = HighResolution(path(), tmp_path / "adapter", tmp_path / "run", AMOUNT)
+    again = high_resolution.HighResolution(path(), tmp_path / "adapter", tmp_path / "run", amount)
     assert again.run()[0] == rows
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
 
 
-def test_sharpness_falls_with_blur() -> None:
+@pytest.mark.slow
+def test_memory_grows_with_the_pixels(high_resolution: Any) -> None:
+    """In fresh processes; over what each takes with the pipeline loaded."""
+    memory = importlib.import_module("high_resolution_memory")
+    small, large = memory.measure_fresh([384, 768])
+    assert small.peak > small.idle > 0 and small.growth > 50
+    ((_, ratio),) = memory.growths([small, large])
+    assert 1.5 < ratio <= memory.MOST
+
+
+def test_sharpness_falls_with_blur(high_resolution: Any) -> None:
     drawn = scenes.draw(scenes.sample(5), (256, 256))
     blurred = drawn.filter(ImageFilter.GaussianBlur(3))
-    sharp, soft = sharpness(drawn), sharpness(blurred)
+    sharp, soft = (high_resolution.sharpness(one) for one in (drawn, blurred))
     assert sharp is not None and soft is not None and soft < 0.5 * sharp
-    assert sharpness(Image.fromarray(numpy.full((16, 16, 3), 128, numpy.uint8))) is None
+    assert high_resolution.sharpness(Image.fromarray(numpy.full((16, 16, 3), 128, numpy.uint8))) is None

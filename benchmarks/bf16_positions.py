@@ -1,0 +1,121 @@
+"""What merged positions do to a picture, on the small model: `python benchmarks/bf16_positions.py`, minutes.
+
+A strip of sixteen times the same scene, 2048 x 128 pixels: 512 columns of tokens, whose numbers bfloat16 rounds from
+256 on, as in diffusers' FLUX pipelines. Noise is added, and it is denoised in bfloat16, with rounded and with exact
+positions, and in float32; local attention of radius 16 keeps tokens to distances that the model knows. Writes
+docs/images/bf16_positions.png, the middle of the strip, and prints errors against float32 in both halves.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lineardit import Clear, HighResolutionPipeline, linearize_
+from lineardit.commands.quiet import quiet_libraries
+from lineardit.distill.sheet import write_sheet
+from lineardit.examples.tiny_flux import path, scenes
+from lineardit.linearize.opening import open_pipeline
+from lineardit.pipelines.plan import Plan, Stage
+
+PICTURE = Path(__file__).parents[1] / "docs/images/bf16_positions.png"
+COPIES, SIDE, TOKEN = 16, 128, 4  # pixels
+MIDDLE = COPIES * SIDE // 2  # pixels; column 256 of the tokens
+TEXT_TOKENS = 64
+
+
+@contextmanager
+def rounded_positions(pipe: Any) -> Iterator[None]:
+    """Inside, the model gets the positions of diffusers' pipelines in bfloat16, rounded."""
+
+    def as_stock(_module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].bfloat16().float(),)
+
+    handle = pipe.transformer.pos_embed.register_forward_pre_hook(as_stock)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def strip(scene: Any) -> Image.Image:
+    one, made = scenes.draw(scene, (SIDE, SIDE)), Image.new("RGB", (COPIES * SIDE, SIDE))
+    for number in range(COPIES):
+        made.paste(one, (number * SIDE, 0))
+    return made
+
+
+def drawn(pipe: Any, scene: Any, stage: Stage) -> tuple[Image.Image, Tensor]:
+    """The strip denoised, and its latents after one step [C, rows, columns]."""
+    plan = Plan(height=SIDE, width=COPIES * SIDE, stages=(stage,), tile=None)
+    generator = torch.Generator("cpu").manual_seed(0)
+    steps: list[Tensor] = []
+
+    def keep(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(tensors["latents"].float())
+        return {}
+
+    picture = pipe(
+        scene.caption,
+        image=strip(scene),
+        plan=plan,
+        max_sequence_length=TEXT_TOKENS,
+        generator=generator,
+        callback_on_step_end=keep,
+    ).images[0]
+    return picture, steps[0][0].T.unflatten(1, (SIDE // TOKEN, -1))
+
+
+def halves(error: Tensor) -> str:
+    """Root mean square of [..., columns], left and right of the middle."""
+    left, right = (half.square().mean().sqrt() for half in error.chunk(2, dim=-1))
+    return f"{left:.4f} in columns below 256, {right:.4f} from there on"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--scene", type=int, default=3, help="number of the held-out scene")
+    parser.add_argument("--strength", type=float, default=0.6, help="noise level to start from")
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    quiet_libraries()
+    scene = scenes.sample(options.scene, split="held_out")
+    stage = Stage(
+        height=SIDE,
+        width=COPIES * SIDE,
+        steps=options.steps,
+        strength=options.strength,
+        shift=3.16,
+        attention="converted",
+    )
+    pipe = open_pipeline(path())
+    linearize_(pipe, Clear(radius=16))
+    high = HighResolutionPipeline.from_pipe(pipe)
+    high.set_progress_bar_config(disable=True)
+    wanted = drawn(high, scene, stage)
+    high.to(torch.bfloat16)
+    high.vae.to(torch.float32)
+    with rounded_positions(high):
+        rounded = drawn(high, scene, stage)
+    exact = drawn(high, scene, stage)
+    for name, made in (("rounded positions", rounded), ("exact positions", exact)):
+        pixels, right = (pil_to_tensor(one[0]) for one in (made, wanted))
+        print(f"{name}, latents after one step: {halves(made[1] - wanted[1])}")
+        print(f"{name}, pixels of the picture, of 255: {halves(pixels - right)}")
+    shown = [made[0].crop((MIDDLE - 256, 0, MIDDLE + 256, SIDE)) for made in (rounded, exact)]
+    write_sheet(["positions in bfloat16: rounded from the middle on", "exact positions"], [shown], PICTURE)
+
+
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    """[height, width, 3] -> [3, height, width], float32."""
+    return torch.from_numpy(numpy.array(image, numpy.float32)).permute(2, 0, 1)
+
+
+if __name__ == "__main__":
+    main()

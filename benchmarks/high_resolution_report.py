@@ -1,0 +1,83 @@
+"""What `high_resolution.py` measured, as people read it: marks and rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from high_resolution_memory import MOST, Memory, growths, table
+
+from lineardit.pipelines.plan import Plan
+
+Mark = tuple[str, str, str, bool]  # what, the target, what was measured, whether it was met
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Pictures of one kind over the first captions."""
+
+    name: str
+    side: int
+    pictures: int
+    objects: float
+    coherence: float
+    sharpness: float  # mean gradient at borders of objects, of 255 a pixel
+
+
+def quality_marks(side: int, rows: Sequence[Row], beside: dict[str, Any]) -> list[Mark]:
+    """Of the cascade at this size, and of its last stage."""
+    edges = {row.name: row.sharpness for row in rows if row.side == side}
+    cascade, lanczos, oracle = (edges[name] for name in ("cascade, student", "Lanczos", "oracle"))
+    marks = [
+        (
+            f"cascade at {side} px: {name}",
+            "at most 2 points below the 128 px teacher",
+            f"{100 * interval['difference']:+.1f} points (95%: {100 * interval['low']:+.1f} to "
+            f"{100 * interval['high']:+.1f})",
+            interval["difference"] >= -0.02,
+        )
+        for name, interval in beside["differences"].items()
+    ]
+    likeness = beside["last stage"]
+    what = "last stage, student against dense teacher"
+    return [
+        *marks,
+        ("sharpness against the oracle", "at least 50%", f"{cascade / oracle:.0%}", cascade >= oracle / 2),
+        ("sharpness against Lanczos", "at least 1.5 times", f"{cascade / lanczos:.2f} times", cascade >= 1.5 * lanczos),
+        (f"{what}: PSNR", "at least 27.7 dB", f"{likeness['psnr']:.2f} dB", likeness["psnr"] >= 27.7),
+        (f"{what}: SSIM", "at least 0.90", f"{likeness['ssim']:.3f}", likeness["ssim"] >= 0.9),
+    ]
+
+
+def cost_marks(largest: int, beside: dict[str, Any]) -> list[Mark]:
+    """Time of a step at this size, and growth of memory."""
+    student, teacher = (beside["step seconds"][name] for name in ("student", "teacher"))
+    speed = (
+        f"a step at {largest} px",
+        "at least 8 times as fast as the dense teacher's",
+        f"{teacher / student:.1f} times ({student:.1f} s, {teacher:.1f} s)",
+        teacher >= 8 * student,
+    )
+    target = f"at most {MOST} times for 4 times the pixels"
+    memory = [
+        (f"memory, {name}", target, f"{ratio:.2f} times", ratio <= MOST) for name, ratio in growths(_memory(beside))
+    ]
+    return [speed, *memory]
+
+
+def report(side: int, largest: int, rows: Sequence[Row], beside: dict[str, Any], plan: Plan) -> str:
+    """Marks and rows; `beside`: what was measured beside them."""
+    marks = [*quality_marks(side, rows, beside), *cost_marks(largest, beside)]
+    lines = ["# High resolution, on the small model", "", f"```\n{plan}\n```", "", "| mark | target | measured | met |"]
+    lines += ["| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {target} | {got} | {'yes' if met else '**no**'} |" for name, target, got, met in marks]
+    lines += ["", "| pictures | px | captions | objects | coherence | gradient at objects |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {row.name} | {row.side} | {row.pictures} | {row.objects:.1%} | {row.coherence:.1%} | {row.sharpness:.1f} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, "", table(_memory(beside)), "", "![pictures](high_resolution.png)", ""])
+
+
+def _memory(beside: dict[str, Any]) -> list[Memory]:
+    return [Memory(**one) for one in beside["memory"]]
