@@ -1,13 +1,15 @@
-"""The marks of the main job, on the small trained model: `make marks`, about an hour on two idle cores, resumable.
+"""The marks of the main job, on the small trained model: `make marks`, resumable.
 
-Clear(radius=4), taught by the model itself: does the student still follow held-out captions, do its pictures still hang
-together, how near are its latents, and what does each term of the loss bring? Writes benchmarks/results/marks.json,
-marks.md and marks.png.
+About an hour and a quarter on two idle cores. Clear(radius=4), taught by the model itself: does the student still
+follow held-out captions, do its pictures still hang together, how near are its latents? The same for a hybrid, which
+adds 64 proxies for all that lies beyond the window. And shorter: what does each term of the loss bring? Writes
+benchmarks/results/marks.json, marks.md and marks.png.
 """
 
 import argparse
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,27 @@ from marks_report import Mark, Row, as_markdown, student_marks, teacher_marks
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
+from lineardit.distill.config import PROJECTIONS
 from lineardit.distill.files import write_json
 from lineardit.distill.launch import launch
 from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path
 from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.folders import write_whole
-from lineardit.linearize.methods import Clear
+from lineardit.linearize.methods import Clear, Hybrid, ProxyTokens, config_to_dict
 from lineardit.stages import matmul_gflops
 
 logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).with_name("results")
-TERMS = ("flow", "prediction", "attention")
+ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ from marks.toml's
+    "default": (),
+    "no flow loss": ("loss.flow=0.0",),
+    "no prediction loss": ("loss.prediction=0.0",),
+    "no attention loss": ("loss.attention=0.0",),
+    "CLEAR's weights": ("loss.flow=1.0", "loss.prediction=0.5", "loss.attention=0.5"),
+    "CLEAR's projections": (f"trained.projections={json.dumps(PROJECTIONS)}",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,10 @@ class Plan(ScenePlan):
     """The defaults fit the hour."""
 
     radius: float = 4
+    proxies: int = 64  # of the hybrid
+    few_train_steps: int = 200  # of the rows beside the marks
+    learning_rate: float = 3e-3
+    hybrid_learning_rate: float = 1e-3  # it starts nearer
     shown: int = 12  # rows of the sheet
 
 
@@ -46,46 +60,65 @@ class Marks(SceneStudents):
 
     def run(self) -> None:
         """What the marks need."""
-        plan, directory = self.plan, self.directory
+        plan = self.plan
         with self.stages.stage("teacher's pictures"):
             self.draw("teacher", self.base, plan.captions)
-        with self.stages.stage("pictures of the swap without training"):
-            if not (directory / "converted").exists():
-                convert_base(self.base, Clear(radius=plan.radius), output=directory / "converted")
-            self.draw("0 steps", directory / "converted", plan.captions)
+        with self.stages.stage("pictures without training"):
+            self.draw("0 steps", self.converted("converted", self.local), plan.captions)
+            self.draw("hybrid, 0 steps", self.converted("hybrid", self.hybrid), plan.few_captions)
         with self.stages.stage("samples"):
             self.prepare()
-        with self.stages.stage("distill"):
-            self.distill("default")
-        with self.stages.stage("pictures of the student"):
-            self.draw("default", self.adapter("default"), plan.captions)
+        for name, method, rate in (
+            ("default", self.local, plan.learning_rate),
+            ("hybrid", self.hybrid, plan.hybrid_learning_rate),
+        ):
+            with self.stages.stage(f"distill: {name}"):
+                self.distill(name, method, plan.train_steps, f"optimizer.lr={rate}")
+            with self.stages.stage(f"pictures: {name}"):
+                self.draw(name, self.adapter(name), plan.captions)
         with self.stages.stage("teacher with 512 text positions"):
             self.draw("teacher, 512 text tokens", self.base, plan.few_captions, text_tokens=512)
 
-    def run_without_terms(self) -> None:
-        """The rows beside the marks: what each term of the loss brings."""
-        plan = self.plan
-        for term in TERMS:
-            with self.stages.stage(f"without the {term} loss"):
-                self.distill(f"no {term}", f"loss.{term}=0.0")
-                self.draw(f"no {term}", self.adapter(f"no {term}"), plan.few_captions)
+    @property
+    def local(self) -> Clear:
+        return Clear(radius=self.plan.radius)
+
+    @property
+    def hybrid(self) -> Hybrid:
+        proxies = self.plan.proxies
+        return Hybrid(local=self.local, global_=ProxyTokens(num_proxies=proxies), mass_cells=proxies, gate=1.0)
+
+    def converted(self, name: str, method: Any) -> Path:
+        """The folder of this swap, without training."""
+        folder = self.directory / name
+        if not folder.exists():
+            convert_base(self.base, method, output=folder)
+        return folder
+
+    def run_ablations(self) -> None:
+        """The rows beside the marks: what each term of the loss brings, and the projections of the text's side."""
+        steps = self.plan.few_train_steps
+        for change, settings in ABLATIONS.items():
+            name = f"{change}, {steps} steps"
+            with self.stages.stage(name):
+                self.distill(name, self.local, steps, f"optimizer.lr={self.plan.learning_rate}", *settings)
+                self.draw(name, self.adapter(name), self.plan.few_captions)
 
     def adapter(self, name: str) -> Path:
-        return self.directory / "runs" / name.replace(" ", "-") / "adapter"
+        return self.directory / "runs" / re.sub(r"[^\w.-]+", "-", name) / "adapter"
 
-    def distill(self, name: str, *changes: str) -> None:
-        """Train one student; `changes` are settings that differ from the default."""
+    def distill(self, name: str, method: Any, steps: int, *changes: str) -> None:
+        """Train one student; `changes` are settings that differ from marks.toml's."""
         plan, adapter = self.plan, self.adapter(name)
         if adapter.exists():
             return
         settings = [
             f"base.model={json.dumps(str(self.base))}",
             f"data.directory={json.dumps(str(self.directory / 'samples'))}",
-            f"method.radius={plan.radius}",
+            *(f"method.{key}={_as_toml(value)}" for key, value in config_to_dict(method).items()),
             f"run.directory={json.dumps(str(adapter.parent))}",
-            f"run.steps={plan.train_steps}",
+            f"run.steps={steps}",
             f"run.batch_size={plan.batch_size}",
-            f"optimizer.lr={plan.learning_rate}",
             *changes,
         ]
         options = [word for setting in settings for word in ("--set", setting)]
@@ -97,14 +130,23 @@ class Marks(SceneStudents):
 
     def marks(self) -> list[Mark]:
         teacher, long = self.row("teacher"), self.row("teacher, 512 text tokens")
-        return [*teacher_marks(teacher, long), *student_marks(self.row("default"), self.row("0 steps"))]
+        untrained = self.row("0 steps")
+        students = [student_marks(name, self.row(name), untrained) for name in ("default", "hybrid")]
+        return [*teacher_marks(teacher, long), *students[0], *students[1]]
+
+
+def _as_toml(value: Any) -> str:
+    """A value as TOML has it on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_as_toml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value)
 
 
 def write_results(results: Path, run: Marks) -> None:
     """marks.json, marks.md and marks.png, of what has been made."""
     rows, marks = run.rows(), run.marks()
     results.mkdir(parents=True, exist_ok=True)
-    columns = ("teacher", "0 steps", "default")
+    columns = ("teacher", "0 steps", "default", "hybrid")
     shown = [run.made[name].pictures.images[: run.plan.shown] for name in columns]
     write_sheet(columns, list(zip(*shown, strict=True)), results / "marks.png")
     taken = run.stages.total()
@@ -139,7 +181,7 @@ def main() -> None:
     run = Marks(path(), options.directory, Plan())
     run.run()
     write_results(options.results, run)
-    run.run_without_terms()
+    run.run_ablations()
     write_results(options.results, run)
 
 

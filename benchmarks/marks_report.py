@@ -50,16 +50,16 @@ def teacher_marks(teacher: Row, long: Row) -> list[Mark]:
     ]
 
 
-def student_marks(student: Row, untrained: Row) -> list[Mark]:
-    """The student against the teacher, and against the swap alone."""
+def student_marks(name: str, student: Row, untrained: Row) -> list[Mark]:
+    """The student against the teacher, and against the swap to a window without training."""
     assert student.comparison is not None and untrained.comparison is not None
     share = student.comparison.latent_mse / untrained.comparison.latent_mse
     return [
-        _difference("student: objects", student.comparison.differences["objects"], -3),
-        _difference("student: coherence", student.comparison.differences["coherence"], -5),
+        _difference(f"{name}: objects", student.comparison.differences["objects"], -3),
+        _difference(f"{name}: coherence", student.comparison.differences["coherence"], -5),
         Mark(
-            name="student: latent MSE to the teacher",
-            target="at most 1/3 of the swap without training",
+            name=f"{name}: latent MSE to the teacher",
+            target="at most 1/3 of the window's without training",
             measured=f"{student.comparison.latent_mse:.4f} / {untrained.comparison.latent_mse:.4f} = {share:.3f}",
             met=share <= 1 / 3,
         ),
@@ -105,5 +105,5 @@ def as_markdown(title: str, rows: Sequence[Row], marks: Sequence[Mark]) -> str:
             c = row.comparison
             compared = f"{points(c.differences['objects'])} | {c.latent_mse:.4f} | {c.psnr:.2f} | {c.ssim:.4f}"
         lines.append(f"| {row.name} | {row.pictures} | {scores} | {compared} |")
-    lines += ["", "![teacher, swap without training, student](marks.png)", ""]
+    lines += ["", "![teacher, window without training, student, hybrid](marks.png)", ""]
     return "\n".join(lines)

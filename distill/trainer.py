@@ -54,6 +54,16 @@ def learning_rate(config: DistillConfig, step: int) -> float:
     return rate * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def noise_levels(config: DistillConfig, places: Sequence[int], uniform: Tensor) -> Tensor:
+    """sigma of these places of a batch, before the shift; `uniform` [len(places)] are random numbers in [0, 1).
+
+    Each place takes its own of `run.batch_size` equal shares of the distribution, so that every step has as many noisy
+    samples as others, and the loss tells less of luck.
+    """
+    share = (torch.tensor(places) + uniform) / config.run.batch_size
+    return torch.sigmoid(config.noise.mean + config.noise.std * torch.special.ndtri(share))
+
+
 class Trainer:
     """One student in training.
 
@@ -181,11 +191,11 @@ class Trainer:
         first = accelerator.process_index * size * run.gradient_accumulation
         for start in range(first, first + size * run.gradient_accumulation, size):
             batch = self.samples.load(chosen[start : start + size])
-            generators = [counter_generator(run.seed, step, place) for place in range(start, start + size)]
-            normal = torch.stack([torch.randn((), generator=generator) for generator in generators])
+            places = range(start, start + size)
+            generators = [counter_generator(run.seed, step, place) for place in places]
+            uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
             noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=one) for one in generators])
-            sigma = torch.sigmoid(self.config.noise.mean + self.config.noise.std * normal)
-            sigma = self.family.shift(self.pipe.scheduler, sigma, batch.grid)
+            sigma = self.family.shift(self.pipe.scheduler, noise_levels(self.config, places, uniform), batch.grid)
             device = accelerator.device
             yield batch.to(device, self.dtype), noise.to(device), sigma.to(device)
 

@@ -23,7 +23,7 @@ from lineardit.distill.families import family_of
 from lineardit.distill.runs import check_run, record_run
 from lineardit.distill.student import build_student_
 from lineardit.distill.train import distill, load_base, start_accelerator
-from lineardit.distill.trainer import DivergedError, Trainer, learning_rate
+from lineardit.distill.trainer import DivergedError, Trainer, learning_rate, noise_levels
 
 MakeConfig = Callable[..., DistillConfig]
 POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
@@ -244,6 +244,14 @@ def test_start_accelerator_counts_processes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"the launcher started 2 processes, accelerate joined 1; launch with"):
         start_accelerator()
+
+
+@pytest.mark.parametrize("at", [0.001, 0.5, 0.999])
+def test_noise_levels_take_one_of_each_share(at: float, make_config: MakeConfig) -> None:
+    config = make_config(noise={"mean": 1.0, "std": 2.0}, run={"batch_size": 4})
+    sigma = noise_levels(config, [1, 3], torch.full((2,), at))
+    below = torch.special.ndtr((sigma.logit() - 1) / 2)  # share of the distribution below
+    assert below.tolist() == pytest.approx([(1 + at) / 4, (3 + at) / 4], abs=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "last"), [("constant", 0.5), ("cosine", 0.05)])

@@ -58,7 +58,7 @@ def test_student_marks_hold_at_the_target(
 ) -> None:
     student = row(marks, objects=90, coherence=90, points=points, latent_mse=latent_mse)
     untrained = row(marks, objects=20, coherence=20, latent_mse=3.0)
-    found = marks.student_marks(student, untrained)
+    found = marks.student_marks("default", student, untrained)
     assert [mark.met for mark in found] == met
     assert "(95%: -100.0 to +100.0)" in found[0].measured
 
@@ -73,31 +73,31 @@ def test_marks_run_makes_every_row_and_goes_on(
 ) -> None:
     monkeypatch.setattr(marks, "launch", launch_here)
     plan = marks.Plan(
-        radius=2, side=16, steps=1, captions=3, few_captions=2, samples=4, train_steps=1, text_tokens=16, shown=2
-    )
+        radius=2, side=16, steps=1, captions=3, few_captions=2, samples=4, train_steps=1, few_train_steps=1, proxies=4,
+        text_tokens=16, shown=2,
+    )  # fmt: skip
     run = marks.Marks(base, tmp_path / "work", plan)
     run.run()
-    assert [row.name for row in run.rows()] == ["teacher", "0 steps", "default", "teacher, 512 text tokens"]
-    run.run_without_terms()
+    names = ["teacher", "0 steps", "hybrid, 0 steps", "default", "hybrid", "teacher, 512 text tokens"]
+    assert [row.name for row in run.rows()] == names
+    run.run_ablations()
     rows, held = run.rows(), run.marks()
-    names = ["teacher", "0 steps", "default", "teacher, 512 text tokens", "no flow", "no prediction", "no attention"]
-    assert [one.name for one in rows] == names
-    assert [one.pictures for one in rows] == [3, 3, 3, 2, 2, 2, 2]
-    assert [set(one) & {f"loss.{term}=0.0" for term in marks.TERMS} for one in launched] == [
-        set(),
-        {"loss.flow=0.0"},
-        {"loss.prediction=0.0"},
-        {"loss.attention=0.0"},
-    ]
+    changes = [f"{change}, 1 steps" for change in marks.ABLATIONS]
+    assert [one.name for one in rows] == [*names, *changes]
+    assert [one.pictures for one in rows] == [3, 3, 2, 3, 3, *[2] * (1 + len(changes))]
+    assert all(
+        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[2:], strict=True)
+    )
+    assert "loss.flow=0.0" in launched[3] and "loss.flow=0.0" not in launched[2]
     marks.write_results(tmp_path / "results", run)
     content = json.loads((tmp_path / "results" / "marks.json").read_text())
     assert [mark["name"] for mark in content["marks"]] == [mark.name for mark in held]
     report = (tmp_path / "results" / "marks.md").read_text()
-    assert all(f"| {name} |" in report for name in names)
+    assert all(f"| {name} |" in report for name in [*names, *changes])
     assert (tmp_path / "results" / "marks.png").is_file()
 
     again = marks.Marks(base, tmp_path / "work", plan)
     again.run()
-    again.run_without_terms()
-    assert len(launched) == 4
+    again.run_ablations()
+    assert len(launched) == 2 + len(changes)
     assert [one.comparison for one in again.rows()] == [one.comparison for one in rows]
