@@ -61,7 +61,7 @@ def _cell(passed: list[bool]) -> str:
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from tiny_models import FAMILIES, MODELS
 
     models = {family: MODELS[family].needs for family in FAMILIES}

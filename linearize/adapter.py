@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import __version__
 from .base import Place, Source, find_place, source_of
 from .convert import denoiser, linearize_, restore_, swapped
-from .families import family_of
+from .families import Family, family_of
 from .fitting import attention_shapes, check_fit, sorted_tensors
 from .folders import check_output, check_output_file, new_folder, read_tensors, sha256, write_whole
 from .grouping import grouped
@@ -67,6 +67,7 @@ def load_adapter_(
     impl: str = "auto",
     revision: str | None = None,
     offline: bool = False,
+    family: Family | None = None,
 ) -> SwapReport:
     """Converts a model as an adapter says and puts its trained weights on, in place.
 
@@ -81,12 +82,13 @@ def load_adapter_(
         impl: The implementation to run, as in `linearize_`.
         revision: Branch, tag or commit of the adapter's Hub id.
         offline: Never touch the network.
+        family: How a model of your own is converted, as in `linearize_`.
     Raises:
         ValueError: the adapter is missing, damaged, or for another class, shape or number of layers; the model is as
             it was.
     """
     manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
-    return mount_adapter_(pipe_or_model, manifest, tensors, keep_original=keep_original, impl=impl)
+    return mount_adapter_(pipe_or_model, manifest, tensors, keep_original=keep_original, impl=impl, family=family)
 
 
 def read_adapter(
@@ -150,21 +152,28 @@ def _checked_tensors(place: Place, expected: TensorsFile) -> dict[str, Tensor]:
 
 
 def mount_adapter_(
-    pipe_or_model: Any, manifest: Manifest, tensors: dict[str, Tensor], *, keep_original: bool, impl: str
+    pipe_or_model: Any,
+    manifest: Manifest,
+    tensors: dict[str, Tensor],
+    *,
+    keep_original: bool,
+    impl: str,
+    family: Family | None = None,
 ) -> SwapReport:
     """`load_adapter_` for an adapter that has been read."""
     _, model = denoiser(pipe_or_model)
+    family = family or family_of(model)
     configs = manifest.configs()
     if manifest.trained:
         refuse_fused(model)
-    check_fit(manifest, model)
-    parts = sorted_tensors(manifest, tensors, model)
+    check_fit(manifest, model, family)
+    parts = sorted_tensors(manifest, tensors, model, family)
     check_unmerged(model, parts.full)
     check_writable(model, [*parts.full, *([] if keep_original else [f"{name}.weight" for name in parts.lora])])
     _warn_of_other_base(manifest, source_of(pipe_or_model, model))
     if swapped(model):
         restore_(model)
-    report = linearize_(model, configs, impl=impl)
+    report = linearize_(model, configs, impl=impl, family=family)
     for name, module in swapped(model).items():
         cast(Any, module).linear_kernel.load_state_dict(parts.kernels.get(name, {}))
     if parts.full:

@@ -17,7 +17,7 @@ def compile_(pipe_or_model: Any, *, backend: str = "inductor", family: Family | 
 
     Args:
         backend: Of `torch.compile`.
-        family: Of a model of your own; None: found by the model's class.
+        family: Of a model of your own; None: as it was converted, or found by the model's class.
     Returns:
         The number of blocks.
     Raises:

@@ -41,7 +41,7 @@ def linearize_(
         min_tokens: Leave the levels of a UNet that have fewer image tokens at its native size, where full attention is
             cheap.
         impl: The implementation to run; "auto" picks, and makes the original call where the method covers everything.
-        family: How to convert a model of your own; None: found by the model's class.
+        family: How to convert a model of your own; None: as it was converted before, or found by the model's class.
     Raises:
         UnsupportedModelError: the model's class is unknown, it is sharded, or a hook of another tool is in the way.
         ValueError: a pattern matches nothing or the same layer as another, a config or `impl` is unknown.

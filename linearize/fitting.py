@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .families import family_of
+from .families import Family
 from .manifest import Manifest
 from .matching import attention_modules, head_shape
 from .methods import METHODS
@@ -41,7 +41,7 @@ def attention_shapes(modules: Iterable[nn.Module]) -> dict[str, int]:
     return dict(sorted(shapes.items()))
 
 
-def check_fit(manifest: Manifest, model: nn.Module) -> None:
+def check_fit(manifest: Manifest, model: nn.Module, family: Family) -> None:
     """Whether a model has the class, layers and heads that an adapter was made for.
 
     Raises:
@@ -50,7 +50,7 @@ def check_fit(manifest: Manifest, model: nn.Module) -> None:
     made_for = f"the adapter was made for {manifest.base or 'a model that was never saved'}"
     if type(model).__name__ != manifest.model_class:
         raise ValueError(f"{made_for}, a {manifest.model_class}; this model is a {type(model).__name__}")
-    candidates, _ = attention_modules(model, family_of(model))
+    candidates, _ = attention_modules(model, family)
     for pattern, expected in manifest.attention.items():
         found = attention_shapes(candidates[name] for name in fnmatch.filter(candidates, pattern))
         if found != dict(expected):
@@ -63,14 +63,14 @@ def _told(shapes: Mapping[str, int]) -> str:
     return " + ".join(f"{count} of {shape}" for shape, count in shapes.items()) or "absent"
 
 
-def sorted_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.Module) -> Parts:
+def sorted_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.Module, family: Family) -> Parts:
     """Sorts an adapter's tensors and compares their names and shapes with the model's.
 
     Raises:
         ValueError: one is missing, left over or of another shape; lists them.
     """
     trained = {one.kind: one for one in manifest.trained}
-    expected = _kernel_shapes(manifest, model)
+    expected = _kernel_shapes(manifest, model, family)
     kernels: dict[str, dict[str, Tensor]] = {}
     lora: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
@@ -124,9 +124,9 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
-def _kernel_shapes(manifest: Manifest, model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _kernel_shapes(manifest: Manifest, model: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters of the linear kernels."""
-    candidates, _ = attention_modules(model, family_of(model))
+    candidates, _ = attention_modules(model, family)
     expected: dict[str, tuple[int, ...]] = {}
     for pattern, config in manifest.configs().items():
         for name in fnmatch.filter(candidates, pattern):

@@ -68,8 +68,17 @@ def levels_below(model: nn.Module, family: Family, names: Sequence[str], min_tok
 
 
 def head_shape(attention: Any) -> tuple[int, int]:
-    """(heads, head_dim) of the queries of an attention module, by the names that diffusers' classes give them."""
-    num_heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    """(heads, head_dim) of the queries of an attention module, by the names that diffusers' classes give them.
+
+    Raises:
+        UnsupportedModelError: it does not say its heads, as a layer inside attention that a glob matches as well.
+    """
+    num_heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
+    if num_heads is None:
+        raise UnsupportedModelError(
+            f"a {type(attention).__name__} that Family.attention matches has neither `heads` nor `num_heads`: `*` in a "
+            "glob matches dots as well, so end it with the attention module's own name"
+        )
     if hasattr(attention, "head_dim"):
         return num_heads, attention.head_dim
     if hasattr(attention, "inner_dim"):

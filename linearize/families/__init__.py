@@ -1,6 +1,7 @@
 """The model families, one row each: how `linearize_` finds the image's self-attention and its token grid."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 from torch import nn
 
@@ -256,11 +257,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row of a model's class, or of a class it derives from.
+    """What a converted model was converted by; of another the row of its class, or of a class it derives from.
 
     Raises:
         UnsupportedModelError: there is none; lists those there are.
     """
+    if hasattr(model, "_lineardit_state"):
+        return cast(Any, model)._lineardit_state.family
     for cls in type(model).__mro__:
         if cls.__name__ in REFUSED:
             break

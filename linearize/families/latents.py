@@ -143,11 +143,19 @@ def level_tokens(model: Any, name: str) -> int:
     """Tokens of a UNet's attention module at `sample_size`, the size that the model was trained for.
 
     The name of the module says its level: down_blocks.1.attentions.0..., mid_block..., up_blocks.2.attentions....
+
+    Raises:
+        ValueError: the config does not say the size, as a ControlNet's.
     """
+    sample = model.config.get("sample_size")
+    if sample is None:
+        raise ValueError(
+            f"min_tokens needs to know for which size a model was trained, and the config of this "
+            f'{type(model).__name__} has no sample_size: choose levels by name, as layers="down_blocks.0.*"'
+        )
     part, index = name.split(".")[:2]
     last = len(model.config.block_out_channels) - 1
     level = {"down_blocks": lambda: int(index), "up_blocks": lambda: last - int(index)}.get(part, lambda: last)()
-    sample = model.config.sample_size
     height, width = (sample, sample) if isinstance(sample, int) else sample
     for _ in range(level):
         height, width = -(-height // 2), -(-width // 2)

@@ -291,6 +291,13 @@ def test_min_tokens_leaves_the_small_levels_of_a_unet() -> None:
     assert torch.equal(run(model, arguments), base)
 
 
+def test_min_tokens_asks_for_layers_where_the_native_size_is_unknown() -> None:
+    for model in (build("unet-controlnet"), build("unet", sample_size=None)):
+        with pytest.raises(ValueError, match=r'no sample_size: choose levels by name, as layers="down_blocks'):
+            linearize_(model, SMALL, min_tokens=100)
+        linearize_(model, SMALL, layers="down_blocks.0.*")
+
+
 def test_min_tokens_is_refused_where_all_modules_have_as_many() -> None:
     with pytest.raises(ValueError, match="has none"):
         linearize_(build("flux"), SMALL, min_tokens=100)

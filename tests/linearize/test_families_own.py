@@ -1,0 +1,65 @@
+"""A model that is not in diffusers, by a family that is passed."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from lineardit import Clear, UnsupportedModelError, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize import Family, Sight
+from lineardit.linearize.standing import describe_attention
+
+
+class _Pond(nn.Module):
+    """Somebody's own model: two layers of self-attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Ripple() for _ in range(2))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        tokens = latents.flatten(2).mT
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return tokens
+
+
+class _Ripple(nn.Module):
+    num_heads, head_dim = 2, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _see_pond(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+    return Sight(grid=tuple(arguments["latents"].shape[-2:]))
+
+
+def test_a_family_of_ones_own_is_saved_loaded_and_told(tmp_path: Path) -> None:
+    family = Family(name="pond", attention=("blocks.?",), see=_see_pond, image_alone=("*",))
+    model, latents = _Pond(), torch.randn(2, 16, 4, 5)
+    base = model(latents)
+    with pytest.raises(UnsupportedModelError, match=r"a Linear that Family.attention matches.*`\*`"):
+        linearize_(model, Clear(radius=2.3), family=replace(family, attention=("blocks.*",)))
+    linearize_(model, Clear(radius=2.3, pool_size=2), family=family)
+    windowed = model(latents)
+    assert describe_attention(model).startswith(
+        "2/2 self-attention modules: 2 x Clear(radius=2.3, pool_size=2) (family"
+    )
+    save_adapter(model, tmp_path / "adapter")
+    restore_(model)
+    assert torch.equal(model(latents), base)
+    load_adapter_(model, tmp_path / "adapter", family=family)
+    assert torch.equal(model(latents), windowed)
+    load_adapter_(model, tmp_path / "adapter")
+    assert torch.equal(model(latents), windowed)
