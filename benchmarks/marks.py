@@ -18,7 +18,7 @@ from marks_report import Mark, Row, as_markdown, student_marks, teacher_marks
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
-from lineardit.distill.config import PROJECTIONS
+from lineardit.distill.config import PROJECTIONS, as_toml
 from lineardit.distill.files import write_json
 from lineardit.distill.launch import launch
 from lineardit.distill.sheet import write_sheet
@@ -115,7 +115,7 @@ class Marks(SceneStudents):
         settings = [
             f"base.model={json.dumps(str(self.base))}",
             f"data.directory={json.dumps(str(self.directory / 'samples'))}",
-            *(f"method.{key}={_as_toml(value)}" for key, value in config_to_dict(method).items()),
+            *(f"method.{key}={as_toml(value)}" for key, value in config_to_dict(method).items()),
             f"run.directory={json.dumps(str(adapter.parent))}",
             f"run.steps={steps}",
             f"run.batch_size={plan.batch_size}",
@@ -133,13 +133,6 @@ class Marks(SceneStudents):
         untrained = self.row("0 steps")
         students = [student_marks(name, self.row(name), untrained) for name in ("default", "hybrid")]
         return [*teacher_marks(teacher, long), *students[0], *students[1]]
-
-
-def _as_toml(value: Any) -> str:
-    """A value as TOML has it on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_as_toml(one)}" for key, one in value.items()) + "}"
-    return json.dumps(value)
 
 
 def write_results(results: Path, run: Marks) -> None:

@@ -8,6 +8,7 @@
 `[method]` is one method (`method = "clear"`, `radius = 16`), or one table per pattern of module names.
 """
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -237,6 +238,13 @@ def config_to_tables(config: DistillConfig) -> dict[str, Any]:
     kind = next(kind for kind, cls in TRAINED.items() if isinstance(config.trained, cls))
     tables["trained"] = {"kind": kind} | tables["trained"]
     return tables
+
+
+def as_toml(value: Any) -> str:
+    """A value as TOML has it on one line; dictionaries are inline tables."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {as_toml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _override(tables: dict[str, Any], text: str) -> None:

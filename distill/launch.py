@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
@@ -24,6 +26,7 @@ def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> 
     several = ["--multi_gpu"] if processes > 1 else []  # without it accelerate starts one on CPUs, whatever the number
     settings = ["--quiet", *several, "--num_machines", "1", "--num_processes", str(processes)]
     settings += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    settings += ["--num_cpu_threads_per_process", str(max(1, torch.get_num_threads() // processes))]  # else one
     arguments = [*settings, "-m", "lineardit.distill", str(config), *options]
     logger.info("%s", shlex.join(["accelerate", "launch", *arguments]))
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]

@@ -7,9 +7,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
+from .distill.config import as_toml
 from .distill.cost import paired_step_seconds
 from .distill.evaluate import Comparison, Scores, compare, score_totals
 from .distill.files import write_json
@@ -20,7 +22,7 @@ from .distill.sheet import write_sheet
 from .examples.tiny_flux import path, scenes
 from .linearize.conversion import convert_base
 from .linearize.folders import sha256
-from .linearize.methods import Clear
+from .linearize.methods import Clear, Hybrid, ProxyTokens, config_to_dict
 from .linearize.opening import open_pipeline
 from .pipelines.generate import generate
 from .scene_judge import judge_scene
@@ -28,6 +30,7 @@ from .stages import Stages, matmul_gflops
 
 TEXT_TOKENS = 64
 REPORT, SHEET, LARGE, SPEED = "report.json", "teacher-converted-distilled.png", "512x512.png", "speed.json"
+RUN, HYBRID = "run", "hybrid"  # folders of the two distillations
 
 CONFIG = """\
 # Settings of the distillation; every table and key: lineardit/distill/config.py
@@ -38,11 +41,16 @@ model = {base}
 directory = {samples}
 
 [method]
-method = "clear"
-radius = {radius}
+{method}
 
 [trained]
 kind = "attention"
+projections = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+[loss]
+flow = 0.1
+prediction = 1.0
+attention = 1.0
 
 [run]
 directory = {run}
@@ -69,9 +77,10 @@ class DemoSettings:
     """How much a demonstration does; the defaults take about ten minutes on two idle cores."""
 
     radius: float = 4
+    proxies: int = 64  # of the hybrid, for what lies beyond the radius
     samples: int = 64  # that the teacher makes for its student
     sample_steps: int = 16  # denoising steps of each
-    train_steps: int = 150
+    train_steps: int = 120  # of each student
     learning_rate: float = 1e-3
     captions: int = 16  # held out, to judge teacher and student
     side: int = 128  # pixels, of samples and judged pictures
@@ -127,7 +136,7 @@ def demo(
     base: str | Path | None = None,
     settings: DemoSettings | None = None,
 ) -> DemoReport:
-    """Convert the small pipeline to local attention, distill it, judge it and generate with it.
+    """Convert the small pipeline to local attention and to a hybrid, distill both, judge them, generate.
 
     Args:
         directory: For everything that is made; that of an interrupted demonstration is gone on with.
@@ -144,15 +153,19 @@ def demo(
         converted = _convert(base, directory, settings)
     with stages.stage("prepare: the teacher makes samples"):
         _prepare(base, directory, settings)
-    with stages.stage("distill"):
-        adapter = _distill(base, directory, settings)
-    sources = {"teacher": base, "converted": converted, "distilled": adapter}
+    local = Clear(radius=settings.radius)
+    proxies = ProxyTokens(num_proxies=settings.proxies)
+    hybrid = Hybrid(local=local, global_=proxies, mass_cells=settings.proxies, gate=1.0)
+    sources = {"teacher": base, "converted": converted}
+    for name, folder, method in (("distilled", RUN, local), ("hybrid", HYBRID, hybrid)):
+        with stages.stage(f"distill: {name}"):
+            sources[name] = _distill(base, directory, folder, method, settings)
     with stages.stage("judge"):
         rows = _judge(sources, directory, settings)
     with stages.stage("generate"):
-        _large_picture(adapter, directory, settings)
+        _large_picture(sources["hybrid"], directory, settings)
     with stages.stage("time the steps"):
-        speed = _speed(base, adapter, directory, settings)
+        speed = _speed(base, sources["distilled"], directory, settings)
     report = DemoReport(directory=directory, rows=rows, speed=speed, **stages.total())
     write_json(directory / REPORT, asdict(report) | {"directory": str(directory), "ratio": speed.ratio})
     return report
@@ -181,15 +194,15 @@ def _prepare(base: Path, directory: Path, settings: DemoSettings) -> None:
     )
 
 
-def _distill(base: Path, directory: Path, settings: DemoSettings) -> Path:
-    adapter = directory / "run" / "adapter"
+def _distill(base: Path, directory: Path, folder: str, method: Any, settings: DemoSettings) -> Path:
+    adapter = directory / folder / "adapter"
     if adapter.exists():
         return adapter
-    config = directory / "distill.toml"
-    quoted = {"base": base, "samples": directory / "samples", "run": directory / "run"}
+    config = directory / f"{folder}.toml"
+    quoted = {"base": base, "samples": directory / "samples", "run": directory / folder}
     config.write_text(
         CONFIG.format(
-            radius=settings.radius,
+            method="\n".join(f"{key} = {as_toml(value)}" for key, value in config_to_dict(method).items()),
             steps=settings.train_steps,
             lr=settings.learning_rate,
             **{name: json.dumps(str(one)) for name, one in quoted.items()},

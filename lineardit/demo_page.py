@@ -6,11 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from .demo import LARGE, SHEET, DemoReport
+from .demo import HYBRID, LARGE, RUN, SHEET, DemoReport, DemoSettings
 from .linearize.folders import write_whole
 
 PAGE = "index.html"
-CURVE = "run/loss.png"
+CURVE, CURVE_OF_HYBRID = f"{RUN}/loss.png", f"{HYBRID}/loss.png"
 
 TEMPLATE = """\
 <!doctype html>
@@ -25,18 +25,21 @@ img {{ max-width: 100%; }}
 pre {{ background: #f4f4f4; padding: .5em 1em; overflow-x: auto; }}
 </style>
 <h1>Attention of linear cost, taught by the original</h1>
-<p>A small FLUX pipeline was converted to local attention (radius {radius:g} tokens), then distilled on pictures that it
-had made itself.</p>
+<p>A small FLUX pipeline was converted to local attention (radius {radius:g} tokens) and to a hybrid, which adds one
+proxy for each of {proxies} parts of the picture. Both were distilled on pictures that the pipeline had made itself.</p>
 <h2>Same prompts, same noise</h2>
-<p>Captions that no training picture shows. Teacher: the original. Converted: its attention swapped, not trained.
-Distilled: after the training below.</p>
+<p>Captions that no training picture shows. Teacher: the original. Converted: local attention, not trained. Distilled:
+after the training below. Hybrid: trained as long. What must agree across the picture, stripes, light and shadows, a
+window alone cannot see.</p>
 {table}
 <p><img src="{sheet}" alt="A column of pictures for each model"></p>
 <h2>The training</h2>
 <p><img src="{curve}" alt="Loss over the steps"></p>
+<p>The hybrid's:</p>
+<p><img src="{curve_of_hybrid}" alt="Loss over the steps, hybrid"></p>
 <h2>Larger</h2>
-<p>The distilled model at 512x512 (128x128 tokens). A step takes the teacher {teacher:.2f} s and the student
-{student:.2f} s: {ratio:.1f} times as fast (median of {pairs} pairs of steps, in turn).</p>
+<p>The hybrid at 512x512 (128x128 tokens). A step with local attention takes {student:.2f} s, the teacher's
+{teacher:.2f} s: {ratio:.1f} times as fast (median of {pairs} pairs of steps, in turn).</p>
 <p><img src="{large}" alt="A picture of 512x512 pixels"></p>
 <h2>What to type next</h2>
 <pre>{commands}</pre>
@@ -45,14 +48,16 @@ Distilled: after the training below.</p>
 """
 
 
-def write_page(report: DemoReport, radius: float) -> Path:
+def write_page(report: DemoReport, settings: DemoSettings) -> Path:
     """Write the page beside the pictures that it shows."""
     teacher, student = (sorted(one)[len(one) // 2] for one in zip(*report.speed.pairs, strict=True))
     text = TEMPLATE.format(
-        radius=radius,
+        radius=settings.radius,
+        proxies=settings.proxies,
         table=_html_table(report),
         sheet=SHEET,
         curve=CURVE,
+        curve_of_hybrid=CURVE_OF_HYBRID,
         large=LARGE,
         teacher=teacher,
         student=student,
@@ -81,7 +86,7 @@ def table_rows(report: DemoReport) -> list[tuple[str, ...]]:
 
 def next_commands(report: DemoReport) -> list[str]:
     """Three things to try."""
-    adapter = report.directory / "run" / "adapter"
+    adapter = report.directory / HYBRID / "adapter"
     lineardit = _command()
     caption = "a green cross at the middle center on shaded sky"
     return [

@@ -23,7 +23,7 @@ def demo(
 
     settings = DemoSettings()
     report = run(output, settings=settings)
-    page = write_page(report, settings.radius)
+    page = write_page(report, settings)
     header, *rows = table_rows(report)
     table = Table(*header)
     for row in rows:

@@ -12,7 +12,7 @@ from lineardit.demo import DemoSettings, demo
 from lineardit.demo_page import next_commands, table_rows, write_page
 
 SETTINGS = DemoSettings(
-    radius=2, samples=4, sample_steps=1, train_steps=2, captions=2, side=32, steps=1, large_side=48, pairs=2
+    radius=2, proxies=4, samples=4, sample_steps=1, train_steps=2, captions=2, side=32, steps=1, large_side=48, pairs=2
 )
 
 
@@ -22,29 +22,30 @@ def test_demo_makes_pictures_figures_and_a_page(
     monkeypatch.setattr(demo_module, "launch", launch_here)
     out = tmp_path / "demo"
     report = demo(out, base=base, settings=SETTINGS)
-    assert [row.name for row in report.rows] == ["teacher", "converted", "distilled"]
+    assert [row.name for row in report.rows] == ["teacher", "converted", "distilled", "hybrid"]
     assert report.rows[0].comparison is None
-    converted, distilled = (row.comparison for row in report.rows[1:])
+    converted, distilled, hybrid = (row.comparison for row in report.rows[1:])
     assert converted is not None
     assert distilled is not None
-    assert 0 < converted.latent_mse != distilled.latent_mse > 0
+    assert hybrid is not None
+    assert 0 < converted.latent_mse != distilled.latent_mse != hybrid.latent_mse > 0
     assert len(report.speed.pairs) == 2
     assert report.cpu_seconds > 0
     with Image.open(out / "512x512.png") as image:
         assert image.size == (48, 48)
-    page = write_page(report, SETTINGS.radius)
+    page = write_page(report, SETTINGS)
     text = page.read_text()
-    for file in ("teacher-converted-distilled.png", "run/loss.png", "512x512.png"):
+    for file in ("teacher-converted-distilled.png", "run/loss.png", "hybrid/loss.png", "512x512.png"):
         assert (out / file).is_file()
         assert f'src="{file}"' in text
     for command in next_commands(report):
         assert command.split(" ")[0] in text
     assert json.loads((out / "report.json").read_text())["ratio"] == report.speed.ratio
-    assert len(table_rows(report)) == 4
+    assert len(table_rows(report)) == 5
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} | {out / "speed.json": 0}
     again = demo(out, base=base, settings=SETTINGS)
-    assert len(launched) == 1
+    assert len(launched) == 2
     assert again.speed == report.speed
     drawn_anew = {path.name for path, stamp in stamps.items() if stamp and path.stat().st_mtime_ns != stamp}
     assert drawn_anew <= {"teacher-converted-distilled.png", "index.html"}
