@@ -189,8 +189,9 @@ def write_results(results: Path, run: Any, rows: Sequence[MethodRow], marks: Seq
         f"examples/tiny_flux, {plan.captions} held-out captions ({plan.few_captions} untrained) at "
         f"{plan.side}x{plan.side}, {plan.steps} denoising steps. Students: {plan.layer_steps} steps layer by layer and "
         f"{plan.train_steps} end to end, of {plan.batch_size} samples; mean and standard deviation over "
-        f"{len(plan.seeds)} seeds. FLOPs: attention of one FLUX.1 layer at 4096x4096, mean over layers. Seconds a step "
-        f"at {plan.step_side}x{plan.step_side} on this CPU ({machine}). Took {taken['seconds'] / 3600:.1f} hours, "
+        f"{len(rows[0].students)} of {len(plan.seeds)} seeds. "
+        f"FLOPs: attention of one FLUX.1 layer at 4096x4096, mean over layers. Seconds a step at "
+        f"{plan.step_side}x{plan.step_side} on this CPU ({machine}). Took {taken['seconds'] / 3600:.1f} hours, "
         f"{taken['cpu_seconds'] / 3600:.1f} CPU-hours."
     )
     content = {

@@ -50,7 +50,7 @@ def test_quick_run_makes_every_row_and_goes_on(methods: Any, report: Any, tmp_pa
     plan = replace(methods.quick_plan(), side=16, text_tokens=16, step_side=16, trained=5_000)
     partial = {methods.SINGLE: Clear(radius=2)}
     table = methods.MethodTable(base, tmp_path / "work", plan)
-    rows, marks = table.run((Mala(), partial))
+    rows, marks = table.run((Mala(), partial), plan.seeds)
     assert [row.name for row in rows] == ["Mala()", "Clear(radius=2) in single_transformer_blocks.*.attn"]
     assert [(row.swapped, row.layers) for row in rows] == [(2, 2), (1, 2)]
     assert [row.trained / plan.trained for row in rows] == pytest.approx([1, 1], abs=0.05)
@@ -64,7 +64,7 @@ def test_quick_run_makes_every_row_and_goes_on(methods: Any, report: Any, tmp_pa
     assert (tmp_path / "results" / "methods.png").stat().st_size > 10_000
 
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
-    again, _ = methods.MethodTable(base, tmp_path / "work", plan).run((Mala(), partial))
+    again, _ = methods.MethodTable(base, tmp_path / "work", plan).run((Mala(), partial), plan.seeds)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == made
     assert [row.students for row in again] == [row.students for row in rows]
     with pytest.raises(ValueError, match="begun with other train_steps"):
