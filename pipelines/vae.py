@@ -1,8 +1,9 @@
 """Encoding and decoding pictures of any size in the memory of one tile.
 
 Tiles of one size lie evenly over the picture and overlap by at least a quarter; where they overlap, weights go
-linearly from one to the other. All that grows with the picture is its sum, in float32 on the CPU. Inside a tile the VAE
-is whole: its attention and group norms see the tile alone, so that memory is bounded by the tile.
+linearly from one to the other. All that grows with the picture is its sum, in float32 on the CPU. The VAE's attention
+sees the tile alone, so that memory is bounded by the tile; group norms take the statistics of the whole picture, from a
+run on it made as small as a tile (`group_statistics.py`).
 """
 
 import logging
@@ -13,7 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
+
+from .group_statistics import whole_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
     def run(part: Tensor) -> Tensor:
         return vae.decode(part.to(vae.dtype), return_dict=False)[0]
 
-    return _in_tiles(run, values, tile=tile, step=scale, gain=scale, what="decode", progress=progress)
+    return _in_tiles(vae, run, values, tile=tile, step=scale, gain=scale, what="decode", progress=progress)
 
 
 def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
@@ -56,7 +60,9 @@ def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = Fal
     def run(part: Tensor) -> Tensor:
         return vae.encode(part.to(vae.dtype)).latent_dist.mode()
 
-    values = _in_tiles(run, pictures, tile=tile, step=1, gain=1 / scale, what="encode", progress=progress, align=scale)
+    values = _in_tiles(
+        vae, run, pictures, tile=tile, step=1, gain=1 / scale, what="encode", progress=progress, align=scale
+    )
     return (values - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
@@ -66,6 +72,7 @@ def pixels_per_latent(vae: Any) -> int:
 
 
 def _in_tiles(
+    vae: Any,
     run: Callable[[Tensor], Tensor],
     values: Tensor,
     *,
@@ -87,7 +94,7 @@ def _in_tiles(
     side = None if tile is None else max(align, tile // step // align * align)
     while True:
         try:
-            return _blended(run, values, side, gain, what, progress, align)
+            return _blended(vae, run, values, side, gain, what, progress, align)
         except torch.OutOfMemoryError:
             largest = max(values.shape[-2:]) if side is None else min(side, max(values.shape[-2:]))
             smaller = largest // 2 // align * align
@@ -100,6 +107,7 @@ def _in_tiles(
 
 @torch.no_grad()
 def _blended(
+    vae: Any,
     run: Callable[[Tensor], Tensor],
     values: Tensor,
     side: int | None,
@@ -110,22 +118,30 @@ def _blended(
 ) -> Tensor:
     rows, columns = values.shape[-2:]
     heights, widths = (tile_spans(length, side, align) for length in (rows, columns))
-    total = weight = None
     tiles = list(product(heights, widths))
-    for (top, bottom), (left, right) in tqdm(tiles, desc=what, unit="tile", disable=not progress or len(tiles) == 1):
-        part = run(values[..., top:bottom, left:right]).float().cpu()
-        if len(tiles) == 1:
-            return part
-        if total is None or weight is None:
-            size = round(rows * gain), round(columns * gain)
-            total, weight = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
-        place = (slice(round(top * gain), round(bottom * gain)), slice(round(left * gain), round(right * gain)))
-        down = _ramp(part.shape[-2], top > 0, bottom < rows)
-        across = _ramp(part.shape[-1], left > 0, right < columns)
-        total[..., *place] += part * down[:, None] * across
-        weight[place] += down[:, None] * across
+    if side is None or len(tiles) == 1:
+        return run(values).float().cpu()
+    total = weight = None
+    with whole_statistics(vae, lambda: run(_as_small_as_a_tile(values, side, align))):
+        for (top, bottom), (left, right) in tqdm(tiles, desc=what, unit="tile", disable=not progress):
+            part = run(values[..., top:bottom, left:right]).float().cpu()
+            if total is None or weight is None:
+                size = round(rows * gain), round(columns * gain)
+                total, weight = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
+            place = (slice(round(top * gain), round(bottom * gain)), slice(round(left * gain), round(right * gain)))
+            down = _ramp(part.shape[-2], top > 0, bottom < rows)
+            across = _ramp(part.shape[-1], left > 0, right < columns)
+            total[..., *place] += part * down[:, None] * across
+            weight[place] += down[:, None] * across
     assert total is not None and weight is not None
     return total.div_(weight)
+
+
+def _as_small_as_a_tile(values: Tensor, side: int, align: int) -> Tensor:
+    """[B, C, rows, columns] of at most the area of a tile, rows and columns multiples of `align`."""
+    share = min(1, side / math.sqrt(math.prod(values.shape[-2:])))
+    size = [max(1, int(length * share / align)) * align for length in values.shape[-2:]]
+    return interpolate(values, size=size, mode="nearest-exact")
 
 
 def tile_spans(length: int, side: int | None, align: int) -> list[tuple[int, int]]:
