@@ -1,0 +1,86 @@
+"""What each setting of the cascade does, on the small model: `python benchmarks/cascade_settings.py`, minutes.
+
+One picture of 128 pixels by the dense teacher is enlarged to 512 again and again, with one setting changed at a time; the
+noise is the same in all. Writes docs/images/settings_*.png; docs/high_resolution.md shows them.
+
+A student's adapter comes from `make marks`; --adapter names another.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lineardit import HighResolutionPipeline, dense
+from lineardit.commands.quiet import quiet_libraries
+from lineardit.distill.sheet import write_sheet
+from lineardit.examples.tiny_flux import scenes
+from lineardit.linearize.opening import open_pipeline
+from lineardit.pipelines.plan import Settings
+
+logger = logging.getLogger(__name__)
+
+IMAGES = Path(__file__).parents[1] / "docs/images"
+NATIVE, SIDE = 128, 512  # pixels
+CALL = {"max_sequence_length": 64}
+SHOWN = 256  # pixels of a picture on a sheet
+ROWS: dict[str, dict[str, Mapping[str, Any]]] = {
+    "strength": {f"strength {value:g}": {"strength": value} for value in (0.1, 0.3, 0.6, 0.88)},
+    "follow": {f"strength 0.6, follow {value:g}": {"strength": 0.6, "follow": value} for value in (0, 0.5, 1)},
+    "steps": {f"strength 0.6, {value} steps": {"strength": 0.6, "steps": value} for value in (2, 8, 16)},
+    "shift": {f"strength 0.6, shift {value:g}": {"strength": 0.6, "shift": value} for value in (1, 3.16, 10)},
+}
+
+
+class Drawing:
+    """One caption's picture by the teacher, and what settings make of it."""
+
+    def __init__(self, adapter: Path, scene: int, seed: int) -> None:
+        self.caption = scenes.sample(scene, split="held_out").caption
+        self.seed = seed
+        student = open_pipeline(adapter)
+        self.high = HighResolutionPipeline.from_pipe(student, native_size=NATIVE)
+        self.high.set_progress_bar_config(disable=True)
+        student.set_progress_bar_config(disable=True)
+        with dense(student):
+            self.native = student(
+                self.caption, height=NATIVE, width=NATIVE, num_inference_steps=28, generator=self._noise(), **CALL
+            ).images[0]
+        self.made: dict[Settings, Image.Image] = {}
+
+    def enlarged(self, settings: Settings) -> Image.Image:
+        if settings not in self.made:
+            plan = self.high.plan(SIDE, SIDE, enlarge=True, settings=settings)
+            logger.info("%s", plan)
+            call = {**CALL, "plan": plan, "image": self.native, "generator": self._noise()}
+            self.made[settings] = self.high(self.caption, **call).images[0]
+        return self.made[settings]
+
+    def _noise(self) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--adapter", type=Path, default=Path("runs/marks/runs/default/adapter"))
+    parser.add_argument("--scene", type=int, default=0, help="number of the held-out caption")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=Path, default=IMAGES)
+    options = parser.parse_args()
+    quiet_libraries()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    drawing = Drawing(options.adapter, options.scene, options.seed)
+    print(drawing.caption)
+    lanczos = drawing.native.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    for name, columns in ROWS.items():
+        made = [lanczos, *(drawing.enlarged(Settings(**{"steps": 8, **settings})) for settings in columns.values())]
+        shown = [picture.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS) for picture in made]
+        write_sheet(["128 px, by Lanczos", *columns], [shown], options.images / f"settings_{name}.png")
+
+
+if __name__ == "__main__":
+    main()
