@@ -1,7 +1,7 @@
 """What each setting of the cascade does, on the small model: `python benchmarks/cascade_settings.py`, minutes.
 
-One picture of 128 pixels by the dense teacher is enlarged to 512 again and again, with one setting changed at a time; the
-noise is the same in all. Writes docs/images/settings_*.png; docs/high_resolution.md shows them.
+One picture of 128 pixels by the dense teacher is enlarged to 512 again and again, with one setting changed at a time;
+the noise is the same in all. Writes docs/images/settings_*.png; docs/high_resolution.md shows them.
 
 A student's adapter comes from `make marks`; --adapter names another.
 """

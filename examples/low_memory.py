@@ -5,6 +5,7 @@ import sys
 import torch
 
 import lineardit
+from lineardit.pipelines.plan import Settings
 
 adapter, prompt = sys.argv[1:3]
 width, height = map(int, (sys.argv[3] if len(sys.argv) > 3 else "4096x4096").split("x"))
@@ -13,6 +14,7 @@ pipe = lineardit.from_pretrained(adapter, dtype=torch.bfloat16)
 if torch.cuda.is_available():
     pipe.enable_model_cpu_offload()  # or enable_sequential_cpu_offload: least memory, slowest
 high = lineardit.HighResolutionPipeline.from_pipe(pipe)
-plan = high.plan(height, width, tile=512)  # tiles of the VAE, in pixels
+settings = Settings(chunk_tokens=4096)  # by itself, 8192 where the estimate is more than the card's free memory
+plan = high.plan(height, width, settings=settings, tile=512)  # tiles of the VAE, in pixels
 print(plan)
 high(prompt, plan=plan, generator=torch.Generator("cpu").manual_seed(0)).images[0].save("low_memory.png")

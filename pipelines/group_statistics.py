@@ -35,7 +35,7 @@ def whole_statistics(module: nn.Module, run: Callable[[], object]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-    before = [(norm, type(norm)) for norm in met]
+    before: list[tuple[Any, Any]] = [(norm, type(norm)) for norm in met]
     try:
         for norm, own in before:
             norm.whole_statistics = met[norm]

@@ -38,6 +38,12 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_bf16_positions_counts_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "bf16_positions.py"), run_name="__main__")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["4096", "256", "256", "256", "256"] in rows and ["8192", "512", "512", "385", "385"] in rows
+
+
 @pytest.mark.parametrize(
     ("script", "made"),
     [("text_to_image_4k", "4k"), ("low_memory", "low_memory"), ("style_lora_4k", "style"), ("upscale", "upscaled")],
