@@ -45,6 +45,6 @@ def test_size_multiple_counts_latents_and_patches(family: str, multiple: int) ->
     assert size_multiple(pipeline(family)) == multiple
 
 
-@pytest.mark.parametrize(("family", "side"), [("flux", 512), ("sd3", 128), ("pixart", 64), ("unet", 64)])
+@pytest.mark.parametrize(("family", "side"), [("flux", 512), ("sd3", 64), ("pixart", 64), ("unet", 64)])
 def test_default_size_is_the_pipelines(family: str, side: int) -> None:
     assert default_size(pipeline(family)) == (side, side)
