@@ -24,6 +24,15 @@ def flux_control_arguments() -> Arguments:
     return {**flux_arguments(), "control_image": torch.rand(1, 3, 16, 24)}
 
 
+def flux_union() -> Any:
+    parts = {"transformer": build("flux"), "controlnet": build("flux-controlnet", num_mode=2)}
+    return pipeline("FluxControlNetPipeline", scheduler=euler(), vae=vae(1), **parts)
+
+
+def flux_union_arguments() -> Arguments:
+    return {**flux_control_arguments(), "control_mode": 1}
+
+
 def sd3() -> Any:
     parts = {"transformer": build("sd3"), "controlnet": build("sd3-controlnet")}
     return pipeline("StableDiffusion3ControlNetPipeline", scheduler=euler(), vae=vae(4), **parts)
@@ -92,7 +101,7 @@ def qwen_image_control_arguments() -> Arguments:
 
 
 def wan_vace() -> Any:
-    """Its control blocks take 4 latents of the video, 4 of what is to be and 2 x 2 pixels of the mask.
+    """Its control blocks take 4 latents of the video, 4 of what is to be changed, and 2 x 2 pixels of the mask.
 
     Old versions take no embeddings, so the method that makes them gives random ones.
     """
@@ -134,6 +143,9 @@ def wan_vace_arguments() -> Arguments:
 CONTROLNETS = {
     "flux-controlnet": Stock(
         needs="FluxControlNetPipeline", make=flux, arguments=flux_control_arguments, others=("controlnet",)
+    ),
+    "flux-controlnet-union": Stock(
+        needs="FluxControlNetPipeline", make=flux_union, arguments=flux_union_arguments, others=("controlnet",)
     ),
     "sd3-controlnet": Stock(
         needs="StableDiffusion3ControlNetPipeline", make=sd3, arguments=sd3_control_arguments, others=("controlnet",)
