@@ -52,6 +52,12 @@ def sd_control_arguments() -> Arguments:
     return {**size(8), **prompts(32), "image": torch.rand(1, 3, 32, 48)}
 
 
+def sd_xs() -> Any:
+    """Its denoiser is a UNet and its ControlNet in one."""
+    parts = {"unet": build("unet-controlnet-xs"), "requires_safety_checker": False}
+    return pipeline("StableDiffusionControlNetXSPipeline", scheduler=ddim(), vae=vae(4), **parts)
+
+
 def sdxl_union() -> Any:
     controlnet = diffusers.ControlNetUnionModel(
         block_out_channels=(16, 32),
@@ -153,6 +159,7 @@ CONTROLNETS = {
     "sd-controlnet": Stock(
         needs="StableDiffusionControlNetPipeline", make=sd, arguments=sd_control_arguments, others=("controlnet",)
     ),
+    "sd-controlnet-xs": Stock(needs="StableDiffusionControlNetXSPipeline", make=sd_xs, arguments=sd_control_arguments),
     "sdxl-controlnet-union": Stock(
         needs="StableDiffusionXLControlNetUnionPipeline",
         make=sdxl_union,
