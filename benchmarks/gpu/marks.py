@@ -1,6 +1,6 @@
 """What was aimed at on an H200, and what others published: for their cards, versions and protocols."""
 
-from .names import CLEARS_WAY, OUR_STEPS, case_name, size_name
+from .names import ALL_WEIGHTS, CLEARS_WAY, IN_CHUNKS, OUR_STEPS, case_name, size_name
 from .records import Mark, Results
 
 FOUR_K, EIGHT_K, ONE_K = 256, 512, 64
@@ -13,7 +13,7 @@ PUBLISHED = (
 
 
 def marks(results: Results) -> list[Mark]:
-    return [*_operator_marks(results), *_model_marks(results)]
+    return [*_operator_marks(results), *_model_marks(results), *_memory_marks(results)]
 
 
 def _operator_marks(results: Results) -> list[Mark]:
@@ -53,6 +53,21 @@ def _model_marks(results: Results) -> list[Mark]:
         ),
         _higher("step, 1K, radius 8: times faster than dense", speedup(ONE_K, 8), 0.98, "1.01 (CLEAR)"),
         _higher("step, 1K, radius 16: times faster than dense", speedup(ONE_K, 16), 0.98, "0.98 (CLEAR)"),
+    ]
+
+
+def _memory_marks(results: Results) -> list[Mark]:
+    def gib(side: int, impl: str) -> float | None:
+        case = f"step, {size_name(side)}"
+        row = results.find("memory", case, impl)
+        if row is None or row.note != ALL_WEIGHTS:
+            return None  # with a part of the weights it tells nothing of the whole
+        return results.figure("memory", case, impl, "peak_gib")
+
+    return [
+        _lower("step, 8K, radius 8: GiB, without offload", gib(EIGHT_K, OUR_STEPS[8]), 60),
+        _lower("step, 8K, radius 8, in chunks: GiB", gib(EIGHT_K, IN_CHUNKS), 40),
+        _lower("step, 4K, radius 8: GiB", gib(FOUR_K, OUR_STEPS[8]), 34, "39.7 for its whole run (UltraGen)"),
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from .bench import Bench, Measured, Task, Tasks, shape_of
 from .competitors import COMPETITORS, Competitor, ours
 from .model_step import Models
-from .names import DENSE, DENSE_STEP, IN_CHUNKS, OUR_STEPS, case_name, size_name
+from .names import ALL_WEIGHTS, DENSE, DENSE_STEP, IN_CHUNKS, OUR_STEPS, case_name, size_name
 from .timing import peak_gib
 
 PART = "memory"
@@ -62,7 +62,7 @@ def of_step(bench: Bench, models: Models, impl: str, side: int) -> Measured:
     chunks = in_token_chunks(model, CHUNK_TOKENS) if impl == IN_CHUNKS else nullcontext()
     with flux.first_units(model, 1), chunks:
         peak = peak_gib(run, bench.device)
-    note = "first blocks, with all weights in memory"
+    note = ALL_WEIGHTS
     if models.units < models.whole:
         note = f"first blocks, with the weights of {models.units} of {models.whole} units, which is what fits"
     return Measured(figures={"peak_gib": peak}, note=note)
