@@ -4,7 +4,7 @@ The cascade with a student against direct generation, against the 128 px picture
 oracle: the drawing itself, through the VAE. Does each picture still follow its caption and hang together, and how sharp
 are its objects? And what memory does the cascade take? Writes benchmarks/results/high_resolution.json, .md and .png.
 
-A student's adapter comes from `make marks`; --adapter names another.
+The student is the hybrid of `make marks`; --adapter names another. Direct generation is for a few captions only.
 """
 
 import argparse
@@ -192,7 +192,8 @@ class HighResolution:
             }
             if side == amount.side:
                 kinds["direct, teacher"] = lambda index, side=side: self.direct(self.teacher, side, index)
-            made = {name: self.pictures(name, side, count, draw) for name, draw in kinds.items()}
+            counts = {name: amount.few_captions if name.startswith("direct") else count for name in kinds}
+            made = {name: self.pictures(name, side, counts[name], draw) for name, draw in kinds.items()}
             rows += [self.row(name, side, pictures) for name, pictures in made.items()]
             sheets[side] = made
         pairs = [self.last_stage(index) for index in range(amount.few_captions)]
@@ -237,11 +238,13 @@ class HighResolution:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--adapter", type=Path, default=Path("runs/marks/runs/default/adapter"))
+    parser.add_argument("--adapter", type=Path, default=Path("runs/marks/runs/hybrid/adapter"))
     parser.add_argument("--directory", type=Path, default=Path("runs/high_resolution"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--captions", type=int, default=Amount.captions, help="at 512 px")
-    parser.add_argument("--few-captions", type=int, default=Amount.few_captions, help="at 1024 px")
+    parser.add_argument(
+        "--few-captions", type=int, default=Amount.few_captions, help="at 1024 px, and generated directly"
+    )
     options = parser.parse_args()
     if not options.adapter.exists():
         raise SystemExit(f"{options.adapter} is not there: run `make marks` first, or name an --adapter")
@@ -255,7 +258,7 @@ def main() -> None:
         options.results / "high_resolution.json",
         {"amount": asdict(amount), "rows": [asdict(row) for row in rows], **beside},
     )
-    shown = list(zip(*(made[:8] for made in run.sheet), strict=True))
+    shown = list(zip(*(made[: min(8, amount.few_captions)] for made in run.sheet), strict=True))
     write_sheet(run.sheet_names, shown, options.results / "high_resolution.png")
     write_whole(options.results / "high_resolution.md", lambda temporary: temporary.write_text(text))
     print(text)
