@@ -6,6 +6,7 @@ from .latents import UNET, unet_inputs
 from .sequences import QWEN_IMAGE, qwen_image_inputs
 from .tiny import Arguments, Grid, Tiny
 
+
 def unet_controlnet_xs_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     """Even sides, which upstream halves and doubles again; a picture of two pixels for each latent."""
     height, width = (side + side % 2 for side in grid)
