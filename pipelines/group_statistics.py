@@ -20,7 +20,10 @@ from ..linearize.intercept import change_class
 
 @contextmanager
 def whole_statistics(module: nn.Module, run: Callable[[], object]) -> Iterator[None]:
-    """Inside, group norms of a module that run in `run` keep to the mean and variance that they met there."""
+    """Inside, group norms of a module that run in `run` keep to the mean and variance that they met there.
+
+    Other threads, and other pipelines with the same module, would get these statistics too: none may run it meanwhile.
+    """
     met: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
     def meet(norm: Any, inputs: tuple[Tensor]) -> None:

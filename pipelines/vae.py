@@ -8,7 +8,8 @@ run on it made as small as a tile (`group_statistics.py`).
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -121,8 +122,10 @@ def _blended(
     tiles = list(product(heights, widths))
     if side is None or len(tiles) == 1:
         return run(values).float().cpu()
+    if len(values) > 1 and getattr(vae, "use_slicing", False):  # each picture has statistics of its own
+        return torch.cat([_blended(vae, run, one, side, gain, what, progress, align) for one in values.split(1)])
     total = weight = None
-    with whole_statistics(vae, lambda: run(_as_small_as_a_tile(values, side, align))):
+    with _without_own_tiles(vae), whole_statistics(vae, lambda: run(_as_small_as_a_tile(values, side, align))):
         for (top, bottom), (left, right) in tqdm(tiles, desc=what, unit="tile", disable=not progress):
             part = run(values[..., top:bottom, left:right]).float().cpu()
             if total is None or weight is None:
@@ -135,6 +138,17 @@ def _blended(
             weight[place] += down[:, None] * across
     assert total is not None and weight is not None
     return total.div_(weight)
+
+
+@contextmanager
+def _without_own_tiles(vae: Any) -> Iterator[None]:
+    """Inside, `enable_tiling` is off: statistics would be those of the last one of upstream's tiles."""
+    own = getattr(vae, "use_tiling", False)
+    vae.use_tiling = False
+    try:
+        yield
+    finally:
+        vae.use_tiling = own
 
 
 def _as_small_as_a_tile(values: Tensor, side: int, align: int) -> Tensor:

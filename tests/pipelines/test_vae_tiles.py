@@ -75,6 +75,19 @@ def test_tiles_take_the_statistics_of_the_whole_picture(vae: Any, monkeypatch: p
     assert kept[0] < 0.2 * own[0] and kept[1] < 0.2 * own[1]
 
 
+def test_tiles_are_the_same_with_the_vaes_own_tiles_and_slices(vae: Any, picture: Tensor) -> None:
+    pixels = torch.cat([picture, picture.flip(1) / 2])
+    wanted = encode(vae, pixels, tile=128)
+    made = copy.deepcopy(vae)
+    made.enable_tiling()
+    made.enable_slicing()
+    made.tile_sample_min_size, made.tile_latent_min_size = 64, 32
+    assert torch.allclose(encode(made, pixels, tile=128), wanted, atol=1e-5)
+    latents = wanted[..., :64, :80]
+    assert torch.allclose(decode(made, latents, tile=96), decode(vae, latents, tile=96), atol=1e-5)
+    assert made.use_tiling and made.use_slicing
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_statistics_of_the_same_picture_change_nothing(vae: Any, picture: Tensor, dtype: torch.dtype) -> None:
     made = copy.deepcopy(vae).to(dtype)
