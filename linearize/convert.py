@@ -190,6 +190,7 @@ def _kernel(attention: Any, config: Any, impl: str) -> Any:
     return kernel
 
 
+@torch.inference_mode(False)
 def swap_(model: nn.Module, state: State, modules: Mapping[str, nn.Module], kernels: Mapping[str, Any]) -> None:
     """Hooks, kernels and classes, for modules that were all found fit; kernels are as `Method` has them."""
     seen_at = state.family.seen_at
