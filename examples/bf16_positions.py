@@ -1,4 +1,4 @@
-"""Plain diffusers: FLUX's pipelines make image positions in the dtype of the text, and bfloat16 merges them in pairs.
+"""Plain diffusers: FLUX's pipelines make image positions in the dtype of the text; bfloat16 merges neighbours.
 
     python examples/bf16_positions.py
 

@@ -12,7 +12,7 @@ from ..linearize.families.positions import rectangle
 def exact_positions(pipe_or_model: Any) -> Iterator[None]:
     """Inside, a model of the FLUX.1 family gets `img_ids` in float32, in any attention.
 
-    Its pipelines make them in the dtype of the text: bfloat16 collapses rows and columns in pairs beyond 256 tokens.
+    Its pipelines make them in the dtype of the text: in bfloat16 rows and columns share positions beyond 256 tokens.
     """
 
     def exact(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

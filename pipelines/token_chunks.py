@@ -36,7 +36,8 @@ from ..linearize.errors import UnsupportedModelError
 def in_token_chunks(pipe_or_model: Any, chunk_tokens: int) -> Iterator[None]:
     """Inside, token-wise layers of the model's blocks run on at most `chunk_tokens` tokens at a time.
 
-    Offloading by layers moves their weights to the device once for each chunk.
+    Offloading by layers moves their weights to the device once for each chunk. No other thread may run the model
+    meanwhile: an attention module keeps the positions of its running call.
 
     Raises:
         UnsupportedModelError: the model has none of FLUX.1's blocks.

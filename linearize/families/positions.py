@@ -18,8 +18,8 @@ from .family import CACHED_REFERENCES, Sight
 def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
     """The grid that position ids spell out, and the same ids without rounding.
 
-    Pipelines make ids in bfloat16, exact to 256 only. Beyond, rows and columns collapse in pairs: the first change of
-    row, or the first step back of columns, still tells the width, where the greatest position does not.
+    Pipelines make ids in bfloat16, exact to 256 only. Beyond, neighbouring rows and columns share positions: the first
+    change of row, or the first step back of columns, still tells the width, where the greatest position does not.
 
     Args:
         ids: [N, axes], any dtype; column 1 is the row, column 2 the column, the others are constant.
@@ -82,7 +82,8 @@ def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
 
 def see_flux_controlnet(model: Any, arguments: Mapping[str, Any]) -> Sight:
     """As `see_image_ids`; where one ControlNet has several modes, a token before the text tells which."""
-    num_modes = arguments["controlnet_mode"].shape[1] if model.union else 0
+    mode = arguments.get("controlnet_mode") if model.union else None  # where it lacks one, upstream asks for it
+    num_modes = 0 if mode is None else mode.shape[1]
     return _see_ids(arguments, num_modes + arguments["encoder_hidden_states"].shape[1])
 
 

@@ -60,6 +60,13 @@ VARIANTS = {
 }
 
 
+def test_a_union_without_its_mode_is_told_so_by_upstream() -> None:
+    model = build("flux-controlnet", num_mode=3)
+    linearize_(model, Clear(radius=2.3))
+    with pytest.raises(ValueError, match="controlnet_mode"):
+        run(model, inputs_of("flux-controlnet"))
+
+
 @pytest.mark.parametrize("name", [name for name in VARIANTS if hasattr(diffusers, MODELS[VARIANTS[name].family].needs)])
 def test_variants_are_the_original_where_the_window_covers_and_else_the_window(name: str) -> None:
     variant = VARIANTS[name]
