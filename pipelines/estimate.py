@@ -1,9 +1,9 @@
 """Rough cost of a stage before it runs: operations counted from the model's shape, memory from its width.
 
 Seconds are operations over half of what a matrix product reaches on this device. Memory counts weights and, in copies
-of all tokens at the model's width, what a block of FLUX.1 holds at its peak. Counted on FLUX.1-dev's shape at 1K and
-4K, tensor by tensor: 17.2 to 17.3 copies, where queries are turned in float32 beside the single block's hidden layer;
-in chunks 7.5 copies and as many of one chunk.
+of all tokens at the model's width, what a block of FLUX.1 holds at its peak. Counted on FLUX.1-dev's shape, tensor by
+tensor (`benchmarks/forward_memory.py`): 17.2 to 17.3 copies, where queries are turned in float32 beside the single
+block's hidden layer; in chunks of 8192 8.4 at 4K and 8.2 at 8K, which 8 copies and as many of one chunk cover.
 """
 
 import math

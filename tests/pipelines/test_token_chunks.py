@@ -1,6 +1,5 @@
 """Chunks of tokens: the same numbers, whatever lies around a layer; less memory; the model as it was afterwards."""
 
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -15,9 +14,8 @@ from peft import LoraConfig
 from tiny_distill import build_tiny
 from tolerance import assert_close
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.forward_memory import Live, peak_bytes
 from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, dense, linearize_
 from lineardit.linearize.compiling import compile_
 from lineardit.pipelines.estimate import COPIES, COPIES_IN_CHUNKS
@@ -171,26 +169,6 @@ def test_in_token_chunks_goes_with_compiled_blocks(model: Any) -> None:
         assert torch.allclose(run(model, arguments), wanted, atol=1e-5)
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside and are still there."""
-
-    def __init__(self, known: nn.Module) -> None:
-        super().__init__()
-        self.bytes: dict[int, int] = {}
-        self.known = {weight.untyped_storage()._cdata for weight in known.parameters()}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in self.bytes.keys() | self.known:
-                self.bytes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.bytes.pop, storage._cdata)
-                self.peak = max(self.peak, sum(self.bytes.values()))
-        return out
-
-
 def test_estimate_of_memory_is_what_a_forward_holds() -> None:
     """In copies of all tokens, at a width beside which rotary tables are small."""
     shape = {"attention_head_dim": 16, "num_attention_heads": 24, "axes_dims_rope": (4, 6, 6)}
@@ -203,6 +181,12 @@ def test_estimate_of_memory_is_what_a_forward_holds() -> None:
         with chunks, Live(model) as live:
             run(model, cast(arguments, torch.bfloat16))
         assert 0.85 * copies < live.peak / (model.inner_dim * 2) < copies
+
+
+@pytest.mark.parametrize(("side", "chunk_tokens", "copies"), [(4096, None, 17.2), (4096, 8192, 8.4), (8192, 8192, 8.2)])
+def test_peak_bytes_is_what_the_documentation_says(side: int, chunk_tokens: int | None, copies: float) -> None:
+    peak, copy = peak_bytes(side, chunk_tokens)
+    assert round(peak / copy, 1) == copies
 
 
 def test_plan_takes_chunks_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
