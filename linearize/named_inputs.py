@@ -229,6 +229,9 @@ _MAKERS: dict[str, Callable[[Picture], Any]] = {
     ),
     "pooled_projections": _pooled,
     "controlnet_cond": _control,
+    "controlnet_mode": lambda picture: (
+        torch.zeros(picture.batch, 1, dtype=torch.long) if picture.config.get("num_mode") is not None else None
+    ),
     "timestep": _one,
     "t": _one,
     "target_timestep": lambda picture: picture.floats() if picture.config.get("flow_map") else None,

@@ -10,6 +10,7 @@ import torch
 from receptive_field import attention_calls, changed_by_each_image_token
 
 from lineardit.linearize import Clear, linearize_
+from lineardit.linearize.step_inputs import step_inputs
 from tiny_models import MODELS, build, inputs_of, position_ids, run
 
 GRID, TEXT_LEN = (4, 5), 3
@@ -62,6 +63,7 @@ VARIANTS = {
 
 def test_a_union_without_its_mode_is_told_so_by_upstream() -> None:
     model = build("flux-controlnet", num_mode=3)
+    assert step_inputs(model, "flux", 8)["controlnet_mode"].shape == (1, 1)
     linearize_(model, Clear(radius=2.3))
     with pytest.raises(ValueError, match="controlnet_mode"):
         run(model, inputs_of("flux-controlnet"))
