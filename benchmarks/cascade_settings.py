@@ -67,7 +67,7 @@ class Drawing:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--adapter", type=Path, default=Path("runs/marks/runs/default/adapter"))
-    parser.add_argument("--scene", type=int, default=0, help="number of the held-out caption")
+    parser.add_argument("--scene", type=int, default=5, help="number of the held-out caption")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=Path, default=IMAGES)
     options = parser.parse_args()
