@@ -1,6 +1,6 @@
 """The marks of the main job, on the small trained model: `make marks`, resumable.
 
-About an hour and a quarter on two idle cores. Clear(radius=4), taught by the model itself: does the student still
+About an hour and a half on two idle cores. Clear(radius=4), taught by the model itself: does the student still
 follow held-out captions, do its pictures still hang together, how near are its latents? The same for a hybrid, which
 adds 64 proxies for all that lies beyond the window. And shorter: what does each term of the loss bring? Writes
 benchmarks/results/marks.json, marks.md and marks.png.
@@ -43,7 +43,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ fr
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ScenePlan):
-    """The defaults fit the hour."""
+    """How much is done."""
 
     radius: float = 4
     proxies: int = 64  # of the hybrid
