@@ -23,7 +23,8 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 def shell_lines(program: str) -> list[str]:
     """Every line of the README's shell blocks that starts with `program`."""
-    lines = [line for block in code_blocks(PAGES["README.md"], "bash") for line in block.splitlines()]
+    blocks = [block.replace("\\\n", "") for block in code_blocks(PAGES["README.md"], "bash")]
+    lines = [line for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith(program + " ")]
 
 
@@ -46,12 +47,19 @@ def test_readme_make_targets_exist() -> None:
     assert {first or second for first, second in told} - targets == set()
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_readme_links_within_a_page_have_their_heading(page: str) -> None:
+    headings = re.findall(r"^#+ (.*)", PAGES[page], flags=re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", PAGES[page])) <= anchors
+
+
 def test_readme_paths_exist() -> None:
     linked = {
         target
         for text in PAGES.values()
         for target in re.findall(r"\]\(([^)]+)\)", text)
-        if not target.startswith("http")
+        if not target.startswith(("http", "#"))
     }
     quoted = {path for text in PAGES.values() for path in re.findall(r"`([a-z_]+/[a-z_./]*)`", text)}
     launched = {shlex.split(line, comments=True)[-1] for line in shell_lines("accelerate")}
