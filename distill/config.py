@@ -64,6 +64,7 @@ class Attention:
     projections: tuple[str, ...] = PROJECTIONS
 
 
+PRECISIONS = ("no", "bf16", "auto")
 TRAINED = {"lora": Lora, "attention": Attention}
 
 
@@ -139,14 +140,14 @@ class Run:
     batch_size: int = 8  # samples per step, over all processes
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
-    mixed_precision: str = "no"
+    mixed_precision: str = "no"  # of the student: no, bf16, or auto: bf16 where it is faster than float32
     impl: str = "auto"  # of the new attention
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):
             _require(getattr(self, name) >= 1, f"run.{name}", ">= 1", getattr(self, name))
-        _require(self.mixed_precision in ("no", "bf16"), "run.mixed_precision", "no or bf16", self.mixed_precision)
+        _require(self.mixed_precision in PRECISIONS, "run.mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if self.base.dtype == "bfloat16" and self.run.mixed_precision == "no":
-            raise ValueError("run.mixed_precision must be bf16 where base.dtype is bfloat16, got 'no'")
+            raise ValueError("run.mixed_precision must be bf16 or auto where base.dtype is bfloat16, got 'no'")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:

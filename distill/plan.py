@@ -17,9 +17,13 @@ _SAVED, _OUTPUTS = 14, 2
 
 
 def describe_plan(
-    config: DistillConfig, model: nn.Module, report: SwapReport, samples: TeacherSamples, processes: int
+    config: DistillConfig, model: nn.Module, report: SwapReport, samples: TeacherSamples, processes: int, *, mixed: bool
 ) -> str:
-    """A few lines of text: what is trained on what, for how long, and about how much memory a process needs."""
+    """A few lines of text: what is trained on what, for how long, and about how much memory a process needs.
+
+    Args:
+        mixed: Whether the student computes in bfloat16.
+    """
     trained = trained_parameters(model)
     count = sum(parameter.numel() for parameter in trained.values())
     kernel = sum(parameter.numel() for name, parameter in trained.items() if KERNEL in name)
@@ -31,12 +35,13 @@ def describe_plan(
     lines = {
         "student": f"{config.base.model}, {report}",
         "trained": f"{what}: {len(trained)} tensors, {count:,} of {total:,} parameters ({kernel:,} in kernels)",
-        "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}",
+        "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}; "
+        f"{'bfloat16' if mixed else 'float32'} for the student",
         "data": f"{len(samples)} samples ({config.validate.samples} held out), "
         + ", ".join(f"{rows}x{columns} = {rows * columns} image tokens" for rows, columns in grids),
         "steps": f"{_first_stage(config)}{config.run.steps} of {config.run.batch_size} samples = "
         f"{processes} processes x {config.run.gradient_accumulation} accumulated x {micro}",
-        "memory": _memory(config, model, report, max(rows * columns for rows, columns in grids), micro),
+        "memory": _memory(config, model, report, max(rows * columns for rows, columns in grids), micro, mixed),
     }
     return "\n".join(f"{name:>8}: {text}" for name, text in lines.items())
 
@@ -46,12 +51,12 @@ def _first_stage(config: DistillConfig) -> str:
     return f"{first.steps} layer by layer at rate {first.lr:g}, then " if first.steps else ""
 
 
-def _memory(config: DistillConfig, model: nn.Module, report: SwapReport, num_tokens: int, micro: int) -> str:
+def _memory(config: DistillConfig, model: nn.Module, report: SwapReport, num_tokens: int, micro: int, mixed: bool) -> str:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     state = 3 * sum(parameter.nbytes for parameter in trained_parameters(model).values())  # gradient, two moments
     settings: Any = model.config
     width = settings.num_attention_heads * settings.attention_head_dim
-    vector = micro * num_tokens * width * (4 if config.run.mixed_precision == "no" else 2)
+    vector = micro * num_tokens * width * (2 if mixed else 4)
     blocks = len(report.swapped)
     saved = blocks + _SAVED if config.run.gradient_checkpointing else blocks * _SAVED
     vectors = saved + (blocks * _OUTPUTS if config.loss.attention else 0)

@@ -13,7 +13,6 @@ from diffusers import DiffusionPipeline
 
 from ..linearize.adapter import save_adapter
 from ..linearize.base import read_base
-from ..linearize.convert import denoiser
 from .config import Base, DistillConfig
 from .data import TeacherSamples
 from .plan import describe_plan
@@ -44,9 +43,10 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     report = build_student_(pipe, config)
     if accelerator.is_main_process:
         record_run(config, samples.fingerprint)
-        plan = describe_plan(config, denoiser(pipe)[1], report, samples, accelerator.num_processes)
-        logger.info("%s", plan)
     trainer = Trainer(accelerator, config, pipe, samples)
+    if accelerator.is_main_process:
+        processes = accelerator.num_processes
+        logger.info("%s", describe_plan(config, trainer.model, report, samples, processes, mixed=trainer.mixed))
     trainer.fit(trainer.restore() if resume else 0)
     adapter = Path(config.run.directory) / "adapter"
     if accelerator.is_main_process:

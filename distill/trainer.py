@@ -26,6 +26,7 @@ from .families import family_of
 from .figures import StepLog
 from .layerwise import average_gradients, lessons
 from .losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
+from .precision import autocasts
 from .sheet import write_sheet
 from .student import teacher, trained_parameters
 
@@ -82,6 +83,7 @@ class Trainer:
         self.layers = swapped(self.model)
         self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
         self.dtype = getattr(torch, config.base.dtype)
+        self.mixed = autocasts(config, accelerator.device)
         if config.run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.train()
@@ -225,8 +227,7 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """The student's precision."""
-        mixed = self.config.run.mixed_precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=mixed)
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.mixed)
 
     def _native(self) -> AbstractContextManager[Any]:
         """The teacher's: a base in bfloat16 needs no autocast, and is the original to the last bit without it."""

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.training_utils import EMAModel
 
 from lineardit.distill.figures import StepLog
+from lineardit.distill.precision import bfloat16_is_faster
 
 from . import scenes
 from .flow import STRIDES, Settings, TinyFlux, flow_loss, image_positions, make_batch, phase_of_step
@@ -143,7 +144,8 @@ class Run:
         self.pipe.set_progress_bar_config(disable=True)
         captions = [scenes.sample(i, split="held_out").caption for i in range(EVALUATED)]
         size = 128 // stride
-        with torch.autocast(self.settings.device, torch.bfloat16), positions(self.pipe, stride):
+        mixed = torch.autocast(self.settings.device, torch.bfloat16, enabled=bfloat16_is_faster(self.settings.device))
+        with mixed, positions(self.pipe, stride):
             images = self.pipe(
                 captions,
                 height=size,
