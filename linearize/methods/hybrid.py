@@ -18,6 +18,9 @@ by what the means smooth, and too large by the window itself; b, learned for eac
 loses what G gains, since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by
 far, and at g = 0 both are the local branch.
 
+Where G is attention to the very cells that weigh it, proxies and no other `mass_cells`, (1 - s) L + s G is one softmax,
+over text, window, and proxies that count for the n/C tokens of their cells. It is computed so: M and G in one call.
+
 Where the window covers the image there is no rest, and the hybrid is the base's attention.
 
 Not rebuilt here: `Clear(pool_tokens=...)`, one softmax over window and pooled tokens, where a cell weighs as one token.
@@ -37,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.linear import share_of_keys
+from ...kernels.linear import attend_to_text, share_of_keys
 from ...kernels.window.operator import split_text
 from ..layout import Grid, Layout
 from .agent import Agent, AgentAttention
@@ -59,6 +62,7 @@ GLOBAL: dict[type, type[Any]] = {
     ProxyTokens: ProxyTokensAttention,
 }
 JOINS = ("mass", "gate")
+STATE_CELLS = 64  # that weigh a state, which has no keys of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +74,15 @@ class Hybrid:
         global_: Config of the global branch: `Agent`, `Mala`, `Rala` or `ProxyTokens`; "global" in files and commands.
         join: How the two are weighed, "mass" or "gate".
         gate: Where g starts, for every head: 0 at the local branch, 1 at the whole share, nearer to the base untrained.
-        mass_cells: Of join="mass", at any size of the image.
+        mass_cells: Of join="mass", at any size of the image; None: as many as the global branch has proxies or agents,
+            and 64 for a state.
     """
 
     local: Any = field(metadata={"of_method": True})
     global_: Any = field(metadata={"of_method": True})
     join: str = "mass"
     gate: float = 0.0
-    mass_cells: int = 64
+    mass_cells: int | None = None
 
     def __post_init__(self) -> None:
         _check_branch("local", self.local, LOCAL)
@@ -90,8 +95,23 @@ class Hybrid:
             raise ValueError(f"join must be one of {', '.join(JOINS)}, got {self.join!r}")
         if isinstance(self.gate, bool) or not isinstance(self.gate, int | float) or not math.isfinite(self.gate):
             raise ValueError(f"gate must be a finite number, got {self.gate!r}")
-        if isinstance(self.mass_cells, bool) or not isinstance(self.mass_cells, int) or self.mass_cells < 1:
-            raise ValueError(f"mass_cells must be an integer >= 1, got {self.mass_cells!r}")
+        if self.mass_cells is not None and not (type(self.mass_cells) is int and self.mass_cells >= 1):
+            raise ValueError(f"mass_cells must be an integer >= 1 or None, got {self.mass_cells!r}")
+
+    @property
+    def num_cells(self) -> int:
+        """C above."""
+        if self.mass_cells is not None:
+            return self.mass_cells
+        match self.global_:
+            case ProxyTokens(num_proxies=count) | Agent(num_agents=count):
+                return count
+        return STATE_CELLS
+
+    @property
+    def is_one_softmax(self) -> bool:
+        """Whether the proxies weigh themselves."""
+        return self.join == "mass" and type(self.global_) is ProxyTokens and self.global_.num_proxies == self.num_cells
 
 
 def _check_branch(name: str, config: object, allowed: dict[type, type[Any]]) -> None:
@@ -138,7 +158,8 @@ class HybridAttention(nn.Module):
         shape = {"num_heads": num_heads, "head_dim": head_dim}
         local = LOCAL[type(config.local)].pairs(config.local, grid, text_len, **shape)
         of_image = GLOBAL[type(config.global_)].pairs(config.global_, grid, 0, **shape)
-        return local + of_image + (math.prod(grid) * config.mass_cells if config.join == "mass" else 0)
+        weighs = config.join == "mass" and not config.is_one_softmax
+        return local + of_image + (math.prod(grid) * config.num_cells if weighs else 0)
 
     def observe(self, grid: Grid) -> None:
         """Told each new grid, outside traced code.
@@ -162,22 +183,24 @@ class HybridAttention(nn.Module):
             return self.local(query, key, value, layout, scale=scale)
         text_len, text_first = layout.text_len, layout.text_first
         image_query, image_key, image_value = (split_text(x, text_len, text_first)[1] for x in (query, key, value))
-        share = self.gate[:, None]  # [H, 1]
+        share = self.gate[:, None, None]  # [H, 1, 1]
         if self.balance is None:
             out = self.local(query, key, value, layout, scale=scale)
+            text_out, near = split_text(out, text_len, text_first)
+            far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
         else:
             out, lse = self.local.attend_and_lse(query, key, value, layout, scale=scale)
-            share = share * self._share(image_query, image_key, lse - self.balance[:, None], layout.grid, scale)
-        text_out, near = split_text(out, text_len, text_first)
-        far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
-        joined = near + share[..., None].to(near.dtype) * (far.to(near.dtype) - near)
+            text_out, near = split_text(out, text_len, text_first)
+            tokens_of_a_cell = lse.new_ones(()) * (image_query.shape[2] / self.config.num_cells)
+            mass = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, as the cells' plain logits count it
+            if self.config.is_one_softmax:
+                proxies = self.global_.proxies(image_query, image_key, image_value, layout.grid, scale)
+                far = attend_to_text(image_query, near, mass, *proxies, scale=scale)  # (1 - s) L + s G
+            else:
+                cells = pool_agents(image_key, *layout.grid[-2:], self.config.num_cells).to(key.dtype)
+                share = share * share_of_keys(image_query, cells, mass, scale=scale)[..., None]
+                far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
+        joined = near + share.to(near.dtype) * (far.to(near.dtype) - near)
         if text_len == 0:
             return joined
         return torch.cat([text_out, joined] if text_first else [joined, text_out], dim=2)
-
-    def _share(self, query: Tensor, key: Tensor, lse: Tensor, grid: Grid, scale: float) -> Tensor:
-        """s above, [B, H, n]; query, key: [B, H, n, D], lse: [B, H, n], of what M is weighed against."""
-        num_cells = self.config.mass_cells
-        cells = pool_agents(key, *grid[-2:], num_cells).to(key.dtype)
-        tokens_of_a_cell = lse.new_ones(()) * (query.shape[2] / num_cells)
-        return share_of_keys(query, cells, lse - tokens_of_a_cell.log(), scale=scale)

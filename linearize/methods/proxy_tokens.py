@@ -88,10 +88,13 @@ class ProxyTokensAttention(nn.Module):
 
     def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
         """x above, [B, H, n, D] -> [B, H, n, D]."""
-        proxy_query, proxy_key, proxy_value = (  # [B, H, C, D]
+        return scaled_dot_product_attention(query, *self.proxies(query, key, value, grid, scale), scale=scale)
+
+    def proxies(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tensor]:
+        """k_c and v_c + g (y_c - v_c) above, of the image's tokens; [B, H, n, D] -> [B, H, C, D] each."""
+        proxy_query, proxy_key, proxy_value = (
             pool_agents(tokens, *grid[-2:], self.config.num_proxies).to(tokens.dtype) for tokens in (query, key, value)
         )
         heard = scaled_dot_product_attention(proxy_query, proxy_key, proxy_value, scale=scale)
         gate = self.gate[:, None, None].to(proxy_value.dtype)
-        told = proxy_value + gate * (heard - proxy_value)
-        return scaled_dot_product_attention(query, proxy_key, told.to(value.dtype), scale=scale)
+        return proxy_key, (proxy_value + gate * (heard - proxy_value)).to(value.dtype)

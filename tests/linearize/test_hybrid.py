@@ -1,6 +1,7 @@
 """Hybrids: the formula written out, the local branch bit for bit at gate 0, exactness, settings, files and commands."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ BRANCHES = [
     Hybrid(local=Clear(radius=2), global_=Agent(num_agents=4)),
     Hybrid(local=Neighborhood(window=3), global_=Mala(conv_size=3, gate=True)),
     Hybrid(local=SlidingTile(tile=2, window=1), global_=Rala(), join="gate"),
-    Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), mass_cells=4),
+    Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4)),
+    Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), mass_cells=6),
 ]
 
 
@@ -113,7 +115,7 @@ def _means(tokens: Tensor) -> Tensor:
 
 def test_where_nothing_is_estimated_an_open_gate_is_softmax_over_everything() -> None:
     """Keys and values constant within each cell, and a window that sees its own token alone, of next to no mass."""
-    kernel = kernel_of(Hybrid(local=Clear(radius=1), global_=ProxyTokens(num_proxies=4), mass_cells=4, gate=1.0))
+    kernel = kernel_of(Hybrid(local=Clear(radius=1), global_=ProxyTokens(num_proxies=4), gate=1.0))
     grid, text_len = (20, 20), 2
     kernel.observe(grid)
     cells = torch.randn(3, 1, 2, 2, 2, 8, dtype=torch.float64) / 2
@@ -126,6 +128,33 @@ def test_where_nothing_is_estimated_an_open_gate_is_softmax_over_everything() ->
     error, of_local = ((x - expected).norm() / expected.norm() for x in (out, closed))
     assert error < 0.03
     assert of_local > 0.3
+
+
+@pytest.mark.parametrize("text_len", [0, TEXT_LEN])
+def test_proxies_that_weigh_themselves_are_the_formula_in_one_softmax(text_len: int) -> None:
+    """Gates, balance and what the proxies hear are random; text is masked."""
+    kernel = kernel_of(Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4)))
+    apart = kernel_of(Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), join="gate"))
+    for parameter in kernel.parameters():
+        torch.nn.init.normal_(parameter)
+    apart.load_state_dict({name: one for name, one in kernel.state_dict().items() if name != "balance"})
+    apart.gate.data.fill_(1)
+    inputs, layout = tokens(text_len), Layout(GRID, text_len, True, masked(text_len))
+    out = kernel(*inputs, layout, scale=SCALE)
+    near, lse = kernel.local.attend_and_lse(*inputs, layout, scale=SCALE)
+    far = apart(*inputs, layout, scale=SCALE)  # G for image queries
+    query, key = (x[:, :, text_len:] for x in inputs[:2])
+    mass = (query @ _means(key).mT * SCALE).logsumexp(-1) + math.log(30 / 4) + kernel.balance[:, None]
+    share = kernel.gate[:, None] * torch.sigmoid(mass - lse)
+    expected = near[:, :, text_len:] + share[..., None] * (far - near)[:, :, text_len:]
+    assert torch.allclose(out[:, :, text_len:], expected, atol=1e-8)
+    assert torch.equal(out[:, :, :text_len], near[:, :, :text_len])
+
+
+def test_cells_that_weigh_are_the_proxies_agents_or_64_for_a_state() -> None:
+    for global_, count in ((ProxyTokens(num_proxies=9), 9), (Agent(num_agents=10), 10), (Mala(), 64)):
+        assert Hybrid(local=Clear(radius=2), global_=global_).num_cells == count
+        assert Hybrid(local=Clear(radius=2), global_=global_, mass_cells=5).num_cells == 5
 
 
 def test_a_window_that_covers_the_image_leaves_nothing_to_the_global_branch() -> None:
@@ -158,7 +187,7 @@ def test_pairs_are_those_of_both_branches_with_text_once() -> None:
     for config in BRANCHES:
         local = METHODS[type(config.local)].pairs(config.local, GRID, TEXT_LEN, **shape)
         far = METHODS[type(config.global_)].pairs(config.global_, GRID, 0, **shape)
-        weighing = 30 * config.mass_cells if config.join == "mass" else 0
+        weighing = 30 * config.num_cells if config.join == "mass" and not config.is_one_softmax else 0
         assert METHODS[Hybrid].pairs(config, GRID, TEXT_LEN, **shape) == local + far + weighing
 
 
@@ -196,7 +225,7 @@ def test_config_round_trips_through_json(config: Hybrid) -> None:
         ({"join": "sum"}, "join must be one of mass, gate, got 'sum'"),
         ({"gate": True}, "gate must be a finite number"),
         ({"gate": float("nan")}, "gate must be a finite number"),
-        ({"mass_cells": 0}, "mass_cells must be an integer >= 1"),
+        ({"mass_cells": 0}, "mass_cells must be an integer >= 1 or None, got 0"),
     ],
 )
 def test_settings_are_checked(change: dict[str, Any], told: str) -> None:
