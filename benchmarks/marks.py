@@ -1,19 +1,21 @@
 """The marks of the main job, on the small trained model: `make marks`, resumable.
 
-About an hour and a half on two idle cores. Clear(radius=4), taught by the model itself: does the student still
-follow held-out captions, do its pictures still hang together, how near are its latents? The same for a hybrid, which
-adds 64 proxies for all that lies beyond the window. And shorter: what does each term of the loss bring? Writes
-benchmarks/results/marks.json, marks.md and marks.png.
+Two to four hours on two idle cores. Clear(radius=4), taught by the model itself: does the student still follow
+held-out captions, do its pictures still hang together, how near are its latents? The same for a hybrid, which adds 256
+proxies for all that lies beyond the window, and for a wider window that costs as much. And shorter: what does each
+term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with every row.
 """
 
 import argparse
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flux_layer import local_of_equal_flops
 from marks_report import Mark, Row, as_markdown, student_marks, teacher_marks
 from scene_students import ScenePlan, SceneStudents
 
@@ -39,6 +41,13 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ fr
     "CLEAR's weights": ("loss.flow=1.0", "loss.prediction=0.5", "loss.attention=0.5"),
     "CLEAR's projections": (f"trained.projections={json.dumps(PROJECTIONS)}",),
 }
+UNTRAINED = {  # the rows of the swaps alone
+    "default": "0 steps",
+    "hybrid": "hybrid, 0 steps",
+    "window of equal cost": "window of equal cost, 0 steps",
+}
+SHOWN = ("teacher", "0 steps", "default", "window of equal cost", "hybrid, 0 steps", "hybrid")  # in the picture
+LONG = "teacher, 512 text tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +55,11 @@ class Plan(ScenePlan):
     """How much is done."""
 
     radius: float = 4
-    proxies: int = 64  # of the hybrid
+    proxies: int = 256  # of the hybrid
     few_train_steps: int = 200  # of the rows beside the marks
     learning_rate: float = 3e-3
-    hybrid_learning_rate: float = 1e-3  # it starts nearer
+    hybrid_train_steps: int = 200  # it starts nearer
+    hybrid_learning_rate: float = 1e-3
     shown: int = 12  # rows of the sheet
 
 
@@ -58,26 +68,33 @@ class Marks(SceneStudents):
 
     plan: Plan
 
-    def run(self) -> None:
-        """What the marks need."""
+    def run(self, report: Callable[[], None]) -> None:
+        """All rows, the hybrid's before the window's; `report` is called when a row is done."""
         plan = self.plan
         with self.stages.stage("teacher's pictures"):
             self.draw("teacher", self.base, plan.captions)
-        with self.stages.stage("pictures without training"):
-            self.draw("0 steps", self.converted("converted", self.local), plan.captions)
-            self.draw("hybrid, 0 steps", self.converted("hybrid", self.hybrid), plan.few_captions)
         with self.stages.stage("samples"):
             self.prepare()
-        for name, method, rate in (
-            ("default", self.local, plan.learning_rate),
-            ("hybrid", self.hybrid, plan.hybrid_learning_rate),
+        near_start = plan.hybrid_train_steps, plan.hybrid_learning_rate
+        for name, method, steps, rate, untrained, captions in (
+            ("hybrid", self.hybrid, *near_start, plan.few_captions, plan.captions),
+            ("window of equal cost", self.rival, *near_start, plan.few_captions, plan.few_captions),
+            ("default", self.local, plan.train_steps, plan.learning_rate, plan.captions, plan.captions),
         ):
+            with self.stages.stage(f"pictures: {name} without training"):
+                self.draw(UNTRAINED[name], self.converted(name, method), untrained)
+            report()
             with self.stages.stage(f"distill: {name}"):
-                self.distill(name, method, plan.train_steps, f"optimizer.lr={rate}")
+                self.distill(name, method, steps, f"optimizer.lr={rate}")
             with self.stages.stage(f"pictures: {name}"):
-                self.draw(name, self.adapter(name), plan.captions)
+                self.draw(name, self.adapter(name), captions)
+            report()
         with self.stages.stage("teacher with 512 text positions"):
-            self.draw("teacher, 512 text tokens", self.base, plan.few_captions, text_tokens=512)
+            self.draw(LONG, self.base, plan.few_captions, text_tokens=512)
+        report()
+        for change, settings in ABLATIONS.items():
+            self.ablate(f"{change}, {plan.few_train_steps} steps", settings)
+            report()
 
     @property
     def local(self) -> Clear:
@@ -86,7 +103,12 @@ class Marks(SceneStudents):
     @property
     def hybrid(self) -> Hybrid:
         proxies = self.plan.proxies
-        return Hybrid(local=self.local, global_=ProxyTokens(num_proxies=proxies), mass_cells=proxies, gate=1.0)
+        return Hybrid(local=self.local, global_=ProxyTokens(num_proxies=proxies), gate=1.0)
+
+    @property
+    def rival(self) -> Clear:
+        """A wider window that costs as much as the hybrid, at FLUX.1's 4K shape."""
+        return local_of_equal_flops(self.hybrid)
 
     def converted(self, name: str, method: Any) -> Path:
         """The folder of this swap, without training."""
@@ -95,14 +117,12 @@ class Marks(SceneStudents):
             convert_base(self.base, method, output=folder)
         return folder
 
-    def run_ablations(self) -> None:
-        """The rows beside the marks: what each term of the loss brings, and the projections of the text's side."""
-        steps = self.plan.few_train_steps
-        for change, settings in ABLATIONS.items():
-            name = f"{change}, {steps} steps"
-            with self.stages.stage(name):
-                self.distill(name, self.local, steps, f"optimizer.lr={self.plan.learning_rate}", *settings)
-                self.draw(name, self.adapter(name), self.plan.few_captions)
+    def ablate(self, name: str, settings: tuple[str, ...]) -> None:
+        """A row beside the marks: what a term of the loss brings, or the projections of the text's side."""
+        with self.stages.stage(name):
+            rate = f"optimizer.lr={self.plan.learning_rate}"
+            self.distill(name, self.local, self.plan.few_train_steps, rate, *settings)
+            self.draw(name, self.adapter(name), self.plan.few_captions)
 
     def adapter(self, name: str) -> Path:
         return self.directory / "runs" / re.sub(r"[^\w.-]+", "-", name) / "adapter"
@@ -129,17 +149,20 @@ class Marks(SceneStudents):
         return [self.row(name) for name in self.made]
 
     def marks(self) -> list[Mark]:
-        teacher, long = self.row("teacher"), self.row("teacher, 512 text tokens")
-        untrained = self.row("0 steps")
-        students = [student_marks(name, self.row(name), untrained) for name in ("default", "hybrid")]
-        return [*teacher_marks(teacher, long), *students[0], *students[1]]
+        """Of the rows that are made."""
+        marks = teacher_marks(self.row("teacher"), self.row(LONG) if LONG in self.made else None)
+        untrained = self.row(UNTRAINED["default"]) if UNTRAINED["default"] in self.made else None
+        for name in ("default", "hybrid"):
+            if name in self.made:
+                marks += student_marks(name, self.row(name), untrained)
+        return marks
 
 
-def write_results(results: Path, run: Marks) -> None:
-    """marks.json, marks.md and marks.png, of what has been made."""
+def write_results(results: Path, run: Marks) -> str:
+    """marks.json, marks.md and marks.png, of what has been made; returns the report."""
     rows, marks = run.rows(), run.marks()
     results.mkdir(parents=True, exist_ok=True)
-    columns = ("teacher", "0 steps", "default", "hybrid")
+    columns = [name for name in SHOWN if name in run.made]
     shown = [run.made[name].pictures.images[: run.plan.shown] for name in columns]
     write_sheet(columns, list(zip(*shown, strict=True)), results / "marks.png")
     taken = run.stages.total()
@@ -157,11 +180,13 @@ def write_results(results: Path, run: Marks) -> None:
     plan = run.plan
     title = (
         f"Clear(radius={plan.radius:g}) on examples/tiny_flux, held-out captions at {plan.side}x{plan.side}, "
-        f"{plan.steps} steps; students: {plan.train_steps} steps of {plan.batch_size} samples. {machine}"
+        f"{plan.steps} steps; students: {plan.train_steps} steps of {plan.batch_size} samples, "
+        f"the hybrid and the "
+        f"window of equal cost (radius {run.rival.radius:g}) {plan.hybrid_train_steps}. {machine}"
     )
     report = as_markdown(title, rows, marks)
     write_whole(results / "marks.md", lambda temporary: temporary.write_text(report))
-    print(report)
+    return report
 
 
 def main() -> None:
@@ -172,10 +197,7 @@ def main() -> None:
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run = Marks(path(), options.directory, Plan())
-    run.run()
-    write_results(options.results, run)
-    run.run_ablations()
-    write_results(options.results, run)
+    run.run(lambda: print(write_results(options.results, run)))
 
 
 if __name__ == "__main__":

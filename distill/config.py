@@ -147,7 +147,8 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):
             _require(getattr(self, name) >= 1, f"run.{name}", ">= 1", getattr(self, name))
-        _require(self.mixed_precision in PRECISIONS, "run.mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)
+        known = self.mixed_precision in PRECISIONS
+        _require(known, "run.mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)
 
 
 @dataclass(frozen=True, kw_only=True)

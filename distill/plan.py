@@ -51,7 +51,9 @@ def _first_stage(config: DistillConfig) -> str:
     return f"{first.steps} layer by layer at rate {first.lr:g}, then " if first.steps else ""
 
 
-def _memory(config: DistillConfig, model: nn.Module, report: SwapReport, num_tokens: int, micro: int, mixed: bool) -> str:
+def _memory(
+    config: DistillConfig, model: nn.Module, report: SwapReport, num_tokens: int, micro: int, mixed: bool
+) -> str:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     state = 3 * sum(parameter.nbytes for parameter in trained_parameters(model).values())  # gradient, two moments
     settings: Any = model.config

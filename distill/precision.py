@@ -1,4 +1,4 @@
-"""Whether bfloat16 pays on this machine: a CPU without instructions for it is many times slower in it than in float32."""
+"""Whether bfloat16 pays on this machine: a CPU without instructions for it is much slower in it than in float32."""
 
 import logging
 import time

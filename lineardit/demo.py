@@ -77,7 +77,7 @@ class DemoSettings:
     """How much a demonstration does; the defaults take about ten minutes on two idle cores."""
 
     radius: float = 4
-    proxies: int = 64  # of the hybrid, for what lies beyond the radius
+    proxies: int = 256  # of the hybrid, for what lies beyond the radius
     samples: int = 64  # that the teacher makes for its student
     sample_steps: int = 16  # denoising steps of each
     train_steps: int = 120  # of each student
@@ -155,7 +155,7 @@ def demo(
         _prepare(base, directory, settings)
     local = Clear(radius=settings.radius)
     proxies = ProxyTokens(num_proxies=settings.proxies)
-    hybrid = Hybrid(local=local, global_=proxies, mass_cells=settings.proxies, gate=1.0)
+    hybrid = Hybrid(local=local, global_=proxies, gate=1.0)
     sources = {"teacher": base, "converted": converted}
     for name, folder, method in (("distilled", RUN, local), ("hybrid", HYBRID, hybrid)):
         with stages.stage(f"distill: {name}"):

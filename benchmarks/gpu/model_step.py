@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .bench import Bench, Measured, Task, Tasks, UnavailableError
-from .names import CLEARS_STEP, DENSE, DENSE_STEP, OUR_STEPS, case_name, size_name
+from .names import CLEARS_STEP, DENSE, DENSE_STEP, HYBRID_STEP, OUR_STEPS, case_name, size_name
 from .timing import peak_gib, seconds
 
 PART = "model"
@@ -27,7 +27,7 @@ def tasks(bench: Bench) -> Tasks:
         return
     models = Models(bench)
     sides = sorted(bench.scale.sides, key=SIDES_BY_WORTH.index) if len(bench.scale.sides) > 1 else bench.scale.sides
-    for impl, side in product((DENSE_STEP, *OUR_STEPS.values(), CLEARS_STEP), sides):
+    for impl, side in product((DENSE_STEP, *OUR_STEPS.values(), CLEARS_STEP, HYBRID_STEP), sides):
         measure = partial(measure_step, bench, models, impl, side)
         yield Task(part=PART, case=size_name(side), impl=impl, measure=measure)
 
@@ -62,7 +62,7 @@ class Models:
 
 
 def _convert(model: Any, impl: str, bench: Bench) -> None:
-    from lineardit import Clear, linearize_, restore_
+    from lineardit import Clear, Hybrid, ProxyTokens, linearize_, restore_
 
     from .clears_way import RowMajorFlex, register
 
@@ -73,9 +73,12 @@ def _convert(model: Any, impl: str, bench: Bench) -> None:
         register()
         linearize_(model, RowMajorFlex(radius=CLEARS_RADIUS, text_len=bench.scale.text_len))
     else:
-        radius = next(radius for radius, name in OUR_STEPS.items() if name == impl)
+        radii = {name: radius for radius, name in OUR_STEPS.items()}
+        method: Any = Clear(radius=radii.get(impl, 8))
+        if impl == HYBRID_STEP:
+            method = Hybrid(local=method, global_=ProxyTokens(num_proxies=256), gate=1.0)
         # What users get; the interpreter of a smoke run is never chosen by itself
-        linearize_(model, Clear(radius=radius), impl=bench.impl if bench.results.head.smoke else "auto")
+        linearize_(model, method, impl=bench.impl if bench.results.head.smoke else "auto")
 
 
 def _compile(model: Any, backend: str) -> None:
