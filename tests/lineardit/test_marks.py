@@ -73,31 +73,31 @@ def test_marks_run_makes_every_row_and_goes_on(
 ) -> None:
     monkeypatch.setattr(marks, "launch", launch_here)
     plan = marks.Plan(
-        radius=2, side=16, steps=1, captions=3, few_captions=2, samples=4, train_steps=1, few_train_steps=1, proxies=4,
-        text_tokens=16, shown=2,
+        radius=2, side=16, steps=1, captions=3, few_captions=2, samples=4, train_steps=1, hybrid_train_steps=1,
+        few_train_steps=1, proxies=4, text_tokens=16, shown=2,
     )  # fmt: skip
     run = marks.Marks(base, tmp_path / "work", plan)
-    run.run()
-    names = ["teacher", "0 steps", "hybrid, 0 steps", "default", "hybrid", "teacher, 512 text tokens"]
-    assert [row.name for row in run.rows()] == names
-    run.run_ablations()
-    rows, held = run.rows(), run.marks()
+    reports: list[str] = []
+    run.run(lambda: reports.append(marks.write_results(tmp_path / "results", run)))
+    wide = "window of equal cost"
+    names = ["teacher", "hybrid, 0 steps", "hybrid", f"{wide}, 0 steps", wide, "0 steps", "default", marks.LONG]
     changes = [f"{change}, 1 steps" for change in marks.ABLATIONS]
+    rows = run.rows()
     assert [one.name for one in rows] == [*names, *changes]
-    assert [one.pictures for one in rows] == [3, 3, 2, 3, 3, *[2] * (1 + len(changes))]
+    assert [one.pictures for one in rows] == [3, 2, 3, 2, 2, 3, 3, *[2] * (1 + len(changes))]
     assert all(
-        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[2:], strict=True)
+        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[3:], strict=True)
     )
-    assert "loss.flow=0.0" in launched[3] and "loss.flow=0.0" not in launched[2]
-    marks.write_results(tmp_path / "results", run)
+    assert "loss.flow=0.0" in launched[4] and "loss.flow=0.0" not in launched[3]
+    assert all((f"| {wide} |" in report) == (number >= 3) for number, report in enumerate(reports))  # row by row
     content = json.loads((tmp_path / "results" / "marks.json").read_text())
-    assert [mark["name"] for mark in content["marks"]] == [mark.name for mark in held]
-    report = (tmp_path / "results" / "marks.md").read_text()
-    assert all(f"| {name} |" in report for name in [*names, *changes])
+    assert [mark["name"] for mark in content["marks"]] == [mark.name for mark in run.marks()]
+    assert len(run.marks()) == 2 + 2 + 3 + 3
+    assert all(f"| {name} |" in reports[-1] for name in [*names, *changes])
+    assert (tmp_path / "results" / "marks.md").read_text() == reports[-1]
     assert (tmp_path / "results" / "marks.png").is_file()
 
     again = marks.Marks(base, tmp_path / "work", plan)
-    again.run()
-    again.run_ablations()
-    assert len(launched) == 2 + len(changes)
+    again.run(lambda: None)
+    assert len(launched) == 3 + len(changes)
     assert [one.comparison for one in again.rows()] == [one.comparison for one in rows]
