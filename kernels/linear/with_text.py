@@ -24,6 +24,7 @@ def attend_to_text(
     text_value: Tensor,
     *,
     text_mask: Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float,
 ) -> Tensor:
     """What image queries get from the text and from the image together.
@@ -33,32 +34,35 @@ def attend_to_text(
         log_mass: [B, H, N], m above, float32 or float64.
         text_key, text_value: [B, H, T, D].
         text_mask: [B, T] bool, True = attend; None attends to all. Where all is masked, out is image_out.
+        bias: [N, T], added to the logits, in place of a mask; -inf where a query does not attend.
         scale: of the logits, > 0.
     Returns:
         [B, H, N, D], dtype of text_value.
     """
-    from_text, image_share = _attend(query, log_mass, text_key, text_value, text_mask, scale)
+    mask = bias if text_mask is None else text_mask[:, None, None, :]
+    from_text, image_share = _attend(query, log_mass, text_key, text_value, mask, scale)
     return from_text + image_share * image_out.to(text_value.dtype)
 
 
-def share_of_keys(query: Tensor, key: Tensor, log_mass: Tensor, *, scale: float) -> Tensor:
+def share_of_keys(query: Tensor, key: Tensor, log_mass: Tensor, *, bias: Tensor | None = None, scale: float) -> Tensor:
     """sum_t exp(scale q_i . k_t) / (sum_t exp(scale q_i . k_t) + exp(m_i)): what these keys take of a query.
 
     Args:
         query: [B, H, N, D].
         key: [B, H, T, D].
         log_mass: [B, H, N], m above, float32 or float64.
+        bias: [N, T], added to the logits of the keys; -inf where a query does not attend.
         scale: of the logits, > 0.
     Returns:
         [B, H, N], dtype of key.
     """
-    return _attend(query, log_mass, key, torch.ones_like(key), None, scale)[0][..., 0]
+    return _attend(query, log_mass, key, torch.ones_like(key), bias, scale)[0][..., 0]
 
 
 def _attend(
-    query: Tensor, log_mass: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
+    query: Tensor, log_mass: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What the keys give, [B, H, N, D], and the share of the one more, [B, H, N, 1]."""
+    """What the keys give, [B, H, N, D], and the share of the one more, [B, H, N, 1]; `mask` does not count that one."""
     dtype, head_dim = value.dtype, query.shape[-1]
     query, key = query.to(dtype), key.to(dtype)
     high = (log_mass / scale).to(dtype)
@@ -69,7 +73,8 @@ def _attend(
     more_value[..., head_dim] = 1
     key = torch.cat([pad(key, (0, EXTRA)), more_key], 2)
     value = torch.cat([pad(value, (0, EXTRA)), more_value], 2)
-    mask = None if key_mask is None else pad(key_mask, (0, 1), value=True)[:, None, None, :]
+    if mask is not None:
+        mask = pad(mask, (0, 1), value=True) if mask.dtype == torch.bool else pad(mask.to(dtype), (0, 1))
     with torch.autocast(query.device.type, enabled=False):
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out[..., :head_dim], out[..., head_dim : head_dim + 1]

@@ -45,7 +45,7 @@ def pool_agents(tokens: Tensor, height: int, width: int, num_agents: int) -> Ten
     pooled = _on_grid(tokens, height, width)
     counts = _counts(tokens, height, width, num_agents)
     for axis in _AXES:
-        cells = _cells(pooled.shape[axis], counts[axis])
+        cells = cells_of_axis(pooled.shape[axis], counts[axis])
         means = [pooled.narrow(axis, start, length).mean(axis, dtype=_wide(tokens)) for start, length in cells]
         pooled = torch.stack(means, axis)
     return pooled.flatten(2, 4)
@@ -64,7 +64,7 @@ def _pool_backward(grad_out: Tensor, tokens: Tensor, height: int, width: int, nu
     grad = grad_out.unflatten(2, [counts[axis] for axis in (2, 3, 4)])
     for axis in reversed(_AXES):
         spread = grad.new_zeros(*grad.shape[:axis], sizes[axis], *grad.shape[axis + 1 :])
-        for index, (start, length) in enumerate(_cells(sizes[axis], counts[axis])):
+        for index, (start, length) in enumerate(cells_of_axis(sizes[axis], counts[axis])):
             spread.narrow(axis, start, length).add_(grad.narrow(axis, index, 1) / length)
         grad = spread
     return grad.flatten(2, 4).to(tokens.dtype)
@@ -135,8 +135,8 @@ def _counts(tokens: Tensor, height: int, width: int, num_agents: int) -> dict[in
     return dict(zip((2, 3, 4), agent_grid(frames, height, width, num_agents), strict=True))
 
 
-def _cells(size: int, count: int) -> list[tuple[int, int]]:
-    """(start, length) of each cell."""
+def cells_of_axis(size: int, count: int) -> list[tuple[int, int]]:
+    """(start, length) of each cell along a side."""
     starts = [index * size // count for index in range(count)]
     ends = [-(-(index + 1) * size // count) for index in range(count)]
     return [(start, end - start) for start, end in zip(starts, ends, strict=True)]

@@ -34,7 +34,7 @@ class BoxAttention(nn.Module):
     def __init__(self, config: BoxConfig, *, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.box = config.box
+        self.window = config.box
         self.impl = "auto"
 
     @staticmethod
@@ -48,13 +48,13 @@ class BoxAttention(nn.Module):
         Raises:
             LayoutError: frame_radius in a model of single pictures.
         """
-        with_frames(self.box.frame_radius, grid)
+        with_frames(self.window.frame_radius, grid)
 
     def covers(self, layout: Layout) -> bool:
         """Whether this is softmax attention over everything, as the model had it."""
-        frames, height, width = with_frames(self.box.frame_radius, layout.grid)
-        sees_frames = self.box.frame_radius is None or frames <= self.box.frame_radius
-        return self.box.covers(height, width) and sees_frames
+        frames, height, width = with_frames(self.window.frame_radius, layout.grid)
+        sees_frames = self.window.frame_radius is None or frames <= self.window.frame_radius
+        return self.window.covers(height, width) and sees_frames
 
     @staticmethod
     def chosen(config: BoxConfig, query: Tensor, grid: Grid, text_len: int) -> str:
@@ -80,7 +80,7 @@ class BoxAttention(nn.Module):
             key,
             value,
             grid=layout.grid,
-            window=self.box,
+            window=self.window,
             text_len=layout.text_len,
             text_first=layout.text_first,
             text_mask=layout.text_mask,
@@ -97,7 +97,7 @@ class BoxAttention(nn.Module):
             key,
             value,
             grid=layout.grid,
-            window=self.box,
+            window=self.window,
             text_len=layout.text_len,
             text_first=layout.text_first,
             text_mask=layout.text_mask,

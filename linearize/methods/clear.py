@@ -119,6 +119,11 @@ class ClearAttention(nn.Module):
         image_len = frames * height * width
         return window + image_len * (text_len + num_cells) + text_len * (text_len + image_len)
 
+    @property
+    def window(self) -> Circle:
+        """Which tokens of the image a query sees."""
+        return Circle(radius=self.config.radius, frame_radius=self.config.frame_radius)
+
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
@@ -147,7 +152,7 @@ class ClearAttention(nn.Module):
             key,
             value,
             grid=layout.grid,
-            window=Circle(radius=self.config.radius, frame_radius=self.config.frame_radius),
+            window=self.window,
             text_len=layout.text_len,
             text_first=layout.text_first,
             text_mask=layout.text_mask,

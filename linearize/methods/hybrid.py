@@ -8,18 +8,20 @@
     g   learned for each head, starts at `gate`; at 0 the hybrid is its local branch, bit for bit
 
     join="mass"     s_i = M_i / (M_i + sum_j exp(scale q_i . k_j)),   j in text or window
-                    M_i = exp(b) n/C sum_c exp(scale q_i . k_c),   k_c the mean key of a cell
+                    M_i = exp(b) sum_c r_ic exp(scale q_i . k_c),   k_c the mean key of a cell of the image,
+                                                                    r_ic its tokens outside of the window of i
     join="gate"     s_i = 1
 
 Softmax over everything is such a sum: L its part over text and window, G its part over the rest of the image, s_i the
 rest's share of the denominator, g = 1. So "mass" weighs a query's two answers as the base does, as far as linear cost
-can tell: M_i estimates the image's part of the denominator from C = `mass_cells` cells of n/C tokens. It is too small
-by what the means smooth, and too large by the window itself; b, learned for each head, starts at 0. With "gate", text
-loses what G gains, since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by
+can tell: M_i estimates the rest's part of the denominator from C = `mass_cells` cells of the image (rest_of_cells.py);
+it is too small by what the means smooth. b, learned for each head, starts at 0. With "gate", text loses what G gains,
+since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by
 far, and at g = 0 both are the local branch.
 
-Where G is attention to the very cells that weigh it, proxies and no other `mass_cells`, (1 - s) L + s G is one softmax,
-over text, window, and proxies that count for the n/C tokens of their cells. It is computed so: M and G in one call.
+Where the cells are G's own proxies, G attends to them with these weights as well, and (1 - s) L + s G is one softmax:
+over text, window, and proxies that stand for the tokens of their cells outside of it. With a proxy for every token that
+is softmax over everything. Other global branches, and proxies beside other `mass_cells`, see the whole image.
 
 Where the window covers the image there is no rest, and the hybrid is the base's attention.
 
@@ -51,6 +53,7 @@ from .mala import Mala, MalaAttention
 from .neighborhood import Neighborhood
 from .proxy_tokens import ProxyTokens, ProxyTokensAttention
 from .rala import Rala, RalaAttention
+from .rest_of_cells import log_rest
 from .sliding_tile import SlidingTile
 
 # A local branch has `attend_and_lse`, a global one `attend_to_image`.
@@ -191,14 +194,16 @@ class HybridAttention(nn.Module):
         else:
             out, lse = self.local.attend_and_lse(query, key, value, layout, scale=scale)
             text_out, near = split_text(out, text_len, text_first)
-            tokens_of_a_cell = lse.new_ones(()) * (image_query.shape[2] / self.config.num_cells)
-            mass = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, as the cells' plain logits count it
+            num_cells = self.config.num_cells
+            rest = log_rest(image_value, layout.grid, self.local.window, num_cells)  # log of r_ic over n/C
+            tokens_of_a_cell = lse.new_ones(()) * (image_query.shape[2] / num_cells)
+            mass = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, in cells of n/C tokens
             if self.config.is_one_softmax:
                 proxies = self.global_.proxies(image_query, image_key, image_value, layout.grid, scale)
-                far = attend_to_text(image_query, near, mass, *proxies, scale=scale)  # (1 - s) L + s G
+                far = attend_to_text(image_query, near, mass, *proxies, bias=rest, scale=scale)  # (1 - s) L + s G
             else:
-                cells = pool_agents(image_key, *layout.grid[-2:], self.config.num_cells).to(key.dtype)
-                share = share * share_of_keys(image_query, cells, mass, scale=scale)[..., None]
+                cells = pool_agents(image_key, *layout.grid[-2:], num_cells).to(key.dtype)
+                share = share * share_of_keys(image_query, cells, mass, bias=rest, scale=scale)[..., None]
                 far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
         joined = near + share.to(near.dtype) * (far.to(near.dtype) - near)
         if text_len == 0:

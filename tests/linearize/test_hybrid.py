@@ -1,7 +1,6 @@
 """Hybrids: the formula written out, the local branch bit for bit at gate 0, exactness, settings, files and commands."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lineardit.cli import run as run_command
 from lineardit.commands.method_options import split_arguments
 from lineardit.kernels.agent import agent_attention_reference
 from lineardit.kernels.linear import mala_attention_reference
+from lineardit.kernels.window import Circle
 from lineardit.linearize import linearize_
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import (
@@ -30,6 +30,7 @@ from lineardit.linearize.methods import (
     config_from_dict,
     config_to_dict,
 )
+from lineardit.linearize.methods.rest_of_cells import rest_of_cells
 from tiny_models import build
 
 GRID, TEXT_LEN, SCALE = (5, 6), 3, 0.6
@@ -101,7 +102,8 @@ def test_hybrid_is_the_formula(global_: Any, text_first: bool, join: str) -> Non
         far = mala_attention_reference(query, key, value)
     share = kernel.gate[:, None, None]
     if join == "mass":
-        of_image = (query @ _means(key).mT * SCALE).exp().sum(-1, keepdim=True) * 30 / 4
+        rest = rest_of_cells(GRID, Circle(radius=2), 4, torch.device("cpu"))
+        of_image = ((query @ _means(key).mT * SCALE).exp() * rest).sum(-1, keepdim=True)
         of_image = of_image * kernel.balance.exp()[:, None, None]
         share = share * of_image / (of_image + logits.exp().sum(-1, keepdim=True))
     expected = local + share * (far - local)
@@ -114,7 +116,7 @@ def _means(tokens: Tensor) -> Tensor:
 
 
 def test_where_nothing_is_estimated_an_open_gate_is_softmax_over_everything() -> None:
-    """Keys and values constant within each cell, and a window that sees its own token alone, of next to no mass."""
+    """Keys and values constant within each cell, and a window that sees its own token alone."""
     kernel = kernel_of(Hybrid(local=Clear(radius=1), global_=ProxyTokens(num_proxies=4), gate=1.0))
     grid, text_len = (20, 20), 2
     kernel.observe(grid)
@@ -131,24 +133,36 @@ def test_where_nothing_is_estimated_an_open_gate_is_softmax_over_everything() ->
 
 
 @pytest.mark.parametrize("text_len", [0, TEXT_LEN])
-def test_proxies_that_weigh_themselves_are_the_formula_in_one_softmax(text_len: int) -> None:
+def test_proxies_that_weigh_themselves_are_one_softmax(text_len: int) -> None:
     """Gates, balance and what the proxies hear are random; text is masked."""
     kernel = kernel_of(Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4)))
-    apart = kernel_of(Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), join="gate"))
     for parameter in kernel.parameters():
         torch.nn.init.normal_(parameter)
-    apart.load_state_dict({name: one for name, one in kernel.state_dict().items() if name != "balance"})
-    apart.gate.data.fill_(1)
     inputs, layout = tokens(text_len), Layout(GRID, text_len, True, masked(text_len))
     out = kernel(*inputs, layout, scale=SCALE)
     near, lse = kernel.local.attend_and_lse(*inputs, layout, scale=SCALE)
-    far = apart(*inputs, layout, scale=SCALE)  # G for image queries
-    query, key = (x[:, :, text_len:] for x in inputs[:2])
-    mass = (query @ _means(key).mT * SCALE).logsumexp(-1) + math.log(30 / 4) + kernel.balance[:, None]
-    share = kernel.gate[:, None] * torch.sigmoid(mass - lse)
-    expected = near[:, :, text_len:] + share[..., None] * (far - near)[:, :, text_len:]
+    query, key, value = (x[:, :, text_len:] for x in inputs)
+    heard = (_means(query) @ _means(key).mT * SCALE).softmax(-1) @ _means(value)
+    told = _means(value) + kernel.global_.gate[:, None, None] * (heard - _means(value))
+    rest = rest_of_cells(GRID, Circle(radius=2), 4, torch.device("cpu"))
+    weights = (query @ _means(key).mT * SCALE + kernel.balance[:, None, None]).exp() * rest
+    mass = lse.exp()[..., None]
+    joined = (weights @ told + mass * near[:, :, text_len:]) / (weights.sum(-1, keepdim=True) + mass)
+    expected = torch.lerp(near[:, :, text_len:], joined, kernel.gate[:, None, None].expand_as(joined))
     assert torch.allclose(out[:, :, text_len:], expected, atol=1e-8)
     assert torch.equal(out[:, :, :text_len], near[:, :, :text_len])
+
+
+@pytest.mark.parametrize("impl", ["masked", "tiled"])
+@pytest.mark.parametrize(
+    "local", [Clear(radius=2), Neighborhood(window=3, dilation=2), SlidingTile(tile=2, window=1)], ids=str
+)
+def test_with_a_proxy_for_every_token_a_hybrid_is_softmax_over_everything(local: Any, impl: str) -> None:
+    kernel = kernel_of(Hybrid(local=local, global_=ProxyTokens(num_proxies=30), gate=1.0))
+    kernel.impl = impl
+    inputs = tokens(TEXT_LEN)
+    out = kernel(*inputs, Layout(GRID, TEXT_LEN, True, None), scale=SCALE)
+    assert torch.allclose(out, scaled_dot_product_attention(*inputs, scale=SCALE), atol=1e-6)
 
 
 def test_cells_that_weigh_are_the_proxies_agents_or_64_for_a_state() -> None:

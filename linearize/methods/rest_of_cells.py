@@ -1,0 +1,124 @@
+"""How much of each cell lies outside of each query's window: what proxies and cells weigh beside an exact window.
+
+    rest_ic = sum_j 1/m_j,   j in cell c, not in the window of i;   m_j the number of cells that hold token j
+
+Cells are those of agent_tokens.py, which overlap where a side does not divide. Over all cells, rest_i adds up to the
+number of tokens outside of the window. With a cell for each token, rest is 1 outside and 0 inside.
+
+Rows are counted along each axis: a box is a product of its axes, and of a circle every row is one.
+
+n = frames * height * width tokens, C cells.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...kernels.window import Circle
+from ...kernels.window.windows import Window, from_arguments, to_arguments
+from ..layout import Grid
+from .agent_tokens import agent_grid, cells_of_axis
+
+
+def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor:
+    """log(rest / (n / C)): 0 for a cell of mean size that lies outside, -inf for one inside the window.
+
+    Args:
+        like: Whose dtype and device it gets.
+    Returns:
+        [n, C], to be read only: it is kept for the windows that were used last.
+    """
+    if torch.compiler.is_compiling():
+        radius, frame_radius, box = to_arguments(window)
+        return log_rest_op(like, grid, radius, num_cells, frame_radius, box)
+    return _kept(tuple(grid), window, num_cells, like.dtype, like.device)
+
+
+@torch.library.custom_op(
+    "lineardit::log_rest",
+    mutates_args=(),
+    schema="(Tensor like, SymInt[] grid, float? radius, SymInt num_cells, SymInt? frame_radius=None, "
+    "SymInt[]? box=None) -> Tensor",
+)
+def log_rest_op(
+    like: Tensor,
+    grid: Sequence[int],
+    radius: float | None,
+    num_cells: int,
+    frame_radius: int | None = None,
+    box: Sequence[int] | None = None,
+) -> Tensor:
+    """A copy, since an operator owns what it returns."""
+    return _kept(tuple(grid), from_arguments(radius, frame_radius, box), num_cells, like.dtype, like.device).clone()
+
+
+@log_rest_op.register_fake
+def _(like, grid, radius, num_cells, *_):  # type: ignore[no-untyped-def]
+    return like.new_empty(math.prod(grid), num_cells)
+
+
+@lru_cache(maxsize=4)
+def _kept(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # serves training as well
+        rest = rest_of_cells(grid, window, num_cells, device)
+        return (rest * (num_cells / math.prod(grid))).log().to(dtype)
+
+
+def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> Tensor:
+    """rest above, [n, C], float32."""
+    frames, height, width = (1, *grid)[-3:]
+    holds = [  # [places of an axis, cells along it], along frames, height and width
+        _holds(size, count, device)
+        for size, count in zip((frames, height, width), agent_grid(frames, height, width, num_cells), strict=True)
+    ]
+    of_frames, of_rows, of_columns = (one.sum(0) for one in holds)
+    frame = torch.arange(frames, device=device)
+    distance = (frame[:, None] - frame).abs()
+    near_frames = (distance < (window.frame_radius or frames)).float() @ holds[0]  # [frames, deep]
+    near = _near_circle(window, *holds[1:]) if isinstance(window, Circle) else _near_box(window, *holds[1:])
+    whole = of_frames[:, None] * torch.outer(of_rows, of_columns).flatten()  # [deep, cells of a frame]
+    rest = whole - near_frames[:, None, :, None] * near[None, :, None]  # [frames, height * width, deep, ...]
+    rest = rest.flatten(2).flatten(0, 1)
+    return torch.where(rest < 1e-3, 0, rest)  # less than any share of a token
+
+
+def _holds(size: int, count: int, device: torch.device) -> Tensor:
+    """[size, count]: 1/m where a cell holds a place of the axis that m cells hold, else 0."""
+    holds = torch.zeros(size, count)
+    for index, (start, length) in enumerate(cells_of_axis(size, count)):
+        holds[start : start + length, index] = 1
+    return (holds / holds.sum(1, keepdim=True)).to(device)
+
+
+def _near_box(window: Window, rows: Tensor, columns: Tensor) -> Tensor:
+    """What each place of a frame sees of each cell, [height * width, cells of a frame]."""
+    assert not isinstance(window, Circle)
+    by_row, by_column = (
+        window.span(axis, len(one), one.device).near().float() @ one for axis, one in enumerate((rows, columns))
+    )
+    return _product(by_row[None], by_column[None])
+
+
+def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same: a sum over the rows of the circle, each a stretch of columns."""
+    place = torch.arange(len(columns), device=columns.device)
+    distance = (place[:, None] - place).abs()
+    reach = min(math.ceil(window.radius) - 1, len(rows) - 1)
+    by_row, by_column = [], []
+    for step in range(-reach, reach + 1):
+        shifted = torch.zeros_like(rows)
+        shifted[max(-step, 0) : len(rows) - max(step, 0)] = rows[max(step, 0) : len(rows) - max(-step, 0)]
+        by_row.append(shifted)
+        stretch = (distance.double().square() + step * step) < window.radius * window.radius
+        by_column.append(stretch.float() @ columns)
+    return _product(torch.stack(by_row), torch.stack(by_column))
+
+
+def _product(by_row: Tensor, by_column: Tensor) -> Tensor:
+    """sum_s of [s, height, rows of cells] times [s, width, columns of cells], for every place and cell of a frame."""
+    sums = by_row.flatten(1).T @ by_column.flatten(1)  # [height * rows, width * columns]
+    sums = sums.unflatten(1, by_column.shape[1:]).unflatten(0, by_row.shape[1:])  # [height, rows, width, columns]
+    return sums.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -1,0 +1,59 @@
+"""How much of each cell lies outside of a window, against tokens counted one by one."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from lineardit.kernels.window import Box, Circle
+from lineardit.kernels.window.reference import window_mask
+from lineardit.linearize.methods.agent_tokens import agent_grid, cells_of_axis
+from lineardit.linearize.methods.rest_of_cells import log_rest, rest_of_cells
+
+CPU = torch.device("cpu")
+WINDOWS = [
+    Circle(radius=2.5),
+    Circle(radius=1),
+    Circle(radius=20),
+    Box(window=(3, 5)),
+    Box(window=(3, 3), dilation=(2, 1)),
+    Box(window=(1, 3), cell=(2, 3)),
+]
+
+
+def counted(grid: tuple[int, ...], window: Circle | Box, num_cells: int) -> torch.Tensor:
+    """[n, C], by the definition."""
+    frames, height, width = (1, *grid)[-3:]
+    near = window_mask(grid, window, 0, True, CPU)
+    counts = agent_grid(frames, height, width, num_cells)
+    cells = product(*(cells_of_axis(size, count) for size, count in zip((frames, height, width), counts, strict=True)))
+    holds = torch.zeros(len(near), num_cells, dtype=torch.float64)
+    for index, ranges in enumerate(cells):
+        for frame, row, column in product(*(range(start, start + length) for start, length in ranges)):
+            holds[(frame * height + row) * width + column, index] = 1
+    return (~near).double() @ (holds / holds.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(("grid", "num_cells"), [((7, 10), 6), ((7, 10), 70), ((6, 8), 4), ((3, 5), 64)])
+def test_rest_of_cells_is_counted(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
+    rest = rest_of_cells(grid, window, num_cells, CPU)
+    assert torch.allclose(rest.double(), counted(grid, window, num_cells), atol=1e-5)
+    outside = (~window_mask(grid, window, 0, True, CPU)).sum(1)
+    assert torch.allclose(rest.sum(1), outside.float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [Circle(radius=2, frame_radius=1), Circle(radius=2), Box(window=(3, 3))], ids=str)
+def test_rest_of_cells_is_counted_in_videos(window: Circle | Box) -> None:
+    assert torch.allclose(rest_of_cells((3, 4, 6), window, 8, CPU).double(), counted((3, 4, 6), window, 8), atol=1e-5)
+
+
+def test_log_rest_is_0_for_a_cell_outside_and_minus_infinity_for_one_inside() -> None:
+    log = log_rest(torch.zeros(1, dtype=torch.float64), (8, 8), Circle(radius=4), 16)
+    assert log.dtype == torch.float64
+    assert log[0, 15] == 0  # the far corner
+    assert log[0, 0] == -math.inf  # 2 x 2 tokens, all nearer than 4
+    rest = rest_of_cells((8, 8), Circle(radius=4), 16, CPU)
+    assert torch.allclose(log.exp(), rest.double() / 4)
+    assert ((rest > 0) & (rest < 4)).any()
