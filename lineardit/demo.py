@@ -80,7 +80,8 @@ class DemoSettings:
     proxies: int = 256  # of the hybrid, for what lies beyond the radius
     samples: int = 64  # that the teacher makes for its student
     sample_steps: int = 16  # denoising steps of each
-    train_steps: int = 120  # of each student
+    train_steps: int = 120  # of local attention
+    hybrid_steps: int = 60  # of the hybrid, which starts nearer
     learning_rate: float = 1e-3
     captions: int = 16  # held out, to judge teacher and student
     side: int = 128  # pixels, of samples and judged pictures
@@ -157,9 +158,12 @@ def demo(
     proxies = ProxyTokens(num_proxies=settings.proxies)
     hybrid = Hybrid(local=local, global_=proxies, gate=1.0)
     sources = {"teacher": base, "converted": converted}
-    for name, folder, method in (("distilled", RUN, local), ("hybrid", HYBRID, hybrid)):
+    for name, folder, method, steps in (
+        ("distilled", RUN, local, settings.train_steps),
+        ("hybrid", HYBRID, hybrid, settings.hybrid_steps),
+    ):
         with stages.stage(f"distill: {name}"):
-            sources[name] = _distill(base, directory, folder, method, settings)
+            sources[name] = _distill(base, directory, folder, method, steps, settings)
     with stages.stage("judge"):
         rows = _judge(sources, directory, settings)
     with stages.stage("generate"):
@@ -194,7 +198,7 @@ def _prepare(base: Path, directory: Path, settings: DemoSettings) -> None:
     )
 
 
-def _distill(base: Path, directory: Path, folder: str, method: Any, settings: DemoSettings) -> Path:
+def _distill(base: Path, directory: Path, folder: str, method: Any, steps: int, settings: DemoSettings) -> Path:
     adapter = directory / folder / "adapter"
     if adapter.exists():
         return adapter
@@ -203,7 +207,7 @@ def _distill(base: Path, directory: Path, folder: str, method: Any, settings: De
     config.write_text(
         CONFIG.format(
             method="\n".join(f"{key} = {as_toml(value)}" for key, value in config_to_dict(method).items()),
-            steps=settings.train_steps,
+            steps=steps,
             lr=settings.learning_rate,
             **{name: json.dumps(str(one)) for name, one in quoted.items()},
         )

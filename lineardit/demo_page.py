@@ -29,8 +29,8 @@ pre {{ background: #f4f4f4; padding: .5em 1em; overflow-x: auto; }}
 proxy for each of {proxies} parts of the picture. Both were distilled on pictures that the pipeline had made itself.</p>
 <h2>Same prompts, same noise</h2>
 <p>Captions that no training picture shows. Teacher: the original. Converted: local attention, not trained. Distilled:
-after the training below. Hybrid: trained as long. What must agree across the picture, stripes, light and shadows, a
-window alone cannot see.</p>
+after {train_steps} steps of the training below. Hybrid: after {hybrid_steps}. What must agree across the picture,
+stripes, light and shadows, a window alone cannot see.</p>
 {table}
 <p><img src="{sheet}" alt="A column of pictures for each model"></p>
 <h2>The training</h2>
@@ -54,6 +54,8 @@ def write_page(report: DemoReport, settings: DemoSettings) -> Path:
     text = TEMPLATE.format(
         radius=settings.radius,
         proxies=settings.proxies,
+        train_steps=settings.train_steps,
+        hybrid_steps=settings.hybrid_steps,
         table=_html_table(report),
         sheet=SHEET,
         curve=CURVE,

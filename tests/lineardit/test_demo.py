@@ -12,7 +12,17 @@ from lineardit.demo import DemoSettings, demo
 from lineardit.demo_page import next_commands, table_rows, write_page
 
 SETTINGS = DemoSettings(
-    radius=2, proxies=4, samples=4, sample_steps=1, train_steps=2, captions=2, side=32, steps=1, large_side=48, pairs=2
+    radius=2,
+    proxies=4,
+    samples=4,
+    sample_steps=1,
+    train_steps=2,
+    hybrid_steps=2,
+    captions=2,
+    side=32,
+    steps=1,
+    large_side=48,
+    pairs=2,
 )
 
 
