@@ -34,7 +34,7 @@ def attend_to_text(
         log_mass: [B, H, N], m above, float32 or float64.
         text_key, text_value: [B, H, T, D].
         text_mask: [B, T] bool, True = attend; None attends to all. Where all is masked, out is image_out.
-        bias: [N, T], added to the logits, in place of a mask; -inf where a query does not attend.
+        bias: [N, T], added to the logits, in place of a mask; far below them where a query does not attend.
         scale: of the logits, > 0.
     Returns:
         [B, H, N, D], dtype of text_value.
@@ -51,7 +51,7 @@ def share_of_keys(query: Tensor, key: Tensor, log_mass: Tensor, *, bias: Tensor 
         query: [B, H, N, D].
         key: [B, H, T, D].
         log_mass: [B, H, N], m above, float32 or float64.
-        bias: [N, T], added to the logits of the keys; -inf where a query does not attend.
+        bias: [N, T], added to the logits of the keys; far below them where a query does not attend.
         scale: of the logits, > 0.
     Returns:
         [B, H, N], dtype of key.

@@ -1,6 +1,5 @@
 """How much of each cell lies outside of a window, against tokens counted one by one."""
 
-import math
 from itertools import product
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from lineardit.kernels.window import Box, Circle
 from lineardit.kernels.window.reference import window_mask
 from lineardit.linearize.methods.agent_tokens import agent_grid, cells_of_axis
-from lineardit.linearize.methods.rest_of_cells import log_rest, rest_of_cells
+from lineardit.linearize.methods.rest_of_cells import EXCLUDED, log_rest, rest_of_cells
 
 CPU = torch.device("cpu")
 WINDOWS = [
@@ -49,11 +48,13 @@ def test_rest_of_cells_is_counted_in_videos(window: Circle | Box) -> None:
     assert torch.allclose(rest_of_cells((3, 4, 6), window, 8, CPU).double(), counted((3, 4, 6), window, 8), atol=1e-5)
 
 
-def test_log_rest_is_0_for_a_cell_outside_and_minus_infinity_for_one_inside() -> None:
+def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
     log = log_rest(torch.zeros(1, dtype=torch.float64), (8, 8), Circle(radius=4), 16)
     assert log.dtype == torch.float64
     assert log[0, 15] == 0  # the far corner
-    assert log[0, 0] == -math.inf  # 2 x 2 tokens, all nearer than 4
+    assert log[0, 0] == EXCLUDED  # 2 x 2 tokens, all nearer than 4
     rest = rest_of_cells((8, 8), Circle(radius=4), 16, CPU)
     assert torch.allclose(log.exp(), rest.double() / 4)
     assert ((rest > 0) & (rest < 4)).any()
+    halves = log_rest(torch.zeros(1, dtype=torch.float16), (8, 8), Circle(radius=4), 16)
+    assert halves.dtype == torch.float16 and halves.isfinite().all()
