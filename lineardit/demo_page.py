@@ -94,7 +94,8 @@ def next_commands(report: DemoReport) -> list[str]:
     return [
         f"{lineardit} inspect {adapter}",
         f'{lineardit} generate {adapter} "{caption}" --size 256x192 --max-sequence-length 64 -o cross.png',
-        f"{lineardit} convert black-forest-labs/FLUX.1-dev --method clear --radius 16 -o flux-clear-16",
+        f"{lineardit} convert black-forest-labs/FLUX.1-dev --method hybrid --local clear:radius=16 "
+        "--global proxytokens:num_proxies=256 --gate 1 -o flux-hybrid",
     ]
 
 

@@ -167,7 +167,8 @@ def test_what_is_learned_starts_without_effect(config: Any) -> None:
     plain = type(config)(num_agents=4) if isinstance(config, Agent) else type(config)()
     for text_len in (0, TEXT_LEN):
         inputs, layout = tokens((3, 5), text_len), Layout((3, 5), text_len, True, None)
-        assert torch.allclose(attend(kernel_of(config), inputs, layout), attend(kernel_of(plain), inputs, layout))
+        out, expected = (attend(kernel_of(one), inputs, layout) for one in (config, plain))
+        assert torch.allclose(out, expected, atol=1e-6)  # a bias of zeros may take another kernel
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
