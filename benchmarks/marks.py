@@ -46,7 +46,8 @@ UNTRAINED = {  # the rows of the swaps alone
     "hybrid": "hybrid, 0 steps",
     "window of equal cost": "window of equal cost, 0 steps",
 }
-SHOWN = ("teacher", "0 steps", "default", "window of equal cost", "hybrid, 0 steps", "hybrid")  # in the picture
+# In the picture
+SHOWN = ("teacher", "0 steps", "default", "window of equal cost, 0 steps", "hybrid, 0 steps", "hybrid")
 LONG = "teacher, 512 text tokens"
 
 

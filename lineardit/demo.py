@@ -78,14 +78,14 @@ class DemoSettings:
 
     radius: float = 4
     proxies: int = 256  # of the hybrid, for what lies beyond the radius
-    samples: int = 64  # that the teacher makes for its student
+    samples: int = 32  # that the teacher makes for its student
     sample_steps: int = 16  # denoising steps of each
-    train_steps: int = 120  # of local attention
-    hybrid_steps: int = 60  # of the hybrid, which starts nearer
+    train_steps: int = 90  # of local attention
+    hybrid_steps: int = 30  # of the hybrid, which starts nearer
     learning_rate: float = 1e-3
     captions: int = 16  # held out, to judge teacher and student
     side: int = 128  # pixels, of samples and judged pictures
-    steps: int = 28
+    steps: int = 20
     large_side: int = 512  # pixels
     pairs: int = 3  # of steps timed at the large side
 
