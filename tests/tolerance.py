@@ -12,7 +12,7 @@ from torch import Tensor
 
 Function = Callable[..., Tensor]
 
-ROUNDINGS = 4  # up to three parts (text, window, pooled) are rounded before they are added up, then their sum
+ROUNDINGS = 4  # sums in another order: CPUs differ by their vector width
 
 
 def assert_close(actual: Tensor, exact: Tensor, low_precision: Tensor, name: str = "output") -> None:

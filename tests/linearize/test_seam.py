@@ -124,7 +124,7 @@ def test_linearize_follows_the_resolution(family: str) -> None:
         arguments = inputs_of(family, grid=grid, text_len=grid[1])
         fresh = copy.deepcopy(model)
         linearize_(fresh, Clear(radius=2.3, pool_tokens=4), impl="reference")
-        assert torch.allclose(run(converted, arguments), run(fresh, arguments), atol=1e-5), grid
+        assert torch.allclose(run(converted, arguments), run(fresh, arguments), atol=1e-4), grid
 
 
 @pytest.mark.parametrize("family", IN_HALF)
