@@ -52,7 +52,7 @@ lint: $(STAMP)  ## ruff, and mypy on an installed copy (it cannot follow an edit
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation --target build/lint .
 	MYPYPATH=build/lint $(BIN)/mypy -p lineardit
 
-marks: $(STAMP)  ## the figures of the README, again: two to four hours, resumable
+marks: $(STAMP)  ## the figures of the README, again: hours, resumable
 	$(BIN)/python benchmarks/marks.py
 
 methods: $(STAMP)  ## every method on the small model, equal training: hours, resumable

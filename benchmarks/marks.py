@@ -1,6 +1,6 @@
 """The marks of the main job, on the small trained model: `make marks`, resumable.
 
-Two to four hours on two idle cores. Clear(radius=4), taught by the model itself: does the student still follow
+Hours on two cores. Clear(radius=4), taught by the model itself: does the student still follow
 held-out captions, do its pictures still hang together, how near are its latents? The same for a hybrid, which adds 256
 proxies for all that lies beyond the window, and for a wider window that costs as much. And shorter: what does each
 term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with every row.

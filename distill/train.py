@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 
 from ..linearize.adapter import save_adapter
 from ..linearize.base import read_base
+from ..linearize.convert import denoiser
 from .config import Base, DistillConfig
 from .data import TeacherSamples
 from .plan import describe_plan
+from .precision import autocasts
 from .runs import check_run, record_run
 from .student import build_student_
 from .trainer import Trainer
@@ -41,12 +43,12 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     torch.manual_seed(config.run.seed)
     pipe = load_base(config.base).to(accelerator.device)
     report = build_student_(pipe, config)
+    (mixed,) = broadcast_object_list([autocasts(config, accelerator.device)])  # measured: all do as the first found
     if accelerator.is_main_process:
         record_run(config, samples.fingerprint)
-    trainer = Trainer(accelerator, config, pipe, samples)
-    if accelerator.is_main_process:
         processes = accelerator.num_processes
-        logger.info("%s", describe_plan(config, trainer.model, report, samples, processes, mixed=trainer.mixed))
+        logger.info("%s", describe_plan(config, denoiser(pipe)[1], report, samples, processes, mixed=mixed))
+    trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
     trainer.fit(trainer.restore() if resume else 0)
     adapter = Path(config.run.directory) / "adapter"
     if accelerator.is_main_process:

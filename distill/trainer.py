@@ -26,7 +26,6 @@ from .families import family_of
 from .figures import StepLog
 from .layerwise import average_gradients, lessons
 from .losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
-from .precision import autocasts
 from .sheet import write_sheet
 from .student import teacher, trained_parameters
 
@@ -70,9 +69,12 @@ class Trainer:
 
     Args:
         pipe: Its model is a student of `build_student_`, on the accelerator's device.
+        mixed: Whether the student computes in bfloat16.
     """
 
-    def __init__(self, accelerator: Accelerator, config: DistillConfig, pipe: Any, samples: TeacherSamples) -> None:
+    def __init__(
+        self, accelerator: Accelerator, config: DistillConfig, pipe: Any, samples: TeacherSamples, *, mixed: bool
+    ) -> None:
         self.accelerator = accelerator
         self.config = config
         self.pipe = pipe
@@ -83,7 +85,7 @@ class Trainer:
         self.layers = swapped(self.model)
         self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
         self.dtype = getattr(torch, config.base.dtype)
-        self.mixed = autocasts(config, accelerator.device)
+        self.mixed = mixed
         if config.run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.train()

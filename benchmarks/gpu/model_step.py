@@ -73,8 +73,7 @@ def _convert(model: Any, impl: str, bench: Bench) -> None:
         register()
         linearize_(model, RowMajorFlex(radius=CLEARS_RADIUS, text_len=bench.scale.text_len))
     else:
-        radii = {name: radius for radius, name in OUR_STEPS.items()}
-        method: Any = Clear(radius=radii.get(impl, 8))
+        method: Any = Clear(radius=next(radius for radius, name in OUR_STEPS.items() if impl.startswith(name)))
         if impl == HYBRID_STEP:
             method = Hybrid(local=method, global_=ProxyTokens(num_proxies=256), gate=1.0)
         # What users get; the interpreter of a smoke run is never chosen by itself

@@ -39,6 +39,7 @@ def attend_to_text(
     Returns:
         [B, H, N, D], dtype of text_value.
     """
+    assert bias is None or text_mask is None
     mask = bias if text_mask is None else text_mask[:, None, None, :]
     from_text, image_share = _attend(query, log_mass, text_key, text_value, mask, scale)
     return from_text + image_share * image_out.to(text_value.dtype)

@@ -16,8 +16,8 @@ Softmax over everything is such a sum: L its part over text and window, G its pa
 rest's share of the denominator, g = 1. So "mass" weighs a query's two answers as the base does, as far as linear cost
 can tell: M_i estimates the rest's part of the denominator from C = `mass_cells` cells of the image (rest_of_cells.py);
 it is too small by what the means smooth. b, learned for each head, starts at 0. With "gate", text loses what G gains,
-since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by
-far, and at g = 0 both are the local branch.
+since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by far, and at g = 0
+both are the local branch.
 
 Where the cells are G's own proxies, G attends to them with these weights as well, and (1 - s) L + s G is one softmax:
 over text, window, and proxies that stand for the tokens of their cells outside of it. With a proxy for every token that
@@ -157,7 +157,7 @@ class HybridAttention(nn.Module):
 
     @staticmethod
     def pairs(config: Hybrid, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """What both branches cost, text once, and the cells that weigh them."""
+        """What both branches cost, text once, and the cells that weigh them where they are not the proxies."""
         shape = {"num_heads": num_heads, "head_dim": head_dim}
         local = LOCAL[type(config.local)].pairs(config.local, grid, text_len, **shape)
         of_image = GLOBAL[type(config.global_)].pairs(config.global_, grid, 0, **shape)

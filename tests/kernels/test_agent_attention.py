@@ -35,7 +35,8 @@ def test_agent_attention_is_the_reference(settings: dict[str, float], dtype: tor
         out = weights @ gathered.to(value.dtype).to(weights.dtype)
         return (out + settings.get("shortcut", 0) * _wide(value)).to(value.dtype)
 
-    assert_matches_reference(attention, reference, inputs(), dtype)
+    # two softmaxes, one after the other; the order of their sums is the CPU's
+    assert_matches_reference(attention, reference, inputs(), dtype, roundings=6)
 
 
 def _softmax(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -117,6 +117,8 @@ def test_linearize_twice_replaces(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linearize_follows_the_resolution(family: str) -> None:
+    # upstream turns queries and keys in bfloat16: a rounding here can become one of those
+    atol = 1e-3 if family == "kandinsky5" else 1e-5
     model = build(family)
     converted = copy.deepcopy(model)
     linearize_(converted, Clear(radius=2.3, pool_tokens=4), impl="tiled")
@@ -124,7 +126,7 @@ def test_linearize_follows_the_resolution(family: str) -> None:
         arguments = inputs_of(family, grid=grid, text_len=grid[1])
         fresh = copy.deepcopy(model)
         linearize_(fresh, Clear(radius=2.3, pool_tokens=4), impl="reference")
-        assert torch.allclose(run(converted, arguments), run(fresh, arguments), atol=1e-4), grid
+        assert torch.allclose(run(converted, arguments), run(fresh, arguments), atol=atol), grid
 
 
 @pytest.mark.parametrize("family", IN_HALF)
