@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ fr
 UNTRAINED = {  # the rows of the swaps alone
     "default": "0 steps",
     "hybrid": "hybrid, 0 steps",
+    "proxies alone": "proxies alone, 0 steps",
     "window of equal cost": "window of equal cost, 0 steps",
 }
 # In the picture
@@ -57,10 +58,13 @@ class Plan(ScenePlan):
 
     radius: float = 4
     proxies: int = 256  # of the hybrid
+    focus_tokens: int = 256
     few_train_steps: int = 200  # of the rows beside the marks
     learning_rate: float = 3e-3
-    hybrid_train_steps: int = 200  # it starts nearer
-    hybrid_learning_rate: float = 1e-3
+    hybrid_train_steps: int = 100  # it starts nearest
+    hybrid_learning_rate: float = 3e-4
+    rival_train_steps: int = 200  # of proxies alone, and of the window of equal cost
+    rival_learning_rate: float = 1e-3
     shown: int = 12  # rows of the sheet
 
 
@@ -76,10 +80,12 @@ class Marks(SceneStudents):
             self.draw("teacher", self.base, plan.captions)
         with self.stages.stage("samples"):
             self.prepare()
-        near_start = plan.hybrid_train_steps, plan.hybrid_learning_rate
+        of_hybrid = plan.hybrid_train_steps, plan.hybrid_learning_rate
+        of_rivals = plan.rival_train_steps, plan.rival_learning_rate
         for name, method, steps, rate, untrained, captions in (
-            ("hybrid", self.hybrid, *near_start, plan.few_captions, plan.captions),
-            ("window of equal cost", self.rival, *near_start, plan.few_captions, plan.few_captions),
+            ("hybrid", self.hybrid, *of_hybrid, plan.few_captions, plan.captions),
+            ("proxies alone", self.unfocused, *of_rivals, plan.few_captions, plan.few_captions),
+            ("window of equal cost", self.rival, *of_rivals, plan.few_captions, plan.few_captions),
             ("default", self.local, plan.train_steps, plan.learning_rate, plan.captions, plan.captions),
         ):
             with self.stages.stage(f"pictures: {name} without training"):
@@ -103,8 +109,12 @@ class Marks(SceneStudents):
 
     @property
     def hybrid(self) -> Hybrid:
-        proxies = self.plan.proxies
-        return Hybrid(local=self.local, global_=ProxyTokens(num_proxies=proxies), gate=1.0)
+        """The window, and proxies or chosen tokens for what lies beyond."""
+        return replace(self.unfocused, focus_tokens=self.plan.focus_tokens)
+
+    @property
+    def unfocused(self) -> Hybrid:
+        return Hybrid(local=self.local, global_=ProxyTokens(num_proxies=self.plan.proxies), gate=1.0)
 
     @property
     def rival(self) -> Clear:
@@ -182,8 +192,8 @@ def write_results(results: Path, run: Marks) -> str:
     title = (
         f"Clear(radius={plan.radius:g}) on examples/tiny_flux, held-out captions at {plan.side}x{plan.side}, "
         f"{plan.steps} steps; students: {plan.train_steps} steps of {plan.batch_size} samples, "
-        f"the hybrid and the "
-        f"window of equal cost (radius {run.rival.radius:g}) {plan.hybrid_train_steps}. {machine}"
+        f"the hybrid {plan.hybrid_train_steps}, proxies alone and the window of equal cost (radius "
+        f"{run.rival.radius:g}) {plan.rival_train_steps}. {machine}"
     )
     report = as_markdown(title, rows, marks)
     write_whole(results / "marks.md", lambda temporary: temporary.write_text(report))

@@ -49,6 +49,7 @@ from .agent import Agent, AgentAttention
 from .agent_tokens import pool_agents
 from .boxes import BoxAttention
 from .clear import Clear, ClearAttention
+from .focus import cells_in_focus, focus_attention, focus_pairs
 from .mala import Mala, MalaAttention
 from .neighborhood import Neighborhood
 from .proxy_tokens import ProxyTokens, ProxyTokensAttention
@@ -79,6 +80,9 @@ class Hybrid:
         gate: Where g starts, for every head: 0 at the local branch, 1 at the whole share, nearer to the base untrained.
         mass_cells: Of join="mass", at any size of the image; None: as many as the global branch has proxies or agents,
             and 64 for a state.
+        focus_tokens: How many tokens beyond the window each query sees one by one, those of the cells that weigh most
+            (focus.py); 0: none. Whole cells are seen: where the image is so large that one holds more, none is.
+        focus_side: Of the tiles of queries that choose together, in tokens; smaller is nearer to the base, and slower.
     """
 
     local: Any = field(metadata={"of_method": True})
@@ -86,6 +90,8 @@ class Hybrid:
     join: str = "mass"
     gate: float = 0.0
     mass_cells: int | None = None
+    focus_tokens: int = 0
+    focus_side: int = 4
 
     def __post_init__(self) -> None:
         _check_branch("local", self.local, LOCAL)
@@ -100,6 +106,14 @@ class Hybrid:
             raise ValueError(f"gate must be a finite number, got {self.gate!r}")
         if self.mass_cells is not None and not (type(self.mass_cells) is int and self.mass_cells >= 1):
             raise ValueError(f"mass_cells must be an integer >= 1 or None, got {self.mass_cells!r}")
+        for name, least in (("focus_tokens", 0), ("focus_side", 1)):
+            if not (type(count := getattr(self, name)) is int and count >= least):
+                raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
+        if self.focus_tokens > 0 and not self.is_one_softmax:
+            raise ValueError(
+                "focus_tokens must be 0 unless join is 'mass', global ProxyTokens, and mass_cells None or its number, "
+                f"got {self}"
+            )
 
     @property
     def num_cells(self) -> int:
@@ -162,6 +176,8 @@ class HybridAttention(nn.Module):
         local = LOCAL[type(config.local)].pairs(config.local, grid, text_len, **shape)
         of_image = GLOBAL[type(config.global_)].pairs(config.global_, grid, 0, **shape)
         weighs = config.join == "mass" and not config.is_one_softmax
+        if config.focus_tokens > 0:
+            of_image += focus_pairs(config.focus_tokens, config.num_cells, config.focus_side, grid)
         return local + of_image + (math.prod(grid) * config.num_cells if weighs else 0)
 
     def observe(self, grid: Grid) -> None:
@@ -195,13 +211,13 @@ class HybridAttention(nn.Module):
             out, lse = self.local.attend_and_lse(query, key, value, layout, scale=scale)
             text_out, near = split_text(out, text_len, text_first)
             num_cells = self.config.num_cells
-            rest = log_rest(image_value, layout.grid, self.local.window, num_cells)  # log of r_ic over n/C
             tokens_of_a_cell = lse.new_ones(()) * (image_query.shape[2] / num_cells)
             mass = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, in cells of n/C tokens
             if self.config.is_one_softmax:
-                proxies = self.global_.proxies(image_query, image_key, image_value, layout.grid, scale)
-                far = attend_to_text(image_query, near, mass, *proxies, bias=rest, scale=scale)  # (1 - s) L + s G
+                image = (image_query, image_key, image_value)
+                far = self._one_softmax(*image, near, mass, layout.grid, scale)  # (1 - s) L + s G
             else:
+                rest = log_rest(image_value, layout.grid, self.local.window, num_cells)  # log of r_ic over n/C
                 cells = pool_agents(image_key, *layout.grid[-2:], num_cells).to(key.dtype)
                 share = share * share_of_keys(image_query, cells, mass, bias=rest, scale=scale)[..., None]
                 far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
@@ -209,3 +225,17 @@ class HybridAttention(nn.Module):
         if text_len == 0:
             return joined
         return torch.cat([text_out, joined] if text_first else [joined, text_out], dim=2)
+
+    def _one_softmax(
+        self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, mass: Tensor, grid: Grid, scale: float
+    ) -> Tensor:
+        """Text and window, which gave `near` with the log of their mass, and all beyond; [B, H, n, D]."""
+        proxies = self.global_.proxies(query, key, value, grid, scale)
+        config, window = self.config, self.local.window
+        if cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
+            rest = log_rest(value, grid, window, config.num_cells)
+            return attend_to_text(query, near, mass, *proxies, bias=rest, scale=scale)
+        focus = {"num_tokens": config.focus_tokens, "side": config.focus_side}
+        far, far_mass = focus_attention(query, key, value, *proxies, grid=grid, window=window, scale=scale, **focus)
+        share = torch.sigmoid(far_mass - mass)[..., None]
+        return near + (share * (far - near)).to(near.dtype)

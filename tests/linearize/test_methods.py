@@ -42,6 +42,7 @@ EXAMPLES: dict[type, list[Any]] = {
     ProxyTokens: [ProxyTokens(num_proxies=4, balance=True)],
     Hybrid: [
         Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), gate=1.0),
+        Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), focus_tokens=8, focus_side=2, gate=1.0),
         Hybrid(local=Clear(radius=2), global_=Agent(num_agents=4), mass_cells=4),
         Hybrid(local=Neighborhood(window=(3, 3)), global_=Mala(gate=True), join="gate", gate=0.5),
     ],
@@ -250,6 +251,7 @@ def test_models_convert_save_load_and_restore(config: Any, family: str, tmp_path
         EXAMPLES[Agent][-1],
         pytest.param(EXAMPLES[Mala][-1], marks=pytest.mark.slow),
         pytest.param(EXAMPLES[Hybrid][0], marks=pytest.mark.slow),
+        EXAMPLES[Hybrid][1],
     ],
     ids=str,
 )
