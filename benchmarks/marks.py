@@ -63,6 +63,7 @@ class Plan(ScenePlan):
     learning_rate: float = 3e-3
     hybrid_train_steps: int = 100  # it starts nearest
     hybrid_learning_rate: float = 3e-4
+    hybrid_captions: int = 128  # of the hybrid without training
     rival_train_steps: int = 200  # of proxies alone, and of the window of equal cost
     rival_learning_rate: float = 1e-3
     shown: int = 12  # rows of the sheet
@@ -83,7 +84,7 @@ class Marks(SceneStudents):
         of_hybrid = plan.hybrid_train_steps, plan.hybrid_learning_rate
         of_rivals = plan.rival_train_steps, plan.rival_learning_rate
         for name, method, steps, rate, untrained, captions in (
-            ("hybrid", self.hybrid, *of_hybrid, plan.few_captions, plan.captions),
+            ("hybrid", self.hybrid, *of_hybrid, plan.hybrid_captions, plan.captions),
             ("proxies alone", self.unfocused, *of_rivals, plan.few_captions, plan.few_captions),
             ("window of equal cost", self.rival, *of_rivals, plan.few_captions, plan.few_captions),
             ("default", self.local, plan.train_steps, plan.learning_rate, plan.captions, plan.captions),

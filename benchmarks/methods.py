@@ -55,6 +55,7 @@ SINGLE = "single_transformer_blocks.*.attn"  # five of the small model's eight a
 # a config, or {pattern: config} where the other layers keep full attention
 METHODS: tuple[Any, ...] = (
     Clear(radius=4),
+    Hybrid(local=Clear(radius=4), global_=ProxyTokens(num_proxies=256), gate=1.0, focus_tokens=256),
     Hybrid(local=Clear(radius=4), global_=ProxyTokens(num_proxies=256), gate=1.0),
     Hybrid(local=Clear(radius=4), global_=ProxyTokens(num_proxies=64), gate=1.0),
     Hybrid(local=Clear(radius=4), global_=Agent(num_agents=64), gate=1.0),

@@ -30,7 +30,7 @@ from .stages import Stages, matmul_gflops
 
 TEXT_TOKENS = 64
 REPORT, SHEET, LARGE, SPEED = "report.json", "teacher-converted-distilled.png", "512x512.png", "speed.json"
-RUN, HYBRID = "run", "hybrid"  # folders of the two distillations
+CONVERTED, RUN, HYBRID = "converted", "run", "hybrid"  # folders of the students
 
 CONFIG = """\
 # Settings of the distillation; every table and key: lineardit/distill/config.py
@@ -78,10 +78,10 @@ class DemoSettings:
 
     radius: float = 4
     proxies: int = 256  # of the hybrid, for what lies beyond the radius
+    focus_tokens: int = 256
     samples: int = 32  # that the teacher makes for its student
     sample_steps: int = 16  # denoising steps of each
-    train_steps: int = 90  # of local attention
-    hybrid_steps: int = 30  # of the hybrid, which starts nearer
+    train_steps: int = 90  # of local attention; the hybrid needs none here
     learning_rate: float = 1e-3
     captions: int = 16  # held out, to judge teacher and student
     side: int = 128  # pixels, of samples and judged pictures
@@ -137,7 +137,7 @@ def demo(
     base: str | Path | None = None,
     settings: DemoSettings | None = None,
 ) -> DemoReport:
-    """Convert the small pipeline to local attention and to a hybrid, distill both, judge them, generate.
+    """Convert the small pipeline to local attention and to a hybrid, distill the first, judge both, generate.
 
     Args:
         directory: For everything that is made; that of an interrupted demonstration is gone on with.
@@ -150,24 +150,21 @@ def demo(
     if not (base / "model_index.json").is_file():
         raise ValueError(f"no pipeline in {base}: the demonstration needs the one that comes with a clone")
     stages = Stages(directory, asdict(settings) | {"base": _digest(base)})
+    local, proxies = Clear(radius=settings.radius), ProxyTokens(num_proxies=settings.proxies)
+    hybrid = Hybrid(local=local, global_=proxies, gate=1.0, focus_tokens=settings.focus_tokens)
+    sources = {"teacher": base}
     with stages.stage("convert"):
-        converted = _convert(base, directory, settings)
+        sources["converted"] = _convert(base, directory / CONVERTED, local)
+        untrained = _convert(base, directory / HYBRID, hybrid)
     with stages.stage("prepare: the teacher makes samples"):
         _prepare(base, directory, settings)
-    local = Clear(radius=settings.radius)
-    proxies = ProxyTokens(num_proxies=settings.proxies)
-    hybrid = Hybrid(local=local, global_=proxies, gate=1.0)
-    sources = {"teacher": base, "converted": converted}
-    for name, folder, method, steps in (
-        ("distilled", RUN, local, settings.train_steps),
-        ("hybrid", HYBRID, hybrid, settings.hybrid_steps),
-    ):
-        with stages.stage(f"distill: {name}"):
-            sources[name] = _distill(base, directory, folder, method, steps, settings)
+    with stages.stage("distill"):
+        sources["distilled"] = _distill(base, directory, local, settings)
+        sources["hybrid"] = untrained
     with stages.stage("judge"):
         rows = _judge(sources, directory, settings)
     with stages.stage("generate"):
-        _large_picture(sources["hybrid"], directory, settings)
+        _large_picture(untrained, directory, settings)
     with stages.stage("time the steps"):
         speed = _speed(base, sources["distilled"], directory, settings)
     report = DemoReport(directory=directory, rows=rows, speed=speed, **stages.total())
@@ -179,11 +176,10 @@ def _digest(base: Path) -> str:
     return " ".join(sha256(file)[:8] for file in sorted(base.rglob("*.safetensors")))
 
 
-def _convert(base: Path, directory: Path, settings: DemoSettings) -> Path:
-    converted = directory / "converted"
-    if not converted.exists():
-        convert_base(base, Clear(radius=settings.radius), output=converted)
-    return converted
+def _convert(base: Path, folder: Path, method: Any) -> Path:
+    if not folder.exists():
+        convert_base(base, method, output=folder)
+    return folder
 
 
 def _prepare(base: Path, directory: Path, settings: DemoSettings) -> None:
@@ -198,16 +194,16 @@ def _prepare(base: Path, directory: Path, settings: DemoSettings) -> None:
     )
 
 
-def _distill(base: Path, directory: Path, folder: str, method: Any, steps: int, settings: DemoSettings) -> Path:
-    adapter = directory / folder / "adapter"
+def _distill(base: Path, directory: Path, method: Any, settings: DemoSettings) -> Path:
+    adapter = directory / RUN / "adapter"
     if adapter.exists():
         return adapter
-    config = directory / f"{folder}.toml"
-    quoted = {"base": base, "samples": directory / "samples", "run": directory / folder}
+    config = directory / "distill.toml"
+    quoted = {"base": base, "samples": directory / "samples", "run": directory / RUN}
     config.write_text(
         CONFIG.format(
             method="\n".join(f"{key} = {as_toml(value)}" for key, value in config_to_dict(method).items()),
-            steps=steps,
+            steps=settings.train_steps,
             lr=settings.learning_rate,
             **{name: json.dumps(str(one)) for name, one in quoted.items()},
         )

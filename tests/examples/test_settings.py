@@ -21,4 +21,5 @@ def test_load_config_takes_the_hybrid_of_the_comments(tmp_path):
     settings = [line.removeprefix("#   ") if " = " in line else line for line in kept]
     (tmp_path / "hybrid.toml").write_text("\n".join(settings))
     method = load_config(tmp_path / "hybrid.toml").method
-    assert method == Hybrid(local=Clear(radius=16), global_=ProxyTokens(num_proxies=256), gate=1.0)
+    proxies = ProxyTokens(num_proxies=1024)
+    assert method == Hybrid(local=Clear(radius=16), global_=proxies, gate=1.0, focus_tokens=1024)

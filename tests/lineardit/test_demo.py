@@ -17,7 +17,7 @@ SETTINGS = DemoSettings(
     samples=4,
     sample_steps=1,
     train_steps=2,
-    hybrid_steps=2,
+    focus_tokens=64,
     captions=2,
     side=32,
     steps=1,
@@ -45,7 +45,7 @@ def test_demo_makes_pictures_figures_and_a_page(
         assert image.size == (48, 48)
     page = write_page(report, SETTINGS)
     text = page.read_text()
-    for file in ("teacher-converted-distilled.png", "run/loss.png", "hybrid/loss.png", "512x512.png"):
+    for file in ("teacher-converted-distilled.png", "run/loss.png", "512x512.png"):
         assert (out / file).is_file()
         assert f'src="{file}"' in text
     for command in next_commands(report):
@@ -55,7 +55,7 @@ def test_demo_makes_pictures_figures_and_a_page(
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} | {out / "speed.json": 0}
     again = demo(out, base=base, settings=SETTINGS)
-    assert len(launched) == 2
+    assert len(launched) == 1
     assert again.speed == report.speed
     drawn_anew = {path.name for path, stamp in stamps.items() if stamp and path.stat().st_mtime_ns != stamp}
     assert drawn_anew <= {"teacher-converted-distilled.png", "index.html"}

@@ -74,22 +74,23 @@ def test_marks_run_makes_every_row_and_goes_on(
     monkeypatch.setattr(marks, "launch", launch_here)
     plan = marks.Plan(
         radius=2, side=16, steps=1, captions=3, few_captions=2, samples=4, train_steps=1, hybrid_train_steps=1,
-        few_train_steps=1, proxies=4, text_tokens=16, shown=2,
+        hybrid_captions=2, rival_train_steps=1, few_train_steps=1, proxies=4, focus_tokens=16, text_tokens=16, shown=2,
     )  # fmt: skip
     run = marks.Marks(base, tmp_path / "work", plan)
     reports: list[str] = []
     run.run(lambda: reports.append(marks.write_results(tmp_path / "results", run)))
     wide = "window of equal cost"
-    names = ["teacher", "hybrid, 0 steps", "hybrid", f"{wide}, 0 steps", wide, "0 steps", "default", marks.LONG]
+    beside = [f"{name}{steps}" for name in ("hybrid", "proxies alone", wide) for steps in (", 0 steps", "")]
+    names = ["teacher", *beside, "0 steps", "default", marks.LONG]
     changes = [f"{change}, 1 steps" for change in marks.ABLATIONS]
     rows = run.rows()
     assert [one.name for one in rows] == [*names, *changes]
-    assert [one.pictures for one in rows] == [3, 2, 3, 2, 2, 3, 3, *[2] * (1 + len(changes))]
+    assert [one.pictures for one in rows] == [3, 2, 3, 2, 2, 2, 2, 3, 3, *[2] * (1 + len(changes))]
     assert all(
-        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[3:], strict=True)
+        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[4:], strict=True)
     )
-    assert "loss.flow=0.0" in launched[4] and "loss.flow=0.0" not in launched[3]
-    assert all((f"| {wide} |" in report) == (number >= 3) for number, report in enumerate(reports))  # row by row
+    assert "loss.flow=0.0" in launched[5] and "loss.flow=0.0" not in launched[4]
+    assert all((f"| {wide} |" in report) == (number >= 5) for number, report in enumerate(reports))  # row by row
     content = json.loads((tmp_path / "results" / "marks.json").read_text())
     assert [mark["name"] for mark in content["marks"]] == [mark.name for mark in run.marks()]
     assert len(run.marks()) == 2 + 2 + 3 + 3
@@ -99,5 +100,5 @@ def test_marks_run_makes_every_row_and_goes_on(
 
     again = marks.Marks(base, tmp_path / "work", plan)
     again.run(lambda: None)
-    assert len(launched) == 3 + len(changes)
+    assert len(launched) == 4 + len(changes)
     assert [one.comparison for one in again.rows()] == [one.comparison for one in rows]
