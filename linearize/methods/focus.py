@@ -54,7 +54,7 @@ def focus_pairs(num_tokens: int, num_cells: int, side: int, grid: Grid) -> int:
     count = cells_in_focus(num_tokens, num_cells, grid)
     if count == 0:
         return 0
-    frames, height, width = (1, *grid)[-3:]
+    frames, height, width = _sizes(grid)
     tiles = frames * math.ceil(height / side) * math.ceil(width / side)
     return math.prod(grid) * math.ceil(count * math.prod(grid) / num_cells) + tiles * num_cells
 
@@ -101,16 +101,15 @@ class _Plan(NamedTuple):
     cells: Tensor  # [C, L] tokens
     shares: Tensor  # [C, L], -log (m n/C) of a token, EXCLUDED beyond the last
     rest_of_tiles: Tensor  # [G, C], log (r / (n/C))
-    distances: tuple[Tensor, Tensor, Tensor]  # [size, size] along frames, rows, columns:
+    distances: list[Tensor]  # [size, size] along frames, rows, columns:
     limit: int  # a token lies in a window where they add up to less
 
 
 @lru_cache(maxsize=4)
 def _plan(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.dtype, device: torch.device) -> _Plan:
-    sizes = (1, *grid)[-3:]
-    _, height, width = sizes
+    num_frames, height, width = sizes = _sizes(grid)
     with torch.inference_mode(False):  # serves training as well
-        starts = [torch.arange(size) for size in (sizes[0], -(-height // side), -(-width // side))]
+        starts = [torch.arange(size) for size in (num_frames, -(-height // side), -(-width // side))]
         frames, rows, columns = (axis.flatten() for axis in torch.meshgrid(*starts, indexing="ij"))
         step = torch.arange(side)
         rows, columns = rows[:, None] * side + step, columns[:, None] * side + step  # [G, side]
@@ -127,12 +126,23 @@ def _plan(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.dt
         shares -= math.log(math.prod(sizes) / num_cells)
         distances, limit = _distances(window, sizes)
         return _Plan(
-            *(one.to(device) for one in (tiles, real, rows, columns, frames, cells)),
-            shares.to(device, dtype),
-            rest_of_tiles.log().clamp(min=EXCLUDED),
-            tuple(one.to(device) for one in distances),
-            limit,
+            tiles=tiles.to(device),
+            real=real.to(device),
+            rows=rows.to(device),
+            columns=columns.to(device),
+            frames=frames.to(device),
+            cells=cells.to(device),
+            shares=shares.to(device, dtype),
+            rest_of_tiles=rest_of_tiles.log().clamp(min=EXCLUDED),
+            distances=[one.to(device) for one in distances],
+            limit=limit,
         )
+
+
+def _sizes(grid: Grid) -> tuple[int, int, int]:
+    """(frames, height, width), of a picture one frame."""
+    frames, height, width = (1, *grid)[-3:]
+    return frames, height, width
 
 
 def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tensor, Tensor]:
@@ -183,7 +193,7 @@ class _Chunk(NamedTuple):
 
     tokens: Tensor  # [tiles * Q] of the queries
     query: Tensor  # [B, H, tiles * Q, D]
-    index: Tensor  # [B * H * tiles * k] the chosen cells in [B * H * C, L * D]
+    cells: Tensor  # [B * H * tiles * k] the chosen cells in [B * H * C, L * D]
     proxies: Keys  # of [B, H, tiles * Q, D]
     focus: Keys  # of [B * H, tiles, Q, D]
 
@@ -372,12 +382,12 @@ def _focus_backward(
             dq, dk, dv = _partial_backward(partial, rows, dl, chunk.proxies, scale)
             grads[3] += dk
             grads[4] += dv
-            rows = tuple(_by_tile(one, choice) for one in rows)
+            by_tile = [_by_tile(one, choice) for one in rows]
             dl = None if dl is None else _by_tile(dl, choice)
-            tile_dq, dk, dv = _partial_backward(partial, rows, dl, chunk.focus, scale)
+            tile_dq, dk, dv = _partial_backward(partial, by_tile, dl, chunk.focus, scale)
             grads[0].index_add_(2, chunk.tokens, dq + tile_dq.reshape(dq.shape))
             for total, grad in zip(grads[1:3], (dk, dv), strict=True):
-                total.index_add_(0, chunk.index, grad.reshape(len(chunk.index), -1))
+                total.index_add_(0, chunk.cells, grad.reshape(len(chunk.cells), -1))
         for place in (1, 2):
             by_cell = grads[place].view(*proxy_key.shape[:2], -1, key.shape[3])
             grads[place] = torch.zeros_like(key, dtype=lse.dtype).index_add_(2, plan.cells.flatten(), by_cell)

@@ -235,7 +235,13 @@ class HybridAttention(nn.Module):
         if cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
             rest = log_rest(value, grid, window, config.num_cells)
             return attend_to_text(query, near, mass, *proxies, bias=rest, scale=scale)
-        focus = {"num_tokens": config.focus_tokens, "side": config.focus_side}
-        far, far_mass = focus_attention(query, key, value, *proxies, grid=grid, window=window, scale=scale, **focus)
+        far, far_mass = focus_attention(
+            *(query, key, value, *proxies),
+            grid=grid,
+            window=window,
+            num_tokens=config.focus_tokens,
+            side=config.focus_side,
+            scale=scale,
+        )
         share = torch.sigmoid(far_mass - mass)[..., None]
         return near + (share * (far - near)).to(near.dtype)
