@@ -26,18 +26,16 @@ G tiles of Q = side * side queries, D head dimension.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...kernels.window import Circle
 from ...kernels.window.inputs import sum_dtype, token_major
 from ...kernels.window.partial import Keys, Partial, fastest_partial, merge
 from ...kernels.window.windows import Window, from_arguments, to_arguments
 from ..layout import Grid
-from .agent_tokens import agent_grid, cells_of_axis
+from .focus_tables import Plan, plan_of, sizes_of
 from .rest_of_cells import EXCLUDED, log_rest
 
 # What one chunk of tiles may hold in logits, biases and gathered tokens.
@@ -54,7 +52,7 @@ def focus_pairs(num_tokens: int, num_cells: int, side: int, grid: Grid) -> int:
     count = cells_in_focus(num_tokens, num_cells, grid)
     if count == 0:
         return 0
-    frames, height, width = _sizes(grid)
+    frames, height, width = sizes_of(grid)
     tiles = frames * math.ceil(height / side) * math.ceil(width / side)
     return math.prod(grid) * math.ceil(count * math.prod(grid) / num_cells) + tiles * num_cells
 
@@ -90,97 +88,7 @@ def focus_attention(
     return focus_op(*tensors, grid, count, side, scale, *to_arguments(window))[:2]
 
 
-class _Plan(NamedTuple):
-    """What depends on the shapes alone."""
-
-    tiles: Tensor  # [G, Q] tokens; those of a tile that reaches over the border stand twice
-    real: Tensor  # [G, Q] bool: every token once
-    rows: Tensor  # [G, side] of the queries
-    columns: Tensor  # [G, side]
-    frames: Tensor  # [G]
-    cells: Tensor  # [C, L] tokens
-    shares: Tensor  # [C, L], -log (m n/C) of a token, EXCLUDED beyond the last
-    rest_of_tiles: Tensor  # [G, C], log (r / (n/C))
-    distances: list[Tensor]  # [size, size] along frames, rows, columns:
-    limit: int  # a token lies in a window where they add up to less
-
-
-@lru_cache(maxsize=4)
-def _plan(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.dtype, device: torch.device) -> _Plan:
-    num_frames, height, width = sizes = _sizes(grid)
-    with torch.inference_mode(False):  # serves training as well
-        starts = [torch.arange(size) for size in (num_frames, -(-height // side), -(-width // side))]
-        frames, rows, columns = (axis.flatten() for axis in torch.meshgrid(*starts, indexing="ij"))
-        step = torch.arange(side)
-        rows, columns = rows[:, None] * side + step, columns[:, None] * side + step  # [G, side]
-        real = (rows < height)[:, :, None] & (columns < width)[:, None]
-        rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
-        tiles = ((frames[:, None] * height + rows)[:, :, None] * width + columns[:, None]).flatten(1)
-        real = real.flatten(1)
-        cells, shares = _tokens_of_cells(sizes, num_cells)
-        tile_of_token = torch.empty(math.prod(sizes), dtype=torch.long)
-        tile_of_token[tiles[real]] = torch.arange(len(tiles))[:, None].expand_as(tiles)[real]
-        rest = log_rest(shares.to(device, dtype), grid, window, num_cells).exp()
-        rest_of_tiles = rest.new_zeros(len(tiles), num_cells).index_add_(0, tile_of_token.to(device), rest)
-        rest_of_tiles /= real.sum(1, keepdim=True).to(device)
-        shares -= math.log(math.prod(sizes) / num_cells)
-        distances, limit = _distances(window, sizes)
-        return _Plan(
-            tiles=tiles.to(device),
-            real=real.to(device),
-            rows=rows.to(device),
-            columns=columns.to(device),
-            frames=frames.to(device),
-            cells=cells.to(device),
-            shares=shares.to(device, dtype),
-            rest_of_tiles=rest_of_tiles.log().clamp(min=EXCLUDED),
-            distances=[one.to(device) for one in distances],
-            limit=limit,
-        )
-
-
-def _sizes(grid: Grid) -> tuple[int, int, int]:
-    """(frames, height, width), of a picture one frame."""
-    frames, height, width = (1, *grid)[-3:]
-    return frames, height, width
-
-
-def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tensor, Tensor]:
-    """`cells` and `shares`."""
-    counts = agent_grid(*sizes, num_cells)
-    axes = [cells_of_axis(size, count) for size, count in zip(sizes, counts, strict=True)]
-    holders = [torch.zeros(size, dtype=torch.float64) for size in sizes]  # cells of an axis that hold a place
-    for holds, axis in zip(holders, axes, strict=True):
-        for start, length in axis:
-            holds[start : start + length] += 1
-    of_token = holders[0][:, None, None] * holders[1][:, None] * holders[2]
-    largest = math.prod(max(length for _, length in axis) for axis in axes)
-    cells = torch.zeros(num_cells, largest, dtype=torch.long)
-    shares = torch.full((num_cells, largest), EXCLUDED, dtype=torch.float64)
-    token = torch.arange(math.prod(sizes)).view(sizes)
-    every = ((deep, row, column) for deep in axes[0] for row in axes[1] for column in axes[2])
-    for index, cell in enumerate(every):
-        where = tuple(slice(start, start + length) for start, length in cell)
-        members = token[where].flatten()
-        cells[index, : len(members)] = members
-        shares[index, : len(members)] = -of_token[where].flatten().log()
-    return cells, shares
-
-
-def _distances(window: Window, sizes: tuple[int, int, int]) -> tuple[list[Tensor], int]:
-    """`distances` and `limit`: squares for a circle; for a box, and for frames, 0 near and the limit elsewhere."""
-    steps = [(place[:, None] - place).abs() for place in map(torch.arange, sizes)]
-    if isinstance(window, Circle):
-        limit = min(math.ceil(window.radius**2), 2**30)
-        near = [step**2 for step in steps[1:]]
-    else:
-        limit = 1
-        near = [(~window.span(axis, size).near()).long() for axis, size in enumerate(sizes[1:])]
-    far_frames = steps[0] >= (window.frame_radius or sizes[0])
-    return [one.to(torch.int32) for one in (far_frames.long() * limit, *near)], limit
-
-
-def _choose(query: Tensor, proxy_key: Tensor, plan: _Plan, tiles: slice, count: int, scale: float) -> Tensor:
+def _choose(query: Tensor, proxy_key: Tensor, plan: Plan, tiles: slice, count: int, scale: float) -> Tensor:
     """[B, H, tiles, k]; query [B, H, tiles, Q, D]."""
     real = plan.real[tiles].to(query.dtype)[:, :, None]
     mean = (query * real).sum(3) / real.sum(1)
@@ -228,7 +136,7 @@ def _gather(
     ), chosen
 
 
-def _near(seen: Tensor, plan: _Plan, tiles: slice) -> Tensor:
+def _near(seen: Tensor, plan: Plan, tiles: slice) -> Tensor:
     """Whether tokens [B, H, g, K] lie in the windows of the queries, [B, H, g, Q, K]."""
     frames, rows, columns = plan.distances
     height, width = len(rows), len(columns)
@@ -246,7 +154,7 @@ class _Prepared(NamedTuple):
 
     inputs: tuple[Tensor, ...]  # query, key and value by cells [B * H * C, L * D], proxy_key, proxy_value
     rest: Tensor  # [n, C], log (r / (n/C))
-    plan: _Plan
+    plan: Plan
     spaces: tuple[Tensor, Tensor]  # for the gathered keys and values of a chunk: new ones would cost more than filling
     partial: Partial
     chunks: tuple[slice, ...]  # of the tiles
@@ -264,7 +172,7 @@ def _prepare(
     dtype, device = sum_dtype(inputs[0]), inputs[0].device
     query, key, value, proxy_key, proxy_value = (one.to(dtype) for one in inputs)
     window, (batch, num_heads, num_cells, head_dim) = from_arguments(radius, frame_radius, box), proxy_key.shape
-    plan = _plan(tuple(grid), window, num_cells, side, dtype, device)
+    plan = plan_of(tuple(grid), window, num_cells, side, dtype, device)
     rest = log_rest(inputs[0], tuple(grid), window, num_cells)
     by_cell = tuple(one[:, :, plan.cells].flatten(3).flatten(0, 2) for one in (key, value))
     num_seen = count * plan.cells.shape[1]
@@ -391,7 +299,7 @@ def _focus_backward(
         for place in (1, 2):
             by_cell = grads[place].view(*proxy_key.shape[:2], -1, key.shape[3])
             grads[place] = torch.zeros_like(key, dtype=lse.dtype).index_add_(2, plan.cells.flatten(), by_cell)
-    dq, dk, dv, dpk, dpv = (grad.to(one.dtype) for grad, one in zip(grads, given, strict=True))
+    dq, dk, dv, dpk, dpv = (grad.to(one.dtype).contiguous() for grad, one in zip(grads, given, strict=True))
     return dq, dk, dv, dpk, dpv
 
 

@@ -21,7 +21,8 @@ both are the local branch.
 
 Where the cells are G's own proxies, G attends to them with these weights as well, and (1 - s) L + s G is one softmax:
 over text, window, and proxies that stand for the tokens of their cells outside of it. With a proxy for every token that
-is softmax over everything. Other global branches, and proxies beside other `mass_cells`, see the whole image.
+is softmax over everything. With `focus_tokens`, the cells that weigh most give their own tokens to that softmax, in the
+place of their proxies (focus.py). Other global branches, and proxies beside other `mass_cells`, see the whole image.
 
 Where the window covers the image there is no rest, and the hybrid is the base's attention.
 

@@ -199,7 +199,11 @@ def test_settings_are_checked(settings: dict[str, Any], told: str) -> None:
         Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), **settings)
 
 
+@pytest.mark.parametrize("token_major", [False, True], ids=["head-major", "token-major"])
 @pytest.mark.parametrize("box", [None, [3, 3, 1, 1, 1, 1]])
-def test_focus_op_passes_opcheck(box: list[int] | None) -> None:
-    inputs = [x.float().requires_grad_() for x in inputs_of((5, 6), 4)]
+def test_focus_op_passes_opcheck(box: list[int] | None, token_major: bool) -> None:
+    inputs = [x.float() for x in inputs_of((5, 6), 4)]
+    if token_major:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
     torch.library.opcheck(focus_op, (*inputs, (5, 6), 2, 2, SCALE, 2.0 if box is None else None, None, box))

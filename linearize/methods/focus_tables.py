@@ -1,0 +1,109 @@
+"""What focus.py needs of the shapes alone: the tokens of each tile and each cell, and which of them a window holds.
+
+n tokens of the image, C cells, L tokens of the largest, m cells that hold a token, r tokens of a cell outside of a
+window (rest_of_cells.py), G tiles of Q = side * side queries.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.window import Circle
+from ...kernels.window.windows import Window
+from ..layout import Grid
+from .agent_tokens import agent_grid, cells_of_axis
+from .rest_of_cells import EXCLUDED, log_rest
+
+
+class Plan(NamedTuple):
+    """What depends on the shapes alone."""
+
+    tiles: Tensor  # [G, Q] tokens; those of a tile that reaches over the border stand twice
+    real: Tensor  # [G, Q] bool: every token once
+    rows: Tensor  # [G, side] of the queries
+    columns: Tensor  # [G, side]
+    frames: Tensor  # [G]
+    cells: Tensor  # [C, L] tokens
+    shares: Tensor  # [C, L], -log (m n/C) of a token, EXCLUDED beyond the last
+    rest_of_tiles: Tensor  # [G, C], log (r / (n/C))
+    distances: list[Tensor]  # [size, size] along frames, rows, columns:
+    limit: int  # a token lies in a window where they add up to less
+
+
+@lru_cache(maxsize=4)
+def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The tables of tiles of `side` x `side` queries and `num_cells` cells; kept for what was used last."""
+    num_frames, height, width = sizes = sizes_of(grid)
+    with torch.inference_mode(False):  # serves training as well
+        starts = [torch.arange(size) for size in (num_frames, -(-height // side), -(-width // side))]
+        frames, rows, columns = (axis.flatten() for axis in torch.meshgrid(*starts, indexing="ij"))
+        step = torch.arange(side)
+        rows, columns = rows[:, None] * side + step, columns[:, None] * side + step  # [G, side]
+        real = (rows < height)[:, :, None] & (columns < width)[:, None]
+        rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
+        tiles = ((frames[:, None] * height + rows)[:, :, None] * width + columns[:, None]).flatten(1)
+        real = real.flatten(1)
+        cells, shares = _tokens_of_cells(sizes, num_cells)
+        tile_of_token = torch.empty(math.prod(sizes), dtype=torch.long)
+        tile_of_token[tiles[real]] = torch.arange(len(tiles))[:, None].expand_as(tiles)[real]
+        rest = log_rest(shares.to(device, dtype), grid, window, num_cells).exp()
+        rest_of_tiles = rest.new_zeros(len(tiles), num_cells).index_add_(0, tile_of_token.to(device), rest)
+        rest_of_tiles /= real.sum(1, keepdim=True).to(device)
+        shares -= math.log(math.prod(sizes) / num_cells)
+        distances, limit = _distances(window, sizes)
+        return Plan(
+            tiles=tiles.to(device),
+            real=real.to(device),
+            rows=rows.to(device),
+            columns=columns.to(device),
+            frames=frames.to(device),
+            cells=cells.to(device),
+            shares=shares.to(device, dtype),
+            rest_of_tiles=rest_of_tiles.log().clamp(min=EXCLUDED),
+            distances=[one.to(device) for one in distances],
+            limit=limit,
+        )
+
+
+def sizes_of(grid: Grid) -> tuple[int, int, int]:
+    """(frames, height, width), of a picture one frame."""
+    frames, height, width = (1, *grid)[-3:]
+    return frames, height, width
+
+
+def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tensor, Tensor]:
+    """`cells` and `shares`."""
+    counts = agent_grid(*sizes, num_cells)
+    axes = [cells_of_axis(size, count) for size, count in zip(sizes, counts, strict=True)]
+    holders = [torch.zeros(size, dtype=torch.float64) for size in sizes]  # cells of an axis that hold a place
+    for holds, axis in zip(holders, axes, strict=True):
+        for start, length in axis:
+            holds[start : start + length] += 1
+    of_token = holders[0][:, None, None] * holders[1][:, None] * holders[2]
+    largest = math.prod(max(length for _, length in axis) for axis in axes)
+    cells = torch.zeros(num_cells, largest, dtype=torch.long)
+    shares = torch.full((num_cells, largest), EXCLUDED, dtype=torch.float64)
+    token = torch.arange(math.prod(sizes)).view(sizes)
+    every = ((deep, row, column) for deep in axes[0] for row in axes[1] for column in axes[2])
+    for index, cell in enumerate(every):
+        where = tuple(slice(start, start + length) for start, length in cell)
+        members = token[where].flatten()
+        cells[index, : len(members)] = members
+        shares[index, : len(members)] = -of_token[where].flatten().log()
+    return cells, shares
+
+
+def _distances(window: Window, sizes: tuple[int, int, int]) -> tuple[list[Tensor], int]:
+    """`distances` and `limit`: squares for a circle; for a box, and for frames, 0 near and the limit elsewhere."""
+    steps = [(place[:, None] - place).abs() for place in map(torch.arange, sizes)]
+    if isinstance(window, Circle):
+        limit = min(math.ceil(window.radius**2), 2**30)
+        near = [step**2 for step in steps[1:]]
+    else:
+        limit = 1
+        near = [(~window.span(axis, size).near()).long() for axis, size in enumerate(sizes[1:])]
+    far_frames = steps[0] >= (window.frame_radius or sizes[0])
+    return [one.to(torch.int32) for one in (far_frames.long() * limit, *near)], limit
