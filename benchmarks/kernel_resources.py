@@ -23,8 +23,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lineardit.kernels.focus import triton_kernels as focus_kernels
+from lineardit.kernels.focus.triton_focus import Blocks, queries_of_a_program
+from lineardit.kernels.focus.triton_focus import candidates as focus_candidates
+from lineardit.kernels.pieces.launch import block_d
 from lineardit.kernels.window import triton_kernels as kernels
-from lineardit.kernels.window.triton_window import BACKWARD_TILES, FORWARD_TILES, Tiles, block_d, candidates
+from lineardit.kernels.window.triton_window import BACKWARD_TILES, FORWARD_TILES, Tiles, candidates
 
 TABLE = Path(__file__).parent / "results" / "kernel_resources.json"
 SHARED_MEMORY = {
@@ -39,26 +43,27 @@ DEFAULT_ARCHS = (80, 86, 90)
 HEAD_DIM = 128
 MEASURES = ("registers", "stack_bytes", "shared_bytes")
 POINTERS = {
-    "*fp32": {"LSE", "DELTA"},
+    "*fp32": {"LSE", "DELTA", "SHARES"},
+    "*i8": {"HIDDEN"},
     "*i64": {"MASK_WORDS", "SHARED_WORDS"},
-    "*i32": {"QUERY_CORNERS", "KEY_CORNERS", "MASK_IDS", "COUNTS", "INSIDE"},
+    "*i32": {
+        *("QUERY_CORNERS", "KEY_CORNERS", "MASK_IDS", "COUNTS", "INSIDE"),
+        *("TILES", "CELLS", "CHOSEN", "CLEAR", "ROWS", "COLUMNS", "FRAMES"),
+    },
 }
+FOCUS_SIDES = (4, 8)
 
 
-def constants(kernel: Any, tiles: Tiles) -> dict[str, Any]:
-    """What is fixed when a kernel is compiled."""
-    every = {
+def tile_constants(tiles: Tiles) -> dict[str, int]:
+    """What the window kernels take as fixed of their tiles."""
+    return {
         "Q_ROWS": tiles.query[0],
         "Q_COLUMNS": tiles.query[1],
         "K_ROWS": tiles.key[0],
         "K_COLUMNS": tiles.key[1],
         "BLOCK_Q": tiles.query[0] * tiles.query[1],
         "BLOCK_K": tiles.key[0] * tiles.key[1],
-        "HEAD_DIM": HEAD_DIM,
-        "BLOCK_D": block_d(HEAD_DIM),
-        "PRECISION": "ieee",
     }
-    return {name: value for name, value in every.items() if name in kernel.arg_names}
 
 
 def argument_type(kernel: Any, name: str) -> str:
@@ -70,10 +75,11 @@ def argument_type(kernel: Any, name: str) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
-def compile_for(kernel: Any, tiles: Tiles, arch: int) -> dict[str, int]:
+def compile_for(kernel: Any, blocks: dict[str, int], options: Tiles | Blocks, arch: int) -> dict[str, int]:
     """Registers a thread, bytes of stack (spills) a thread, bytes of shared memory a program."""
-    fixed = constants(kernel, tiles)
     names = kernel.arg_names
+    every = {**blocks, "HEAD_DIM": HEAD_DIM, "BLOCK_D": block_d(HEAD_DIM), "PRECISION": "ieee"}
+    fixed = {name: value for name, value in every.items() if name in names}
     signature = {name: "constexpr" if name in fixed else argument_type(kernel, name) for name in names}
     aligned = [
         i for i, name in enumerate(names) if signature[name].startswith("*") or re.fullmatch(r"[a-z]+_[bhn]", name)
@@ -84,8 +90,8 @@ def compile_for(kernel: Any, tiles: Tiles, arch: int) -> dict[str, int]:
         constexprs={(names.index(name),): value for name, value in fixed.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    launch = {"num_warps": options.num_warps, "num_stages": options.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
     registers, stack = cubin_usage(compiled.asm["cubin"])
     return dict(zip(MEASURES, (registers, stack, compiled.metadata.shared), strict=True))
 
@@ -110,7 +116,7 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
     }
     for every_tiles, members in directions.items():
         for tiles in candidates(every_tiles, HEAD_DIM, arch):
-            usages = {kernel.fn.__name__: compile_for(kernel, tiles, arch) for kernel in members}
+            usages = {kernel.fn.__name__: compile_for(kernel, tile_constants(tiles), tiles, arch) for kernel in members}
             if all(usage["shared_bytes"] <= SHARED_MEMORY[arch] for usage in usages.values()):
                 break
             report(f"sm_{arch}: {tiles} do not fit")
@@ -118,7 +124,22 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
             shape = f"q{tiles.query[0]}x{tiles.query[1]} k{tiles.key[0]}x{tiles.key[1]}"
             rows[f"sm_{arch} {name}"] = {"tiles": f"{shape} w{tiles.num_warps} s{tiles.num_stages}", **usage}
             report(f"sm_{arch} {name:20} {rows[f'sm_{arch} {name}']}")
+    for side in FOCUS_SIDES:
+        name = f"sm_{arch} focus_forward, {side} x {side} queries"
+        rows[name] = focus_row(side, arch, report)
+        report(f"{name} {rows[name]}")
     return rows
+
+
+def focus_row(side: int, arch: int, report: Callable[[str], None]) -> dict[str, Any]:
+    """The kernel of cells in focus, with the first blocks that fit."""
+    for blocks in focus_candidates(side):
+        fixed = {"BLOCK_Q": queries_of_a_program(side), "BLOCK_K": blocks.keys}
+        usage = compile_for(focus_kernels.focus_forward, fixed, blocks, arch)
+        if usage["shared_bytes"] <= SHARED_MEMORY[arch]:
+            break
+        report(f"sm_{arch}: {blocks} do not fit")
+    return {"tiles": f"k{blocks.keys} w{blocks.num_warps} s{blocks.num_stages}", **usage}
 
 
 def growth(rows: dict[str, dict[str, Any]], table: dict[str, dict[str, Any]]) -> list[str]:

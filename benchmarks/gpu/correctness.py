@@ -1,16 +1,13 @@
 """Our implementations against float64: outputs and every gradient, operators, determinism, memory errors, a long run.
 
-The rule is that of the tests: at most twice the largest error that the reference makes in the same precision, plus
-four roundings of the largest value. Every `torch.empty` is filled with NaN meanwhile.
+The rule is that of the tests (judging.py). Every `torch.empty` is filled with NaN meanwhile.
 """
 
-import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,10 +22,11 @@ from lineardit.kernels.window import implementations, window_attention, window_a
 from .bench import Bench, Measured, Shape, Task, Tasks, UnavailableError
 from .cases import FEW, GENERAL, PORTABLE, Case
 from .competitors import COMPETITORS, check_ours, tile_order
+from .focus import correctness_tasks as focus_tasks
+from .judging import nan_filled_memory, verdict
 from .names import CLEARS_WAY
 
 PART = "correctness"
-ROUNDINGS = 4
 SAMPLED = 64  # queries of the long run that are computed exactly
 SANITIZER = "compute-sanitizer"
 SANITIZER_ERROR = 86
@@ -40,6 +38,7 @@ def tasks(bench: Bench) -> Tasks:
     for case in PORTABLE:
         if bench.impl != "tiled" and not bench.scale.few_cases:
             yield _task(f"{case}", "tiled", partial(against_reference, bench, case, "tiled"))
+    yield from focus_tasks(bench)
     for name in (CLEARS_WAY, "flex tiles"):
         yield _task("same function", name, partial(competitor_against_reference, bench, name))
     yield _task("torch.library.opcheck", bench.impl, partial(operators, bench))
@@ -77,39 +76,6 @@ def outputs_and_gradients(
     query, key, value, *pooled = leaves
     out = function(query, key, value, pooled=tuple(pooled) or None, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
-
-
-def verdict(actual: list[Tensor], exact: list[Tensor], low: list[Tensor]) -> Measured:
-    """Of the tensor that uses most of what it is allowed; NaN never passes."""
-    names = ["out", *(f"gradient {index}" for index in range(len(actual) - 1))]
-    figures = [_errors(*tensors) for tensors in zip(actual, exact, low, strict=True)]
-    name, worst = max(zip(names, figures, strict=True), key=lambda one: one[1]["share_of_allowed"])
-    passed = worst["share_of_allowed"] <= 1
-    note = f"worst: {name}" if passed else f"WRONG: {name} has an error of {worst['largest_error']}"
-    return Measured(figures=worst, note=note, passed=passed)
-
-
-def _errors(actual: Tensor, exact: Tensor, low: Tensor) -> dict[str, float]:
-    error = (actual.double() - exact).abs()
-    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    allowed = 2 * (low.double() - exact).abs().max().item() + ROUNDINGS * rounding
-    share = error.max().item() / allowed
-    return {
-        "share_of_allowed": share if math.isfinite(share) else math.inf,
-        "largest_error": error.max().item(),
-        "relative_error": (error.norm() / exact.norm()).item(),
-    }
-
-
-@contextmanager
-def nan_filled_memory() -> Iterator[None]:
-    """`torch.empty` and its relatives give NaN, so that reading or returning what nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def competitor_against_reference(bench: Bench, name: str) -> Measured:

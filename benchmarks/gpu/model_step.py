@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import focus
 from .bench import Bench, Measured, Task, Tasks, UnavailableError
-from .names import CLEARS_STEP, DENSE, DENSE_STEP, HYBRID_STEP, OUR_STEPS, case_name, size_name
+from .names import CLEARS_STEP, DENSE, DENSE_STEP, FOCUS_STEP, HYBRID_STEP, OUR_STEPS, case_name, size_name
 from .timing import peak_gib, seconds
 
 PART = "model"
@@ -27,7 +28,7 @@ def tasks(bench: Bench) -> Tasks:
         return
     models = Models(bench)
     sides = sorted(bench.scale.sides, key=SIDES_BY_WORTH.index) if len(bench.scale.sides) > 1 else bench.scale.sides
-    for impl, side in product((DENSE_STEP, *OUR_STEPS.values(), CLEARS_STEP, HYBRID_STEP), sides):
+    for impl, side in product((DENSE_STEP, *OUR_STEPS.values(), CLEARS_STEP, HYBRID_STEP, FOCUS_STEP), sides):
         measure = partial(measure_step, bench, models, impl, side)
         yield Task(part=PART, case=size_name(side), impl=impl, measure=measure)
 
@@ -76,6 +77,9 @@ def _convert(model: Any, impl: str, bench: Bench) -> None:
         method: Any = Clear(radius=next(radius for radius, name in OUR_STEPS.items() if impl.startswith(name)))
         if impl == HYBRID_STEP:
             method = Hybrid(local=method, global_=ProxyTokens(num_proxies=256), gate=1.0)
+        elif impl == FOCUS_STEP:
+            proxies, tokens = ProxyTokens(num_proxies=focus.PROXIES), focus.FOCUS_TOKENS
+            method = Hybrid(local=method, global_=proxies, gate=1.0, focus_tokens=tokens, focus_side=8)
         # What users get; the interpreter of a smoke run is never chosen by itself
         linearize_(model, method, impl=bench.impl if bench.results.head.smoke else "auto")
 

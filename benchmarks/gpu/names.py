@@ -6,6 +6,7 @@ CLEARS_WAY = "flex row-major"
 DENSE_STEP, CLEARS_STEP = "dense", "CLEAR's way, radius 8"
 OUR_STEPS = {radius: f"ours, radius {radius}" for radius in (8, 16)}
 HYBRID_STEP = f"{OUR_STEPS[8]}, and 256 proxies"
+FOCUS_STEP = f"{OUR_STEPS[16]}, 1024 proxies, 1024 tokens in focus"
 IN_CHUNKS = f"{OUR_STEPS[8]}, in chunks"  # token-wise layers on some tokens at a time
 ALL_WEIGHTS = "first blocks, with all weights in memory"  # the note of such a row
 

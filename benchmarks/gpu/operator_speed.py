@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from .bench import Bench, Measured, Shape, Task, Tasks, UnavailableError, shape_of
 from .competitors import COMPETITORS, Attention, Competitor, ours, pairs_attending
 from .flex_window import row_major_mask_mod
+from .focus import operator_tasks as focus_tasks
 from .names import CLEARS_WAY, DENSE, case_name, size_name
 from .timing import peak_gib, seconds
 
@@ -25,6 +26,7 @@ def tasks(bench: Bench) -> Tasks:
         yield _task(bench, side, None, name, COMPETITORS[name], backward=backward)
     for backward, side, radius in product((False, True), scale.sides, scale.radii):
         yield _task(bench, side, radius, bench.impl, ours, backward=backward)
+    yield from focus_tasks(bench)
 
     others = [name for name in COMPETITORS if name not in DENSE]
     cases = list(product((False, True), scale.sides, scale.radii))

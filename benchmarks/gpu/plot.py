@@ -9,7 +9,18 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from .names import CLEARS_STEP, CLEARS_WAY, DENSE, DENSE_STEP, HYBRID_STEP, NAMES, OUR_STEPS, case_name, size_name
+from .names import (
+    CLEARS_STEP,
+    CLEARS_WAY,
+    DENSE,
+    DENSE_STEP,
+    FOCUS_STEP,
+    HYBRID_STEP,
+    NAMES,
+    OUR_STEPS,
+    case_name,
+    size_name,
+)
 from .records import Results, load
 
 RADII = (8, 16, 32)
@@ -29,7 +40,7 @@ def operator_series(results: Results, radius: int) -> dict[str, Series]:
 
 def step_series(results: Results) -> dict[str, Series]:
     """Seconds of one step, by attention."""
-    impls = (DENSE_STEP, CLEARS_STEP, *OUR_STEPS.values(), HYBRID_STEP)
+    impls = (DENSE_STEP, CLEARS_STEP, *OUR_STEPS.values(), HYBRID_STEP, FOCUS_STEP)
     series: dict[str, Series] = {impl: {} for impl in impls}
     for impl in impls:
         for side in NAMES:

@@ -17,9 +17,7 @@ stride 1. Offsets into them are 64-bit. The lists are those of `Entries` in trit
 import triton
 import triton.language as tl
 
-EXCLUDED = tl.constexpr(-1.0e30)  # logit of a pair that does not attend
-FLOOR = tl.constexpr(-1.0e20)  # the running maximum starts here, so that exp2(EXCLUDED - FLOOR) is 0
-LOG2_E = tl.constexpr(1.4426950408889634)
+from ..pieces.triton_blocks import EXCLUDED, FLOOR, LOG2_E, head_of, load_rows, online_softmax, store_rows
 
 
 @triton.jit
@@ -38,35 +36,12 @@ def _tile_exists(corner, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def _load_rows(p_base, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[tokens, BLOCK_D] rows of one head; zeros beyond HEAD_DIM."""
-    i_d = tl.arange(0, BLOCK_D)
-    pointers = p_base + tokens.to(tl.int64)[:, None] * stride + i_d[None, :]
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=i_d[None, :] < HEAD_DIM, other=0.0)
-
-
-@triton.jit
 def _load_either(
     is_shared, p_shared, shared_stride, p_image, image_stride, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Rows of the shared keys, or of the image's."""
     stride = tl.where(is_shared, shared_stride, image_stride)
-    return _load_rows(tl.where(is_shared, p_shared, p_image), tokens, stride, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def _store_rows(p_base, tokens, stride, rows, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    i_d = tl.arange(0, BLOCK_D)
-    pointers = p_base + tokens.to(tl.int64)[:, None] * stride + i_d[None, :]
-    tl.store(pointers, rows.to(p_base.dtype.element_ty), mask=exists[:, None] & (i_d[None, :] < HEAD_DIM))
-
-
-@triton.jit
-def _head(pointer, i_batch, i_head, batch_stride, head_stride):
-    """Pointer to token 0 of one head."""
-    return pointer + i_batch.to(tl.int64) * batch_stride + i_head.to(tl.int64) * head_stride
+    return load_rows(tl.where(is_shared, p_shared, p_image), tokens, stride, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -121,16 +96,6 @@ def _masked_tokens(
 
 
 @triton.jit
-def _online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION: tl.constexpr):
-    """One block of logits and values into the running maximum, sum and weighted sum of values."""
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - b_new_max[:, None])
-    b_shrink = tl.exp2(b_max - b_new_max)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
-    return b_acc, b_new_max, b_sum * b_shrink + tl.sum(b_p, 1)
-
-
-@triton.jit
 def window_forward(
     Q, q_b, q_h, q_n,
     K, k_b, k_h, k_n,
@@ -149,13 +114,13 @@ def window_forward(
     BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
     BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    p_k, p_v = _head(K, i_batch, i_head, k_b, k_h), _head(V, i_batch, i_head, v_b, v_h)
-    p_sk, p_sv = _head(SHARED_K, i_batch, i_head, sk_b, sk_h), _head(SHARED_V, i_batch, i_head, sv_b, sv_h)
+    p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
+    p_sk, p_sv = head_of(SHARED_K, i_batch, i_head, sk_b, sk_h), head_of(SHARED_V, i_batch, i_head, sv_b, sv_h)
     last = num_tokens - 1
 
     corner = tl.load(QUERY_CORNERS + i_tile)
     queries = _tile_tokens(corner, width, last, Q_ROWS, Q_COLUMNS)
-    b_q = _load_rows(_head(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
     b_acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_Q], FLOOR, tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
@@ -166,7 +131,7 @@ def window_forward(
         b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
         b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_acc, b_max, b_sum = _online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+        b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
 
     border = tl.load(COUNTS + i_tile) - inside
     for n in tl.range(0, border + tl.cdiv(num_shared, BLOCK_K) - shared_whole):
@@ -178,12 +143,12 @@ def window_forward(
         b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
         b_s = tl.where(_sees(words, BLOCK_K), b_s, EXCLUDED)
-        b_acc, b_max, b_sum = _online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+        b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
 
     exists = _tile_exists(corner, height, width, Q_ROWS, Q_COLUMNS)
     b_sum = tl.where(exists, b_sum, 1.0)  # a slot beyond the edge may have seen nothing
     b_out = b_acc / b_sum[:, None]
-    _store_rows(_head(OUT, i_batch, i_head, out_b, out_h), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
+    store_rows(head_of(OUT, i_batch, i_head, out_b, out_h), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
     tl.store(LSE + o_lse + queries, (b_max + tl.log2(b_sum)) / LOG2_E, mask=exists)
 
@@ -209,16 +174,16 @@ def window_grad_query(
     BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
     BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    p_k, p_v = _head(K, i_batch, i_head, k_b, k_h), _head(V, i_batch, i_head, v_b, v_h)
-    p_sk, p_sv = _head(SHARED_K, i_batch, i_head, sk_b, sk_h), _head(SHARED_V, i_batch, i_head, sv_b, sv_h)
+    p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
+    p_sk, p_sv = head_of(SHARED_K, i_batch, i_head, sk_b, sk_h), head_of(SHARED_V, i_batch, i_head, sv_b, sv_h)
     last = num_tokens - 1
 
     corner = tl.load(QUERY_CORNERS + i_tile)
     queries = _tile_tokens(corner, width, last, Q_ROWS, Q_COLUMNS)
     exists = _tile_exists(corner, height, width, Q_ROWS, Q_COLUMNS)
-    b_q = _load_rows(_head(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
-    b_do = _load_rows(_head(GRAD_OUT, i_batch, i_head, do_b, do_h), queries, do_n, HEAD_DIM, BLOCK_D)
-    b_out = _load_rows(_head(OUT, i_batch, i_head, out_b, out_h), queries, out_n, HEAD_DIM, BLOCK_D)
+    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_do = load_rows(head_of(GRAD_OUT, i_batch, i_head, do_b, do_h), queries, do_n, HEAD_DIM, BLOCK_D)
+    b_out = load_rows(head_of(OUT, i_batch, i_head, out_b, out_h), queries, out_n, HEAD_DIM, BLOCK_D)
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - tl.load(DELTA + o_lse + queries)
     tl.store(DELTA + o_lse + queries, b_delta, mask=exists)
@@ -248,8 +213,8 @@ def window_grad_query(
         b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
-    p_dq = _head(GRAD_Q, i_batch, i_head, dq_b, dq_h)
-    _store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
+    p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h)
+    store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -280,14 +245,14 @@ def window_grad_key(
     BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
     BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    p_q, p_do = _head(Q, i_batch, i_head, q_b, q_h), _head(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    p_q, p_do = head_of(Q, i_batch, i_head, q_b, q_h), head_of(GRAD_OUT, i_batch, i_head, do_b, do_h)
     last = num_tokens - 1
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
 
     corner = tl.load(KEY_CORNERS + i_tile)
     keys = _tile_tokens(corner, width, last, K_ROWS, K_COLUMNS)
-    b_k = _load_rows(_head(K, i_batch, i_head, k_b, k_h), keys, k_n, HEAD_DIM, BLOCK_D)
-    b_v = _load_rows(_head(V, i_batch, i_head, v_b, v_h), keys, v_n, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(head_of(K, i_batch, i_head, k_b, k_h), keys, k_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(head_of(V, i_batch, i_head, v_b, v_h), keys, v_n, HEAD_DIM, BLOCK_D)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
@@ -296,17 +261,17 @@ def window_grad_key(
         q_corner, mask_id = tl.load(QUERY_CORNERS + entry), tl.load(MASK_IDS + entry)
         queries = _tile_tokens(q_corner, width, last, Q_ROWS, Q_COLUMNS)
         words = tl.load(MASK_WORDS + mask_id * BLOCK_Q + tl.arange(0, BLOCK_Q))
-        b_q = _load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
-        b_do = _load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+        b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+        b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
         b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
         b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
         b_dk, b_dv = _key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     exists = _tile_exists(corner, height, width, K_ROWS, K_COLUMNS)
-    p_dk, p_dv = _head(GRAD_K, i_batch, i_head, dk_b, dk_h), _head(GRAD_V, i_batch, i_head, dv_b, dv_h)
-    _store_rows(p_dk, keys, dk_n, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
-    _store_rows(p_dv, keys, dv_n, b_dv, exists, HEAD_DIM, BLOCK_D)
+    p_dk, p_dv = head_of(GRAD_K, i_batch, i_head, dk_b, dk_h), head_of(GRAD_V, i_batch, i_head, dv_b, dv_h)
+    store_rows(p_dk, keys, dk_n, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
+    store_rows(p_dv, keys, dv_n, b_dv, exists, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -325,13 +290,13 @@ def window_grad_shared(
     """dk and dv of one block of shared keys, over `split_len` image queries: a multiple of BLOCK_Q."""
     i_block, i_split = tl.program_id(0), tl.program_id(2)
     i_batch, i_head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    p_q, p_do = _head(Q, i_batch, i_head, q_b, q_h), _head(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    p_q, p_do = head_of(Q, i_batch, i_head, q_b, q_h), head_of(GRAD_OUT, i_batch, i_head, do_b, do_h)
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
 
     slots = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     keys = tl.minimum(slots, num_shared - 1)
-    b_k = _load_rows(_head(SHARED_K, i_batch, i_head, sk_b, sk_h), keys, sk_n, HEAD_DIM, BLOCK_D)
-    b_v = _load_rows(_head(SHARED_V, i_batch, i_head, sv_b, sv_h), keys, sv_n, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(head_of(SHARED_K, i_batch, i_head, sk_b, sk_h), keys, sk_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(head_of(SHARED_V, i_batch, i_head, sv_b, sv_h), keys, sv_n, HEAD_DIM, BLOCK_D)
     word = tl.load(SHARED_WORDS + i_batch * tl.cdiv(num_shared, BLOCK_K) + i_block)
     seen = ((word >> tl.arange(0, BLOCK_K)) & 1) != 0
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -341,8 +306,8 @@ def window_grad_shared(
     for start in tl.range(first, tl.minimum(first + split_len, num_tokens), BLOCK_Q):
         i_query = start + tl.arange(0, BLOCK_Q)
         queries = tl.minimum(i_query, num_tokens - 1)
-        b_q = _load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
-        b_do = _load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+        b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+        b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
         b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
         attends = (i_query < num_tokens)[:, None] & seen[None, :]
@@ -351,5 +316,5 @@ def window_grad_shared(
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_shared * HEAD_DIM
     exists = slots < num_shared
-    _store_rows(GRAD_K + o_out, keys, HEAD_DIM, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
-    _store_rows(GRAD_V + o_out, keys, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_K + o_out, keys, HEAD_DIM, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_V + o_out, keys, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)

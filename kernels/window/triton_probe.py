@@ -1,13 +1,12 @@
 """Which tiles the Triton kernels take on a device: the largest that fit there, tried once against the plain formula."""
 
-from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.errors import TritonError
 
+from ..pieces.trial import first_that_fits, relative_error
 from .inputs import Inputs, token_major
 from .partial import PLAIN, Keys, attention_bias
 from .reference import window_mask
@@ -15,7 +14,6 @@ from .triton_window import BACKWARD_TILES, FORWARD_TILES, Tiles, candidates, tri
 from .windows import Circle
 
 GRID, WINDOW, NUM_SHARED = (35, 40), Circle(radius=14.0), 77
-MAX_ERROR = 0.05  # of the largest value; a wrong kernel is off by more than bfloat16 rounds
 
 
 @lru_cache
@@ -31,20 +29,7 @@ def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
     if interpreted:
         return forward[0], backward[0]
     trial = _Trial(device, dtype, head_dim)
-    return _first_that_fits(forward, trial.forward_error), _first_that_fits(backward, trial.backward_error)
-
-
-def _first_that_fits(tiles: list[Tiles], error_of: Callable[[Tiles], float]) -> Tiles:
-    for candidate in tiles:
-        try:
-            error = error_of(candidate)
-        except TritonError as exception:  # it needs too much, or does not compile
-            reason = str(exception)
-            continue
-        if error > MAX_ERROR:
-            raise RuntimeError(f"a trial differs from the reference by {error:.2g} of its largest value")
-        return candidate
-    raise RuntimeError(reason)
+    return first_that_fits(forward, trial.forward_error), first_that_fits(backward, trial.backward_error)
 
 
 class _Trial:
@@ -73,7 +58,7 @@ class _Trial:
     def forward_error(self, tiles: Tiles) -> float:
         out = token_major(self.inputs.query, self.num_tokens)
         lse = triton_forward(self.inputs, out, GRID, WINDOW, self.scale, tiles)
-        return _relative_error([out, lse], [self.out, self.lse])
+        return relative_error([out, lse], [self.out, self.lse])
 
     def backward_error(self, tiles: Tiles) -> float:
         out = self.out.to(self.grad_out.dtype)
@@ -81,11 +66,4 @@ class _Trial:
         expected = PLAIN.backward(self.grad_out.float(), self.query, self.keys, self.out, self.lse, self.scale, None)
         grad_query, *grad_keys = expected
         image, shared = zip(*(grad.split([self.num_tokens, NUM_SHARED], 2) for grad in grad_keys), strict=True)
-        return _relative_error(grads, [grad_query, *image, *shared])
-
-
-def _relative_error(computed: Iterable[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference, relative to the largest value of the same tensor; infinite for NaN."""
-    pairs = zip(computed, expected, strict=True)
-    errors = torch.stack([(ours.float() - theirs).abs().max() / theirs.abs().max() for ours, theirs in pairs])
-    return float(errors.nan_to_num(torch.inf).max())
+        return relative_error(grads, [grad_query, *image, *shared])

@@ -5,7 +5,6 @@ tokens, the bits of a mask word). The shapes of the backward may be smaller, sin
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..pieces.launch import block_d, dense_rows, device_of, with_strides
 from . import triton_kernels as kernels
 from .inputs import Inputs, token_major
 from .lists import mask_words, swapped, window_lists
@@ -49,11 +49,6 @@ def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int) -> list[Tiles
     """Those whose sums stay in registers, the largest first."""
     widest = MAX_SUMS // block_d(head_dim)
     return [t for t in tiles if max(t.query[0] * t.query[1], 2 * t.key[0] * t.key[1]) <= widest and arch >= t.min_arch]
-
-
-def block_d(head_dim: int) -> int:
-    """Width of a row inside the kernels: a power of two, at least 16 for the matrix units."""
-    return max(16, triton.next_power_of_2(head_dim))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +155,6 @@ def _tile_constants(tiles: Tiles) -> dict[str, int]:
     return dict(zip(names, (*tiles.query, *tiles.key), strict=True))
 
 
-def _with_strides(*tensors: Tensor) -> list[Any]:
-    """Each tensor and its strides over batch, head and token."""
-    return [item for tensor in tensors for item in (tensor, *tensor.stride()[:3])]
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where a token's row is one piece of memory, else a copy."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
 def triton_forward(
     inputs: Inputs,
     out: Tensor,
@@ -180,13 +165,13 @@ def triton_forward(
 ) -> Tensor:
     """Fill `out` [B, H, N, D], whose rows are dense; returns the log-sum-exp [B, H, N], float32."""
     launch = _prepare(inputs, grid, window, tiles)
-    tensors = [_dense_rows(tensor) for tensor in inputs[:5]]
+    tensors = [dense_rows(tensor) for tensor in inputs[:5]]
     batch, num_heads, num_tokens, _ = inputs.query.shape
     lse = out.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
     tiled, lists = launch.window, launch.window.by_query
-    with _device_of(out):
+    with device_of(out):
         kernels.window_forward[len(lists.counts), batch * num_heads](
-            *_with_strides(*tensors, out),
+            *with_strides(*tensors, out),
             lse,
             *(lists.corners, lists.listed, lists.mask_ids, lists.counts, tiled.inside),
             *(tiled.words, launch.shared_words),
@@ -212,8 +197,8 @@ def triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `triton_forward` left them."""
     launch = _prepare(inputs, grid, window, tiles)
-    query, key, value, shared_key, shared_value = (_dense_rows(tensor) for tensor in inputs[:5])
-    grad_out = _dense_rows(grad_out)
+    query, key, value, shared_key, shared_value = (dense_rows(tensor) for tensor in inputs[:5])
+    grad_out = dense_rows(grad_out)
     batch, num_heads, num_tokens, _ = query.shape
     grads = [token_major(query, num_tokens) for _ in range(3)]
     delta = torch.zeros_like(lse)  # the kernel takes the gradient of lse from here, and leaves there what others need
@@ -221,9 +206,9 @@ def triton_backward(
         delta.copy_(grad_lse)
     tiled, lists, by_key = launch.window, launch.window.by_query, launch.window.by_key
     tile_constants = _tile_constants(tiled.tiles)
-    with _device_of(query):
+    with device_of(query):
         kernels.window_grad_query[len(lists.counts), batch * num_heads](
-            *_with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0]),
+            *with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0]),
             *(lse, delta),
             *(lists.corners, lists.listed, lists.mask_ids, lists.counts, tiled.inside),
             *(tiled.words, launch.shared_words),
@@ -234,7 +219,7 @@ def triton_backward(
             **launch.constants,
         )
         kernels.window_grad_key[len(by_key.counts), batch * num_heads](
-            *_with_strides(grad_out, query, key, value, *grads[1:]),
+            *with_strides(grad_out, query, key, value, *grads[1:]),
             *(lse, delta),
             *(by_key.corners, by_key.listed, by_key.mask_ids, by_key.counts, tiled.words),
             *(num_heads, *grid[-2:], num_tokens, by_key.listed.shape[1]),
@@ -269,7 +254,7 @@ def _shared_gradients(
     splits = triton.cdiv(num_tokens, split_len)
     partial = query.new_empty(2, splits, batch, num_heads, num_shared, head_dim, dtype=torch.float32)
     kernels.window_grad_shared[blocks, batch * num_heads, splits](
-        *_with_strides(grad_out, query, shared_key, shared_value),
+        *with_strides(grad_out, query, shared_key, shared_value),
         *(*partial, lse, delta, launch.shared_words),
         *(num_heads, num_tokens, num_shared, split_len),
         scale,
@@ -284,8 +269,3 @@ def _shared_gradients(
 def _programs_wanted(device: torch.device) -> int:
     """Four for each multiprocessor, so that none idles long at the end."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels run on the tensor's card, whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,41 +1,18 @@
 """Agents on the grid of an image: where they stand, queries pooled to them, and a bias by their distance to each token.
 
-A fixed number A of agents stands on a grid of its own, (frames, rows, columns), whose sides divide A so that the cells
-are as near to cubes as A allows: 64 agents are 8 x 8 on a square picture, 4 x 16 on one four times as wide. Cell i of
-`count` along a side of `size` tokens goes from floor(i size / count) to ceil((i + 1) size / count), so that every cell
-has tokens, at any size (the cells of adaptive pooling).
+A fixed number A of agents stands in the cells of kernels/focus/cells.py.
 
 B batch, H heads, n = frames * height * width tokens, D head dimension, A agents, R side of a table of biases.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...kernels.focus.cells import cell_grid, cells_of_axis
+
 _AXES = (3, 4, 2)  # rows, columns, frames of [B, H, frames, height, width, D], in the order that saves most
-
-
-def agent_grid(frames: int, height: int, width: int, num_agents: int) -> tuple[int, int, int]:
-    """(frames, rows, columns) of agents, their product num_agents; an image has one frame of agents."""
-    grids = [
-        (depth, rows, num_agents // (depth * rows))
-        for depth in _divisors(num_agents)
-        if depth == 1 or frames > 1
-        for rows in _divisors(num_agents // depth)
-    ]
-    skip = 1 if frames == 1 else 0
-
-    def unlikeness(counts: tuple[int, int, int]) -> float:
-        sides = [size / count for size, count in zip((frames, height, width), counts, strict=True)][skip:]
-        return max(sides) / min(sides)
-
-    return min(grids, key=unlikeness)
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 # Operators: cells and views depend on the grid, so tracing them would compile anew for each one.
@@ -87,7 +64,7 @@ def agent_bias(table: Tensor, num_tokens: int, height: int, width: int, num_agen
         [H, A, n].
     """
     frames = num_tokens // (height * width)
-    depth, rows, columns = agent_grid(frames, height, width, num_agents)
+    depth, rows, columns = cell_grid(frames, height, width, num_agents)
     by_row, by_column = _hats(table, height, rows), _hats(table, width, columns)
     picture = torch.einsum("hays,bxs->habyx", torch.einsum("hrs,ayr->hays", table, by_row), by_column)
     shape = (-1, depth, rows * columns, frames, height * width)
@@ -103,7 +80,7 @@ def _(table: Tensor, num_tokens: int, height: int, width: int, num_agents: int) 
 def _bias_backward(grad_out: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     num_heads, num_agents, num_tokens = grad_out.shape
     frames = num_tokens // (height * width)
-    depth, rows, columns = agent_grid(frames, height, width, num_agents)
+    depth, rows, columns = cell_grid(frames, height, width, num_agents)
     by_row, by_column = _hats(table, height, rows), _hats(table, width, columns)
     picture = grad_out.reshape(num_heads, depth, rows, columns, frames, height, width).sum((1, 4))
     return torch.einsum("hays,ayr->hrs", torch.einsum("habyx,bxs->hays", picture, by_column), by_row)
@@ -132,14 +109,7 @@ def _on_grid(tokens: Tensor, height: int, width: int) -> Tensor:
 def _counts(tokens: Tensor, height: int, width: int, num_agents: int) -> dict[int, int]:
     """Agents along each of `_AXES`."""
     frames = tokens.shape[2] // (height * width)
-    return dict(zip((2, 3, 4), agent_grid(frames, height, width, num_agents), strict=True))
-
-
-def cells_of_axis(size: int, count: int) -> list[tuple[int, int]]:
-    """(start, length) of each cell along a side."""
-    starts = [index * size // count for index in range(count)]
-    ends = [-(-(index + 1) * size // count) for index in range(count)]
-    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
+    return dict(zip((2, 3, 4), cell_grid(frames, height, width, num_agents), strict=True))
 
 
 def _wide(tokens: Tensor) -> torch.dtype:

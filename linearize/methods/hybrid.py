@@ -14,15 +14,16 @@
 
 Softmax over everything is such a sum: L its part over text and window, G its part over the rest of the image, s_i the
 rest's share of the denominator, g = 1. So "mass" weighs a query's two answers as the base does, as far as linear cost
-can tell: M_i estimates the rest's part of the denominator from C = `mass_cells` cells of the image (rest_of_cells.py);
-it is too small by what the means smooth. b, learned for each head, starts at 0. With "gate", text loses what G gains,
-since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by far, and at g = 0
-both are the local branch.
+can tell: M_i estimates the rest's part of the denominator from C = `mass_cells` cells of the image (rest_of_cells.py in
+kernels/focus); it is too small by what the means smooth. b, learned for each head, starts at 0. With "gate", text loses
+what G gains, since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by far,
+and at g = 0 both are the local branch.
 
 Where the cells are G's own proxies, G attends to them with these weights as well, and (1 - s) L + s G is one softmax:
 over text, window, and proxies that stand for the tokens of their cells outside of it. With a proxy for every token that
 is softmax over everything. With `focus_tokens`, the cells that weigh most give their own tokens to that softmax, in the
-place of their proxies (focus.py). Other global branches, and proxies beside other `mass_cells`, see the whole image.
+place of their proxies (attention.py there). Other global branches, and proxies beside other `mass_cells`, see the whole
+image.
 
 Where the window covers the image there is no rest, and the hybrid is the base's attention.
 
@@ -43,6 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.focus import cells_in_focus, focus_attention, focus_pairs, log_rest
 from ...kernels.linear import attend_to_text, share_of_keys
 from ...kernels.window.operator import split_text
 from ..layout import Grid, Layout
@@ -50,12 +52,10 @@ from .agent import Agent, AgentAttention
 from .agent_tokens import pool_agents
 from .boxes import BoxAttention
 from .clear import Clear, ClearAttention
-from .focus import cells_in_focus, focus_attention, focus_pairs
 from .mala import Mala, MalaAttention
 from .neighborhood import Neighborhood
 from .proxy_tokens import ProxyTokens, ProxyTokensAttention
 from .rala import Rala, RalaAttention
-from .rest_of_cells import log_rest
 from .sliding_tile import SlidingTile
 
 # A local branch has `attend_and_lse`, a global one `attend_to_image`.
@@ -82,7 +82,8 @@ class Hybrid:
         mass_cells: Of join="mass", at any size of the image; None: as many as the global branch has proxies or agents,
             and 64 for a state.
         focus_tokens: How many tokens beyond the window each query sees one by one, those of the cells that weigh most
-            (focus.py); 0: none. Whole cells are seen: where the image is so large that one holds more, none is.
+            (kernels/focus/attention.py); 0: none. Whole cells are seen: where the image is so large that one holds
+            more, none is.
         focus_side: Of the tiles of queries that choose together, in tokens; smaller is nearer to the base, and slower.
     """
 
@@ -243,6 +244,7 @@ class HybridAttention(nn.Module):
             num_tokens=config.focus_tokens,
             side=config.focus_side,
             scale=scale,
+            impl=self.impl if self.impl in ("auto", "triton") else "plain",
         )
         share = torch.sigmoid(far_mass - mass)[..., None]
         return near + (share * (far - near)).to(near.dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.bench import FULL, Bench
-from benchmarks.gpu.correctness import verdict
+from benchmarks.gpu.judging import verdict
 from benchmarks.gpu.names import CLEARS_WAY, DENSE, case_name
 from benchmarks.gpu.records import PARTS, Head, Results
 from benchmarks.gpu.worker import MODULES

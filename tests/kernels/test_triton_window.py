@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
+from lineardit.kernels.pieces.trial import first_that_fits
 from lineardit.kernels.window import operator, triton_probe, triton_window
 from lineardit.kernels.window.lists import circle_lists, mask_words, swapped
 from lineardit.kernels.window.reference import window_mask
@@ -138,11 +139,11 @@ def test_first_that_fits_takes_the_next_smaller_tiles():
             raise OutOfResources(200_000, 101_376, "shared memory")
         return 0.01
 
-    assert triton_probe._first_that_fits(list(FORWARD_TILES), error_of) is FORWARD_TILES[1]
+    assert first_that_fits(list(FORWARD_TILES), error_of) is FORWARD_TILES[1]
     with pytest.raises(RuntimeError, match="shared memory"):
-        triton_probe._first_that_fits(list(FORWARD_TILES[:1]), error_of)
+        first_that_fits(list(FORWARD_TILES[:1]), error_of)
     with pytest.raises(RuntimeError, match="differs from the reference"):
-        triton_probe._first_that_fits(list(FORWARD_TILES), lambda _: 0.3)
+        first_that_fits(list(FORWARD_TILES), lambda _: 0.3)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, scaled_dot_product_attentio
 from lineardit.cli import run as run_command
 from lineardit.commands.method_options import split_arguments
 from lineardit.kernels.agent import agent_attention_reference
+from lineardit.kernels.focus.rest_of_cells import rest_of_cells
 from lineardit.kernels.linear import mala_attention_reference
 from lineardit.kernels.window import Circle
 from lineardit.linearize import linearize_
@@ -30,7 +31,6 @@ from lineardit.linearize.methods import (
     config_from_dict,
     config_to_dict,
 )
-from lineardit.linearize.methods.rest_of_cells import rest_of_cells
 from tiny_models import build
 
 GRID, TEXT_LEN, SCALE = (5, 6), 3, 0.6

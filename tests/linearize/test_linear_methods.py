@@ -9,10 +9,11 @@ from torch.nn.functional import adaptive_avg_pool3d, conv2d, grid_sample
 from torch.utils.flop_counter import FlopCounterMode
 
 from lineardit.kernels.agent import agent_attention_reference
+from lineardit.kernels.focus.cells import cell_grid
 from lineardit.kernels.linear import log_mass_reference, mala_attention_reference, rala_attention_reference
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import METHODS, Agent, Mala, Rala
-from lineardit.linearize.methods.agent_tokens import agent_bias, agent_grid, pool_agents
+from lineardit.linearize.methods.agent_tokens import agent_bias, pool_agents
 from lineardit.linearize.methods.local_terms import conv_tokens
 
 GRID, TEXT_LEN, SCALE = (3, 5), 4, 0.6
@@ -35,7 +36,7 @@ def image_by_hand(kernel: Any, query: Tensor, key: Tensor, value: Tensor) -> Ten
     """What the image's tokens [B, 2, 15, 8] give each other."""
     config = kernel.config
     if isinstance(config, Agent):
-        agents = adaptive_avg_pool3d(_picture(query), agent_grid(1, *GRID, 4)).flatten(2).unflatten(1, (2, 8)).mT
+        agents = adaptive_avg_pool3d(_picture(query), cell_grid(1, *GRID, 4)).flatten(2).unflatten(1, (2, 8)).mT
         biases = {"key_bias": _bias_by_hand(kernel.key_bias), "query_bias": _bias_by_hand(kernel.query_bias).mT}
         scales = {"scale": SCALE, "second_scale": SCALE**0.3, "shortcut": 0.1}
         out = agent_attention_reference(query, key, value, agents, **scales, **biases)
@@ -56,7 +57,7 @@ def _picture(tokens: Tensor) -> Tensor:
 
 def _bias_by_hand(table: Tensor) -> Tensor:
     """[2, R, R] -> [2, A, n] by PyTorch's own bilinear sampling."""
-    _, rows, columns = agent_grid(1, *GRID, 4)
+    _, rows, columns = cell_grid(1, *GRID, 4)
     out = []
     for agent in range(4):
         row, column = divmod(agent, columns)
@@ -109,8 +110,8 @@ def test_without_text_only_the_image_part_is_left(config: Any) -> None:
         ((2, 32, 32), 64, (1, 8, 8)),
     ],
 )
-def test_agent_grid_has_cells_near_cubes(sides: tuple[int, ...], num_agents: int, expected: tuple[int, ...]) -> None:
-    assert agent_grid(*sides, num_agents) == expected
+def test_cell_grid_has_cells_near_cubes(sides: tuple[int, ...], num_agents: int, expected: tuple[int, ...]) -> None:
+    assert cell_grid(*sides, num_agents) == expected
 
 
 @pytest.mark.parametrize(("grid", "num_agents"), [((3, 5), 4), ((2, 2), 9), ((4, 3, 5), 24), ((7, 1), 3)])
@@ -119,14 +120,14 @@ def test_pool_agents_is_adaptive_pooling(grid: tuple[int, ...], num_agents: int)
     tokens = torch.randn(2, 3, frames * height * width, 4, dtype=torch.float64, requires_grad=True)
     pooled = pool_agents(tokens, height, width, num_agents)
     picture = tokens.mT.reshape(6, 4, frames, height, width)
-    expected = adaptive_avg_pool3d(picture, agent_grid(frames, height, width, num_agents))
+    expected = adaptive_avg_pool3d(picture, cell_grid(frames, height, width, num_agents))
     assert torch.allclose(pooled, expected.flatten(2).mT.unflatten(0, (2, 3)))
     assert torch.autograd.gradcheck(lambda x: pool_agents(x, height, width, num_agents), tokens, fast_mode=True)
 
 
 def test_agent_bias_is_the_same_in_every_frame() -> None:
     table = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
-    assert agent_grid(2, 3, 5, 4)[0] == 1
+    assert cell_grid(2, 3, 5, 4)[0] == 1
     bias = agent_bias(table, 30, 3, 5, 4)
     assert torch.allclose(bias, _bias_by_hand(table).repeat(1, 1, 2))
     assert torch.autograd.gradcheck(lambda x: agent_bias(x, 30, 3, 5, 4), table, fast_mode=True)

@@ -5,10 +5,10 @@ from itertools import product
 import pytest
 import torch
 
+from lineardit.kernels.focus.cells import cell_grid, cells_of_axis
+from lineardit.kernels.focus.rest_of_cells import EXCLUDED, log_rest, rest_of_cells
 from lineardit.kernels.window import Box, Circle
 from lineardit.kernels.window.reference import window_mask
-from lineardit.linearize.methods.agent_tokens import agent_grid, cells_of_axis
-from lineardit.linearize.methods.rest_of_cells import EXCLUDED, log_rest, rest_of_cells
 
 CPU = torch.device("cpu")
 WINDOWS = [
@@ -25,7 +25,7 @@ def counted(grid: tuple[int, ...], window: Circle | Box, num_cells: int) -> torc
     """[n, C], by the definition."""
     frames, height, width = (1, *grid)[-3:]
     near = window_mask(grid, window, 0, True, CPU)
-    counts = agent_grid(frames, height, width, num_cells)
+    counts = cell_grid(frames, height, width, num_cells)
     cells = product(*(cells_of_axis(size, count) for size, count in zip((frames, height, width), counts, strict=True)))
     holds = torch.zeros(len(near), num_cells, dtype=torch.float64)
     for index, ranges in enumerate(cells):

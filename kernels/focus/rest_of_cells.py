@@ -2,7 +2,7 @@
 
     rest_ic = sum_j 1/m_j,   j in cell c, not in the window of i;   m_j the number of cells that hold token j
 
-Cells are those of agent_tokens.py, which overlap where a side does not divide. Over all cells, rest_i adds up to the
+Cells are those of cells.py, which overlap where a side does not divide. Over all cells, rest_i adds up to the
 number of tokens outside of the window. With a cell for each token, rest is 1 outside and 0 inside.
 
 Rows are counted along each axis: a box is a product of its axes, and of a circle every row is one.
@@ -17,10 +17,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...kernels.window import Circle
-from ...kernels.window.windows import Window, from_arguments, to_arguments
-from ..layout import Grid
-from .agent_tokens import agent_grid, cells_of_axis
+from ..window import Circle
+from ..window.windows import Window, from_arguments, to_arguments
+from .cells import Grid, cell_grid, cells_of_axis
 
 # Finite, also in float16: a block of keys of which a query sees none gives weight 0, never NaN.
 EXCLUDED = -1e4
@@ -75,7 +74,7 @@ def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.devi
     frames, height, width = (1, *grid)[-3:]
     holds = [  # [places of an axis, cells along it], along frames, height and width
         _holds(size, count, device)
-        for size, count in zip((frames, height, width), agent_grid(frames, height, width, num_cells), strict=True)
+        for size, count in zip((frames, height, width), cell_grid(frames, height, width, num_cells), strict=True)
     ]
     of_frames, of_rows, of_columns = (one.sum(0) for one in holds)
     frame = torch.arange(frames, device=device)

@@ -1,4 +1,4 @@
-"""What focus.py needs of the shapes alone: the tokens of each tile and each cell, and which of them a window holds.
+"""What focus needs of the shapes alone: the tokens of each tile and each cell, and which of them a window holds.
 
 n tokens of the image, C cells, L tokens of the largest, m cells that hold a token, r tokens of a cell outside of a
 window (rest_of_cells.py), G tiles of Q = side * side queries.
@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.window import Circle
-from ...kernels.window.windows import Window
-from ..layout import Grid
-from .agent_tokens import agent_grid, cells_of_axis
+from ..window import Circle
+from ..window.windows import Window
+from .cells import Grid, cell_grid, cells_of_axis, sizes_of
 from .rest_of_cells import EXCLUDED, log_rest
 
 
@@ -29,6 +28,7 @@ class Plan(NamedTuple):
     cells: Tensor  # [C, L] tokens
     shares: Tensor  # [C, L], -log (m n/C) of a token, EXCLUDED beyond the last
     rest_of_tiles: Tensor  # [G, C], log (r / (n/C))
+    reached: Tensor  # [G, C] bool: a window of the tile holds tokens of the cell
     distances: list[Tensor]  # [size, size] along frames, rows, columns:
     limit: int  # a token lies in a window where they add up to less
 
@@ -50,9 +50,14 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
         tile_of_token = torch.empty(math.prod(sizes), dtype=torch.long)
         tile_of_token[tiles[real]] = torch.arange(len(tiles))[:, None].expand_as(tiles)[real]
         rest = log_rest(shares.to(device, dtype), grid, window, num_cells).exp()
-        rest_of_tiles = rest.new_zeros(len(tiles), num_cells).index_add_(0, tile_of_token.to(device), rest)
+        tile_of_token = tile_of_token.to(device)
+        rest_of_tiles = rest.new_zeros(len(tiles), num_cells).index_add_(0, tile_of_token, rest)
         rest_of_tiles /= real.sum(1, keepdim=True).to(device)
+        least_rest = rest.new_full(rest_of_tiles.shape, math.inf)
+        for tokens in tiles.to(device).unbind(1):
+            least_rest = torch.minimum(least_rest, rest[tokens])
         shares -= math.log(math.prod(sizes) / num_cells)
+        whole = shares.exp().sum(1).to(device, dtype)
         distances, limit = _distances(window, sizes)
         return Plan(
             tiles=tiles.to(device),
@@ -63,20 +68,15 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
             cells=cells.to(device),
             shares=shares.to(device, dtype),
             rest_of_tiles=rest_of_tiles.log().clamp(min=EXCLUDED),
+            reached=least_rest < (1 - 1e-5) * whole,  # a token is more of a cell
             distances=[one.to(device) for one in distances],
             limit=limit,
         )
 
 
-def sizes_of(grid: Grid) -> tuple[int, int, int]:
-    """(frames, height, width), of a picture one frame."""
-    frames, height, width = (1, *grid)[-3:]
-    return frames, height, width
-
-
 def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tensor, Tensor]:
     """`cells` and `shares`."""
-    counts = agent_grid(*sizes, num_cells)
+    counts = cell_grid(*sizes, num_cells)
     axes = [cells_of_axis(size, count) for size, count in zip(sizes, counts, strict=True)]
     holders = [torch.zeros(size, dtype=torch.float64) for size in sizes]  # cells of an axis that hold a place
     for holds, axis in zip(holders, axes, strict=True):

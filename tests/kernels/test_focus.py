@@ -1,83 +1,19 @@
 """Cells in focus: the formula and the choice written out over dense masks, exactness, counts, the operator."""
 
 import math
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from focus_case import SCALE, SHAPES, WINDOWS, by_hand, clear_choice, inputs_of
 from tolerance import assert_matches_reference
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lineardit.kernels.window import Box, Circle, Window
-from lineardit.kernels.window.reference import window_mask
+from lineardit.kernels.focus import plain
+from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_op, focus_pairs
+from lineardit.kernels.window import Window
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import METHODS, Clear, Hybrid, Neighborhood, ProxyTokens, SlidingTile
-from lineardit.linearize.methods import focus as focus_module
-from lineardit.linearize.methods.agent_tokens import agent_grid, cells_of_axis, pool_agents
-from lineardit.linearize.methods.focus import cells_in_focus, focus_attention, focus_op, focus_pairs
-
-SCALE = 0.6
-CPU = torch.device("cpu")
-WINDOWS = [
-    Circle(radius=2.5),
-    Circle(radius=math.sqrt(5)),
-    Box(window=(3, 5)),
-    Box(window=(3, 3), dilation=(2, 1)),
-    Box(window=(1, 3), cell=(2, 3)),
-]
-# grid, cells, tokens in focus, side of the tiles: sides that divide, that do not, cells that overlap, narrow pictures
-SHAPES = [((8, 8), 16, 16, 4), ((7, 10), 6, 25, 3), ((5, 6), 8, 12, 2), ((1, 30), 6, 10, 4), ((9, 7), 63, 9, 5)]
-
-
-def inputs_of(grid: tuple[int, ...], num_cells: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """query, key and value [2, 2, n, 8], a proxy's key and value [2, 2, C, 8]."""
-    query, key, value = (torch.randn(2, 2, math.prod(grid), 8).to(dtype) for _ in range(3))
-    return [query, key, value, *(pool_agents(x, *grid[-2:], num_cells).to(dtype) for x in (key, value))]
-
-
-def holds(grid: tuple[int, ...], num_cells: int) -> Tensor:
-    """[n, C] of 0 and 1: the cell holds the token."""
-    sizes = (1, *grid)[-3:]
-    axes = [cells_of_axis(size, count) for size, count in zip(sizes, agent_grid(*sizes, num_cells), strict=True)]
-    held = torch.zeros(math.prod(grid), num_cells, dtype=torch.float64)
-    for index, ranges in enumerate(product(*axes)):
-        for frame, row, column in product(*(range(start, start + length) for start, length in ranges)):
-            held[(frame * sizes[1] + row) * sizes[2] + column, index] = 1
-    return held
-
-
-def by_hand(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    proxy_key: Tensor,
-    proxy_value: Tensor,
-    grid: tuple[int, ...],
-    window: Window,
-    num_tokens: int,
-    side: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """far [B, H, n, D], lse [B, H, n], and whether a query's tile chose a cell [B, H, n, C]; dense masks."""
-    _, height, width = (1, *grid)[-3:]
-    num_cells = proxy_key.shape[2]
-    held = holds(grid, num_cells).to(query)
-    counts = held / held.sum(1, keepdim=True)  # 1 / m of each token in each cell
-    outside = (~window_mask(grid, window, 0, True, CPU)).to(query)
-    rest = outside @ counts * num_cells / math.prod(grid)
-    place = torch.arange(math.prod(grid))
-    frame, row, column = place // (height * width), place // width % height, place % width
-    tile = (frame * height + row // side) * width + column // side
-    of_tile = (tile[:, None] == tile).to(query)
-    of_tile /= of_tile.sum(1, keepdim=True)
-    wanted = SCALE * (of_tile @ query) @ proxy_key.mT + (of_tile @ rest).log().clamp(min=-1e4)
-    best = wanted.topk(cells_in_focus(num_tokens, num_cells, grid), -1).indices
-    chosen = torch.zeros_like(wanted).scatter(-1, best, 1)
-    of_proxies = (SCALE * query @ proxy_key.mT).exp() * rest * (1 - chosen)
-    of_tokens = (SCALE * query @ key.mT).exp() * outside * (chosen @ counts.T) * num_cells / math.prod(grid)
-    mass = of_proxies.sum(-1) + of_tokens.sum(-1)
-    return (of_proxies @ proxy_value + of_tokens @ value) / mass[..., None], mass.log(), chosen
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2**25], ids=["tile-by-tile", "at-once"])
@@ -92,7 +28,7 @@ def test_focus_is_the_formula(
     chunk_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(focus_module.CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setitem(plain.CHUNK_BYTES, "cpu", chunk_bytes)
     inputs = [x.requires_grad_() for x in inputs_of(grid, num_cells)]
     shape = {"grid": grid, "window": window, "num_tokens": num_tokens, "side": side}
     out, lse = focus_attention(*inputs, **shape, scale=SCALE)
@@ -113,13 +49,7 @@ def test_focus_is_the_formula(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_focus_matches_the_formula_in_low_precision(dtype: torch.dtype) -> None:
-    """One tile of queries that chooses clearly, so that rounding changes no choice."""
-    grid, window = (8, 8), Circle(radius=2)
-    query, key, value, *_ = inputs_of(grid, 4, torch.float32)
-    key[:, :, :4] += 8 * query.mean(2, keepdim=True)
-    inputs = [x.to(dtype) for x in (query, key, value)]
-    inputs += [pool_agents(x, *grid, 4).to(dtype) for x in inputs[1:]]
-    shape = {"grid": grid, "window": window, "num_tokens": 16, "side": 8}
+    inputs, shape = clear_choice(dtype)
     assert_matches_reference(
         lambda *x: focus_attention(*x, **shape, scale=SCALE)[0], lambda *x: by_hand(*x, **shape)[0], inputs, dtype
     )
@@ -206,4 +136,4 @@ def test_focus_op_passes_opcheck(box: list[int] | None, token_major: bool) -> No
     if token_major:
         inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(focus_op, (*inputs, (5, 6), 2, 2, SCALE, 2.0 if box is None else None, None, box))
+    torch.library.opcheck(focus_op, (*inputs, (5, 6), 2, 2, SCALE, "plain", 2.0 if box is None else None, None, box))

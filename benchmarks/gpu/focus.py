@@ -1,0 +1,146 @@
+"""Cells in focus (kernels/focus): the kernel against float64, and its time at FLUX.1's shape."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_op
+from lineardit.kernels.focus.choose_impl import choose_impl
+from lineardit.kernels.focus.tables import plan_of
+from lineardit.kernels.window import Circle
+from lineardit.kernels.window.windows import from_arguments, to_arguments
+from lineardit.linearize.methods.agent_tokens import pool_agents
+
+from .bench import Bench, Measured, Task, Tasks, UnavailableError
+from .judging import nan_filled_memory, verdict
+from .names import size_name
+from .timing import peak_gib, seconds
+
+PROXIES = FOCUS_TOKENS = 1024
+RADIUS = 16
+TILE_SIDES = (4, 8)
+ALIKE = 0.99  # of the tiles choose the same cells in float64; near a tie, rounding decides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call."""
+
+    grid: tuple[int, ...]
+    radius: float
+    num_cells: int
+    num_tokens: int
+    side: int
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    num_heads: int = 2
+    batch: int = 1
+
+    def __str__(self) -> str:
+        grid, dtype = "x".join(map(str, self.grid)), str(self.dtype).removeprefix("torch.")
+        tokens = f"{self.num_tokens} tokens of {self.num_cells} cells in focus"
+        return f"{grid}, radius {self.radius:g}, {tokens}, tiles of {self.side}, {self.head_dim}, {dtype}"
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        """query, key, value, proxy_key, proxy_value."""
+        size = (self.batch, self.num_heads, math.prod(self.grid), self.head_dim)
+        query, key, value = (torch.randn(size, device=device).to(self.dtype) for _ in range(3))
+        proxies = (pool_agents(x, *self.grid[-2:], self.num_cells).to(self.dtype) for x in (key, value))
+        return [query, key, value, *proxies]
+
+
+HALF, FLOAT = torch.float16, torch.float32
+CASES = (
+    Case(grid=(64, 64), radius=8, num_cells=256, num_tokens=256, side=8),
+    Case(grid=(64, 64), radius=8, num_cells=256, num_tokens=256, side=4),
+    Case(grid=(37, 29), radius=4, num_cells=49, num_tokens=200, side=4, dtype=HALF, head_dim=72, batch=2),
+    Case(grid=(3, 20, 24), radius=5, num_cells=64, num_tokens=150, side=8, head_dim=64),
+    Case(grid=(48, 80), radius=8, num_cells=60, num_tokens=640, side=5, dtype=FLOAT, head_dim=64),
+    Case(grid=(40, 40), radius=4, num_cells=100, num_tokens=160, side=8, head_dim=256),
+)
+FEW = (Case(grid=(9, 14), radius=3, num_cells=9, num_tokens=50, side=4, head_dim=16, dtype=FLOAT),)
+
+
+def correctness_tasks(bench: Bench) -> Tasks:
+    for case in FEW if bench.scale.few_cases else CASES:
+        yield Task(part="correctness", case=str(case), impl=impl_of(bench), measure=partial(against_plain, bench, case))
+
+
+def operator_tasks(bench: Bench) -> Tasks:
+    for picture, side in product(bench.scale.sides, TILE_SIDES):
+        case = f"{size_name(picture)}, cells in focus, tiles of {side}"
+        yield Task(part="operator", case=case, impl=impl_of(bench), measure=partial(speed, bench, picture, side))
+
+
+def impl_of(bench: Bench) -> str:
+    return "triton" if bench.impl == "triton" else "plain"
+
+
+def _check(bench: Bench, case: Case) -> None:
+    """Raises UnavailableError where our implementation cannot run."""
+    query = torch.empty(1, 1, 1, case.head_dim, dtype=case.dtype, device=bench.device)
+    try:
+        choose_impl(query, case.side, impl_of(bench))
+    except ValueError as error:
+        raise UnavailableError(str(error)) from None
+
+
+def against_plain(bench: Bench, case: Case) -> Measured:
+    """out and log-sum-exp, of the tiles that choose the same cells as in float64; plain PyTorch is tested on CPUs."""
+    _check(bench, case)
+    inputs = case.inputs(bench.device)
+    count = cells_in_focus(case.num_tokens, case.num_cells, case.grid)
+    window = to_arguments(Circle(radius=case.radius))
+
+    def run(tensors: list[Tensor], impl: str) -> tuple[Tensor, Tensor, Tensor]:
+        return focus_op(*tensors, case.grid, count, case.side, case.head_dim**-0.5, impl, *window)
+
+    with nan_filled_memory():
+        actual, actual_lse, chosen = run(inputs, impl_of(bench))
+    exact, exact_lse, expected = run([x.double() for x in inputs], "plain")
+    same = (chosen.sort(3).values == expected.sort(3).values).all(3)  # [B, H, tiles]
+    if not same.float().mean() >= ALIKE:
+        return Measured(figures={}, note=f"WRONG: {same.float().mean():.2%} of tiles choose alike", passed=False)
+    low, low_lse, _ = run(inputs, "plain")  # in float32, and rounded
+    plan = plan_of(case.grid, from_arguments(*window), case.num_cells, case.side, torch.float64, bench.device)
+    rows = torch.zeros_like(exact_lse, dtype=torch.bool)
+    rows[:, :, plan.tiles[plan.real]] = same.repeat_interleave(plan.real.sum(1), 2)
+    return verdict(*([out[rows], lse[rows]] for out, lse in ((actual, actual_lse), (exact, exact_lse), (low, low_lse))))
+
+
+def speed(bench: Bench, picture: int, side: int) -> Measured:
+    """Of one call, forward; the choice of cells is in it, the window and the pooling are not."""
+    scale, grid = bench.scale, (picture, picture)
+    num_cells = min(PROXIES, picture**2 // 16)
+    case = Case(
+        grid=grid,
+        radius=RADIUS if picture > 2 * RADIUS else picture / 4,
+        num_cells=num_cells,
+        num_tokens=FOCUS_TOKENS,
+        side=side,
+        head_dim=scale.head_dim,
+        dtype=scale.dtype,
+        num_heads=scale.num_heads,
+    )
+    _check(bench, case)
+    inputs = case.inputs(bench.device)
+    call = partial(
+        focus_attention,
+        *inputs,
+        grid=grid,
+        window=Circle(radius=case.radius),
+        num_tokens=case.num_tokens,
+        side=side,
+        scale=case.head_dim**-0.5,
+        impl=impl_of(bench),
+    )
+    peak = peak_gib(call, bench.device)
+    taken = seconds(call, bench.device, repeats=scale.repeats)
+    count = cells_in_focus(case.num_tokens, num_cells, grid)
+    pairs = picture**2 * (num_cells + count * picture**2 / num_cells)
+    tflops = 4 * pairs * case.num_heads * case.head_dim / taken / 1e12
+    return Measured(figures={"milliseconds": 1e3 * taken, "computed_tflops": tflops, "peak_gib": peak})

@@ -1,0 +1,191 @@
+"""Focus: of the image beyond a window, the cells that weigh most are seen token by token, the others by their proxies.
+
+    far_i = sum_c exp(s_ic - lse_i) v_c + sum_j exp(s_ij - lse_i) v_j      c not chosen, j a token of a chosen cell
+    lse_i = log (sum_c exp(s_ic) + sum_j exp(s_ij))
+
+    s_ic = scale q_i . k_c + log r_ic      k_c, v_c the proxy of cell c; r_ic its tokens outside of the window of i
+    s_ij = scale q_i . k_j - log m_j       j outside of the window of i; m_j the number of cells that hold token j
+
+r and m as in rest_of_cells.py, both counted in n / C tokens. With every cell chosen, far is softmax over the image
+beyond the window; with none, what its proxies give. Queries choose together, in tiles of `side` x `side`, the cells of
+the largest
+
+    scale q_t . k_c + log r_tc             q_t the mean of the tile's queries, r_tc that of its r_ic
+
+and as many cells as hold `num_tokens` tokens (`cells_in_focus`), so cost is linear; the choice has no gradient. Where a
+side does not divide, a token counts 1/m_j in each of the cells that hold it, chosen or not.
+
+NSA (arXiv:2502.11089) has these three views of a sequence, near, compressed and selected, each under a softmax of its
+own, with learned gates and compression; MoBA (arXiv:2502.13189) chooses blocks by their mean key; SLA
+(arXiv:2509.24006) leaves to linear attention what is not chosen. Here all is one softmax with the base's own weights,
+near the base's attention before any training.
+
+B batch, H heads, n = frames * height * width tokens, C cells, k of them chosen, L tokens of the largest cell, K = k L,
+G tiles of Q = side * side queries, D head dimension.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..window.inputs import sum_dtype, token_major
+from ..window.windows import Window, from_arguments, to_arguments
+from .cells import Grid, sizes_of
+from .choose_impl import blocks_for, choose_impl
+from .plain import plain_backward, plain_forward
+
+
+def cells_in_focus(num_tokens: int, num_cells: int, grid: Grid) -> int:
+    """k: the cells that hold `num_tokens` tokens together; 0 where the image is so large that one cell holds more."""
+    return min(num_cells, num_tokens * num_cells // math.prod(grid))
+
+
+def focus_pairs(num_tokens: int, num_cells: int, side: int, grid: Grid) -> int:
+    """Pairs of a query and a token of a chosen cell, and of a tile and a cell that it may choose."""
+    count = cells_in_focus(num_tokens, num_cells, grid)
+    if count == 0:
+        return 0
+    frames, height, width = sizes_of(grid)
+    tiles = frames * math.ceil(height / side) * math.ceil(width / side)
+    return math.prod(grid) * math.ceil(count * math.prod(grid) / num_cells) + tiles * num_cells
+
+
+def focus_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proxy_key: Tensor,
+    proxy_value: Tensor,
+    *,
+    grid: Grid,
+    window: Window,
+    num_tokens: int,
+    side: int,
+    scale: float,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """far and lse above, differentiable once.
+
+    Args:
+        query, key, value: [B, H, n, D], the image's tokens.
+        proxy_key, proxy_value: [B, H, C, D].
+        grid: of the image; `cells_in_focus` must give at least 1 on it.
+        window: what is left out.
+        num_tokens: seen one by one, by each query.
+        side: of the tiles, in tokens.
+        scale: of the logits.
+        impl: "plain", "triton" or "auto": the kernel where it runs, else "plain". The backward is plain.
+    Returns:
+        [B, H, n, D], and [B, H, n] in float32, or float64 for float64; lse counts in n / C tokens.
+    """
+    count = cells_in_focus(num_tokens, proxy_key.shape[2], grid)
+    impl = choose_impl(query, side, impl)
+    tensors = (query, key, value, proxy_key, proxy_value)
+    return focus_op(*tensors, grid, count, side, scale, impl, *to_arguments(window))[:2]
+
+
+INPUTS = "Tensor query, Tensor key, Tensor value, Tensor proxy_key, Tensor proxy_value"
+CELLS = "SymInt[] grid, SymInt count, SymInt side, float scale, str impl"
+WINDOW = "float? radius, SymInt? frame_radius, SymInt[]? box"
+SHAPES = f"{CELLS}, {WINDOW}"
+
+
+@torch.library.custom_op(
+    "lineardit::focus_attention", mutates_args=(), schema=f"({INPUTS}, {SHAPES}) -> (Tensor, Tensor, Tensor)"
+)
+def focus_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proxy_key: Tensor,
+    proxy_value: Tensor,
+    grid: Sequence[int],
+    count: int,
+    side: int,
+    scale: float,
+    impl: str,
+    radius: float | None,
+    frame_radius: int | None,
+    box: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """far [B, H, n, D], lse [B, H, n], and the cells that the tiles chose [B, H, G, k]; an operator since tables depend
+    on the grid, so that tracing would compile anew for each one.
+    """
+    given = (query, key, value, proxy_key, proxy_value)
+    window = from_arguments(radius, frame_radius, box)
+    out = token_major(query, query.shape[2])
+    with torch.autocast(query.device.type, enabled=False):
+        if impl == "triton":
+            from .triton_focus import triton_forward
+
+            blocks = blocks_for(query.device, query.dtype, query.shape[3], side)
+            return out, *triton_forward(given, out, tuple(grid), window, count, side, scale, blocks)
+        return out, *plain_forward(given, out, tuple(grid), window, count, side, scale)
+
+
+@focus_op.register_fake
+def _(query, key, value, proxy_key, proxy_value, grid, count, side, *_):  # type: ignore[no-untyped-def]
+    frames, height, width = (1, *grid)[-3:]
+    tiles = frames * ((height + side - 1) // side) * ((width + side - 1) // side)
+    return (
+        token_major(query, query.shape[2]),
+        query.new_empty(query.shape[:3], dtype=sum_dtype(query)),
+        query.new_empty(*query.shape[:2], tiles, count, dtype=torch.long),
+    )
+
+
+@torch.library.custom_op(
+    "lineardit::focus_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, Tensor chosen, {SHAPES}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _focus_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proxy_key: Tensor,
+    proxy_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    grid: Sequence[int],
+    count: int,
+    side: int,
+    scale: float,
+    impl: str,
+    radius: float | None,
+    frame_radius: int | None,
+    box: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = (query, key, value, proxy_key, proxy_value)
+    window = from_arguments(radius, frame_radius, box)
+    with torch.autocast(query.device.type, enabled=False):
+        return plain_backward(grad_out, grad_lse, given, out, lse, chosen, tuple(grid), window, side, scale)
+
+
+@_focus_backward.register_fake
+def _(grad_out, grad_lse, query, key, value, proxy_key, proxy_value, *_):  # type: ignore[no-untyped-def]
+    return tuple(one.new_empty(one.shape) for one in (query, key, value, proxy_key, proxy_value))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.shapes = inputs[:5], inputs[5:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    *tensors, out, lse, chosen = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = _focus_backward(grad_out, grad_lse, *tensors, out, lse, chosen, *ctx.shapes)
+    return (*grads, *(None,) * 8)
+
+
+focus_op.register_autograd(_backward, setup_context=_setup_context)

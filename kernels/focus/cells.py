@@ -1,0 +1,45 @@
+"""Cells of an image: a fixed number of them, at any size.
+
+C cells stand on a grid of their own, (frames, rows, columns), whose sides divide C so that the cells are as near to
+cubes as C allows: 64 cells are 8 x 8 on a square picture, 4 x 16 on one four times as wide. Cell i of `count` along a
+side of `size` tokens goes from floor(i size / count) to ceil((i + 1) size / count), so that every cell has tokens, at
+any size (the cells of adaptive pooling).
+"""
+
+from collections.abc import Iterator
+
+Grid = tuple[int, ...]  # (height, width) or (frames, height, width), in tokens
+
+
+def sizes_of(grid: Grid) -> tuple[int, int, int]:
+    """(frames, height, width), of a picture one frame."""
+    frames, height, width = (1, *grid)[-3:]
+    return frames, height, width
+
+
+def cell_grid(frames: int, height: int, width: int, num_cells: int) -> tuple[int, int, int]:
+    """(frames, rows, columns) of cells, their product num_cells; an image has one frame of cells."""
+    grids = [
+        (depth, rows, num_cells // (depth * rows))
+        for depth in _divisors(num_cells)
+        if depth == 1 or frames > 1
+        for rows in _divisors(num_cells // depth)
+    ]
+    skip = 1 if frames == 1 else 0
+
+    def unlikeness(counts: tuple[int, int, int]) -> float:
+        sides = [size / count for size, count in zip((frames, height, width), counts, strict=True)][skip:]
+        return max(sides) / min(sides)
+
+    return min(grids, key=unlikeness)
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def cells_of_axis(size: int, count: int) -> list[tuple[int, int]]:
+    """(start, length) of each cell along a side."""
+    starts = [index * size // count for index in range(count)]
+    ends = [-(-(index + 1) * size // count) for index in range(count)]
+    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]

@@ -1,0 +1,19 @@
+"""Which cells the queries of a tile see token by token: those that their mean weighs most (attention.py)."""
+
+from torch import Tensor
+
+from .tables import Plan
+
+
+def choose(query: Tensor, proxy_key: Tensor, plan: Plan, tiles: slice, count: int, scale: float) -> Tensor:
+    """Cells [B, H, tiles, k].
+
+    Args:
+        query: [B, H, tiles, Q, D], of the tiles of `tiles`.
+        proxy_key: [B, H, C, D].
+        count: k.
+    """
+    real = plan.real[tiles].to(query.dtype)[:, :, None]
+    mean = (query * real).sum(3) / real.sum(1)
+    logits = scale * mean @ proxy_key.mT + plan.rest_of_tiles[tiles]
+    return logits.topk(count, dim=-1).indices

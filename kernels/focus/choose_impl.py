@@ -1,0 +1,64 @@
+"""Which implementation of focus runs."""
+
+import logging
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..window.choose import why_not_triton
+
+if TYPE_CHECKING:
+    from .triton_focus import Blocks
+
+logger = logging.getLogger(__name__)
+
+
+def choose_impl(query: Tensor, side: int, impl: str) -> str:
+    """The implementation that `impl` runs, for a query [..., head_dim] on its device and tiles of side * side queries.
+
+    "auto" is "triton" on a CUDA device where the kernel runs and agrees with "plain"; else "plain", with a warning.
+
+    Raises:
+        ValueError: impl="triton" cannot run, or there is no such implementation.
+    """
+    if impl not in ("auto", "plain", "triton"):
+        raise ValueError(f"impl must be auto, plain or triton, got {impl!r}")
+    if impl == "plain" or (impl == "auto" and query.device.type != "cuda"):
+        return "plain"
+    reason = why_not(query.device, query.dtype, query.shape[-1], side)
+    if reason is None:
+        return "triton"
+    if impl == "triton":
+        raise ValueError(f"impl='triton' cannot run here: {reason}; 'plain' runs anywhere")
+    return "plain"
+
+
+@torch.compiler.assume_constant_result  # devices do not change under a compiled graph
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> str | None:
+    """Why the kernel cannot run, None if it can. The first call on a device tries it."""
+    return why_not_triton(device, dtype, head_dim) or _why_not(device, dtype, head_dim, side)
+
+
+@lru_cache  # one trial, and one warning, for each
+def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> str | None:
+    try:
+        blocks_for(device, dtype, head_dim, side)
+    except RuntimeError as exception:
+        where = "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"
+        reason = f"{where}: {exception}"
+        logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
+        return reason
+    return None
+
+
+def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> "Blocks":
+    """Of the kernel on this device.
+
+    Raises:
+        RuntimeError: none fit, or the kernel is wrong there.
+    """
+    from .triton_probe import blocks_for
+
+    return blocks_for(device, dtype, head_dim, side)

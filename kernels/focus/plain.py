@@ -1,0 +1,189 @@
+"""Focus by public operations of PyTorch, in chunks of tiles, forward and backward: any device and dtype.
+
+Letters as in attention.py; g tiles of a chunk.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..window.inputs import sum_dtype
+from ..window.partial import Keys, Partial, fastest_partial, merge
+from ..window.windows import Window
+from .cells import Grid
+from .choice import choose
+from .rest_of_cells import EXCLUDED, log_rest
+from .tables import Plan, plan_of
+
+# What one chunk of tiles may hold in logits, biases and gathered tokens.
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
+
+
+def plain_forward(
+    inputs: Sequence[Tensor], out: Tensor, grid: Grid, window: Window, count: int, side: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Fill `out` [B, H, n, D].
+
+    Args:
+        inputs: query, key, value [B, H, n, D], proxy_key, proxy_value [B, H, C, D].
+        count: k, of the cells that a tile chooses.
+    Returns:
+        The log-sum-exp [B, H, n], and the chosen cells [B, H, G, k].
+    """
+    prepared = _prepare(inputs, grid, window, count, side)
+    plan, partial = prepared.plan, prepared.partial
+    lse = out.new_empty(out.shape[:3], dtype=sum_dtype(out))
+    choices = []
+    for tiles in prepared.chunks:
+        chunk, chosen = _gather(tiles, prepared, None, count, scale)
+        choices.append(chosen)
+        far, far_lse = partial.forward(chunk.query, chunk.proxies, scale)
+        near, near_lse = partial.forward(_by_tile(chunk.query, chosen), chunk.focus, scale)
+        far, far_lse = merge(far, far_lse, near.view(far.shape), near_lse.reshape(far_lse.shape))
+        real = plan.real[tiles].flatten()
+        out[:, :, chunk.tokens[real]] = far[:, :, real].to(out.dtype)
+        lse[:, :, chunk.tokens[real]] = far_lse[:, :, real]
+    return lse, torch.cat(choices, 2)
+
+
+def plain_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    inputs: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    grid: Grid,
+    window: Window,
+    side: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the inputs; `out`, `lse` and `chosen` as a forward left them."""
+    key, proxy_key = inputs[1], inputs[3]
+    count = chosen.shape[3]
+    prepared = _prepare(inputs, grid, window, count, side)
+    plan, partial = prepared.plan, prepared.partial
+    grads = [torch.zeros_like(one) for one in prepared.inputs]
+    for tiles in prepared.chunks:
+        choice = chosen[:, :, tiles]
+        chunk, _ = _gather(tiles, prepared, choice, count, scale)
+        real = plan.real[tiles].flatten()
+        do, o = (one[:, :, chunk.tokens].to(lse.dtype) for one in (grad_out, out))
+        do = do * real[:, None]
+        dl = None if grad_lse is None else grad_lse[:, :, chunk.tokens].to(lse.dtype) * real
+        rows = (do, chunk.query, o, lse[:, :, chunk.tokens])
+        dq, dk, dv = _partial_backward(partial, rows, dl, chunk.proxies, scale)
+        grads[3] += dk
+        grads[4] += dv
+        by_tile = [_by_tile(one, choice) for one in rows]
+        dl = None if dl is None else _by_tile(dl, choice)
+        tile_dq, dk, dv = _partial_backward(partial, by_tile, dl, chunk.focus, scale)
+        grads[0].index_add_(2, chunk.tokens, dq + tile_dq.reshape(dq.shape))
+        for total, grad in zip(grads[1:3], (dk, dv), strict=True):
+            total.index_add_(0, chunk.cells, grad.reshape(len(chunk.cells), -1))
+    for place in (1, 2):
+        by_cell = grads[place].view(*proxy_key.shape[:2], -1, key.shape[3])
+        grads[place] = torch.zeros_like(key, dtype=lse.dtype).index_add_(2, plan.cells.flatten(), by_cell)
+
+    dq, dk, dv, dpk, dpv = (grad.to(one.dtype).contiguous() for grad, one in zip(grads, inputs, strict=True))
+    return dq, dk, dv, dpk, dpv
+
+
+class _Chunk(NamedTuple):
+    """Some tiles, and all that their queries attend to."""
+
+    tokens: Tensor  # [tiles * Q] of the queries
+    query: Tensor  # [B, H, tiles * Q, D]
+    cells: Tensor  # [B * H * tiles * k] the chosen cells in [B * H * C, L * D]
+    proxies: Keys  # of [B, H, tiles * Q, D]
+    focus: Keys  # of [B * H, tiles, Q, D]
+
+
+def _gather(
+    tiles: slice, prepared: "_Prepared", chosen: Tensor | None, count: int, scale: float
+) -> tuple[_Chunk, Tensor]:
+    """The tiles' chunk, and their choice, made here if it is None. The next chunk is written over its tokens."""
+    (query, key_cells, value_cells, proxy_key, proxy_value), rest, plan, spaces = prepared[:4]
+    batch, num_heads, num_cells, head_dim = proxy_key.shape
+    tokens = plan.tiles[tiles]  # [g, Q]
+    q = query[:, :, tokens]  # [B, H, g, Q, D]
+    if chosen is None:
+        chosen = choose(q, proxy_key, plan, tiles, count, scale)
+    hidden = q.new_zeros(*chosen.shape[:3], num_cells).scatter_(-1, chosen, EXCLUDED)
+    of_proxies = rest[tokens].to(q.dtype) + hidden[:, :, :, None]  # [B, H, g, Q, C]
+    seen = plan.cells[chosen].flatten(3)  # [B, H, g, K]
+    of_tokens = plan.shares[chosen].flatten(3)[:, :, :, None]  # [B, H, g, 1, K]
+    of_tokens = torch.where(_near(seen, plan, tiles), EXCLUDED, of_tokens)  # [B, H, g, Q, K]
+    first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells
+    index = (chosen + first).flatten()
+    k, v = (
+        torch.index_select(cells, 0, index, out=space[: len(index)]).view(batch * num_heads, len(tokens), -1, head_dim)
+        for cells, space in zip((key_cells, value_cells), spaces, strict=True)
+    )
+    return _Chunk(
+        tokens.flatten(),
+        q.flatten(2, 3),
+        index,
+        Keys(proxy_key, proxy_value, of_proxies.flatten(2, 3)),
+        Keys(k, v, of_tokens.flatten(0, 1)),
+    ), chosen
+
+
+def _near(seen: Tensor, plan: Plan, tiles: slice) -> Tensor:
+    """Whether tokens [B, H, g, K] lie in the windows of the queries, [B, H, g, Q, K]."""
+    frames, rows, columns = plan.distances
+    height, width = len(rows), len(columns)
+    row, column = seen // width % height, seen % width
+    row_distance = rows[plan.rows[tiles][:, :, None], row[:, :, :, None]]  # [B, H, g, side, K]
+    column_distance = columns[plan.columns[tiles][:, :, None], column[:, :, :, None]]
+    if len(frames) > 1:
+        frame = seen // (height * width)
+        row_distance = row_distance + frames[plan.frames[tiles][:, None], frame][:, :, :, None]
+    return (row_distance[:, :, :, :, None] + column_distance[:, :, :, None] < plan.limit).flatten(3, 4)
+
+
+class _Prepared(NamedTuple):
+    """What chunks are made of."""
+
+    inputs: tuple[Tensor, ...]  # query, key and value by cells [B * H * C, L * D], proxy_key, proxy_value
+    rest: Tensor  # [n, C], log (r / (n/C))
+    plan: Plan
+    spaces: tuple[Tensor, Tensor]  # for the gathered keys and values of a chunk: new ones would cost more than filling
+    partial: Partial
+    chunks: tuple[slice, ...]  # of the tiles
+
+
+def _prepare(inputs: Sequence[Tensor], grid: Grid, window: Window, count: int, side: int) -> _Prepared:
+    dtype, device = sum_dtype(inputs[0]), inputs[0].device
+    query, key, value, proxy_key, proxy_value = (one.to(dtype) for one in inputs)
+    batch, num_heads, num_cells, head_dim = proxy_key.shape
+    plan = plan_of(grid, window, num_cells, side, dtype, device)
+    rest = log_rest(inputs[0], grid, window, num_cells)
+    by_cell = tuple(one[:, :, plan.cells].flatten(3).flatten(0, 2) for one in (key, value))
+    num_seen = count * plan.cells.shape[1]
+    of_a_tile = side * side * (num_cells + 2 * num_seen) + 2 * num_seen * head_dim
+    most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (batch * num_heads * of_a_tile * dtype.itemsize)
+    step = max(1, min(most, len(plan.tiles)))
+    spaces = tuple(one.new_empty(step * batch * num_heads * count, one.shape[1]) for one in by_cell)
+    return _Prepared(
+        (query, *by_cell, proxy_key, proxy_value),
+        rest,
+        plan,
+        (spaces[0], spaces[1]),
+        fastest_partial(device.type, dtype),
+        tuple(slice(start, start + step) for start in range(0, len(plan.tiles), step)),
+    )
+
+
+def _by_tile(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """[B, H, g * Q, ...] -> [B * H, g, Q, ...]."""
+    return tensor.unflatten(2, (chosen.shape[2], -1)).flatten(0, 1)
+
+
+def _partial_backward(
+    partial: Partial, rows: Sequence[Tensor], grad_lse: Tensor | None, keys: Keys, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, query, out, lse = rows
+    return partial.backward(grad_out, query, keys, out, lse, scale, grad_lse)

@@ -1,0 +1,45 @@
+"""Pieces of the Triton kernels: one head's rows in and out of memory, one block of a softmax.
+
+Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
+Sums are float32, offsets 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+EXCLUDED = tl.constexpr(-1.0e30)  # logit of a pair that does not attend
+FLOOR = tl.constexpr(-1.0e20)  # the running maximum starts here, so that exp2(EXCLUDED - FLOOR) is 0
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(p_base, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[tokens, BLOCK_D] rows of one head; zeros beyond HEAD_DIM."""
+    i_d = tl.arange(0, BLOCK_D)
+    pointers = p_base + tokens.to(tl.int64)[:, None] * stride + i_d[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=i_d[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def store_rows(p_base, tokens, stride, rows, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    i_d = tl.arange(0, BLOCK_D)
+    pointers = p_base + tokens.to(tl.int64)[:, None] * stride + i_d[None, :]
+    tl.store(pointers, rows.to(p_base.dtype.element_ty), mask=exists[:, None] & (i_d[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def head_of(pointer, i_batch, i_head, batch_stride, head_stride):
+    """Pointer to token 0 of one head."""
+    return pointer + i_batch.to(tl.int64) * batch_stride + i_head.to(tl.int64) * head_stride
+
+
+@triton.jit
+def online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION: tl.constexpr):
+    """One block of logits and values into the running maximum, sum and weighted sum of values."""
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_new_max[:, None])
+    b_shrink = tl.exp2(b_max - b_new_max)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
+    return b_acc, b_new_max, b_sum * b_shrink + tl.sum(b_p, 1)

@@ -1,0 +1,120 @@
+"""The focus kernel in Triton's interpreter: the formula over dense masks, plain, strides, precisions, fallbacks."""
+
+import pytest
+import torch
+from focus_case import SCALE, SHAPES, WINDOWS, by_hand, clear_choice, inputs_of
+from tolerance import assert_matches_reference
+
+from lineardit.kernels.focus import focus_attention
+from lineardit.kernels.focus.attention import focus_op
+from lineardit.kernels.window import Box, Circle, Window
+from lineardit.linearize.layout import Layout
+from lineardit.linearize.methods import METHODS, Clear, Hybrid, ProxyTokens
+
+pytest.importorskip("triton")
+
+from lineardit.kernels.focus import triton_probe
+from lineardit.kernels.focus.choose_impl import choose_impl
+from lineardit.kernels.focus.triton_focus import Blocks, candidates
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(("grid", "num_cells", "num_tokens", "side"), SHAPES)
+def test_triton_is_the_formula(
+    grid: tuple[int, int], num_cells: int, num_tokens: int, side: int, window: Window
+) -> None:
+    inputs = inputs_of(grid, num_cells, FP32)
+    shape = {"grid": grid, "window": window, "num_tokens": num_tokens, "side": side}
+    out, lse = focus_attention(*inputs, **shape, scale=SCALE, impl="triton")
+    expected, expected_lse, _ = by_hand(*(x.double() for x in inputs), **shape)
+    seen = expected_lse > -20  # elsewhere the window leaves nothing
+    assert torch.allclose(out[seen].double(), expected[seen], atol=1e-5)
+    assert torch.allclose(lse[seen].double(), expected_lse[seen], atol=1e-5)
+    plain, plain_lse = focus_attention(*inputs, **shape, scale=SCALE, impl="plain")
+    assert torch.allclose(out, plain, atol=1e-5)
+    assert torch.allclose(lse, plain_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_triton_is_as_precise_as_the_formula_in_the_same_precision(dtype: torch.dtype, bf16_in_interpreter) -> None:
+    inputs, shape = clear_choice(dtype)
+    assert_matches_reference(
+        lambda *x: focus_attention(*x, **shape, scale=SCALE, impl="triton")[0],
+        lambda *x: by_hand(*x, **shape)[0],
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_cells", "num_tokens", "side", "head_dim", "window"),
+    [
+        ((40, 40), 16, 400, 8, 8, Circle(radius=3)),  # cells longer than a block, most of them beyond every window
+        ((3, 8, 9), 6, 72, 4, 8, Circle(radius=2.5, frame_radius=2)),
+        ((3, 6, 6), 12, 27, 2, 8, Box(window=(3, 3))),
+        ((9, 14), 10, 30, 4, 24, Circle(radius=2)),
+        ((6, 6), 9, 12, 3, 128, Box(window=(3, 1))),
+    ],
+)
+def test_triton_is_plain(
+    grid: tuple[int, ...], num_cells: int, num_tokens: int, side: int, head_dim: int, window: Window
+) -> None:
+    inputs = inputs_of(grid, num_cells, FP32, head_dim)
+    shape = {"grid": grid, "window": window, "num_tokens": num_tokens, "side": side, "scale": SCALE}
+    for ours, plain in zip(
+        *(focus_attention(*inputs, **shape, impl=impl) for impl in ("triton", "plain")), strict=True
+    ):
+        assert torch.allclose(ours, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", candidates(4), ids=lambda one: f"k{one.keys}-w{one.num_warps}-s{one.num_stages}")
+def test_triton_is_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_probe, "blocks_for", lambda *_: blocks)
+    inputs, shape = inputs_of((12, 13), 9, FP32), {"grid": (12, 13), "window": Circle(radius=2), "num_tokens": 60}
+    one, other = (focus_attention(*inputs, **shape, side=4, scale=SCALE, impl=impl) for impl in ("triton", "plain"))
+    assert torch.allclose(one[0], other[0], atol=1e-5)
+
+
+def test_triton_takes_strides_as_they_come() -> None:
+    inputs = inputs_of((8, 8), 16, FP32)
+    shape = {"grid": (8, 8), "window": Circle(radius=2), "num_tokens": 12, "side": 4, "scale": SCALE, "impl": "triton"}
+    expected, _ = focus_attention(*inputs, **shape)
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    part_of_more = [torch.cat([x, x], 3)[..., : x.shape[3]] for x in inputs]
+    row_in_pieces = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs]
+    for same in (token_major, part_of_more, row_in_pieces):
+        assert torch.equal(focus_attention(*same, **shape)[0], expected)
+
+
+@pytest.mark.parametrize("box", [None, [3, 3, 1, 1, 1, 1]])
+def test_focus_op_passes_opcheck_with_triton(box: list[int] | None) -> None:
+    inputs = [x.requires_grad_() for x in inputs_of((5, 6), 4, FP32)]
+    radius = 2.0 if box is None else None
+    torch.library.opcheck(focus_op, (*inputs, (5, 6), 2, 2, SCALE, "triton", radius, None, box))
+
+
+def test_a_hybrid_of_impl_triton_is_the_hybrid() -> None:
+    config = Hybrid(local=Clear(radius=2.5), global_=ProxyTokens(num_proxies=9), gate=1.0, focus_tokens=30)
+    kernel = METHODS[Hybrid](config, num_heads=2, head_dim=8)
+    inputs, layout = [torch.randn(1, 2, 5 + 12 * 9, 8) for _ in range(3)], Layout((12, 9), 5, True, None)
+    outs = {}
+    for kernel.impl in ("tiled", "triton"):
+        outs[kernel.impl] = kernel(*inputs, layout)
+    assert torch.allclose(outs["triton"], outs["tiled"], atol=1e-5)
+
+
+def test_what_impl_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(1, 2, 64, 128)
+    assert choose_impl(query, 4, "auto") == choose_impl(query, 4, "plain") == "plain"
+    assert choose_impl(query, 8, "triton") == "triton"
+    with pytest.raises(ValueError, match="impl must be auto, plain or triton, got 'flash'"):
+        choose_impl(query, 4, "flash")
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run here: it takes .*got torch.float64"):
+        choose_impl(query.double(), 4, "triton")
+    with pytest.raises(ValueError, match=r"a tile of 16 x 16 queries of head dimension 128 is too large"):
+        choose_impl(query, 16, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="it needs a CUDA device, got cpu; 'plain' runs anywhere"):
+        choose_impl(query[..., :64], 4, "triton")
