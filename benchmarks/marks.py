@@ -2,8 +2,9 @@
 
 Hours on two cores. Clear(radius=4), taught by the model itself: does the student still follow
 held-out captions, do its pictures still hang together, how near are its latents? The same for a hybrid, which adds 256
-proxies for all that lies beyond the window, and for a wider window that costs as much. And shorter: what does each
-term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with every row.
+proxies for all that lies beyond the window, and for a wider window that costs as much, each from three seeds. And
+shorter: what does each term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with
+every row.
 """
 
 import argparse
@@ -13,10 +14,10 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flux_layer import local_of_equal_flops
-from marks_report import Mark, Row, as_markdown, student_marks, teacher_marks
+from marks_report import Mark, Row, as_markdown, rival_marks, student_marks, teacher_marks
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
@@ -41,15 +42,26 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ fr
     "CLEAR's weights": ("loss.flow=1.0", "loss.prediction=0.5", "loss.attention=0.5"),
     "CLEAR's projections": (f"trained.projections={json.dumps(PROJECTIONS)}",),
 }
+WIDER = "window of equal cost"
 UNTRAINED = {  # the rows of the swaps alone
     "default": "0 steps",
     "hybrid": "hybrid, 0 steps",
     "proxies alone": "proxies alone, 0 steps",
-    "window of equal cost": "window of equal cost, 0 steps",
+    WIDER: f"{WIDER}, 0 steps",
 }
 # In the picture
-SHOWN = ("teacher", "0 steps", "default", "window of equal cost, 0 steps", "hybrid, 0 steps", "hybrid")
+SHOWN = ("teacher", "0 steps", "default", WIDER, "hybrid, 0 steps", "hybrid")
 LONG = "teacher, 512 text tokens"
+
+
+class Student(NamedTuple):
+    """What is trained, how long, on how many captions it is judged before and after; settings beside marks.toml's."""
+
+    method: Any
+    steps: int
+    untrained_captions: int
+    captions: int
+    settings: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +73,17 @@ class Plan(ScenePlan):
     focus_tokens: int = 256
     few_train_steps: int = 200  # of the rows beside the marks
     learning_rate: float = 3e-3
-    hybrid_train_steps: int = 100  # it starts nearest
-    hybrid_learning_rate: float = 3e-4
+    hybrid_train_steps: int = 100  # it starts nearest; as many for the window of equal cost
+    hybrid_learning_rate: float = 1e-4
     hybrid_captions: int = 128  # of the hybrid without training
-    rival_train_steps: int = 200  # of proxies alone, and of the window of equal cost
-    rival_learning_rate: float = 1e-3
+    rival_learning_rate: float = 1e-3  # of the window of equal cost, and of proxies alone, which take few_train_steps
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the hybrid and the window of equal cost
     shown: int = 12  # rows of the sheet
+
+
+def of_seed(name: str, seed: int) -> str:
+    """The row's name; seed 0 is the student itself."""
+    return name if seed == 0 else f"{name}, seed {seed}"
 
 
 class Marks(SceneStudents):
@@ -81,28 +98,53 @@ class Marks(SceneStudents):
             self.draw("teacher", self.base, plan.captions)
         with self.stages.stage("samples"):
             self.prepare()
-        of_hybrid = plan.hybrid_train_steps, plan.hybrid_learning_rate
-        of_rivals = plan.rival_train_steps, plan.rival_learning_rate
-        for name, method, steps, rate, untrained, captions in (
-            ("hybrid", self.hybrid, *of_hybrid, plan.hybrid_captions, plan.captions),
-            ("proxies alone", self.unfocused, *of_rivals, plan.few_captions, plan.few_captions),
-            ("window of equal cost", self.rival, *of_rivals, plan.few_captions, plan.few_captions),
-            ("default", self.local, plan.train_steps, plan.learning_rate, plan.captions, plan.captions),
-        ):
-            with self.stages.stage(f"pictures: {name} without training"):
-                self.draw(UNTRAINED[name], self.converted(name, method), untrained)
-            report()
-            with self.stages.stage(f"distill: {name}"):
-                self.distill(name, method, steps, f"optimizer.lr={rate}")
-            with self.stages.stage(f"pictures: {name}"):
-                self.draw(name, self.adapter(name), captions)
-            report()
+        for name in ("hybrid", "proxies alone", WIDER):
+            self.student(name, report)
+        for seed in plan.seeds[1:]:
+            for name in ("hybrid", WIDER):
+                self.another_seed(name, seed)
+                report()
+        self.student("default", report)
         with self.stages.stage("teacher with 512 text positions"):
             self.draw(LONG, self.base, plan.few_captions, text_tokens=512)
         report()
         for change, settings in ABLATIONS.items():
             self.ablate(f"{change}, {plan.few_train_steps} steps", settings)
             report()
+
+    def student(self, name: str, report: Callable[[], None]) -> None:
+        """A row of the swap alone, and one of the student."""
+        one = self.students[name]
+        with self.stages.stage(f"pictures: {name} without training"):
+            self.draw(UNTRAINED[name], self.converted(name, one.method), one.untrained_captions)
+        report()
+        with self.stages.stage(f"distill: {name}"):
+            self.distill(name, one.method, one.steps, *one.settings)
+        with self.stages.stage(f"pictures: {name}"):
+            self.draw(name, self.adapter(name), one.captions)
+        report()
+
+    def another_seed(self, name: str, seed: int) -> None:
+        """The same student from other noise and another order of the samples."""
+        one, row = self.students[name], of_seed(name, seed)
+        with self.stages.stage(row):
+            self.distill(row, one.method, one.steps, *one.settings, f"run.seed={seed}")
+            self.draw(row, self.adapter(row), self.plan.few_captions)
+
+    @property
+    def students(self) -> dict[str, Student]:
+        plan = self.plan
+        every, few, steps = plan.captions, plan.few_captions, plan.hybrid_train_steps
+        fast, medium, slow = (
+            f"optimizer.lr={rate}" for rate in (plan.learning_rate, plan.rival_learning_rate, plan.hybrid_learning_rate)
+        )
+        # The data's term draws a student away from a teacher that it matches already.
+        return {
+            "hybrid": Student(self.hybrid, steps, plan.hybrid_captions, every, (slow, "loss.flow=0.0")),
+            "proxies alone": Student(self.unfocused, plan.few_train_steps, few, few, (medium,)),
+            WIDER: Student(self.rival, steps, few, few, (medium,)),
+            "default": Student(self.local, plan.train_steps, every, every, (fast,)),
+        }
 
     @property
     def local(self) -> Clear:
@@ -167,7 +209,10 @@ class Marks(SceneStudents):
         for name in ("default", "hybrid"):
             if name in self.made:
                 marks += student_marks(name, self.row(name), untrained)
-        return marks
+        names = [(of_seed("hybrid", seed), of_seed(WIDER, seed)) for seed in self.plan.seeds]
+        pairs = [pair for pair in names if set(pair) <= self.made.keys()]
+        few = self.plan.few_captions
+        return marks + rival_marks([(self.row(one, few), self.row(other, few)) for one, other in pairs])
 
 
 def write_results(results: Path, run: Marks) -> str:
@@ -193,8 +238,8 @@ def write_results(results: Path, run: Marks) -> str:
     title = (
         f"Clear(radius={plan.radius:g}) on examples/tiny_flux, held-out captions at {plan.side}x{plan.side}, "
         f"{plan.steps} steps; students: {plan.train_steps} steps of {plan.batch_size} samples, "
-        f"the hybrid {plan.hybrid_train_steps}, proxies alone and the window of equal cost (radius "
-        f"{run.rival.radius:g}) {plan.rival_train_steps}. {machine}"
+        f"the hybrid and the window of equal cost (radius {run.rival.radius:g}) {plan.hybrid_train_steps}, "
+        f"proxies alone {plan.few_train_steps}. {machine}"
     )
     report = as_markdown(title, rows, marks)
     write_whole(results / "marks.md", lambda temporary: temporary.write_text(report))

@@ -67,6 +67,34 @@ def student_marks(name: str, student: Row, untrained: Row | None) -> list[Mark]:
     return marks
 
 
+def rival_marks(pairs: Sequence[tuple[Row, Row]]) -> list[Mark]:
+    """The hybrid against local attention of the same FLOPs, each pair from one seed, on the same captions."""
+    if not pairs:
+        return []
+    where = f"hybrid and window of equal cost, {len(pairs)} seeds, {pairs[0][0].pictures} captions"
+    coherence = [(one.share("coherence"), other.share("coherence")) for one, other in pairs]
+    errors = [(_latent_mse(one), _latent_mse(other)) for one, other in pairs]
+    return [
+        Mark(
+            name=f"{where}: coherence",
+            target="the hybrid's higher on every seed",
+            measured="; ".join(f"{_percent(one)} and {_percent(other)}" for one, other in coherence),
+            met=all(one > other for one, other in coherence),
+        ),
+        Mark(
+            name=f"{where}: latent MSE",
+            target="the hybrid's lower on every seed",
+            measured="; ".join(f"{one:.4f} and {other:.4f}" for one, other in errors),
+            met=all(one < other for one, other in errors),
+        ),
+    ]
+
+
+def _latent_mse(row: Row) -> float:
+    assert row.comparison is not None
+    return row.comparison.latent_mse
+
+
 def _difference(name: str, interval: Interval, least: int) -> Mark:
     return Mark(
         name=name,

@@ -87,9 +87,9 @@ class SceneStudents:
             shard_size=16,
         )
 
-    def row(self, name: str) -> Row:
-        """One model's figures; all but the teacher's are compared with the teacher's same pictures."""
-        made = self.made[name]
+    def row(self, name: str, count: int | None = None) -> Row:
+        """One model's figures, on the first `count` captions; all but the teacher's compared with its same pictures."""
+        made = self.made[name] if count is None else self.made[name].first(count)
         count = len(made.scores)
         teacher = self.made["teacher"].first(count)
         return Row(
