@@ -14,7 +14,7 @@ from torch import Tensor
 from ..window import Circle
 from ..window.windows import Window
 from .cells import Grid, cell_grid, cells_of_axis, sizes_of
-from .rest_of_cells import EXCLUDED, log_rest
+from .rest_of_cells import EXCLUDED, rest_of_cells
 
 
 class Plan(NamedTuple):
@@ -49,7 +49,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
         cells, shares = _tokens_of_cells(sizes, num_cells)
         tile_of_token = torch.empty(math.prod(sizes), dtype=torch.long)
         tile_of_token[tiles[real]] = torch.arange(len(tiles))[:, None].expand_as(tiles)[real]
-        rest = log_rest(shares.to(device, dtype), grid, window, num_cells).exp()
+        rest = rest_of_cells(grid, window, num_cells, device).to(dtype) * (num_cells / math.prod(sizes))
         tile_of_token = tile_of_token.to(device)
         rest_of_tiles = rest.new_zeros(len(tiles), num_cells).index_add_(0, tile_of_token, rest)
         rest_of_tiles /= real.sum(1, keepdim=True).to(device)

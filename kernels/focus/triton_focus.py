@@ -17,7 +17,7 @@ from .choice import choose
 from .rest_of_cells import log_rest
 from .tables import Plan, plan_of
 
-# What one chunk of the choice may hold in logits.
+# What one chunk of the choice may hold in queries and logits.
 CHOICE_BYTES = 2**28
 
 
@@ -125,7 +125,8 @@ def triton_forward(
 
 def _choose(query: Tensor, proxy_key: Tensor, plan: Plan, count: int, scale: float) -> tuple[Tensor, Tensor]:
     """The chosen cells [B, H, G, k], first those that no window of the tile reaches, and how many these are."""
-    of_a_tile = query.shape[0] * query.shape[1] * proxy_key.shape[2] * 4
+    batch, num_heads, num_cells, head_dim = proxy_key.shape
+    of_a_tile = 4 * batch * num_heads * (plan.tiles.shape[1] * head_dim + num_cells)
     step = max(1, CHOICE_BYTES // of_a_tile)
     proxy_key = proxy_key.float()
     choices = []
