@@ -19,6 +19,7 @@ from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspection import inspect
 from .commands.method_options import MethodCommand
+from .commands.nearness import nearness
 from .commands.preparation import prepare
 from .commands.profile import profile
 from .commands.upscale import upscale
@@ -39,6 +40,7 @@ app.command()(upscale)
 app.command()(decode)
 app.command()(evaluate)
 app.command()(profile)
+app.command()(nearness)
 app.command()(demo)
 
 

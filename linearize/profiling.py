@@ -56,12 +56,14 @@ def profile_attention(
     radii = tuple(sorted(set(radii)))
     if not radii:
         raise ValueError("radii must hold at least one, got none")
-    _check(model, prompts, {"steps": steps, "queries": queries})
+    if state_of(model) is not None:
+        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
+    check_counts(prompts, {"steps": steps, "queries": queries})
     for radius in radii:
         Clear(radius=radius)  # raises where it is no radius
     settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
     settings |= {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
-    call = _call(pipe, {name: value for name, value in settings.items() if value is not None})
+    call = calling(pipe, settings)
     generator = torch.Generator("cpu").manual_seed(seed)
     pipe.set_progress_bar_config(disable=True)
     with probed(model, radii, num_queries=queries, generator=generator) as probes:
@@ -118,18 +120,18 @@ def _layer(name: str, probe: Probe) -> LayerProfile:
     )
 
 
-def _call(pipe: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, all of which the pipeline must know."""
+def calling(pipe: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not None, all of which the pipeline must know."""
+    given = {name: value for name, value in settings.items() if value is not None}
     known = inspect.signature(pipe.__call__).parameters
-    for name, value in settings.items():
+    for name, value in given.items():
         if name not in known:
             raise ValueError(f"{type(pipe).__name__} takes no {name}: leave it out, got {value}")
-    return dict(settings)
+    return given
 
 
-def _check(model: nn.Module, prompts: Sequence[str], counts: Mapping[str, int]) -> None:
-    if state_of(model) is not None:
-        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
+def check_counts(prompts: Sequence[str], counts: Mapping[str, int]) -> None:
+    """Raise ValueError where there is no prompt, or a count is below 1."""
     if not prompts:
         raise ValueError("prompts must hold at least one, got none")
     for name, value in counts.items():

@@ -9,6 +9,8 @@ import torch
 
 from lineardit import Clear, dense, linearize_, restore_
 from lineardit.linearize import LayoutError, swapped
+from lineardit.linearize.convert import denoiser
+from lineardit.linearize.nearness import nearness, recording
 from tiny_stock import REFUSED, STOCK, Stock, paint
 
 SMALL, COVERING = Clear(radius=2.3), Clear(radius=50)
@@ -68,3 +70,15 @@ def test_control_blocks_of_vace_are_swapped() -> None:
     pipe, _ = _made(STOCK["wan-vace"])
     linearize_(pipe, SMALL)
     assert set(swapped(pipe.transformer)) == {"blocks.0.attn1", "blocks.1.attn1", "vace_blocks.0.attn1"}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_nearness_of_a_stock_pipeline_is_zero_until_it_is_converted(name: str) -> None:
+    stock = STOCK[name]
+    pipe, arguments = _made(stock)
+    with recording(denoiser(pipe)[1]) as predictions:
+        paint(pipe, arguments)
+    assert len(predictions) >= 2
+    assert set(nearness(pipe, predictions).errors.values()) == {0}
+    linearize_(pipe, SMALL)
+    assert nearness(pipe, predictions).mean > 0

@@ -1,0 +1,182 @@
+"""How near each method is to the small trained model without training, by single predictions: `make nearness`, minutes.
+
+For the steps of a few held-out captions: the relative error of one prediction (linearize/nearness.py), beside what the
+method costs there and at FLUX.1's 4K shape. Writes benchmarks/results/nearness.json, nearness.md and nearness.png.
+"""
+
+import argparse
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flux_layer import flops, title
+from matplotlib.figure import Figure
+
+from lineardit.commands.quiet import quiet_libraries
+from lineardit.distill.files import write_json
+from lineardit.examples.tiny_flux import path, scenes
+from lineardit.linearize.convert import linearize_, restore_
+from lineardit.linearize.folders import write_whole
+from lineardit.linearize.methods import (
+    METHODS,
+    Agent,
+    Clear,
+    Hybrid,
+    Mala,
+    Neighborhood,
+    ProxyTokens,
+    Rala,
+    SlidingTile,
+)
+from lineardit.linearize.nearness import nearness, record_predictions
+from lineardit.linearize.opening import open_pipeline
+
+RESULTS = Path(__file__).with_name("results")
+SIDE, TEXT_LEN, STEPS = 128, 64, 8
+GRID, SHAPE = (32, 32), {"num_heads": 4, "head_dim": 32}  # of the small model at this size
+
+
+def hybrid(proxies: int, focus: int = 0, side: int = 4) -> Hybrid:
+    many = ProxyTokens(num_proxies=proxies)
+    return Hybrid(local=Clear(radius=4), global_=many, gate=1.0, focus_tokens=focus, focus_side=side)
+
+
+ROWS: dict[str, tuple[Any, ...]] = {  # kinds, in the picture a colour each
+    "window": (
+        *(Clear(radius=radius) for radius in (4, 6, 8, 10, 12, 14, 17, 20)),
+        Neighborhood(window=7),
+        SlidingTile(tile=4, window=3),
+    ),
+    "window and pooled tokens": tuple(Clear(radius=4, pool_tokens=count) for count in (64, 256)),
+    "hybrid of proxies": (hybrid(64), hybrid(256)),
+    "hybrid of proxies and focus": (
+        *(hybrid(256, tokens) for tokens in (64, 128, 256)),
+        *(hybrid(256, tokens, 8) for tokens in (128, 256)),
+        hybrid(256, 128, 2),
+        hybrid(64, 128),
+    ),
+    "hybrid of another kind": tuple(
+        Hybrid(local=Clear(radius=4), global_=one, gate=1.0) for one in (Agent(num_agents=64), Mala())
+    ),
+    "no window": (Agent(num_agents=64), Mala(), Rala(), ProxyTokens(num_proxies=64), ProxyTokens(num_proxies=256)),
+}
+QUICK: dict[str, tuple[Any, ...]] = {"window": (Clear(radius=4),), "no window": (Mala(),)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method.
+
+    Attributes:
+        keys: That an image token looks at, on average, with the text's: pairs of the image's part over its tokens.
+        flux_gflops: Of one layer at FLUX.1's 4K shape.
+        errors: By timestep, in the order of denoising.
+    """
+
+    name: str
+    kind: str
+    keys: float
+    flux_gflops: float
+    errors: dict[float, float]
+    mean: float
+
+
+def measure(rows: Mapping[str, Sequence[Any]], captions: int, steps: int) -> list[Row]:
+    """The base first, which must come out at 0."""
+    pipe = open_pipeline(path())
+    prompts = [scenes.sample(index, split="held_out").caption for index in range(captions)]
+    settings: dict[str, Any] = {"size": (SIDE, SIDE), "steps": steps, "max_sequence_length": TEXT_LEN}
+    predictions = record_predictions(pipe, prompts, **settings)
+    made = []
+    for kind, methods in {"the model itself": (None,), **rows}.items():
+        for method in methods:
+            if method is not None:
+                linearize_(pipe, method)
+            name = "softmax over everything" if method is None else title(method)
+            found = nearness(pipe, predictions, name=name)
+            made.append(
+                Row(
+                    name=name,
+                    kind=kind,
+                    keys=keys_of(method),
+                    flux_gflops=flops(method) / 1e9,
+                    errors=found.errors,
+                    mean=found.mean,
+                )
+            )
+            if method is not None:
+                restore_(pipe)
+    return made
+
+
+def keys_of(method: Any) -> float:
+    """What every text token looks at is left out."""
+    tokens = math.prod(GRID)
+    if method is None:
+        return TEXT_LEN + tokens
+    pairs = METHODS[type(method)].pairs(method, GRID, TEXT_LEN, **SHAPE)
+    return (pairs - TEXT_LEN * (TEXT_LEN + tokens)) / tokens
+
+
+def as_markdown(about: str, rows: Sequence[Row]) -> str:
+    lines = [
+        "# How near a method is without training",
+        "",
+        about,
+        "",
+        "| method | keys a token, here | GFLOP a layer, FLUX.1 at 4K | error, mean | first step | last step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        errors = list(row.errors.values())
+        told = " | ".join(f"{error:.2g}" for error in (row.mean, errors[0], errors[-1]))
+        lines.append(f"| `{row.name}` | {row.keys:.0f} | {row.flux_gflops:.0f} | {told} |")
+    return "\n".join([*lines, "", "![error against cost](nearness.png)", ""])
+
+
+def draw(rows: Sequence[Row], picture: Path) -> None:
+    """Error against keys a token, both logarithmic; a colour for each kind."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for kind in dict.fromkeys(row.kind for row in rows if row.mean > 0):
+        some = sorted((row for row in rows if row.kind == kind), key=lambda row: row.keys)
+        line = "-" if kind == "window" else ""
+        axes.plot([row.keys for row in some], [row.mean for row in some], line, marker="o", label=kind)
+    for row in rows:
+        if row.mean > 0:
+            short = row.name.removeprefix("Hybrid(local=Clear(radius=4), ").removesuffix(")").replace(", gate=1.0", "")
+            axes.annotate(short, (row.keys, row.mean), fontsize=5, xytext=(3, 3), textcoords="offset points")
+    axes.axvline(keys_of(None), color="black", linewidth=0.8, linestyle="--", label="softmax over everything")
+    axes.set(xscale="log", yscale="log", xlabel="keys a token", ylabel="relative error of one prediction, untrained")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=7)
+    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--captions", type=int, default=6)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="two methods, two steps, one caption: does it run?")
+    options = parser.parse_args()
+    quiet_libraries()
+    logging.basicConfig(level=logging.WARNING)
+    captions, steps = (1, 2) if options.quick else (options.captions, STEPS)
+    rows = measure(QUICK if options.quick else ROWS, captions, steps)
+    options.results.mkdir(parents=True, exist_ok=True)
+    about = (
+        f"examples/tiny_flux, {captions} held-out captions at {SIDE}x{SIDE}, {steps} denoising steps: "
+        "|converted - original|^2 over |original|^2 of single predictions, on the original's way to its picture."
+    )
+    write_json(options.results / "nearness.json", {"about": about, "rows": [asdict(row) for row in rows]})
+    report = as_markdown(about, rows)
+    write_whole(options.results / "nearness.md", lambda temporary: temporary.write_text(report))
+    draw(rows, options.results / "nearness.png")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`lineardit nearness`: how near conversions are to their base, in a few forward passes."""
+
+import json
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .options import Device, Dtype, Impl, Offline, Seed
+from .prompts import parse_size, read_prompts
+
+if TYPE_CHECKING:
+    from ..linearize.nearness import Nearness
+
+
+def nearness(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="An unconverted pipeline: Hub id or folder.")],
+    students: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Conversions of it, trained or not.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="Text file, one prompt a line; a few tell much.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for nearness.json and nearness.png.")] = Path(
+        "nearness"
+    ),
+    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the base; every one is looked at.")] = 8,
+    seed: Seed = 0,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; else the pipeline's own.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    impl: Impl = "auto",
+    offload: Annotated[str, typer.Option(help="Less GPU memory, slower: none, model, group or sequential.")] = "none",
+    offline: Offline = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
+) -> None:
+    """Compare conversions by the error of single predictions, before any training or picture."""
+    texts = read_prompts(prompts)
+    height_width = None if size is None else parse_size(size)
+    if find_spec("matplotlib") is None:
+        raise ValueError("nearness.png is drawn with matplotlib, which is not here: pip install 'lineardit[train]'")
+    from ..linearize.folders import check_output_file, write_whole
+    from ..linearize.nearness import nearness as measure
+    from ..linearize.nearness import record_predictions
+    from ..linearize.opening import open_pipeline
+    from ..nearness_plot import draw_nearness
+    from ..pipelines.placement import place_
+    from ..pipelines.sizes import check_size, default_size
+    from .devices import find_device, find_dtype
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    figures, picture = output / "nearness.json", output / "nearness.png"
+    for file in (figures, picture):
+        check_output_file(file, overwrite=overwrite)
+    target = find_device(device)
+    weights: dict[str, Any] = {"dtype": find_dtype(dtype, target), "offline": offline}
+    pipe = open_pipeline(base, **weights)
+    place_(pipe, target, offload)
+    height, width = height_width or default_size(pipe)
+    check_size(pipe, height, width)
+    settings: dict[str, Any] = {"size": (height, width), "steps": steps, "seed": seed}
+    settings |= {"guidance": guidance, "max_sequence_length": max_sequence_length}
+    predictions = record_predictions(pipe, texts, **settings)
+    found = {base: measure(pipe, predictions, name=base)}
+    for student in students:
+        del pipe  # one model at a time
+        pipe = open_pipeline(student, impl=impl, **weights)
+        place_(pipe, target, offload)
+        found[student] = measure(pipe, predictions, name=student)
+    output.mkdir(parents=True, exist_ok=True)
+    rows = {name: asdict(one) | {"mean": one.mean} for name, one in found.items()}
+    content = {"base": base, "prompts": len(texts), **settings, "models": rows}
+    write_whole(figures, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    draw_nearness({name: one for name, one in found.items() if name != base}, picture)
+    show(found)
+    print(f"Wrote {figures} and {picture.name}")
+
+
+def show(found: "dict[str, Nearness]") -> None:
+    """Print a row for each model."""
+    table = Table(title="Relative error of one prediction: first step, last step, mean of all", title_justify="left")
+    table.add_column("model", overflow="fold")
+    for header in ("first", "last", "mean", "seconds a prediction"):
+        table.add_column(header, justify="right")
+    for name, one in found.items():
+        errors = list(one.errors.values())
+        table.add_row(name, *(f"{value:.2g}" for value in (errors[0], errors[-1], one.mean)), f"{one.seconds:.3g}")
+    Console().print(table, highlight=False)

@@ -1,0 +1,178 @@
+"""How near a conversion is to its base, prediction by prediction: what `lineardit nearness` does.
+
+    error(t) = sum |s(x_t) - b(x_t)|^2 / sum |b(x_t)|^2         over prompts and elements
+b the base's prediction, s the converted model's, for the latents x_t that the base passes on its way to a picture
+
+One number for each denoising step, and no picture of the converted model: a few forward passes tell methods and
+settings apart that need hundreds of pictures to be judged by. It says nothing of how errors add up over the steps, nor
+of what training repairs.
+"""
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from .convert import denoiser
+from .families import family_of
+from .profiling import calling, check_counts
+from .seam import state_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One call of the base's denoiser.
+
+    Attributes:
+        timestep: As the pipeline hands it to the model.
+        arguments: By name, tensors on the CPU.
+        output: On the CPU.
+    """
+
+    timestep: float
+    arguments: Mapping[str, Any]
+    output: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearness:
+    """Attributes:
+    errors: By timestep, in the order of denoising.
+    seconds: Of one prediction, median.
+    """
+
+    errors: dict[float, float]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Over the timesteps."""
+        return sum(self.errors.values()) / len(self.errors)
+
+
+def record_predictions(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    steps: int = 8,
+    seed: int = 0,
+    guidance: float | None = None,
+    max_sequence_length: int | None = None,
+) -> list[Prediction]:
+    """What the base predicts in every step of a picture for each prompt.
+
+    Args:
+        pipe: The original text-to-image pipeline, on the device where it shall run.
+        size: (height, width) of the pictures in pixels.
+        seed: Noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
+        guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
+        max_sequence_length: Text tokens; None: the pipeline's own.
+    Raises:
+        UnsupportedModelError: the model's class is not known.
+        ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
+    """
+    _, model = denoiser(pipe)
+    family_of(model)
+    if state_of(model) is not None:
+        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
+    check_counts(prompts, {"steps": steps})
+    settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
+    call = calling(pipe, settings | {"guidance_scale": guidance, "max_sequence_length": max_sequence_length})
+    pipe.set_progress_bar_config(disable=True)
+    with recording(model) as predictions:
+        for index, prompt in enumerate(tqdm(prompts, desc="base", unit="picture")):
+            pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed + index), output_type="latent", **call)
+    return predictions
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[Prediction]]:
+    """Inside, every call of this denoiser is kept: for pipelines that are called with more than a prompt."""
+    predictions: list[Prediction] = []
+    called: list[dict[str, Any]] = []
+    signature = inspect.signature(model.forward)
+    kept: dict[int, tuple[Tensor, int, Tensor]] = {}  # the text's embeddings come again in every step: copied once
+
+    def on_cpu(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_inference():  # counts no changes
+            return value.to("cpu", copy=True)
+        original, version, copy = kept.get(id(value), (None, 0, value))
+        if original is None or version != value._version:
+            copy = value.detach().to("cpu", copy=True)
+            kept[id(value)] = value, value._version, copy
+        return copy
+
+    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        called.append(tree_map(on_cpu, arguments | arguments.pop("kwargs", {})))  # the model may empty its lists
+
+    def after(_model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        arguments, output = called.pop(), _first(output).detach().to("cpu", copy=True)
+        predictions.append(Prediction(timestep=_timestep(arguments), arguments=arguments, output=output))
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after),
+    ]
+    try:
+        yield predictions
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _timestep(arguments: Mapping[str, Any]) -> float:
+    """Of the first sample."""
+    value = next(arguments[name] for name in ("timestep", "timesteps", "t") if name in arguments)
+    return float(torch.as_tensor(value).flatten()[0])
+
+
+@torch.no_grad()
+def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearness") -> Nearness:
+    """The error of this pipeline's denoiser against what its base predicted.
+
+    Args:
+        name: For the progress bar.
+    Raises:
+        ValueError: the model gives something of another shape.
+    """
+    _, model = denoiser(pipe)
+    device = pipe._execution_device
+    sums: dict[float, tuple[float, float]] = {}
+    seconds = []
+    for one in tqdm(predictions, desc=name, unit="prediction"):
+        arguments = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, one.arguments)
+        began = time.perf_counter()
+        output = _first(model(**arguments)).float().cpu()
+        seconds.append(time.perf_counter() - began)
+        if output.shape != one.output.shape:
+            shapes = f"{tuple(output.shape)}, the base {tuple(one.output.shape)}"
+            raise ValueError(f"the model must be a conversion of the base, it predicts {shapes}")
+        expected = one.output.float()
+        error, norm = sums.get(one.timestep, (0.0, 0.0))
+        sums[one.timestep] = (
+            error + float((output - expected).square().sum()),
+            norm + float(expected.square().sum()),
+        )
+    return Nearness(
+        errors={timestep: error / norm for timestep, (error, norm) in sums.items()}, seconds=median(seconds)
+    )
+
+
+def _first(output: Any) -> Tensor:
+    """The prediction, of a tuple or of diffusers' output class; some models give one for each sample, flattened here."""
+    prediction = output[0]
+    if isinstance(prediction, Tensor):
+        return prediction
+    return torch.cat([one.flatten() for one in prediction])

@@ -1,0 +1,54 @@
+"""`lineardit nearness`, as it is typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_distill import build_tiny
+
+from lineardit.cli import run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two conversions of it, prompts, and the command's output."""
+    folder = tmp_path_factory.mktemp("nearness")
+    build_tiny().save_pretrained(folder / "base")
+    (folder / "prompts.txt").write_text("a red circle\na blue cross\n")
+    for radius in (1.5, 3):
+        words = ["convert", folder / "base", "--method", "clear", "--radius", radius, "--offline"]
+        assert run([*map(str, words), "-o", str(folder / f"clear-{radius}")]) == 0
+    assert run(command(folder)) == 0
+    return folder
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    words = ["nearness", folder / "base", folder / "clear-1.5", folder / "clear-3", "--prompts", folder / "prompts.txt"]
+    words += ["--size", "32x24", "--steps", "3", "--max-sequence-length", "8", "--offline", "-o", folder / "out"]
+    return [*map(str, words), *options]
+
+
+def test_nearness_writes_figures_and_a_picture(made: Path) -> None:
+    content = json.loads((made / "out" / "nearness.json").read_text())
+    assert (content["prompts"], content["steps"], content["size"]) == (2, 3, [24, 32])
+    means = [content["models"][str(made / name)]["mean"] for name in ("base", "clear-3", "clear-1.5")]
+    assert means == sorted(means)
+    assert means[0] == 0 < means[1] < means[2]
+    assert all(len(one["errors"]) == 3 for one in content["models"].values())
+    with Image.open(made / "out" / "nearness.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_nearness_keeps_what_is_there(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(made)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(command(made, "--overwrite")) == 0
+    assert "seconds" in capsys.readouterr().out
+
+
+def test_nearness_takes_no_converted_base(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["nearness", made / "clear-3", made / "clear-1.5", "--prompts", made / "prompts.txt", "--size", "32x24"]
+    assert run([*map(str, words), "--offline", "-o", str(made / "other")]) == 2
+    assert "pipe must be the original pipeline" in capsys.readouterr().err
+    assert not (made / "other").exists()

@@ -1,0 +1,75 @@
+"""Nearness: a recording is what the base predicts, equal models are at 0, errors are the formula, bad input."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_distill import build_tiny
+
+from lineardit import Clear, linearize_, restore_
+from lineardit.linearize.convert import denoiser
+from lineardit.linearize.nearness import Nearness, nearness, record_predictions
+
+PROMPTS = ["a red circle", "a blue cross"]
+SETTINGS: dict[str, Any] = {"size": (24, 32), "steps": 3, "max_sequence_length": 8}
+
+
+def test_the_base_is_at_zero_and_a_window_that_sees_all_near_it() -> None:
+    pipe = build_tiny()
+    predictions = record_predictions(pipe, PROMPTS, **SETTINGS)
+    assert len(predictions) == 6
+    found = nearness(pipe, predictions)
+    assert list(found.errors.values()) == [0, 0, 0]
+    assert list(found.errors) == sorted(found.errors, reverse=True)  # from noise to picture
+    linearize_(pipe, Clear(radius=100))
+    assert nearness(pipe, predictions).mean < 1e-9
+    linearize_(pipe, Clear(radius=1.5))
+    assert nearness(pipe, predictions).mean > 1e-6
+
+
+def test_errors_are_the_formula() -> None:
+    pipe = build_tiny()
+    predictions = record_predictions(pipe, PROMPTS, **SETTINGS)
+    other = copy.deepcopy(pipe)
+    with torch.no_grad():
+        other.transformer.proj_out.bias += 0.1
+    found = nearness(other, predictions)
+    for timestep, error in found.errors.items():
+        outputs = torch.cat([one.output for one in predictions if one.timestep == timestep])
+        assert error == pytest.approx(0.01 / outputs.square().mean().item(), rel=1e-4)
+    assert found.mean == pytest.approx(sum(found.errors.values()) / 3)
+    assert found.seconds > 0
+
+
+def test_what_is_recorded_stays_as_it_was() -> None:
+    pipe = build_tiny()
+    first = record_predictions(pipe, PROMPTS[:1], **SETTINGS)
+    again = record_predictions(pipe, PROMPTS[:1], **SETTINGS)
+    _, model = denoiser(pipe)
+    for one, same in zip(first, again, strict=True):
+        assert torch.equal(one.output, same.output)
+        assert torch.equal(one.arguments["hidden_states"], same.arguments["hidden_states"])
+    assert not torch.equal(first[0].arguments["hidden_states"], first[1].arguments["hidden_states"])
+    assert first[0].arguments["encoder_hidden_states"] is first[1].arguments["encoder_hidden_states"]
+    assert not model._forward_hooks
+
+
+def test_mean_is_over_timesteps() -> None:
+    assert Nearness(errors={1.0: 0.2, 0.5: 0.4}, seconds=1).mean == pytest.approx(0.3)
+
+
+def test_bad_input_is_named() -> None:
+    pipe = build_tiny()
+    with pytest.raises(ValueError, match="prompts must hold at least one"):
+        record_predictions(pipe, [], **SETTINGS)
+    with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
+        record_predictions(pipe, PROMPTS, **SETTINGS | {"steps": 0})
+    predictions = record_predictions(pipe, PROMPTS, **SETTINGS)
+    linearize_(pipe, Clear(radius=2))
+    with pytest.raises(ValueError, match="pipe must be the original pipeline"):
+        record_predictions(pipe, PROMPTS, **SETTINGS)
+    restore_(pipe)
+    pipe.transformer.proj_out = torch.nn.Linear(pipe.transformer.proj_out.in_features, 4)
+    with pytest.raises(ValueError, match="the model must be a conversion of the base"):
+        nearness(pipe, predictions)
