@@ -158,7 +158,7 @@ def draw(rows: Sequence[Row], picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--captions", type=int, default=6)
+    parser.add_argument("--captions", type=int, default=4)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="two methods, two steps, one caption: does it run?")
     options = parser.parse_args()

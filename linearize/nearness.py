@@ -171,7 +171,7 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
 
 
 def _first(output: Any) -> Tensor:
-    """The prediction, of a tuple or of diffusers' output class; some models give one for each sample, flattened here."""
+    """The prediction, of a tuple or of diffusers' output class; where each sample has one of its own, all flattened."""
     prediction = output[0]
     if isinstance(prediction, Tensor):
         return prediction
