@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_op
-from lineardit.kernels.focus.choose_impl import choose_impl
+from lineardit.kernels.focus.choose import choose_impl
 from lineardit.kernels.focus.tables import plan_of
 from lineardit.kernels.window import Circle
 from lineardit.kernels.window.windows import from_arguments, to_arguments

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..window.inputs import sum_dtype, token_major
 from ..window.windows import Window, from_arguments, to_arguments
 from .cells import Grid, sizes_of
-from .choose_impl import blocks_for, choose_impl
+from .choose import blocks_for, choose_impl
 from .plain import plain_backward, plain_forward
 
 

@@ -13,7 +13,7 @@ from ..window.inputs import sum_dtype
 from ..window.partial import Keys, Partial, fastest_partial, merge
 from ..window.windows import Window
 from .cells import Grid
-from .choice import choose
+from .chosen_cells import choose
 from .rest_of_cells import EXCLUDED, log_rest
 from .tables import Plan, plan_of
 

@@ -13,7 +13,7 @@ from ..pieces.launch import block_d, dense_rows, device_of, with_strides
 from ..window.windows import Window
 from . import triton_kernels as kernels
 from .cells import Grid, sizes_of
-from .choice import choose
+from .chosen_cells import choose
 from .rest_of_cells import log_rest
 from .tables import Plan, plan_of
 

@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.focus import cells_in_focus, focus_attention, focus_pairs, log_rest
+from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest
 from ...kernels.linear import attend_to_text, share_of_keys
 from ...kernels.window.operator import split_text
 from ..layout import Grid, Layout
@@ -168,8 +168,11 @@ class HybridAttention(nn.Module):
 
     @staticmethod
     def chosen(config: Hybrid, query: Tensor, grid: Grid, text_len: int) -> str:
-        """What impl="auto" runs for a query [B, H, N, D]."""
-        return LOCAL[type(config.local)].chosen(config.local, query, grid, text_len)
+        """What impl="auto" runs for a query [B, H, N, D]: "tiled", or "tiled (focus: plain)"."""
+        local = LOCAL[type(config.local)].chosen(config.local, query, grid, text_len)
+        if config.focus_tokens == 0 or cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
+            return local
+        return f"{local} (focus: {choose_impl(query, config.focus_side, 'auto')})"
 
     @staticmethod
     def pairs(config: Hybrid, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:

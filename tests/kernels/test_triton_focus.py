@@ -14,7 +14,7 @@ from lineardit.linearize.methods import METHODS, Clear, Hybrid, ProxyTokens
 pytest.importorskip("triton")
 
 from lineardit.kernels.focus import triton_probe
-from lineardit.kernels.focus.choose_impl import choose_impl
+from lineardit.kernels.focus.choose import choose_impl
 from lineardit.kernels.focus.triton_focus import Blocks, candidates
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 
-from lineardit import Clear, from_pretrained, linearize_, load_adapter_
+from lineardit import Clear, Hybrid, ProxyTokens, from_pretrained, linearize_, load_adapter_
 from lineardit.kernels.window import implementations
 from lineardit.linearize import inspection
 from lineardit.linearize.conversion import convert_base
@@ -111,6 +111,14 @@ def test_inspect_base_tells_the_forced_implementation_and_refuses_unknown_ones(b
     assert {row.impl for row in inspect_base(tmp_path / "adapter", impl="reference").rows} == {"reference"}
     with pytest.raises(ValueError, match=r"no impl 'tield' \(did you mean tiled"):
         inspect_base(tmp_path / "adapter", impl="tield")
+
+
+def test_inspect_base_tells_what_reads_cells_in_focus(base: Path, tmp_path: Path) -> None:
+    proxies = ProxyTokens(num_proxies=16)
+    method = Hybrid(local=Clear(radius=2), global_=proxies, gate=1.0, focus_tokens=4096)
+    convert_base(base, method, output=tmp_path / "adapter")
+    row = inspect_base(tmp_path / "adapter").rows[0]
+    assert row.impl == "tiled (focus: plain) at 1K, tiled at 2K 4K 8K"  # where a cell holds more than 4,096 tokens
 
 
 def test_inspect_base_names_the_implementation_by_size_where_it_differs(
