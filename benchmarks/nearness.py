@@ -7,6 +7,7 @@ method costs there and at FLUX.1's 4K shape. Writes benchmarks/results/nearness.
 import argparse
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,23 +138,40 @@ def as_markdown(about: str, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", "![error against cost](nearness.png)", ""])
 
 
+LABELS = {
+    "radius": "radius {}",
+    "window": "window {}",
+    "pool_tokens": "{} pooled",
+    "num_agents": "{} agents",
+    "num_proxies": "{} proxies",
+    "focus_tokens": "{} in focus",
+    "focus_side": "{0} x {0}",
+}
+
+
+def label(row: Row) -> str:
+    """Its settings in words, of a hybrid without those of the window, which all share."""
+    own = row.name.removeprefix("Hybrid(local=Clear(radius=4), global_=")
+    words = [LABELS[name].format(value) for name, value in re.findall(r"(\w+)=([\d.]+)", own) if name in LABELS]
+    return ", ".join(words) or own.split("(")[0]
+
+
 def draw(rows: Sequence[Row], picture: Path) -> None:
     """Error against keys a token, both logarithmic; a colour for each kind."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for kind in dict.fromkeys(row.kind for row in rows if row.mean > 0):
-        some = sorted((row for row in rows if row.kind == kind), key=lambda row: row.keys)
-        line = "-" if kind == "window" else ""
-        axes.plot([row.keys for row in some], [row.mean for row in some], line, marker="o", label=kind)
-    for row in rows:
-        if row.mean > 0:
-            short = row.name.removeprefix("Hybrid(local=Clear(radius=4), ").removesuffix(")").replace(", gate=1.0", "")
-            axes.annotate(short, (row.keys, row.mean), fontsize=5, xytext=(3, 3), textcoords="offset points")
-    axes.axvline(keys_of(None), color="black", linewidth=0.8, linestyle="--", label="softmax over everything")
+    everything = next(row for row in rows if row.mean == 0)
+    for kind in dict.fromkeys(row.kind for row in rows if row is not everything):
+        some = [row for row in rows if row.kind == kind]
+        axes.plot([row.keys for row in some], [row.mean for row in some], linestyle="none", marker="o", label=kind)
+        for row in some:
+            axes.annotate(label(row), (row.keys, row.mean), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axes.axvline(everything.keys, color="black", linewidth=0.8, linestyle="--", label="softmax over everything")
     axes.set(xscale="log", yscale="log", xlabel="keys a token", ylabel="relative error of one prediction, untrained")
+    axes.set_xlim(right=1.4 * everything.keys)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=7)
-    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    axes.legend(frameon=False, fontsize=7, loc="lower left")
+    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
 def main() -> None:
