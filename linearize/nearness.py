@@ -84,7 +84,7 @@ def record_predictions(
     family_of(model)
     if state_of(model) is not None:
         raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
-    check_counts(prompts, {"steps": steps})
+    check_counts(prompts, {"steps": steps, "max_sequence_length": max_sequence_length})
     settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
     call = calling(pipe, settings | {"guidance_scale": guidance, "max_sequence_length": max_sequence_length})
     pipe.set_progress_bar_config(disable=True)

@@ -58,7 +58,7 @@ def profile_attention(
         raise ValueError("radii must hold at least one, got none")
     if state_of(model) is not None:
         raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
-    check_counts(prompts, {"steps": steps, "queries": queries})
+    check_counts(prompts, {"steps": steps, "queries": queries, "max_sequence_length": max_sequence_length})
     for radius in radii:
         Clear(radius=radius)  # raises where it is no radius
     settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
@@ -130,10 +130,10 @@ def calling(pipe: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def check_counts(prompts: Sequence[str], counts: Mapping[str, int]) -> None:
-    """Raise ValueError where there is no prompt, or a count is below 1."""
+def check_counts(prompts: Sequence[str], counts: Mapping[str, int | None]) -> None:
+    """Raise ValueError where there is no prompt, or a count that is given is below 1."""
     if not prompts:
         raise ValueError("prompts must hold at least one, got none")
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")

@@ -41,6 +41,8 @@ def nearness(
     height_width = None if size is None else parse_size(size)
     if find_spec("matplotlib") is None:
         raise ValueError("nearness.png is drawn with matplotlib, which is not here: pip install 'lineardit[train]'")
+    from ..linearize.adapter import adapter_file
+    from ..linearize.base import find_place, read_base
     from ..linearize.folders import check_output_file, write_whole
     from ..linearize.nearness import nearness as measure
     from ..linearize.nearness import record_predictions
@@ -56,6 +58,9 @@ def nearness(
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)
     target = find_device(device)
+    for student in students:  # what is missing is told before the base is loaded
+        if adapter_file(find_place(student, offline=offline)) is None:
+            read_base(student, offline=offline)
     weights: dict[str, Any] = {"dtype": find_dtype(dtype, target), "offline": offline}
     pipe = open_pipeline(base, **weights)
     place_(pipe, target, offload)

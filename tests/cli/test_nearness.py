@@ -52,3 +52,14 @@ def test_nearness_takes_no_converted_base(made: Path, capsys: pytest.CaptureFixt
     assert run([*map(str, words), "--offline", "-o", str(made / "other")]) == 2
     assert "pipe must be the original pipeline" in capsys.readouterr().err
     assert not (made / "other").exists()
+
+
+def test_nearness_tells_of_a_missing_adapter_before_it_begins(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["nearness", made / "base", made / "clear-3", made / "nothing", "--prompts", made / "prompts.txt"]
+    assert run([*map(str, words), "--size", "32x24", "--offline", "-o", str(made / "other")]) == 2
+    told = capsys.readouterr().err
+    assert "nothing here, and it is not a Hub id" in told and "picture" not in told
+    (made / "empty").mkdir(exist_ok=True)
+    words[3] = made / "empty"
+    assert run([*map(str, words), "--size", "32x24", "--offline", "-o", str(made / "other")]) == 2
+    assert "picture" not in capsys.readouterr().err

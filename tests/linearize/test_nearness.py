@@ -65,6 +65,8 @@ def test_bad_input_is_named() -> None:
         record_predictions(pipe, [], **SETTINGS)
     with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         record_predictions(pipe, PROMPTS, **SETTINGS | {"steps": 0})
+    with pytest.raises(ValueError, match="max_sequence_length must be >= 1, got -1"):
+        record_predictions(pipe, PROMPTS, **SETTINGS | {"max_sequence_length": -1})
     predictions = record_predictions(pipe, PROMPTS, **SETTINGS)
     linearize_(pipe, Clear(radius=2))
     with pytest.raises(ValueError, match="pipe must be the original pipeline"):
