@@ -71,7 +71,8 @@ def rival_marks(pairs: Sequence[tuple[Row, Row]]) -> list[Mark]:
     """The hybrid against local attention of the same FLOPs, each pair from one seed, on the same captions."""
     if not pairs:
         return []
-    where = f"hybrid and window of equal cost, {len(pairs)} seeds, {pairs[0][0].pictures} captions"
+    seeds = f"{len(pairs)} seed" + "s" * (len(pairs) > 1)
+    where = f"hybrid and window of equal cost, {seeds}, {pairs[0][0].pictures} captions"
     coherence = [(one.share("coherence"), other.share("coherence")) for one, other in pairs]
     errors = [(_latent_mse(one), _latent_mse(other)) for one, other in pairs]
     return [
