@@ -2,8 +2,8 @@
 
 Hours on two cores. Clear(radius=4), taught by the model itself: does the student still follow
 held-out captions, do its pictures still hang together, how near are its latents? The same for a hybrid, which adds 256
-proxies for all that lies beyond the window, and for a wider window that costs as much, each from three seeds. And
-shorter: what does each term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with
+tokens in focus and 256 proxies for all that lies beyond the window, and for a wider window that costs as much at FLUX.1's
+4K shape (less here), each from three seeds. And shorter: what does each term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with
 every row.
 """
 
@@ -238,7 +238,8 @@ def write_results(results: Path, run: Marks) -> str:
     title = (
         f"Clear(radius={plan.radius:g}) on examples/tiny_flux, held-out captions at {plan.side}x{plan.side}, "
         f"{plan.steps} steps; students: {plan.train_steps} steps of {plan.batch_size} samples, "
-        f"the hybrid and the window of equal cost (radius {run.rival.radius:g}) {plan.hybrid_train_steps}, "
+        f"the hybrid and the window of equal cost at FLUX.1's 4K (radius {run.rival.radius:g}; here it looks at fewer "
+        f"keys than the hybrid) {plan.hybrid_train_steps}, "
         f"proxies alone {plan.few_train_steps}. {machine}"
     )
     report = as_markdown(title, rows, marks)

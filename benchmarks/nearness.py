@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import flux_layer
 from flux_layer import flops, title
 from matplotlib.figure import Figure
 
 from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.files import write_json
 from lineardit.examples.tiny_flux import path, scenes
+from lineardit.kernels.focus import cells_in_focus
 from lineardit.linearize.convert import linearize_, restore_
 from lineardit.linearize.folders import write_whole
 from lineardit.linearize.methods import (
@@ -73,15 +75,15 @@ class Row:
 
     Attributes:
         keys: That an image token looks at, on average, with the text's: pairs of the image's part over its tokens.
-        flux_gflops: Of one layer at FLUX.1's 4K shape.
-        errors: By timestep, in the order of denoising.
+        flux_gflops: Of one layer at FLUX.1's 4K shape; None where it has nothing in focus there.
+        errors: By step.
     """
 
     name: str
     kind: str
     keys: float
-    flux_gflops: float
-    errors: dict[float, float]
+    flux_gflops: float | None
+    errors: tuple[float, ...]
     mean: float
 
 
@@ -103,7 +105,7 @@ def measure(rows: Mapping[str, Sequence[Any]], captions: int, steps: int) -> lis
                     name=name,
                     kind=kind,
                     keys=keys_of(method),
-                    flux_gflops=flops(method) / 1e9,
+                    flux_gflops=flux_gflops(method),
                     errors=found.errors,
                     mean=found.mean,
                 )
@@ -111,6 +113,14 @@ def measure(rows: Mapping[str, Sequence[Any]], captions: int, steps: int) -> lis
             if method is not None:
                 restore_(pipe)
     return made
+
+
+def flux_gflops(method: Any) -> float | None:
+    """Of one layer; None where cells are so large there that none is in focus, so that it is another method."""
+    focused = isinstance(method, Hybrid) and method.focus_tokens > 0
+    if focused and cells_in_focus(method.focus_tokens, method.num_cells, flux_layer.GRID) == 0:
+        return None
+    return flops(method) / 1e9
 
 
 def keys_of(method: Any) -> float:
@@ -132,9 +142,9 @@ def as_markdown(about: str, rows: Sequence[Row]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        errors = list(row.errors.values())
-        told = " | ".join(f"{error:.2g}" for error in (row.mean, errors[0], errors[-1]))
-        lines.append(f"| `{row.name}` | {row.keys:.0f} | {row.flux_gflops:.0f} | {told} |")
+        told = " | ".join(f"{error:.2g}" for error in (row.mean, row.errors[0], row.errors[-1]))
+        flux = "nothing in focus" if row.flux_gflops is None else f"{row.flux_gflops:.0f}"
+        lines.append(f"| `{row.name}` | {row.keys:.0f} | {flux} | {told} |")
     return "\n".join([*lines, "", "![error against cost](nearness.png)", ""])
 
 
@@ -160,9 +170,9 @@ def draw(rows: Sequence[Row], picture: Path) -> None:
     """Error against keys a token, both logarithmic; a colour for each kind."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    everything = next(row for row in rows if row.mean == 0)
-    for kind in dict.fromkeys(row.kind for row in rows if row is not everything):
-        some = [row for row in rows if row.kind == kind]
+    everything, *others = rows
+    for kind in dict.fromkeys(row.kind for row in others):
+        some = [row for row in others if row.kind == kind]
         axes.plot([row.keys for row in some], [row.mean for row in some], linestyle="none", marker="o", label=kind)
         for row in some:
             axes.annotate(label(row), (row.keys, row.mean), fontsize=6, xytext=(4, 4), textcoords="offset points")

@@ -14,8 +14,8 @@ def draw_nearness(found: Mapping[str, Nearness], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, one in found.items():
-        axes.plot(range(1, len(one.errors) + 1), list(one.errors.values()), marker="o", label=name)
-    axes.set(xlabel="denoising step", ylabel="relative error of a prediction", yscale="log")
+        axes.plot(range(1, len(one.errors) + 1), one.errors, marker="o", label=name)
+    axes.set(xlabel="call of the denoiser in a picture", ylabel="relative error of a prediction", yscale="log")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

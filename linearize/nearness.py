@@ -1,11 +1,11 @@
 """How near a conversion is to its base, prediction by prediction: what `lineardit nearness` does.
 
-    error(t) = sum |s(x_t) - b(x_t)|^2 / sum |b(x_t)|^2         over prompts and elements
-b the base's prediction, s the converted model's, for the latents x_t that the base passes on its way to a picture
+    error_i = sum |s(x_i) - b(x_i)|^2 / sum |b(x_i)|^2         over prompts and elements
+b the base's prediction, s the converted model's, for the latents x_i that the base is given in call i of a picture
 
-One number for each denoising step, and no picture of the converted model: a few forward passes tell methods and
-settings apart that need hundreds of pictures to be judged by. It says nothing of how errors add up over the steps, nor
-of what training repairs.
+One number for each denoising step (two where a pipeline calls its model twice in a step, for guidance), and no picture
+of the converted model: a few forward passes tell methods and settings apart that need hundreds of pictures to be judged
+by. It says nothing of how errors add up over the steps, nor of what training repairs.
 """
 
 import inspect
@@ -32,12 +32,12 @@ class Prediction:
     """One call of the base's denoiser.
 
     Attributes:
-        timestep: As the pipeline hands it to the model.
+        index: Of the call, in its picture.
         arguments: By name, tensors on the CPU.
         output: On the CPU.
     """
 
-    timestep: float
+    index: int
     arguments: Mapping[str, Any]
     output: Tensor
 
@@ -45,17 +45,17 @@ class Prediction:
 @dataclass(frozen=True, kw_only=True)
 class Nearness:
     """Attributes:
-    errors: By timestep, in the order of denoising.
+    errors: By call of a picture, in the order of denoising.
     seconds: Of one prediction, median.
     """
 
-    errors: dict[float, float]
+    errors: tuple[float, ...]
     seconds: float
 
     @property
     def mean(self) -> float:
-        """Over the timesteps."""
-        return sum(self.errors.values()) / len(self.errors)
+        """Over the calls."""
+        return sum(self.errors) / len(self.errors)
 
 
 def record_predictions(
@@ -88,38 +88,44 @@ def record_predictions(
     settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
     call = calling(pipe, settings | {"guidance_scale": guidance, "max_sequence_length": max_sequence_length})
     pipe.set_progress_bar_config(disable=True)
-    with recording(model) as predictions:
-        for index, prompt in enumerate(tqdm(prompts, desc="base", unit="picture")):
+    predictions: list[Prediction] = []
+    for index, prompt in enumerate(tqdm(prompts, desc="base", unit="picture")):
+        with recording(model) as of_picture:
             pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed + index), output_type="latent", **call)
+        predictions += of_picture
     return predictions
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[Prediction]]:
-    """Inside, every call of this denoiser is kept: for pipelines that are called with more than a prompt."""
+    """Inside, every call of this denoiser for one picture is kept: for pipelines that take more than a prompt."""
     predictions: list[Prediction] = []
     called: list[dict[str, Any]] = []
     signature = inspect.signature(model.forward)
-    kept: dict[int, tuple[Tensor, int, Tensor]] = {}  # the text's embeddings come again in every step: copied once
-
-    def on_cpu(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if value.is_inference():  # counts no changes
-            return value.to("cpu", copy=True)
-        original, version, copy = kept.get(id(value), (None, 0, value))
-        if original is None or version != value._version:
-            copy = value.detach().to("cpu", copy=True)
-            kept[id(value)] = value, value._version, copy
-        return copy
+    # The text's embeddings come again in every call, copied once: for each tensor of the call before, its copy.
+    copies: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal copies
         arguments = dict(signature.bind(*args, **kwargs).arguments)
+        earlier, copies = copies, {}
+
+        def on_cpu(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.is_inference():  # counts no changes
+                return value.to("cpu", copy=True)
+            original, version, copy = earlier.get(id(value), (None, 0, value))
+            if original is None or version != value._version:
+                copy = value.detach().to("cpu", copy=True)
+            copies[id(value)] = value, value._version, copy
+            return copy
+
         called.append(tree_map(on_cpu, arguments | arguments.pop("kwargs", {})))  # the model may empty its lists
 
     def after(_model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        arguments, output = called.pop(), _first(output).detach().to("cpu", copy=True)
-        predictions.append(Prediction(timestep=_timestep(arguments), arguments=arguments, output=output))
+        output = _first(output).detach().to("cpu", copy=True)
+        predictions.append(Prediction(index=len(predictions), arguments=called.pop(), output=output))
 
     handles = [
         model.register_forward_pre_hook(before, with_kwargs=True),
@@ -130,12 +136,6 @@ def recording(model: nn.Module) -> Iterator[list[Prediction]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _timestep(arguments: Mapping[str, Any]) -> float:
-    """Of the first sample."""
-    value = next(arguments[name] for name in ("timestep", "timesteps", "t") if name in arguments)
-    return float(torch.as_tensor(value).flatten()[0])
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
     """
     _, model = denoiser(pipe)
     device = pipe._execution_device
-    sums: dict[float, tuple[float, float]] = {}
+    sums: dict[int, tuple[float, float]] = {}
     seconds = []
     for one in tqdm(predictions, desc=name, unit="prediction"):
         arguments = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, one.arguments)
@@ -160,14 +160,12 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
             shapes = f"{tuple(output.shape)}, the base {tuple(one.output.shape)}"
             raise ValueError(f"the model must be a conversion of the base, it predicts {shapes}")
         expected = one.output.float()
-        error, norm = sums.get(one.timestep, (0.0, 0.0))
-        sums[one.timestep] = (
+        error, norm = sums.get(one.index, (0.0, 0.0))
+        sums[one.index] = (
             error + float((output - expected).square().sum()),
             norm + float(expected.square().sum()),
         )
-    return Nearness(
-        errors={timestep: error / norm for timestep, (error, norm) in sums.items()}, seconds=median(seconds)
-    )
+    return Nearness(errors=tuple(error / norm for error, norm in sums.values()), seconds=median(seconds))
 
 
 def _first(output: Any) -> Tensor:

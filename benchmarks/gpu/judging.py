@@ -1,7 +1,7 @@
 """How large an error may be: at most twice what the reference makes in the same precision, plus four roundings."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,9 +12,11 @@ from .bench import Measured
 ROUNDINGS = 4
 
 
-def verdict(actual: list[Tensor], exact: list[Tensor], low: list[Tensor]) -> Measured:
-    """Of the tensor that uses most of what it is allowed; NaN never passes."""
-    names = ["out", *(f"gradient {index}" for index in range(len(actual) - 1))]
+def verdict(
+    actual: list[Tensor], exact: list[Tensor], low: list[Tensor], names: Sequence[str] | None = None
+) -> Measured:
+    """Of the tensor that uses most of what it is allowed; NaN never passes. Without names: out, then gradients."""
+    names = names or ["out", *(f"gradient {index}" for index in range(len(actual) - 1))]
     figures = [_errors(*tensors) for tensors in zip(actual, exact, low, strict=True)]
     name, worst = max(zip(names, figures, strict=True), key=lambda one: one[1]["share_of_allowed"])
     passed = worst["share_of_allowed"] <= 1

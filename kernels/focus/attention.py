@@ -4,9 +4,9 @@
     lse_i = log (sum_c exp(s_ic) + sum_j exp(s_ij))
 
     s_ic = scale q_i . k_c + log r_ic      k_c, v_c the proxy of cell c; r_ic its tokens outside of the window of i
-    s_ij = scale q_i . k_j - log m_j       j outside of the window of i; m_j the number of cells that hold token j
+    s_ij = scale q_i . k_j - log (m_j n/C)   j outside of the window of i; m_j the number of cells that hold token j
 
-r and m as in rest_of_cells.py, both counted in n / C tokens. With every cell chosen, far is softmax over the image
+r and m as in rest_of_cells.py, r counted in n / C tokens. With every cell chosen, far is softmax over the image
 beyond the window; with none, what its proxies give. Queries choose together, in tiles of `side` x `side`, the cells of
 the largest
 

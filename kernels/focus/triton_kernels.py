@@ -3,8 +3,8 @@
 A program owns one tile of queries, which chose together, in one head. It goes over
 
     the proxies                   s = scale q . k_c + log r_ic, those of chosen cells left out
-    tokens of chosen cells        s = scale q . k_j - log m_j, in two loops, so that Triton can load ahead: first the
-                                  cells that no window of the tile reaches, then the others, token by token
+    tokens of chosen cells        s = scale q . k_j - log (m_j n/C), in two loops, so that Triton can load ahead: first
+                                  the cells that no window of the tile reaches, then the others, token by token
 
 in one running softmax (attention.py has the formula). Heads of one tile run beside each other: they read the same r.
 
@@ -55,7 +55,7 @@ def focus_forward(
     OUT, out_b, out_h, out_n,
     LSE,  # [B, H, N]
     TILES,  # [tiles, BLOCK_Q] tokens, -1 where there is none
-    CELLS, SHARES,  # [C, cell_len] tokens, and -log m_j; UNSEEN beyond the last of a cell
+    CELLS, SHARES,  # [C, cell_len] tokens, and -log (m_j n/C); UNSEEN or less beyond the last of a cell
     REST,  # [N, C], log r
     CHOSEN, HIDDEN,  # [B, H, tiles, num_chosen] cells; [B, H, tiles, C] int8, 1 for these
     CLEAR,  # [B, H, tiles] how many, at the front, no window of the tile reaches
@@ -105,9 +105,9 @@ def focus_forward(
         keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, BLOCK_K)
         b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
         b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_share[None, :]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
         near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width)
-        b_s += tl.where(near, UNSEEN * LOG2_E, 0.0)
+        b_s += tl.where(near & (b_share > EXCLUDED)[None, :], UNSEEN * LOG2_E, b_share[None, :])
         b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
 
     b_out = b_acc / b_sum[:, None]

@@ -26,6 +26,11 @@ def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: in
         raise RuntimeError(f"a tile of {side} x {side} queries of head dimension {head_dim} is too large for a program")
     if device.type == "cpu":  # interpreted, without limits
         return candidates(side)[0]
+    with torch.autocast(device.type, enabled=False):  # the first call may come from inside of one
+        return _first_that_fits(device, dtype, head_dim, side)
+
+
+def _first_that_fits(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
     generator = torch.Generator().manual_seed(0)
     lengths = (math.prod(GRID),) * 3 + (NUM_CELLS,) * 2
     inputs = [torch.randn(1, 1, length, head_dim, generator=generator).to(device, dtype) for length in lengths]

@@ -1,5 +1,6 @@
 """`lineardit nearness`: how near conversions are to their base, in a few forward passes."""
 
+import gc
 import json
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -58,9 +59,13 @@ def nearness(
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)
     target = find_device(device)
+    opening: dict[str, dict[str, Any]] = {}
     for student in students:  # what is missing is told before the base is loaded
         if adapter_file(find_place(student, offline=offline)) is None:
             read_base(student, offline=offline)
+            opening[student] = {}
+        else:
+            opening[student] = {"base": base}  # not the one that it names
     weights: dict[str, Any] = {"dtype": find_dtype(dtype, target), "offline": offline}
     pipe = open_pipeline(base, **weights)
     place_(pipe, target, offload)
@@ -72,7 +77,8 @@ def nearness(
     found = {base: measure(pipe, predictions, name=base)}
     for student in students:
         del pipe  # one model at a time
-        pipe = open_pipeline(student, impl=impl, **weights)
+        gc.collect()
+        pipe = open_pipeline(student, impl=impl, **weights, **opening[student])
         place_(pipe, target, offload)
         found[student] = measure(pipe, predictions, name=student)
     output.mkdir(parents=True, exist_ok=True)
@@ -86,11 +92,11 @@ def nearness(
 
 def show(found: "dict[str, Nearness]") -> None:
     """Print a row for each model."""
-    table = Table(title="Relative error of one prediction: first step, last step, mean of all", title_justify="left")
+    table = Table(title="Relative error of one prediction", title_justify="left")
     table.add_column("model", overflow="fold")
     for header in ("first", "last", "mean", "seconds a prediction"):
         table.add_column(header, justify="right")
     for name, one in found.items():
-        errors = list(one.errors.values())
-        table.add_row(name, *(f"{value:.2g}" for value in (errors[0], errors[-1], one.mean)), f"{one.seconds:.3g}")
+        values = one.errors[0], one.errors[-1], one.mean
+        table.add_row(name, *(f"{value:.2g}" for value in values), f"{one.seconds:.3g}")
     Console().print(table, highlight=False)

@@ -15,10 +15,13 @@ from lineardit.kernels.window import Window
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import METHODS, Clear, Hybrid, Neighborhood, ProxyTokens, SlidingTile
 
+ALL = [(*shape, window, 2**25) for shape in SHAPES for window in WINDOWS]
+TILE_BY_TILE = [(*shape, window, 1) for shape, window in zip(SHAPES, WINDOWS, strict=True)]
 
-@pytest.mark.parametrize("chunk_bytes", [1, 2**25], ids=["tile-by-tile", "at-once"])
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize(("grid", "num_cells", "num_tokens", "side"), SHAPES)
+
+@pytest.mark.parametrize(
+    ("grid", "num_cells", "num_tokens", "side", "window", "chunk_bytes"), [*ALL, *TILE_BY_TILE], ids=str
+)
 def test_focus_is_the_formula(
     grid: tuple[int, int],
     num_cells: int,

@@ -20,8 +20,7 @@ def test_the_base_is_at_zero_and_a_window_that_sees_all_near_it() -> None:
     predictions = record_predictions(pipe, PROMPTS, **SETTINGS)
     assert len(predictions) == 6
     found = nearness(pipe, predictions)
-    assert list(found.errors.values()) == [0, 0, 0]
-    assert list(found.errors) == sorted(found.errors, reverse=True)  # from noise to picture
+    assert found.errors == (0, 0, 0)
     linearize_(pipe, Clear(radius=100))
     assert nearness(pipe, predictions).mean < 1e-9
     linearize_(pipe, Clear(radius=1.5))
@@ -35,10 +34,10 @@ def test_errors_are_the_formula() -> None:
     with torch.no_grad():
         other.transformer.proj_out.bias += 0.1
     found = nearness(other, predictions)
-    for timestep, error in found.errors.items():
-        outputs = torch.cat([one.output for one in predictions if one.timestep == timestep])
+    for index, error in enumerate(found.errors):
+        outputs = torch.cat([one.output for one in predictions if one.index == index])
         assert error == pytest.approx(0.01 / outputs.square().mean().item(), rel=1e-4)
-    assert found.mean == pytest.approx(sum(found.errors.values()) / 3)
+    assert found.mean == pytest.approx(sum(found.errors) / 3)
     assert found.seconds > 0
 
 
@@ -55,8 +54,8 @@ def test_what_is_recorded_stays_as_it_was() -> None:
     assert not model._forward_hooks
 
 
-def test_mean_is_over_timesteps() -> None:
-    assert Nearness(errors={1.0: 0.2, 0.5: 0.4}, seconds=1).mean == pytest.approx(0.3)
+def test_mean_is_over_calls() -> None:
+    assert Nearness(errors=(0.2, 0.4), seconds=1).mean == pytest.approx(0.3)
 
 
 def test_bad_input_is_named() -> None:

@@ -79,6 +79,6 @@ def test_nearness_of_a_stock_pipeline_is_zero_until_it_is_converted(name: str) -
     with recording(denoiser(pipe)[1]) as predictions:
         paint(pipe, arguments)
     assert len(predictions) >= 2
-    assert set(nearness(pipe, predictions).errors.values()) == {0}
+    assert set(nearness(pipe, predictions).errors) == {0}
     linearize_(pipe, SMALL)
     assert nearness(pipe, predictions).mean > 0
