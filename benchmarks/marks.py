@@ -1,10 +1,10 @@
 """The marks of the main job, on the small trained model: `make marks`, resumable.
 
-Hours on two cores. Clear(radius=4), taught by the model itself: does the student still follow
-held-out captions, do its pictures still hang together, how near are its latents? The same for a hybrid, which adds 256
-tokens in focus and 256 proxies for all that lies beyond the window, and for a wider window that costs as much at FLUX.1's
-4K shape (less here), each from three seeds. And shorter: what does each term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with
-every row.
+Hours on two cores. Clear(radius=4), taught by the model itself: does the student still follow held-out captions, do its
+pictures still hang together, how near are its latents? The same for a hybrid, which adds 256 tokens in focus and 256
+proxies for all that lies beyond the window, and for a wider window that costs as much at FLUX.1's 4K shape (less here),
+each from three seeds. And shorter: what does each term of the loss bring? Writes benchmarks/results/marks.json,
+marks.md and marks.png, anew with every row.
 """
 
 import argparse
