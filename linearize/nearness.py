@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from .convert import denoiser
 from .families import family_of
-from .profiling import calling, check_counts
-from .seam import state_of
+from .profiling import call_of_original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,8 @@ class Prediction:
 
     Attributes:
         index: Of the call, in its picture.
-        arguments: By name, tensors on the CPU.
-        output: On the CPU.
+        arguments: By name; tensors, the noisy latents among them, on the CPU.
+        output: What it predicts, in the shape of the model's output, on the CPU.
     """
 
     index: int
@@ -44,9 +43,11 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Nearness:
-    """Attributes:
-    errors: By call of a picture, in the order of denoising.
-    seconds: Of one prediction, median.
+    """How far a model's predictions are from its base's.
+
+    Attributes:
+        errors: By call of a picture, in the order of denoising; 0 for the base itself.
+        seconds: Of one prediction, median.
     """
 
     errors: tuple[float, ...]
@@ -82,11 +83,9 @@ def record_predictions(
     """
     _, model = denoiser(pipe)
     family_of(model)
-    if state_of(model) is not None:
-        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
-    check_counts(prompts, {"steps": steps, "max_sequence_length": max_sequence_length})
-    settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
-    call = calling(pipe, settings | {"guidance_scale": guidance, "max_sequence_length": max_sequence_length})
+    call = call_of_original(
+        pipe, prompts, size=size, steps=steps, guidance=guidance, max_sequence_length=max_sequence_length
+    )
     pipe.set_progress_bar_config(disable=True)
     predictions: list[Prediction] = []
     for index, prompt in enumerate(tqdm(prompts, desc="base", unit="picture")):
@@ -143,6 +142,8 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
     """The error of this pipeline's denoiser against what its base predicted.
 
     Args:
+        pipe: The converted pipeline, on the device where it shall run.
+        predictions: Of its base.
         name: For the progress bar.
     Raises:
         ValueError: the model gives something of another shape.

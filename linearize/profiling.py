@@ -56,14 +56,12 @@ def profile_attention(
     radii = tuple(sorted(set(radii)))
     if not radii:
         raise ValueError("radii must hold at least one, got none")
-    if state_of(model) is not None:
-        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
-    check_counts(prompts, {"steps": steps, "queries": queries, "max_sequence_length": max_sequence_length})
     for radius in radii:
         Clear(radius=radius)  # raises where it is no radius
-    settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
-    settings |= {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
-    call = calling(pipe, settings)
+    _check_counts(prompts, {"queries": queries})
+    call = call_of_original(
+        pipe, prompts, size=size, steps=steps, guidance=guidance, max_sequence_length=max_sequence_length
+    )
     generator = torch.Generator("cpu").manual_seed(seed)
     pipe.set_progress_bar_config(disable=True)
     with probed(model, radii, num_queries=queries, generator=generator) as probes:
@@ -120,8 +118,25 @@ def _layer(name: str, probe: Probe) -> LayerProfile:
     )
 
 
-def calling(pipe: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not None, all of which the pipeline must know."""
+def call_of_original(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    guidance: float | None,
+    max_sequence_length: int | None,
+) -> dict[str, Any]:
+    """What this pipeline is called with for each prompt; settings that are None are the pipeline's own.
+
+    Raises:
+        ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
+    """
+    if state_of(denoiser(pipe)[1]) is not None:
+        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
+    _check_counts(prompts, {"steps": steps, "max_sequence_length": max_sequence_length})
+    settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
+    settings |= {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
     given = {name: value for name, value in settings.items() if value is not None}
     known = inspect.signature(pipe.__call__).parameters
     for name, value in given.items():
@@ -130,7 +145,7 @@ def calling(pipe: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def check_counts(prompts: Sequence[str], counts: Mapping[str, int | None]) -> None:
+def _check_counts(prompts: Sequence[str], counts: Mapping[str, int | None]) -> None:
     """Raise ValueError where there is no prompt, or a count that is given is below 1."""
     if not prompts:
         raise ValueError("prompts must hold at least one, got none")

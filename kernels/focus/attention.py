@@ -3,7 +3,7 @@
     far_i = sum_c exp(s_ic - lse_i) v_c + sum_j exp(s_ij - lse_i) v_j      c not chosen, j a token of a chosen cell
     lse_i = log (sum_c exp(s_ic) + sum_j exp(s_ij))
 
-    s_ic = scale q_i . k_c + log r_ic      k_c, v_c the proxy of cell c; r_ic its tokens outside of the window of i
+    s_ic = scale q_i . k_c + log r_ic        k_c, v_c the proxy of cell c; r_ic its tokens outside of the window of i
     s_ij = scale q_i . k_j - log (m_j n/C)   j outside of the window of i; m_j the number of cells that hold token j
 
 r and m as in rest_of_cells.py, r counted in n / C tokens. With every cell chosen, far is softmax over the image

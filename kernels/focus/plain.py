@@ -86,7 +86,6 @@ def plain_backward(
     for place in (1, 2):
         by_cell = grads[place].view(*proxy_key.shape[:2], -1, key.shape[3])
         grads[place] = torch.zeros_like(key, dtype=lse.dtype).index_add_(2, plan.cells.flatten(), by_cell)
-
     dq, dk, dv, dpk, dpv = (grad.to(one.dtype).contiguous() for grad, one in zip(grads, inputs, strict=True))
     return dq, dk, dv, dpk, dpv
 

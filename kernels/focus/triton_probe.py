@@ -26,21 +26,22 @@ def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: in
         raise RuntimeError(f"a tile of {side} x {side} queries of head dimension {head_dim} is too large for a program")
     if device.type == "cpu":  # interpreted, without limits
         return candidates(side)[0]
-    with torch.autocast(device.type, enabled=False):  # the first call may come from inside of one
-        return _first_that_fits(device, dtype, head_dim, side)
+    return try_blocks(device, dtype, head_dim, side)
 
 
-def _first_that_fits(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
+def try_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
+    """The trial itself; raises as `blocks_for` does."""
     generator = torch.Generator().manual_seed(0)
     lengths = (math.prod(GRID),) * 3 + (NUM_CELLS,) * 2
     inputs = [torch.randn(1, 1, length, head_dim, generator=generator).to(device, dtype) for length in lengths]
     shape = (GRID, WINDOW, COUNT, side, head_dim**-0.5)
     expected = token_major(inputs[0].float(), math.prod(GRID))
-    lse, _ = plain_forward([one.float() for one in inputs], expected, *shape)
 
     def error_of(blocks: Blocks) -> float:
         out = token_major(inputs[0], math.prod(GRID))
         computed_lse, _ = triton_forward(inputs, out, *shape, blocks)
         return relative_error([out, computed_lse], [expected, lse])
 
-    return first_that_fits(candidates(side), error_of)
+    with torch.autocast(device.type, enabled=False):  # the first call may come from inside of one
+        lse, _ = plain_forward([one.float() for one in inputs], expected, *shape)
+        return first_that_fits(candidates(side), error_of)

@@ -5,15 +5,16 @@ import torch
 from focus_case import SCALE, SHAPES, WINDOWS, by_hand, clear_choice, inputs_of
 from tolerance import assert_matches_reference
 
-from lineardit.kernels.focus import focus_attention
+from lineardit.kernels.focus import focus_attention, plain
 from lineardit.kernels.focus.attention import focus_op
 from lineardit.kernels.window import Box, Circle, Window
+from lineardit.kernels.window.partial import PLAIN
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import METHODS, Clear, Hybrid, ProxyTokens
 
 pytest.importorskip("triton")
 
-from lineardit.kernels.focus import triton_probe
+from lineardit.kernels.focus import triton_focus, triton_probe
 from lineardit.kernels.focus.choose import choose_impl
 from lineardit.kernels.focus.triton_focus import Blocks, candidates
 
@@ -35,8 +36,8 @@ def test_triton_is_the_formula(
     seen = expected_lse > -20  # elsewhere the window leaves nothing
     assert torch.allclose(out[seen].double(), expected[seen], atol=1e-5)
     assert torch.allclose(lse[seen].double(), expected_lse[seen], atol=1e-5)
-    plain, plain_lse = focus_attention(*inputs, **shape, scale=SCALE, impl="plain")
-    assert torch.allclose(out, plain, atol=1e-5)
+    plain_out, plain_lse = focus_attention(*inputs, **shape, scale=SCALE, impl="plain")
+    assert torch.allclose(out, plain_out, atol=1e-5)
     assert torch.allclose(lse, plain_lse, atol=1e-5)
 
 
@@ -71,8 +72,8 @@ def test_triton_is_plain(
     for impl in ("triton", "plain"):
         both = focus_attention(*inputs, **shape, impl=impl)
         results.append([*both, *torch.autograd.grad(both, inputs, weights)])
-    for ours, plain in zip(*results, strict=True):
-        assert (ours - plain).abs().max() <= 1e-4 * plain.abs().max()
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("blocks", candidates(4), ids=lambda one: f"k{one.keys}-w{one.num_warps}-s{one.num_stages}")
@@ -134,8 +135,19 @@ def test_a_query_that_sees_nothing_has_the_log_sum_exp_of_plain() -> None:
     assert torch.allclose(*lses, rtol=0, atol=2e-3)
 
 
-def test_the_trial_of_a_device_is_not_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_probe, "_first_that_fits", lambda *_: torch.is_autocast_enabled("cuda"))
-    monkeypatch.setattr(triton_probe, "fits", lambda *_: True)
-    with torch.autocast("cuda", torch.bfloat16):
-        assert triton_probe.blocks_for.__wrapped__(torch.device("cuda"), FP32, 8, 4) is False
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, with the plain formula that a GPU takes."""
+    monkeypatch.setattr(plain, "fastest_partial", lambda *_: PLAIN)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert triton_probe.try_blocks(torch.device("cpu"), FP32, 8, 8) == candidates(8)[0]
+
+
+def test_the_trial_of_a_device_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(inputs: list[torch.Tensor], out: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        lse, chosen = triton_focus.triton_forward(inputs, out, *_)
+        return lse + 1, chosen
+
+    monkeypatch.setattr(triton_probe, "triton_forward", wrong)
+    with pytest.raises(RuntimeError, match="a trial differs from the reference by"):
+        triton_probe.try_blocks(torch.device("cpu"), FP32, 8, 8)
