@@ -115,7 +115,9 @@ def run(pipe: Any, profile: Profile, plan: Plan) -> list[dict[str, Any]]:
         proposals = {name: propose(valued_by(profile, value), Clear(radius=radius)) for name, value in VALUES.items()}
         uniform = proposals["output error"].budget
         ways: dict[str, tuple[Config, int, Any]] = {"uniform": (Clear(radius=radius), uniform, radius)}
-        ways |= {name: (found.configs, found.flops, found.radii) for name, found in proposals.items()}
+        for name, found in proposals.items():
+            radii = {module: None if window is None else window.radius for module, window in found.chosen.items()}
+            ways[name] = (found.configs, found.flops, radii)
         for name, (config, flops, radii) in ways.items():
             row = {"budget": f"radius:{radius:g}", "spent by": name, **judge.judge(config)}
             rows.append(row | {"flops": flops, "share": flops / proposals["output error"].dense_flops, "radii": radii})

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,7 +70,8 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
+@lru_cache
 def matmul_gflops() -> float:
-    """Speed of a float32 product of 1024 x 1024 matrices on the CPU, the median of 20: to compare machines by."""
+    """Speed of a float32 product of 1024 x 1024 on the CPU, the median of 20, once a process: to compare machines."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
     return 2 * 1024**3 / median(seconds_of(lambda: torch.mm(left, right)) for _ in range(20)) / 1e9

@@ -8,8 +8,10 @@ from typing import Any
 
 from .base import read_json
 from .folders import write_whole
+from .methods import config_from_dict, config_to_dict
+from .methods.clear import Clear
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class LayerProfile:
         mass: For each head and radius, the attention on image tokens nearer than that; the query's own counts.
         text: For each head, the attention on text.
         distance: For each head, the mean distance in tokens of what it sees in the image, weighted by attention.
-        output_error: For each radius, |out_r - out|^2 / |out|^2 of its attention in that window.
+        output_error: For each of the profile's candidates, |out_c - out|^2 / |out|^2 of its attention as that.
     """
 
     module: str
@@ -50,7 +52,8 @@ class Profile:
         revision: Commit of a Hub id.
         model_class: The denoiser's.
         size: (height, width) of the pictures in pixels.
-        radii: Ascending, in tokens, strict: distance < radius.
+        radii: Of windows, ascending, in tokens, strict: distance < radius.
+        methods: Configs of what else was tried in every layer, untrained.
         prompts: How many.
         steps: Denoising steps of each picture.
         queries: Image queries looked at in each call of a layer.
@@ -64,6 +67,7 @@ class Profile:
     model_class: str
     size: tuple[int, int]
     radii: tuple[float, ...]
+    methods: tuple[Any, ...] = ()
     prompts: int
     steps: int
     queries: int
@@ -71,9 +75,15 @@ class Profile:
     layers: tuple[LayerProfile, ...]
     versions: Mapping[str, str]
 
+    @property
+    def candidates(self) -> tuple[Any, ...]:
+        """What each layer's `output_error` is of: windows of the radii, then the methods."""
+        return (*(Clear(radius=radius) for radius in self.radii), *self.methods)
+
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        methods = [config_to_dict(method) for method in self.methods]
+        text = json.dumps({"format": FORMAT, **asdict(self), "methods": methods}, indent=1) + "\n"
         write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -81,7 +91,7 @@ def read_profile(path: str | Path) -> Profile:
     """What `Profile.write` wrote.
 
     Raises:
-        ValueError: there is no such file, or it is damaged or of another format.
+        ValueError: there is no such file, it is damaged or of another format, or a method in it is not known.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,9 +103,10 @@ def read_profile(path: str | Path) -> Profile:
         layers = tuple(
             LayerProfile(**{name: _tuples(value) for name, value in layer.items()}) for layer in entries.pop("layers")
         )
+        methods = tuple(map(config_from_dict, entries.pop("methods")))
     except TypeError as error:
         raise ValueError(f"{path} is damaged ({error}): make it again with `lineardit profile`") from error
-    return Profile(layers=layers, **{name: _tuples(value) for name, value in entries.items()})
+    return Profile(layers=layers, methods=methods, **{name: _tuples(value) for name, value in entries.items()})
 
 
 def _tuples(value: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Which window each layer gets under a budget of operations: a knapsack over what a profile measured.
+"""Which attention each layer gets under a budget of operations: a knapsack over what a profile measured.
 
-    least  sum_l error_l(c_l)    with    sum_l flops_l(c_l) <= budget,    c_l a radius or full attention (error 0)
+    least  sum_l error_l(c_l)    with    sum_l flops_l(c_l) <= budget,
+    c_l a window of a profiled radius, another profiled method, or full attention (error 0)
 
-error_l(r) = |out_r - out|^2 / |out|^2 of the layer's own attention output. Compared with two other figures on
+error_l(c) = |out_c - out|^2 / |out|^2 of the layer's own attention output. Compared with two other figures on
 examples/tiny_flux (benchmarks/profile_budget.py): the attention that falls outside of the window says too little, since
 what is far may add up to what is near; and the error of the model's prediction with that layer alone in a window, which
 costs a forward for each layer and radius, chose worse, since layers that stand in for each other look harmless alone.
@@ -12,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +24,19 @@ from .families import family_of
 from .grouping import grouped
 from .layout import Grid
 from .matching import attention_modules, head_shape
-from .methods.clear import Clear, ClearAttention
+from .methods import METHODS, config_to_dict, spelled
+from .methods.clear import Clear
 
 Size = tuple[int, int]  # (height, width) in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A window, or full attention, for each layer; `str()` tells it in one line.
+    """A method, or full attention, for each layer; `str()` tells it in one line.
 
     Attributes:
         configs: {glob of module names: config}, for `linearize_`; layers that it leaves out keep full attention.
-        radii: For each module its radius, None: full attention.
+        chosen: For each module its config, None: full attention.
         size: (height, width) in pixels that the operations are counted at.
         flops: Of the attention of all these layers in one step, batch 1.
         budget: What they were allowed.
@@ -41,8 +44,8 @@ class Proposal:
         error: Sum of the layers' errors.
     """
 
-    configs: Mapping[str, Clear]
-    radii: Mapping[str, float | None]
+    configs: Mapping[str, Any]
+    chosen: Mapping[str, Any]
     size: Size
     flops: int
     budget: int
@@ -50,9 +53,8 @@ class Proposal:
     error: float
 
     def __str__(self) -> str:
-        counts = Counter(self.radii.values())
-        order = sorted(counts, key=lambda radius: np.inf if radius is None else radius)
-        told = ", ".join(f"{counts[key]} x {'full attention' if key is None else f'radius {key:g}'}" for key in order)
+        counts = Counter(self.chosen.values()).most_common()
+        told = ", ".join(f"{count} x {name_of(choice)}" for choice, count in counts)
         height, width = self.size
         shares = f"{self.flops / self.dense_flops:.2%} of full attention's, budget {self.budget / self.dense_flops:.2%}"
         return f"{told}; operations at {width}x{height}: {shares}"
@@ -60,26 +62,25 @@ class Proposal:
 
 def propose(
     profile: Profile,
-    budget: float | Clear,
+    budget: Any,
     *,
     size: Size | None = None,
-    radii: Sequence[float] | None = None,
-    full: bool = True,
+    choices: Sequence[Any] | None = None,
 ) -> Proposal:
-    """The windows that change the layers' outputs least for so many operations.
+    """The attention that changes the layers' outputs least for so many operations.
 
     Args:
         profile: Of the model that is to be converted.
         budget: A share of the operations of full attention, in (0, 1); or a config, for what it costs in every layer.
         size: (height, width) in pixels that the operations are counted at; None: the profile's.
-        radii: To choose from; None: all that the profile has.
-        full: Layers may keep full attention.
+        choices: Of the profile's candidates, and None for full attention; None: all of them and full attention.
     Raises:
-        ValueError: the budget is out of range, not enough for the smallest windows, or enough for full attention in
-            every layer; or a radius was not profiled.
+        ValueError: the budget is out of range, not enough for the cheapest choices, or enough for full attention in
+            every layer; or a choice was not profiled.
     """
     size = size or profile.size
-    choices: list[float | None] = [*_columns(profile, radii), *([None] if full else [])]
+    choices = [*profile.candidates, None] if choices is None else list(choices)
+    _check_choices(profile, choices)
     grids = [_grid_at(layer, profile.size, size) for layer in profile.layers]
     pairs = list(zip(profile.layers, grids, strict=True))
     dense_flops = sum(_flops(layer, grid, None) for layer, grid in pairs)
@@ -89,17 +90,17 @@ def propose(
     if sum(map(min, flops)) > limit:
         least = sum(map(min, flops)) / dense_flops
         raise ValueError(
-            f"the budget is {limit / dense_flops:.4f} of full attention, the smallest windows need {least:.4f}"
+            f"the budget is {limit / dense_flops:.4f} of full attention, the cheapest choices need {least:.4f}"
         )
     chosen = knapsack(flops, errors, limit)
     found = {layer.module: choices[option] for layer, option in zip(profile.layers, chosen, strict=True)}
-    windows = {module: Clear(radius=radius) for module, radius in found.items() if radius is not None}
-    if not windows:
+    swapped = {module: choice for module, choice in found.items() if choice is not None}
+    if not swapped:
         raise ValueError(f"a budget of {budget} leaves full attention in every layer: there is nothing to convert")
-    groups = grouped(windows, list(found))
+    groups = grouped(swapped, list(found))
     return Proposal(
-        configs={glob: windows[modules[0]] for glob, modules in groups.items()},
-        radii=found,
+        configs={glob: swapped[modules[0]] for glob, modules in groups.items()},
+        chosen=found,
         size=size,
         flops=sum(costs[option] for costs, option in zip(flops, chosen, strict=True)),
         budget=limit,
@@ -122,6 +123,45 @@ def parse_budget(text: str) -> float | Clear:
     if math.isnan(value) or (colon and name != "radius"):
         raise ValueError(f"budget must be a share such as 0.25, or radius:R such as radius:8, got {text!r}")
     return Clear(radius=value) if colon else value
+
+
+def parse_choices(profile: Profile, text: str) -> list[Any]:
+    """What `propose` chooses from, from "4,8,mala,full": radii, names of methods, full attention.
+
+    Raises:
+        ValueError: one was not profiled.
+    """
+    choices: list[Any] = []
+    for part in text.split(","):
+        word = part.strip()
+        found = [one for one in profile.candidates if word in (_kind(one), _radius(one))]
+        if word == "full":
+            found = [None]
+        if not found:
+            raise ValueError(f"{_not_profiled(profile, word)}; --choices takes these and full, got {text!r}")
+        choices += found
+    return choices
+
+
+def name_of(choice: Any) -> str:
+    """A choice in words: "radius 8", "full attention", or as the command spells a method."""
+    if choice is None:
+        return "full attention"
+    return f"radius {_radius(choice)}" if _radius(choice) else spelled(config_to_dict(choice))
+
+
+def _kind(choice: Any) -> str:
+    """The name of a choice's method; windows of a profiled radius go by their radius."""
+    return "" if _radius(choice) else type(choice).__name__.lower()
+
+
+def _radius(choice: Any) -> str:
+    """The radius of a window that is nothing more; nothing of others."""
+    return f"{choice.radius:g}" if isinstance(choice, Clear) and choice == Clear(radius=choice.radius) else ""
+
+
+def _not_profiled(profile: Profile, name: str) -> str:
+    return f"{name} was not profiled, these were: {', '.join(map(name_of, profile.candidates))}"
 
 
 def knapsack(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], limit: int) -> list[int]:
@@ -172,14 +212,10 @@ def check_profile(profile: Profile, base: Base) -> None:
         )
 
 
-def _columns(profile: Profile, radii: Sequence[float] | None) -> list[float]:
-    if radii is None:
-        return list(profile.radii)
-    for radius in radii:
-        if radius not in profile.radii:
-            had = ", ".join(f"{one:g}" for one in profile.radii)
-            raise ValueError(f"radius {radius:g} was not profiled, these were: {had}")
-    return sorted(set(radii))
+def _check_choices(profile: Profile, choices: Sequence[Any]) -> None:
+    for choice in choices:
+        if choice is not None and choice not in profile.candidates:
+            raise ValueError(_not_profiled(profile, name_of(choice)))
 
 
 def _grid_at(layer: LayerProfile, profiled: Size, size: Size) -> Grid:
@@ -188,23 +224,23 @@ def _grid_at(layer: LayerProfile, profiled: Size, size: Size) -> Grid:
     return (*frames, -(-height * size[0] // profiled[0]), -(-width * size[1] // profiled[1]))
 
 
-def _flops(layer: LayerProfile, grid: Grid, radius: float | None) -> int:
+def _flops(layer: LayerProfile, grid: Grid, choice: Any) -> int:
     """Of one call, batch 1, as `flops.py` counts them."""
-    if radius is None:
+    if choice is None:
         pairs = (layer.text_len + int(np.prod(grid))) ** 2
     else:
         shape = {"num_heads": layer.num_heads, "head_dim": layer.head_dim}
-        pairs = ClearAttention.pairs(Clear(radius=radius), grid, layer.text_len, **shape)
+        pairs = METHODS[type(choice)].pairs(choice, grid, layer.text_len, **shape)
     return 4 * pairs * layer.num_heads * layer.head_dim
 
 
-def _error(profile: Profile, layer: LayerProfile, radius: float | None) -> float:
-    return 0.0 if radius is None else layer.output_error[profile.radii.index(radius)]
+def _error(profile: Profile, layer: LayerProfile, choice: Any) -> float:
+    return 0.0 if choice is None else layer.output_error[profile.candidates.index(choice)]
 
 
-def _limit(budget: float | Clear, pairs: Sequence[tuple[LayerProfile, Grid]], dense_flops: int) -> int:
-    if isinstance(budget, Clear):
-        return sum(_flops(layer, grid, budget.radius) for layer, grid in pairs)
+def _limit(budget: Any, pairs: Sequence[tuple[LayerProfile, Grid]], dense_flops: int) -> int:
+    if type(budget) in METHODS:
+        return sum(_flops(layer, grid, budget) for layer, grid in pairs)
     if not 0 < budget < 1:
         raise ValueError(f"budget must be a share of full attention's operations between 0 and 1, got {budget}")
     return int(budget * dense_flops)

@@ -4,12 +4,14 @@
     mass_r    sum of p_ij over image keys with |pos_i - pos_j| < r         distance    sum of p_ij |pos_i - pos_j|
     text      sum of p_ij over text keys                                               over image keys / their mass
     error_r   |out_r - out|^2 / |out|^2, out_r with softmax over text and the keys nearer than r, as `Clear` has it
+    error_m   the same with what the kernel of a method makes of the layer's queries, keys and values
 
-B batch, H heads, N tokens, D head dimension, R radii, S sampled queries.
+B batch, H heads, N tokens, D head dimension, R radii, M methods, S sampled queries.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ class Sums:
         mass: [H, R].
         text: [H].
         distance: [H], in tokens, weighted by attention.
-        error: [R], squares summed over heads.
+        error: [R + M], squares summed over heads.
         norm: [], the same of the outputs.
     """
 
@@ -48,6 +50,7 @@ class Probe(nn.Module):
 
     Args:
         radii: Of the windows, in tokens, strict.
+        kernels: Of methods, made for this module.
         num_queries: Image queries to note in each call, all of them in a smaller image.
         generator: Draws them, on the CPU.
         turns: Numbers the probes of a model in the order in which they first note something.
@@ -58,6 +61,7 @@ class Probe(nn.Module):
     def __init__(
         self,
         radii: Sequence[float],
+        kernels: Sequence[nn.Module] = (),
         *,
         num_heads: int,
         head_dim: int,
@@ -67,6 +71,7 @@ class Probe(nn.Module):
     ) -> None:
         super().__init__()
         self.radii = radii
+        self.kernels = nn.ModuleList(kernels)
         self.num_heads, self.head_dim = num_heads, head_dim
         self.num_queries = num_queries
         self.generator = generator
@@ -80,12 +85,14 @@ class Probe(nn.Module):
             mass=torch.zeros(num_heads, len(radii), dtype=double),
             text=torch.zeros(num_heads, dtype=double),
             distance=torch.zeros(num_heads, dtype=double),
-            error=torch.zeros(len(radii), dtype=double),
+            error=torch.zeros(len(radii) + len(kernels), dtype=double),
             norm=torch.zeros((), dtype=double),
         )
 
     def observe(self, grid: Grid) -> None:
         """Told each new grid by the seam."""
+        for kernel in self.kernels:
+            cast(Any, kernel).observe(grid)
 
     def covers(self, layout: Layout) -> bool:
         """False: the seam shall always call this module."""
@@ -116,15 +123,24 @@ class Probe(nn.Module):
         hidden = None
         if layout.text_mask is not None:
             hidden = pad(~layout.text_mask, (num_image, 0))[:, None, None]  # [B, 1, 1, N]
+        replaced = [
+            split_text(kernel(query, key, value, layout, scale=scale), layout.text_len, layout.text_first)[1]
+            for kernel in self.kernels
+        ]
         for part in sample.split(rows):
             queries = image_query[:, :, part.to(query.device)].float()
             logits = scale * queries @ keys.mT  # [B, H, S, N]
             if hidden is not None:
                 logits = logits.masked_fill(hidden, -torch.inf)
-            self._add(logits, values, _distances(part, layout.grid).to(query.device))
+            others = [out[:, :, part.to(query.device)].float() for out in replaced]
+            self._add(logits, values, _distances(part, layout.grid).to(query.device), others)
 
-    def _add(self, logits: Tensor, value: Tensor, distance: Tensor) -> None:
-        """Adds the figures of logits [B, H, S, N] with distances [S, image tokens] to the sums."""
+    def _add(self, logits: Tensor, value: Tensor, distance: Tensor, others: Sequence[Tensor]) -> None:
+        """Adds the figures of logits [B, H, S, N] with distances [S, image tokens] to the sums.
+
+        Args:
+            others: What each kernel makes, [B, H, S, D].
+        """
         sums = self.sums
         num_image = distance.shape[1]
         weights = logits.softmax(-1)
@@ -139,6 +155,8 @@ class Probe(nn.Module):
             sums.mass[:, index] += _by_head(image.masked_fill(far, 0))
             near_out = logits.masked_fill(pad(far, (0, logits.shape[-1] - num_image)), -torch.inf).softmax(-1) @ value
             sums.error[index] += (near_out - out).square().sum().cpu()
+        for index, other in enumerate(others, start=len(self.radii)):
+            sums.error[index] += (other - out).square().sum().cpu()
 
 
 def _distances(queries: Tensor, grid: Grid) -> Tensor:

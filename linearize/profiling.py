@@ -15,8 +15,10 @@ from .. import __version__
 from .attention_profile import LayerProfile, Profile
 from .base import source_of
 from .convert import denoiser, restore_, swap_
-from .families import family_of
-from .matching import attention_modules, head_shape
+from .families import Family, family_of
+from .input_terms import input_terms
+from .matching import attention_modules, check_text, head_shape
+from .methods import METHODS, config_to_dict
 from .methods.clear import Clear
 from .probe import Probe
 from .seam import State, state_of
@@ -30,19 +32,21 @@ def profile_attention(
     *,
     size: tuple[int, int],
     radii: Sequence[float] = RADII,
+    methods: Sequence[Any] = (),
     steps: int = 8,
     queries: int = 64,
     seed: int = 0,
     guidance: float | None = None,
     max_sequence_length: int | None = None,
 ) -> Profile:
-    """Where each self-attention module of the image looks, and how much its output changes in a window.
+    """Where each self-attention module of the image looks, and how much a window or method changes its output.
 
     Args:
         pipe: The original text-to-image pipeline, on the device where it shall run.
         prompts: One picture each.
         size: (height, width) of the pictures in pixels.
         radii: Of the windows, in tokens, strict: distance < radius.
+        methods: Configs of what else to try in every layer, untrained, such as `Mala()`.
         steps: Denoising steps of each picture; every one is looked at.
         queries: Image queries that each call of a layer is looked at for, drawn anew each time.
         seed: Of the queries; and noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
@@ -50,7 +54,8 @@ def profile_attention(
         max_sequence_length: Text tokens; None: the pipeline's own.
     Raises:
         UnsupportedModelError: the model's class is not known.
-        ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
+        ValueError: a setting is out of range or not known to this pipeline, a method is none or is not for this model,
+            or the pipeline is converted.
     """
     _, model = denoiser(pipe)
     radii = tuple(sorted(set(radii)))
@@ -64,7 +69,7 @@ def profile_attention(
     )
     generator = torch.Generator("cpu").manual_seed(seed)
     pipe.set_progress_bar_config(disable=True)
-    with probed(model, radii, num_queries=queries, generator=generator) as probes:
+    with probed(model, radii, methods, num_queries=queries, generator=generator) as probes:
         for index, prompt in enumerate(tqdm(prompts, desc="profile", unit="picture")):
             pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed + index), output_type="latent", **call)
     source = source_of(pipe, model)
@@ -74,6 +79,7 @@ def profile_attention(
         model_class=type(model).__name__,
         size=size,
         radii=radii,
+        methods=tuple(methods),
         prompts=len(prompts),
         steps=steps,
         queries=queries,
@@ -85,22 +91,38 @@ def profile_attention(
 
 @contextmanager
 def probed(
-    model: nn.Module, radii: Sequence[float], *, num_queries: int, generator: torch.Generator
+    model: nn.Module,
+    radii: Sequence[float],
+    methods: Sequence[Any] = (),
+    *,
+    num_queries: int,
+    generator: torch.Generator,
 ) -> Iterator[dict[str, Probe]]:
     """Inside, each self-attention module of the image runs a `Probe`; yields them by module name."""
     family = family_of(model)
     modules, _ = attention_modules(model, family)
-    turns = itertools.count()
-    shared: dict[str, Any] = {"num_queries": num_queries, "generator": generator, "turns": turns}
+    for method in methods:
+        _check_method(method, modules, family)
+    shared: dict[str, Any] = {"num_queries": num_queries, "generator": generator, "turns": itertools.count()}
     probes: dict[str, Probe] = {}
     for name, module in modules.items():
         num_heads, head_dim = head_shape(module)
-        probes[name] = Probe(radii, num_heads=num_heads, head_dim=head_dim, **shared)
+        kernels = [METHODS[type(method)](method, num_heads=num_heads, head_dim=head_dim) for method in methods]
+        probes[name] = Probe(radii, kernels, num_heads=num_heads, head_dim=head_dim, **shared)
     swap_(model, State(family, {}), modules, probes)
     try:
         yield probes
     finally:
         restore_(model)
+
+
+def _check_method(method: Any, modules: Mapping[str, nn.Module], family: Family) -> None:
+    """Raise a ValueError where a method cannot be tried in these modules by its kernel alone."""
+    config_to_dict(method)  # raises where it is none
+    if input_terms(METHODS[type(method)]):
+        raise ValueError(f"{method} cannot be tried layer by layer: it changes the layers before attention as well")
+    for name in modules:
+        check_text(name, family, method)
 
 
 def _layer(name: str, probe: Probe) -> LayerProfile:

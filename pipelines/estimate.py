@@ -25,6 +25,7 @@ from .plan import Plan, Stage
 GIB = 2**30
 COPIES = 17.5
 COPIES_IN_CHUNKS = 8
+LONG_SECONDS = 0.02  # of a product; some CPUs take 40 s for the larger one in bfloat16
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
 
 
@@ -50,17 +51,22 @@ def step_flops(model: nn.Module, grid: Grid, text_len: int, *, converted: bool) 
 
 @lru_cache
 def half_of_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second, from a matrix product of a few milliseconds."""
-    left, right = (
-        torch.randn(512, 2048, device=device, dtype=dtype),
-        torch.randn(2048, 2048, device=device, dtype=dtype),
-    )
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        float((left @ right).float().sum())  # waits for the device
-        times.append(time.perf_counter() - began)
-    return 0.5 * 2 * 512 * 2048 * 2048 / min(times)
+    """Operations a second, from a matrix product of a few milliseconds; a small one where that takes long already."""
+    side = 2048
+    right = torch.randn(side, side, device=device, dtype=dtype)
+    for rows in (8, 512):
+        left = torch.randn(rows, side, device=device, dtype=dtype)
+        seconds = min(_seconds(left, right) for _ in range(3))
+        if seconds > LONG_SECONDS:
+            break
+    return 0.5 * 2 * rows * side * side / seconds
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Of one product."""
+    began = time.perf_counter()
+    float((left @ right).float().sum())  # waits for the device
+    return time.perf_counter() - began
 
 
 class Estimator:

@@ -8,10 +8,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import hypothesis
 import pytest
 import torch
+
+from benchmarks.gpu.interpreter import hasten_interpreter
 
 hypothesis.settings.register_profile("lineardit", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("lineardit")
@@ -27,6 +30,10 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps only a weak reference
 hypothesis.register_random(TORCH_RANDOM)
+
+
+if find_spec("triton"):
+    hasten_interpreter()
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +55,12 @@ def nan_filled_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def logging_levels() -> Iterator[None]:
     """Levels that a command sets for its process do not reach the next test."""
-    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
-    levels = [logger.level for logger in loggers]
+    root, known = logging.getLogger(), logging.root.manager.loggerDict
+    before = {logger: logger.level for logger in (root, *known.values()) if isinstance(logger, logging.Logger)}
     yield
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("lineardit"):
-            logging.getLogger(name).setLevel(logging.NOTSET)
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    for name, logger in list(known.items()):
+        if isinstance(logger, logging.Logger) and name.startswith("lineardit"):
+            before.setdefault(logger, logging.NOTSET)
+    for logger, level in before.items():
+        if logger.level != level:  # setting one costs a walk over all
+            logger.setLevel(level)

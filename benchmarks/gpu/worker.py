@@ -8,11 +8,13 @@ import gc
 import importlib
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from .bench import FULL, SMOKE, Bench, Measured, Task, UnavailableError
+from .interpreter import hasten_interpreter
 from .records import Row, finite, load
 from .tables import line
 
@@ -62,6 +64,8 @@ def main() -> None:
     results = load(Path(path))
     bench = Bench(scale=SMOKE if results.head.smoke else FULL, results=results, deadline=deadline)
     torch.manual_seed(0)
+    if results.head.smoke and find_spec("triton"):
+        hasten_interpreter()
     for part in parts:
         print(f"\n-- {part}", flush=True)
         for task in importlib.import_module(f".{MODULES[part]}", __package__).tasks(bench):

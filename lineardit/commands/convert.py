@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from .options import Offline, Revision
-from .prompts import parse_numbers, parse_size
+from .prompts import parse_size
 
 FromProfile = Annotated[
-    Path | None, typer.Option("--from-profile", metavar="FILE", help="Windows by layer, from `lineardit profile`.")
+    Path | None, typer.Option("--from-profile", metavar="FILE", help="Attention by layer, from `lineardit profile`.")
 ]
 Budget = Annotated[
     str | None,
@@ -20,7 +20,7 @@ BudgetSize = Annotated[
 ]
 Choices = Annotated[
     str | None,
-    typer.Option(metavar="R,...,full", help="Windows to choose from; else all that were profiled, and full."),
+    typer.Option(metavar="R,...,METHOD,...,full", help="To choose from; else all that was profiled, and full."),
 ]
 
 
@@ -98,22 +98,17 @@ def _from_profile(
     """Config by glob, as the budget allows."""
     from ..linearize.attention_profile import read_profile
     from ..linearize.base import read_base
-    from ..linearize.budget import check_profile, parse_budget, propose
+    from ..linearize.budget import check_profile, parse_budget, parse_choices, propose
 
     if file is None or budget is None:
         raise ValueError("--from-profile FILE and --budget go together, for example --budget 0.25 or radius:8")
     profile = read_profile(file)
     check_profile(profile, read_base(base, revision=revision, offline=offline))
-    options = None if choices is None else choices.split(",")
-    radii = None
-    if options is not None:
-        radii = parse_numbers("choices", ",".join(option for option in options if option != "full"))
     proposal = propose(
         profile,
         parse_budget(budget),
         size=parse_size(size),
-        radii=radii,
-        full=options is None or "full" in options,
+        choices=None if choices is None else parse_choices(profile, choices),
     )
     print(proposal)
     return dict(proposal.configs)

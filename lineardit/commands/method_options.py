@@ -49,16 +49,20 @@ def split_arguments(
         text = value or next(remaining, "--")
         if text.startswith("--"):
             raise ValueError(f"option {name} needs a value")
-        options[field] = _method(text) if field in of_methods else _value(text)
+        options[field] = parse_method(text) if field in of_methods else _value(text)
     return options, others
 
 
-def _method(text: str) -> Any:
-    """{"method": "clear", "radius": 8} of `clear:radius=8`, or of that in JSON."""
+def parse_method(text: str) -> Any:
+    """{"method": "clear", "radius": 8} of `clear:radius=8`, or of that in JSON.
+
+    Raises:
+        ValueError: it is misspelled.
+    """
     if text.startswith("{"):
         return _value(text)
     method, _, settings = text.partition(":")
-    parts = re.split(r",(?![^\[]*\])", settings) if settings else []  # commas within brackets are of a value
+    parts = re.split(r",(?![^\[{]*[\]}])", settings) if settings else []  # commas within brackets are of a value
     pairs = [part.partition("=") for part in parts]
     if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"a method is spelled METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")

@@ -1,6 +1,7 @@
 """`lineardit profile`: where the attention of a model goes, and how much a window changes each layer."""
 
 import time
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -11,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from .method_options import parse_method
 from .options import Device, Dtype, Offline, Revision, Seed
 from .prompts import parse_numbers, parse_size, read_prompts
 
@@ -28,6 +30,10 @@ def profile(
     ),
     size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
     radii: Annotated[str, typer.Option(metavar="R,R,...", help="Windows to measure, in tokens.")] = "4,8,16,32",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", metavar="METHOD:SETTING=VALUE,...", help="To try in every layer as well; repeatable."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps; every one is looked at.")] = 8,
     queries: Annotated[int, typer.Option(help="Image tokens to look at in each call of a layer, drawn anew.")] = 64,
     seed: Seed = 0,
@@ -40,14 +46,16 @@ def profile(
     offline: Offline = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a profile that is there.")] = False,
 ) -> None:
-    """Measure where attention goes, by layer and head: near, far, on text. For `convert --from-profile`."""
+    """Measure where attention goes, by layer and head, and what other attention would change: for --from-profile."""
     texts = read_prompts(prompts)
     height_width = None if size is None else parse_size(size)
     windows = parse_numbers("radii", radii)
+    named = [parse_method(text) for text in methods or ()]
     if find_spec("matplotlib") is None:
         raise ValueError("profile.png is drawn with matplotlib, which is not here: pip install 'lineardit[train]'")
     from ..attention_map import draw_profile
     from ..linearize.folders import check_output_file
+    from ..linearize.methods import config_from_dict
     from ..linearize.opening import open_pipeline
     from ..linearize.profiling import profile_attention
     from ..pipelines.placement import place_
@@ -56,6 +64,7 @@ def profile(
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    tried = [config_from_dict(settings) for settings in named]
     figures, picture = output / "profile.json", output / "profile.png"
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)
@@ -70,6 +79,7 @@ def profile(
         texts,
         size=(height, width),
         radii=windows,
+        methods=tried,
         steps=steps,
         queries=queries,
         seed=seed,
@@ -85,16 +95,26 @@ def profile(
 
 
 def show(profile: "Profile") -> None:
-    """Print a row for each layer, means over its heads, at most `MAX_WIDTH` columns wide."""
+    """Print where attention goes and what each candidate changes, a row for each layer, at most `MAX_WIDTH` wide."""
+    from ..linearize.budget import name_of
+
     console = Console()
     console.width = min(console.width, MAX_WIDTH)
-    table = Table(title="Attention of image tokens, mean over heads", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("module")
-    headers = [f"< {radius:g}" for radius in profile.radii]
-    for header in (*headers, "text", "distance", f"error at {profile.radii[0]:g}"):
-        table.add_column(header, justify="right")
+    where = _table("Attention of image tokens, mean over heads", [f"< {radius:g}" for radius in profile.radii])
+    for header in ("text", "distance"):
+        where.add_column(header, justify="right")
+    error = _table("|converted - original|^2 / |original|^2 of a layer's attention", map(name_of, profile.candidates))
     for layer in profile.layers:
         masses = [f"{mean(column):.0%}" for column in zip(*layer.mass, strict=True)]
-        cells = (*masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}", f"{layer.output_error[0]:.2f}")
-        table.add_row(layer.module, *cells)
-    console.print(table, highlight=False)
+        where.add_row(layer.module, *masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}")
+        error.add_row(layer.module, *(f"{one:.2g}" for one in layer.output_error))
+    console.print(where, highlight=False)
+    console.print(error, highlight=False)
+
+
+def _table(title: str, headers: Iterable[str]) -> Table:
+    """Without rows, a column for the module and one for each header."""
+    table = Table("module", title=title, title_justify="left", box=SIMPLE_HEAD)
+    for header in headers:
+        table.add_column(header, justify="right", overflow="fold")
+    return table

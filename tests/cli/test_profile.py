@@ -19,7 +19,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tiny().save_pretrained(folder / "base")
     (folder / "prompts.txt").write_text("a red circle\n# not this\na blue cross\n")
     words = ["--prompts", folder / "prompts.txt", "--size", "32x24", "--radii", "1.5,2,3", "--steps", "2"]
-    words += ["--max-sequence-length", "8", "--offline", "-o", folder / "out"]
+    words += ["--max-sequence-length", "8", "--offline", "-o", folder / "out", "--method", "agent:num_agents=4"]
+    words += ["--method", 'hybrid:local={"method":"clear","radius":2},global={"method":"mala"},gate=1']
     assert run(["profile", *map(str, [folder / "base", *words])]) == 0
     return folder
 
@@ -61,6 +62,26 @@ def test_convert_from_profile_writes_an_adapter_within_the_budget(
     assert run(["inspect", str(adapter), "--offline"]) == 0
 
 
+def test_convert_from_profile_mixes_methods(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "adapter"
+    assert run(convert(made, "--budget", "0.99", "--choices", "agent,hybrid", "-o", str(adapter))) == 0
+    assert 'x hybrid:local={"method":"clear","radius":2},global={"method":"mala"},gate=1' in capsys.readouterr().out
+    methods = json.loads((adapter / "lineardit.json").read_text())["methods"]
+    assert {config["method"] for config in methods.values()} <= {"agent", "hybrid"}
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [("agnt:num_agents=4", "did you mean agent"), ("agent:4", "METHOD:SETTING=VALUE")]
+)
+def test_profile_refuses_what_is_no_method(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, said: str
+) -> None:
+    words = ["profile", str(made / "base"), "--prompts", str(made / "prompts.txt"), "--method", method]
+    assert run([*words, "--offline", "-o", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -68,8 +89,8 @@ def test_convert_from_profile_writes_an_adapter_within_the_budget(
         (["--budget", "much"], ["budget must be a share", "'much'"]),
         (["--budget", "radius:2", "--method", "clear", "--radius", "2"], ["--from-profile chooses"]),
         (["--budget", "radius:2", "--layers", "single*"], ["--from-profile chooses"]),
-        (["--budget", "radius:2", "--choices", "4"], ["radius 4 was not profiled", "1.5, 2, 3"]),
-        (["--budget", "1e-9"], ["the smallest windows need"]),
+        (["--budget", "radius:2", "--choices", "4"], ["4 was not profiled", "radius 1.5", "agent:num_agents=4"]),
+        (["--budget", "1e-9"], ["the cheapest choices need"]),
     ],
 )
 def test_convert_from_profile_refuses(

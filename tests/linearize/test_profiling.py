@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from lineardit.linearize import Clear, Proposal, linearize_, profile_attention, propose, swapped
+from lineardit.linearize import Agent, Clear, LinFusion, Mala, Proposal, linearize_, profile_attention, propose, swapped
 from lineardit.linearize import probe as probe_module
 from lineardit.linearize.attention_profile import LayerProfile, Profile, read_profile
-from lineardit.linearize.budget import knapsack, parse_budget
-from lineardit.linearize.methods import ClearAttention
+from lineardit.linearize.budget import knapsack, name_of, parse_budget, parse_choices
+from lineardit.linearize.methods import ClearAttention, Hybrid, ProxyTokens
 from lineardit.linearize.profiling import probed
 from tiny_models import FAMILIES, build, inputs_of, run
 
@@ -134,15 +134,46 @@ def _profile(**settings: Any) -> Profile:
     return profile_attention(build_tiny(), ["a red circle", "a blue cross"], **{**call, **settings})
 
 
+METHODS = (Clear(radius=2), Mala(), Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), gate=1.0))
+
+
+def test_probe_measures_what_methods_make_of_each_layer() -> None:
+    """One layer converted alone, on the inputs that it has in the base, is as far off as its error says."""
+    model, arguments = build("flux"), inputs_of("flux", grid=GRID, text_len=TEXT_LEN)
+    generator = torch.Generator().manual_seed(0)
+    with probed(model, RADII, METHODS, num_queries=10**6, generator=generator) as probes:
+        run(model, arguments)
+    name = "transformer_blocks.0.attn"
+    error = probes[name].sums.error / probes[name].sums.norm
+    assert torch.allclose(error[len(RADII)], error[RADII.index(2)], atol=1e-6)  # a window, measured both ways
+    layer = model.get_submodule(name)
+    layer.to_out[0] = nn.Identity()
+    outs: list[Tensor] = []
+    layer.register_forward_hook(lambda _module, _args, out: outs.append(out[0].double()))
+    run(model, arguments)
+    for index, method in enumerate(METHODS, start=len(RADII)):
+        linearize_(model, method, layers=name)
+        run(model, arguments)
+        expected = (outs[-1] - outs[0]).square().sum() / outs[0].square().sum()
+        assert expected > 0.001 and torch.allclose(error[index], expected, rtol=1e-4)
+
+
+def test_profile_attention_refuses_what_it_cannot_try() -> None:
+    with pytest.raises(ValueError, match=r"LinFusion.* cannot be tried layer by layer"):
+        _profile(methods=(LinFusion(),))
+    with pytest.raises(ValueError, match="expected a config of a method"):
+        _profile(methods=("mala",))
+
+
 def test_profile_attention_tells_layers_in_the_order_of_the_forward() -> None:
     names = [layer.module for layer in _profile().layers]
     assert names == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
 
 
 def test_profile_attention_repeats_by_seed_and_is_read_back(tmp_path: Path) -> None:
-    profile = _profile(queries=5)
-    assert profile == _profile(queries=5)
-    assert profile != _profile(queries=5, seed=1)
+    profile = _profile(queries=5, methods=METHODS[1:])
+    assert profile == _profile(queries=5, methods=METHODS[1:])
+    assert profile != _profile(queries=5, methods=METHODS[1:], seed=1)
     profile.write(tmp_path / "profile.json")
     assert read_profile(tmp_path / "profile.json") == profile
     assert profile.layers[0].grid == (6, 8) and profile.layers[0].text_len == 8
@@ -224,6 +255,7 @@ def _made(*errors: tuple[float, ...]) -> Profile:
     )
 
 
+WINDOWS = (Clear(radius=2), Clear(radius=4), Clear(radius=8))
 ERRORS = ((0.9, 0.5, 0.1), (0.9, 0.8, 0.7), (0.01, 0.005, 0.001), (0.3, 0.01, 0.001))
 
 
@@ -232,7 +264,7 @@ def test_propose_spends_where_errors_are() -> None:
     uniform = sum(error[1] for error in ERRORS)
     assert proposal.error < uniform
     assert proposal.flops <= proposal.budget == 4 * _flops((16, 16), 4)
-    assert proposal.radii["blocks.2.attn"] == 2
+    assert proposal.chosen["blocks.2.attn"] == Clear(radius=2)
     assert proposal.configs.keys() <= {f"blocks.{index}.attn" for index in range(4)} | {"blocks.*.attn"}
 
 
@@ -248,35 +280,56 @@ def test_propose_counts_at_the_size_that_it_is_told() -> None:
 
 def test_propose_leaves_layers_with_full_attention() -> None:
     profile = _made(*ERRORS)
-    assert propose(profile, 0.9).radii["blocks.1.attn"] is None
+    assert propose(profile, 0.9).chosen["blocks.1.attn"] is None
     assert "blocks.1.attn" not in propose(profile, 0.9).configs
-    assert None not in propose(profile, 0.9, full=False).radii.values()
-    assert set(propose(profile, 0.9, radii=(2, 4), full=False).radii.values()) == {4}
+    assert None not in propose(profile, 0.9, choices=profile.candidates).chosen.values()
+    assert set(propose(profile, 0.9, choices=WINDOWS[:2]).chosen.values()) == {Clear(radius=4)}
+
+
+def test_propose_mixes_methods() -> None:
+    agent = Agent(num_agents=4)
+    errors = ((0.9, 0.5, 0.1, 0.02), (0.9, 0.8, 0.7, 0.9), (0.01, 0.005, 0.001, 0.3), (0.3, 0.01, 0.001, 0.2))
+    proposal = propose(replace(_made(*errors), methods=(agent,)), 0.9, choices=(Clear(radius=4), agent))
+    assert list(proposal.chosen.values()) == [agent, Clear(radius=4), Clear(radius=4), Clear(radius=4)]
+    assert set(proposal.configs.values()) == {agent, Clear(radius=4)}
+    assert str(proposal).startswith("3 x radius 4, 1 x agent:num_agents=4; operations at 256x256")
+
+
+def test_parse_choices_takes_radii_methods_and_full_attention() -> None:
+    agents = Agent(num_agents=4), Agent(num_agents=16)
+    pooled = Clear(radius=4, pool_tokens=4)
+    profile = replace(_made(), radii=(2, 2.5, 8), methods=(*agents, pooled))
+    assert parse_choices(profile, "2.5, agent,full") == [Clear(radius=2.5), *agents, None]
+    assert parse_choices(profile, "clear,8") == [pooled, Clear(radius=8)]
+    with pytest.raises(ValueError, match=r"mala was not profiled, these were: radius 2, .*agent:num_agents=16"):
+        parse_choices(profile, "2,mala")
+    assert name_of(pooled) == "clear:radius=4,pool_tokens=4"
 
 
 @pytest.mark.parametrize(
-    ("budget", "radii", "said"),
+    ("budget", "choices", "said"),
     [
-        (0.01, None, "the smallest windows need"),
+        (0.01, None, "the cheapest choices need"),
         (1.5, None, "between 0 and 1, got 1.5"),
-        (0.9999999, (8,), "nothing to convert"),
-        (0.5, (3,), "radius 3 was not profiled, these were: 2, 4, 8"),
+        (0.9999999, (Clear(radius=8), None), "nothing to convert"),
+        (0.5, (Clear(radius=3),), "radius 3 was not profiled, these were: radius 2, radius 4, radius 8"),
+        (0.5, (Mala(),), "mala was not profiled"),
     ],
 )
-def test_propose_refuses(budget: float, radii: tuple[float, ...] | None, said: str) -> None:
+def test_propose_refuses(budget: float, choices: tuple[Any, ...] | None, said: str) -> None:
     profile = _made(*ERRORS)
     if said == "nothing to convert":
         profile = replace(profile, layers=profile.layers[:1])
         budget = Clear(radius=99)  # what full attention costs
     with pytest.raises(ValueError, match=said):
-        propose(profile, budget, radii=radii)
+        propose(profile, budget, choices=choices)
 
 
 def test_proposal_converts_the_model(tmp_path: Path) -> None:
-    pipe, profile = build_tiny(), _profile()
-    proposal: Proposal = propose(profile, Clear(radius=2), full=False)
+    pipe, profile = build_tiny(), _profile(methods=METHODS[1:])
+    proposal: Proposal = propose(profile, 0.9, choices=[Mala(), Clear(radius=2)])
     report = linearize_(pipe, proposal.configs)
-    assert {name: config.radius for name, config in report.swapped.items()} == proposal.radii
+    assert report.swapped == proposal.chosen
     assert "operations at 32x24" in str(proposal)
 
 

@@ -23,6 +23,16 @@ CHECKPOINTED = [
     if getattr(diffusers, MODELS[name].needs)._supports_gradient_checkpointing and name != "hunyuan-image"
 ]
 IN_HALF = [name for name in FAMILIES if name != "kandinsky5"]  # upstream computes parts of it in float32
+PAIRS = [
+    pytest.param(  # Triton's interpreter takes seconds for each
+        family,
+        impl,
+        id=f"{family}-{impl}",
+        marks=[pytest.mark.slow] if impl == "triton" and family not in FIRST else [],
+    )
+    for family in FAMILIES
+    for impl in IMPLS
+]
 COVERING = Clear(radius=20)
 SMALL = Clear(radius=2.3)
 
@@ -37,8 +47,7 @@ def test_linearize_covering_window_is_bit_equal(family: str) -> None:
     assert not torch.allclose(run(model, arguments), base, atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ALL)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "impl"), PAIRS)
 def test_linearize_covering_window_forced_is_close(family: str, impl: str) -> None:
     model, arguments = build(family), inputs_of(family)
     base = run(model, arguments)
@@ -47,19 +56,7 @@ def test_linearize_covering_window_forced_is_close(family: str, impl: str) -> No
     assert torch.allclose(out, base, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "impl"),
-    [
-        pytest.param(  # Triton's interpreter takes seconds for each
-            family,
-            impl,
-            id=f"{family}-{impl}",
-            marks=[pytest.mark.slow] if impl == "triton" and family not in FIRST else [],
-        )
-        for family in FAMILIES
-        for impl in IMPLS
-    ],
-)
+@pytest.mark.parametrize(("family", "impl"), PAIRS)
 def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None:
     grid = (5, 7)
     model = build(family)
