@@ -3,8 +3,8 @@
 Hours on two cores. Clear(radius=4), taught by the model itself: does the student still follow held-out captions, do its
 pictures still hang together, how near are its latents? The same for a hybrid, which adds 256 tokens in focus and 256
 proxies for all that lies beyond the window, and for a wider window that costs as much at FLUX.1's 4K shape (less here),
-each from three seeds. And shorter: what does each term of the loss bring? Writes benchmarks/results/marks.json,
-marks.md and marks.png, anew with every row.
+each from three seeds. For agent attention and MALA in every layer: do they still follow captions? And shorter: what
+does each term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with every row.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_layer import local_of_equal_flops
-from marks_report import Mark, Row, as_markdown, rival_marks, student_marks, teacher_marks
+from marks_report import Mark, Row, as_markdown, follow_mark, rival_marks, student_marks, teacher_marks
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
@@ -28,7 +28,7 @@ from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path
 from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.folders import write_whole
-from lineardit.linearize.methods import Clear, Hybrid, ProxyTokens, config_to_dict
+from lineardit.linearize.methods import Agent, Clear, Hybrid, Mala, ProxyTokens, config_to_dict
 from lineardit.stages import matmul_gflops
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,17 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ fr
     "CLEAR's projections": (f"trained.projections={json.dumps(PROJECTIONS)}",),
 }
 WIDER = "window of equal cost"
+FOLLOWERS = ("agent", "mala")  # no window beside the linear attention: held to their captions, not to coherence
 UNTRAINED = {  # the rows of the swaps alone
     "default": "0 steps",
     "hybrid": "hybrid, 0 steps",
     "proxies alone": "proxies alone, 0 steps",
+    "agent": "agent, 0 steps",
+    "mala": "mala, 0 steps",
     WIDER: f"{WIDER}, 0 steps",
 }
 # In the picture
-SHOWN = ("teacher", "0 steps", "default", WIDER, "hybrid, 0 steps", "hybrid")
+SHOWN = ("teacher", "0 steps", "default", WIDER, *FOLLOWERS, "hybrid, 0 steps", "hybrid")
 LONG = "teacher, 512 text tokens"
 
 
@@ -76,7 +79,8 @@ class Plan(ScenePlan):
     hybrid_train_steps: int = 100  # it starts nearest; as many for the window of equal cost
     hybrid_learning_rate: float = 1e-4
     hybrid_captions: int = 128  # of the hybrid without training
-    rival_learning_rate: float = 1e-3  # of the window of equal cost, and of proxies alone, which take few_train_steps
+    rival_learning_rate: float = 1e-3  # of the window of equal cost; of proxies, agent and mala, with few_train_steps
+    layer_steps: int = 100  # of agent and mala, layer by layer before those, at the same rate
     seeds: tuple[int, ...] = (0, 1, 2)  # of the hybrid and the window of equal cost
     shown: int = 12  # rows of the sheet
 
@@ -92,13 +96,13 @@ class Marks(SceneStudents):
     plan: Plan
 
     def run(self, report: Callable[[], None]) -> None:
-        """All rows, the hybrid's before the window's; `report` is called when a row is done."""
+        """All rows, the hybrid's first and the window's late; `report` is called when a row is done."""
         plan = self.plan
         with self.stages.stage("teacher's pictures"):
             self.draw("teacher", self.base, plan.captions)
         with self.stages.stage("samples"):
             self.prepare()
-        for name in ("hybrid", "proxies alone", WIDER):
+        for name in ("hybrid", "proxies alone", WIDER, *FOLLOWERS):
             self.student(name, report)
         for seed in plan.seeds[1:]:
             for name in ("hybrid", WIDER):
@@ -139,10 +143,15 @@ class Marks(SceneStudents):
             f"optimizer.lr={rate}" for rate in (plan.learning_rate, plan.rival_learning_rate, plan.hybrid_learning_rate)
         )
         # The data's term draws a student away from a teacher that it matches already.
+        from_teacher = "loss.flow=0.0"
+        by_layer = f"layerwise.steps={plan.layer_steps}", f"layerwise.lr={plan.rival_learning_rate}"
+        follower = plan.few_train_steps, few, every, (medium, from_teacher, *by_layer)
         return {
-            "hybrid": Student(self.hybrid, steps, plan.hybrid_captions, every, (slow, "loss.flow=0.0")),
+            "hybrid": Student(self.hybrid, steps, plan.hybrid_captions, every, (slow, from_teacher)),
             "proxies alone": Student(self.unfocused, plan.few_train_steps, few, few, (medium,)),
             WIDER: Student(self.rival, steps, few, few, (medium,)),
+            "agent": Student(Agent(num_agents=64, conv_size=5, balance=True), *follower),
+            "mala": Student(Mala(conv_size=5, balance=True), *follower),
             "default": Student(self.local, plan.train_steps, every, every, (fast,)),
         }
 
@@ -209,6 +218,7 @@ class Marks(SceneStudents):
         for name in ("default", "hybrid"):
             if name in self.made:
                 marks += student_marks(name, self.row(name), untrained)
+        marks += [follow_mark(name, self.row(name)) for name in FOLLOWERS if name in self.made]
         names = [(of_seed("hybrid", seed), of_seed(WIDER, seed)) for seed in self.plan.seeds]
         pairs = [pair for pair in names if set(pair) <= self.made.keys()]
         few = self.plan.few_captions
@@ -240,7 +250,8 @@ def write_results(results: Path, run: Marks) -> str:
         f"{plan.steps} steps; students: {plan.train_steps} steps of {plan.batch_size} samples, "
         f"the hybrid and the window of equal cost at FLUX.1's 4K (radius {run.rival.radius:g}; here it looks at fewer "
         f"keys than the hybrid) {plan.hybrid_train_steps}, "
-        f"proxies alone {plan.few_train_steps}. {machine}"
+        f"proxies alone {plan.few_train_steps}, agent and mala as many after {plan.layer_steps} layer by layer. "
+        f"{machine}"
     )
     report = as_markdown(title, rows, marks)
     write_whole(results / "marks.md", lambda temporary: temporary.write_text(report))

@@ -67,6 +67,12 @@ def student_marks(name: str, student: Row, untrained: Row | None) -> list[Mark]:
     return marks
 
 
+def follow_mark(name: str, student: Row) -> Mark:
+    """A student of a method that is held to its captions alone."""
+    assert student.comparison is not None
+    return _difference(f"{name}: objects", student.comparison.differences["objects"], -5)
+
+
 def rival_marks(pairs: Sequence[tuple[Row, Row]]) -> list[Mark]:
     """The hybrid against local attention of the same FLOPs, each pair from one seed, on the same captions."""
     if not pairs:

@@ -81,11 +81,11 @@ class DemoSettings:
     focus_tokens: int = 256
     samples: int = 32  # that the teacher makes for its student
     sample_steps: int = 16  # denoising steps of each
-    train_steps: int = 90  # of local attention; the hybrid needs none here
+    train_steps: int = 80  # of local attention; the hybrid needs none here
     learning_rate: float = 1e-3
     captions: int = 16  # held out, to judge teacher and student
     side: int = 128  # pixels, of samples and judged pictures
-    steps: int = 20
+    steps: int = 16
     large_side: int = 512  # pixels
     pairs: int = 3  # of steps timed at the large side
 

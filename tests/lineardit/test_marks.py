@@ -63,6 +63,12 @@ def test_student_marks_hold_at_the_target(
     assert "(95%: -100.0 to +100.0)" in found[0].measured
 
 
+@pytest.mark.parametrize(("points", "met"), [(-5, True), (-5.1, False), (1, True)])
+def test_follow_mark_is_of_objects(marks: Any, points: float, met: bool) -> None:
+    found = marks.follow_mark("agent", row(marks, objects=90, coherence=0, points=(points, -90)))
+    assert (found.name, found.met) == ("agent: objects", met)
+
+
 def test_rival_marks_ask_for_every_seed(marks: Any) -> None:
     better, worse = (row(marks, objects=90, coherence=share, latent_mse=mse) for share, mse in ((80, 0.1), (20, 0.5)))
     found = marks.rival_marks([(better, worse)] * 3)
@@ -85,33 +91,40 @@ def test_marks_run_makes_every_row_and_goes_on(
     monkeypatch.setattr(marks, "launch", launch_here)
     plan = marks.Plan(
         radius=2, side=16, steps=1, captions=3, few_captions=2, samples=4, train_steps=1, hybrid_train_steps=1,
-        hybrid_captions=2, few_train_steps=1, proxies=4, focus_tokens=16, text_tokens=16, shown=2, seeds=(0, 1),
+        hybrid_captions=2, few_train_steps=1, layer_steps=1, proxies=4, focus_tokens=16, text_tokens=16, shown=2,
+        seeds=(0, 1),
     )  # fmt: skip
     run = marks.Marks(base, tmp_path / "work", plan)
     reports: list[str] = []
     run.run(lambda: reports.append(marks.write_results(tmp_path / "results", run)))
     wide = "window of equal cost"
-    beside = [f"{name}{steps}" for name in ("hybrid", "proxies alone", wide) for steps in (", 0 steps", "")]
+    students = ("hybrid", "proxies alone", wide, *marks.FOLLOWERS)
+    beside = [f"{name}{steps}" for name in students for steps in (", 0 steps", "")]
     seeds = ["hybrid, seed 1", f"{wide}, seed 1"]
     names = ["teacher", *beside, *seeds, "0 steps", "default", marks.LONG]
     changes = [f"{change}, 1 steps" for change in marks.ABLATIONS]
     rows = run.rows()
     assert [one.name for one in rows] == [*names, *changes]
-    assert [one.pictures for one in rows] == [3, 2, 3, 2, 2, 2, 2, 2, 2, 3, 3, *[2] * (1 + len(changes))]
+    assert [one.pictures for one in rows] == [3, 2, 3, 2, 2, 2, 2, 2, 3, 2, 3, 2, 2, 3, 3, *[2] * (1 + len(changes))]
     assert all(
-        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[6:], strict=True)
+        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[8:], strict=True)
     )
-    assert ["loss.flow=0.0" in one for one in launched] == [True, *[False] * 2, True, *[False] * 3, True, *[False] * 4]
-    assert ["run.seed=1" in one for one in launched] == [*[False] * 3, *[True] * 2, *[False] * 7]
+    assert ["loss.flow=0.0" in one for one in launched] == [
+        *(True, False, False, True, True),  # hybrid, agent, mala
+        *(True, False, False),  # the hybrid's other seed
+        *(False, True, *[False] * 4),  # the term switched off
+    ]
+    assert ["run.seed=1" in one for one in launched] == [*[False] * 5, *[True] * 2, *[False] * 7]
+    assert ["layerwise.steps=1" in one for one in launched] == [*[False] * 3, *[True] * 2, *[False] * 9]
     assert all((f"| {wide} |" in report) == (number >= 5) for number, report in enumerate(reports))  # row by row
     content = json.loads((tmp_path / "results" / "marks.json").read_text())
     assert [mark["name"] for mark in content["marks"]] == [mark.name for mark in run.marks()]
-    assert len(run.marks()) == 2 + 2 + 3 + 3 + 2
+    assert len(run.marks()) == 2 + 2 + 3 + 3 + 2 + 2
     assert all(f"| {name} |" in reports[-1] for name in [*names, *changes])
     assert (tmp_path / "results" / "marks.md").read_text() == reports[-1]
     assert (tmp_path / "results" / "marks.png").is_file()
 
     again = marks.Marks(base, tmp_path / "work", plan)
     again.run(lambda: None)
-    assert len(launched) == 6 + len(changes)
+    assert len(launched) == 8 + len(changes)
     assert [one.comparison for one in again.rows()] == [one.comparison for one in rows]
