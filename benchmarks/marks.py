@@ -145,7 +145,7 @@ class Marks(SceneStudents):
         # The data's term draws a student away from a teacher that it matches already.
         from_teacher = "loss.flow=0.0"
         by_layer = f"layerwise.steps={plan.layer_steps}", f"layerwise.lr={plan.rival_learning_rate}"
-        follower = plan.few_train_steps, few, every, (medium, from_teacher, *by_layer)
+        follower = plan.few_train_steps, few, few, (medium, from_teacher, *by_layer)
         return {
             "hybrid": Student(self.hybrid, steps, plan.hybrid_captions, every, (slow, from_teacher)),
             "proxies alone": Student(self.unfocused, plan.few_train_steps, few, few, (medium,)),

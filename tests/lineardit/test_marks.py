@@ -105,7 +105,7 @@ def test_marks_run_makes_every_row_and_goes_on(
     changes = [f"{change}, 1 steps" for change in marks.ABLATIONS]
     rows = run.rows()
     assert [one.name for one in rows] == [*names, *changes]
-    assert [one.pictures for one in rows] == [3, 2, 3, 2, 2, 2, 2, 2, 3, 2, 3, 2, 2, 3, 3, *[2] * (1 + len(changes))]
+    assert [one.pictures for one in rows] == [3, 2, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, *[2] * (1 + len(changes))]
     assert all(
         set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[8:], strict=True)
     )
