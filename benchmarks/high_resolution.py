@@ -2,7 +2,8 @@
 
 The cascade with a student against direct generation, against the 128 px picture enlarged by Lanczos, and against an
 oracle: the drawing itself, through the VAE. Does each picture still follow its caption and hang together, and how sharp
-are its objects? And what memory does the cascade take? Writes benchmarks/results/high_resolution.json, .md and .png.
+are its objects? And what memory does the cascade take? Writes benchmarks/results/high_resolution.json, .md and .png,
+anew with every row.
 
 The student is the hybrid of `make marks`; --adapter names another. Direct generation is for a few captions only.
 """
@@ -13,12 +14,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy
 import torch
-from high_resolution_memory import SIDES, Memory, measure_fresh
+from high_resolution_memory import SIDES, measure_fresh
 from high_resolution_report import Row, report
 from PIL import Image
 from tqdm import tqdm
@@ -77,6 +77,7 @@ class HighResolution:
     def __init__(self, base: Path, adapter: Path, directory: Path, amount: Amount) -> None:
         weights = [sha256(file)[:8] for place in (base, adapter) for file in sorted(place.rglob("*.safetensors"))]
         content = json.loads(json.dumps(asdict(amount)))
+        del content["captions"], content["few_captions"]  # more of them may be drawn later
         self.stages = Stages(directory, content | {"weights": weights})
         self.directory, self.amount = directory, amount
         self.scenes = [scenes.sample(index, split="held_out") for index in range(amount.captions)]
@@ -85,6 +86,9 @@ class HighResolution:
         self.cascade = HighResolutionPipeline.from_pipe(self.student, native_size=amount.native)
         for pipe in (self.teacher, self.cascade, self.student):
             pipe.set_progress_bar_config(disable=True)
+        self.made: dict[tuple[str, int], list[Image.Image]] = {}  # by row and pixels
+        self.rows: list[Row] = []
+        self.beside: dict[str, Any] = {}
 
     def pictures(self, name: str, side: int, count: int, draw: Draw) -> list[Image.Image]:
         """Of the first `count` captions, drawn or read."""
@@ -174,66 +178,91 @@ class HighResolution:
             sharpness=sum(edges) / len(edges) if edges else 0.0,
         )
 
-    def run(self) -> tuple[list[Row], dict[str, Any]]:
-        """The rows, and what was measured beside them."""
+    def run(self, report: Callable[[], None]) -> None:
+        """All rows and what is measured beside them, the marks' first; `report` is called when one is done."""
         amount = self.amount
-        native = self.pictures("teacher", amount.native, amount.captions, self.native)
-        rows, sheets = [self.row("teacher", amount.native, native)], {}
-        for side, count in ((amount.side, amount.captions), (amount.largest, amount.few_captions)):
-
-            def lanczos(index: int, side: int = side) -> Image.Image:
-                return native[index].resize((side, side), Image.Resampling.LANCZOS)
-
-            kinds: dict[str, Draw] = {
-                "cascade, student": lambda index, side=side: self.in_stages(side, index),
-                "direct, student": lambda index, side=side: self.direct(self.student, side, index),
-                "Lanczos": lanczos,
-                "oracle": lambda index, side=side: self.oracle(side, index),
-            }
+        sizes = {amount.side: amount.captions, amount.largest: amount.few_captions}
+        self.add("teacher", amount.native, amount.captions, self.native)
+        for side, count in sizes.items():
+            self.add("Lanczos", side, count, lambda index, side=side: self.enlarged(index, side))
+            self.add("oracle", side, count, lambda index, side=side: self.oracle(side, index))
+            self.add("cascade, student", side, count, lambda index, side=side: self.in_stages(side, index))
             if side == amount.side:
-                kinds["direct, teacher"] = lambda index, side=side: self.direct(self.teacher, side, index)
-            counts = {name: amount.few_captions if name.startswith("direct") else count for name in kinds}
-            made = {name: self.pictures(name, side, counts[name], draw) for name, draw in kinds.items()}
-            rows += [self.row(name, side, pictures) for name, pictures in made.items()]
-            sheets[side] = made
-        pairs = [self.last_stage(index) for index in range(amount.few_captions)]
-        seconds = paired_step_seconds(
-            self.student,
-            self.teacher,
-            PictureSettings(height=amount.largest, width=amount.largest, max_sequence_length=amount.text_tokens),
-            pairs=1,
+                self.beside["differences"] = self.differences()
+            report()
+        for name, measure in {
+            "last stage": self.likeness,
+            "step seconds": self.step_seconds,
+            "memory": self.memory,
+        }.items():
+            self.beside[name] = measure()
+            report()
+        for side in sizes:
+            self.add(
+                "direct, student", side, amount.few_captions, lambda i, side=side: self.direct(self.student, side, i)
+            )
+            report()
+        self.add(
+            "direct, teacher", amount.side, amount.few_captions, lambda i: self.direct(self.teacher, amount.side, i)
         )
-        beside = {
-            "differences": self.differences(native, sheets[amount.side]["cascade, student"]),
-            "last stage": {
-                "psnr": sum(psnr(*pair) for pair in pairs) / len(pairs),
-                "ssim": sum(ssim(*pair) for pair in pairs) / len(pairs),
-            },
-            "step seconds": {"student": median(s for s, _ in seconds), "teacher": median(t for _, t in seconds)},
-        }
-        beside["memory"] = [asdict(one) for one in self.memory()]
-        self.sheet = [native, *sheets[amount.side].values()]
-        self.sheet_names = ["teacher, 128 px", *sheets[amount.side]]
-        return rows, beside
+        report()
 
-    def memory(self) -> list[Memory]:
+    def add(self, name: str, side: int, count: int, draw: Draw) -> None:
+        """A row, of pictures drawn or read."""
+        self.made[name, side] = self.pictures(name, side, count, draw)
+        self.rows.append(self.row(name, side, self.made[name, side]))
+
+    def enlarged(self, index: int, side: int) -> Image.Image:
+        return self.made["teacher", self.amount.native][index].resize((side, side), Image.Resampling.LANCZOS)
+
+    def likeness(self) -> dict[str, float]:
+        """Of the last stage by the student to that by the dense teacher."""
+        pairs = [self.last_stage(index) for index in range(self.amount.few_captions)]
+        return {name: sum(one(*pair) for pair in pairs) / len(pairs) for name, one in (("psnr", psnr), ("ssim", ssim))}
+
+    def step_seconds(self) -> dict[str, float]:
+        side = self.amount.largest
+        settings = PictureSettings(height=side, width=side, max_sequence_length=self.amount.text_tokens)
+        ((student, teacher),) = paired_step_seconds(self.student, self.teacher, settings, pairs=1)
+        return {"student": student, "teacher": teacher}
+
+    def memory(self) -> list[dict[str, Any]]:
         """In fresh processes, once."""
         file = self.directory / "memory.json"
         if not file.exists():
             with self.stages.stage("memory"):
                 write_json(file, [asdict(one) for one in measure_fresh(SIDES)])
-        return [Memory(**one) for one in json.loads(file.read_text())]
+        return json.loads(file.read_text())
 
-    def differences(self, native: Sequence[Image.Image], made: Sequence[Image.Image]) -> dict[str, Any]:
+    def differences(self) -> dict[str, Any]:
         """The cascade's scores against the native picture's, with 95% intervals."""
+        amount = self.amount
         captions = [scene.caption for scene in self.scenes]
         ours, theirs = (
-            [judge_scene(*pair) for pair in zip(captions, pictures, strict=False)] for pictures in (made, native)
+            [judge_scene(*pair) for pair in zip(captions, self.made[of], strict=True)]
+            for of in (("cascade, student", amount.side), ("teacher", amount.native))
         )
         return {
             name: asdict(paired_bootstrap([score[name] for score in ours], [score[name] for score in theirs]))
             for name in ("objects", "coherence")
         }
+
+
+def write_results(results: Path, run: HighResolution) -> str:
+    """high_resolution.json, .md and .png, of what has been made; returns the report."""
+    amount = run.amount
+    results.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(row) for row in run.rows]
+    write_json(results / "high_resolution.json", {"amount": asdict(amount), "rows": rows, **run.beside})
+    shown = {
+        f"{name}, {side} px": made[: min(8, amount.few_captions)]
+        for (name, side), made in run.made.items()
+        if side != amount.largest
+    }
+    write_sheet(list(shown), list(zip(*shown.values(), strict=True)), results / "high_resolution.png")
+    text = report(amount.side, amount.largest, run.rows, run.beside, run.plan(amount.side))
+    write_whole(results / "high_resolution.md", lambda temporary: temporary.write_text(text))
+    return text
 
 
 def main() -> None:
@@ -252,16 +281,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     amount = Amount(captions=options.captions, few_captions=options.few_captions)
     run = HighResolution(path(), options.adapter, options.directory, amount)
-    rows, beside = run.run()
-    text = report(amount.side, amount.largest, rows, beside, run.plan(amount.side))
-    write_json(
-        options.results / "high_resolution.json",
-        {"amount": asdict(amount), "rows": [asdict(row) for row in rows], **beside},
-    )
-    shown = list(zip(*(made[: min(8, amount.few_captions)] for made in run.sheet), strict=True))
-    write_sheet(run.sheet_names, shown, options.results / "high_resolution.png")
-    write_whole(options.results / "high_resolution.md", lambda temporary: temporary.write_text(text))
-    print(text)
+    run.run(lambda: print(write_results(options.results, run)))
 
 
 if __name__ == "__main__":

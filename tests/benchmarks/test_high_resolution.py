@@ -40,26 +40,30 @@ def test_run_has_every_row_and_goes_on(high_resolution: Any, tmp_path: Path) -> 
     run = high_resolution.HighResolution(path(), tmp_path / "adapter", tmp_path / "run", amount)
     memory = [{"side": side, "idle": 1.0, "growth": side**2, "peak": 1.0, "seconds": 1.0} for side in (1, 2, 6)]
     (tmp_path / "run" / "memory.json").write_text(json.dumps(memory))
-    rows, beside = run.run()
-    assert [(row.name, row.side, row.pictures) for row in rows] == [
+    reports: list[str] = []
+    run.run(lambda: reports.append(high_resolution.write_results(tmp_path / "results", run)))
+    assert [(row.name, row.side, row.pictures) for row in run.rows] == [
         ("teacher", 128, 2),
-        ("cascade, student", 192, 2),
-        ("direct, student", 192, 1),
         ("Lanczos", 192, 2),
         ("oracle", 192, 2),
-        ("direct, teacher", 192, 1),
-        ("cascade, student", 224, 1),
-        ("direct, student", 224, 1),
+        ("cascade, student", 192, 2),
         ("Lanczos", 224, 1),
         ("oracle", 224, 1),
+        ("cascade, student", 224, 1),
+        ("direct, student", 192, 1),
+        ("direct, student", 224, 1),
+        ("direct, teacher", 192, 1),
     ]
-    assert next(row for row in rows if row.name == "oracle").objects == 1
-    text = high_resolution.report(amount.side, amount.largest, rows, beside, run.plan(amount.side))
-    assert text.count("**no**") + text.count("| yes |") == 9
-    assert "4.00 times | yes |" in text and "9.00 times | **no** |" in text
+    assert next(row for row in run.rows if row.name == "oracle").objects == 1
+    marks = [text.count("**no**") + text.count("| yes |") for text in reports]
+    assert marks == [4, 4, 6, 7, 9, 9, 9, 9]  # the report grows row by row
+    assert "4.00 times | yes |" in reports[-1] and "9.00 times | **no** |" in reports[-1]
+    assert (tmp_path / "results" / "high_resolution.md").read_text() == reports[-1]
+    assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".json", ".md", ".png"}
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*.png") if "stages" not in str(file)}
     again = high_resolution.HighResolution(path(), tmp_path / "adapter", tmp_path / "run", amount)
-    assert again.run()[0] == rows
+    again.run(lambda: None)
+    assert again.rows == run.rows
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
 
 
