@@ -34,6 +34,7 @@ class Scale:
     copy_bytes: int
     repeats: int  # of a timing, at most
     few_cases: bool  # of correctness
+    focus_tokens: int  # of a hybrid, and as many proxies
 
 
 FULL = Scale(
@@ -51,6 +52,7 @@ FULL = Scale(
     copy_bytes=2**31,
     repeats=50,
     few_cases=False,
+    focus_tokens=1024,
 )
 SMOKE = Scale(
     device="cpu",
@@ -75,6 +77,7 @@ SMOKE = Scale(
     copy_bytes=2**16,
     repeats=1,
     few_cases=True,
+    focus_tokens=64,
 )
 
 

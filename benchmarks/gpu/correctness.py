@@ -136,7 +136,7 @@ def _fresh(value: Any) -> Any:
 
 def determinism(bench: Bench) -> Measured:
     check_ours(bench, torch.float32)
-    grid = (24, 40) if bench.scale.few_cases else (96, 160)
+    grid = (12, 20) if bench.scale.few_cases else (96, 160)
     case = Case(grid=grid, radius=5, text_len=77, head_dim=16, dtype=torch.float32)
     inputs, options = case.inputs(bench.device), case.options(bench.device)
     grad_out = torch.randn_like(inputs[0])

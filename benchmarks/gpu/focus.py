@@ -20,7 +20,6 @@ from .judging import nan_filled_memory, verdict
 from .names import size_name
 from .timing import peak_gib, seconds
 
-PROXIES = FOCUS_TOKENS = 1024
 RADIUS = 16
 TILE_SIDES = (4, 8)
 ALIKE = 0.99  # of the tiles choose the same cells in float64; near a tie, rounding decides
@@ -117,12 +116,12 @@ def against_plain(bench: Bench, case: Case) -> Measured:
 def speed(bench: Bench, picture: int, side: int) -> Measured:
     """Of one call, forward; the choice of cells is in it, the window and the pooling are not."""
     scale, grid = bench.scale, (picture, picture)
-    num_cells = min(PROXIES, picture**2 // 16)
+    num_cells = min(scale.focus_tokens, picture**2 // 16)
     case = Case(
         grid=grid,
         radius=RADIUS if picture > 2 * RADIUS else picture / 4,
         num_cells=num_cells,
-        num_tokens=FOCUS_TOKENS,
+        num_tokens=scale.focus_tokens,
         side=side,
         head_dim=scale.head_dim,
         dtype=scale.dtype,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import focus
 from .bench import Bench, Measured, Task, Tasks, UnavailableError
 from .names import CLEARS_STEP, DENSE, DENSE_STEP, FOCUS_STEP, HYBRID_STEP, OUR_STEPS, case_name, size_name
 from .timing import peak_gib, seconds
@@ -78,7 +77,8 @@ def _convert(model: Any, impl: str, bench: Bench) -> None:
         if impl == HYBRID_STEP:
             method = Hybrid(local=method, global_=ProxyTokens(num_proxies=256), gate=1.0)
         elif impl == FOCUS_STEP:
-            proxies, tokens = ProxyTokens(num_proxies=focus.PROXIES), focus.FOCUS_TOKENS
+            tokens = bench.scale.focus_tokens
+            proxies = ProxyTokens(num_proxies=tokens)
             method = Hybrid(local=method, global_=proxies, gate=1.0, focus_tokens=tokens, focus_side=8)
         # What users get; the interpreter of a smoke run is never chosen by itself
         linearize_(model, method, impl=bench.impl if bench.results.head.smoke else "auto")

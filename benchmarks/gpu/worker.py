@@ -53,8 +53,8 @@ def measure(task: Task, bench: Bench) -> None:
         done = row("not available", Measured(figures={}, note="out of memory on this card"))
     results.add(done)
     print(line(done), flush=True)
-    gc.collect()
     if bench.device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
