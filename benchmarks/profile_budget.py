@@ -1,10 +1,10 @@
 """Do the windows that a profile proposes beat one radius everywhere of the same cost? On the small model, untrained.
 
 `python benchmarks/profile_budget.py` profiles examples/tiny_flux on a few training captions. Then, for budgets of what
-Clear(radius=R) costs in every layer, it converts the model as the knapsack says, by the error of each layer's output
-(what `propose` goes by) and by the attention that falls outside. Measured on held-out captions: the prediction's
-relative squared error on the teacher's own trajectory, and latent MSE after sampling. Writes
-benchmarks/results/profile.json.
+Clear(radius=R) costs in every layer, it converts the model as the knapsack says: by the error of each layer's output
+(what `propose` goes by), by the attention that falls outside, and by the error with agents to choose from as well.
+Measured on held-out captions: the prediction's relative squared error on the teacher's own trajectory, and latent MSE
+after sampling. Writes benchmarks/results/profile.json.
 """
 
 import argparse
@@ -22,14 +22,16 @@ from lineardit.attention_map import draw_profile
 from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.files import write_json
 from lineardit.examples.tiny_flux import path, scenes
-from lineardit.linearize import Clear, Profile, linearize_, profile_attention, propose, read_profile, restore_
+from lineardit.linearize import Agent, Clear, Profile, linearize_, profile_attention, propose, read_profile, restore_
 from lineardit.linearize.attention_profile import LayerProfile
+from lineardit.linearize.budget import name_of
 from lineardit.linearize.opening import open_pipeline
 
 logger = logging.getLogger(__name__)
 
+AGENT = Agent(num_agents=64)
 RESULTS = Path(__file__).with_name("results")
-Config = Clear | Mapping[str, Clear]
+Config = Clear | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +116,15 @@ def run(pipe: Any, profile: Profile, plan: Plan) -> list[dict[str, Any]]:
     for radius in plan.budgets:
         proposals = {name: propose(valued_by(profile, value), Clear(radius=radius)) for name, value in VALUES.items()}
         uniform = proposals["output error"].budget
-        ways: dict[str, tuple[Config, int, Any]] = {"uniform": (Clear(radius=radius), uniform, radius)}
+        proposals["windows and agents"] = propose(profile, Clear(radius=radius), choices=[*profile.windows, AGENT])
+        ways: dict[str, tuple[Config, int, Any]] = {"uniform": (Clear(radius=radius), uniform, f"radius {radius:g}")}
         for name, found in proposals.items():
-            radii = {module: None if window is None else window.radius for module, window in found.chosen.items()}
-            ways[name] = (found.configs, found.flops, radii)
-        for name, (config, flops, radii) in ways.items():
+            ways[name] = (found.configs, found.flops, {module: name_of(one) for module, one in found.chosen.items()})
+        for name, (config, flops, chosen) in ways.items():
             row = {"budget": f"radius:{radius:g}", "spent by": name, **judge.judge(config)}
-            rows.append(row | {"flops": flops, "share": flops / proposals["output error"].dense_flops, "radii": radii})
+            rows.append(
+                row | {"flops": flops, "share": flops / proposals["output error"].dense_flops, "chosen": chosen}
+            )
             logger.info("%s", as_line(row))
     return rows
 
@@ -136,7 +140,8 @@ def load_or_profile(pipe: Any, plan: Plan, file: Path) -> Profile:
         return read_profile(file)
     captions = [scenes.sample(index).caption for index in range(plan.prompts)]
     drawing = {"steps": plan.steps, "max_sequence_length": plan.text_tokens}
-    profile = profile_attention(pipe, captions, size=(plan.side, plan.side), radii=plan.radii, **drawing)
+    side = (plan.side, plan.side)
+    profile = profile_attention(pipe, captions, size=side, radii=plan.radii, methods=(AGENT,), **drawing)
     file.parent.mkdir(parents=True, exist_ok=True)
     profile.write(file)
     draw_profile(profile, file.with_suffix(".png"))

@@ -76,9 +76,14 @@ class Profile:
     versions: Mapping[str, str]
 
     @property
+    def windows(self) -> tuple[Clear, ...]:
+        """Of the radii."""
+        return tuple(Clear(radius=radius) for radius in self.radii)
+
+    @property
     def candidates(self) -> tuple[Any, ...]:
-        """What each layer's `output_error` is of: windows of the radii, then the methods."""
-        return (*(Clear(radius=radius) for radius in self.radii), *self.methods)
+        """What each layer's `output_error` is of: the windows, then the methods."""
+        return (*self.windows, *self.methods)
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""

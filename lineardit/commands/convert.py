@@ -20,7 +20,9 @@ BudgetSize = Annotated[
 ]
 Choices = Annotated[
     str | None,
-    typer.Option(metavar="R,...,METHOD,...,full", help="To choose from; else all that was profiled, and full."),
+    typer.Option(
+        metavar="R,...,METHOD,...,full", help="To choose from; else all windows that were profiled, and full."
+    ),
 ]
 
 

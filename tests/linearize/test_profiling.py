@@ -289,7 +289,9 @@ def test_propose_leaves_layers_with_full_attention() -> None:
 def test_propose_mixes_methods() -> None:
     agent = Agent(num_agents=4)
     errors = ((0.9, 0.5, 0.1, 0.02), (0.9, 0.8, 0.7, 0.9), (0.01, 0.005, 0.001, 0.3), (0.3, 0.01, 0.001, 0.2))
-    proposal = propose(replace(_made(*errors), methods=(agent,)), 0.9, choices=(Clear(radius=4), agent))
+    profile = replace(_made(*errors), methods=(agent,))
+    assert agent not in propose(profile, 0.9).chosen.values()  # unless it is named
+    proposal = propose(profile, 0.9, choices=(Clear(radius=4), agent))
     assert list(proposal.chosen.values()) == [agent, Clear(radius=4), Clear(radius=4), Clear(radius=4)]
     assert set(proposal.configs.values()) == {agent, Clear(radius=4)}
     assert str(proposal).startswith("3 x radius 4, 1 x agent:num_agents=4; operations at 256x256")
