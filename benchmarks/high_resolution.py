@@ -3,7 +3,7 @@
 The cascade with a student against direct generation, against the 128 px picture enlarged by Lanczos, and against an
 oracle: the drawing itself, through the VAE. Does each picture still follow its caption and hang together, and how sharp
 are its objects? And what memory does the cascade take? Writes benchmarks/results/high_resolution.json, .md and .png,
-anew with every row.
+anew as rows are done.
 
 The student is the hybrid of `make marks`; --adapter names another. Direct generation is for a few captions only.
 """
@@ -178,8 +178,8 @@ class HighResolution:
             sharpness=sum(edges) / len(edges) if edges else 0.0,
         )
 
-    def run(self, report: Callable[[], None]) -> None:
-        """All rows and what is measured beside them, the marks' first; `report` is called when one is done."""
+    def run(self, tell: Callable[[], None]) -> None:
+        """All rows and what is measured beside them, the marks' first; `tell` is called when one is done."""
         amount = self.amount
         sizes = {amount.side: amount.captions, amount.largest: amount.few_captions}
         self.add("teacher", amount.native, amount.captions, self.native)
@@ -187,30 +187,24 @@ class HighResolution:
             self.add("Lanczos", side, count, lambda index, side=side: self.enlarged(index, side))
             self.add("oracle", side, count, lambda index, side=side: self.oracle(side, index))
             self.add("cascade, student", side, count, lambda index, side=side: self.in_stages(side, index))
-            if side == amount.side:
-                self.beside["differences"] = self.differences()
-            report()
-        for name, measure in {
-            "last stage": self.likeness,
-            "step seconds": self.step_seconds,
-            "memory": self.memory,
-        }.items():
+            tell()
+        measures = {"last stage": self.likeness, "step seconds": self.step_seconds, "memory": self.memory}
+        for name, measure in measures.items():
             self.beside[name] = measure()
-            report()
+            tell()
+        few = amount.few_captions
         for side in sizes:
-            self.add(
-                "direct, student", side, amount.few_captions, lambda i, side=side: self.direct(self.student, side, i)
-            )
-            report()
-        self.add(
-            "direct, teacher", amount.side, amount.few_captions, lambda i: self.direct(self.teacher, amount.side, i)
-        )
-        report()
+            self.add("direct, student", side, few, lambda index, side=side: self.direct(self.student, side, index))
+            tell()
+        self.add("direct, teacher", amount.side, few, lambda index: self.direct(self.teacher, amount.side, index))
+        tell()
 
     def add(self, name: str, side: int, count: int, draw: Draw) -> None:
         """A row, of pictures drawn or read."""
         self.made[name, side] = self.pictures(name, side, count, draw)
         self.rows.append(self.row(name, side, self.made[name, side]))
+        if (name, side) == ("cascade, student", self.amount.side):
+            self.beside["differences"] = self.differences()
 
     def enlarged(self, index: int, side: int) -> Image.Image:
         return self.made["teacher", self.amount.native][index].resize((side, side), Image.Resampling.LANCZOS)

@@ -10,6 +10,7 @@ after sampling. Writes benchmarks/results/profile.json.
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -131,13 +132,15 @@ def run(pipe: Any, profile: Profile, plan: Plan) -> list[dict[str, Any]]:
 
 def as_line(row: Mapping[str, Any]) -> str:
     figures = f"prediction error {row['prediction_error']:.4f}  latent MSE {row['latent_mse']:.4f}"
-    return f"{row['budget']:9}  {row['spent by']:14}  {figures}"
+    return f"{row['budget']:9}  {row['spent by']:18}  {figures}"
 
 
 def load_or_profile(pipe: Any, plan: Plan, file: Path) -> Profile:
-    """The profile that an earlier call left in `file`, or a new one."""
-    if file.is_file():
-        return read_profile(file)
+    """The profile that an earlier call of this version left in `file`, or a new one."""
+    with suppress(ValueError):  # none, or another version's
+        kept = read_profile(file)
+        if (kept.radii, kept.methods) == (plan.radii, (AGENT,)):
+            return kept
     captions = [scenes.sample(index).caption for index in range(plan.prompts)]
     drawing = {"steps": plan.steps, "max_sequence_length": plan.text_tokens}
     side = (plan.side, plan.side)

@@ -26,7 +26,7 @@ class LayerProfile:
         mass: For each head and radius, the attention on image tokens nearer than that; the query's own counts.
         text: For each head, the attention on text.
         distance: For each head, the mean distance in tokens of what it sees in the image, weighted by attention.
-        output_error: For each of the profile's candidates, |out_c - out|^2 / |out|^2 of its attention as that.
+        output_error: For each of the profile's candidates, |out_c - out|^2 / |out|^2 of the attention's output.
     """
 
     module: str
@@ -90,6 +90,11 @@ class Profile:
         methods = [config_to_dict(method) for method in self.methods]
         text = json.dumps({"format": FORMAT, **asdict(self), "methods": methods}, indent=1) + "\n"
         write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def is_window(config: Any) -> bool:
+    """Whether a config is a window of some radius and nothing more, as `Profile.radii` tells it."""
+    return type(config) is Clear and config == Clear(radius=config.radius)
 
 
 def read_profile(path: str | Path) -> Profile:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .attention_profile import LayerProfile, Profile
+from .attention_profile import LayerProfile, Profile, is_window
 from .base import Base, build_on_meta
 from .families import family_of
 from .grouping import grouped
@@ -120,29 +120,27 @@ def parse_budget(text: str) -> float | Clear:
         ValueError: neither.
     """
     name, colon, number = text.rpartition(":")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
+    value = _number(number)
     if math.isnan(value) or (colon and name != "radius"):
         raise ValueError(f"budget must be a share such as 0.25, or radius:R such as radius:8, got {text!r}")
     return Clear(radius=value) if colon else value
 
 
 def parse_choices(profile: Profile, text: str) -> list[Any]:
-    """What `propose` chooses from, from "4,8,mala,full": radii, names of methods, full attention.
+    """What `propose` chooses from, from "4,8,mala,full": radii, names of methods (all that have it), full attention.
 
     Raises:
         ValueError: one was not profiled.
     """
+    names: dict[str, list[Any]] = {f"{window.radius:g}": [window] for window in profile.windows}
+    for method in profile.methods:
+        names.setdefault(type(method).__name__.lower(), []).append(method)
+    names["full"] = [None]
     choices: list[Any] = []
-    for part in text.split(","):
-        word = part.strip()
-        found = [one for one in profile.candidates if word in (_kind(one), _radius(one))]
-        if word == "full":
-            found = [None]
+    for word in map(str.strip, text.split(",")):
+        found = names.get(word) or [window for window in profile.windows if _number(word) == window.radius]
         if not found:
-            raise ValueError(f"{_not_profiled(profile, word)}; --choices takes these and full, got {text!r}")
+            raise ValueError(f"{word!r} was not profiled: choices are {', '.join(names)}, got {text!r}")
         choices += found
     return choices
 
@@ -151,21 +149,15 @@ def name_of(choice: Any) -> str:
     """A choice in words: "radius 8", "full attention", or as the command spells a method."""
     if choice is None:
         return "full attention"
-    return f"radius {_radius(choice)}" if _radius(choice) else spelled(config_to_dict(choice))
+    return f"radius {choice.radius:g}" if is_window(choice) else spelled(config_to_dict(choice))
 
 
-def _kind(choice: Any) -> str:
-    """The name of a choice's method; windows of a profiled radius go by their radius."""
-    return "" if _radius(choice) else type(choice).__name__.lower()
-
-
-def _radius(choice: Any) -> str:
-    """The radius of a window that is nothing more; nothing of others."""
-    return f"{choice.radius:g}" if isinstance(choice, Clear) and choice == Clear(radius=choice.radius) else ""
-
-
-def _not_profiled(profile: Profile, name: str) -> str:
-    return f"{name} was not profiled, these were: {', '.join(map(name_of, profile.candidates))}"
+def _number(text: str) -> float:
+    """NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def knapsack(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], limit: int) -> list[int]:
@@ -217,9 +209,15 @@ def check_profile(profile: Profile, base: Base) -> None:
 
 
 def _check_choices(profile: Profile, choices: Sequence[Any]) -> None:
+    if not choices:
+        raise ValueError("choices must hold at least one, got none")
     for choice in choices:
         if choice is not None and choice not in profile.candidates:
-            raise ValueError(_not_profiled(profile, name_of(choice)))
+            had = ", ".join(map(name_of, profile.candidates))
+            raise ValueError(f"{name_of(choice)} was not profiled, these were: {had}")
+    for layer in profile.layers:
+        if not np.isfinite(layer.output_error).all():
+            raise ValueError(f"the profile has no finite error for every candidate in {layer.module}: make it again")
 
 
 def _grid_at(layer: LayerProfile, profiled: Size, size: Size) -> Grid:

@@ -123,17 +123,18 @@ class Probe(nn.Module):
         hidden = None
         if layout.text_mask is not None:
             hidden = pad(~layout.text_mask, (num_image, 0))[:, None, None]  # [B, 1, 1, N]
-        replaced = [
-            split_text(kernel(query, key, value, layout, scale=scale), layout.text_len, layout.text_first)[1]
-            for kernel in self.kernels
-        ]
-        for part in sample.split(rows):
+        self.kernels.to(query.device)  # an offloaded module was elsewhere when they were made
+        others = []
+        for kernel in self.kernels:
+            out = kernel(query, key, value, layout, scale=scale)
+            image_out = split_text(out, layout.text_len, layout.text_first)[1]
+            others.append(image_out[:, :, sample.to(query.device)].float().split(rows, dim=2))
+        for index, part in enumerate(sample.split(rows)):
             queries = image_query[:, :, part.to(query.device)].float()
             logits = scale * queries @ keys.mT  # [B, H, S, N]
             if hidden is not None:
                 logits = logits.masked_fill(hidden, -torch.inf)
-            others = [out[:, :, part.to(query.device)].float() for out in replaced]
-            self._add(logits, values, _distances(part, layout.grid).to(query.device), others)
+            self._add(logits, values, _distances(part, layout.grid).to(query.device), [out[index] for out in others])
 
     def _add(self, logits: Tensor, value: Tensor, distance: Tensor, others: Sequence[Tensor]) -> None:
         """Adds the figures of logits [B, H, S, N] with distances [S, image tokens] to the sums.

@@ -12,12 +12,12 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
-from .attention_profile import LayerProfile, Profile
+from .attention_profile import LayerProfile, Profile, is_window
 from .base import source_of
 from .convert import denoiser, restore_, swap_
-from .families import Family, family_of
+from .families import family_of
 from .input_terms import input_terms
-from .matching import attention_modules, check_text, head_shape
+from .matching import attention_modules, head_shape
 from .methods import METHODS, config_to_dict
 from .methods.clear import Clear
 from .probe import Probe
@@ -46,7 +46,8 @@ def profile_attention(
         prompts: One picture each.
         size: (height, width) of the pictures in pixels.
         radii: Of the windows, in tokens, strict: distance < radius.
-        methods: Configs of what else to try in every layer, untrained, such as `Mala()`.
+        methods: Configs of what else to try in every layer, untrained and in the model's precision, such as `Mala()`;
+            a window of one more radius counts among the radii.
         steps: Denoising steps of each picture; every one is looked at.
         queries: Image queries that each call of a layer is looked at for, drawn anew each time.
         seed: Of the queries; and noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
@@ -54,11 +55,14 @@ def profile_attention(
         max_sequence_length: Text tokens; None: the pipeline's own.
     Raises:
         UnsupportedModelError: the model's class is not known.
-        ValueError: a setting is out of range or not known to this pipeline, a method is none or is not for this model,
-            or the pipeline is converted.
+        ValueError: a setting is out of range or not known to this pipeline, a method is none or cannot be tried layer
+            by layer, or the pipeline is converted.
     """
     _, model = denoiser(pipe)
-    radii = tuple(sorted(set(radii)))
+    for method in methods:
+        _check_method(method)
+    radii = tuple(sorted({*radii, *(method.radius for method in methods if is_window(method))}))
+    methods = tuple(dict.fromkeys(method for method in methods if not is_window(method)))
     if not radii:
         raise ValueError("radii must hold at least one, got none")
     for radius in radii:
@@ -79,7 +83,7 @@ def profile_attention(
         model_class=type(model).__name__,
         size=size,
         radii=radii,
-        methods=tuple(methods),
+        methods=methods,
         prompts=len(prompts),
         steps=steps,
         queries=queries,
@@ -101,8 +105,6 @@ def probed(
     """Inside, each self-attention module of the image runs a `Probe`; yields them by module name."""
     family = family_of(model)
     modules, _ = attention_modules(model, family)
-    for method in methods:
-        _check_method(method, modules, family)
     shared: dict[str, Any] = {"num_queries": num_queries, "generator": generator, "turns": itertools.count()}
     probes: dict[str, Probe] = {}
     for name, module in modules.items():
@@ -116,13 +118,11 @@ def probed(
         restore_(model)
 
 
-def _check_method(method: Any, modules: Mapping[str, nn.Module], family: Family) -> None:
-    """Raise a ValueError where a method cannot be tried in these modules by its kernel alone."""
-    config_to_dict(method)  # raises where it is none
+def _check_method(method: Any) -> None:
+    """Raise a ValueError where this is no method, or one that cannot be tried by its kernel alone."""
+    config_to_dict(method)
     if input_terms(METHODS[type(method)]):
         raise ValueError(f"{method} cannot be tried layer by layer: it changes the layers before attention as well")
-    for name in modules:
-        check_text(name, family, method)
 
 
 def _layer(name: str, probe: Probe) -> LayerProfile:

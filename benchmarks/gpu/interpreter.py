@@ -12,6 +12,8 @@ def hasten_interpreter() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter.interpreter_builder, "options"):
+        return  # another version of Triton
     patch = interpreter._patch_lang
 
     def patch_once(function: Any) -> Any:

@@ -1,11 +1,11 @@
 """Options that methods bring: `--pool-size 4` sets `pool_size` in the config of the method that `--method` names.
 
-A setting that is a method in turn is spelled METHOD:SETTING=VALUE,..., as in `--local clear:radius=8 --global mala`.
+A setting that is a method in turn is spelled METHOD:SETTING=VALUE,..., as in `--local clear:radius=8 --global mala`, or
+in JSON where it has more settings within another: `hybrid:local={"method":"clear","radius":8},global=mala`.
 """
 
 import dataclasses
 import json
-import re
 from typing import Any
 
 from typer.core import TyperCommand
@@ -54,7 +54,7 @@ def split_arguments(
 
 
 def parse_method(text: str) -> Any:
-    """{"method": "clear", "radius": 8} of `clear:radius=8`, or of that in JSON.
+    """{"method": "clear", "radius": 8} of `clear:radius=8`, or of JSON.
 
     Raises:
         ValueError: it is misspelled.
@@ -62,11 +62,30 @@ def parse_method(text: str) -> Any:
     if text.startswith("{"):
         return _value(text)
     method, _, settings = text.partition(":")
-    parts = re.split(r",(?![^\[{]*[\]}])", settings) if settings else []  # commas within brackets are of a value
-    pairs = [part.partition("=") for part in parts]
+    pairs = [part.partition("=") for part in _outside_brackets(settings)]
     if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"a method is spelled METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")
-    return {"method": method} | {key.replace("-", "_"): _value(value) for key, _, value in pairs}
+    found = {key.replace("-", "_"): value for key, _, value in pairs}
+    nested = names_of_methods()
+    return {"method": method} | {key: (parse_method if key in nested else _value)(found[key]) for key in found}
+
+
+def names_of_methods() -> frozenset[str]:
+    """The settings that hold a method."""
+    fields = [field for fields in fields_of_methods().values() for field in fields]
+    return frozenset(field.name.rstrip("_") for field in fields if field.metadata.get("of_method"))
+
+
+def _outside_brackets(text: str) -> list[str]:
+    """What stands between the commas that no bracket holds; nothing of an empty text."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts if text else []
 
 
 def _value(text: str) -> Any:
@@ -86,8 +105,7 @@ class MethodCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         fields = [field for fields in fields_of_methods().values() for field in fields]
         names = {field.name.rstrip("_") for field in fields}
-        of_methods = frozenset(field.name.rstrip("_") for field in fields if field.metadata.get("of_method"))
-        ctx.obj, args = split_arguments(args, names, of_methods)
+        ctx.obj, args = split_arguments(args, names, names_of_methods())
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -1,10 +1,11 @@
-"""`lineardit profile`: where the attention of a model goes, and how much a window changes each layer."""
+"""`lineardit profile`: where the attention of a model goes, and how much a window or method changes each layer."""
 
 import time
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,7 +47,7 @@ def profile(
     offline: Offline = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a profile that is there.")] = False,
 ) -> None:
-    """Measure where attention goes, by layer and head, and what other attention would change: for --from-profile."""
+    """Measure where attention goes, by layer and head, and what a window or method changes: for convert."""
     texts = read_prompts(prompts)
     height_width = None if size is None else parse_size(size)
     windows = parse_numbers("radii", radii)
@@ -100,21 +101,23 @@ def show(profile: "Profile") -> None:
 
     console = Console()
     console.width = min(console.width, MAX_WIDTH)
-    where = _table("Attention of image tokens, mean over heads", [f"< {radius:g}" for radius in profile.radii])
-    for header in ("text", "distance"):
-        where.add_column(header, justify="right")
-    error = _table("|converted - original|^2 / |original|^2 of a layer's attention", map(name_of, profile.candidates))
+    windows = [f"< {radius:g}" for radius in profile.radii]
+    letters = ascii_lowercase[: len(profile.methods)]
+    where = _table("Attention of image tokens, mean over heads", [*windows, "text", "distance"])
+    error = _table("|converted - original|^2 / |original|^2 of a layer's attention", [*windows, *letters])
     for layer in profile.layers:
         masses = [f"{mean(column):.0%}" for column in zip(*layer.mass, strict=True)]
         where.add_row(layer.module, *masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}")
         error.add_row(layer.module, *(f"{one:.2g}" for one in layer.output_error))
     console.print(where, highlight=False)
     console.print(error, highlight=False)
+    for letter, method in zip(letters, profile.methods, strict=True):
+        console.print(f"{letter}: {name_of(method)}", highlight=False)
 
 
 def _table(title: str, headers: Iterable[str]) -> Table:
     """Without rows, a column for the module and one for each header."""
     table = Table("module", title=title, title_justify="left", box=SIMPLE_HEAD)
     for header in headers:
-        table.add_column(header, justify="right", overflow="fold")
+        table.add_column(header, justify="right")
     return table

@@ -8,6 +8,8 @@ from PIL import Image
 from tiny_distill import build_tiny
 
 from lineardit.cli import run
+from lineardit.commands.profile import show
+from lineardit.linearize.attention_profile import read_profile
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
 
@@ -68,6 +70,15 @@ def test_convert_from_profile_mixes_methods(made: Path, tmp_path: Path, capsys: 
     assert 'x hybrid:local={"method":"clear","radius":2},global={"method":"mala"},gate=1' in capsys.readouterr().out
     methods = json.loads((adapter / "lineardit.json").read_text())["methods"]
     assert {config["method"] for config in methods.values()} <= {"agent", "hybrid"}
+    assert sum(config["method"] == "hybrid" for config in methods.values()) > 0
+
+
+def test_profile_shows_errors_of_windows_and_methods(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(read_profile(made / "out" / "profile.json"))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert printed.count("single_transformer_blocks.0.attn") == 2  # whole, in both tables
+    assert "a: agent:num_agents=4" in printed and 'b: hybrid:local={"method":"clear","radius":2}' in printed
 
 
 @pytest.mark.parametrize(
@@ -89,7 +100,7 @@ def test_profile_refuses_what_is_no_method(
         (["--budget", "much"], ["budget must be a share", "'much'"]),
         (["--budget", "radius:2", "--method", "clear", "--radius", "2"], ["--from-profile chooses"]),
         (["--budget", "radius:2", "--layers", "single*"], ["--from-profile chooses"]),
-        (["--budget", "radius:2", "--choices", "4"], ["4 was not profiled", "radius 1.5", "agent:num_agents=4"]),
+        (["--budget", "radius:2", "--choices", "4"], ["'4' was not profiled", "1.5, 2, 3, agent, hybrid, full"]),
         (["--budget", "1e-9"], ["the cheapest choices need"]),
     ],
 )
@@ -115,7 +126,7 @@ def test_convert_refuses_a_profile_of_another_model(
         assert "of another model" in error and str(base) in error
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 2}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1}', '{"format": 2}'])
 def test_convert_refuses_a_damaged_profile(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:

@@ -20,6 +20,7 @@ from lineardit.linearize import Agent, Clear, LinFusion, Mala, Proposal, lineari
 from lineardit.linearize import probe as probe_module
 from lineardit.linearize.attention_profile import LayerProfile, Profile, read_profile
 from lineardit.linearize.budget import knapsack, name_of, parse_budget, parse_choices
+from lineardit.linearize.methods import METHODS as kernels_of_methods
 from lineardit.linearize.methods import ClearAttention, Hybrid, ProxyTokens
 from lineardit.linearize.profiling import probed
 from tiny_models import FAMILIES, build, inputs_of, run
@@ -134,28 +135,46 @@ def _profile(**settings: Any) -> Profile:
     return profile_attention(build_tiny(), ["a red circle", "a blue cross"], **{**call, **settings})
 
 
-METHODS = (Clear(radius=2), Mala(), Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), gate=1.0))
+METHODS = (
+    Clear(radius=2),
+    Mala(),
+    Agent(num_agents=4, conv_size=3, balance=True),
+    Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), gate=1.0),
+)
 
 
-def test_probe_measures_what_methods_make_of_each_layer() -> None:
+@pytest.mark.parametrize("entries", [probe_module.MAX_ENTRIES, 2000])
+@pytest.mark.parametrize("family", TEXT_FIRST)
+def test_probe_measures_what_methods_make_of_each_layer(
+    family: str, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One layer converted alone, on the inputs that it has in the base, is as far off as its error says."""
-    model, arguments = build("flux"), inputs_of("flux", grid=GRID, text_len=TEXT_LEN)
+    monkeypatch.setattr(probe_module, "MAX_ENTRIES", entries)
+    model, arguments = build(family), inputs_of(family, grid=GRID, text_len=TEXT_LEN)
     generator = torch.Generator().manual_seed(0)
     with probed(model, RADII, METHODS, num_queries=10**6, generator=generator) as probes:
         run(model, arguments)
-    name = "transformer_blocks.0.attn"
+    name = min(probes, key=lambda name: probes[name].turn)
     error = probes[name].sums.error / probes[name].sums.norm
     assert torch.allclose(error[len(RADII)], error[RADII.index(2)], atol=1e-6)  # a window, measured both ways
     layer = model.get_submodule(name)
-    layer.to_out[0] = nn.Identity()
+    layer.to_out[0], layer.residual_connection = nn.Identity(), False
     outs: list[Tensor] = []
-    layer.register_forward_hook(lambda _module, _args, out: outs.append(out[0].double()))
+    layer.register_forward_hook(
+        lambda _module, _args, out: outs.append((out[0] if isinstance(out, tuple) else out).double())
+    )
     run(model, arguments)
     for index, method in enumerate(METHODS, start=len(RADII)):
         linearize_(model, method, layers=name)
         run(model, arguments)
         expected = (outs[-1] - outs[0]).square().sum() / outs[0].square().sum()
         assert expected > 0.001 and torch.allclose(error[index], expected, rtol=1e-4)
+
+
+def test_profile_attention_counts_windows_among_radii_and_each_method_once() -> None:
+    profile = _profile(methods=(Mala(), Clear(radius=2.5), Clear(radius=2), Mala()))
+    assert (profile.radii, profile.methods) == ((1.5, 2, 2.5, 3.2), (Mala(),))
+    assert all(len(layer.output_error) == 5 for layer in profile.layers)
 
 
 def test_profile_attention_refuses_what_it_cannot_try() -> None:
@@ -291,10 +310,19 @@ def test_propose_mixes_methods() -> None:
     errors = ((0.9, 0.5, 0.1, 0.02), (0.9, 0.8, 0.7, 0.9), (0.01, 0.005, 0.001, 0.3), (0.3, 0.01, 0.001, 0.2))
     profile = replace(_made(*errors), methods=(agent,))
     assert agent not in propose(profile, 0.9).chosen.values()  # unless it is named
-    proposal = propose(profile, 0.9, choices=(Clear(radius=4), agent))
-    assert list(proposal.chosen.values()) == [agent, Clear(radius=4), Clear(radius=4), Clear(radius=4)]
-    assert set(proposal.configs.values()) == {agent, Clear(radius=4)}
-    assert str(proposal).startswith("3 x radius 4, 1 x agent:num_agents=4; operations at 256x256")
+    window = Clear(radius=8)
+    proposal = propose(profile, 0.9, choices=(window, agent))
+    assert list(proposal.chosen.values()) == [agent, window, window, window]
+    assert set(proposal.configs.values()) == {agent, window}
+    assert str(proposal).startswith("3 x radius 8, 1 x agent:num_agents=4; operations at 256x256")
+    costs = [4 * pairs * 2 * 8 for pairs in (_pairs(window), _pairs(agent))]
+    assert costs[1] < costs[0] and proposal.flops == 3 * costs[0] + costs[1]
+    cheaper = propose(profile, agent, choices=(window, agent))
+    assert set(cheaper.chosen.values()) == {agent} and cheaper.flops == 4 * costs[1]
+
+
+def _pairs(config: Any) -> int:
+    return kernels_of_methods[type(config)].pairs(config, (16, 16), 10, num_heads=2, head_dim=8)
 
 
 def test_parse_choices_takes_radii_methods_and_full_attention() -> None:
@@ -303,9 +331,16 @@ def test_parse_choices_takes_radii_methods_and_full_attention() -> None:
     profile = replace(_made(), radii=(2, 2.5, 8), methods=(*agents, pooled))
     assert parse_choices(profile, "2.5, agent,full") == [Clear(radius=2.5), *agents, None]
     assert parse_choices(profile, "clear,8") == [pooled, Clear(radius=8)]
-    with pytest.raises(ValueError, match=r"mala was not profiled, these were: radius 2, .*agent:num_agents=16"):
-        parse_choices(profile, "2,mala")
+    assert parse_choices(profile, "2.0") == [Clear(radius=2)]
+    for text, word in (("2,mala", "mala"), ("4", "4"), ("2,", ""), ("", ""), ("nan", "nan")):
+        with pytest.raises(ValueError, match=f"'{word}' was not profiled: choices are 2, 2.5, 8, agent, clear, full"):
+            parse_choices(profile, text)
     assert name_of(pooled) == "clear:radius=4,pool_tokens=4"
+
+
+def test_propose_refuses_errors_that_are_no_numbers() -> None:
+    with pytest.raises(ValueError, match=r"no finite error for every candidate in blocks.1.attn"):
+        propose(_made((0.9, 0.5, 0.1), (0.9, math.nan, 0.1)), 0.9)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +351,7 @@ def test_parse_choices_takes_radii_methods_and_full_attention() -> None:
         (0.9999999, (Clear(radius=8), None), "nothing to convert"),
         (0.5, (Clear(radius=3),), "radius 3 was not profiled, these were: radius 2, radius 4, radius 8"),
         (0.5, (Mala(),), "mala was not profiled"),
+        (0.5, (), "choices must hold at least one"),
     ],
 )
 def test_propose_refuses(budget: float, choices: tuple[Any, ...] | None, said: str) -> None:
