@@ -3,15 +3,16 @@
 Hours on two cores. Clear(radius=4), taught by the model itself: does the student still follow held-out captions, do its
 pictures still hang together, how near are its latents? The same for a hybrid, which adds 256 tokens in focus and 256
 proxies for all that lies beyond the window, and for a wider window that costs as much at FLUX.1's 4K shape (less here),
-each from three seeds. For agent attention and MALA in every layer: do they still follow captions? And shorter: what
-does each term of the loss bring? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with every row.
+each from three seeds. For agent attention and MALA in every layer, and MALA in the layers where a profile proposes it:
+do they follow captions? And shorter: what does each term of the loss bring? Writes benchmarks/results/marks.json,
+marks.md and marks.png, anew with every row.
 """
 
 import argparse
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +26,14 @@ from lineardit.distill.config import PROJECTIONS, as_toml
 from lineardit.distill.files import write_json
 from lineardit.distill.launch import launch
 from lineardit.distill.sheet import write_sheet
-from lineardit.examples.tiny_flux import path
+from lineardit.examples.tiny_flux import path, scenes
+from lineardit.linearize.attention_profile import read_profile
+from lineardit.linearize.budget import propose
 from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.folders import write_whole
 from lineardit.linearize.methods import Agent, Clear, Hybrid, Mala, ProxyTokens, config_to_dict
+from lineardit.linearize.opening import open_pipeline
+from lineardit.linearize.profiling import profile_attention
 from lineardit.stages import matmul_gflops
 
 logger = logging.getLogger(__name__)
@@ -42,14 +47,17 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ fr
     "CLEAR's weights": ("loss.flow=1.0", "loss.prediction=0.5", "loss.attention=0.5"),
     "CLEAR's projections": (f"trained.projections={json.dumps(PROJECTIONS)}",),
 }
+MALA = Mala(conv_size=5, balance=True)
 WIDER = "window of equal cost"
-FOLLOWERS = ("agent", "mala")  # no window beside the linear attention: held to their captions, not to coherence
+SOME = "mala in some layers"
+FOLLOWERS = ("agent", "mala", SOME)  # held to their captions, not to coherence
 UNTRAINED = {  # the rows of the swaps alone
     "default": "0 steps",
     "hybrid": "hybrid, 0 steps",
     "proxies alone": "proxies alone, 0 steps",
     "agent": "agent, 0 steps",
     "mala": "mala, 0 steps",
+    SOME: f"{SOME}, 0 steps",
     WIDER: f"{WIDER}, 0 steps",
 }
 # In the picture
@@ -81,6 +89,8 @@ class Plan(ScenePlan):
     hybrid_captions: int = 128  # of the hybrid without training
     rival_learning_rate: float = 1e-3  # of the window of equal cost; of proxies, agent and mala, with few_train_steps
     layer_steps: int = 100  # of agent and mala, layer by layer before those, at the same rate
+    some_budget: Any = 0.35  # of full attention's operations, for mala where it errs least, and the hybrid elsewhere
+    profiled: int = 3  # pictures, for that
     seeds: tuple[int, ...] = (0, 1, 2)  # of the hybrid and the window of equal cost
     shown: int = 12  # rows of the sheet
 
@@ -151,7 +161,8 @@ class Marks(SceneStudents):
             "proxies alone": Student(self.unfocused, plan.few_train_steps, few, few, (medium,)),
             WIDER: Student(self.rival, steps, few, few, (medium,)),
             "agent": Student(Agent(num_agents=64, conv_size=5, balance=True), *follower),
-            "mala": Student(Mala(conv_size=5, balance=True), *follower),
+            "mala": Student(MALA, *follower),
+            SOME: Student(self.some_layers, *follower),
             "default": Student(self.local, plan.train_steps, every, every, (fast,)),
         }
 
@@ -167,6 +178,18 @@ class Marks(SceneStudents):
     @property
     def unfocused(self) -> Hybrid:
         return Hybrid(local=self.local, global_=ProxyTokens(num_proxies=self.plan.proxies), gate=1.0)
+
+    @property
+    def some_layers(self) -> Mapping[str, Any]:
+        """MALA in the layers that a profile proposes under the budget, the hybrid in the others."""
+        file, plan = self.directory / "profile.json", self.plan
+        if not file.exists():
+            captions = [scenes.sample(index).caption for index in range(plan.profiled)]
+            drawing = {"size": (plan.side, plan.side), "max_sequence_length": plan.text_tokens}
+            choices = (MALA, self.hybrid)
+            profile_attention(open_pipeline(self.base), captions, methods=choices, steps=8, **drawing).write(file)
+        profile = read_profile(file)
+        return propose(profile, plan.some_budget, choices=profile.methods).configs
 
     @property
     def rival(self) -> Clear:
@@ -198,7 +221,7 @@ class Marks(SceneStudents):
         settings = [
             f"base.model={json.dumps(str(self.base))}",
             f"data.directory={json.dumps(str(self.directory / 'samples'))}",
-            *(f"method.{key}={as_toml(value)}" for key, value in config_to_dict(method).items()),
+            *(f"method.{key}={as_toml(value)}" for key, value in method_table(method).items()),
             f"run.directory={json.dumps(str(adapter.parent))}",
             f"run.steps={steps}",
             f"run.batch_size={plan.batch_size}",
@@ -223,6 +246,21 @@ class Marks(SceneStudents):
         pairs = [pair for pair in names if set(pair) <= self.made.keys()]
         few = self.plan.few_captions
         return marks + rival_marks([(self.row(one, few), self.row(other, few)) for one, other in pairs])
+
+
+def method_table(method: Any) -> dict[str, Any]:
+    """A config, or {pattern: config}, as the settings of a distillation have it."""
+    if isinstance(method, Mapping):
+        return {pattern: config_to_dict(one) for pattern, one in method.items()}
+    return config_to_dict(method)
+
+
+def told(methods: Mapping[str, Any]) -> str:
+    """Which layers have which method."""
+    names: dict[str, list[str]] = {}
+    for pattern, method in methods.items():
+        names.setdefault(type(method).__name__, []).append(pattern)
+    return "; ".join(f"{name} in {', '.join(patterns)}" for name, patterns in names.items())
 
 
 def write_results(results: Path, run: Marks) -> str:
@@ -250,7 +288,8 @@ def write_results(results: Path, run: Marks) -> str:
         f"{plan.steps} steps; students: {plan.train_steps} steps of {plan.batch_size} samples, "
         f"the hybrid and the window of equal cost at FLUX.1's 4K (radius {run.rival.radius:g}; here it looks at fewer "
         f"keys than the hybrid) {plan.hybrid_train_steps}, "
-        f"proxies alone {plan.few_train_steps}, agent and mala as many after {plan.layer_steps} layer by layer. "
+        f"proxies alone {plan.few_train_steps}, agent and mala as many after {plan.layer_steps} layer by layer "
+        f"(in some layers: {told(run.some_layers)}). "
         f"{machine}"
     )
     report = as_markdown(title, rows, marks)

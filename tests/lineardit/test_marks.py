@@ -93,7 +93,7 @@ def test_marks_run_makes_every_row_and_goes_on(
     plan = marks.Plan(
         radius=2, side=16, steps=1, captions=3, few_captions=2, samples=4, train_steps=1, hybrid_train_steps=1,
         hybrid_captions=2, few_train_steps=1, layer_steps=1, proxies=4, focus_tokens=16, text_tokens=16, shown=2,
-        seeds=(0, 1),
+        seeds=(0, 1), profiled=1, some_budget=marks.MALA,
     )  # fmt: skip
     run = marks.Marks(base, tmp_path / "work", plan)
     reports: list[str] = []
@@ -106,26 +106,30 @@ def test_marks_run_makes_every_row_and_goes_on(
     changes = [f"{change}, 1 steps" for change in marks.ABLATIONS]
     rows = run.rows()
     assert [one.name for one in rows] == [*names, *changes]
-    assert [one.pictures for one in rows] == [3, 2, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, *[2] * (1 + len(changes))]
+    assert [one.pictures for one in rows] == [3, 2, 3, *[2] * 12, 3, 3, *[2] * (1 + len(changes))]
     assert all(
-        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[8:], strict=True)
+        set(marks.ABLATIONS[change]) <= set(one) for change, one in zip(marks.ABLATIONS, launched[9:], strict=True)
     )
     assert ["loss.flow=0.0" in one for one in launched] == [
-        *(True, False, False, True, True),  # hybrid, agent, mala
+        *(True, False, False, True, True, True),  # hybrid, agent, mala
         *(True, False),  # the hybrid's other seed
         *(False, False, True),  # the window, and its term switched off
     ]
-    assert ["run.seed=1" in one for one in launched] == [*[False] * 5, *[True] * 2, *[False] * 3]
-    assert ["layerwise.steps=1" in one for one in launched] == [*[False] * 3, *[True] * 2, *[False] * 5]
+    assert ["run.seed=1" in one for one in launched] == [*[False] * 6, *[True] * 2, *[False] * 3]
+    assert ["layerwise.steps=1" in one for one in launched] == [*[False] * 3, *[True] * 3, *[False] * 5]
     assert all((f"| {wide} |" in report) == (number >= 5) for number, report in enumerate(reports))  # row by row
     content = json.loads((tmp_path / "results" / "marks.json").read_text())
     assert [mark["name"] for mark in content["marks"]] == [mark.name for mark in run.marks()]
-    assert len(run.marks()) == 2 + 2 + 3 + 3 + 2 + 2
+    assert len(run.marks()) == 2 + 2 + 3 + 3 + 3 + 2
+    mala = '{method = "mala", conv_size = 5, balance = true}'
+    assert [one for one in launched[5] if one.startswith("method.")] == [
+        f"method.transformer_blocks.*.attn={mala}", f"method.single_transformer_blocks.*.attn={mala}",
+    ]  # fmt: skip
     assert all(f"| {name} |" in reports[-1] for name in [*names, *changes])
     assert (tmp_path / "results" / "marks.md").read_text() == reports[-1]
     assert (tmp_path / "results" / "marks.png").is_file()
 
     again = marks.Marks(base, tmp_path / "work", plan)
     again.run(lambda: None)
-    assert len(launched) == 8 + len(changes)
+    assert len(launched) == 9 + len(changes)
     assert [one.comparison for one in again.rows()] == [one.comparison for one in rows]
