@@ -119,15 +119,28 @@ def run(pipe: Any, profile: Profile, plan: Plan) -> list[dict[str, Any]]:
         uniform = proposals["output error"].budget
         proposals["windows and agents"] = propose(profile, Clear(radius=radius), choices=[*profile.windows, AGENT])
         ways: dict[str, tuple[Config, int, Any]] = {"uniform": (Clear(radius=radius), uniform, f"radius {radius:g}")}
-        for name, found in proposals.items():
-            ways[name] = (found.configs, found.flops, {module: name_of(one) for module, one in found.chosen.items()})
+        ways |= {name: (one.configs, one.flops, named(one.chosen)) for name, one in proposals.items()}
         for name, (config, flops, chosen) in ways.items():
             row = {"budget": f"radius:{radius:g}", "spent by": name, **judge.judge(config)}
             rows.append(
                 row | {"flops": flops, "share": flops / proposals["output error"].dense_flops, "chosen": chosen}
             )
+            if name in proposals:
+                rows[-1]["error_of_layers"] = sum(error_of(profile, proposals[name].chosen))
             logger.info("%s", as_line(row))
     return rows
+
+
+def named(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """What each layer gets, in words."""
+    return {module: name_of(one) for module, one in chosen.items()}
+
+
+def error_of(profile: Profile, chosen: Mapping[str, Any]) -> list[float]:
+    """Of each layer's output, as it was profiled; full attention has none."""
+    candidates = profile.candidates
+    pairs = ((layer, chosen[layer.module]) for layer in profile.layers)
+    return [0.0 if one is None else layer.output_error[candidates.index(one)] for layer, one in pairs]
 
 
 def as_line(row: Mapping[str, Any]) -> str:
