@@ -6,7 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
+from lineardit.pipelines import estimate
 from lineardit.pipelines.plan import Limits, Plan, Settings, Stage
 from lineardit.pipelines.planning import cascade, ntk_factor, proportional_factor
 
@@ -151,3 +153,20 @@ def test_plan_refuses_what_does_not_fit() -> None:
         Plan(height=16, width=16, stages=(stage,), tile=8)
     with pytest.raises(ValueError, match="height and width must be >= 1, got 0 and 16"):
         cascade(0, 16, FLUX, Settings(), **CALL)
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(1.0, [8] * 3), (0.001, [8] * 3 + [512] * 3)])
+def test_half_of_peak_is_not_measured_for_long(
+    seconds: float, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow device is judged by the small product alone."""
+    seen: list[int] = []
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> float:
+        seen.append(left.shape[0])
+        return seconds
+
+    monkeypatch.setattr(estimate, "_seconds", product)
+    speed = estimate.half_of_peak.__wrapped__(torch.device("cpu"), torch.float32)
+    assert seen == rows
+    assert speed == pytest.approx(0.5 * 2 * rows[-1] * 2048**2 / seconds)
