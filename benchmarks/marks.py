@@ -187,7 +187,8 @@ class Marks(SceneStudents):
             captions = [scenes.sample(index).caption for index in range(plan.profiled)]
             drawing = {"size": (plan.side, plan.side), "max_sequence_length": plan.text_tokens}
             choices = (MALA, self.hybrid)
-            profile_attention(open_pipeline(self.base), captions, methods=choices, steps=8, **drawing).write(file)
+            with self.stages.stage("profile"):
+                profile_attention(open_pipeline(self.base), captions, methods=choices, steps=8, **drawing).write(file)
         profile = read_profile(file)
         return propose(profile, plan.some_budget, choices=profile.methods).configs
 

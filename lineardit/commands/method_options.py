@@ -66,11 +66,11 @@ def parse_method(text: str) -> Any:
     if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"a method is spelled METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")
     found = {key.replace("-", "_"): value for key, _, value in pairs}
-    nested = names_of_methods()
+    nested = nested_settings()
     return {"method": method} | {key: (parse_method if key in nested else _value)(found[key]) for key in found}
 
 
-def names_of_methods() -> frozenset[str]:
+def nested_settings() -> frozenset[str]:
     """The settings that hold a method."""
     fields = [field for fields in fields_of_methods().values() for field in fields]
     return frozenset(field.name.rstrip("_") for field in fields if field.metadata.get("of_method"))
@@ -105,7 +105,7 @@ class MethodCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         fields = [field for fields in fields_of_methods().values() for field in fields]
         names = {field.name.rstrip("_") for field in fields}
-        ctx.obj, args = split_arguments(args, names, names_of_methods())
+        ctx.obj, args = split_arguments(args, names, nested_settings())
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
