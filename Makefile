@@ -61,7 +61,7 @@ nearness: $(STAMP)  ## every method on the small model without training, by sing
 methods: $(STAMP)  ## every method on the small model, equal training: hours, resumable
 	$(BIN)/python benchmarks/methods.py
 
-high-resolution: $(STAMP)  ## the cascade at 512 and 1024 px on the small model, after make marks: hours, resumable
+high-resolution: $(STAMP)  ## the cascade at 512 and 1024 px on the small model: hours, resumable
 	$(BIN)/python benchmarks/high_resolution.py
 
 bench-cpu: $(STAMP)  ## window attention against dense attention on this CPU

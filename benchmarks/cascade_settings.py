@@ -1,25 +1,27 @@
-"""What each setting of the cascade does, on the small model: `python benchmarks/cascade_settings.py`, minutes.
+"""What each setting of the cascade does, on the small model: `python benchmarks/cascade_settings.py`, 20 minutes.
 
 One picture of 128 pixels by the dense teacher is enlarged to 512 again and again, with one setting changed at a time;
-the noise is the same in all. Writes docs/images/settings_*.png; docs/high_resolution.md shows them.
+the noise is the same in all. For rope_factor, which matters most where positions are furthest, one of these is enlarged
+to 1024. Writes docs/images/settings_*.png; docs/high_resolution.md shows them.
 
-A student's adapter comes from `make marks`; --adapter names another.
+The student is that of `make high-resolution`; --adapter names another.
 """
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from high_resolution import open_student
 from PIL import Image
 
 from lineardit import HighResolutionPipeline, dense
 from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.sheet import write_sheet
-from lineardit.examples.tiny_flux import scenes
-from lineardit.linearize.opening import open_pipeline
+from lineardit.examples.tiny_flux import path, scenes
 from lineardit.pipelines.plan import Settings
 
 logger = logging.getLogger(__name__)
@@ -28,21 +30,16 @@ IMAGES = Path(__file__).parents[1] / "docs/images"
 NATIVE, SIDE = 128, 512  # pixels
 CALL = {"max_sequence_length": 64}
 SHOWN = 256  # pixels of a picture on a sheet
-ROWS: dict[str, dict[str, Mapping[str, Any]]] = {
-    "strength": {f"strength {value:g}": {"strength": value} for value in (0.1, 0.3, 0.6, 0.88)},
-    "follow": {f"strength 0.6, follow {value:g}": {"strength": 0.6, "follow": value} for value in (0, 0.5, 1)},
-    "steps": {f"strength 0.6, {value} steps": {"strength": 0.6, "steps": value} for value in (2, 8, 16)},
-    "shift": {f"strength 0.6, shift {value:g}": {"strength": 0.6, "shift": value} for value in (1, 3.16, 10)},
-}
+ROPE_STEPS = 4
 
 
 class Drawing:
     """One caption's picture by the teacher, and what settings make of it."""
 
-    def __init__(self, adapter: Path, scene: int, seed: int) -> None:
+    def __init__(self, adapter: Path | None, scene: int, seed: int) -> None:
         self.caption = scenes.sample(scene, split="held_out").caption
         self.seed = seed
-        student = open_pipeline(adapter)
+        student = open_student(path(), adapter)
         self.high = HighResolutionPipeline.from_pipe(student, native_size=NATIVE)
         self.high.set_progress_bar_config(disable=True)
         student.set_progress_bar_config(disable=True)
@@ -60,16 +57,44 @@ class Drawing:
             self.made[settings] = self.high(self.caption, **call).images[0]
         return self.made[settings]
 
+    def stretched(self, rope_factor: float) -> Image.Image:
+        """The picture of `SIDE` pixels, enlarged to twice as much."""
+        plan = self.high.plan(2 * SIDE, 2 * SIDE, enlarge=True, settings=Settings(steps=ROPE_STEPS))
+        stage = replace(plan.stages[-1], rope_factor=rope_factor)
+        logger.info("%s", stage)
+        before = self.enlarged(Settings())
+        call = {**CALL, "plan": replace(plan, stages=(stage,)), "image": before, "generator": self._noise()}
+        return self.high(self.caption, **call).images[0]
+
     def _noise(self) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(self.seed)
 
 
+def enlarging(**settings: Any) -> Callable[[Drawing], Image.Image]:
+    return lambda drawing: drawing.enlarged(Settings(**settings))
+
+
+def stretching(rope_factor: float) -> Callable[[Drawing], Image.Image]:
+    return lambda drawing: drawing.stretched(rope_factor)
+
+
+ROWS: dict[str, dict[str, Callable[[Drawing], Image.Image]]] = {
+    "strength": {f"strength {value:g}": enlarging(strength=value) for value in (0.1, 0.3, 0.6, 0.88)},
+    "follow": {f"strength 0.6, follow {value:g}": enlarging(strength=0.6, follow=value) for value in (0, 0.5, 1)},
+    "steps": {f"strength 0.6, {value} steps": enlarging(strength=0.6, steps=value) for value in (2, 8, 16)},
+    "shift": {f"strength 0.6, shift {value:g}": enlarging(strength=0.6, shift=value) for value in (1, 3.16, 10)},
+    # NTK's factors for 1, 4 and 8 times the native side
+    "rope": {f"1024 px, rope x{value:g}": stretching(value) for value in (1, 5.28, 12.1)},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--adapter", type=Path, default=Path("runs/marks/runs/default/adapter"))
+    parser.add_argument("--adapter", type=Path, help="of another student")
     parser.add_argument("--scene", type=int, default=5, help="number of the held-out caption")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=Path, default=IMAGES)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="only these")
     options = parser.parse_args()
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -77,9 +102,10 @@ def main() -> None:
     print(drawing.caption)
     lanczos = drawing.native.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     for name, columns in ROWS.items():
-        made = [lanczos, *(drawing.enlarged(Settings(**{"steps": 8, **settings})) for settings in columns.values())]
-        shown = [picture.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS) for picture in made]
-        write_sheet(["128 px, by Lanczos", *columns], [shown], options.images / f"settings_{name}.png")
+        if name in options.rows:
+            made = [lanczos, *(draw(drawing) for draw in columns.values())]
+            shown = [picture.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS) for picture in made]
+            write_sheet(["128 px, by Lanczos", *columns], [shown], options.images / f"settings_{name}.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ oracle: the drawing itself, through the VAE. Does each picture still follow its 
 are its objects? And what memory does the cascade take? Writes benchmarks/results/high_resolution.json, .md and .png,
 anew as rows are done.
 
-The student is the hybrid of `make marks`; --adapter names another. Direct generation is for a few captions only.
+The student is a hybrid without training; --adapter names another. Direct generation is for a few captions only.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from high_resolution_report import Row, report
 from PIL import Image
 from tqdm import tqdm
 
-from lineardit import HighResolutionPipeline
+from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, linearize_
 from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.cost import paired_step_seconds
 from lineardit.distill.files import write_json
@@ -33,6 +33,7 @@ from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.folders import sha256, write_whole
 from lineardit.linearize.opening import open_pipeline
+from lineardit.linearize.standing import describe_attention
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import decode, encode
 from lineardit.scene_judge import judge_scene
@@ -41,6 +42,8 @@ from lineardit.stages import Stages
 logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).with_name("results")
+# At 1024 px, 256 x 256 tokens, a proxy stands for 8 x 8, half as far as the window reaches: wider cells would show.
+STUDENT = Hybrid(local=Clear(radius=16), global_=ProxyTokens(num_proxies=1024), gate=1.0, focus_tokens=256)
 COLOURFUL = 0.2  # max - min of a pixel: objects are above, backgrounds below 0.18
 Draw = Callable[[int], Image.Image]  # the picture of one caption
 
@@ -59,6 +62,14 @@ class Amount:
     settings: Settings = field(default_factory=Settings)
 
 
+def open_student(base: Path, adapter: Path | None) -> Any:
+    """The pipeline of this adapter; None: the base's with `STUDENT`."""
+    pipe = open_pipeline(adapter or base)
+    if adapter is None:
+        linearize_(pipe, STUDENT)
+    return pipe
+
+
 def sharpness(picture: Image.Image) -> float | None:
     """Mean gradient, of 255 a pixel, where objects border on the background; None without objects."""
     pixels = numpy.asarray(picture.convert("RGB"), numpy.float32)
@@ -72,18 +83,22 @@ def sharpness(picture: Image.Image) -> float | None:
 
 
 class HighResolution:
-    """One run, in a folder of its own: every picture is a file, and what is there is not made again."""
+    """One run, in a folder of its own: every picture is a file, and what is there is not made again.
 
-    def __init__(self, base: Path, adapter: Path, directory: Path, amount: Amount) -> None:
-        weights = [sha256(file)[:8] for place in (base, adapter) for file in sorted(place.rglob("*.safetensors"))]
-        content = json.loads(json.dumps(asdict(amount)))
-        del content["captions"], content["few_captions"]  # more of them may be drawn later
-        self.stages = Stages(directory, content | {"weights": weights})
+    `adapter` is the student's; None: `STUDENT`.
+    """
+
+    def __init__(self, base: Path, adapter: Path | None, directory: Path, amount: Amount) -> None:
+        self.teacher, self.student = open_pipeline(base), open_student(base, adapter)
+        self.attention = describe_attention(self.student)
+        places = [base] if adapter is None else [base, adapter]
+        weights = [sha256(file)[:8] for place in places for file in sorted(place.rglob("*.safetensors"))]
         self.directory, self.amount = directory, amount
         self.scenes = [scenes.sample(index, split="held_out") for index in range(amount.captions)]
-        self.teacher = open_pipeline(base)
-        self.student = open_pipeline(adapter)
         self.cascade = HighResolutionPipeline.from_pipe(self.student, native_size=amount.native)
+        content = {"steps": amount.steps, "text_tokens": amount.text_tokens, "weights": weights}
+        plans = [self.plan(side).settings() for side in (amount.side, amount.largest)]
+        self.stages = Stages(directory, content | {"attention": self.attention, "plans": plans})
         for pipe in (self.teacher, self.cascade, self.student):
             pipe.set_progress_bar_config(disable=True)
         self.made: dict[tuple[str, int], list[Image.Image]] = {}  # by row and pixels
@@ -247,21 +262,23 @@ def write_results(results: Path, run: HighResolution) -> str:
     amount = run.amount
     results.mkdir(parents=True, exist_ok=True)
     rows = [asdict(row) for row in run.rows]
-    write_json(results / "high_resolution.json", {"amount": asdict(amount), "rows": rows, **run.beside})
+    about = {"amount": asdict(amount), "attention": run.attention}
+    write_json(results / "high_resolution.json", {**about, "rows": rows, **run.beside})
     shown = {
         f"{name}, {side} px": made[: min(8, amount.few_captions)]
         for (name, side), made in run.made.items()
         if side != amount.largest
     }
     write_sheet(list(shown), list(zip(*shown.values(), strict=True)), results / "high_resolution.png")
-    text = report(amount.side, amount.largest, run.rows, run.beside, run.plan(amount.side))
+    told = f"{run.attention}\n{run.plan(amount.largest)}"
+    text = report(amount.side, amount.largest, run.rows, run.beside, told)
     write_whole(results / "high_resolution.md", lambda temporary: temporary.write_text(text))
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--adapter", type=Path, default=Path("runs/marks/runs/hybrid/adapter"))
+    parser.add_argument("--adapter", type=Path, help="of another student")
     parser.add_argument("--directory", type=Path, default=Path("runs/high_resolution"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--captions", type=int, default=Amount.captions, help="at 512 px")
@@ -269,8 +286,6 @@ def main() -> None:
         "--few-captions", type=int, default=Amount.few_captions, help="at 1024 px, and generated directly"
     )
     options = parser.parse_args()
-    if not options.adapter.exists():
-        raise SystemExit(f"{options.adapter} is not there: run `make marks` first, or name an --adapter")
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     amount = Amount(captions=options.captions, few_captions=options.few_captions)

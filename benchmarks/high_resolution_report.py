@@ -6,8 +6,6 @@ from typing import Any
 
 from high_resolution_memory import MOST, Memory, growths, table
 
-from lineardit.pipelines.plan import Plan
-
 Mark = tuple[str, str, str, bool]  # what, the target, what was measured, whether it was met
 
 
@@ -75,10 +73,10 @@ def cost_marks(largest: int, beside: dict[str, Any]) -> list[Mark]:
     ]
 
 
-def report(side: int, largest: int, rows: Sequence[Row], beside: dict[str, Any], plan: Plan) -> str:
-    """Marks and rows; `beside`: what was measured beside them."""
+def report(side: int, largest: int, rows: Sequence[Row], beside: dict[str, Any], told: str) -> str:
+    """Marks and rows; `beside`: what was measured beside them; `told`: of student and cascade."""
     marks = [*quality_marks(side, rows, beside), *cost_marks(largest, beside)]
-    lines = ["# High resolution, on the small model", "", f"```\n{plan}\n```", "", "| mark | target | measured | met |"]
+    lines = ["# High resolution, on the small model", "", f"```\n{told}\n```", "", "| mark | target | measured | met |"]
     lines += ["| --- | --- | --- | --- |"]
     lines += [f"| {name} | {target} | {got} | {'yes' if met else '**no**'} |" for name, target, got, met in marks]
     lines += ["", "| pictures | px | captions | objects | coherence | gradient at objects |"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .convert import denoiser, swapped
 from .families import family_of
-from .layout import Layout
+from .layout import Grid, Layout
 from .matching import attention_modules
 from .report import SwapReport
 
@@ -35,6 +35,13 @@ def swap_report(pipe_or_model: Any) -> SwapReport | None:
 def describe_attention(pipe_or_model: Any) -> str:
     """One line: what is swapped, or that nothing is."""
     return str(swap_report(pipe_or_model) or "original attention")
+
+
+def advice_on(model: nn.Module, grid: Grid) -> tuple[str, ...]:
+    """What the converted attention of a model has to say about pictures of this grid, each sentence once."""
+    kernels: list[Any] = [module.linear_kernel for module in swapped(model).values()]
+    told = (kernel.advice(kernel.config, grid) for kernel in kernels if hasattr(kernel, "advice"))
+    return tuple(dict.fromkeys(advice for advice in told if advice is not None))
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
             text_len=text_len,
             tile=tile,
         )
-        return Estimator(self).with_costs(plan, limits.multiple, text_len, batch)
+        return Estimator(self).with_costs(self._with_advice(plan, limits.multiple), limits.multiple, text_len, batch)
 
     @torch.no_grad()
     def __call__(

@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from ..linearize.convert import denoiser, dense
 from ..linearize.errors import UnsupportedModelError
 from ..linearize.logits import scaled_logits
 from ..linearize.seam import state_of
+from ..linearize.standing import advice_on
 from .latents import unpack_latents
 from .plan import Attention, Plan, Stage
 from .positions import exact_positions, rope_scaled
@@ -167,6 +168,14 @@ class HighResolutionPipeline(DiffusionPipeline):
                 return "both"
         except (ValueError, RuntimeError):  # the originals of trained weights were not kept
             return "converted"
+
+    def _with_advice(self, plan: Plan, multiple: int) -> Plan:
+        """The plan, with what the converted attention says about its last size; `multiple`: pixels of a token."""
+        last = plan.stages[-1]
+        if last.attention == "original":
+            return plan
+        advice = advice_on(denoiser(self)[1], (last.height // multiple, last.width // multiple))
+        return replace(plan, notes=(*plan.notes, *advice))
 
     def _pictures(self, latents: Tensor, stage: Stage, tile: int | None) -> list[Image.Image]:
         return self.image_processor.postprocess(self._decoded(latents, stage, tile), output_type="pil")

@@ -8,7 +8,9 @@ again, until the size asked for. Where each default comes from:
     strength, steps the small model of this repository, which loses its pictures above; CLEAR (arXiv:2412.16112) starts
                     FLUX at 2K and 4K from noise level 0.875, 14 steps
     shift           what the scheduler takes at its largest size; stock pipelines extrapolate it, up to pure noise
-    rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2))
+    rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2)), r times the
+                    native side; with r times the known side, half as much, the small model draws a frame around
+                    pictures of 8 times its native side
     follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536) beyond those positions
 """
 
@@ -58,12 +60,12 @@ def cascade(
 
 
 def _larger_stage(height: int, width: int, attention: str, limits: Limits, settings: Settings, text_len: int) -> Stage:
-    beyond = max(height, width) / limits.known
+    longest = max(height, width)
     rope_factor, follow, logit_factor = settings.rope_factor, settings.follow, 1.0
     if rope_factor is None:
-        rope_factor = ntk_factor(beyond, limits.rope_dim)
+        rope_factor = ntk_factor(longest / limits.native, limits.rope_dim) if longest > limits.known else 1.0
     if follow is None:
-        follow = FOLLOW if beyond > 1 else 0.0
+        follow = FOLLOW if longest > limits.known else 0.0
     if settings.proportional is not None and attention == "converted":
         tokens, trained = (side // limits.multiple**2 + text_len for side in (height * width, limits.native**2))
         logit_factor = proportional_factor(tokens, trained, settings.proportional)

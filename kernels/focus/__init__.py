@@ -1,7 +1,8 @@
 """What lies beyond a window, by cells: chosen ones token by token, the others by a proxy each."""
 
 from .attention import cells_in_focus, focus_attention, focus_pairs
+from .cells import sides_of_cells
 from .choose import choose_impl
 from .rest_of_cells import log_rest
 
-__all__ = ["cells_in_focus", "choose_impl", "focus_attention", "focus_pairs", "log_rest"]
+__all__ = ["cells_in_focus", "choose_impl", "focus_attention", "focus_pairs", "log_rest", "sides_of_cells"]

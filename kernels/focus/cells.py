@@ -34,6 +34,13 @@ def cell_grid(frames: int, height: int, width: int, num_cells: int) -> tuple[int
     return min(grids, key=unlikeness)
 
 
+def sides_of_cells(grid: Grid, num_cells: int) -> tuple[float, float]:
+    """(height, width) of a cell of mean size, in tokens."""
+    _, height, width = sizes = sizes_of(grid)
+    _, rows, columns = cell_grid(*sizes, num_cells)
+    return height / rows, width / columns
+
+
 def _divisors(number: int) -> Iterator[int]:
     return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
 

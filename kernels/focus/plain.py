@@ -103,15 +103,16 @@ class _Chunk(NamedTuple):
 def _gather(
     tiles: slice, prepared: "_Prepared", chosen: Tensor | None, count: int, scale: float
 ) -> tuple[_Chunk, Tensor]:
-    """The tiles' chunk, and their choice, made here if it is None. The next chunk is written over its tokens."""
-    (query, key_cells, value_cells, proxy_key, proxy_value), rest, plan, spaces = prepared[:4]
+    """The tiles' chunk, and their choice, made here if it is None. The next chunk is written over it."""
+    (query, key_cells, value_cells, proxy_key, proxy_value), rest, plan, spaces, of_proxies = prepared[:5]
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     tokens = plan.tiles[tiles]  # [g, Q]
     q = query[:, :, tokens]  # [B, H, g, Q, D]
     if chosen is None:
         chosen = choose(q, proxy_key, plan, tiles, count, scale)
     hidden = q.new_zeros(*chosen.shape[:3], num_cells).scatter_(-1, chosen, EXCLUDED)
-    of_proxies = rest[tokens].to(q.dtype) + hidden[:, :, :, None]  # [B, H, g, Q, C]
+    of_proxies = of_proxies[: q[..., 0].numel()].view(*q.shape[:4], num_cells)  # [B, H, g, Q, C]
+    torch.add(rest[tokens], hidden[:, :, :, None], out=of_proxies)
     seen = plan.cells[chosen].flatten(3)  # [B, H, g, K]
     of_tokens = plan.shares[chosen].flatten(3)[:, :, :, None]  # [B, H, g, 1, K]
     of_tokens = torch.where(_near(seen, plan, tiles), EXCLUDED, of_tokens)  # [B, H, g, Q, K]
@@ -149,7 +150,9 @@ class _Prepared(NamedTuple):
     inputs: tuple[Tensor, ...]  # query, key and value by cells [B * H * C, L * D], proxy_key, proxy_value
     rest: Tensor  # [n, C], log (r / (n/C))
     plan: Plan
-    spaces: tuple[Tensor, Tensor]  # for the gathered keys and values of a chunk: new ones would cost more than filling
+    # For a chunk's gathered keys and values, and its proxies' biases: new ones would cost more than filling.
+    spaces: tuple[Tensor, Tensor]
+    of_proxies: Tensor  # [B * H * tiles * Q, C]
     partial: Partial
     chunks: tuple[slice, ...]  # of the tiles
 
@@ -171,6 +174,7 @@ def _prepare(inputs: Sequence[Tensor], grid: Grid, window: Window, count: int, s
         rest,
         plan,
         (spaces[0], spaces[1]),
+        query.new_empty(step * batch * num_heads * side * side, num_cells),
         fastest_partial(device.type, dtype),
         tuple(slice(start, start + step) for start in range(0, len(plan.tiles), step)),
     )

@@ -47,6 +47,8 @@ class Method(Protocol):
     `linfusion.py` has: {layer of the attention module: child of this module}, and that layer's x becomes x + child(x).
     One whose weights are the same for every head says so by `heads_alike = True`: it may then be given some of them.
     One that has no place for text beside the image says so by `image_alone = True`: joint attention is then refused.
+    One that suits some sizes of the image less has a static method `advice(config, grid) -> str | None`, for a plan's
+    notes.
     """
 
     config: Any

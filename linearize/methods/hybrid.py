@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest
+from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest, sides_of_cells
 from ...kernels.linear import attend_to_text, share_of_keys
 from ...kernels.window.operator import split_text
 from ..layout import Grid, Layout
@@ -68,6 +68,7 @@ GLOBAL: dict[type, type[Any]] = {
 }
 JOINS = ("mass", "gate")
 STATE_CELLS = 64  # that weigh a state, which has no keys of its own
+NEAR_CELLS = 2  # that a window should reach: with 1 the small model's pictures showed a faint grid of cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,15 @@ class Hybrid:
         return self.join == "mass" and type(self.global_) is ProxyTokens and self.global_.num_proxies == self.num_cells
 
 
+def _reach(local: Any, grid: Grid) -> float:
+    """How far a window reaches from its query, in tokens along the shorter side."""
+    if isinstance(local, Clear):
+        return local.radius
+    axis = min((0, 1), key=lambda one: grid[one - 2])
+    span = local.box.span(axis, grid[axis - 2])
+    return int((span.last - span.first).max()) / 2
+
+
 def _check_branch(name: str, config: object, allowed: dict[type, type[Any]]) -> None:
     if type(config) not in allowed:
         names = ", ".join(cls.__name__ for cls in allowed)
@@ -184,6 +194,20 @@ class HybridAttention(nn.Module):
         if config.focus_tokens > 0:
             of_image += focus_pairs(config.focus_tokens, config.num_cells, config.focus_side, grid)
         return local + of_image + (math.prod(grid) * config.num_cells if weighs else 0)
+
+    @staticmethod
+    def advice(config: Hybrid, grid: Grid) -> str | None:
+        """What pictures of this grid may suffer from: a grid, where a proxy stands for much of what is near."""
+        reach = _reach(config.local, grid)
+        if not config.is_one_softmax or min(grid[-2:]) <= reach:
+            return None
+        height, width = sides_of_cells(grid, config.num_cells)
+        if max(height, width) <= reach / NEAR_CELLS:
+            return None
+        return (
+            f"a proxy stands for {height:g} x {width:g} tokens where the window reaches {reach:g}: a faint grid of "
+            f"such cells may show in smooth areas; take more proxies, or a window that reaches {NEAR_CELLS} cells"
+        )
 
     def observe(self, grid: Grid) -> None:
         """Told each new grid, outside traced code.

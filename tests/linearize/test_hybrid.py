@@ -31,6 +31,7 @@ from lineardit.linearize.methods import (
     config_from_dict,
     config_to_dict,
 )
+from lineardit.linearize.methods.hybrid import HybridAttention
 from tiny_models import build
 
 GRID, TEXT_LEN, SCALE = (5, 6), 3, 0.6
@@ -294,3 +295,23 @@ def test_report_spells_both_branches_as_the_command_takes_them() -> None:
     assert "x Hybrid(local=neighborhood:window=[3,5], global=mala:gate=true)" in str(report)
     options, _ = split_arguments(["--global=mala:gate=true"], {"global"}, frozenset({"global"}))
     assert config_from_dict(options["global"]) == Mala(gate=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "grid", "told"),
+    [
+        (Hybrid(local=Clear(radius=4), global_=ProxyTokens(num_proxies=256)), (128, 128), "8 x 8 tokens"),
+        (Hybrid(local=Clear(radius=8), global_=ProxyTokens(num_proxies=1024)), (256, 512), "16 x 8 tokens"),
+        (Hybrid(local=Neighborhood(window=9), global_=ProxyTokens(num_proxies=64)), (64, 64), "reaches 4:"),
+        (Hybrid(local=SlidingTile(tile=2, window=3), global_=ProxyTokens(num_proxies=64)), (8, 64, 64), "16 x 8"),
+        (Hybrid(local=Clear(radius=8), global_=ProxyTokens(num_proxies=1024)), (128, 128), None),
+        (Hybrid(local=Clear(radius=40), global_=ProxyTokens(num_proxies=1)), (32, 32), None),  # all is near
+        (Hybrid(local=Clear(radius=4), global_=Mala()), (128, 128), None),
+    ],
+    ids=str,
+)
+def test_advice_is_given_where_proxies_stand_for_what_is_near(
+    config: Hybrid, grid: tuple[int, ...], told: str | None
+) -> None:
+    advice = HybridAttention.advice(config, grid)
+    assert advice is None if told is None else advice is not None and told in advice

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tiny_distill import build_tiny
 
 import lineardit
-from lineardit import Clear, HighResolutionPipeline, dense, linearize_
+from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, dense, linearize_
 from lineardit.linearize.convert import denoiser, swapped
 from lineardit.pipelines.cascade import cascade_of
 from lineardit.pipelines.decoding import decode_file
@@ -253,6 +253,15 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
 def test_call_refuses_what_does_not_fit(high: Any, change: Callable[[Any], dict[str, Any]], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         high(**({"prompt": PROMPT} | change(high.plan(64, 64))))
+
+
+def test_plan_passes_on_what_the_attention_advises_once() -> None:
+    pipe = build_tiny()
+    linearize_(pipe, Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4)))
+    high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
+    (note,) = [note for note in high.plan(64, 64).notes if "faint grid" in note]
+    assert "16 x 16 tokens" in note
+    assert not any("faint grid" in note for note in high.plan(16, 16).notes)  # with the original attention
 
 
 def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:

@@ -85,7 +85,7 @@ def test_cascade_uses_linear_attention_where_it_pays() -> None:
 def test_cascade_follows_low_frequencies_beyond_known_positions() -> None:
     stages = cascade(4096, 4096, FLUX, Settings(), **CALL).stages
     assert [stage.follow for stage in stages] == [0, 0, 0.5]
-    assert [stage.rope_factor for stage in stages] == [1, 1, pytest.approx(2 ** (56 / 54))]
+    assert [stage.rope_factor for stage in stages] == [1, 1, pytest.approx(4 ** (56 / 54))]
     free = cascade(4096, 4096, FLUX, Settings(follow=0, rope_factor=10), **CALL)
     assert [stage.rope_factor for stage in free.stages] == [1, 10, 10]
     assert any("expect repeated objects" in note for note in free.notes)
