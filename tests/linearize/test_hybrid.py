@@ -303,7 +303,11 @@ def test_report_spells_both_branches_as_the_command_takes_them() -> None:
         (Hybrid(local=Clear(radius=4), global_=ProxyTokens(num_proxies=256)), (128, 128), "8 x 8 tokens"),
         (Hybrid(local=Clear(radius=8), global_=ProxyTokens(num_proxies=1024)), (256, 512), "16 x 8 tokens"),
         (Hybrid(local=Neighborhood(window=9), global_=ProxyTokens(num_proxies=64)), (64, 64), "reaches 4:"),
-        (Hybrid(local=SlidingTile(tile=2, window=3), global_=ProxyTokens(num_proxies=64)), (8, 64, 64), "16 x 8"),
+        (
+            Hybrid(local=SlidingTile(tile=2, window=3), global_=ProxyTokens(num_proxies=64)),
+            (8, 64, 64),
+            "8 x 8 tokens where the window reaches 2.5",
+        ),
         (Hybrid(local=Clear(radius=8), global_=ProxyTokens(num_proxies=1024)), (128, 128), None),
         (Hybrid(local=Clear(radius=40), global_=ProxyTokens(num_proxies=1)), (32, 32), None),  # all is near
         (Hybrid(local=Clear(radius=4), global_=Mala()), (128, 128), None),
