@@ -80,9 +80,18 @@ def stretching(rope_factor: float) -> Callable[[Drawing], Image.Image]:
 
 ROWS: dict[str, dict[str, Callable[[Drawing], Image.Image]]] = {
     "strength": {f"strength {value:g}": enlarging(strength=value) for value in (0.1, 0.3, 0.6, 0.88)},
-    "follow": {f"strength 0.6, follow {value:g}": enlarging(strength=0.6, follow=value) for value in (0, 0.5, 1)},
+    # Follow is 0.5 in the last stage, steps are 8 and the shift 3.16 where nothing is said.
+    "follow": {
+        "strength 0.6, follow 0": enlarging(strength=0.6, follow=0),
+        "strength 0.6, default": enlarging(strength=0.6),
+        "strength 0.6, follow 1": enlarging(strength=0.6, follow=1),
+    },
     "steps": {f"strength 0.6, {value} steps": enlarging(strength=0.6, steps=value) for value in (2, 8, 16)},
-    "shift": {f"strength 0.6, shift {value:g}": enlarging(strength=0.6, shift=value) for value in (1, 3.16, 10)},
+    "shift": {
+        "strength 0.6, shift 1": enlarging(strength=0.6, shift=1),
+        "strength 0.6, shift 3.16": enlarging(strength=0.6),
+        "strength 0.6, shift 10": enlarging(strength=0.6, shift=10),
+    },
     # NTK's factors for 1, 4 and 8 times the native side
     "rope": {f"1024 px, rope x{value:g}": stretching(value) for value in (1, 5.28, 12.1)},
 }
