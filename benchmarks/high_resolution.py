@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 RESULTS = Path(__file__).with_name("results")
 # At 1024 px, 256 x 256 tokens, a proxy stands for 8 x 8, half as far as the window reaches: wider cells would show.
 STUDENT = Hybrid(local=Clear(radius=16), global_=ProxyTokens(num_proxies=1024), gate=1.0, focus_tokens=256)
+SHOWN = 8  # captions on the sheet
 COLOURFUL = 0.2  # max - min of a pixel: objects are above, backgrounds below 0.18
 Draw = Callable[[int], Image.Image]  # the picture of one caption
 
@@ -196,23 +197,27 @@ class HighResolution:
     def run(self, tell: Callable[[], None]) -> None:
         """All rows and what is measured beside them, the marks' first; `tell` is called when one is done."""
         amount = self.amount
-        sizes = {amount.side: amount.captions, amount.largest: amount.few_captions}
+        few = amount.few_captions
         self.add("teacher", amount.native, amount.captions, self.native)
-        for side, count in sizes.items():
-            self.add("Lanczos", side, count, lambda index, side=side: self.enlarged(index, side))
-            self.add("oracle", side, count, lambda index, side=side: self.oracle(side, index))
-            self.add("cascade, student", side, count, lambda index, side=side: self.in_stages(side, index))
-            tell()
+        self.add_cascade(amount.side, amount.captions)
+        tell()
         measures = {"last stage": self.likeness, "step seconds": self.step_seconds, "memory": self.memory}
         for name, measure in measures.items():
             self.beside[name] = measure()
             tell()
-        few = amount.few_captions
-        for side in sizes:
+        self.add_cascade(amount.largest, few)
+        tell()
+        for side in (amount.side, amount.largest):
             self.add("direct, student", side, few, lambda index, side=side: self.direct(self.student, side, index))
             tell()
         self.add("direct, teacher", amount.side, few, lambda index: self.direct(self.teacher, amount.side, index))
         tell()
+
+    def add_cascade(self, side: int, count: int) -> None:
+        """The cascade's row, and what it is held against."""
+        self.add("Lanczos", side, count, lambda index: self.enlarged(index, side))
+        self.add("oracle", side, count, lambda index: self.oracle(side, index))
+        self.add("cascade, student", side, count, lambda index: self.in_stages(side, index))
 
     def add(self, name: str, side: int, count: int, draw: Draw) -> None:
         """A row, of pictures drawn or read."""
@@ -233,7 +238,7 @@ class HighResolution:
         side = self.amount.largest
         settings = PictureSettings(height=side, width=side, max_sequence_length=self.amount.text_tokens)
         student, teacher = step_call(self.student, settings), step_call(self.teacher, settings)
-        student()  # tables of a size are made once
+        student()  # tables of a size are made once; the teacher has none
         return {"student": seconds_of(student), "teacher": seconds_of(teacher)}
 
     def memory(self) -> list[dict[str, Any]]:
@@ -265,10 +270,11 @@ def write_results(results: Path, run: HighResolution) -> str:
     rows = [asdict(row) for row in run.rows]
     about = {"amount": asdict(amount), "attention": run.attention}
     write_json(results / "high_resolution.json", {**about, "rows": rows, **run.beside})
+    count = min(SHOWN, amount.captions)
     shown = {
-        f"{name}, {side} px": made[: min(8, amount.few_captions)]
+        f"{name}, {side} px": made[:count]
         for (name, side), made in run.made.items()
-        if side != amount.largest
+        if side != amount.largest and len(made) >= count
     }
     write_sheet(list(shown), list(zip(*shown.values(), strict=True)), results / "high_resolution.png")
     told = f"{run.attention}\n{run.plan(amount.largest)}"

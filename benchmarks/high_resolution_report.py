@@ -69,7 +69,8 @@ def cost_marks(largest: int, beside: dict[str, Any]) -> list[Mark]:
         )
     target = f"at most {MOST} times for 4 times the pixels"
     return marks + [
-        (f"memory, {name}", target, f"{ratio:.2f} times", ratio <= MOST) for name, ratio in growths(_memory(beside))
+        (f"memory with local attention, {name}", target, f"{ratio:.2f} times", ratio <= MOST)
+        for name, ratio in growths(_memory(beside))
     ]
 
 

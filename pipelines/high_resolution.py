@@ -34,7 +34,7 @@ from .plan import Attention, Plan, Stage
 from .positions import exact_positions, rope_scaled
 from .running_kernels import kernels_told
 from .token_chunks import in_token_chunks
-from .vae import decode, encode, pixels_per_latent
+from .vae import decode, encode_faithfully, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,8 @@ class HighResolutionPipeline(DiffusionPipeline):
     def _enlarged(self, pictures: Any, stage: Stage, tile: int | None) -> Tensor:
         """Clean latents [B, C, h, w] of pictures at the stage's size."""
         pixels = self.image_processor.preprocess(pictures, height=stage.height, width=stage.width)
-        latents = encode(self.vae, pixels.to(self._execution_device), tile=tile, progress=self._shows_progress())
+        how: dict[str, Any] = {"tile": tile, "progress": self._shows_progress()}
+        latents = encode_faithfully(self.vae, pixels.to(self._execution_device), **how)
         return latents.to(self._execution_device)
 
     def _finish(self, latents: Tensor, stage: Stage, plan: Plan, output_type: str) -> Any:

@@ -50,6 +50,10 @@ class Circle:
         squares = row_squares[:, None, :, None] + column_squares[:, None]
         return (squares.double() < self.radius * self.radius).flatten(2).flatten(0, 1)
 
+    def reach(self, axis: int, size: int) -> float:
+        """How many tokens away, on either side, all are seen along an axis of this size; inf: all that there are."""
+        return math.inf if self.radius >= size else self.radius
+
     def keys_read(self, axis: int, size: int, tile: int) -> float:
         """Places of an axis of this size that its tiles of queries see together, on average over the tiles."""
         return mean_reach(size, tile, math.ceil(self.radius) - 1)
@@ -125,6 +129,12 @@ class Box:
 
     def _covers_axis(self, axis: int, size: int) -> bool:
         return size <= self.window[axis] * self.cell[axis] and (self.dilation[axis] == 1 or size == 1)
+
+    def reach(self, axis: int, size: int) -> float:
+        """As a circle's, of every query away from the border: 0 where dilation leaves out neighbours."""
+        if self._covers_axis(axis, size):
+            return math.inf
+        return self.cell[axis] * (self.window[axis] // 2) if self.dilation[axis] == 1 else 0
 
     def keys_read(self, axis: int, size: int, tile: int) -> float:
         """Places of an axis of this size that a tile of queries of one class sees, away from the border."""

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest, sides_of_cells
 from ...kernels.linear import attend_to_text, share_of_keys
+from ...kernels.window import Circle
 from ...kernels.window.operator import split_text
 from ..layout import Grid, Layout
 from .agent import Agent, AgentAttention
@@ -134,15 +135,6 @@ class Hybrid:
         return self.join == "mass" and type(self.global_) is ProxyTokens and self.global_.num_proxies == self.num_cells
 
 
-def _reach(local: Any, grid: Grid) -> float:
-    """How far a window reaches from its query, in tokens along the shorter side."""
-    if isinstance(local, Clear):
-        return local.radius
-    axis = min((0, 1), key=lambda one: grid[one - 2])
-    span = local.box.span(axis, grid[axis - 2])
-    return int((span.last - span.first).max()) / 2
-
-
 def _check_branch(name: str, config: object, allowed: dict[type, type[Any]]) -> None:
     if type(config) not in allowed:
         names = ", ".join(cls.__name__ for cls in allowed)
@@ -198,15 +190,17 @@ class HybridAttention(nn.Module):
     @staticmethod
     def advice(config: Hybrid, grid: Grid) -> str | None:
         """What pictures of this grid may suffer from: a grid, where a proxy stands for much of what is near."""
-        reach = _reach(config.local, grid)
-        if not config.is_one_softmax or min(grid[-2:]) <= reach:
+        if not config.is_one_softmax:
             return None
-        height, width = sides_of_cells(grid, config.num_cells)
-        if max(height, width) <= reach / NEAR_CELLS:
+        window = Circle(radius=config.local.radius) if isinstance(config.local, Clear) else config.local.box
+        reaches = [window.reach(axis, size) for axis, size in enumerate(grid[-2:])]
+        sides = sides_of_cells(grid, config.num_cells)
+        if all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):
             return None
         return (
-            f"a proxy stands for {height:g} x {width:g} tokens where the window reaches {reach:g}: a faint grid of "
-            f"such cells may show in smooth areas; take more proxies, or a window that reaches {NEAR_CELLS} cells"
+            f"a window that reaches {min(reaches):g} tokens, and proxies that stand for {sides[0]:g} x {sides[1]:g} "
+            "each: a faint grid of these may show in smooth areas; take more proxies, or a window that reaches "
+            f"{NEAR_CELLS} of them"
         )
 
     def observe(self, grid: Grid) -> None:

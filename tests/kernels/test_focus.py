@@ -18,9 +18,11 @@ from lineardit.linearize.methods import METHODS, Clear, Hybrid, Neighborhood, Pr
 ALL = [(*shape, window, 2**25) for shape in SHAPES for window in WINDOWS]
 TILE_BY_TILE = [(*shape, window, 1) for shape, window in zip(SHAPES, WINDOWS, strict=True)]
 
+SEVEN_AND_FIVE = (*SHAPES[1], WINDOWS[0], 2**18)  # tiles of its two chunks
+
 
 @pytest.mark.parametrize(
-    ("grid", "num_cells", "num_tokens", "side", "window", "chunk_bytes"), [*ALL, *TILE_BY_TILE], ids=str
+    ("grid", "num_cells", "num_tokens", "side", "window", "chunk_bytes"), [*ALL, *TILE_BY_TILE, SEVEN_AND_FIVE], ids=str
 )
 def test_focus_is_the_formula(
     grid: tuple[int, int],

@@ -298,24 +298,30 @@ def test_report_spells_both_branches_as_the_command_takes_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "grid", "told"),
+    ("local", "num_proxies", "grid", "told"),
     [
-        (Hybrid(local=Clear(radius=4), global_=ProxyTokens(num_proxies=256)), (128, 128), "8 x 8 tokens"),
-        (Hybrid(local=Clear(radius=8), global_=ProxyTokens(num_proxies=1024)), (256, 512), "16 x 8 tokens"),
-        (Hybrid(local=Neighborhood(window=9), global_=ProxyTokens(num_proxies=64)), (64, 64), "reaches 4:"),
-        (
-            Hybrid(local=SlidingTile(tile=2, window=3), global_=ProxyTokens(num_proxies=64)),
-            (8, 64, 64),
-            "8 x 8 tokens where the window reaches 2.5",
-        ),
-        (Hybrid(local=Clear(radius=8), global_=ProxyTokens(num_proxies=1024)), (128, 128), None),
-        (Hybrid(local=Clear(radius=40), global_=ProxyTokens(num_proxies=1)), (32, 32), None),  # all is near
-        (Hybrid(local=Clear(radius=4), global_=Mala()), (128, 128), None),
+        (Clear(radius=4), 256, (128, 128), "reaches 4 tokens, and proxies that stand for 8 x 8 each"),
+        (Clear(radius=8), 1024, (256, 512), "reaches 8 tokens, and proxies that stand for 16 x 8 each"),
+        (Clear(radius=16), 64, (16, 1024), "16 x 16"),  # the height is seen whole
+        (Neighborhood(window=9), 64, (64, 64), "reaches 4"),
+        (Neighborhood(window=(33, 3)), 256, (64, 64), "reaches 1 tokens"),
+        (Neighborhood(window=(3, 33)), 256, (64, 64), "reaches 1 tokens"),
+        (Neighborhood(window=33, dilation=2), 1024, (64, 64), "reaches 0"),
+        (SlidingTile(tile=16, window=1), 1024, (64, 64), "reaches 0"),
+        (SlidingTile(tile=2, window=3), 64, (8, 64, 64), "reaches 2 tokens, and proxies that stand for 8 x 8 each"),
+        (Clear(radius=8), 1024, (128, 128), None),
+        (Clear(radius=33), 1, (32, 32), None),
+        (Neighborhood(window=33), 16, (32, 32), None),
+        (Neighborhood(window=(33, 17)), 64, (32, 64), None),
     ],
     ids=str,
 )
 def test_advice_is_given_where_proxies_stand_for_what_is_near(
-    config: Hybrid, grid: tuple[int, ...], told: str | None
+    local: Any, num_proxies: int, grid: tuple[int, ...], told: str | None
 ) -> None:
-    advice = HybridAttention.advice(config, grid)
+    advice = HybridAttention.advice(Hybrid(local=local, global_=ProxyTokens(num_proxies=num_proxies)), grid)
     assert advice is None if told is None else advice is not None and told in advice
+
+
+def test_advice_is_about_proxies_alone() -> None:
+    assert HybridAttention.advice(Hybrid(local=Clear(radius=4), global_=Mala()), (128, 128)) is None
