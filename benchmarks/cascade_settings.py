@@ -1,4 +1,4 @@
-"""What each setting of the cascade does, on the small model: `python benchmarks/cascade_settings.py`, 20 minutes.
+"""What each setting of the cascade does, on the small model: `python benchmarks/cascade_settings.py`, tens of minutes.
 
 One picture of 128 pixels by the dense teacher is enlarged to 512 again and again, with one setting changed at a time;
 the noise is the same in all. For rope_factor, which matters most where positions are furthest, one of these is enlarged
