@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lineardit.kernels.focus import triton_kernels as focus_kernels
-from lineardit.kernels.focus.triton_focus import Blocks, queries_of_a_program
+from lineardit.kernels.focus.triton_focus import (
+    BLOCK_ROWS,
+    Blocks,
+    backward_candidates,
+    queries_of_a_program,
+    warps_of_queries,
+)
 from lineardit.kernels.focus.triton_focus import candidates as focus_candidates
 from lineardit.kernels.pieces.launch import block_d
 from lineardit.kernels.window import triton_kernels as kernels
@@ -48,10 +55,12 @@ POINTERS = {
     "*i64": {"MASK_WORDS", "SHARED_WORDS"},
     "*i32": {
         *("QUERY_CORNERS", "KEY_CORNERS", "MASK_IDS", "COUNTS", "INSIDE"),
-        *("TILES", "CELLS", "CHOSEN", "CLEAR", "ROWS", "COLUMNS", "FRAMES"),
+        *("TILES", "CELLS", "CHOSEN", "CLEAR", "CHOOSERS", "FIRST", "ROWS", "COLUMNS", "FRAMES"),
     },
 }
 FOCUS_SIDES = (4, 8)
+# Their gradients are sums over programs, summed afterwards.
+PARTIAL_SUMS = (kernels.window_grad_shared, focus_kernels.focus_grad_proxy, focus_kernels.focus_grad_cell)
 
 
 def tile_constants(tiles: Tiles) -> dict[str, int]:
@@ -69,7 +78,7 @@ def tile_constants(tiles: Tiles) -> dict[str, int]:
 def argument_type(kernel: Any, name: str) -> str:
     """As Triton writes it."""
     if name.isupper():
-        if kernel is kernels.window_grad_shared and name.startswith("GRAD_") and name != "GRAD_OUT":
+        if kernel in PARTIAL_SUMS and name in ("GRAD_K", "GRAD_V"):
             return "*fp32"
         return next((kind for kind, names in POINTERS.items() if name in names), "*bf16")
     return "fp32" if name == "scale" else "i32"
@@ -125,21 +134,33 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
             rows[f"sm_{arch} {name}"] = {"tiles": f"{shape} w{tiles.num_warps} s{tiles.num_stages}", **usage}
             report(f"sm_{arch} {name:20} {rows[f'sm_{arch} {name}']}")
     for side in FOCUS_SIDES:
-        name = f"sm_{arch} focus_forward, {side} x {side} queries"
-        rows[name] = focus_row(side, arch, report)
-        report(f"{name} {rows[name]}")
+        for name, row in focus_rows(side, arch, report).items():
+            rows[f"sm_{arch} {name}, {side} x {side} queries"] = row
+            report(f"sm_{arch} {name}, {side} x {side} queries {row}")
     return rows
 
 
-def focus_row(side: int, arch: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """The kernel of cells in focus, with the first blocks that fit."""
-    for blocks in focus_candidates(side):
-        fixed = {"BLOCK_Q": queries_of_a_program(side), "BLOCK_K": blocks.keys}
-        usage = compile_for(focus_kernels.focus_forward, fixed, blocks, arch)
-        if usage["shared_bytes"] <= SHARED_MEMORY[arch]:
-            break
-        report(f"sm_{arch}: {blocks} do not fit")
-    return {"tiles": f"k{blocks.keys} w{blocks.num_warps} s{blocks.num_stages}", **usage}
+def focus_rows(side: int, arch: int, report: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """The kernels of cells in focus, each direction with the first blocks that fit; those of keys are of one size for
+    tiles of any side, and compiled once.
+    """
+    of_keys = (focus_kernels.focus_grad_proxy, focus_kernels.focus_grad_cell) if side == FOCUS_SIDES[0] else ()
+    directions: tuple[tuple[list[Blocks], tuple[Any, ...]], ...] = (
+        (focus_candidates(side), (focus_kernels.focus_forward,)),
+        (backward_candidates(HEAD_DIM), (focus_kernels.focus_grad_query, *of_keys)),
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    for every_blocks, members in directions:
+        for blocks in every_blocks:
+            fixed = {"BLOCK_Q": queries_of_a_program(side), "BLOCK_K": blocks.keys, "BLOCK_ROWS": BLOCK_ROWS}
+            for kernel in members:
+                one = blocks if kernel in of_keys else replace(blocks, num_warps=warps_of_queries(side))
+                tiles = f"k{one.keys} w{one.num_warps} s{one.num_stages}"
+                rows[kernel.fn.__name__] = {"tiles": tiles, **compile_for(kernel, fixed, one, arch)}
+            if all(rows[kernel.fn.__name__]["shared_bytes"] <= SHARED_MEMORY[arch] for kernel in members):
+                break
+            report(f"sm_{arch}: {blocks} do not fit")
+    return rows
 
 
 def growth(rows: dict[str, dict[str, Any]], table: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Cells in focus (kernels/focus): the kernel against float64, and its time at FLUX.1's shape."""
+"""Cells in focus (kernels/focus): the kernels against float64, and their time at FLUX.1's shape."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_op
+from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_backward_op, focus_op
 from lineardit.kernels.focus.choose import choose_impl
 from lineardit.kernels.focus.tables import plan_of
 from lineardit.kernels.window import Circle
@@ -67,12 +67,15 @@ FEW = (Case(grid=(9, 14), radius=3, num_cells=9, num_tokens=50, side=4, head_dim
 def correctness_tasks(bench: Bench) -> Tasks:
     for case in FEW if bench.scale.few_cases else CASES:
         yield Task(part="correctness", case=str(case), impl=impl_of(bench), measure=partial(against_plain, bench, case))
+        measure = partial(gradients_against_plain, bench, case)
+        yield Task(part="correctness", case=f"{case}, gradients", impl=impl_of(bench), measure=measure)
 
 
 def operator_tasks(bench: Bench) -> Tasks:
-    for picture, side in product(bench.scale.sides, TILE_SIDES):
-        case = f"{size_name(picture)}, cells in focus, tiles of {side}"
-        yield Task(part="operator", case=case, impl=impl_of(bench), measure=partial(speed, bench, picture, side))
+    for backward, picture, side in product((False, True), bench.scale.sides, TILE_SIDES):
+        case = f"{size_name(picture)}, cells in focus, tiles of {side}" + ", backward" * backward
+        measure = partial(speed, bench, picture, side, backward=backward)
+        yield Task(part="operator", case=case, impl=impl_of(bench), measure=measure)
 
 
 def impl_of(bench: Bench) -> str:
@@ -113,8 +116,33 @@ def against_plain(bench: Bench, case: Case) -> Measured:
     return verdict(*([out[rows], lse[rows]] for out, lse in pairs), names=("out", "log-sum-exp"))
 
 
-def speed(bench: Bench, picture: int, side: int) -> Measured:
-    """Of one call, forward; the choice of cells is in it, the window and the pooling are not."""
+def gradients_against_plain(bench: Bench, case: Case) -> Measured:
+    """Of all inputs, for the output, log-sum-exp and choice that float64 gives; and twice, bit for bit."""
+    _check(bench, case)
+    inputs = case.inputs(bench.device)
+    doubles = [x.double() for x in inputs]
+    count = cells_in_focus(case.num_tokens, case.num_cells, case.grid)
+    shape = (case.grid, count, case.side, case.head_dim**-0.5)
+    window = to_arguments(Circle(radius=case.radius))
+    out, lse, chosen = focus_op(*doubles, *shape, "plain", *window)
+    grad_out, grad_lse = torch.randn_like(inputs[0]), torch.randn_like(lse.float())
+
+    def run(tensors: list[Tensor], impl: str) -> list[Tensor]:
+        dtype, sums = tensors[0].dtype, torch.promote_types(tensors[0].dtype, torch.float32)
+        given = (grad_out.to(dtype), grad_lse.to(sums), *tensors, out.to(dtype), lse.to(sums), chosen)
+        return list(focus_backward_op(*given, *shape, impl, *window))
+
+    with nan_filled_memory():
+        actual, again = (run(inputs, impl_of(bench)) for _ in range(2))
+    names = ("query", "key", "value", "proxy_key", "proxy_value")
+    differing = [name for name, one, other in zip(names, actual, again, strict=True) if not torch.equal(one, other)]
+    if differing and impl_of(bench) == "triton":
+        return Measured(figures={}, note=f"two runs differ: gradients of {', '.join(differing)}", passed=False)
+    return verdict(actual, run(doubles, "plain"), run(inputs, "plain"), names=[f"gradient of {name}" for name in names])
+
+
+def speed(bench: Bench, picture: int, side: int, *, backward: bool) -> Measured:
+    """Of one call; the choice of cells is in it, the window and the pooling are not. With `backward`, both."""
     scale, grid = bench.scale, (picture, picture)
     num_cells = min(scale.focus_tokens, picture**2 // 16)
     case = Case(
@@ -128,7 +156,8 @@ def speed(bench: Bench, picture: int, side: int) -> Measured:
         num_heads=scale.num_heads,
     )
     _check(bench, case)
-    inputs = case.inputs(bench.device)
+    inputs = [x.requires_grad_(backward) for x in case.inputs(bench.device)]
+    grad_outs = torch.randn_like(inputs[0]), torch.randn(inputs[0].shape[:3], device=bench.device)
     call = partial(
         focus_attention,
         *inputs,
@@ -139,9 +168,16 @@ def speed(bench: Bench, picture: int, side: int) -> Measured:
         scale=case.head_dim**-0.5,
         impl=impl_of(bench),
     )
-    peak = peak_gib(call, bench.device)
-    taken = seconds(call, bench.device, repeats=scale.repeats)
+
+    def run() -> None:
+        outs = call()
+        if backward:
+            torch.autograd.grad(outs, inputs, grad_outs)
+
+    peak = peak_gib(run, bench.device)
+    taken = seconds(run, bench.device, repeats=scale.repeats)
     count = cells_in_focus(case.num_tokens, num_cells, grid)
     pairs = picture**2 * (num_cells + count * picture**2 / num_cells)
-    tflops = 4 * pairs * case.num_heads * case.head_dim / taken / 1e12
+    products = 2 + 7 * backward  # four for the gradients of keys, three for those of queries
+    tflops = 2 * products * pairs * case.num_heads * case.head_dim / taken / 1e12
     return Measured(figures={"milliseconds": 1e3 * taken, "computed_tflops": tflops, "peak_gib": peak})

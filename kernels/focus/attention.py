@@ -34,7 +34,7 @@ from torch import Tensor
 from ..window.inputs import sum_dtype, token_major
 from ..window.windows import Window, from_arguments, to_arguments
 from .cells import Grid, sizes_of
-from .choose import blocks_for, choose_impl
+from .choose import backward_blocks, blocks_for, choose_impl
 from .plain import plain_backward, plain_forward
 
 
@@ -77,7 +77,7 @@ def focus_attention(
         num_tokens: seen one by one, by each query.
         side: of the tiles, in tokens.
         scale: of the logits.
-        impl: "plain", "triton" or "auto": the kernel where it runs, else "plain". The backward is plain.
+        impl: "plain", "triton" or "auto": the kernels where they run, else "plain".
     Returns:
         [B, H, n, D], and [B, H, n] in float32, or float64 for float64; lse counts in n / C tokens.
     """
@@ -143,7 +143,7 @@ def _(query, key, value, proxy_key, proxy_value, grid, count, side, *_):  # type
     schema=f"(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, Tensor chosen, {SHAPES}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _focus_backward(
+def focus_backward_op(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -163,13 +163,20 @@ def _focus_backward(
     frame_radius: int | None,
     box: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the inputs; `out`, `lse` and `chosen` as `focus_op` gave them."""
     given = (query, key, value, proxy_key, proxy_value)
     window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
-        return plain_backward(grad_out, grad_lse, given, out, lse, chosen, tuple(grid), window, side, scale)
+        made = (grad_out, grad_lse, given, out, lse, chosen, tuple(grid), window, side, scale)
+        blocks = backward_blocks(query.device, query.dtype, query.shape[3], side) if impl == "triton" else None
+        if blocks is not None:
+            from .triton_focus import triton_backward
+
+            return triton_backward(*made, blocks)
+        return plain_backward(*made)
 
 
-@_focus_backward.register_fake
+@focus_backward_op.register_fake
 def _(grad_out, grad_lse, query, key, value, proxy_key, proxy_value, *_):  # type: ignore[no-untyped-def]
     return tuple(one.new_empty(one.shape) for one in (query, key, value, proxy_key, proxy_value))
 
@@ -184,7 +191,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     *tensors, out, lse, chosen = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = _focus_backward(grad_out, grad_lse, *tensors, out, lse, chosen, *ctx.shapes)
+    grads = focus_backward_op(grad_out, grad_lse, *tensors, out, lse, chosen, *ctx.shapes)
     return (*grads, *(None,) * 8)
 
 

@@ -46,15 +46,33 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int)
     try:
         blocks_for(device, dtype, head_dim, side)
     except RuntimeError as exception:
-        where = "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"
-        reason = f"{where}: {exception}"
+        reason = f"{_where(device)}: {exception}"
         logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
         return reason
     return None
 
 
+@lru_cache
+def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> "Blocks | None":
+    """Of the kernels of the backward, which the first call on a device tries; None, with a warning, if plain PyTorch
+    has to do it.
+    """
+    from .triton_probe import backward_blocks_for
+
+    try:
+        return backward_blocks_for(device, dtype, head_dim, side)
+    except RuntimeError as exception:
+        reason = f"{_where(device)}: {exception}"
+        logger.warning("Gradients of tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
+        return None
+
+
+def _where(device: torch.device) -> str:
+    return "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"
+
+
 def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> "Blocks":
-    """Of the kernel on this device.
+    """Of the forward kernel on this device.
 
     Raises:
         RuntimeError: none fit, or the kernel is wrong there.

@@ -27,6 +27,7 @@ class Plan(NamedTuple):
     frames: Tensor  # [G]
     cells: Tensor  # [C, L] tokens
     shares: Tensor  # [C, L], -log (m n/C) of a token, EXCLUDED beyond the last
+    places: Tensor  # [n, largest m] of a token in the flat `cells`, -1 beyond the last
     rest_of_tiles: Tensor  # [G, C], log (r / (n/C))
     reached: Tensor  # [G, C] bool: a window of the tile holds tokens of the cell
     distances: list[Tensor]  # [size, size] along frames, rows, columns:
@@ -56,6 +57,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
         least_rest = rest.new_full(rest_of_tiles.shape, math.inf)
         for tokens in tiles.to(device).unbind(1):
             least_rest = torch.minimum(least_rest, rest[tokens])
+        places = _places_of_tokens(cells[shares > EXCLUDED], shares > EXCLUDED, math.prod(sizes))
         shares -= math.log(math.prod(sizes) / num_cells)
         whole = shares.exp().sum(1).to(device, dtype)
         distances, limit = _distances(window, sizes)
@@ -67,6 +69,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
             frames=frames.to(device),
             cells=cells.to(device),
             shares=shares.to(device, dtype),
+            places=places.to(device),
             rest_of_tiles=rest_of_tiles.log().clamp(min=EXCLUDED),
             reached=least_rest < (1 - 1e-5) * whole,  # a token is more of a cell
             distances=[one.to(device) for one in distances],
@@ -94,6 +97,17 @@ def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tenso
         cells[index, : len(members)] = members
         shares[index, : len(members)] = -of_token[where].flatten().log()
     return cells, shares
+
+
+def _places_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor:
+    """`places`; `tokens` are those of the cells in order, `exists` [C, L] where they stand."""
+    order = tokens.argsort(stable=True)
+    flat = exists.flatten().nonzero().squeeze(1)[order]
+    counts = tokens.bincount(minlength=num_tokens)
+    first = counts.cumsum(0) - counts
+    step = torch.arange(int(counts.max()))
+    places = flat[(first[:, None] + step).clamp(max=len(flat) - 1)]
+    return places.masked_fill(step >= counts[:, None], -1)
 
 
 def _distances(window: Window, sizes: tuple[int, int, int]) -> tuple[list[Tensor], int]:

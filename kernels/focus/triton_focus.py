@@ -1,15 +1,17 @@
-"""Focus by the Triton kernel: the choice of cells, tables on the device, the launch."""
+"""Focus by the Triton kernels: the choice of cells, tables on the device, the launches, forward and backward."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..pieces.launch import block_d, dense_rows, device_of, with_strides
+from ..pieces.launch import block_d, dense_rows, device_of, split, with_strides
+from ..window.inputs import token_major
 from ..window.windows import Window
 from . import triton_kernels as kernels
 from .cells import Grid, sizes_of
@@ -30,8 +32,10 @@ class Blocks:
     num_stages: int
 
 
-# float32 sums that fit the registers of a program.
+# float32 sums that fit the registers of a program: of one tile of queries, or of the two gradients of a block of keys.
 MAX_SUMS = 2**14
+# Queries that a program of the gradients of keys takes at once; with 64, 3.2 KB a thread spill on 8.0.
+BLOCK_ROWS = 32
 
 
 def queries_of_a_program(side: int) -> int:
@@ -44,13 +48,26 @@ def fits(side: int, head_dim: int) -> bool:
     return queries_of_a_program(side) * block_d(head_dim) <= MAX_SUMS
 
 
+def warps_of_queries(side: int) -> int:
+    """Of a program that owns a tile: with 4 for 64 queries, the forward spills 0.9 KB a thread."""
+    return 4 if queries_of_a_program(side) < 64 else 8
+
+
 def candidates(side: int) -> list[Blocks]:
     """For tiles of side * side queries, the largest first."""
-    num_warps = 4 if queries_of_a_program(side) < 64 else 8  # with 4, 64 queries spill 0.9 KB a thread
     return [
-        Blocks(keys=keys, num_warps=num_warps, num_stages=num_stages)
+        Blocks(keys=keys, num_warps=warps_of_queries(side), num_stages=num_stages)
         for keys, num_stages in ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1))
     ]
+
+
+def backward_candidates(head_dim: int) -> list[Blocks]:
+    """Of the backward, the largest first; its programs of keys hold two sums. Those of queries have their own warps."""
+    every = (
+        Blocks(keys=keys, num_warps=num_warps, num_stages=num_stages)
+        for keys, num_warps, num_stages in ((64, 8, 2), (64, 8, 1), (32, 4, 2), (32, 4, 1), (16, 4, 1))
+    )
+    return [blocks for blocks in every if 2 * blocks.keys * block_d(head_dim) <= MAX_SUMS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +91,75 @@ def _tables(grid: Grid, window: Window, num_cells: int, side: int, device: torch
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What all kernels of one call are given."""
+
+    inputs: list[Tensor]  # query, key, value, proxy_key, proxy_value: of one dtype, rows dense
+    plan: Plan
+    tables: Tables
+    chosen: Tensor  # [B, H, G, k], as `_far_first` orders them
+    rest: Tensor  # [n, C]
+    sizes: tuple[int, int, int]
+    scale: float
+
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        """Arguments of the kernels of tiles of queries, TILES to FRAMES."""
+        plan, tables = self.plan, self.tables
+        clear = (self.chosen.shape[3] - _reached(self.chosen, plan).sum(3)).int()
+        of_cells = tables.cells, plan.shares, self.rest
+        return tables.tiles, *of_cells, self.chosen.int(), self.hidden, clear, *tables.distances
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """[B, H, G, C] int8, 1 for the chosen cells."""
+        hidden = torch.zeros(*self.chosen.shape[:3], self.num_cells, dtype=torch.int8, device=self.chosen.device)
+        return hidden.scatter_(3, self.chosen, 1)
+
+    @property
+    def num_cells(self) -> int:
+        return self.inputs[3].shape[2]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Arguments of the kernels that read cells, num_tiles to width."""
+        num_tiles, count = self.chosen.shape[2:]
+        _, cell_len = self.tables.cells.shape
+        num_tokens = self.inputs[0].shape[2]
+        return num_tiles, num_tokens, self.num_cells, cell_len, count, self.plan.limit, *self.sizes
+
+    def constants(self, blocks: Blocks) -> dict[str, Any]:
+        head_dim = self.inputs[0].shape[3]
+        return {
+            "BLOCK_Q": self.tables.tiles.shape[1],
+            "BLOCK_K": blocks.keys,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": block_d(head_dim),
+            "PRECISION": "ieee",
+            "num_warps": blocks.num_warps,
+            "num_stages": blocks.num_stages,
+        }
+
+
+def _prepare(
+    inputs: Sequence[Tensor], grid: Grid, window: Window, side: int, scale: float, choice: int | Tensor
+) -> _Call:
+    """`choice`: the chosen cells, or how many of them to choose."""
+    query, num_cells = inputs[0], inputs[3].shape[2]
+    plan = plan_of(grid, window, num_cells, side, torch.float32, query.device)
+    chosen = choice if isinstance(choice, Tensor) else _choose(query, inputs[3], plan, choice, scale)
+    return _Call(
+        inputs=[dense_rows(one.to(query.dtype)) for one in inputs],
+        plan=plan,
+        tables=_tables(grid, window, num_cells, side, query.device),
+        chosen=_far_first(chosen, plan),
+        rest=log_rest(query, grid, window, num_cells),
+        sizes=sizes_of(grid),
+        scale=scale,
+    )
+
+
 def triton_forward(
     inputs: Sequence[Tensor],
     out: Tensor,
@@ -92,39 +178,111 @@ def triton_forward(
     Returns:
         The log-sum-exp [B, H, n], float32, and the chosen cells [B, H, G, k].
     """
-    query = inputs[0]
-    dense = [dense_rows(one.to(query.dtype)) for one in inputs]
-    batch, num_heads, num_tokens, head_dim = query.shape
-    num_cells = inputs[3].shape[2]
-    plan = plan_of(grid, window, num_cells, side, torch.float32, query.device)
-    tables = _tables(grid, window, num_cells, side, query.device)
-    chosen, clear = _choose(query, inputs[3], plan, count, scale)
-    num_tiles = len(plan.tiles)
-    hidden = torch.zeros(batch, num_heads, num_tiles, num_cells, dtype=torch.int8, device=query.device)
-    hidden.scatter_(3, chosen, 1)
+    call = _prepare(inputs, grid, window, side, scale, count)
+    batch, num_heads, num_tokens, _ = out.shape
     lse = out.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
     with device_of(out):
-        kernels.focus_forward[(num_tiles * batch * num_heads,)](
-            *with_strides(*dense, out),
+        kernels.focus_forward[(call.chosen.shape[2] * batch * num_heads,)](
+            *with_strides(*call.inputs, out),
             lse,
-            *(tables.tiles, tables.cells, plan.shares, log_rest(query, grid, window, num_cells)),
-            *(chosen.int(), hidden, clear, *tables.distances),
-            *(num_heads, batch * num_heads, num_tiles, num_tokens, num_cells, plan.cells.shape[1], count, plan.limit),
-            *sizes_of(grid),
+            *call.lists,
+            *(num_heads, batch * num_heads, *call.counts),
             scale,
-            BLOCK_Q=tables.tiles.shape[1],
-            BLOCK_K=blocks.keys,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d(head_dim),
-            PRECISION="ieee",
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
+            **call.constants(blocks),
         )
-    return lse, chosen
+    return lse, call.chosen
 
 
-def _choose(query: Tensor, proxy_key: Tensor, plan: Plan, count: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The chosen cells [B, H, G, k], first those that no window of the tile reaches, and how many these are."""
+def triton_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    inputs: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    grid: Grid,
+    window: Window,
+    side: int,
+    scale: float,
+    blocks: Blocks,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the inputs; `out`, `lse` and `chosen` as `triton_forward` left them."""
+    call = _prepare(inputs, grid, window, side, scale, chosen)
+    query = call.inputs[0]
+    grad_out = dense_rows(grad_out)
+    batch, num_heads, num_tokens, _ = query.shape
+    grad_query = token_major(query, num_tokens)
+    delta = torch.zeros_like(lse)  # the kernel takes the gradient of lse from here, and leaves there what others need
+    if grad_lse is not None:
+        delta.copy_(grad_lse)
+    with device_of(query):
+        kernels.focus_grad_query[(chosen.shape[2] * batch * num_heads,)](
+            *with_strides(grad_out, *call.inputs, out, grad_query),
+            *(lse, delta),
+            *call.lists,
+            *(num_heads, batch * num_heads, *call.counts),
+            scale,
+            **call.constants(replace(blocks, num_warps=warps_of_queries(side))),
+        )
+        of_keys = _cell_gradients(grad_out, lse, delta, call, blocks)
+        of_proxies = _proxy_gradients(grad_out, lse, delta, call, blocks)
+    dk, dv, dpk, dpv = (grad.to(one.dtype) for grad, one in zip((*of_keys, *of_proxies), inputs[1:], strict=True))
+    return grad_query, dk, dv, dpk, dpv
+
+
+def _cell_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, blocks: Blocks) -> list[Tensor]:
+    """Of key and value, float32: for each cell over the tiles that chose it, then summed over cells."""
+    query, key, value = call.inputs[:3]
+    batch, num_heads, _, count = call.chosen.shape
+    cell_len = call.tables.cells.shape[1]
+    blocks = replace(blocks, keys=min(blocks.keys, max(16, triton.next_power_of_2(cell_len))))
+    choosers = call.chosen.flatten(2).argsort(dim=2, stable=True) // count
+    first = F.pad(call.hidden.sum(2, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0))
+    size = (2, batch, num_heads, call.num_cells * cell_len, query.shape[3])
+    of_cells = query.new_empty(size, dtype=torch.float32)
+    kernels.focus_grad_cell[call.num_cells, batch * num_heads, triton.cdiv(cell_len, blocks.keys)](
+        *with_strides(grad_out, query, key, value),
+        *(*of_cells, lse, delta),
+        *(call.tables.tiles, call.tables.cells, call.plan.shares),
+        *(choosers.int(), first, *call.tables.distances),
+        *(num_heads, *call.counts),
+        call.scale,
+        BLOCK_ROWS=BLOCK_ROWS,
+        **call.constants(blocks),
+    )
+    return [_of_tokens(grad, call.plan.places) for grad in of_cells]
+
+
+def _of_tokens(of_cells: Tensor, places: Tensor) -> Tensor:
+    """[B, H, C * L, D] -> [B, H, n, D], each token's sum over the cells that hold it, in their order."""
+    first, *others = places.unbind(1)
+    of_tokens = of_cells[:, :, first]
+    for place in others:
+        of_tokens += of_cells[:, :, place.clamp(min=0)].where((place >= 0)[:, None], 0)
+    return of_tokens
+
+
+def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, blocks: Blocks) -> list[Tensor]:
+    """Of proxy_key and proxy_value, float32: partial sums over parts of the queries, then their sum."""
+    query, _, _, proxy_key, proxy_value = call.inputs
+    batch, num_heads, num_cells, head_dim = proxy_key.shape
+    num_blocks = triton.cdiv(num_cells, blocks.keys)
+    splits, split_len = split(call.tables.tiles.numel(), BLOCK_ROWS, num_blocks * batch * num_heads, query.device)
+    partial = query.new_empty(2, splits, batch, num_heads, num_cells, head_dim, dtype=torch.float32)
+    kernels.focus_grad_proxy[num_blocks, batch * num_heads, splits](
+        *with_strides(grad_out, query, proxy_key, proxy_value),
+        *(*partial, lse, delta),
+        *(call.tables.tiles, call.rest, call.hidden),
+        *(num_heads, call.chosen.shape[2], query.shape[2], num_cells, split_len),
+        call.scale,
+        BLOCK_ROWS=BLOCK_ROWS,
+        **call.constants(blocks),
+    )
+    return [grad.sum(0) for grad in partial]
+
+
+def _choose(query: Tensor, proxy_key: Tensor, plan: Plan, count: int, scale: float) -> Tensor:
+    """The chosen cells [B, H, G, k]."""
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     of_a_tile = 4 * batch * num_heads * (plan.tiles.shape[1] * head_dim + num_cells)
     step = max(1, CHOICE_BYTES // of_a_tile)
@@ -133,7 +291,14 @@ def _choose(query: Tensor, proxy_key: Tensor, plan: Plan, count: int, scale: flo
     for start in range(0, len(plan.tiles), step):
         tiles = slice(start, start + step)
         choices.append(choose(query[:, :, plan.tiles[tiles]].float(), proxy_key, plan, tiles, count, scale))
-    chosen = torch.cat(choices, 2)
-    reached = plan.reached[torch.arange(len(plan.tiles), device=chosen.device)[:, None], chosen]
-    chosen = chosen.gather(3, reached.int().argsort(dim=3, stable=True))
-    return chosen, (count - reached.sum(3)).int()
+    return torch.cat(choices, 2)
+
+
+def _far_first(chosen: Tensor, plan: Plan) -> Tensor:
+    """Each tile's cells in another order: first those that no window of the tile reaches."""
+    return chosen.gather(3, _reached(chosen, plan).int().argsort(dim=3, stable=True))
+
+
+def _reached(chosen: Tensor, plan: Plan) -> Tensor:
+    """[B, H, G, k] bool: a window of the tile holds tokens of the chosen cell."""
+    return plan.reached[torch.arange(len(plan.tiles), device=chosen.device)[:, None], chosen]

@@ -1,12 +1,16 @@
-"""What lies beyond a window, by cells, in Triton: chosen cells token by token, all others by their proxies.
+"""What lies beyond a window, by cells, in Triton: chosen cells token by token, all others by their proxies; gradients.
 
-A program owns one tile of queries, which chose together, in one head. It goes over
+A program of the forward, and of the gradient of the queries, owns one tile of queries, which chose together, in one
+head. It goes over
 
     the proxies                   s = scale q . k_c + log r_ic, those of chosen cells left out
     tokens of chosen cells        s = scale q . k_j - log (m_j n/C), in two loops, so that Triton can load ahead: first
                                   the cells that no window of the tile reaches, then the others, token by token
 
 in one running softmax (attention.py has the formula). Heads of one tile run beside each other: they read the same r.
+
+The gradients of keys have programs that own proxies, and go over a part of all queries, and programs that own tokens of
+a cell, and go over the tiles that chose it. What several programs add up to is summed afterwards: no atomics.
 
 Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
 Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token; the last axis has
@@ -16,11 +20,28 @@ stride 1. Sums are float32.
 import triton
 import triton.language as tl
 
-from ..pieces.triton_blocks import EXCLUDED, FLOOR, LOG2_E, head_of, load_rows, online_softmax, store_rows
+from ..pieces.triton_blocks import (
+    EXCLUDED,
+    FLOOR,
+    LOG2_E,
+    head_of,
+    key_gradients,
+    load_rows,
+    online_softmax,
+    query_gradient,
+    store_rows,
+)
 
 # Added to the logit of what a query does not see. Not EXCLUDED: the log-sum-exp of a query that sees nothing is that of
 # plain.py, whose backward reads it.
 UNSEEN = tl.constexpr(-1.0e4)
+
+
+@triton.jit
+def _proxy_bias(queries, cells, b_hidden, REST, num_cells):
+    """[queries, cells] added to the logits; `b_hidden`: 1 where the queries' tile chose a cell."""
+    b_rest = tl.load(REST + queries.to(tl.int64)[:, None] * num_cells + cells[None, :]).to(tl.float32)
+    return (b_rest + UNSEEN * b_hidden) * LOG2_E
 
 
 @triton.jit
@@ -81,14 +102,13 @@ def focus_forward(
     b_max = tl.full([BLOCK_Q], FLOOR, tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
 
-    p_rest = REST + queries.to(tl.int64)[:, None] * num_cells
     for start in tl.range(0, num_cells, BLOCK_K):
         i_cell = start + tl.arange(0, BLOCK_K)
         cells = tl.minimum(i_cell, num_cells - 1)
         b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
         b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
-        b_bias = tl.load(p_rest + cells[None, :]).to(tl.float32) + UNSEEN * tl.load(p_hidden + cells)[None, :]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_bias * LOG2_E
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_s += _proxy_bias(queries, cells, tl.load(p_hidden + cells)[None, :], REST, num_cells)
         b_s = tl.where((i_cell < num_cells)[None, :], b_s, EXCLUDED)
         b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
 
@@ -113,3 +133,175 @@ def focus_forward(
     b_out = b_acc / b_sum[:, None]
     store_rows(head_of(OUT, i_batch, i_head, out_b, out_h), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
     tl.store(LSE + i_both.to(tl.int64) * num_tokens + queries, (b_max + tl.log2(b_sum)) / LOG2_E, mask=exists)
+
+
+@triton.jit
+def focus_grad_query(
+    GRAD_OUT, do_b, do_h, do_n,
+    Q, q_b, q_h, q_n,
+    K, k_b, k_h, k_n,
+    V, v_b, v_h, v_n,
+    PROXY_K, pk_b, pk_h, pk_n,
+    PROXY_V, pv_b, pv_h, pv_n,
+    OUT, out_b, out_h, out_n,
+    GRAD_Q, dq_b, dq_h, dq_n,
+    LSE, DELTA,  # [B, H, N]; DELTA: lse's gradient -> sum(out * grad_out) - it, for the other kernels
+    TILES, CELLS, SHARES, REST, CHOSEN, HIDDEN, CLEAR, ROWS, COLUMNS, FRAMES,
+    num_heads, num_programs, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
+    scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * sum_j ds_j k_j of one tile of queries, with p = exp(s - lse), ds = p (dout . v - delta)."""
+    i_both, i_tile = tl.program_id(0) % num_programs, tl.program_id(0) // num_programs
+    i_batch, i_head = i_both // num_heads, i_both % num_heads
+    p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
+    p_pk, p_pv = head_of(PROXY_K, i_batch, i_head, pk_b, pk_h), head_of(PROXY_V, i_batch, i_head, pv_b, pv_h)
+    o_tile = i_both.to(tl.int64) * num_tiles + i_tile
+    p_chosen, p_hidden = CHOSEN + o_tile * num_chosen, HIDDEN + o_tile * num_cells
+
+    queries = tl.load(TILES + i_tile * BLOCK_Q + tl.arange(0, BLOCK_Q))
+    exists = queries >= 0
+    queries = tl.maximum(queries, 0)
+    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_do = load_rows(head_of(GRAD_OUT, i_batch, i_head, do_b, do_h), queries, do_n, HEAD_DIM, BLOCK_D)
+    b_out = load_rows(head_of(OUT, i_batch, i_head, out_b, out_h), queries, out_n, HEAD_DIM, BLOCK_D)
+    o_lse = i_both.to(tl.int64) * num_tokens
+    grad_lse = tl.load(DELTA + o_lse + queries, mask=exists, other=0.0)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - grad_lse
+    tl.store(DELTA + o_lse + queries, b_delta, mask=exists)
+    b_lse = tl.load(LSE + o_lse + queries)[:, None] * LOG2_E
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+
+    for start in tl.range(0, num_cells, BLOCK_K):
+        i_cell = start + tl.arange(0, BLOCK_K)
+        cells = tl.minimum(i_cell, num_cells - 1)
+        b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
+        b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_s += _proxy_bias(queries, cells, tl.load(p_hidden + cells)[None, :], REST, num_cells)
+        b_p = tl.where((i_cell < num_cells)[None, :], tl.exp2(b_s - b_lse), 0.0)
+        b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
+
+    num_seen = num_chosen * cell_len
+    masked_from = tl.load(CLEAR + o_tile) * cell_len // BLOCK_K * BLOCK_K
+    for start in tl.range(0, masked_from, BLOCK_K):
+        keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, BLOCK_K)
+        b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
+        b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_share[None, :]
+        b_dq = query_gradient(b_do, b_k, b_v, tl.exp2(b_s - b_lse), b_delta, b_dq, PRECISION)
+
+    for start in tl.range(masked_from, num_seen, BLOCK_K):
+        keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, BLOCK_K)
+        b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
+        b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width)
+        b_s += tl.where(near & (b_share > EXCLUDED)[None, :], UNSEEN * LOG2_E, b_share[None, :])
+        b_dq = query_gradient(b_do, b_k, b_v, tl.exp2(b_s - b_lse), b_delta, b_dq, PRECISION)
+
+    p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h)
+    store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def focus_grad_proxy(
+    GRAD_OUT, do_b, do_h, do_n,
+    Q, q_b, q_h, q_n,
+    PROXY_K, pk_b, pk_h, pk_n,
+    PROXY_V, pv_b, pv_h, pv_n,
+    GRAD_K, GRAD_V,  # [splits, B, H, C, HEAD_DIM] float32, to be summed over the splits
+    LSE, DELTA, TILES, REST, HIDDEN,
+    num_heads, num_tiles, num_tokens, num_cells, split_len,
+    scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of proxies, over `split_len` places of tiles: a multiple of BLOCK_ROWS."""
+    i_block, i_both, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_batch, i_head = i_both // num_heads, i_both % num_heads
+    p_q, p_do = head_of(Q, i_batch, i_head, q_b, q_h), head_of(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    o_lse = i_both.to(tl.int64) * num_tokens
+
+    i_cell = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    cells = tl.minimum(i_cell, num_cells - 1)
+    b_k = load_rows(head_of(PROXY_K, i_batch, i_head, pk_b, pk_h), cells, pk_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(head_of(PROXY_V, i_batch, i_head, pv_b, pv_h), cells, pv_n, HEAD_DIM, BLOCK_D)
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+
+    first, num_places = i_split * split_len, num_tiles * BLOCK_Q
+    for start in tl.range(first, tl.minimum(first + split_len, num_places), BLOCK_ROWS):
+        i_place = start + tl.arange(0, BLOCK_ROWS)
+        queries = tl.load(TILES + i_place, mask=i_place < num_places, other=-1)
+        exists = queries >= 0
+        queries = tl.maximum(queries, 0)
+        o_tile = i_both.to(tl.int64) * num_tiles + tl.minimum(i_place // BLOCK_Q, num_tiles - 1)
+        b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+        b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+        b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_hidden = tl.load(HIDDEN + o_tile[:, None] * num_cells + cells[None, :])
+        b_s += _proxy_bias(queries, cells, b_hidden, REST, num_cells)
+        b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+
+    o_out = (i_split.to(tl.int64) * tl.num_programs(1) + i_both) * num_cells * HEAD_DIM
+    exists = i_cell < num_cells
+    store_rows(GRAD_K + o_out, cells, HEAD_DIM, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_V + o_out, cells, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def focus_grad_cell(
+    GRAD_OUT, do_b, do_h, do_n,
+    Q, q_b, q_h, q_n,
+    K, k_b, k_h, k_n,
+    V, v_b, v_h, v_n,
+    GRAD_K, GRAD_V,  # [B, H, C, cell_len, HEAD_DIM] float32, to be summed over the cells that hold a token
+    LSE, DELTA, TILES, CELLS, SHARES,
+    CHOOSERS, FIRST,  # [B, H, tiles * num_chosen] tiles, those that chose cell 0, cell 1, ...; [B, H, C + 1] where from
+    ROWS, COLUMNS, FRAMES,
+    num_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
+    scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_K tokens of one cell, over the queries of the tiles that chose it."""
+    i_cell, i_both, i_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_batch, i_head = i_both // num_heads, i_both % num_heads
+    p_q, p_do = head_of(Q, i_batch, i_head, q_b, q_h), head_of(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    o_lse = i_both.to(tl.int64) * num_tokens
+    p_choosers = CHOOSERS + i_both.to(tl.int64) * num_tiles * num_chosen
+
+    i_slot = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    slots = tl.minimum(i_slot, cell_len - 1)
+    keys = tl.load(CELLS + i_cell * cell_len + slots)
+    b_share = tl.load(SHARES + i_cell * cell_len + slots) * LOG2_E
+    b_k = load_rows(head_of(K, i_batch, i_head, k_b, k_h), keys, k_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(head_of(V, i_batch, i_head, v_b, v_h), keys, v_n, HEAD_DIM, BLOCK_D)
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+
+    p_first = FIRST + i_both * (num_cells + 1) + i_cell
+    first, num_places = tl.load(p_first) * BLOCK_Q, tl.load(p_first + 1) * BLOCK_Q
+    for start in tl.range(first, num_places, BLOCK_ROWS):
+        i_place = start + tl.arange(0, BLOCK_ROWS)
+        tile = tl.load(p_choosers + i_place // BLOCK_Q, mask=i_place < num_places, other=0)
+        queries = tl.load(TILES + tile * BLOCK_Q + i_place % BLOCK_Q, mask=i_place < num_places, other=-1)
+        exists = queries >= 0
+        queries = tl.maximum(queries, 0)
+        b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+        b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+        b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width)
+        b_s += tl.where(near, UNSEEN * LOG2_E, b_share[None, :])
+        b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+
+    o_out = (i_both.to(tl.int64) * num_cells + i_cell) * cell_len * HEAD_DIM
+    exists = i_slot < cell_len
+    store_rows(GRAD_K + o_out, slots, HEAD_DIM, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_V + o_out, slots, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)

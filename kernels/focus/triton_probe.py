@@ -8,8 +8,8 @@ import torch
 from ..pieces.trial import first_that_fits, relative_error
 from ..window.inputs import token_major
 from ..window.windows import Circle
-from .plain import plain_forward
-from .triton_focus import Blocks, candidates, fits, triton_forward
+from .plain import plain_backward, plain_forward
+from .triton_focus import Blocks, backward_candidates, candidates, fits, triton_backward, triton_forward
 
 # Cells of 5 x 6 and fewer tokens, which overlap; a window reaches some of those that are chosen.
 GRID, WINDOW, NUM_CELLS, COUNT = (33, 40), Circle(radius=9.0), 49, 12
@@ -17,7 +17,7 @@ GRID, WINDOW, NUM_CELLS, COUNT = (33, 40), Circle(radius=9.0), 49, 12
 
 @lru_cache
 def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
-    """For tiles of side * side queries.
+    """Of the forward, for tiles of side * side queries.
 
     Raises:
         RuntimeError: none fit, or the kernel is wrong there.
@@ -31,17 +31,46 @@ def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: in
 
 def try_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
     """The trial itself; raises as `blocks_for` does."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (math.prod(GRID),) * 3 + (NUM_CELLS,) * 2
-    inputs = [torch.randn(1, 1, length, head_dim, generator=generator).to(device, dtype) for length in lengths]
-    shape = (GRID, WINDOW, COUNT, side, head_dim**-0.5)
-    expected = token_major(inputs[0].float(), math.prod(GRID))
-
-    def error_of(blocks: Blocks) -> float:
-        out = token_major(inputs[0], math.prod(GRID))
-        computed_lse, _ = triton_forward(inputs, out, *shape, blocks)
-        return relative_error([out, computed_lse], [expected, lse])
-
     with torch.autocast(device.type, enabled=False):  # the first call may come from inside of one
-        lse, _ = plain_forward([one.float() for one in inputs], expected, *shape)
-        return first_that_fits(candidates(side), error_of)
+        return first_that_fits(candidates(side), _Trial(device, dtype, head_dim, side).forward_error)
+
+
+@lru_cache
+def backward_blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
+    """Of the backward, where `blocks_for` has found some of the forward; raises as that does."""
+    every = backward_candidates(head_dim)
+    return every[0] if device.type == "cpu" else try_backward_blocks(device, dtype, head_dim, side)
+
+
+def try_backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
+    """The trial itself."""
+    with torch.autocast(device.type, enabled=False):
+        return first_that_fits(backward_candidates(head_dim), _Trial(device, dtype, head_dim, side).backward_error)
+
+
+class _Trial:
+    """A small picture, and what plain PyTorch makes of it in float32."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, side: int):
+        generator = torch.Generator().manual_seed(0)
+        lengths = (math.prod(GRID),) * 3 + (NUM_CELLS,) * 2
+        *self.inputs, self.grad_out = (
+            torch.randn(1, 1, length, head_dim, generator=generator).to(device, dtype)
+            for length in (*lengths, math.prod(GRID))
+        )
+        self.side, self.scale = side, head_dim**-0.5
+        self.floats = [one.float() for one in self.inputs]
+        self.out = token_major(self.floats[0], math.prod(GRID))
+        self.lse, self.chosen = plain_forward(self.floats, self.out, GRID, WINDOW, COUNT, side, self.scale)
+
+    def forward_error(self, blocks: Blocks) -> float:
+        out = token_major(self.inputs[0], math.prod(GRID))
+        lse, _ = triton_forward(self.inputs, out, GRID, WINDOW, COUNT, self.side, self.scale, blocks)
+        return relative_error([out, lse], [self.out, self.lse])
+
+    def backward_error(self, blocks: Blocks) -> float:
+        shape = (self.chosen, GRID, WINDOW, self.side, self.scale)
+        out = self.out.to(self.grad_out.dtype)
+        grads = triton_backward(self.grad_out, None, self.inputs, out, self.lse, *shape, blocks)
+        expected = plain_backward(self.grad_out.float(), None, self.floats, self.out, self.lse, *shape)
+        return relative_error(grads, list(expected))

@@ -23,6 +23,19 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
+def split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(parts, length of a part in multiples of `block`), so that `programs` for each part keep the device busy."""
+    blocks = triton.cdiv(length, block)
+    parts = min(blocks, triton.cdiv(_programs_wanted(device), programs))
+    part_len = triton.cdiv(blocks, parts) * block
+    return triton.cdiv(length, part_len), part_len
+
+
+def _programs_wanted(device: torch.device) -> int:
+    """Four for each multiprocessor, so that none idles long at the end."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Kernels run on the tensor's card, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,4 +1,4 @@
-"""Pieces of the Triton kernels: one head's rows in and out of memory, one block of a softmax.
+"""Pieces of the Triton kernels: one head's rows in and out of memory, one block of a softmax and of its gradients.
 
 Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
 Sums are float32, offsets 64-bit.
@@ -43,3 +43,19 @@ def online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION: tl.constexpr):
     b_shrink = tl.exp2(b_max - b_new_max)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
     return b_acc, b_new_max, b_sum * b_shrink + tl.sum(b_p, 1)
+
+
+@triton.jit
+def query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION: tl.constexpr):
+    """What one block of keys adds to dq / scale; `b_p` are the weights, [queries, keys]."""
+    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit
+def key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION: tl.constexpr):
+    """What one block of queries adds to dk / scale and dv; `b_p` are the weights, [queries, keys]."""
+    b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=PRECISION)
+    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
+    b_dk = tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv

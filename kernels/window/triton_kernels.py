@@ -17,7 +17,17 @@ stride 1. Offsets into them are 64-bit. The lists are those of `Entries` in trit
 import triton
 import triton.language as tl
 
-from ..pieces.triton_blocks import EXCLUDED, FLOOR, LOG2_E, head_of, load_rows, online_softmax, store_rows
+from ..pieces.triton_blocks import (
+    EXCLUDED,
+    FLOOR,
+    LOG2_E,
+    head_of,
+    key_gradients,
+    load_rows,
+    online_softmax,
+    query_gradient,
+    store_rows,
+)
 
 
 @triton.jit
@@ -197,8 +207,7 @@ def window_grad_query(
         b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
         b_p = tl.exp2(b_s - b_lse[:, None])
-        b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
     border = tl.load(COUNTS + i_tile) - inside
     for n in tl.range(0, border + tl.cdiv(num_shared, BLOCK_K) - shared_whole):
@@ -210,20 +219,10 @@ def window_grad_query(
         b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
         b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
     p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h)
     store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def _key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION: tl.constexpr):
-    """What one block of queries adds to dk / scale and dv; `b_p` are the weights, [queries, BLOCK_K]."""
-    b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=PRECISION)
-    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
-    b_dk = tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk, input_precision=PRECISION)
-    return b_dk, b_dv
 
 
 @triton.jit
@@ -266,7 +265,7 @@ def window_grad_key(
         b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
         b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_dk, b_dv = _key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+        b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     exists = _tile_exists(corner, height, width, K_ROWS, K_COLUMNS)
     p_dk, p_dv = head_of(GRAD_K, i_batch, i_head, dk_b, dk_h), head_of(GRAD_V, i_batch, i_head, dv_b, dv_h)
@@ -312,7 +311,7 @@ def window_grad_shared(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
         attends = (i_query < num_tokens)[:, None] & seen[None, :]
         b_p = tl.where(attends, tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_dk, b_dv = _key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+        b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_shared * HEAD_DIM
     exists = slots < num_shared

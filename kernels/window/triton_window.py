@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..pieces.launch import block_d, dense_rows, device_of, with_strides
+from ..pieces.launch import block_d, dense_rows, device_of, split, with_strides
 from . import triton_kernels as kernels
 from .inputs import Inputs, token_major
 from .lists import mask_words, swapped, window_lists
@@ -248,10 +248,8 @@ def _shared_gradients(
         return torch.empty_like(shared_key), torch.empty_like(shared_value)
     num_tokens, tiles = query.shape[2], launch.window.tiles
     block_q, block_k = tiles.query[0] * tiles.query[1], tiles.key[0] * tiles.key[1]
-    blocks, query_blocks = triton.cdiv(num_shared, block_k), triton.cdiv(num_tokens, block_q)
-    splits = min(query_blocks, triton.cdiv(_programs_wanted(query.device), blocks * batch * num_heads))
-    split_len = triton.cdiv(query_blocks, splits) * block_q
-    splits = triton.cdiv(num_tokens, split_len)
+    blocks = triton.cdiv(num_shared, block_k)
+    splits, split_len = split(num_tokens, block_q, blocks * batch * num_heads, query.device)
     partial = query.new_empty(2, splits, batch, num_heads, num_shared, head_dim, dtype=torch.float32)
     kernels.window_grad_shared[blocks, batch * num_heads, splits](
         *with_strides(grad_out, query, shared_key, shared_value),
@@ -264,8 +262,3 @@ def _shared_gradients(
     )
     grad_key, grad_value = partial
     return grad_key.sum(0).to(shared_key.dtype), grad_value.sum(0).to(shared_value.dtype)
-
-
-def _programs_wanted(device: torch.device) -> int:
-    """Four for each multiprocessor, so that none idles long at the end."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from focus_case import SCALE, SHAPES, WINDOWS, by_hand, clear_choice, inputs_of
+from focus_case import CPU, SCALE, SHAPES, WINDOWS, by_hand, clear_choice, inputs_of
 from tolerance import assert_matches_reference
 
-from lineardit.kernels.focus import focus_attention, plain
+from lineardit.kernels.focus import attention, choose, focus_attention, plain
 from lineardit.kernels.focus.attention import focus_op
 from lineardit.kernels.window import Box, Circle, Window
 from lineardit.kernels.window.partial import PLAIN
@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from lineardit.kernels.focus import triton_focus, triton_probe
 from lineardit.kernels.focus.choose import choose_impl
-from lineardit.kernels.focus.triton_focus import Blocks, candidates
+from lineardit.kernels.focus.triton_focus import Blocks, backward_candidates, candidates
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -29,13 +29,19 @@ PAIRS = [(*shape, WINDOWS[(index + step) % len(WINDOWS)]) for step in (0, 2) for
 def test_triton_is_the_formula(
     grid: tuple[int, int], num_cells: int, num_tokens: int, side: int, window: Window
 ) -> None:
-    inputs = inputs_of(grid, num_cells, FP32)
+    inputs = [x.requires_grad_() for x in inputs_of(grid, num_cells, FP32)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
     shape = {"grid": grid, "window": window, "num_tokens": num_tokens, "side": side}
     out, lse = focus_attention(*inputs, **shape, scale=SCALE, impl="triton")
-    expected, expected_lse, _ = by_hand(*(x.double() for x in inputs), **shape)
+    expected, expected_lse, _ = by_hand(*exact, **shape)
     seen = expected_lse > -20  # elsewhere the window leaves nothing
     assert torch.allclose(out[seen].double(), expected[seen], atol=1e-5)
     assert torch.allclose(lse[seen].double(), expected_lse[seen], atol=1e-5)
+    weights = torch.randn_like(out)[seen], torch.randn_like(lse)[seen]
+    grads = torch.autograd.grad((out[seen], lse[seen]), inputs, weights)
+    right = torch.autograd.grad((expected[seen], expected_lse[seen]), exact, [x.double() for x in weights])
+    for grad, exact_grad in zip(grads, right, strict=True):
+        assert torch.allclose(grad.double(), exact_grad, atol=1e-5)
     plain_out, plain_lse = focus_attention(*inputs, **shape, scale=SCALE, impl="plain")
     assert torch.allclose(out, plain_out, atol=1e-5)
     assert torch.allclose(lse, plain_lse, atol=1e-5)
@@ -76,7 +82,11 @@ def test_triton_is_plain(
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("blocks", candidates(4), ids=lambda one: f"k{one.keys}-w{one.num_warps}-s{one.num_stages}")
+def shown(blocks: Blocks) -> str:
+    return f"k{blocks.keys}-w{blocks.num_warps}-s{blocks.num_stages}"
+
+
+@pytest.mark.parametrize("blocks", candidates(4), ids=shown)
 def test_triton_is_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_probe, "blocks_for", lambda *_: blocks)
     inputs, shape = inputs_of((8, 7), 9, FP32), {"grid": (8, 7), "window": Circle(radius=2), "num_tokens": 20}
@@ -84,15 +94,37 @@ def test_triton_is_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.Mon
     assert torch.allclose(one[0], other[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("blocks", backward_candidates(8), ids=shown)
+def test_gradients_are_those_of_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 cells of one token and 4 of 72: more and fewer than a block."""
+    monkeypatch.setattr(triton_probe, "backward_blocks_for", lambda *_: blocks)
+    for grid, num_cells, num_tokens in (((8, 10), 80, 9), ((18, 16), 4, 72)):
+        inputs = [x[:1, :1].requires_grad_() for x in inputs_of(grid, num_cells, FP32)]
+        shape = {"grid": grid, "window": Circle(radius=2), "num_tokens": num_tokens, "side": 4, "scale": SCALE}
+        grads = [
+            torch.autograd.grad(focus_attention(*inputs, **shape, impl=impl)[0].square().sum(), inputs)
+            for impl in ("triton", "plain")
+        ]
+        for ours, expected in zip(*grads, strict=True):
+            assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_triton_takes_strides_as_they_come() -> None:
     inputs = inputs_of((8, 8), 16, FP32)
     shape = {"grid": (8, 8), "window": Circle(radius=2), "num_tokens": 12, "side": 4, "scale": SCALE, "impl": "triton"}
-    expected, _ = focus_attention(*inputs, **shape)
+    weight = torch.randn_like(inputs[0])
+
+    def results(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out, _ = focus_attention(*leaves, **shape)
+        return [out, *torch.autograd.grad(out, leaves, weight)]
+
+    expected = results(inputs)
     token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     part_of_more = [torch.cat([x, x], 3)[..., : x.shape[3]] for x in inputs]
     row_in_pieces = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs]
     for same in (token_major, part_of_more, row_in_pieces):
-        assert torch.equal(focus_attention(*same, **shape)[0], expected)
+        assert all(map(torch.equal, results(same), expected))
 
 
 @pytest.mark.parametrize("box", [None, [3, 3, 1, 1, 1, 1]])
@@ -140,7 +172,8 @@ def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkey
     """In the interpreter, with the plain formula that a GPU takes."""
     monkeypatch.setattr(plain, "fastest_partial", lambda *_: PLAIN)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert triton_probe.try_blocks(torch.device("cpu"), FP32, 8, 8) == candidates(8)[0]
+        assert triton_probe.try_blocks(CPU, FP32, 8, 8) == candidates(8)[0]
+        assert triton_probe.try_backward_blocks(CPU, FP32, 8, 8) == backward_candidates(8)[0]
 
 
 def test_the_trial_of_a_device_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,4 +183,23 @@ def test_the_trial_of_a_device_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(triton_probe, "triton_forward", wrong)
     with pytest.raises(RuntimeError, match="a trial differs from the reference by"):
-        triton_probe.try_blocks(torch.device("cpu"), FP32, 8, 8)
+        triton_probe.try_blocks(CPU, FP32, 8, 8)
+
+
+def test_where_the_backward_does_not_run_plain_does_it_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> Blocks:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(triton_probe, "backward_blocks_for", fails)
+    monkeypatch.setattr(attention, "backward_blocks", choose.backward_blocks.__wrapped__)  # without its memory
+    inputs = [x.requires_grad_() for x in inputs_of((6, 6), 9, FP32)]
+    shape = {"grid": (6, 6), "window": Circle(radius=2), "num_tokens": 8, "side": 4, "scale": SCALE}
+    grads = [
+        torch.autograd.grad(focus_attention(*inputs, **shape, impl=impl)[0].sum(), inputs)
+        for impl in ("triton", "plain")
+    ]
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*grads, strict=True))
+    reason = "in Triton's interpreter: out of shared memory"
+    assert f"Gradients of tokens in focus fall back to plain PyTorch, which is slower: {reason}" in caplog.text
