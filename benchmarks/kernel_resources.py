@@ -30,6 +30,7 @@ from lineardit.kernels.focus.triton_focus import (
     Blocks,
     backward_candidates,
     queries_of_a_program,
+    warps_of_keys,
     warps_of_queries,
 )
 from lineardit.kernels.focus.triton_focus import candidates as focus_candidates
@@ -60,7 +61,7 @@ POINTERS = {
 }
 FOCUS_SIDES = (4, 8)
 # Their gradients are sums over programs, summed afterwards.
-PARTIAL_SUMS = (kernels.window_grad_shared, focus_kernels.focus_grad_proxy, focus_kernels.focus_grad_cell)
+PARTIAL_SUMS = (kernels.window_grad_shared, focus_kernels.focus_grad_proxy)
 
 
 def tile_constants(tiles: Tiles) -> dict[str, int]:
@@ -152,7 +153,8 @@ def focus_rows(side: int, arch: int, report: Callable[[str], None]) -> dict[str,
     rows: dict[str, dict[str, Any]] = {}
     for every_blocks, members in directions:
         for blocks in every_blocks:
-            fixed = {"BLOCK_Q": queries_of_a_program(side), "BLOCK_K": blocks.keys, "BLOCK_ROWS": BLOCK_ROWS}
+            fixed = {"BLOCK_Q": queries_of_a_program(side), "BLOCK_K": blocks.keys}
+            fixed |= {"BLOCK_ROWS": BLOCK_ROWS, "DISJOINT": True}
             for kernel in members:
                 one = blocks if kernel in of_keys else replace(blocks, num_warps=warps_of_queries(side))
                 tiles = f"k{one.keys} w{one.num_warps} s{one.num_stages}"
@@ -160,6 +162,11 @@ def focus_rows(side: int, arch: int, report: Callable[[str], None]) -> dict[str,
             if all(rows[kernel.fn.__name__]["shared_bytes"] <= SHARED_MEMORY[arch] for kernel in members):
                 break
             report(f"sm_{arch}: {blocks} do not fit")
+    if of_keys:  # cells of few tokens, as at 1024 x 1024 pixels with 1,024 proxies
+        few = replace(blocks, keys=16, num_warps=warps_of_keys(16))
+        fixed["BLOCK_K"] = few.keys
+        usage = compile_for(focus_kernels.focus_grad_cell, fixed, few, arch)
+        rows["focus_grad_cell of small cells"] = {"tiles": f"k16 w{few.num_warps} s{few.num_stages}", **usage}
     return rows
 
 

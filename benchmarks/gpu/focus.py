@@ -144,7 +144,7 @@ def gradients_against_plain(bench: Bench, case: Case) -> Measured:
 def speed(bench: Bench, picture: int, side: int, *, backward: bool) -> Measured:
     """Of one call; the choice of cells is in it, the window and the pooling are not. With `backward`, both."""
     scale, grid = bench.scale, (picture, picture)
-    num_cells = min(scale.focus_tokens, picture**2 // 16)
+    num_cells = min(scale.focus_tokens, picture**2 // 4)
     case = Case(
         grid=grid,
         radius=RADIUS if picture > 2 * RADIUS else picture / 4,

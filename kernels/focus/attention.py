@@ -122,8 +122,10 @@ def focus_op(
             from .triton_focus import triton_forward
 
             blocks = blocks_for(query.device, query.dtype, query.shape[3], side)
-            return out, *triton_forward(given, out, tuple(grid), window, count, side, scale, blocks)
-        return out, *plain_forward(given, out, tuple(grid), window, count, side, scale)
+            lse, chosen = triton_forward(given, out, tuple(grid), window, count, side, scale, blocks)
+        else:
+            lse, chosen = plain_forward(given, out, tuple(grid), window, count, side, scale)
+        return out, lse, chosen.int()
 
 
 @focus_op.register_fake
@@ -133,7 +135,7 @@ def _(query, key, value, proxy_key, proxy_value, grid, count, side, *_):  # type
     return (
         token_major(query, query.shape[2]),
         query.new_empty(query.shape[:3], dtype=sum_dtype(query)),
-        query.new_empty(*query.shape[:2], tiles, count, dtype=torch.long),
+        query.new_empty(*query.shape[:2], tiles, count, dtype=torch.int32),
     )
 
 
@@ -167,7 +169,7 @@ def focus_backward_op(
     given = (query, key, value, proxy_key, proxy_value)
     window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
-        made = (grad_out, grad_lse, given, out, lse, chosen, tuple(grid), window, side, scale)
+        made = (grad_out, grad_lse, given, out, lse, chosen.long(), tuple(grid), window, side, scale)
         blocks = backward_blocks(query.device, query.dtype, query.shape[3], side) if impl == "triton" else None
         if blocks is not None:
             from .triton_focus import triton_backward

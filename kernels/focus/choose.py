@@ -45,6 +45,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) 
 def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> str | None:
     try:
         blocks_for(device, dtype, head_dim, side)
+    except torch.OutOfMemoryError:
+        raise  # of this moment: tried anew next time
     except RuntimeError as exception:
         reason = f"{_where(device)}: {exception}"
         logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
@@ -61,6 +63,8 @@ def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, sid
 
     try:
         return backward_blocks_for(device, dtype, head_dim, side)
+    except torch.OutOfMemoryError:
+        raise  # as above
     except RuntimeError as exception:
         reason = f"{_where(device)}: {exception}"
         logger.warning("Gradients of tokens in focus fall back to plain PyTorch, which is slower: %s", reason)

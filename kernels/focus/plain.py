@@ -14,7 +14,7 @@ from ..window.partial import Keys, Partial, fastest_partial, merge
 from ..window.windows import Window
 from .cells import Grid
 from .chosen_cells import choose
-from .rest_of_cells import EXCLUDED, log_rest
+from .rest_of_cells import UNSEEN, log_rest
 from .tables import Plan, plan_of
 
 # What one chunk of tiles may hold in logits, biases and gathered tokens.
@@ -110,12 +110,12 @@ def _gather(
     q = query[:, :, tokens]  # [B, H, g, Q, D]
     if chosen is None:
         chosen = choose(q, proxy_key, plan, tiles, count, scale)
-    hidden = q.new_zeros(*chosen.shape[:3], num_cells).scatter_(-1, chosen, EXCLUDED)
+    hidden = q.new_zeros(*chosen.shape[:3], num_cells).scatter_(-1, chosen, UNSEEN)
     of_proxies = of_proxies[: q[..., 0].numel()].view(*q.shape[:4], num_cells)  # [B, H, g, Q, C]
     torch.add(rest[tokens], hidden[:, :, :, None], out=of_proxies)
     seen = plan.cells[chosen].flatten(3)  # [B, H, g, K]
     of_tokens = plan.shares[chosen].flatten(3)[:, :, :, None]  # [B, H, g, 1, K]
-    of_tokens = torch.where(_near(seen, plan, tiles), EXCLUDED, of_tokens)  # [B, H, g, Q, K]
+    of_tokens = torch.where(_near(seen, plan, tiles), UNSEEN, of_tokens)  # [B, H, g, Q, K]
     first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells
     index = (chosen + first).flatten()
     k, v = (

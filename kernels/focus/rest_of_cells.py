@@ -21,12 +21,13 @@ from ..window import Circle
 from ..window.windows import Window, from_arguments, to_arguments
 from .cells import Grid, cell_grid, cells_of_axis
 
-# Finite, also in float16: a block of keys of which a query sees none gives weight 0, never NaN.
-EXCLUDED = -1e4
+# The logarithm of nothing, added to the logit of what a query does not see. Finite, also in float16: a block of keys of
+# which a query sees none gives weight 0, never NaN.
+UNSEEN = -1e4
 
 
 def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor:
-    """log(rest / (n / C)): 0 for a cell of mean size that lies outside, EXCLUDED for one inside the window.
+    """log(rest / (n / C)): 0 for a cell of mean size that lies outside, UNSEEN for one inside the window.
 
     Args:
         like: Whose dtype and device it gets.
@@ -66,7 +67,7 @@ def _(like, grid, radius, num_cells, *_):  # type: ignore[no-untyped-def]
 def _kept(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # serves training as well
         rest = rest_of_cells(grid, window, num_cells, device)
-        return (rest * (num_cells / math.prod(grid))).log().clamp(min=EXCLUDED).to(dtype)
+        return (rest * (num_cells / math.prod(grid))).log().clamp(min=UNSEEN).to(dtype)
 
 
 def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..window import Circle
 from ..window.windows import Window
 from .cells import Grid, cell_grid, cells_of_axis, sizes_of
-from .rest_of_cells import EXCLUDED, rest_of_cells
+from .rest_of_cells import UNSEEN, rest_of_cells
 
 
 class Plan(NamedTuple):
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     columns: Tensor  # [G, side]
     frames: Tensor  # [G]
     cells: Tensor  # [C, L] tokens
-    shares: Tensor  # [C, L], -log (m n/C) of a token, EXCLUDED beyond the last
+    shares: Tensor  # [C, L], -log (m n/C) of a token, UNSEEN beyond the last
     places: Tensor  # [n, largest m] of a token in the flat `cells`, -1 beyond the last
     rest_of_tiles: Tensor  # [G, C], log (r / (n/C))
     reached: Tensor  # [G, C] bool: a window of the tile holds tokens of the cell
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     limit: int  # a token lies in a window where they add up to less
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The tables of tiles of `side` x `side` queries and `num_cells` cells; kept for what was used last."""
     num_frames, height, width = sizes = sizes_of(grid)
@@ -48,16 +48,15 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
         tiles = ((frames[:, None] * height + rows)[:, :, None] * width + columns[:, None]).flatten(1)
         real = real.flatten(1)
         cells, shares = _tokens_of_cells(sizes, num_cells)
-        tile_of_token = torch.empty(math.prod(sizes), dtype=torch.long)
-        tile_of_token[tiles[real]] = torch.arange(len(tiles))[:, None].expand_as(tiles)[real]
         rest = rest_of_cells(grid, window, num_cells, device).to(dtype) * (num_cells / math.prod(sizes))
-        tile_of_token = tile_of_token.to(device)
-        rest_of_tiles = rest.new_zeros(len(tiles), num_cells).index_add_(0, tile_of_token, rest)
+        rest_of_tiles = rest.new_zeros(len(tiles), num_cells)
+        least_rest = torch.full_like(rest_of_tiles, math.inf)
+        for tokens, exists in zip(tiles.to(device).unbind(1), real.to(device).unbind(1), strict=True):
+            one = rest[tokens]
+            rest_of_tiles += one * exists[:, None]
+            least_rest = torch.minimum(least_rest, one)
         rest_of_tiles /= real.sum(1, keepdim=True).to(device)
-        least_rest = rest.new_full(rest_of_tiles.shape, math.inf)
-        for tokens in tiles.to(device).unbind(1):
-            least_rest = torch.minimum(least_rest, rest[tokens])
-        places = _places_of_tokens(cells[shares > EXCLUDED], shares > EXCLUDED, math.prod(sizes))
+        places = _places_of_tokens(cells[shares > UNSEEN], shares > UNSEEN, math.prod(sizes))
         shares -= math.log(math.prod(sizes) / num_cells)
         whole = shares.exp().sum(1).to(device, dtype)
         distances, limit = _distances(window, sizes)
@@ -70,7 +69,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
             cells=cells.to(device),
             shares=shares.to(device, dtype),
             places=places.to(device),
-            rest_of_tiles=rest_of_tiles.log().clamp(min=EXCLUDED),
+            rest_of_tiles=rest_of_tiles.log().clamp(min=UNSEEN),
             reached=least_rest < (1 - 1e-5) * whole,  # a token is more of a cell
             distances=[one.to(device) for one in distances],
             limit=limit,
@@ -88,7 +87,7 @@ def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tenso
     of_token = holders[0][:, None, None] * holders[1][:, None] * holders[2]
     largest = math.prod(max(length for _, length in axis) for axis in axes)
     cells = torch.zeros(num_cells, largest, dtype=torch.long)
-    shares = torch.full((num_cells, largest), EXCLUDED, dtype=torch.float64)
+    shares = torch.full((num_cells, largest), UNSEEN, dtype=torch.float64)
     token = torch.arange(math.prod(sizes)).view(sizes)
     every = ((deep, row, column) for deep in axes[0] for row in axes[1] for column in axes[2])
     for index, cell in enumerate(every):

@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 from ..pieces.launch import block_d, dense_rows, device_of, split, with_strides
-from ..window.inputs import token_major
 from ..window.windows import Window
 from . import triton_kernels as kernels
 from .cells import Grid, sizes_of
@@ -19,8 +18,8 @@ from .chosen_cells import choose
 from .rest_of_cells import log_rest
 from .tables import Plan, plan_of
 
-# What one chunk of the choice may hold in queries and logits.
-CHOICE_BYTES = 2**28
+# What one chunk of the choice may hold in float32 queries and logits, of each about two copies.
+CHOICE_BYTES = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,11 @@ def warps_of_queries(side: int) -> int:
     return 4 if queries_of_a_program(side) < 64 else 8
 
 
+def warps_of_keys(keys: int) -> int:
+    """Of a program that owns so many keys, and their two gradients."""
+    return 8 if keys == 64 else 4
+
+
 def candidates(side: int) -> list[Blocks]:
     """For tiles of side * side queries, the largest first."""
     return [
@@ -64,8 +68,8 @@ def candidates(side: int) -> list[Blocks]:
 def backward_candidates(head_dim: int) -> list[Blocks]:
     """Of the backward, the largest first; its programs of keys hold two sums. Those of queries have their own warps."""
     every = (
-        Blocks(keys=keys, num_warps=num_warps, num_stages=num_stages)
-        for keys, num_warps, num_stages in ((64, 8, 2), (64, 8, 1), (32, 4, 2), (32, 4, 1), (16, 4, 1))
+        Blocks(keys=keys, num_warps=warps_of_keys(keys), num_stages=num_stages)
+        for keys, num_stages in ((64, 2), (64, 1), (32, 2), (32, 1), (16, 1))
     )
     return [blocks for blocks in every if 2 * blocks.keys * block_d(head_dim) <= MAX_SUMS]
 
@@ -79,7 +83,7 @@ class Tables:
     distances: tuple[Tensor, ...]  # of rows, columns, frames, int32
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _tables(grid: Grid, window: Window, num_cells: int, side: int, device: torch.device) -> Tables:
     plan = plan_of(grid, window, num_cells, side, torch.float32, device)
     tiles = plan.tiles.masked_fill(~plan.real, -1)
@@ -98,7 +102,8 @@ class _Call:
     inputs: list[Tensor]  # query, key, value, proxy_key, proxy_value: of one dtype, rows dense
     plan: Plan
     tables: Tables
-    chosen: Tensor  # [B, H, G, k], as `_far_first` orders them
+    chosen: Tensor  # [B, H, G, k], first those that no window of the tile reaches
+    clear: Tensor  # [B, H, G] int32, how many these are
     rest: Tensor  # [n, C]
     sizes: tuple[int, int, int]
     scale: float
@@ -106,10 +111,9 @@ class _Call:
     @property
     def lists(self) -> tuple[Tensor, ...]:
         """Arguments of the kernels of tiles of queries, TILES to FRAMES."""
-        plan, tables = self.plan, self.tables
-        clear = (self.chosen.shape[3] - _reached(self.chosen, plan).sum(3)).int()
-        of_cells = tables.cells, plan.shares, self.rest
-        return tables.tiles, *of_cells, self.chosen.int(), self.hidden, clear, *tables.distances
+        tables = self.tables
+        of_cells = tables.cells, self.plan.shares, self.rest
+        return tables.tiles, *of_cells, self.chosen.int(), self.hidden, self.clear, *tables.distances
 
     @cached_property
     def hidden(self) -> Tensor:
@@ -149,11 +153,13 @@ def _prepare(
     query, num_cells = inputs[0], inputs[3].shape[2]
     plan = plan_of(grid, window, num_cells, side, torch.float32, query.device)
     chosen = choice if isinstance(choice, Tensor) else _choose(query, inputs[3], plan, choice, scale)
+    reached = plan.reached[torch.arange(len(plan.tiles), device=chosen.device)[:, None], chosen]  # [B, H, G, k]
     return _Call(
         inputs=[dense_rows(one.to(query.dtype)) for one in inputs],
         plan=plan,
         tables=_tables(grid, window, num_cells, side, query.device),
-        chosen=_far_first(chosen, plan),
+        chosen=chosen.gather(3, reached.int().argsort(dim=3, stable=True)),
+        clear=(~reached).sum(3, dtype=torch.int32),
         rest=log_rest(query, grid, window, num_cells),
         sizes=sizes_of(grid),
         scale=scale,
@@ -210,8 +216,8 @@ def triton_backward(
     call = _prepare(inputs, grid, window, side, scale, chosen)
     query = call.inputs[0]
     grad_out = dense_rows(grad_out)
-    batch, num_heads, num_tokens, _ = query.shape
-    grad_query = token_major(query, num_tokens)
+    batch, num_heads, *_ = query.shape
+    grad_query = query.new_empty(query.shape)
     delta = torch.zeros_like(lse)  # the kernel takes the gradient of lse from here, and leaves there what others need
     if grad_lse is not None:
         delta.copy_(grad_lse)
@@ -231,34 +237,38 @@ def triton_backward(
 
 
 def _cell_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, blocks: Blocks) -> list[Tensor]:
-    """Of key and value, float32: for each cell over the tiles that chose it, then summed over cells."""
+    """Of key and value: for each cell over the tiles that chose it, then summed over cells where they overlap."""
     query, key, value = call.inputs[:3]
     batch, num_heads, _, count = call.chosen.shape
     cell_len = call.tables.cells.shape[1]
-    blocks = replace(blocks, keys=min(blocks.keys, max(16, triton.next_power_of_2(cell_len))))
-    choosers = call.chosen.flatten(2).argsort(dim=2, stable=True) // count
+    keys = min(blocks.keys, max(16, triton.next_power_of_2(cell_len)))
+    blocks = replace(blocks, keys=keys, num_warps=warps_of_keys(keys))
+    choosers = call.chosen.int().flatten(2).argsort(dim=2, stable=True) // count
     first = F.pad(call.hidden.sum(2, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0))
-    size = (2, batch, num_heads, call.num_cells * cell_len, query.shape[3])
-    of_cells = query.new_empty(size, dtype=torch.float32)
-    kernels.focus_grad_cell[call.num_cells, batch * num_heads, triton.cdiv(cell_len, blocks.keys)](
+    places = call.plan.places
+    disjoint = places.shape[1] == 1
+    size = (batch, num_heads, places.shape[0] if disjoint else call.tables.cells.numel(), query.shape[3])
+    grads = [query.new_empty(size, dtype=query.dtype if disjoint else torch.float32) for _ in range(2)]
+    kernels.focus_grad_cell[call.num_cells, batch * num_heads, triton.cdiv(cell_len, keys)](
         *with_strides(grad_out, query, key, value),
-        *(*of_cells, lse, delta),
+        *(*grads, lse, delta),
         *(call.tables.tiles, call.tables.cells, call.plan.shares),
         *(choosers.int(), first, *call.tables.distances),
         *(num_heads, *call.counts),
         call.scale,
         BLOCK_ROWS=BLOCK_ROWS,
+        DISJOINT=disjoint,
         **call.constants(blocks),
     )
-    return [_of_tokens(grad, call.plan.places) for grad in of_cells]
+    return grads if disjoint else [_of_tokens(grad, places) for grad in grads]
 
 
 def _of_tokens(of_cells: Tensor, places: Tensor) -> Tensor:
     """[B, H, C * L, D] -> [B, H, n, D], each token's sum over the cells that hold it, in their order."""
     first, *others = places.unbind(1)
-    of_tokens = of_cells[:, :, first]
+    of_tokens = of_cells.index_select(2, first)
     for place in others:
-        of_tokens += of_cells[:, :, place.clamp(min=0)].where((place >= 0)[:, None], 0)
+        of_tokens += of_cells.index_select(2, place.clamp(min=0)).where((place >= 0)[:, None], 0)
     return of_tokens
 
 
@@ -292,13 +302,3 @@ def _choose(query: Tensor, proxy_key: Tensor, plan: Plan, count: int, scale: flo
         tiles = slice(start, start + step)
         choices.append(choose(query[:, :, plan.tiles[tiles]].float(), proxy_key, plan, tiles, count, scale))
     return torch.cat(choices, 2)
-
-
-def _far_first(chosen: Tensor, plan: Plan) -> Tensor:
-    """Each tile's cells in another order: first those that no window of the tile reaches."""
-    return chosen.gather(3, _reached(chosen, plan).int().argsort(dim=3, stable=True))
-
-
-def _reached(chosen: Tensor, plan: Plan) -> Tensor:
-    """[B, H, G, k] bool: a window of the tile holds tokens of the chosen cell."""
-    return plan.reached[torch.arange(len(plan.tiles), device=chosen.device)[:, None], chosen]

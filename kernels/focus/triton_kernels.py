@@ -31,10 +31,11 @@ from ..pieces.triton_blocks import (
     query_gradient,
     store_rows,
 )
+from . import rest_of_cells
 
 # Added to the logit of what a query does not see. Not EXCLUDED: the log-sum-exp of a query that sees nothing is that of
 # plain.py, whose backward reads it.
-UNSEEN = tl.constexpr(-1.0e4)
+UNSEEN = tl.constexpr(rest_of_cells.UNSEEN)
 
 
 @triton.jit
@@ -81,13 +82,13 @@ def focus_forward(
     CHOSEN, HIDDEN,  # [B, H, tiles, num_chosen] cells; [B, H, tiles, C] int8, 1 for these
     CLEAR,  # [B, H, tiles] how many, at the front, no window of the tile reaches
     ROWS, COLUMNS, FRAMES,  # [size, size] distances: a key is in the window where they add up to less than `limit`
-    num_heads, num_programs, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
+    num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and log-sum-exp of one tile of queries, one head; `num_programs` is B * H."""
-    i_both, i_tile = tl.program_id(0) % num_programs, tl.program_id(0) // num_programs
+    """out and log-sum-exp of one tile of queries, one head; `num_batch_heads` is B * H."""
+    i_both, i_tile = tl.program_id(0) % num_batch_heads, tl.program_id(0) // num_batch_heads
     i_batch, i_head = i_both // num_heads, i_both % num_heads
     p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
     p_pk, p_pv = head_of(PROXY_K, i_batch, i_head, pk_b, pk_h), head_of(PROXY_V, i_batch, i_head, pv_b, pv_h)
@@ -147,13 +148,13 @@ def focus_grad_query(
     GRAD_Q, dq_b, dq_h, dq_n,
     LSE, DELTA,  # [B, H, N]; DELTA: lse's gradient -> sum(out * grad_out) - it, for the other kernels
     TILES, CELLS, SHARES, REST, CHOSEN, HIDDEN, CLEAR, ROWS, COLUMNS, FRAMES,
-    num_heads, num_programs, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
+    num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum_j ds_j k_j of one tile of queries, with p = exp(s - lse), ds = p (dout . v - delta)."""
-    i_both, i_tile = tl.program_id(0) % num_programs, tl.program_id(0) // num_programs
+    i_both, i_tile = tl.program_id(0) % num_batch_heads, tl.program_id(0) // num_batch_heads
     i_batch, i_head = i_both // num_heads, i_both % num_heads
     p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
     p_pk, p_pv = head_of(PROXY_K, i_batch, i_head, pk_b, pk_h), head_of(PROXY_V, i_batch, i_head, pv_b, pv_h)
@@ -248,9 +249,8 @@ def focus_grad_proxy(
         b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + i_both) * num_cells * HEAD_DIM
-    exists = i_cell < num_cells
-    store_rows(GRAD_K + o_out, cells, HEAD_DIM, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
-    store_rows(GRAD_V + o_out, cells, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_K + o_out, cells, HEAD_DIM, b_dk * scale, i_cell < num_cells, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_V + o_out, cells, HEAD_DIM, b_dv, i_cell < num_cells, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -259,13 +259,14 @@ def focus_grad_cell(
     Q, q_b, q_h, q_n,
     K, k_b, k_h, k_n,
     V, v_b, v_h, v_n,
-    GRAD_K, GRAD_V,  # [B, H, C, cell_len, HEAD_DIM] float32, to be summed over the cells that hold a token
+    GRAD_K, GRAD_V,  # [B, H, N, HEAD_DIM] if DISJOINT: each token is in one cell; else of each cell,
+    # [B, H, C, cell_len, HEAD_DIM] float32, to be summed over the cells that hold a token
     LSE, DELTA, TILES, CELLS, SHARES,
     CHOOSERS, FIRST,  # [B, H, tiles * num_chosen] tiles, those that chose cell 0, cell 1, ...; [B, H, C + 1] where from
     ROWS, COLUMNS, FRAMES,
     num_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     scale,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, DISJOINT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_K tokens of one cell, over the queries of the tiles that chose it."""
@@ -285,11 +286,11 @@ def focus_grad_cell(
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
     p_first = FIRST + i_both * (num_cells + 1) + i_cell
-    first, num_places = tl.load(p_first) * BLOCK_Q, tl.load(p_first + 1) * BLOCK_Q
-    for start in tl.range(first, num_places, BLOCK_ROWS):
+    end = tl.load(p_first + 1) * BLOCK_Q
+    for start in tl.range(tl.load(p_first) * BLOCK_Q, end, BLOCK_ROWS):
         i_place = start + tl.arange(0, BLOCK_ROWS)
-        tile = tl.load(p_choosers + i_place // BLOCK_Q, mask=i_place < num_places, other=0)
-        queries = tl.load(TILES + tile * BLOCK_Q + i_place % BLOCK_Q, mask=i_place < num_places, other=-1)
+        tile = tl.load(p_choosers + i_place // BLOCK_Q, mask=i_place < end, other=0)
+        queries = tl.load(TILES + tile * BLOCK_Q + i_place % BLOCK_Q, mask=i_place < end, other=-1)
         exists = queries >= 0
         queries = tl.maximum(queries, 0)
         b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
@@ -301,7 +302,9 @@ def focus_grad_cell(
         b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
         b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
-    o_out = (i_both.to(tl.int64) * num_cells + i_cell) * cell_len * HEAD_DIM
-    exists = i_slot < cell_len
-    store_rows(GRAD_K + o_out, slots, HEAD_DIM, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
-    store_rows(GRAD_V + o_out, slots, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)
+    if DISJOINT:
+        rows = i_both.to(tl.int64) * num_tokens + keys
+    else:
+        rows = (i_both.to(tl.int64) * num_cells + i_cell) * cell_len + slots
+    store_rows(GRAD_K, rows, HEAD_DIM, b_dk * scale, i_slot < cell_len, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_V, rows, HEAD_DIM, b_dv, i_slot < cell_len, HEAD_DIM, BLOCK_D)

@@ -74,6 +74,8 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
         try:
             tiles_for(device, dtype, head_dim)
+        except torch.OutOfMemoryError:
+            raise  # of this moment: tried anew next time
         except RuntimeError as exception:
             reason = f"on {torch.cuda.get_device_name(device)}: {exception}"
         else:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lineardit.kernels.focus.cells import cell_grid, cells_of_axis
-from lineardit.kernels.focus.rest_of_cells import EXCLUDED, log_rest, rest_of_cells
+from lineardit.kernels.focus.rest_of_cells import UNSEEN, log_rest, rest_of_cells
 from lineardit.kernels.window import Box, Circle
 from lineardit.kernels.window.reference import window_mask
 
@@ -52,7 +52,7 @@ def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
     log = log_rest(torch.zeros(1, dtype=torch.float64), (8, 8), Circle(radius=4), 16)
     assert log.dtype == torch.float64
     assert log[0, 15] == 0  # the far corner
-    assert log[0, 0] == EXCLUDED  # 2 x 2 tokens, all nearer than 4
+    assert log[0, 0] == UNSEEN  # 2 x 2 tokens, all nearer than 4
     rest = rest_of_cells((8, 8), Circle(radius=4), 16, CPU)
     assert torch.allclose(log.exp(), rest.double() / 4)
     assert ((rest > 0) & (rest < 4)).any()

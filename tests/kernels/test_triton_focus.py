@@ -6,7 +6,7 @@ from focus_case import CPU, SCALE, SHAPES, WINDOWS, by_hand, clear_choice, input
 from tolerance import assert_matches_reference
 
 from lineardit.kernels.focus import attention, choose, focus_attention, plain
-from lineardit.kernels.focus.attention import focus_op
+from lineardit.kernels.focus.attention import focus_backward_op, focus_op
 from lineardit.kernels.window import Box, Circle, Window
 from lineardit.kernels.window.partial import PLAIN
 from lineardit.linearize.layout import Layout
@@ -96,10 +96,10 @@ def test_triton_is_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("blocks", backward_candidates(8), ids=shown)
 def test_gradients_are_those_of_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 cells of one token and 4 of 72: more and fewer than a block."""
+    """80 cells of one token and 4 of 72: more and fewer than a block, and proxies' sums split among programs."""
     monkeypatch.setattr(triton_probe, "backward_blocks_for", lambda *_: blocks)
     for grid, num_cells, num_tokens in (((8, 10), 80, 9), ((18, 16), 4, 72)):
-        inputs = [x[:1, :1].requires_grad_() for x in inputs_of(grid, num_cells, FP32)]
+        inputs = [x[:1].requires_grad_() for x in inputs_of(grid, num_cells, FP32)]
         shape = {"grid": grid, "window": Circle(radius=2), "num_tokens": num_tokens, "side": 4, "scale": SCALE}
         grads = [
             torch.autograd.grad(focus_attention(*inputs, **shape, impl=impl)[0].square().sum(), inputs)
@@ -112,19 +112,44 @@ def test_gradients_are_those_of_plain_with_any_blocks(blocks: Blocks, monkeypatc
 def test_triton_takes_strides_as_they_come() -> None:
     inputs = inputs_of((8, 8), 16, FP32)
     shape = {"grid": (8, 8), "window": Circle(radius=2), "num_tokens": 12, "side": 4, "scale": SCALE, "impl": "triton"}
-    weight = torch.randn_like(inputs[0])
+    weight = torch.randn(1, 1, 1, inputs[0].shape[3]).expand_as(inputs[0])
 
     def results(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        leaves = [x.detach().requires_grad_() for x in tensors]
+        *leaves, weight = (x.detach().requires_grad_() for x in tensors)
         out, _ = focus_attention(*leaves, **shape)
         return [out, *torch.autograd.grad(out, leaves, weight)]
 
-    expected = results(inputs)
-    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    part_of_more = [torch.cat([x, x], 3)[..., : x.shape[3]] for x in inputs]
-    row_in_pieces = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs]
+    given = [*inputs, weight]
+    expected = results(given)
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+    part_of_more = [torch.cat([x, x], 3)[..., : x.shape[3]] for x in given]
+    row_in_pieces = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in given]
     for same in (token_major, part_of_more, row_in_pieces):
         assert all(map(torch.equal, results(same), expected))
+
+
+def test_gradients_have_the_dtypes_of_their_inputs() -> None:
+    """Half queries, keys and values beside float32 proxies."""
+    inputs, shape = clear_choice(FP32)
+    mixed = [x.half() for x in inputs[:3]] + inputs[3:]
+    grads = {}
+    for impl in ("triton", "plain"):
+        leaves = [x.detach().requires_grad_() for x in mixed]
+        out, lse = focus_attention(*leaves, **shape, scale=SCALE, impl=impl)
+        grads[impl] = torch.autograd.grad(out.float().square().sum() + lse.sum(), leaves)
+    assert [x.dtype for x in grads["triton"]] == [FP16] * 3 + [FP32] * 2
+    for ours, expected in zip(*grads.values(), strict=True):
+        assert (ours - expected).abs().max() <= 5e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("impl", ["triton", "plain"])
+@pytest.mark.parametrize(("grid", "num_cells"), [((6, 4), 6), ((5, 4), 4)])  # apart, and overlapping
+def test_the_backward_gives_what_it_promises_to_the_compiler(impl: str, grid: tuple[int, int], num_cells: int) -> None:
+    inputs = inputs_of(grid, num_cells, FP32)
+    shape = (grid, 2, 2, SCALE, impl, 1.5, None, None)
+    out, lse, chosen = focus_op(*inputs, *shape)
+    given = (torch.randn_like(out), torch.randn_like(lse), *inputs, out, lse, chosen, *shape)
+    torch.library.opcheck(focus_backward_op, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("box", [None, [3, 3, 1, 1, 1, 1]])
@@ -169,7 +194,10 @@ def test_a_query_that_sees_nothing_has_the_log_sum_exp_of_plain() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter, with the plain formula that a GPU takes."""
+    """In the interpreter, with the plain formula that a GPU takes, on a smaller picture."""
+    smaller = {"GRID": (12, 14), "WINDOW": Circle(radius=4), "COUNT": 6, "NUM_SMALL_CELLS": 42}
+    for name, value in smaller.items():
+        monkeypatch.setattr(triton_probe, name, value)
     monkeypatch.setattr(plain, "fastest_partial", lambda *_: PLAIN)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert triton_probe.try_blocks(CPU, FP32, 8, 8) == candidates(8)[0]
