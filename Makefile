@@ -67,7 +67,7 @@ high-resolution: $(STAMP)  ## the cascade at 512 and 1024 px on the small model:
 bench-cpu: $(STAMP)  ## window attention against dense attention on this CPU
 	$(BIN)/python benchmarks/cpu.py
 
-support: $(STAMP)  ## the README's table of models, from the tests: some minutes
+support: $(STAMP)  ## the table of docs/models.md, from the tests: some minutes
 	$(TEST_ENV) $(BIN)/python benchmarks/support.py
 
 clean:  ## remove what the targets made, except pictures and runs

@@ -1,4 +1,4 @@
-"""What is tested of each model family: runs those tests and writes the table into the README (`make support`).
+"""What is tested of each model family: runs those tests and writes the table of docs/models.md (`make support`).
 
 A cell is "yes" where every case of the test with this family ran and passed, "-" where there is no such test for it.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- support: written by `make support` -->", "<!-- end of support -->"
 FILES = ("tests/linearize/test_seam.py", "tests/linearize/test_adapter.py")
 FEATURES = {
@@ -73,9 +73,9 @@ def main() -> None:
         if code not in (0, 1):  # 1: some failed, the table says which
             raise SystemExit("pytest did not run to its end, so the table stays as it was")
         table = as_markdown(models, outcomes(report, list(models)))
-    before, rest = README.read_text().split(BEGIN)
+    before, rest = PAGE.read_text().split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 
 if __name__ == "__main__":

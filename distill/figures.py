@@ -2,11 +2,16 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from ..linearize.folders import write_whole
+
+
+def require_matplotlib(picture: str) -> None:
+    """Raise ValueError where it is missing: before long work, not when `picture` is drawn."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{picture} is drawn with matplotlib, which is not here: pip install matplotlib")
 
 
 class StepLog:
@@ -35,6 +40,8 @@ class StepLog:
         Args:
             first_stage: Steps of another loss before; a vertical line ends them.
         """
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         before = sum(row["step"] <= first_stage for row in self.rows)

@@ -16,6 +16,7 @@ from ..linearize.base import read_base
 from ..linearize.convert import denoiser
 from .config import Base, DistillConfig
 from .data import TeacherSamples
+from .figures import require_matplotlib
 from .plan import describe_plan
 from .precision import autocasts
 from .runs import check_run, record_run
@@ -36,6 +37,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
         ValueError: settings, data and model do not fit together, or the folder holds another run.
         DivergedError: a loss is not finite.
     """
+    require_matplotlib("the curve of the losses")
     accelerator = start_accelerator()
     samples = TeacherSamples(Path(config.data.directory))
     _check_sizes(config, samples, accelerator.num_processes)

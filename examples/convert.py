@@ -1,6 +1,4 @@
-"""Swap a pipeline's attention, see what was swapped, draw, and go back: `python examples/convert.py [MODEL]`."""
-
-import sys
+"""Swap the small model's attention, see what was swapped, draw, and go back: `python examples/convert.py`."""
 
 import torch
 from diffusers import FluxPipeline
@@ -8,9 +6,8 @@ from diffusers import FluxPipeline
 import lineardit
 from lineardit.examples import tiny_flux
 
-model = sys.argv[1] if len(sys.argv) > 1 else tiny_flux.path()
 prompt = "a red circle at the top left and a blue cross at the middle right on striped sand"
-pipe = FluxPipeline.from_pretrained(model)
+pipe = FluxPipeline.from_pretrained(tiny_flux.path())
 
 report = lineardit.linearize_(pipe, lineardit.Clear(radius=4))
 print(report)

@@ -1,4 +1,4 @@
-"""4K on a small card, one part of the model on it at a time: python examples/low_memory.py flux-clear-16 "prompt" """
+"""4K on a small card, one part of the model on it at a time: python examples/low_memory.py flux-hybrid "prompt" """
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A 4K picture from a prompt: python examples/text_to_image_4k.py flux-clear-16 "a lighthouse in a storm" """
+"""A 4K picture from a prompt: python examples/text_to_image_4k.py flux-hybrid "a lighthouse in a storm" """
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A picture of yours, four times as wide: python examples/upscale.py flux-clear-16 photo.jpg "what it shows" """
+"""A picture of yours, four times as wide: python examples/upscale.py flux-hybrid photo.jpg "what it shows" """
 
 import sys
 

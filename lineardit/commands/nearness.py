@@ -3,7 +3,6 @@
 import gc
 import json
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,8 +39,9 @@ def nearness(
     """Compare conversions by the error of single predictions, before any training or picture."""
     texts = read_prompts(prompts)
     height_width = None if size is None else parse_size(size)
-    if find_spec("matplotlib") is None:
-        raise ValueError("nearness.png is drawn with matplotlib, which is not here: pip install 'lineardit[train]'")
+    from ..distill.figures import require_matplotlib
+
+    require_matplotlib("nearness.png")
     from ..linearize.adapter import adapter_file
     from ..linearize.base import find_place, read_base
     from ..linearize.folders import check_output_file, write_whole

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from string import ascii_lowercase
@@ -52,8 +51,9 @@ def profile(
     height_width = None if size is None else parse_size(size)
     windows = parse_numbers("radii", radii)
     named = [parse_method(text) for text in methods or ()]
-    if find_spec("matplotlib") is None:
-        raise ValueError("profile.png is drawn with matplotlib, which is not here: pip install 'lineardit[train]'")
+    from ..distill.figures import require_matplotlib
+
+    require_matplotlib("profile.png")
     from ..attention_map import draw_profile
     from ..linearize.folders import check_output_file
     from ..linearize.methods import config_from_dict

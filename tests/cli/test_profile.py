@@ -9,6 +9,7 @@ from tiny_distill import build_tiny
 
 from lineardit.cli import run
 from lineardit.commands.profile import show
+from lineardit.distill import figures
 from lineardit.linearize.attention_profile import read_profile
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
@@ -49,6 +50,16 @@ def test_profile_keeps_what_is_there(made: Path, capsys: pytest.CaptureFixture[s
     words = ["profile", str(made / "base"), "--prompts", str(made / "prompts.txt"), "-o", str(made / "out")]
     assert run([*words, "--offline"]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["profile", "nearness"])
+def test_missing_matplotlib_is_told_before_the_measuring(
+    command: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda _: None)
+    base, prompts, out = (str(path) for path in (made / "base", made / "prompts.txt", tmp_path / "out"))
+    assert run([command, base, *([base] if command == "nearness" else []), "--prompts", prompts, "-o", out]) == 2
+    assert f"{command}.png is drawn with matplotlib, which is not here" in capsys.readouterr().err
 
 
 def test_convert_from_profile_writes_an_adapter_within_the_budget(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_distill import launch_run, write_config
 
 from lineardit import dense, from_pretrained
+from lineardit.distill import figures
 from lineardit.distill.__main__ import main
 from lineardit.distill.checkpoint import latest_checkpoint
 from lineardit.distill.config import DistillConfig
@@ -236,6 +237,16 @@ def test_main_tells_bad_input_in_one_sentence(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("lineardit.distill: ")
     assert message in last
+    assert not Path(config.run.directory).exists()
+
+
+def test_missing_matplotlib_is_told_before_the_training(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda _: None)
+    config = make_config()
+    assert main([str(write_config(config, tmp_path / "config.toml"))]) == 2
+    assert "is drawn with matplotlib, which is not here: pip install matplotlib" in capsys.readouterr().err
     assert not Path(config.run.directory).exists()
 
 
