@@ -61,7 +61,7 @@ def test_triton_is_as_precise_as_the_formula_in_the_same_precision(dtype: torch.
 @pytest.mark.parametrize(
     ("grid", "num_cells", "num_tokens", "side", "head_dim", "window"),
     [
-        ((36, 20), 8, 180, 8, 8, Circle(radius=3)),  # cells longer than a block, most of them beyond every window
+        ((24, 24), 8, 144, 8, 8, Circle(radius=3)),  # cells longer than a block, most of them beyond every window
         ((3, 8, 9), 6, 72, 8, 8, Circle(radius=2.5, frame_radius=2)),
         ((2, 6, 6), 8, 18, 3, 8, Box(window=(3, 3))),
         ((9, 14), 10, 30, 4, 24, Circle(radius=2)),
@@ -71,9 +71,8 @@ def test_triton_is_as_precise_as_the_formula_in_the_same_precision(dtype: torch.
 def test_triton_is_plain(
     grid: tuple[int, ...], num_cells: int, num_tokens: int, side: int, head_dim: int, window: Window
 ) -> None:
-    inputs = inputs_of(grid, num_cells, FP32, head_dim)
+    inputs = [x[:1].requires_grad_() for x in inputs_of(grid, num_cells, FP32, head_dim)]
     shape = {"grid": grid, "window": window, "num_tokens": num_tokens, "side": side, "scale": SCALE}
-    inputs = [x.requires_grad_() for x in inputs]
     results, weights = [], [torch.randn_like(inputs[0]), torch.randn_like(inputs[0][..., 0])]
     for impl in ("triton", "plain"):
         both = focus_attention(*inputs, **shape, impl=impl)
