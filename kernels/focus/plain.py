@@ -136,12 +136,12 @@ def _near(seen: Tensor, plan: Plan, tiles: slice) -> Tensor:
     frames, rows, columns = plan.distances
     height, width = len(rows), len(columns)
     row, column = seen // width % height, seen % width
-    row_distance = rows[plan.rows[tiles][:, :, None], row[:, :, :, None]]  # [B, H, g, side, K]
+    left = plan.limit - rows[plan.rows[tiles][:, :, None], row[:, :, :, None]]  # [B, H, g, side, K]
     column_distance = columns[plan.columns[tiles][:, :, None], column[:, :, :, None]]
     if len(frames) > 1:
         frame = seen // (height * width)
-        row_distance = row_distance + frames[plan.frames[tiles][:, None], frame][:, :, :, None]
-    return (row_distance[:, :, :, :, None] + column_distance[:, :, :, None] < plan.limit).flatten(3, 4)
+        left = left - frames[plan.frames[tiles][:, None], frame][:, :, :, None]
+    return (column_distance[:, :, :, None] < left[:, :, :, :, None]).flatten(3, 4)
 
 
 class _Prepared(NamedTuple):
