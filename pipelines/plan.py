@@ -12,6 +12,7 @@ Attention = Literal["original", "converted", "both"]
 KNOWN = 2  # a model knows positions up to this many times its native side: it was trained on long pictures too
 STRENGTH = 0.3
 STEPS = 8
+FOLLOW = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +140,18 @@ class Settings:
     """Of the stages after the first.
 
     Attributes:
-        strength, steps: As in `Stage`.
+        strength, steps, follow: As in `Stage`.
         shift: As in `Stage`; None: what the scheduler takes at its largest size.
         rope_factor: As in `Stage`; None: NTK scaling beyond the positions that the model knows.
-        follow: As in `Stage`; None: 0.5 beyond those positions, else 0.
         proportional: N of CLEAR's proportional attention counts this many times; None: logits as trained.
         chunk_tokens: As in `Stage`; None: chunks where the estimate is more than the GPU's memory.
     """
 
     strength: float = STRENGTH
     steps: int = STEPS
+    follow: float = FOLLOW
     shift: float | None = None
     rope_factor: float | None = None
-    follow: float | None = None
     proportional: float | None = None
     chunk_tokens: int | None = None
 

@@ -11,14 +11,13 @@ again, until the size asked for. Where each default comes from:
     rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2)), r times the
                     native side; with r times the known side, half as much, the small model draws a frame around
                     pictures of 8 times its native side
-    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536) beyond those positions
+    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536): free, the small model loses
+                    objects at twice its native side already
 """
 
 import math
 
 from .plan import Limits, Plan, Settings, Stage
-
-FOLLOW = 0.5
 
 
 def cascade(
@@ -61,11 +60,9 @@ def cascade(
 
 def _larger_stage(height: int, width: int, attention: str, limits: Limits, settings: Settings, text_len: int) -> Stage:
     longest = max(height, width)
-    rope_factor, follow, logit_factor = settings.rope_factor, settings.follow, 1.0
+    rope_factor, logit_factor = settings.rope_factor, 1.0
     if rope_factor is None:
         rope_factor = ntk_factor(longest / limits.native, limits.rope_dim) if longest > limits.known else 1.0
-    if follow is None:
-        follow = FOLLOW if longest > limits.known else 0.0
     if settings.proportional is not None and attention == "converted":
         tokens, trained = (side // limits.multiple**2 + text_len for side in (height * width, limits.native**2))
         logit_factor = proportional_factor(tokens, trained, settings.proportional)
@@ -77,7 +74,7 @@ def _larger_stage(height: int, width: int, attention: str, limits: Limits, setti
         shift=limits.largest_shift if settings.shift is None else settings.shift,
         attention=attention,
         rope_factor=rope_factor,
-        follow=follow,
+        follow=settings.follow,
         logit_factor=logit_factor,
         chunk_tokens=settings.chunk_tokens,
     )

@@ -82,9 +82,9 @@ def test_cascade_uses_linear_attention_where_it_pays() -> None:
     assert {stage.attention for stage in plan.stages} == {"converted"}
 
 
-def test_cascade_follows_low_frequencies_beyond_known_positions() -> None:
+def test_larger_stages_follow_low_frequencies_and_scale_positions_beyond_the_known() -> None:
     stages = cascade(4096, 4096, FLUX, Settings(), **CALL).stages
-    assert [stage.follow for stage in stages] == [0, 0, 0.5]
+    assert [stage.follow for stage in stages] == [0, 1, 1]
     assert [stage.rope_factor for stage in stages] == [1, 1, pytest.approx(4 ** (56 / 54))]
     free = cascade(4096, 4096, FLUX, Settings(follow=0, rope_factor=10), **CALL)
     assert [stage.rope_factor for stage in free.stages] == [1, 10, 10]
