@@ -34,7 +34,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     Returns:
         The adapter's folder, `adapter` in the run's.
     Raises:
-        ValueError: settings, data and model do not fit together, or the folder holds another run.
+        ValueError: settings, data and model do not fit, the folder holds another run, or matplotlib is missing.
         DivergedError: a loss is not finite.
     """
     require_matplotlib("the curve of the losses")

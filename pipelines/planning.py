@@ -11,8 +11,8 @@ again, until the size asked for. Where each default comes from:
     rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2)), r times the
                     native side; with r times the known side, half as much, the small model draws a frame around
                     pictures of 8 times its native side
-    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536): free, the small model loses
-                    objects at twice its native side already
+    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536): free, the small model lost
+                    half an object of a hard picture at twice its native side
 """
 
 import math
@@ -47,7 +47,7 @@ def cascade(
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
     stages: list[Stage] = []
     for rows, columns in sizes:
-        small = rows * columns <= 2 * limits.native**2  # there the original is as fast
+        small = rows * columns <= 2 * limits.native**2  # there is little to gain
         original = limits.attention == "original" or (limits.attention == "both" and small)
         attention = "original" if original else "converted"
         if not stages and not enlarge:
