@@ -1,6 +1,7 @@
 """What a model costs on this machine: seconds of one warm transformer forward, peak memory of one picture."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -107,9 +109,18 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
 
 @contextmanager
 def resident_peak() -> Iterator[list[int]]:
-    """A list that holds, afterwards, by how many bytes this process grew at most."""
+    """A list that holds, afterwards, by how many bytes this process grew at most.
+
+    Linux keeps that mark itself and misses nothing; elsewhere a thread looks every 2 ms.
+    """
     process, done, peak = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss
+    if _forget_high_water():
+        try:
+            yield peak
+        finally:
+            peak[0] = max(0, _high_water() - before)
+        return
 
     def watch() -> None:
         while not done.wait(0.002):  # seconds
@@ -122,6 +133,21 @@ def resident_peak() -> Iterator[list[int]]:
     finally:
         done.set()
         watcher.join()
+
+
+def _forget_high_water() -> bool:
+    """Have the kernel count this process's peak from now on; False where it cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water() -> int:
+    """Linux's mark of resident memory, in bytes."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    return 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0])
 
 
 def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> float:
