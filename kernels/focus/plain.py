@@ -3,7 +3,9 @@
 Letters as in attention.py; g tiles of a chunk.
 """
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from ..window.partial import Keys, Partial, fastest_partial, merge
 from ..window.windows import Window
 from .cells import Grid
 from .chosen_cells import choose
-from .rest_of_cells import UNSEEN, log_rest
+from .rest_of_cells import UNSEEN, new_log_rest
 from .tables import Plan, plan_of
 
 # What one chunk of tiles may hold in logits, biases and gathered tokens.
@@ -104,55 +106,73 @@ def _gather(
     tiles: slice, prepared: "_Prepared", chosen: Tensor | None, count: int, scale: float
 ) -> tuple[_Chunk, Tensor]:
     """The tiles' chunk, and their choice, made here if it is None. The next chunk is written over it."""
-    (query, key_cells, value_cells, proxy_key, proxy_value), rest, plan, spaces, of_proxies = prepared[:5]
+    (query, key_cells, value_cells, proxy_key, proxy_value), rest, plan, spaces = prepared[:4]
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     tokens = plan.tiles[tiles]  # [g, Q]
     q = query[:, :, tokens]  # [B, H, g, Q, D]
     if chosen is None:
         chosen = choose(q, proxy_key, plan, tiles, count, scale)
     hidden = q.new_zeros(*chosen.shape[:3], num_cells).scatter_(-1, chosen, UNSEEN)
-    of_proxies = of_proxies[: q[..., 0].numel()].view(*q.shape[:4], num_cells)  # [B, H, g, Q, C]
-    torch.add(rest[tokens], hidden[:, :, :, None], out=of_proxies)
-    seen = plan.cells[chosen].flatten(3)  # [B, H, g, K]
-    of_tokens = plan.shares[chosen].flatten(3)[:, :, :, None]  # [B, H, g, 1, K]
-    of_tokens = torch.where(_near(seen, plan, tiles), UNSEEN, of_tokens)  # [B, H, g, Q, K]
+    of_proxies = spaces.of_proxies[: math.prod(q.shape[:4])].view(*q.shape[:4], num_cells)  # [B, H, g, Q, C]
+    torch.add(rest[tiles], hidden[:, :, :, None], out=of_proxies)
+    of_tokens = spaces.of_tokens[: math.prod(q.shape[:4])].view(*q.shape[:4], *chosen.shape[3:], -1)
+    _fill_of_tokens(of_tokens, chosen, plan, tiles)
     first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells
     index = (chosen + first).flatten()
     k, v = (
         torch.index_select(cells, 0, index, out=space[: len(index)]).view(batch * num_heads, len(tokens), -1, head_dim)
-        for cells, space in zip((key_cells, value_cells), spaces, strict=True)
+        for cells, space in zip((key_cells, value_cells), (spaces.key, spaces.value), strict=True)
     )
     return _Chunk(
         tokens.flatten(),
         q.flatten(2, 3),
         index,
         Keys(proxy_key, proxy_value, of_proxies.flatten(2, 3)),
-        Keys(k, v, of_tokens.flatten(0, 1)),
+        Keys(k, v, of_tokens.flatten(4).flatten(0, 1)),
     ), chosen
 
 
-def _near(seen: Tensor, plan: Plan, tiles: slice) -> Tensor:
-    """Whether tokens [B, H, g, K] lie in the windows of the queries, [B, H, g, Q, K]."""
+def _fill_of_tokens(of_tokens: Tensor, chosen: Tensor, plan: Plan, tiles: slice) -> None:
+    """Biases [B, H, g, Q, k, L] of the tokens of the chosen cells [B, H, g, k]: UNSEEN in a query's own window."""
+    shares = plan.shares[chosen]
+    of_tokens.copy_(shares[:, :, :, None])
+    within = torch.arange(chosen.shape[2], device=chosen.device)[:, None]
+    # Most chosen cells lie beyond all windows of their tile.
+    batch, head, tile, place = plan.reached[tiles][within, chosen].nonzero(as_tuple=True)
+    if len(tile) > 0:
+        near = _near(plan.cells[chosen[batch, head, tile, place]], plan, tiles.start + tile)
+        of_tokens[batch, head, tile, :, place] = torch.where(near, UNSEEN, shares[batch, head, tile, place][:, None])
+
+
+def _near(tokens: Tensor, plan: Plan, tile: Tensor) -> Tensor:
+    """Whether tokens [m, L] lie in the windows of the queries of tiles [m], [m, Q, L]."""
     frames, rows, columns = plan.distances
     height, width = len(rows), len(columns)
-    row, column = seen // width % height, seen % width
-    left = plan.limit - rows[plan.rows[tiles][:, :, None], row[:, :, :, None]]  # [B, H, g, side, K]
-    column_distance = columns[plan.columns[tiles][:, :, None], column[:, :, :, None]]
+    row, column = tokens // width % height, tokens % width
+    left = plan.limit - rows[plan.rows[tile][:, :, None], row[:, None]]  # [m, side, L]
+    column_distance = columns[plan.columns[tile][:, :, None], column[:, None]]
     if len(frames) > 1:
-        frame = seen // (height * width)
-        left = left - frames[plan.frames[tiles][:, None], frame][:, :, :, None]
-    return (column_distance[:, :, :, None] < left[:, :, :, :, None]).flatten(3, 4)
+        frame = tokens // (height * width)
+        left = left - frames[plan.frames[tile][:, None], frame][:, None]
+    return (column_distance[:, None] < left[:, :, None]).flatten(1, 2)
+
+
+class _Spaces(NamedTuple):
+    """What every chunk is written into: new memory would cost more than filling it."""
+
+    key: Tensor  # [B * H * tiles * k, L * D]
+    value: Tensor
+    of_proxies: Tensor  # biases [B * H * tiles * Q, C]
+    of_tokens: Tensor  # and [B * H * tiles * Q, K]
 
 
 class _Prepared(NamedTuple):
     """What chunks are made of."""
 
     inputs: tuple[Tensor, ...]  # query, key and value by cells [B * H * C, L * D], proxy_key, proxy_value
-    rest: Tensor  # [n, C], log (r / (n/C))
+    rest: Tensor  # [G, Q, C], log (r / (n/C))
     plan: Plan
-    # For a chunk's gathered keys and values, and its proxies' biases: new ones would cost more than filling.
-    spaces: tuple[Tensor, Tensor]
-    of_proxies: Tensor  # [B * H * tiles * Q, C]
+    spaces: _Spaces
     partial: Partial
     chunks: tuple[slice, ...]  # of the tiles
 
@@ -162,22 +182,33 @@ def _prepare(inputs: Sequence[Tensor], grid: Grid, window: Window, count: int, s
     query, key, value, proxy_key, proxy_value = (one.to(dtype) for one in inputs)
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     plan = plan_of(grid, window, num_cells, side, dtype, device)
-    rest = log_rest(inputs[0], grid, window, num_cells)
+    rest = _rest_by_tile(grid, window, num_cells, side, dtype, device)
     by_cell = tuple(one[:, :, plan.cells].flatten(3).flatten(0, 2) for one in (key, value))
     num_seen = count * plan.cells.shape[1]
     of_a_tile = side * side * (num_cells + 2 * num_seen) + 2 * num_seen * head_dim
     most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (batch * num_heads * of_a_tile * dtype.itemsize)
     step = max(1, min(most, len(plan.tiles)))
-    spaces = tuple(one.new_empty(step * batch * num_heads * count, one.shape[1]) for one in by_cell)
+    tiles = batch * num_heads * step
+    key_space, value_space = (one.new_empty(tiles * count, one.shape[1]) for one in by_cell)
+    of_proxies, of_tokens = (query.new_empty(tiles * side * side, length) for length in (num_cells, num_seen))
     return _Prepared(
         (query, *by_cell, proxy_key, proxy_value),
         rest,
         plan,
-        (spaces[0], spaces[1]),
-        query.new_empty(step * batch * num_heads * side * side, num_cells),
+        _Spaces(key_space, value_space, of_proxies, of_tokens),
         fastest_partial(device.type, dtype),
         tuple(slice(start, start + step) for start in range(0, len(plan.tiles), step)),
     )
+
+
+@lru_cache(maxsize=4)
+def _rest_by_tile(
+    grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """log (r / (n/C)) in the order of tiles, [G, Q, C]."""
+    with torch.inference_mode(False):  # serves training as well
+        tiles = plan_of(grid, window, num_cells, side, dtype, device).tiles
+        return new_log_rest(grid, window, num_cells, dtype, device)[tiles]
 
 
 def _by_tile(tensor: Tensor, chosen: Tensor) -> Tensor:

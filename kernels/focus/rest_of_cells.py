@@ -63,11 +63,14 @@ def _(like, grid, radius, num_cells, *_):  # type: ignore[no-untyped-def]
     return like.new_empty(math.prod(grid), num_cells)
 
 
-@lru_cache(maxsize=4)
-def _kept(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def new_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`log_rest`, not kept."""
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # serves training as well
         rest = rest_of_cells(grid, window, num_cells, device)
         return (rest * (num_cells / math.prod(grid))).log().clamp(min=UNSEEN).to(dtype)
+
+
+_kept = lru_cache(maxsize=4)(new_log_rest)
 
 
 def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> Tensor:

@@ -225,7 +225,7 @@ class HybridAttention(nn.Module):
             return self.local(query, key, value, layout, scale=scale)
         text_len, text_first = layout.text_len, layout.text_first
         image_query, image_key, image_value = (split_text(x, text_len, text_first)[1] for x in (query, key, value))
-        share = self.gate[:, None, None]  # [H, 1, 1]
+        share = self.gate[:, None, None]  # [H, 1, 1]; of G in g s_i
         if self.balance is None:
             out = self.local(query, key, value, layout, scale=scale)
             text_out, near = split_text(out, text_len, text_first)
@@ -238,26 +238,29 @@ class HybridAttention(nn.Module):
             mass = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, in cells of n/C tokens
             if self.config.is_one_softmax:
                 image = (image_query, image_key, image_value)
-                far = self._one_softmax(*image, near, mass, layout.grid, scale)  # (1 - s) L + s G
+                far, of_far = self._one_softmax(*image, near, mass, layout.grid, scale)
+                share = share * of_far
             else:
                 rest = log_rest(image_value, layout.grid, self.local.window, num_cells)  # log of r_ic over n/C
                 cells = pool_agents(image_key, *layout.grid[-2:], num_cells).to(key.dtype)
                 share = share * share_of_keys(image_query, cells, mass, bias=rest, scale=scale)[..., None]
                 far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
-        joined = near + share.to(near.dtype) * (far.to(near.dtype) - near)
+        joined = _mixed(near, far.to(near.dtype), share)
         if text_len == 0:
             return joined
         return torch.cat([text_out, joined] if text_first else [joined, text_out], dim=2)
 
     def _one_softmax(
         self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, mass: Tensor, grid: Grid, scale: float
-    ) -> Tensor:
-        """Text and window, which gave `near` with the log of their mass, and all beyond; [B, H, n, D]."""
+    ) -> tuple[Tensor, Tensor]:
+        """What is put in the place of `near`, which text and window gave with the log of their mass, [B, H, n, D], and
+        for how much of it: all beyond for s_i [B, H, n, 1], or (1 - s_i) L_i + s_i G_i for 1.
+        """
         proxies = self.global_.proxies(query, key, value, grid, scale)
         config, window = self.config, self.local.window
         if cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
             rest = log_rest(value, grid, window, config.num_cells)
-            return attend_to_text(query, near, mass, *proxies, bias=rest, scale=scale)
+            return attend_to_text(query, near, mass, *proxies, bias=rest, scale=scale), mass.new_ones(())
         far, far_mass = focus_attention(
             *(query, key, value, *proxies),
             grid=grid,
@@ -267,5 +270,11 @@ class HybridAttention(nn.Module):
             scale=scale,
             impl=self.impl if self.impl in ("auto", "triton") else "plain",
         )
-        share = torch.sigmoid(far_mass - mass)[..., None]
-        return near + (share * (far - near)).to(near.dtype)
+        return far, torch.sigmoid(far_mass - mass)[..., None]
+
+
+def _mixed(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
+    """(1 - share) near + share far, [B, H, n, D]; the share may be more exact than the two."""
+    if share.dtype == near.dtype:
+        return torch.lerp(near, far, share)
+    return near + (share * (far - near)).to(near.dtype)
