@@ -33,7 +33,7 @@ class Scale:
     matmul_side: int
     copy_bytes: int
     repeats: int  # of a timing, at most
-    few_cases: bool  # of correctness
+    few_cases: bool  # of correctness and of tiles
     focus_tokens: int  # of a hybrid, and as many proxies
 
 

@@ -72,7 +72,8 @@ def correctness_tasks(bench: Bench) -> Tasks:
 
 
 def operator_tasks(bench: Bench) -> Tasks:
-    for backward, picture, side in product((False, True), bench.scale.sides, TILE_SIDES):
+    tile_sides = TILE_SIDES[-1:] if bench.scale.few_cases else TILE_SIDES
+    for backward, picture, side in product((False, True), bench.scale.sides, tile_sides):
         case = f"{size_name(picture)}, cells in focus, tiles of {side}" + ", backward" * backward
         measure = partial(speed, bench, picture, side, backward=backward)
         yield Task(part="operator", case=case, impl=impl_of(bench), measure=measure)

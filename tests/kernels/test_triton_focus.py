@@ -93,7 +93,12 @@ def test_triton_is_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.Mon
     assert torch.allclose(one[0], other[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("blocks", backward_candidates(8), ids=shown)
+FIRST, *OTHERS = backward_candidates(8)
+
+
+@pytest.mark.parametrize(
+    "blocks", [FIRST, *OTHERS[-1:], *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS[:-1])], ids=shown
+)
 def test_gradients_are_those_of_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     """80 cells of one token and 4 of 72: more and fewer than a block, and proxies' sums split among programs."""
     monkeypatch.setattr(triton_probe, "backward_blocks_for", lambda *_: blocks)
@@ -120,10 +125,11 @@ def test_triton_takes_strides_as_they_come() -> None:
 
     given = [*inputs, weight]
     expected = results(given)
-    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
-    part_of_more = [torch.cat([x, x], 3)[..., : x.shape[3]] for x in given]
+    part_of_token_major = [
+        torch.cat([x, x], 3).transpose(1, 2).contiguous().transpose(1, 2)[..., : x.shape[3]] for x in given
+    ]
     row_in_pieces = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in given]
-    for same in (token_major, part_of_more, row_in_pieces):
+    for same in (part_of_token_major, row_in_pieces):
         assert all(map(torch.equal, results(same), expected))
 
 
@@ -151,7 +157,7 @@ def test_the_backward_gives_what_it_promises_to_the_compiler(impl: str, grid: tu
     torch.library.opcheck(focus_backward_op, given, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("box", [None, [3, 3, 1, 1, 1, 1]])
+@pytest.mark.parametrize("box", [None, pytest.param([3, 3, 1, 1, 1, 1], marks=pytest.mark.slow)])
 def test_focus_op_passes_opcheck_with_triton(box: list[int] | None) -> None:
     inputs = [x.requires_grad_() for x in inputs_of((4, 3), 2, FP32)]
     radius = 1.5 if box is None else None
@@ -191,7 +197,7 @@ def test_a_query_that_sees_nothing_has_the_log_sum_exp_of_plain() -> None:
     assert torch.allclose(*lses, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, with the plain formula that a GPU takes, on a smaller picture."""
     smaller = {"GRID": (12, 14), "WINDOW": Circle(radius=4), "COUNT": 6, "NUM_SMALL_CELLS": 42}
