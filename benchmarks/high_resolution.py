@@ -162,24 +162,18 @@ class HighResolution:
         pixels = processor.preprocess(scenes.draw(self.scenes[index], (side, side)))
         return processor.postprocess(decode(vae, encode(vae, pixels, tile=None), tile=None))[0]
 
-    def last_stage(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """The last stage at `side` by the student and by the dense teacher, from the same smaller picture."""
+    def last_stage(self, attention: str, index: int) -> Image.Image:
+        """The last stage at `side` with "converted" or "original" attention, from the stage before's picture."""
         plan = self.plan(self.amount.side)
         with Image.open(self.directory / "stages" / f"{index:03d}-{plan.stages[-2].width}.png") as opened:
             before = opened.convert("RGB")
-        made = []
-        for attention in ("converted", "original"):
-            stage = replace(plan.stages[-1], attention=attention)
-            made.append(
-                self.cascade(
-                    self.scenes[index].caption,
-                    image=before,
-                    plan=replace(plan, stages=(stage,)),
-                    max_sequence_length=self.amount.text_tokens,
-                    generator=torch.Generator("cpu").manual_seed(index),
-                ).images[0]
-            )
-        return made[0], made[1]
+        return self.cascade(
+            self.scenes[index].caption,
+            image=before,
+            plan=replace(plan, stages=(replace(plan.stages[-1], attention=attention),)),
+            max_sequence_length=self.amount.text_tokens,
+            generator=torch.Generator("cpu").manual_seed(index),
+        ).images[0]
 
     def row(self, name: str, side: int, made: Sequence[Image.Image]) -> Row:
         scores = [judge_scene(scene.caption, image) for scene, image in zip(self.scenes, made, strict=False)]
@@ -231,22 +225,38 @@ class HighResolution:
 
     def likeness(self) -> dict[str, float]:
         """Of the last stage by the student to that by the dense teacher."""
-        pairs = [self.last_stage(index) for index in range(self.amount.few_captions)]
-        return {name: sum(one(*pair) for pair in pairs) / len(pairs) for name, one in (("psnr", psnr), ("ssim", ssim))}
+        side, few = self.amount.side, self.amount.few_captions
+        made = [
+            self.pictures(f"last stage, {name}", side, few, lambda index, of=attention: self.last_stage(of, index))
+            for name, attention in (("student", "converted"), ("teacher", "original"))
+        ]
+        pairs = list(zip(*made, strict=True))
+        scores = {name: sum(one(*pair) for pair in pairs) / few for name, one in (("psnr", psnr), ("ssim", ssim))}
+        return scores | {"captions": few}
 
     def step_seconds(self) -> dict[str, float]:
+        """One of the teacher's, between two of the student's, whose mean it gives."""
         side = self.amount.largest
         settings = PictureSettings(height=side, width=side, max_sequence_length=self.amount.text_tokens)
-        student, teacher = step_call(self.student, settings), step_call(self.teacher, settings)
-        student()  # tables of a size are made once; the teacher has none
-        return {"student": seconds_of(student), "teacher": seconds_of(teacher)}
+
+        def measure() -> dict[str, float]:
+            student, teacher = step_call(self.student, settings), step_call(self.teacher, settings)
+            student()  # tables of a size are made once; the teacher has none
+            before, slow, after = (seconds_of(step) for step in (student, teacher, student))
+            return {"student": (before + after) / 2, "teacher": slow}
+
+        return self.once("step seconds", measure)
 
     def memory(self) -> list[dict[str, Any]]:
-        """In fresh processes, once."""
-        file = self.directory / "memory.json"
+        """In fresh processes."""
+        return self.once("memory", lambda: [asdict(one) for one in measure_fresh(SIDES)])
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What is measured, or was in an earlier run in this folder."""
+        file = self.directory / f"{name.replace(' ', '_')}.json"
         if not file.exists():
-            with self.stages.stage("memory"):
-                write_json(file, [asdict(one) for one in measure_fresh(SIDES)])
+            with self.stages.stage(name):
+                write_json(file, measure())
         return json.loads(file.read_text())
 
     def differences(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def quality_marks(side: int, rows: Sequence[Row], beside: dict[str, Any]) -> lis
             ),
         ]
     if likeness := beside.get("last stage"):
-        what = "last stage, student against dense teacher"
+        what = f"last stage, student against dense teacher ({likeness['captions']} captions)"
         marks += [
             (f"{what}: PSNR", "at least 27.7 dB", f"{likeness['psnr']:.2f} dB", likeness["psnr"] >= 27.7),
             (f"{what}: SSIM", "at least 0.90", f"{likeness['ssim']:.3f}", likeness["ssim"] >= 0.9),
