@@ -195,7 +195,8 @@ class HybridAttention(nn.Module):
         window = Circle(radius=config.local.radius) if isinstance(config.local, Clear) else config.local.box
         reaches = [window.reach(axis, size) for axis, size in enumerate(grid[-2:])]
         sides = sides_of_cells(grid, config.num_cells)
-        if all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):
+        every_token_its_own = max(sides) <= 1
+        if every_token_its_own or all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):
             return None
         return (
             f"a window that reaches {min(reaches):g} tokens, and proxies that stand for {sides[0]:g} x {sides[1]:g} "

@@ -313,6 +313,7 @@ def test_report_spells_both_branches_as_the_command_takes_them() -> None:
         (Clear(radius=33), 1, (32, 32), None),
         (Neighborhood(window=33), 16, (32, 32), None),
         (Neighborhood(window=(33, 17)), 64, (32, 64), None),
+        (Clear(radius=1), 256, (16, 16), None),  # every token is its own proxy
     ],
     ids=str,
 )
