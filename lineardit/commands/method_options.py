@@ -6,6 +6,7 @@ in JSON where it has more settings within another: `hybrid:local={"method":"clea
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from typer.core import TyperCommand
@@ -47,7 +48,7 @@ def split_arguments(
             others.append(argument)
             continue
         text = value or next(remaining, "--")
-        if text.startswith("--"):
+        if re.match(r"-(?![\d.])", text):  # the next option, not a negative number
             raise ValueError(f"option {name} needs a value")
         options[field] = parse_method(text) if field in of_methods else _value(text)
     return options, others

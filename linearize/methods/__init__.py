@@ -41,7 +41,8 @@ METHODS: dict[type, type[Any]] = {
 
 
 class Method(Protocol):
-    """What the seam asks of a method's module, beside being an `nn.Module`.
+    """What the seam asks of a method's module, an `nn.Module` made as `METHODS[type(config)](config, num_heads=H,
+    head_dim=D)`.
 
     A method that changes the input of the attention module's own layers also has a class attribute `input_terms`, as
     `linfusion.py` has: {layer of the attention module: child of this module}, and that layer's x becomes x + child(x).
@@ -52,24 +53,30 @@ class Method(Protocol):
     """
 
     config: Any
-    impl: str
+    impl: str  # one of `implementations()`, "auto" at first
 
     @staticmethod
-    def implementations() -> tuple[str, ...]: ...
+    def implementations() -> tuple[str, ...]:
+        """Names that `impl` may take."""
 
     @staticmethod
-    def chosen(config: Any, query: Tensor, grid: Grid, text_len: int) -> str: ...
+    def chosen(config: Any, query: Tensor, grid: Grid, text_len: int) -> str:
+        """The implementation that "auto" runs, for the table of `inspect`."""
 
     @staticmethod
-    def pairs(config: Any, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int: ...
+    def pairs(config: Any, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        """Pairs of a query and a key that cost as much, of one head: what budgets and operation counts are made of."""
 
-    def observe(self, grid: Grid) -> None: ...
+    def observe(self, grid: Grid) -> None:
+        """Told each new grid before its first call, outside of traced code: to refuse it, or to prepare for it."""
 
-    def covers(self, layout: Layout) -> bool: ...
+    def covers(self, layout: Layout) -> bool:
+        """Whether the method is the base's attention there, every pair attending: the base's own call then runs."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """[B, H, N, D] each -> [B, H, N, D]; scale: of the logits, None: 1 / sqrt(D)."""
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -93,6 +100,10 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _from_plain(value: Any) -> Any:
+    return tuple(map(_from_plain, value)) if isinstance(value, list) else value
+
+
 def config_from_dict(settings: Mapping[str, Any]) -> Any:
     """The config that `config_to_dict` wrote.
 
@@ -112,6 +123,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> Any:
         if key not in known:
             raise ValueError(f"unknown setting {key!r} of {method}{nearest(key, known)}; there are: {', '.join(known)}")
     nested = {key: config_from_dict(given[key]) for key in given if known[key].metadata.get("of_method")}
+    given = {key: _from_plain(value) for key, value in given.items()}
     try:
         return cls(**{known[key].name: value for key, value in (given | nested).items()})
     except TypeError as error:

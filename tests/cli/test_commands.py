@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from lineardit.cli import run
+from lineardit.cli import app, run
 from lineardit.commands.method_options import split_arguments
 
 
@@ -35,6 +36,20 @@ def test_split_arguments_takes_fields_wherever_they_stand(
     arguments: list[str], options: dict[str, object], others: list[str]
 ) -> None:
     assert split_arguments(arguments, {"radius", "pool_size"}) == (options, others)
+
+
+@pytest.mark.parametrize("rest", [["-o", "out"], ["--overwrite"], []])
+def test_split_arguments_refuses_an_option_without_its_value(rest: list[str]) -> None:
+    with pytest.raises(ValueError, match="option --radius needs a value"):
+        split_arguments(["BASE", "--radius", *rest], {"radius"})
+
+
+def test_no_setting_of_a_method_has_the_name_of_an_option() -> None:
+    """`convert` would give it to the method, whichever that is."""
+    command = get_command(app).commands["convert"]
+    own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {"--method", "--layers", "-o"} <= own
+    assert not own & set(command.method_options())
 
 
 def test_convert_help_lists_the_options_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
