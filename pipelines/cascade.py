@@ -6,6 +6,7 @@ there.
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,8 @@ from .high_resolution import HighResolutionPipeline
 from .plan import Plan, Settings
 
 logger = logging.getLogger(__name__)
+
+STRETCHED = 0.02  # the ratio of the sides' ratios, as a logarithm, from which on it is told
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,16 @@ def enlarge(
     """
     check_larger(picture, size)
     high = HighResolutionPipeline.from_pipe(pipe)
-    plan = high.plan(*size, settings=settings, enlarge=True, text_len=max_sequence_length or 512)
+    shape = (picture.height, picture.width)
+    plan = high.plan(*size, settings=settings, enlarge=shape, text_len=max_sequence_length or 512)
+    if abs(math.log(size[0] * shape[1] / (size[1] * shape[0]))) > STRETCHED:
+        logger.warning("%dx%d has another shape than the picture's %dx%d: it is stretched", *size[::-1], *shape[::-1])
+    said = {"guidance": guidance, "max_sequence_length": max_sequence_length}
+    text = {name: str(value) for name, value in said.items() if value is not None}
     call = {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
     make_in_stages(
         Staged(high, plan, picture),
-        replace(one, text={**one.text, "stages": plan.settings(), "picture": _fingerprint(picture)}),
+        replace(one, text={**one.text, **text, "stages": plan.settings(), "picture": _fingerprint(picture)}),
         {name: value for name, value in call.items() if value is not None},
     )
 
@@ -97,8 +105,14 @@ def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:
 
 
 def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None:
-    """One picture from the stage after the last one that is on disk."""
-    folder = one.path.parent / f"{one.path.stem}.stages"
+    """One picture from the stage after the last one that is on disk; where that was the last, it is decoded."""
+    if (latents := _latents_of(one.latents, one)) is not None:
+        logger.info("%s: its stages are all there already, and it is decoded", one.path)
+        with latents_kept([one]):
+            write_picture(one, staged.pipe.decode_last(latents, staged.plan)[0])
+        _clear(one)
+        return
+    folder = _folder(one)
     folder.mkdir(parents=True, exist_ok=True)
     latents, done = _last_latents(folder, one, len(staged.plan.stages) - 1)
     if done:
@@ -127,20 +141,32 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
             **call,
         ).images[0]
         write_picture(one, image)
-    for file in folder.glob("*.latents.safetensors"):
+    _clear(one)
+
+
+def _folder(one: Wanted) -> Path:
+    return one.path.parent / f"{one.path.stem}.stages"
+
+
+def _clear(one: Wanted) -> None:
+    for file in _folder(one).glob("*.latents.safetensors"):
         file.unlink()
 
 
 def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, int]:
     """The latents of the last stage that was made just so, and its number; (None, 0) where there is none."""
     for number in range(most, 0, -1):
-        file = folder / f"{number}.latents.safetensors"
-        if not file.exists():
-            continue
-        latents, text = read_latents(file)
-        if text == dict(one.text):
+        if (latents := _latents_of(folder / f"{number}.latents.safetensors", one)) is not None:
             return latents, number
     return None, 0
+
+
+def _latents_of(file: Path, one: Wanted) -> Tensor | None:
+    """What a file holds if it was made just so."""
+    if not file.exists():
+        return None
+    latents, text = read_latents(file)
+    return latents if text == dict(one.text) else None
 
 
 def _fingerprint(picture: Image.Image) -> str:

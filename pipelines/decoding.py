@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from .files import Wanted, read_latents, write_picture
+from ..linearize.folders import check_output_file
+from .files import read_latents, write_png
 from .latents import unpack_latents
 from .vae import decode, pixels_per_latent
 
@@ -30,7 +31,7 @@ def decode_file(
     """The PNG of latents that `generate` has saved and not decoded.
 
     Args:
-        output: None: the file's name with .png for .latents.safetensors.
+        output: None: the file's name with .png for .latents.safetensors, which go then; else they stay.
         base: The pipeline whose VAE decodes; None: the one that the file names.
         tile: Side in pixels of the tiles that are decoded at a time; None: in one piece.
     Raises:
@@ -38,11 +39,11 @@ def decode_file(
         OSError: a file cannot be read, or the base is not there.
     """
     latents, text = read_latents(file)
-    path = output or file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
+    own = file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
+    path = output or own
     if path.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {path}")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists and is kept: name another output, or replace it with overwrite (--overwrite)")
+    check_output_file(path, overwrite=overwrite)
     name, size = base or text.get("model"), re.fullmatch(r"(\d+)x(\d+)", text.get("size", ""))
     if name is None or size is None:
         raise ValueError(f"{file} does not say whose latents it holds and of what size: were they left by generate?")
@@ -50,9 +51,10 @@ def decode_file(
     pixels = decode(vae, _planes(latents, vae, int(size[2]), int(size[1])).to(device), tile=tile, progress=True)
     pixels = pixels[..., : int(size[2]), : int(size[1])]
     (picture,) = VaeImageProcessor().postprocess(pixels, output_type="pil")
-    seed = int(text.get("seed", "0"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_picture(Wanted(path=path, prompt=text.get("prompt", ""), seed=seed, text=text), picture)
+    write_png(path, picture, text)
+    if path == own:
+        file.unlink()
     return path
 
 

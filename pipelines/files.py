@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -46,6 +46,8 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
     if output.suffix.lower() == ".png":
         if len(prompts) > 1:
             raise ValueError(f"output must be a folder for {len(prompts)} prompts, got the file {output}")
+        if output.is_dir():
+            raise ValueError(f"output must be a file, {output} is a folder")
         paths = [output]
     elif output.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"output must end in .png, or name a folder, got {output}")
@@ -68,7 +70,22 @@ def not_there(wanted: Sequence[Wanted], output: Path) -> list[Wanted]:
             )
     if present:
         logger.info("%d of %d pictures are there already", len(present), len(wanted))
-    return [one for one in wanted if one not in present]
+    missing = [one for one in wanted if one not in present]
+    for one in missing:
+        check_latents(one)
+    return missing
+
+
+def check_latents(one: Wanted) -> None:
+    """Raise a ValueError where latents of another picture wait for the decoder under this one's name."""
+    if not one.latents.exists():
+        return
+    _, text = read_latents(one.latents)
+    if not one.text.items() <= text.items():
+        raise ValueError(
+            f"{one.latents} holds another picture, not decoded yet: `lineardit decode` makes it; else name another "
+            "output, or replace it with overwrite (--overwrite)"
+        )
 
 
 def text_of(path: Path) -> Text:
@@ -80,6 +97,18 @@ def text_of(path: Path) -> Text:
         return {}
 
 
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as it is shown: turned as its camera says, what is transparent on white, 16 bits a pixel as 8."""
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode.startswith("I"):  # levels up to 65,535
+        turned = turned.convert("I").point(lambda level: level / 257).convert("L")
+    if not turned.has_transparency_data:
+        return turned.convert("RGB")
+    turned = turned.convert("RGBA")
+    white = Image.new("RGBA", turned.size, "white")
+    return Image.alpha_composite(white, turned).convert("RGB")
+
+
 def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
     """Each picture's final latents, with what its PNG will say."""
     for one, row in zip(batch, latents.split(1), strict=True):
@@ -87,8 +116,15 @@ def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
 
 
 def write_latents(file: Path, latents: Tensor, text: Text) -> None:
-    """One picture's latents, whole or not at all, and what is said of them."""
-    write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
+    """One picture's latents, whole or not at all, and what is said of them.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    try:
+        write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
@@ -107,11 +143,16 @@ def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
 
 def write_picture(one: Wanted, image: Image.Image) -> None:
     """The PNG, in place of the latents."""
-    info = PngInfo()
-    for key, value in one.text.items():
-        info.add_text(key, value)
-    write_whole(one.path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+    write_png(one.path, image, one.text)
     one.latents.unlink(missing_ok=True)
+
+
+def write_png(path: Path, image: Image.Image, text: Text) -> None:
+    """A picture, whole or not at all, and what it says of itself."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor
 
 from .estimate import Estimator
@@ -40,7 +41,7 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
         *,
         num_inference_steps: int = 28,
         settings: Settings | None = None,
-        enlarge: bool = False,
+        enlarge: bool | tuple[int, int] = False,
         tile: int | None = 1024,
         text_len: int = 512,
         batch: int = 1,
@@ -51,7 +52,7 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
             height, width: In pixels; None: the native size. What the model cannot make is rounded up and cropped.
             num_inference_steps: Of the first stage.
             settings: Of the later stages.
-            enlarge: For a picture that is there: no stage at native size.
+            enlarge: For a picture that is there, of native size or of this (height, width): no stage makes it anew.
             tile: Side in pixels of the VAE's tiles; None: in one piece.
             text_len, batch: Tokens and pictures, for the estimates of time and memory.
         Raises:
@@ -130,7 +131,7 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
                 height,
                 width,
                 num_inference_steps=num_inference_steps,
-                enlarge=image is not None,
+                enlarge=_size_of(image),
                 text_len=max_sequence_length,
             )
         elif (height or plan.height, width or plan.width) != (plan.height, plan.width):
@@ -160,6 +161,11 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
         )
         call = self._encoded("", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, encode)
         if negative:
+            if isinstance(prompt, list):  # one for all
+                negative_prompt, negative_prompt_2 = (
+                    [text] * len(prompt) if isinstance(text, str) else text
+                    for text in (negative_prompt, negative_prompt_2)
+                )
             texts = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
             call |= self._encoded("negative_", *texts, encode)
         call |= {
@@ -191,6 +197,8 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
             )
         if image is not None and start_stage > 0:
             raise ValueError("give image or start_latents, not both")
+        if image is not None and plan.stages[0].sigmas() is None:
+            raise ValueError("this plan begins with noise, and image would not be looked at: plan(..., enlarge=True)")
         if image is None and start_stage == 0 and plan.stages[0].strength < 1:
             raise ValueError("a plan without a stage of strength 1 enlarges a picture: give image")
 
@@ -268,7 +276,22 @@ class _Following:
         after = unpack_latents(tensors["latents"], self.rows, self.columns)
         self.before = self.low.after_step(self.before, after, *noise_levels(pipe.scheduler))
         tensors = {**tensors, "latents": pack_latents(self.before)}
-        return tensors if self.then is None else self.then(pipe, step, timestep, tensors)
+        if self.then is not None:
+            tensors |= self.then(pipe, step, timestep, dict(tensors))  # it need not return what it leaves alone
+            self.before = unpack_latents(tensors["latents"], self.rows, self.columns)
+        return tensors
+
+
+def _size_of(image: Any) -> bool | tuple[int, int]:
+    """(height, width) of the first picture, True where that is not known; False without one."""
+    match image[0] if isinstance(image, list | tuple) else image:
+        case None:
+            return False
+        case Image.Image(height=height, width=width):
+            return height, width
+        case Tensor(shape=[*_, height, width]):
+            return height, width
+    return True
 
 
 def _largest_shift(scheduler: Any) -> float:

@@ -193,6 +193,13 @@ class HighResolutionPipeline(DiffusionPipeline):
         latents = encode_faithfully(self.vae, pixels.to(self._execution_device), **how)
         return latents.to(self._execution_device)
 
+    @torch.no_grad()
+    def decode_last(self, latents: Tensor, plan: Plan) -> list[Image.Image]:
+        """The pictures of a plan's last stage from its latents [B, N, C], as a callback got them."""
+        pictures = self._finish(latents.to(self._execution_device), plan.stages[-1], plan, "pil")
+        self.maybe_free_model_hooks()
+        return pictures
+
     def _finish(self, latents: Tensor, stage: Stage, plan: Plan, output_type: str) -> Any:
         """The pictures at the size asked for, or smaller where the call was interrupted."""
         pixels = self._decoded(latents, stage, plan.tile)[..., : plan.height, : plan.width]

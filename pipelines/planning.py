@@ -16,6 +16,7 @@ again, until the size asked for. Where each default comes from:
 """
 
 import math
+from numbers import Integral
 
 from .plan import Limits, Plan, Settings, Stage
 
@@ -27,7 +28,7 @@ def cascade(
     settings: Settings,
     *,
     first_steps: int,
-    enlarge: bool,
+    enlarge: bool | tuple[int, int],
     text_len: int,
     tile: int | None,
 ) -> Plan:
@@ -36,14 +37,14 @@ def cascade(
     Args:
         height, width: In pixels, any.
         first_steps: Of the first stage.
-        enlarge: There is a picture already: no stage at native size.
+        enlarge: There is a picture already, of native size or of this (height, width).
         text_len: Tokens, for proportional attention.
         tile: Side in pixels of the VAE's tiles.
     Raises:
         ValueError: a setting is out of range.
     """
-    if min(height, width) < 1:
-        raise ValueError(f"height and width must be >= 1, got {height} and {width}")
+    if not all(isinstance(side, Integral) and side >= 1 for side in (height, width)):
+        raise ValueError(f"height and width must be integers >= 1, got {height!r} and {width!r}")
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
     stages: list[Stage] = []
     for rows, columns in sizes:
@@ -101,17 +102,20 @@ def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, .
     return tuple(notes)
 
 
-def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool) -> list[tuple[int, int]]:
+def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool | tuple[int, int]) -> list[tuple[int, int]]:
     """(height, width) of each stage: of one shape, from the native area on, in even steps of at most a factor 2.
 
     The last one is rounded up to what the model can make, the others to the nearest. Up to sqrt(2) times the native
-    side there is one stage. Where a picture is there to enlarge, the one of native size is left out.
+    side there is one stage. Where a picture is there to enlarge, it takes the place of the one of native size, and a
+    larger one, of `enlarge` = (height, width), is not made smaller first; for a smaller one there is the native stage.
     """
     last = tuple(math.ceil(side / limits.multiple) * limits.multiple for side in (height, width))
-    ratio = math.sqrt(last[0] * last[1]) / limits.native
+    picture = math.sqrt(math.prod(enlarge)) if isinstance(enlarge, tuple) else limits.native
+    ratio = math.sqrt(last[0] * last[1]) / max(limits.native, picture)
     doublings = math.ceil(round(math.log2(ratio), 6)) if ratio > math.sqrt(2) else 0
+    is_there = enlarge and picture * math.sqrt(2) >= limits.native
     sizes = []
-    for index in range(1 if enlarge else 0, doublings):
+    for index in range(1 if is_there else 0, doublings):
         share = ratio ** (index / doublings - 1)
         rows, columns = (max(1, round(side * share / limits.multiple)) * limits.multiple for side in last)
         sizes.append((rows, columns))

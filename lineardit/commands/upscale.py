@@ -37,8 +37,9 @@ def upscale(
     """Enlarge a picture in stages: sharper, more detail, at the cost of linear attention."""
     from PIL import Image, UnidentifiedImageError
 
+    from ..linearize.folders import check_output_file
     from ..pipelines.cascade import check_larger, enlarge
-    from ..pipelines.files import plan_files, text_of
+    from ..pipelines.files import as_rgb, check_latents, plan_files, text_of
     from ..pipelines.plan import Settings
     from .loading import load
     from .prompts import parse_size
@@ -50,7 +51,7 @@ def upscale(
     said = text_of(picture)
     try:
         with Image.open(picture) as opened:
-            image = opened.convert("RGB")
+            image = as_rgb(opened)
     except UnidentifiedImageError as error:
         raise ValueError(f"{picture} is no picture that Pillow can read") from error
     prompt = prompt or said.get("prompt")
@@ -60,13 +61,14 @@ def upscale(
         raise ValueError(f"{picture} does not say how it was made: give {missing}")
     if output.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {output}")
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists and is kept: name another output, or replace it with --overwrite")
+    check_output_file(output, overwrite=overwrite)
     settings = Settings(strength=strength, steps=steps, chunk_tokens=chunk_tokens)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
     check_larger(image, (height, width))  # before a large model is loaded
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline)
     (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **about})
+    if not overwrite:
+        check_latents(wanted)
     began = time.perf_counter()
     enlarge(pipe, image, wanted, (height, width), settings, guidance=guidance, max_sequence_length=max_sequence_length)
     print(f"{output}; {time.perf_counter() - began:.1f} s")

@@ -103,4 +103,7 @@ def test_decode_finishes_what_generate_left(adapter: Path, tmp_path: Path, monke
         assert image.size == (42, 32) and image.info["prompt"] == PROMPT
     assert not latents.exists()
     latents.write_text("no")
+    (tmp_path / "folder.png").mkdir()
+    for command in (("decode", latents), ("generate", adapter, PROMPT, *FEW)):
+        assert lineardit(*command, "--overwrite", "-o", tmp_path / "folder.png") == 2
     assert lineardit("decode", latents, "-o", tmp_path / "b.png") == 2

@@ -1,6 +1,7 @@
 """The cascade: each stage is what diffusers' own calls make, the model is as it was afterwards, nothing is lost."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,18 @@ def test_following_draws_the_picture_to_the_stage_before(high: Any) -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_following_holds_whatever_the_callback_returns(high: Any) -> None:
+    settings = Settings(steps=3, follow=1, rope_factor=1, strength=0.9)
+    plan = high.plan(32, 32, enlarge=True, settings=settings)
+    call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
+    call["image"] = Image.linear_gradient("L").convert("RGB")
+    made = [
+        high(PROMPT, generator=seeded(), callback_on_step_end=callback, **call).images
+        for callback in (None, lambda *_: {}, lambda *given: given[3])
+    ]
+    assert torch.equal(made[1], made[0]) and torch.equal(made[2], made[0])
+
+
 def test_cascade_goes_on_at_a_later_stage(high: Any) -> None:
     plan = high.plan(64, 64, num_inference_steps=1, settings=Settings(steps=1))
     seen: dict[int, Any] = {}
@@ -212,6 +225,9 @@ def test_negative_prompt_and_several_pictures(high: Any) -> None:
     ).images
     assert plain.shape == guided.shape == (2, 32, 32, 3)
     assert not numpy.allclose(plain[0], plain[1]) and not numpy.allclose(plain, guided)
+    two = {**call, "prompt": [PROMPT] * 2, "true_cfg_scale": 3.0}
+    each, one = (high(negative_prompt=text, generator=seeded(), **two).images for text in (["b"] * 2, "b"))
+    assert numpy.array_equal(one, each)
 
 
 def test_interrupt_stops_after_the_step(high: Any) -> None:
@@ -242,6 +258,7 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
     ("change", "said"),
     [
         (lambda plan: {"plan": replace(plan, stages=plan.stages[1:])}, "enlarges a picture: give image"),
+        (lambda plan: {"plan": plan, "image": Image.new("RGB", (16, 16))}, "begins with noise, and image would not be"),
         (lambda plan: {"plan": plan, "start_stage": 1}, "start_stage must be 1 to 2 with start_latents"),
         (lambda plan: {"plan": plan, "height": 16}, "height and width must be the plan's, 64 and 64, or left out"),
         (lambda plan: {"plan": plan, "prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
@@ -356,13 +373,20 @@ def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(high_finish, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
     with pytest.raises(torch.OutOfMemoryError):
         generate(pipe, [PROMPT], out, **call, about={"model": str(tmp_path / "base")})
-    latents = tmp_path / "out.latents.safetensors"
+    monkeypatch.undo()
+    latents, copy = tmp_path / "out.latents.safetensors", tmp_path / "copy.png"
     with safe_open(latents, framework="pt") as file:
         assert file.metadata()["prompt"] == PROMPT
+    shutil.copy(latents, tmp_path / "copy.latents.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.transformer), "forward", None)  # nothing is denoised again
+        generate(pipe, [PROMPT], copy, **call, about={"model": str(tmp_path / "base")})
+    assert not (tmp_path / "copy.latents.safetensors").exists()
     made = decode_file(latents, device=torch.device("cpu"), dtype=torch.float32)
     assert made == out and not latents.exists()
     with Image.open(out) as image, Image.open(tmp_path / "wanted.png") as wanted:
         assert numpy.array_equal(numpy.asarray(image), numpy.asarray(wanted))
+        assert numpy.array_equal(numpy.asarray(Image.open(copy)), numpy.asarray(wanted))
         assert image.info["seed"] == "0"
 
 

@@ -39,6 +39,17 @@ def test_cascade_goes_from_the_native_area_to_the_size_asked_for(
     assert sizes(height, width) == wanted
 
 
+def test_cascade_never_makes_a_picture_smaller_first() -> None:
+    assert sizes(6000, 8000, enlarge=(3000, 4000)) == [(6000, 8000)]
+    assert sizes(2048, 2048, enlarge=(1500, 1500)) == [(2048, 2048)]
+    assert sizes(8192, 8192, enlarge=(2048, 2048)) == [(4096, 4096), (8192, 8192)]
+
+
+def test_cascade_of_a_small_picture_has_the_native_stage_at_the_strength_of_the_others() -> None:
+    plan = cascade(2048, 2048, FLUX, Settings(strength=0.4), **(CALL | {"enlarge": (100, 100)}))
+    assert [(stage.height, stage.strength) for stage in plan.stages] == [(1024, 0.4), (2048, 0.4)]
+
+
 @pytest.mark.parametrize("height", [16, 700, 1024, 1500, 3000, 5000, 8192, 20000])
 @pytest.mark.parametrize("width", [16, 1000, 2048, 8192])
 def test_cascade_at_most_doubles_and_keeps_the_shape(height: int, width: int) -> None:
@@ -54,6 +65,7 @@ def test_cascade_at_most_doubles_and_keeps_the_shape(height: int, width: int) ->
 def test_cascade_of_a_picture_has_no_native_stage() -> None:
     assert sizes(4096, 4096, enlarge=True) == [(2048, 2048), (4096, 4096)]
     assert sizes(1024, 1024, enlarge=True) == [(1024, 1024)]
+    assert sizes(4096, 4096, enlarge=(900, 1100)) == [(2048, 2048), (4096, 4096)]
     plan = cascade(1024, 1024, FLUX, Settings(strength=0.4), **(CALL | {"enlarge": True}))
     assert plan.stages[0].strength == 0.4
 
@@ -151,7 +163,7 @@ def test_plan_refuses_what_does_not_fit() -> None:
         Plan(height=16, width=32, stages=(stage,))
     with pytest.raises(ValueError, match="tile must be an integer >= 64 pixels or None, got 8"):
         Plan(height=16, width=16, stages=(stage,), tile=8)
-    with pytest.raises(ValueError, match="height and width must be >= 1, got 0 and 16"):
+    with pytest.raises(ValueError, match="height and width must be integers >= 1, got 0 and 16"):
         cascade(0, 16, FLUX, Settings(), **CALL)
 
 
