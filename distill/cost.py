@@ -111,7 +111,7 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
 def resident_peak() -> Iterator[list[int]]:
     """A list that holds, afterwards, by how many bytes this process grew at most.
 
-    Linux keeps that mark itself and misses nothing; elsewhere a thread looks every 2 ms.
+    Linux keeps that mark itself and misses nothing; where it cannot be set back, a thread looks every 2 ms.
     """
     process, done, peak = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss

@@ -8,7 +8,7 @@ from typing import Any
 
 from .base import read_json
 from .folders import write_whole
-from .methods import config_from_dict, config_to_dict
+from .methods import as_tuples, config_from_dict, config_to_dict
 from .methods.clear import Clear
 
 FORMAT = 2
@@ -111,14 +111,9 @@ def read_profile(path: str | Path) -> Profile:
         raise ValueError(f"{path} is not a profile of format {FORMAT}: make it with this version's `lineardit profile`")
     try:
         layers = tuple(
-            LayerProfile(**{name: _tuples(value) for name, value in layer.items()}) for layer in entries.pop("layers")
+            LayerProfile(**{name: as_tuples(value) for name, value in layer.items()}) for layer in entries.pop("layers")
         )
         methods = tuple(map(config_from_dict, entries.pop("methods")))
     except TypeError as error:
         raise ValueError(f"{path} is damaged ({error}): make it again with `lineardit profile`") from error
-    return Profile(layers=layers, methods=methods, **{name: _tuples(value) for name, value in entries.items()})
-
-
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, at every depth."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return Profile(layers=layers, methods=methods, **{name: as_tuples(value) for name, value in entries.items()})

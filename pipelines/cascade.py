@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..linearize.errors import UnsupportedModelError
 from ..linearize.folders import write_whole
+from .arguments import call_arguments
 from .files import Wanted, latents_kept, read_latents, save_latents, write_latents, write_picture
 from .high_resolution import HighResolutionPipeline
 from .plan import Plan, Settings
 
 logger = logging.getLogger(__name__)
 
-STRETCHED = 0.02  # the ratio of the sides' ratios, as a logarithm, from which on it is told
+STRETCHED = 0.02  # more than this share of one side against the other is told; rounding of sizes is less
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,10 @@ def enlarge(
     plan = high.plan(*size, settings=settings, enlarge=shape, text_len=max_sequence_length or 512)
     if abs(math.log(size[0] * shape[1] / (size[1] * shape[0]))) > STRETCHED:
         logger.warning("%dx%d has another shape than the picture's %dx%d: it is stretched", *size[::-1], *shape[::-1])
-    said = {"guidance": guidance, "max_sequence_length": max_sequence_length}
-    text = {name: str(value) for name, value in said.items() if value is not None}
-    call = {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
-    make_in_stages(
-        Staged(high, plan, picture),
-        replace(one, text={**one.text, **text, "stages": plan.settings(), "picture": _fingerprint(picture)}),
-        {name: value for name, value in call.items() if value is not None},
-    )
+    drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
+    said = {name: str(value) for name, value in drawing.items() if value is not None}
+    text = {**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)}
+    make_in_stages(Staged(high, plan, picture), replace(one, text=text), call_arguments(high, drawing))
 
 
 def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..linearize.convert import denoiser, swapped
+from .arguments import call_arguments
 from .cascade import cascade_of, make_in_stages
 from .files import Text, Wanted, latents_kept, not_there, plan_files, save_latents, write_picture
 from .plan import Settings
@@ -84,32 +85,18 @@ def generate(
     wanted = plan_files(prompts, Path(output), seed=seed, text=text)
     missing = wanted if overwrite else not_there(wanted, Path(output))
     if staged is not None:
-        call = _call(staged.pipe, settings)
+        call = call_arguments(staged.pipe, settings)
         with logging_redirect_tqdm():
             for one in missing:
                 make_in_stages(staged, one, call)
         return [one.path for one in wanted]
-    call = _call(pipe, settings | {"height": height, "width": width})
+    call = call_arguments(pipe, settings | {"height": height, "width": width})
     progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
     chunks = nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens)
     with progress, logging_redirect_tqdm(), chunks:
         for start in range(0, len(missing), batch_size):
             _make(pipe, missing[start : start + batch_size], call, progress, tell_kernel=start == 0)
     return [one.path for one in wanted]
-
-
-def _call(pipe: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the pipeline's call, those left open by the user left out."""
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-    known = inspect.signature(pipe.__call__).parameters
-    call = {}
-    for name, value in settings.items():
-        argument = names.get(name, name)
-        if value is not None and argument not in known:
-            raise ValueError(f"{type(pipe).__name__} takes no {argument}: leave {name} out, got {value}")
-        if value is not None:
-            call[argument] = value
-    return call
 
 
 def _make(pipe: Any, batch: Sequence[Wanted], call: Mapping[str, Any], progress: Any, *, tell_kernel: bool) -> None:

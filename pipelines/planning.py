@@ -113,7 +113,7 @@ def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool | tupl
     picture = math.sqrt(math.prod(enlarge)) if isinstance(enlarge, tuple) else limits.native
     ratio = math.sqrt(last[0] * last[1]) / max(limits.native, picture)
     doublings = math.ceil(round(math.log2(ratio), 6)) if ratio > math.sqrt(2) else 0
-    is_there = enlarge and picture * math.sqrt(2) >= limits.native
+    is_there = bool(enlarge) and picture * math.sqrt(2) >= limits.native
     sizes = []
     for index in range(1 if is_there else 0, doublings):
         share = ratio ** (index / doublings - 1)

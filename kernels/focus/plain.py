@@ -113,9 +113,11 @@ def _gather(
     if chosen is None:
         chosen = choose(q, proxy_key, plan, tiles, count, scale)
     hidden = q.new_zeros(*chosen.shape[:3], num_cells).scatter_(-1, chosen, UNSEEN)
-    of_proxies = spaces.of_proxies[: math.prod(q.shape[:4])].view(*q.shape[:4], num_cells)  # [B, H, g, Q, C]
+    queries = q.shape[:4]  # B, H, g, Q
+    of_proxies, of_tokens = (space[: math.prod(queries)] for space in (spaces.of_proxies, spaces.of_tokens))
+    of_proxies = of_proxies.view(*queries, num_cells)
     torch.add(rest[tiles], hidden[:, :, :, None], out=of_proxies)
-    of_tokens = spaces.of_tokens[: math.prod(q.shape[:4])].view(*q.shape[:4], *chosen.shape[3:], -1)
+    of_tokens = of_tokens.view(*queries, chosen.shape[3], -1)  # [B, H, g, Q, k, L]
     _fill_of_tokens(of_tokens, chosen, plan, tiles)
     first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells
     index = (chosen + first).flatten()

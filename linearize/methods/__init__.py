@@ -100,8 +100,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _from_plain(value: Any) -> Any:
-    return tuple(map(_from_plain, value)) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """Lists, as JSON has them, as tuples, at every depth."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Any:
@@ -123,7 +124,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> Any:
         if key not in known:
             raise ValueError(f"unknown setting {key!r} of {method}{nearest(key, known)}; there are: {', '.join(known)}")
     nested = {key: config_from_dict(given[key]) for key in given if known[key].metadata.get("of_method")}
-    given = {key: _from_plain(value) for key, value in given.items()}
+    given = {key: as_tuples(value) for key, value in given.items()}
     try:
         return cls(**{known[key].name: value for key, value in (given | nested).items()})
     except TypeError as error:

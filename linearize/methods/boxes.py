@@ -107,7 +107,7 @@ class BoxAttention(nn.Module):
 
 
 def tuples(config: Any, names: Iterable[str]) -> None:
-    """Lists, as JSON has them, become tuples in these fields of a frozen config."""
+    """Lists become tuples in these fields of a frozen config."""
     for name in names:
         if isinstance(value := getattr(config, name), list):
             object.__setattr__(config, name, tuple(value))

@@ -226,7 +226,7 @@ class HybridAttention(nn.Module):
             return self.local(query, key, value, layout, scale=scale)
         text_len, text_first = layout.text_len, layout.text_first
         image_query, image_key, image_value = (split_text(x, text_len, text_first)[1] for x in (query, key, value))
-        share = self.gate[:, None, None]  # [H, 1, 1]; of G in g s_i
+        share = self.gate[:, None, None]  # g [H, 1, 1], and then g s_i
         if self.balance is None:
             out = self.local(query, key, value, layout, scale=scale)
             text_out, near = split_text(out, text_len, text_first)
@@ -254,8 +254,11 @@ class HybridAttention(nn.Module):
     def _one_softmax(
         self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, mass: Tensor, grid: Grid, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """What is put in the place of `near`, which text and window gave with the log of their mass, [B, H, n, D], and
-        for how much of it: all beyond for s_i [B, H, n, 1], or (1 - s_i) L_i + s_i G_i for 1.
+        """What is mixed into `near`, which text and window gave with the log of their mass: [B, H, n, D] and its share,
+        [B, H, n, 1] or a scalar.
+
+        With tokens in focus, all beyond the window and s_i; without, the two joined already, (1 - s_i) L_i + s_i G_i,
+        and 1.
         """
         proxies = self.global_.proxies(query, key, value, grid, scale)
         config, window = self.config, self.local.window

@@ -53,12 +53,17 @@ def test_generate_tells_stages_and_kernels(adapter: Path, tmp_path: Path, caplog
     assert "stage 2 of 3, 28x24, converted attention, kernel: masked" in caplog.text
 
 
-def test_upscale_takes_prompt_and_model_from_the_picture(adapter: Path, tmp_path: Path) -> None:
+def test_upscale_takes_prompt_and_model_from_the_picture(
+    adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     small, large = tmp_path / "small.png", tmp_path / "large.png"
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "-o", small) == 0
-    assert lineardit("upscale", small, "--size", "36x32", "--chunk-tokens", "16", *FEW, "-o", large) == 0
+    words = ("--size", "36x32", "--chunk-tokens", "16", "--guidance", "2", *FEW, "-o", large)
+    assert lineardit("upscale", small, *words) == 0
+    assert "36x32 has another shape than the picture's 16x16: it is stretched" in caplog.text
     with Image.open(large) as image:
         assert image.size == (36, 32) and image.info["prompt"] == PROMPT and image.info["adapter"] == str(adapter)
+        assert (image.info["guidance"], image.info["max_sequence_length"]) == ("2.0", "8")  # a rerun asks for these
 
 
 @pytest.mark.parametrize(
@@ -104,6 +109,6 @@ def test_decode_finishes_what_generate_left(adapter: Path, tmp_path: Path, monke
     assert not latents.exists()
     latents.write_text("no")
     (tmp_path / "folder.png").mkdir()
-    for command in (("decode", latents), ("generate", adapter, PROMPT, *FEW)):
+    for command in (("decode", latents), ("generate", adapter, PROMPT, *FEW), ("upscale", out, *FEW)):
         assert lineardit(*command, "--overwrite", "-o", tmp_path / "folder.png") == 2
     assert lineardit("decode", latents, "-o", tmp_path / "b.png") == 2

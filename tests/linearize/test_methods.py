@@ -201,9 +201,13 @@ def test_implementations_agree(config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_covers_no_more_than_the_base_attention(config: Any) -> None:
+    """And so no large image: there the base's attention would run instead."""
     kernel = kernel_of(config)
     text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
-    for grid in [(2, 2), (2, 3), *GRIDS, (32, 33), (33, 32)]:
+    for grid in [(32, 33), (33, 32), (33, 35)]:
+        kernel.observe(grid)
+        assert not kernel.covers(Layout(grid, text_len, True, None)), grid
+    for grid in [(2, 2), (2, 3), *GRIDS]:
         inputs, layout = tokens(grid, text_len), Layout(grid, text_len, True, None)
         kernel.observe(grid)
         if kernel.covers(layout):

@@ -1,7 +1,6 @@
 """The cascade: each stage is what diffusers' own calls make, the model is as it was afterwards, nothing is lost."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,41 +9,21 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from cascade_case import FEW, PROMPT, converted, seeded
 from diffusers import (
     DPMSolverMultistepScheduler,
-    FlowMatchHeunDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
 )
 from PIL import Image
-from safetensors import safe_open
 from tiny_distill import build_tiny
 
 import lineardit
 from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, dense, linearize_
 from lineardit.linearize.convert import denoiser, swapped
-from lineardit.pipelines.cascade import cascade_of
-from lineardit.pipelines.decoding import decode_file
-from lineardit.pipelines.generate import generate
-from lineardit.pipelines.latents import unpack_latents
-from lineardit.pipelines.low_frequencies import LowFrequencies
 from lineardit.pipelines.plan import Plan, Settings
-from lineardit.pipelines.vae import encode
 
-PROMPT = "a red circle"
 CALL: dict[str, Any] = {"max_sequence_length": 8, "num_inference_steps": 2}
-FEW = Settings(steps=2)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def converted(native_size: int = 16) -> Any:
-    pipe = build_tiny()
-    linearize_(pipe, Clear(radius=2))
-    pipe.vae.register_to_config(sample_size=native_size)
-    return pipe
 
 
 @pytest.fixture
@@ -176,32 +155,6 @@ def test_positions_are_exact_in_bfloat16(high: Any, attention: str) -> None:
     assert torch.equal(seen[-1][8:, 2], torch.arange(260.0).repeat(2))
 
 
-def test_following_draws_the_picture_to_the_stage_before(high: Any) -> None:
-    """A model with random weights wanders off; with low frequencies held it stays nearer to the enlarged picture."""
-    picture = Image.linear_gradient("L").convert("RGB")
-    pixels = high.image_processor.preprocess(picture, height=32, width=32)
-    wanted = LowFrequencies(encode(high.vae, pixels, tile=None), follow=1).wanted
-    errors = []
-    for follow in (0.0, 1.0):
-        plan = high.plan(32, 32, enlarge=True, settings=Settings(steps=6, follow=follow, rope_factor=1, strength=0.9))
-        call: dict[str, Any] = {"plan": plan, "generator": seeded(), "max_sequence_length": 8, "output_type": "latent"}
-        made = unpack_latents(high(PROMPT, image=picture, **call).images, 16, 16)
-        errors.append(float((LowFrequencies(made, follow=1).wanted - wanted).abs().mean()))
-    assert errors[1] < 0.9 * errors[0]
-
-
-def test_following_holds_whatever_the_callback_returns(high: Any) -> None:
-    settings = Settings(steps=3, follow=1, rope_factor=1, strength=0.9)
-    plan = high.plan(32, 32, enlarge=True, settings=settings)
-    call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
-    call["image"] = Image.linear_gradient("L").convert("RGB")
-    made = [
-        high(PROMPT, generator=seeded(), callback_on_step_end=callback, **call).images
-        for callback in (None, lambda *_: {}, lambda *given: given[3])
-    ]
-    assert torch.equal(made[1], made[0]) and torch.equal(made[2], made[0])
-
-
 def test_cascade_goes_on_at_a_later_stage(high: Any) -> None:
     plan = high.plan(64, 64, num_inference_steps=1, settings=Settings(steps=1))
     seen: dict[int, Any] = {}
@@ -312,82 +265,6 @@ def test_lora_of_a_style_holds_in_every_stage(high: Any, tmp_path: Path) -> None
     high.disable_lora()
     assert torch.equal(high(PROMPT, generator=seeded(), **call).images, plain)
     assert not torch.allclose(styled, plain)
-
-
-def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, out = converted(), tmp_path / "out.png"
-    call: dict[str, Any] = {"size": (50, 62), "steps": 2, "max_sequence_length": 8}
-    steps = 0
-    own = type(pipe.transformer).forward
-
-    def count(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 14:
-            raise RuntimeError("power cut")
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(type(pipe.transformer), "forward", count)
-    with pytest.raises(RuntimeError, match="power cut"):
-        generate(pipe, [PROMPT], out, **call)
-    assert sorted(path.name for path in (tmp_path / "out.stages").iterdir()) == [
-        "1-16x16.png",
-        "1.latents.safetensors",
-        "2-32x28.png",
-        "2.latents.safetensors",
-    ]
-    steps = 100
-    generate(pipe, [PROMPT], out, **call)
-    assert steps == 108  # of the last stage alone
-    with Image.open(out) as image:
-        assert image.size == (62, 50) and "stages" in image.info
-        resumed = numpy.asarray(image).copy()
-    assert not list((tmp_path / "out.stages").glob("*.safetensors"))
-    generate(pipe, [PROMPT], tmp_path / "again.png", **call)
-    with Image.open(tmp_path / "again.png") as image:
-        assert numpy.array_equal(numpy.asarray(image), resumed)
-
-
-def test_generate_makes_it_directly_when_told(tmp_path: Path) -> None:
-    pipe = converted()
-    generate(pipe, [PROMPT], tmp_path / "a.png", size=(48, 48), steps=1, max_sequence_length=8, cascade=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    generate(pipe, [PROMPT], tmp_path / "b.png", size=(16, 16), steps=1, max_sequence_length=8, cascade=True)
-    assert (tmp_path / "b.stages").is_dir()
-
-
-def test_generate_at_native_size_asks_nothing_of_the_scheduler(tmp_path: Path) -> None:
-    pipe = converted(native_size=64)
-    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler"):
-        generate(pipe, [PROMPT], tmp_path / "a.png", size=(128, 128), steps=1, max_sequence_length=8)
-    assert cascade_of(pipe, 64, 64, FEW, steps=1, text_len=8, wanted=None) is None
-
-
-def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, out = converted(), tmp_path / "out.png"
-    build_tiny().save_pretrained(tmp_path / "base")
-    call: dict[str, Any] = {"size": (30, 43), "steps": 1, "max_sequence_length": 8}
-    generate(pipe, [PROMPT], tmp_path / "wanted.png", **call)
-    high_finish = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"
-    monkeypatch.setattr(high_finish, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
-    with pytest.raises(torch.OutOfMemoryError):
-        generate(pipe, [PROMPT], out, **call, about={"model": str(tmp_path / "base")})
-    monkeypatch.undo()
-    latents, copy = tmp_path / "out.latents.safetensors", tmp_path / "copy.png"
-    with safe_open(latents, framework="pt") as file:
-        assert file.metadata()["prompt"] == PROMPT
-    shutil.copy(latents, tmp_path / "copy.latents.safetensors")
-    with monkeypatch.context() as patch:
-        patch.setattr(type(pipe.transformer), "forward", None)  # nothing is denoised again
-        generate(pipe, [PROMPT], copy, **call, about={"model": str(tmp_path / "base")})
-    assert not (tmp_path / "copy.latents.safetensors").exists()
-    made = decode_file(latents, device=torch.device("cpu"), dtype=torch.float32)
-    assert made == out and not latents.exists()
-    with Image.open(out) as image, Image.open(tmp_path / "wanted.png") as wanted:
-        assert numpy.array_equal(numpy.asarray(image), numpy.asarray(wanted))
-        assert numpy.array_equal(numpy.asarray(Image.open(copy)), numpy.asarray(wanted))
-        assert image.info["seed"] == "0"
 
 
 def test_stages_tell_the_kernel_that_runs(high: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,10 +1,18 @@
 """Low frequencies that follow a reference."""
 
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from typing import Any
 
+import pytest
+import torch
+from cascade_case import PROMPT, converted, seeded
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from lineardit import HighResolutionPipeline
 from lineardit.pipelines.latents import pack_latents, unpack_latents
 from lineardit.pipelines.low_frequencies import LowFrequencies, noise_levels
+from lineardit.pipelines.plan import Settings
+from lineardit.pipelines.vae import encode
 
 
 def test_after_step_moves_the_predicted_picture_and_not_the_noise() -> None:
@@ -43,3 +51,34 @@ def test_pack_latents_is_what_flux_takes() -> None:
     tokens = pack_latents(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 4, 6, 10))
     assert torch.equal(unpack_latents(tokens, 6, 10), latents)
+
+
+@pytest.fixture
+def high() -> Any:
+    return HighResolutionPipeline.from_pipe(converted())
+
+
+def test_following_draws_the_picture_to_the_stage_before(high: Any) -> None:
+    """A model with random weights wanders off; with low frequencies held it stays nearer to the enlarged picture."""
+    picture = Image.linear_gradient("L").convert("RGB")
+    pixels = high.image_processor.preprocess(picture, height=32, width=32)
+    wanted = LowFrequencies(encode(high.vae, pixels, tile=None), follow=1).wanted
+    errors = []
+    for follow in (0.0, 1.0):
+        plan = high.plan(32, 32, enlarge=True, settings=Settings(steps=6, follow=follow, rope_factor=1, strength=0.9))
+        call: dict[str, Any] = {"plan": plan, "generator": seeded(), "max_sequence_length": 8, "output_type": "latent"}
+        made = unpack_latents(high(PROMPT, image=picture, **call).images, 16, 16)
+        errors.append(float((LowFrequencies(made, follow=1).wanted - wanted).abs().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_following_holds_whatever_the_callback_returns(high: Any) -> None:
+    settings = Settings(steps=3, follow=1, rope_factor=1, strength=0.9)
+    plan = high.plan(32, 32, enlarge=True, settings=settings)
+    call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
+    call["image"] = Image.linear_gradient("L").convert("RGB")
+    made = [
+        high(PROMPT, generator=seeded(), callback_on_step_end=callback, **call).images
+        for callback in (None, lambda *_: {}, lambda *given: given[3])
+    ]
+    assert torch.equal(made[1], made[0]) and torch.equal(made[2], made[0])

@@ -1,0 +1,94 @@
+"""A cascade as files: pictures of its stages, going on after an interruption, latents that are decoded later."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from cascade_case import FEW, PROMPT, converted
+from diffusers import FlowMatchHeunDiscreteScheduler
+from PIL import Image
+from safetensors import safe_open
+from tiny_distill import build_tiny
+
+from lineardit.pipelines.cascade import cascade_of
+from lineardit.pipelines.decoding import decode_file
+from lineardit.pipelines.generate import generate
+
+
+def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, out = converted(), tmp_path / "out.png"
+    call: dict[str, Any] = {"size": (50, 62), "steps": 2, "max_sequence_length": 8}
+    steps = 0
+    own = type(pipe.transformer).forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 14:
+            raise RuntimeError("power cut")
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", count)
+    with pytest.raises(RuntimeError, match="power cut"):
+        generate(pipe, [PROMPT], out, **call)
+    assert sorted(path.name for path in (tmp_path / "out.stages").iterdir()) == [
+        "1-16x16.png",
+        "1.latents.safetensors",
+        "2-32x28.png",
+        "2.latents.safetensors",
+    ]
+    steps = 100
+    generate(pipe, [PROMPT], out, **call)
+    assert steps == 108  # of the last stage alone
+    with Image.open(out) as image:
+        assert image.size == (62, 50) and "stages" in image.info
+        resumed = numpy.asarray(image).copy()
+    assert not list((tmp_path / "out.stages").glob("*.safetensors"))
+    generate(pipe, [PROMPT], tmp_path / "again.png", **call)
+    with Image.open(tmp_path / "again.png") as image:
+        assert numpy.array_equal(numpy.asarray(image), resumed)
+
+
+def test_generate_makes_it_directly_when_told(tmp_path: Path) -> None:
+    pipe = converted()
+    generate(pipe, [PROMPT], tmp_path / "a.png", size=(48, 48), steps=1, max_sequence_length=8, cascade=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    generate(pipe, [PROMPT], tmp_path / "b.png", size=(16, 16), steps=1, max_sequence_length=8, cascade=True)
+    assert (tmp_path / "b.stages").is_dir()
+
+
+def test_generate_at_native_size_asks_nothing_of_the_scheduler(tmp_path: Path) -> None:
+    pipe = converted(native_size=64)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler"):
+        generate(pipe, [PROMPT], tmp_path / "a.png", size=(128, 128), steps=1, max_sequence_length=8)
+    assert cascade_of(pipe, 64, 64, FEW, steps=1, text_len=8, wanted=None) is None
+
+
+def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, out = converted(), tmp_path / "out.png"
+    build_tiny().save_pretrained(tmp_path / "base")
+    call: dict[str, Any] = {"size": (30, 43), "steps": 1, "max_sequence_length": 8}
+    generate(pipe, [PROMPT], tmp_path / "wanted.png", **call)
+    high_finish = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"
+    monkeypatch.setattr(high_finish, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(pipe, [PROMPT], out, **call, about={"model": str(tmp_path / "base")})
+    monkeypatch.undo()
+    latents, copy = tmp_path / "out.latents.safetensors", tmp_path / "copy.png"
+    with safe_open(latents, framework="pt") as file:
+        assert file.metadata()["prompt"] == PROMPT
+    shutil.copy(latents, tmp_path / "copy.latents.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.transformer), "forward", None)  # nothing is denoised again
+        generate(pipe, [PROMPT], copy, **call, about={"model": str(tmp_path / "base")})
+    assert not (tmp_path / "copy.latents.safetensors").exists()
+    made = decode_file(latents, device=torch.device("cpu"), dtype=torch.float32)
+    assert made == out and not latents.exists()
+    with Image.open(out) as image, Image.open(tmp_path / "wanted.png") as wanted:
+        assert numpy.array_equal(numpy.asarray(image), numpy.asarray(wanted))
+        assert numpy.array_equal(numpy.asarray(Image.open(copy)), numpy.asarray(wanted))
+        assert image.info["seed"] == "0"
