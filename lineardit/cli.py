@@ -24,6 +24,8 @@ from .commands.preparation import prepare
 from .commands.profile import profile
 from .commands.upscale import upscale
 
+LESS_MEMORY = "less is needed for a smaller size or batch, and with --dtype bfloat16, --chunk-tokens or --offload"
+
 app = typer.Typer(
     name="lineardit",
     help="Attention of linear cost for pretrained diffusion models: convert, distill, generate.",
@@ -73,6 +75,11 @@ def _with_what_is_allowed(error: typer.TyperException) -> str:
     return f"{message.rstrip('.')}; {context.command_path} takes {', '.join(options)}"
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU, by its class, which needs no torch here; of the CPU, by the allocator that says so."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2."""
     try:
@@ -83,6 +90,10 @@ def run(arguments: Sequence[str]) -> int:
         if "--traceback" in arguments:
             raise
         message, exit_code = str(error), 2
+    except RuntimeError as error:
+        if "--traceback" in arguments or not _is_out_of_memory(error):
+            raise
+        message, exit_code = f"out of memory: {error}; {LESS_MEMORY}", 1
     print(f"lineardit: {' '.join(message.split())}", file=sys.stderr)
     return exit_code
 

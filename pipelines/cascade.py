@@ -20,7 +20,15 @@ from torch import Tensor
 from ..linearize.errors import UnsupportedModelError
 from ..linearize.folders import write_whole
 from .arguments import call_arguments
-from .files import Wanted, latents_kept, read_latents, save_latents, write_latents, write_picture
+from .files import (
+    Wanted,
+    latents_kept,
+    read_latents,
+    remove_stage_latents,
+    save_latents,
+    write_latents,
+    write_picture,
+)
 from .high_resolution import HighResolutionPipeline
 from .plan import Plan, Settings
 
@@ -107,9 +115,9 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
         logger.info("%s: its stages are all there already, and it is decoded", one.path)
         with latents_kept([one]):
             write_picture(one, staged.pipe.decode_last(latents, staged.plan)[0])
-        _clear(one)
+        remove_stage_latents(one.path, one.text)
         return
-    folder = _folder(one)
+    folder = one.stages
     folder.mkdir(parents=True, exist_ok=True)
     latents, done = _last_latents(folder, one, len(staged.plan.stages) - 1)
     if done:
@@ -138,16 +146,7 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
             **call,
         ).images[0]
         write_picture(one, image)
-    _clear(one)
-
-
-def _folder(one: Wanted) -> Path:
-    return one.path.parent / f"{one.path.stem}.stages"
-
-
-def _clear(one: Wanted) -> None:
-    for file in _folder(one).glob("*.latents.safetensors"):
-        file.unlink()
+    remove_stage_latents(one.path, one.text)
 
 
 def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, int]:

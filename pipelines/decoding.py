@@ -11,8 +11,9 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..linearize.folders import check_output_file
-from .files import read_latents, write_png
+from .files import read_latents, remove_stage_latents, write_png
 from .latents import unpack_latents
+from .plan import check_tile
 from .vae import decode, pixels_per_latent
 
 
@@ -31,13 +32,15 @@ def decode_file(
     """The PNG of latents that `generate` has saved and not decoded.
 
     Args:
-        output: None: the file's name with .png for .latents.safetensors, which go then; else they stay.
+        output: None: the file's name with .png for .latents.safetensors, which go then, with those of its stages; else
+            they stay.
         base: The pipeline whose VAE decodes; None: the one that the file names.
         tile: Side in pixels of the tiles that are decoded at a time; None: in one piece.
     Raises:
-        ValueError: the file holds no latents or does not say whose, or the output is there.
+        ValueError: the file holds no latents or does not say whose, the output is there, or the tile is too small.
         OSError: a file cannot be read, or the base is not there.
     """
+    check_tile(tile)
     latents, text = read_latents(file)
     own = file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
     path = output or own
@@ -55,6 +58,7 @@ def decode_file(
     write_png(path, picture, text)
     if path == own:
         file.unlink()
+        remove_stage_latents(path, text)
     return path
 
 

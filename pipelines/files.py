@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,6 +33,23 @@ class Wanted:
     def latents(self) -> Path:
         """Where its latents wait for the decoder."""
         return self.path.with_suffix(".latents.safetensors")
+
+    @property
+    def stages(self) -> Path:
+        """The folder of its stages, where it takes several."""
+        return stages_folder(self.path)
+
+
+def stages_folder(picture: Path) -> Path:
+    """Where the stages of a picture are kept."""
+    return picture.parent / f"{picture.stem}.stages"
+
+
+def remove_stage_latents(picture: Path, text: Text) -> None:
+    """The latents of this picture's stages, which the finished one is not made from again."""
+    for file in stages_folder(picture).glob("*.latents.safetensors"):
+        if read_text(file) == text:
+            file.unlink()
 
 
 def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -> list[Wanted]:
@@ -80,7 +97,7 @@ def check_latents(one: Wanted) -> None:
     """Raise a ValueError where latents of another picture wait for the decoder under this one's name."""
     if not one.latents.exists():
         return
-    _, text = read_latents(one.latents)
+    text = read_text(one.latents)
     if not one.text.items() <= text.items():
         raise ValueError(
             f"{one.latents} holds another picture, not decoded yet: `lineardit decode` makes it; else name another "
@@ -95,18 +112,6 @@ def text_of(path: Path) -> Text:
             return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
     except OSError:  # no picture at all
         return {}
-
-
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture as it is shown: turned as its camera says, what is transparent on white, 16 bits a pixel as 8."""
-    turned = ImageOps.exif_transpose(picture)
-    if turned.mode.startswith("I"):  # levels up to 65,535
-        turned = turned.convert("I").point(lambda level: level / 257).convert("L")
-    if not turned.has_transparency_data:
-        return turned.convert("RGB")
-    turned = turned.convert("RGBA")
-    white = Image.new("RGBA", turned.size, "white")
-    return Image.alpha_composite(white, turned).convert("RGB")
 
 
 def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
@@ -138,7 +143,20 @@ def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
         with safe_open(file, framework="pt") as content:
             return content.get_tensor("latents"), dict(content.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{file} is no whole file of latents, as generate leaves them: {error}") from error
+        raise _damaged(file, error) from error
+
+
+def read_text(file: Path) -> dict[str, str]:
+    """What the picture of these latents says; errors as of `read_latents`."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            return dict(content.metadata() or {})
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is no whole file of latents, as generate leaves them: {error}")
 
 
 def write_picture(one: Wanted, image: Image.Image) -> None:

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
 from .estimate import Estimator
 from .high_resolution import HighResolutionPipeline, OnStage, Start, stage_generators
 from .latents import pack_latents, unpack_latents
 from .low_frequencies import LowFrequencies, noise_levels
+from .pictures import as_pictures
 from .plan import Limits, Plan, Settings, Stage
 from .planning import cascade
 from .vae import pixels_per_latent
@@ -115,28 +115,32 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
 
         Args:
             height, width: In pixels, any; None: the plan's, else the native size.
-            image: Pictures to enlarge, in place of the first stage: PIL, or tensors [B, 3, h, w] in [0, 1].
+            image: Pictures to enlarge, in place of the first stage (`as_pictures`), as many as come out or fewer: each
+                serves as many of them.
             plan: From `plan()`, perhaps changed; None: the default for this size.
             callback_on_step_end: Called after each step of each stage, as in diffusers; steps count within a stage.
             callback_on_stage_end: Called as callback(pipe, stage, {"latents": [B, N, C]}) once a stage is denoised, and
-                as callback(pipe, stage, {"images": [PIL]}) once it is decoded; the last stage's pictures are returned.
-            start_latents, start_stage: Go on after stage `start_stage` - 1, with the latents the callback got of it.
+                as callback(pipe, stage, {"images": [PIL]}) once it is decoded, `start_latents` as well; the last
+                stage's pictures are returned.
+            start_latents, start_stage: Go on after stage `start_stage` - 1, with the latents the callback got of it,
+                and with a generator as it was before the whole call: seeded anew.
         Returns:
             `FluxPipelineOutput`; with output_type="latent" the last stage's packed latents [B, N, C], uncropped.
         Raises:
             ValueError: the arguments do not fit together, or are those that diffusers refuses.
         """
+        pictures = None if image is None else as_pictures(image)
         if plan is None:
             plan = self.plan(
                 height,
                 width,
                 num_inference_steps=num_inference_steps,
-                enlarge=_size_of(image),
+                enlarge=False if pictures is None else (pictures[0].height, pictures[0].width),
                 text_len=max_sequence_length,
             )
         elif (height or plan.height, width or plan.width) != (plan.height, plan.width):
             raise ValueError(f"height and width must be the plan's, {plan.height} and {plan.width}, or left out")
-        self._check(plan, image, start_latents, start_stage)
+        self._check(plan, pictures, start_latents, start_stage)
         logger.info("%s", plan)
         negative = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
         encode = {
@@ -176,7 +180,8 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
             "joint_attention_kwargs": joint_attention_kwargs,
             "callback_on_step_end_tensor_inputs": list({"latents", *callback_on_step_end_tensor_inputs}),
         }
-        start = Start(start_stage, image, start_latents)
+        self._check_numbers(plan, call["prompt_embeds"].shape[0], pictures, generator, start_latents, start_stage)
+        start = Start(start_stage, pictures, start_latents)
         generators = stage_generators(generator, len(plan.stages))
         latents, stage = self._cascade(plan, start, call, generators, callback_on_step_end, callback_on_stage_end)
         self.maybe_free_model_hooks()  # the transformer leaves the card before the VAE comes
@@ -184,7 +189,11 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
         self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(self, plan: Plan, image: Any, start_latents: Tensor | None, start_stage: int) -> None:
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """The parts, as the `FluxPipeline` that `from_pretrained` makes a cascade of."""
+        FluxPipeline(**self.components).save_pretrained(save_directory, **options)
+
+    def _check(self, plan: Plan, image: Sequence[Any] | None, start_latents: Tensor | None, start_stage: int) -> None:
         multiple, has = 2 * pixels_per_latent(self.vae), self._attention()
         for stage in plan.stages:
             if stage.height % multiple or stage.width % multiple:
@@ -201,6 +210,29 @@ class FluxHighResolutionPipeline(HighResolutionPipeline, FluxImg2ImgPipeline):
             raise ValueError("this plan begins with noise, and image would not be looked at: plan(..., enlarge=True)")
         if image is None and start_stage == 0 and plan.stages[0].strength < 1:
             raise ValueError("a plan without a stage of strength 1 enlarges a picture: give image")
+
+    def _check_numbers(
+        self,
+        plan: Plan,
+        batch: int,
+        image: Sequence[Any] | None,
+        generator: Any,
+        start_latents: Tensor | None,
+        start_stage: int,
+    ) -> None:
+        """Whether there are as many of each as of the pictures that come out."""
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"generator must be one, or a list of {batch}, one a picture, got {len(generator)}")
+        if image is not None and batch % len(image):
+            raise ValueError(f"image must hold a number of pictures that divides {batch}, got {len(image)}")
+        if start_latents is not None:
+            stage, multiple = plan.stages[start_stage - 1], 2 * pixels_per_latent(self.vae)
+            tokens = stage.height * stage.width // multiple**2
+            wanted = [batch, tokens, self.transformer.config.in_channels]
+            if list(start_latents.shape) != wanted:
+                raise ValueError(
+                    f"start_latents must be {wanted}, those of stage {start_stage - 1}, got {list(start_latents.shape)}"
+                )
 
     def _encoded(
         self,
@@ -280,18 +312,6 @@ class _Following:
             tensors |= self.then(pipe, step, timestep, dict(tensors))  # it need not return what it leaves alone
             self.before = unpack_latents(tensors["latents"], self.rows, self.columns)
         return tensors
-
-
-def _size_of(image: Any) -> bool | tuple[int, int]:
-    """(height, width) of the first picture, True where that is not known; False without one."""
-    match image[0] if isinstance(image, list | tuple) else image:
-        case None:
-            return False
-        case Image.Image(height=height, width=width):
-            return height, width
-        case Tensor(shape=[*_, height, width]):
-            return height, width
-    return True
 
 
 def _largest_shift(scheduler: Any) -> float:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..linearize.convert import denoiser, dense
 from ..linearize.errors import UnsupportedModelError
 from ..linearize.logits import scaled_logits
+from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
 from ..linearize.standing import advice_on
 from .latents import unpack_latents
@@ -46,7 +47,7 @@ class Start:
     """Where a cascade begins: with stage `stage`, from pictures to enlarge or from the stage before's latents."""
 
     stage: int = 0
-    pictures: Any = None
+    pictures: list[Image.Image] | None = None
     latents: Tensor | None = None
 
 
@@ -69,7 +70,10 @@ class HighResolutionPipeline(DiffusionPipeline):
                 config says, else the pipeline's default (1024 for FLUX.1).
         Raises:
             UnsupportedModelError: there is no high-resolution pipeline for this model yet.
+            ValueError: the native size is none.
         """
+        if native_size is not None and (type(native_size) is not int or native_size < 1):
+            raise ValueError(f"native_size must be an integer >= 1 or None, got {native_size!r}")
         from .flux import FluxHighResolutionPipeline  # which derives from this class
 
         families = {"FluxTransformer2DModel": FluxHighResolutionPipeline}
@@ -97,6 +101,16 @@ class HighResolutionPipeline(DiffusionPipeline):
                 setattr(made, remembered, getattr(pipeline, remembered))
         return made
 
+    @classmethod
+    def from_pretrained(cls, name: Any, *, native_size: int | None = None, **options: Any) -> Any:
+        """`from_pipe` of what `lineardit.from_pretrained` loads from an adapter, or of a whole pipeline.
+
+        Args:
+            name: Folder or Hub id.
+            options: As of `open_pipeline`.
+        """
+        return cls.from_pipe(open_pipeline(name, **options), native_size=native_size)
+
     @abstractmethod
     def _denoise(
         self, stage: Stage, clean: Tensor | None, call: dict[str, Any], generator: Any, on_step_end: Any
@@ -114,13 +128,16 @@ class HighResolutionPipeline(DiffusionPipeline):
     ) -> tuple[Tensor, Stage]:
         """The latents [B, N, C] of the last stage that ran, and which that was."""
         pictures, latents = start.pictures, start.latents
+        self._interrupt = False
         for number in range(start.stage, len(plan.stages)):
             stage = plan.stages[number]
             if number > 0:
                 assert latents is not None
                 pictures = self._pictures(latents, plan.stages[number - 1], plan.tile)
-                if on_stage_end is not None and number > start.stage:
+                if on_stage_end is not None:
                     on_stage_end(self, number - 1, {"images": pictures})
+                    if self.interrupt:
+                        return latents, plan.stages[number - 1]
             clean = None if pictures is None else self._enlarged(pictures, stage, plan.tile)
             with self._told(number, plan), self._as_planned(stage):
                 latents = self._denoise(stage, clean, call, generators[number], on_step_end)

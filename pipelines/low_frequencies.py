@@ -43,5 +43,6 @@ def noise_levels(scheduler: Any) -> tuple[float, float]:
 
 
 def _low(x: Tensor) -> Tensor:
-    small = interpolate(x, scale_factor=1 / CELL, mode="bilinear", antialias=True)
+    cells = [max(1, side // CELL) for side in x.shape[-2:]]
+    small = interpolate(x, size=cells, mode="bilinear", antialias=True)
     return interpolate(small, size=x.shape[-2:], mode="bilinear")

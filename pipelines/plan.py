@@ -13,6 +13,7 @@ KNOWN = 2  # a model knows positions up to this many times its native side: it w
 STRENGTH = 0.3
 STEPS = 8
 FOLLOW = 1.0
+SMALLEST_TILE = 64  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +111,7 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("a plan needs at least one stage, got none")
-        if self.tile is not None and (isinstance(self.tile, bool) or self.tile < 64):
-            raise ValueError(f"tile must be an integer >= 64 pixels or None, got {self.tile!r}")
+        check_tile(self.tile)
         last = self.stages[-1]
         if last.height < self.height or last.width < self.width:
             raise ValueError(
@@ -133,6 +133,12 @@ class Plan:
         if self.tile is not None and max(self.stages[-1].height, self.stages[-1].width) > self.tile:
             lines.append(f"  VAE in tiles of {self.tile} pixels, and its attention within them")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def check_tile(tile: int | None) -> None:
+    """Raise a ValueError where this is no side of a tile."""
+    if tile is not None and (type(tile) is not int or tile < SMALLEST_TILE):
+        raise ValueError(f"tile must be an integer >= {SMALLEST_TILE} pixels or None, got {tile!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,5 +131,11 @@ def ntk_factor(ratio: float, rope_dim: int) -> float:
 
 
 def proportional_factor(num_tokens: int, trained_tokens: int, count: float = 1.0) -> float:
-    """CLEAR's proportional attention: logits times sqrt(log(count * N) / log(N_train)), text included in both."""
+    """CLEAR's proportional attention: logits times sqrt(log(count * N) / log(N_train)), text included in both.
+
+    Raises:
+        ValueError: the count leaves no token.
+    """
+    if not count * num_tokens > 1:
+        raise ValueError(f"proportional must be more than 1 / {num_tokens} tokens, got {count!r}")
     return math.sqrt(math.log(count * num_tokens) / math.log(trained_tokens))

@@ -36,3 +36,16 @@ def load(
     if manifest is not None:
         about |= {"adapter": source, "adapter_sha256": sha256(manifest)}
     return pipe, about
+
+
+def base_said(adapter: str, model: str | None, offline: bool) -> str | None:
+    """The base that a picture says it is of, where that is another than its adapter names; else None."""
+    from ..linearize.adapter import adapter_file
+    from ..linearize.base import find_place
+    from ..linearize.manifest import read_manifest
+
+    file = adapter_file(find_place(adapter, offline=offline))
+    if file is None or model is None or read_manifest(file).base == model:
+        return None
+    print(f"with the base {model}, as the picture says")
+    return model

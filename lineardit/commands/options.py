@@ -10,12 +10,14 @@ Impl = Annotated[str, typer.Option(help="The implementation that converted atten
 Dtype = Annotated[str, typer.Option(help="Of the weights; auto: bfloat16 on a GPU, else float32.")]
 Device = Annotated[str, typer.Option(help="Where to compute; auto is a GPU if there is one.")]
 Size = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps.")]
-Seed = Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
 Guidance = Annotated[float, typer.Option(help="The pipeline's guidance_scale.")]
-MaxSequenceLength = Annotated[int, typer.Option(help="Text tokens.")]
+MaxSequenceLength = Annotated[int, typer.Option(min=1, help="Text tokens.")]
 ChunkTokens = Annotated[
     int | None,
-    typer.Option(help="FLUX.1: so many tokens at a time but in attention, for less memory; else where it is needed."),
+    typer.Option(
+        min=1, help="FLUX.1: so many tokens at a time but in attention, for less memory; else where it is needed."
+    ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Pictures at a time; changes speed and memory only.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time; changes speed and memory only.")]

@@ -39,9 +39,10 @@ def upscale(
 
     from ..linearize.folders import check_output_file
     from ..pipelines.cascade import check_larger, enlarge
-    from ..pipelines.files import as_rgb, check_latents, plan_files, text_of
+    from ..pipelines.files import check_latents, plan_files, text_of
+    from ..pipelines.pictures import as_rgb
     from ..pipelines.plan import Settings
-    from .loading import load
+    from .loading import base_said, load
     from .prompts import parse_size
     from .quiet import quiet_libraries
 
@@ -65,6 +66,8 @@ def upscale(
     settings = Settings(strength=strength, steps=steps, chunk_tokens=chunk_tokens)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
     check_larger(image, (height, width))  # before a large model is loaded
+    if base is None and source == said.get("adapter"):
+        base = base_said(source, said.get("model"), offline)
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline)
     (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **about})
     if not overwrite:

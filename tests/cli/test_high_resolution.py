@@ -1,5 +1,6 @@
 """`lineardit generate` in stages, `upscale` and `decode` as they are typed."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def test_upscale_takes_prompt_and_model_from_the_picture(
         assert (image.info["guidance"], image.info["max_sequence_length"]) == ("2.0", "8")  # a rerun asks for these
 
 
+def test_upscale_takes_the_base_that_made_the_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    small, other = tmp_path / "small.png", tmp_path / "other"
+    shutil.copytree(adapter.parent / "base", other)
+    at = ("--size", "16x16", *FEW, "-o", small)
+    assert lineardit("generate", adapter, PROMPT, *at, "--base", other) == 0
+    assert lineardit("upscale", small, "--size", "32x32", *FEW, "-o", tmp_path / "large.png") == 0
+    assert f"with the base {other}, as the picture says" in capsys.readouterr().out
+    with Image.open(tmp_path / "large.png") as image:
+        assert image.info["model"] == str(other)
+    assert lineardit("generate", adapter, PROMPT, *at, "--overwrite") == 0
+    assert lineardit("upscale", small, "--size", "32x32", *FEW, "-o", tmp_path / "b.png") == 0
+    assert "as the picture says" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -73,6 +88,7 @@ def test_upscale_takes_prompt_and_model_from_the_picture(
         (["PLAIN", "--prompt", "a"], "does not say how it was made: give the model, after the picture"),
         (["PLAIN", "MODEL", "--prompt", "a", "--size", "16x99"], "must be larger than the picture on both sides"),
         (["PLAIN", "MODEL", "--prompt", "a", "--strength", "2"], "strength of a stage must be in (0, 1], got 2.0"),
+        (["PLAIN", "MODEL", "--prompt", "a", "--seed", "-1"], "'--seed': Input should be greater than or equal to 0"),
         (["PLAIN", "MODEL", "--prompt", "a", "--steps", "0"], "steps of a stage must be an integer >= 1, got 0"),
         (["PLAIN", "MODEL", "--prompt", "a", "-o", "x.jpg"], "output must end in .png, got x.jpg"),
         (["NONE", "MODEL", "--prompt", "a"], "no such picture"),
@@ -94,16 +110,21 @@ def test_upscale_refuses_in_one_sentence(
     assert not (tmp_path / "out.png").exists() and not (tmp_path / "out.stages").exists()
 
 
-def test_decode_finishes_what_generate_left(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_finishes_what_generate_left(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     finish = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"
     out = tmp_path / "out.png"
     with monkeypatch.context() as patch:
         patch.setattr(finish, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
-        with pytest.raises(torch.OutOfMemoryError):
-            lineardit("generate", adapter, PROMPT, "--size", "42x32", *FEW, "-o", out)
+        assert lineardit("generate", adapter, PROMPT, "--size", "42x32", *FEW, "-o", out) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("lineardit: out of memory: decoder; less is needed for a smaller size")
     latents = tmp_path / "out.latents.safetensors"
     assert latents.is_file() and not out.exists()
+    assert lineardit("decode", latents, "--offline", "--tile", "9") == 2
     assert lineardit("decode", latents, "--offline") == 0
+    assert not list((tmp_path / "out.stages").glob("*.safetensors"))
     with Image.open(out) as image:
         assert image.size == (42, 32) and image.info["prompt"] == PROMPT
     assert not latents.exists()

@@ -169,6 +169,35 @@ def test_cascade_goes_on_at_a_later_stage(high: Any) -> None:
     assert len(plan.stages) == 3 and torch.equal(rest, whole)
 
 
+def test_a_cascade_that_goes_on_gives_the_pictures_it_goes_on_from(high: Any) -> None:
+    """A call that was killed between latents and picture never gave them."""
+    plan = high.plan(64, 64, num_inference_steps=1, settings=FEW)
+    seen: dict[int, Any] = {}
+    first = replace(plan, height=16, width=16, stages=plan.stages[:1])
+    call: dict[str, Any] = {"max_sequence_length": 8, "output_type": "latent"}
+    latents = high(PROMPT, plan=first, generator=seeded(), **call).images
+
+    def stop(pipe: Any, number: int, made: dict[str, Any]) -> None:
+        seen[number] = made["images"]
+        pipe._interrupt = True
+
+    call |= {"plan": plan, "start_latents": latents, "start_stage": 1, "callback_on_stage_end": stop}
+    made = high(PROMPT, **call).images
+    assert list(seen) == [0] and seen[0][0].size == (16, 16)
+    assert torch.equal(made, latents)
+
+
+def test_a_saved_cascade_is_loaded_again(high: Any, tmp_path: Path) -> None:
+    high.save_pretrained(tmp_path)
+    again = HighResolutionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert swapped(denoiser(again)[1]).keys() == swapped(denoiser(high)[1]).keys() and again.native_size == 16
+    plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
+    call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
+    made, wanted = (one(PROMPT, generator=seeded(), **call).images for one in (again, high))
+    assert torch.equal(made, wanted)
+
+
 def test_negative_prompt_and_several_pictures(high: Any) -> None:
     plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
     call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "np"}
@@ -219,6 +248,15 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
             lambda plan: {"plan": replace(plan, stages=(*plan.stages[:-1], replace(plan.stages[-1], width=66)))},
             "sides of a stage must be multiples of 4, got 66x64",
         ),
+        (lambda plan: {"plan": plan, "generator": [seeded()] * 2}, "generator must be one, or a list of 1, one a pic"),
+        (
+            lambda plan: {"plan": plan, "start_stage": 1, "start_latents": torch.zeros(1, 9, 16)},
+            r"start_latents must be \[1, 16, 16\], those of stage 0, got \[1, 9, 16\]",
+        ),
+        (
+            lambda plan: {"height": 64, "width": 64, "image": [Image.new("RGB", (16, 16))] * 2},
+            "image must hold a number of pictures that divides 1, got 2",
+        ),
     ],
 )
 def test_call_refuses_what_does_not_fit(high: Any, change: Callable[[Any], dict[str, Any]], said: str) -> None:
@@ -249,6 +287,8 @@ def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:
     with pytest.raises(lineardit.UnsupportedModelError, match="needs the VAE of the FluxPipeline, it has none"):
         HighResolutionPipeline.from_pipe(pipe)
     assert HighResolutionPipeline.from_pipe(converted(native_size=32)).native_size == 256
+    with pytest.raises(ValueError, match="native_size must be an integer >= 1 or None, got 0"):
+        HighResolutionPipeline.from_pipe(converted(), native_size=0)
     high.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(ValueError, match="must be a FlowMatchEulerDiscreteScheduler, got a DPMSolverMultistep"):
         high.plan(64, 64)

@@ -30,6 +30,11 @@ def test_after_step_moves_the_predicted_picture_and_not_the_noise() -> None:
     assert torch.allclose(high.std(), (picture - LowFrequencies(picture, follow=1).wanted).std(), rtol=0.15)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 30), (18, 7)])
+def test_even_of_a_strip_the_mean_is_low(size: tuple[int, int]) -> None:
+    assert torch.allclose(LowFrequencies(torch.full((1, 4, *size), 3.0), follow=1).wanted, torch.tensor(3.0))
+
+
 def test_after_step_leaves_the_last_step_alone() -> None:
     before, after = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     assert torch.equal(LowFrequencies(torch.zeros(1, 4, 8, 8), follow=0.5).after_step(before, after, 0.3, 0.0), after)

@@ -1,0 +1,57 @@
+"""Pictures that are there already and are to be enlarged: whatever form they come in, as PIL."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def as_pictures(given: Any) -> list[Image.Image]:
+    """Pictures as diffusers takes them, in RGB.
+
+    Args:
+        given: PIL, an array [h, w, 3] or a tensor [3, h, w] in [0, 1]; a batch of these, [B, ...]; or a list of them.
+    Raises:
+        ValueError: something else, or numbers outside of [0, 1].
+    """
+    if not isinstance(given, list | tuple):
+        return _pictures_of(given)
+    if not given:
+        raise ValueError("image must hold at least one picture, got an empty list")
+    return [picture for one in given for picture in _pictures_of(one)]
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as it is shown: turned as its camera says, what is transparent on white, 16 bits a pixel as 8."""
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode.startswith("I"):  # levels up to 65,535
+        turned = turned.convert("I").point(lambda level: level / 257).convert("L")
+    if not turned.has_transparency_data:
+        return turned.convert("RGB")
+    turned = turned.convert("RGBA")
+    white = Image.new("RGBA", turned.size, "white")
+    return Image.alpha_composite(white, turned).convert("RGB")
+
+
+def _pictures_of(one: Any) -> list[Image.Image]:
+    match one:
+        case Image.Image():
+            return [as_rgb(one)]
+        case Tensor(ndim=3 | 4) if one.shape[-3] == 3:
+            return _from_levels(one.detach().float().movedim(-3, -1).cpu().numpy(), one.shape)
+        case numpy.ndarray(ndim=3 | 4) if one.shape[-1] == 3:
+            return _from_levels(one, one.shape)
+    got = f"{type(one).__name__} {list(one.shape)}" if hasattr(one, "shape") else type(one).__name__
+    raise ValueError(f"image must be PIL pictures, tensors [B, 3, h, w] or arrays [B, h, w, 3], got {got}")
+
+
+def _from_levels(levels: numpy.ndarray, shape: Sequence[int] | torch.Size) -> list[Image.Image]:
+    """Of an array [h, w, 3] or [B, h, w, 3]."""
+    if levels.size == 0 or not (levels.min() >= 0 and levels.max() <= 1):  # neither holds of NaN
+        got = "none" if levels.size == 0 else f"{levels.min():g} to {levels.max():g}"
+        raise ValueError(f"numbers of image {list(shape)} must lie in [0, 1], got {got}")
+    whole = (levels * 255).round().astype(numpy.uint8)
+    return [Image.fromarray(picture) for picture in whole.reshape(-1, *whole.shape[-3:])]
