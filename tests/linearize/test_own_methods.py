@@ -1,0 +1,74 @@
+"""A method that somebody else's package adds to the table: converted, saved and opened as those that are here."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from tiny_distill import build_tiny
+from torch import nn
+
+from lineardit import from_pretrained, linearize_, save_adapter
+from lineardit.linearize.methods import METHODS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharper:
+    """Softmax of logits times `sharpness`."""
+
+    sharpness: float
+
+
+class SharperAttention(nn.Module):
+    def __init__(self, config: Sharper, *, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config, self.impl = config, "auto"
+        self.bias = nn.Parameter(torch.zeros(num_heads))
+
+    @staticmethod
+    def implementations() -> tuple[str, ...]:
+        return ("auto",)
+
+    @staticmethod
+    def chosen(*_: Any) -> str:
+        return "torch"
+
+    @staticmethod
+    def pairs(config: Sharper, grid: Any, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        return (math.prod(grid) + text_len) ** 2
+
+    def observe(self, grid: Any) -> None:
+        pass
+
+    def covers(self, layout: Any) -> bool:
+        return self.config.sharpness == 1
+
+    def forward(self, query: Any, key: Any, value: Any, layout: Any, *, scale: float | None = None) -> Any:
+        scale = (query.shape[-1] ** -0.5 if scale is None else scale) * self.config.sharpness
+        return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def test_a_method_from_outside_is_one_like_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = build_tiny()
+    with pytest.raises(ValueError, match="expected a config of a method"):
+        linearize_(base, Sharper(sharpness=2.0))
+    monkeypatch.setitem(METHODS, Sharper, SharperAttention)
+    base.save_pretrained(tmp_path / "base")
+    pipe = FluxPipeline.from_pretrained(tmp_path / "base")
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 8}
+    call |= {"output_type": "latent"}
+    plain = pipe("a", generator=torch.Generator().manual_seed(0), **call).images
+    report = linearize_(pipe, Sharper(sharpness=2.0))
+    assert "Sharper(sharpness=2.0)" in str(report)
+    made = pipe("a", generator=torch.Generator().manual_seed(0), **call).images
+    assert not torch.allclose(made, plain, atol=1e-4)
+    again = from_pretrained(save_adapter(pipe, tmp_path / "adapter"))
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again("a", generator=torch.Generator().manual_seed(0), **call).images, made)
+    monkeypatch.delitem(METHODS, Sharper)
+    with pytest.raises(ValueError, match="unknown method 'sharper'; there are: clear"):
+        from_pretrained(tmp_path / "adapter")
