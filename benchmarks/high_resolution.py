@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy
@@ -37,7 +38,7 @@ from lineardit.linearize.standing import describe_attention
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import decode, encode
 from lineardit.scene_judge import judge_scene
-from lineardit.stages import Stages
+from lineardit.stages import Stages, this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -234,16 +235,17 @@ class HighResolution:
         scores = {name: sum(one(*pair) for pair in pairs) / few for name, one in (("psnr", psnr), ("ssim", ssim))}
         return scores | {"captions": few}
 
-    def step_seconds(self) -> dict[str, float]:
-        """One of the teacher's, between two of the student's, whose mean it gives."""
+    def step_seconds(self) -> dict[str, Any]:
+        """Medians: two of the teacher's, between three of the student's."""
         side = self.amount.largest
         settings = PictureSettings(height=side, width=side, max_sequence_length=self.amount.text_tokens)
 
-        def measure() -> dict[str, float]:
+        def measure() -> dict[str, Any]:
             student, teacher = step_call(self.student, settings), step_call(self.teacher, settings)
             student()  # tables of a size are made once; the teacher has none
-            before, slow, after = (seconds_of(step) for step in (student, teacher, student))
-            return {"student": (before + after) / 2, "teacher": slow}
+            seconds = [seconds_of(step) for step in (student, teacher, student, teacher, student)]
+            medians = {"student": median(seconds[::2]), "teacher": median(seconds[1::2])}
+            return medians | {"seconds": seconds, "machine": this_machine()}
 
         return self.once("step seconds", measure)
 

@@ -34,7 +34,7 @@ from lineardit.linearize.folders import write_whole
 from lineardit.linearize.methods import Agent, Clear, Hybrid, Mala, ProxyTokens, config_to_dict
 from lineardit.linearize.opening import open_pipeline
 from lineardit.linearize.profiling import profile_attention
-from lineardit.stages import matmul_gflops
+from lineardit.stages import this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -273,8 +273,7 @@ def write_results(results: Path, run: Marks) -> str:
     write_sheet(columns, list(zip(*shown, strict=True)), results / "marks.png")
     taken = run.stages.total()
     machine = (
-        f"Took {taken['seconds'] / 60:.0f} minutes, {taken['cpu_seconds'] / 60:.0f} CPU-minutes; "
-        f"float32 matrix product: {matmul_gflops():.0f} GFLOP/s."
+        f"Took {taken['seconds'] / 60:.0f} minutes, {taken['cpu_seconds'] / 60:.0f} CPU-minutes; {this_machine()}."
     )
     content: dict[str, Any] = {
         "plan": asdict(run.plan),

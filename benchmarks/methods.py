@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from flux_layer import flops, local_of_equal_flops, title
 from marks_report import Mark
 from methods_report import MethodRow, follow_marks, hybrid_marks, proposal_mark, write_results
@@ -47,7 +46,7 @@ from lineardit.linearize.methods import (
 )
 from lineardit.linearize.opening import open_pipeline
 from lineardit.linearize.profiling import profile_attention
-from lineardit.stages import matmul_gflops
+from lineardit.stages import this_machine
 
 RESULTS = Path(__file__).with_name("results")
 SINGLE = "single_transformer_blocks.*.attn"  # five of the small model's eight attention modules
@@ -262,10 +261,9 @@ def main() -> None:
     directory = options.directory or Path("runs/methods-quick" if options.quick else "runs/methods")
     table = MethodTable(path(), directory, plan)
     results = options.results or (directory / "results" if options.quick else RESULTS)
-    machine = f"{torch.get_num_threads()} threads, float32 matrix product: {matmul_gflops():.0f} GFLOP/s"
     for count in range(1, len(plan.seeds) + 1):
         rows, marks = table.run(QUICK if options.quick else METHODS, plan.seeds[:count])
-        print(write_results(results, table, rows, marks, machine=machine))
+        print(write_results(results, table, rows, marks, machine=this_machine()))
 
 
 def quick_plan() -> Plan:

@@ -70,6 +70,12 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
+def this_machine() -> str:
+    """What times depend on, for a report."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} threads of {vectors}, float32 matrix product: {matmul_gflops():.0f} GFLOP/s"
+
+
 @lru_cache
 def matmul_gflops() -> float:
     """Speed of a float32 product of 1024 x 1024 on the CPU, the median of 20, once a process: to compare machines."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lineardit import stages
-from lineardit.stages import Stages, matmul_gflops
+from lineardit.stages import Stages, matmul_gflops, this_machine
 
 
 def test_stages_add_up_over_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,5 +35,6 @@ def test_stages_refuse_other_settings_and_other_folders(tmp_path: Path) -> None:
         Stages(tmp_path, {})
 
 
-def test_matmul_gflops_is_a_speed() -> None:
+def test_machine_is_told_by_its_speed() -> None:
+    assert f"product: {matmul_gflops():.0f} GFLOP/s" in this_machine()
     assert 0.1 < matmul_gflops() < 1e6
