@@ -38,7 +38,7 @@ def test_run_has_every_row_and_goes_on(high_resolution: Any, tmp_path: Path) -> 
     amount = high_resolution.Amount(**AMOUNT)
     convert_base(path(), Clear(radius=4), output=tmp_path / "adapter")
     run = high_resolution.HighResolution(path(), tmp_path / "adapter", tmp_path / "run", amount)
-    memory = [{"side": side, "idle": 1.0, "growth": side**2, "peak": 1.0, "seconds": 1.0} for side in (1, 2, 6)]
+    memory = [{"side": side, "idle": 1.0, "growth": side**2, "seconds": 1.0} for side in (1, 2, 6)]
     (tmp_path / "run" / "memory.json").write_text(json.dumps(memory))
     reports: list[str] = []
     run.run(lambda: reports.append(high_resolution.write_results(tmp_path / "results", run)))
@@ -72,7 +72,7 @@ def test_memory_grows_with_the_pixels(high_resolution: Any) -> None:
     """In fresh processes; over what each takes with the pipeline loaded."""
     memory = importlib.import_module("high_resolution_memory")
     small, large = memory.measure_fresh([384, 768])
-    assert small.peak > small.idle > 0 and small.growth > 50
+    assert small.whole > small.idle > 0 and small.growth > 50
     ((_, ratio),) = memory.growths([small, large])
     assert 1.5 < ratio <= memory.MOST
 
