@@ -93,7 +93,7 @@ def test_evaluate_writes_table_report_and_sheet(
         (["generate", "{base}"], "at least one prompt"),
         (["generate", "{base}", "a", "--size", "30x24"], "multiples of 4"),
         (["generate", "{base}", "a", "--size", "30"], "WIDTHxHEIGHT"),
-        (["generate", "{base}", "a", "--steps", "0"], "steps and batch_size must be >= 1"),
+        (["generate", "{base}", "a", "--steps", "0"], "'--steps': Input should be greater than or equal to 1"),
         (["generate", "{base}", "a", "--dtype", "float64"], "float32, bfloat16, float16"),
         (["generate", "{base}", "a", "--device", "gpu"], "cpu"),
         (["generate", "{base}", "a", "--offload", "some"], "none, model, sequential, group"),
