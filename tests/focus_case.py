@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineardit.kernels.agent.agent_tokens import pool_agents
 from lineardit.kernels.focus.attention import cells_in_focus
 from lineardit.kernels.focus.cells import cell_grid, cells_of_axis
 from lineardit.kernels.window import Box, Circle, Window
 from lineardit.kernels.window.reference import window_mask
-from lineardit.linearize.methods.agent_tokens import pool_agents
 
 SCALE = 0.6
 CPU = torch.device("cpu")

@@ -8,12 +8,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from lineardit.kernels.agent.agent_tokens import pool_agents
 from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_backward_op, focus_op
 from lineardit.kernels.focus.choose import choose_impl
 from lineardit.kernels.focus.tables import plan_of
 from lineardit.kernels.window import Circle
 from lineardit.kernels.window.windows import from_arguments, to_arguments
-from lineardit.linearize.methods.agent_tokens import pool_agents
 
 from .bench import Bench, Measured, Task, Tasks, UnavailableError
 from .judging import nan_filled_memory, verdict

@@ -43,11 +43,13 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) 
 
 @lru_cache  # one trial, and one warning, for each
 def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> str | None:
+    from ..pieces.trial import NO_KERNEL
+
     try:
         blocks_for(device, dtype, head_dim, side)
     except torch.OutOfMemoryError:
         raise  # of this moment: tried anew next time
-    except RuntimeError as exception:
+    except NO_KERNEL as exception:
         reason = f"{_where(device)}: {exception}"
         logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
         return reason
@@ -59,13 +61,14 @@ def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, sid
     """Of the kernels of the backward, which the first call on a device tries; None, with a warning, if plain PyTorch
     has to do it.
     """
+    from ..pieces.trial import NO_KERNEL
     from .triton_probe import backward_blocks_for
 
     try:
         return backward_blocks_for(device, dtype, head_dim, side)
     except torch.OutOfMemoryError:
         raise  # as above
-    except RuntimeError as exception:
+    except NO_KERNEL as exception:
         reason = f"{_where(device)}: {exception}"
         logger.warning("Gradients of tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
         return None

@@ -56,10 +56,10 @@ class _Trial:
     """A small picture, and what plain PyTorch makes of it in float32."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, side: int, num_cells: int = NUM_CELLS):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         lengths = (math.prod(GRID),) * 3 + (num_cells,) * 2
         *self.inputs, self.grad_out = (
-            torch.randn(1, 2, length, head_dim, generator=generator).to(device, dtype)
+            torch.randn(1, 2, length, head_dim, generator=generator, device="cpu").to(device, dtype)
             for length in (*lengths, math.prod(GRID))
         )
         self.grad_lse = self.grad_out[..., 0].float()

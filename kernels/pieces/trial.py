@@ -1,12 +1,15 @@
 """A trial of a Triton kernel on the device at hand, against the plain formula."""
 
 from collections.abc import Callable, Iterable, Sequence
+from subprocess import SubprocessError
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+# What a trial fails with where kernels cannot be had: none fits or is right, no C compiler or headers, no driver.
+NO_KERNEL = (RuntimeError, OSError, SubprocessError, AssertionError)
 MAX_ERROR = 0.05  # of the largest value; a wrong kernel is off by more than bfloat16 rounds
 
 Candidate = TypeVar("Candidate")
@@ -22,6 +25,11 @@ def first_that_fits(candidates: Sequence[Candidate], error_of: Callable[[Candida
         try:
             error = error_of(candidate)
         except TritonError as exception:  # it needs too much, or does not compile
+            reason = str(exception)
+            continue
+        except RuntimeError as exception:
+            if "PassManager" not in str(exception):  # a pass of the compiler that gives up has no class of its own
+                raise
             reason = str(exception)
             continue
         if error > MAX_ERROR:

@@ -70,13 +70,14 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     if find_spec("triton") is None:
         reason = "triton is not installed"
     else:
+        from ..pieces.trial import NO_KERNEL
         from .triton_probe import tiles_for
 
         try:
             tiles_for(device, dtype, head_dim)
         except torch.OutOfMemoryError:
             raise  # of this moment: tried anew next time
-        except RuntimeError as exception:
+        except NO_KERNEL as exception:
             reason = f"on {torch.cuda.get_device_name(device)}: {exception}"
         else:
             return None

@@ -28,19 +28,20 @@ def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
     forward, backward = (candidates(t, head_dim, 10 * major + minor) for t in (FORWARD_TILES, BACKWARD_TILES))
     if interpreted:
         return forward[0], backward[0]
-    trial = _Trial(device, dtype, head_dim)
-    return first_that_fits(forward, trial.forward_error), first_that_fits(backward, trial.backward_error)
+    with torch.autocast(device.type, enabled=False):  # the reference is float32
+        trial = _Trial(device, dtype, head_dim)
+        return first_that_fits(forward, trial.forward_error), first_that_fits(backward, trial.backward_error)
 
 
 class _Trial:
     """A small window with tiles inside and on the border, whole blocks of shared keys and a rest."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         self.num_tokens, self.scale = GRID[0] * GRID[1], head_dim**-0.5
 
         def random(length: int) -> Tensor:
-            return torch.randn(1, 1, length, head_dim, generator=generator).to(device, dtype)
+            return torch.randn(1, 1, length, head_dim, generator=generator, device="cpu").to(device, dtype)
 
         lengths = (self.num_tokens, self.num_tokens, self.num_tokens, NUM_SHARED, NUM_SHARED)
         query, key, value, shared_key, shared_value = map(random, lengths)

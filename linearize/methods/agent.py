@@ -2,9 +2,9 @@
 
     x = softmax(second_scale Q A^T + B_2) softmax(scale A K^T + B_1) V + shortcut V + LocalConv(V)
 
-A are the image's queries, pooled over the grid (`agent_tokens.py`); B_1 and B_2 are learned tables over the offset of
-a token from an agent, spread over any grid. second_scale = scale**second_scale_exponent. Text stays under softmax:
-`joint.py` says how a query is shared.
+A are the image's queries, pooled over the grid (`kernels/agent/agent_tokens.py`); B_1 and B_2 are learned tables over
+the offset of a token from an agent, spread over any grid. second_scale = scale**second_scale_exponent. Text stays under
+softmax: `joint.py` says how a query is shared.
 
 Without training, on a Stable Diffusion UNet (AgentSD): `Agent(num_agents=..., second_scale_exponent=0.3,
 shortcut=0.075)` for the first denoising steps, and the base's attention for the rest, which `first_steps` switches:
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.agent import agent_attention, implementations
+from ...kernels.agent.agent_tokens import agent_bias, pool_agents
 from ..layout import Grid, Layout
-from .agent_tokens import agent_bias, pool_agents
 from .joint import joint_attention, joint_pairs
 from .local_terms import LocalConv, check_conv_size, check_switch
 

@@ -3,8 +3,9 @@
     x_i = sum_c softmax_c(scale q_i . k_c) (v_c + g (y_c - v_c)),   y_c = sum_d softmax_d(scale q_c . k_d) v_d
 
 q_c, k_c and v_c are the means of a cell of tokens, its proxy; c and d are any of the `num_proxies` cells, on the grid
-of `agent_tokens.py`. First the proxies attend to each other, which gives y; then every token attends to the proxies.
-The number of cells is fixed, so cost is linear. Text stays under softmax: `joint.py` says how a query is shared.
+of `kernels/agent/agent_tokens.py`. First the proxies attend to each other, which gives y; then every token attends to
+the proxies. The number of cells is fixed, so cost is linear. Text stays under softmax: `joint.py` says how a query is
+shared.
 
 Where this departs from the paper, which trains a model from the start: there, proxies are means of the block's input,
 the second attention has projections of its own, and windows follow it (`Hybrid` adds one). A module of the base has one
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...kernels.agent.agent_tokens import pool_agents
 from ..layout import Grid, Layout
-from .agent_tokens import pool_agents
 from .joint import joint_attention, joint_pairs
 from .local_terms import check_switch
 

@@ -1,6 +1,8 @@
 """What a run on a GPU would measure, listed on the CPU; and how an error is judged."""
 
 import importlib
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +29,14 @@ def test_tasks_of_a_part_have_names_of_their_own(bench: Bench, part: str) -> Non
     keys = [task.key for task in importlib.import_module(f"benchmarks.gpu.{MODULES[part]}").tasks(bench)]
     assert len(keys) == len(set(keys)) > 0
     assert {key[0] for key in keys} == {part}
+
+
+def test_parts_without_models_need_no_diffusers() -> None:
+    """A rented card often has torch and triton alone."""
+    code = (
+        "import sys; sys.modules['diffusers'] = None; import benchmarks.gpu.correctness, benchmarks.gpu.operator_speed"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_operator_is_measured_at_every_size_and_radius(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """Triton's window attention in the interpreter: outputs and gradients against float64, tiles, fallbacks."""
 
 import math
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 
 import pytest
@@ -133,15 +134,20 @@ def test_candidates_keep_the_sums_in_registers():
         assert candidates(BACKWARD_TILES, head_dim, 80)
 
 
-def test_first_that_fits_takes_the_next_smaller_tiles():
+@pytest.mark.parametrize(
+    "problem", [OutOfResources(200_000, 101_376, "shared memory"), RuntimeError("PassManager::run failed")]
+)
+def test_first_that_fits_takes_the_next_smaller_tiles(problem):
     def error_of(tiles: triton_window.Tiles) -> float:
         if tiles is FORWARD_TILES[0]:
-            raise OutOfResources(200_000, 101_376, "shared memory")
+            raise problem
         return 0.01
 
     assert first_that_fits(list(FORWARD_TILES), error_of) is FORWARD_TILES[1]
-    with pytest.raises(RuntimeError, match="shared memory"):
+    with pytest.raises(RuntimeError, match="shared memory|PassManager"):
         first_that_fits(list(FORWARD_TILES[:1]), error_of)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        first_that_fits(list(FORWARD_TILES), lambda _: (_ for _ in ()).throw(RuntimeError("illegal memory access")))
     with pytest.raises(RuntimeError, match="differs from the reference"):
         first_that_fits(list(FORWARD_TILES), lambda _: 0.3)
 
@@ -175,15 +181,24 @@ def test_require_triton_needs_a_cuda_device_outside_of_the_interpreter(monkeypat
     assert "needs a CUDA device, got cpu" in choose._why_not_triton.__wrapped__(torch.device("cpu"), FP32, 64)
 
 
-def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "problem, said",
+    [
+        (RuntimeError("out of resource: shared memory"), "out of resource: shared memory"),
+        (CalledProcessError(1, "gcc"), "Command 'gcc' returned non-zero exit status 1."),  # no headers of Python
+        (AssertionError("libcuda.so cannot be found"), "libcuda.so cannot be found"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog, problem, said):
     def failing(*_: object) -> None:
-        raise RuntimeError("out of resource: shared memory")
+        raise problem
 
     monkeypatch.setattr(triton_probe, "tiles_for", failing)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tiny GPU")
     choose._why_not_triton.cache_clear()
     for _ in range(2):
-        assert choose.why_not_triton(torch.device("cuda"), BF16, 64) == "on Tiny GPU: out of resource: shared memory"
+        assert choose.why_not_triton(torch.device("cuda"), BF16, 64) == f"on Tiny GPU: {said}"
     choose._why_not_triton.cache_clear()
     assert caplog.text.count("falls back to plain PyTorch") == 1
 

@@ -9,11 +9,11 @@ from torch.nn.functional import adaptive_avg_pool3d, conv2d, grid_sample
 from torch.utils.flop_counter import FlopCounterMode
 
 from lineardit.kernels.agent import agent_attention_reference
+from lineardit.kernels.agent.agent_tokens import agent_bias, pool_agents
 from lineardit.kernels.focus.cells import cell_grid
 from lineardit.kernels.linear import log_mass_reference, mala_attention_reference, rala_attention_reference
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import METHODS, Agent, Mala, Rala
-from lineardit.linearize.methods.agent_tokens import agent_bias, pool_agents
 from lineardit.linearize.methods.local_terms import conv_tokens
 
 GRID, TEXT_LEN, SCALE = (3, 5), 4, 0.6

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.focus.cells import cell_grid, cells_of_axis
+from ..focus.cells import cell_grid, cells_of_axis
 
 _AXES = (3, 4, 2)  # rows, columns, frames of [B, H, frames, height, width, D], in the order that saves most
 
