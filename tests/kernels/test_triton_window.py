@@ -144,7 +144,7 @@ def test_first_that_fits_takes_the_next_smaller_tiles(problem):
         return 0.01
 
     assert first_that_fits(list(FORWARD_TILES), error_of) is FORWARD_TILES[1]
-    with pytest.raises(RuntimeError, match="shared memory|PassManager"):
+    with pytest.raises(RuntimeError, match=r"shared memory|PassManager"):
         first_that_fits(list(FORWARD_TILES[:1]), error_of)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         first_that_fits(list(FORWARD_TILES), lambda _: (_ for _ in ()).throw(RuntimeError("illegal memory access")))
