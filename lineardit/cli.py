@@ -24,7 +24,10 @@ from .commands.preparation import prepare
 from .commands.profile import profile
 from .commands.upscale import upscale
 
-LESS_MEMORY = "less is needed for a smaller size or batch, and with --dtype bfloat16, --chunk-tokens or --offload"
+LESS_MEMORY = (
+    "less is needed for a smaller size or batch, and, where the command has them, with --dtype bfloat16, "
+    "--chunk-tokens or --offload"
+)
 
 app = typer.Typer(
     name="lineardit",

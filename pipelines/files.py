@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -139,24 +140,23 @@ def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
         ValueError: it is no file of latents.
         OSError: it cannot be read.
     """
-    try:
-        with safe_open(file, framework="pt") as content:
-            return content.get_tensor("latents"), dict(content.metadata() or {})
-    except SafetensorError as error:
-        raise _damaged(file, error) from error
+    with _opened(file) as content:
+        return content.get_tensor("latents"), dict(content.metadata() or {})
 
 
 def read_text(file: Path) -> dict[str, str]:
     """What the picture of these latents says; errors as of `read_latents`."""
+    with _opened(file) as content:
+        return dict(content.metadata() or {})
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as content:
-            return dict(content.metadata() or {})
+            yield content
     except SafetensorError as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is no whole file of latents, as generate leaves them: {error}")
+        raise ValueError(f"{file} is no whole file of latents, as generate leaves them: {error}") from error
 
 
 def write_picture(one: Wanted, image: Image.Image) -> None:

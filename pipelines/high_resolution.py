@@ -102,14 +102,23 @@ class HighResolutionPipeline(DiffusionPipeline):
         return made
 
     @classmethod
-    def from_pretrained(cls, name: Any, *, native_size: int | None = None, **options: Any) -> Any:
-        """`from_pipe` of what `lineardit.from_pretrained` loads from an adapter, or of a whole pipeline.
+    def from_pretrained(
+        cls, name: Any, *, native_size: int | None = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> Any:
+        """`from_pipe` of an adapter with its base, or of a whole pipeline.
 
         Args:
             name: Folder or Hub id.
-            options: As of `open_pipeline`.
+            native_size: As of `from_pipe`.
+            dtype: Of the weights; None: float32.
+            options: `base`, `revision`, `offline`, `impl`, as of `lineardit.from_pretrained`.
+        Returns:
+            The cascade, on the CPU.
+        Raises:
+            ValueError: what `lineardit.from_pretrained` and `from_pipe` refuse.
         """
-        return cls.from_pipe(open_pipeline(name, **options), native_size=native_size)
+        weights = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+        return cls.from_pipe(open_pipeline(name, dtype=weights, **options), native_size=native_size)
 
     @abstractmethod
     def _denoise(

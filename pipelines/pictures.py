@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -48,7 +47,7 @@ def _pictures_of(one: Any) -> list[Image.Image]:
     raise ValueError(f"image must be PIL pictures, tensors [B, 3, h, w] or arrays [B, h, w, 3], got {got}")
 
 
-def _from_levels(levels: numpy.ndarray, shape: Sequence[int] | torch.Size) -> list[Image.Image]:
+def _from_levels(levels: numpy.ndarray, shape: Sequence[int]) -> list[Image.Image]:
     """Of an array [h, w, 3] or [B, h, w, 3]."""
     if levels.size == 0 or not (levels.min() >= 0 and levels.max() <= 1):  # neither holds of NaN
         got = "none" if levels.size == 0 else f"{levels.min():g} to {levels.max():g}"

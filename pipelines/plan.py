@@ -13,7 +13,7 @@ KNOWN = 2  # a model knows positions up to this many times its native side: it w
 STRENGTH = 0.3
 STEPS = 8
 FOLLOW = 1.0
-SMALLEST_TILE = 64  # pixels
+LEAST_TILE = 64  # pixels, of what may be asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,8 @@ class Plan:
 
 def check_tile(tile: int | None) -> None:
     """Raise a ValueError where this is no side of a tile."""
-    if tile is not None and (type(tile) is not int or tile < SMALLEST_TILE):
-        raise ValueError(f"tile must be an integer >= {SMALLEST_TILE} pixels or None, got {tile!r}")
+    if tile is not None and (type(tile) is not int or tile < LEAST_TILE):
+        raise ValueError(f"tile must be an integer >= {LEAST_TILE} pixels or None, got {tile!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

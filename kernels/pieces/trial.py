@@ -24,11 +24,9 @@ def first_that_fits(candidates: Sequence[Candidate], error_of: Callable[[Candida
     for candidate in candidates:
         try:
             error = error_of(candidate)
-        except TritonError as exception:  # it needs too much, or does not compile
-            reason = str(exception)
-            continue
-        except RuntimeError as exception:
-            if "PassManager" not in str(exception):  # a pass of the compiler that gives up has no class of its own
+        except (TritonError, RuntimeError) as exception:  # it needs too much, or does not compile
+            # A pass of the compiler that gives up has no class of its own.
+            if not isinstance(exception, TritonError) and "PassManager" not in str(exception):
                 raise
             reason = str(exception)
             continue

@@ -38,13 +38,13 @@ def load(
     return pipe, about
 
 
-def base_said(adapter: str, model: str | None, offline: bool) -> str | None:
+def base_said(adapter: str, model: str | None, revision: str | None, offline: bool) -> str | None:
     """The base that a picture says it is of, where that is another than its adapter names; else None."""
     from ..linearize.adapter import adapter_file
     from ..linearize.base import find_place
     from ..linearize.manifest import read_manifest
 
-    file = adapter_file(find_place(adapter, offline=offline))
+    file = adapter_file(find_place(adapter, revision=revision, offline=offline))
     if file is None or model is None or read_manifest(file).base == model:
         return None
     print(f"with the base {model}, as the picture says")

@@ -67,7 +67,7 @@ def upscale(
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
     check_larger(image, (height, width))  # before a large model is loaded
     if base is None and source == said.get("adapter"):
-        base = base_said(source, said.get("model"), offline)
+        base = base_said(source, said.get("model"), revision, offline)
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline)
     (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **about})
     if not overwrite:

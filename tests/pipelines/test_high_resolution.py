@@ -196,6 +196,8 @@ def test_a_saved_cascade_is_loaded_again(high: Any, tmp_path: Path) -> None:
     call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
     made, wanted = (one(PROMPT, generator=seeded(), **call).images for one in (again, high))
     assert torch.equal(made, wanted)
+    half = HighResolutionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, native_size=32)
+    assert (half.transformer.dtype, half.native_size) == (torch.bfloat16, 32)
 
 
 def test_negative_prompt_and_several_pictures(high: Any) -> None:

@@ -105,6 +105,9 @@ def test_larger_stages_follow_low_frequencies_and_scale_positions_beyond_the_kno
 
 
 def test_proportional_factor_is_clears_formula() -> None:
+    for count in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="proportional must be more than 1 / 4608 tokens"):
+            proportional_factor(4608, 4608, count)
     assert proportional_factor(4608, 4608) == 1
     assert proportional_factor(65536 + 512, 4608, 10) == pytest.approx(math.sqrt(math.log(660480) / math.log(4608)))
     stages = cascade(4096, 4096, FLUX, Settings(proportional=1.0), **CALL).stages
