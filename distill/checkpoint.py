@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written by all ranks into a hidden folder, synced, listed, renamed.
 
-`step-00000100/` holds the trained tensors, the optimizer and the state of the random generators. The order of the data
-and the learning rate are functions of the step, so that the step's number is their state.
+`step-00000100/` holds the trained tensors, the optimizer, the state of the random generators, and an adapter of the
+student as it stands. The order of the data and the learning rate are functions of the step, so that the step's number
+is their state.
 """
 
 import json
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..linearize.adapter import save_adapter
 from ..linearize.folders import sync
 from .student import trained_parameters
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 TRAINED = "trained.safetensors"
+ADAPTER = "adapter"
 
 
 def store_trained_only(accelerator: Accelerator) -> None:
@@ -42,19 +45,22 @@ def store_trained_only(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator: Accelerator, root: Path, step: int) -> Path:
-    """Write the checkpoint of a step; every rank calls it."""
+def save_checkpoint(accelerator: Accelerator, root: Path, step: int, pipe: Any) -> Path:
+    """Write the checkpoint of a step, with the adapter of this pipeline; every rank calls it."""
     final, temporary = root / f"step-{step:08d}", root / f".step-{step:08d}.tmp"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        save_adapter(pipe, temporary / ADAPTER)
     for path in temporary.iterdir():
         sync(path)
     accelerator.wait_for_everyone()  # the bytes of all ranks are down
     if accelerator.is_main_process:
-        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        written = sorted(path for path in temporary.rglob("*") if path.is_file())
+        files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in written}
         manifest = temporary / MANIFEST
         manifest.write_text(json.dumps({"step": step, "processes": accelerator.num_processes, "files": files}))
         sync(manifest)

@@ -44,6 +44,11 @@ class Base:
 class Data:
     directory: str  # made by `prepare`
 
+    @property
+    def folder(self) -> Path:
+        """With a `~` as the shell has it."""
+        return Path(self.directory).expanduser()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -144,6 +149,11 @@ class Run:
     impl: str = "auto"  # of the new attention
     seed: int = 0
 
+    @property
+    def folder(self) -> Path:
+        """With a `~` as the shell has it."""
+        return Path(self.directory).expanduser()
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):
             _require(getattr(self, name) >= 1, f"run.{name}", ">= 1", getattr(self, name))
@@ -243,9 +253,9 @@ def config_to_tables(config: DistillConfig) -> dict[str, Any]:
 
 
 def as_toml(value: Any) -> str:
-    """A value as TOML has it on one line; dictionaries are inline tables."""
+    """A value as TOML has it on one line; dictionaries are inline tables, without what is None."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {as_toml(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {as_toml(one)}" for key, one in value.items() if one is not None) + "}"
     return json.dumps(value)
 
 

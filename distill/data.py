@@ -1,7 +1,8 @@
 """What the teacher made, on the disk and in batches whose order depends on nothing but the seed.
 
-A folder holds `index.json` (settings, and per sample: prompt, seed, size) and `shard-*.safetensors` with the tensors
-`INDEX.latents` and `INDEX.NAME` for every condition. A batch has one size, because a model sees one grid per forward.
+A folder holds `index.json` (settings, and per sample: prompt, seed, size), or one such file for each part, and
+`shard-*.safetensors` with the tensors `INDEX.latents` and `INDEX.NAME` for every condition. A batch has one size,
+because a model sees one grid per forward.
 """
 
 import hashlib
@@ -62,7 +63,9 @@ class TeacherSamples:
         entries = [entry for shard in index["shards"] for entry in shard["samples"]]
         wanted = index["settings"]["num_prompts"]
         if len(entries) < wanted:
-            raise ValueError(f"{directory} holds {len(entries)} of {wanted} samples; call `lineardit prepare` again")
+            raise ValueError(
+                f"{directory} holds {len(entries)} of {wanted} samples; call `lineardit prepare` again, for every part"
+            )
         for shard in index["shards"]:
             if not shard_is_whole(directory, shard):
                 file = directory / shard["file"]
@@ -103,6 +106,16 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def shard_number(shard: Mapping[str, Any]) -> int:
+    """Of an entry of an index."""
+    return int(shard["file"].removeprefix("shard-").removesuffix(".safetensors"))
+
+
+def index_name(part: int, parts: int) -> str:
+    """The index that the maker of one part of the samples writes."""
+    return INDEX if parts == 1 else f"index-{part}-of-{parts}.json"
+
+
 def shard_is_whole(directory: Path, shard: Mapping[str, Any]) -> bool:
     """Whether the file of this entry of the index has the size that the index says."""
     path = directory / shard["file"]
@@ -110,14 +123,26 @@ def shard_is_whole(directory: Path, shard: Mapping[str, Any]) -> bool:
 
 
 def read_index(directory: Path) -> dict[str, Any] | None:
-    """The index of a folder, None where there is none.
+    """The index of a folder, of all its parts together; None where there is none.
 
     Raises:
-        ValueError: the file is no index of this format.
+        ValueError: a file is no index of this format, or parts were made with different settings.
     """
-    path = directory / INDEX
-    if not path.is_file():
+    files = sorted([*directory.glob(INDEX), *directory.glob("index-*-of-*.json")])
+    if not files:
         return None
+    indexes = {file.name: _read_one(file) for file in files}
+    (first, index), *others = indexes.items()
+    for name, other in others:
+        if other["settings"] != index["settings"]:
+            raise ValueError(
+                f"{directory}: {name} and {first} were made with different settings; make one of them anew"
+            )
+    shards = {shard["file"]: shard for one in indexes.values() for shard in one["shards"]}
+    return index | {"shards": [shards[name] for name in sorted(shards)]}
+
+
+def _read_one(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -13,7 +13,7 @@ is there its error goes back through this one module. So there is no backward th
 of one layer at a time, and gradient checkpointing, which is for graphs, has nothing to do.
 
 The backwards run inside the forward, where DistributedDataParallel does not expect them: it stays out, and
-`average_gradients` does its work. Every process must hold all parameters: sharded ones (FSDP, ZeRO 3) do not work.
+`average_gradients` does its work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -90,10 +90,9 @@ class _Lesson:
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """The mean of each gradient over the processes, in place; all of them in one message."""
+    """The mean of each gradient over the processes, in place, one after the other: no second copy of all of them."""
     if accelerator.num_processes == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    means = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-    for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.copy_(accelerator.reduce(parameter.grad, "mean"))

@@ -1,7 +1,8 @@
 """Pictures of one model for many prompts, kept in a folder so that an interrupted evaluation goes on.
 
 A folder belongs to one model and one setting: its name holds their digest. Picture i is `00000i.safetensors` (final
-packed latents, and in the header its prompt and seconds) and `00000i.png`.
+packed latents, and in the header its prompt) and `00000i.png`; each says what seconds it took. Latents are written
+before they are decoded.
 """
 
 import hashlib
@@ -10,24 +11,27 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..linearize.convert import denoiser, swapped
-from ..linearize.folders import write_whole
+from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
-from .families import family_of
+from .families import Grid, family_of
 from .prepare import fingerprint
 
 logger = logging.getLogger(__name__)
+
+SECONDS = "seconds"  # in a file's header: of denoising, or of decoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +78,19 @@ def make_pictures(
     family = family_of(denoiser(pipe)[1])
     grid = family.grid(pipe, settings.height, settings.width)
     pipe.set_progress_bar_config(disable=True)
-    missing = [index for index, prompt in enumerate(prompts) if not _is_there(folder, index, prompt)]
-    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc=name, unit="picture") as progress:
+    missing = [index for index, prompt in enumerate(prompts) if not _has_latents(folder, index, prompt)]
+    there = [index for index in range(len(prompts)) if index not in missing]
+    undecoded = [index for index in there if not _files(folder, index)[1].is_file()]
+    with tqdm(total=len(prompts), initial=len(there) - len(undecoded), desc=name, unit="picture") as progress:
+        _decode(pipe, folder, undecoded, grid, progress)
         for start in range(0, len(missing), settings.batch_size):
             batch = missing[start : start + settings.batch_size]
             began = time.perf_counter()
-            latents = _denoise(pipe, [prompts[index] for index in batch], batch, settings)
-            images = family.decode(pipe, latents, grid)
+            latents = _denoise(pipe, [prompts[index] for index in batch], batch, settings).cpu()
             seconds = (time.perf_counter() - began) / len(batch)
-            for index, one, image in zip(batch, latents.cpu(), images, strict=True):
-                _keep(folder, index, one, image, {"prompt": prompts[index], "seconds": f"{seconds:.4f}"})
-            progress.update(len(batch))
+            for index, one in zip(batch, latents, strict=True):
+                _keep_latents(folder, index, one, {"prompt": prompts[index], SECONDS: f"{seconds:.4f}"})
+            _decode(pipe, folder, batch, grid, progress)
     return _read(folder, len(prompts))
 
 
@@ -92,8 +98,9 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
     """Changes with the weights, the conversion and every setting that changes pictures."""
     _, model = denoiser(pipe)
     kernels: dict[str, Any] = {name: module.linear_kernel for name, module in swapped(model).items()}
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     content = {
-        "parts": {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
+        "parts": {name: [fingerprint(part), str(getattr(part, "dtype", None))] for name, part in parts.items()},
         "methods": {name: config_to_dict(kernel.config) for name, kernel in kernels.items()},
         "scheduler": dict(pipe.scheduler.config),
         "settings": asdict(settings) | {"batch_size": None},
@@ -115,31 +122,41 @@ def _denoise(pipe: Any, prompts: list[str], indices: Sequence[int], settings: Pi
     )
 
 
+def _decode(pipe: Any, folder: Path, indices: Sequence[int], grid: Grid, progress: Any) -> None:
+    """Pictures of latents in the folder, one at a time."""
+    family = family_of(denoiser(pipe)[1])
+    for index in indices:
+        began = time.perf_counter()
+        latents = read_tensors(_files(folder, index)[0])["latents"][None]
+        (image,) = family.decode(pipe, latents.to(pipe.vae.device), grid)
+        about = PngInfo()
+        about.add_text(SECONDS, f"{time.perf_counter() - began:.4f}")
+        write_whole(_files(folder, index)[1], partial(image.save, format="PNG", pnginfo=about))
+        progress.update()
+
+
 def _files(folder: Path, index: int) -> tuple[Path, Path]:
     return folder / f"{index:06d}.safetensors", folder / f"{index:06d}.png"
 
 
-def _keep(folder: Path, index: int, latents: Tensor, image: Image.Image, about: dict[str, str]) -> None:
+def _keep_latents(folder: Path, index: int, latents: Tensor, about: dict[str, str]) -> None:
+    """They replace those of another prompt, and its picture."""
     tensors, picture = _files(folder, index)
-    write_whole(picture, lambda temporary: image.save(temporary, format="PNG"))
+    picture.unlink(missing_ok=True)
     write_whole(tensors, lambda temporary: save_file({"latents": latents.contiguous()}, temporary, metadata=about))
 
 
-def _is_there(folder: Path, index: int, prompt: str) -> bool:
-    tensors, picture = _files(folder, index)
-    if not (tensors.is_file() and picture.is_file()):
-        return False
-    with safe_open(tensors, framework="pt") as file:
-        return file.metadata()["prompt"] == prompt
+def _has_latents(folder: Path, index: int, prompt: str) -> bool:
+    tensors, _ = _files(folder, index)
+    return tensors.is_file() and read_header(tensors).get("prompt") == prompt
 
 
 def _read(folder: Path, count: int) -> Pictures:
     latents, images, seconds = [], [], []
     for index in range(count):
         tensors, picture = _files(folder, index)
-        with safe_open(tensors, framework="pt") as file:
-            latents.append(file.get_tensor("latents"))
-            seconds.append(float(file.metadata()["seconds"]))
+        latents.append(read_tensors(tensors)["latents"])
         with Image.open(picture) as image:
+            seconds.append(float(read_header(tensors)[SECONDS]) + float(image.info[SECONDS]))
             images.append(image.convert("RGB"))
     return Pictures(latents=tuple(latents), images=tuple(images), seconds=median(seconds))

@@ -1,13 +1,19 @@
-"""The teacher makes its own training samples: final latents and what it was told, never decoded and encoded again."""
+"""The teacher makes its own training samples: final latents and what it was told, never decoded and encoded again.
+
+Several processes may work at one set of samples, each on its part of the shards. Each writes an index of its own, which
+readers take together, so that parts can also be made on machines that share no disk, and copied into one folder.
+"""
 
 import hashlib
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,7 @@ from tqdm import tqdm
 
 from ..linearize.convert import denoiser, swapped
 from ..linearize.folders import write_whole
-from .data import FORMAT, INDEX, Sample, read_index, shard_is_whole, shard_name
+from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
 from .families import family_of
 from .files import write_json
 
@@ -37,8 +43,9 @@ def prepare(
     batch_size: int = 4,
     max_sequence_length: int = 512,
     shard_size: int = 64,
+    part: tuple[int, int] = (1, 1),
 ) -> Path:
-    """Generate one sample per prompt into a folder; called again, go on after the last whole shard.
+    """Generate one sample per prompt into a folder; called again, make the shards that are not there yet.
 
     The noise of sample i comes from `torch.Generator("cpu").manual_seed(seed + i)`: `batch_size` is about speed only.
 
@@ -51,13 +58,17 @@ def prepare(
         guidance: `guidance_scale` of the pipeline.
         max_sequence_length: Text tokens.
         shard_size: Samples per file.
+        part: (i, n), counted from 1: only every n-th shard, from the i-th on; calls for the others may run beside.
     Returns:
         The folder, which `TeacherSamples` reads.
     Raises:
-        ValueError: a setting is out of range, differs from those of the folder, or the pipeline is converted.
+        ValueError: a setting is out of range, differs from those of the folder, the pipeline is converted, or it made
+            latents that are not finite.
     """
     _, model = denoiser(pipe)
     _check(model, prompts, sizes, {"steps": steps, "batch_size": batch_size, "shard_size": shard_size})
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
     samples = _samples(pipe, prompts, sizes, seed)
     settings = {
         "teacher": fingerprint(model),
@@ -72,7 +83,7 @@ def prepare(
         "shard_size": shard_size,
     }
     directory = Path(directory)
-    _write_shards(pipe, samples, directory, settings, _whole_shards(directory, settings), batch_size)
+    _write_shards(pipe, samples, directory, settings, batch_size, part)
     return directory
 
 
@@ -102,30 +113,40 @@ def _write_shards(
     samples: Sequence[Sample],
     directory: Path,
     settings: dict[str, Any],
-    shards: list[dict[str, Any]],
     batch_size: int,
+    part: tuple[int, int],
 ) -> None:
+    """Make the shards of this part that are not there in full, and list each as it is done."""
+    whole = _whole_shards(directory, settings)
     directory.mkdir(parents=True, exist_ok=True)
-    shard_size = settings["shard_size"]
-    done = min(len(shards) * shard_size, len(samples))
+    index_file, size = directory / index_name(*part), settings["shard_size"]
+    shards = {
+        number: dict(list(enumerate(samples))[number * size : (number + 1) * size])
+        for number in range(part[0] - 1, math.ceil(len(samples) / size), part[1])
+    }
+    listed = [whole[number] for number in shards if number in whole]
     pipe.set_progress_bar_config(disable=True)
-    with tqdm(total=len(samples), initial=done, unit="sample", desc="prepare") as progress:
-        for start in range(done, len(samples), shard_size):
-            part = dict(list(enumerate(samples))[start : start + shard_size])
+    name = "prepare" if part[1] == 1 else f"prepare {part[0]}/{part[1]}"
+    total = sum(map(len, shards.values()))
+    done = sum(len(shard["samples"]) for shard in listed)
+    with tqdm(total=total, initial=done, unit="sample", desc=name) as progress:
+        for number, of_shard in shards.items():
+            if number in whole:
+                continue
             tensors: dict[str, Tensor] = {}
-            for batch in _batches(part, batch_size):
+            for batch in _batches(of_shard, batch_size):
                 tensors |= _generate(pipe, batch, settings)
                 progress.update(len(batch))
-            file = directory / shard_name(start // shard_size)
+            file = directory / shard_name(number)
             write_whole(file, partial(save_file, tensors))
-            entries = [asdict(sample) for sample in part.values()]
-            shards.append({"file": file.name, "bytes": file.stat().st_size, "samples": entries})
+            entries = [asdict(sample) for sample in of_shard.values()]
+            listed.append({"file": file.name, "bytes": file.stat().st_size, "samples": entries})
+            listed.sort(key=itemgetter("file"))
             conditions = sorted({key.partition(".")[2] for key in tensors} - {"latents"})
-            write_json(
-                directory / INDEX,
-                {"format": FORMAT, "settings": settings | {"conditions": conditions}, "shards": shards},
-            )
-    logger.info("%s holds %d samples", directory, len(samples))
+            content = {"format": FORMAT, "settings": settings | {"conditions": conditions}, "shards": listed}
+            write_json(index_file, content)
+    made = sum(len(shard["samples"]) for shard in _whole_shards(directory, settings).values())
+    logger.info("%s holds %d of %d samples", directory, made, len(samples))
 
 
 def _batches(part: dict[int, Sample], batch_size: int) -> Iterator[dict[int, Sample]]:
@@ -151,6 +172,12 @@ def _generate(pipe: Any, batch: dict[int, Sample], settings: dict[str, Any]) -> 
         guidance=settings["guidance"],
         generators=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch.values()],
     )
+    for sample, one in zip(batch.values(), latents, strict=True):
+        if not one.isfinite().all():
+            raise ValueError(
+                f"the teacher's latents for {sample.prompt!r} with seed {sample.seed} are not finite in {one.dtype}: "
+                "load it in another dtype (--dtype), or leave this prompt out"
+            )
     parts = {"latents": latents, **conditions}
     return {
         f"{index:08d}.{name}": part[row].cpu().clone()
@@ -159,15 +186,15 @@ def _generate(pipe: Any, batch: dict[int, Sample], settings: dict[str, Any]) -> 
     }
 
 
-def _whole_shards(directory: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The leading shards that are there in full, made with these settings."""
+def _whole_shards(directory: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The shards that are there in full, made with these settings, by their number."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is not a folder")
     index = read_index(directory)
     if index is None:
-        if directory.is_dir() and any(path for path in directory.iterdir() if not path.name.startswith(".")):
+        if directory.is_dir() and any(path for path in directory.iterdir() if _is_foreign(path)):
             raise ValueError(f"{directory} is not empty and holds no {INDEX}; name another folder")
-        return []
+        return {}
     different = [
         f"{name} was {index['settings'].get(name)!r}, now {value!r}"
         for name, value in settings.items()
@@ -175,19 +202,19 @@ def _whole_shards(directory: Path, settings: dict[str, Any]) -> list[dict[str, A
     ]
     if different:
         raise ValueError(f"{directory} was made with other settings: {'; '.join(different)}")
-    shards = []
-    for shard in index["shards"]:
-        if not shard_is_whole(directory, shard):
-            break
-        shards.append(shard)
-    return shards
+    return {shard_number(shard): shard for shard in index["shards"] if shard_is_whole(directory, shard)}
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether no other part, which may not have written its index yet, has put this file there."""
+    return not path.name.startswith((".", "shard-"))
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Differs between models of other names, shapes, types or (where they are in memory) weights."""
+    """Differs between models of other names, shapes or (where they are in memory) weights, as bfloat16 has them."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
         if not parameter.is_meta:
-            digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
+            digest.update(parameter.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

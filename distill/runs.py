@@ -1,14 +1,21 @@
-"""The folder of a run: refused when it holds something else, and resumed only with the settings that made it."""
+"""The folder of a run: refused when it holds something else, and resumed with the settings that made it, or with others
+that count from there on, which are told and kept.
+"""
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import latest_checkpoint
 from .config import DistillConfig, config_to_tables
 from .files import write_json
 
+logger = logging.getLogger(__name__)
+
 RECORD = "run.json"
+HISTORY = "history"  # in it: what was changed on the way
 
 # These move files or trade memory for time; what is learnt does not depend on them. (Of the data, the content counts.)
 _MAY_CHANGE = {
@@ -22,6 +29,20 @@ _MAY_CHANGE = {
     "save.log_every",
     "validate.every",
 }
+# What follows depends on these, what was learnt does not: a run that diverged goes on with a lower rate, for example.
+_MAY_CHANGE_FROM_HERE = (
+    "layerwise.lr",
+    "layerwise.warmup",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.lr",
+    "optimizer.max_grad_norm",
+    "optimizer.weight_decay",
+    "run.steps",
+    "schedule.final",
+    "schedule.kind",
+    "schedule.warmup",
+)
 
 
 def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
@@ -30,21 +51,32 @@ def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
     Args:
         data: Fingerprint of the samples.
     Raises:
-        ValueError: the folder is in use, or was started with other settings (which are named).
+        ValueError: the folder is in use, was started with settings (which are named) that made what it holds, or is
+            further than `run.steps`.
     """
-    directory = Path(config.run.directory)
+    directory = config.run.folder
     record = directory / RECORD
     if resume and record.is_file():
         _compare(json.loads(record.read_text()), _contents(config, data), directory)
+        _check_steps(config, directory)
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
 
 
 def record_run(config: DistillConfig, data: str) -> None:
-    """Make the folder and write down what it is for."""
-    directory = Path(config.run.directory)
+    """Make the folder and write down what it is for, and which settings changed since it was last written down."""
+    directory = config.run.folder
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / RECORD, _contents(config, data))
+    record, contents = directory / RECORD, _contents(config, data)
+    before = json.loads(record.read_text()) if record.is_file() else contents
+    history = before.get(HISTORY, [])
+    changed = _differences(before, contents, _MAY_CHANGE_FROM_HERE)
+    if changed:
+        found = latest_checkpoint(directory)
+        step = found[1] if found else 0
+        logger.warning("%s goes on after step %d with other settings: %s", directory, step, "; ".join(changed))
+        history = [*history, {"after_step": step, "changed": changed}]
+    write_json(record, contents | ({HISTORY: history} if history else {}))
 
 
 def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
@@ -52,21 +84,36 @@ def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
 
 
 def _compare(stored: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
-    before, after = dict(_flat(stored)), dict(_flat(now))
-    # a longer run has the same beginning, unless the cosine stretches with it
-    may_change = _MAY_CHANGE | ({"run.steps"} if now["schedule"]["kind"] == "constant" else set())
-    different = [
-        f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and name not in may_change
-    ]
+    names = {name for table in (stored, now) for name, _ in _flat(table)}
+    different = _differences(stored, now, names - _MAY_CHANGE - {*_MAY_CHANGE_FROM_HERE})
     if different:
-        raise ValueError(f"{directory} was started with other settings: {'; '.join(different)}")
+        raise ValueError(
+            f"{directory} was started with other settings: {'; '.join(different)}; name another folder, or go on with "
+            "what it had"
+        )
+
+
+def _check_steps(config: DistillConfig, directory: Path) -> None:
+    first, found = config.layerwise.steps, latest_checkpoint(directory)
+    if found is not None and found[1] > first + config.run.steps:
+        raise ValueError(
+            f"run.steps must be >= {found[1] - first}, for which {found[0]} is the newest checkpoint, got "
+            f"{config.run.steps}; each checkpoint holds an adapter"
+        )
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    old, new = dict(_flat(before)), dict(_flat(after))
+    return [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(names)
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tables.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        else:
+        elif name != HISTORY:
             yield f"{prefix}{name}", value

@@ -23,7 +23,7 @@ KERNEL = ".linear_kernel."
 
 
 def build_student_(pipe: Any, config: DistillConfig) -> SwapReport:
-    """Convert the pipeline's model, add what is trained, freeze the rest; the next step may shard it.
+    """Convert the pipeline's model, add what is trained, freeze the rest.
 
     Raises:
         ValueError: the model cannot be converted so, or a projection to train is not there.
@@ -61,7 +61,7 @@ def teacher(model: nn.Module) -> Iterator[None]:
 class TwinLinear(nn.Linear):
     """A linear layer that also holds the weights it started from, and computes with one or the other.
 
-    The twin lives in the same module, so that DDP, FSDP2 and DeepSpeed move and shard it like any other parameter.
+    The twin lives in the same module, and moves with it.
     """
 
     twin_active: bool

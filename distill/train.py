@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from diffusers import DiffusionPipeline
 from ..linearize.adapter import save_adapter
 from ..linearize.base import read_base
 from ..linearize.convert import denoiser
+from ..linearize.methods import Hybrid
 from .config import Base, DistillConfig
 from .data import TeacherSamples
 from .figures import require_matplotlib
 from .plan import describe_plan
 from .precision import autocasts
+from .prepare import fingerprint
 from .runs import check_run, record_run
 from .student import build_student_
 from .trainer import Trainer
@@ -38,12 +40,13 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
         DivergedError: a loss is not finite.
     """
     require_matplotlib("the curve of the losses")
-    accelerator = start_accelerator()
-    samples = TeacherSamples(Path(config.data.directory))
+    samples = TeacherSamples(config.data.folder)
+    accelerator = start_accelerator(find_unused=_may_leave_parameters_unused(config, samples))
     _check_sizes(config, samples, accelerator.num_processes)
     _on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
     torch.manual_seed(config.run.seed)
     pipe = load_base(config.base).to(accelerator.device)
+    _check_teacher(accelerator, denoiser(pipe)[1], samples)
     report = build_student_(pipe, config)
     (mixed,) = broadcast_object_list([autocasts(config, accelerator.device)])  # measured: all do as the first found
     if accelerator.is_main_process:
@@ -52,7 +55,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
         logger.info("%s", describe_plan(config, denoiser(pipe)[1], report, samples, processes, mixed=mixed))
     trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
     trainer.fit(trainer.restore() if resume else 0)
-    adapter = Path(config.run.directory) / "adapter"
+    adapter = config.run.folder / "adapter"
     if accelerator.is_main_process:
         save_adapter(pipe, adapter, overwrite=True)
     accelerator.wait_for_everyone()
@@ -60,16 +63,27 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     return adapter
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(*, find_unused: bool = False) -> Accelerator:
     """The processes of this launch, on CUDA where there is some, else on the CPU.
 
+    Args:
+        find_unused: Some steps use fewer of the trained parameters than others.
     Raises:
-        ValueError: accelerate sees another number of processes than the launcher started.
+        ValueError: accelerate sees another number of processes than the launcher started, or shards the model.
     """
+    kwargs = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused
+    )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+            raise ValueError(
+                f"the launcher asks for {name}, and a distillation holds the whole model in each process: launch with "
+                "`accelerate launch --multi_gpu --num_processes N`, which overrules what accelerate was configured for"
+            )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is ours: the teacher must not always have it
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[kwargs],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
@@ -87,11 +101,11 @@ def load_base(base: Base) -> Any:
         ValueError: it is not there, out of reach, damaged or of no class that can be converted.
     """
     source = read_base(base.model, revision=base.revision).source
-    parts = DiffusionPipeline.load_config(base.model, revision=source.revision)
+    parts = DiffusionPipeline.load_config(source.name, revision=source.revision)
     unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
     without = {name: None for name in parts if name.startswith(unused)}
     return DiffusionPipeline.from_pretrained(
-        base.model,
+        source.name,
         revision=source.revision,
         torch_dtype=getattr(torch, base.dtype),
         use_safetensors=True,
@@ -108,6 +122,29 @@ def _check_sizes(config: DistillConfig, samples: TeacherSamples, processes: int)
         )
     if len(samples) <= config.validate.samples:
         raise ValueError(f"validate.samples must be < {len(samples)} (the samples), got {config.validate.samples}")
+
+
+def _may_leave_parameters_unused(config: DistillConfig, samples: TeacherSamples) -> bool:
+    """Whether pictures of some size may not need what others do: a window may cover the small ones."""
+    methods = config.method.values() if isinstance(config.method, Mapping) else [config.method]
+    sizes = {(sample.height, sample.width) for sample in samples.samples}
+    return len(sizes) > 1 and any(isinstance(method, Hybrid) for method in methods)
+
+
+def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: TeacherSamples) -> None:
+    """Whether this model made the samples: another class cannot be taught by them, other weights are warned of."""
+    made_by, here = samples.settings["model"], type(model).__name__
+    if made_by != here:
+        raise ValueError(
+            f"{samples.directory} was made by a {made_by}, and base.model is a {here}: call `lineardit prepare`"
+        )
+    if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model):
+        logger.warning(
+            "%s was made by a %s of other weights than base.model has: the flow loss teaches those; if that is not "
+            "meant, make samples with base.model",
+            samples.directory,
+            here,
+        )
 
 
 def _on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:

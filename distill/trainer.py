@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -79,7 +78,7 @@ class Trainer:
         self.config = config
         self.pipe = pipe
         self.samples = samples
-        self.directory = Path(config.run.directory)
+        self.directory = config.run.folder
         self.model = cast(Any, denoiser(pipe)[1])
         self.family = family_of(self.model)
         self.layers = swapped(self.model)
@@ -96,19 +95,14 @@ class Trainer:
             batch_size=config.run.batch_size,
             seed=config.run.seed,
         )
-        adamw = config.optimizer
         self.student, self.optimizer = accelerator.prepare(
-            self.model,
-            torch.optim.AdamW(
-                self.trained.values(),
-                lr=adamw.lr,
-                betas=adamw.betas,
-                eps=adamw.eps,
-                weight_decay=adamw.weight_decay,
-                fused=True,
-            ),
+            self.model, torch.optim.AdamW(self.trained.values(), **self._adamw(), fused=True)
         )
         store_trained_only(accelerator)
+
+    def _adamw(self) -> dict[str, Any]:
+        settings = self.config.optimizer
+        return {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
 
     def restore(self) -> int:
         """Load the newest whole checkpoint; the number of steps it has behind it."""
@@ -117,7 +111,15 @@ class Trainer:
             logger.info("%s holds no whole checkpoint; starting at step 0", self.directory)
             return 0
         folder, step = found
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes have checkpoints of different steps, {steps}: put run.directory on a disk that all "
+                "machines share, or copy the newest checkpoint to each"
+            )
         self.accelerator.load_state(str(folder))
+        for group in self.optimizer.param_groups:  # which now has those of the checkpoint
+            group.update(self._adamw())
         logger.info("going on after step %d", step)
         return step
 
@@ -140,7 +142,7 @@ class Trainer:
                 if last or step % config.save.log_every == 0:
                     log.draw(self.directory / "loss.png", first_stage=first)
             if last or step % config.save.every == 0:
-                save_checkpoint(self.accelerator, self.directory, step)
+                save_checkpoint(self.accelerator, self.directory, step, self.pipe)
                 if main:
                     prune_checkpoints(self.directory, config.save.keep_last)
             if config.validate.samples and (last or step % config.validate.every == 0):
@@ -263,7 +265,13 @@ class Trainer:
     def _check_finite(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
+                adamw = self.config.optimizer
                 found = latest_checkpoint(self.directory)
-                rate = "layerwise.lr" if step <= self.config.layerwise.steps else "optimizer.lr"
-                kept = f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
-                raise DivergedError(f"{name} is {value} at step {step}; {kept}; try a lower {rate}")
+                first = self.config.layerwise
+                name_of_rate, rate = ("layerwise.lr", first.lr) if step <= first.steps else ("optimizer.lr", adamw.lr)
+                lower = f"a lower rate, such as --set {name_of_rate}={rate / 3:.1g}"
+                if found:
+                    advice = f"go on after the last checkpoint, {found[0]}, with --resume latest and {lower}"
+                else:
+                    advice = f"there is no checkpoint yet: start in another folder with {lower}"
+                raise DivergedError(f"{name} is {value} at step {step}; {advice}")

@@ -1,22 +1,28 @@
 """The pretrained model that is converted: where it is, what its config files say, and its shape without its weights."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
+import torch
 import yaml  # type: ignore[import-untyped]
 from accelerate import init_empty_weights
-from huggingface_hub import metadata_load
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import constants, metadata_load
 from torch import nn
 
 from .errors import UnsupportedModelError
 from .families import FAMILIES, unsupported
+from .folders import main_dtype
 from .hub import fetch, is_repository, snapshot_of
 from .manifest import MANIFEST_FILE
 from .record import CONFIG_KEY
+
+logger = logging.getLogger(__name__)
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
@@ -48,6 +54,7 @@ class Base:
         source: Where they were found.
         model_class: The denoiser's class.
         config: The denoiser's config.json.
+        component: The denoiser's folder in the pipeline; None: this is a bare denoiser.
         vae_scale: Pixels per latent position, along one side.
         absent: Components that the pipeline was saved without.
     """
@@ -55,6 +62,7 @@ class Base:
     source: Source
     model_class: str
     config: Mapping[str, Any]
+    component: str | None = None
     vae_scale: int = 8
     absent: tuple[str, ...] = ()
 
@@ -77,11 +85,12 @@ class Place:
 
 
 def find_place(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Place:
-    """Where a base or an adapter is.
+    """Where a base or an adapter is; the environment's HF_HUB_OFFLINE=1 is `offline` as well.
 
     Raises:
         ValueError: neither a folder nor the form of a Hub id, or a revision of a folder.
     """
+    offline = offline or constants.HF_HUB_OFFLINE
     path = Path(name).expanduser()
     if path.exists():
         if revision is not None:
@@ -131,9 +140,29 @@ def read_base(name: str | Path, *, revision: str | None = None, offline: bool = 
         source=source,
         model_class=config["_class_name"],
         config=config,
+        component=component,
         vae_scale=vae_scale,
         absent=tuple(name for name, entry in index.items() if entry == [None, None]),
     )
+
+
+def stored_dtype(base: Base, *, offline: bool = False) -> torch.dtype:
+    """That of the denoiser's weights in their file, by its header; of several dtypes, the one with the most bytes.
+
+    Args:
+        base: From `read_base`; of a Hub id, one file of weights is fetched, which loading needs as well.
+    Raises:
+        ValueError: there are no weights in safetensors files of the usual name.
+    """
+    source = base.source
+    place = find_place(str(source.name), revision=source.revision, offline=offline)
+    folder = f"{base.component}/" if base.component else ""
+    index = place.file(f"{folder}{SAFETENSORS_WEIGHTS_NAME}.index.json")
+    name = SAFETENSORS_WEIGHTS_NAME if index is None else next(iter(read_json(index)["weight_map"].values()))
+    file = place.file(f"{folder}{name}")
+    if file is None:
+        raise ValueError(f"{source.name} has no {folder}{name}, whose dtype was asked for: give a dtype (--dtype)")
+    return main_dtype(file)
 
 
 def source_of(pipe_or_model: Any, model: Any) -> Source:
@@ -215,7 +244,10 @@ def _nothing_found(place: Place, component: str | None) -> str:
     if component is not None:
         return f"{place.name} has a {PIPELINE_FILE} but no {component}/{CONFIG_FILE}: its copy is not complete"
     if place.offline:
-        return f"{place.name} is not in the local cache, and offline=True (--offline): drop that once, or give a folder"
+        return (
+            f"{place.name} is not in the local cache, and offline=True (--offline, HF_HUB_OFFLINE=1): drop that once, "
+            "or give a folder"
+        )
     if place.file(MANIFEST_FILE) is not None:
         return f"{place.name} is an adapter, not a base: give the base that its {MANIFEST_FILE} names"
     return f"{place.name} has no {PIPELINE_FILE} or {CONFIG_FILE}: give a pipeline or a denoiser in diffusers' format"
@@ -224,16 +256,25 @@ def _nothing_found(place: Place, component: str | None) -> str:
 def _license(place: Place) -> str | None:
     if place.folder is not None and place.folder.is_file():
         return None
-    card = place.file("README.md")
+    card = _optional(place, "README.md")
     entries = _metadata(card) if card is not None else {}
     if isinstance(entries.get("license"), str):
         name = entries.get("license_name")
         return str(name) if entries["license"] == "other" and name else entries["license"]
     for name in ("LICENSE", "LICENSE.md", "LICENSE.txt"):
-        if (file := place.file(name)) is not None:
+        if (file := _optional(place, name)) is not None:
             lines = [line.strip("# \t") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
             return next((line for line in lines if line), None)
     return None
+
+
+def _optional(place: Place, name: str) -> Path | None:
+    """A file that nothing depends on: a network that fails here must not stop what has all it needs."""
+    try:
+        return place.file(name)
+    except ValueError as error:
+        logger.warning("no license is known of %s: %s", place.name, error)
+        return None
 
 
 def _metadata(card: Path) -> dict[str, Any]:

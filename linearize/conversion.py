@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -96,7 +96,7 @@ def convert_and_merge(
     offline: bool = False,
     overwrite: bool = False,
     importer: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
 ) -> Path:
     """Loads a student with the weights of its base and writes the whole pipeline, merged, as `save_merged` does.
 
@@ -110,7 +110,7 @@ def convert_and_merge(
         offline: Never touch the network.
         overwrite: Replace an existing folder.
         importer: As in `convert_base`.
-        dtype: Of the weights; None: float32.
+        dtype: As in `from_pretrained`.
     Returns:
         The folder.
     Raises:

@@ -1,16 +1,21 @@
 """Files and output folders that appear whole or not at all, and safetensors files that say what is wrong with them."""
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # that weights are loaded in; others as float32
 
 
 @contextmanager
@@ -120,6 +125,20 @@ def read_tensors(path: Path, *, only: Callable[[str], bool] = lambda name: True)
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys() if only(name)}  # noqa: SIM118
+
+
+def main_dtype(path: Path) -> torch.dtype:
+    """The dtype that the most bytes of a safetensors file have, by its header.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    with _opened(path) as file:
+        numbers: Counter[torch.dtype] = Counter()
+        for name in file.keys():  # noqa: SIM118
+            piece = file.get_slice(name)
+            numbers[_DTYPES.get(piece.get_dtype(), torch.float32)] += math.prod(piece.get_shape())
+    return max(numbers, key=lambda dtype: numbers[dtype] * dtype.itemsize)
 
 
 @contextmanager

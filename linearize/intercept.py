@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from ..kernels.pieces.autocast import as_autocast
 from ..kernels.window.reference import key_mask
 from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
 from .layout import Layout, reorder, text_mask_of
@@ -197,6 +198,8 @@ def _attend(
         )
     if is_causal or dropout_p > 0:
         raise LayoutError(f"{attention._lineardit_name}: linear attention has no {is_causal=} or {dropout_p=}")
+    # under autocast norms give float32 queries and keys beside half values; it is on torch's list, and casts all three
+    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

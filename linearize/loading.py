@@ -5,14 +5,14 @@ import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
+from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base, stored_dtype
 from .convert import denoiser, linearize_
 from .folders import read_tensors
 from .low_rank import LORA_NAME, LowRank, like_layer
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def from_pretrained(
     directory_or_repo: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     base: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -41,7 +41,7 @@ def from_pretrained(
     Args:
         directory_or_repo: Folder, `.safetensors` file or Hub id of an adapter; folder or Hub id of a saved converted
             pipeline, merged (`save_merged`) or not.
-        dtype: Of the weights; None: float32.
+        dtype: Of the weights; None: float32; "auto": the one that the denoiser's are stored in.
         base: Folder or Hub id to load in place of the base that the adapter names, such as a moved copy or a fine-tune.
         revision: Branch, tag or commit of `directory_or_repo` on the Hub.
         offline: Never touch the network.
@@ -73,12 +73,12 @@ def _named_base(manifest: Manifest, place: Place, offline: bool) -> Base:
     return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
 
 
-def load_base(base: Base, *, dtype: torch.dtype | None = None, offline: bool = False) -> Any:
+def load_base(base: Base, *, dtype: torch.dtype | Literal["auto"] | None = None, offline: bool = False) -> Any:
     """The pipeline of a base, or the bare denoiser, with its weights; from safetensors files only.
 
     Args:
         base: From `read_base`.
-        dtype: Of the weights; None: float32.
+        dtype: As in `from_pretrained`.
         offline: Never touch the network.
     Raises:
         ValueError: the base is a config without weights.
@@ -92,7 +92,7 @@ def load_base(base: Base, *, dtype: torch.dtype | None = None, offline: bool = F
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         return loader.from_pretrained(
             source.name,
-            torch_dtype=dtype,
+            torch_dtype=stored_dtype(base, offline=offline) if dtype == "auto" else dtype,
             revision=source.revision,
             local_files_only=offline,
             use_safetensors=True,
@@ -100,14 +100,14 @@ def load_base(base: Base, *, dtype: torch.dtype | None = None, offline: bool = F
         )
 
 
-def _restored(place: Place, *, dtype: torch.dtype | None, base: str | Path | None, impl: str) -> Any:
+def _restored(place: Place, *, dtype: torch.dtype | Literal["auto"] | None, base: str | Path | None, impl: str) -> Any:
     """What a plain save_pretrained of a converted pipeline or denoiser wrote."""
     files = (PIPELINE_FILE, CONFIG_FILE)
     saved = None
     if any(place.file(file) is not None for file in files):
         saved = read_base(place.name, revision=place.revision, offline=place.offline)
     if saved is None and place.folder is None and place.offline:
-        raise ValueError(f"{place.name} is not in the local cache, and offline=True (--offline): drop that once")
+        raise ValueError(f"{place.name} is not in the local cache, and offline=True (--offline, HF_HUB_OFFLINE=1)")
     if saved is None or CONFIG_KEY not in saved.config:
         raise ValueError(
             f"{place.name} is neither an adapter (no {MANIFEST_FILE}) nor a saved converted pipeline: "

@@ -1,6 +1,5 @@
 """A FLUX pipeline of two blocks with random weights, prompts for it, and distillations as a user starts them."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from lineardit.distill.config import DistillConfig, config_to_tables
+from lineardit.distill.config import DistillConfig, as_toml, config_to_tables
 from lineardit.examples.tiny_flux.model import build_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +38,10 @@ def build_tiny(*, guidance_embeds: bool = False) -> FluxPipeline:
 
 
 def write_config(config: DistillConfig, path: Path) -> Path:
-    """The config as TOML; JSON's values are TOML's, but for null."""
+    """The config as TOML."""
     tables = config_to_tables(config)
     lines = [
-        f"{table}.{key} = {json.dumps(value)}"
+        f"{table}.{key} = {as_toml(value)}"
         for table, settings in tables.items()
         for key, value in settings.items()
         if value is not None

@@ -1,1 +1,1 @@
-"""What the Triton kernels share."""
+"""What kernels share."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pieces.autocast import as_autocast, autocast_enabled
 from .choose import choose_impl, implementations, require_triton
 from .kept_mask import kept_window_mask
 from .operator import split_text, window_attention_op
@@ -96,8 +97,8 @@ def windowed_attention(
     The other arguments, the result and the errors are those of `window_attention`.
     """
     _validate(query, key, value, grid, window, text_len, text_mask, pooled, impl)
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    pooled = None if pooled is None else (_autocast(pooled[0]), _autocast(pooled[1]))
+    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
+    pooled = None if pooled is None else (as_autocast(pooled[0]), as_autocast(pooled[1]))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
@@ -133,7 +134,7 @@ def windowed_attention_and_lse(
         out [B, H, N, D], lse [B, H, image tokens] in float32, or float64 for float64; both have gradients.
     """
     _validate(query, key, value, grid, window, text_len, text_mask, None, impl)
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
@@ -184,18 +185,6 @@ def _linear(
     return window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius, box)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """Cast as autocast casts the inputs of `scaled_dot_product_attention`."""
-    if not _autocast_enabled(tensor) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _autocast_enabled(tensor: Tensor) -> bool:
-    device_type = tensor.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def _validate(
     query: Tensor,
     key: Tensor,
@@ -235,5 +224,5 @@ def _validate(
         if pooled_shapes != [wanted, wanted]:
             raise ValueError(f"pooled must be (key, value), each [B, H, P, D] like query, got {pooled_shapes}")
     tensors = (query, key, value, *(pooled or ()))
-    if not _autocast_enabled(query) and any(tensor.dtype != query.dtype for tensor in tensors):
+    if not autocast_enabled(query) and any(tensor.dtype != query.dtype for tensor in tensors):
         raise ValueError(f"query, key, value and pooled must have one dtype, got {[t.dtype for t in tensors]}")

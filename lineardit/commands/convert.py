@@ -47,7 +47,9 @@ def convert(
     budget_size: BudgetSize = "4096x4096",
     choices: Choices = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole pipeline, trained weights merged.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the weights that --merge writes.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights that --merge writes; auto: the one that the base's are stored in.")
+    ] = "auto",
     offline: Offline = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
 ) -> None:
@@ -65,7 +67,7 @@ def convert(
     places: dict[str, Any] = {"output": output, "revision": revision, "offline": offline, "overwrite": overwrite}
     conversion: dict[str, Any] = {"layers": layers, "min_tokens": min_tokens, "importer": importer}
     if merge:
-        convert_and_merge(base, config, dtype=named_dtype(dtype), **conversion, **places)
+        convert_and_merge(base, config, dtype="auto" if dtype == "auto" else named_dtype(dtype), **conversion, **places)
         print(f"Wrote {output}; generate with: lineardit generate {output} PROMPT")
         return
     if config is None and importer is None and is_adapter(base, revision=revision, offline=offline):

@@ -1,10 +1,12 @@
 """The device that a command runs on, and the type of weights that suits it."""
 
+import os
+
 import torch
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA, else Apple's GPU, else the CPU.
+    """The device of this name; "auto" is CUDA (under a launcher the process's own), else Apple's GPU, else the CPU.
 
     Raises:
         ValueError: no such device here.
@@ -12,7 +14,8 @@ def find_device(name: str) -> torch.device:
     here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     here += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
-        return torch.device("cuda" if "cuda:0" in here else here[-1])
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return torch.device(own if own in here else "cuda" if "cuda:0" in here else here[-1])
     if name not in here and not (name == "cuda" and "cuda:0" in here):
         raise ValueError(f"device must be auto or one of {', '.join(here)}, got {name!r}")
     return torch.device(name)

@@ -1,5 +1,7 @@
 """`lineardit prepare`: the teacher makes the samples that its student learns from."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +27,20 @@ def prepare(
     max_sequence_length: MaxSequenceLength = 512,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Make every N-th shard from the I-th on; else the process's, under a launcher."
+        ),
+    ] = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
-    """Let the teacher make training samples. Final latents and prompt embeddings, in shards; resumable."""
+    """Let the teacher make training samples. Final latents and prompt embeddings, in shards; resumable.
+
+    On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit prepare ...; on several machines --part.
+    """
+    share = parse_part(part)
     sizes = [parse_size(text) for text in size]
     texts = read_prompts(prompts)
 
@@ -50,4 +62,19 @@ def prepare(
         seed=seed,
         batch_size=batch_size,
         max_sequence_length=max_sequence_length,
+        part=share,
     )
+
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """(i, n) of "I/N"; without a text the rank of this process, from 1, and how many a launcher started.
+
+    Raises:
+        ValueError: the text is nothing of that kind.
+    """
+    if text is None:
+        return int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(f"--part must be I/N with I from 1 to N, such as 2/8, got {text!r}")
+    return int(found[1]), int(found[2])

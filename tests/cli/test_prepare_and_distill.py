@@ -7,6 +7,7 @@ import pytest
 from tiny_distill import PROMPTS, build_tiny
 
 from lineardit.cli import run
+from lineardit.distill.data import TeacherSamples
 
 CONFIG = """
 [base]
@@ -59,6 +60,29 @@ def test_prepare_then_distill_gives_an_adapter(base: Path, tmp_path: Path) -> No
     manifest = json.loads((tmp_path / "run" / "adapter" / "lineardit.json").read_text())
     assert [trained["kind"] for trained in manifest["trained"]] == ["lora"]
     assert run(["inspect", str(tmp_path / "run" / "adapter"), "--offline"]) == 0
+
+
+def test_parts_of_the_samples_are_made_by_option_or_by_launcher(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, samples = tmp_path / "prompts.txt", tmp_path / "samples"
+    prompts.write_text("\n".join(PROMPTS[:1] * 65))  # one more than a shard
+    small = ["--size", "16x16", "--steps", "1", "--max-sequence-length", "8", "--batch-size", "65"]
+    prepare = ["prepare", str(base), "--prompts", str(prompts), *small, "-o", str(samples)]
+    assert run([*prepare, "--part", "2/2"]) == 0
+    assert [path.name for path in samples.glob("shard*")] == ["shard-00001.safetensors"]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(prepare) == 0
+    assert len(TeacherSamples(samples)) == 65
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/2/3", "-1/2"])
+def test_prepare_refuses_a_part_that_is_none(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "samples"), f"--part={part}"]
+    assert run(["prepare", "base", *options]) == 2
+    assert f"--part must be I/N with I from 1 to N, such as 2/8, got '{part}'" in capsys.readouterr().err
 
 
 def test_distill_refuses_an_unknown_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

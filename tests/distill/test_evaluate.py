@@ -78,12 +78,31 @@ def test_evaluate_finds_no_difference_to_itself(pipe: FluxPipeline, tmp_path: Pa
 def test_make_pictures_goes_on_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
     first = make_pictures(pipe, THREE, tmp_path, SETTINGS)
     calls = forwards(pipe)
-    (lost,) = tmp_path.glob("*/000001.png")
+    (lost,) = tmp_path.glob("*/000001.safetensors")
     lost.unlink()
     again = make_pictures(pipe, THREE, tmp_path, SETTINGS)
     assert len(calls) == SETTINGS.steps
     for before, after in zip(first.latents, again.latents, strict=True):
         torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
+
+
+def test_make_pictures_keeps_latents_that_could_not_be_decoded(
+    pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_pictures(pipe, THREE, tmp_path / "whole", SETTINGS)
+
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.vae, "decode", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            make_pictures(pipe, THREE, tmp_path / "two", SETTINGS)
+    assert len(list((tmp_path / "two").glob("*/*.safetensors"))) == SETTINGS.batch_size
+    calls = forwards(pipe)
+    again = make_pictures(pipe, THREE, tmp_path / "two", SETTINGS)
+    assert len(calls) == SETTINGS.steps  # the batch that was not begun
+    assert [image.tobytes() for image in again.images] == [image.tobytes() for image in first.images]
 
 
 def test_make_pictures_makes_another_prompts_picture_anew(pipe: FluxPipeline, tmp_path: Path) -> None:

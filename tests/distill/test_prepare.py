@@ -74,6 +74,51 @@ def test_prepare_goes_on_after_the_last_whole_shard(data: Path, pipe: FluxPipeli
     assert json.loads((folder / "index.json").read_text()) == json.loads((data / "index.json").read_text())
 
 
+def test_parts_make_the_same_samples_as_one_call(data: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    prepare(pipe, PROMPTS, folder, part=(2, 2), **SETTINGS)
+    assert sorted(path.name for path in folder.iterdir()) == ["index-2-of-2.json", "shard-00001.safetensors"]
+    with pytest.raises(ValueError, match=r"holds 5 of 12 samples; call `lineardit prepare` again, for every part"):
+        TeacherSamples(folder)
+    prepare(pipe, PROMPTS, folder, part=(1, 2), **SETTINGS)
+    together, alone = TeacherSamples(folder), TeacherSamples(data)
+    assert together.fingerprint == alone.fingerprint
+    expected = _tensors(data)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in _tensors(folder).items())
+
+
+def test_one_call_goes_on_where_parts_stopped(pipe: FluxPipeline, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    prepare(pipe, PROMPTS, folder, part=(2, 2), **SETTINGS)
+    second = (folder / "shard-00001.safetensors").stat().st_mtime_ns
+    prepare(pipe, PROMPTS, folder, **SETTINGS)
+    assert (folder / "shard-00001.safetensors").stat().st_mtime_ns == second
+    assert TeacherSamples(folder).fingerprint == TeacherSamples(data).fingerprint
+
+
+def test_parts_of_different_settings_are_refused(pipe: FluxPipeline, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    prepare(pipe, PROMPTS, one, part=(1, 2), **SETTINGS)
+    prepare(pipe, PROMPTS, two, part=(2, 2), **SETTINGS | {"seed": 7})
+    for file in two.iterdir():
+        shutil.copy(file, one)
+    with pytest.raises(ValueError, match=r"index-2-of-2.json and index-1-of-2.json were made with different settings"):
+        TeacherSamples(one)
+
+
+@pytest.mark.parametrize("part", [(0, 2), (3, 2)])
+def test_prepare_refuses_a_part_that_is_none(pipe: FluxPipeline, tmp_path: Path, part: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"part must be \(i, n\) with 1 <= i <= n"):
+        prepare(pipe, PROMPTS, tmp_path / "data", part=part, **SETTINGS)
+
+
+def test_prepare_refuses_latents_that_are_not_finite(pipe: FluxPipeline, tmp_path: Path) -> None:
+    pipe.transformer.proj_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"latents for 'a red circle' with seed 0 are not finite in torch.float32"):
+        prepare(pipe, PROMPTS, tmp_path / "data", **SETTINGS)
+    assert not list((tmp_path / "data").iterdir())
+
+
 def test_prepare_writes_no_part_of_a_shard(pipe: FluxPipeline, tmp_path: Path) -> None:
     calls = []
 

@@ -1,6 +1,8 @@
 """Whole runs of a few steps: the same with two processes, after kill -9, and never over a NaN."""
 
 import csv
+import json
+import logging
 import random
 import shutil
 import signal
@@ -11,20 +13,23 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from safetensors.torch import load_file
-from tiny_distill import launch_run, write_config
+from tiny_distill import PROMPTS, launch_run, write_config
 
-from lineardit import dense, from_pretrained
+from lineardit import Clear, Hybrid, ProxyTokens, dense, from_pretrained
 from lineardit.distill import figures
 from lineardit.distill.__main__ import main
 from lineardit.distill.checkpoint import latest_checkpoint
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.families import family_of
+from lineardit.distill.prepare import prepare
 from lineardit.distill.runs import check_run, record_run
 from lineardit.distill.student import build_student_
 from lineardit.distill.train import distill, load_base, start_accelerator
 from lineardit.distill.trainer import DivergedError, Trainer, learning_rate, noise_levels
+from lineardit.linearize.methods import config_to_dict
 
 MakeConfig = Callable[..., DistillConfig]
 POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
@@ -156,14 +161,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkey
     config = make_config()
     monkeypatch.setattr(Trainer, "terms", broken)
     run = Path(config.run.directory)
-    with pytest.raises(DivergedError, match=r"prediction is nan at step 5; the last checkpoint is .*step-00000004"):
+    told = r"prediction is nan at step 5; go on after the last checkpoint, .*step-00000004, .* --set optimizer.lr=0.003"
+    with pytest.raises(DivergedError, match=told):
         distill(config)
     assert [row["step"] for row in _rows(run)] == [1, 2, 3, 4]
     assert all(tensor.isfinite().all() for tensor in load_file(run / "step-00000004" / "trained.safetensors").values())
     assert not (run / "adapter").exists()
     monkeypatch.undo()
-    distill(config, resume=True)
-    assert [row["step"] for row in _rows(run)] == [1, 2, 3, 4, 5, 6]
+    from_pretrained(run / "step-00000004" / "adapter")
+    lower = make_config(optimizer={"lr": 3e-3, "betas": [0.8, 0.9]}, run={"steps": 5})
+    distill(lower, resume=True)
+    assert [row["step"] for row in _rows(run)] == [1, 2, 3, 4, 5]
+    assert _rows(run)[4]["lr"] < 3e-3 < _rows(run)[1]["lr"]
+    state = torch.load(run / "step-00000005" / "optimizer.bin")
+    assert list(state["param_groups"][0]["betas"]) == [0.8, 0.9]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> None:
@@ -192,7 +203,7 @@ def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> N
             {"trained": {"kind": "attention"}},
             "trained.kind was 'lora', now 'attention'",
         ),
-        ({"run": {"steps": 7}}, "run.steps was 6, now 7"),
+        ({"noise": {"mean": 1.0}}, "noise.mean was 0.0, now 1.0"),
         ({"layerwise": {"steps": 7}}, "layerwise.steps was 0, now 7"),
         ({"run": {"seed": 1, "batch_size": 6}}, "run.batch_size was 4, now 6; run.seed was 0, now 1"),
     ],
@@ -204,6 +215,77 @@ def test_resume_refuses_changed_settings(change: dict[str, Any], message: str, m
     check_run(make_config(run={"gradient_accumulation": 2}, save={"every": 9}), "samples", resume=True)
     with pytest.raises(ValueError, match="samples was 'samples', now 'others'"):
         check_run(make_config(), "others", resume=True)
+
+
+def test_resume_tells_and_keeps_what_counts_from_there_on(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    record_run(make_config(), "samples")
+    record_run(make_config(), "samples")  # nothing changed, nothing told
+    config = make_config(optimizer={"lr": 1e-3})
+    check_run(config, "samples", resume=True)
+    record_run(config, "samples")
+    told = "optimizer.lr was 0.01, now 0.001"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{config.run.directory} goes on after step 0 with other settings: {told}"
+    ]
+    record = json.loads((Path(config.run.directory) / "run.json").read_text())
+    assert record["history"] == [{"after_step": 0, "changed": [told]}]
+    check_run(config, "samples", resume=True)
+
+
+def test_resume_refuses_fewer_steps_than_there_are(make_config: MakeConfig) -> None:
+    distill(make_config(run={"steps": 4}))
+    with pytest.raises(ValueError, match=r"run.steps must be >= 4, for which .*step-00000004 is the newest checkpoint"):
+        distill(make_config(run={"steps": 3}), resume=True)
+
+
+def test_samples_of_another_teacher_are_told(
+    make_config: MakeConfig, data: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    distill(make_config(base={"dtype": "bfloat16"}, run={"steps": 1, "mixed_precision": "bf16"}))
+    assert "other weights" not in caplog.text  # another dtype is the same teacher
+    others = tmp_path / "others"
+    shutil.copytree(data, others)
+    index = json.loads((others / "index.json").read_text())
+    index["settings"]["teacher"] = "0" * 16
+    (others / "index.json").write_text(json.dumps(index))
+    made = {"data": {"directory": str(others)}, "run": {"steps": 1, "directory": str(tmp_path / "second")}}
+    distill(make_config(**made))
+    assert f"{others} was made by a FluxTransformer2DModel of other weights than base.model has" in caplog.text
+    index["settings"]["model"] = "UNet2DConditionModel"
+    (others / "index.json").write_text(json.dumps(index))
+    made["run"] = {"directory": str(tmp_path / "third")}
+    with pytest.raises(ValueError, match="was made by a UNet2DConditionModel, and "):
+        distill(make_config(**made))
+
+
+def test_checkpoints_of_different_steps_are_refused(
+    make_config: MakeConfig, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(run={"steps": 2})
+    distill(config)
+    pipe = load_base(config.base)
+    build_student_(pipe, config)
+    trainer = Trainer(start_accelerator(), config, pipe, TeacherSamples(data), mixed=False)
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, mine - 1]))  # of another machine
+    with pytest.raises(ValueError, match=r"checkpoints of different steps, \[2, 1\]: put run.directory on a disk"):
+        trainer.restore()
+
+
+def test_two_processes_train_a_hybrid_whose_window_covers_small_pictures(
+    make_config: MakeConfig, base: Path, tmp_path: Path
+) -> None:
+    """The gate has no gradient there, which DistributedDataParallel would wait for."""
+    sizes = ((16, 16), (32, 24))
+    samples = tmp_path / "samples"
+    prepare(FluxPipeline.from_pretrained(base), PROMPTS, samples, sizes=sizes, steps=1, max_sequence_length=8)
+    method = config_to_dict(Hybrid(local=Clear(radius=5), global_=ProxyTokens(num_proxies=4), gate=1.0))
+    config = make_config(method=method, data={"directory": str(samples)}, run={"steps": 4, "batch_size": 2})
+    process = launch_run(write_config(config, tmp_path / "config.toml"), processes=2)
+    assert process.wait() == 0, process.stderr.read().decode()
+    assert len(_rows(Path(config.run.directory))) == 4
 
 
 def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:
@@ -254,6 +336,9 @@ def test_start_accelerator_counts_processes(monkeypatch: pytest.MonkeyPatch) -> 
     assert start_accelerator().num_processes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"the launcher started 2 processes, accelerate joined 1; launch with"):
+        start_accelerator()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"the launcher asks for FSDP, and a distillation holds the whole model"):
         start_accelerator()
 
 

@@ -9,6 +9,8 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
+import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -19,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from tiny_pipelines import saved_flux_pipeline
 
-from lineardit.linearize.base import build_on_meta, find_place, read_base, source_of
+from lineardit.linearize.base import build_on_meta, find_place, read_base, source_of, stored_dtype
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.hub import fetch, is_repository, snapshot_of
 from tiny_models import FAMILIES, build
@@ -96,9 +98,48 @@ def test_fetch_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ValueError, match=text) as caught:
         read_base("some/model", revision="v2")
     assert "\n" not in str(caught.value)
+
+
+def test_hf_hub_offline_is_offline_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(*_: object, local_files_only: bool, **__: object) -> None:
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError("")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"not in the local cache, and offline=True \(--offline, HF_HUB_OFFLINE=1\)"):
+        read_base("some/model")
+    assert all(asked)
+
+
+def test_a_license_that_cannot_be_fetched_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
+    saved_flux_pipeline(snapshot)
+
+    def download(_: str, file: str, **__: object) -> str:
+        if file.endswith(".md") or file.startswith("LICENSE"):
+            raise HfHubHTTPError("busy", response=response(503))
+        return str(snapshot / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert read_base("some/model").source.license is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_stored_dtype_is_that_of_the_denoisers_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = build("flux").to(dtype)
+    model.proj_out.float()  # a few weights in float32 are not what the model is stored in
+    model.save_pretrained(tmp_path)
+    assert stored_dtype(read_base(tmp_path)) == dtype
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    assert stored_dtype(read_base(tmp_path / "parts")) == dtype
 
 
 def test_fetch_gives_none_for_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -336,6 +336,10 @@ def test_convert_merges_an_adapter_or_a_base(base: Path, tmp_path: Path, capsys:
     assert command("convert", base, *options, "-o", tmp_path / "two") == 0
     weights = load_file(tmp_path / "two" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    plain(base).to(torch.float16).save_pretrained(tmp_path / "half")
+    assert command("convert", tmp_path / "half", *options[:-2], "-o", tmp_path / "three") == 0  # as it is stored
+    weights = load_file(tmp_path / "three" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
     assert "generate" in capsys.readouterr().out
 
 

@@ -233,6 +233,22 @@ def test_bfloat16_is_near_float32(config: Any) -> None:
     assert (out.float() - expected).abs().max() <= 2**-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("config", JOINT, ids=str)
+def test_under_autocast_a_method_gets_what_the_replaced_call_would_compute_with(config: Any) -> None:
+    """Norms give float32 queries and keys beside values in half, and methods compute in the dtype that they are given."""
+    model, seen = build("flux"), []
+    linearize_(model, config)
+    for module in swapped(model).values():
+        module.norm_q.register_forward_hook(lambda *arguments: arguments[-1].float())
+        module.norm_k.register_forward_hook(lambda *arguments: arguments[-1].float())
+        module.linear_kernel.register_forward_pre_hook(lambda _, inputs: seen.append([x.dtype for x in inputs[:3]]))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        out = run(model, inputs_of("flux"))
+    assert seen
+    assert {dtype for dtypes in seen for dtype in dtypes} == {torch.bfloat16}
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("config", LINEAR, ids=str)
 def test_memory_and_pairs_grow_with_the_image(config: Any) -> None:
     """Twice the sides, four times the tokens: about four times the bytes at the peak of a forward and backward."""
