@@ -235,7 +235,7 @@ def test_bfloat16_is_near_float32(config: Any) -> None:
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
 def test_under_autocast_a_method_gets_what_the_replaced_call_would_compute_with(config: Any) -> None:
-    """Norms give float32 queries and keys beside values in half, and methods compute in the dtype that they are given."""
+    """Norms give float32 queries and keys beside values in half; methods compute in what they are given."""
     model, seen = build("flux"), []
     linearize_(model, config)
     for module in swapped(model).values():
