@@ -1,28 +1,32 @@
-"""Methods side by side on the small trained model, equal training for all: `make methods`, hours, resumable.
+"""Methods side by side on the small trained model, equal training for all: `make methods`, many hours, resumable.
 
 Each method of `METHODS` becomes a student by the same number of steps on the same samples, with the same number of
 trained parameters (the rank of its LoRA makes up for what its kernels have), from three seeds. Beside every hybrid
-stands local attention of the same FLOPs. Writes benchmarks/results/methods.json, methods.md and methods.png, after the
-first seed of all rows, the second and the third.
+stands local attention of the same FLOPs.
+
+Writes benchmarks/results/methods.json, methods.md, methods.png and a strip of pictures of every row in methods/, after
+each row: first all rows with one seed, then with two, then with three. Rows of the same plan that are there already,
+with as many seeds, are not made again: the table can be made in parts, on several machines (`--only`).
 """
 
 import argparse
 import json
 import logging
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from flux_layer import flops, local_of_equal_flops, title
-from marks_report import Mark
-from methods_report import MethodRow, follow_marks, hybrid_marks, proposal_mark, write_results
+from marks_report import Row
+from methods_report import MethodRow, Table, as_markdown, folder_name, read_table, write_strip, write_table
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.config import DistillConfig, config_from_tables
-from lineardit.distill.cost import step_seconds
+from lineardit.distill.cost import paired_step_seconds
 from lineardit.distill.files import write_json
 from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.student import KERNEL, build_student_, trained_parameters
@@ -70,6 +74,7 @@ METHODS: tuple[Any, ...] = (
     Neighborhood(window=7),
     SlidingTile(tile=4, window=3),
 )
+PROPOSALS = "proposals"
 PROJECTIONS = ("to_q", "to_k", "to_v")  # every attention module has these
 QUICK = (Clear(radius=4), Mala())
 
@@ -109,22 +114,38 @@ class MethodTable(SceneStudents):
 
     plan: Plan
 
-    def run(self, shown: tuple[Any, ...], seeds: tuple[int, ...]) -> tuple[list[MethodRow], list[Mark]]:
-        """Every row with students of these seeds, and what the marks say of them."""
-        rivals = {title(one): local_of_equal_flops(one) for one in shown if type(one) is Hybrid}
+    def run(
+        self,
+        methods: Sequence[Any],
+        seeds: tuple[int, ...],
+        results: Path,
+        only: Callable[[str], bool] = lambda _: True,
+    ) -> Table:
+        """Every row whose title passes `only` with students of these seeds, beside those that `results` has."""
         with self.stages.stage("teacher's pictures"):
             self.draw("teacher", self.base, self.plan.captions)
         with self.stages.stage("samples"):
             self.prepare()
-        entries = {title(one): one for one in (*shown, *rivals.values())}
-        rows = {name: self.method(name, one, seeds) for name, one in entries.items()}
-        teacher = self.row("teacher")
-        marks = [
-            *hybrid_marks(teacher, [(rows[name], rows[title(rival)]) for name, rival in rivals.items()]),
-            *follow_marks(teacher, list(rows.values())),
-            self.proposals(),
-        ]
-        return list(rows.values()), marks
+        rivals = {title(one): local_of_equal_flops(one) for one in methods if type(one) is Hybrid}
+        entries = {title(one): one for one in (*methods, *rivals.values())}
+        table = Table(
+            plan=self.stages.record["settings"] | {"seeds": list(self.plan.seeds)},
+            teacher=self.row("teacher"),
+            order=tuple(entries),
+            rivals={name: title(rival) for name, rival in rivals.items()},
+        )
+        table = read_table(results, table)
+        for name, method in entries.items():
+            made = table.rows.get(name)
+            if only(name) and (made is None or len(made.students) < len(seeds)):
+                row = self.method(name, method, seeds)
+                write_strip(results, row, self.made[row.students[0].name].pictures.images[: self.plan.shown])
+                table = replace(table, rows=table.rows | {name: row})
+                write_table(results, table)
+        if table.proposals is None and only(PROPOSALS):
+            table = replace(table, proposals=self.proposals())
+        write_table(results, table)
+        return table
 
     def method(self, name: str, method: Any, seeds: tuple[int, ...]) -> MethodRow:
         """One row: untrained, and a student from each seed."""
@@ -132,7 +153,7 @@ class MethodTable(SceneStudents):
         untrained = self.converted(name, method)
         with self.stages.stage(f"{name}, untrained"):
             self.draw(f"{name}, untrained", untrained, plan.few_captions)
-            seconds = self.seconds(name, untrained)
+            seconds, of_teacher = self.seconds(name, untrained)
         fit = self.fit(method)
         students = []
         for seed in seeds:
@@ -148,27 +169,30 @@ class MethodTable(SceneStudents):
             layers=len(fit.layers),
             trained=fit.trained,
             seconds_per_step=seconds,
+            seconds_of_teacher=of_teacher,
+            machine=this_machine(),
             untrained=self.row(f"{name}, untrained"),
             students=tuple(students),
         )
 
     def converted(self, name: str, method: Any) -> Path:
         """The folder of this swap, without training."""
-        folder = self.directory / "converted" / _folder(name)
+        folder = self.directory / "converted" / folder_name(name)
         if not folder.exists():
             convert_base(self.base, method, output=folder)
         return folder
 
-    def seconds(self, name: str, source: Path) -> float:
-        """Of a step, measured once."""
-        plan, file = self.plan, self.directory / "seconds" / f"{_folder(name)}.json"
+    def seconds(self, name: str, source: Path) -> tuple[float, float]:
+        """Of a step, and of the teacher's in turn with it: medians of three, measured once."""
+        plan, file = self.plan, self.directory / "seconds" / f"{folder_name(name)}.json"
         if not file.exists():
             length = plan.text_tokens
             settings = PictureSettings(height=plan.step_side, width=plan.step_side, max_sequence_length=length)
-            seconds = step_seconds(open_pipeline(source), settings, repeats=3)
+            pairs = paired_step_seconds(open_pipeline(source), open_pipeline(self.base), settings, pairs=3)
             file.parent.mkdir(exist_ok=True)
-            write_json(file, {"seconds": seconds})
-        return float(json.loads(file.read_text())["seconds"])
+            write_json(file, {"seconds": [median(one) for one in zip(*pairs, strict=True)]})
+        ours, teachers = json.loads(file.read_text())["seconds"]
+        return float(ours), float(teachers)
 
     def fit(self, method: Any) -> Fit:
         """What this method makes of the base, and how much of it is trained.
@@ -203,7 +227,7 @@ class MethodTable(SceneStudents):
             "optimizer": {"lr": plan.learning_rate},
             "schedule": {"warmup": 20},
             "run": {
-                "directory": str(self.directory / "runs" / _folder(f"{title(method)}-{seed}")),
+                "directory": str(self.directory / "runs" / folder_name(f"{title(method)}-{seed}")),
                 "steps": plan.train_steps,
                 "batch_size": plan.batch_size,
                 "seed": seed,
@@ -218,8 +242,8 @@ class MethodTable(SceneStudents):
         adapter = Path(config.run.directory) / "adapter"
         return adapter if adapter.exists() else distill(config, resume=True)
 
-    def proposals(self) -> Mark:
-        """The profile's layers against one radius for all, of equal FLOPs at this size and without training."""
+    def proposals(self) -> tuple[tuple[Row, Row], ...]:
+        """One radius for all layers, and the profile's proposal of equal FLOPs at this size, without training."""
         pairs = []
         with self.stages.stage("proposals of the profile"):
             profile = self.profile()
@@ -231,7 +255,7 @@ class MethodTable(SceneStudents):
                     self.draw(name, self.converted(name, method), self.plan.few_captions)
                     rows.append(self.row(name))
                 pairs.append((rows[0], rows[1]))
-        return proposal_mark(pairs)
+        return tuple(pairs)
 
     def profile(self) -> Profile:
         file, plan = self.directory / "profile.json", self.plan
@@ -245,25 +269,33 @@ class MethodTable(SceneStudents):
         return read_profile(file)
 
 
-def _folder(name: str) -> str:
-    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--directory", type=Path, help="pictures, samples, students")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --quick in the directory")
     parser.add_argument("--quick", action="store_true", help="two methods, two steps, two captions: does it run?")
+    parser.add_argument("--captions", type=int, default=Plan.captions, help="held out; another number, another table")
+    parser.add_argument("--seeds", type=int, default=len(Plan.seeds), help="stop after so many")
+    parser.add_argument(
+        "--only", action="append", metavar="GLOB", help=f"rows with this title, or {PROPOSALS!r}; repeatable"
+    )
     options = parser.parse_args()
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    plan = quick_plan() if options.quick else Plan()
+    few = min(options.captions, Plan.few_captions)
+    plan = quick_plan() if options.quick else Plan(captions=options.captions, few_captions=few)
     directory = options.directory or Path("runs/methods-quick" if options.quick else "runs/methods")
     table = MethodTable(path(), directory, plan)
     results = options.results or (directory / "results" if options.quick else RESULTS)
-    for count in range(1, len(plan.seeds) + 1):
-        rows, marks = table.run(QUICK if options.quick else METHODS, plan.seeds[:count])
-        print(write_results(results, table, rows, marks, machine=this_machine()))
+    globs = options.only or ["*"]
+    for count in range(1, min(options.seeds, len(plan.seeds)) + 1):
+        made = table.run(
+            QUICK if options.quick else METHODS,
+            plan.seeds[:count],
+            results,
+            lambda name: any(fnmatchcase(name, glob) for glob in globs),
+        )
+        print(as_markdown(made))
 
 
 def quick_plan() -> Plan:

@@ -1,16 +1,20 @@
 """What `methods.py` measured, held against the marks; as a table, as JSON and as a plot."""
 
+import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from marks_report import Mark, Row
 from matplotlib.figure import Figure
+from PIL import Image
 
+from lineardit.distill.evaluate import Comparison
 from lineardit.distill.files import write_json
-from lineardit.distill.sheet import write_sheet
+from lineardit.distill.metrics import Interval
 from lineardit.linearize.folders import write_whole
 
 
@@ -23,6 +27,8 @@ class MethodRow:
         swapped: Of `layers`, how many have the method; the others keep full attention.
         trained: Parameters.
         seconds_per_step: One warm forward.
+        seconds_of_teacher: The teacher's, in turn with it.
+        machine: Where that was, in a few words.
         untrained: The swap alone, over the first captions.
         students: One for each seed.
     """
@@ -33,6 +39,8 @@ class MethodRow:
     layers: int
     trained: int
     seconds_per_step: float
+    seconds_of_teacher: float
+    machine: str
     untrained: Row
     students: tuple[Row, ...]
 
@@ -43,6 +51,39 @@ class MethodRow:
     def latent_mses(self) -> list[float]:
         """To the teacher, for each seed."""
         return [_latent_mse(student) for student in self.students]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All rows that are made.
+
+    Attributes:
+        plan: What they have in common, as JSON has it.
+        order: Names of all rows, made or not.
+        rivals: Hybrid -> local attention of the same FLOPs.
+        proposals: Without training: one radius for all layers, and the profile's proposal of the same FLOPs.
+    """
+
+    plan: dict[str, Any]
+    teacher: Row
+    order: tuple[str, ...]
+    rivals: dict[str, str]
+    rows: dict[str, MethodRow] = field(default_factory=dict)
+    proposals: tuple[tuple[Row, Row], ...] | None = None
+
+    def ordered(self) -> list[MethodRow]:
+        """The rows that are made."""
+        return [self.rows[name] for name in self.order if name in self.rows]
+
+    def marks(self) -> list[Mark]:
+        """What they say; a hybrid's once its rival has as many seeds."""
+        made = [(self.rows.get(name), self.rows.get(rival)) for name, rival in self.rivals.items()]
+        pairs = [(one, other) for one, other in made if one and other and len(one.students) == len(other.students)]
+        return [
+            *hybrid_marks(self.teacher, pairs),
+            *follow_marks(self.teacher, self.ordered()),
+            *([proposal_mark(self.proposals)] if self.proposals else []),
+        ]
 
 
 def hybrid_marks(teacher: Row, pairs: Sequence[tuple[MethodRow, MethodRow]]) -> list[Mark]:
@@ -118,21 +159,32 @@ def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
     return form(mean(values)) + (f" ± {form(stdev(values))}" if len(values) > 1 else "")
 
 
-def as_markdown(heading: str, teacher: Row, rows: Sequence[MethodRow], marks: Sequence[Mark]) -> str:
+def as_markdown(table: Table) -> str:
     """The report that people read."""
+    plan, teacher, rows = table.plan, table.teacher, table.ordered()
+    unfinished = [name for name in table.order if name not in table.rows]
+    few_seeds = [row.name for row in rows if len(row.students) < len(plan["seeds"])]
+    machines = ", ".join(sorted({row.machine for row in rows}))
     lines = [
         "# Methods side by side",
         "",
-        heading,
+        f"examples/tiny_flux, {plan['captions']} held-out captions ({plan['few_captions']} untrained) at {plan['side']}x"
+        f"{plan['side']}, {plan['steps']} denoising steps. Students: {plan['layer_steps']} steps layer by layer and "
+        f"{plan['train_steps']} end to end, of {plan['batch_size']} samples; mean and standard deviation over seeds. "
+        "FLOPs: attention of one FLUX.1 layer at 4096x4096, mean over layers. A step at "
+        f"{plan['step_side']}x{plan['step_side']}, and the teacher's in turn with it, on a CPU ({machines}).",
+        "",
+        *([f"Not made yet: {', '.join(unfinished)}."] if unfinished else []),
+        *([f"With fewer than {len(plan['seeds'])} seeds: {len(few_seeds)} of {len(rows)} rows."] if few_seeds else []),
         "",
         "| mark | target | measured | met |",
         "| --- | --- | --- | --- |",
-        *(f"| {m.name} | {m.target} | {m.measured} | {'yes' if m.met else '**no**'} |" for m in marks),
+        *(f"| {m.name} | {m.target} | {m.measured} | {'yes' if m.met else '**no**'} |" for m in table.marks()),
         "",
-        "| # | method | layers | GFLOPs a layer | objects | coherence | latent MSE untrained | trained | s a step "
-        "| parameters |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| | teacher | | | {_percent(teacher.share('objects'))} | {_percent(teacher.share('coherence'))} | | | | |",
+        "| # | method | layers | GFLOPs a layer | seeds | objects | coherence | latent MSE untrained | trained "
+        "| s a step | times as fast | parameters |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| | teacher | | | | {' | '.join(_percent(teacher.share(one)) for one in ('objects', 'coherence'))} | | | | | |",
     ]
     for number, row in enumerate(rows, start=1):
         cells = (
@@ -140,16 +192,25 @@ def as_markdown(heading: str, teacher: Row, rows: Sequence[MethodRow], marks: Se
             row.name,
             f"{row.swapped}/{row.layers}",
             f"{row.flops / 1e9:,.0f}",
+            str(len(row.students)),
             _spread(row.shares("objects"), _percent),
             _spread(row.shares("coherence"), _percent),
             f"{_latent_mse(row.untrained):.4f}",
             _spread(row.latent_mses(), "{:.4f}".format),
             f"{row.seconds_per_step:.2f}",
+            f"{row.seconds_of_teacher / row.seconds_per_step:.1f}",
             f"{row.trained:,}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "![quality against FLOPs](methods.png)", "", "![pictures](methods_pictures.png)", ""]
-    return "\n".join(lines)
+    lines += [
+        "",
+        "![quality against FLOPs](methods.png)",
+        "",
+        "| # | pictures of the first captions |",
+        "| --- | --- |",
+    ]
+    lines += [f"| {number} | ![{row.name}]({_strip(row.name)}) |" for number, row in enumerate(rows, start=1)]
+    return "\n".join([*lines, ""])
 
 
 def plot(teacher: Row, rows: Sequence[MethodRow], path: Path) -> None:
@@ -175,39 +236,69 @@ def _coherence(row: MethodRow) -> list[float]:
     return [100 * share for share in row.shares("coherence")]
 
 
-def write_results(results: Path, run: Any, rows: Sequence[MethodRow], marks: Sequence[Mark], *, machine: str) -> str:
-    """methods.json, methods.md, methods.png and methods_pictures.png; returns the report.
+def folder_name(name: str) -> str:
+    """A row's name as that of a file."""
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
 
-    Args:
-        run: The `MethodTable`.
-        machine: What it ran on, in a few words.
-    """
+
+def _strip(name: str) -> str:
+    return f"methods/{folder_name(name)}.jpg"
+
+
+def write_strip(results: Path, row: MethodRow, images: Sequence[Image.Image]) -> None:
+    """Pictures of a row's first student, side by side."""
+    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for place, image in enumerate(images):
+        strip.paste(image, (place * image.width, 0))
+    path = results / _strip(row.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: strip.save(temporary, format="JPEG", quality=90))
+
+
+def write_table(results: Path, table: Table) -> None:
+    """methods.json, methods.md and methods.png."""
     results.mkdir(parents=True, exist_ok=True)
-    plan, taken = run.plan, run.stages.total()
-    teacher = run.row("teacher")
-    heading = (
-        f"examples/tiny_flux, {plan.captions} held-out captions ({plan.few_captions} untrained) at "
-        f"{plan.side}x{plan.side}, {plan.steps} denoising steps. Students: {plan.layer_steps} steps layer by layer and "
-        f"{plan.train_steps} end to end, of {plan.batch_size} samples; mean and standard deviation over "
-        f"{len(rows[0].students)} of {len(plan.seeds)} seeds. "
-        f"FLOPs: attention of one FLUX.1 layer at 4096x4096, mean over layers. Seconds a step at "
-        f"{plan.step_side}x{plan.step_side} on this CPU ({machine}). Took {taken['seconds'] / 3600:.1f} hours, "
-        f"{taken['cpu_seconds'] / 3600:.1f} CPU-hours."
-    )
     content = {
-        "plan": asdict(plan),
-        "machine": machine,
-        "teacher": asdict(teacher),
-        "marks": [asdict(mark) for mark in marks],
-        "rows": [asdict(row) for row in rows],
-        "stages": run.stages.record,
+        "plan": table.plan,
+        "teacher": asdict(table.teacher),
+        "marks": [asdict(mark) for mark in table.marks()],
+        "rows": [asdict(row) for row in table.ordered()],
+        "proposals": None if table.proposals is None else [[asdict(one) for one in pair] for pair in table.proposals],
     }
     write_json(results / "methods.json", content)
-    plot(teacher, rows, results / "methods.png")
-    names = ["teacher", *(row.students[0].name for row in rows)]
-    shown = [run.made[name].pictures.images[: plan.shown] for name in names]
-    columns = ["teacher", *(f"# {number}" for number in range(1, len(names)))]
-    write_sheet(columns, list(zip(*shown, strict=True)), results / "methods_pictures.png")
-    report = as_markdown(heading, teacher, rows, marks)
-    write_whole(results / "methods.md", lambda temporary: temporary.write_text(report))
-    return report
+    plot(table.teacher, table.ordered(), results / "methods.png")
+    write_whole(results / "methods.md", lambda temporary: temporary.write_text(as_markdown(table)))
+
+
+def read_table(results: Path, empty: Table) -> Table:
+    """The table of the same plan that was written there, else `empty`.
+
+    Raises:
+        ValueError: another plan's table is there.
+    """
+    file = results / "methods.json"
+    if not file.is_file():
+        return empty
+    content = json.loads(file.read_text())
+    if content["plan"] != empty.plan:
+        different = sorted(name for name, value in empty.plan.items() if content["plan"].get(name) != value)
+        raise ValueError(f"{file} is of another plan ({', '.join(different)}): remove it, or name other --results")
+    rows = [
+        MethodRow(**entry | {"untrained": _row(entry["untrained"]), "students": tuple(map(_row, entry["students"]))})
+        for entry in content["rows"]
+    ]
+    pairs = content["proposals"]
+    return replace(
+        empty,
+        rows={row.name: row for row in rows},
+        proposals=None if pairs is None else tuple((_row(one), _row(other)) for one, other in pairs),
+    )
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    comparison = entry["comparison"]
+    if comparison is not None:
+        differences = {name: Interval(**one) for name, one in comparison["differences"].items()}
+        comparison = Comparison(**comparison | {"differences": differences})
+    scores = {name: (right, of) for name, (right, of) in entry["scores"].items()}
+    return Row(**entry | {"scores": scores, "comparison": comparison})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tiny_distill import build_tiny
 
 from lineardit import Clear, Mala
@@ -39,8 +40,8 @@ def picture_row(report: Any, *, objects: int = 90, coherence: int = 90, latent_m
 
 def method_row(report: Any, name: str, students: Sequence[Any]) -> Any:
     return report.MethodRow(
-        name=name, flops=1, swapped=1, layers=1, trained=1, seconds_per_step=1, untrained=picture_row(report),
-        students=tuple(students),
+        name=name, flops=1, swapped=1, layers=1, trained=1, seconds_per_step=1, seconds_of_teacher=2, machine="here",
+        untrained=picture_row(report), students=tuple(students),
     )  # fmt: skip
 
 
@@ -50,25 +51,36 @@ def test_quick_run_makes_every_row_and_goes_on(methods: Any, report: Any, tmp_pa
     plan = replace(methods.quick_plan(), side=16, text_tokens=16, step_side=16, trained=5_000)
     partial = {methods.SINGLE: Clear(radius=2)}
     table = methods.MethodTable(base, tmp_path / "work", plan)
-    rows, marks = table.run((Mala(), partial), plan.seeds)
+    results, shown = tmp_path / "results", (Mala(), partial)
+    first = table.run(shown, plan.seeds, results, lambda name: name == "Mala()")
+    assert list(first.rows) == ["Mala()"]
+    assert "Not made yet: Clear(radius=2) in" in (results / "methods.md").read_text()
+    made = table.run(shown, plan.seeds, results)
+    rows = made.ordered()
     assert [row.name for row in rows] == ["Mala()", "Clear(radius=2) in single_transformer_blocks.*.attn"]
+    assert rows[0] == first.rows["Mala()"]
     assert [(row.swapped, row.layers) for row in rows] == [(2, 2), (1, 2)]
     assert [row.trained / plan.trained for row in rows] == pytest.approx([1, 1], abs=0.05)
     assert rows[1].flops == (methods.flops(None) + methods.flops(Clear(radius=2))) // 2
     assert len(list((tmp_path / "work" / "runs").glob("*/loss.csv"))) == 2
-    methods.write_results(tmp_path / "results", table, rows, marks, machine="here")
-    content = json.loads((tmp_path / "results" / "methods.json").read_text())
+    content = json.loads((results / "methods.json").read_text())
     assert [row["name"] for row in content["rows"]] == [row.name for row in rows]
-    text = (tmp_path / "results" / "methods.md").read_text()
-    assert all(f"| {row.name} |" in text for row in rows) and all(mark.name in text for mark in marks)
-    assert (tmp_path / "results" / "methods.png").stat().st_size > 10_000
+    text = (results / "methods.md").read_text()
+    assert all(f"| {row.name} |" in text for row in rows) and all(mark.name in text for mark in made.marks())
+    assert (results / "methods.png").stat().st_size > 10_000
+    with Image.open(results / "methods" / "Mala.jpg") as strip:
+        assert strip.size == (2 * 16, 16)
 
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
-    again, _ = methods.MethodTable(base, tmp_path / "work", plan).run((Mala(), partial), plan.seeds)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == made
-    assert [row.students for row in again] == [row.students for row in rows]
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    again = methods.MethodTable(base, tmp_path / "work", plan).run(shown, plan.seeds, tmp_path / "others")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == files
+    assert [row.students for row in again.ordered()] == [row.students for row in rows]
+    elsewhere = methods.MethodTable(base, tmp_path / "elsewhere", plan).run(shown, plan.seeds, results)
+    assert (elsewhere.rows, elsewhere.proposals) == (made.rows, made.proposals)  # nothing was left to do
     with pytest.raises(ValueError, match="begun with other train_steps"):
         methods.MethodTable(base, tmp_path / "work", replace(plan, train_steps=3))
+    with pytest.raises(ValueError, match=r"methods.json is of another plan \(train_steps\)"):
+        methods.MethodTable(base, tmp_path / "new", replace(plan, train_steps=3)).run(shown, plan.seeds, results)
 
 
 def test_local_of_equal_flops_costs_no_less_and_half_a_token_less_would(methods: Any) -> None:
