@@ -164,13 +164,15 @@ def as_markdown(table: Table) -> str:
     plan, teacher, rows = table.plan, table.teacher, table.ordered()
     unfinished = [name for name in table.order if name not in table.rows]
     few_seeds = [row.name for row in rows if len(row.students) < len(plan["seeds"])]
+    of_teacher = " | ".join(_percent(teacher.share(score)) for score in ("objects", "coherence"))
     machines = ", ".join(sorted({row.machine for row in rows}))
     lines = [
         "# Methods side by side",
         "",
-        f"examples/tiny_flux, {plan['captions']} held-out captions ({plan['few_captions']} untrained) at {plan['side']}x"
-        f"{plan['side']}, {plan['steps']} denoising steps. Students: {plan['layer_steps']} steps layer by layer and "
-        f"{plan['train_steps']} end to end, of {plan['batch_size']} samples; mean and standard deviation over seeds. "
+        f"examples/tiny_flux, {plan['captions']} held-out captions ({plan['few_captions']} untrained) at "
+        f"{plan['side']}x{plan['side']}, {plan['steps']} denoising steps. "
+        f"Students: {plan['layer_steps']} steps layer by layer and {plan['train_steps']} end to end, of "
+        f"{plan['batch_size']} samples; mean and standard deviation over seeds. "
         "FLOPs: attention of one FLUX.1 layer at 4096x4096, mean over layers. A step at "
         f"{plan['step_side']}x{plan['step_side']}, and the teacher's in turn with it, on a CPU ({machines}).",
         "",
@@ -184,7 +186,7 @@ def as_markdown(table: Table) -> str:
         "| # | method | layers | GFLOPs a layer | seeds | objects | coherence | latent MSE untrained | trained "
         "| s a step | times as fast | parameters |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| | teacher | | | | {' | '.join(_percent(teacher.share(one)) for one in ('objects', 'coherence'))} | | | | | |",
+        f"| | teacher | | | | {of_teacher} | | | | | |",
     ]
     for number, row in enumerate(rows, start=1):
         cells = (
