@@ -94,6 +94,7 @@ def compile_for(kernel: Any, blocks: dict[str, int], options: Tiles | Blocks, ar
     aligned = [
         i for i, name in enumerate(names) if signature[name].startswith("*") or re.fullmatch(r"[a-z]+_[bhn]", name)
     ]  # pointers and strides of tensors as diffusers lays them out
+    aligned += [names.index(name) for name in ("num_cells",) if name in names]  # 1024, 256
     source = ASTSource(
         fn=kernel,
         signature=signature,

@@ -16,6 +16,10 @@ class UnavailableError(Exception):
     """This case cannot be measured here, which is nobody's fault; the text says why."""
 
 
+class TimeSpentError(Exception):
+    """This case did not end in the time of its part; the next run tries it again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """How large a run is."""

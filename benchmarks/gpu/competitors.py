@@ -26,6 +26,7 @@ from .flex_window import (
     tile_mask_mod,
 )
 from .names import CLEARS_WAY, DENSE
+from .timing import shared_memory
 
 TILE = (8, 16)  # 128 queries
 SMALL_TILE = (8, 8)
@@ -161,7 +162,7 @@ def _smaller_loads(bench: Bench) -> dict[str, int]:
     """FlexAttention's own choice needs more shared memory than the cards for games have."""
     if bench.device.type == "cpu":
         return {}
-    shared = torch.cuda.get_device_properties(bench.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    shared = shared_memory(bench.device)
     return {} if shared >= ENOUGH_SHARED else {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 2}
 
 

@@ -11,7 +11,7 @@ from .competitors import COMPETITORS, Attention, Competitor, ours, pairs_attendi
 from .flex_window import row_major_mask_mod
 from .focus import operator_tasks as focus_tasks
 from .names import CLEARS_WAY, DENSE, case_name, size_name
-from .timing import peak_gib, seconds
+from .timing import peak_gib, seconds, shared_memory
 
 PART = "operator"
 CARD = ("this card", "rates")  # the case and impl of the first row
@@ -119,7 +119,7 @@ def card_rates(bench: Bench) -> Measured:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         size = min(size, free // 4)
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        shared = shared_memory(device)
         figures = {"memory_gib": free / 2**30, "shared_memory_kib": shared / 2**10}
     source, target = torch.ones(2, size, dtype=torch.uint8, device=device)
     copy = partial(target.copy_, source)

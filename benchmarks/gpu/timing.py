@@ -37,6 +37,13 @@ def peak_gib(run: Callable[[], object], device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take at most on this GPU."""
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
+
+
 def _on_gpu(run: Callable[[], object], repeats: int) -> float:
     free, _ = torch.cuda.mem_get_info()
     flush = torch.empty(min(FLUSH_BYTES, free // 8), dtype=torch.uint8, device="cuda")

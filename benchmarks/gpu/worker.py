@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .bench import FULL, SMOKE, Bench, Measured, Task, UnavailableError
+from .bench import FULL, SMOKE, Bench, Measured, Task, TimeSpentError, UnavailableError
 from .interpreter import hasten_interpreter
 from .records import Row, finite, load
 from .tables import line
@@ -49,6 +49,8 @@ def measure(task: Task, bench: Bench) -> None:
         done = row("measured" if measured.passed else "failed", measured)
     except UnavailableError as reason:
         done = row("not available", Measured(figures={}, note=str(reason)))
+    except TimeSpentError as reason:
+        done = row("left out", Measured(figures={}, note=str(reason)))
     except torch.OutOfMemoryError:
         done = row("not available", Measured(figures={}, note="out of memory on this card"))
     results.add(done)

@@ -9,11 +9,11 @@ def choose(query: Tensor, proxy_key: Tensor, plan: Plan, tiles: slice, count: in
     """Cells [B, H, tiles, k].
 
     Args:
-        query: [B, H, tiles, Q, D], of the tiles of `tiles`.
+        query: [B, H, tiles, Q, D], of the tiles of `tiles`; its mean is in the plan's dtype, as all that follows.
         proxy_key: [B, H, C, D].
         count: k.
     """
-    real = plan.real[tiles].to(query.dtype)[:, :, None]
-    mean = (query * real).sum(3) / real.sum(1)
-    logits = scale * mean @ proxy_key.mT + plan.rest_of_tiles[tiles]
+    real = plan.real[tiles][:, :, None]
+    mean = (query * real).sum(3, dtype=plan.rest_of_tiles.dtype) / real.sum(1)
+    logits = scale * mean @ proxy_key.to(mean.dtype).mT + plan.rest_of_tiles[tiles]
     return logits.topk(count, dim=-1).indices

@@ -18,7 +18,7 @@ from .chosen_cells import choose
 from .rest_of_cells import log_rest
 from .tables import Plan, plan_of
 
-# What one chunk of the choice may hold in float32 queries and logits, of each about two copies.
+# What one chunk of the choice may hold in queries and float32 logits, of each about two copies.
 CHOICE_BYTES = 2**27
 
 
@@ -294,11 +294,10 @@ def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, 
 def _choose(query: Tensor, proxy_key: Tensor, plan: Plan, count: int, scale: float) -> Tensor:
     """The chosen cells [B, H, G, k]."""
     batch, num_heads, num_cells, head_dim = proxy_key.shape
-    of_a_tile = 4 * batch * num_heads * (plan.tiles.shape[1] * head_dim + num_cells)
+    of_a_tile = batch * num_heads * (query.element_size() * plan.tiles.shape[1] * head_dim + 4 * num_cells)
     step = max(1, CHOICE_BYTES // of_a_tile)
-    proxy_key = proxy_key.float()
     choices = []
     for start in range(0, len(plan.tiles), step):
         tiles = slice(start, start + step)
-        choices.append(choose(query[:, :, plan.tiles[tiles]].float(), proxy_key, plan, tiles, count, scale))
+        choices.append(choose(query[:, :, plan.tiles[tiles]], proxy_key, plan, tiles, count, scale))
     return torch.cat(choices, 2)

@@ -36,13 +36,21 @@ from . import rest_of_cells
 # Added to the logit of what a query does not see. Not EXCLUDED: the log-sum-exp of a query that sees nothing is that of
 # plain.py, whose backward reads it.
 UNSEEN = tl.constexpr(rest_of_cells.UNSEEN)
+# Arguments that Triton would else compile anew for where they are 1 or multiples of 16: with every size of a picture.
+PLAIN = [
+    *("num_heads", "num_batch_heads", "num_tiles", "num_tokens", "cell_len", "num_chosen", "limit"),
+    *("frames", "height", "width", "split_len"),
+]
 
 
 @triton.jit
-def _proxy_bias(queries, cells, b_hidden, REST, num_cells):
-    """[queries, cells] added to the logits; `b_hidden`: 1 where the queries' tile chose a cell."""
-    b_rest = tl.load(REST + queries.to(tl.int64)[:, None] * num_cells + cells[None, :]).to(tl.float32)
-    return (b_rest + UNSEEN * b_hidden) * LOG2_E
+def _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells):
+    """[queries, cells] added to the logits; `b_hidden`: 1 where the queries' tile chose a cell.
+
+    `i_cell` is not clamped, so that Triton sees neighbours in memory and loads several at once.
+    """
+    p_rest = REST + queries.to(tl.int64)[:, None] * num_cells + i_cell[None, :]
+    return (tl.load(p_rest, mask=there[None, :], other=0.0).to(tl.float32) + UNSEEN * b_hidden) * LOG2_E
 
 
 @triton.jit
@@ -67,7 +75,7 @@ def _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width):
     return distance < limit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def focus_forward(
     Q, q_b, q_h, q_n,
     K, k_b, k_h, k_n,
@@ -105,12 +113,15 @@ def focus_forward(
 
     for start in tl.range(0, num_cells, BLOCK_K):
         i_cell = start + tl.arange(0, BLOCK_K)
+        there = i_cell < num_cells
         cells = tl.minimum(i_cell, num_cells - 1)
         b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
         b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_s += _proxy_bias(queries, cells, tl.load(p_hidden + cells)[None, :], REST, num_cells)
-        b_s = tl.where((i_cell < num_cells)[None, :], b_s, EXCLUDED)
+        b_s += _proxy_bias(
+            queries, i_cell, there, tl.load(p_hidden + i_cell, mask=there, other=0)[None, :], REST, num_cells
+        )
+        b_s = tl.where(there[None, :], b_s, EXCLUDED)
         b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
 
     num_seen = num_chosen * cell_len
@@ -136,7 +147,7 @@ def focus_forward(
     tl.store(LSE + i_both.to(tl.int64) * num_tokens + queries, (b_max + tl.log2(b_sum)) / LOG2_E, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def focus_grad_query(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,
@@ -176,12 +187,15 @@ def focus_grad_query(
 
     for start in tl.range(0, num_cells, BLOCK_K):
         i_cell = start + tl.arange(0, BLOCK_K)
+        there = i_cell < num_cells
         cells = tl.minimum(i_cell, num_cells - 1)
         b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
         b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_s += _proxy_bias(queries, cells, tl.load(p_hidden + cells)[None, :], REST, num_cells)
-        b_p = tl.where((i_cell < num_cells)[None, :], tl.exp2(b_s - b_lse), 0.0)
+        b_s += _proxy_bias(
+            queries, i_cell, there, tl.load(p_hidden + i_cell, mask=there, other=0)[None, :], REST, num_cells
+        )
+        b_p = tl.where(there[None, :], tl.exp2(b_s - b_lse), 0.0)
         b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
     num_seen = num_chosen * cell_len
@@ -206,7 +220,7 @@ def focus_grad_query(
     store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def focus_grad_proxy(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,
@@ -226,6 +240,7 @@ def focus_grad_proxy(
     o_lse = i_both.to(tl.int64) * num_tokens
 
     i_cell = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    there = i_cell < num_cells
     cells = tl.minimum(i_cell, num_cells - 1)
     b_k = load_rows(head_of(PROXY_K, i_batch, i_head, pk_b, pk_h), cells, pk_n, HEAD_DIM, BLOCK_D)
     b_v = load_rows(head_of(PROXY_V, i_batch, i_head, pv_b, pv_h), cells, pv_n, HEAD_DIM, BLOCK_D)
@@ -243,17 +258,17 @@ def focus_grad_proxy(
         b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
         b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_hidden = tl.load(HIDDEN + o_tile[:, None] * num_cells + cells[None, :])
-        b_s += _proxy_bias(queries, cells, b_hidden, REST, num_cells)
+        b_hidden = tl.load(HIDDEN + o_tile[:, None] * num_cells + i_cell[None, :], mask=there[None, :], other=0)
+        b_s += _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells)
         b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
         b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + i_both) * num_cells * HEAD_DIM
-    store_rows(GRAD_K + o_out, cells, HEAD_DIM, b_dk * scale, i_cell < num_cells, HEAD_DIM, BLOCK_D)
-    store_rows(GRAD_V + o_out, cells, HEAD_DIM, b_dv, i_cell < num_cells, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_K + o_out, cells, HEAD_DIM, b_dk * scale, there, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_V + o_out, cells, HEAD_DIM, b_dv, there, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def focus_grad_cell(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,

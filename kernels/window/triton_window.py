@@ -4,8 +4,9 @@ Two tile shapes: of queries (longer along one axis, the one that makes fewer pai
 tokens, the bits of a mask word). The shapes of the backward may be smaller, since its kernels need more memory.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -65,22 +66,24 @@ class Entries:
 class TiledWindow:
     """A window on one grid, cut into tiles."""
 
-    tiles: Tiles
+    query_tile: tuple[int, int]
+    key_tile: tuple[int, int]
     by_query: Entries
     inside: Tensor  # [query tiles] int32, how many at the front of a list need no mask
     by_key: Entries
     words: Tensor  # [masks, BLOCK_Q] int64
 
 
-@lru_cache(maxsize=8)
-def _window(grid: tuple[int, ...], window: Window, tiles: Tiles, device: torch.device) -> TiledWindow:
-    """Tiles with their longer side along the axis for which the lists are shorter."""
-    turned = replace(tiles, query=tiles.query[::-1])
+@lru_cache(maxsize=16)
+def _window(
+    grid: tuple[int, ...], window: Window, query_tile: tuple[int, int], key_tile: tuple[int, int], device: torch.device
+) -> TiledWindow:
+    """Query tiles with their longer side along the axis for which the lists are shorter."""
     choices = [
-        (choice, window_lists(grid, window, query_tile=choice.query, key_tile=choice.key))
-        for choice in dict.fromkeys((tiles, turned))
+        (query, window_lists(grid, window, query_tile=query, key_tile=key_tile))
+        for query in dict.fromkeys((query_tile, query_tile[::-1]))
     ]
-    tiles, lists = min(choices, key=lambda choice: int(choice[1].counts.sum()))
+    query_tile, lists = min(choices, key=lambda choice: int(choice[1].counts.sum()))
     by_key = swapped(lists)
     query_corners, key_corners = lists.query_tokens[:, 0], lists.key_tokens[:, 0]
 
@@ -88,7 +91,8 @@ def _window(grid: tuple[int, ...], window: Window, tiles: Tiles, device: torch.d
         return tensor.int().contiguous().to(device)
 
     return TiledWindow(
-        tiles=tiles,
+        query_tile=query_tile,
+        key_tile=key_tile,
         by_query=Entries(
             corners=on_device(query_corners),
             listed=on_device(key_corners[lists.key_tiles]),
@@ -126,7 +130,7 @@ def _prepare(inputs: Inputs, grid: Sequence[int], window: Window, tiles: Tiles) 
     else:
         words = _shared_words(mask, block)
     return _Launch(
-        window=_window(tuple(grid), window, tiles, query.device),
+        window=_window(tuple(grid), window, tiles.query, tiles.key, query.device),
         shared_words=words,
         shared_whole=num_shared // block if mask is None else 0,
         constants={
@@ -150,9 +154,9 @@ def _words_of_all(batch: int, num_shared: int, block: int, device: torch.device)
     return _shared_words(torch.ones(batch, num_shared, dtype=torch.bool, device=device), block)
 
 
-def _tile_constants(tiles: Tiles) -> dict[str, int]:
+def _tile_constants(window: TiledWindow) -> dict[str, int]:
     names = ("Q_ROWS", "Q_COLUMNS", "K_ROWS", "K_COLUMNS")
-    return dict(zip(names, (*tiles.query, *tiles.key), strict=True))
+    return dict(zip(names, (*window.query_tile, *window.key_tile), strict=True))
 
 
 def triton_forward(
@@ -178,7 +182,7 @@ def triton_forward(
             *(num_heads, *grid[-2:], num_tokens, inputs.shared_key.shape[2], launch.shared_whole),
             lists.listed.shape[1],
             scale,
-            **_tile_constants(tiled.tiles),
+            **_tile_constants(tiled),
             **launch.constants,
         )
     return lse
@@ -205,7 +209,7 @@ def triton_backward(
     if grad_lse is not None:
         delta.copy_(grad_lse)
     tiled, lists, by_key = launch.window, launch.window.by_query, launch.window.by_key
-    tile_constants = _tile_constants(tiled.tiles)
+    tile_constants = _tile_constants(tiled)
     with device_of(query):
         kernels.window_grad_query[len(lists.counts), batch * num_heads](
             *with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0]),
@@ -246,8 +250,8 @@ def _shared_gradients(
     batch, num_heads, num_shared, head_dim = shared_key.shape
     if num_shared == 0:
         return torch.empty_like(shared_key), torch.empty_like(shared_value)
-    num_tokens, tiles = query.shape[2], launch.window.tiles
-    block_q, block_k = tiles.query[0] * tiles.query[1], tiles.key[0] * tiles.key[1]
+    num_tokens, window = query.shape[2], launch.window
+    block_q, block_k = math.prod(window.query_tile), math.prod(window.key_tile)
     blocks = triton.cdiv(num_shared, block_k)
     splits, split_len = split(num_tokens, block_q, blocks * batch * num_heads, query.device)
     partial = query.new_empty(2, splits, batch, num_heads, num_shared, head_dim, dtype=torch.float32)
