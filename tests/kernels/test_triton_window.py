@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from lineardit.kernels.pieces.trial import first_that_fits
+from lineardit.kernels.pieces.trial import fastest_that_fits, first_that_fits
 from lineardit.kernels.window import operator, triton_probe, triton_window
 from lineardit.kernels.window.lists import circle_lists, mask_words, swapped
 from lineardit.kernels.window.reference import window_mask
@@ -150,6 +150,57 @@ def test_first_that_fits_takes_the_next_smaller_tiles(problem):
         first_that_fits(list(FORWARD_TILES), lambda _: (_ for _ in ()).throw(RuntimeError("illegal memory access")))
     with pytest.raises(RuntimeError, match="differs from the reference"):
         first_that_fits(list(FORWARD_TILES), lambda _: 0.3)
+
+
+@pytest.mark.parametrize(
+    "seconds, winner",
+    [
+        ((1.0, 0.9, 0.7, 2.0), 2),
+        ((1.0, 0.97, 0.96, 2.0), 0),  # noise
+        ((1.0, 0.9, 0.87, 0.5), 3),
+    ],
+)
+def test_fastest_that_fits_takes_an_earlier_one_where_none_is_notably_faster(seconds, winner):
+    def error_of(tiles: triton_window.Tiles) -> float:
+        if tiles is FORWARD_TILES[0]:
+            raise OutOfResources(200_000, 101_376, "shared memory")
+        return 0.01
+
+    raced = dict(zip(FORWARD_TILES[1:], seconds, strict=False))
+    chosen, told = fastest_that_fits(list(FORWARD_TILES), error_of, raced.__getitem__)
+    assert chosen is FORWARD_TILES[1 + winner]
+    assert told == raced
+
+
+def test_fastest_that_fits_needs_no_race_where_one_fits_or_memory_is_short():
+    def out_of_memory(_: triton_window.Tiles) -> float:
+        raise torch.OutOfMemoryError
+
+    assert fastest_that_fits(list(FORWARD_TILES[:1]), lambda _: 0.01, out_of_memory) == (FORWARD_TILES[0], {})
+    assert fastest_that_fits(list(FORWARD_TILES), lambda _: 0.01, out_of_memory) == (FORWARD_TILES[0], {})
+    with pytest.raises(RuntimeError, match="differs from the reference"):
+        fastest_that_fits(list(FORWARD_TILES), lambda _: 0.3, out_of_memory)
+
+
+def test_fastest_that_fits_leaves_out_what_is_wrong(caplog):
+    errors = dict.fromkeys(FORWARD_TILES, 0.01) | {FORWARD_TILES[1]: 0.3}
+    chosen, seconds = fastest_that_fits(list(FORWARD_TILES), errors.__getitem__, lambda tiles: 1.0 / tiles.num_warps)
+    assert chosen is FORWARD_TILES[0]
+    assert list(seconds) == [FORWARD_TILES[0], *FORWARD_TILES[2:4]]
+    assert "is left out: a trial differs from the reference by 0.3" in caplog.text
+
+
+def test_race_runs_the_forward(monkeypatch):
+    """Its sizes are for a GPU; here the call is made once."""
+    monkeypatch.setattr(triton_probe, "RACE_GRID", (9, 8))
+    monkeypatch.setattr(triton_probe, "RACE_SHARED", 5)
+    monkeypatch.setattr(triton_probe, "RACE_HEADS", 1)
+    made = []
+    monkeypatch.setattr(triton_probe, "device_seconds", lambda call: made.append(call()) or 0.5)
+    race = triton_probe._Race(torch.device("cpu"), FP32, 16)
+    assert race.forward_seconds(FORWARD_TILES[1]) == 0.5
+    (lse,) = made
+    assert lse.shape == (1, 1, 72) and lse.isfinite().all()
 
 
 @pytest.mark.slow
