@@ -4,6 +4,7 @@ the forward in half precision, the fastest of those.
 
 import logging
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,11 +98,11 @@ class _Race:
         generator = torch.Generator(self.device).manual_seed(0)  # not that of the user's pictures
         num_tokens = RACE_GRID[0] * RACE_GRID[1]
         lengths = (num_tokens, num_tokens, num_tokens, RACE_SHARED, RACE_SHARED)
-        drawn = (
-            torch.randn(1, RACE_HEADS, length, self.head_dim, generator=generator, device=self.device, dtype=self.dtype)
-            for length in lengths
+        like: dict[str, Any] = {"generator": generator, "device": self.device, "dtype": self.dtype}
+        query, key, value, shared_key, shared_value = (
+            torch.randn(1, RACE_HEADS, length, self.head_dim, **like) for length in lengths
         )
-        return Inputs(*drawn, shared_mask=None)
+        return Inputs(query, key, value, shared_key, shared_value, shared_mask=None)
 
     def forward_seconds(self, tiles: Tiles) -> float:
         out = token_major(self.inputs.query, self.inputs.query.shape[2])
