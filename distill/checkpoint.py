@@ -53,12 +53,11 @@ def save_checkpoint(accelerator: Accelerator, root: Path, step: int, pipe: Any) 
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
-    if accelerator.is_main_process:
-        save_adapter(pipe, temporary / ADAPTER)
     for path in temporary.iterdir():
         sync(path)
     accelerator.wait_for_everyone()  # the bytes of all ranks are down
     if accelerator.is_main_process:
+        save_adapter(pipe, temporary / ADAPTER)
         written = sorted(path for path in temporary.rglob("*") if path.is_file())
         files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in written}
         manifest = temporary / MANIFEST
