@@ -34,8 +34,15 @@ def choose_impl(query: Tensor, *, grid: tuple[int, ...], window: Window, text_le
     """
     if query.device.type == "cuda":
         return "tiled" if why_not_triton(query.device, query.dtype, query.shape[-1]) else "triton"
+    if torch.compiler.is_compiling() or query.device.type != "cpu":
+        return "tiled"
+    return _on_cpu(tuple(grid), window, text_len)
+
+
+@lru_cache
+def _on_cpu(grid: tuple[int, ...], window: Window, text_len: int) -> str:
     image_len = math.prod(grid)
-    if torch.compiler.is_compiling() or query.device.type != "cpu" or image_len > 4096:
+    if image_len > 4096:
         return "tiled"
     frames, height, width = (1, *grid)[-3:]
     rows, columns = query_tile(window, height, width)
