@@ -4,9 +4,10 @@ Each method of `METHODS` becomes a student by the same number of steps on the sa
 trained parameters (the rank of its LoRA makes up for what its kernels have), from three seeds. Beside every hybrid
 stands local attention of the same FLOPs.
 
-Writes benchmarks/results/methods.json, methods.md, methods.png and a strip of pictures of every row in methods/, after
-each row: first all rows with one seed, then with two, then with three. Rows of the same plan that are there already,
-with as many seeds, are not made again: the table can be made in parts, on several machines (`--only`).
+Writes benchmarks/results/methods.json, methods.md, methods.png, and in methods/ each row and a strip of its pictures,
+as rows are done: first all with one seed, then with two, then with three. Rows of the same plan that are there already,
+with as many seeds, are not made again: the table can be made in parts (`--only`), also on machines whose methods/ are
+copied into one.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from typing import Any
 
 from flux_layer import flops, local_of_equal_flops, title
 from marks_report import Row
-from methods_report import MethodRow, Table, as_markdown, folder_name, read_table, write_strip, write_table
+from methods_files import read_table, write_row, write_table
+from methods_report import MethodRow, Table, as_markdown, folder_name
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
@@ -139,8 +141,8 @@ class MethodTable(SceneStudents):
             made = table.rows.get(name)
             if only(name) and (made is None or len(made.students) < len(seeds)):
                 row = self.method(name, method, seeds)
-                write_strip(results, row, self.made[row.students[0].name].pictures.images[: self.plan.shown])
-                table = replace(table, rows=table.rows | {name: row})
+                write_row(results, table, row, self.made[row.students[0].name].pictures.images[: self.plan.shown])
+                table = read_table(results, table)  # another process may have made others
                 write_table(results, table)
         if table.proposals is None and only(PROPOSALS):
             table = replace(table, proposals=self.proposals())
@@ -184,7 +186,7 @@ class MethodTable(SceneStudents):
 
     def seconds(self, name: str, source: Path) -> tuple[float, float]:
         """Of a step, and of the teacher's in turn with it: medians of three, measured once."""
-        plan, file = self.plan, self.directory / "seconds" / f"{folder_name(name)}.json"
+        plan, file = self.plan, self.directory / "seconds of a step" / f"{folder_name(name)}.json"
         if not file.exists():
             length = plan.text_tokens
             settings = PictureSettings(height=plan.step_side, width=plan.step_side, max_sequence_length=length)
@@ -288,6 +290,10 @@ def main() -> None:
     table = MethodTable(path(), directory, plan)
     results = options.results or (directory / "results" if options.quick else RESULTS)
     globs = options.only or ["*"]
+    titles = [*map(title, METHODS), *(title(local_of_equal_flops(one)) for one in METHODS if type(one) is Hybrid)]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in (*titles, PROPOSALS)):
+            parser.error(f"--only {glob!r} is none of: {PROPOSALS}; {'; '.join(titles)}")
     for count in range(1, min(options.seeds, len(plan.seeds)) + 1):
         made = table.run(
             QUICK if options.quick else METHODS,

@@ -1,20 +1,15 @@
 """What `methods.py` measured, held against the marks; as a table, as JSON and as a plot."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from marks_report import Mark, Row
 from matplotlib.figure import Figure
-from PIL import Image
 
-from lineardit.distill.evaluate import Comparison
-from lineardit.distill.files import write_json
-from lineardit.distill.metrics import Interval
 from lineardit.linearize.folders import write_whole
 
 
@@ -159,6 +154,16 @@ def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
     return form(mean(values)) + (f" ± {form(stdev(values))}" if len(values) > 1 else "")
 
 
+def folder_name(name: str) -> str:
+    """A row's name as that of a file."""
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
+
+
+def strip_name(name: str) -> str:
+    """Where its pictures are, beside the table."""
+    return f"methods/{folder_name(name)}.jpg"
+
+
 def as_markdown(table: Table) -> str:
     """The report that people read."""
     plan, teacher, rows = table.plan, table.teacher, table.ordered()
@@ -211,7 +216,7 @@ def as_markdown(table: Table) -> str:
         "| # | pictures of the first captions |",
         "| --- | --- |",
     ]
-    lines += [f"| {number} | ![{row.name}]({_strip(row.name)}) |" for number, row in enumerate(rows, start=1)]
+    lines += [f"| {number} | ![{row.name}]({strip_name(row.name)}) |" for number, row in enumerate(rows, start=1)]
     return "\n".join([*lines, ""])
 
 
@@ -236,71 +241,3 @@ def plot(teacher: Row, rows: Sequence[MethodRow], path: Path) -> None:
 
 def _coherence(row: MethodRow) -> list[float]:
     return [100 * share for share in row.shares("coherence")]
-
-
-def folder_name(name: str) -> str:
-    """A row's name as that of a file."""
-    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
-
-
-def _strip(name: str) -> str:
-    return f"methods/{folder_name(name)}.jpg"
-
-
-def write_strip(results: Path, row: MethodRow, images: Sequence[Image.Image]) -> None:
-    """Pictures of a row's first student, side by side."""
-    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    for place, image in enumerate(images):
-        strip.paste(image, (place * image.width, 0))
-    path = results / _strip(row.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: strip.save(temporary, format="JPEG", quality=90))
-
-
-def write_table(results: Path, table: Table) -> None:
-    """methods.json, methods.md and methods.png."""
-    results.mkdir(parents=True, exist_ok=True)
-    content = {
-        "plan": table.plan,
-        "teacher": asdict(table.teacher),
-        "marks": [asdict(mark) for mark in table.marks()],
-        "rows": [asdict(row) for row in table.ordered()],
-        "proposals": None if table.proposals is None else [[asdict(one) for one in pair] for pair in table.proposals],
-    }
-    write_json(results / "methods.json", content)
-    plot(table.teacher, table.ordered(), results / "methods.png")
-    write_whole(results / "methods.md", lambda temporary: temporary.write_text(as_markdown(table)))
-
-
-def read_table(results: Path, empty: Table) -> Table:
-    """The table of the same plan that was written there, else `empty`.
-
-    Raises:
-        ValueError: another plan's table is there.
-    """
-    file = results / "methods.json"
-    if not file.is_file():
-        return empty
-    content = json.loads(file.read_text())
-    if content["plan"] != empty.plan:
-        different = sorted(name for name, value in empty.plan.items() if content["plan"].get(name) != value)
-        raise ValueError(f"{file} is of another plan ({', '.join(different)}): remove it, or name other --results")
-    rows = [
-        MethodRow(**entry | {"untrained": _row(entry["untrained"]), "students": tuple(map(_row, entry["students"]))})
-        for entry in content["rows"]
-    ]
-    pairs = content["proposals"]
-    return replace(
-        empty,
-        rows={row.name: row for row in rows},
-        proposals=None if pairs is None else tuple((_row(one), _row(other)) for one, other in pairs),
-    )
-
-
-def _row(entry: dict[str, Any]) -> Row:
-    comparison = entry["comparison"]
-    if comparison is not None:
-        differences = {name: Interval(**one) for name, one in comparison["differences"].items()}
-        comparison = Comparison(**comparison | {"differences": differences})
-    scores = {name: (right, of) for name, (right, of) in entry["scores"].items()}
-    return Row(**entry | {"scores": scores, "comparison": comparison})

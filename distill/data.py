@@ -138,7 +138,10 @@ def read_index(directory: Path) -> dict[str, Any] | None:
             raise ValueError(
                 f"{directory}: {name} and {first} were made with different settings; make one of them anew"
             )
-    shards = {shard["file"]: shard for one in indexes.values() for shard in one["shards"]}
+    shards: dict[str, Mapping[str, Any]] = {}
+    for shard in (shard for one in indexes.values() for shard in one["shards"]):
+        if shard["file"] not in shards or shard_is_whole(directory, shard):  # one that another part made anew
+            shards[shard["file"]] = shard
     return index | {"shards": [shards[name] for name in sorted(shards)]}
 
 

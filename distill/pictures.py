@@ -98,9 +98,8 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
     """Changes with the weights, the conversion and every setting that changes pictures."""
     _, model = denoiser(pipe)
     kernels: dict[str, Any] = {name: module.linear_kernel for name, module in swapped(model).items()}
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     content = {
-        "parts": {name: [fingerprint(part), str(getattr(part, "dtype", None))] for name, part in parts.items()},
+        "parts": {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
         "methods": {name: config_to_dict(kernel.config) for name, kernel in kernels.items()},
         "scheduler": dict(pipe.scheduler.config),
         "settings": asdict(settings) | {"batch_size": None},

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -70,11 +71,7 @@ def prepare(
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
     samples = _samples(pipe, prompts, sizes, seed)
-    settings = {
-        "teacher": fingerprint(model),
-        "model": type(model).__name__,
-        "num_prompts": len(prompts),
-        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],
+    settings = _about(model, prompts) | {
         "sizes": [list(size) for size in sizes],
         "steps": steps,
         "guidance": float(guidance),
@@ -99,6 +96,16 @@ def _check(
         raise ValueError(f"prompts and sizes must not be empty, got {len(prompts)} and {len(sizes)}")
 
 
+def _about(model: torch.nn.Module, prompts: Sequence[str]) -> dict[str, Any]:
+    return {
+        "teacher": fingerprint(model),
+        "model": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "num_prompts": len(prompts),
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],
+    }
+
+
 def _samples(pipe: Any, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], seed: int) -> list[Sample]:
     family = family_of(denoiser(pipe)[1])
     samples = []
@@ -120,8 +127,9 @@ def _write_shards(
     whole = _whole_shards(directory, settings)
     directory.mkdir(parents=True, exist_ok=True)
     index_file, size = directory / index_name(*part), settings["shard_size"]
+    numbered = list(enumerate(samples))
     shards = {
-        number: dict(list(enumerate(samples))[number * size : (number + 1) * size])
+        number: dict(numbered[number * size : (number + 1) * size])
         for number in range(part[0] - 1, math.ceil(len(samples) / size), part[1])
     }
     listed = [whole[number] for number in shards if number in whole]
@@ -149,13 +157,13 @@ def _write_shards(
     logger.info("%s holds %d of %d samples", directory, made, len(samples))
 
 
-def _batches(part: dict[int, Sample], batch_size: int) -> Iterator[dict[int, Sample]]:
+def _batches(samples: dict[int, Sample], batch_size: int) -> Iterator[dict[int, Sample]]:
     buckets = defaultdict(list)
-    for index, sample in part.items():
+    for index, sample in samples.items():
         buckets[sample.height, sample.width].append(index)
     for bucket in buckets.values():
         for start in range(0, len(bucket), batch_size):
-            yield {index: part[index] for index in bucket[start : start + batch_size]}
+            yield {index: samples[index] for index in bucket[start : start + batch_size]}
 
 
 @torch.no_grad()
@@ -176,13 +184,11 @@ def _generate(pipe: Any, batch: dict[int, Sample], settings: dict[str, Any]) -> 
         if not one.isfinite().all():
             raise ValueError(
                 f"the teacher's latents for {sample.prompt!r} with seed {sample.seed} are not finite in {one.dtype}: "
-                "load it in another dtype (--dtype), or leave this prompt out"
+                "in another folder, load it in another dtype (--dtype) or leave this prompt out"
             )
     parts = {"latents": latents, **conditions}
     return {
-        f"{index:08d}.{name}": part[row].cpu().clone()
-        for row, index in enumerate(batch)
-        for name, part in parts.items()
+        f"{index:08d}.{name}": one[row].cpu().clone() for row, index in enumerate(batch) for name, one in parts.items()
     }
 
 
@@ -206,15 +212,20 @@ def _whole_shards(directory: Path, settings: dict[str, Any]) -> dict[int, dict[s
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether no other part, which may not have written its index yet, has put this file there."""
-    return not path.name.startswith((".", "shard-"))
+    """Whether no part, of which some may have written their index meanwhile, has put this file there."""
+    return re.fullmatch(r"\..*|shard-\d{5}\.safetensors|index(-\d+-of-\d+)?\.json", path.name) is None
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Differs between models of other names, shapes or (where they are in memory) weights, as bfloat16 has them."""
+def fingerprint(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Differs between models of other names, shapes, types or (where they are in memory) weights.
+
+    Args:
+        dtype: Of the weights, as if the model were in it; None: their own.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(f"{name} {tuple(parameter.shape)} {dtype or parameter.dtype}".encode())
         if not parameter.is_meta:
-            digest.update(parameter.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
+            first = parameter.detach().flatten()[:8].to(dtype or parameter.dtype)
+            digest.update(first.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

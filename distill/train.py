@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 
 from ..linearize.adapter import save_adapter
 from ..linearize.base import read_base
-from ..linearize.convert import denoiser
-from ..linearize.methods import Hybrid
+from ..linearize.convert import denoiser, swapped
+from ..linearize.layout import Layout
 from .config import Base, DistillConfig
 from .data import TeacherSamples
 from .figures import require_matplotlib
@@ -41,13 +41,15 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     """
     require_matplotlib("the curve of the losses")
     samples = TeacherSamples(config.data.folder)
-    accelerator = start_accelerator(find_unused=_may_leave_parameters_unused(config, samples))
+    accelerator = start_accelerator()
     _check_sizes(config, samples, accelerator.num_processes)
     _on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
     torch.manual_seed(config.run.seed)
     pipe = load_base(config.base).to(accelerator.device)
     _check_teacher(accelerator, denoiser(pipe)[1], samples)
     report = build_student_(pipe, config)
+    ddp: Any = accelerator.ddp_handler
+    ddp.find_unused_parameters = _leaves_parameters_unused(denoiser(pipe)[1], samples)
     (mixed,) = broadcast_object_list([autocasts(config, accelerator.device)])  # measured: all do as the first found
     if accelerator.is_main_process:
         record_run(config, samples.fingerprint)
@@ -63,17 +65,12 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     return adapter
 
 
-def start_accelerator(*, find_unused: bool = False) -> Accelerator:
+def start_accelerator() -> Accelerator:
     """The processes of this launch, on CUDA where there is some, else on the CPU.
 
-    Args:
-        find_unused: Some steps use fewer of the trained parameters than others.
     Raises:
         ValueError: accelerate sees another number of processes than the launcher started, or shards the model.
     """
-    kwargs = DistributedDataParallelKwargs(
-        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused
-    )
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
             raise ValueError(
@@ -83,7 +80,7 @@ def start_accelerator(*, find_unused: bool = False) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is ours: the teacher must not always have it
-        kwargs_handlers=[kwargs],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
@@ -124,11 +121,11 @@ def _check_sizes(config: DistillConfig, samples: TeacherSamples, processes: int)
         raise ValueError(f"validate.samples must be < {len(samples)} (the samples), got {config.validate.samples}")
 
 
-def _may_leave_parameters_unused(config: DistillConfig, samples: TeacherSamples) -> bool:
-    """Whether pictures of some size may not need what others do: a window may cover the small ones."""
-    methods = config.method.values() if isinstance(config.method, Mapping) else [config.method]
-    sizes = {(sample.height, sample.width) for sample in samples.samples}
-    return len(sizes) > 1 and any(isinstance(method, Hybrid) for method in methods)
+def _leaves_parameters_unused(model: torch.nn.Module, samples: TeacherSamples) -> bool:
+    """Whether pictures of some size need no kernel's weights, because a window covers them."""
+    layouts = [Layout(grid, 0, True) for grid in {sample.grid for sample in samples.samples}]
+    kernels: list[Any] = [module.linear_kernel for module in swapped(model).values()]
+    return any(list(kernel.parameters()) and kernel.covers(layout) for kernel in kernels for layout in layouts)
 
 
 def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: TeacherSamples) -> None:
@@ -138,7 +135,10 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
         raise ValueError(
             f"{samples.directory} was made by a {made_by}, and base.model is a {here}: call `lineardit prepare`"
         )
-    if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model):
+    dtype, own = getattr(torch, samples.settings["dtype"]), next(model.parameters()).dtype
+    if own not in (dtype, torch.float32):
+        return  # these weights are rounded otherwise than those that made the samples
+    if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model, dtype):
         logger.warning(
             "%s was made by a %s of other weights than base.model has: the flow loss teaches those; if that is not "
             "meant, make samples with base.model",

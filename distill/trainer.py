@@ -107,17 +107,17 @@ class Trainer:
     def restore(self) -> int:
         """Load the newest whole checkpoint; the number of steps it has behind it."""
         found = latest_checkpoint(self.directory)
-        if found is None:
-            logger.info("%s holds no whole checkpoint; starting at step 0", self.directory)
-            return 0
-        folder, step = found
+        step = found[1] if found else 0
         steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:
             raise ValueError(
                 f"the processes have checkpoints of different steps, {steps}: put run.directory on a disk that all "
                 "machines share, or copy the newest checkpoint to each"
             )
-        self.accelerator.load_state(str(folder))
+        if found is None:
+            logger.info("%s holds no whole checkpoint; starting at step 0", self.directory)
+            return 0
+        self.accelerator.load_state(str(found[0]))
         for group in self.optimizer.param_groups:  # which now has those of the checkpoint
             group.update(self._adamw())
         logger.info("going on after step %d", step)

@@ -104,7 +104,7 @@ def read_adapter(
     if file is None:
         raise ValueError(
             f"{place.name} has no {MANIFEST_FILE}: it is not an adapter; save_adapter or `lineardit convert` makes one"
-            + (", or, offline, it is not in the local cache" if offline else "")
+            + (", or, offline, it is not in the local cache" if place.offline else "")
         )
     manifest = read_manifest(file)
     if file == place.folder:

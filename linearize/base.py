@@ -256,25 +256,24 @@ def _nothing_found(place: Place, component: str | None) -> str:
 def _license(place: Place) -> str | None:
     if place.folder is not None and place.folder.is_file():
         return None
-    card = _optional(place, "README.md")
+    try:
+        return _license_in(place)
+    except ValueError as error:  # a network that fails here must not stop what has all it needs
+        logger.warning("the license of %s is not known: %s", place.name, error)
+        return None
+
+
+def _license_in(place: Place) -> str | None:
+    card = place.file("README.md")
     entries = _metadata(card) if card is not None else {}
     if isinstance(entries.get("license"), str):
         name = entries.get("license_name")
         return str(name) if entries["license"] == "other" and name else entries["license"]
     for name in ("LICENSE", "LICENSE.md", "LICENSE.txt"):
-        if (file := _optional(place, name)) is not None:
+        if (file := place.file(name)) is not None:
             lines = [line.strip("# \t") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
             return next((line for line in lines if line), None)
     return None
-
-
-def _optional(place: Place, name: str) -> Path | None:
-    """A file that nothing depends on: a network that fails here must not stop what has all it needs."""
-    try:
-        return place.file(name)
-    except ValueError as error:
-        logger.warning("no license is known of %s: %s", place.name, error)
-        return None
 
 
 def _metadata(card: Path) -> dict[str, Any]:

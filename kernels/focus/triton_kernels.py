@@ -37,7 +37,7 @@ from . import rest_of_cells
 # plain.py, whose backward reads it.
 UNSEEN = tl.constexpr(rest_of_cells.UNSEEN)
 # Arguments that Triton would else compile anew for where they are 1 or multiples of 16: with every size of a picture.
-PLAIN = [
+UNSPECIALIZED = [
     *("num_heads", "num_batch_heads", "num_tiles", "num_tokens", "cell_len", "num_chosen", "limit"),
     *("frames", "height", "width", "split_len"),
 ]
@@ -75,7 +75,7 @@ def _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width):
     return distance < limit
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def focus_forward(
     Q, q_b, q_h, q_n,
     K, k_b, k_h, k_n,
@@ -147,7 +147,7 @@ def focus_forward(
     tl.store(LSE + i_both.to(tl.int64) * num_tokens + queries, (b_max + tl.log2(b_sum)) / LOG2_E, mask=exists)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def focus_grad_query(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,
@@ -220,7 +220,7 @@ def focus_grad_query(
     store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def focus_grad_proxy(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,
@@ -268,7 +268,7 @@ def focus_grad_proxy(
     store_rows(GRAD_V + o_out, cells, HEAD_DIM, b_dv, there, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def focus_grad_cell(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,

@@ -1,11 +1,11 @@
 """A trial of a Triton kernel on the device at hand: against the plain formula, and against the clock."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import median
 from subprocess import SubprocessError
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ NO_KERNEL = (RuntimeError, OSError, SubprocessError, AssertionError)
 MAX_ERROR = 0.05  # of the largest value; a wrong kernel is off by more than bfloat16 rounds
 
 TIMED = 4  # candidates that run are raced; those after them are for devices on which these do not
-NOTABLY = 0.95  # of the time of an earlier one: less is noise, and the choice shall be the same in every process
+NOTABLY = 0.95  # of the time of an earlier one: what is less may be noise, which should not decide
 
 Candidate = TypeVar("Candidate")
 
@@ -38,11 +38,13 @@ def first_that_fits(candidates: Sequence[Candidate], error_of: Callable[[Candida
 def fastest_that_fits(
     candidates: Sequence[Candidate],
     error_of: Callable[[Candidate], float],
-    seconds_of: Callable[[Candidate], float],
-) -> tuple[Candidate, dict[Candidate, float]]:
+    race: Callable[[Sequence[Candidate]], Mapping[Candidate, float]],
+) -> tuple[Candidate, str]:
     """The fastest of the first `TIMED` with which a trial runs and is right, an earlier one where none is notably
-    faster; and the times, none where only one is left or the race has no memory.
+    faster; and in words, what it was raced against.
 
+    Args:
+        race: Seconds of each.
     Raises:
         RuntimeError: none runs, or all that do are wrong.
     """
@@ -55,16 +57,18 @@ def fastest_that_fits(
     if not right:
         raise RuntimeError(_wrong(error))
     if len(right) == 1:
-        return right[0], {}
+        return right[0], "the only one that runs"
     try:
-        seconds = {candidate: seconds_of(candidate) for candidate in right}
-    except torch.OutOfMemoryError:  # of a card that is nearly full: what follows may still fit
-        return right[0], {}
+        seconds = race(right)
+    except (TritonError, RuntimeError) as exception:  # a card that is nearly full; what follows may still fit
+        if isinstance(exception, RuntimeError) and "out of memory" not in str(exception).lower():
+            raise
+        return right[0], f"not raced: {exception}"
     best = right[0]
     for candidate in right[1:]:
         if seconds[candidate] < NOTABLY * seconds[best]:
             best = candidate
-    return best, seconds
+    return best, ", ".join(f"{candidate} {1e3 * taken:.3f} ms" for candidate, taken in seconds.items())
 
 
 def _wrong(error: float) -> str:
@@ -91,17 +95,21 @@ def _that_run(
         raise RuntimeError(reason)
 
 
-def device_seconds(call: Callable[[], object], *, warm: int = 3, repeats: int = 10) -> float:
-    """Median time of a call on the current CUDA device, by its own clock."""
-    for _ in range(warm):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
+def device_seconds(calls: Mapping[Candidate, Callable[[], object]], *, rounds: int = 10) -> dict[Candidate, float]:
+    """Median times of calls on the current CUDA device, by its own clock, in turns: a load that changes meets all."""
+    events: dict[Candidate, list[list[Any]]] = {candidate: [] for candidate in calls}
+    for number in range(3 + rounds):  # three to warm up
+        for candidate, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            if number >= 3:
+                events[candidate].append([start, end])
     torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in events) / 1e3
+    return {
+        candidate: median(start.elapsed_time(end) for start, end in pairs) / 1e3 for candidate, pairs in events.items()
+    }
 
 
 def relative_error(computed: Iterable[Tensor], expected: list[Tensor]) -> float:

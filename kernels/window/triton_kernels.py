@@ -30,7 +30,7 @@ from ..pieces.triton_blocks import (
 )
 
 # Arguments that Triton would else compile anew for where they are 1 or multiples of 16: with every size of a picture.
-PLAIN = ["num_heads", "height", "width", "num_tokens", "num_shared", "shared_whole", "list_len", "split_len"]
+UNSPECIALIZED = ["num_heads", "height", "width", "num_tokens", "num_shared", "shared_whole", "list_len", "split_len"]
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _masked_tokens(
     return is_shared, tokens, tl.load(p_words)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def window_forward(
     Q, q_b, q_h, q_n,
     K, k_b, k_h, k_n,
@@ -166,7 +166,7 @@ def window_forward(
     tl.store(LSE + o_lse + queries, (b_max + tl.log2(b_sum)) / LOG2_E, mask=exists)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def window_grad_query(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,
@@ -228,7 +228,7 @@ def window_grad_query(
     store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def window_grad_key(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,
@@ -276,7 +276,7 @@ def window_grad_key(
     store_rows(p_dv, keys, dv_n, b_dv, exists, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def window_grad_shared(
     GRAD_OUT, do_b, do_h, do_n,
     Q, q_b, q_h, q_n,

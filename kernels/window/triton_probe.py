@@ -3,7 +3,8 @@ the forward in half precision, the fastest of those.
 """
 
 import logging
-from functools import cached_property, lru_cache
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -43,8 +44,7 @@ def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
         if dtype not in RACED:
             return first_that_fits(forward, trial.forward_error), of_backward
         race = _Race(device, dtype, head_dim)
-        of_forward, seconds = fastest_that_fits(forward, trial.forward_error, race.forward_seconds)
-    raced = ", ".join(f"{tiles} {1e3 * taken:.3f} ms" for tiles, taken in seconds.items()) or "no other was raced"
+        of_forward, raced = fastest_that_fits(forward, trial.forward_error, race.seconds)
     where = f"{torch.cuda.get_device_name(device)}, {dtype}, head dimension {head_dim}"
     logger.info("Window attention on %s: %s (%s)", where, of_forward, raced)
     return of_forward, of_backward
@@ -104,7 +104,8 @@ class _Race:
         )
         return Inputs(query, key, value, shared_key, shared_value, shared_mask=None)
 
-    def forward_seconds(self, tiles: Tiles) -> float:
+    def seconds(self, candidates: Sequence[Tiles]) -> Mapping[Tiles, float]:
+        """Of the forward."""
         out = token_major(self.inputs.query, self.inputs.query.shape[2])
-        shape = (RACE_GRID, RACE_WINDOW, self.head_dim**-0.5, tiles)
-        return device_seconds(lambda: triton_forward(self.inputs, out, *shape))
+        shape = (RACE_GRID, RACE_WINDOW, self.head_dim**-0.5)
+        return device_seconds({tiles: partial(triton_forward, self.inputs, out, *shape, tiles) for tiles in candidates})

@@ -48,7 +48,7 @@ def convert(
     choices: Choices = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole pipeline, trained weights merged.")] = False,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights that --merge writes; auto: the one that the base's are stored in.")
+        str, typer.Option(help="Of all weights that --merge writes; auto: that of the base's denoiser in its file.")
     ] = "auto",
     offline: Offline = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,

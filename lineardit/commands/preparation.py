@@ -67,14 +67,15 @@ def prepare(
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
-    """(i, n) of "I/N"; without a text the rank of this process, from 1, and how many a launcher started.
+    """(i, n) of "I/N"; under a launcher, of this process's share of that, or of everything without a text.
 
     Raises:
         ValueError: the text is nothing of that kind.
     """
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if text is None:
-        return int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
+        return rank + 1, processes
     found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
     if found is None or int(found[1]) > int(found[2]):
         raise ValueError(f"--part must be I/N with I from 1 to N, such as 2/8, got {text!r}")
-    return int(found[1]), int(found[2])
+    return (int(found[1]) - 1) * processes + rank + 1, int(found[2]) * processes

@@ -7,6 +7,7 @@ import pytest
 from tiny_distill import PROMPTS, build_tiny
 
 from lineardit.cli import run
+from lineardit.commands.preparation import parse_part
 from lineardit.distill.data import TeacherSamples
 
 CONFIG = """
@@ -75,6 +76,15 @@ def test_parts_of_the_samples_are_made_by_option_or_by_launcher(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(prepare) == 0
     assert len(TeacherSamples(samples)) == 65
+
+
+def test_parts_of_several_launchers_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    parts = []
+    for machine, rank in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(parse_part(f"{machine}/2"))
+    assert parts == [(part, 6) for part in range(1, 7)]
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/2/3", "-1/2"])

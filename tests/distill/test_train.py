@@ -272,13 +272,17 @@ def test_checkpoints_of_different_steps_are_refused(
     monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, mine - 1]))  # of another machine
     with pytest.raises(ValueError, match=r"checkpoints of different steps, \[2, 1\]: put run.directory on a disk"):
         trainer.restore()
+    shutil.rmtree(config.run.directory)  # on this machine there is none
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine + 2, mine]))
+    with pytest.raises(ValueError, match=r"checkpoints of different steps, \[2, 0\]: put run.directory on a disk"):
+        trainer.restore()
 
 
-def test_two_processes_train_a_hybrid_whose_window_covers_small_pictures(
-    make_config: MakeConfig, base: Path, tmp_path: Path
+@pytest.mark.parametrize("sizes", [((16, 16), (32, 24)), pytest.param(((16, 16),), marks=pytest.mark.slow)])
+def test_two_processes_train_a_hybrid_whose_window_covers_pictures(
+    sizes: tuple[tuple[int, int], ...], make_config: MakeConfig, base: Path, tmp_path: Path
 ) -> None:
     """The gate has no gradient there, which DistributedDataParallel would wait for."""
-    sizes = ((16, 16), (32, 24))
     samples = tmp_path / "samples"
     prepare(FluxPipeline.from_pretrained(base), PROMPTS, samples, sizes=sizes, steps=1, max_sequence_length=8)
     method = config_to_dict(Hybrid(local=Clear(radius=5), global_=ProxyTokens(num_proxies=4), gate=1.0))

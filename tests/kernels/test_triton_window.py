@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from lineardit.kernels.pieces.trial import fastest_that_fits, first_that_fits
+from lineardit.kernels.pieces.trial import device_seconds, fastest_that_fits, first_that_fits
 from lineardit.kernels.window import operator, triton_probe, triton_window
 from lineardit.kernels.window.lists import circle_lists, mask_words, swapped
 from lineardit.kernels.window.reference import window_mask
@@ -167,40 +167,73 @@ def test_fastest_that_fits_takes_an_earlier_one_where_none_is_notably_faster(sec
         return 0.01
 
     raced = dict(zip(FORWARD_TILES[1:], seconds, strict=False))
-    chosen, told = fastest_that_fits(list(FORWARD_TILES), error_of, raced.__getitem__)
+    chosen, told = fastest_that_fits(list(FORWARD_TILES), error_of, lambda tiles: {one: raced[one] for one in tiles})
     assert chosen is FORWARD_TILES[1 + winner]
-    assert told == raced
+    assert all(f"{one} {1e3 * taken:.3f} ms" in told for one, taken in raced.items())
 
 
-def test_fastest_that_fits_needs_no_race_where_one_fits_or_memory_is_short():
-    def out_of_memory(_: triton_window.Tiles) -> float:
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize(
+    "problem", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_fastest_that_fits_takes_the_first_where_there_is_no_race(problem):
+    def no_memory(_: object) -> dict:
+        raise problem
 
-    assert fastest_that_fits(list(FORWARD_TILES[:1]), lambda _: 0.01, out_of_memory) == (FORWARD_TILES[0], {})
-    assert fastest_that_fits(list(FORWARD_TILES), lambda _: 0.01, out_of_memory) == (FORWARD_TILES[0], {})
+    alone = fastest_that_fits(list(FORWARD_TILES[:1]), lambda _: 0.01, no_memory)
+    assert alone == (FORWARD_TILES[0], "the only one that runs")
+    first = fastest_that_fits(list(FORWARD_TILES), lambda _: 0.01, no_memory)
+    assert first == (FORWARD_TILES[0], f"not raced: {problem}")
     with pytest.raises(RuntimeError, match="differs from the reference"):
-        fastest_that_fits(list(FORWARD_TILES), lambda _: 0.3, out_of_memory)
+        fastest_that_fits(list(FORWARD_TILES), lambda _: 0.3, no_memory)
 
 
 def test_fastest_that_fits_leaves_out_what_is_wrong(caplog):
     errors = dict.fromkeys(FORWARD_TILES, 0.01) | {FORWARD_TILES[1]: 0.3}
-    chosen, seconds = fastest_that_fits(list(FORWARD_TILES), errors.__getitem__, lambda tiles: 1.0 / tiles.num_warps)
+    raced = []
+    chosen, _ = fastest_that_fits(
+        list(FORWARD_TILES), errors.__getitem__, lambda tiles: raced.extend(tiles) or dict.fromkeys(tiles, 1.0)
+    )
     assert chosen is FORWARD_TILES[0]
-    assert list(seconds) == [FORWARD_TILES[0], *FORWARD_TILES[2:4]]
+    assert raced == [FORWARD_TILES[0], *FORWARD_TILES[2:4]]
     assert "is left out: a trial differs from the reference by 0.3" in caplog.text
 
 
 def test_race_runs_the_forward(monkeypatch):
-    """Its sizes are for a GPU; here the call is made once."""
+    """Its sizes are for a GPU; here each call is made once."""
     monkeypatch.setattr(triton_probe, "RACE_GRID", (9, 8))
     monkeypatch.setattr(triton_probe, "RACE_SHARED", 5)
     monkeypatch.setattr(triton_probe, "RACE_HEADS", 1)
     made = []
-    monkeypatch.setattr(triton_probe, "device_seconds", lambda call: made.append(call()) or 0.5)
-    race = triton_probe._Race(torch.device("cpu"), FP32, 16)
-    assert race.forward_seconds(FORWARD_TILES[1]) == 0.5
-    (lse,) = made
-    assert lse.shape == (1, 1, 72) and lse.isfinite().all()
+    monkeypatch.setattr(triton_probe, "device_seconds", lambda calls: made.extend(call() for call in calls.values()))
+    triton_probe._Race(torch.device("cpu"), FP32, 16).seconds(FORWARD_TILES[:2])
+    assert [lse.shape for lse in made] == [(1, 1, 72)] * 2
+    torch.testing.assert_close(*made)
+
+
+def test_device_seconds_is_the_median_of_calls_in_turns(monkeypatch):
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    order = []
+
+    def call(name: str, taken: float) -> None:
+        order.append(name)
+        clock[0] += taken if len(order) > 6 else 100 * taken  # the first are slow
+
+    seconds = device_seconds({"a": lambda: call("a", 2.0), "b": lambda: call("b", 3.0)}, rounds=4)
+    assert seconds == {"a": 2e-3, "b": 3e-3}
+    assert order == ["a", "b"] * 7
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+"""The table of `methods.py` in files: one for each row, so that rows made elsewhere can be copied beside them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from marks_report import Row
+from methods_report import MethodRow, Table, as_markdown, plot, strip_name
+from PIL import Image
+
+from lineardit.distill.evaluate import Comparison
+from lineardit.distill.files import write_json
+from lineardit.distill.metrics import Interval
+from lineardit.linearize.folders import write_whole
+
+
+def write_row(results: Path, table: Table, row: MethodRow, images: Sequence[Image.Image]) -> None:
+    """A row in a file of its own, and pictures of its first student side by side."""
+    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for place, image in enumerate(images):
+        strip.paste(image, (place * image.width, 0))
+    path = results / strip_name(row.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: strip.save(temporary, format="JPEG", quality=90))
+    write_json(path.with_suffix(".json"), {"plan": table.plan, "row": asdict(row)})
+
+
+def write_table(results: Path, table: Table) -> None:
+    """methods.json, methods.md and methods.png."""
+    results.mkdir(parents=True, exist_ok=True)
+    proposals = None if table.proposals is None else [[asdict(one) for one in pair] for pair in table.proposals]
+    content = {
+        "plan": table.plan,
+        "teacher": asdict(table.teacher),
+        "marks": [asdict(mark) for mark in table.marks()],
+        "rows": [asdict(row) for row in table.ordered()],
+        "proposals": proposals,
+    }
+    write_json(results / "methods.json", content)
+    plot(table.teacher, table.ordered(), results / "methods.png")
+    write_whole(results / "methods.md", lambda temporary: temporary.write_text(as_markdown(table)))
+
+
+def read_table(results: Path, empty: Table) -> Table:
+    """`empty` with the rows that are there, made here or elsewhere, and the proposals of the last table.
+
+    Raises:
+        ValueError: something there is of another plan.
+    """
+    rows: dict[str, MethodRow] = {}
+    for file in sorted(results.glob("methods/*.json")):
+        entry = _of_plan(file, empty.plan)["row"]
+        students = tuple(map(_row, entry["students"]))
+        rows[entry["name"]] = MethodRow(**entry | {"untrained": _row(entry["untrained"]), "students": students})
+    last = results / "methods.json"
+    pairs = _of_plan(last, empty.plan)["proposals"] if last.is_file() else None
+    proposals = None if pairs is None else tuple((_row(one), _row(other)) for one, other in pairs)
+    return replace(empty, rows=rows, proposals=proposals)
+
+
+def _of_plan(file: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text())
+    if content["plan"] != plan:
+        different = sorted(name for name, value in plan.items() if content["plan"].get(name) != value)
+        raise ValueError(f"{file} is of another plan ({', '.join(different)}): remove it, or name other --results")
+    return content
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    comparison = entry["comparison"]
+    if comparison is not None:
+        differences = {name: Interval(**one) for name, one in comparison["differences"].items()}
+        comparison = Comparison(**comparison | {"differences": differences})
+    scores = {name: (right, of) for name, (right, of) in entry["scores"].items()}
+    return Row(**entry | {"scores": scores, "comparison": comparison})
