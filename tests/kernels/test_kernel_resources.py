@@ -1,14 +1,20 @@
 """The Triton kernels compile for the GPUs that users have, and take no more registers or memory than the table says."""
 
 import importlib.util
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+
+from lineardit.kernels.focus import triton_kernels as focus_kernels
+from lineardit.kernels.window import triton_kernels as window_kernels
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
 
@@ -38,3 +44,19 @@ def test_growth_names_what_grew():
         "a: tiles q8x8, in the table q8x16 k8x8 w8 s2"
     ]
     assert module.growth({"a": row}, {}) == ["a: not in the table"]
+
+
+STRIDE = re.compile(r"[a-z]+_[bhn]")
+ALIGNED = {"num_cells"}  # a setting of the method, and read by several numbers at once where it is a multiple of 16
+FLOATS = {"scale"}
+
+
+@pytest.mark.parametrize("module", [window_kernels, focus_kernels], ids=["window", "focus"])
+def test_no_size_of_a_picture_makes_triton_compile_anew(module: Any) -> None:
+    """Every integer argument is told to Triton as one that it must not specialize on, and nothing else is."""
+    integers = set()
+    for name in vars(module):
+        if name.startswith(module.__name__.split(".")[-2]):  # window_forward, focus_grad_cell, ...
+            arguments = inspect.signature(getattr(module, name).fn).parameters
+            integers |= {one for one in arguments if one.islower() and not STRIDE.fullmatch(one)}
+    assert integers - ALIGNED - FLOATS == set(module.UNSPECIALIZED)
