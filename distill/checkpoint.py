@@ -8,6 +8,7 @@ is their state.
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ def save_checkpoint(accelerator: Accelerator, root: Path, step: int, pipe: Any) 
         sync(path)
     accelerator.wait_for_everyone()  # the bytes of all ranks are down
     if accelerator.is_main_process:
-        save_adapter(pipe, temporary / ADAPTER)
-        written = sorted(path for path in temporary.rglob("*") if path.is_file())
-        files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in written}
+        save_adapter(pipe, temporary / ADAPTER)  # for people: nothing here reads it
+        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
         manifest = temporary / MANIFEST
         manifest.write_text(json.dumps({"step": step, "processes": accelerator.num_processes, "files": files}))
         sync(manifest)
         sync(temporary)
+        if final.exists():  # one that was not whole
+            shutil.rmtree(final)
         os.rename(temporary, final)
         sync(root)
     accelerator.wait_for_everyone()
@@ -74,6 +76,11 @@ def latest_checkpoint(root: Path) -> tuple[Path, int] | None:
     """Folder and step of the newest whole checkpoint; incomplete ones are passed over."""
     whole = [path for path in _checkpoints(root) if _is_whole(path)]
     return (whole[-1], int(whole[-1].name.removeprefix("step-"))) if whole else None
+
+
+def passed_over(root: Path, step: int) -> list[Path]:
+    """Checkpoints of later steps than this, which are not whole."""
+    return [path for path in _checkpoints(root) if int(path.name.removeprefix("step-")) > step]
 
 
 def prune_checkpoints(root: Path, keep_last: int) -> None:
@@ -88,12 +95,15 @@ def prune_checkpoints(root: Path, keep_last: int) -> None:
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    return sorted(path for path in root.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def _is_whole(path: Path) -> bool:
     manifest = path / MANIFEST
     if not manifest.is_file():
         return False
-    files = json.loads(manifest.read_text())["files"]
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False
     return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in files.items())

@@ -9,6 +9,7 @@
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -98,7 +99,7 @@ class Optimizer:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", "> 0", self.lr)
+        _require(0 < self.lr < math.inf, "optimizer.lr", "> 0 and finite", self.lr)
         _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", "two numbers in [0, 1)", self.betas)
         _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "> 0", self.max_grad_norm)
 
@@ -114,6 +115,7 @@ class Schedule:
     def __post_init__(self) -> None:
         _require(self.kind in ("cosine", "constant"), "schedule.kind", "cosine or constant", self.kind)
         _require(self.warmup >= 0, "schedule.warmup", ">= 0", self.warmup)
+        _require(0 <= self.final < math.inf, "schedule.final", ">= 0 and finite", self.final)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ class Layerwise:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "layerwise.steps", ">= 0", self.steps)
-        _require(self.lr > 0, "layerwise.lr", "> 0", self.lr)
+        _require(0 < self.lr < math.inf, "layerwise.lr", "> 0 and finite", self.lr)
         _require(self.warmup >= 0, "layerwise.warmup", ">= 0", self.warmup)
 
 

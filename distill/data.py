@@ -21,7 +21,7 @@ from torch import Tensor
 from .families import Conditions, Grid
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,9 @@ class TeacherSamples:
             names = ("latents", *self.settings["conditions"])
             return {part: shard.get_tensor(f"{index:08d}.{part}") for part in names}
         except SafetensorError as error:
-            raise ValueError(f"{self.directory / name} cannot be read: {error}") from error
+            raise ValueError(
+                f"{self.directory / name} cannot be read ({error}): remove it, and call `lineardit prepare` again"
+            ) from error
 
 
 def shard_name(number: int) -> str:
@@ -149,9 +151,9 @@ def _read_one(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{path} is not an index of format {FORMAT}")
+        raise ValueError(f"{path} is not JSON ({error}): remove it, and call `lineardit prepare` again") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT or not {"settings", "shards"} <= index.keys():
+        raise ValueError(f"{path} is not an index of format {FORMAT}, that of this version: make the samples anew")
     return index
 
 

@@ -1,6 +1,5 @@
 """Judges a student against its teacher: the same prompts and noise on both, pictures compared, costs measured."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..linearize.base import read_json
 from ..linearize.opening import open_pipeline
 from ..linearize.standing import describe_attention
 from .cost import fresh_picture_peak, picture_peak, step_seconds
@@ -244,8 +244,8 @@ def _check_directory(directory: Path, question: Mapping[str, Any], overwrite: bo
         if not (directory / PICTURES).is_dir():
             raise ValueError(f"{directory} is not empty and holds no evaluation: name another folder")
         return
-    before = json.loads(report.read_text())["question"]
-    changed = [name for name, value in question.items() if before[name] != value]
+    before = read_json(report).get("question", {})
+    changed = [name for name, value in question.items() if before.get(name) != value]
     if changed:
         raise ValueError(
             f"{directory} holds a report of other {', '.join(changed)}: name another folder, or add --overwrite"

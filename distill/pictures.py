@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..linearize.convert import denoiser, swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
+from ..pipelines.files import check_finite
 from .families import Grid, family_of
 from .prepare import fingerprint
 
@@ -80,13 +81,14 @@ def make_pictures(
     pipe.set_progress_bar_config(disable=True)
     missing = [index for index, prompt in enumerate(prompts) if not _has_latents(folder, index, prompt)]
     there = [index for index in range(len(prompts)) if index not in missing]
-    undecoded = [index for index in there if not _files(folder, index)[1].is_file()]
+    undecoded = [index for index in there if not _is_picture(_files(folder, index)[1])]
     with tqdm(total=len(prompts), initial=len(there) - len(undecoded), desc=name, unit="picture") as progress:
         _decode(pipe, folder, undecoded, grid, progress)
         for start in range(0, len(missing), settings.batch_size):
             batch = missing[start : start + settings.batch_size]
             began = time.perf_counter()
             latents = _denoise(pipe, [prompts[index] for index in batch], batch, settings).cpu()
+            check_finite(latents)
             seconds = (time.perf_counter() - began) / len(batch)
             for index, one in zip(batch, latents, strict=True):
                 _keep_latents(folder, index, one, {"prompt": prompts[index], SECONDS: f"{seconds:.4f}"})
@@ -147,7 +149,20 @@ def _keep_latents(folder: Path, index: int, latents: Tensor, about: dict[str, st
 
 def _has_latents(folder: Path, index: int, prompt: str) -> bool:
     tensors, _ = _files(folder, index)
-    return tensors.is_file() and read_header(tensors).get("prompt") == prompt
+    try:
+        return tensors.is_file() and read_header(tensors).get("prompt") == prompt
+    except ValueError:  # damaged: made anew
+        return False
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether it is there, and can be read to its end."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (FileNotFoundError, OSError, SyntaxError):
+        return False
+    return SECONDS in image.info
 
 
 def _read(folder: Path, count: int) -> Pictures:

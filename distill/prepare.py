@@ -125,18 +125,21 @@ def _write_shards(
 ) -> None:
     """Make the shards of this part that are not there in full, and list each as it is done."""
     whole = _whole_shards(directory, settings)
-    directory.mkdir(parents=True, exist_ok=True)
     index_file, size = directory / index_name(*part), settings["shard_size"]
     numbered = list(enumerate(samples))
     shards = {
         number: dict(numbered[number * size : (number + 1) * size])
         for number in range(part[0] - 1, math.ceil(len(samples) / size), part[1])
     }
+    directory.mkdir(parents=True, exist_ok=True)
     listed = [whole[number] for number in shards if number in whole]
     pipe.set_progress_bar_config(disable=True)
     name = "prepare" if part[1] == 1 else f"prepare {part[0]}/{part[1]}"
     total = sum(map(len, shards.values()))
     done = sum(len(shard["samples"]) for shard in listed)
+    if not shards:
+        logger.info("nothing to do for part %d of %d: there are fewer shards of %d samples", *part, size)
+        return
     with tqdm(total=total, initial=done, unit="sample", desc=name) as progress:
         for number, of_shard in shards.items():
             if number in whole:

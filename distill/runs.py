@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..linearize.base import read_json
 from .checkpoint import latest_checkpoint
 from .config import DistillConfig, config_to_tables
 from .files import write_json
@@ -57,7 +58,7 @@ def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
     directory = config.run.folder
     record = directory / RECORD
     if resume and record.is_file():
-        _compare(json.loads(record.read_text()), _contents(config, data), directory)
+        _compare(read_json(record), _contents(config, data), directory)
         _check_steps(config, directory)
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
@@ -68,7 +69,7 @@ def record_run(config: DistillConfig, data: str) -> None:
     directory = config.run.folder
     directory.mkdir(parents=True, exist_ok=True)
     record, contents = directory / RECORD, _contents(config, data)
-    before = json.loads(record.read_text()) if record.is_file() else contents
+    before = read_json(record) if record.is_file() else contents
     history = before.get(HISTORY, [])
     changed = _differences(before, contents, _MAY_CHANGE_FROM_HERE)
     if changed:

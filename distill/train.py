@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, parse_flag_from_env
 from diffusers import DiffusionPipeline
 
 from ..linearize.adapter import save_adapter
@@ -72,7 +72,7 @@ def start_accelerator() -> Accelerator:
         ValueError: accelerate sees another number of processes than the launcher started, or shards the model.
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"the launcher asks for {name}, and a distillation holds the whole model in each process: launch with "
                 "`accelerate launch --multi_gpu --num_processes N`, which overrules what accelerate was configured for"
@@ -80,6 +80,9 @@ def start_accelerator() -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is ours: the teacher must not always have it
+        # what accelerate would else read from its environment:
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))

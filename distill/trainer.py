@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from ..linearize.convert import denoiser, swapped
-from .checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint, store_trained_only
+from .checkpoint import latest_checkpoint, passed_over, prune_checkpoints, save_checkpoint, store_trained_only
 from .config import DistillConfig
 from .data import Batch, Order, TeacherSamples, counter_generator
 from .families import family_of
@@ -34,7 +36,7 @@ Part = tuple[Batch, Tensor, Tensor]  # what one forward takes: samples, noise [B
 
 
 class DivergedError(RuntimeError):
-    """A loss or the gradient is not a finite number; the weights of the last checkpoint are good."""
+    """A loss or the gradient is not a finite number."""
 
 
 def learning_rate(config: DistillConfig, step: int) -> float:
@@ -90,6 +92,7 @@ class Trainer:
         self.model.train()
         pipe.set_progress_bar_config(disable=True)
         self.trained = trained_parameters(self.model)
+        self.started = 0  # the step behind which this process began
         self.order = Order(
             samples.samples[: len(samples) - config.validate.samples],
             batch_size=config.run.batch_size,
@@ -114,10 +117,17 @@ class Trainer:
                 f"the processes have checkpoints of different steps, {steps}: put run.directory on a disk that all "
                 "machines share, or copy the newest checkpoint to each"
             )
+        for path in passed_over(self.directory, step):
+            logger.warning("%s is not whole, and is passed over", path)
         if found is None:
             logger.info("%s holds no whole checkpoint; starting at step 0", self.directory)
             return 0
-        self.accelerator.load_state(str(found[0]))
+        try:
+            self.accelerator.load_state(str(found[0]))
+        except (RuntimeError, SafetensorError, UnpicklingError, EOFError, KeyError) as error:
+            raise ValueError(
+                f"{found[0]} is damaged ({error}): remove it, and the run goes on after the checkpoint before it"
+            ) from error
         for group in self.optimizer.param_groups:  # which now has those of the checkpoint
             group.update(self._adamw())
         logger.info("going on after step %d", step)
@@ -126,6 +136,7 @@ class Trainer:
     def fit(self, start: int) -> None:
         """Train from step `start` to the last one, with checkpoints, curve and pictures on the way."""
         config, main = self.config, self.accelerator.is_main_process
+        self.started = start
         first = config.layerwise.steps
         last_step = first + config.run.steps
         columns = [*(["layerwise"] if first else []), *self.weights, "loss", "lr", "seconds"]
@@ -270,7 +281,12 @@ class Trainer:
                 first = self.config.layerwise
                 name_of_rate, rate = ("layerwise.lr", first.lr) if step <= first.steps else ("optimizer.lr", adamw.lr)
                 lower = f"a lower rate, such as --set {name_of_rate}={rate / 3:.1g}"
-                if found:
+                if found and step == self.started + 1:
+                    advice = (
+                        f"it is the first after {found[0]}, whose weights are bad already: remove that folder, and go "
+                    )
+                    advice += f"on after the one before it with --resume latest and {lower}"
+                elif found:
                     advice = f"go on after the last checkpoint, {found[0]}, with --resume latest and {lower}"
                 else:
                     advice = f"there is no checkpoint yet: start in another folder with {lower}"

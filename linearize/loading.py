@@ -52,6 +52,8 @@ def from_pretrained(
     Raises:
         ValueError: the adapter or its base is missing, out of reach, damaged, or they do not fit.
     """
+    if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
+        raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
     place = find_place(directory_or_repo, revision=revision, offline=offline)
     if adapter_file(place) is None:
         return _restored(place, dtype=dtype, base=base, impl=impl)
@@ -92,7 +94,8 @@ def load_base(base: Base, *, dtype: torch.dtype | Literal["auto"] | None = None,
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         return loader.from_pretrained(
             source.name,
-            torch_dtype=stored_dtype(base, offline=offline) if dtype == "auto" else dtype,
+            # None would leave text encoders in the dtype of their files
+            torch_dtype=stored_dtype(base, offline=offline) if dtype == "auto" else dtype or torch.float32,
             revision=source.revision,
             local_files_only=offline,
             use_safetensors=True,

@@ -116,9 +116,19 @@ def text_of(path: Path) -> Text:
 
 
 def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
-    """Each picture's final latents, with what its PNG will say."""
+    """Each picture's final latents, with what its PNG will say; raises as `check_finite` does."""
+    check_finite(latents)
     for one, row in zip(batch, latents.split(1), strict=True):
         write_latents(one.latents, row, one.text)
+
+
+def check_finite(latents: Tensor) -> None:
+    """Raise a ValueError for latents that no picture can come from."""
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"the model made latents that are not finite, in {latents.dtype}: load it in another dtype "
+            "(--dtype float32), or look whether its weights are whole"
+        )
 
 
 def write_latents(file: Path, latents: Tensor, text: Text) -> None:

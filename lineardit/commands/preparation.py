@@ -72,10 +72,12 @@ def parse_part(text: str | None) -> tuple[int, int]:
     Raises:
         ValueError: the text is nothing of that kind.
     """
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    rank = int(os.environ.get("RANK") or 0) if processes > 1 else 0
     if text is None:
         return rank + 1, processes
     found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
     if found is None or int(found[1]) > int(found[2]):
         raise ValueError(f"--part must be I/N with I from 1 to N, such as 2/8, got {text!r}")
-    return (int(found[1]) - 1) * processes + rank + 1, int(found[2]) * processes
+    part, parts = int(found[1]), int(found[2])
+    return part + parts * rank, parts * processes  # every processes-th shard of this part: others may have fewer

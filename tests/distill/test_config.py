@@ -68,7 +68,7 @@ def test_the_example_is_read() -> None:
         ("optimizer.betas=[0.9]", "optimizer.betas must be a list of float pairs"),
         ("base.dtype=bfloat16", "run.mixed_precision must be bf16 or auto"),
         ("layerwise.steps=-1", "layerwise.steps must be >= 0, got -1"),
-        ("layerwise.lr=0", "layerwise.lr must be > 0, got 0"),
+        ("layerwise.lr=0", "layerwise.lr must be > 0 and finite, got 0"),
         ("layerwise.warmup=-1", "layerwise.warmup must be >= 0, got -1"),
         ("layerwise.stepps=3", "unknown setting layerwise.stepps; did you mean layerwise.steps?"),
         ("schedule.kind=linear", "schedule.kind must be cosine or constant"),

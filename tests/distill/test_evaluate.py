@@ -105,6 +105,32 @@ def test_make_pictures_keeps_latents_that_could_not_be_decoded(
     assert [image.tobytes() for image in again.images] == [image.tobytes() for image in first.images]
 
 
+@pytest.mark.parametrize("damaged", ["000001.png", "000001.safetensors"])
+def test_make_pictures_makes_damaged_files_anew(pipe: FluxPipeline, tmp_path: Path, damaged: str) -> None:
+    first = make_pictures(pipe, THREE, tmp_path, SETTINGS)
+    (file,) = tmp_path.glob(f"*/{damaged}")
+    file.write_bytes(file.read_bytes()[:-30])
+    again = make_pictures(pipe, THREE, tmp_path, SETTINGS)
+    assert [image.size for image in again.images] == [image.size for image in first.images]
+    assert again.images[0].tobytes() == first.images[0].tobytes()
+
+
+def test_make_pictures_refuses_latents_that_are_not_finite(pipe: FluxPipeline, tmp_path: Path) -> None:
+    pipe.transformer.proj_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"latents that are not finite, in torch.float32: load it in another dtype"):
+        make_pictures(pipe, THREE, tmp_path, SETTINGS)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_evaluate_tells_of_a_damaged_report(pipe: FluxPipeline, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"question": {"tea')
+    with pytest.raises(ValueError, match=r"report.json is damaged"):
+        evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS, memory=False)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a report of other teacher, student, prompts, settings"):
+        evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS, memory=False)
+
+
 def test_make_pictures_makes_another_prompts_picture_anew(pipe: FluxPipeline, tmp_path: Path) -> None:
     make_pictures(pipe, THREE, tmp_path, SETTINGS)
     calls = forwards(pipe)

@@ -261,6 +261,66 @@ def test_samples_of_another_teacher_are_told(
         distill(make_config(**made))
 
 
+def test_a_checkpoint_without_its_adapter_is_whole(make_config: MakeConfig) -> None:
+    """People publish adapters."""
+    distill(make_config(run={"steps": 4}))
+    run = Path(make_config().run.directory)
+    shutil.move(run / "step-00000004" / "adapter", run.parent / "mine")
+    from_pretrained(run.parent / "mine")
+    assert latest_checkpoint(run) == (run / "step-00000004", 4)
+
+
+def test_resume_tells_what_it_passes_over_and_writes_it_anew(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(run={"steps": 4})
+    distill(config)
+    run = Path(config.run.directory)
+    (run / "step-00000004" / "checkpoint.json").write_text('{"files": {"trai')
+    shutil.copytree(run / "step-00000002", run / "step-00000002.kept")
+    distill(config, resume=True)
+    assert f"{run / 'step-00000004'} is not whole, and is passed over" in caplog.text
+    assert latest_checkpoint(run) == (run / "step-00000004", 4)
+    assert (run / "step-00000002.kept").is_dir()
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.bin"])
+def test_a_damaged_checkpoint_is_told(name: str, make_config: MakeConfig) -> None:
+    config = make_config(run={"steps": 2})
+    distill(config)
+    file = Path(config.run.directory) / "step-00000002" / name
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ValueError, match=r"step-00000002 is damaged .*: remove it, and the run goes on after"):
+        distill(make_config(run={"steps": 3}), resume=True)
+
+
+def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(make_config(run={"steps": 2}))
+    terms = Trainer.terms
+
+    def broken(self: Trainer, *arguments: Any) -> dict[str, torch.Tensor]:
+        return {name: term * float("nan") for name, term in terms(self, *arguments).items()}
+
+    monkeypatch.setattr(Trainer, "terms", broken)
+    with pytest.raises(
+        DivergedError, match=r"is the first after .*step-00000002, whose weights are bad already: remove"
+    ):
+        distill(make_config(run={"steps": 4}), resume=True)
+
+
+def test_what_accelerate_reads_from_its_environment_changes_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(make_config(run={"steps": 2, "directory": str(tmp_path / "plain")}))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    distill(make_config(run={"steps": 2, "directory": str(tmp_path / "other")}))
+    plain, other = _final(tmp_path / "plain"), _final(tmp_path / "other")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in plain.items())
+
+
 def test_checkpoints_of_different_steps_are_refused(
     make_config: MakeConfig, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +401,7 @@ def test_start_accelerator_counts_processes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"the launcher started 2 processes, accelerate joined 1; launch with"):
         start_accelerator()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
     with pytest.raises(ValueError, match=r"the launcher asks for FSDP, and a distillation holds the whole model"):
         start_accelerator()
 

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_distill import build_tiny
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 from torch import Tensor
 
@@ -69,6 +70,26 @@ def test_from_pretrained_loads_in_the_dtype_asked_for(base: Path, tmp_path: Path
     assert {weight.dtype for name, weight in pipe.transformer.named_parameters() if "kernel" not in name} == {
         torch.bfloat16
     }
+
+
+def test_from_pretrained_without_a_dtype_is_float32_in_every_part(tmp_path: Path) -> None:
+    """Also text encoders that are stored in half precision, which the libraries would leave so."""
+    build_tiny().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "half")
+    linearize_(student, Clear(radius=2))
+    save_adapter(student, tmp_path / "adapter")
+    pipe = from_pretrained(tmp_path / "adapter")
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(parts) > 2
+    assert {part.dtype for part in parts} == {torch.float32}
+    stored = from_pretrained(tmp_path / "adapter", dtype="auto")
+    assert stored.transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "Auto", 16])
+def test_from_pretrained_refuses_what_is_no_dtype(dtype: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype must be a torch.dtype, 'auto' or None, got"):
+        from_pretrained(tmp_path, dtype=dtype)
 
 
 def test_from_pretrained_takes_a_base_that_has_moved(base: Path, tmp_path: Path) -> None:

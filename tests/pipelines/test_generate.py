@@ -92,6 +92,14 @@ def test_generate_saves_latents_before_it_decodes(
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+@pytest.mark.parametrize("cascade", [False, True])
+def test_generate_refuses_latents_that_are_not_finite(pipe: FluxPipeline, tmp_path: Path, cascade: bool) -> None:
+    pipe.transformer.proj_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"latents that are not finite, in torch.float32: load it in another dtype"):
+        generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL, cascade=cascade)
+    assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.safetensors"))
+
+
 def test_generate_goes_on_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
     files = generate(pipe, PROMPTS, tmp_path / "pictures", **CALL)
     stamps = [file.stat().st_mtime_ns for file in files]
