@@ -1,11 +1,12 @@
-"""Registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be here.
+"""Registers, spills, shared memory and narrow loads of the Triton kernels, compiled for GPUs that need not be here.
 
     python benchmarks/kernel_resources.py            compare with the committed table; exit code 1 on growth
     python benchmarks/kernel_resources.py --write    write the table
     python benchmarks/kernel_resources.py --archs 80 86 90 100 120
 
-bfloat16, head dimension 128 (FLUX). For each architecture the first tiles that fit into its shared memory, as at run
-time. The numbers depend on the version of Triton, which the table names; another version is compared with nothing.
+bfloat16, head dimension 128 (FLUX.1), the forward also 72 (PixArt), where heads do not lie at multiples of 16 elements.
+For each architecture the first tiles that fit into its shared memory, as at run time. The numbers depend on the version
+of Triton, which the table names; another version is compared with nothing.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from lineardit.kernels.focus.triton_focus import (
     warps_of_queries,
 )
 from lineardit.kernels.focus.triton_focus import candidates as focus_candidates
-from lineardit.kernels.pieces.launch import block_d
+from lineardit.kernels.pieces.launch import STRIDE_UNIT, block_d
 from lineardit.kernels.window import triton_kernels as kernels
 from lineardit.kernels.window.triton_window import BACKWARD_TILES, FORWARD_TILES, Tiles, candidates
 
@@ -49,7 +50,8 @@ SHARED_MEMORY = {
 }  # bytes a program may take
 DEFAULT_ARCHS = (80, 86, 90)
 HEAD_DIM = 128
-MEASURES = ("registers", "stack_bytes", "shared_bytes")
+ODD_HEAD_DIM = 72
+MEASURES = ("registers", "stack_bytes", "shared_bytes", "narrow_loads")
 POINTERS = {
     "*fp32": {"LSE", "DELTA", "SHARES"},
     "*i8": {"HIDDEN"},
@@ -85,14 +87,16 @@ def argument_type(kernel: Any, name: str) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
-def compile_for(kernel: Any, blocks: dict[str, int], options: Tiles | Blocks, arch: int) -> dict[str, int]:
-    """Registers a thread, bytes of stack (spills) a thread, bytes of shared memory a program."""
+def compile_for(
+    kernel: Any, blocks: dict[str, int], options: Tiles | Blocks, arch: int, head_dim: int = HEAD_DIM
+) -> dict[str, int]:
+    """Registers a thread, bytes of stack (spills) a thread, bytes of shared memory a program, loads of 1 or 2 bytes."""
     names = kernel.arg_names
-    every = {**blocks, "HEAD_DIM": HEAD_DIM, "BLOCK_D": block_d(HEAD_DIM), "PRECISION": "ieee"}
+    every = {**blocks, "HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "PRECISION": "ieee", "UNIT": STRIDE_UNIT}
     fixed = {name: value for name, value in every.items() if name in names}
     signature = {name: "constexpr" if name in fixed else argument_type(kernel, name) for name in names}
     aligned = [
-        i for i, name in enumerate(names) if signature[name].startswith("*") or re.fullmatch(r"[a-z]+_[bhn]", name)
+        i for i, name in enumerate(names) if signature[name].startswith("*") or re.fullmatch(r"[a-z]+_[bn]", name)
     ]  # pointers and strides of tensors as diffusers lays them out
     aligned += [names.index(name) for name in ("num_cells",) if name in names]  # 1024, 256
     source = ASTSource(
@@ -104,7 +108,8 @@ def compile_for(kernel: Any, blocks: dict[str, int], options: Tiles | Blocks, ar
     launch = {"num_warps": options.num_warps, "num_stages": options.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
     registers, stack = cubin_usage(compiled.asm["cubin"])
-    return dict(zip(MEASURES, (registers, stack, compiled.metadata.shared), strict=True))
+    narrow = len(re.findall(r"\bld\.global\S*\.b(?:8|16)\s", compiled.asm["ptx"]))
+    return dict(zip(MEASURES, (registers, stack, compiled.metadata.shared, narrow), strict=True))
 
 
 def cubin_usage(cubin: bytes) -> tuple[int, int]:
@@ -135,6 +140,9 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
             shape = f"q{tiles.query[0]}x{tiles.query[1]} k{tiles.key[0]}x{tiles.key[1]}"
             rows[f"sm_{arch} {name}"] = {"tiles": f"{shape} w{tiles.num_warps} s{tiles.num_stages}", **usage}
             report(f"sm_{arch} {name:20} {rows[f'sm_{arch} {name}']}")
+    tiles = FORWARD_TILES[0]
+    usage = compile_for(kernels.window_forward, tile_constants(tiles), tiles, arch, ODD_HEAD_DIM)
+    rows[f"sm_{arch} window_forward, head dimension {ODD_HEAD_DIM}"] = {"tiles": "the largest", **usage}
     for side in FOCUS_SIDES:
         for name, row in focus_rows(side, arch, report).items():
             rows[f"sm_{arch} {name}, {side} x {side} queries"] = row

@@ -187,13 +187,15 @@ def triton_forward(
     call = _prepare(inputs, grid, window, side, scale, count)
     batch, num_heads, num_tokens, _ = out.shape
     lse = out.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
+    strided, unit = with_strides(*call.inputs, out)
     with device_of(out):
         kernels.focus_forward[(call.chosen.shape[2] * batch * num_heads,)](
-            *with_strides(*call.inputs, out),
+            *strided,
             lse,
             *call.lists,
             *(num_heads, batch * num_heads, *call.counts),
             scale,
+            UNIT=unit,
             **call.constants(blocks),
         )
     return lse, call.chosen
@@ -221,13 +223,15 @@ def triton_backward(
     delta = torch.zeros_like(lse)  # the kernel takes the gradient of lse from here, and leaves there what others need
     if grad_lse is not None:
         delta.copy_(grad_lse)
+    strided, unit = with_strides(grad_out, *call.inputs, out, grad_query)
     with device_of(query):
         kernels.focus_grad_query[(chosen.shape[2] * batch * num_heads,)](
-            *with_strides(grad_out, *call.inputs, out, grad_query),
+            *strided,
             *(lse, delta),
             *call.lists,
             *(num_heads, batch * num_heads, *call.counts),
             scale,
+            UNIT=unit,
             **call.constants(replace(blocks, num_warps=warps_of_queries(side))),
         )
         of_keys = _cell_gradients(grad_out, lse, delta, call, blocks)
@@ -249,13 +253,15 @@ def _cell_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, b
     disjoint = places.shape[1] == 1
     size = (batch, num_heads, places.shape[0] if disjoint else call.tables.cells.numel(), query.shape[3])
     grads = [query.new_empty(size, dtype=query.dtype if disjoint else torch.float32) for _ in range(2)]
+    strided, unit = with_strides(grad_out, query, key, value)
     kernels.focus_grad_cell[call.num_cells, batch * num_heads, triton.cdiv(cell_len, keys)](
-        *with_strides(grad_out, query, key, value),
+        *strided,
         *(*grads, lse, delta),
         *(call.tables.tiles, call.tables.cells, call.plan.shares),
         *(choosers.int(), first, *call.tables.distances),
         *(num_heads, *call.counts),
         call.scale,
+        UNIT=unit,
         BLOCK_ROWS=BLOCK_ROWS,
         DISJOINT=disjoint,
         **call.constants(blocks),
@@ -279,12 +285,14 @@ def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, 
     num_blocks = triton.cdiv(num_cells, blocks.keys)
     splits, split_len = split(call.tables.tiles.numel(), BLOCK_ROWS, num_blocks * batch * num_heads, query.device)
     partial = query.new_empty(2, splits, batch, num_heads, num_cells, head_dim, dtype=torch.float32)
+    strided, unit = with_strides(grad_out, query, proxy_key, proxy_value)
     kernels.focus_grad_proxy[num_blocks, batch * num_heads, splits](
-        *with_strides(grad_out, query, proxy_key, proxy_value),
+        *strided,
         *(*partial, lse, delta),
         *(call.tables.tiles, call.rest, call.hidden),
         *(num_heads, call.chosen.shape[2], query.shape[2], num_cells, split_len),
         call.scale,
+        UNIT=unit,
         BLOCK_ROWS=BLOCK_ROWS,
         **call.constants(blocks),
     )

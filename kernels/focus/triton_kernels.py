@@ -13,8 +13,8 @@ The gradients of keys have programs that own proxies, and go over a part of all 
 a cell, and go over the tiles that chose it. What several programs add up to is summed afterwards: no atomics.
 
 Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
-Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token; the last axis has
-stride 1. Sums are float32.
+Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token, in units of UNIT elements;
+the last axis has stride 1. Sums are float32.
 """
 
 import triton
@@ -93,20 +93,23 @@ def focus_forward(
     num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """out and log-sum-exp of one tile of queries, one head; `num_batch_heads` is B * H."""
+    q_n, k_n, v_n, pk_n, pv_n, out_n = q_n * UNIT, k_n * UNIT, v_n * UNIT, pk_n * UNIT, pv_n * UNIT, out_n * UNIT
     i_both, i_tile = tl.program_id(0) % num_batch_heads, tl.program_id(0) // num_batch_heads
     i_batch, i_head = i_both // num_heads, i_both % num_heads
-    p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
-    p_pk, p_pv = head_of(PROXY_K, i_batch, i_head, pk_b, pk_h), head_of(PROXY_V, i_batch, i_head, pv_b, pv_h)
+    p_k = head_of(K, i_batch, i_head, k_b, k_h, UNIT)
+    p_v = head_of(V, i_batch, i_head, v_b, v_h, UNIT)
+    p_pk = head_of(PROXY_K, i_batch, i_head, pk_b, pk_h, UNIT)
+    p_pv = head_of(PROXY_V, i_batch, i_head, pv_b, pv_h, UNIT)
     o_tile = i_both.to(tl.int64) * num_tiles + i_tile
     p_chosen, p_hidden = CHOSEN + o_tile * num_chosen, HIDDEN + o_tile * num_cells
 
     queries = tl.load(TILES + i_tile * BLOCK_Q + tl.arange(0, BLOCK_Q))
     exists = queries >= 0
     queries = tl.maximum(queries, 0)
-    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h, UNIT), queries, q_n, HEAD_DIM, BLOCK_D)
     b_acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_Q], FLOOR, tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
@@ -143,7 +146,7 @@ def focus_forward(
         b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
 
     b_out = b_acc / b_sum[:, None]
-    store_rows(head_of(OUT, i_batch, i_head, out_b, out_h), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
+    store_rows(head_of(OUT, i_batch, i_head, out_b, out_h, UNIT), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
     tl.store(LSE + i_both.to(tl.int64) * num_tokens + queries, (b_max + tl.log2(b_sum)) / LOG2_E, mask=exists)
 
 
@@ -162,22 +165,34 @@ def focus_grad_query(
     num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum_j ds_j k_j of one tile of queries, with p = exp(s - lse), ds = p (dout . v - delta)."""
+    do_n, q_n, k_n, v_n, pk_n, pv_n, out_n, dq_n = (
+        do_n * UNIT,
+        q_n * UNIT,
+        k_n * UNIT,
+        v_n * UNIT,
+        pk_n * UNIT,
+        pv_n * UNIT,
+        out_n * UNIT,
+        dq_n * UNIT,
+    )
     i_both, i_tile = tl.program_id(0) % num_batch_heads, tl.program_id(0) // num_batch_heads
     i_batch, i_head = i_both // num_heads, i_both % num_heads
-    p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
-    p_pk, p_pv = head_of(PROXY_K, i_batch, i_head, pk_b, pk_h), head_of(PROXY_V, i_batch, i_head, pv_b, pv_h)
+    p_k = head_of(K, i_batch, i_head, k_b, k_h, UNIT)
+    p_v = head_of(V, i_batch, i_head, v_b, v_h, UNIT)
+    p_pk = head_of(PROXY_K, i_batch, i_head, pk_b, pk_h, UNIT)
+    p_pv = head_of(PROXY_V, i_batch, i_head, pv_b, pv_h, UNIT)
     o_tile = i_both.to(tl.int64) * num_tiles + i_tile
     p_chosen, p_hidden = CHOSEN + o_tile * num_chosen, HIDDEN + o_tile * num_cells
 
     queries = tl.load(TILES + i_tile * BLOCK_Q + tl.arange(0, BLOCK_Q))
     exists = queries >= 0
     queries = tl.maximum(queries, 0)
-    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
-    b_do = load_rows(head_of(GRAD_OUT, i_batch, i_head, do_b, do_h), queries, do_n, HEAD_DIM, BLOCK_D)
-    b_out = load_rows(head_of(OUT, i_batch, i_head, out_b, out_h), queries, out_n, HEAD_DIM, BLOCK_D)
+    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h, UNIT), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_do = load_rows(head_of(GRAD_OUT, i_batch, i_head, do_b, do_h, UNIT), queries, do_n, HEAD_DIM, BLOCK_D)
+    b_out = load_rows(head_of(OUT, i_batch, i_head, out_b, out_h, UNIT), queries, out_n, HEAD_DIM, BLOCK_D)
     o_lse = i_both.to(tl.int64) * num_tokens
     grad_lse = tl.load(DELTA + o_lse + queries, mask=exists, other=0.0)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - grad_lse
@@ -216,7 +231,7 @@ def focus_grad_query(
         b_s += tl.where(near & (b_share > EXCLUDED)[None, :], UNSEEN * LOG2_E, b_share[None, :])
         b_dq = query_gradient(b_do, b_k, b_v, tl.exp2(b_s - b_lse), b_delta, b_dq, PRECISION)
 
-    p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h)
+    p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h, UNIT)
     store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
 
 
@@ -231,19 +246,21 @@ def focus_grad_proxy(
     num_heads, num_tiles, num_tokens, num_cells, split_len,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of proxies, over `split_len` places of tiles: a multiple of BLOCK_ROWS."""
+    do_n, q_n, pk_n, pv_n = do_n * UNIT, q_n * UNIT, pk_n * UNIT, pv_n * UNIT
     i_block, i_both, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_batch, i_head = i_both // num_heads, i_both % num_heads
-    p_q, p_do = head_of(Q, i_batch, i_head, q_b, q_h), head_of(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    p_q = head_of(Q, i_batch, i_head, q_b, q_h, UNIT)
+    p_do = head_of(GRAD_OUT, i_batch, i_head, do_b, do_h, UNIT)
     o_lse = i_both.to(tl.int64) * num_tokens
 
     i_cell = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     there = i_cell < num_cells
     cells = tl.minimum(i_cell, num_cells - 1)
-    b_k = load_rows(head_of(PROXY_K, i_batch, i_head, pk_b, pk_h), cells, pk_n, HEAD_DIM, BLOCK_D)
-    b_v = load_rows(head_of(PROXY_V, i_batch, i_head, pv_b, pv_h), cells, pv_n, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(head_of(PROXY_K, i_batch, i_head, pk_b, pk_h, UNIT), cells, pk_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(head_of(PROXY_V, i_batch, i_head, pv_b, pv_h, UNIT), cells, pv_n, HEAD_DIM, BLOCK_D)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
@@ -282,12 +299,14 @@ def focus_grad_cell(
     num_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, DISJOINT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_K tokens of one cell, over the queries of the tiles that chose it."""
+    do_n, q_n, k_n, v_n = do_n * UNIT, q_n * UNIT, k_n * UNIT, v_n * UNIT
     i_cell, i_both, i_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_batch, i_head = i_both // num_heads, i_both % num_heads
-    p_q, p_do = head_of(Q, i_batch, i_head, q_b, q_h), head_of(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    p_q = head_of(Q, i_batch, i_head, q_b, q_h, UNIT)
+    p_do = head_of(GRAD_OUT, i_batch, i_head, do_b, do_h, UNIT)
     o_lse = i_both.to(tl.int64) * num_tokens
     p_choosers = CHOOSERS + i_both.to(tl.int64) * num_tiles * num_chosen
 
@@ -295,8 +314,8 @@ def focus_grad_cell(
     slots = tl.minimum(i_slot, cell_len - 1)
     keys = tl.load(CELLS + i_cell * cell_len + slots)
     b_share = tl.load(SHARES + i_cell * cell_len + slots) * LOG2_E
-    b_k = load_rows(head_of(K, i_batch, i_head, k_b, k_h), keys, k_n, HEAD_DIM, BLOCK_D)
-    b_v = load_rows(head_of(V, i_batch, i_head, v_b, v_h), keys, v_n, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(head_of(K, i_batch, i_head, k_b, k_h, UNIT), keys, k_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(head_of(V, i_batch, i_head, v_b, v_h, UNIT), keys, v_n, HEAD_DIM, BLOCK_D)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 

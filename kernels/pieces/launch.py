@@ -13,9 +13,24 @@ def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def with_strides(*tensors: Tensor) -> list[Any]:
-    """Each tensor and its strides over batch, head and token."""
-    return [item for tensor in tensors for item in (tensor, *tensor.stride()[:3])]
+STRIDE_UNIT = 8  # elements of half precision are 16 bytes, the most that a thread loads at once
+
+
+def with_strides(*tensors: Tensor) -> tuple[list[Any], int]:
+    """Each tensor and its strides over batch, head and token, in units of the second: 8 elements if all are multiples.
+
+    Triton by itself asks whether a stride is a multiple of 16. That between heads of dimension 40 or 72 is not, and
+    rows would be loaded 2 bytes at a time.
+    """
+    strides = [[step if size > 1 else 0 for step, size in zip(one.stride(), one.shape, strict=True)] for one in tensors]
+    aligned = all(step % STRIDE_UNIT == 0 for steps in strides for step in steps[:3])
+    unit = STRIDE_UNIT if aligned else 1
+    arguments = [
+        item
+        for tensor, steps in zip(tensors, strides, strict=True)
+        for item in (tensor, *(step // unit for step in steps[:3]))
+    ]
+    return arguments, unit
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ def store_rows(p_base, tokens, stride, rows, exists, HEAD_DIM: tl.constexpr, BLO
 
 
 @triton.jit
-def head_of(pointer, i_batch, i_head, batch_stride, head_stride):
-    """Pointer to token 0 of one head."""
-    return pointer + i_batch.to(tl.int64) * batch_stride + i_head.to(tl.int64) * head_stride
+def head_of(pointer, i_batch, i_head, batch_stride, head_stride, UNIT: tl.constexpr):
+    """Pointer to token 0 of one head; strides in units of so many elements."""
+    return pointer + (i_batch.to(tl.int64) * batch_stride + i_head.to(tl.int64) * head_stride) * UNIT
 
 
 @triton.jit

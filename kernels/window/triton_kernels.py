@@ -10,8 +10,9 @@ Triton can load ahead: first the tiles that every query sees whole, then those r
             one word for each block stands for all queries
 
 Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
-Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token; the last axis has
-stride 1. Offsets into them are 64-bit. The lists are those of `Entries` in triton_window.py. Sums are float32.
+Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token, in units of UNIT elements;
+the last axis has stride 1. Offsets into them are 64-bit. The lists are those of `Entries` in triton_window.py. Sums are
+float32.
 """
 
 import triton
@@ -121,19 +122,22 @@ def window_forward(
     num_heads, height, width, num_tokens, num_shared, shared_whole, list_len,
     scale,
     Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, K_ROWS: tl.constexpr, K_COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """out and log-sum-exp of one tile of queries, one head."""
+    q_n, k_n, v_n, sk_n, sv_n, out_n = q_n * UNIT, k_n * UNIT, v_n * UNIT, sk_n * UNIT, sv_n * UNIT, out_n * UNIT
     BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
     BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
-    p_sk, p_sv = head_of(SHARED_K, i_batch, i_head, sk_b, sk_h), head_of(SHARED_V, i_batch, i_head, sv_b, sv_h)
+    p_k = head_of(K, i_batch, i_head, k_b, k_h, UNIT)
+    p_v = head_of(V, i_batch, i_head, v_b, v_h, UNIT)
+    p_sk = head_of(SHARED_K, i_batch, i_head, sk_b, sk_h, UNIT)
+    p_sv = head_of(SHARED_V, i_batch, i_head, sv_b, sv_h, UNIT)
     last = num_tokens - 1
 
     corner = tl.load(QUERY_CORNERS + i_tile)
     queries = _tile_tokens(corner, width, last, Q_ROWS, Q_COLUMNS)
-    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h, UNIT), queries, q_n, HEAD_DIM, BLOCK_D)
     b_acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_Q], FLOOR, tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
@@ -161,7 +165,7 @@ def window_forward(
     exists = _tile_exists(corner, height, width, Q_ROWS, Q_COLUMNS)
     b_sum = tl.where(exists, b_sum, 1.0)  # a slot beyond the edge may have seen nothing
     b_out = b_acc / b_sum[:, None]
-    store_rows(head_of(OUT, i_batch, i_head, out_b, out_h), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
+    store_rows(head_of(OUT, i_batch, i_head, out_b, out_h, UNIT), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
     tl.store(LSE + o_lse + queries, (b_max + tl.log2(b_sum)) / LOG2_E, mask=exists)
 
@@ -181,22 +185,34 @@ def window_grad_query(
     num_heads, height, width, num_tokens, num_shared, shared_whole, list_len,
     scale,
     Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, K_ROWS: tl.constexpr, K_COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum_j ds_j k_j of one tile of queries, with p = exp(s - lse), ds = p (dout . v - delta)."""
+    do_n, q_n, k_n, v_n, sk_n, sv_n, out_n, dq_n = (
+        do_n * UNIT,
+        q_n * UNIT,
+        k_n * UNIT,
+        v_n * UNIT,
+        sk_n * UNIT,
+        sv_n * UNIT,
+        out_n * UNIT,
+        dq_n * UNIT,
+    )
     BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
     BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    p_k, p_v = head_of(K, i_batch, i_head, k_b, k_h), head_of(V, i_batch, i_head, v_b, v_h)
-    p_sk, p_sv = head_of(SHARED_K, i_batch, i_head, sk_b, sk_h), head_of(SHARED_V, i_batch, i_head, sv_b, sv_h)
+    p_k = head_of(K, i_batch, i_head, k_b, k_h, UNIT)
+    p_v = head_of(V, i_batch, i_head, v_b, v_h, UNIT)
+    p_sk = head_of(SHARED_K, i_batch, i_head, sk_b, sk_h, UNIT)
+    p_sv = head_of(SHARED_V, i_batch, i_head, sv_b, sv_h, UNIT)
     last = num_tokens - 1
 
     corner = tl.load(QUERY_CORNERS + i_tile)
     queries = _tile_tokens(corner, width, last, Q_ROWS, Q_COLUMNS)
     exists = _tile_exists(corner, height, width, Q_ROWS, Q_COLUMNS)
-    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h), queries, q_n, HEAD_DIM, BLOCK_D)
-    b_do = load_rows(head_of(GRAD_OUT, i_batch, i_head, do_b, do_h), queries, do_n, HEAD_DIM, BLOCK_D)
-    b_out = load_rows(head_of(OUT, i_batch, i_head, out_b, out_h), queries, out_n, HEAD_DIM, BLOCK_D)
+    b_q = load_rows(head_of(Q, i_batch, i_head, q_b, q_h, UNIT), queries, q_n, HEAD_DIM, BLOCK_D)
+    b_do = load_rows(head_of(GRAD_OUT, i_batch, i_head, do_b, do_h, UNIT), queries, do_n, HEAD_DIM, BLOCK_D)
+    b_out = load_rows(head_of(OUT, i_batch, i_head, out_b, out_h, UNIT), queries, out_n, HEAD_DIM, BLOCK_D)
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - tl.load(DELTA + o_lse + queries)
     tl.store(DELTA + o_lse + queries, b_delta, mask=exists)
@@ -224,7 +240,7 @@ def window_grad_query(
         b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
         b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
-    p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h)
+    p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h, UNIT)
     store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
 
 
@@ -241,20 +257,22 @@ def window_grad_key(
     num_heads, height, width, num_tokens, list_len,
     scale,
     Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, K_ROWS: tl.constexpr, K_COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dk = scale * sum_i ds_i q_i and dv = sum_i p_i dout_i of one tile of keys, over the queries that see it."""
+    do_n, q_n, k_n, v_n, dk_n, dv_n = do_n * UNIT, q_n * UNIT, k_n * UNIT, v_n * UNIT, dk_n * UNIT, dv_n * UNIT
     BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
     BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    p_q, p_do = head_of(Q, i_batch, i_head, q_b, q_h), head_of(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    p_q = head_of(Q, i_batch, i_head, q_b, q_h, UNIT)
+    p_do = head_of(GRAD_OUT, i_batch, i_head, do_b, do_h, UNIT)
     last = num_tokens - 1
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
 
     corner = tl.load(KEY_CORNERS + i_tile)
     keys = _tile_tokens(corner, width, last, K_ROWS, K_COLUMNS)
-    b_k = load_rows(head_of(K, i_batch, i_head, k_b, k_h), keys, k_n, HEAD_DIM, BLOCK_D)
-    b_v = load_rows(head_of(V, i_batch, i_head, v_b, v_h), keys, v_n, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(head_of(K, i_batch, i_head, k_b, k_h, UNIT), keys, k_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(head_of(V, i_batch, i_head, v_b, v_h, UNIT), keys, v_n, HEAD_DIM, BLOCK_D)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
@@ -271,7 +289,8 @@ def window_grad_key(
         b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     exists = _tile_exists(corner, height, width, K_ROWS, K_COLUMNS)
-    p_dk, p_dv = head_of(GRAD_K, i_batch, i_head, dk_b, dk_h), head_of(GRAD_V, i_batch, i_head, dv_b, dv_h)
+    p_dk = head_of(GRAD_K, i_batch, i_head, dk_b, dk_h, UNIT)
+    p_dv = head_of(GRAD_V, i_batch, i_head, dv_b, dv_h, UNIT)
     store_rows(p_dk, keys, dk_n, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
     store_rows(p_dv, keys, dv_n, b_dv, exists, HEAD_DIM, BLOCK_D)
 
@@ -287,18 +306,20 @@ def window_grad_shared(
     num_heads, num_tokens, num_shared, split_len,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of shared keys, over `split_len` image queries: a multiple of BLOCK_Q."""
+    do_n, q_n, sk_n, sv_n = do_n * UNIT, q_n * UNIT, sk_n * UNIT, sv_n * UNIT
     i_block, i_split = tl.program_id(0), tl.program_id(2)
     i_batch, i_head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    p_q, p_do = head_of(Q, i_batch, i_head, q_b, q_h), head_of(GRAD_OUT, i_batch, i_head, do_b, do_h)
+    p_q = head_of(Q, i_batch, i_head, q_b, q_h, UNIT)
+    p_do = head_of(GRAD_OUT, i_batch, i_head, do_b, do_h, UNIT)
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
 
     slots = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     keys = tl.minimum(slots, num_shared - 1)
-    b_k = load_rows(head_of(SHARED_K, i_batch, i_head, sk_b, sk_h), keys, sk_n, HEAD_DIM, BLOCK_D)
-    b_v = load_rows(head_of(SHARED_V, i_batch, i_head, sv_b, sv_h), keys, sv_n, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(head_of(SHARED_K, i_batch, i_head, sk_b, sk_h, UNIT), keys, sk_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(head_of(SHARED_V, i_batch, i_head, sv_b, sv_h, UNIT), keys, sv_n, HEAD_DIM, BLOCK_D)
     word = tl.load(SHARED_WORDS + i_batch * tl.cdiv(num_shared, BLOCK_K) + i_block)
     seen = ((word >> tl.arange(0, BLOCK_K)) & 1) != 0
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)

@@ -180,14 +180,16 @@ def triton_forward(
     lse = out.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
     tiled, lists = launch.window, launch.window.by_query
     with device_of(out):
+        strided, unit = with_strides(*tensors, out)
         kernels.window_forward[len(lists.counts), batch * num_heads](
-            *with_strides(*tensors, out),
+            *strided,
             lse,
             *(lists.corners, lists.listed, lists.mask_ids, lists.counts, tiled.inside),
             *(tiled.words, launch.shared_words),
             *(num_heads, *grid[-2:], num_tokens, inputs.shared_key.shape[2], launch.shared_whole),
             lists.listed.shape[1],
             scale,
+            UNIT=unit,
             **_tile_constants(tiled),
             **launch.constants,
         )
@@ -217,23 +219,27 @@ def triton_backward(
     tiled, lists, by_key = launch.window, launch.window.by_query, launch.window.by_key
     tile_constants = _tile_constants(tiled)
     with device_of(query):
+        strided, unit = with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0])
         kernels.window_grad_query[len(lists.counts), batch * num_heads](
-            *with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0]),
+            *strided,
             *(lse, delta),
             *(lists.corners, lists.listed, lists.mask_ids, lists.counts, tiled.inside),
             *(tiled.words, launch.shared_words),
             *(num_heads, *grid[-2:], num_tokens, shared_key.shape[2], launch.shared_whole),
             lists.listed.shape[1],
             scale,
+            UNIT=unit,
             **tile_constants,
             **launch.constants,
         )
+        strided, unit = with_strides(grad_out, query, key, value, *grads[1:])
         kernels.window_grad_key[len(by_key.counts), batch * num_heads](
-            *with_strides(grad_out, query, key, value, *grads[1:]),
+            *strided,
             *(lse, delta),
             *(by_key.corners, by_key.listed, by_key.mask_ids, by_key.counts, tiled.words),
             *(num_heads, *grid[-2:], num_tokens, by_key.listed.shape[1]),
             scale,
+            UNIT=unit,
             **tile_constants,
             **launch.constants,
         )
@@ -261,11 +267,13 @@ def _shared_gradients(
     blocks = triton.cdiv(num_shared, block_k)
     splits, split_len = split(num_tokens, block_q, blocks * batch * num_heads, query.device)
     partial = query.new_empty(2, splits, batch, num_heads, num_shared, head_dim, dtype=torch.float32)
+    strided, unit = with_strides(grad_out, query, shared_key, shared_value)
     kernels.window_grad_shared[blocks, batch * num_heads, splits](
-        *with_strides(grad_out, query, shared_key, shared_value),
+        *strided,
         *(*partial, lse, delta, launch.shared_words),
         *(num_heads, num_tokens, num_shared, split_len),
         scale,
+        UNIT=unit,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
         **launch.constants,

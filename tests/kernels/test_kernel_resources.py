@@ -36,7 +36,7 @@ def test_growth_names_what_grew():
     spec = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    row = {"tiles": "q8x16 k8x8 w8 s2", "registers": 200, "stack_bytes": 0, "shared_bytes": 1000}
+    row = {"tiles": "q8x16 k8x8 w8 s2", "registers": 200, "stack_bytes": 0, "shared_bytes": 1000, "narrow_loads": 0}
     assert module.growth({"a": row}, {"a": row}) == []
     assert module.growth({"a": {**row, "registers": 100}}, {"a": row}) == []
     assert module.growth({"a": {**row, "stack_bytes": 8}}, {"a": row}) == ["a: stack_bytes 8, in the table 0"]

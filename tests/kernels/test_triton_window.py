@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
+from lineardit.kernels.pieces.launch import with_strides
 from lineardit.kernels.pieces.trial import device_seconds, fastest_that_fits, first_that_fits
 from lineardit.kernels.window import operator, triton_probe, triton_window
 from lineardit.kernels.window.lists import circle_lists, mask_words, swapped
@@ -150,6 +151,24 @@ def test_first_that_fits_takes_the_next_smaller_tiles(problem):
         first_that_fits(list(FORWARD_TILES), lambda _: (_ for _ in ()).throw(RuntimeError("illegal memory access")))
     with pytest.raises(RuntimeError, match="differs from the reference"):
         first_that_fits(list(FORWARD_TILES), lambda _: 0.3)
+
+
+@pytest.mark.parametrize(
+    "shape, unit, strides",
+    [
+        ((2, 7, 16, 72), 8, [7 * 16 * 9, 9, 16 * 9]),  # PixArt's heads, token by token
+        ((1, 7, 16, 72), 8, [0, 9, 16 * 9]),  # nobody asks for the second picture
+        ((2, 7, 3, 20), 1, [7 * 3 * 20, 20, 3 * 20]),
+    ],
+)
+def test_with_strides_counts_in_16_bytes_where_it_can(shape, unit, strides):
+    tensor = torch.empty(shape).transpose(1, 2)
+    assert with_strides(tensor, tensor) == ([tensor, *strides] * 2, unit)
+    odd = torch.empty(1, 2, 3, 5)
+    assert with_strides(tensor, odd)[1] == 1
+    assert with_strides(tensor, odd)[0][1:4] == [
+        step if size > 1 else 0 for step, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
