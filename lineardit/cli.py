@@ -4,8 +4,10 @@ Commands import what they need when they run, so that `--help` answers without l
 """
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -86,7 +88,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2."""
     try:
-        return app(args=list(arguments) or ["--help"], prog_name="lineardit", standalone_mode=False) or 0
+        return (
+            app(args=[_at_home(word) for word in arguments] or ["--help"], prog_name="lineardit", standalone_mode=False)
+            or 0
+        )
     except typer.TyperException as error:
         message, exit_code = _with_what_is_allowed(error), error.exit_code
     except (ValueError, OSError) as error:
@@ -99,6 +104,11 @@ def run(arguments: Sequence[str]) -> int:
         message, exit_code = f"out of memory: {error}; {LESS_MEMORY}", 1
     print(f"lineardit: {' '.join(message.split())}", file=sys.stderr)
     return exit_code
+
+
+def _at_home(word: str) -> str:
+    """An argument whose path begins with `~/`; shells leave those after an equals sign."""
+    return re.sub(r"^(--[\w-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{Path.home()}", word)
 
 
 def main() -> None:

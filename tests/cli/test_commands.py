@@ -38,6 +38,14 @@ def test_split_arguments_takes_fields_wherever_they_stand(
     assert split_arguments(arguments, {"radius", "pool_size"}) == (options, others)
 
 
+def test_a_path_under_home_is_found_behind_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(["prepare", "base", "--prompts=~/none.txt", "-o", "~/samples"]) == 2
+    assert str(tmp_path / "none.txt") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rest", [["-o", "out"], ["--overwrite"], []])
 def test_split_arguments_refuses_an_option_without_its_value(rest: list[str]) -> None:
     with pytest.raises(ValueError, match="option --radius needs a value"):
