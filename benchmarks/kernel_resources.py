@@ -95,10 +95,7 @@ def compile_for(
     every = {**blocks, "HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "PRECISION": "ieee", "UNIT": STRIDE_UNIT}
     fixed = {name: value for name, value in every.items() if name in names}
     signature = {name: "constexpr" if name in fixed else argument_type(kernel, name) for name in names}
-    aligned = [
-        i for i, name in enumerate(names) if signature[name].startswith("*") or re.fullmatch(r"[a-z]+_[bn]", name)
-    ]  # pointers and strides of tensors as diffusers lays them out
-    aligned += [names.index(name) for name in ("num_cells",) if name in names]  # 1024, 256
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name == "num_cells"]
     source = ASTSource(
         fn=kernel,
         signature=signature,

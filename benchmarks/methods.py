@@ -14,7 +14,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from typing import Any
 
 from flux_layer import flops, local_of_equal_flops, title
 from marks_report import Row
-from methods_files import read_table, write_row, write_table
+from methods_files import read_table, write_proposals, write_row, write_table
 from methods_report import MethodRow, Table, as_markdown, folder_name
 from scene_students import ScenePlan, SceneStudents
 
@@ -145,7 +145,8 @@ class MethodTable(SceneStudents):
                 table = read_table(results, table)  # another process may have made others
                 write_table(results, table)
         if table.proposals is None and only(PROPOSALS):
-            table = replace(table, proposals=self.proposals())
+            write_proposals(results, table, self.proposals())
+        table = read_table(results, table)
         write_table(results, table)
         return table
 
@@ -290,13 +291,14 @@ def main() -> None:
     table = MethodTable(path(), directory, plan)
     results = options.results or (directory / "results" if options.quick else RESULTS)
     globs = options.only or ["*"]
-    titles = [*map(title, METHODS), *(title(local_of_equal_flops(one)) for one in METHODS if type(one) is Hybrid)]
+    methods = QUICK if options.quick else METHODS
+    titles = [*map(title, methods), *(title(local_of_equal_flops(one)) for one in methods if type(one) is Hybrid)]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in (*titles, PROPOSALS)):
             parser.error(f"--only {glob!r} is none of: {PROPOSALS}; {'; '.join(titles)}")
     for count in range(1, min(options.seeds, len(plan.seeds)) + 1):
         made = table.run(
-            QUICK if options.quick else METHODS,
+            methods,
             plan.seeds[:count],
             results,
             lambda name: any(fnmatchcase(name, glob) for glob in globs),

@@ -15,6 +15,8 @@ from lineardit.distill.files import write_json
 from lineardit.distill.metrics import Interval
 from lineardit.linearize.folders import write_whole
 
+PROPOSALS = "methods/proposals.json"
+
 
 def write_row(results: Path, table: Table, row: MethodRow, images: Sequence[Image.Image]) -> None:
     """A row in a file of its own, and pictures of its first student side by side."""
@@ -27,16 +29,21 @@ def write_row(results: Path, table: Table, row: MethodRow, images: Sequence[Imag
     write_json(path.with_suffix(".json"), {"plan": table.plan, "row": asdict(row)})
 
 
+def write_proposals(results: Path, table: Table, pairs: Sequence[tuple[Row, Row]]) -> None:
+    """In a file of their own as well."""
+    path = results / PROPOSALS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"plan": table.plan, "proposals": [[asdict(one) for one in pair] for pair in pairs]})
+
+
 def write_table(results: Path, table: Table) -> None:
     """methods.json, methods.md and methods.png."""
     results.mkdir(parents=True, exist_ok=True)
-    proposals = None if table.proposals is None else [[asdict(one) for one in pair] for pair in table.proposals]
     content = {
         "plan": table.plan,
         "teacher": asdict(table.teacher),
         "marks": [asdict(mark) for mark in table.marks()],
         "rows": [asdict(row) for row in table.ordered()],
-        "proposals": proposals,
     }
     write_json(results / "methods.json", content)
     plot(table.teacher, table.ordered(), results / "methods.png")
@@ -50,12 +57,12 @@ def read_table(results: Path, empty: Table) -> Table:
         ValueError: something there is of another plan.
     """
     rows: dict[str, MethodRow] = {}
-    for file in sorted(results.glob("methods/*.json")):
+    for file in sorted(set(results.glob("methods/*.json")) - {results / PROPOSALS}):
         entry = _of_plan(file, empty.plan)["row"]
         students = tuple(map(_row, entry["students"]))
         rows[entry["name"]] = MethodRow(**entry | {"untrained": _row(entry["untrained"]), "students": students})
-    last = results / "methods.json"
-    pairs = _of_plan(last, empty.plan)["proposals"] if last.is_file() else None
+    file = results / PROPOSALS
+    pairs = _of_plan(file, empty.plan)["proposals"] if file.is_file() else None
     proposals = None if pairs is None else tuple((_row(one), _row(other)) for one, other in pairs)
     return replace(empty, rows=rows, proposals=proposals)
 

@@ -103,7 +103,7 @@ def _is_whole(path: Path) -> bool:
     if not manifest.is_file():
         return False
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        files = dict(json.loads(manifest.read_text())["files"])
+    except (ValueError, KeyError, TypeError):
         return False
     return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in files.items())

@@ -150,7 +150,7 @@ def read_index(directory: Path) -> dict[str, Any] | None:
 def _read_one(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it, and call `lineardit prepare` again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT or not {"settings", "shards"} <= index.keys():
         raise ValueError(f"{path} is not an index of format {FORMAT}, that of this version: make the samples anew")

@@ -32,6 +32,8 @@ from .student import teacher, trained_parameters
 
 logger = logging.getLogger(__name__)
 
+# What torch.load says of a file that is damaged; another RuntimeError is not the file's fault.
+UNREADABLE = ("PytorchStreamReader", "zip archive", "weights_only")
 Part = tuple[Batch, Tensor, Tensor]  # what one forward takes: samples, noise [B, N, C], sigma [B]
 
 
@@ -124,7 +126,11 @@ class Trainer:
             return 0
         try:
             self.accelerator.load_state(str(found[0]))
+        except torch.OutOfMemoryError:
+            raise  # nothing is wrong with the file
         except (RuntimeError, SafetensorError, UnpicklingError, EOFError, KeyError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in UNREADABLE):
+                raise
             raise ValueError(
                 f"{found[0]} is damaged ({error}): remove it, and the run goes on after the checkpoint before it"
             ) from error
@@ -283,9 +289,9 @@ class Trainer:
                 lower = f"a lower rate, such as --set {name_of_rate}={rate / 3:.1g}"
                 if found and step == self.started + 1:
                     advice = (
-                        f"it is the first after {found[0]}, whose weights are bad already: remove that folder, and go "
+                        f"it is the first after {found[0]}: with --resume latest try {lower}; if that fails as well, "
+                        "its weights are bad already: remove that folder, to go on after the one before it"
                     )
-                    advice += f"on after the one before it with --resume latest and {lower}"
                 elif found:
                     advice = f"go on after the last checkpoint, {found[0]}, with --resume latest and {lower}"
                 else:

@@ -22,6 +22,7 @@ from ..linearize.folders import write_whole
 from .arguments import call_arguments
 from .files import (
     Wanted,
+    check_finite,
     latents_kept,
     read_latents,
     remove_stage_latents,
@@ -126,6 +127,7 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
     def on_stage_end(_pipe: Any, number: int, made: dict[str, Any]) -> None:
         stage = staged.plan.stages[number]
         if "latents" in made:
+            check_finite(made["latents"])
             if number + 1 == len(staged.plan.stages):
                 save_latents([one], made["latents"])
             else:
@@ -158,11 +160,11 @@ def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, 
 
 
 def _latents_of(file: Path, one: Wanted) -> Tensor | None:
-    """What a file holds if it was made just so."""
+    """What a file holds if it was made just so, and well."""
     if not file.exists():
         return None
     latents, text = read_latents(file)
-    return latents if text == dict(one.text) else None
+    return latents if text == dict(one.text) and latents.isfinite().all() else None
 
 
 def _fingerprint(picture: Image.Image) -> str:

@@ -38,6 +38,7 @@ from . import rest_of_cells
 UNSEEN = tl.constexpr(rest_of_cells.UNSEEN)
 # Arguments that Triton would else compile anew for where they are 1 or multiples of 16: with every size of a picture.
 UNSPECIALIZED = [
+    *(f"{tensor}_{axis}" for tensor in ("do", "q", "k", "v", "pk", "pv", "out", "dq") for axis in "bhn"),
     *("num_heads", "num_batch_heads", "num_tiles", "num_tokens", "cell_len", "num_chosen", "limit"),
     *("frames", "height", "width", "split_len"),
 ]

@@ -44,7 +44,7 @@ def fastest_that_fits(
     faster; and in words, what it was raced against.
 
     Args:
-        race: Seconds of each.
+        race: Seconds of each that runs at the race's shape, for which Triton may compile anew.
     Raises:
         RuntimeError: none runs, or all that do are wrong.
     """
@@ -60,12 +60,14 @@ def fastest_that_fits(
         return right[0], "the only one that runs"
     try:
         seconds = race(right)
-    except (TritonError, RuntimeError) as exception:  # a card that is nearly full; what follows may still fit
-        if isinstance(exception, RuntimeError) and "out of memory" not in str(exception).lower():
+    except RuntimeError as exception:
+        if "out of memory" not in str(exception).lower():
             raise
-        return right[0], f"not raced: {exception}"
-    best = right[0]
-    for candidate in right[1:]:
+        return right[0], f"not raced: {exception}"  # a card that is nearly full; what follows may still fit
+    if not seconds:
+        raise RuntimeError("none runs at a common size")
+    best, *others = seconds
+    for candidate in others:
         if seconds[candidate] < NOTABLY * seconds[best]:
             best = candidate
     return best, ", ".join(f"{candidate} {1e3 * taken:.3f} ms" for candidate, taken in seconds.items())
@@ -84,8 +86,7 @@ def _that_run(
         try:
             error = error_of(candidate)
         except (TritonError, RuntimeError) as exception:  # it needs too much, or does not compile
-            # A pass of the compiler that gives up has no class of its own.
-            if not isinstance(exception, TritonError) and "PassManager" not in str(exception):
+            if not _is_of_the_compiler(exception):
                 raise
             reason = str(exception)
             continue
@@ -95,11 +96,19 @@ def _that_run(
         raise RuntimeError(reason)
 
 
+def _is_of_the_compiler(exception: Exception) -> bool:
+    """A pass that gives up has no class of its own."""
+    return isinstance(exception, TritonError) or "PassManager" in str(exception)
+
+
 def device_seconds(calls: Mapping[Candidate, Callable[[], object]], *, rounds: int = 10) -> dict[Candidate, float]:
-    """Median times of calls on the current CUDA device, by its own clock, in turns: a load that changes meets all."""
-    events: dict[Candidate, list[list[Any]]] = {candidate: [] for candidate in calls}
+    """Median times of those calls that run, on the current CUDA device by its own clock, in turns: a load that changes
+    meets all.
+    """
+    running = {candidate: call for candidate, call in calls.items() if _runs(call)}
+    events: dict[Candidate, list[list[Any]]] = {candidate: [] for candidate in running}
     for number in range(3 + rounds):  # three to warm up
-        for candidate, call in calls.items():
+        for candidate, call in running.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -110,6 +119,16 @@ def device_seconds(calls: Mapping[Candidate, Callable[[], object]], *, rounds: i
     return {
         candidate: median(start.elapsed_time(end) for start, end in pairs) / 1e3 for candidate, pairs in events.items()
     }
+
+
+def _runs(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except (TritonError, RuntimeError) as exception:
+        if not _is_of_the_compiler(exception):
+            raise
+        return False
+    return True
 
 
 def relative_error(computed: Iterable[Tensor], expected: list[Tensor]) -> float:

@@ -31,7 +31,10 @@ from ..pieces.triton_blocks import (
 )
 
 # Arguments that Triton would else compile anew for where they are 1 or multiples of 16: with every size of a picture.
-UNSPECIALIZED = ["num_heads", "height", "width", "num_tokens", "num_shared", "shared_whole", "list_len", "split_len"]
+UNSPECIALIZED = [
+    *(f"{tensor}_{axis}" for tensor in ("do", "q", "k", "v", "sk", "sv", "out", "dq", "dk", "dv") for axis in "bhn"),
+    *("num_heads", "height", "width", "num_tokens", "num_shared", "shared_whole", "list_len", "split_len"),
+]
 
 
 @triton.jit

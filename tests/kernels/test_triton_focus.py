@@ -65,6 +65,7 @@ def test_triton_is_as_precise_as_the_formula_in_the_same_precision(dtype: torch.
         ((3, 8, 9), 6, 72, 8, 8, Circle(radius=2.5, frame_radius=2)),
         ((2, 6, 6), 8, 18, 3, 8, Box(window=(3, 3))),
         ((9, 14), 10, 30, 4, 24, Circle(radius=2)),
+        ((7, 9), 6, 21, 3, 12, Circle(radius=2)),  # rows that are no multiples of 16 bytes
         ((6, 6), 9, 12, 3, 128, Box(window=(3, 1))),
     ],
 )

@@ -11,6 +11,7 @@ from cascade_case import FEW, PROMPT, converted
 from diffusers import FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_distill import build_tiny
 
 from lineardit.pipelines.cascade import cascade_of
@@ -50,6 +51,35 @@ def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkey
     generate(pipe, [PROMPT], tmp_path / "again.png", **call)
     with Image.open(tmp_path / "again.png") as image:
         assert numpy.array_equal(numpy.asarray(image), resumed)
+
+
+def test_a_stage_whose_latents_are_not_finite_ends_the_cascade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VAE would make a black picture of them, from which the next stage would go on."""
+    pipe, out = converted(), tmp_path / "out.png"
+    call: dict[str, Any] = {"size": (32, 28), "steps": 2, "max_sequence_length": 8}
+    own, steps = type(pipe.transformer).forward, 0
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return tuple(one * (float("nan") if steps <= 2 else 1) for one in own(*args, **kwargs))  # the first stage
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.transformer), "forward", broken)
+        with pytest.raises(ValueError, match="latents that are not finite"):
+            generate(pipe, [PROMPT], out, **call)
+    assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.safetensors"))
+    generate(pipe, [PROMPT], out, **call)
+    file = tmp_path / "out.stages" / "1.latents.safetensors"
+    save_file({"latents": torch.full((1, 16, 16), float("nan"))}, file, metadata=_about(out))
+    generate(pipe, [PROMPT], out, **call, overwrite=True)
+    with Image.open(out) as image:
+        assert numpy.asarray(image).any()
+
+
+def _about(picture: Path) -> dict[str, str]:
+    with Image.open(picture) as image:
+        return {name: str(value) for name, value in image.info.items()}
 
 
 def test_generate_makes_it_directly_when_told(tmp_path: Path) -> None:
