@@ -87,11 +87,9 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2."""
+    words = [_at_home(word) for word in arguments] or ["--help"]
     try:
-        return (
-            app(args=[_at_home(word) for word in arguments] or ["--help"], prog_name="lineardit", standalone_mode=False)
-            or 0
-        )
+        return app(args=words, prog_name="lineardit", standalone_mode=False) or 0
     except typer.TyperException as error:
         message, exit_code = _with_what_is_allowed(error), error.exit_code
     except (ValueError, OSError) as error:

@@ -116,8 +116,7 @@ def text_of(path: Path) -> Text:
 
 
 def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
-    """Each picture's final latents, with what its PNG will say; raises as `check_finite` does."""
-    check_finite(latents)
+    """Each picture's final latents, with what its PNG will say; errors as of `write_latents`."""
     for one, row in zip(batch, latents.split(1), strict=True):
         write_latents(one.latents, row, one.text)
 
@@ -135,8 +134,10 @@ def write_latents(file: Path, latents: Tensor, text: Text) -> None:
     """One picture's latents, whole or not at all, and what is said of them.
 
     Raises:
+        ValueError: they are not finite.
         OSError: they cannot be written.
     """
+    check_finite(latents)
     try:
         write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
     except SafetensorError as error:  # a full disk

@@ -1,11 +1,14 @@
 """A FLUX pipeline of two blocks with random weights, prompts for it, and distillations as a user starts them."""
 
+import csv
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file
+from torch import Tensor
 
 from lineardit.distill.config import DistillConfig, as_toml, config_to_tables
 from lineardit.examples.tiny_flux.model import build_pipeline
@@ -55,3 +58,14 @@ def launch_run(config: Path, *arguments: str, processes: int = 1) -> subprocess.
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "lineardit.distill", str(config), *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+
+
+def loss_rows(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's loss.csv."""
+    with (run / "loss.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def trained_weights(run: Path) -> dict[str, Tensor]:
+    """Those of a run's adapter."""
+    return load_file(run / "adapter" / "lineardit.safetensors")

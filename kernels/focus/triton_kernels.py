@@ -169,16 +169,8 @@ def focus_grad_query(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum_j ds_j k_j of one tile of queries, with p = exp(s - lse), ds = p (dout . v - delta)."""
-    do_n, q_n, k_n, v_n, pk_n, pv_n, out_n, dq_n = (
-        do_n * UNIT,
-        q_n * UNIT,
-        k_n * UNIT,
-        v_n * UNIT,
-        pk_n * UNIT,
-        pv_n * UNIT,
-        out_n * UNIT,
-        dq_n * UNIT,
-    )
+    do_n, q_n, k_n, v_n = do_n * UNIT, q_n * UNIT, k_n * UNIT, v_n * UNIT
+    pk_n, pv_n, out_n, dq_n = pk_n * UNIT, pv_n * UNIT, out_n * UNIT, dq_n * UNIT
     i_both, i_tile = tl.program_id(0) % num_batch_heads, tl.program_id(0) // num_batch_heads
     i_batch, i_head = i_both // num_heads, i_both % num_heads
     p_k = head_of(K, i_batch, i_head, k_b, k_h, UNIT)

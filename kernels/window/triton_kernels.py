@@ -191,16 +191,8 @@ def window_grad_query(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum_j ds_j k_j of one tile of queries, with p = exp(s - lse), ds = p (dout . v - delta)."""
-    do_n, q_n, k_n, v_n, sk_n, sv_n, out_n, dq_n = (
-        do_n * UNIT,
-        q_n * UNIT,
-        k_n * UNIT,
-        v_n * UNIT,
-        sk_n * UNIT,
-        sv_n * UNIT,
-        out_n * UNIT,
-        dq_n * UNIT,
-    )
+    do_n, q_n, k_n, v_n = do_n * UNIT, q_n * UNIT, k_n * UNIT, v_n * UNIT
+    sk_n, sv_n, out_n, dq_n = sk_n * UNIT, sv_n * UNIT, out_n * UNIT, dq_n * UNIT
     BLOCK_Q: tl.constexpr = Q_ROWS * Q_COLUMNS
     BLOCK_K: tl.constexpr = K_ROWS * K_COLUMNS
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads

@@ -30,7 +30,7 @@ def prepare(
     part: Annotated[
         str | None,
         typer.Option(
-            metavar="I/N", help="Make every N-th shard from the I-th on; else the process's, under a launcher."
+            metavar="I/N", help="Only every N-th shard, from the I-th on; the processes of a launcher share it."
         ),
     ] = None,
     revision: Revision = None,
