@@ -1,4 +1,4 @@
-"""What the README tells a reader to type and to open is there."""
+"""What README and docs/ tell a reader to type and to open is there."""
 
 import ast
 import re
@@ -13,7 +13,10 @@ from lineardit.cli import app
 from lineardit.commands.method_options import MethodCommand
 
 ROOT = Path(__file__).parents[2]
-PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md")}
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -22,8 +25,8 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 
 def shell_lines(program: str) -> list[str]:
-    """Every line of the README's shell blocks that starts with `program`."""
-    blocks = [block.replace("\\\n", "") for block in code_blocks(PAGES["README.md"], "bash")]
+    """Every line of the pages' shell blocks that starts with `program`."""
+    blocks = [block.replace("\\\n", "") for text in PAGES.values() for block in code_blocks(text, "bash")]
     lines = [line for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith(program + " ")]
 
@@ -48,25 +51,32 @@ def test_readme_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_readme_links_within_a_page_have_their_heading(page: str) -> None:
-    headings = re.findall(r"^#+ (.*)", PAGES[page], flags=re.MULTILINE)
-    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]+)\)", PAGES[page])) <= anchors
+def test_readme_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def anchors(text: str) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    return {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_readme_paths_exist() -> None:
-    linked = {
-        target.partition("#")[0]
-        for text in PAGES.values()
-        for target in re.findall(r"\]\(([^)]+)\)", text)
-        if not target.startswith(("http", "#"))
-    }
-    quoted = {path for text in PAGES.values() for path in re.findall(r"`([a-z_]+/[a-z_./]*)`", text)}
-    launched = {shlex.split(line, comments=True)[-1] for line in shell_lines("accelerate")}
-    assert {path for path in linked | quoted | launched if not (ROOT / path).exists()} == set()
+    folders = "|".join(entry.name for entry in ROOT.iterdir() if entry.is_dir())
+    quoted = {path for text in PAGES.values() for path in re.findall(rf"`((?:{folders})/[a-z_./]*)`", text)}
+    words = {word for line in shell_lines("accelerate") for word in shlex.split(line, comments=True)}
+    launched = {word for word in words if word.startswith("examples/")}
+    assert quoted and launched
+    assert {path for path in quoted | launched if not (ROOT / path).exists()} == set()
 
 
-@pytest.mark.parametrize("block", code_blocks(PAGES["README.md"], "python"))
+@pytest.mark.parametrize("block", [block for text in PAGES.values() for block in code_blocks(text, "python")])
 def test_readme_python_uses_names_that_exist(block: str) -> None:
     names = [
         node.attr
