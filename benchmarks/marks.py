@@ -22,7 +22,7 @@ from marks_report import Mark, Row, as_markdown, follow_mark, rival_marks, stude
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
-from lineardit.distill.config import PROJECTIONS, as_toml
+from lineardit.distill.config import as_toml
 from lineardit.distill.files import write_json
 from lineardit.distill.launch import launch
 from lineardit.distill.sheet import write_sheet
@@ -45,7 +45,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ fr
     "no prediction loss": ("loss.prediction=0.0",),
     "no attention loss": ("loss.attention=0.0",),
     "CLEAR's weights": ("loss.flow=1.0", "loss.prediction=0.5", "loss.attention=0.5"),
-    "CLEAR's projections": (f"trained.projections={json.dumps(PROJECTIONS)}",),
+    "CLEAR's projections": ('trained.projections=["to_q", "to_k", "to_v", "to_out.0"]',),
 }
 MALA = Mala(conv_size=5, balance=True)
 WIDER = "window of equal cost"

@@ -20,9 +20,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..linearize.methods import config_from_dict, config_to_dict
 
-# CLEAR's choice; of FLUX's text side there are add_q_proj, add_k_proj, add_v_proj and to_add_out as well
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-
 
 def _require(right: bool, name: str, rule: str, value: object) -> None:
     if not right:
@@ -57,7 +54,7 @@ class Lora:
 
     rank: int = 16
     alpha: float | None = None  # None: the rank, so that the update is not scaled
-    projections: tuple[str, ...] = PROJECTIONS
+    projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/training.py
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "trained.rank", ">= 1", self.rank)
@@ -67,7 +64,7 @@ class Lora:
 class Attention:
     """The projections of the swapped attention modules themselves, as in CLEAR, and the kernels' own weights."""
 
-    projections: tuple[str, ...] = PROJECTIONS
+    projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/training.py
 
 
 PRECISIONS = ("no", "bf16", "auto")
@@ -149,6 +146,7 @@ class Run:
     gradient_checkpointing: bool = False
     mixed_precision: str = "no"  # of the student: no, bf16, or auto: bf16 where it is faster than float32
     impl: str = "auto"  # of the new attention
+    min_tokens: int = 0  # levels of a UNet with fewer image tokens keep full attention
     seed: int = 0
 
     @property
@@ -159,6 +157,7 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):
             _require(getattr(self, name) >= 1, f"run.{name}", ">= 1", getattr(self, name))
+        _require(self.min_tokens >= 0, "run.min_tokens", ">= 0", self.min_tokens)
         known = self.mixed_precision in PRECISIONS
         _require(known, "run.mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)
 

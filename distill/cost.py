@@ -17,31 +17,26 @@ import psutil
 import torch
 
 from ..linearize.convert import denoiser
-from .families import family_of
+from ..linearize.recording import first_call, predict
+from ..pipelines.sizes import size_multiple
+from .families import family_of, has_row
 from .launch import child_environment
-from .pictures import PictureSettings
+from .pictures import PictureSettings, denoise, draw_whole
 
 GIB = 2**30
 PROMPT = "a red circle at the top left on striped sand"  # cost does not depend on the words
 
 
 def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
-    """One transformer forward for one picture of this size, to be called again and again."""
+    """The denoiser's first call for one picture of this size, to be called again and again."""
     _, model = denoiser(pipe)
-    family = family_of(model)
-    grid = family.grid(pipe, settings.height, settings.width)
-    weight = next(model.parameters())
-    with torch.no_grad():
-        conditions = family.encode(pipe, [PROMPT], settings.max_sequence_length)
-    config: Any = model.config
-    noisy = torch.randn(1, grid[0] * grid[1], config.in_channels, generator=torch.Generator().manual_seed(0))
-    noisy, sigma = noisy.to(weight.device, weight.dtype), torch.tensor([0.5], device=weight.device)
-    inputs = family.inputs(model, noisy, sigma, conditions, grid=grid, guidance=settings.guidance)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = first_call(pipe, prompt=PROMPT, generator=torch.Generator("cpu").manual_seed(0), **settings.call(pipe))
 
     def step() -> None:
         with torch.no_grad():
-            model(**inputs)
-        if weight.is_cuda:
+            predict(model, arguments)
+        if pipe.device.type == "cuda":
             torch.cuda.synchronize()
 
     return step
@@ -76,9 +71,7 @@ def picture_peak(pipe: Any, settings: PictureSettings) -> float:
     On a CPU call it in a fresh process (`fresh_picture_peak` does), or memory that earlier work has freed is used again
     and does not count. A smallest picture goes before, so that weights and libraries are in memory.
     """
-    family = family_of(denoiser(pipe)[1])
-    stride = settings.height // family.grid(pipe, settings.height, settings.width)[0]
-    small = 4 * stride
+    small = min(4 * size_multiple(pipe), settings.height)
     _draw(pipe, replace(settings, height=small, width=small))
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -91,19 +84,15 @@ def picture_peak(pipe: Any, settings: PictureSettings) -> float:
 
 def _draw(pipe: Any, settings: PictureSettings) -> None:
     """One picture in two steps: the third needs no more memory than the second."""
+    settings = replace(settings, steps=2)
+    pipe.set_progress_bar_config(disable=True)
+    if not has_row(denoiser(pipe)[1]):
+        draw_whole(pipe, [PROMPT], [0], settings)
+        return
     family = family_of(denoiser(pipe)[1])
     grid = family.grid(pipe, settings.height, settings.width)
-    pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        latents = family.generate(
-            pipe,
-            family.encode(pipe, [PROMPT], settings.max_sequence_length),
-            height=settings.height,
-            width=settings.width,
-            steps=2,
-            guidance=settings.guidance,
-            generators=[torch.Generator("cpu").manual_seed(settings.seed)],
-        )
+        latents = denoise(pipe, [PROMPT], [0], settings.of(pipe))
         family.decode(pipe, latents, grid)
 
 

@@ -1,14 +1,15 @@
 """What the teacher made, on the disk and in batches whose order depends on nothing but the seed.
 
 A folder holds `index.json` (settings, and per sample: prompt, seed, size), or one such file for each part, and
-`shard-*.safetensors` with the tensors `INDEX.latents` and `INDEX.NAME` for every condition. A batch has one size,
-because a model sees one grid per forward.
+`shard-*.safetensors` with, for each sample, either the tensors `INDEX.latents` and `INDEX.NAME` for every condition, or
+calls of the denoiser (`calls.py`). A batch has one size, because a model sees one grid per forward.
 """
 
 import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .calls import unpack
 from .families import Conditions, Grid
 
 INDEX = "index.json"
@@ -32,7 +34,7 @@ class Sample:
     seed: int
     height: int  # pixels
     width: int
-    grid: Grid
+    grid: Grid | None  # None: calls are kept, whose arguments tell it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +74,17 @@ class TeacherSamples:
                 raise ValueError(f"{file} is missing or cut short; call `lineardit prepare` again")
         self.directory = directory
         self.settings: Mapping[str, Any] = index["settings"]
-        self.samples = tuple(Sample(**{**entry, "grid": tuple(entry["grid"])}) for entry in entries)
+        grids = [tuple(entry["grid"]) if entry["grid"] else None for entry in entries]
+        self.samples = tuple(Sample(**{**entry, "grid": grid}) for entry, grid in zip(entries, grids, strict=True))
         self._shards: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def calls(self) -> int:
+        """Calls of the denoiser that are kept of each picture; 0: its final latents are, and what it was told."""
+        return self.settings.get("calls") or 0
 
     @property
     def fingerprint(self) -> str:
@@ -88,16 +96,30 @@ class TeacherSamples:
         """The samples of these indices, all of one grid."""
         rows = [self._read(index) for index in indices]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return Batch(latents=stacked.pop("latents"), conditions=stacked, grid=self.samples[indices[0]].grid)
+        grid = self.samples[indices[0]].grid
+        assert grid is not None, "calls are read by `call`"
+        return Batch(latents=stacked.pop("latents"), conditions=stacked, grid=grid)
+
+    def call(self, index: int, number: int) -> dict[str, Any]:
+        """The arguments of one kept call of this sample, 0 <= number < `calls`, in the order of denoising."""
+        with self._shard(index) as shard:
+            return unpack(
+                shard.metadata()[f"{index:08d}"], number, lambda place: shard.get_tensor(f"{index:08d}.{place}")
+            )
 
     def _read(self, index: int) -> dict[str, Tensor]:
+        with self._shard(index) as shard:
+            names = ("latents", *self.settings["conditions"])
+            return {part: shard.get_tensor(f"{index:08d}.{part}") for part in names}
+
+    @contextmanager
+    def _shard(self, index: int) -> Iterator[Any]:
+        """The file that holds this sample, left open."""
         name = shard_name(index // self.settings["shard_size"])
         try:
             if name not in self._shards:
                 self._shards[name] = safe_open(self.directory / name, framework="pt")
-            shard = self._shards[name]
-            names = ("latents", *self.settings["conditions"])
-            return {part: shard.get_tensor(f"{index:08d}.{part}") for part in names}
+            yield self._shards[name]
         except SafetensorError as error:
             raise ValueError(
                 f"{self.directory / name} cannot be read ({error}): remove it, and call `lineardit prepare` again"

@@ -1,11 +1,14 @@
-"""What distillation must know of a model family: one row, and five short functions.
+"""What training on final latents must know of a model family: one row, and six short functions.
+
+Models without a row are taught by calls of their own denoiser (`calls.py`), which need none of this.
 
 B batch, T text tokens, N image tokens, C channels of a packed token (a 2x2 patch of latents for FLUX).
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -111,13 +114,35 @@ FAMILIES = {
 }
 
 
+def has_row(model: torch.nn.Module) -> bool:
+    """Whether training on final latents knows this model's class."""
+    return type(model).__name__ in FAMILIES
+
+
 def family_of(model: torch.nn.Module) -> Family:
     """The row of a model's class.
 
     Raises:
-        ValueError: distillation does not know this class.
+        ValueError: there is none.
     """
-    name = type(model).__name__
-    if name not in FAMILIES:
-        raise ValueError(f"distillation knows {', '.join(FAMILIES)}, got a {name}")
-    return FAMILIES[name]
+    if not has_row(model):
+        raise ValueError(
+            f"final latents are known of {', '.join(FAMILIES)}, got a {type(model).__name__}: keep calls of it, as "
+            "`lineardit prepare` does without --calls 0"
+        )
+    return FAMILIES[type(model).__name__]
+
+
+class OwnSettings(NamedTuple):
+    """Defaults of a pipeline's call; None: it has no such argument, or leaves it open."""
+
+    guidance: float | None
+    max_sequence_length: int | None
+
+
+def own_settings(pipe: Any) -> OwnSettings:
+    """What this pipeline does where nothing is said."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    named = [parameters.get(name) for name in ("guidance_scale", "max_sequence_length")]
+    guidance, text = (None if one is None or one.default is one.empty else one.default for one in named)
+    return OwnSettings(None if guidance is None else float(guidance), text)

@@ -84,7 +84,8 @@ class _Lesson:
         device = next(module.parameters()).device
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             error = layer_error(self.answer, output)
-            (self.share * error).backward()
+            if error.requires_grad:  # else nothing of this module is trained
+                (self.share * error).backward()
         self.answer = ()
         self.note(error.detach())
 

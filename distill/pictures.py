@@ -1,20 +1,22 @@
 """Pictures of one model for many prompts, kept in a folder so that an interrupted evaluation goes on.
 
 A folder belongs to one model and one setting: its name holds their digest. Picture i is `00000i.safetensors` (final
-packed latents, and in the header its prompt) and `00000i.png`; each says what seconds it took. Latents are written
-before they are decoded.
+latents, packed where the model takes them so, and in the header its prompt) and `00000i.png`; each says what seconds it
+took. Latents are written before they are decoded where `families.py` has a row for the model; other pipelines are
+called as they stand, and what their scheduler gave last is kept.
 """
 
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -26,8 +28,10 @@ from tqdm import tqdm
 from ..linearize.convert import denoiser, swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
+from ..linearize.recording import call_of
 from ..pipelines.files import check_finite
-from .families import Grid, family_of
+from ..pipelines.sizes import check_size
+from .families import Grid, family_of, has_row, own_settings
 from .prepare import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -42,20 +46,31 @@ class PictureSettings:
     height: int  # pixels
     width: int
     steps: int = 28
-    guidance: float = 3.5
+    guidance: float | None = None  # None: the pipeline's own
     seed: int = 0
-    max_sequence_length: int = 512  # text tokens
+    max_sequence_length: int | None = None  # text tokens; None: the pipeline's own
     batch_size: int = 4  # changes nothing but speed
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+
+    def of(self, pipe: Any) -> "PictureSettings":
+        """The same with the pipeline's own in place of None."""
+        own = own_settings(pipe)._asdict()
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+    def call(self, pipe: Any) -> dict[str, Any]:
+        """What a pipeline is called with for these pictures, beside prompts and noise."""
+        size, text = (self.height, self.width), self.max_sequence_length
+        return call_of(pipe, size=size, steps=self.steps, guidance=self.guidance, max_sequence_length=text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What one model made: for each prompt its latents [N, C] and its picture."""
+    """What one model made: for each prompt its latents, [N, C] where they are packed, and its picture."""
 
     latents: tuple[Tensor, ...]
     images: tuple[Image.Image, ...]
@@ -72,8 +87,11 @@ def make_pictures(
         directory: Holds a folder for each model and setting.
         name: The model's, for the progress bar.
     Raises:
-        ValueError: the model's class or the size is not known to distillation.
+        ValueError: the pipeline cannot make this size, or makes no pictures.
     """
+    settings = settings.of(pipe)
+    if not has_row(denoiser(pipe)[1]):
+        return _make_pictures_whole(pipe, prompts, directory, settings, name)
     folder = directory / digest(pipe, settings)
     folder.mkdir(parents=True, exist_ok=True)
     family = family_of(denoiser(pipe)[1])
@@ -87,13 +105,70 @@ def make_pictures(
         for start in range(0, len(missing), settings.batch_size):
             batch = missing[start : start + settings.batch_size]
             began = time.perf_counter()
-            latents = _denoise(pipe, [prompts[index] for index in batch], batch, settings).cpu()
+            latents = denoise(pipe, [prompts[index] for index in batch], batch, settings).cpu()
             check_finite(latents)
             seconds = (time.perf_counter() - began) / len(batch)
             for index, one in zip(batch, latents, strict=True):
                 _keep_latents(folder, index, one, {"prompt": prompts[index], SECONDS: f"{seconds:.4f}"})
             _decode(pipe, folder, batch, grid, progress)
     return _read(folder, len(prompts))
+
+
+def _make_pictures_whole(
+    pipe: Any, prompts: Sequence[str], directory: Path, settings: PictureSettings, name: str
+) -> Pictures:
+    """`make_pictures` by calls of the pipeline from prompts to pictures."""
+    check_size(pipe, settings.height, settings.width)
+    folder = directory / digest(pipe, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe.set_progress_bar_config(disable=True)
+    there = [_has_latents(folder, index, prompt) for index, prompt in enumerate(prompts)]
+    missing = [index for index in range(len(prompts)) if not (there[index] and _is_picture(_files(folder, index)[1]))]
+    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc=name, unit="picture") as progress:
+        for start in range(0, len(missing), settings.batch_size):
+            batch = missing[start : start + settings.batch_size]
+            began = time.perf_counter()
+            latents, images = draw_whole(pipe, [prompts[index] for index in batch], batch, settings)
+            check_finite(latents)
+            seconds = (time.perf_counter() - began) / len(batch)
+            for index, one, image in zip(batch, latents, images, strict=True):
+                _keep_latents(folder, index, one, {"prompt": prompts[index], SECONDS: f"{seconds:.4f}"})
+                _keep_picture(folder, index, image, 0.0)  # the seconds above are of both
+                progress.update()
+    return _read(folder, len(prompts))
+
+
+def draw_whole(
+    pipe: Any, prompts: list[str], indices: Sequence[int], settings: PictureSettings
+) -> tuple[Tensor, list[Image.Image]]:
+    """Final latents [B, ...] on the CPU, and pictures, by one call of the pipeline."""
+    generators = [torch.Generator("cpu").manual_seed(settings.seed + index) for index in indices]
+    with _last_step(pipe) as made:
+        one = len(prompts) == 1  # some pipelines take no lists
+        images = pipe(
+            prompts[0] if one else prompts, generator=generators[0] if one else generators, **settings.call(pipe)
+        )[0]
+    if not all(isinstance(image, Image.Image) for image in images) or len(images) != len(prompts):
+        raise ValueError(f"{type(pipe).__name__} makes no picture for each prompt, and nothing else can be judged")
+    return made[0][: len(prompts)].cpu(), images  # guided pipelines may hold each twice
+
+
+@contextmanager
+def _last_step(pipe: Any) -> Iterator[list[Tensor]]:
+    """A list that holds, after a call of the pipeline, what its scheduler gave last."""
+    step = pipe.scheduler.step
+    made: list[Tensor] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        made[:] = [output[0]]
+        return output
+
+    pipe.scheduler.step = keep
+    try:
+        yield made
+    finally:
+        del pipe.scheduler.step
 
 
 def digest(pipe: Any, settings: PictureSettings) -> str:
@@ -110,11 +185,12 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
 
 
 @torch.no_grad()
-def _denoise(pipe: Any, prompts: list[str], indices: Sequence[int], settings: PictureSettings) -> Tensor:
+def denoise(pipe: Any, prompts: list[str], indices: Sequence[int], settings: PictureSettings) -> Tensor:
+    """Final latents [B, N, C] of these pictures, where `families.py` has a row for the model."""
     family = family_of(denoiser(pipe)[1])
     return family.generate(
         pipe,
-        family.encode(pipe, prompts, settings.max_sequence_length),
+        family.encode(pipe, prompts, cast(int, settings.max_sequence_length)),
         height=settings.height,
         width=settings.width,
         steps=settings.steps,
@@ -130,9 +206,7 @@ def _decode(pipe: Any, folder: Path, indices: Sequence[int], grid: Grid, progres
         began = time.perf_counter()
         latents = read_tensors(_files(folder, index)[0])["latents"][None]
         (image,) = family.decode(pipe, latents.to(pipe.vae.device), grid)
-        about = PngInfo()
-        about.add_text(SECONDS, f"{time.perf_counter() - began:.4f}")
-        write_whole(_files(folder, index)[1], partial(image.save, format="PNG", pnginfo=about))
+        _keep_picture(folder, index, image, time.perf_counter() - began)
         progress.update()
 
 
@@ -145,6 +219,12 @@ def _keep_latents(folder: Path, index: int, latents: Tensor, about: dict[str, st
     tensors, picture = _files(folder, index)
     picture.unlink(missing_ok=True)
     write_whole(tensors, lambda temporary: save_file({"latents": latents.contiguous()}, temporary, metadata=about))
+
+
+def _keep_picture(folder: Path, index: int, image: Image.Image, seconds: float) -> None:
+    about = PngInfo()
+    about.add_text(SECONDS, f"{seconds:.4f}")
+    write_whole(_files(folder, index)[1], partial(image.save, format="PNG", pnginfo=about))
 
 
 def _has_latents(folder: Path, index: int, prompt: str) -> bool:

@@ -1,5 +1,6 @@
 """What a run is going to do, said before it starts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,18 +31,21 @@ def describe_plan(
     total = sum(parameter.numel() for parameter in model.parameters())
     what = f"LoRA of rank {config.trained.rank}" if isinstance(config.trained, Lora) else "attention projections"
     loss = " + ".join(f"{weight:g} {name}" for name, weight in config_to_tables(config)["loss"].items() if weight)
-    grids = sorted({sample.grid for sample in samples.samples})
+    grids = sorted({sample.grid for sample in samples.samples if sample.grid})
+    sizes = sorted({(sample.width, sample.height) for sample in samples.samples})
+    kept = f"{samples.calls} calls of each kept" if samples.calls else "final latents"
     micro = config.run.batch_size // (processes * config.run.gradient_accumulation)
     lines = {
         "student": f"{config.base.model}, {report}",
         "trained": f"{what}: {len(trained)} tensors, {count:,} of {total:,} parameters ({kernel:,} in kernels)",
         "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}; "
         f"{'bfloat16' if mixed else 'float32'} for the student",
-        "data": f"{len(samples)} samples ({config.validate.samples} held out), "
-        + ", ".join(f"{rows}x{columns} = {rows * columns} image tokens" for rows, columns in grids),
+        "data": f"{len(samples)} samples ({config.validate.samples} held out), {kept}, "
+        + ", ".join(f"{width}x{height}" for width, height in sizes)
+        + "".join(f", {rows}x{columns} = {rows * columns} image tokens" for rows, columns in grids),
         "steps": f"{_first_stage(config)}{config.run.steps} of {config.run.batch_size} samples = "
         f"{processes} processes x {config.run.gradient_accumulation} accumulated x {micro}",
-        "memory": _memory(config, model, report, max(rows * columns for rows, columns in grids), micro, mixed),
+        "memory": _memory(config, model, report, grids, micro, mixed),
     }
     return "\n".join(f"{name:>8}: {text}" for name, text in lines.items())
 
@@ -52,18 +56,26 @@ def _first_stage(config: DistillConfig) -> str:
 
 
 def _memory(
-    config: DistillConfig, model: nn.Module, report: SwapReport, num_tokens: int, micro: int, mixed: bool
+    config: DistillConfig,
+    model: nn.Module,
+    report: SwapReport,
+    grids: Sequence[tuple[int, int]],
+    micro: int,
+    mixed: bool,
 ) -> str:
+    """Activations are told for one width of all blocks and known grids only."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
     state = 3 * sum(parameter.nbytes for parameter in trained_parameters(model).values())  # gradient, two moments
-    settings: Any = model.config
-    width = settings.num_attention_heads * settings.attention_head_dim
-    vector = micro * num_tokens * width * (2 if mixed else 4)
-    blocks = len(report.swapped)
-    saved = blocks + _SAVED if config.run.gradient_checkpointing else blocks * _SAVED
-    vectors = saved + (blocks * _OUTPUTS if config.loss.attention else 0)
-    parts = {"weights": weights, "gradients and AdamW": state, "activations (rough)": vector * vectors}
+    parts = {"weights": weights, "gradients and AdamW": state}
+    if grids:
+        settings: Any = model.config
+        width = settings.num_attention_heads * settings.attention_head_dim
+        vector = micro * max(rows * columns for rows, columns in grids) * width * (2 if mixed else 4)
+        blocks = len(report.swapped)
+        saved = blocks + _SAVED if config.run.gradient_checkpointing else blocks * _SAVED
+        parts["activations (rough)"] = vector * (saved + (blocks * _OUTPUTS if config.loss.attention else 0))
     total = sum(parts.values())
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
-    return f"about {total / GIB:.2f} GiB a process on {device}: {listed}"
+    rest = "" if grids else ", and activations"
+    return f"about {total / GIB:.2f} GiB a process on {device}: {listed}{rest}"

@@ -1,4 +1,8 @@
-"""The teacher makes its own training samples: final latents and what it was told, never decoded and encoded again.
+"""The teacher makes its own training samples, never decoded and encoded again.
+
+Of FLUX.1, final latents and what it was told: training adds noise of its own. Of any other model, some of the calls of
+its denoiser on the way (`calls.py`), which need no knowledge of how it was trained; a guided model's are of both
+branches.
 
 Several processes may work at one set of samples, each on its part of the shards. Each writes an index of its own, which
 readers take together, so that parts can also be made on machines that share no disk, and copied into one folder.
@@ -10,7 +14,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle
@@ -24,12 +28,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..linearize.convert import denoiser, swapped
+from ..linearize.families import family_of as convertible
 from ..linearize.folders import write_whole
+from ..linearize.profiling import call_of_original
+from ..linearize.recording import recording
+from ..pipelines.sizes import check_size
+from .calls import chosen_calls, pack
 from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
-from .families import family_of
+from .families import family_of, has_row, own_settings
 from .files import write_json
 
 logger = logging.getLogger(__name__)
+
+CALLS = 4  # kept of a picture
 
 
 def prepare(
@@ -39,10 +50,11 @@ def prepare(
     *,
     sizes: Sequence[tuple[int, int]] = ((1024, 1024),),
     steps: int = 28,
-    guidance: float = 3.5,
+    guidance: float | None = None,
     seed: int = 0,
     batch_size: int = 4,
-    max_sequence_length: int = 512,
+    max_sequence_length: int | None = None,
+    calls: int | None = None,
     shard_size: int = 64,
     part: tuple[int, int] = (1, 1),
 ) -> Path:
@@ -56,29 +68,39 @@ def prepare(
         directory: New, or that of an interrupted call with the same settings.
         sizes: (height, width) in pixels; sample i has sizes[i % len(sizes)].
         steps: Denoising steps.
-        guidance: `guidance_scale` of the pipeline.
-        max_sequence_length: Text tokens.
+        guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
+        max_sequence_length: Text tokens; None: the pipeline's own.
+        calls: Keep so many calls of the denoiser of each picture; 0: its final latents, for FLUX.1 alone. None: 0 for
+            FLUX.1, else 4.
         shard_size: Samples per file.
         part: (i, n), counted from 1: only every n-th shard, from the i-th on; calls for the others may run beside.
     Returns:
         The folder, which `TeacherSamples` reads.
     Raises:
-        ValueError: a setting is out of range, differs from those of the folder, the pipeline is converted, or it made
-            latents that are not finite.
+        UnsupportedModelError: the model's class is not known.
+        ValueError: a setting is out of range or not known to the pipeline, differs from those of the folder, the
+            pipeline is converted, or it made numbers that are not finite.
     """
     _, model = denoiser(pipe)
+    convertible(model)
     _check(model, prompts, sizes, {"steps": steps, "batch_size": batch_size, "shard_size": shard_size})
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
-    samples = _samples(pipe, prompts, sizes, seed)
+    if calls is None:
+        calls = 0 if has_row(model) else CALLS
+    if calls < 0:
+        raise ValueError(f"calls must be >= 0, got {calls}")
+    own = own_settings(pipe)
     settings = _about(model, prompts) | {
         "sizes": [list(size) for size in sizes],
         "steps": steps,
-        "guidance": float(guidance),
+        "guidance": own.guidance if guidance is None else float(guidance),
         "seed": seed,
-        "max_sequence_length": max_sequence_length,
+        "max_sequence_length": own.max_sequence_length if max_sequence_length is None else max_sequence_length,
+        "calls": calls,
         "shard_size": shard_size,
     }
+    samples = _samples(pipe, prompts, sizes, settings)
     directory = Path(directory)
     _write_shards(pipe, samples, directory, settings, batch_size, part)
     return directory
@@ -106,12 +128,17 @@ def _about(model: torch.nn.Module, prompts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _samples(pipe: Any, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], seed: int) -> list[Sample]:
-    family = family_of(denoiser(pipe)[1])
+def _samples(
+    pipe: Any, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], settings: Mapping[str, Any]
+) -> list[Sample]:
+    family = None if settings["calls"] else family_of(denoiser(pipe)[1])
     samples = []
     for number, (prompt, (height, width)) in enumerate(zip(prompts, cycle(sizes), strict=False)):
-        grid = family.grid(pipe, height, width)
-        samples.append(Sample(prompt=prompt, seed=seed + number, height=height, width=width, grid=grid))
+        if family is None:
+            check_size(pipe, height, width)
+        grid = family.grid(pipe, height, width) if family else None
+        seed = settings["seed"] + number
+        samples.append(Sample(prompt=prompt, seed=seed, height=height, width=width, grid=grid))
     return samples
 
 
@@ -134,6 +161,8 @@ def _write_shards(
     directory.mkdir(parents=True, exist_ok=True)
     listed = [whole[number] for number in shards if number in whole]
     pipe.set_progress_bar_config(disable=True)
+    if settings["calls"]:
+        logger.info("keeping %d calls of the denoiser of each picture, to be learnt from", settings["calls"])
     name = "prepare" if part[1] == 1 else f"prepare {part[0]}/{part[1]}"
     total = sum(map(len, shards.values()))
     done = sum(len(shard["samples"]) for shard in listed)
@@ -145,16 +174,19 @@ def _write_shards(
             if number in whole:
                 continue
             tensors: dict[str, Tensor] = {}
-            for batch in _batches(of_shard, batch_size):
-                tensors |= _generate(pipe, batch, settings)
+            about: dict[str, str] = {}  # the file's header
+            for batch in _batches(of_shard, 1 if settings["calls"] else batch_size):
+                tensors |= (
+                    _record(pipe, batch, settings, about) if settings["calls"] else _generate(pipe, batch, settings)
+                )
                 progress.update(len(batch))
             file = directory / shard_name(number)
-            write_whole(file, partial(save_file, tensors))
+            write_whole(file, partial(save_file, tensors, metadata=about))
             entries = [asdict(sample) for sample in of_shard.values()]
             listed.append({"file": file.name, "bytes": file.stat().st_size, "samples": entries})
             listed.sort(key=itemgetter("file"))
-            conditions = sorted({key.partition(".")[2] for key in tensors} - {"latents"})
-            content = {"format": FORMAT, "settings": settings | {"conditions": conditions}, "shards": listed}
+            names = set() if settings["calls"] else {key.partition(".")[2] for key in tensors} - {"latents"}
+            content = {"format": FORMAT, "settings": settings | {"conditions": sorted(names)}, "shards": listed}
             write_json(index_file, content)
     made = sum(len(shard["samples"]) for shard in _whole_shards(directory, settings).values())
     logger.info("%s holds %d of %d samples", directory, made, len(samples))
@@ -184,15 +216,43 @@ def _generate(pipe: Any, batch: dict[int, Sample], settings: dict[str, Any]) -> 
         generators=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch.values()],
     )
     for sample, one in zip(batch.values(), latents, strict=True):
-        if not one.isfinite().all():
-            raise ValueError(
-                f"the teacher's latents for {sample.prompt!r} with seed {sample.seed} are not finite in {one.dtype}: "
-                "in another folder, load it in another dtype (--dtype) or leave this prompt out"
-            )
+        _check_finite(one, "latents", sample)
     parts = {"latents": latents, **conditions}
     return {
         f"{index:08d}.{name}": one[row].cpu().clone() for row, index in enumerate(batch) for name, one in parts.items()
     }
+
+
+def _record(
+    pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any], about: dict[str, str]
+) -> dict[str, Tensor]:
+    """Tensors of the calls that are kept of one picture; `about` gets where they stand."""
+    ((index, sample),) = batch.items()
+    call = call_of_original(
+        pipe,
+        [sample.prompt],
+        size=(sample.height, sample.width),
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        max_sequence_length=settings["max_sequence_length"],
+    )
+    with recording(denoiser(pipe)[1]) as made:
+        pipe(sample.prompt, generator=torch.Generator("cpu").manual_seed(sample.seed), output_type="latent", **call)
+    _check_finite(made[-1].output, "predictions", sample)
+    kept = chosen_calls(made, settings["calls"], sample.seed)
+    if len(kept) < settings["calls"]:
+        raise ValueError(f"calls must be <= {len(made)}, as many as a picture of {settings['steps']} steps takes")
+    name = f"{index:08d}"
+    tensors, about[name] = pack([one.arguments for one in kept], name)
+    return tensors
+
+
+def _check_finite(made: Tensor, name: str, sample: Sample) -> None:
+    if not made.isfinite().all():
+        raise ValueError(
+            f"the teacher's {name} for {sample.prompt!r} with seed {sample.seed} are not finite in {made.dtype}: "
+            "in another folder, load it in another dtype (--dtype) or leave this prompt out"
+        )
 
 
 def _whole_shards(directory: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -28,7 +28,7 @@ def build_student_(pipe: Any, config: DistillConfig) -> SwapReport:
     Raises:
         ValueError: the model cannot be converted so, or a projection to train is not there.
     """
-    report = linearize_(pipe, config.method, impl=config.run.impl)
+    report = linearize_(pipe, config.method, min_tokens=config.run.min_tokens, impl=config.run.impl)
     _, model = denoiser(pipe)
     if isinstance(config.trained, Lora):
         lora = config.trained
@@ -74,7 +74,7 @@ class TwinLinear(nn.Linear):
         return super().forward(input)
 
 
-def add_twins_(model: nn.Module, projections: Sequence[str]) -> dict[str, nn.Parameter]:
+def add_twins_(model: nn.Module, projections: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """Give these projections of every swapped attention module a frozen twin; the weights themselves may then train.
 
     Returns:

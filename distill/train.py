@@ -42,7 +42,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     require_matplotlib("the curve of the losses")
     samples = TeacherSamples(config.data.folder)
     accelerator = start_accelerator()
-    _check_sizes(config, samples, accelerator.num_processes)
+    _check_settings(config, samples, accelerator.num_processes)
     _on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
     torch.manual_seed(config.run.seed)
     pipe = load_base(config.base).to(accelerator.device)
@@ -102,7 +102,7 @@ def load_base(base: Base) -> Any:
     """
     source = read_base(base.model, revision=base.revision).source
     parts = DiffusionPipeline.load_config(source.name, revision=source.revision)
-    unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
+    unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "processor", "safety_checker")
     without = {name: None for name in parts if name.startswith(unused)}
     return DiffusionPipeline.from_pretrained(
         source.name,
@@ -113,7 +113,7 @@ def load_base(base: Base) -> Any:
     )
 
 
-def _check_sizes(config: DistillConfig, samples: TeacherSamples, processes: int) -> None:
+def _check_settings(config: DistillConfig, samples: TeacherSamples, processes: int) -> None:
     parts = processes * config.run.gradient_accumulation
     if config.run.batch_size % parts:
         raise ValueError(
@@ -122,11 +122,25 @@ def _check_sizes(config: DistillConfig, samples: TeacherSamples, processes: int)
         )
     if len(samples) <= config.validate.samples:
         raise ValueError(f"validate.samples must be < {len(samples)} (the samples), got {config.validate.samples}")
+    if not samples.calls:
+        return
+    if config.loss.flow:
+        raise ValueError(
+            f"loss.flow must be 0 for {samples.directory}, which holds calls of the teacher's model and not what noise "
+            f"was added: the student learns its predictions; got {config.loss.flow:g}"
+        )
+    if config.base.dtype != samples.settings["dtype"]:
+        raise ValueError(
+            f"base.dtype must be {samples.settings['dtype']}, in which the calls in {samples.directory} were made, got "
+            f"{config.base.dtype}; make them with `lineardit prepare --dtype {config.base.dtype}`"
+        )
 
 
 def _leaves_parameters_unused(model: torch.nn.Module, samples: TeacherSamples) -> bool:
-    """Whether pictures of some size need no kernel's weights, because a window covers them."""
-    layouts = [Layout(grid, 0, True) for grid in {sample.grid for sample in samples.samples}]
+    """Whether pictures of some size need no kernel's weights, because a window covers them, or who knows."""
+    if samples.calls:
+        return True
+    layouts = [Layout(grid, 0, True) for grid in {sample.grid for sample in samples.samples} if grid]
     kernels: list[Any] = [module.linear_kernel for module in swapped(model).values()]
     return any(list(kernel.parameters()) and kernel.covers(layout) for kernel in kernels for layout in layouts)
 

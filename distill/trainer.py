@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from ..linearize.convert import denoiser, swapped
+from ..linearize.recording import predict, to_device
 from .checkpoint import latest_checkpoint, passed_over, prune_checkpoints, save_checkpoint, store_trained_only
 from .config import DistillConfig
 from .data import Batch, Order, TeacherSamples, counter_generator
@@ -34,7 +35,14 @@ logger = logging.getLogger(__name__)
 
 # What torch.load says of a file that is damaged; another RuntimeError is not the file's fault.
 UNREADABLE = ("PytorchStreamReader", "zip archive", "weights_only")
-Part = tuple[Batch, Tensor, Tensor]  # what one forward takes: samples, noise [B, N, C], sigma [B]
+
+
+class Part(NamedTuple):
+    """One forward to learn from: the model's arguments, and what made them, where that is known."""
+
+    arguments: Mapping[str, Any]
+    latents: Tensor | None = None  # [B, N, C]
+    noise: Tensor | None = None
 
 
 class DivergedError(RuntimeError):
@@ -84,7 +92,6 @@ class Trainer:
         self.samples = samples
         self.directory = config.run.folder
         self.model = cast(Any, denoiser(pipe)[1])
-        self.family = family_of(self.model)
         self.layers = swapped(self.model)
         self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
         self.dtype = getattr(torch, config.base.dtype)
@@ -186,10 +193,9 @@ class Trainer:
     def _layer_by_layer(self, parts: Sequence[Part]) -> dict[str, float]:
         """Gradients of the first stage's loss, and its mean over layers."""
         sums = torch.zeros(len(self.layers), device=self.accelerator.device)
-        for batch, noise, sigma in parts:
-            inputs = self._inputs(batch, noise, sigma)
+        for part in parts:
             with torch.no_grad(), lessons(self.model, self._autocast, share=1 / len(parts)) as errors, self._native():
-                self.model(**inputs)
+                predict(self.model, part.arguments)
             sums += torch.stack([errors[name] for name in self.layers])
         average_gradients(self.accelerator, list(self.trained.values()))
         return {"layerwise": self.accelerator.reduce(sums / len(parts), "mean").mean().item()}
@@ -197,10 +203,10 @@ class Trainer:
     def _end_to_end(self, parts: Sequence[Part]) -> dict[str, float]:
         """Gradients of the objective, and its terms."""
         sums = torch.zeros(len(self.weights), device=self.accelerator.device)
-        for number, (batch, noise, sigma) in enumerate(parts, start=1):
+        for number, part in enumerate(parts, start=1):
             waits = number < len(parts)  # the processes exchange gradients with the last part
             with self.accelerator.no_sync(self.student) if waits else nullcontext():
-                terms = self.terms(batch, noise, sigma)
+                terms = self.terms(part)
                 self.accelerator.backward(weighted_sum(terms, self.config.loss) / len(parts))
             sums += torch.stack([terms[name].detach() for name in self.weights])
         means = self.accelerator.reduce(sums / len(parts), "mean").tolist()
@@ -213,38 +219,49 @@ class Trainer:
         chosen = self.order.batch(step - 1)
         first = accelerator.process_index * size * run.gradient_accumulation
         for start in range(first, first + size * run.gradient_accumulation, size):
-            batch = self.samples.load(chosen[start : start + size])
             places = range(start, start + size)
             generators = [counter_generator(run.seed, step, place) for place in places]
             uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
-            noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=one) for one in generators])
-            sigma = self.family.shift(self.pipe.scheduler, noise_levels(self.config, places, uniform), batch.grid)
-            device = accelerator.device
-            yield batch.to(device, self.dtype), noise.to(device), sigma.to(device)
+            indices = chosen[start : start + size]
+            if self.samples.calls:
+                yield from self._kept_calls(indices, (torch.tensor(places) + uniform) / run.batch_size)
+            else:
+                batch = self.samples.load(indices)
+                noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=one) for one in generators])
+                yield self._noised(batch, noise, noise_levels(self.config, places, uniform))
 
-    def terms(self, batch: Batch, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        """The loss terms whose weight is not 0, for these samples with this noise."""
-        inputs = self._inputs(batch, noise, sigma)
+    def _noised(self, batch: Batch, noise: Tensor, levels: Tensor) -> Part:
+        """These samples with this noise, [B, N, C] and [B]."""
+        device, family = self.accelerator.device, family_of(self.model)
+        sigma = family.shift(self.pipe.scheduler, levels, batch.grid).to(device)
+        batch, noise = batch.to(device, self.dtype), noise.to(device)
+        share = sigma[:, None, None]
+        noisy = ((1 - share) * batch.latents.float() + share * noise).to(self.dtype)
+        guidance = self.samples.settings["guidance"]
+        arguments = family.inputs(self.model, noisy, sigma, batch.conditions, grid=batch.grid, guidance=guidance)
+        return Part(arguments, batch.latents, noise)
+
+    def _kept_calls(self, indices: Sequence[int], levels: Tensor) -> Iterator[Part]:
+        """A call of each of these samples; levels in [0, 1) say which, in the order of denoising."""
+        for index, level in zip(indices, levels.tolist(), strict=True):
+            arguments = self.samples.call(index, int(level * self.samples.calls))
+            yield Part(to_device(arguments, self.accelerator.device))
+
+    def terms(self, part: Part) -> dict[str, Tensor]:
+        """The loss terms whose weight is not 0."""
         layers = self.layers if "attention" in self.weights else {}
         wanted = {}
         if "prediction" in self.weights or layers:
             with teacher(self.model), attention_outputs(layers) as wanted, self._native():
-                target = self.model(**inputs)[0]
+                target = predict(self.model, part.arguments)
         with attention_outputs(layers) as given, self._autocast():
-            prediction = self.student(**inputs)[0]
+            prediction = predict(self.student, part.arguments)
         compute: Mapping[str, Callable[[], Tensor]] = {
-            "flow": lambda: flow_loss(prediction, batch.latents, noise),
+            "flow": lambda: flow_loss(prediction, cast(Tensor, part.latents), cast(Tensor, part.noise)),
             "prediction": lambda: prediction_loss(prediction, target),
             "attention": lambda: attention_loss(given, wanted),
         }
         return {name: compute[name]() for name in self.weights}
-
-    def _inputs(self, batch: Batch, noise: Tensor, sigma: Tensor) -> dict[str, Any]:
-        """The model's arguments for these samples with this noise."""
-        share = sigma[:, None, None]
-        noisy = ((1 - share) * batch.latents.float() + share * noise).to(self.dtype)
-        guidance = self.samples.settings["guidance"]
-        return self.family.inputs(self.model, noisy, sigma, batch.conditions, grid=batch.grid, guidance=guidance)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """The student's precision."""
@@ -256,13 +273,34 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
-        """The student draws the samples left out: pictures beside the teacher's, and the latent MSE."""
-        pairs, errors = [], []
-        for index in range(len(self.samples) - self.config.validate.samples, len(self.samples)):
+        """The samples left out: the student draws them beside the teacher, or predicts their calls."""
+        left_out = range(len(self.samples) - self.config.validate.samples, len(self.samples))
+        column, value = self._predicted(left_out) if self.samples.calls else self._drawn(left_out, step)
+        if self.accelerator.is_main_process:
+            log = StepLog(self.directory / "validation.csv", [column], last_step=step - 1)
+            log.append({"step": step, column: value})
+
+    def _predicted(self, indices: Sequence[int]) -> tuple[str, float]:
+        """The mean over all calls of the squared error of a prediction, relative to the teacher's."""
+        errors = []
+        for index in indices:
+            for number in range(self.samples.calls):
+                arguments = to_device(self.samples.call(index, number), self.accelerator.device)
+                with teacher(self.model), self._native():
+                    target = predict(self.model, arguments).float()
+                with self._autocast():
+                    prediction = predict(self.model, arguments).float()
+                errors.append(float((prediction - target).square().sum() / target.square().sum()))
+        return "prediction_error", sum(errors) / len(errors)
+
+    def _drawn(self, indices: Sequence[int], step: int) -> tuple[str, float]:
+        """Pictures beside the teacher's, and the latent MSE."""
+        family, pairs, errors = family_of(self.model), [], []
+        for index in indices:
             sample = self.samples.samples[index]
             batch = self.samples.load([index]).to(self.accelerator.device, self.dtype)
             with self._autocast():
-                latents = self.family.generate(
+                latents = family.generate(
                     self.pipe,
                     batch.conditions,
                     height=sample.height,
@@ -272,12 +310,10 @@ class Trainer:
                     generators=[torch.Generator("cpu").manual_seed(sample.seed)],
                 )
             errors.append(float(mse_loss(latents.float(), batch.latents.float())))
-            decoded = [self.family.decode(self.pipe, one, sample.grid)[0] for one in (batch.latents, latents)]
-            pairs.append(decoded)
+            pairs.append([family.decode(self.pipe, one, batch.grid)[0] for one in (batch.latents, latents)])
         if self.accelerator.is_main_process:
             write_sheet(["teacher", "student"], pairs, self.directory / f"validation-{step:08d}.png")
-            log = StepLog(self.directory / "validation.csv", ["latent_mse"], last_step=step - 1)
-            log.append({"step": step, "latent_mse": sum(errors) / len(errors)})
+        return "latent_mse", sum(errors) / len(errors)
 
     def _check_finite(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

@@ -8,37 +8,19 @@ of the converted model: a few forward passes tell methods and settings apart tha
 by. It says nothing of how errors add up over the steps, nor of what training repairs.
 """
 
-import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from .convert import denoiser
 from .families import family_of
 from .profiling import call_of_original
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One call of the base's denoiser.
-
-    Attributes:
-        index: Of the call, in its picture.
-        arguments: By name; tensors, the noisy latents among them, on the CPU.
-        output: What it predicts, in the shape of the model's output, on the CPU.
-    """
-
-    index: int
-    arguments: Mapping[str, Any]
-    output: Tensor
+from .recording import Prediction, predict, recording, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,48 +77,6 @@ def record_predictions(
     return predictions
 
 
-@contextmanager
-def recording(model: nn.Module) -> Iterator[list[Prediction]]:
-    """Inside, every call of this denoiser for one picture is kept: for pipelines that take more than a prompt."""
-    predictions: list[Prediction] = []
-    called: list[dict[str, Any]] = []
-    signature = inspect.signature(model.forward)
-    # The text's embeddings come again in every call, copied once: for each tensor of the call before, its copy.
-    copies: dict[int, tuple[Tensor, int, Tensor]] = {}
-
-    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal copies
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
-        earlier, copies = copies, {}
-
-        def on_cpu(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if value.is_inference():  # counts no changes
-                return value.to("cpu", copy=True)
-            original, version, copy = earlier.get(id(value), (None, 0, value))
-            if original is None or version != value._version:
-                copy = value.detach().to("cpu", copy=True)
-            copies[id(value)] = value, value._version, copy
-            return copy
-
-        called.append(tree_map(on_cpu, arguments | arguments.pop("kwargs", {})))  # the model may empty its lists
-
-    def after(_model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        output = _first(output).detach().to("cpu", copy=True)
-        predictions.append(Prediction(index=len(predictions), arguments=called.pop(), output=output))
-
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after),
-    ]
-    try:
-        yield predictions
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearness") -> Nearness:
     """The error of this pipeline's denoiser against what its base predicted.
@@ -153,9 +93,9 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
     sums: dict[int, tuple[float, float]] = {}
     seconds = []
     for one in tqdm(predictions, desc=name, unit="prediction"):
-        arguments = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, one.arguments)
+        arguments = to_device(one.arguments, device)
         began = time.perf_counter()
-        output = _first(model(**arguments)).float().cpu()
+        output = predict(model, arguments).float().cpu()
         seconds.append(time.perf_counter() - began)
         if output.shape != one.output.shape:
             shapes = f"{tuple(output.shape)}, the base {tuple(one.output.shape)}"
@@ -167,11 +107,3 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
             norm + float(expected.square().sum()),
         )
     return Nearness(errors=tuple(error / norm for error, norm in sums.values()), seconds=median(seconds))
-
-
-def _first(output: Any) -> Tensor:
-    """The prediction, of a tuple or of diffusers' output class; where each sample has one of its own, all flattened."""
-    prediction = output[0]
-    if isinstance(prediction, Tensor):
-        return prediction
-    return torch.cat([one.flatten() for one in prediction])

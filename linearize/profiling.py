@@ -1,6 +1,5 @@
 """Run an unconverted pipeline on prompts and measure where its attention goes: what `lineardit profile` does."""
 
-import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from .matching import attention_modules, head_shape
 from .methods import METHODS, config_to_dict
 from .methods.clear import Clear
 from .probe import Probe
+from .recording import call_of
 from .seam import State, state_of
 
 RADII = (4, 8, 16, 32)
@@ -157,14 +157,7 @@ def call_of_original(
     if state_of(denoiser(pipe)[1]) is not None:
         raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
     _check_counts(prompts, {"steps": steps, "max_sequence_length": max_sequence_length})
-    settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
-    settings |= {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
-    given = {name: value for name, value in settings.items() if value is not None}
-    known = inspect.signature(pipe.__call__).parameters
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(f"{type(pipe).__name__} takes no {name}: leave it out, got {value}")
-    return given
+    return call_of(pipe, size=size, steps=steps, guidance=guidance, max_sequence_length=max_sequence_length)
 
 
 def _check_counts(prompts: Sequence[str], counts: Mapping[str, int | None]) -> None:

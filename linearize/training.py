@@ -1,6 +1,7 @@
 """What a distillation trains on the base's weights: LoRA, or the whole projections of the swapped attention modules."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,8 @@ from .low_rank import LORA_NAME, LowRank
 from .overlays import FullWeights, check_writable, overlays_of, plain_layer, refuse_fused
 from .record import record_
 
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+# Linear layers of an attention module that see the text and not the image, or are the kernel's own.
+_NOT_OF_THE_IMAGE = re.compile(r"add_.*|to_add_out.*|txt_.*|.*_t|linear_kernel.*")
 
 
 def add_lora_(
@@ -20,7 +22,7 @@ def add_lora_(
     *,
     rank: int,
     alpha: float | None = None,
-    targets: Sequence[str] = ATTENTION_PROJECTIONS,
+    targets: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, nn.Parameter]:
     """Puts an untrained LoRA beside the projections of every swapped attention module; the output does not change yet.
@@ -29,7 +31,8 @@ def add_lora_(
         pipe_or_model: A pipeline or denoiser after `linearize_`.
         rank: Columns of the low-rank term.
         alpha: The term's factor is alpha / rank; default: rank, a factor of 1.
-        targets: Names of Linear layers below an attention module. A module that lacks one is passed over.
+        targets: Names of Linear layers below an attention module. A module that lacks one is passed over. None: all
+            that see the image, to_q, to_k, to_v and to_out.0 in most models.
         dtype: Of the new parameters; they are on each layer's own device.
     Returns:
         The new parameters by their name in the model.
@@ -55,7 +58,7 @@ def add_lora_(
 
 
 def train_full_(
-    pipe_or_model: DiffusionPipeline | nn.Module, *, targets: Sequence[str] = ATTENTION_PROJECTIONS
+    pipe_or_model: DiffusionPipeline | nn.Module, *, targets: Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
     """Notes that the projections of every swapped attention module will change, and keeps a copy of them beside them.
 
@@ -63,7 +66,7 @@ def train_full_(
 
     Args:
         pipe_or_model: A pipeline or denoiser after `linearize_`.
-        targets: Names of layers below an attention module. A module that lacks one is passed over.
+        targets: As those of `add_lora_`.
     Returns:
         The model's own parameters by name.
     Raises:
@@ -82,8 +85,8 @@ def train_full_(
     return {name: overlay.parameter(name) for name in overlay.originals}
 
 
-def projection_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the target layers below the swapped modules.
+def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
+    """Full names of the target layers below the swapped modules; None: of all Linear layers that see the image.
 
     Raises:
         ValueError: Nothing is converted, or a target that no swapped module has.
@@ -91,6 +94,13 @@ def projection_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
     if not swapped(model):
         raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
     refuse_fused(model)
+    if targets is None:
+        return [
+            f"{name}.{below}"
+            for name, attention in swapped(model).items()
+            for below, module in attention.named_modules()
+            if isinstance(module, nn.Linear) and not _NOT_OF_THE_IMAGE.fullmatch(below)
+        ]
     candidates = {target: [f"{name}.{target}" for name in swapped(model)] for target in targets}
     layers = {name for name, _ in model.named_modules()}
     found = {target: [name for name in names if name in layers] for target, names in candidates.items()}

@@ -9,8 +9,12 @@ def size_multiple(pipe: Any) -> int:
     """Both sides of a picture are multiples of this many pixels: latents per pixel times latents per token."""
     _, model = denoiser(pipe)
     config: Any = model.config
+    patch = config.get("patch_size") or 1
+    patch = patch[-1] if isinstance(patch, tuple | list) else patch
     # FLUX packs 2 x 2 latents before its transformer, whose patch_size is then 1; its image processor knows
-    return max(pipe.image_processor.config.vae_scale_factor, pipe.vae_scale_factor * (config.get("patch_size") or 1))
+    processor = getattr(pipe, "image_processor", None) or pipe.video_processor
+    latent = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
+    return max(processor.config.vae_scale_factor, latent * patch)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:

@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BatchSize, ChunkTokens, Device, Dtype, Impl, Offline, Revision, Seed, Steps
+from .options import (
+    BatchSize,
+    ChunkTokens,
+    Device,
+    Dtype,
+    Guidance,
+    Impl,
+    MaxSequenceLength,
+    Offline,
+    Revision,
+    Seed,
+    Steps,
+)
 from .prompts import parse_size, read_prompts
 
 
@@ -20,8 +32,8 @@ def generate(
     size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
     steps: Steps = 28,
     seed: Seed = 0,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")] = None,
-    max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; else the pipeline's own.")] = None,
+    guidance: Guidance = None,
+    max_sequence_length: MaxSequenceLength = None,
     batch_size: BatchSize = 1,
     base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
     revision: Revision = None,

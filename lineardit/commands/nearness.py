@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import Device, Dtype, Impl, Offline, Seed
+from .options import Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed
 from .prompts import parse_size, read_prompts
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def nearness(
     size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of the base; every one is looked at.")] = 8,
     seed: Seed = 0,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")] = None,
-    max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; else the pipeline's own.")] = None,
+    guidance: Guidance = None,
+    max_sequence_length: MaxSequenceLength = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     impl: Impl = "auto",

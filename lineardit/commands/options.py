@@ -12,8 +12,8 @@ Device = Annotated[str, typer.Option(help="Where to compute; auto is a GPU if th
 Size = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
-Guidance = Annotated[float, typer.Option(help="The pipeline's guidance_scale.")]
-MaxSequenceLength = Annotated[int, typer.Option(min=1, help="Text tokens.")]
+Guidance = Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")]
+MaxSequenceLength = Annotated[int | None, typer.Option(min=1, help="Text tokens; else the pipeline's own.")]
 ChunkTokens = Annotated[
     int | None,
     typer.Option(

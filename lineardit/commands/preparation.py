@@ -21,10 +21,18 @@ def prepare(
         list[str], typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; repeat it to go round several sizes.")
     ] = ["1024x1024"],  # noqa: B006, typer copies it
     steps: Steps = 28,
-    guidance: Guidance = 3.5,
+    guidance: Guidance = None,
     seed: Seed = 0,
     batch_size: BatchSize = 4,
-    max_sequence_length: MaxSequenceLength = 512,
+    max_sequence_length: MaxSequenceLength = None,
+    calls: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Keep so many calls of the denoiser of each picture, for any model; 0: its final latents, for FLUX.1. "
+            "Else 0 for FLUX.1 and 4 for others.",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     part: Annotated[
@@ -36,7 +44,7 @@ def prepare(
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
-    """Let the teacher make training samples. Final latents and prompt embeddings, in shards; resumable.
+    """Let the teacher make training samples: final latents, or calls of its denoiser, in shards; resumable.
 
     On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit prepare ...; on several machines --part.
     """
@@ -62,6 +70,7 @@ def prepare(
         seed=seed,
         batch_size=batch_size,
         max_sequence_length=max_sequence_length,
+        calls=calls,
         part=share,
     )
 

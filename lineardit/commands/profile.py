@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .method_options import parse_method
-from .options import Device, Dtype, Offline, Revision, Seed
+from .options import Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed
 from .prompts import parse_numbers, parse_size, read_prompts
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def profile(
     steps: Annotated[int, typer.Option(help="Denoising steps; every one is looked at.")] = 8,
     queries: Annotated[int, typer.Option(help="Image tokens to look at in each call of a layer, drawn anew.")] = 64,
     seed: Seed = 0,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")] = None,
-    max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; else the pipeline's own.")] = None,
+    guidance: Guidance = None,
+    max_sequence_length: MaxSequenceLength = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",

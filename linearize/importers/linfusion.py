@@ -25,7 +25,6 @@ from ..methods.linfusion import LinFusion, LinFusionAttention
 from ..overlays import check_unmerged, check_writable, plain_layer, refuse_fused, replace_weights_
 from ..record import record_
 from ..report import SwapReport
-from ..training import ATTENTION_PROJECTIONS
 
 _MODEL_CLASS = "UNet2DConditionModel"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -161,7 +160,7 @@ def _expected(entries: Sequence[_Entry], model: nn.Module) -> dict[str, tuple[in
     """Names and shapes of the checkpoint of this UNet."""
     expected: dict[str, tuple[int, ...]] = {}
     for index, entry in enumerate(entries):
-        for projection in ATTENTION_PROJECTIONS:
+        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
             layer = plain_layer(model, f"{entry.name}.{projection}")
             for key, parameter in layer.named_parameters(recurse=False):
                 expected[f"{index}.{projection}.{key}"] = tuple(parameter.shape)

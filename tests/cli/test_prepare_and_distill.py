@@ -63,6 +63,19 @@ def test_prepare_then_distill_gives_an_adapter(base: Path, tmp_path: Path) -> No
     assert run(["inspect", str(tmp_path / "run" / "adapter"), "--offline"]) == 0
 
 
+def test_calls_are_kept_on_demand(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, samples = tmp_path / "prompts.txt", tmp_path / "samples"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    small = ["--size", "16x16", "--steps", "2", "--max-sequence-length", "8", "--calls", "2"]
+    assert run(["prepare", str(base), "--prompts", str(prompts), *small, "-o", str(samples)]) == 0
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG.format(base=base, samples=samples, run=tmp_path / "run"))
+    assert run(["distill", str(config)]) == 2
+    assert "loss.flow must be 0 for " in capsys.readouterr().err
+    assert run(["distill", str(config), "--set", "loss.flow=0.0"]) == 0
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
 def test_parts_of_the_samples_are_made_by_option_or_by_launcher(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

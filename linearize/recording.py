@@ -1,0 +1,146 @@
+"""What a denoiser is called with while its pipeline makes a picture, kept on the CPU and called again.
+
+The arguments of one call are all that a forward needs, whatever the pipeline: noisy latents, time, text, masks,
+guidance, residuals of a ControlNet. So a base and its conversion can be compared, or one teach the other, without
+knowing how this kind of model is trained.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .convert import denoiser
+
+Arguments = Mapping[str, Any]  # of a forward, by name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One call of a denoiser.
+
+    Attributes:
+        index: Of the call, in its picture.
+        arguments: By name; tensors, the noisy latents among them, on the CPU.
+        output: What it predicts, in the shape of the model's output, on the CPU.
+    """
+
+    index: int
+    arguments: Arguments
+    output: Tensor
+
+
+def call_of(
+    pipe: Any, *, size: tuple[int, int], steps: int, guidance: float | None, max_sequence_length: int | None
+) -> dict[str, Any]:
+    """What this pipeline is called with beside prompts and noise; settings that are None are the pipeline's own.
+
+    Args:
+        size: (height, width) in pixels.
+    Raises:
+        ValueError: a setting is not known to this pipeline.
+    """
+    settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
+    settings |= {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = inspect.signature(pipe.__call__).parameters
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{type(pipe).__name__} takes no {name}: leave it out, got {value}")
+    return given
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[Prediction]]:
+    """Inside, every call of this denoiser for one picture is kept.
+
+    A tensor that comes again unchanged in the next call, as the text's embeddings do, is copied once.
+    """
+    predictions: list[Prediction] = []
+    called: list[dict[str, Any]] = []
+    copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # for each tensor of the call before, its copy
+
+    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal copies
+        earlier, copies = copies, {}
+
+        def on_cpu(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.is_inference():  # counts no changes
+                return value.to("cpu", copy=True)
+            original, version, copy = earlier.get(id(value), (None, 0, value))
+            if original is None or version != value._version:
+                copy = value.detach().to("cpu", copy=True)
+            copies[id(value)] = value, value._version, copy
+            return copy
+
+        called.append(tree_map(on_cpu, _by_name(model, args, kwargs)))  # the model may empty its lists
+
+    def after(_model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        output = prediction_of(output).detach().to("cpu", copy=True)
+        predictions.append(Prediction(index=len(predictions), arguments=called.pop(), output=output))
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after),
+    ]
+    try:
+        yield predictions
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_call(pipe: Any, **call: Any) -> Arguments:
+    """What the denoiser is first called with when the pipeline is called so; nothing is denoised."""
+    _, model = denoiser(pipe)
+    caught: list[dict[str, Any]] = []
+
+    def catch(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(_by_name(model, args, kwargs))
+        raise _Enough
+
+    handle = model.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)  # before a conversion's own
+    try:
+        pipe(**call)
+    except _Enough:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"{type(pipe).__name__} made a picture without a call of its {type(model).__name__}")
+
+
+class _Enough(Exception):
+    """Ends a pipeline's call."""
+
+
+def predict(model: nn.Module, arguments: Arguments) -> Tensor:
+    """The prediction of one call; some models empty the lists that they are given, so these are copies."""
+    return prediction_of(model(**{name: tree_map(lambda one: one, value) for name, value in arguments.items()}))
+
+
+def to_device(arguments: Arguments, device: torch.device) -> dict[str, Any]:
+    """The same arguments with their tensors on this device."""
+    return {
+        name: tree_map(lambda one: one.to(device) if isinstance(one, Tensor) else one, value)
+        for name, value in arguments.items()
+    }
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The prediction, of a tuple or of diffusers' output class; where each sample has one of its own, all flattened."""
+    prediction = output[0]
+    if isinstance(prediction, Tensor):
+        return prediction
+    return torch.cat([one.flatten() for one in prediction])
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    arguments = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    return arguments | arguments.pop("kwargs", {})

@@ -1,0 +1,207 @@
+"""Distillation of models that have no row of their own: calls of the denoiser are kept, and learnt from."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from prompted import prompted, size_of
+from tiny_distill import PROMPTS, SIZES, launch_run, loss_rows, write_config
+
+from lineardit import Clear, linearize_, load_adapter_
+from lineardit.distill import train
+from lineardit.distill.calls import chosen_calls, pack, unpack
+from lineardit.distill.config import DistillConfig, config_from_tables
+from lineardit.distill.data import TeacherSamples
+from lineardit.distill.evaluate import evaluate
+from lineardit.distill.pictures import PictureSettings
+from lineardit.distill.prepare import prepare
+from lineardit.linearize.convert import denoiser, swapped
+from lineardit.linearize.recording import Prediction, predict, recording
+from lineardit.linearize.training import projection_names
+from tiny_models import MODELS, build
+from tiny_stock import STOCK
+
+COMMON = ("sd3", "pixart-sigma", "sd", "sdxl", "qwen-image", "flux2")
+KEEP_OBJECTS = ("glm-image", "qwen-image-21")  # keys and values of a reference, between the steps
+TAKE_OTHERS = ("dit", "qwen-image-layered")  # no prompt, or no size
+DRAW_AT_RANDOM = ("sd3-controlnet", "hunyuan-dit-controlnet")  # the control picture's latents, beside the generator
+NAMES = [
+    pytest.param(name, marks=[] if name in COMMON else pytest.mark.slow)
+    for name in STOCK
+    if name not in KEEP_OBJECTS + TAKE_OTHERS
+]
+MakeConfig = Callable[..., DistillConfig]
+
+
+def kept(pipe: Any, folder: Path, size: tuple[int, int], **settings: Any) -> TeacherSamples:
+    settings = {"sizes": [size], "steps": 2, "calls": 2, "shard_size": 2} | settings
+    return TeacherSamples(prepare(pipe, PROMPTS[:3], folder, **settings))
+
+
+def config_of(tmp_path: Path, base: str = "base", dtype: str = "float32", **tables: dict[str, Any]) -> DistillConfig:
+    settings: dict[str, Any] = {
+        "base": {"model": base, "dtype": dtype},
+        "data": {"directory": str(tmp_path / "samples")},
+        "method": {"method": "clear", "radius": 2},
+        "trained": {"kind": "lora", "rank": 2},
+        "loss": {"flow": 0.0, "prediction": 1.0, "attention": 1.0},
+        "layerwise": {"steps": 2, "lr": 1e-2},
+        "optimizer": {"lr": 1e-2},
+        "run": {"directory": str(tmp_path / "run"), "steps": 6, "batch_size": 2},
+        "validate": {"samples": 1, "every": 6},
+    }
+    return config_from_tables({name: settings.get(name, {}) | tables.get(name, {}) for name in settings | tables})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_calls_say_what_the_pipeline_said(name: str, tmp_path: Path) -> None:
+    pipe, (height, width) = prompted(name), size_of(name)
+    samples = kept(pipe, tmp_path / "samples", (height, width))
+    model = denoiser(pipe)[1]
+    with recording(model) as made:
+        generator = torch.Generator().manual_seed(1)
+        pipe(
+            PROMPTS[1],
+            height=height,
+            width=width,
+            num_inference_steps=2,
+            generator=generator,
+            output_type="latent",
+        )
+    with torch.no_grad():
+        again = [predict(model, samples.call(1, number)) for number in range(2)]
+    if name in DRAW_AT_RANDOM:
+        assert [one.shape for one in again] == [one.output.shape for one in chosen_calls(made, 2, 1)]
+        return
+    # with strides as they are read from the disk sums may run in another order
+    places = [[torch.allclose(one.output, two, atol=1e-5) for one in made].index(True) for two in again]
+    assert places[0] < len(made) / 2 <= places[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_learns_from_kept_calls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = prompted(name)
+    samples = kept(pipe, tmp_path / "samples", size_of(name))
+    student = copy.deepcopy(pipe)
+    monkeypatch.setattr(train, "load_base", lambda _: student)
+    adapter = train.distill(config_of(tmp_path))
+    rows = loss_rows(tmp_path / "run")
+    assert rows[1]["layerwise"] < rows[0]["layerwise"]
+    assert rows[-1]["attention"] < rows[2]["attention"]
+    load_adapter_(pipe, adapter)
+    denoiser(student)[1].eval()
+    with torch.no_grad():
+        one, two = (predict(denoiser(one)[1], samples.call(0, 0)) for one in (pipe, student))
+    assert torch.allclose(one, two, atol=1e-5)
+    assert (tmp_path / "run" / "validation.csv").read_text().startswith("step,prediction_error")
+
+
+def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
+    pipe = prompted("sd3")
+    kept(pipe, tmp_path / "samples", size_of("sd3"))
+    pipe.save_pretrained(tmp_path / "base")
+    configs = [
+        config_of(tmp_path, str(tmp_path / "base"), run={"directory": str(tmp_path / name)}) for name in ("one", "two")
+    ]
+    process = launch_run(write_config(configs[1], tmp_path / "two.toml"), processes=2)
+    train.distill(configs[0])
+    assert process.wait() == 0, process.stderr.read().decode()
+    for one, two in zip(loss_rows(tmp_path / "one"), loss_rows(tmp_path / "two"), strict=True):
+        assert {**two, "seconds": 0} == pytest.approx({**one, "seconds": 0}, rel=1e-5)
+
+
+def test_flux_can_be_taught_by_calls(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
+    samples = kept(pipe, tmp_path / "samples", SIZES[0], max_sequence_length=8)
+    assert samples.calls == 2
+    train.distill(config_of(tmp_path, str(base)))
+    assert loss_rows(tmp_path / "run")[-1]["prediction"] > 0
+
+
+def test_what_does_not_fit_kept_calls_is_refused(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
+    kept(pipe, tmp_path / "samples", SIZES[0], max_sequence_length=8)
+    with pytest.raises(
+        ValueError, match=r"loss.flow must be 0 for .*samples, which holds calls of the teacher's model"
+    ):
+        train.distill(config_of(tmp_path, str(base), loss={"flow": 1.0}))
+    with pytest.raises(
+        ValueError, match=r"base.dtype must be float32, in which the calls in .*prepare --dtype bfloat16"
+    ):
+        train.distill(config_of(tmp_path, str(base), "bfloat16", run={"mixed_precision": "bf16"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    pipe, size = prompted("sd3"), size_of("sd3")
+    with pytest.raises(ValueError, match=r"calls must be <= 2, as many as a picture of 2 steps takes"):
+        kept(pipe, tmp_path / "samples", size, calls=3)
+    with pytest.raises(ValueError, match=r"final latents are known of FluxTransformer2DModel, got a SD3Transformer2D"):
+        kept(pipe, tmp_path / "samples", size, calls=0)
+    with pytest.raises(ValueError, match=r"calls must be >= 0, got -1"):
+        kept(pipe, tmp_path / "samples", size, calls=-1)
+    with pytest.raises(ValueError, match=r"StableDiffusion3Pipeline takes no|multiples of 4 pixels for this model"):
+        kept(pipe, tmp_path / "samples", (17, 16))
+    with pytest.raises(ValueError, match=r"its argument cache is a object"):
+        pack([{"cache": object()}], "0")
+    assert not list((tmp_path / "samples").glob("*.safetensors"))
+
+
+def test_unpack_gives_what_was_packed() -> None:
+    text = torch.ones(2, 3, dtype=torch.bfloat16)
+    calls = [
+        {"x": torch.rand(2, 2), "text": text, "more": {"ids": [(1, 2.5), None], "on": True, "masks": [text, text]}},
+        {"x": torch.arange(3), "text": text, "more": {"name": "a", "empty": ()}},
+    ]
+    tensors, written = pack(calls, "00000007")
+    assert len(tensors) == 3  # the text's once
+    for number, call in enumerate(calls):
+        again = unpack(written, number, lambda place: tensors[f"00000007.{place}"])
+        assert torch.equal(again.pop("x"), call["x"])
+        assert again.pop("text") is text
+        assert again["more"] == call["more"]
+
+
+@pytest.mark.parametrize(("made", "count"), [(28, 4), (7, 3), (2, 2), (2, 5)])
+def test_one_call_of_each_part_is_chosen(made: int, count: int) -> None:
+    nothing = torch.empty(0)
+    predictions = [Prediction(index=index, arguments={}, output=nothing) for index in range(made)]
+    for seed in range(20):
+        indices = [one.index for one in chosen_calls(predictions, count, seed)]
+        parts = min(made, count)
+        assert len(set(indices)) == len(indices) == parts
+        assert all(part * made // parts <= index < (part + 1) * made // parts for part, index in enumerate(indices))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_converted_module_has_layers_to_train(name: str) -> None:
+    model = build(name)
+    linearize_(model, Clear(radius=2))
+    names = projection_names(model, None)
+    assert all(any(one.startswith(f"{module}.") for one in names) for module in swapped(model))
+    assert not [one for one in names if "add_" in one or "txt_" in one or "linear_kernel" in one]
+
+
+def test_evaluate_draws_with_any_pipeline(tmp_path: Path) -> None:
+    pipe, (height, width) = prompted("pixart-sigma"), size_of("pixart-sigma")
+    settings = PictureSettings(height=height, width=width, steps=2, batch_size=2)
+    same = evaluate(pipe, copy.deepcopy(pipe), PROMPTS[:2], tmp_path / "same", settings=settings)
+    assert same.latent_mse == 0 and same.ssim == pytest.approx(1)
+    assert same.student.seconds_per_step > 0
+    student = copy.deepcopy(pipe)
+    linearize_(student, Clear(radius=1.5))
+    report = evaluate(pipe, student, PROMPTS[:2], tmp_path / "other", settings=settings)
+    assert report.latent_mse > 0
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "other" / "pictures").rglob("*.png")}
+    assert len(before) == 4
+    evaluate(pipe, student, PROMPTS[:2], tmp_path / "other", settings=settings)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_evaluate_refuses_what_makes_no_pictures(tmp_path: Path) -> None:
+    pipe, (height, width) = prompted("chronoedit"), size_of("chronoedit")
+    settings = PictureSettings(height=height, width=width, steps=2)
+    with pytest.raises(ValueError, match="makes no picture for each prompt"):
+        evaluate(pipe, pipe, PROMPTS[:2], tmp_path, settings=settings)
