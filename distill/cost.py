@@ -86,7 +86,7 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
     """One picture in two steps: the third needs no more memory than the second."""
     settings = replace(settings, steps=2)
     pipe.set_progress_bar_config(disable=True)
-    if not has_row(denoiser(pipe)[1]):
+    if settings.arguments or not has_row(denoiser(pipe)[1]):
         draw_whole(pipe, [PROMPT], [0], settings)
         return
     family = family_of(denoiser(pipe)[1])

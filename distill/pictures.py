@@ -10,9 +10,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..linearize.calling import call_arguments
 from ..linearize.convert import denoiser, swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
-from ..linearize.recording import call_of
 from ..pipelines.files import check_finite
 from ..pipelines.sizes import check_size
 from .families import Grid, family_of, has_row, own_settings
@@ -50,6 +50,7 @@ class PictureSettings:
     seed: int = 0
     max_sequence_length: int | None = None  # text tokens; None: the pipeline's own
     batch_size: int = 4  # changes nothing but speed
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline's call besides
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_sequence_length", "batch_size"):
@@ -64,8 +65,8 @@ class PictureSettings:
 
     def call(self, pipe: Any) -> dict[str, Any]:
         """What a pipeline is called with for these pictures, beside prompts and noise."""
-        size, text = (self.height, self.width), self.max_sequence_length
-        return call_of(pipe, size=size, steps=self.steps, guidance=self.guidance, max_sequence_length=text)
+        names = ("height", "width", "steps", "guidance", "max_sequence_length")
+        return call_arguments(pipe, {name: getattr(self, name) for name in names}, self.arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def make_pictures(
         ValueError: the pipeline cannot make this size, or makes no pictures.
     """
     settings = settings.of(pipe)
-    if not has_row(denoiser(pipe)[1]):
+    if settings.arguments or not has_row(denoiser(pipe)[1]):
         return _make_pictures_whole(pipe, prompts, directory, settings, name)
     folder = directory / digest(pipe, settings)
     folder.mkdir(parents=True, exist_ok=True)

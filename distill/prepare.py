@@ -55,6 +55,7 @@ def prepare(
     batch_size: int = 4,
     max_sequence_length: int | None = None,
     calls: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
     shard_size: int = 64,
     part: tuple[int, int] = (1, 1),
 ) -> Path:
@@ -72,6 +73,7 @@ def prepare(
         max_sequence_length: Text tokens; None: the pipeline's own.
         calls: Keep so many calls of the denoiser of each picture; 0: its final latents, for FLUX.1 alone. None: 0 for
             FLUX.1, else 4.
+        arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}, where calls are kept.
         shard_size: Samples per file.
         part: (i, n), counted from 1: only every n-th shard, from the i-th on; calls for the others may run beside.
     Returns:
@@ -90,6 +92,8 @@ def prepare(
         calls = 0 if has_row(model) else CALLS
     if calls < 0:
         raise ValueError(f"calls must be >= 0, got {calls}")
+    if arguments and not calls:
+        raise ValueError(f"final latents are made without other arguments: keep calls (--calls 4), got {arguments}")
     own = own_settings(pipe)
     settings = _about(model, prompts) | {
         "sizes": [list(size) for size in sizes],
@@ -98,6 +102,7 @@ def prepare(
         "seed": seed,
         "max_sequence_length": own.max_sequence_length if max_sequence_length is None else max_sequence_length,
         "calls": calls,
+        "arguments": dict(arguments or {}) or None,
         "shard_size": shard_size,
     }
     samples = _samples(pipe, prompts, sizes, settings)
@@ -235,6 +240,7 @@ def _record(
         steps=settings["steps"],
         guidance=settings["guidance"],
         max_sequence_length=settings["max_sequence_length"],
+        arguments=settings["arguments"],
     )
     with recording(denoiser(pipe)[1]) as made:
         pipe(sample.prompt, generator=torch.Generator("cpu").manual_seed(sample.seed), output_type="latent", **call)

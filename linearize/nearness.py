@@ -9,7 +9,7 @@ by. It says nothing of how errors add up over the steps, nor of what training re
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -50,6 +50,7 @@ def record_predictions(
     seed: int = 0,
     guidance: float | None = None,
     max_sequence_length: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[Prediction]:
     """What the base predicts in every step of a picture for each prompt.
 
@@ -59,6 +60,7 @@ def record_predictions(
         seed: Noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
         guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
         max_sequence_length: Text tokens; None: the pipeline's own.
+        arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}.
     Raises:
         UnsupportedModelError: the model's class is not known.
         ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
@@ -66,7 +68,13 @@ def record_predictions(
     _, model = denoiser(pipe)
     family_of(model)
     call = call_of_original(
-        pipe, prompts, size=size, steps=steps, guidance=guidance, max_sequence_length=max_sequence_length
+        pipe,
+        prompts,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        max_sequence_length=max_sequence_length,
+        arguments=arguments,
     )
     pipe.set_progress_bar_config(disable=True)
     predictions: list[Prediction] = []
@@ -93,9 +101,9 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
     sums: dict[int, tuple[float, float]] = {}
     seconds = []
     for one in tqdm(predictions, desc=name, unit="prediction"):
-        arguments = to_device(one.arguments, device)
+        given = to_device(one.arguments, device)
         began = time.perf_counter()
-        output = predict(model, arguments).float().cpu()
+        output = predict(model, given).float().cpu()
         seconds.append(time.perf_counter() - began)
         if output.shape != one.output.shape:
             shapes = f"{tuple(output.shape)}, the base {tuple(one.output.shape)}"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .. import __version__
 from .attention_profile import LayerProfile, Profile, is_window
 from .base import source_of
+from .calling import call_arguments
 from .convert import denoiser, restore_, swap_
 from .families import family_of
 from .input_terms import input_terms
@@ -20,7 +21,6 @@ from .matching import attention_modules, head_shape
 from .methods import METHODS, config_to_dict
 from .methods.clear import Clear
 from .probe import Probe
-from .recording import call_of
 from .seam import State, state_of
 
 RADII = (4, 8, 16, 32)
@@ -38,6 +38,7 @@ def profile_attention(
     seed: int = 0,
     guidance: float | None = None,
     max_sequence_length: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Profile:
     """Where each self-attention module of the image looks, and how much a window or method changes its output.
 
@@ -53,6 +54,7 @@ def profile_attention(
         seed: Of the queries; and noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
         guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
         max_sequence_length: Text tokens; None: the pipeline's own.
+        arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}.
     Raises:
         UnsupportedModelError: the model's class is not known.
         ValueError: a setting is out of range or not known to this pipeline, a method is none or cannot be tried layer
@@ -69,7 +71,13 @@ def profile_attention(
         Clear(radius=radius)  # raises where it is no radius
     _check_counts(prompts, {"queries": queries})
     call = call_of_original(
-        pipe, prompts, size=size, steps=steps, guidance=guidance, max_sequence_length=max_sequence_length
+        pipe,
+        prompts,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        max_sequence_length=max_sequence_length,
+        arguments=arguments,
     )
     generator = torch.Generator("cpu").manual_seed(seed)
     pipe.set_progress_bar_config(disable=True)
@@ -148,6 +156,7 @@ def call_of_original(
     steps: int,
     guidance: float | None,
     max_sequence_length: int | None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What this pipeline is called with for each prompt; settings that are None are the pipeline's own.
 
@@ -157,7 +166,8 @@ def call_of_original(
     if state_of(denoiser(pipe)[1]) is not None:
         raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
     _check_counts(prompts, {"steps": steps, "max_sequence_length": max_sequence_length})
-    return call_of(pipe, size=size, steps=steps, guidance=guidance, max_sequence_length=max_sequence_length)
+    settings = {"height": size[0], "width": size[1], "steps": steps, "guidance": guidance}
+    return call_arguments(pipe, settings | {"max_sequence_length": max_sequence_length}, arguments)
 
 
 def _check_counts(prompts: Sequence[str], counts: Mapping[str, int | None]) -> None:

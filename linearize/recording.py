@@ -35,26 +35,6 @@ class Prediction:
     output: Tensor
 
 
-def call_of(
-    pipe: Any, *, size: tuple[int, int], steps: int, guidance: float | None, max_sequence_length: int | None
-) -> dict[str, Any]:
-    """What this pipeline is called with beside prompts and noise; settings that are None are the pipeline's own.
-
-    Args:
-        size: (height, width) in pixels.
-    Raises:
-        ValueError: a setting is not known to this pipeline.
-    """
-    settings: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
-    settings |= {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
-    given = {name: value for name, value in settings.items() if value is not None}
-    known = inspect.signature(pipe.__call__).parameters
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(f"{type(pipe).__name__} takes no {name}: leave it out, got {value}")
-    return given
-
-
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[Prediction]]:
     """Inside, every call of this denoiser for one picture is kept.

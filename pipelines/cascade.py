@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..linearize.calling import call_arguments
 from ..linearize.errors import UnsupportedModelError
 from ..linearize.folders import write_whole
-from .arguments import call_arguments
 from .files import (
     Wanted,
     latents_kept,
@@ -80,12 +80,14 @@ def enlarge(
     *,
     guidance: float | None,
     max_sequence_length: int | None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """A picture, larger, as `make_in_stages` writes it.
 
     Args:
         size: (height, width) in pixels.
         guidance, max_sequence_length: Of the pipeline; None: its own.
+        arguments: Of its call besides, such as {"negative_prompt": "blurry"}.
     Raises:
         UnsupportedModelError: there is no cascade for this model.
         ValueError: the size is not larger than the picture, or a setting is out of range.
@@ -97,9 +99,9 @@ def enlarge(
     if abs(math.log(size[0] * shape[1] / (size[1] * shape[0]))) > STRETCHED:
         logger.warning("%dx%d has another shape than the picture's %dx%d: it is stretched", *size[::-1], *shape[::-1])
     drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
-    said = {name: str(value) for name, value in drawing.items() if value is not None}
+    said = {name: str(value) for name, value in {**drawing, **(arguments or {})}.items() if value is not None}
     text = {**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)}
-    make_in_stages(Staged(high, plan, picture), replace(one, text=text), call_arguments(high, drawing))
+    make_in_stages(Staged(high, plan, picture), replace(one, text=text), call_arguments(high, drawing, arguments))
 
 
 def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..linearize.calling import call_arguments
 from ..linearize.convert import denoiser, swapped
-from .arguments import call_arguments
 from .cascade import cascade_of, make_in_stages
 from .files import Text, Wanted, latents_kept, not_there, plan_files, save_latents, write_picture
 from .plan import Settings
@@ -42,6 +42,7 @@ def generate(
     batch_size: int = 1,
     cascade: bool | None = None,
     chunk_tokens: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
     about: Text | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -62,6 +63,7 @@ def generate(
             than twice the native area and the pipeline has a cascade. An interrupted one goes on at its last stage.
         chunk_tokens: Token-wise layers run on so many tokens at a time, for less memory (FLUX.1); None: in a cascade
             where the GPU's memory is too small, else never.
+        arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}.
         about: What else to write into the PNG, such as {"model": ...}.
         overwrite: Replace what is there.
     Returns:
@@ -74,7 +76,7 @@ def generate(
         raise ValueError(f"steps and batch_size must be >= 1, seed >= 0, got {steps}, {batch_size} and {seed}")
     height, width = size or default_size(pipe)
     settings = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
-    said = {name: str(value) for name, value in settings.items() if value is not None}
+    said = {name: str(value) for name, value in {**settings, **(arguments or {})}.items() if value is not None}
     text = {"size": f"{width}x{height}", **said, **(about or {})}
     stages = Settings(chunk_tokens=chunk_tokens)
     staged = cascade_of(pipe, height, width, stages, steps=steps, text_len=max_sequence_length, wanted=cascade)
@@ -85,12 +87,12 @@ def generate(
     wanted = plan_files(prompts, Path(output), seed=seed, text=text)
     missing = wanted if overwrite else not_there(wanted, Path(output))
     if staged is not None:
-        call = call_arguments(staged.pipe, settings)
+        call = call_arguments(staged.pipe, settings, arguments)
         with logging_redirect_tqdm():
             for one in missing:
                 make_in_stages(staged, one, call)
         return [one.path for one in wanted]
-    call = call_arguments(pipe, settings | {"height": height, "width": width})
+    call = call_arguments(pipe, settings | {"height": height, "width": width}, arguments)
     progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
     chunks = nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens)
     with progress, logging_redirect_tqdm(), chunks:

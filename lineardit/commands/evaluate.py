@@ -7,8 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import BatchSize, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed, Size, Steps
-from .prompts import parse_size, read_prompts
+from .options import Arguments, BatchSize, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed, Size, Steps
+from .prompts import parse_arguments, parse_size, read_prompts
 
 if TYPE_CHECKING:
     from ..distill.evaluate import Report
@@ -24,6 +24,7 @@ def evaluate(
     seed: Seed = 0,
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,
+    arguments: Arguments = None,
     batch_size: BatchSize = 4,
     base: Annotated[str | None, typer.Option(help="Base of the student, in place of the one that it names.")] = None,
     dtype: Dtype = "auto",
@@ -47,6 +48,7 @@ def evaluate(
     height, width = parse_size(size)
     texts = read_prompts(prompts)
     drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size}
+    drawing |= {"arguments": parse_arguments(arguments)}
     settings = PictureSettings(height=height, width=width, max_sequence_length=max_sequence_length, **drawing)
     target = find_device(device)
     common: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import (
+    Arguments,
     BatchSize,
     ChunkTokens,
     Device,
@@ -19,7 +20,7 @@ from .options import (
     Seed,
     Steps,
 )
-from .prompts import parse_size, read_prompts
+from .prompts import parse_arguments, parse_size, read_prompts
 
 
 def generate(
@@ -34,6 +35,7 @@ def generate(
     seed: Seed = 0,
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,
+    arguments: Arguments = None,
     batch_size: BatchSize = 1,
     base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
     revision: Revision = None,
@@ -57,6 +59,7 @@ def generate(
     from ..pipelines.generate import generate as generate_pictures
     from .loading import load
 
+    more = parse_arguments(arguments)
     texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
     height_width = None if size is None else parse_size(size)
     plan_files(texts, output, seed=seed, text={})  # before a large model is loaded
@@ -66,7 +69,7 @@ def generate(
     began = time.perf_counter()
     drawing: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed, "guidance": guidance}
     drawing |= {"max_sequence_length": max_sequence_length, "batch_size": batch_size, "cascade": cascade}
-    drawing |= {"chunk_tokens": chunk_tokens}
+    drawing |= {"chunk_tokens": chunk_tokens, "arguments": more}
     files = generate_pictures(pipe, texts, output, **drawing, about=about, overwrite=overwrite)
     where = str(files[0]) if len(files) == 1 else f"{len(files)} pictures in {output}"
     print(f"{where}; {time.perf_counter() - began:.1f} s")

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed
-from .prompts import parse_size, read_prompts
+from .options import Arguments, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed
+from .prompts import parse_arguments, parse_size, read_prompts
 
 if TYPE_CHECKING:
     from ..linearize.nearness import Nearness
@@ -29,6 +29,7 @@ def nearness(
     seed: Seed = 0,
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,
+    arguments: Arguments = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     impl: Impl = "auto",
@@ -37,7 +38,7 @@ def nearness(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
 ) -> None:
     """Compare conversions by the error of single predictions, before any training or picture."""
-    texts = read_prompts(prompts)
+    texts, more = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     from ..distill.figures import require_matplotlib
 
@@ -72,7 +73,7 @@ def nearness(
     height, width = height_width or default_size(pipe)
     check_size(pipe, height, width)
     settings: dict[str, Any] = {"size": (height, width), "steps": steps, "seed": seed}
-    settings |= {"guidance": guidance, "max_sequence_length": max_sequence_length}
+    settings |= {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": more}
     predictions = record_predictions(pipe, texts, **settings)
     found = {base: measure(pipe, predictions, name=base)}
     for student in students:

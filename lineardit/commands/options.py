@@ -20,4 +20,12 @@ ChunkTokens = Annotated[
         min=1, help="FLUX.1: so many tokens at a time but in attention, for less memory; else where it is needed."
     ),
 ]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--argument",
+        metavar="NAME=VALUE",
+        help="Another argument of the pipeline's call, such as negative_prompt=blurry; repeatable.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time; changes speed and memory only.")]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed, Steps
-from .prompts import parse_size, read_prompts
+from .options import Arguments, BatchSize, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed, Steps
+from .prompts import parse_arguments, parse_size, read_prompts
 
 
 def prepare(
@@ -33,6 +33,7 @@ def prepare(
             "Else 0 for FLUX.1 and 4 for others.",
         ),
     ] = None,
+    arguments: Arguments = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     part: Annotated[
@@ -50,7 +51,7 @@ def prepare(
     """
     share = parse_part(part)
     sizes = [parse_size(text) for text in size]
-    texts = read_prompts(prompts)
+    texts, more = read_prompts(prompts), parse_arguments(arguments)
 
     from ..distill.prepare import prepare as make_samples
     from ..linearize.opening import open_pipeline
@@ -71,6 +72,7 @@ def prepare(
         batch_size=batch_size,
         max_sequence_length=max_sequence_length,
         calls=calls,
+        arguments=more,
         part=share,
     )
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .method_options import parse_method
-from .options import Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed
-from .prompts import parse_numbers, parse_size, read_prompts
+from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed
+from .prompts import parse_arguments, parse_numbers, parse_size, read_prompts
 
 if TYPE_CHECKING:
     from ..linearize.attention_profile import Profile
@@ -39,6 +39,7 @@ def profile(
     seed: Seed = 0,
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,
+    arguments: Arguments = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -47,7 +48,7 @@ def profile(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a profile that is there.")] = False,
 ) -> None:
     """Measure where attention goes, by layer and head, and what a window or method changes: for convert."""
-    texts = read_prompts(prompts)
+    texts, more = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     windows = parse_numbers("radii", radii)
     named = [parse_method(text) for text in methods or ()]
@@ -86,6 +87,7 @@ def profile(
         seed=seed,
         guidance=guidance,
         max_sequence_length=max_sequence_length,
+        arguments=more,
     )
     output.mkdir(parents=True, exist_ok=True)
     found.write(figures)

@@ -1,7 +1,10 @@
 """What several commands read from the command line: sizes, lists of numbers and files of prompts."""
 
 import re
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -28,6 +31,24 @@ def parse_numbers(option: str, text: str) -> list[float]:
         raise ValueError(
             f"{option} must be numbers with commas between them, for example 4,8,16, got {text!r}"
         ) from error
+
+
+def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
+    """{name: value} from NAME=VALUE each; the value as in TOML, or bare text.
+
+    Raises:
+        ValueError: not of this form, or one name twice.
+    """
+    arguments: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()) or name in arguments:
+            raise ValueError(f"--argument must be NAME=VALUE, each name once, such as true_cfg_scale=4.0, got {text!r}")
+        try:
+            arguments[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            arguments[name] = value
+    return arguments
 
 
 def read_prompts(file: Path) -> list[str]:

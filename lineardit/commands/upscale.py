@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import ChunkTokens, Device, Dtype, Impl, Offline, Revision, Seed
+from .options import Arguments, ChunkTokens, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Revision, Seed
 
 
 def upscale(
@@ -22,8 +22,9 @@ def upscale(
     strength: Annotated[float, typer.Option(help="Noise level the picture gets, in (0, 1]: how much is new.")] = 0.3,
     steps: Annotated[int, typer.Option(help="Denoising steps of each stage.")] = 8,
     seed: Seed = 0,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")] = None,
-    max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; else the pipeline's own.")] = None,
+    guidance: Guidance = None,
+    max_sequence_length: MaxSequenceLength = None,
+    arguments: Arguments = None,
     base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
@@ -43,10 +44,11 @@ def upscale(
     from ..pipelines.pictures import as_rgb
     from ..pipelines.plan import Settings
     from .loading import base_said, load
-    from .prompts import parse_size
+    from .prompts import parse_arguments, parse_size
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    more = parse_arguments(arguments)
     if not picture.is_file():
         raise ValueError(f"{picture}: no such picture")
     said = text_of(picture)
@@ -73,5 +75,14 @@ def upscale(
     if not overwrite:
         check_latents(wanted)
     began = time.perf_counter()
-    enlarge(pipe, image, wanted, (height, width), settings, guidance=guidance, max_sequence_length=max_sequence_length)
+    enlarge(
+        pipe,
+        image,
+        wanted,
+        (height, width),
+        settings,
+        guidance=guidance,
+        max_sequence_length=max_sequence_length,
+        arguments=more,
+    )
     print(f"{output}; {time.perf_counter() - began:.1f} s")

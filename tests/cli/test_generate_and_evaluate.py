@@ -51,6 +51,25 @@ def test_generate_with_an_adapter(
     assert info["model"] == str(base)
 
 
+def test_further_arguments_reach_the_pipeline(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--argument", "negative_prompt=a blue square", "--argument", "true_cfg_scale=3.0")
+    assert lineardit("generate", base, SCENE, *SMALL, "-o", tmp_path / "plain.png") == 0
+    assert lineardit("generate", base, SCENE, *SMALL, *more, "-o", tmp_path / "guided.png") == 0
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "guided.png") as guided:
+        assert plain.tobytes() != guided.tobytes()
+        assert guided.info.items() >= {"negative_prompt": "a blue square", "true_cfg_scale": "3.0"}.items()
+    prompts, report = tmp_path / "prompts.txt", tmp_path / "report"
+    prompts.write_text(SCENE)
+    evaluate = ("evaluate", base, adapter, "--prompts", prompts, *SMALL, "--no-memory", "-o")
+    assert lineardit(*evaluate, report, *more) == 0
+    with Image.open(next((report / "pictures").rglob("*.png"))) as drawn, Image.open(tmp_path / "guided.png") as guided:
+        assert drawn.tobytes() == guided.tobytes()
+    assert lineardit(*evaluate, tmp_path / "no", "--argument", "negativ_prompt=x") == 2
+    assert "FluxPipeline takes no negativ_prompt; did you mean negative_prompt?" in capsys.readouterr().err
+
+
 def test_generate_with_a_base_and_a_file_of_prompts(base: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n# two\nthree\n")

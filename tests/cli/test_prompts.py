@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lineardit.commands.prompts import parse_size, read_prompts
+from lineardit.commands.prompts import parse_arguments, parse_size, read_prompts
 
 
 def test_parse_size_takes_width_first() -> None:
@@ -13,6 +13,23 @@ def test_parse_size_takes_width_first() -> None:
 def test_parse_size_says_the_form(text: str) -> None:
     with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
         parse_size(text)
+
+
+def test_parse_arguments_takes_toml_or_bare_text() -> None:
+    texts = ["true_cfg_scale=4.0", "negative_prompt=blurry, dark", 'clip_skip="2"', "guidance_schedule=[1, 2]"]
+    assert parse_arguments(texts) == {
+        "true_cfg_scale": 4.0,
+        "negative_prompt": "blurry, dark",
+        "clip_skip": "2",
+        "guidance_schedule": [1, 2],
+    }
+    assert parse_arguments(None) == {}
+
+
+@pytest.mark.parametrize("texts", [["cfg"], ["=3"], ["two words=3"], ["a=1", "a=2"]])
+def test_parse_arguments_says_the_form(texts: list[str]) -> None:
+    with pytest.raises(ValueError, match="--argument must be NAME=VALUE, each name once"):
+        parse_arguments(texts)
 
 
 def test_read_prompts_passes_over_empty_lines_and_comments(tmp_path: Path) -> None:

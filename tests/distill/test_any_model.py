@@ -117,6 +117,17 @@ def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
 def test_flux_can_be_taught_by_calls(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
     samples = kept(pipe, tmp_path / "samples", SIZES[0], max_sequence_length=8)
     assert samples.calls == 2
+    guided = kept(
+        pipe,
+        tmp_path / "guided",
+        SIZES[0],
+        max_sequence_length=8,
+        calls=4,
+        arguments={"negative_prompt": PROMPTS[3], "true_cfg_scale": 2.0},
+    )
+    prompted, negative = (guided.call(0, number)["encoder_hidden_states"] for number in range(2))
+    assert torch.equal(prompted, samples.call(0, 0)["encoder_hidden_states"])
+    assert not torch.equal(prompted, negative)
     train.distill(config_of(tmp_path, str(base)))
     assert loss_rows(tmp_path / "run")[-1]["prediction"] > 0
 
@@ -140,6 +151,8 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
         kept(pipe, tmp_path / "samples", size, calls=3)
     with pytest.raises(ValueError, match=r"final latents are known of FluxTransformer2DModel, got a SD3Transformer2D"):
         kept(pipe, tmp_path / "samples", size, calls=0)
+    with pytest.raises(ValueError, match=r"final latents are made without other arguments: keep calls"):
+        prepare(pipe, PROMPTS, tmp_path / "samples", calls=0, arguments={"negative_prompt": "x"})
     with pytest.raises(ValueError, match=r"calls must be >= 0, got -1"):
         kept(pipe, tmp_path / "samples", size, calls=-1)
     with pytest.raises(ValueError, match=r"StableDiffusion3Pipeline takes no|multiples of 4 pixels for this model"):
