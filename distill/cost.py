@@ -19,9 +19,9 @@ import torch
 from ..linearize.convert import denoiser
 from ..linearize.recording import first_call, predict
 from ..pipelines.sizes import size_multiple
-from .families import family_of, has_row
+from .families import family_of
 from .launch import child_environment
-from .pictures import PictureSettings, denoise, draw_whole
+from .pictures import PictureSettings, denoise, draw_whole, draws_in_parts
 
 GIB = 2**30
 PROMPT = "a red circle at the top left on striped sand"  # cost does not depend on the words
@@ -36,7 +36,7 @@ def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
     def step() -> None:
         with torch.no_grad():
             predict(model, arguments)
-        if pipe.device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     return step
@@ -86,7 +86,7 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
     """One picture in two steps: the third needs no more memory than the second."""
     settings = replace(settings, steps=2)
     pipe.set_progress_bar_config(disable=True)
-    if settings.arguments or not has_row(denoiser(pipe)[1]):
+    if not draws_in_parts(pipe, settings):
         draw_whole(pipe, [PROMPT], [0], settings)
         return
     family = family_of(denoiser(pipe)[1])

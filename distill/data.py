@@ -23,7 +23,7 @@ from .calls import unpack
 from .families import Conditions, Grid
 
 INDEX = "index.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)

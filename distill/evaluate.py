@@ -140,8 +140,15 @@ def evaluate(
     directory = Path(directory)
     question = _question(teacher, student, prompts, settings)
     _check_directory(directory, question, overwrite)
-    teacher_side, reference, expected = _judged("teacher", teacher, prompts, directory, settings, judge, memory)
-    student_side, pictures, scores = _judged("student", student, prompts, directory, settings, judge, memory)
+    pipe = _opened(teacher)
+    settings = settings.of(pipe)
+    teacher_side, reference, expected = _judged(
+        "teacher", teacher, pipe, prompts, directory, settings, judge, memory=memory
+    )
+    del pipe  # one model at a time
+    student_side, pictures, scores = _judged(
+        "student", student, _opened(student), prompts, directory, settings, judge, memory=memory
+    )
     columns = ("teacher", "student", f"difference x {GAIN}")
     shown_pairs = list(zip(reference.images, pictures.images, strict=True))[:shown]
     rows = [(theirs, ours, difference(ours, theirs)) for theirs, ours in shown_pairs]
@@ -189,16 +196,22 @@ def _counts(name: str, scores: Sequence[Scores]) -> list[Count]:
     return [one[name] for one in scores if name in one]
 
 
+def _opened(source: Any) -> Any:
+    """The pipeline."""
+    return open_pipeline(**source.opening()).to(source.device) if isinstance(source, Source) else source
+
+
 def _judged(
     role: str,
     source: Any,
+    pipe: Any,
     prompts: Sequence[str],
     directory: Path,
     settings: PictureSettings,
     judge: Judge | None,
+    *,
     memory: bool,
 ) -> tuple[Side, Pictures, list[Scores]]:
-    pipe = open_pipeline(**source.opening()).to(source.device) if isinstance(source, Source) else source
     attention = describe_attention(pipe)
     logger.info("%s: %s", role, attention)
     pictures = make_pictures(pipe, prompts, directory / PICTURES, settings, name=role)

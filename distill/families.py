@@ -5,10 +5,9 @@ Models without a row are taught by calls of their own denoiser (`calls.py`), whi
 B batch, T text tokens, N image tokens, C channels of a packed token (a 2x2 patch of latents for FLUX).
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -131,18 +130,3 @@ def family_of(model: torch.nn.Module) -> Family:
             "`lineardit prepare` does without --calls 0"
         )
     return FAMILIES[type(model).__name__]
-
-
-class OwnSettings(NamedTuple):
-    """Defaults of a pipeline's call; None: it has no such argument, or leaves it open."""
-
-    guidance: float | None
-    max_sequence_length: int | None
-
-
-def own_settings(pipe: Any) -> OwnSettings:
-    """What this pipeline does where nothing is said."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    named = [parameters.get(name) for name in ("guidance_scale", "max_sequence_length")]
-    guidance, text = (None if one is None or one.default is one.empty else one.default for one in named)
-    return OwnSettings(None if guidance is None else float(guidance), text)

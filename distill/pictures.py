@@ -10,8 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..linearize.calling import call_arguments
+from ..linearize.calling import call_arguments, for_batch, own_settings
 from ..linearize.convert import denoiser, swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
 from ..pipelines.files import check_finite
 from ..pipelines.sizes import check_size
-from .families import Grid, family_of, has_row, own_settings
-from .prepare import fingerprint
+from .families import family_of, has_row
+from .identity import fingerprint, main_dtype
+from .watching import decoding_in_tiles_at_need, last_step
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ class PictureSettings:
 
     height: int  # pixels
     width: int
-    steps: int = 28
-    guidance: float | None = None  # None: the pipeline's own
+    steps: int | None = None  # None, here and below: the pipeline's own
+    guidance: float | None = None
     seed: int = 0
-    max_sequence_length: int | None = None  # text tokens; None: the pipeline's own
+    max_sequence_length: int | None = None  # text tokens
     batch_size: int = 4  # changes nothing but speed
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline's call besides
 
@@ -91,93 +91,72 @@ def make_pictures(
         ValueError: the pipeline cannot make this size, or makes no pictures.
     """
     settings = settings.of(pipe)
-    if settings.arguments or not has_row(denoiser(pipe)[1]):
-        return _make_pictures_whole(pipe, prompts, directory, settings, name)
-    folder = directory / digest(pipe, settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    family = family_of(denoiser(pipe)[1])
-    grid = family.grid(pipe, settings.height, settings.width)
-    pipe.set_progress_bar_config(disable=True)
-    missing = [index for index, prompt in enumerate(prompts) if not _has_latents(folder, index, prompt)]
-    there = [index for index in range(len(prompts)) if index not in missing]
-    undecoded = [index for index in there if not _is_picture(_files(folder, index)[1])]
-    with tqdm(total=len(prompts), initial=len(there) - len(undecoded), desc=name, unit="picture") as progress:
-        _decode(pipe, folder, undecoded, grid, progress)
-        for start in range(0, len(missing), settings.batch_size):
-            batch = missing[start : start + settings.batch_size]
-            began = time.perf_counter()
-            latents = denoise(pipe, [prompts[index] for index in batch], batch, settings).cpu()
-            check_finite(latents)
-            seconds = (time.perf_counter() - began) / len(batch)
-            for index, one in zip(batch, latents, strict=True):
-                _keep_latents(folder, index, one, {"prompt": prompts[index], SECONDS: f"{seconds:.4f}"})
-            _decode(pipe, folder, batch, grid, progress)
-    return _read(folder, len(prompts))
-
-
-def _make_pictures_whole(
-    pipe: Any, prompts: Sequence[str], directory: Path, settings: PictureSettings, name: str
-) -> Pictures:
-    """`make_pictures` by calls of the pipeline from prompts to pictures."""
     check_size(pipe, settings.height, settings.width)
     folder = directory / digest(pipe, settings)
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
-    there = [_has_latents(folder, index, prompt) for index, prompt in enumerate(prompts)]
-    missing = [index for index in range(len(prompts)) if not (there[index] and _is_picture(_files(folder, index)[1]))]
-    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc=name, unit="picture") as progress:
+    in_parts = draws_in_parts(pipe, settings)
+    made = {index for index, prompt in enumerate(prompts) if _has_latents(folder, index, prompt)}
+    undecoded = [index for index in sorted(made) if not _is_picture(_files(folder, index)[1])]
+    if not in_parts:
+        made, undecoded = made - set(undecoded), []
+    missing = [index for index in range(len(prompts)) if index not in made]
+    with tqdm(total=len(prompts), initial=len(made) - len(undecoded), desc=name, unit="picture") as progress:
+        _decode(pipe, folder, undecoded, settings, progress)
         for start in range(0, len(missing), settings.batch_size):
             batch = missing[start : start + settings.batch_size]
+            texts = [prompts[index] for index in batch]
             began = time.perf_counter()
-            latents, images = draw_whole(pipe, [prompts[index] for index in batch], batch, settings)
+            latents, images = (
+                (denoise(pipe, texts, batch, settings), []) if in_parts else draw_whole(pipe, texts, batch, settings)
+            )
             check_finite(latents)
             seconds = (time.perf_counter() - began) / len(batch)
-            for index, one, image in zip(batch, latents, images, strict=True):
-                _keep_latents(folder, index, one, {"prompt": prompts[index], SECONDS: f"{seconds:.4f}"})
+            for index, prompt, one in zip(batch, texts, latents.cpu(), strict=True):
+                _keep_latents(folder, index, one, {"prompt": prompt, SECONDS: f"{seconds:.4f}"})
+            for index, image in zip(batch, images, strict=False):
                 _keep_picture(folder, index, image, 0.0)  # the seconds above are of both
                 progress.update()
+            if in_parts:
+                _decode(pipe, folder, batch, settings, progress)
     return _read(folder, len(prompts))
+
+
+def draws_in_parts(pipe: Any, settings: PictureSettings) -> bool:
+    """Whether latents are made first and decoded later, or the pipeline is called once for both."""
+    return has_row(denoiser(pipe)[1]) and not settings.arguments
 
 
 def draw_whole(
     pipe: Any, prompts: list[str], indices: Sequence[int], settings: PictureSettings
 ) -> tuple[Tensor, list[Image.Image]]:
-    """Final latents [B, ...] on the CPU, and pictures, by one call of the pipeline."""
+    """Final latents [B, ...] on the CPU, and pictures, by one call of the pipeline.
+
+    Raises:
+        ValueError: the pipeline makes no picture for each prompt.
+    """
     generators = [torch.Generator("cpu").manual_seed(settings.seed + index) for index in indices]
-    with _last_step(pipe) as made:
-        one = len(prompts) == 1  # some pipelines take no lists
-        images = pipe(
-            prompts[0] if one else prompts, generator=generators[0] if one else generators, **settings.call(pipe)
-        )[0]
+    call = {"prompt": prompts, "generator": generators, **for_batch(settings.call(pipe), len(prompts))}
+    if len(prompts) == 1:  # some pipelines take no lists
+        call = settings.call(pipe) | {"prompt": prompts[0], "generator": generators[0]}
+    with last_step(pipe) as made, decoding_in_tiles_at_need(pipe):
+        output = pipe(**call)
+    images = output[0]
     if not all(isinstance(image, Image.Image) for image in images) or len(images) != len(prompts):
         raise ValueError(f"{type(pipe).__name__} makes no picture for each prompt, and nothing else can be judged")
+    for prompt, blackened in zip(prompts, getattr(output, "nsfw_content_detected", None) or (), strict=False):
+        if blackened:
+            logger.warning("the pipeline's safety checker has made the picture of %r black, and so it counts", prompt)
     return made[0][: len(prompts)].cpu(), images  # guided pipelines may hold each twice
-
-
-@contextmanager
-def _last_step(pipe: Any) -> Iterator[list[Tensor]]:
-    """A list that holds, after a call of the pipeline, what its scheduler gave last."""
-    step = pipe.scheduler.step
-    made: list[Tensor] = []
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        output = step(*args, **kwargs)
-        made[:] = [output[0]]
-        return output
-
-    pipe.scheduler.step = keep
-    try:
-        yield made
-    finally:
-        del pipe.scheduler.step
 
 
 def digest(pipe: Any, settings: PictureSettings) -> str:
     """Changes with the weights, the conversion and every setting that changes pictures."""
     _, model = denoiser(pipe)
     kernels: dict[str, Any] = {name: module.linear_kernel for name, module in swapped(model).items()}
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     content = {
-        "parts": {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
+        "parts": {name: (fingerprint(part), str(main_dtype(part))) for name, part in parts.items()},
         "methods": {name: config_to_dict(kernel.config) for name, kernel in kernels.items()},
         "scheduler": dict(pipe.scheduler.config),
         "settings": asdict(settings) | {"batch_size": None},
@@ -200,9 +179,12 @@ def denoise(pipe: Any, prompts: list[str], indices: Sequence[int], settings: Pic
     )
 
 
-def _decode(pipe: Any, folder: Path, indices: Sequence[int], grid: Grid, progress: Any) -> None:
+def _decode(pipe: Any, folder: Path, indices: Sequence[int], settings: PictureSettings, progress: Any) -> None:
     """Pictures of latents in the folder, one at a time."""
+    if not indices:
+        return
     family = family_of(denoiser(pipe)[1])
+    grid = family.grid(pipe, settings.height, settings.width)
     for index in indices:
         began = time.perf_counter()
         latents = read_tensors(_files(folder, index)[0])["latents"][None]

@@ -44,10 +44,17 @@ def describe_plan(
         + ", ".join(f"{width}x{height}" for width, height in sizes)
         + "".join(f", {rows}x{columns} = {rows * columns} image tokens" for rows, columns in grids),
         "steps": f"{_first_stage(config)}{config.run.steps} of {config.run.batch_size} samples = "
-        f"{processes} processes x {config.run.gradient_accumulation} accumulated x {micro}",
+        + _at_once(config, processes, micro, samples.calls),
         "memory": _memory(config, model, report, grids, micro, mixed),
     }
     return "\n".join(f"{name:>8}: {text}" for name, text in lines.items())
+
+
+def _at_once(config: DistillConfig, processes: int, micro: int, calls: int) -> str:
+    """How a step's batch is shared out; of kept calls, each forward takes one."""
+    accumulated = config.run.gradient_accumulation
+    accumulated, micro = (accumulated * micro, 1) if calls else (accumulated, micro)
+    return f"{processes} processes x {accumulated} accumulated x {micro}"
 
 
 def _first_stage(config: DistillConfig) -> str:

@@ -27,16 +27,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..linearize import families as conversions
+from ..linearize.calling import own_settings
 from ..linearize.convert import denoiser, swapped
-from ..linearize.families import family_of as convertible
 from ..linearize.folders import write_whole
-from ..linearize.profiling import call_of_original
-from ..linearize.recording import recording
 from ..pipelines.sizes import check_size
-from .calls import chosen_calls, pack
 from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
-from .families import family_of, has_row, own_settings
+from .families import family_of, has_row
 from .files import write_json
+from .identity import dtype_name, fingerprint, main_dtype
+from .samples import final_latents, kept_calls
 
 logger = logging.getLogger(__name__)
 
@@ -49,32 +49,33 @@ def prepare(
     directory: str | Path,
     *,
     sizes: Sequence[tuple[int, int]] = ((1024, 1024),),
-    steps: int = 28,
+    steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
     batch_size: int = 4,
     max_sequence_length: int | None = None,
     calls: int | None = None,
     arguments: Mapping[str, Any] | None = None,
-    shard_size: int = 64,
+    shard_size: int | None = None,
     part: tuple[int, int] = (1, 1),
 ) -> Path:
     """Generate one sample per prompt into a folder; called again, make the shards that are not there yet.
 
-    The noise of sample i comes from `torch.Generator("cpu").manual_seed(seed + i)`: `batch_size` is about speed only.
+    The noise of sample i comes from `torch.Generator("cpu").manual_seed(seed + i)`: `batch_size`, of final latents, is
+    about speed only. Where calls are kept, pictures are made one at a time.
 
     Args:
         pipe: The original pipeline, on the device where it shall run.
         prompts: One per sample; repeat a prompt to get it with several seeds.
         directory: New, or that of an interrupted call with the same settings.
         sizes: (height, width) in pixels; sample i has sizes[i % len(sizes)].
-        steps: Denoising steps.
+        steps: Denoising steps; None: the pipeline's own.
         guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
         max_sequence_length: Text tokens; None: the pipeline's own.
         calls: Keep so many calls of the denoiser of each picture; 0: its final latents, for FLUX.1 alone. None: 0 for
             FLUX.1, else 4.
         arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}, where calls are kept.
-        shard_size: Samples per file.
+        shard_size: Samples per file, which stay in memory until it is written; None: 64, or 8 where calls are kept.
         part: (i, n), counted from 1: only every n-th shard, from the i-th on; calls for the others may run beside.
     Returns:
         The folder, which `TeacherSamples` reads.
@@ -84,17 +85,16 @@ def prepare(
             pipeline is converted, or it made numbers that are not finite.
     """
     _, model = denoiser(pipe)
-    convertible(model)
-    _check(model, prompts, sizes, {"steps": steps, "batch_size": batch_size, "shard_size": shard_size})
-    if not 1 <= part[0] <= part[1]:
-        raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
+    conversions.family_of(model)
     if calls is None:
         calls = 0 if has_row(model) else CALLS
-    if calls < 0:
-        raise ValueError(f"calls must be >= 0, got {calls}")
-    if arguments and not calls:
-        raise ValueError(f"final latents are made without other arguments: keep calls (--calls 4), got {arguments}")
     own = own_settings(pipe)
+    steps = steps if steps is not None else own.steps or 28
+    shard_size = shard_size if shard_size is not None else 8 if calls else 64
+    _check(model, prompts, sizes, {"steps": steps, "batch_size": batch_size, "shard_size": shard_size})
+    _check_calls(model, calls, arguments)
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
     settings = _about(model, prompts) | {
         "sizes": [list(size) for size in sizes],
         "steps": steps,
@@ -123,11 +123,24 @@ def _check(
         raise ValueError(f"prompts and sizes must not be empty, got {len(prompts)} and {len(sizes)}")
 
 
+def _check_calls(model: torch.nn.Module, calls: int, arguments: Mapping[str, Any] | None) -> None:
+    if calls < 0:
+        raise ValueError(f"calls must be >= 0, got {calls}")
+    if arguments and not calls:
+        raise ValueError(f"final latents are made without other arguments: keep calls (--calls 4), got {arguments}")
+    dtype = main_dtype(model)
+    if calls and dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"calls must be made in float32 or bfloat16, in which they will be learnt from, got {dtype}: load the "
+            "pipeline in another dtype (--dtype)"
+        )
+
+
 def _about(model: torch.nn.Module, prompts: Sequence[str]) -> dict[str, Any]:
     return {
         "teacher": fingerprint(model),
         "model": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype_name(main_dtype(model)),
         "num_prompts": len(prompts),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],
     }
@@ -137,10 +150,10 @@ def _samples(
     pipe: Any, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], settings: Mapping[str, Any]
 ) -> list[Sample]:
     family = None if settings["calls"] else family_of(denoiser(pipe)[1])
+    for size in sizes:
+        check_size(pipe, *size)
     samples = []
     for number, (prompt, (height, width)) in enumerate(zip(prompts, cycle(sizes), strict=False)):
-        if family is None:
-            check_size(pipe, height, width)
         grid = family.grid(pipe, height, width) if family else None
         seed = settings["seed"] + number
         samples.append(Sample(prompt=prompt, seed=seed, height=height, width=width, grid=grid))
@@ -179,22 +192,22 @@ def _write_shards(
             if number in whole:
                 continue
             tensors: dict[str, Tensor] = {}
-            about: dict[str, str] = {}  # the file's header
+            texts: dict[str, str] = {}
             for batch in _batches(of_shard, 1 if settings["calls"] else batch_size):
-                tensors |= (
-                    _record(pipe, batch, settings, about) if settings["calls"] else _generate(pipe, batch, settings)
-                )
+                made = (kept_calls if settings["calls"] else final_latents)(pipe, batch, settings)
+                tensors |= made.tensors
+                texts |= made.texts
                 progress.update(len(batch))
             file = directory / shard_name(number)
-            write_whole(file, partial(save_file, tensors, metadata=about))
+            write_whole(file, partial(save_file, tensors, metadata=texts))
             entries = [asdict(sample) for sample in of_shard.values()]
             listed.append({"file": file.name, "bytes": file.stat().st_size, "samples": entries})
             listed.sort(key=itemgetter("file"))
             names = set() if settings["calls"] else {key.partition(".")[2] for key in tensors} - {"latents"}
             content = {"format": FORMAT, "settings": settings | {"conditions": sorted(names)}, "shards": listed}
             write_json(index_file, content)
-    made = sum(len(shard["samples"]) for shard in _whole_shards(directory, settings).values())
-    logger.info("%s holds %d of %d samples", directory, made, len(samples))
+    there = sum(len(shard["samples"]) for shard in _whole_shards(directory, settings).values())
+    logger.info("%s holds %d of %d samples", directory, there, len(samples))
 
 
 def _batches(samples: dict[int, Sample], batch_size: int) -> Iterator[dict[int, Sample]]:
@@ -204,61 +217,6 @@ def _batches(samples: dict[int, Sample], batch_size: int) -> Iterator[dict[int, 
     for bucket in buckets.values():
         for start in range(0, len(bucket), batch_size):
             yield {index: samples[index] for index in bucket[start : start + batch_size]}
-
-
-@torch.no_grad()
-def _generate(pipe: Any, batch: dict[int, Sample], settings: dict[str, Any]) -> dict[str, Tensor]:
-    family = family_of(denoiser(pipe)[1])
-    first = next(iter(batch.values()))
-    conditions = family.encode(pipe, [sample.prompt for sample in batch.values()], settings["max_sequence_length"])
-    latents = family.generate(
-        pipe,
-        conditions,
-        height=first.height,
-        width=first.width,
-        steps=settings["steps"],
-        guidance=settings["guidance"],
-        generators=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch.values()],
-    )
-    for sample, one in zip(batch.values(), latents, strict=True):
-        _check_finite(one, "latents", sample)
-    parts = {"latents": latents, **conditions}
-    return {
-        f"{index:08d}.{name}": one[row].cpu().clone() for row, index in enumerate(batch) for name, one in parts.items()
-    }
-
-
-def _record(
-    pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any], about: dict[str, str]
-) -> dict[str, Tensor]:
-    """Tensors of the calls that are kept of one picture; `about` gets where they stand."""
-    ((index, sample),) = batch.items()
-    call = call_of_original(
-        pipe,
-        [sample.prompt],
-        size=(sample.height, sample.width),
-        steps=settings["steps"],
-        guidance=settings["guidance"],
-        max_sequence_length=settings["max_sequence_length"],
-        arguments=settings["arguments"],
-    )
-    with recording(denoiser(pipe)[1]) as made:
-        pipe(sample.prompt, generator=torch.Generator("cpu").manual_seed(sample.seed), output_type="latent", **call)
-    _check_finite(made[-1].output, "predictions", sample)
-    kept = chosen_calls(made, settings["calls"], sample.seed)
-    if len(kept) < settings["calls"]:
-        raise ValueError(f"calls must be <= {len(made)}, as many as a picture of {settings['steps']} steps takes")
-    name = f"{index:08d}"
-    tensors, about[name] = pack([one.arguments for one in kept], name)
-    return tensors
-
-
-def _check_finite(made: Tensor, name: str, sample: Sample) -> None:
-    if not made.isfinite().all():
-        raise ValueError(
-            f"the teacher's {name} for {sample.prompt!r} with seed {sample.seed} are not finite in {made.dtype}: "
-            "in another folder, load it in another dtype (--dtype) or leave this prompt out"
-        )
 
 
 def _whole_shards(directory: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -283,18 +241,3 @@ def _whole_shards(directory: Path, settings: dict[str, Any]) -> dict[int, dict[s
 def _is_foreign(path: Path) -> bool:
     """Whether no part, of which some may have written their index meanwhile, has put this file there."""
     return re.fullmatch(r"\..*|shard-\d{5}\.safetensors|index(-\d+-of-\d+)?\.json", path.name) is None
-
-
-def fingerprint(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Differs between models of other names, shapes, types or (where they are in memory) weights.
-
-    Args:
-        dtype: Of the weights, as if the model were in it; None: their own.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {dtype or parameter.dtype}".encode())
-        if not parameter.is_meta:
-            first = parameter.detach().flatten()[:8].to(dtype or parameter.dtype)
-            digest.update(first.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

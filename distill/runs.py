@@ -10,7 +10,7 @@ from typing import Any
 
 from ..linearize.base import read_json
 from .checkpoint import latest_checkpoint
-from .config import DistillConfig, config_to_tables
+from .config import DistillConfig, config_from_tables, config_to_tables
 from .files import write_json
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
     directory = config.run.folder
     record = directory / RECORD
     if resume and record.is_file():
-        _compare(read_json(record), _contents(config, data), directory)
+        _compare(_with_defaults(read_json(record)), _contents(config, data), directory)
         _check_steps(config, directory)
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
@@ -69,7 +69,7 @@ def record_run(config: DistillConfig, data: str) -> None:
     directory = config.run.folder
     directory.mkdir(parents=True, exist_ok=True)
     record, contents = directory / RECORD, _contents(config, data)
-    before = read_json(record) if record.is_file() else contents
+    before = _with_defaults(read_json(record)) if record.is_file() else contents
     history = before.get(HISTORY, [])
     changed = _differences(before, contents, _MAY_CHANGE_FROM_HERE)
     if changed:
@@ -82,6 +82,17 @@ def record_run(config: DistillConfig, data: str) -> None:
 
 def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
     return json.loads(json.dumps(config_to_tables(config) | {"samples": data}))
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A record with what settings that came after it are where nothing is said."""
+    others = {name: stored[name] for name in ("samples", HISTORY) if name in stored}
+    tables = {name: table for name, table in stored.items() if name not in others}
+    try:
+        config = config_from_tables(tables)
+    except ValueError:  # a setting is gone: it is told as a difference
+        return stored
+    return json.loads(json.dumps(config_to_tables(config))) | others
 
 
 def _compare(stored: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:

@@ -15,12 +15,12 @@ from ..linearize.adapter import save_adapter
 from ..linearize.base import read_base
 from ..linearize.convert import denoiser, swapped
 from ..linearize.layout import Layout
-from .config import Base, DistillConfig
+from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
 from .figures import require_matplotlib
+from .identity import dtype_name, fingerprint, main_dtype
 from .plan import describe_plan
 from .precision import autocasts
-from .prepare import fingerprint
 from .runs import check_run, record_run
 from .student import build_student_
 from .trainer import Trainer
@@ -45,7 +45,9 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     _check_settings(config, samples, accelerator.num_processes)
     _on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
     torch.manual_seed(config.run.seed)
-    pipe = load_base(config.base).to(accelerator.device)
+    pipe = load_base(config.base)
+    taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # nothing is drawn from calls
+    taught.to(accelerator.device)
     _check_teacher(accelerator, denoiser(pipe)[1], samples)
     report = build_student_(pipe, config)
     ddp: Any = accelerator.ddp_handler
@@ -102,7 +104,7 @@ def load_base(base: Base) -> Any:
     """
     source = read_base(base.model, revision=base.revision).source
     parts = DiffusionPipeline.load_config(source.name, revision=source.revision)
-    unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "processor", "safety_checker")
+    unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "processor")
     without = {name: None for name in parts if name.startswith(unused)}
     return DiffusionPipeline.from_pretrained(
         source.name,
@@ -129,6 +131,11 @@ def _check_settings(config: DistillConfig, samples: TeacherSamples, processes: i
             f"loss.flow must be 0 for {samples.directory}, which holds calls of the teacher's model and not what noise "
             f"was added: the student learns its predictions; got {config.loss.flow:g}"
         )
+    if config.noise != Noise():
+        raise ValueError(
+            f"noise must be left out for {samples.directory}, whose calls have the noise of their pictures; got "
+            f"mean {config.noise.mean:g}, std {config.noise.std:g}"
+        )
     if config.base.dtype != samples.settings["dtype"]:
         raise ValueError(
             f"base.dtype must be {samples.settings['dtype']}, in which the calls in {samples.directory} were made, got "
@@ -152,12 +159,12 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
         raise ValueError(
             f"{samples.directory} was made by a {made_by}, and base.model is a {here}: call `lineardit prepare`"
         )
-    dtype, own = getattr(torch, samples.settings["dtype"]), next(model.parameters()).dtype
-    if own not in (dtype, torch.float32):
+    dtype = samples.settings["dtype"]
+    if dtype_name(main_dtype(model)) not in (dtype, "float32"):
         return  # these weights are rounded otherwise than those that made the samples
-    if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model, dtype):
+    if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model):
         logger.warning(
-            "%s was made by a %s of other weights than base.model has: the flow loss teaches those; if that is not "
+            "%s was made by a %s of other weights than base.model has: it says what those would draw; if that is not "
             "meant, make samples with base.model",
             samples.directory,
             here,

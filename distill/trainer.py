@@ -195,7 +195,7 @@ class Trainer:
         sums = torch.zeros(len(self.layers), device=self.accelerator.device)
         for part in parts:
             with torch.no_grad(), lessons(self.model, self._autocast, share=1 / len(parts)) as errors, self._native():
-                predict(self.model, part.arguments)
+                predict(self.model, to_device(part.arguments, self.accelerator.device))
             sums += torch.stack([errors[name] for name in self.layers])
         average_gradients(self.accelerator, list(self.trained.values()))
         return {"layerwise": self.accelerator.reduce(sums / len(parts), "mean").mean().item()}
@@ -244,18 +244,19 @@ class Trainer:
     def _kept_calls(self, indices: Sequence[int], levels: Tensor) -> Iterator[Part]:
         """A call of each of these samples; levels in [0, 1) say which, in the order of denoising."""
         for index, level in zip(indices, levels.tolist(), strict=True):
-            arguments = self.samples.call(index, int(level * self.samples.calls))
-            yield Part(to_device(arguments, self.accelerator.device))
+            number = min(int(level * self.samples.calls), self.samples.calls - 1)  # a level may be rounded to 1
+            yield Part(self.samples.call(index, number))
 
     def terms(self, part: Part) -> dict[str, Tensor]:
         """The loss terms whose weight is not 0."""
+        arguments = to_device(part.arguments, self.accelerator.device)
         layers = self.layers if "attention" in self.weights else {}
         wanted = {}
         if "prediction" in self.weights or layers:
             with teacher(self.model), attention_outputs(layers) as wanted, self._native():
-                target = predict(self.model, part.arguments)
+                target = predict(self.model, arguments)
         with attention_outputs(layers) as given, self._autocast():
-            prediction = predict(self.student, part.arguments)
+            prediction = predict(self.student, arguments)
         compute: Mapping[str, Callable[[], Tensor]] = {
             "flow": lambda: flow_loss(prediction, cast(Tensor, part.latents), cast(Tensor, part.noise)),
             "prediction": lambda: prediction_loss(prediction, target),

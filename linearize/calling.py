@@ -1,13 +1,36 @@
-"""What settings are called in a pipeline's call."""
+"""What a pipeline is called with: the names that it has for settings, its own defaults, its further arguments."""
 
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
+
+from .convert import denoiser
+from .seam import state_of
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 # What has a setting of its own, or is set by whoever calls the pipeline.
 _TAKEN = ("prompt", "height", "width", "generator", "latents", "output_type", "return_dict", "max_sequence_length")
+_BINNING = "use_resolution_binning"  # would draw another size than asked, and make it larger or smaller
+
+
+class OwnSettings(NamedTuple):
+    """Defaults of a pipeline's call; None: it has no such argument, or leaves it open."""
+
+    steps: int | None
+    guidance: float | None
+    max_sequence_length: int | None
+
+
+def own_settings(pipe: Any) -> OwnSettings:
+    """What this pipeline does where nothing is said."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    named = [parameters.get(_NAMES.get(name, name)) for name in OwnSettings._fields]
+    steps, guidance, text = (None if one is None or one.default is one.empty else one.default for one in named)
+    return OwnSettings(steps, None if guidance is None else float(guidance), text)
 
 
 def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -20,6 +43,7 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
         ValueError: the pipeline does not take one, or one of `more` has a setting.
     """
     known = inspect.signature(pipe.__call__).parameters
+    more = more or {}
     call = {}
     for name, value in settings.items():
         argument = _NAMES.get(name, name)
@@ -27,11 +51,59 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
             raise ValueError(f"{type(pipe).__name__} takes no {argument}: leave {name} out, got {value}")
         if value is not None:
             call[argument] = value
-    for name, value in (more or {}).items():
+    if "height" in call and _BINNING in known:
+        call[_BINNING] = False
+    for name, value in more.items():
         if name in _TAKEN or name in _NAMES.values() or name.startswith("callback"):
             raise ValueError(f"{name} is no further argument: it has a setting of its own, or is not to be set")
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise ValueError(f"{type(pipe).__name__} takes no {name}" + (f"; did you mean {near[0]}?" if near else ""))
         call[name] = value
+    guided = known.get("true_cfg_scale")
+    if guided is not None and more.get("true_cfg_scale", guided.default) > 1 and "negative_prompt" not in more:
+        logger.warning(
+            '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)',
+            type(pipe).__name__,
+            more.get("true_cfg_scale", guided.default),
+        )
     return call
+
+
+def for_batch(call: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The call for so many prompts at a time: some pipelines want a negative prompt for each."""
+    return {
+        name: [value] * count if name.startswith("negative_prompt") and isinstance(value, str) else value
+        for name, value in call.items()
+    }
+
+
+def call_of_original(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    guidance: float | None,
+    max_sequence_length: int | None,
+    arguments: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What this pipeline is called with for each prompt; settings that are None are the pipeline's own.
+
+    Raises:
+        ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
+    """
+    if state_of(denoiser(pipe)[1]) is not None:
+        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
+    check_counts(prompts, {"steps": steps, "max_sequence_length": max_sequence_length})
+    settings = {"height": size[0], "width": size[1], "steps": steps, "guidance": guidance}
+    return call_arguments(pipe, settings | {"max_sequence_length": max_sequence_length}, arguments)
+
+
+def check_counts(prompts: Sequence[str], counts: Mapping[str, int | None]) -> None:
+    """Raise ValueError where there is no prompt, or a count that is given is below 1."""
+    if not prompts:
+        raise ValueError("prompts must hold at least one, got none")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .calling import call_of_original
 from .convert import denoiser
 from .families import family_of
-from .profiling import call_of_original
 from .recording import Prediction, predict, recording, to_device
 
 
@@ -80,7 +80,8 @@ def record_predictions(
     predictions: list[Prediction] = []
     for index, prompt in enumerate(tqdm(prompts, desc="base", unit="picture")):
         with recording(model) as of_picture:
-            pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed + index), output_type="latent", **call)
+            generator = torch.Generator("cpu").manual_seed(seed + index)
+            pipe(prompt=prompt, generator=generator, output_type="latent", **call)
         predictions += of_picture
     return predictions
 

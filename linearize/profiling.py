@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .. import __version__
 from .attention_profile import LayerProfile, Profile, is_window
 from .base import source_of
-from .calling import call_arguments
+from .calling import call_of_original, check_counts
 from .convert import denoiser, restore_, swap_
 from .families import family_of
 from .input_terms import input_terms
@@ -21,7 +21,7 @@ from .matching import attention_modules, head_shape
 from .methods import METHODS, config_to_dict
 from .methods.clear import Clear
 from .probe import Probe
-from .seam import State, state_of
+from .seam import State
 
 RADII = (4, 8, 16, 32)
 
@@ -69,7 +69,7 @@ def profile_attention(
         raise ValueError("radii must hold at least one, got none")
     for radius in radii:
         Clear(radius=radius)  # raises where it is no radius
-    _check_counts(prompts, {"queries": queries})
+    check_counts(prompts, {"queries": queries})
     call = call_of_original(
         pipe,
         prompts,
@@ -83,7 +83,8 @@ def profile_attention(
     pipe.set_progress_bar_config(disable=True)
     with probed(model, radii, methods, num_queries=queries, generator=generator) as probes:
         for index, prompt in enumerate(tqdm(prompts, desc="profile", unit="picture")):
-            pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed + index), output_type="latent", **call)
+            noise = torch.Generator("cpu").manual_seed(seed + index)
+            pipe(prompt=prompt, generator=noise, output_type="latent", **call)
     source = source_of(pipe, model)
     return Profile(
         base=source.name,
@@ -146,34 +147,3 @@ def _layer(name: str, probe: Probe) -> LayerProfile:
         distance=tuple((sums.distance / in_image).tolist()),
         output_error=tuple((sums.error / sums.norm).tolist()),
     )
-
-
-def call_of_original(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    size: tuple[int, int],
-    steps: int,
-    guidance: float | None,
-    max_sequence_length: int | None,
-    arguments: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What this pipeline is called with for each prompt; settings that are None are the pipeline's own.
-
-    Raises:
-        ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
-    """
-    if state_of(denoiser(pipe)[1]) is not None:
-        raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
-    _check_counts(prompts, {"steps": steps, "max_sequence_length": max_sequence_length})
-    settings = {"height": size[0], "width": size[1], "steps": steps, "guidance": guidance}
-    return call_arguments(pipe, settings | {"max_sequence_length": max_sequence_length}, arguments)
-
-
-def _check_counts(prompts: Sequence[str], counts: Mapping[str, int | None]) -> None:
-    """Raise ValueError where there is no prompt, or a count that is given is below 1."""
-    if not prompts:
-        raise ValueError("prompts must hold at least one, got none")
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")

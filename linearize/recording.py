@@ -6,6 +6,7 @@ knowing how this kind of model is trained.
 """
 
 import inspect
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,15 +40,16 @@ class Prediction:
 def recording(model: nn.Module) -> Iterator[list[Prediction]]:
     """Inside, every call of this denoiser for one picture is kept.
 
-    A tensor that comes again unchanged in the next call, as the text's embeddings do, is copied once.
+    A tensor that comes again unchanged in the next call or the one after it, as the text's embeddings do (guided and
+    not in turn), is copied once.
     """
     predictions: list[Prediction] = []
     called: list[dict[str, Any]] = []
-    copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # for each tensor of the call before, its copy
+    copies: deque[dict[int, tuple[Tensor, int, Tensor]]] = deque(maxlen=3)  # of this call and two before: by id
 
     def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal copies
-        earlier, copies = copies, {}
+        earlier = {number: copy for call in copies for number, copy in call.items()}
+        copies.append(kept := {})
 
         def on_cpu(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -57,13 +59,13 @@ def recording(model: nn.Module) -> Iterator[list[Prediction]]:
             original, version, copy = earlier.get(id(value), (None, 0, value))
             if original is None or version != value._version:
                 copy = value.detach().to("cpu", copy=True)
-            copies[id(value)] = value, value._version, copy
+            kept[id(value)] = value, value._version, copy
             return copy
 
         called.append(tree_map(on_cpu, _by_name(model, args, kwargs)))  # the model may empty its lists
 
     def after(_model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        output = prediction_of(output).detach().to("cpu", copy=True)
+        output = prediction_of(model, output).detach().to("cpu", copy=True)
         predictions.append(Prediction(index=len(predictions), arguments=called.pop(), output=output))
 
     handles = [
@@ -102,7 +104,8 @@ class _Enough(Exception):
 
 def predict(model: nn.Module, arguments: Arguments) -> Tensor:
     """The prediction of one call; some models empty the lists that they are given, so these are copies."""
-    return prediction_of(model(**{name: tree_map(lambda one: one, value) for name, value in arguments.items()}))
+    copies = {name: tree_map(lambda one: one, value) for name, value in arguments.items()}
+    return prediction_of(model, model(**copies))
 
 
 def to_device(arguments: Arguments, device: torch.device) -> dict[str, Any]:
@@ -113,11 +116,17 @@ def to_device(arguments: Arguments, device: torch.device) -> dict[str, Any]:
     }
 
 
-def prediction_of(output: Any) -> Tensor:
-    """The prediction, of a tuple or of diffusers' output class; where each sample has one of its own, all flattened."""
+def prediction_of(model: nn.Module, output: Any) -> Tensor:
+    """The prediction, of a tuple or of diffusers' output class; where each sample has one of its own, all flattened.
+
+    Models that were trained to predict a variance as well (PixArt, DiT) give it after the rest, and pipelines leave it.
+    """
     prediction = output[0]
     if isinstance(prediction, Tensor):
-        return prediction
+        config: Any = getattr(model, "module", model).config  # where DistributedDataParallel is around it
+        given, taken = config.get("out_channels"), config.get("in_channels")
+        with_variance = given and given == 2 * taken and prediction.ndim == 4 and prediction.shape[1] == given
+        return prediction.chunk(2, dim=1)[0] if with_variance else prediction
     return torch.cat([one.flatten() for one in prediction])
 
 

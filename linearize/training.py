@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,8 +13,8 @@ from .low_rank import LORA_NAME, LowRank
 from .overlays import FullWeights, check_writable, overlays_of, plain_layer, refuse_fused
 from .record import record_
 
-# Linear layers of an attention module that see the text and not the image, or are the kernel's own.
-_NOT_OF_THE_IMAGE = re.compile(r"add_.*|to_add_out.*|txt_.*|.*_t|linear_kernel.*")
+# Layers of an attention module that see the text or a picture beside the image, or are the kernel's own.
+_NOT_OF_THE_IMAGE = re.compile(r"add_.*|to_add_out|txt_.*|.*_t|processor|linear_kernel")
 
 
 def add_lora_(
@@ -95,12 +95,8 @@ def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[st
         raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
     refuse_fused(model)
     if targets is None:
-        return [
-            f"{name}.{below}"
-            for name, attention in swapped(model).items()
-            for below, module in attention.named_modules()
-            if isinstance(module, nn.Linear) and not _NOT_OF_THE_IMAGE.fullmatch(below)
-        ]
+        modules = swapped(model).items()
+        return [f"{name}.{below}" for name, attention in modules for below in _layers_of_image(attention)]
     candidates = {target: [f"{name}.{target}" for name in swapped(model)] for target in targets}
     layers = {name for name, _ in model.named_modules()}
     found = {target: [name for name in names if name in layers] for target, names in candidates.items()}
@@ -108,3 +104,14 @@ def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[st
         if not names:
             raise ValueError(f"targets must be layers of the swapped attention modules, got {target!r}")
     return [name for names in found.values() for name in names]
+
+
+def _layers_of_image(attention: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the Linear layers that see the image; one that a style (peft) has wrapped counts as the layer it is."""
+    for name, child in attention.named_children():
+        if _NOT_OF_THE_IMAGE.fullmatch(name):
+            continue
+        if isinstance(child, nn.Linear) or hasattr(child, "get_base_layer"):
+            yield prefix + name
+        else:
+            yield from _layers_of_image(child, f"{prefix}{name}.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..linearize.calling import call_arguments
+from ..linearize.calling import call_arguments, for_batch, own_settings
 from ..linearize.convert import denoiser, swapped
 from .cascade import cascade_of, make_in_stages
 from .files import Text, Wanted, latents_kept, not_there, plan_files, save_latents, write_picture
@@ -35,7 +35,7 @@ def generate(
     output: str | Path,
     *,
     size: tuple[int, int] | None = None,
-    steps: int = 28,
+    steps: int | None = None,
     seed: int = 0,
     guidance: float | None = None,
     max_sequence_length: int | None = None,
@@ -54,7 +54,7 @@ def generate(
         output: A file that ends in .png for one prompt, else a folder; pictures that a folder already holds are not
             made again, so that an interrupted call goes on.
         size: (height, width) in pixels; None: the pipeline's own.
-        steps: Denoising steps.
+        steps: Denoising steps; None: the pipeline's own.
         seed: Noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
         guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
         max_sequence_length: Text tokens; None: the pipeline's own.
@@ -72,6 +72,7 @@ def generate(
         ValueError: a setting is out of range or not known to this pipeline, the model cannot make this size, or a
             file is there that was made otherwise.
     """
+    steps = own_settings(pipe).steps or 28 if steps is None else steps
     if min(steps, batch_size) < 1 or not 0 <= seed < MAX_SEED:
         raise ValueError(f"steps and batch_size must be >= 1, seed >= 0, got {steps}, {batch_size} and {seed}")
     height, width = size or default_size(pipe)
@@ -116,7 +117,8 @@ def _make(pipe: Any, batch: Sequence[Wanted], call: Mapping[str, Any], progress:
                 save_latents(batch, latents)
 
         prompts = [one.prompt for one in batch]
-        images = pipe(prompts, generator=generators, **call, **_callback(pipe, after_step)).images
+        given = for_batch(call, len(prompts))
+        images = pipe(prompt=prompts, generator=generators, **given, **_callback(pipe, after_step)).images
         for one, image in zip(batch, images, strict=True):
             write_picture(one, image)
 

@@ -5,7 +5,10 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
+from lineardit.distill.identity import main_dtype
+from lineardit.linearize.convert import denoiser
 from tiny_stock import STOCK
 
 
@@ -18,15 +21,26 @@ def prompted(name: str) -> Any:
         pytest.skip(f"this diffusers has no {stock.needs}: {error}")
     pipe, arguments = stock.make(), stock.arguments()
     draw = type(pipe).__call__
+    signature = inspect.signature(draw)
 
-    def call(self: Any, prompt: Any = None, **given: Any) -> Any:
-        assert prompt is not None
-        return draw(self, **{**given, **arguments})
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        prompt = given.pop("prompt")  # here stand embeddings for it
+        assert isinstance(prompt, str) or all(isinstance(one, str) for one in prompt)
+        dtype = main_dtype(denoiser(self)[1])
+        return draw(**{**given, **{name: _in(dtype, value) for name, value in arguments.items()}})
 
-    call.__signature__ = inspect.signature(draw)  # type: ignore[attr-defined]
+    call.__signature__ = signature  # type: ignore[attr-defined]
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"__call__": call})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _in(dtype: torch.dtype, value: Any) -> Any:
+    """An embedding, or list of them, in this dtype."""
+    if isinstance(value, list):
+        return [_in(dtype, one) for one in value]
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def size_of(name: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ def evaluate(
     prompts: Annotated[Path, typer.Option("--prompts", help="A file with one prompt a line.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for report, sheet and pictures.")],
     size: Size = "1024x1024",
-    steps: Steps = 28,
+    steps: Steps = None,
     seed: Seed = 0,
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,

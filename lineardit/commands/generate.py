@@ -31,7 +31,7 @@ def generate(
     ),
     prompt_file: Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
-    steps: Steps = 28,
+    steps: Steps = None,
     seed: Seed = 0,
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,

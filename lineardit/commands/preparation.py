@@ -20,7 +20,7 @@ def prepare(
     size: Annotated[
         list[str], typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; repeat it to go round several sizes.")
     ] = ["1024x1024"],  # noqa: B006, typer copies it
-    steps: Steps = 28,
+    steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
     batch_size: BatchSize = 4,
@@ -36,6 +36,10 @@ def prepare(
     arguments: Arguments = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples a file, in memory until it is written; else 64, or 8 where calls are kept."),
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +77,7 @@ def prepare(
         max_sequence_length=max_sequence_length,
         calls=calls,
         arguments=more,
+        shard_size=shard_size,
         part=share,
     )
 

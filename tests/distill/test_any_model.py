@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from peft import LoraConfig
 from prompted import prompted, size_of
 from tiny_distill import PROMPTS, SIZES, launch_run, loss_rows, write_config
+from torch import nn
 
 from lineardit import Clear, linearize_, load_adapter_
 from lineardit.distill import train
@@ -17,10 +20,12 @@ from lineardit.distill.calls import chosen_calls, pack, unpack
 from lineardit.distill.config import DistillConfig, config_from_tables
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.evaluate import evaluate
+from lineardit.distill.identity import fingerprint, main_dtype
 from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.prepare import prepare
+from lineardit.distill.trainer import Trainer
 from lineardit.linearize.convert import denoiser, swapped
-from lineardit.linearize.recording import Prediction, predict, recording
+from lineardit.linearize.recording import Prediction, predict, prediction_of, recording
 from lineardit.linearize.training import projection_names
 from tiny_models import MODELS, build
 from tiny_stock import STOCK
@@ -65,7 +70,7 @@ def test_kept_calls_say_what_the_pipeline_said(name: str, tmp_path: Path) -> Non
     with recording(model) as made:
         generator = torch.Generator().manual_seed(1)
         pipe(
-            PROMPTS[1],
+            prompt=PROMPTS[1],
             height=height,
             width=width,
             num_inference_steps=2,
@@ -98,6 +103,22 @@ def test_a_student_learns_from_kept_calls(name: str, tmp_path: Path, monkeypatch
         one, two = (predict(denoiser(one)[1], samples.call(0, 0)) for one in (pipe, student))
     assert torch.allclose(one, two, atol=1e-5)
     assert (tmp_path / "run" / "validation.csv").read_text().startswith("step,prediction_error")
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_a_student_learns_in_bfloat16_as_the_example_has_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = prompted(name)
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.to(torch.bfloat16)
+    kept(pipe, tmp_path / "samples", size_of(name))
+    monkeypatch.setattr(train, "load_base", lambda _: pipe)
+    run = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    train.distill(config_of(tmp_path, dtype="bfloat16", run=run))
+    rows = loss_rows(tmp_path / "run")
+    assert rows[-1]["attention"] < rows[2]["attention"]
 
 
 def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
@@ -142,6 +163,8 @@ def test_what_does_not_fit_kept_calls_is_refused(base: Path, pipe: FluxPipeline,
         ValueError, match=r"base.dtype must be float32, in which the calls in .*prepare --dtype bfloat16"
     ):
         train.distill(config_of(tmp_path, str(base), "bfloat16", run={"mixed_precision": "bf16"}))
+    with pytest.raises(ValueError, match=r"noise must be left out for .*, whose calls have the noise of"):
+        train.distill(config_of(tmp_path, str(base), noise={"mean": 1.0}))
     assert not (tmp_path / "run").exists()
 
 
@@ -157,9 +180,45 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
         kept(pipe, tmp_path / "samples", size, calls=-1)
     with pytest.raises(ValueError, match=r"StableDiffusion3Pipeline takes no|multiples of 4 pixels for this model"):
         kept(pipe, tmp_path / "samples", (17, 16))
+    pipe.transformer.half()
+    with pytest.raises(ValueError, match=r"calls must be made in float32 or bfloat16, .* got torch.float16"):
+        kept(pipe, tmp_path / "samples", size)
     with pytest.raises(ValueError, match=r"its argument cache is a object"):
         pack([{"cache": object()}], "0")
     assert not list((tmp_path / "samples").glob("*.safetensors"))
+
+
+def test_the_last_call_is_learnt_from_where_a_level_is_rounded_up(tmp_path: Path) -> None:
+    samples = kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
+    trainer = SimpleNamespace(samples=samples)
+    (part,) = Trainer._kept_calls(trainer, [0], torch.tensor([1.0]))  # type: ignore[arg-type]
+    assert torch.equal(part.arguments["hidden_states"], samples.call(0, 1)["hidden_states"])
+
+
+def test_variance_that_pipelines_leave_is_not_learnt() -> None:
+    pixart, sd3 = build("pixart", out_channels=8), build("sd3")
+    output = torch.rand(2, 8, 4, 6)
+    assert pixart.config.out_channels == 2 * pixart.config.in_channels
+    assert torch.equal(prediction_of(pixart, (output,)), output[:, :4])
+    assert prediction_of(sd3, (output,)) is output
+
+
+def test_the_precision_is_that_of_most_weights() -> None:
+    pipe = prompted("wan")
+    assert main_dtype(pipe.transformer) == torch.float32
+    pipe.transformer.to(torch.bfloat16)
+    pipe.transformer.scale_shift_table.data = pipe.transformer.scale_shift_table.data.float()
+    assert next(pipe.transformer.parameters()).dtype == torch.float32
+    assert main_dtype(pipe.transformer) == torch.bfloat16
+    assert fingerprint(pipe.transformer) != fingerprint(prompted("wan").transformer)
+
+
+def test_layers_to_train_are_the_models_own_below_a_style() -> None:
+    model = build("flux")
+    linearize_(model, Clear(radius=2))
+    names = projection_names(model, None)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "proj_out"]), "style")
+    assert projection_names(model, None) == names
 
 
 def test_unpack_gives_what_was_packed() -> None:

@@ -171,7 +171,7 @@ def test_evaluate_keeps_the_report_of_another_question(pipe: FluxPipeline, tmp_p
     ("prompts", "settings", "message"),
     [
         ([], {}, "prompts must not be empty"),
-        (THREE, {"height": 26}, "multiples of 4 for this model, got 26x32"),
+        (THREE, {"height": 26}, "multiples of 4 pixels for this model, got 32x26; nearest: 32x24 and 32x28"),
     ],
 )
 def test_evaluate_refuses_bad_input(

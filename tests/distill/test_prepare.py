@@ -161,7 +161,7 @@ def test_prepare_refuses_other_settings(data: Path, pipe: FluxPipeline, change: 
 
 
 def test_prepare_refuses_a_converted_pipeline_and_bad_sizes(pipe: FluxPipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="height and width must be multiples of 4 for this model, got 30x32"):
+    with pytest.raises(ValueError, match="multiples of 4 pixels for this model, got 32x30; nearest"):
         prepare(pipe, PROMPTS, tmp_path / "data", sizes=[(30, 32)])
     with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         prepare(pipe, PROMPTS, tmp_path / "data", steps=0)

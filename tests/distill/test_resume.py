@@ -56,6 +56,18 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(run).items())
 
 
+def test_a_run_goes_on_that_was_started_before_a_setting_came(make_config: MakeConfig) -> None:
+    config = make_config(run={"steps": 2})
+    distill(config)
+    record = config.run.folder / "run.json"
+    settings = json.loads(record.read_text())
+    del settings["run"]["min_tokens"], settings["layerwise"]
+    record.write_text(json.dumps(settings))
+    check_run(config, settings["samples"], resume=True)
+    with pytest.raises(ValueError, match=r"run.min_tokens was 0, now 7"):
+        check_run(make_config(run={"steps": 2, "min_tokens": 7}), settings["samples"], resume=True)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     terms = Trainer.terms
 

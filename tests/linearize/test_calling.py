@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from prompted import prompted
 from tiny_distill import build_tiny
 
-from lineardit.linearize.calling import call_arguments
+from lineardit.linearize.calling import call_arguments, for_batch, own_settings
 
 
 def test_settings_get_the_pipelines_names_and_none_is_left_to_it() -> None:
@@ -18,6 +19,34 @@ def test_settings_get_the_pipelines_names_and_none_is_left_to_it() -> None:
         "negative_prompt": "blurry",
         "true_cfg_scale": 2.0,
     }
+
+
+def test_a_pipeline_draws_the_size_that_is_asked_for() -> None:
+    pipe = prompted("pixart-sigma")
+    assert call_arguments(pipe, {"height": 16, "width": 16})["use_resolution_binning"] is False
+    assert call_arguments(pipe, {"height": 16}, {"use_resolution_binning": True})["use_resolution_binning"] is True
+    assert "use_resolution_binning" not in call_arguments(pipe, {"steps": 2})
+
+
+def test_guidance_that_needs_a_negative_prompt_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = prompted("qwen-image")
+    call_arguments(pipe, {"steps": 2})
+    assert 'is guided only with a negative prompt: --argument negative_prompt=" "' in caplog.text
+    caplog.clear()
+    call_arguments(pipe, {"steps": 2}, {"negative_prompt": " "})
+    call_arguments(pipe, {"steps": 2}, {"true_cfg_scale": 1.0})
+    call_arguments(build_tiny(), {"steps": 2})
+    assert not caplog.text
+
+
+def test_negative_prompts_are_as_many_as_prompts() -> None:
+    call = {"negative_prompt": "blurry", "negative_prompt_2": ["a", "b"], "true_cfg_scale": 2.0}
+    assert for_batch(call, 2) == call | {"negative_prompt": ["blurry", "blurry"]}
+
+
+def test_own_settings_are_the_pipelines() -> None:
+    assert own_settings(build_tiny()) == (28, 3.5, 512)
+    assert own_settings(prompted("sdxl")) == (50, 5.0, None)
 
 
 @pytest.mark.parametrize(

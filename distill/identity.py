@@ -1,0 +1,31 @@
+"""Which model it is: what tells one teacher from another, and the precision that it was loaded in."""
+
+import hashlib
+from collections import Counter
+
+import torch
+from torch import nn
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Differs between models of other names, shapes or (where they are in memory) weights, as bfloat16 has them."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            first = parameter.detach().flatten()[:8].to(torch.bfloat16)
+            digest.update(first.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """That of the most weights: some models keep a few in float32 whatever is asked for."""
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        numbers[parameter.dtype] += parameter.numel()
+    return numbers.most_common(1)[0][0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As settings have it."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,90 @@
+"""Samples of a teacher, as a shard holds them: tensors by name, and texts for its header.
+
+Of FLUX.1 a sample is the final latents and what the model was told; of any other model, calls of its denoiser.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..linearize.calling import call_of_original
+from ..linearize.convert import denoiser
+from ..linearize.recording import recording
+from .calls import chosen_calls, pack
+from .data import Sample
+from .families import family_of
+
+
+class Made(NamedTuple):
+    """What goes into a shard."""
+
+    tensors: dict[str, Tensor]
+    texts: dict[str, str]
+
+
+@torch.no_grad()
+def final_latents(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> Made:
+    """Latents and conditions of these samples of one size, by their index."""
+    family = family_of(denoiser(pipe)[1])
+    first = next(iter(batch.values()))
+    conditions = family.encode(pipe, [sample.prompt for sample in batch.values()], settings["max_sequence_length"])
+    latents = family.generate(
+        pipe,
+        conditions,
+        height=first.height,
+        width=first.width,
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        generators=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch.values()],
+    )
+    for sample, one in zip(batch.values(), latents, strict=True):
+        _check_finite(one, "latents", sample)
+    parts = {"latents": latents, **conditions}
+    tensors = {
+        f"{index:08d}.{name}": one[row].cpu().clone() for row, index in enumerate(batch) for name, one in parts.items()
+    }
+    return Made(tensors, {})
+
+
+def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> Made:
+    """Calls of the denoiser in the picture of one sample.
+
+    Raises:
+        ValueError: the pipeline needs more than is given, there are fewer calls, one cannot be kept, or predictions
+            are not finite.
+    """
+    ((index, sample),) = batch.items()
+    call = call_of_original(
+        pipe,
+        [sample.prompt],
+        size=(sample.height, sample.width),
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        max_sequence_length=settings["max_sequence_length"],
+        arguments=settings["arguments"],
+    )
+    generator = torch.Generator("cpu").manual_seed(sample.seed)
+    with recording(denoiser(pipe)[1]) as made:
+        try:
+            pipe(prompt=sample.prompt, generator=generator, output_type="latent", **call)
+        except (TypeError, AttributeError) as error:  # what diffusers makes of an argument that is missing
+            raise ValueError(
+                f"{type(pipe).__name__} does not draw from a prompt and a size ({error}): give it what else it takes"
+            ) from error
+    if len(made) < settings["calls"]:
+        raise ValueError(f"calls must be <= {len(made)}, as many as a picture of {settings['steps']} steps takes")
+    _check_finite(made[-1].output, "predictions", sample)
+    name = f"{index:08d}"
+    kept = chosen_calls(made, settings["calls"], sample.seed)
+    tensors, text = pack([one.arguments for one in kept], name)
+    return Made(tensors, {name: text})
+
+
+def _check_finite(made: Tensor, name: str, sample: Sample) -> None:
+    if not made.isfinite().all():
+        raise ValueError(
+            f"the teacher's {name} for {sample.prompt!r} with seed {sample.seed} are not finite in {made.dtype}: "
+            "in another folder, load it in another dtype (--dtype) or leave this prompt out"
+        )

@@ -1,0 +1,70 @@
+"""Looking on while a stock pipeline makes a picture, and helping where its memory runs out."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def last_step(pipe: Any) -> Iterator[list[Tensor]]:
+    """A list that holds, after a call of the pipeline, what its scheduler gave last."""
+    made: list[Tensor] = []
+
+    def keep(step: Any) -> Any:
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            made[:] = [output[0]]
+            return output
+
+        return kept
+
+    with _replaced(pipe.scheduler, "step", keep):
+        yield made
+
+
+@contextmanager
+def decoding_in_tiles_at_need(pipe: Any) -> Iterator[None]:
+    """Inside, a VAE that runs out of memory decodes once more: one picture at a time, in upstream's tiles."""
+    vae: Any = getattr(pipe, "vae", None)
+    if not hasattr(vae, "enable_tiling"):
+        yield
+        return
+
+    def twice(decode: Any) -> Any:
+        def decoded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return decode(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                if vae.use_tiling:
+                    raise
+                logger.warning("out of memory: the VAE decodes one picture at a time, in tiles")
+            torch.cuda.empty_cache()
+            vae.enable_tiling()
+            if hasattr(vae, "enable_slicing"):
+                vae.enable_slicing()
+            return decode(*args, **kwargs)
+
+        return decoded
+
+    with _replaced(vae, "decode", twice):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, change: Any) -> Iterator[None]:
+    """Inside, this method of one object is what `change` makes of it."""
+    before = vars(owner).get(name)
+    setattr(owner, name, change(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -1,0 +1,61 @@
+"""Looking on while a pipeline draws: what its scheduler gave last, and a VAE that runs out of memory."""
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from prompted import prompted, size_of
+
+from lineardit.distill.pictures import PictureSettings, draw_whole
+from lineardit.distill.watching import last_step
+
+
+def _settings(name: str) -> PictureSettings:
+    height, width = size_of(name)
+    return PictureSettings(height=height, width=width, steps=2)
+
+
+def test_last_step_is_the_final_latents() -> None:
+    pipe = prompted("sd3")
+    height, width = size_of("sd3")
+    call = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "latent"}
+    with last_step(pipe) as made:
+        latents = pipe(prompt=["a", "b"], generator=torch.Generator().manual_seed(0), **call).images
+    assert torch.equal(made[0], latents)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_decoder_without_memory_goes_on_in_tiles(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = prompted("sd3")
+    whole = draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
+    decode = type(pipe.vae).decode
+
+    def runs_out(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.use_tiling:
+            raise torch.OutOfMemoryError
+        return decode(self, latents, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.vae), "decode", runs_out)
+    tiled = draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
+    assert "out of memory: the VAE decodes one picture at a time, in tiles" in caplog.text
+    assert [one.tobytes() for one in tiled] == [one.tobytes() for one in whole]  # each is smaller than a tile
+    assert "decode" not in vars(pipe.vae)
+    monkeypatch.setattr(type(pipe.vae), "decode", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))
+
+
+def test_pictures_that_a_safety_checker_blackened_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = prompted("sd")
+    check = type(pipe).run_safety_checker
+    monkeypatch.setattr(
+        type(pipe), "run_safety_checker", lambda self, image, *others: (check(self, image, *others)[0], [False, True])
+    )
+    draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd"))
+    assert "safety checker has made the picture of 'b' black" in caplog.text
+    assert "picture of 'a'" not in caplog.text
