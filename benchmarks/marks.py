@@ -22,7 +22,7 @@ from marks_report import Mark, Row, as_markdown, follow_mark, rival_marks, stude
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
-from lineardit.distill.config import as_toml
+from lineardit.distill.config_tables import as_toml
 from lineardit.distill.files import write_json
 from lineardit.distill.launch import launch
 from lineardit.distill.sheet import write_sheet

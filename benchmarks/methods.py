@@ -27,7 +27,8 @@ from methods_report import MethodRow, Table, as_markdown, folder_name
 from scene_students import ScenePlan, SceneStudents
 
 from lineardit.commands.quiet import quiet_libraries
-from lineardit.distill.config import DistillConfig, config_from_tables
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.config_tables import config_from_tables
 from lineardit.distill.cost import paired_step_seconds
 from lineardit.distill.files import write_json
 from lineardit.distill.pictures import PictureSettings

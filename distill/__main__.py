@@ -5,9 +5,9 @@ import logging
 import os
 import sys
 
-from .config import load_config
+from .config_tables import load_config
+from .diverged import DivergedError
 from .train import distill
-from .trainer import DivergedError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ..linearize.report import SwapReport
-from .config import DistillConfig, Lora, config_to_tables
+from .config import DistillConfig, Lora
+from .config_tables import config_to_tables
 from .data import TeacherSamples
 from .student import KERNEL, trained_parameters
 

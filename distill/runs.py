@@ -10,7 +10,8 @@ from typing import Any
 
 from ..linearize.base import read_json
 from .checkpoint import latest_checkpoint
-from .config import DistillConfig, config_from_tables, config_to_tables
+from .config import DistillConfig
+from .config_tables import config_from_tables, config_to_tables
 from .files import write_json
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ Steps are counted from 1 over both stages: first those layer by layer (`layerwis
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,10 +23,12 @@ from ..linearize.recording import predict, to_device
 from .checkpoint import latest_checkpoint, passed_over, prune_checkpoints, save_checkpoint, store_trained_only
 from .config import DistillConfig
 from .data import Batch, Order, TeacherSamples, counter_generator
+from .diverged import check_finite
 from .families import family_of
 from .figures import StepLog
 from .layerwise import average_gradients, lessons
 from .losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
+from .schedule import learning_rate, noise_levels
 from .sheet import write_sheet
 from .student import teacher, trained_parameters
 
@@ -43,36 +44,6 @@ class Part(NamedTuple):
     arguments: Mapping[str, Any]
     latents: Tensor | None = None  # [B, N, C]
     noise: Tensor | None = None
-
-
-class DivergedError(RuntimeError):
-    """A loss or the gradient is not a finite number."""
-
-
-def learning_rate(config: DistillConfig, step: int) -> float:
-    """Of a step counted from 0; each stage has the whole schedule."""
-    schedule, first = config.schedule, config.layerwise
-    if step < first.steps:
-        rate, steps, warmup = first.lr, first.steps, first.warmup
-    else:
-        rate, steps, warmup = config.optimizer.lr, config.run.steps, schedule.warmup
-        step -= first.steps
-    if step < warmup:
-        return rate * (step + 1) / warmup
-    if schedule.kind == "constant":
-        return rate
-    progress = (step - warmup) / max(1, steps - warmup)
-    return rate * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-def noise_levels(config: DistillConfig, places: Sequence[int], uniform: Tensor) -> Tensor:
-    """sigma of these places of a batch, before the shift; `uniform` [len(places)] are random numbers in [0, 1).
-
-    Each place takes its own of `run.batch_size` equal shares of the distribution, so that every step has as many noisy
-    samples as others, and the loss tells less of luck.
-    """
-    share = (torch.tensor(places) + uniform) / config.run.batch_size
-    return torch.sigmoid(config.noise.mean + config.noise.std * torch.special.ndtri(share))
 
 
 class Trainer:
@@ -183,9 +154,9 @@ class Trainer:
             group["lr"] = rate
         parts = list(self._parts(step))
         row = self._layer_by_layer(parts) if step <= first else self._end_to_end(parts)
-        self._check_finite(row, step)
+        check_finite(row, step, self.config, self.started)
         norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.config.optimizer.max_grad_norm)
-        self._check_finite({"gradient": float(norm)}, step)
+        check_finite({"gradient": float(norm)}, step, self.config, self.started)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return row | {"loss": sum(self.weights.get(name, 1) * value for name, value in row.items()), "lr": rate}
@@ -315,22 +286,3 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_sheet(["teacher", "student"], pairs, self.directory / f"validation-{step:08d}.png")
         return "latent_mse", sum(errors) / len(errors)
-
-    def _check_finite(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                adamw = self.config.optimizer
-                found = latest_checkpoint(self.directory)
-                first = self.config.layerwise
-                name_of_rate, rate = ("layerwise.lr", first.lr) if step <= first.steps else ("optimizer.lr", adamw.lr)
-                lower = f"a lower rate, such as --set {name_of_rate}={rate / 3:.1g}"
-                if found and step == self.started + 1:
-                    advice = (
-                        f"it is the first after {found[0]}: with --resume latest try {lower}; if that fails as well, "
-                        "its weights are bad already: remove that folder, to go on after the one before it"
-                    )
-                elif found:
-                    advice = f"go on after the last checkpoint, {found[0]}, with --resume latest and {lower}"
-                else:
-                    advice = f"there is no checkpoint yet: start in another folder with {lower}"
-                raise DivergedError(f"{name} is {value} at step {step}; {advice}")

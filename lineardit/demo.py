@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .distill.config import as_toml
+from .distill.config_tables import as_toml
 from .distill.cost import paired_step_seconds
 from .distill.evaluate import Comparison, Scores, compare, score_totals
 from .distill.files import write_json

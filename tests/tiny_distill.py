@@ -10,7 +10,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lineardit.distill.config import DistillConfig, as_toml, config_to_tables
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.config_tables import as_toml, config_to_tables
 from lineardit.examples.tiny_flux.model import build_pipeline
 
 ROOT = Path(__file__).parents[1]

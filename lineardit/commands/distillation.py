@@ -16,7 +16,7 @@ def distill(
 ) -> None:
     """Teach a student what its teacher does. For several machines use accelerate launch itself."""
     from ..distill.__main__ import main
-    from ..distill.config import load_config
+    from ..distill.config_tables import load_config
     from ..distill.launch import launch
 
     options = [

@@ -8,7 +8,8 @@ import pytest
 from diffusers import FluxPipeline
 from tiny_distill import PROMPTS, SIZES, build_tiny
 
-from lineardit.distill.config import DistillConfig, config_from_tables
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.config_tables import config_from_tables
 from lineardit.distill.prepare import prepare
 
 

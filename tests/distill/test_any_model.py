@@ -17,7 +17,8 @@ from torch import nn
 from lineardit import Clear, linearize_, load_adapter_
 from lineardit.distill import train
 from lineardit.distill.calls import chosen_calls, pack, unpack
-from lineardit.distill.config import DistillConfig, config_from_tables
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.config_tables import config_from_tables
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.evaluate import evaluate
 from lineardit.distill.identity import fingerprint, main_dtype

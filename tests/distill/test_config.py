@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from lineardit import Clear
-from lineardit.distill.config import Attention, DistillConfig, config_from_tables, config_to_tables, load_config
+from lineardit.distill.config import Attention, DistillConfig
+from lineardit.distill.config_tables import config_from_tables, config_to_tables, load_config
 
 TEXT = """
 base.model = "some/model"

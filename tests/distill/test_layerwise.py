@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
+from lineardit.distill.diverged import DivergedError
 from lineardit.distill.families import family_of
 from lineardit.distill.layerwise import layer_error, lessons
+from lineardit.distill.schedule import learning_rate
 from lineardit.distill.student import build_student_, teacher, trained_parameters
 from lineardit.distill.train import distill
-from lineardit.distill.trainer import DivergedError, Trainer, learning_rate
+from lineardit.distill.trainer import Trainer
 from lineardit.linearize.convert import swapped
 
 MakeConfig = Callable[..., DistillConfig]

@@ -18,10 +18,11 @@ from lineardit import from_pretrained
 from lineardit.distill.checkpoint import latest_checkpoint
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
+from lineardit.distill.diverged import DivergedError
 from lineardit.distill.runs import check_run, record_run
 from lineardit.distill.student import build_student_
 from lineardit.distill.train import distill, load_base, start_accelerator
-from lineardit.distill.trainer import DivergedError, Trainer
+from lineardit.distill.trainer import Trainer
 
 MakeConfig = Callable[..., DistillConfig]
 

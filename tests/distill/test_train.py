@@ -21,11 +21,12 @@ from lineardit.distill import figures
 from lineardit.distill.__main__ import main
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
+from lineardit.distill.diverged import DivergedError
 from lineardit.distill.families import family_of
 from lineardit.distill.prepare import prepare
+from lineardit.distill.schedule import learning_rate, noise_levels
 from lineardit.distill.student import build_student_
 from lineardit.distill.train import distill, load_base, start_accelerator
-from lineardit.distill.trainer import DivergedError, learning_rate, noise_levels
 from lineardit.linearize.methods import config_to_dict
 
 MakeConfig = Callable[..., DistillConfig]

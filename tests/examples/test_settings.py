@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lineardit import Clear, Hybrid, ProxyTokens
-from lineardit.distill.config import load_config
+from lineardit.distill.config_tables import load_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

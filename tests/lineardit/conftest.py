@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_distill import build_tiny
 
-from lineardit.distill.config import load_config
+from lineardit.distill.config_tables import load_config
 from lineardit.distill.train import distill
 
 

@@ -1,0 +1,38 @@
+"""A run whose numbers are no longer finite ends in a sentence that says how to go on."""
+
+import math
+from collections.abc import Mapping
+
+from .checkpoint import latest_checkpoint
+from .config import DistillConfig
+
+
+class DivergedError(RuntimeError):
+    """A loss or the gradient is not a finite number."""
+
+
+def check_finite(values: Mapping[str, float], step: int, config: DistillConfig, started: int) -> None:
+    """Whether all values of this step are numbers.
+
+    Args:
+        started: The step behind which this process began.
+    Raises:
+        DivergedError: one is not.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise DivergedError(f"{name} is {value} at step {step}; {_advice(step, config, started)}")
+
+
+def _advice(step: int, config: DistillConfig, started: int) -> str:
+    first, found = config.layerwise, latest_checkpoint(config.run.folder)
+    name, rate = ("layerwise.lr", first.lr) if step <= first.steps else ("optimizer.lr", config.optimizer.lr)
+    lower = f"a lower rate, such as --set {name}={rate / 3:.1g}"
+    if found is None:
+        return f"there is no checkpoint yet: start in another folder with {lower}"
+    if step == started + 1:
+        return (
+            f"it is the first after {found[0]}: with --resume latest try {lower}; if that fails as well, "
+            "its weights are bad already: remove that folder, to go on after the one before it"
+        )
+    return f"go on after the last checkpoint, {found[0]}, with --resume latest and {lower}"

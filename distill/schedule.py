@@ -1,0 +1,35 @@
+"""What changes from step to step: the learning rate, and the noise of the samples."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .config import DistillConfig
+
+
+def learning_rate(config: DistillConfig, step: int) -> float:
+    """Of a step counted from 0; each stage has the whole schedule."""
+    schedule, first = config.schedule, config.layerwise
+    if step < first.steps:
+        rate, steps, warmup = first.lr, first.steps, first.warmup
+    else:
+        rate, steps, warmup = config.optimizer.lr, config.run.steps, schedule.warmup
+        step -= first.steps
+    if step < warmup:
+        return rate * (step + 1) / warmup
+    if schedule.kind == "constant":
+        return rate
+    progress = (step - warmup) / max(1, steps - warmup)
+    return rate * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def noise_levels(config: DistillConfig, places: Sequence[int], uniform: Tensor) -> Tensor:
+    """sigma of these places of a batch, before the shift; `uniform` [len(places)] are random numbers in [0, 1).
+
+    Each place takes its own of `run.batch_size` equal shares of the distribution, so that every step has as many noisy
+    samples as others, and the loss tells less of luck.
+    """
+    share = (torch.tensor(places) + uniform) / config.run.batch_size
+    return torch.sigmoid(config.noise.mean + config.noise.std * torch.special.ndtri(share))
