@@ -3,7 +3,10 @@
 import ast
 import re
 import shlex
+import tomllib
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import typer.main
@@ -11,6 +14,7 @@ import typer.main
 import lineardit
 from lineardit.cli import app
 from lineardit.commands.method_options import MethodCommand
+from lineardit.distill.config import DistillConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -84,3 +88,16 @@ def test_readme_python_uses_names_that_exist(block: str) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lineardit"
     ]
     assert [name for name in names if not hasattr(lineardit, name)] == []
+
+
+def test_every_setting_of_a_distillation_is_told() -> None:
+    rows = dict(re.findall(r"^\| `\[(\w+)\]` \| (.*) \|$", PAGES["docs/distillation.md"], flags=re.MULTILINE))
+    hints = get_type_hints(DistillConfig)
+    assert rows.keys() == hints.keys()
+    for table, told in rows.items():
+        classes = [] if table == "method" else get_args(hints[table]) or [hints[table]]
+        for setting in (setting for cls in classes for setting in fields(cls)):
+            assert re.search(rf"`{setting.name}[` =]", told), f"{table}.{setting.name}"
+            if type(setting.default) in (float, int, str):
+                values = re.findall(rf"`{setting.name} = ([^`]+)`", told)
+                assert setting.default in [tomllib.loads(f"value = {value}")["value"] for value in values], setting.name
