@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, DivergedError) as error:
         sys.stderr.write(f"lineardit.distill: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("lineardit.distill: interrupted; --resume latest goes on after the newest checkpoint\n")
+        return 130
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -53,7 +54,12 @@ def save_checkpoint(accelerator: Accelerator, root: Path, step: int, pipe: Any) 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    try:
+        accelerator.save_state(str(temporary))
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # of torch's own writer
+            raise
+        raise OSError(f"{final} cannot be written ({error}): make room, and go on with --resume latest") from error
     for path in temporary.iterdir():
         sync(path)
     accelerator.wait_for_everyone()  # the bytes of all ranks are down

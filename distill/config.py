@@ -52,6 +52,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "trained.rank", ">= 1", self.rank)
+        require(self.projections != (), "trained.projections", "left out, or name at least one layer", self.projections)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,9 @@ class Attention:
     """The projections of the swapped attention modules themselves, as in CLEAR, and the kernels' own weights."""
 
     projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/training.py
+
+    def __post_init__(self) -> None:
+        require(self.projections != (), "trained.projections", "left out, or name at least one layer", self.projections)
 
 
 PRECISIONS = ("no", "bf16", "auto")
@@ -75,7 +79,7 @@ class Loss:
 
     def __post_init__(self) -> None:
         for name, weight in asdict(self).items():
-            require(weight >= 0, f"loss.{name}", ">= 0", weight)
+            require(0 <= weight < math.inf, f"loss.{name}", ">= 0 and finite", weight)
         require(any(asdict(self).values()), "loss", "above 0 in at least one term", asdict(self))
 
 
@@ -151,6 +155,7 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):
             require(getattr(self, name) >= 1, f"run.{name}", ">= 1", getattr(self, name))
+        require(0 <= self.seed < 2**63, "run.seed", "in [0, 2**63)", self.seed)
         require(self.min_tokens >= 0, "run.min_tokens", ">= 0", self.min_tokens)
         known = self.mixed_precision in PRECISIONS
         require(known, "run.mixed_precision", " or ".join(PRECISIONS), self.mixed_precision)

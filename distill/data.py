@@ -7,10 +7,11 @@ calls of the denoiser (`calls.py`). A batch has one size, because a model sees o
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,13 @@ class TeacherSamples:
     def call(self, index: int, number: int) -> dict[str, Any]:
         """The arguments of one kept call of this sample, 0 <= number < `calls`, in the order of denoising."""
         with self._shard(index) as shard:
-            return unpack(
+            arguments = unpack(
                 shard.metadata()[f"{index:08d}"], number, lambda place: shard.get_tensor(f"{index:08d}.{place}")
             )
+            for name, value in arguments.items():
+                if isinstance(value, Tensor) and value.isnan().any():
+                    raise ValueError(f"{name} of sample {index} holds NaN")
+            return arguments
 
     def _read(self, index: int) -> dict[str, Tensor]:
         with self._shard(index) as shard:
@@ -120,7 +125,7 @@ class TeacherSamples:
             if name not in self._shards:
                 self._shards[name] = safe_open(self.directory / name, framework="pt")
             yield self._shards[name]
-        except SafetensorError as error:
+        except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{self.directory / name} cannot be read ({error}): remove it, and call `lineardit prepare` again"
             ) from error
@@ -172,11 +177,32 @@ def read_index(directory: Path) -> dict[str, Any] | None:
 def _read_one(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it, and call `lineardit prepare` again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT or not {"settings", "shards"} <= index.keys():
         raise ValueError(f"{path} is not an index of format {FORMAT}, that of this version: make the samples anew")
+    if not _is_sound(index):
+        raise ValueError(f"{path} is damaged: remove it, and call `lineardit prepare` again")
     return index
+
+
+def _is_sound(index: Mapping[str, Any]) -> bool:
+    """Whether the entries that are read are there, and what they must be."""
+    settings, shards = index["settings"], index["shards"]
+    if not isinstance(settings, dict) or not isinstance(shards, list):
+        return False
+    counts = (settings.get("num_prompts"), settings.get("shard_size"), settings.get("calls", 0) or 0)
+    if not all(type(count) is int and count >= least for count, least in zip(counts, (1, 1, 0), strict=True)):
+        return False
+    names = {field.name for field in fields(Sample)}
+    return all(
+        isinstance(shard, dict)
+        and re.fullmatch(r"shard-\d{5}\.safetensors", str(shard.get("file")))
+        and type(shard.get("bytes")) is int
+        and isinstance(shard.get("samples"), list)
+        and all(isinstance(entry, dict) and entry.keys() == names for entry in shard["samples"])
+        for shard in shards
+    )
 
 
 def counter_generator(seed: int, step: int, position: int) -> torch.Generator:

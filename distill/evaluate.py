@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def evaluate(
     question = _question(teacher, student, prompts, settings)
     _check_directory(directory, question, overwrite)
     pipe = _opened(teacher)
-    settings = settings.of(pipe)
+    settings = replace(settings, steps=settings.of(pipe).steps)  # what else is left open is each pipeline's own
     teacher_side, reference, expected = _judged(
         "teacher", teacher, pipe, prompts, directory, settings, judge, memory=memory
     )
@@ -173,6 +173,9 @@ def compare(
         scores: What a judge says of each of our pictures, `reference_scores` of the reference's; () for no judge.
     """
     pairs = list(zip(ours.images, reference.images, strict=True))
+    shapes = {tuple(one.shape) for one in (*ours.latents, *reference.latents)}
+    if len(shapes) > 1:
+        raise ValueError(f"latents of different shapes do not compare, got {' and '.join(map(str, sorted(shapes)))}")
     return Comparison(
         pictures=len(pairs),
         latent_mse=latent_mse(ours.latents, reference.latents),

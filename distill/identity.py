@@ -18,6 +18,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def architecture(model: nn.Module) -> str:
+    """Differs between models whose parameters have other names or shapes."""
+    shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
+    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
+
+
 def main_dtype(model: nn.Module) -> torch.dtype:
     """That of the most weights: some models keep a few in float32 whatever is asked for."""
     numbers: Counter[torch.dtype] = Counter()

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..linearize.calling import call_arguments, for_batch, own_settings
+from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
 from ..linearize.convert import denoiser, swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
@@ -92,6 +92,7 @@ def make_pictures(
     """
     settings = settings.of(pipe)
     check_size(pipe, settings.height, settings.width)
+    settings.call(pipe)  # raises for an argument that is none
     folder = directory / digest(pipe, settings)
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
@@ -139,7 +140,7 @@ def draw_whole(
     call = {"prompt": prompts, "generator": generators, **for_batch(settings.call(pipe), len(prompts))}
     if len(prompts) == 1:  # some pipelines take no lists
         call = settings.call(pipe) | {"prompt": prompts[0], "generator": generators[0]}
-    with last_step(pipe) as made, decoding_in_tiles_at_need(pipe):
+    with last_step(pipe) as made, decoding_in_tiles_at_need(pipe), arguments_named(pipe, settings.arguments):
         output = pipe(**call)
     images = output[0]
     if not all(isinstance(image, Image.Image) for image in images) or len(images) != len(prompts):

@@ -28,14 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..linearize import families as conversions
-from ..linearize.calling import own_settings
+from ..linearize.calling import call_of_original, own_settings
 from ..linearize.convert import denoiser, swapped
 from ..linearize.folders import write_whole
 from ..pipelines.sizes import check_size
 from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
 from .families import family_of, has_row
 from .files import write_json
-from .identity import dtype_name, fingerprint, main_dtype
+from .identity import architecture, dtype_name, fingerprint, main_dtype
 from .samples import final_latents, kept_calls
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,11 @@ def prepare(
         "shard_size": shard_size,
     }
     samples = _samples(pipe, prompts, sizes, settings)
+    if calls:
+        first_settings = {name: settings[name] for name in ("steps", "guidance", "max_sequence_length", "arguments")}
+        call_of_original(
+            pipe, prompts, size=(sizes[0][0], sizes[0][1]), **first_settings
+        )  # raises for a setting that is none
     directory = Path(directory)
     _write_shards(pipe, samples, directory, settings, batch_size, part)
     return directory
@@ -140,6 +145,7 @@ def _about(model: torch.nn.Module, prompts: Sequence[str]) -> dict[str, Any]:
     return {
         "teacher": fingerprint(model),
         "model": type(model).__name__,
+        "architecture": architecture(model),
         "dtype": dtype_name(main_dtype(model)),
         "num_prompts": len(prompts),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],

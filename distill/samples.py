@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linearize.calling import call_of_original
+from ..linearize.calling import arguments_named, call_of_original
 from ..linearize.convert import denoiser
 from ..linearize.recording import recording
 from .calls import chosen_calls, pack
@@ -68,7 +68,8 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
     generator = torch.Generator("cpu").manual_seed(sample.seed)
     with recording(denoiser(pipe)[1]) as made:
         try:
-            pipe(prompt=sample.prompt, generator=generator, output_type="latent", **call)
+            with arguments_named(pipe, settings["arguments"]):
+                pipe(prompt=sample.prompt, generator=generator, output_type="latent", **call)
         except (TypeError, AttributeError) as error:  # what diffusers makes of an argument that is missing
             raise ValueError(
                 f"{type(pipe).__name__} does not draw from a prompt and a size ({error}): give it what else it takes"

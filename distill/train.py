@@ -18,7 +18,7 @@ from ..linearize.layout import Layout
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
 from .figures import require_matplotlib
-from .identity import dtype_name, fingerprint, main_dtype
+from .identity import architecture, dtype_name, fingerprint, main_dtype
 from .plan import describe_plan
 from .precision import autocasts
 from .runs import check_run, record_run
@@ -155,9 +155,12 @@ def _leaves_parameters_unused(model: torch.nn.Module, samples: TeacherSamples) -
 def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: TeacherSamples) -> None:
     """Whether this model made the samples: another class cannot be taught by them, other weights are warned of."""
     made_by, here = samples.settings["model"], type(model).__name__
-    if made_by != here:
+    if made_by != here or samples.settings["architecture"] != architecture(model):
+        which = f"a {made_by}" if made_by != here else f"another {made_by}"
         raise ValueError(
-            f"{samples.directory} was made by a {made_by}, and base.model is a {here}: call `lineardit prepare`"
+            f"{samples.directory} was made by {which}, and base.model is a {here}"
+            + (" of other shapes" if made_by == here else "")
+            + ": call `lineardit prepare` with base.model"
         )
     dtype = samples.settings["dtype"]
     if dtype_name(main_dtype(model)) not in (dtype, "float32"):

@@ -2,9 +2,13 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NamedTuple
+
+import torch
 
 from .convert import denoiser
 from .seam import state_of
@@ -13,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 _NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 # What has a setting of its own, or is set by whoever calls the pipeline.
-_TAKEN = ("prompt", "height", "width", "generator", "latents", "output_type", "return_dict", "max_sequence_length")
+_TAKEN = (
+    *("prompt", "height", "width", "generator", "latents", "output_type", "return_dict", "max_sequence_length"),
+    *("num_images_per_prompt", "sigmas", "timesteps"),
+)
 _BINNING = "use_resolution_binning"  # would draw another size than asked, and make it larger or smaller
 
 
@@ -42,8 +49,12 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
     Raises:
         ValueError: the pipeline does not take one, or one of `more` has a setting.
     """
-    known = inspect.signature(pipe.__call__).parameters
+    parameters = inspect.signature(pipe.__call__).parameters.values()
+    known = {one.name: one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     more = more or {}
+    for name, value in {**settings, **more}.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
     call = {}
     for name, value in settings.items():
         argument = _NAMES.get(name, name)
@@ -59,15 +70,36 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise ValueError(f"{type(pipe).__name__} takes no {name}" + (f"; did you mean {near[0]}?" if near else ""))
-        call[name] = value
-    guided = known.get("true_cfg_scale")
-    if guided is not None and more.get("true_cfg_scale", guided.default) > 1 and "negative_prompt" not in more:
-        logger.warning(
-            '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)',
-            type(pipe).__name__,
-            more.get("true_cfg_scale", guided.default),
-        )
+        pair = isinstance(value, list) and "tuple" in str(known[name].annotation).lower()
+        call[name] = tuple(value) if pair else value
+    if "true_cfg_scale" in known and "negative_prompt" not in more:
+        scale = more.get("true_cfg_scale", known["true_cfg_scale"].default)
+        if type(scale) not in (int, float):
+            raise ValueError(f"true_cfg_scale must be a number, got {scale!r}")
+        if scale > 1:
+            told = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
+            logger.warning(told, type(pipe).__name__, scale)
     return call
+
+
+@contextmanager
+def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[None]:
+    """Inside, an error of the pipeline's is one of the further arguments that it was given, if there are any.
+
+    Raises:
+        ValueError: that, in a sentence.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        if not arguments:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise ValueError(
+            f"{type(pipe).__name__} did not draw with {given} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def for_batch(call: Mapping[str, Any], count: int) -> dict[str, Any]:

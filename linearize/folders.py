@@ -81,12 +81,18 @@ def _umask() -> int:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a hidden file beside `path`, then rename it: readers see the old file or the new one."""
+    """Let `write` fill a hidden file beside `path`, then rename it: readers see the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         sync(temporary)
         temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

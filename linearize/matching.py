@@ -55,7 +55,7 @@ def levels_below(model: nn.Module, family: Family, names: Sequence[str], min_tok
     """Why modules with fewer than `min_tokens` image tokens, at the size that the model was trained for, are left.
 
     Raises:
-        ValueError: `min_tokens` is negative, or the modules of this family do not differ in that.
+        ValueError: `min_tokens` is negative or leaves none, or the modules of this family do not differ in that.
     """
     if min_tokens < 0:
         raise ValueError(f"min_tokens must be >= 0, got {min_tokens}")
@@ -64,6 +64,9 @@ def levels_below(model: nn.Module, family: Family, names: Sequence[str], min_tok
     if family.native_tokens is None:
         raise ValueError(f"min_tokens is for models with levels, such as a UNet; a {type(model).__name__} has none")
     counts = {name: family.native_tokens(model, name) for name in names}
+    if max(counts.values()) < min_tokens:
+        levels = ", ".join(map(str, sorted(set(counts.values()), reverse=True)))
+        raise ValueError(f"min_tokens must be <= {max(counts.values())}: the levels have {levels}, got {min_tokens}")
     return {name: f"{count} tokens, fewer than {min_tokens}" for name, count in counts.items() if count < min_tokens}
 
 

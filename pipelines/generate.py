@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..linearize.calling import call_arguments, for_batch, own_settings
+from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
 from ..linearize.convert import denoiser, swapped
 from .cascade import cascade_of, make_in_stages
 from .files import Text, Wanted, latents_kept, not_there, plan_files, save_latents, write_picture
@@ -96,7 +96,7 @@ def generate(
     call = call_arguments(pipe, settings | {"height": height, "width": width}, arguments)
     progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
     chunks = nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens)
-    with progress, logging_redirect_tqdm(), chunks:
+    with progress, logging_redirect_tqdm(), chunks, arguments_named(pipe, arguments):
         for start in range(0, len(missing), batch_size):
             _make(pipe, missing[start : start + batch_size], call, progress, tell_kernel=start == 0)
     return [one.path for one in wanted]

@@ -34,7 +34,7 @@ def parse_numbers(option: str, text: str) -> list[float]:
 
 
 def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
-    """{name: value} from NAME=VALUE each; the value as in TOML, or bare text.
+    """{name: value} from NAME=VALUE each; the value a number, true, false, a list or a string as in TOML, or bare text.
 
     Raises:
         ValueError: not of this form, or one name twice.
@@ -44,11 +44,17 @@ def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (equals and name.isidentifier()) or name in arguments:
             raise ValueError(f"--argument must be NAME=VALUE, each name once, such as true_cfg_scale=4.0, got {text!r}")
-        try:
-            arguments[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            arguments[name] = value
+        arguments[name] = _value(value)
     return arguments
+
+
+def _value(text: str) -> Any:
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    plain = len(read) == 1 and "#" not in text and isinstance(read["value"], bool | int | float | str | list)
+    return read["value"] if plain else text  # not the date, comment or second line that TOML sees in it
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -58,7 +64,11 @@ def read_prompts(file: Path) -> list[str]:
         ValueError: the file holds no prompt.
         OSError: the file cannot be read.
     """
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be text in UTF-8, it is not ({error})") from error
+    prompts = [line.strip() for line in text.splitlines()]
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if not prompts:
         raise ValueError(f"{file} must hold one prompt a line, it holds none")

@@ -24,6 +24,8 @@ def test_parse_arguments_takes_toml_or_bare_text() -> None:
         "guidance_schedule": [1, 2],
     }
     assert parse_arguments(None) == {}
+    for text in ("2024-01-01", "5 # blue", "0\nfoo=7", "{a = 1}"):
+        assert parse_arguments([f"negative_prompt={text}"]) == {"negative_prompt": text}
 
 
 @pytest.mark.parametrize("texts", [["cfg"], ["=3"], ["two words=3"], ["a=1", "a=2"]])
@@ -36,6 +38,12 @@ def test_read_prompts_passes_over_empty_lines_and_comments(tmp_path: Path) -> No
     file = tmp_path / "prompts.txt"
     file.write_text("# two prompts\na red circle\n\n  ein grünes Dreieck  \n", encoding="utf-8")
     assert read_prompts(file) == ["a red circle", "ein grünes Dreieck"]
+
+
+def test_read_prompts_refuses_what_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match=r"prompts.txt must be text in UTF-8"):
+        read_prompts(tmp_path / "prompts.txt")
 
 
 def test_read_prompts_refuses_an_empty_file(tmp_path: Path) -> None:

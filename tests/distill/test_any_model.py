@@ -1,21 +1,26 @@
 """Distillation of models that have no row of their own: calls of the denoiser are kept, and learnt from."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig
 from prompted import prompted, size_of
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from tiny_distill import PROMPTS, SIZES, launch_run, loss_rows, write_config
 from torch import nn
 
 from lineardit import Clear, linearize_, load_adapter_
 from lineardit.distill import train
+from lineardit.distill.__main__ import main
 from lineardit.distill.calls import chosen_calls, pack, unpack
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.config_tables import config_from_tables
@@ -187,6 +192,83 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"its argument cache is a object"):
         pack([{"cache": object()}], "0")
     assert not list((tmp_path / "samples").glob("*.safetensors"))
+
+
+def test_samples_of_a_model_of_other_shapes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
+    monkeypatch.setattr(train, "load_base", lambda _: prompted("sdxl"))
+    with pytest.raises(
+        ValueError, match=r"samples was made by another UNet2D.*, and base.model is a .* of other shapes"
+    ):
+        train.distill(config_of(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors, _: tensors.pop("00000001.0"), "cannot be read"),
+        (lambda _, texts: texts.pop("00000001"), "cannot be read"),
+        (lambda _, texts: texts.update({"00000001": "[1]"}), "cannot be read"),
+        (lambda tensors, _: tensors["00000001.0"].fill_(float("nan")), "of sample 1 holds NaN"),
+    ],
+)
+def test_a_damaged_shard_is_named(damage: Any, message: str, tmp_path: Path) -> None:
+    samples = kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
+    file = tmp_path / "samples" / "shard-00000.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as shard:
+        texts = shard.metadata()
+    damage(tensors, texts)
+    save_file(tensors, file, metadata=texts)
+    with pytest.raises(ValueError, match=r"shard-00000.safetensors cannot be read") as raised:
+        samples.call(1, 0)
+    assert message in str(raised.value) and "call `lineardit prepare` again" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: index["settings"].update(shard_size=0),
+        lambda index: index["settings"].update(calls="many"),
+        lambda index: index["settings"].pop("num_prompts"),
+        lambda index: index.update(shards={}),
+        lambda index: index["shards"][0].pop("file"),
+        lambda index: index["shards"][0].update(file="../../etc/passwd"),
+        lambda index: index["shards"][0]["samples"][0].pop("prompt"),
+    ],
+)
+def test_a_damaged_index_is_named(damage: Callable[[Any], Any], tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    kept(prompted("sd3"), folder, size_of("sd3"))
+    index = json.loads((folder / "index.json").read_text())
+    damage(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json is damaged: remove it, and call `lineardit prepare` again"):
+        TeacherSamples(folder)
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Mock(side_effect=SafetensorError("No space left on device"))
+    monkeypatch.setattr("lineardit.distill.prepare.save_file", full)
+    with pytest.raises(OSError, match=r"shard-00000.safetensors cannot be written: No space left"):
+        kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
+    assert not list((tmp_path / "samples").iterdir())
+
+
+def test_levels_that_are_all_left_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
+    monkeypatch.setattr(train, "load_base", lambda _: prompted("sd"))
+    with pytest.raises(ValueError, match=r"min_tokens must be <= \d+: the levels have \d+"):
+        train.distill(config_of(tmp_path, run={"min_tokens": 10**6}))
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lineardit.distill.__main__.distill", Mock(side_effect=KeyboardInterrupt))
+    assert main([str(write_config(config_of(tmp_path), tmp_path / "config.toml"))]) == 130
+    assert "interrupted; --resume latest goes on" in capsys.readouterr().err
 
 
 def test_the_last_call_is_learnt_from_where_a_level_is_rounded_up(tmp_path: Path) -> None:

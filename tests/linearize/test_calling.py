@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 from prompted import prompted
 from tiny_distill import build_tiny
 
-from lineardit.linearize.calling import call_arguments, for_batch, own_settings
+from lineardit.linearize.calling import arguments_named, call_arguments, for_batch, own_settings
 
 
 def test_settings_get_the_pipelines_names_and_none_is_left_to_it() -> None:
@@ -44,6 +45,23 @@ def test_negative_prompts_are_as_many_as_prompts() -> None:
     assert for_batch(call, 2) == call | {"negative_prompt": ["blurry", "blurry"]}
 
 
+def test_lists_are_pairs_where_a_pipeline_takes_pairs() -> None:
+    assert call_arguments(prompted("sdxl"), {}, {"original_size": [64, 48]}) == {"original_size": (64, 48)}
+
+
+def test_an_error_names_the_arguments_that_were_given() -> None:
+    pipe = build_tiny()
+    with (
+        pytest.raises(ValueError, match=r"FluxPipeline did not draw with clip_skip='a' \(IndexError: nothing\)"),
+        arguments_named(pipe, {"clip_skip": "a"}),
+    ):
+        raise IndexError("nothing")
+    with pytest.raises(IndexError), arguments_named(pipe, {}):
+        raise IndexError("nothing")
+    with pytest.raises(torch.OutOfMemoryError), arguments_named(pipe, {"clip_skip": "a"}):
+        raise torch.OutOfMemoryError
+
+
 def test_own_settings_are_the_pipelines() -> None:
     assert own_settings(build_tiny()) == (28, 3.5, 512)
     assert own_settings(prompted("sdxl")) == (50, 5.0, None)
@@ -57,6 +75,11 @@ def test_own_settings_are_the_pipelines() -> None:
         ({}, {"height": 3}, "height is no further argument: it has a setting of its own"),
         ({}, {"guidance_scale": 3.0}, "guidance_scale is no further argument"),
         ({}, {"callback_on_step_end": "x"}, "callback_on_step_end is no further argument"),
+        ({}, {"num_images_per_prompt": 2}, "num_images_per_prompt is no further argument"),
+        ({}, {"sigmas": []}, "sigmas is no further argument"),
+        ({}, {"true_cfg_scale": "abc"}, "true_cfg_scale must be a number, got 'abc'"),
+        ({"guidance": float("nan")}, {}, "guidance must be finite, got nan"),
+        ({}, {"true_cfg_scale": float("inf")}, "true_cfg_scale must be finite, got inf"),
     ],
 )
 def test_what_a_pipeline_does_not_take_is_refused(settings: dict[str, Any], more: dict[str, Any], message: str) -> None:
