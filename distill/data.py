@@ -125,7 +125,7 @@ class TeacherSamples:
             if name not in self._shards:
                 self._shards[name] = safe_open(self.directory / name, framework="pt")
             yield self._shards[name]
-        except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{self.directory / name} cannot be read ({error}): remove it, and call `lineardit prepare` again"
             ) from error

@@ -107,10 +107,9 @@ def prepare(
     }
     samples = _samples(pipe, prompts, sizes, settings)
     if calls:
-        first_settings = {name: settings[name] for name in ("steps", "guidance", "max_sequence_length", "arguments")}
-        call_of_original(
-            pipe, prompts, size=(sizes[0][0], sizes[0][1]), **first_settings
-        )  # raises for a setting that is none
+        named = {name: settings[name] for name in ("steps", "guidance", "max_sequence_length", "arguments")}
+        height, width = sizes[0]
+        call_of_original(pipe, prompts, size=(height, width), **named)  # raises for a setting that is none
     directory = Path(directory)
     _write_shards(pipe, samples, directory, settings, batch_size, part)
     return directory
