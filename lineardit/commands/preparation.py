@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Arguments, BatchSize, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed, Steps
+from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed, Steps
 from .prompts import parse_arguments, parse_size, read_prompts
 
 
@@ -23,7 +23,9 @@ def prepare(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
-    batch_size: BatchSize = 4,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Pictures at a time, of final latents; with calls, one. Changes speed only.")
+    ] = 4,
     max_sequence_length: MaxSequenceLength = None,
     calls: Annotated[
         int | None,
