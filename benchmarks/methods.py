@@ -113,9 +113,14 @@ class Fit:
 
 
 class MethodTable(SceneStudents):
-    """One run of all rows, in a folder of its own."""
+    """One run of all rows, in a folder of its own.
+
+    Attributes:
+        calls: Kept of each sample, and learnt from; 0: final latents are.
+    """
 
     plan: Plan
+    calls: int = 0
 
     def run(
         self,
@@ -128,7 +133,7 @@ class MethodTable(SceneStudents):
         with self.stages.stage("teacher's pictures"):
             self.draw("teacher", self.base, self.plan.captions)
         with self.stages.stage("samples"):
-            self.prepare()
+            self.prepare(self.calls)
         rivals = {title(one): local_of_equal_flops(one) for one in methods if type(one) is Hybrid}
         entries = {title(one): one for one in (*methods, *rivals.values())}
         table = Table(
@@ -226,7 +231,7 @@ class MethodTable(SceneStudents):
             "data": {"directory": str(self.directory / "samples")},
             "method": {pattern: config_to_dict(one) for pattern, one in patterns.items()},
             "trained": {"kind": "lora", "rank": rank, "projections": PROJECTIONS},
-            "loss": {"flow": 0.1, "prediction": 1.0, "attention": 1.0},
+            "loss": {"flow": 0.0 if self.calls else 0.1, "prediction": 1.0, "attention": 1.0},
             "layerwise": {"steps": plan.layer_steps, "lr": plan.layer_rate},
             "optimizer": {"lr": plan.learning_rate},
             "schedule": {"warmup": 20},
@@ -276,9 +281,14 @@ class MethodTable(SceneStudents):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--directory", type=Path, help="pictures, samples, students")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --quick in the directory")
+    parser.add_argument(
+        "--results", type=Path, help="default: benchmarks/results; in the directory with --quick, --calls"
+    )
     parser.add_argument("--quick", action="store_true", help="two methods, two steps, two captions: does it run?")
     parser.add_argument("--captions", type=int, default=Plan.captions, help="held out; another number, another table")
+    parser.add_argument(
+        "--calls", type=int, default=0, help="learn from so many kept calls of each sample, as models without a row do"
+    )
     parser.add_argument("--seeds", type=int, default=len(Plan.seeds), help="stop after so many")
     parser.add_argument(
         "--only", action="append", metavar="GLOB", help=f"rows with this title, or {PROPOSALS!r}; repeatable"
@@ -288,9 +298,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     few = min(options.captions, Plan.few_captions)
     plan = quick_plan() if options.quick else Plan(captions=options.captions, few_captions=few)
-    directory = options.directory or Path("runs/methods-quick" if options.quick else "runs/methods")
+    name = "methods-quick" if options.quick else f"methods-{options.calls}-calls" if options.calls else "methods"
+    directory = options.directory or Path("runs", name)
     table = MethodTable(path(), directory, plan)
-    results = options.results or (directory / "results" if options.quick else RESULTS)
+    table.calls = options.calls
+    results = options.results or (directory / "results" if options.quick or options.calls else RESULTS)
     globs = options.only or ["*"]
     methods = QUICK if options.quick else METHODS
     titles = [*map(title, methods), *(title(local_of_equal_flops(one)) for one in methods if type(one) is Hybrid)]

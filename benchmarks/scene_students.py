@@ -74,8 +74,8 @@ class SceneStudents:
         scores = tuple(judge_scene(*pair) for pair in zip(captions, pictures.images, strict=True))
         self.made[name] = Made(pictures=pictures, scores=scores)
 
-    def prepare(self) -> Path:
-        """The teacher's samples, which all students learn from."""
+    def prepare(self, calls: int = 0) -> Path:
+        """The teacher's samples, which all students learn from; with so many calls kept of each, or final latents."""
         plan = self.plan
         return prepare(
             open_pipeline(self.base),
@@ -84,6 +84,7 @@ class SceneStudents:
             sizes=[(plan.side, plan.side)],
             steps=plan.steps,
             max_sequence_length=plan.text_tokens,
+            calls=calls,
             shard_size=16,
         )
 
