@@ -135,6 +135,15 @@ def test_clone_runs_outside_its_root(clone: Path, tmp_path: Path) -> None:
     assert "convert" in run_python("-m", "lineardit", "--help", cwd=tmp_path, path=clone)
 
 
+def test_clone_called_as_the_package_runs_from_beside_it(clone: Path, tmp_path: Path) -> None:
+    """Where Python finds the checkout itself first, as a folder called lineardit."""
+    (tmp_path / "lineardit").symlink_to(clone)
+    code = "import lineardit, lineardit.kernels.window, lineardit.examples as e; print(lineardit.Clear, e.__file__)"
+    told = f"<class 'lineardit.linearize.methods.clear.Clear'> {tmp_path / 'lineardit' / 'examples' / '__init__.py'}\n"
+    assert run_python("-c", code, cwd=tmp_path) == told
+    assert "convert" in run_python("-m", "lineardit", "--help", cwd=tmp_path)
+
+
 def test_clone_runs_plain_pytest(clone: Path) -> None:
     script = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"  # as the console script
     assert " passed" in run_python("-c", script, "-q", "-k", "are_found", "tests/house/test_imports.py", cwd=clone)
