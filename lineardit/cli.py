@@ -26,6 +26,8 @@ from .commands.preparation import prepare
 from .commands.profile import profile
 from .commands.upscale import upscale
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
+GO_ON = ("prepare", "generate", "evaluate", "demo")  # commands that take up their own work
 LESS_MEMORY = (
     "less is needed for a smaller size or batch, and, where the command has them, with --dtype bfloat16, "
     "--chunk-tokens or --offload"
@@ -89,7 +91,10 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2."""
     words = [_at_home(word) for word in arguments] or ["--help"]
     try:
-        return app(args=words, prog_name="lineardit", standalone_mode=False) or 0
+        exit_code = app(args=words, prog_name="lineardit", standalone_mode=False) or 0
+        if exit_code != INTERRUPTED:
+            return exit_code
+        message = "interrupted" + ("; the same command goes on with what is there" if words[0] in GO_ON else "")
     except typer.TyperException as error:
         message, exit_code = _with_what_is_allowed(error), error.exit_code
     except (ValueError, OSError) as error:

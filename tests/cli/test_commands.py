@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from typer.main import get_command
@@ -44,6 +45,14 @@ def test_a_path_under_home_is_found_behind_an_equals_sign(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(["prepare", "base", "--prompts=~/none.txt", "-o", "~/samples"]) == 2
     assert str(tmp_path / "none.txt") in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_that_it_can_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lineardit.commands.preparation.read_prompts", Mock(side_effect=KeyboardInterrupt))
+    assert run(["prepare", "base", "--prompts", "none.txt", "-o", "samples"]) == 130
+    assert capsys.readouterr().err == "lineardit: interrupted; the same command goes on with what is there\n"
 
 
 @pytest.mark.parametrize("rest", [["-o", "out"], ["--overwrite"], []])
