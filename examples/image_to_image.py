@@ -24,7 +24,6 @@ print(lineardit.linearize_(pipe, hybrid))
 pipe.vae.enable_tiling()
 enlarge = AutoPipelineForImage2Image.from_pipe(pipe)  # the same model, converted
 takes = inspect.signature(enlarge.__call__).parameters
-call = {name: side for name, side in (("width", width), ("height", height)) if name in takes}  # else the picture's own
-call |= {"strength": 0.3, "generator": torch.Generator("cpu").manual_seed(1)}
-large = small.resize((width, height), Image.Resampling.LANCZOS)
-enlarge(prompt, image=large, **call).images[0].save("large.png")
+sides = {name: side for name, side in (("width", width), ("height", height)) if name in takes}  # else the picture's own
+large, generator = small.resize((width, height), Image.Resampling.LANCZOS), torch.Generator("cpu").manual_seed(1)
+enlarge(prompt, image=large, strength=0.3, generator=generator, **sides).images[0].save("large.png")
