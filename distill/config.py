@@ -2,7 +2,7 @@
 
     [base]      the teacher            [loss]       weights of the three terms     [run]       steps, batch, precision
     [data]      what prepare made      [optimizer]  AdamW                          [save]      checkpoints, log
-    [method]    the new attention      [schedule]   of the learning rate           [validate]  pictures on the way
+    [method]    the new attention      [schedule]   of the learning rate           [validate]  how near on the way
     [trained]   which weights learn    [noise]      of the training inputs    [layerwise] an optional first stage
 
 `[method]` is one method (`method = "clear"`, `radius = 16`), or one table per pattern of module names.
@@ -174,7 +174,7 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class Validate:
-    """The student redraws the last samples of the data, which training leaves out."""
+    """The student redraws the last samples of the data, which training leaves out, or predicts their kept calls."""
 
     samples: int = 4  # 0: no validation
     every: int = 500  # steps; and once at the end

@@ -19,6 +19,7 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .calls import unpack
 from .families import Conditions, Grid
@@ -107,9 +108,8 @@ class TeacherSamples:
             arguments = unpack(
                 shard.metadata()[f"{index:08d}"], number, lambda place: shard.get_tensor(f"{index:08d}.{place}")
             )
-            for name, value in arguments.items():
-                if isinstance(value, Tensor) and value.isnan().any():
-                    raise ValueError(f"{name} of sample {index} holds NaN")
+            if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in tree_leaves(arguments)):
+                raise ValueError(f"sample {index} holds NaN")
             return arguments
 
     def _read(self, index: int) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ def counter_generator(seed: int, step: int, position: int) -> torch.Generator:
 
 
 class Order:
-    """Which samples each step sees: epochs of shuffled batches, one grid per batch, a function of seed and step.
+    """Which samples each step sees: epochs of shuffled batches, one size per batch, a function of seed and step.
 
     A size with fewer samples than a batch repeats them; what does not fill a batch waits for another epoch's shuffle.
 

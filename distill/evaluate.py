@@ -70,7 +70,7 @@ class Comparison:
 
     Attributes:
         pictures: How many.
-        latent_mse: Over final packed latents in float32: the mean of each picture, then over pictures.
+        latent_mse: Over final latents in float32: the mean of each picture, then over pictures.
         psnr: Of the decoded pictures of 8 bits, in dB, the mean over pictures; infinite if one is equal.
         ssim: The mean over pictures.
         differences: Score -> ours minus the reference's share, with the paired bootstrap interval.
@@ -171,6 +171,8 @@ def compare(
 
     Args:
         scores: What a judge says of each of our pictures, `reference_scores` of the reference's; () for no judge.
+    Raises:
+        ValueError: latents are of different shapes.
     """
     pairs = list(zip(ours.images, reference.images, strict=True))
     shapes = {tuple(one.shape) for one in (*ours.latents, *reference.latents)}

@@ -7,28 +7,35 @@ import torch
 from torch import nn
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Differs between models of other names, shapes or (where they are in memory) weights, as bfloat16 has them."""
+def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Differs between models of other names, shapes or (where they are in memory) weights.
+
+    Args:
+        dtype: In which weights are compared; None: their own.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         if not parameter.is_meta:
-            first = parameter.detach().flatten()[:8].to(torch.bfloat16)
+            first = parameter.detach().flatten()[:8].to(dtype or parameter.dtype)
             digest.update(first.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def architecture(model: nn.Module) -> str:
-    """Differs between models whose parameters have other names or shapes."""
+def architecture(model: nn.Module) -> str | None:
+    """Differs between models whose parameters have other names or shapes; None: some are quantized, in other shapes."""
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        return None
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """That of the most weights: some models keep a few in float32 whatever is asked for."""
-    numbers: Counter[torch.dtype] = Counter()
+    """That of the most weights, quantized ones aside: some models keep a few in float32 whatever is asked for."""
+    numbers: Counter[torch.dtype] = Counter({torch.float32: 0})
     for parameter in model.parameters():
-        numbers[parameter.dtype] += parameter.numel()
+        if parameter.is_floating_point():
+            numbers[parameter.dtype] += parameter.numel()
     return numbers.most_common(1)[0][0]
 
 

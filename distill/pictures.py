@@ -143,7 +143,7 @@ def draw_whole(
     with last_step(pipe) as made, decoding_in_tiles_at_need(pipe), arguments_named(pipe, settings.arguments):
         output = pipe(**call)
     images = output[0]
-    if not all(isinstance(image, Image.Image) for image in images) or len(images) != len(prompts):
+    if not made or not all(isinstance(image, Image.Image) for image in images) or len(images) != len(prompts):
         raise ValueError(f"{type(pipe).__name__} makes no picture for each prompt, and nothing else can be judged")
     for prompt, blackened in zip(prompts, getattr(output, "nsfw_content_detected", None) or (), strict=False):
         if blackened:

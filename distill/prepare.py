@@ -93,6 +93,10 @@ def prepare(
     shard_size = shard_size if shard_size is not None else 8 if calls else 64
     _check(model, prompts, sizes, {"steps": steps, "batch_size": batch_size, "shard_size": shard_size})
     _check_calls(model, calls, arguments)
+    try:
+        arguments = json.loads(json.dumps(dict(arguments or {}))) or None
+    except TypeError as error:
+        raise ValueError(f"arguments must be what JSON has, to be written down with the samples: {error}") from error
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
     settings = _about(model, prompts) | {
@@ -102,7 +106,7 @@ def prepare(
         "seed": seed,
         "max_sequence_length": own.max_sequence_length if max_sequence_length is None else max_sequence_length,
         "calls": calls,
-        "arguments": dict(arguments or {}) or None,
+        "arguments": arguments,
         "shard_size": shard_size,
     }
     samples = _samples(pipe, prompts, sizes, settings)
@@ -142,7 +146,7 @@ def _check_calls(model: torch.nn.Module, calls: int, arguments: Mapping[str, Any
 
 def _about(model: torch.nn.Module, prompts: Sequence[str]) -> dict[str, Any]:
     return {
-        "teacher": fingerprint(model),
+        "teacher": fingerprint(model, torch.bfloat16),
         "model": type(model).__name__,
         "architecture": architecture(model),
         "dtype": dtype_name(main_dtype(model)),
@@ -184,7 +188,9 @@ def _write_shards(
     directory.mkdir(parents=True, exist_ok=True)
     listed = [whole[number] for number in shards if number in whole]
     pipe.set_progress_bar_config(disable=True)
+    make = final_latents
     if settings["calls"]:
+        make, batch_size = kept_calls, 1
         logger.info("keeping %d calls of the denoiser of each picture, to be learnt from", settings["calls"])
     name = "prepare" if part[1] == 1 else f"prepare {part[0]}/{part[1]}"
     total = sum(map(len, shards.values()))
@@ -198,8 +204,8 @@ def _write_shards(
                 continue
             tensors: dict[str, Tensor] = {}
             texts: dict[str, str] = {}
-            for batch in _batches(of_shard, 1 if settings["calls"] else batch_size):
-                made = (kept_calls if settings["calls"] else final_latents)(pipe, batch, settings)
+            for batch in _batches(of_shard, batch_size):
+                made = make(pipe, batch, settings)
                 tensors |= made.tensors
                 texts |= made.texts
                 progress.update(len(batch))

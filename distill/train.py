@@ -105,6 +105,8 @@ def load_base(base: Base) -> Any:
     source = read_base(base.model, revision=base.revision).source
     parts = DiffusionPipeline.load_config(source.name, revision=source.revision)
     unused = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "processor")
+    if parts.get("safety_checker", [None, None])[1] == "StableDiffusionSafetyChecker":
+        unused += ("safety_checker",)  # which wants the feature extractor
     without = {name: None for name in parts if name.startswith(unused)}
     return DiffusionPipeline.from_pretrained(
         source.name,
@@ -155,7 +157,7 @@ def _leaves_parameters_unused(model: torch.nn.Module, samples: TeacherSamples) -
 def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: TeacherSamples) -> None:
     """Whether this model made the samples: another class cannot be taught by them, other weights are warned of."""
     made_by, here = samples.settings["model"], type(model).__name__
-    if made_by != here or samples.settings["architecture"] != architecture(model):
+    if made_by != here or _differ(samples.settings["architecture"], architecture(model)):
         which = f"a {made_by}" if made_by != here else f"another {made_by}"
         raise ValueError(
             f"{samples.directory} was made by {which}, and base.model is a {here}"
@@ -165,13 +167,18 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
     dtype = samples.settings["dtype"]
     if dtype_name(main_dtype(model)) not in (dtype, "float32"):
         return  # these weights are rounded otherwise than those that made the samples
-    if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model):
+    if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model, torch.bfloat16):
         logger.warning(
             "%s was made by a %s of other weights than base.model has: it says what those would draw; if that is not "
             "meant, make samples with base.model",
             samples.directory,
             here,
         )
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    """Whether two are known, and not the same."""
+    return None not in (one, other) and one != other
 
 
 def _on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:

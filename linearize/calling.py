@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -77,9 +78,15 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
         if type(scale) not in (int, float):
             raise ValueError(f"true_cfg_scale must be a number, got {scale!r}")
         if scale > 1:
-            told = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
-            logger.warning(told, type(pipe).__name__, scale)
+            tell_unguided(type(pipe).__name__, scale)
     return call
+
+
+@lru_cache  # once
+def tell_unguided(name: str, scale: float) -> None:
+    """Of a pipeline that could be guided and is not."""
+    told = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
+    logger.warning(told, name, scale)
 
 
 @contextmanager
@@ -103,9 +110,9 @@ def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[
 
 
 def for_batch(call: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The call for so many prompts at a time: some pipelines want a negative prompt for each."""
+    """The call for so many prompts at a time: some pipelines want a negative prompt, or a second one, for each."""
     return {
-        name: [value] * count if name.startswith("negative_prompt") and isinstance(value, str) else value
+        name: [value] * count if isinstance(value, str) and name.startswith(("negative_prompt", "prompt_")) else value
         for name, value in call.items()
     }
 

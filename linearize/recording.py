@@ -119,13 +119,15 @@ def to_device(arguments: Arguments, device: torch.device) -> dict[str, Any]:
 def prediction_of(model: nn.Module, output: Any) -> Tensor:
     """The prediction, of a tuple or of diffusers' output class; where each sample has one of its own, all flattened.
 
-    Models that were trained to predict a variance as well (PixArt, DiT) give it after the rest, and pipelines leave it.
+    Models that were trained to predict a variance as well (PixArt, DiT, HunyuanDiT, Lumina-Next) give it after the
+    rest, and pipelines leave it.
     """
     prediction = output[0]
     if isinstance(prediction, Tensor):
         config: Any = getattr(model, "module", model).config  # where DistributedDataParallel is around it
-        given, taken = config.get("out_channels"), config.get("in_channels")
-        with_variance = given and given == 2 * taken and prediction.ndim == 4 and prediction.shape[1] == given
+        twice = 2 * (config.get("in_channels") or 0)
+        learnt = config.get("learn_sigma") or config.get("out_channels") == twice
+        with_variance = learnt and prediction.ndim == 4 and prediction.shape[1] == twice
         return prediction.chunk(2, dim=1)[0] if with_variance else prediction
     return torch.cat([one.flatten() for one in prediction])
 

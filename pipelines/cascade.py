@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..linearize.calling import call_arguments
+from ..linearize.calling import arguments_named, call_arguments
 from ..linearize.errors import UnsupportedModelError
 from ..linearize.folders import write_whole
 from .files import (
@@ -101,7 +101,9 @@ def enlarge(
     drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
     said = {name: str(value) for name, value in {**drawing, **(arguments or {})}.items() if value is not None}
     text = {**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)}
-    make_in_stages(Staged(high, plan, picture), replace(one, text=text), call_arguments(high, drawing, arguments))
+    call = call_arguments(high, drawing, arguments)
+    with arguments_named(high, arguments):
+        make_in_stages(Staged(high, plan, picture), replace(one, text=text), call)
 
 
 def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:

@@ -89,20 +89,29 @@ def generate(
     missing = wanted if overwrite else not_there(wanted, Path(output))
     if staged is not None:
         call = call_arguments(staged.pipe, settings, arguments)
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), arguments_named(staged.pipe, arguments):
             for one in missing:
                 make_in_stages(staged, one, call)
         return [one.path for one in wanted]
     call = call_arguments(pipe, settings | {"height": height, "width": width}, arguments)
     progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
     chunks = nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens)
-    with progress, logging_redirect_tqdm(), chunks, arguments_named(pipe, arguments):
+    with progress, logging_redirect_tqdm(), chunks:
         for start in range(0, len(missing), batch_size):
-            _make(pipe, missing[start : start + batch_size], call, progress, tell_kernel=start == 0)
+            batch = missing[start : start + batch_size]
+            _make(pipe, batch, call, progress, arguments=arguments, tell_kernel=start == 0)
     return [one.path for one in wanted]
 
 
-def _make(pipe: Any, batch: Sequence[Wanted], call: Mapping[str, Any], progress: Any, *, tell_kernel: bool) -> None:
+def _make(
+    pipe: Any,
+    batch: Sequence[Wanted],
+    call: Mapping[str, Any],
+    progress: Any,
+    *,
+    arguments: Mapping[str, Any] | None,
+    tell_kernel: bool,
+) -> None:
     """Denoise, save the latents, decode, write the pictures, remove the latents."""
     for one in batch:
         one.path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +126,9 @@ def _make(pipe: Any, batch: Sequence[Wanted], call: Mapping[str, Any], progress:
                 save_latents(batch, latents)
 
         prompts = [one.prompt for one in batch]
-        given = for_batch(call, len(prompts))
-        images = pipe(prompt=prompts, generator=generators, **given, **_callback(pipe, after_step)).images
+        given = for_batch(call, len(prompts)) | _callback(pipe, after_step)
+        with arguments_named(pipe, arguments):
+            images = pipe(prompt=prompts, generator=generators, **given).images
         for one, image in zip(batch, images, strict=True):
             write_picture(one, image)
 

@@ -12,9 +12,9 @@ def size_multiple(pipe: Any) -> int:
     patch = config.get("patch_size") or 1
     patch = patch[-1] if isinstance(patch, tuple | list) else patch
     # FLUX packs 2 x 2 latents before its transformer, whose patch_size is then 1; its image processor knows
-    processor = getattr(pipe, "image_processor", None) or pipe.video_processor
-    latent = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
-    return max(processor.config.vae_scale_factor, latent * patch)
+    processor = getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
+    latent = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 1)
+    return max(processor.config.vae_scale_factor if processor else 1, latent * patch)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:

@@ -11,12 +11,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from peft import LoraConfig
 from prompted import prompted, size_of
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny_distill import PROMPTS, SIZES, launch_run, loss_rows, write_config
 from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessor
+from whole_pipelines import WHOLE
 
 from lineardit import Clear, linearize_, load_adapter_
 from lineardit.distill import train
@@ -208,7 +211,7 @@ def test_samples_of_a_model_of_other_shapes_are_refused(tmp_path: Path, monkeypa
         (lambda tensors, _: tensors.pop("00000001.0"), "cannot be read"),
         (lambda _, texts: texts.pop("00000001"), "cannot be read"),
         (lambda _, texts: texts.update({"00000001": "[1]"}), "cannot be read"),
-        (lambda tensors, _: tensors["00000001.0"].fill_(float("nan")), "of sample 1 holds NaN"),
+        (lambda tensors, _: tensors["00000001.0"].fill_(float("nan")), "sample 1 holds NaN"),
     ],
 )
 def test_a_damaged_shard_is_named(damage: Any, message: str, tmp_path: Path) -> None:
@@ -277,11 +280,11 @@ def test_the_last_call_is_learnt_from_where_a_level_is_rounded_up(tmp_path: Path
 
 
 def test_variance_that_pipelines_leave_is_not_learnt() -> None:
-    pixart, sd3 = build("pixart", out_channels=8), build("sd3")
     output = torch.rand(2, 8, 4, 6)
-    assert pixart.config.out_channels == 2 * pixart.config.in_channels
-    assert torch.equal(prediction_of(pixart, (output,)), output[:, :4])
-    assert prediction_of(sd3, (output,)) is output
+    for model in (build("pixart", out_channels=8), build("hunyuan-dit"), build("lumina-next", learn_sigma=True)):
+        assert model.config.in_channels == 4
+        assert torch.equal(prediction_of(model, (output,)), output[:, :4])
+    assert prediction_of(build("sd3"), (output,)) is output
 
 
 def test_the_precision_is_that_of_most_weights() -> None:
@@ -300,6 +303,31 @@ def test_layers_to_train_are_the_models_own_below_a_style() -> None:
     names = projection_names(model, None)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "proj_out"]), "style")
     assert projection_names(model, None) == names
+
+
+def test_a_safety_checker_stands_in_no_ones_way(tmp_path: Path) -> None:
+    pipe = WHOLE["sd"][0]()
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config)
+    pipe.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor())
+    pipe.save_pretrained(tmp_path / "base")
+    base = train.load_base(config_of(tmp_path, str(tmp_path / "base")).base)
+    assert base.unet is not None and base.safety_checker is None
+
+
+def test_arguments_of_python_are_kept_as_json_has_them(tmp_path: Path) -> None:
+    pipe, size = prompted("sdxl"), size_of("sdxl")
+    pairs = {"original_size": (64, 48)}
+    assert kept(pipe, tmp_path / "samples", size, arguments=pairs).settings["arguments"] == {"original_size": [64, 48]}
+    kept(pipe, tmp_path / "samples", size, arguments=pairs)  # nothing is left to do
+    with pytest.raises(ValueError, match="arguments must be what JSON has"):
+        kept(pipe, tmp_path / "more", size, arguments={"original_size": torch.ones(2)})
+
+
+def test_dit_is_told_that_it_takes_no_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="DiTPipeline takes no height"):
+        kept(prompted("dit"), tmp_path / "samples", (64, 64))
 
 
 def test_unpack_gives_what_was_packed() -> None:

@@ -7,7 +7,7 @@ import torch
 from prompted import prompted
 from tiny_distill import build_tiny
 
-from lineardit.linearize.calling import arguments_named, call_arguments, for_batch, own_settings
+from lineardit.linearize.calling import arguments_named, call_arguments, for_batch, own_settings, tell_unguided
 
 
 def test_settings_get_the_pipelines_names_and_none_is_left_to_it() -> None:
@@ -31,7 +31,11 @@ def test_a_pipeline_draws_the_size_that_is_asked_for() -> None:
 
 def test_guidance_that_needs_a_negative_prompt_is_told(caplog: pytest.LogCaptureFixture) -> None:
     pipe = prompted("qwen-image")
+    tell_unguided.cache_clear()
     call_arguments(pipe, {"steps": 2})
+    call_arguments(pipe, {"steps": 2})
+    assert caplog.text.count("is guided only") == 1
+    tell_unguided.cache_clear()
     assert 'is guided only with a negative prompt: --argument negative_prompt=" "' in caplog.text
     caplog.clear()
     call_arguments(pipe, {"steps": 2}, {"negative_prompt": " "})
@@ -41,8 +45,8 @@ def test_guidance_that_needs_a_negative_prompt_is_told(caplog: pytest.LogCapture
 
 
 def test_negative_prompts_are_as_many_as_prompts() -> None:
-    call = {"negative_prompt": "blurry", "negative_prompt_2": ["a", "b"], "true_cfg_scale": 2.0}
-    assert for_batch(call, 2) == call | {"negative_prompt": ["blurry", "blurry"]}
+    call = {"negative_prompt": "blurry", "negative_prompt_2": ["a", "b"], "true_cfg_scale": 2.0, "prompt_2": "oil"}
+    assert for_batch(call, 2) == call | {"negative_prompt": ["blurry", "blurry"], "prompt_2": ["oil", "oil"]}
 
 
 def test_lists_are_pairs_where_a_pipeline_takes_pairs() -> None:
