@@ -13,7 +13,7 @@ def size_multiple(pipe: Any) -> int:
     patch = patch[-1] if isinstance(patch, tuple | list) else patch
     # FLUX packs 2 x 2 latents before its transformer, whose patch_size is then 1; its image processor knows
     processor = getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
-    latent: int = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 1)
+    latent = getattr(pipe, "vae_scale_factor", 0) or getattr(pipe, "vae_scale_factor_spatial", 1)
     return max(processor.config.vae_scale_factor if processor else 1, latent * patch)
 
 
