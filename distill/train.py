@@ -105,7 +105,7 @@ def load_base(base: Base) -> Any:
     source = read_base(base.model, revision=base.revision).source
     parts = DiffusionPipeline.load_config(source.name, revision=source.revision)
     unused: tuple[str, ...] = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "processor")
-    if parts.get("safety_checker", [None, None])[1] == "StableDiffusionSafetyChecker":
+    if (parts.get("safety_checker") or [None, None])[1] == "StableDiffusionSafetyChecker":
         unused += ("safety_checker",)  # which wants the feature extractor
     without = {name: None for name in parts if name.startswith(unused)}
     return DiffusionPipeline.from_pretrained(
