@@ -113,14 +113,9 @@ class Fit:
 
 
 class MethodTable(SceneStudents):
-    """One run of all rows, in a folder of its own.
-
-    Attributes:
-        calls: Kept of each sample, and learnt from; 0: final latents are.
-    """
+    """One run of all rows, in a folder of its own."""
 
     plan: Plan
-    calls: int = 0
 
     def run(
         self,
@@ -133,7 +128,7 @@ class MethodTable(SceneStudents):
         with self.stages.stage("teacher's pictures"):
             self.draw("teacher", self.base, self.plan.captions)
         with self.stages.stage("samples"):
-            self.prepare(self.calls)
+            self.prepare()
         rivals = {title(one): local_of_equal_flops(one) for one in methods if type(one) is Hybrid}
         entries = {title(one): one for one in (*methods, *rivals.values())}
         table = Table(
@@ -300,8 +295,7 @@ def main() -> None:
     plan = quick_plan() if options.quick else Plan(captions=options.captions, few_captions=few)
     name = "methods-quick" if options.quick else f"methods-{options.calls}-calls" if options.calls else "methods"
     directory = options.directory or Path("runs", name)
-    table = MethodTable(path(), directory, plan)
-    table.calls = options.calls
+    table = MethodTable(path(), directory, plan, calls=options.calls)
     results = options.results or (directory / "results" if options.quick or options.calls else RESULTS)
     globs = options.only or ["*"]
     methods = QUICK if options.quick else METHODS

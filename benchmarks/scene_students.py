@@ -50,12 +50,14 @@ class SceneStudents:
     Args:
         base: The teacher's pipeline.
         directory: New, or that of a call with the same plan.
+        calls: Kept of each sample, and learnt from; 0: final latents are.
     """
 
-    def __init__(self, base: Path, directory: Path, plan: ScenePlan) -> None:
+    def __init__(self, base: Path, directory: Path, plan: ScenePlan, *, calls: int = 0) -> None:
         weights = [sha256(file)[:8] for file in sorted(base.rglob("*.safetensors"))]
-        self.base, self.directory, self.plan = base, directory, plan
-        self.stages = Stages(directory, json.loads(json.dumps(asdict(plan))) | {"base": weights})
+        self.base, self.directory, self.plan, self.calls = base, directory, plan, calls
+        settings = json.loads(json.dumps(asdict(plan))) | {"base": weights} | ({"calls": calls} if calls else {})
+        self.stages = Stages(directory, settings)
         self.captions = [scenes.sample(index, split="held_out").caption for index in range(plan.captions)]
         self.made: dict[str, Made] = {}
 
@@ -74,8 +76,8 @@ class SceneStudents:
         scores = tuple(judge_scene(*pair) for pair in zip(captions, pictures.images, strict=True))
         self.made[name] = Made(pictures=pictures, scores=scores)
 
-    def prepare(self, calls: int = 0) -> Path:
-        """The teacher's samples, which all students learn from; with so many calls kept of each, or final latents."""
+    def prepare(self) -> Path:
+        """The teacher's samples, which all students learn from."""
         plan = self.plan
         return prepare(
             open_pipeline(self.base),
@@ -84,7 +86,7 @@ class SceneStudents:
             sizes=[(plan.side, plan.side)],
             steps=plan.steps,
             max_sequence_length=plan.text_tokens,
-            calls=calls,
+            calls=self.calls,
             shard_size=16,
         )
 

@@ -86,7 +86,7 @@ class TeacherSamples:
     @property
     def calls(self) -> int:
         """Calls of the denoiser that are kept of each picture; 0: its final latents are, and what it was told."""
-        return self.settings.get("calls") or 0
+        return int(self.settings["calls"])
 
     @property
     def fingerprint(self) -> str:
@@ -191,7 +191,7 @@ def _is_sound(index: Mapping[str, Any]) -> bool:
     settings, shards = index["settings"], index["shards"]
     if not isinstance(settings, dict) or not isinstance(shards, list):
         return False
-    counts = (settings.get("num_prompts"), settings.get("shard_size"), settings.get("calls", 0) or 0)
+    counts = (settings.get("num_prompts"), settings.get("shard_size"), settings.get("calls"))
     if not all(type(count) is int and count >= least for count, least in zip(counts, (1, 1, 0), strict=True)):
         return False
     names = {field.name for field in fields(Sample)}

@@ -25,7 +25,7 @@ def flow_loss(student: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
 
 
 def prediction_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance of the two predictions, [B, N, C]; a float32 scalar."""
+    """Distance of the two predictions, of one shape; a float32 scalar."""
     return mse_loss(student.float(), teacher.float())
 
 

@@ -137,9 +137,11 @@ def draw_whole(
         ValueError: the pipeline makes no picture for each prompt.
     """
     generators = [torch.Generator("cpu").manual_seed(settings.seed + index) for index in indices]
-    call = {"prompt": prompts, "generator": generators, **for_batch(settings.call(pipe), len(prompts))}
+    call = settings.call(pipe)
     if len(prompts) == 1:  # some pipelines take no lists
-        call = settings.call(pipe) | {"prompt": prompts[0], "generator": generators[0]}
+        call |= {"prompt": prompts[0], "generator": generators[0]}
+    else:
+        call = for_batch(call, len(prompts)) | {"prompt": prompts, "generator": generators}
     with last_step(pipe) as made, decoding_in_tiles_at_need(pipe), arguments_named(pipe, settings.arguments):
         output = pipe(**call)
     images = output[0]

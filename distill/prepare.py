@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..linearize import families as conversions
-from ..linearize.calling import call_of_original, own_settings
+from ..linearize.calling import own_settings
 from ..linearize.convert import denoiser, swapped
 from ..linearize.folders import write_whole
 from ..pipelines.sizes import check_size
@@ -36,7 +36,7 @@ from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole,
 from .families import family_of, has_row
 from .files import write_json
 from .identity import architecture, dtype_name, fingerprint, main_dtype
-from .samples import final_latents, kept_calls
+from .samples import call_of_teacher, final_latents, kept_calls
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ def prepare(
     own = own_settings(pipe)
     steps = steps if steps is not None else own.steps or 28
     shard_size = shard_size if shard_size is not None else 8 if calls else 64
-    _check(model, prompts, sizes, {"steps": steps, "batch_size": batch_size, "shard_size": shard_size})
+    counts = {"steps": steps, "batch_size": batch_size, "shard_size": shard_size}
+    _check(model, prompts, sizes, counts | {"max_sequence_length": max_sequence_length})
     _check_calls(model, calls, arguments)
     try:
         arguments = json.loads(json.dumps(dict(arguments or {}))) or None
@@ -111,21 +112,22 @@ def prepare(
     }
     samples = _samples(pipe, prompts, sizes, settings)
     if calls:
-        named = {name: settings[name] for name in ("steps", "guidance", "max_sequence_length", "arguments")}
-        height, width = sizes[0]
-        call_of_original(pipe, prompts, size=(height, width), **named)  # raises for a setting that is none
+        call_of_teacher(pipe, sizes[0], settings)  # raises for a setting that is none, before anything is made
     directory = Path(directory)
     _write_shards(pipe, samples, directory, settings, batch_size, part)
     return directory
 
 
 def _check(
-    model: torch.nn.Module, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], counts: dict[str, int]
+    model: torch.nn.Module,
+    prompts: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    counts: Mapping[str, int | None],
 ) -> None:
     if swapped(model):
         raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     if not prompts or not sizes:
         raise ValueError(f"prompts and sizes must not be empty, got {len(prompts)} and {len(sizes)}")

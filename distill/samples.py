@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linearize.calling import arguments_named, call_of_original
+from ..linearize.calling import arguments_named, call_arguments, draw_latents
 from ..linearize.convert import denoiser
 from ..linearize.recording import recording
 from .calls import chosen_calls, pack
@@ -56,20 +56,11 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
             are not finite.
     """
     ((index, sample),) = batch.items()
-    call = call_of_original(
-        pipe,
-        [sample.prompt],
-        size=(sample.height, sample.width),
-        steps=settings["steps"],
-        guidance=settings["guidance"],
-        max_sequence_length=settings["max_sequence_length"],
-        arguments=settings["arguments"],
-    )
-    generator = torch.Generator("cpu").manual_seed(sample.seed)
+    call = call_of_teacher(pipe, (sample.height, sample.width), settings)
     with recording(denoiser(pipe)[1]) as made:
         try:
             with arguments_named(pipe, settings["arguments"]):
-                pipe(prompt=sample.prompt, generator=generator, output_type="latent", **call)
+                draw_latents(pipe, sample.prompt, sample.seed, call)
         except (TypeError, AttributeError) as error:  # what diffusers makes of an argument that is missing
             raise ValueError(
                 f"{type(pipe).__name__} does not draw from a prompt and a size ({error}): give it what else it takes"
@@ -81,6 +72,16 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
     kept = chosen_calls(made, settings["calls"], sample.seed)
     tensors, text = pack([one.arguments for one in kept], name)
     return Made(tensors, {name: text})
+
+
+def call_of_teacher(pipe: Any, size: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pipeline is called with for samples of this size, (height, width) in pixels.
+
+    Raises:
+        ValueError: a setting is not known to it.
+    """
+    named = {name: settings[name] for name in ("steps", "guidance", "max_sequence_length")}
+    return call_arguments(pipe, {"height": size[0], "width": size[1], **named}, settings["arguments"])
 
 
 def _check_finite(made: Tensor, name: str, sample: Sample) -> None:

@@ -50,7 +50,7 @@ class Trainer:
     """One student in training.
 
     Args:
-        pipe: Its model is a student of `build_student_`, on the accelerator's device.
+        pipe: Its model is a student of `build_student_`, on the accelerator's device; all of it where it draws.
         mixed: Whether the student computes in bfloat16.
     """
 
@@ -118,7 +118,7 @@ class Trainer:
         return step
 
     def fit(self, start: int) -> None:
-        """Train from step `start` to the last one, with checkpoints, curve and pictures on the way."""
+        """Train from step `start` to the last one, with checkpoints, curve and validation on the way."""
         config, main = self.config, self.accelerator.is_main_process
         self.started = start
         first = config.layerwise.steps

@@ -109,6 +109,11 @@ def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[
         ) from error
 
 
+def draw_latents(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> None:
+    """One picture without its decoding, for whoever looks on; its noise comes from `manual_seed(seed)` on the CPU."""
+    pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call)
+
+
 def for_batch(call: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The call for so many prompts at a time: some pipelines want a negative prompt, or a second one, for each."""
     return {

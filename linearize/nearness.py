@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .calling import call_of_original
+from .calling import call_of_original, draw_latents
 from .convert import denoiser
 from .families import family_of
 from .recording import Prediction, predict, recording, to_device
@@ -80,8 +80,7 @@ def record_predictions(
     predictions: list[Prediction] = []
     for index, prompt in enumerate(tqdm(prompts, desc="base", unit="picture")):
         with recording(model) as of_picture:
-            generator = torch.Generator("cpu").manual_seed(seed + index)
-            pipe(prompt=prompt, generator=generator, output_type="latent", **call)
+            draw_latents(pipe, prompt, seed + index, call)
         predictions += of_picture
     return predictions
 

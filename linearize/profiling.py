@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .. import __version__
 from .attention_profile import LayerProfile, Profile, is_window
 from .base import source_of
-from .calling import call_of_original, check_counts
+from .calling import call_of_original, check_counts, draw_latents
 from .convert import denoiser, restore_, swap_
 from .families import family_of
 from .input_terms import input_terms
@@ -83,8 +83,7 @@ def profile_attention(
     pipe.set_progress_bar_config(disable=True)
     with probed(model, radii, methods, num_queries=queries, generator=generator) as probes:
         for index, prompt in enumerate(tqdm(prompts, desc="profile", unit="picture")):
-            noise = torch.Generator("cpu").manual_seed(seed + index)
-            pipe(prompt=prompt, generator=noise, output_type="latent", **call)
+            draw_latents(pipe, prompt, seed + index, call)
     source = source_of(pipe, model)
     return Profile(
         base=source.name,

@@ -72,7 +72,7 @@ def generate(
         ValueError: a setting is out of range or not known to this pipeline, the model cannot make this size, or a
             file is there that was made otherwise.
     """
-    steps = own_settings(pipe).steps or 28 if steps is None else steps
+    steps = (own_settings(pipe).steps or 28) if steps is None else steps
     if min(steps, batch_size) < 1 or not 0 <= seed < MAX_SEED:
         raise ValueError(f"steps and batch_size must be >= 1, seed >= 0, got {steps}, {batch_size} and {seed}")
     height, width = size or default_size(pipe)

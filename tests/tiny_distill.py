@@ -21,6 +21,31 @@ PROMPTS = [
 ]
 SIZES = ((24, 32), (32, 24))  # pixels; a token is 4 x 4
 
+# Settings as a user writes them, to be formatted with base, samples and run.
+CONFIG = """
+[base]
+model = "{base}"
+
+[data]
+directory = "{samples}"
+
+[method]
+method = "clear"
+radius = 2
+
+[trained]
+kind = "lora"
+rank = 2
+
+[run]
+directory = "{run}"
+steps = 2
+batch_size = 2
+
+[validate]
+samples = 0
+"""
+
 
 def build_tiny(*, guidance_embeds: bool = False) -> FluxPipeline:
     pipe = build_pipeline(0)

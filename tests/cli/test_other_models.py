@@ -5,37 +5,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_distill import PROMPTS
+from tiny_distill import CONFIG, PROMPTS
 from whole_pipelines import WHOLE
 
 from lineardit.cli import run
-
-CONFIG = """
-[base]
-model = "{base}"
-
-[data]
-directory = "{samples}"
-
-[method]
-method = "clear"
-radius = 2
-
-[trained]
-kind = "lora"
-rank = 2
-
-[loss]
-flow = 0.0
-
-[run]
-directory = "{run}"
-steps = 2
-batch_size = 2
-
-[validate]
-samples = 1
-"""
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -48,7 +21,8 @@ def test_a_model_is_distilled_judged_and_used(name: str, tmp_path: Path) -> None
     drawing += ["--argument", f"negative_prompt={PROMPTS[5]}"]
     assert run(["prepare", str(base), *drawing, "--calls", "2", "-o", str(samples)]) == 0
     config.write_text(CONFIG.format(base=base, samples=samples, run=tmp_path / "run"))
-    assert run(["distill", str(config)]) == 0
+    changed = ["--set", "loss.flow=0.0", "--set", "validate.samples=1"]
+    assert run(["distill", str(config), *changed]) == 0
     adapter = str(tmp_path / "run" / "adapter")
     judging = ["evaluate", str(base), adapter, *drawing, "--batch-size", "2", "--no-memory"]
     assert run([*judging, "-o", str(tmp_path / "report")]) == 0

@@ -4,35 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_distill import PROMPTS, build_tiny
+from tiny_distill import CONFIG, PROMPTS, build_tiny
 
 from lineardit.cli import run
 from lineardit.commands.preparation import parse_part
 from lineardit.distill.data import TeacherSamples
-
-CONFIG = """
-[base]
-model = "{base}"
-
-[data]
-directory = "{samples}"
-
-[method]
-method = "clear"
-radius = 2
-
-[trained]
-kind = "lora"
-rank = 2
-
-[run]
-directory = "{run}"
-steps = 2
-batch_size = 2
-
-[validate]
-samples = 0
-"""
 
 
 @pytest.fixture

@@ -159,7 +159,9 @@ def test_flux_can_be_taught_by_calls(base: Path, pipe: FluxPipeline, tmp_path: P
     assert torch.equal(prompted, samples.call(0, 0)["encoder_hidden_states"])
     assert not torch.equal(prompted, negative)
     train.distill(config_of(tmp_path, str(base)))
-    assert loss_rows(tmp_path / "run")[-1]["prediction"] > 0
+    rows = loss_rows(tmp_path / "run")
+    assert rows[-1]["prediction"] > 0
+    assert rows[-1]["attention"] < rows[2]["attention"]
 
 
 def test_what_does_not_fit_kept_calls_is_refused(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
