@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: help install demo test test-all test-oldest lint marks nearness methods high-resolution bench-cpu support clean
+.PHONY: help install demo test test-all test-oldest lint marks ablations nearness methods high-resolution bench-cpu support clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ lint: $(STAMP)  ## ruff, and mypy on an installed copy (it cannot follow an edit
 
 marks: $(STAMP)  ## the figures of the README, again: hours, resumable
 	$(BIN)/python benchmarks/marks.py
+
+ablations: $(STAMP)  ## what each term of the loss brings on the small model: about an hour, resumable
+	$(BIN)/python benchmarks/ablations.py
 
 nearness: $(STAMP)  ## every method on the small model without training, by single predictions: minutes
 	$(BIN)/python benchmarks/nearness.py

@@ -4,8 +4,7 @@ Hours on two cores. Clear(radius=4), taught by the model itself: does the studen
 pictures still hang together, how near are its latents? The same for a hybrid, which adds 256 tokens in focus and 256
 proxies for all that lies beyond the window, and for a wider window that costs as much at FLUX.1's 4K shape (less here),
 each from three seeds. For agent attention and MALA in every layer, and MALA in the layers where a profile proposes it:
-do they follow captions? And shorter: what does each term of the loss bring? Writes benchmarks/results/marks.json,
-marks.md and marks.png, anew with every row.
+do they follow captions? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with every row.
 """
 
 import argparse
@@ -39,14 +38,6 @@ from lineardit.stages import this_machine
 logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).with_name("results")
-ABLATIONS: dict[str, tuple[str, ...]] = {  # a row each: settings that differ from marks.toml's
-    "default": (),
-    "no flow loss": ("loss.flow=0.0",),
-    "no prediction loss": ("loss.prediction=0.0",),
-    "no attention loss": ("loss.attention=0.0",),
-    "CLEAR's weights": ("loss.flow=1.0", "loss.prediction=0.5", "loss.attention=0.5"),
-    "CLEAR's projections": ('trained.projections=["to_q", "to_k", "to_v", "to_out.0"]',),
-}
 MALA = Mala(conv_size=5, balance=True)
 WIDER = "window of equal cost"
 SOME = "mala in some layers"
@@ -122,9 +113,6 @@ class Marks(SceneStudents):
         with self.stages.stage("teacher with 512 text positions"):
             self.draw(LONG, self.base, plan.few_captions, text_tokens=512)
         report()
-        for change, settings in ABLATIONS.items():
-            self.ablate(f"{change}, {plan.few_train_steps} steps", settings)
-            report()
 
     def student(self, name: str, report: Callable[[], None]) -> None:
         """A row of the swap alone, and one of the student."""
@@ -203,13 +191,6 @@ class Marks(SceneStudents):
         if not folder.exists():
             convert_base(self.base, method, output=folder)
         return folder
-
-    def ablate(self, name: str, settings: tuple[str, ...]) -> None:
-        """A row beside the marks: what a term of the loss brings, or the projections of the text's side."""
-        with self.stages.stage(name):
-            rate = f"optimizer.lr={self.plan.learning_rate}"
-            self.distill(name, self.local, self.plan.few_train_steps, rate, *settings)
-            self.draw(name, self.adapter(name), self.plan.few_captions)
 
     def adapter(self, name: str) -> Path:
         return self.directory / "runs" / re.sub(r"[^\w.-]+", "-", name) / "adapter"

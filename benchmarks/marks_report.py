@@ -131,6 +131,17 @@ def as_markdown(title: str, rows: Sequence[Row], marks: Sequence[Mark]) -> str:
         "| --- | --- | --- | --- |",
         *(f"| {m.name} | {m.target} | {m.measured} | {'yes' if m.met else '**no**'} |" for m in marks),
         "",
+        *rows_as_markdown(rows),
+        "",
+        "![pictures of the teacher and its students](marks.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def rows_as_markdown(rows: Sequence[Row]) -> list[str]:
+    """A table of models, line by line."""
+    lines = [
         "| model | captions | objects | coherence | objects against the teacher | latent MSE | PSNR, dB | SSIM |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -141,5 +152,4 @@ def as_markdown(title: str, rows: Sequence[Row], marks: Sequence[Mark]) -> str:
             c = row.comparison
             compared = f"{points(c.differences['objects'])} | {c.latent_mse:.4f} | {c.psnr:.2f} | {c.ssim:.4f}"
         lines.append(f"| {row.name} | {row.pictures} | {scores} | {compared} |")
-    lines += ["", "![pictures of the teacher and its students](marks.png)", ""]
-    return "\n".join(lines)
+    return lines

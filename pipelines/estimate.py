@@ -72,6 +72,11 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
 class Estimator:
     """Cost of the stages of one pipeline, as it stands now."""
 
+    @staticmethod
+    def knows(model: nn.Module) -> bool:
+        """Whether it was measured for such a model: FLUX.1's."""
+        return type(model).__name__ == "FluxTransformer2DModel"
+
     def __init__(self, pipe: Any) -> None:
         _, self.model = denoiser(pipe)
         parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]

@@ -1,58 +1,52 @@
-"""Pictures of 4K to 8K from a pipeline after `linearize_`: a cascade of diffusers' own image-to-image calls.
+"""Pictures of 4K to 8K from a pipeline after `linearize_`: a cascade of calls of diffusers' own pipeline.
 
     native size          the original attention, as the stock pipeline has it, bit for bit
     each larger stage    decode, enlarge (Lanczos), encode, add noise, denoise with linear attention: `plan.py`
     the end              decode in tiles (`vae.py`), crop to the size asked for
 
-The weights are those of the pipeline that it is made from: LoRA, offloading and adapters hold for both. This is what
-families share; `flux.py` has what FLUX.1 takes and how one of its stages runs.
+The weights are those of the pipeline that it is made from: LoRA, offloading and adapters hold for both. `stock.py` says
+which pipelines there is a cascade of, `stage_schedule.py` how a stage begins from a picture, `stages.py` runs them.
 
-B pictures, N image tokens, C numbers of a token.
+B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's tokens.
 """
 
 import inspect
 import logging
-import time
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image
+from diffusers import ImagePipelineOutput
 from torch import Tensor
 
+from ..linearize.calling import for_batch, own_settings
 from ..linearize.convert import denoiser, dense
-from ..linearize.errors import UnsupportedModelError
-from ..linearize.logits import scaled_logits
 from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
 from ..linearize.standing import advice_on
-from .latents import unpack_latents
-from .plan import Attention, Plan, Stage
-from .positions import exact_positions, rope_scaled
-from .running_kernels import kernels_told
-from .token_chunks import in_token_chunks
-from .vae import decode, encode_faithfully, pixels_per_latent
+from .estimate import Estimator
+from .low_frequencies import OnStep
+from .pictures import as_pictures
+from .plan import Attention, Limits, Plan, Settings
+from .planning import cascade
+from .sizes import size_multiple
+from .stage_schedule import matches_flows
+from .stages import OnStage, StagedPipeline, Start
+from .stock import most_tokens, packs_latents, rope_dim, stock_class, trained_size
+from .token_chunks import has_chunks
+from .vae import latent_channels, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
-OnStage = Callable[[Any, int, dict[str, Any]], None]
+# Of a stock call, what the stages set.
+_OF_STAGES = ("latents", "sigmas", "timesteps", "denoising_end")
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a cascade begins: with stage `stage`, from pictures to enlarge or from the stage before's latents."""
-
-    stage: int = 0
-    pictures: list[Image.Image] | None = None
-    latents: Tensor | None = None
-
-
-class HighResolutionPipeline(DiffusionPipeline):
-    """A cascade around a pipeline's parts; `from_pipe` gives the class of its family.
+class HighResolutionPipeline(StagedPipeline):
+    """A cascade around a pipeline's parts; `from_pipe` gives the class of its model.
 
     Attributes:
         native_size: Side in pixels of the square pictures that the model was trained on.
@@ -65,37 +59,17 @@ class HighResolutionPipeline(DiffusionPipeline):
         """The high-resolution pipeline around the parts of another; nothing is copied or cast.
 
         Args:
-            pipeline: Of FLUX.1, converted or not, on its device, offloaded or not.
-            native_size: Side in pixels of the square pictures that the model was trained on; None: what the VAE's
-                config says, else the pipeline's default (1024 for FLUX.1).
+            pipeline: Text-to-image, converted or not, on its device, offloaded or not.
+            native_size: Side in pixels of the square pictures that the model was trained on; None: what its config
+                says, else the VAE's, else the pipeline's default (1024 for FLUX.1).
         Raises:
-            UnsupportedModelError: there is no high-resolution pipeline for this model yet.
+            UnsupportedModelError: there is no high-resolution pipeline for this model.
             ValueError: the native size is none.
         """
         if native_size is not None and (type(native_size) is not int or native_size < 1):
             raise ValueError(f"native_size must be an integer >= 1 or None, got {native_size!r}")
-        from .flux import FluxHighResolutionPipeline  # which derives from this class
-
-        families = {"FluxTransformer2DModel": FluxHighResolutionPipeline}
-        model: Any = denoiser(pipeline)[1]
-        name = type(model).__name__
-        if name not in families:
-            raise UnsupportedModelError(
-                f"high resolution is built for {', '.join(families)}, got a {name}: after linearize_ call its own "
-                "pipelines, text-to-image at native size and image-to-image at larger ones"
-            )
-        if getattr(pipeline, "vae", None) is None:
-            raise UnsupportedModelError(f"high resolution needs the VAE of the {type(pipeline).__name__}, it has none")
-        channels: Any = 4 * pipeline.vae.config.latent_channels
-        if model.config.in_channels != channels:
-            raise UnsupportedModelError(
-                f"this {name} takes {model.config.in_channels} numbers a token where text-to-image takes {channels} "
-                "(Fill, Canny, Depth): use its own pipelines"
-            )
-        family: Any = families[name]
-        expected = inspect.signature(family.__init__).parameters
-        made = family(**{part: module for part, module in pipeline.components.items() if part in expected})
-        made.native_size = native_size or _native_size(made)
+        made = _made(_cascade_class(stock_class(pipeline)), pipeline)
+        made.native_size = native_size or trained_size(made)
         for remembered in ("_all_hooks", "_offload_device", "_offload_gpu_id"):  # of enable_model_cpu_offload
             if hasattr(pipeline, remembered):
                 setattr(made, remembered, getattr(pipeline, remembered))
@@ -120,69 +94,139 @@ class HighResolutionPipeline(DiffusionPipeline):
         weights = "float32" if dtype is None else str(dtype).removeprefix("torch.")
         return cls.from_pipe(open_pipeline(name, dtype=weights, **options), native_size=native_size)
 
-    @abstractmethod
-    def _denoise(
-        self, stage: Stage, clean: Tensor | None, call: dict[str, Any], generator: Any, on_step_end: Any
-    ) -> Tensor:
-        """One stage from clean latents [B, C, h, w] (None: from noise alone); its latents [B, N, C]."""
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """The parts, as the stock pipeline that `from_pretrained` makes a cascade of."""
+        _made(self.stock, self).save_pretrained(save_directory, **options)
 
-    def _cascade(
+    def plan(
         self,
-        plan: Plan,
-        start: Start,
-        call: dict[str, Any],
-        generators: list[Any],
-        on_step_end: Any,
-        on_stage_end: OnStage | None,
-    ) -> tuple[Tensor, Stage]:
-        """The latents [B, N, C] of the last stage that ran, and which that was."""
-        pictures, latents = start.pictures, start.latents
-        self._interrupt = False
-        for number in range(start.stage, len(plan.stages)):
-            stage = plan.stages[number]
-            if number > 0:
-                assert latents is not None
-                pictures = self._pictures(latents, plan.stages[number - 1], plan.tile)
-                if on_stage_end is not None:
-                    on_stage_end(self, number - 1, {"images": pictures})
-                    if self.interrupt:
-                        return latents, plan.stages[number - 1]
-            clean = None if pictures is None else self._enlarged(pictures, stage, plan.tile)
-            with self._told(number, plan), self._as_planned(stage):
-                latents = self._denoise(stage, clean, call, generators[number], on_step_end)
-            if on_stage_end is not None:
-                on_stage_end(self, number, {"latents": latents})
-            if self.interrupt:
-                break
-        assert latents is not None
-        return latents, stage
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        settings: Settings | None = None,
+        enlarge: bool | tuple[int, int] = False,
+        tile: int | None = 1024,
+        text_len: int | None = None,
+        batch: int = 1,
+    ) -> Plan:
+        """What a call at this size will do: print it, change it, give it to the call.
 
-    @contextmanager
-    def _as_planned(self, stage: Stage) -> Iterator[None]:
-        """The model as this stage wants it."""
-        _, model = denoiser(self)
-        converted = state_of(model) is not None
-        original = dense(model) if converted and stage.attention == "original" else nullcontext()
-        logits = scaled_logits(model, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
-        chunks = nullcontext() if stage.chunk_tokens is None else in_token_chunks(model, stage.chunk_tokens)
-        with original, logits, exact_positions(model), rope_scaled(model, stage.rope_factor), chunks:
-            yield
+        Args:
+            height, width: In pixels; None: the native size. What the model cannot make is rounded up and cropped.
+            num_inference_steps: Of the first stage; None: the pipeline's own.
+            settings: Of the later stages.
+            enlarge: For a picture that is there, of native size or of this (height, width): no stage makes it anew.
+            tile: Side in pixels of the VAE's tiles; None: in one piece.
+            text_len, batch: Tokens (None: the pipeline's own) and pictures, for the estimates of time and memory.
+        Raises:
+            ValueError: a setting is out of range, or the model or its scheduler does not have it.
+        """
+        own, multiple, native = own_settings(self), size_multiple(self), self.native_size
+        model: Any = denoiser(self)[1]
+        flows = matches_flows(self.scheduler)
+        table = most_tokens(model)
+        limits = Limits(
+            native=native,
+            multiple=multiple,
+            largest_shift=_largest_shift(self.scheduler) if flows else None,
+            rope_dim=rope_dim(model),
+            attention=self._attention(),
+            follows=flows and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
+            largest=None if table is None else table * multiple,
+        )
+        text_len = text_len or own.max_sequence_length or 77
+        plan = cascade(
+            native if height is None else height,
+            native if width is None else width,
+            limits,
+            settings or Settings(),
+            first_steps=num_inference_steps or own.steps or 28,
+            enlarge=enlarge,
+            text_len=text_len,
+            tile=tile,
+        )
+        plan = self._with_advice(plan, multiple)
+        estimator = Estimator(self) if Estimator.knows(model) else None
+        return plan if estimator is None else estimator.with_costs(plan, multiple, text_len, batch)
 
-    @contextmanager
-    def _told(self, number: int, plan: Plan) -> Iterator[None]:
-        """Progress of the steps of one stage, and the log of how long it took."""
-        stage = plan.stages[number]
-        before = dict(getattr(self, "_progress_bar_config", {}))
-        what = f"stage {number + 1} of {len(plan.stages)}, {stage.width}x{stage.height}, {stage.attention} attention"
-        self.set_progress_bar_config(**{"unit": "step", **before, "desc": what})
-        began = time.perf_counter()
-        kernels = kernels_told(self, what) if stage.attention == "converted" else nullcontext()
-        try:
-            with kernels:
-                yield
-        finally:
-            self.set_progress_bar_config(**before)
-        logger.info("%s: %.1f s", what, time.perf_counter() - began)
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        image: Any = None,
+        plan: Plan | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: OnStep | None = None,
+        callback_on_stage_end: OnStage | None = None,
+        start_latents: Tensor | None = None,
+        start_stage: int = 0,
+        **call: Any,
+    ) -> Any:
+        """Make pictures; what is not named here is as in the call of diffusers' own pipeline, `stock`.
+
+        Args:
+            height, width: In pixels, any; None: the plan's, else the native size.
+            image: Pictures to enlarge, in place of the first stage (`as_pictures`), as many as come out or fewer: each
+                serves as many of them.
+            plan: From `plan()`, perhaps changed; None: the default for this size.
+            num_inference_steps: Of the first stage; None: the pipeline's own.
+            callback_on_step_end: Called after each step of each stage, as in diffusers; steps count within a stage.
+            callback_on_stage_end: Called as callback(pipe, stage, {"latents": tensor}) once a stage is denoised, and
+                as callback(pipe, stage, {"images": [PIL]}) once it is decoded, `start_latents` as well; the last
+                stage's pictures are returned.
+            start_latents, start_stage: Go on after stage `start_stage` - 1, with the latents the callback got of it,
+                and with a generator as it was before the whole call: seeded anew.
+        Returns:
+            `ImagePipelineOutput`; with output_type="latent" the last stage's latents as the model has them, uncropped.
+        Raises:
+            TypeError: the stock pipeline takes no such argument.
+            ValueError: the arguments do not fit together, or are those that diffusers refuses.
+        """
+        takes = inspect.signature(self.stock.__call__).parameters
+        for name in call:
+            if name not in takes or name in _OF_STAGES:
+                raise TypeError(f"{type(self).__name__} takes no argument {name}")
+        pictures = None if image is None else as_pictures(image)
+        if plan is None:
+            plan = self.plan(
+                height,
+                width,
+                num_inference_steps=num_inference_steps,
+                enlarge=False if pictures is None else (pictures[0].height, pictures[0].width),
+                text_len=call.get("max_sequence_length"),
+            )
+        elif (height or plan.height, width or plan.width) != (plan.height, plan.width):
+            raise ValueError(f"height and width must be the plan's, {plan.height} and {plan.width}, or left out")
+        self._check(plan, pictures, start_latents, start_stage)
+        logger.info("%s", plan)
+        if isinstance(prompt, list):
+            call = for_batch(call, len(prompt))  # one negative prompt for all
+        batch = _num_prompts(prompt, call) * (call.get("num_images_per_prompt") or 1)
+        self._check_numbers(plan, batch, pictures, generator, start_latents, start_stage)
+        if inputs := call.get("callback_on_step_end_tensor_inputs"):
+            call["callback_on_step_end_tensor_inputs"] = list({"latents", *inputs})
+        if "use_resolution_binning" in takes:  # would draw another size
+            call["use_resolution_binning"] = False
+        latents, stage = self._cascade(
+            plan,
+            Start(start_stage, pictures, start_latents),
+            {**call, "prompt": prompt},
+            stage_generators(generator, len(plan.stages)),
+            batch,
+            callback_on_step_end,
+            callback_on_stage_end,
+        )
+        self.maybe_free_model_hooks()  # the denoiser leaves the card before the VAE comes
+        images = latents if output_type == "latent" else self._finish(latents, stage, plan, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _attention(self) -> Attention:
         """What the model can run."""
@@ -203,42 +247,95 @@ class HighResolutionPipeline(DiffusionPipeline):
         advice = advice_on(denoiser(self)[1], (last.height // multiple, last.width // multiple))
         return replace(plan, notes=(*plan.notes, *advice))
 
-    def _pictures(self, latents: Tensor, stage: Stage, tile: int | None) -> list[Image.Image]:
-        return self.image_processor.postprocess(self._decoded(latents, stage, tile), output_type="pil")
+    def _check(self, plan: Plan, image: Sequence[Any] | None, start_latents: Tensor | None, start_stage: int) -> None:
+        multiple, has, flows = size_multiple(self), self._attention(), matches_flows(self.scheduler)
+        model: Any = denoiser(self)[1]
+        for stage in plan.stages:
+            if stage.height % multiple or stage.width % multiple:
+                raise ValueError(f"sides of a stage must be multiples of {multiple}, got {stage.width}x{stage.height}")
+            if has not in (stage.attention, "both"):
+                raise ValueError(f"a stage asks for {stage.attention} attention, and this model has {has} only")
+            if flows and stage.shift is None and stage.strength < 1:
+                raise ValueError("a stage of strength below 1 needs a shift of its own, got None")
+            if not flows and (stage.shift is not None or stage.follow):
+                scheduler = type(self.scheduler).__name__
+                raise ValueError(f"shift and follow are of schedulers of flow matching, this one is a {scheduler}")
+            if stage.chunk_tokens is not None and not has_chunks(model):
+                raise ValueError(f"a {type(model).__name__} does not run in chunks: leave chunk_tokens out")
+        if (start_latents is None) != (start_stage == 0) or not 0 <= start_stage < len(plan.stages):
+            raise ValueError(
+                f"start_stage must be 1 to {len(plan.stages) - 1} with start_latents and 0 without, got {start_stage}"
+            )
+        if image is not None and start_stage > 0:
+            raise ValueError("give image or start_latents, not both")
+        if image is not None and plan.stages[0].is_stock:
+            raise ValueError("this plan begins with noise, and image would not be looked at: plan(..., enlarge=True)")
+        if image is None and start_stage == 0 and plan.stages[0].strength < 1:
+            raise ValueError("a plan without a stage of strength 1 enlarges a picture: give image")
 
-    def _decoded(self, latents: Tensor, stage: Stage, tile: int | None) -> Tensor:
-        """[B, N, C] -> [B, 3, height, width] in [-1, 1]."""
-        scale = pixels_per_latent(self.vae)
-        planes = unpack_latents(latents, stage.height // scale, stage.width // scale)
-        return decode(self.vae, planes, tile=tile, progress=self._shows_progress())
-
-    def _enlarged(self, pictures: Any, stage: Stage, tile: int | None) -> Tensor:
-        """Clean latents [B, C, h, w] of pictures at the stage's size."""
-        pixels = self.image_processor.preprocess(pictures, height=stage.height, width=stage.width)
-        how: dict[str, Any] = {"tile": tile, "progress": self._shows_progress()}
-        latents = encode_faithfully(self.vae, pixels.to(self._execution_device), **how)
-        return latents.to(self._execution_device)
-
-    @torch.no_grad()
-    def decode_last(self, latents: Tensor, plan: Plan) -> list[Image.Image]:
-        """The pictures of a plan's last stage from its latents [B, N, C], as a callback got them."""
-        pictures = self._finish(latents.to(self._execution_device), plan.stages[-1], plan, "pil")
-        self.maybe_free_model_hooks()
-        return pictures
-
-    def _finish(self, latents: Tensor, stage: Stage, plan: Plan, output_type: str) -> Any:
-        """The pictures at the size asked for, or smaller where the call was interrupted."""
-        pixels = self._decoded(latents, stage, plan.tile)[..., : plan.height, : plan.width]
-        return self.image_processor.postprocess(pixels, output_type=output_type)
-
-    def _shows_progress(self) -> bool:
-        return not getattr(self, "_progress_bar_config", {}).get("disable", False)
+    def _check_numbers(
+        self,
+        plan: Plan,
+        batch: int,
+        image: Sequence[Any] | None,
+        generator: Any,
+        start_latents: Tensor | None,
+        start_stage: int,
+    ) -> None:
+        """Whether there are as many of each as of the pictures that come out."""
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"generator must be one, or a list of {batch}, one a picture, got {len(generator)}")
+        if image is not None and batch % len(image):
+            raise ValueError(f"image must hold a number of pictures that divides {batch}, got {len(image)}")
+        if start_latents is not None:
+            stage, scale = plan.stages[start_stage - 1], pixels_per_latent(self.vae)
+            channels, rows, columns = latent_channels(self.vae), stage.height // scale, stage.width // scale
+            packed = packs_latents(self)
+            wanted = [batch, rows * columns // 4, 4 * channels] if packed else [batch, channels, rows, columns]
+            if list(start_latents.shape) != wanted:
+                raise ValueError(
+                    f"start_latents must be {wanted}, those of stage {start_stage - 1}, got {list(start_latents.shape)}"
+                )
 
 
-def _native_size(pipe: Any) -> int:
-    said = pipe.vae.config.get("sample_size")
-    # 32 is what a config that leaves it out gets
-    return pipe.default_sample_size * pixels_per_latent(pipe.vae) if said in (None, 32) else said
+@cache
+def _cascade_class(stock: type) -> Any:
+    """The high-resolution class of a text-to-image pipeline, whose call takes that pipeline's arguments as well."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return HighResolutionPipeline.__call__(self, *args, **kwargs)
+
+    ours = inspect.signature(HighResolutionPipeline.__call__)
+    named = {name: one for name, one in ours.parameters.items() if one.kind != one.VAR_KEYWORD}
+    theirs = [
+        one.replace(kind=one.KEYWORD_ONLY)
+        for name, one in inspect.signature(stock.__call__).parameters.items()
+        if name not in (*named, *_OF_STAGES) and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+    call.__signature__ = ours.replace(parameters=[*named.values(), *theirs])  # type: ignore[attr-defined]
+    call.__doc__ = HighResolutionPipeline.__call__.__doc__
+    name = stock.__name__.replace("Pipeline", "HighResolutionPipeline")
+    return type(name, (HighResolutionPipeline, stock), {"stock": stock, "__call__": call, "__module__": __name__})
+
+
+def _made(cls: Any, pipeline: Any) -> Any:
+    """A pipeline of this class from the parts of another, and its flags, such as `requires_safety_checker`."""
+    flags = {name: value for name, value in pipeline.config.items() if isinstance(value, bool | int | float)}
+    expected = inspect.signature(cls.__init__).parameters
+    return cls(**{name: one for name, one in {**flags, **pipeline.components}.items() if name in expected})
+
+
+def _num_prompts(prompt: Any, call: Mapping[str, Any]) -> int:
+    """Prompts, as text or as embeddings."""
+    embeddings = [value for name, value in call.items() if name.startswith("prompt_embeds") and value is not None]
+    several = prompt if isinstance(prompt, list) else embeddings[0] if prompt is None and embeddings else [prompt]
+    return len(several)
+
+
+def _largest_shift(scheduler: Any) -> float:
+    """Of the noise levels at the scheduler's largest size; stock pipelines extrapolate beyond it, up to pure noise."""
+    config = scheduler.config
+    return math.exp(config.max_shift) if config.use_dynamic_shifting else float(scheduler.shift)
 
 
 def stage_generators(generator: Any, count: int) -> list[Any]:

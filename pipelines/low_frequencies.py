@@ -9,10 +9,15 @@ picture r:
 low(x) is x sampled down by `CELL` and up again. w falls with the noise: when that is gone, the picture stands.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from .latents import pack_latents, unpack_latents
+
+OnStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 CELL = 4  # latents, along one side: what the stage before knows, twice as small and half as sharp
 
@@ -35,6 +40,34 @@ class LowFrequencies:
         predicted = after.float() - next_sigma * velocity
         weight = (1 - next_sigma) * self.follow * next_sigma
         return (after.float() + weight * (self.wanted - _low(predicted))).to(after.dtype)
+
+
+class Following:
+    """`callback_on_step_end` of a stage whose low frequencies follow; the user's own callback comes after.
+
+    Args:
+        clean: What they follow, latents [B, C, h, w].
+        latents: What the stage begins with, alike.
+        then: The user's callback.
+    """
+
+    def __init__(self, clean: Tensor, latents: Tensor, *, follow: float, then: OnStep | None) -> None:
+        self.low = LowFrequencies(clean, follow=follow)
+        self.before = latents
+        self.then = then
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        packed = tensors["latents"].ndim == 3
+        after = self._planes(tensors["latents"])
+        self.before = self.low.after_step(self.before, after, *noise_levels(pipe.scheduler))
+        tensors = {**tensors, "latents": pack_latents(self.before) if packed else self.before}
+        if self.then is not None:
+            tensors |= self.then(pipe, step, timestep, dict(tensors))  # it need not return what it leaves alone
+            self.before = self._planes(tensors["latents"])
+        return tensors
+
+    def _planes(self, latents: Tensor) -> Tensor:
+        return unpack_latents(latents, *self.before.shape[-2:]) if latents.ndim == 3 else latents
 
 
 def noise_levels(scheduler: Any) -> tuple[float, float]:

@@ -24,8 +24,9 @@ class Stage:
         height, width: In pixels.
         steps: Forwards of the model.
         strength: Noise level that the enlarged picture gets, in (0, 1]; 1, as in the first stage: it is forgotten.
-        shift: Of the noise levels, sigma = shift t / (1 + (shift - 1) t), t in even steps to 0; None: as the pipeline's
-            scheduler has it.
+            Where the scheduler is none of flow matching, the share of its steps, as in diffusers' image-to-image.
+        shift: Of the noise levels, sigma = shift t / (1 + (shift - 1) t), t in even steps to 0; None: levels are as the
+            pipeline's scheduler has them.
         attention: "original" or "converted".
         rope_factor: What multiplies the base of rotary positions; 1: as trained.
         logit_factor: What multiplies the logits of converted attention (`proportional_factor`); 1: as trained.
@@ -65,10 +66,13 @@ class Stage:
             number = getattr(self, name)
             if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"{name} of a stage must be > 0 and finite, got {number!r}")
-        if self.shift is None and self.strength < 1:
-            raise ValueError("a stage of strength below 1 needs a shift of its own, got None")
         if self.logit_factor != 1 and self.attention == "original":
             raise ValueError(f"logit_factor is of converted attention, got {self.logit_factor} with the original")
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether it is the stock pipeline's call, from noise alone."""
+        return self.strength == 1 and self.shift is None
 
     def sigmas(self) -> list[float] | None:
         """Noise levels of the steps, before the last one goes to 0; None: the scheduler's own."""
@@ -82,6 +86,8 @@ class Stage:
         words = [f"{self.width}x{self.height}", f"{self.steps} steps", f"{self.attention} attention"]
         if self.shift is not None:
             words.append(f"from noise level {self.strength:g}, shift {self.shift:.3g}")
+        elif self.strength < 1:
+            words.append(f"strength {self.strength:g}")
         words += [f"rope x{self.rope_factor:.3g}"] if self.rope_factor != 1 else []
         words += [f"logits x{self.logit_factor:.3g}"] if self.logit_factor != 1 else []
         words += [f"low frequencies follow at {self.follow:g}"] if self.follow else []
@@ -146,16 +152,17 @@ class Settings:
     """Of the stages after the first.
 
     Attributes:
-        strength, steps, follow: As in `Stage`.
+        strength, steps: As in `Stage`.
+        follow: As in `Stage`; None: 1 where the scheduler is of flow matching, else 0.
         shift: As in `Stage`; None: what the scheduler takes at its largest size.
-        rope_factor: As in `Stage`; None: NTK scaling beyond the positions that the model knows.
+        rope_factor: As in `Stage`; None: NTK scaling beyond the positions that the model knows, where it has a base.
         proportional: N of CLEAR's proportional attention counts this many times; None: logits as trained.
         chunk_tokens: As in `Stage`; None: chunks where the estimate is more than the GPU's memory.
     """
 
     strength: float = STRENGTH
     steps: int = STEPS
-    follow: float = FOLLOW
+    follow: float | None = None
     shift: float | None = None
     rope_factor: float | None = None
     proportional: float | None = None
@@ -169,16 +176,20 @@ class Limits:
     Attributes:
         native: Side in pixels of the square pictures that the model was trained on.
         multiple: Sides in pixels are multiples of it; a token is as large.
-        largest_shift: Of the scheduler.
-        rope_dim: Numbers of a head that one axis of the picture turns.
+        largest_shift: Of the scheduler; None: its noise levels are its own.
+        rope_dim: Numbers of a head that one axis of the picture turns; None: there is no base to scale.
         attention: What the model can run.
+        follows: Whether low frequencies can follow the stage before.
+        largest: Pixels of the longest side that it has positions for at all; None: any.
     """
 
     native: int
     multiple: int
-    largest_shift: float
-    rope_dim: int
+    largest_shift: float | None
+    rope_dim: int | None
     attention: Attention
+    follows: bool = True
+    largest: int | None = None
 
     @property
     def known(self) -> int:

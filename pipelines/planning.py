@@ -11,14 +11,14 @@ again, until the size asked for. Where each default comes from:
     rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2)), r times the
                     native side; with r times the known side, half as much, the small model draws a frame around
                     pictures of 8 times its native side
-    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536): free, the small model lost
-                    half an object of a hard picture at twice its native side
+    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536), in flow matching: free, the
+                    small model lost half an object of a hard picture at twice its native side
 """
 
 import math
 from numbers import Integral
 
-from .plan import Limits, Plan, Settings, Stage
+from .plan import FOLLOW, Limits, Plan, Settings, Stage
 
 
 def cascade(
@@ -46,6 +46,7 @@ def cascade(
     if not all(isinstance(side, Integral) and side >= 1 for side in (height, width)):
         raise ValueError(f"height and width must be integers >= 1, got {height!r} and {width!r}")
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
+    _check(settings, limits, longest=max(sizes[-1]))
     stages: list[Stage] = []
     for rows, columns in sizes:
         small = rows * columns <= 2 * limits.native**2  # there is little to gain
@@ -61,9 +62,11 @@ def cascade(
 
 def _larger_stage(height: int, width: int, attention: str, limits: Limits, settings: Settings, text_len: int) -> Stage:
     longest = max(height, width)
-    rope_factor, logit_factor = settings.rope_factor, 1.0
-    if rope_factor is None:
-        rope_factor = ntk_factor(longest / limits.native, limits.rope_dim) if longest > limits.known else 1.0
+    rope_factor, logit_factor, follow = settings.rope_factor, 1.0, settings.follow
+    if rope_factor is None and limits.rope_dim is not None and longest > limits.known:
+        rope_factor = ntk_factor(longest / limits.native, limits.rope_dim)
+    if follow is None:
+        follow = FOLLOW if limits.follows else 0.0
     if settings.proportional is not None and attention == "converted":
         tokens, trained = (side // limits.multiple**2 + text_len for side in (height * width, limits.native**2))
         logit_factor = proportional_factor(tokens, trained, settings.proportional)
@@ -74,11 +77,31 @@ def _larger_stage(height: int, width: int, attention: str, limits: Limits, setti
         strength=settings.strength,
         shift=limits.largest_shift if settings.shift is None else settings.shift,
         attention=attention,
-        rope_factor=rope_factor,
-        follow=settings.follow,
+        rope_factor=1.0 if rope_factor is None else rope_factor,
+        follow=follow,
         logit_factor=logit_factor,
         chunk_tokens=settings.chunk_tokens,
     )
+
+
+def _check(settings: Settings, limits: Limits, *, longest: int) -> None:
+    """Raise a ValueError for what this model or its scheduler does not have."""
+    if limits.largest is not None and longest > limits.largest:
+        raise ValueError(
+            f"this model has positions for at most {limits.largest} pixels a side, got {longest}: make that, and "
+            "enlarge it by other means"
+        )
+    if limits.rope_dim is None and settings.rope_factor not in (None, 1):
+        raise ValueError(
+            f"this model has no rotary base to scale, so rope_factor must be 1, got {settings.rope_factor}"
+        )
+    if limits.largest_shift is None and settings.shift is not None:
+        raise ValueError(f"shift is of schedulers of flow matching: leave it out, got {settings.shift}")
+    if not limits.follows and settings.follow:
+        raise ValueError(
+            f"low frequencies follow in flow matching, in pipelines with callback_on_step_end: leave follow out, got "
+            f"{settings.follow}"
+        )
 
 
 def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, ...]:
@@ -93,9 +116,10 @@ def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, .
     elif limits.attention == "converted":
         notes.append("the originals of its trained weights were not kept, so every size has its converted attention")
     if max(height, width) > limits.known and last.follow == 0:
+        remedy = "set follow, or make a smaller picture" if limits.follows else "keep strength low"
         notes.append(
             f"beyond {limits.known} pixels a side the model does not know its positions, and low frequencies do not "
-            "follow the stage before: expect repeated objects; set follow, or make a smaller picture"
+            f"follow the stage before: expect repeated objects; {remedy}"
         )
     if max(height, width) > 8 * limits.native:
         notes.append(f"nobody has shown pictures beyond {8 * limits.native} pixels a side from such a model")

@@ -1,24 +1,36 @@
 """Positions of image tokens: exact ones, and rotary ones beyond those a model was trained on, by its own mechanism."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 from ..linearize.convert import denoiser
 from ..linearize.families.positions import rectangle
 
 
+def is_told_positions(model: nn.Module) -> bool:
+    """Whether the position of each token of the image is an argument, as in FLUX.1."""
+    return "img_ids" in inspect.signature(type(model).forward).parameters
+
+
 @contextmanager
 def exact_positions(pipe_or_model: Any) -> Iterator[None]:
-    """Inside, a model of the FLUX.1 family gets `img_ids` in float32, in any attention.
+    """Inside, a model that is told `img_ids`, as FLUX.1 is, gets them in float32, in any attention.
 
     Its pipelines make them in the dtype of the text: in bfloat16 rows and columns share positions beyond 256 tokens.
     """
+    _, model = denoiser(pipe_or_model)
+    if not is_told_positions(model):
+        yield
+        return
 
     def exact(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "img_ids": rectangle(kwargs["img_ids"])[1]}
+        ids = kwargs["img_ids"]
+        return args, {**kwargs, "img_ids": rectangle(ids)[1]}
 
-    _, model = denoiser(pipe_or_model)
     handle = model.register_forward_pre_hook(exact, with_kwargs=True)
     try:
         yield

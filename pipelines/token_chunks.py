@@ -32,6 +32,11 @@ from ..linearize.convert import denoiser
 from ..linearize.errors import UnsupportedModelError
 
 
+def has_chunks(model: nn.Module) -> bool:
+    """Whether the model has blocks that run on some tokens at a time."""
+    return any(isinstance(module, FluxTransformerBlock | FluxSingleTransformerBlock) for module in model.modules())
+
+
 @contextmanager
 def in_token_chunks(pipe_or_model: Any, chunk_tokens: int) -> Iterator[None]:
     """Inside, token-wise layers of the model's blocks run on at most `chunk_tokens` tokens at a time.

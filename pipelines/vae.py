@@ -30,7 +30,7 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
     """Pictures of latents, in smaller tiles where memory runs out.
 
     Args:
-        vae: Of diffusers, with `scaling_factor` and perhaps `shift_factor`.
+        vae: An `AutoencoderKL` of diffusers, or Qwen-Image's, which is one of videos.
         latents: [B, C, h, w], as the denoiser has them.
         tile: Side in pixels; None: in one piece.
     Returns:
@@ -39,12 +39,15 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
         torch.OutOfMemoryError: even the smallest tile does not fit.
     """
     scale = pixels_per_latent(vae)
-    values = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    mean, std = _statistics(vae, latents.device)
+    values = latents * std / _scaling(vae) + mean
 
     def run(part: Tensor) -> Tensor:
-        return vae.decode(part.to(vae.dtype), return_dict=False)[0]
+        return _still(vae, lambda values: vae.decode(values, return_dict=False)[0], part.to(vae.dtype))
 
-    return _in_tiles(vae, run, values, tile=tile, step=scale, gain=scale, what="decode", progress=progress)
+    with _without_overflow(vae):
+        how: dict[str, Any] = {"tile": tile, "step": scale, "gain": scale, "what": "decode", "progress": progress}
+        return _in_tiles(vae, run, values, **how)
 
 
 def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
@@ -59,12 +62,13 @@ def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = Fal
     scale = pixels_per_latent(vae)
 
     def run(part: Tensor) -> Tensor:
-        return vae.encode(part.to(vae.dtype)).latent_dist.mode()
+        return _still(vae, lambda values: vae.encode(values).latent_dist.mode(), part.to(vae.dtype))
 
-    values = _in_tiles(
-        vae, run, pictures, tile=tile, step=1, gain=1 / scale, what="encode", progress=progress, align=scale
-    )
-    return (values - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    with _without_overflow(vae):
+        how: dict[str, Any] = {"tile": tile, "step": 1, "gain": 1 / scale, "what": "encode", "progress": progress}
+        values = _in_tiles(vae, run, pictures, **how, align=scale)
+    mean, std = _statistics(vae, values.device)
+    return (values - mean) * _scaling(vae) / std
 
 
 def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
@@ -80,9 +84,50 @@ def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress:
     return 2 * latents - again
 
 
+def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean of the VAE's own latents, and what they are divided by besides its scaling factor, [1 or C, 1, 1]."""
+    config = vae.config
+    means, deviations = config.get("latents_mean"), config.get("latents_std")
+    if means is None or deviations is None:
+        means, deviations = [config.get("shift_factor") or 0.0], [1.0]
+    mean, std = (torch.tensor(one, device=device)[:, None, None] for one in (means, deviations))
+    return mean, std
+
+
+@contextmanager
+def _without_overflow(vae: Any) -> Iterator[None]:
+    """Inside, a VAE that overflows in float16, as its config says (SDXL's), is in float32."""
+    if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(torch.float16)
+
+
+def _scaling(vae: Any) -> float:
+    return float(vae.config.get("scaling_factor", 1.0))
+
+
+def _still(vae: Any, run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """`run` on pictures [B, C, h, w]; where the VAE takes videos, on videos of one frame."""
+    return run(values[:, :, None])[:, :, 0] if _is_of_videos(vae) else run(values)
+
+
+def _is_of_videos(vae: Any) -> bool:
+    return "z_dim" in vae.config
+
+
+def latent_channels(vae: Any) -> int:
+    """C of its latents."""
+    return int(vae.config.z_dim if _is_of_videos(vae) else vae.config.latent_channels)
+
+
 def pixels_per_latent(vae: Any) -> int:
     """Along one side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return 2 ** (len(vae.config.dim_mult if _is_of_videos(vae) else vae.config.block_out_channels) - 1)
 
 
 def _in_tiles(

@@ -68,7 +68,7 @@ def _pixart() -> Any:
     return diffusers.PixArtSigmaPipeline(
         tokenizer=build_tokenizer(300),
         text_encoder=_t5(32),
-        vae=vae(4),
+        vae=vae(4, blocks=4),
         transformer=build("pixart", out_channels=8),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
     )
@@ -79,5 +79,5 @@ WHOLE: dict[str, tuple[Callable[[], Any], str]] = {
     "sd": (_sd, "64x48"),
     "sdxl": (_sdxl, "64x48"),
     "sd3": (_sd3, "24x16"),
-    "pixart": (_pixart, "24x16"),
+    "pixart": (_pixart, "96x64"),
 }

@@ -1,14 +1,19 @@
 """Models other than FLUX.1 from the command line, from their prompts to pictures of a distilled student."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_distill import CONFIG, PROMPTS
 from whole_pipelines import WHOLE
 
 from lineardit.cli import run
+from lineardit.linearize.convert import denoiser
+
+FINISH = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -35,3 +40,35 @@ def test_a_model_is_distilled_judged_and_used(name: str, tmp_path: Path) -> None
     assert {one.info["negative_prompt"] for one in drawn} == {PROMPTS[5]}
     made = sorted((tmp_path / "report" / "pictures").rglob("*.png"))
     assert any(Image.open(file).tobytes() == drawn[0].tobytes() for file in made)  # `evaluate` draws the same
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_large_pictures_come_in_stages_and_go_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, size = WHOLE[name]
+    pipe = make()
+    width, height = (2 * int(side) for side in size.split("x"))
+    denoiser(pipe)[1].register_to_config(sample_size=min(width, height) // 2 // pipe.vae_scale_factor)
+    pipe.save_pretrained(tmp_path / "base")
+    adapter, out, offline = str(tmp_path / "adapter"), tmp_path / "out.png", ["--offline"]
+    words = ["--method", "clear", "--radius", "2", "-o", adapter, *offline]
+    assert run(["convert", str(tmp_path / "base"), *words]) == 0
+    drawing = [PROMPTS[0], "--size", f"{width}x{height}", "--steps", "2", "--argument", f"negative_prompt={PROMPTS[5]}"]
+    drawing += offline
+    with monkeypatch.context() as patch:
+        patch.setattr(FINISH, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
+        assert run(["generate", adapter, *drawing, "-o", str(out)]) == 1
+    stages = sorted(path.name for path in (tmp_path / "out.stages").glob("*.png"))
+    assert len(stages) == 2 and not out.exists()  # the third one is not decoded yet
+    latents = tmp_path / "out.latents.safetensors"
+    shutil.copy(latents, tmp_path / "copy.latents.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(denoiser(pipe)[1]), "forward", lambda *_, **__: pytest.fail("denoised again"))
+        assert run(["generate", adapter, *drawing, "-o", str(out)]) == 0
+    assert run(["decode", str(tmp_path / "copy.latents.safetensors"), *offline]) == 0
+    with Image.open(out) as made, Image.open(tmp_path / "copy.png") as decoded:
+        assert made.size == (width, height) and made.tobytes() == decoded.tobytes()
+    small, large = tmp_path / "out.stages" / stages[0], tmp_path / "large.png"
+    telling = ["--prompt", PROMPTS[0], "--size", f"{width}x{height}", "--steps", "2", *offline]
+    assert run(["upscale", str(small), adapter, *telling, "-o", str(large)]) == 0
+    with Image.open(large) as made:
+        assert made.size == (width, height)

@@ -113,7 +113,7 @@ def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pyt
         assert file.metadata()["prompt"] == PROMPT
     shutil.copy(latents, tmp_path / "copy.latents.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(type(pipe.transformer), "forward", None)  # nothing is denoised again
+        patch.setattr(type(pipe.transformer), "forward", lambda *_, **__: pytest.fail("denoised again"))
         generate(pipe, [PROMPT], copy, **call, about={"model": str(tmp_path / "base")})
     assert not (tmp_path / "copy.latents.safetensors").exists()
     made = decode_file(latents, device=torch.device("cpu"), dtype=torch.float32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cascade_case import FEW, PROMPT, converted, seeded
 from diffusers import (
-    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
 )
@@ -34,7 +34,7 @@ def high() -> Any:
 def test_from_pipe_shares_the_parts(high: Any) -> None:
     pipe = converted()
     made = HighResolutionPipeline.from_pipe(pipe, native_size=32)
-    assert isinstance(made, HighResolutionPipeline) and isinstance(made, FluxImg2ImgPipeline)
+    assert isinstance(made, HighResolutionPipeline) and isinstance(made, FluxPipeline)
     assert made.components.keys() == pipe.components.keys()
     assert all(made.components[name] is part for name, part in pipe.components.items())
     assert (made.native_size, high.native_size) == (32, 16)
@@ -250,6 +250,10 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
             lambda plan: {"plan": replace(plan, stages=(*plan.stages[:-1], replace(plan.stages[-1], width=66)))},
             "sides of a stage must be multiples of 4, got 66x64",
         ),
+        (
+            lambda plan: {"plan": replace(plan, stages=(plan.stages[0], replace(plan.stages[-1], shift=None)))},
+            "a stage of strength below 1 needs a shift of its own, got None",
+        ),
         (lambda plan: {"plan": plan, "generator": [seeded()] * 2}, "generator must be one, or a list of 1, one a pic"),
         (
             lambda plan: {"plan": plan, "start_stage": 1, "start_latents": torch.zeros(1, 9, 16)},
@@ -279,20 +283,26 @@ def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:
     class Other:
         transformer = torch.nn.Linear(2, 2)
 
-    with pytest.raises(lineardit.UnsupportedModelError, match="high resolution is built for FluxTransformer2DModel"):
+    with pytest.raises(
+        lineardit.UnsupportedModelError, match="for text-to-image pipelines, and a Other takes no prompt"
+    ):
         HighResolutionPipeline.from_pipe(Other())
     pipe = converted()
     pipe.transformer.register_to_config(in_channels=24)
     with pytest.raises(lineardit.UnsupportedModelError, match="takes 24 numbers a token where text-to-image takes 16"):
         HighResolutionPipeline.from_pipe(pipe)
     pipe.register_modules(vae=None)
-    with pytest.raises(lineardit.UnsupportedModelError, match="needs the VAE of the FluxPipeline, it has none"):
+    with pytest.raises(
+        lineardit.UnsupportedModelError, match="AutoencoderKL as the VAE of the FluxPipeline, it has none"
+    ):
         HighResolutionPipeline.from_pipe(pipe)
     assert HighResolutionPipeline.from_pipe(converted(native_size=32)).native_size == 256
     with pytest.raises(ValueError, match="native_size must be an integer >= 1 or None, got 0"):
         HighResolutionPipeline.from_pipe(converted(), native_size=0)
-    high.scheduler = DPMSolverMultistepScheduler()
-    with pytest.raises(ValueError, match="must be a FlowMatchEulerDiscreteScheduler, got a DPMSolverMultistep"):
+    high.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(
+        ValueError, match=r"must be a FlowMatchEulerDiscreteScheduler, .* got a FlowMatchHeunDiscreteSch"
+    ):
         high.plan(64, 64)
 
 

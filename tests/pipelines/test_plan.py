@@ -145,7 +145,6 @@ def test_plan_settings_leave_out_what_differs_between_machines() -> None:
         ({"steps": 2.5}, "steps of a stage must be an integer >= 1, got 2.5"),
         ({"strength": 0}, r"strength of a stage must be in \(0, 1\], got 0"),
         ({"strength": 1.1}, r"in \(0, 1\], got 1.1"),
-        ({"strength": 0.5}, "needs a shift of its own"),
         ({"shift": -1.0}, "shift of a stage must be > 0 and finite, got -1.0"),
         ({"rope_factor": math.inf}, "rope_factor of a stage must be > 0 and finite"),
         ({"follow": 2}, r"follow of a stage must be in \[0, 1\], got 2"),

@@ -1,0 +1,151 @@
+"""What each term of CLEAR's loss brings: `make ablations`, about an hour on two cores, resumable.
+
+Students of Clear(radius=4) on the small trained model, alike in all but the settings of their row. Writes
+benchmarks/results/ablations.json, ablations.md and ablations.png, anew with every row.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from marks_report import Row, rows_as_markdown
+from scene_students import ScenePlan, SceneStudents
+
+from lineardit.commands.quiet import quiet_libraries
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.config_tables import config_from_tables
+from lineardit.distill.files import write_json
+from lineardit.distill.sheet import write_sheet
+from lineardit.distill.train import distill
+from lineardit.examples.tiny_flux import path
+from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.folders import write_whole
+from lineardit.linearize.methods import Clear, config_to_dict
+from lineardit.stages import this_machine
+
+RESULTS = Path(__file__).with_name("results")
+UNTRAINED = "0 steps"
+BASELINE = "all terms"
+ALL_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ROWS: dict[str, Mapping[str, Mapping[str, Any]]] = {  # settings that differ from the baseline's
+    BASELINE: {},
+    "no flow loss": {"loss": {"flow": 0.0}},
+    "no prediction loss": {"loss": {"prediction": 0.0}},
+    "no attention loss": {"loss": {"attention": 0.0}},
+    "CLEAR's weights": {"loss": {"flow": 1.0, "prediction": 0.5, "attention": 0.5}},
+    "the image's projections alone": {"trained": {"projections": ("to_q", "to_k", "to_v", "to_out.0")}},
+    "400 steps": {"run": {"steps": 400}},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(ScenePlan):
+    """How much is done."""
+
+    captions: int = 64
+    train_steps: int = 200
+    learning_rate: float = 3e-3
+    radius: float = 4
+    seed: int = 0
+    shown: int = 8  # rows of the sheet
+
+
+class Ablations(SceneStudents):
+    """One run of all rows, in a folder of its own."""
+
+    plan: Plan
+
+    def run(self, results: Path, rows: Mapping[str, Mapping[str, Mapping[str, Any]]] = ROWS) -> list[Row]:
+        """The teacher, the swap alone, and a student for each entry of `rows`."""
+        with self.stages.stage("teacher's pictures"):
+            self.draw("teacher", self.base, self.plan.captions)
+        with self.stages.stage("samples"):
+            self.prepare()
+        with self.stages.stage(UNTRAINED):
+            self.draw(UNTRAINED, self.converted(), self.plan.captions)
+        for name, changes in rows.items():
+            with self.stages.stage(name):
+                self.draw(name, self.student(name, changes), self.plan.captions)
+            self.write(results)
+        return [self.row(name) for name in self.made]
+
+    def converted(self) -> Path:
+        """The folder of the swap alone."""
+        folder = self.directory / "converted"
+        if not folder.exists():
+            convert_base(self.base, Clear(radius=self.plan.radius), output=folder)
+        return folder
+
+    def student(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> Path:
+        """The adapter of one row's student."""
+        config = self.settings(name, changes)
+        adapter = Path(config.run.directory) / "adapter"
+        return adapter if adapter.exists() else distill(config, resume=True)
+
+    def settings(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> DistillConfig:
+        """The baseline's, but for these."""
+        plan = self.plan
+        tables: dict[str, dict[str, Any]] = {
+            "base": {"model": str(self.base)},
+            "data": {"directory": str(self.directory / "samples")},
+            "method": config_to_dict(Clear(radius=plan.radius)),
+            "trained": {"kind": "attention", "projections": ALL_PROJECTIONS},
+            "loss": {"flow": 0.1, "prediction": 1.0, "attention": 1.0},
+            "optimizer": {"lr": plan.learning_rate},
+            "schedule": {"warmup": 20},
+            "run": {
+                "directory": str(self.directory / "runs" / name.replace(" ", "-")),
+                "steps": plan.train_steps,
+                "batch_size": plan.batch_size,
+                "seed": plan.seed,
+            },
+            "save": {"every": 50, "keep_last": 1, "log_every": 50},
+            "validate": {"samples": 0},
+        }
+        return config_from_tables({name: table | dict(changes.get(name, {})) for name, table in tables.items()})
+
+    def write(self, results: Path) -> None:
+        """The report of what has been made."""
+        plan, rows = self.plan, [self.row(name) for name in self.made]
+        results.mkdir(parents=True, exist_ok=True)
+        shown = [one.pictures.images[: plan.shown] for one in self.made.values()]
+        write_sheet(list(self.made), list(zip(*shown, strict=True)), results / "ablations.png")
+        write_json(
+            results / "ablations.json",
+            {"plan": asdict(plan), "rows": [asdict(row) for row in rows], "stages": self.stages.record},
+        )
+        report = "\n".join(
+            [
+                "# What each term of the loss brings",
+                "",
+                f"Clear(radius={plan.radius:g}) on examples/tiny_flux, {plan.captions} held-out captions at "
+                f"{plan.side}x{plan.side}, {plan.steps} denoising steps. Students: {plan.train_steps} steps of "
+                f"{plan.batch_size} samples at a rate of {plan.learning_rate:g}, attention's projections of image and "
+                "text; 0.1 x flow + 1 x prediction + 1 x attention, but for what the row says; CLEAR's weights are "
+                f"1, 0.5, 0.5. One seed. {this_machine()}.",
+                "",
+                *rows_as_markdown(rows),
+                "",
+                "![pictures of the teacher and its students](ablations.png)",
+                "",
+            ]
+        )
+        write_whole(results / "ablations.md", lambda temporary: temporary.write_text(report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--directory", type=Path, default=Path("runs/ablations"), help="pictures, samples, students")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    quiet_libraries()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    Ablations(path(), options.directory, Plan()).run(options.results)
+    print((options.results / "ablations.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""How a stage's noise levels get into a stock pipeline: by a scheduler that begins midway, whatever it is asked for.
+
+    flow matching       x = (1 - s) z + s e, s the stage's own noise levels (`Stage.sigmas`)
+    other schedulers    x = add_noise(z, e, t) of the scheduler, t the last `steps` of steps / strength timesteps, as
+                        diffusers' image-to-image pipelines take them
+
+z clean latents, e noise.
+"""
+
+from copy import deepcopy
+from functools import wraps
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from torch import Tensor
+
+from .plan import Stage
+
+# What schedulers keep of every step, in its order.
+_OF_EACH_STEP = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "order_list")
+
+
+def matches_flows(scheduler: Any) -> bool:
+    """Whether its noise levels can be set one by one.
+
+    Raises:
+        ValueError: they cannot, nor can pictures be noised to a level of the scheduler's own.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return True
+    if not hasattr(scheduler, "add_noise"):
+        raise ValueError(
+            "scheduler must be a FlowMatchEulerDiscreteScheduler, or have add_noise as those of Stable Diffusion do, "
+            f"got a {type(scheduler).__name__}"
+        )
+    return False
+
+
+def scheduler_of(stage: Stage, scheduler: Any, device: torch.device) -> Any:
+    """A scheduler like the pipeline's that takes the steps of this stage, set to them."""
+    made = _plain(scheduler)
+    set_all, sigmas = made.set_timesteps, stage.sigmas()
+
+    @wraps(set_all)
+    def set_timesteps(*_: Any, device: Any = None, **__: Any) -> None:
+        if sigmas is not None:
+            set_all(sigmas=sigmas, device=device)
+            return
+        whole = max(stage.steps, round(stage.steps / stage.strength))
+        set_all(whole, device=device)
+        first = (whole - stage.steps) * made.order
+        for name in _OF_EACH_STEP:
+            if (values := getattr(made, name, None)) is not None:
+                setattr(made, name, values[first:])
+
+    made.set_timesteps = set_timesteps
+    if hasattr(made, "init_noise_sigma"):  # the latents that a pipeline is given are noised already
+        cls = type(made)
+        made.__class__ = type(cls.__name__, (cls,), {"init_noise_sigma": 1.0, "__module__": cls.__module__})
+    made.set_timesteps(device=device)
+    return made
+
+
+def noised(scheduler: Any, clean: Tensor, noise: Tensor) -> Tensor:
+    """Clean latents [B, C, h, w] and noise of the same shape, at the first noise level of `scheduler_of`."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        level = float(scheduler.sigmas[0])
+        return (1 - level) * clean + level * noise
+    return scheduler.add_noise(clean, noise, scheduler.timesteps[:1].repeat(len(clean)))
+
+
+def _plain(scheduler: Any) -> Any:
+    """A scheduler of its own for one stage."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which would shift the levels once more
+        return type(scheduler).from_config(scheduler.config, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+    if isinstance(scheduler, PNDMScheduler):  # its first steps are special, and it cannot begin at others
+        return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    return deepcopy(scheduler)

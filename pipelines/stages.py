@@ -1,0 +1,196 @@
+"""The stages of a cascade, one after the other: the model as each wants it, and what lies between two of them.
+
+B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's tokens.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from ..linearize.convert import denoiser, dense
+from ..linearize.logits import scaled_logits
+from ..linearize.seam import state_of
+from .latents import pack_latents, unpack_latents
+from .low_frequencies import Following
+from .plan import Plan, Stage
+from .positions import exact_positions, rope_scaled
+from .running_kernels import kernels_told
+from .stage_schedule import noised, scheduler_of
+from .stock import packs_latents
+from .token_chunks import in_token_chunks
+from .vae import decode, encode_faithfully, latent_channels, pixels_per_latent
+
+logger = logging.getLogger(__name__)
+
+OnStage = Callable[[Any, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a cascade begins: with stage `stage`, from pictures to enlarge or from the stage before's latents."""
+
+    stage: int = 0
+    pictures: list[Image.Image] | None = None
+    latents: Tensor | None = None
+
+
+class StagedPipeline(DiffusionPipeline):
+    """What runs the stages of a plan.
+
+    Attributes:
+        stock: diffusers' text-to-image pipeline, whose call makes each stage.
+    """
+
+    stock: Any
+    scheduler: Any
+
+    def _cascade(
+        self,
+        plan: Plan,
+        start: Start,
+        call: Mapping[str, Any],
+        generators: list[Any],
+        batch: int,
+        on_step_end: Any,
+        on_stage_end: OnStage | None,
+    ) -> tuple[Tensor, Stage]:
+        """The latents of the last stage that ran, and which that was; `call` goes to the stock pipeline."""
+        pictures, latents = start.pictures, start.latents
+        self._interrupt = False
+        for number in range(start.stage, len(plan.stages)):
+            stage = plan.stages[number]
+            if number > 0:
+                assert latents is not None
+                pictures = self._pictures(latents, plan.stages[number - 1], plan.tile)
+                if on_stage_end is not None:
+                    on_stage_end(self, number - 1, {"images": pictures})
+                    if self._interrupt:
+                        return latents, plan.stages[number - 1]
+            forgotten = pictures is None or stage.is_stock
+            clean = None if forgotten else self._enlarged(pictures, stage, plan.tile, batch)
+            with self._told(number, plan), self._as_planned(stage):
+                latents = self._denoise(stage, clean, call, generators[number], batch, on_step_end)
+            if on_stage_end is not None:
+                on_stage_end(self, number, {"latents": latents})
+            if self._interrupt:
+                break
+        assert latents is not None
+        return latents, stage
+
+    def _denoise(
+        self, stage: Stage, clean: Tensor | None, call: Mapping[str, Any], generator: Any, batch: int, on_step_end: Any
+    ) -> Tensor:
+        """One stage by the stock pipeline, from clean latents [B, C, h, w]; None: from noise alone."""
+        call = {
+            **call,
+            "height": stage.height,
+            "width": stage.width,
+            "num_inference_steps": stage.steps,
+            "generator": generator,
+            "output_type": "latent",
+        }
+        if stage.is_stock:
+            return self._stock_call(call, on_step_end)
+        own = self.scheduler
+        scheduler = scheduler_of(stage, own, self._execution_device)
+        scale, dtype = pixels_per_latent(self.vae), denoiser(self)[1].dtype
+        shape = (batch, latent_channels(self.vae), stage.height // scale, stage.width // scale)
+        latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        if clean is not None:
+            latents = noised(scheduler, clean, latents.float()).to(latents.dtype)
+            if stage.follow:
+                on_step_end = Following(clean, latents, follow=stage.follow, then=on_step_end)
+        self.scheduler = scheduler
+        try:
+            return self._stock_call(call | {"latents": self._as_the_model_has_them(latents)}, on_step_end)
+        finally:
+            self.scheduler = own
+
+    def _stock_call(self, call: Mapping[str, Any], on_step_end: Any) -> Tensor:
+        if on_step_end is not None:
+            call = {**call, "callback_on_step_end": on_step_end}
+        latents: Tensor = self.stock.__call__(self, **call).images
+        scale = pixels_per_latent(self.vae)
+        places = call["height"] * call["width"] // scale**2
+        if latents[0].numel() != places * latent_channels(self.vae):
+            raise RuntimeError(
+                f"{self.stock.__name__} was asked for {call['width']}x{call['height']} pixels and made latents "
+                f"{list(latents.shape)}, of another size"
+            )
+        return latents
+
+    @contextmanager
+    def _as_planned(self, stage: Stage) -> Iterator[None]:
+        """The model as this stage wants it."""
+        _, model = denoiser(self)
+        converted = state_of(model) is not None
+        original = dense(model) if converted and stage.attention == "original" else nullcontext()
+        logits = scaled_logits(model, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
+        chunks = nullcontext() if stage.chunk_tokens is None else in_token_chunks(model, stage.chunk_tokens)
+        with original, logits, exact_positions(model), rope_scaled(model, stage.rope_factor), chunks:
+            yield
+
+    @contextmanager
+    def _told(self, number: int, plan: Plan) -> Iterator[None]:
+        """Progress of the steps of one stage, and the log of how long it took."""
+        stage = plan.stages[number]
+        before = dict(getattr(self, "_progress_bar_config", {}))
+        what = f"stage {number + 1} of {len(plan.stages)}, {stage.width}x{stage.height}, {stage.attention} attention"
+        self.set_progress_bar_config(**{"unit": "step", **before, "desc": what})
+        began = time.perf_counter()
+        kernels = kernels_told(self, what) if stage.attention == "converted" else nullcontext()
+        try:
+            with kernels:
+                yield
+        finally:
+            self.set_progress_bar_config(**before)
+        logger.info("%s: %.1f s", what, time.perf_counter() - began)
+
+    def _as_the_model_has_them(self, planes: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as the stock pipeline takes and gives them."""
+        return pack_latents(planes) if packs_latents(self) else planes
+
+    def _pictures(self, latents: Tensor, stage: Stage, tile: int | None) -> list[Image.Image]:
+        return self.image_processor.postprocess(self._decoded(latents, stage, tile), output_type="pil")
+
+    def _decoded(self, latents: Tensor, stage: Stage, tile: int | None) -> Tensor:
+        """Latents -> [B, 3, height, width] in [-1, 1]."""
+        scale = pixels_per_latent(self.vae)
+        if latents.ndim == 3:
+            latents = unpack_latents(latents, stage.height // scale, stage.width // scale)
+        return decode(self.vae, latents, tile=tile, progress=self._shows_progress())
+
+    def _enlarged(self, pictures: Any, stage: Stage, tile: int | None, batch: int) -> Tensor:
+        """Clean latents [B, C, h, w] of pictures at the stage's size; each serves as many of the batch."""
+        pixels = self.image_processor.preprocess(pictures, height=stage.height, width=stage.width)
+        how: dict[str, Any] = {"tile": tile, "progress": self._shows_progress()}
+        latents = encode_faithfully(self.vae, pixels.to(self._execution_device), **how)
+        return latents.to(self._execution_device).repeat_interleave(batch // len(latents), 0)
+
+    @torch.no_grad()
+    def decode_last(self, latents: Tensor, plan: Plan) -> list[Image.Image]:
+        """The pictures of a plan's last stage from its latents, as a callback got them."""
+        pictures = self._finish(latents.to(self._execution_device), plan.stages[-1], plan, "pil")
+        self.maybe_free_model_hooks()
+        return pictures
+
+    def _finish(self, latents: Tensor, stage: Stage, plan: Plan, output_type: str) -> Any:
+        """The pictures at the size asked for, or smaller where the call was interrupted."""
+        pixels = self._decoded(latents, stage, plan.tile)[..., : plan.height, : plan.width]
+        if getattr(self, "watermark", None) is not None:  # SDXL's, where it is installed
+            pixels = self.watermark.apply_watermark(pixels)
+        if getattr(self, "safety_checker", None) is not None:  # what it finds comes back black
+            pixels, _ = self.run_safety_checker(pixels, self._execution_device, self.vae.dtype)
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _shows_progress(self) -> bool:
+        return not getattr(self, "_progress_bar_config", {}).get("disable", False)

@@ -1,0 +1,284 @@
+"""Cascades of models other than FLUX.1: each stage is what diffusers' own calls make, whatever the scheduler."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from cascade_case import seeded
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import Image
+
+from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, linearize_
+from lineardit.linearize.convert import denoiser
+from lineardit.pipelines.latents import pack_latents, unpack_latents
+from lineardit.pipelines.plan import Plan, Settings
+from lineardit.pipelines.stock import packs_latents
+from lineardit.pipelines.vae import decode, encode, encode_faithfully, latent_channels, pixels_per_latent
+from tiny_stock import STOCK
+from tiny_stock.stock import vae
+
+
+def qwen_vae(channels: int) -> Any:
+    """Two by two pixels for each latent, whose statistics differ from channel to channel."""
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=channels,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, 0.2, 0.3, 0.4][:channels],
+        latents_std=[1.5, 1.0, 0.5, 2.0][:channels],
+    ).eval()
+
+
+# Those that have a cascade, and the VAE where the tiny pipeline has none.
+CASCADES: dict[str, Callable[[], Any] | None] = {
+    **dict.fromkeys(("flux", "chroma", "ovis-image", "bria")),
+    **dict.fromkeys(("sd", "sdxl", "hunyuan-dit", "pixart-alpha", "pixart-sigma", "lumina-next", "sd3", "auraflow")),
+    **dict.fromkeys(("cogview4", "cogview3-plus", "prx")),
+    "qwen-image": partial(qwen_vae, 4),
+    "krea2": partial(qwen_vae, 1),
+    "z-image": partial(vae, 4),
+    "lumina2": partial(vae, 4, blocks=4),
+}
+REFUSED = {
+    "flux-fill": "takes 24 numbers a token where text-to-image takes 4 or 1",
+    "flux2": "takes image: after linearize_ call its own pipelines",
+    "dit": "takes no prompt",
+    "wan": "takes num_frames",
+    "hidream": "draws one area, whatever size is asked for",
+    "ideogram4": "needs an AutoencoderKL as the VAE of the Ideogram4Pipeline, it has a AutoencoderKLFlux2",
+    "kandinsky5": "it has none",
+    "sd3-controlnet": "takes control_image",
+}
+NEITHER = ("height", "width", "output_type", "use_resolution_binning")
+
+
+def made(name: str) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and what it is called with besides a size."""
+    stock = STOCK[name]
+    try:
+        getattr(diffusers, stock.needs)
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f"this diffusers has no {stock.needs}: {error}")
+    pipe = stock.make()
+    if make := CASCADES.get(name):
+        pipe = type(pipe)(**{**pipe.components, "vae": make()})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {key: value for key, value in stock.arguments().items() if key not in NEITHER}
+
+
+def cascade_of(name: str) -> tuple[Any, dict[str, Any], int]:
+    """A converted cascade, its arguments, and a side in pixels that the model can make."""
+    pipe, arguments = made(name)
+    if name == "z-image":
+        pipe.transformer.register_to_config(axes_lens=(512, 512, 512))
+    linearize_(pipe, Clear(radius=1.5))
+    high = HighResolutionPipeline.from_pipe(pipe, native_size=8)
+    high.set_progress_bar_config(disable=True)
+    side = max(8, high.plan(8, 8).stages[-1].height)
+    high.native_size = side
+    return high, arguments, side
+
+
+@pytest.mark.parametrize("name", CASCADES)
+def test_a_cascade_makes_the_size_and_leaves_the_model_as_it_was(name: str) -> None:
+    high, arguments, side = cascade_of(name)
+    plan = high.plan(2 * side, 2 * side - 3, num_inference_steps=2, settings=Settings(steps=2))
+    assert [stage.attention for stage in plan.stages] == ["original", "converted"]
+    flows = isinstance(high.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    assert (plan.stages[1].shift is not None) == flows and plan.stages[1].follow == flows
+    scheduler = high.scheduler
+    images = high(plan=plan, generator=seeded(), **arguments).images
+    assert [image.size for image in images] == [(2 * side - 3, 2 * side)] * 2
+    assert high.scheduler is scheduler and denoiser(high)[1]._lineardit_state.enabled
+
+
+@pytest.mark.parametrize("name", CASCADES)
+def test_with_next_to_no_noise_a_picture_stays(name: str) -> None:
+    """So latents are scaled, shifted, and laid out as the stock pipeline has them."""
+    high, arguments, side = cascade_of(name)
+    picture = Image.linear_gradient("L").convert("RGB").resize((side, side))
+    (stage,) = high.plan(side, side, enlarge=True, settings=Settings(steps=2, strength=0.002)).stages
+    plan = Plan(height=side, width=side, stages=(replace(stage, height=side, width=2 * side),))
+    latents = high(plan=plan, image=picture, generator=seeded(), output_type="latent", **arguments).images
+    pixels = high.image_processor.preprocess(picture, height=side, width=2 * side)
+    wanted = encode_faithfully(high.vae, pixels, tile=None)
+    if packs_latents(high):
+        pack, shape = high.stock._pack_latents, (1, *wanted.shape[1:])
+        of_pipeline = pack(wanted, *shape) if name != "krea2" else pack(high, wanted, *shape)
+        assert torch.equal(pack_latents(wanted), of_pipeline)
+        latents = unpack_latents(latents, *wanted.shape[-2:])
+    assert latents.shape == (2, *wanted.shape[1:])
+    assert (latents - wanted).abs().max() < 0.25 * max(1.0, float(wanted.std()))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_cascade_is_refused(name: str) -> None:
+    pipe, _ = made(name)
+    with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
+        HighResolutionPipeline.from_pipe(pipe)
+
+
+def second_stages(
+    high: Any, image_to_image: Any, arguments: dict[str, Any], plan: Plan, how: dict[str, Any], **flags: Any
+) -> tuple[Any, Any]:
+    """Latents of the cascade's second stage, and the same by diffusers' image-to-image pipeline."""
+    seen: dict[str, Any] = {}
+    call: dict[str, Any] = {"output_type": "latent", **arguments}
+
+    def keep(_pipe: Any, number: int, made: dict[str, Any]) -> None:
+        if number == 0:
+            seen.update(made)
+
+    ours = high(plan=plan, generator=seeded(), callback_on_stage_end=keep, **call).images
+    (seed,) = torch.randint(2**62, (2,), generator=seeded()).tolist()[1:]
+    last = plan.stages[1]
+    pixels = high.image_processor.preprocess(seen["images"], height=last.height, width=last.width)
+    clean = encode_faithfully(high.vae, pixels, tile=None)
+    stock = image_to_image(**high.components, **flags)
+    stock.set_progress_bar_config(disable=True)
+    return ours, stock(image=clean, generator=seeded(seed), **how, **call).images
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    return torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", [one.name for one in KarrasDiffusionSchedulers if one.name != "PNDMScheduler"])
+def test_later_stage_of_sd_is_diffusers_image_to_image(name: str) -> None:
+    high, arguments, side = cascade_of("sd")
+    try:
+        scheduler = getattr(diffusers, name)()
+    except ImportError as error:
+        pytest.skip(str(error))
+    plain = {key: value for key, value in {"steps_offset": 1, "clip_sample": False}.items() if key in scheduler.config}
+    high.scheduler = scheduler.from_config(scheduler.config, **plain)
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3, strength=0.6))
+    how, flags = {"strength": 0.6, "num_inference_steps": 5}, {"requires_safety_checker": False}
+    assert same(*second_stages(high, diffusers.StableDiffusionImg2ImgPipeline, arguments, plan, how, **flags))
+
+
+def test_pndm_is_replaced_where_it_would_begin_midway() -> None:
+    """Its first steps are special: begun midway, it would leave the noise of a step."""
+    high, arguments, side = cascade_of("sd")
+    high.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3))
+    kinds: list[str] = []
+
+    def note(pipe: Any, *_: Any) -> dict[str, Any]:
+        kinds.append(type(pipe.scheduler).__name__)
+        return {}
+
+    high(plan=plan, generator=seeded(), output_type="latent", callback_on_step_end=note, **arguments)
+    assert kinds == [*["PNDMScheduler"] * 3, *["DDIMScheduler"] * 3]
+
+
+def test_later_stage_of_sdxl_is_diffusers_image_to_image() -> None:
+    high, arguments, side = cascade_of("sdxl")
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3, strength=0.6))
+    how, flags = {"strength": 0.6, "num_inference_steps": 5}, {"add_watermarker": False}
+    assert same(*second_stages(high, diffusers.StableDiffusionXLImg2ImgPipeline, arguments, plan, how, **flags))
+
+
+def test_later_stage_of_sd3_is_diffusers_image_to_image() -> None:
+    high, arguments, side = cascade_of("sd3")
+    high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # else stock shifts the levels once more
+    settings = Settings(steps=3, strength=0.6, shift=3.0, follow=0)
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=settings)
+    how = {"strength": 1.0, "num_inference_steps": 3, "sigmas": plan.stages[1].sigmas()}
+    assert same(*second_stages(high, diffusers.StableDiffusion3Img2ImgPipeline, arguments, plan, how))
+
+
+def test_low_frequencies_follow_in_latents_that_are_pictures() -> None:
+    high, arguments, side = cascade_of("sd3")
+    call: dict[str, Any] = {"output_type": "latent", **arguments}
+    made = []
+    for follow in (0.0, 1.0):
+        plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=4, follow=follow))
+        made.append(high(plan=plan, generator=seeded(), **call).images)
+    assert made[0].shape == made[1].shape and not torch.allclose(*made)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "settings", "said"),
+    [
+        ("sd", 64, Settings(follow=0.5), "leave follow out, got 0.5"),
+        ("sd", 64, Settings(shift=3.0), "shift is of schedulers of flow matching: leave it out, got 3.0"),
+        ("sd", 64, Settings(rope_factor=2.0), "no rotary base to scale, so rope_factor must be 1, got 2.0"),
+        ("sd3", 132, Settings(), "positions for at most 128 pixels a side, got 132: make that, and enlarge it by othe"),
+    ],
+)
+def test_plan_refuses_what_a_model_does_not_have(name: str, size: int, settings: Settings, said: str) -> None:
+    high, _, _ = cascade_of(name)
+    with pytest.raises(ValueError, match=said):
+        high.plan(size, size, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shift": 3.0}, "shift and follow are of schedulers of flow matching, this one is a DDIMScheduler"),
+        ({"follow": 0.5}, "shift and follow are of schedulers of flow matching"),
+        ({"chunk_tokens": 9}, "a UNet2DConditionModel does not run in chunks: leave chunk_tokens out"),
+    ],
+)
+def test_call_refuses_a_stage_that_a_model_does_not_have(change: dict[str, Any], said: str) -> None:
+    high, arguments, side = cascade_of("sd")
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2)
+    plan = replace(plan, stages=(plan.stages[0], replace(plan.stages[1], **change)))
+    with pytest.raises(ValueError, match=said):
+        high(plan=plan, **arguments)
+    with pytest.raises(TypeError, match="takes no argument latents"):
+        high(latents=torch.zeros(1), **arguments)
+
+
+def test_half_precision_of_a_vae_that_overflows_is_float32_for_a_while() -> None:
+    half, whole = vae(4, blocks=4), vae(4, blocks=4)
+    whole.load_state_dict(half.state_dict())
+    half.half()
+    kinds: list[torch.dtype] = []
+    half.decoder.register_forward_pre_hook(lambda _module, given: kinds.append(given[0].dtype))
+    latents = torch.randn(1, 4, 8, 8)
+    made = decode(half, latents.half(), tile=None)
+    assert kinds == [torch.float32] and half.dtype == torch.float16
+    half.register_to_config(force_upcast=False)
+    decode(half, latents.half(), tile=None)
+    assert kinds[1] == torch.float16
+    assert torch.allclose(made, decode(whole, latents, tile=None), atol=0.02)
+
+
+def test_latents_are_normalized_by_channel_where_the_vae_says_so() -> None:
+    plain = vae(4)
+    normalized = vae(4)
+    normalized.load_state_dict(plain.state_dict())
+    mean, std = [0.1, 0.2, 0.3, 0.4], [1.5, 1.0, 0.5, 2.0]
+    normalized.register_to_config(latents_mean=mean, latents_std=std)
+    pixels = torch.randn(1, 3, 16, 16).clamp(-1, 1)
+    latents, own = encode(normalized, pixels, tile=None), encode(plain, pixels, tile=None)
+    of_channels = (torch.tensor(one)[:, None, None] for one in (mean, std))
+    factor = plain.config.scaling_factor
+    shift, scale = of_channels
+    assert torch.allclose(latents, (own / factor - shift) * factor / scale, atol=1e-6)
+    assert torch.allclose(decode(normalized, latents, tile=None), decode(plain, own, tile=None), atol=1e-5)
+    qwen = qwen_vae(4)
+    assert (latent_channels(qwen), pixels_per_latent(qwen)) == (4, 2)
+
+
+def test_pictures_pass_the_safety_checker() -> None:
+    """A cascade decodes by itself, so that the stock pipeline's last lines do not run."""
+    high, arguments, side = cascade_of("sd")
+    seen: list[tuple[int, ...]] = []
+
+    def check(pixels: Any, _device: Any, _dtype: Any) -> tuple[Any, list[bool]]:
+        seen.append(tuple(pixels.shape))
+        return torch.full_like(pixels, -1), [True] * len(pixels)
+
+    high.safety_checker, high.run_safety_checker = object(), check
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=2))
+    images = high(plan=plan, generator=seeded(), **arguments).images
+    assert seen == [(2, 3, 2 * side, 2 * side)] and {image.getextrema() for image in images} == {((0, 0),) * 3}
