@@ -11,7 +11,6 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from tiny_distill import build_tiny
-from whole_pipelines import WHOLE
 
 from lineardit import Clear, linearize_, save_adapter
 
@@ -60,19 +59,3 @@ def test_script_makes_its_picture(
     runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
     with Image.open(tmp_path / f"{made}.png") as image:
         assert image.size == ((40, 32) if script == "upscale" else (32, 24))
-
-
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
-def test_image_to_image_makes_a_picture_twice_as_large(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make, size = WHOLE[name]
-    make().save_pretrained(tmp_path / "base")
-    width, height = (2 * int(side) for side in size.split("x"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["image_to_image", str(tmp_path / "base"), "a red circle", f"{width}x{height}"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    runpy.run_path(str(EXAMPLES / "image_to_image.py"), run_name="__main__")
-    assert "self-attention modules" in capsys.readouterr().out
-    with Image.open(tmp_path / "large.png") as image:
-        assert image.size == (width, height)
