@@ -19,6 +19,7 @@ from torch import Tensor
 from ..linearize.convert import denoiser, dense
 from ..linearize.logits import scaled_logits
 from ..linearize.seam import state_of
+from .encoded_once import text_encoded_once
 from .latents import pack_latents, unpack_latents
 from .low_frequencies import Following
 from .plan import Plan, Stage
@@ -66,23 +67,25 @@ class StagedPipeline(DiffusionPipeline):
         """The latents of the last stage that ran, and which that was; `call` goes to the stock pipeline."""
         pictures, latents = start.pictures, start.latents
         self._interrupt = False
-        for number in range(start.stage, len(plan.stages)):
-            stage = plan.stages[number]
-            if number > 0:
-                assert latents is not None
-                pictures = self._pictures(latents, plan.stages[number - 1], plan.tile)
+        with text_encoded_once(self) as begin:
+            for number in range(start.stage, len(plan.stages)):
+                stage = plan.stages[number]
+                if number > 0:
+                    assert latents is not None
+                    pictures = self._pictures(latents, plan.stages[number - 1], plan.tile)
+                    if on_stage_end is not None:
+                        on_stage_end(self, number - 1, {"images": pictures})
+                        if self._interrupt:
+                            return latents, plan.stages[number - 1]
+                forgotten = pictures is None or stage.is_stock
+                clean = None if forgotten else self._enlarged(pictures, stage, plan.tile, batch)
+                begin()
+                with self._told(number, plan), self._as_planned(stage):
+                    latents = self._denoise(stage, clean, call, generators[number], batch, on_step_end)
                 if on_stage_end is not None:
-                    on_stage_end(self, number - 1, {"images": pictures})
-                    if self._interrupt:
-                        return latents, plan.stages[number - 1]
-            forgotten = pictures is None or stage.is_stock
-            clean = None if forgotten else self._enlarged(pictures, stage, plan.tile, batch)
-            with self._told(number, plan), self._as_planned(stage):
-                latents = self._denoise(stage, clean, call, generators[number], batch, on_step_end)
-            if on_stage_end is not None:
-                on_stage_end(self, number, {"latents": latents})
-            if self._interrupt:
-                break
+                    on_stage_end(self, number, {"latents": latents})
+                if self._interrupt:
+                    break
         assert latents is not None
         return latents, stage
 

@@ -214,6 +214,17 @@ def test_negative_prompt_and_several_pictures(high: Any) -> None:
     assert numpy.array_equal(one, each)
 
 
+def test_text_is_encoded_once(high: Any) -> None:
+    plan = high.plan(64, 64, num_inference_steps=1, settings=Settings(steps=1))
+    seen: list[int] = []
+    high.text_encoder_2.register_forward_hook(lambda *_: seen.append(0))
+    call: dict[str, Any] = {"negative_prompt": "b", "true_cfg_scale": 2.0, "max_sequence_length": 8}
+    high(PROMPT, plan=plan, **call)
+    assert len(plan.stages) == 3 and len(seen) == 2  # the prompt, and the negative one
+    high(PROMPT, plan=plan, **call)
+    assert len(seen) == 4 and "encode_prompt" not in vars(high)
+
+
 def test_interrupt_stops_after_the_step(high: Any) -> None:
     plan = high.plan(64, 64, num_inference_steps=2, settings=FEW)
     steps: list[int] = []
