@@ -1,4 +1,4 @@
-"""FLUX's latents as tokens and as pictures, with code of our own: the pipelines' helpers for it are private.
+"""Latents as FLUX's tokens and as pictures, with code of our own: the pipelines' helpers for it are private.
 
 B batch, C channels of latents, h, w sides in latents (even).
 """
@@ -11,6 +11,12 @@ def pack_latents(latents: Tensor) -> Tensor:
     batch, channels, height, width = latents.shape
     squares = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return squares.reshape(batch, height * width // 4, 4 * channels)
+
+
+def patches_of(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> FLUX.2's patches [B, 4 C, h/2, w/2], each of 2 x 2 latents as in FLUX's tokens."""
+    batch, channels, height, width = latents.shape
+    return pack_latents(latents).transpose(1, 2).reshape(batch, 4 * channels, height // 2, width // 2)
 
 
 def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:

@@ -29,7 +29,7 @@ def exact_positions(pipe_or_model: Any) -> Iterator[None]:
 
     def exact(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = kwargs["img_ids"]
-        return args, {**kwargs, "img_ids": rectangle(ids)[1]}
+        return args, {**kwargs, "img_ids": rectangle(ids[0] if ids.ndim == 3 else ids)[1]}
 
     handle = model.register_forward_pre_hook(exact, with_kwargs=True)
     try:

@@ -20,13 +20,13 @@ from ..linearize.convert import denoiser, dense
 from ..linearize.logits import scaled_logits
 from ..linearize.seam import state_of
 from .encoded_once import text_encoded_once
-from .latents import pack_latents, unpack_latents
+from .latents import unpack_latents
 from .low_frequencies import Following
 from .plan import Plan, Stage
 from .positions import exact_positions, rope_scaled
 from .running_kernels import kernels_told
 from .stage_schedule import noised, scheduler_of
-from .stock import packs_latents
+from .stock import as_given, as_taken
 from .token_chunks import in_token_chunks
 from .vae import decode, encode_faithfully, latent_channels, pixels_per_latent
 
@@ -114,14 +114,14 @@ class StagedPipeline(DiffusionPipeline):
                 on_step_end = Following(clean, latents, follow=stage.follow, then=on_step_end)
         self.scheduler = scheduler
         try:
-            return self._stock_call(call | {"latents": self._as_the_model_has_them(latents)}, on_step_end)
+            return self._stock_call(call | {"latents": as_taken(self, latents)}, on_step_end)
         finally:
             self.scheduler = own
 
     def _stock_call(self, call: Mapping[str, Any], on_step_end: Any) -> Tensor:
         if on_step_end is not None:
             call = {**call, "callback_on_step_end": on_step_end}
-        latents: Tensor = self.stock.__call__(self, **call).images
+        latents = as_given(self, self.stock.__call__(self, **call).images)
         scale = pixels_per_latent(self.vae)
         places = call["height"] * call["width"] // scale**2
         if latents[0].numel() != places * latent_channels(self.vae):
@@ -157,10 +157,6 @@ class StagedPipeline(DiffusionPipeline):
         finally:
             self.set_progress_bar_config(**before)
         logger.info("%s: %.1f s", what, time.perf_counter() - began)
-
-    def _as_the_model_has_them(self, planes: Tensor) -> Tensor:
-        """Latents [B, C, h, w] as the stock pipeline takes and gives them."""
-        return pack_latents(planes) if packs_latents(self) else planes
 
     def _pictures(self, latents: Tensor, stage: Stage, tile: int | None) -> list[Image.Image]:
         return self.image_processor.postprocess(self._decoded(latents, stage, tile), output_type="pil")

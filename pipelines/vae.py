@@ -23,6 +23,7 @@ from .group_statistics import whole_statistics
 logger = logging.getLogger(__name__)
 
 OVERLAP = 0.25  # of a tile, at least
+KNOWN_VAES = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2")  # the second is of videos
 SMALLEST_TILE = 256  # pixels; below it, a tile is mostly border
 
 
@@ -30,7 +31,7 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
     """Pictures of latents, in smaller tiles where memory runs out.
 
     Args:
-        vae: An `AutoencoderKL` of diffusers, or Qwen-Image's, which is one of videos.
+        vae: One of `KNOWN_VAES`.
         latents: [B, C, h, w], as the denoiser has them.
         tile: Side in pixels; None: in one piece.
     Returns:
@@ -39,7 +40,7 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
         torch.OutOfMemoryError: even the smallest tile does not fit.
     """
     scale = pixels_per_latent(vae)
-    mean, std = _statistics(vae, latents.device)
+    mean, std = _statistics(vae, latents)
     values = latents * std / _scaling(vae) + mean
 
     def run(part: Tensor) -> Tensor:
@@ -67,8 +68,7 @@ def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = Fal
     with _without_overflow(vae):
         how: dict[str, Any] = {"tile": tile, "step": 1, "gain": 1 / scale, "what": "encode", "progress": progress}
         values = _in_tiles(vae, run, pictures, **how, align=scale)
-    mean, std = _statistics(vae, values.device)
-    return (values - mean) * _scaling(vae) / std
+    return normalized(vae, values)
 
 
 def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
@@ -84,13 +84,28 @@ def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress:
     return 2 * latents - again
 
 
-def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean of the VAE's own latents, and what they are divided by besides its scaling factor, [1 or C, 1, 1]."""
+def normalized(vae: Any, latents: Tensor) -> Tensor:
+    """The VAE's own latents [B, C, h, w] as the denoiser has them."""
+    mean, std = _statistics(vae, latents)
+    return (latents - mean) * _scaling(vae) / std
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the VAE's own latents, and what they are divided by besides its scaling factor, as [1 or C, 1 or h, ...].
+
+    Args:
+        latents: [B, C, h, w], which they are for.
+    """
     config = vae.config
+    if "batch_norm_eps" in config:  # FLUX.2's are of each place in a patch of 2 x 2
+        squares = (vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).sqrt())
+        repeats = (1, latents.shape[-2] // 2, latents.shape[-1] // 2)
+        mean, std = (one.to(latents.device).view(-1, 2, 2).repeat(repeats) for one in squares)
+        return mean, std
     means, deviations = config.get("latents_mean"), config.get("latents_std")
     if means is None or deviations is None:
         means, deviations = [config.get("shift_factor") or 0.0], [1.0]
-    mean, std = (torch.tensor(one, device=device)[:, None, None] for one in (means, deviations))
+    mean, std = (torch.tensor(one, device=latents.device)[:, None, None] for one in (means, deviations))
     return mean, std
 
 

@@ -14,11 +14,12 @@ from PIL import Image
 
 from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, linearize_
 from lineardit.linearize.convert import denoiser
-from lineardit.pipelines.latents import pack_latents, unpack_latents
+from lineardit.pipelines.latents import pack_latents, patches_of, unpack_latents
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.stock import packs_latents
 from lineardit.pipelines.vae import decode, encode, encode_faithfully, latent_channels, pixels_per_latent
 from tiny_stock import STOCK
+from tiny_stock.positions import flux2_vae
 from tiny_stock.stock import vae
 
 
@@ -40,6 +41,8 @@ CASCADES: dict[str, Callable[[], Any] | None] = {
     **dict.fromkeys(("flux", "chroma", "ovis-image", "bria")),
     **dict.fromkeys(("sd", "sdxl", "hunyuan-dit", "pixart-alpha", "pixart-sigma", "lumina-next", "sd3", "auraflow")),
     **dict.fromkeys(("cogview4", "cogview3-plus", "prx")),
+    "flux2": flux2_vae,
+    "flux2-klein": None,
     "qwen-image": partial(qwen_vae, 4),
     "krea2": partial(qwen_vae, 1),
     "z-image": partial(vae, 4),
@@ -47,7 +50,7 @@ CASCADES: dict[str, Callable[[], Any] | None] = {
 }
 REFUSED = {
     "flux-fill": "takes 24 numbers a token where text-to-image takes 4 or 1",
-    "flux2": "takes image: after linearize_ call its own pipelines",
+    "glm-image": "takes image: after linearize_ call its own pipelines",
     "dit": "takes no prompt",
     "wan": "takes num_frames",
     "hidream": "draws one area, whatever size is asked for",
@@ -68,6 +71,9 @@ def made(name: str) -> tuple[Any, dict[str, Any]]:
     pipe = stock.make()
     if make := CASCADES.get(name):
         pipe = type(pipe)(**{**pipe.components, "vae": make()})
+    if hasattr(getattr(pipe, "vae", None), "bn"):
+        pipe.vae.bn.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3, -0.4]))
+        pipe.vae.bn.running_var.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
     pipe.set_progress_bar_config(disable=True)
     return pipe, {key: value for key, value in stock.arguments().items() if key not in NEITHER}
 
@@ -109,8 +115,10 @@ def test_with_next_to_no_noise_a_picture_stays(name: str) -> None:
     pixels = high.image_processor.preprocess(picture, height=side, width=2 * side)
     wanted = encode_faithfully(high.vae, pixels, tile=None)
     if packs_latents(high):
-        pack, shape = high.stock._pack_latents, (1, *wanted.shape[1:])
-        of_pipeline = pack(wanted, *shape) if name != "krea2" else pack(high, wanted, *shape)
+        if name.startswith("flux2"):
+            of_pipeline = high._pack_latents(high._patchify_latents(wanted))
+        else:
+            of_pipeline = high._pack_latents(wanted, 1, *wanted.shape[1:])
         assert torch.equal(pack_latents(wanted), of_pipeline)
         latents = unpack_latents(latents, *wanted.shape[-2:])
     assert latents.shape == (2, *wanted.shape[1:])
@@ -265,6 +273,13 @@ def test_latents_are_normalized_by_channel_where_the_vae_says_so() -> None:
     shift, scale = of_channels
     assert torch.allclose(latents, (own / factor - shift) * factor / scale, atol=1e-6)
     assert torch.allclose(decode(normalized, latents, tile=None), decode(plain, own, tile=None), atol=1e-5)
+    pipe, _ = made("flux2-klein")
+    flux2 = pipe.vae
+    pixels = torch.randn(1, 3, 32, 64).clamp(-1, 1)
+    latents = encode(flux2, pixels, tile=None)
+    assert torch.allclose(patches_of(latents), pipe._encode_vae_image(pixels, None), atol=1e-5)
+    again = decode(flux2, latents, tile=None)
+    assert torch.allclose(again, flux2.decode(flux2.encode(pixels).latent_dist.mode()).sample, atol=1e-5)
     qwen = qwen_vae(4)
     assert (latent_channels(qwen), pixels_per_latent(qwen)) == (4, 2)
 
