@@ -9,7 +9,8 @@ from typing import Any
 def text_encoded_once(pipe: Any) -> Iterator[Callable[[], None]]:
     """Inside, what `pipe.encode_prompt` gives in one call of the pipeline is kept for those after it.
 
-    They must be calls with the same text. Pipelines without `encode_prompt` encode in every call.
+    They must be calls with the same text: what the pipeline hands to `encode_prompt` is not looked at. Pipelines
+    without that method encode in every call.
 
     Yields:
         To be called before each call of the pipeline.

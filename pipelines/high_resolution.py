@@ -12,8 +12,6 @@ B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's 
 
 import inspect
 import logging
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -22,19 +20,20 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ..linearize.calling import for_batch, own_settings
+from ..linearize.calling import for_batch
 from ..linearize.convert import denoiser, dense
 from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
 from ..linearize.standing import advice_on
+from .checks import check_numbers, check_stages, check_start, count_pictures
 from .estimate import Estimator
 from .low_frequencies import OnStep
 from .pictures import as_pictures
-from .plan import Attention, Limits, Plan, Settings
+from .plan import Attention, Limits, Plan, Settings, Stage
 from .planning import cascade
 from .sizes import size_multiple
-from .stage_schedule import matches_flows
-from .stages import OnStage, StagedPipeline, Start
+from .stage_schedule import largest_shift, matches_flows
+from .stages import OnStage, StagedPipeline, Start, stage_generators
 from .stock import most_tokens, packs_latents, rope_dim, stock_class, trained_size
 from .token_chunks import has_chunks
 from .vae import latent_channels, pixels_per_latent
@@ -43,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Of a stock call, what the stages set.
 _OF_STAGES = ("latents", "sigmas", "timesteps", "denoising_end")
+# What a pipeline has besides its parts and its config: of enable_model_cpu_offload, and SDXL's watermark.
+_REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "watermark")
 
 
 class HighResolutionPipeline(StagedPipeline):
@@ -70,7 +71,7 @@ class HighResolutionPipeline(StagedPipeline):
             raise ValueError(f"native_size must be an integer >= 1 or None, got {native_size!r}")
         made = _made(_cascade_class(stock_class(pipeline)), pipeline)
         made.native_size = native_size or trained_size(made)
-        for remembered in ("_all_hooks", "_offload_device", "_offload_gpu_id"):  # of enable_model_cpu_offload
+        for remembered in _REMEMBERED:
             if hasattr(pipeline, remembered):
                 setattr(made, remembered, getattr(pipeline, remembered))
         return made
@@ -122,33 +123,26 @@ class HighResolutionPipeline(StagedPipeline):
         Raises:
             ValueError: a setting is out of range, or the model or its scheduler does not have it.
         """
-        own, multiple, native = own_settings(self), size_multiple(self), self.native_size
-        model: Any = denoiser(self)[1]
-        flows = matches_flows(self.scheduler)
-        table = most_tokens(model)
-        limits = Limits(
-            native=native,
-            multiple=multiple,
-            largest_shift=_largest_shift(self.scheduler) if flows else None,
-            rope_dim=rope_dim(model),
-            attention=self._attention(),
-            follows=flows and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
-            largest=None if table is None else table * multiple,
-        )
-        text_len = text_len or own.max_sequence_length or 77
+        limits, own = self._limits(), inspect.signature(self.stock.__call__).parameters
+        if num_inference_steps is None:
+            num_inference_steps = own["num_inference_steps"].default
+        if text_len is None:
+            text_len = own["max_sequence_length"].default if "max_sequence_length" in own else 77
         plan = cascade(
-            native if height is None else height,
-            native if width is None else width,
+            limits.native if height is None else height,
+            limits.native if width is None else width,
             limits,
             settings or Settings(),
-            first_steps=num_inference_steps or own.steps or 28,
+            first_steps=num_inference_steps,
             enlarge=enlarge,
             text_len=text_len,
             tile=tile,
         )
-        plan = self._with_advice(plan, multiple)
-        estimator = Estimator(self) if Estimator.knows(model) else None
-        return plan if estimator is None else estimator.with_costs(plan, multiple, text_len, batch)
+        check_stages(plan, limits, self.scheduler)
+        plan = self._with_advice(plan, limits)
+        if not Estimator.knows(denoiser(self)[1]):
+            return plan
+        return Estimator(self).with_costs(plan, limits.multiple, text_len, batch)
 
     @torch.no_grad()
     def __call__(
@@ -189,10 +183,6 @@ class HighResolutionPipeline(StagedPipeline):
             TypeError: the stock pipeline takes no such argument.
             ValueError: the arguments do not fit together, or are those that diffusers refuses.
         """
-        takes = inspect.signature(self.stock.__call__).parameters
-        for name in call:
-            if name not in takes or name in _OF_STAGES:
-                raise TypeError(f"{type(self).__name__} takes no argument {name}")
         pictures = None if image is None else as_pictures(image)
         if plan is None:
             plan = self.plan(
@@ -204,15 +194,17 @@ class HighResolutionPipeline(StagedPipeline):
             )
         elif (height or plan.height, width or plan.width) != (plan.height, plan.width):
             raise ValueError(f"height and width must be the plan's, {plan.height} and {plan.width}, or left out")
-        self._check(plan, pictures, start_latents, start_stage)
-        logger.info("%s", plan)
+        check_stages(plan, self._limits(), self.scheduler)
+        check_start(plan, pictures, start_latents, start_stage)
         if isinstance(prompt, list):
             call = for_batch(call, len(prompt))  # one negative prompt for all
-        batch = _num_prompts(prompt, call) * (call.get("num_images_per_prompt") or 1)
-        self._check_numbers(plan, batch, pictures, generator, start_latents, start_stage)
+        batch = count_pictures(prompt, call)
+        shape = self._shape_of_latents(plan.stages[start_stage - 1])
+        check_numbers(batch, pictures, generator, start_latents, shape, start_stage - 1)
+        logger.info("%s", plan)
         if inputs := call.get("callback_on_step_end_tensor_inputs"):
             call["callback_on_step_end_tensor_inputs"] = list({"latents", *inputs})
-        if "use_resolution_binning" in takes:  # would draw another size
+        if "use_resolution_binning" in inspect.signature(self.stock.__call__).parameters:  # would draw another size
             call["use_resolution_binning"] = False
         latents, stage = self._cascade(
             plan,
@@ -239,80 +231,60 @@ class HighResolutionPipeline(StagedPipeline):
         except (ValueError, RuntimeError):  # the originals of trained weights were not kept
             return "converted"
 
-    def _with_advice(self, plan: Plan, multiple: int) -> Plan:
-        """The plan, with what the converted attention says about its last size; `multiple`: pixels of a token."""
+    def _limits(self) -> Limits:
+        """What a plan must know of the model and its scheduler, as they are now."""
+        model: Any = denoiser(self)[1]
+        flows, multiple, table = matches_flows(self.scheduler), size_multiple(self), most_tokens(model)
+        return Limits(
+            native=self.native_size,
+            multiple=multiple,
+            largest_shift=largest_shift(self.scheduler) if flows else None,
+            rope_dim=rope_dim(model),
+            attention=self._attention(),
+            follows=flows and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
+            largest=None if table is None else table * multiple,
+            counts_tokens="UNet" not in type(model).__name__,
+            chunks=has_chunks(model),
+        )
+
+    def _with_advice(self, plan: Plan, limits: Limits) -> Plan:
+        """The plan, with what the converted attention says about its last size."""
         last = plan.stages[-1]
-        if last.attention == "original":
+        if last.attention == "original" or not limits.counts_tokens:
             return plan
-        advice = advice_on(denoiser(self)[1], (last.height // multiple, last.width // multiple))
+        advice = advice_on(denoiser(self)[1], (last.height // limits.multiple, last.width // limits.multiple))
         return replace(plan, notes=(*plan.notes, *advice))
 
-    def _check(self, plan: Plan, image: Sequence[Any] | None, start_latents: Tensor | None, start_stage: int) -> None:
-        multiple, has, flows = size_multiple(self), self._attention(), matches_flows(self.scheduler)
-        model: Any = denoiser(self)[1]
-        for stage in plan.stages:
-            if stage.height % multiple or stage.width % multiple:
-                raise ValueError(f"sides of a stage must be multiples of {multiple}, got {stage.width}x{stage.height}")
-            if has not in (stage.attention, "both"):
-                raise ValueError(f"a stage asks for {stage.attention} attention, and this model has {has} only")
-            if flows and stage.shift is None and stage.strength < 1:
-                raise ValueError("a stage of strength below 1 needs a shift of its own, got None")
-            if not flows and (stage.shift is not None or stage.follow):
-                scheduler = type(self.scheduler).__name__
-                raise ValueError(f"shift and follow are of schedulers of flow matching, this one is a {scheduler}")
-            if stage.chunk_tokens is not None and not has_chunks(model):
-                raise ValueError(f"a {type(model).__name__} does not run in chunks: leave chunk_tokens out")
-        if (start_latents is None) != (start_stage == 0) or not 0 <= start_stage < len(plan.stages):
-            raise ValueError(
-                f"start_stage must be 1 to {len(plan.stages) - 1} with start_latents and 0 without, got {start_stage}"
-            )
-        if image is not None and start_stage > 0:
-            raise ValueError("give image or start_latents, not both")
-        if image is not None and plan.stages[0].is_stock:
-            raise ValueError("this plan begins with noise, and image would not be looked at: plan(..., enlarge=True)")
-        if image is None and start_stage == 0 and plan.stages[0].strength < 1:
-            raise ValueError("a plan without a stage of strength 1 enlarges a picture: give image")
-
-    def _check_numbers(
-        self,
-        plan: Plan,
-        batch: int,
-        image: Sequence[Any] | None,
-        generator: Any,
-        start_latents: Tensor | None,
-        start_stage: int,
-    ) -> None:
-        """Whether there are as many of each as of the pictures that come out."""
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"generator must be one, or a list of {batch}, one a picture, got {len(generator)}")
-        if image is not None and batch % len(image):
-            raise ValueError(f"image must hold a number of pictures that divides {batch}, got {len(image)}")
-        if start_latents is not None:
-            stage, scale = plan.stages[start_stage - 1], pixels_per_latent(self.vae)
-            channels, rows, columns = latent_channels(self.vae), stage.height // scale, stage.width // scale
-            packed = packs_latents(self)
-            wanted = [batch, rows * columns // 4, 4 * channels] if packed else [batch, channels, rows, columns]
-            if list(start_latents.shape) != wanted:
-                raise ValueError(
-                    f"start_latents must be {wanted}, those of stage {start_stage - 1}, got {list(start_latents.shape)}"
-                )
+    def _shape_of_latents(self, stage: Stage) -> list[int]:
+        """Of one picture, as the model has them."""
+        scale, channels = pixels_per_latent(self.vae), latent_channels(self.vae)
+        rows, columns = stage.height // scale, stage.width // scale
+        return [rows * columns // 4, 4 * channels] if packs_latents(self) else [channels, rows, columns]
 
 
 @cache
-def _cascade_class(stock: type) -> Any:
+def _cascade_class(stock: Any) -> Any:
     """The high-resolution class of a text-to-image pipeline, whose call takes that pipeline's arguments as well."""
+    ours = inspect.signature(HighResolutionPipeline.__call__).parameters
+    theirs = inspect.signature(stock.__call__).parameters
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = []
+    for name, one in theirs.items():
+        if name in _OF_STAGES:
+            kind = inspect.Parameter.KEYWORD_ONLY  # as places no longer count
+        elif one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+            default = one.default if name == "self" or one.default is not one.empty else None
+            parameters.append(
+                ours[name].replace(kind=kind) if name in ours else one.replace(kind=kind, default=default)
+            )
+    lacking = [one for name, one in ours.items() if name not in theirs and one.kind == one.KEYWORD_ONLY]
+    parameters += [one for one in lacking if one.name != "callback_on_step_end"]  # which stages would hand on
+    signature = inspect.Signature(parameters)
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return HighResolutionPipeline.__call__(self, *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return HighResolutionPipeline.__call__(**signature.bind(*args, **kwargs).arguments)
 
-    ours = inspect.signature(HighResolutionPipeline.__call__)
-    named = {name: one for name, one in ours.parameters.items() if one.kind != one.VAR_KEYWORD}
-    theirs = [
-        one.replace(kind=one.KEYWORD_ONLY)
-        for name, one in inspect.signature(stock.__call__).parameters.items()
-        if name not in (*named, *_OF_STAGES) and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-    ]
-    call.__signature__ = ours.replace(parameters=[*named.values(), *theirs])  # type: ignore[attr-defined]
+    call.__signature__ = signature  # type: ignore[attr-defined]
     call.__doc__ = HighResolutionPipeline.__call__.__doc__
     name = stock.__name__.replace("Pipeline", "HighResolutionPipeline")
     return type(name, (HighResolutionPipeline, stock), {"stock": stock, "__call__": call, "__module__": __name__})
@@ -323,30 +295,3 @@ def _made(cls: Any, pipeline: Any) -> Any:
     flags = {name: value for name, value in pipeline.config.items() if isinstance(value, bool | int | float)}
     expected = inspect.signature(cls.__init__).parameters
     return cls(**{name: one for name, one in {**flags, **pipeline.components}.items() if name in expected})
-
-
-def _num_prompts(prompt: Any, call: Mapping[str, Any]) -> int:
-    """Prompts, as text or as embeddings."""
-    embeddings = [value for name, value in call.items() if name.startswith("prompt_embeds") and value is not None]
-    several = prompt if isinstance(prompt, list) else embeddings[0] if prompt is None and embeddings else [prompt]
-    return len(several)
-
-
-def _largest_shift(scheduler: Any) -> float:
-    """Of the noise levels at the scheduler's largest size; stock pipelines extrapolate beyond it, up to pure noise."""
-    config = scheduler.config
-    return math.exp(config.max_shift) if config.use_dynamic_shifting else float(scheduler.shift)
-
-
-def stage_generators(generator: Any, count: int) -> list[Any]:
-    """One generator, or list of them, for each stage: the user's for the first, for the others new ones.
-
-    Their seeds come from a copy of the user's, so that a cascade that goes on at a later stage draws the same noise,
-    and the first stage is the stock pipeline's.
-    """
-    if generator is None:
-        return [None] * count
-    if isinstance(generator, list):
-        return [list(one) for one in zip(*(stage_generators(one, count) for one in generator), strict=True)]
-    seeds = torch.randint(2**62, (count,), generator=generator.clone_state(), device=generator.device).tolist()
-    return [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in seeds[1:])]

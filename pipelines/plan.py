@@ -175,12 +175,14 @@ class Limits:
 
     Attributes:
         native: Side in pixels of the square pictures that the model was trained on.
-        multiple: Sides in pixels are multiples of it; a token is as large.
+        multiple: Sides in pixels are multiples of it; a transformer's token is as large.
         largest_shift: Of the scheduler; None: its noise levels are its own.
         rope_dim: Numbers of a head that one axis of the picture turns; None: there is no base to scale.
         attention: What the model can run.
         follows: Whether low frequencies can follow the stage before.
         largest: Pixels of the longest side that it has positions for at all; None: any.
+        counts_tokens: Whether it attends to every token of the picture and the text at once, as a UNet does not.
+        chunks: Whether its token-wise layers run in chunks.
     """
 
     native: int
@@ -190,6 +192,8 @@ class Limits:
     attention: Attention
     follows: bool = True
     largest: int | None = None
+    counts_tokens: bool = True
+    chunks: bool = True
 
     @property
     def known(self) -> int:

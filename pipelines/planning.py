@@ -45,8 +45,9 @@ def cascade(
     """
     if not all(isinstance(side, Integral) and side >= 1 for side in (height, width)):
         raise ValueError(f"height and width must be integers >= 1, got {height!r} and {width!r}")
+    if enlarge and settings.strength == 1 and limits.largest_shift is None:
+        raise ValueError("strength must be below 1 where a picture is enlarged: at 1 it is forgotten")
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
-    _check(settings, limits, longest=max(sizes[-1]))
     stages: list[Stage] = []
     for rows, columns in sizes:
         small = rows * columns <= 2 * limits.native**2  # there is little to gain
@@ -84,26 +85,6 @@ def _larger_stage(height: int, width: int, attention: str, limits: Limits, setti
     )
 
 
-def _check(settings: Settings, limits: Limits, *, longest: int) -> None:
-    """Raise a ValueError for what this model or its scheduler does not have."""
-    if limits.largest is not None and longest > limits.largest:
-        raise ValueError(
-            f"this model has positions for at most {limits.largest} pixels a side, got {longest}: make that, and "
-            "enlarge it by other means"
-        )
-    if limits.rope_dim is None and settings.rope_factor not in (None, 1):
-        raise ValueError(
-            f"this model has no rotary base to scale, so rope_factor must be 1, got {settings.rope_factor}"
-        )
-    if limits.largest_shift is None and settings.shift is not None:
-        raise ValueError(f"shift is of schedulers of flow matching: leave it out, got {settings.shift}")
-    if not limits.follows and settings.follow:
-        raise ValueError(
-            f"low frequencies follow in flow matching, in pipelines with callback_on_step_end: leave follow out, got "
-            f"{settings.follow}"
-        )
-
-
 def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, ...]:
     notes = []
     if (last.height, last.width) != (height, width):
@@ -118,8 +99,8 @@ def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, .
     if max(height, width) > limits.known and last.follow == 0:
         remedy = "set follow, or make a smaller picture" if limits.follows else "keep strength low"
         notes.append(
-            f"beyond {limits.known} pixels a side the model does not know its positions, and low frequencies do not "
-            f"follow the stage before: expect repeated objects; {remedy}"
+            f"the model was not trained beyond {limits.known} pixels a side, and low frequencies do not follow the "
+            f"stage before: expect repeated objects; {remedy}"
         )
     if max(height, width) > 8 * limits.native:
         notes.append(f"nobody has shown pictures beyond {8 * limits.native} pixels a side from such a model")

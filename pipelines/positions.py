@@ -16,6 +16,11 @@ def is_told_positions(model: nn.Module) -> bool:
     return "img_ids" in inspect.signature(type(model).forward).parameters
 
 
+def computes_rotation(model: nn.Module) -> bool:
+    """Whether each forward computes rotary positions from a base, as in FLUX.1; Qwen-Image's are a table."""
+    return is_told_positions(model) and hasattr(getattr(model, "pos_embed", None), "theta")
+
+
 @contextmanager
 def exact_positions(pipe_or_model: Any) -> Iterator[None]:
     """Inside, a model that is told `img_ids`, as FLUX.1 is, gets them in float32, in any attention.
@@ -49,12 +54,12 @@ def rope_scaled(pipe_or_model: Any, factor: float) -> Iterator[None]:
         yield
         return
     _, model = denoiser(pipe_or_model)
-    rope: Any = getattr(model, "pos_embed", None)
-    if not hasattr(rope, "theta"):
+    if not computes_rotation(model):
         raise ValueError(
             f"{type(model).__name__} has no rotary base to scale, so rope_factor must be 1, got {factor}: "
             "set it in the plan's stages"
         )
+    rope: Any = model.pos_embed
     theta = rope.theta
     rope.theta = theta * factor
     try:

@@ -7,6 +7,8 @@
 z clean latents, e noise.
 """
 
+import inspect
+import math
 from copy import deepcopy
 from functools import wraps
 from typing import Any
@@ -37,22 +39,40 @@ def matches_flows(scheduler: Any) -> bool:
     return False
 
 
+def largest_shift(scheduler: Any) -> float:
+    """Of the noise levels of flow matching at the scheduler's largest size; stock pipelines extrapolate beyond it."""
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return float(scheduler.shift)
+    if config.time_shift_type == "linear":  # CogView4's, by the root of the tokens
+        root = math.sqrt(config.max_image_seq_len / config.base_image_seq_len)
+        return float(root * config.max_shift + config.base_shift)
+    return math.exp(config.max_shift)
+
+
+def most_steps(scheduler: Any, strength: float) -> int:
+    """How many steps a stage of this strength can have, where the scheduler is none of flow matching."""
+    if _takes_strength(scheduler):
+        return int(scheduler.config.original_inference_steps * strength)
+    return int(scheduler.config.num_train_timesteps * strength)
+
+
 def scheduler_of(stage: Stage, scheduler: Any, device: torch.device) -> Any:
     """A scheduler like the pipeline's that takes the steps of this stage, set to them."""
     made = _plain(scheduler)
     set_all, sigmas = made.set_timesteps, stage.sigmas()
 
     @wraps(set_all)
-    def set_timesteps(*_: Any, device: Any = None, **__: Any) -> None:
+    def set_timesteps(*_: Any, device: Any = None, timesteps: Any = None, mu: float | None = None, **__: Any) -> None:
         if sigmas is not None:
-            set_all(sigmas=sigmas, device=device)
-            return
-        whole = max(stage.steps, round(stage.steps / stage.strength))
-        set_all(whole, device=device)
-        first = (whole - stage.steps) * made.order
-        for name in _OF_EACH_STEP:
-            if (values := getattr(made, name, None)) is not None:
-                setattr(made, name, values[first:])
+            told = None if timesteps is None else _unshifted(sigmas, mu, scheduler)
+            set_all(sigmas=sigmas, device=device, **({} if told is None else {"timesteps": told}))
+        elif _takes_strength(made):
+            set_all(stage.steps, device=device, strength=stage.strength)
+        else:
+            whole = max(stage.steps, round(stage.steps / stage.strength))
+            set_all(whole, device=device)
+            _cut(made, (whole - stage.steps) * made.order)
 
     made.set_timesteps = set_timesteps
     if hasattr(made, "init_noise_sigma"):  # the latents that a pipeline is given are noised already
@@ -68,6 +88,25 @@ def noised(scheduler: Any, clean: Tensor, noise: Tensor) -> Tensor:
         level = float(scheduler.sigmas[0])
         return (1 - level) * clean + level * noise
     return scheduler.add_noise(clean, noise, scheduler.timesteps[:1].repeat(len(clean)))
+
+
+def _takes_strength(scheduler: Any) -> bool:
+    """Whether it spreads its steps below a strength by itself, as those of consistency models do (LCM, TCD)."""
+    return "strength" in inspect.signature(scheduler.set_timesteps).parameters
+
+
+def _cut(scheduler: Any, first: int) -> None:
+    """Leave the first entries of its steps out."""
+    for name in _OF_EACH_STEP:
+        if (values := getattr(scheduler, name, None)) is not None:
+            setattr(scheduler, name, values[first:])
+
+
+def _unshifted(sigmas: list[float], mu: float | None, scheduler: Any) -> list[float]:
+    """What a model is told of its noise levels that is told them as they are before the shift: CogView4."""
+    config = scheduler.config
+    shift = 1.0 if mu is None else mu if config.time_shift_type == "linear" else math.exp(mu)
+    return [config.num_train_timesteps * sigma / (shift - (shift - 1) * sigma) for sigma in sigmas]
 
 
 def _plain(scheduler: Any) -> Any:

@@ -32,6 +32,9 @@ from .vae import decode, encode_faithfully, latent_channels, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
+# What is for the encoding of the text alone, and takes long: FLUX.2's prompts, written anew by a language model.
+_OF_TEXT = ("caption_upsample_temperature",)
+
 OnStage = Callable[[Any, int, dict[str, Any]], None]
 
 
@@ -82,6 +85,7 @@ class StagedPipeline(DiffusionPipeline):
                 begin()
                 with self._told(number, plan), self._as_planned(stage):
                     latents = self._denoise(stage, clean, call, generators[number], batch, on_step_end)
+                call = {name: value for name, value in call.items() if name not in _OF_TEXT}
                 if on_stage_end is not None:
                     on_stage_end(self, number, {"latents": latents})
                 if self._interrupt:
@@ -187,9 +191,25 @@ class StagedPipeline(DiffusionPipeline):
         pixels = self._decoded(latents, stage, plan.tile)[..., : plan.height, : plan.width]
         if getattr(self, "watermark", None) is not None:  # SDXL's, where it is installed
             pixels = self.watermark.apply_watermark(pixels)
-        if getattr(self, "safety_checker", None) is not None:  # what it finds comes back black
-            pixels, _ = self.run_safety_checker(pixels, self._execution_device, self.vae.dtype)
-        return self.image_processor.postprocess(pixels, output_type=output_type)
+        found = [False] * len(pixels)
+        if getattr(self, "safety_checker", None) is not None:
+            pixels, found = self.run_safety_checker(pixels, self._execution_device, self.vae.dtype)
+        shown = [not one for one in found]  # what the checker found is 0 already, which is black
+        return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=shown)
 
     def _shows_progress(self) -> bool:
         return not getattr(self, "_progress_bar_config", {}).get("disable", False)
+
+
+def stage_generators(generator: Any, count: int) -> list[Any]:
+    """One generator, or list of them, for each stage: the user's for the first, for the others new ones.
+
+    Their seeds come from a copy of the user's, so that a cascade that goes on at a later stage draws the same noise,
+    and the first stage is the stock pipeline's.
+    """
+    if generator is None:
+        return [None] * count
+    if isinstance(generator, list):
+        return [list(one) for one in zip(*(stage_generators(one, count) for one in generator), strict=True)]
+    seeds = torch.randint(2**62, (count,), generator=generator.clone_state(), device=generator.device).tolist()
+    return [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in seeds[1:])]

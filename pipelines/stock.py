@@ -5,27 +5,29 @@ A stage is a call of the text-to-image pipeline itself, given latents and a sche
 """
 
 import inspect
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 from diffusers import FluxPipeline
-from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
 
 from ..linearize.convert import denoiser
 from ..linearize.errors import UnsupportedModelError
 from .latents import pack_latents, patches_of
-from .positions import is_told_positions
-from .vae import KNOWN_VAES, latent_channels, normalized, pixels_per_latent
+from .positions import computes_rotation
+from .vae import is_flux2, is_known, latent_channels, normalized, pixels_per_latent
 
-# Whatever pipeline a transformer comes from, Kontext's or ControlNet's, its pictures from text are made by this one.
+# Whatever pipeline a transformer comes from, Kontext's or Fill's, its pictures from text are made by this one.
 _TEXT_TO_IMAGE: dict[str, type] = {"FluxTransformer2DModel": FluxPipeline}
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "latents", "output_type")
-_RESIZES = ("HiDreamImageTransformer2DModel",)  # its pipeline draws the native area, whatever size is asked for
-_FLUX2 = "Flux2Transformer2DModel"  # its pipelines take reference pictures, and need none
 _FOREIGN = ("image", "mask_image", "control_image", "num_frames", "class_labels")
+_FLUX2 = ("Flux2Pipeline", "Flux2KleinPipeline")  # take reference pictures, and need none
+_RESIZES = ("HiDreamImagePipeline",)  # draws the native area, whatever size is asked for
 _OWN_PIPELINES = (
     "after linearize_ call its own pipelines, text-to-image at native size and image-to-image at larger ones"
 )
+_LUMINA_NEXT_TOKENS = 384  # of one side, in its pipeline
 
 
 def stock_class(pipeline: Any) -> type:
@@ -37,28 +39,34 @@ def stock_class(pipeline: Any) -> type:
     model: Any = denoiser(pipeline)[1]
     name, kind = type(pipeline).__name__, type(model).__name__
     stock = _TEXT_TO_IMAGE.get(kind) or getattr(type(pipeline), "stock", None) or type(pipeline)
-    takes = inspect.signature(stock.__call__).parameters
-    reasons = [f"takes no {argument}" for argument in _NEEDED if argument not in takes]
-    reasons += [f"takes {argument}" for argument in _FOREIGN if argument in takes and kind != _FLUX2]
-    reasons += ["draws one area, whatever size is asked for"] if kind in _RESIZES else []
-    for why in reasons:
+    if why := _unsuitable(stock, getattr(pipeline, "components", {})):
         raise UnsupportedModelError(
             f"high resolution is built for text-to-image pipelines, and a {name} {why}: {_OWN_PIPELINES}"
         )
     vae = getattr(pipeline, "vae", None)
-    if type(vae).__name__ not in KNOWN_VAES or (type(vae).__name__ == "AutoencoderKLFlux2" and kind != _FLUX2):
+    if not is_known(vae) or (is_flux2(vae) and stock.__name__ not in _FLUX2):
         has = "none" if vae is None else f"a {type(vae).__name__}"
         raise UnsupportedModelError(
             f"high resolution needs an AutoencoderKL as the VAE of the {name}, it has {has}: {_OWN_PIPELINES}"
         )
-    channels = latent_channels(vae)
-    given = model.config.get("in_channels")
+    channels, given = latent_channels(vae), model.config.get("in_channels")
     if given not in (channels, 4 * channels):
         raise UnsupportedModelError(
             f"this {kind} takes {given} numbers a token where text-to-image takes {4 * channels} or "
             f"{channels} (Fill, Canny, Depth, inpainting): use its own pipelines"
         )
     return stock
+
+
+def _unsuitable(stock: Any, parts: Mapping[str, Any]) -> str | None:
+    """What a text-to-image pipeline does not do, None where this is one."""
+    takes = inspect.signature(stock.__call__).parameters
+    foreign = [name for name in _FOREIGN if name in takes and not (name == "image" and stock.__name__ in _FLUX2)]
+    if lacks := [name for name in _NEEDED if name not in takes]:
+        return f"takes no {lacks[0]}"
+    if "controlnet" in parts or foreign:
+        return f"takes {foreign[0] if foreign else 'control_image'}"
+    return "draws one area, whatever size is asked for" if stock.__name__ in _RESIZES else None
 
 
 def packs_latents(pipe: Any) -> bool:
@@ -69,41 +77,51 @@ def packs_latents(pipe: Any) -> bool:
 
 def as_taken(pipe: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] as the pipeline takes them."""
-    if type(denoiser(pipe)[1]).__name__ == _FLUX2:
+    if is_flux2(pipe.vae):
         return patches_of(latents)
     return pack_latents(latents) if packs_latents(pipe) else latents
 
 
 def as_given(pipe: Any, latents: Tensor) -> Tensor:
     """Latents that the pipeline has made, as the denoiser has them: FLUX.2 klein's are the VAE's own."""
-    if type(denoiser(pipe)[1]).__name__ == _FLUX2 and latents.ndim == 4:
+    if is_flux2(pipe.vae) and latents.ndim == 4:
         return pack_latents(normalized(pipe.vae, latents))
     return latents
 
 
 def trained_size(pipe: Any) -> int:
-    """Side in pixels of the square pictures that the model was trained on, as its config says, else its VAE's."""
-    scale = pixels_per_latent(pipe.vae)
-    config: Any = denoiser(pipe)[1].config
+    """Side in pixels of the square pictures that the model was trained on, as far as pipeline and configs say."""
+    height = inspect.signature(pipe.stock.__call__).parameters["height"].default
+    if isinstance(height, int):  # AuraFlow, Krea 2
+        return height
+    scale, config = pixels_per_latent(pipe.vae), cast(Any, denoiser(pipe)[1].config)
     if isinstance(latents := config.get("sample_size"), int):
         return latents * scale
+    default: int | None = getattr(pipe, "default_sample_size", None)
+    if default is not None and default >= 256:  # PRX's is in pixels
+        return default
     said = pipe.vae.config.get("sample_size")
-    # 32 is what a VAE's config that leaves it out gets
-    return int(pipe.default_sample_size * scale if said in (None, 32) else said)
+    if said in (None, 32):  # what a VAE's config that leaves it out gets
+        return 1024 if default is None else default * scale
+    return int(said)
 
 
 def rope_dim(model: nn.Module) -> int | None:
     """Numbers of a head that one axis of the picture turns, where each forward computes the rotation anew."""
-    config: Any = model.config
-    axes = config.get("axes_dims_rope")
-    anew = is_told_positions(model) and hasattr(getattr(model, "pos_embed", None), "theta")
-    return axes[-1] if axes and anew else None
+    axes = cast(Any, model.config).get("axes_dims_rope")
+    return axes[-1] if axes and computes_rotation(model) else None
 
 
 def most_tokens(model: nn.Module) -> int | None:
-    """Of one side, where the model has a table of positions: SD3's, or Lumina 2's and Z-Image's of each axis."""
+    """Of one side, where the model has a table of positions."""
     config: Any = model.config
-    if axes := config.get("axes_lens"):
-        return min(axes[-2:])
-    embed = getattr(model, "pos_embed", None)
-    return embed.pos_embed_max_size if isinstance(embed, PatchEmbed) else None
+    match type(model).__name__:
+        case "SD3Transformer2DModel" | "CogView3PlusTransformer2DModel":
+            return int(config.pos_embed_max_size)
+        case "AuraFlowTransformer2DModel":
+            return math.isqrt(config.pos_embed_max_size)
+        case "LuminaNextDiT2DModel":
+            return _LUMINA_NEXT_TOKENS
+        case "Lumina2Transformer2DModel" | "ZImageTransformer2DModel":
+            return min(config.axes_lens[-2:])
+    return None

@@ -23,7 +23,7 @@ from .group_statistics import whole_statistics
 logger = logging.getLogger(__name__)
 
 OVERLAP = 0.25  # of a tile, at least
-KNOWN_VAES = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2")  # the second is of videos
+SDXL_SCALING = 0.13025  # of the one VAE that overflows in float16; other configs say force_upcast by default
 SMALLEST_TILE = 256  # pixels; below it, a tile is mostly border
 
 
@@ -31,7 +31,7 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
     """Pictures of latents, in smaller tiles where memory runs out.
 
     Args:
-        vae: One of `KNOWN_VAES`.
+        vae: An `AutoencoderKL` of diffusers, Qwen-Image's (of videos) or FLUX.2's.
         latents: [B, C, h, w], as the denoiser has them.
         tile: Side in pixels; None: in one piece.
     Returns:
@@ -84,35 +84,48 @@ def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress:
     return 2 * latents - again
 
 
+def is_known(vae: Any) -> bool:
+    """Whether it is one that this module decodes, compiled or not."""
+    names = {cls.__name__ for cls in type(getattr(vae, "_orig_mod", vae)).__mro__}
+    return not names.isdisjoint(("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"))
+
+
+def is_flux2(vae: Any) -> bool:
+    """Whether its latents are normalized by place in a patch of 2 x 2, as FLUX.2's are."""
+    return "batch_norm_eps" in vae.config
+
+
 def normalized(vae: Any, latents: Tensor) -> Tensor:
     """The VAE's own latents [B, C, h, w] as the denoiser has them."""
     mean, std = _statistics(vae, latents)
     return (latents - mean) * _scaling(vae) / std
 
 
-def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of the VAE's own latents, and what they are divided by besides its scaling factor, as [1 or C, 1 or h, ...].
+def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
+    """Mean of the VAE's own latents, and what they are divided by besides its scaling factor: numbers, or tensors.
 
     Args:
         latents: [B, C, h, w], which they are for.
     """
     config = vae.config
-    if "batch_norm_eps" in config:  # FLUX.2's are of each place in a patch of 2 x 2
+    if is_flux2(vae):
         squares = (vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).sqrt())
         repeats = (1, latents.shape[-2] // 2, latents.shape[-1] // 2)
         mean, std = (one.to(latents.device).view(-1, 2, 2).repeat(repeats) for one in squares)
         return mean, std
     means, deviations = config.get("latents_mean"), config.get("latents_std")
     if means is None or deviations is None:
-        means, deviations = [config.get("shift_factor") or 0.0], [1.0]
+        return config.get("shift_factor") or 0.0, 1.0
     mean, std = (torch.tensor(one, device=latents.device)[:, None, None] for one in (means, deviations))
     return mean, std
 
 
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
-    """Inside, a VAE that overflows in float16, as its config says (SDXL's), is in float32."""
-    if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
+    """Inside, SDXL's VAE is in float32, where it is in float16 and its config does not say that it was mended."""
+    config = vae.config
+    overflows = config.get("scaling_factor") == SDXL_SCALING and config.get("force_upcast")
+    if vae.dtype != torch.float16 or not overflows:
         yield
         return
     vae.to(torch.float32)

@@ -1,5 +1,6 @@
 """Cascades of models other than FLUX.1: each stage is what diffusers' own calls make, whatever the scheduler."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, line
 from lineardit.linearize.convert import denoiser
 from lineardit.pipelines.latents import pack_latents, patches_of, unpack_latents
 from lineardit.pipelines.plan import Plan, Settings
+from lineardit.pipelines.stage_schedule import scheduler_of
 from lineardit.pipelines.stock import packs_latents
 from lineardit.pipelines.vae import decode, encode, encode_faithfully, latent_channels, pixels_per_latent
 from tiny_stock import STOCK
@@ -202,6 +204,65 @@ def test_later_stage_of_sd3_is_diffusers_image_to_image() -> None:
     assert same(*second_stages(high, diffusers.StableDiffusion3Img2ImgPipeline, arguments, plan, how))
 
 
+def test_steps_of_consistency_models_lie_below_the_strength() -> None:
+    """Their last step adds no noise."""
+    high, _, side = cascade_of("sd")
+    high.scheduler = diffusers.LCMScheduler()
+    plan = high.plan(2 * side, 2 * side, settings=Settings(steps=4, strength=0.5))
+    scheduler = scheduler_of(plan.stages[1], high.scheduler, torch.device("cpu"))
+    scheduler.set_timesteps(50)
+    assert len(scheduler.timesteps) == scheduler.num_inference_steps == 4
+    assert scheduler.timesteps[0] <= 500 and type(scheduler).__name__ == "LCMScheduler"
+    with pytest.raises(ValueError, match="at most 25 steps at strength"):
+        high.plan(2 * side, 2 * side, settings=Settings(steps=26, strength=0.5))
+
+
+def test_a_model_that_is_told_levels_before_their_shift_is_told_so() -> None:
+    """CogView4: its timesteps are not shifted, and its noise levels are."""
+    high, arguments, side = cascade_of("cogview4")
+    dynamic = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
+    high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, **dynamic)
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3))
+    assert plan.stages[1].shift == 0.25 + 0.75 * 4  # 4,096 tokens are 16 times 256
+    told: list[tuple[float, float]] = []
+
+    def note(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        told.append((float(pipe.scheduler.timesteps[step]), float(pipe.scheduler.sigmas[step])))
+        return {}
+
+    high(plan=plan, generator=seeded(), output_type="latent", callback_on_step_end=note, **arguments)
+    tokens = (2 * side // high.vae_scale_factor // high.transformer.config.patch_size) ** 2
+    mu = 0.25 + 0.75 * (tokens / 256) ** 0.5
+    for timestep, sigma in told[2:]:
+        t = timestep / 1000
+        assert sigma == pytest.approx(mu * t / (1 + (mu - 1) * t), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CASCADES)
+def test_native_side_and_first_steps_are_the_pipelines_own(name: str) -> None:
+    pipe, _ = made(name)
+    high = HighResolutionPipeline.from_pipe(pipe)
+    sides = {"auraflow": 1024, "krea2": 1024, "flux2": 1024, "flux2-klein": 1024, "prx": 512}  # others by their configs
+    assert high.native_size == sides.get(name, high.native_size) == HighResolutionPipeline.from_pipe(high).native_size
+    steps = inspect.signature(high.stock.__call__).parameters["num_inference_steps"].default
+    assert high.plan(8, 8).stages[0].steps == steps
+
+
+def test_arguments_by_place_are_those_of_the_stock_pipeline() -> None:
+    high, arguments, side = cascade_of("sd")
+    made = [
+        high(*given, generator=seeded(), output_type="latent", **arguments, **named).images
+        for given, named in (
+            ((None, side, side, 2), {}),
+            ((), {"height": side, "width": side, "num_inference_steps": 2}),
+        )
+    ]
+    assert torch.equal(*made)
+    pixart, arguments, side = cascade_of("pixart-sigma")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'callback_on_step_end'"):
+        pixart(callback_on_step_end=lambda *_: {}, **arguments)
+
+
 def test_low_frequencies_follow_in_latents_that_are_pictures() -> None:
     high, arguments, side = cascade_of("sd3")
     call: dict[str, Any] = {"output_type": "latent", **arguments}
@@ -215,10 +276,15 @@ def test_low_frequencies_follow_in_latents_that_are_pictures() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "settings", "said"),
     [
-        ("sd", 64, Settings(follow=0.5), "leave follow out, got 0.5"),
-        ("sd", 64, Settings(shift=3.0), "shift is of schedulers of flow matching: leave it out, got 3.0"),
-        ("sd", 64, Settings(rope_factor=2.0), "no rotary base to scale, so rope_factor must be 1, got 2.0"),
-        ("sd3", 132, Settings(), "positions for at most 128 pixels a side, got 132: make that, and enlarge it by othe"),
+        ("sd", 128, Settings(follow=0.5), "leave follow out, got 0.5"),
+        ("sd", 128, Settings(shift=3.0), "shift is of schedulers of flow matching, not of a DDIMScheduler"),
+        ("sd", 128, Settings(rope_factor=2.0), "no rotary base to scale, so rope_factor must be 1, got 2.0"),
+        ("qwen-image", 128, Settings(rope_factor=2.0), "no rotary base to scale"),
+        ("sd", 128, Settings(proportional=1.0), "proportional attention is of transformers"),
+        ("sd3", 132, Settings(), "positions for at most 128 pixels a side, got 132x132: make that, and enlarge it by"),
+        ("auraflow", 500, Settings(), "positions for at most .* pixels a side"),
+        ("cogview3-plus", 5000, Settings(), "positions for at most .* pixels a side"),
+        ("lumina-next", 20000, Settings(), "positions for at most .* pixels a side"),
     ],
 )
 def test_plan_refuses_what_a_model_does_not_have(name: str, size: int, settings: Settings, said: str) -> None:
@@ -230,9 +296,12 @@ def test_plan_refuses_what_a_model_does_not_have(name: str, size: int, settings:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"shift": 3.0}, "shift and follow are of schedulers of flow matching, this one is a DDIMScheduler"),
-        ({"follow": 0.5}, "shift and follow are of schedulers of flow matching"),
-        ({"chunk_tokens": 9}, "a UNet2DConditionModel does not run in chunks: leave chunk_tokens out"),
+        ({"shift": 3.0}, "shift is of schedulers of flow matching, not of a DDIMScheduler: leave it out, got 3.0"),
+        ({"follow": 0.5}, "low frequencies follow in flow matching, .*, not with a DDIMScheduler"),
+        ({"chunk_tokens": 9}, "this model does not run in chunks of tokens: leave chunk_tokens out, 9"),
+        ({"rope_factor": 2.0}, "no rotary base to scale, so rope_factor must be 1, got 2.0"),
+        ({"logit_factor": 1.1}, "proportional attention is of transformers: leave it out, got 1.1"),
+        ({"strength": 0.001}, "a DDIMScheduler has at most 1 steps at strength 0.001, got 8"),
     ],
 )
 def test_call_refuses_a_stage_that_a_model_does_not_have(change: dict[str, Any], said: str) -> None:
@@ -241,12 +310,14 @@ def test_call_refuses_a_stage_that_a_model_does_not_have(change: dict[str, Any],
     plan = replace(plan, stages=(plan.stages[0], replace(plan.stages[1], **change)))
     with pytest.raises(ValueError, match=said):
         high(plan=plan, **arguments)
-    with pytest.raises(TypeError, match="takes no argument latents"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'latents'"):
         high(latents=torch.zeros(1), **arguments)
 
 
 def test_half_precision_of_a_vae_that_overflows_is_float32_for_a_while() -> None:
     half, whole = vae(4, blocks=4), vae(4, blocks=4)
+    for one in (half, whole):
+        one.register_to_config(scaling_factor=0.13025)
     whole.load_state_dict(half.state_dict())
     half.half()
     kinds: list[torch.dtype] = []
@@ -257,6 +328,9 @@ def test_half_precision_of_a_vae_that_overflows_is_float32_for_a_while() -> None
     half.register_to_config(force_upcast=False)
     decode(half, latents.half(), tile=None)
     assert kinds[1] == torch.float16
+    half.register_to_config(force_upcast=True, scaling_factor=0.18215)  # the default of every AutoencoderKL
+    decode(half, latents.half(), tile=None)
+    assert kinds[2] == torch.float16
     assert torch.allclose(made, decode(whole, latents, tile=None), atol=0.02)
 
 
@@ -291,7 +365,7 @@ def test_pictures_pass_the_safety_checker() -> None:
 
     def check(pixels: Any, _device: Any, _dtype: Any) -> tuple[Any, list[bool]]:
         seen.append(tuple(pixels.shape))
-        return torch.full_like(pixels, -1), [True] * len(pixels)
+        return torch.zeros_like(pixels), [True] * len(pixels)
 
     high.safety_checker, high.run_safety_checker = object(), check
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=2))

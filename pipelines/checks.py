@@ -1,0 +1,105 @@
+"""Whether a call of a cascade fits together: said before the first step, not when its stage comes.
+
+B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .plan import Limits, Plan, Stage
+from .stage_schedule import most_steps
+
+
+def check_stages(plan: Plan, limits: Limits, scheduler: Any) -> None:
+    """Raise a ValueError for a stage that the model or its scheduler cannot make."""
+    for stage in plan.stages:
+        multiple, size = limits.multiple, f"{stage.width}x{stage.height}"
+        if stage.height % multiple or stage.width % multiple:
+            raise ValueError(f"sides of a stage must be multiples of {multiple}, got {size}")
+        if limits.largest is not None and max(stage.height, stage.width) > limits.largest:
+            raise ValueError(
+                f"this model has positions for at most {limits.largest} pixels a side, got {size}: make that, and "
+                "enlarge it by other means"
+            )
+        if limits.attention not in (stage.attention, "both"):
+            raise ValueError(
+                f"a stage asks for {stage.attention} attention, and this model has {limits.attention} only"
+            )
+        _check_levels(stage, limits, scheduler)
+        if limits.rope_dim is None and stage.rope_factor != 1:
+            raise ValueError(
+                f"this model has no rotary base to scale, so rope_factor must be 1, got {stage.rope_factor}"
+            )
+        if not limits.counts_tokens and stage.logit_factor != 1:
+            raise ValueError(f"proportional attention is of transformers: leave it out, got {stage.logit_factor}")
+        if not limits.chunks and stage.chunk_tokens is not None:
+            raise ValueError(
+                f"this model does not run in chunks of tokens: leave chunk_tokens out, {stage.chunk_tokens}"
+            )
+
+
+def _check_levels(stage: Stage, limits: Limits, scheduler: Any) -> None:
+    """Its noise levels, and what follows them."""
+    flows, name = limits.largest_shift is not None, type(scheduler).__name__
+    if flows and stage.shift is None and stage.strength < 1:
+        raise ValueError("a stage of strength below 1 needs a shift of its own, got None")
+    if not flows and stage.shift is not None:
+        raise ValueError(f"shift is of schedulers of flow matching, not of a {name}: leave it out, got {stage.shift}")
+    if not limits.follows and stage.follow:
+        raise ValueError(
+            f"low frequencies follow in flow matching, in pipelines with callback_on_step_end, not with a {name}: "
+            f"leave follow out, got {stage.follow}"
+        )
+    if not flows and not stage.is_stock and stage.steps > (most := most_steps(scheduler, stage.strength)):
+        raise ValueError(
+            f"a {name} has at most {most} steps at strength {stage.strength:g}, got {stage.steps}: take fewer, or more "
+            "strength"
+        )
+
+
+def check_start(plan: Plan, image: Sequence[Any] | None, start_latents: Tensor | None, start_stage: int) -> None:
+    """Raise a ValueError where plan, pictures and latents to begin with do not fit."""
+    if (start_latents is None) != (start_stage == 0) or not 0 <= start_stage < len(plan.stages):
+        raise ValueError(
+            f"start_stage must be 1 to {len(plan.stages) - 1} with start_latents and 0 without, got {start_stage}"
+        )
+    if image is not None and start_stage > 0:
+        raise ValueError("give image or start_latents, not both")
+    if image is not None and plan.stages[0].is_stock:
+        raise ValueError("this plan begins with noise, and image would not be looked at: plan(..., enlarge=True)")
+    if image is None and start_stage == 0 and plan.stages[0].strength < 1:
+        raise ValueError("a plan without a stage of strength 1 enlarges a picture: give image")
+
+
+def count_pictures(prompt: Any, call: Mapping[str, Any]) -> int:
+    """B, from prompts as text or as embeddings.
+
+    Raises:
+        ValueError: there is neither, or both.
+    """
+    embeddings = [value for name, value in call.items() if name.startswith("prompt_embeds") and value is not None]
+    if (prompt is None) != bool(embeddings):
+        raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both")
+    if prompt is not None and not isinstance(prompt, str | list):
+        raise ValueError(f"prompt must be text or a list of it, got a {type(prompt).__name__}")
+    prompts = [prompt] if isinstance(prompt, str) else prompt or embeddings[0]
+    return len(prompts) * (call.get("num_images_per_prompt") or 1)
+
+
+def check_numbers(
+    batch: int, image: Sequence[Any] | None, generator: Any, latents: Tensor | None, wanted: Sequence[int], stage: int
+) -> None:
+    """Raise a ValueError where there are not as many of each as of the pictures that come out.
+
+    Args:
+        batch: How many that are.
+        latents: To go on with after stage `stage`, of shape [batch, *wanted].
+    """
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"generator must be one, or a list of {batch}, one a picture, got {len(generator)}")
+    if image is not None and batch % len(image):
+        raise ValueError(f"image must hold a number of pictures that divides {batch}, got {len(image)}")
+    if latents is not None and list(latents.shape) != [batch, *wanted]:
+        raise ValueError(f"start_latents must be {[batch, *wanted]}, those of stage {stage}, got {list(latents.shape)}")
