@@ -20,7 +20,7 @@ _NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 # What has a setting of its own, or is set by whoever calls the pipeline.
 _TAKEN = (
     *("prompt", "height", "width", "generator", "latents", "output_type", "return_dict", "max_sequence_length"),
-    *("num_images_per_prompt", "sigmas", "timesteps"),
+    *("num_images_per_prompt", "sigmas", "timesteps", "image", "plan", "start_latents", "start_stage"),
 )
 _BINNING = "use_resolution_binning"  # would draw another size than asked, and make it larger or smaller
 

@@ -6,6 +6,7 @@ B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .plan import Limits, Plan, Stage
@@ -59,6 +60,12 @@ def _check_levels(stage: Stage, limits: Limits, scheduler: Any) -> None:
         )
 
 
+def check_output_type(output_type: str) -> None:
+    """Raise a ValueError for a form that pictures do not come in."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+
+
 def check_start(plan: Plan, image: Sequence[Any] | None, start_latents: Tensor | None, start_stage: int) -> None:
     """Raise a ValueError where plan, pictures and latents to begin with do not fit."""
     if (start_latents is None) != (start_stage == 0) or not 0 <= start_stage < len(plan.stages):
@@ -84,6 +91,8 @@ def count_pictures(prompt: Any, call: Mapping[str, Any]) -> int:
         raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both")
     if prompt is not None and not isinstance(prompt, str | list):
         raise ValueError(f"prompt must be text or a list of it, got a {type(prompt).__name__}")
+    if prompt == []:
+        raise ValueError("prompt must hold at least one text, got an empty list")
     prompts = [prompt] if isinstance(prompt, str) else prompt or embeddings[0]
     return len(prompts) * (call.get("num_images_per_prompt") or 1)
 
@@ -97,6 +106,11 @@ def check_numbers(
         batch: How many that are.
         latents: To go on with after stage `stage`, of shape [batch, *wanted].
     """
+    generators = generator if isinstance(generator, list) else [generator]
+    if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(
+            f"generator must be a torch.Generator, or a list of them, got a {type(generators[0]).__name__}"
+        )
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"generator must be one, or a list of {batch}, one a picture, got {len(generator)}")
     if image is not None and batch % len(image):

@@ -20,12 +20,11 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ..linearize.calling import for_batch
 from ..linearize.convert import denoiser, dense
 from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
 from ..linearize.standing import advice_on
-from .checks import check_numbers, check_stages, check_start, count_pictures
+from .checks import check_numbers, check_output_type, check_stages, check_start, count_pictures
 from .estimate import Estimator
 from .low_frequencies import OnStep
 from .pictures import as_pictures
@@ -183,6 +182,7 @@ class HighResolutionPipeline(StagedPipeline):
             TypeError: the stock pipeline takes no such argument.
             ValueError: the arguments do not fit together, or are those that diffusers refuses.
         """
+        check_output_type(output_type)
         pictures = None if image is None else as_pictures(image)
         if plan is None:
             plan = self.plan(
@@ -196,20 +196,14 @@ class HighResolutionPipeline(StagedPipeline):
             raise ValueError(f"height and width must be the plan's, {plan.height} and {plan.width}, or left out")
         check_stages(plan, self._limits(), self.scheduler)
         check_start(plan, pictures, start_latents, start_stage)
-        if isinstance(prompt, list):
-            call = for_batch(call, len(prompt))  # one negative prompt for all
         batch = count_pictures(prompt, call)
         shape = self._shape_of_latents(plan.stages[start_stage - 1])
         check_numbers(batch, pictures, generator, start_latents, shape, start_stage - 1)
         logger.info("%s", plan)
-        if inputs := call.get("callback_on_step_end_tensor_inputs"):
-            call["callback_on_step_end_tensor_inputs"] = list({"latents", *inputs})
-        if "use_resolution_binning" in inspect.signature(self.stock.__call__).parameters:  # would draw another size
-            call["use_resolution_binning"] = False
         latents, stage = self._cascade(
             plan,
             Start(start_stage, pictures, start_latents),
-            {**call, "prompt": prompt},
+            self._for_every_stage(prompt, call, callback_on_step_end),
             stage_generators(generator, len(plan.stages)),
             batch,
             callback_on_step_end,
@@ -241,7 +235,9 @@ class HighResolutionPipeline(StagedPipeline):
             largest_shift=largest_shift(self.scheduler) if flows else None,
             rope_dim=rope_dim(model),
             attention=self._attention(),
-            follows=flows and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
+            follows=flows
+            and not self.scheduler.config.get("stochastic_sampling")  # whose steps are none of Euler's
+            and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
             largest=None if table is None else table * multiple,
             counts_tokens="UNet" not in type(model).__name__,
             chunks=has_chunks(model),

@@ -114,5 +114,6 @@ def _plain(scheduler: Any) -> Any:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which would shift the levels once more
         return type(scheduler).from_config(scheduler.config, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
     if isinstance(scheduler, PNDMScheduler):  # its first steps are special, and it cannot begin at others
-        return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+        last = scheduler.config.set_alpha_to_one  # which from_config leaves out where it is PNDM's default
+        return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=last)
     return deepcopy(scheduler)

@@ -3,6 +3,7 @@
 B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's tokens.
 """
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from ..linearize.calling import for_batch
 from ..linearize.convert import denoiser, dense
 from ..linearize.logits import scaled_logits
 from ..linearize.seam import state_of
@@ -92,6 +94,17 @@ class StagedPipeline(DiffusionPipeline):
                     break
         assert latents is not None
         return latents, stage
+
+    def _for_every_stage(self, prompt: Any, call: Mapping[str, Any], on_step_end: Any) -> dict[str, Any]:
+        """What the stock pipeline gets in each stage, from what the cascade was called with."""
+        call = dict(for_batch(call, len(prompt)) if isinstance(prompt, list) else call)  # one negative prompt for all
+        inputs = getattr(on_step_end, "tensor_inputs", None)  # of diffusers' own callbacks
+        inputs = call.get("callback_on_step_end_tensor_inputs") if inputs is None else inputs
+        if inputs is not None:
+            call["callback_on_step_end_tensor_inputs"] = list({"latents", *inputs})
+        if "use_resolution_binning" in inspect.signature(self.stock.__call__).parameters:  # would draw another size
+            call["use_resolution_binning"] = False
+        return call | {"prompt": prompt}
 
     def _denoise(
         self, stage: Stage, clean: Tensor | None, call: Mapping[str, Any], generator: Any, batch: int, on_step_end: Any

@@ -1,55 +1,24 @@
-"""Cascades of models other than FLUX.1: each stage is what diffusers' own calls make, whatever the scheduler."""
+"""Cascades of models other than FLUX.1: sizes, latents, texts and callbacks as the stock pipelines have them."""
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from cascade_case import seeded
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from model_cascades import CASCADES, cascade_of, made
 from PIL import Image
+from whole_pipelines import WHOLE
 
-from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, linearize_
+from lineardit import HighResolutionPipeline, UnsupportedModelError
 from lineardit.linearize.convert import denoiser
-from lineardit.pipelines.latents import pack_latents, patches_of, unpack_latents
+from lineardit.pipelines.latents import pack_latents, unpack_latents
 from lineardit.pipelines.plan import Plan, Settings
-from lineardit.pipelines.stage_schedule import scheduler_of
 from lineardit.pipelines.stock import packs_latents
-from lineardit.pipelines.vae import decode, encode, encode_faithfully, latent_channels, pixels_per_latent
-from tiny_stock import STOCK
-from tiny_stock.positions import flux2_vae
-from tiny_stock.stock import vae
+from lineardit.pipelines.vae import encode_faithfully
 
-
-def qwen_vae(channels: int) -> Any:
-    """Two by two pixels for each latent, whose statistics differ from channel to channel."""
-    return diffusers.AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=channels,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True],
-        latents_mean=[0.1, 0.2, 0.3, 0.4][:channels],
-        latents_std=[1.5, 1.0, 0.5, 2.0][:channels],
-    ).eval()
-
-
-# Those that have a cascade, and the VAE where the tiny pipeline has none.
-CASCADES: dict[str, Callable[[], Any] | None] = {
-    **dict.fromkeys(("flux", "chroma", "ovis-image", "bria")),
-    **dict.fromkeys(("sd", "sdxl", "hunyuan-dit", "pixart-alpha", "pixart-sigma", "lumina-next", "sd3", "auraflow")),
-    **dict.fromkeys(("cogview4", "cogview3-plus", "prx")),
-    "flux2": flux2_vae,
-    "flux2-klein": None,
-    "qwen-image": partial(qwen_vae, 4),
-    "krea2": partial(qwen_vae, 1),
-    "z-image": partial(vae, 4),
-    "lumina2": partial(vae, 4, blocks=4),
-}
 REFUSED = {
     "flux-fill": "takes 24 numbers a token where text-to-image takes 4 or 1",
     "glm-image": "takes image: after linearize_ call its own pipelines",
@@ -60,37 +29,6 @@ REFUSED = {
     "kandinsky5": "it has none",
     "sd3-controlnet": "takes control_image",
 }
-NEITHER = ("height", "width", "output_type", "use_resolution_binning")
-
-
-def made(name: str) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and what it is called with besides a size."""
-    stock = STOCK[name]
-    try:
-        getattr(diffusers, stock.needs)
-    except (AttributeError, RuntimeError) as error:
-        pytest.skip(f"this diffusers has no {stock.needs}: {error}")
-    pipe = stock.make()
-    if make := CASCADES.get(name):
-        pipe = type(pipe)(**{**pipe.components, "vae": make()})
-    if hasattr(getattr(pipe, "vae", None), "bn"):
-        pipe.vae.bn.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3, -0.4]))
-        pipe.vae.bn.running_var.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, {key: value for key, value in stock.arguments().items() if key not in NEITHER}
-
-
-def cascade_of(name: str) -> tuple[Any, dict[str, Any], int]:
-    """A converted cascade, its arguments, and a side in pixels that the model can make."""
-    pipe, arguments = made(name)
-    if name == "z-image":
-        pipe.transformer.register_to_config(axes_lens=(512, 512, 512))
-    linearize_(pipe, Clear(radius=1.5))
-    high = HighResolutionPipeline.from_pipe(pipe, native_size=8)
-    high.set_progress_bar_config(disable=True)
-    side = max(8, high.plan(8, 8).stages[-1].height)
-    high.native_size = side
-    return high, arguments, side
 
 
 @pytest.mark.parametrize("name", CASCADES)
@@ -132,110 +70,6 @@ def test_what_has_no_cascade_is_refused(name: str) -> None:
     pipe, _ = made(name)
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
         HighResolutionPipeline.from_pipe(pipe)
-
-
-def second_stages(
-    high: Any, image_to_image: Any, arguments: dict[str, Any], plan: Plan, how: dict[str, Any], **flags: Any
-) -> tuple[Any, Any]:
-    """Latents of the cascade's second stage, and the same by diffusers' image-to-image pipeline."""
-    seen: dict[str, Any] = {}
-    call: dict[str, Any] = {"output_type": "latent", **arguments}
-
-    def keep(_pipe: Any, number: int, made: dict[str, Any]) -> None:
-        if number == 0:
-            seen.update(made)
-
-    ours = high(plan=plan, generator=seeded(), callback_on_stage_end=keep, **call).images
-    (seed,) = torch.randint(2**62, (2,), generator=seeded()).tolist()[1:]
-    last = plan.stages[1]
-    pixels = high.image_processor.preprocess(seen["images"], height=last.height, width=last.width)
-    clean = encode_faithfully(high.vae, pixels, tile=None)
-    stock = image_to_image(**high.components, **flags)
-    stock.set_progress_bar_config(disable=True)
-    return ours, stock(image=clean, generator=seeded(seed), **how, **call).images
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    return torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
-
-
-@pytest.mark.parametrize("name", [one.name for one in KarrasDiffusionSchedulers if one.name != "PNDMScheduler"])
-def test_later_stage_of_sd_is_diffusers_image_to_image(name: str) -> None:
-    high, arguments, side = cascade_of("sd")
-    try:
-        scheduler = getattr(diffusers, name)()
-    except ImportError as error:
-        pytest.skip(str(error))
-    plain = {key: value for key, value in {"steps_offset": 1, "clip_sample": False}.items() if key in scheduler.config}
-    high.scheduler = scheduler.from_config(scheduler.config, **plain)
-    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3, strength=0.6))
-    how, flags = {"strength": 0.6, "num_inference_steps": 5}, {"requires_safety_checker": False}
-    assert same(*second_stages(high, diffusers.StableDiffusionImg2ImgPipeline, arguments, plan, how, **flags))
-
-
-def test_pndm_is_replaced_where_it_would_begin_midway() -> None:
-    """Its first steps are special: begun midway, it would leave the noise of a step."""
-    high, arguments, side = cascade_of("sd")
-    high.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
-    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3))
-    kinds: list[str] = []
-
-    def note(pipe: Any, *_: Any) -> dict[str, Any]:
-        kinds.append(type(pipe.scheduler).__name__)
-        return {}
-
-    high(plan=plan, generator=seeded(), output_type="latent", callback_on_step_end=note, **arguments)
-    assert kinds == [*["PNDMScheduler"] * 3, *["DDIMScheduler"] * 3]
-
-
-def test_later_stage_of_sdxl_is_diffusers_image_to_image() -> None:
-    high, arguments, side = cascade_of("sdxl")
-    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3, strength=0.6))
-    how, flags = {"strength": 0.6, "num_inference_steps": 5}, {"add_watermarker": False}
-    assert same(*second_stages(high, diffusers.StableDiffusionXLImg2ImgPipeline, arguments, plan, how, **flags))
-
-
-def test_later_stage_of_sd3_is_diffusers_image_to_image() -> None:
-    high, arguments, side = cascade_of("sd3")
-    high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # else stock shifts the levels once more
-    settings = Settings(steps=3, strength=0.6, shift=3.0, follow=0)
-    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=settings)
-    how = {"strength": 1.0, "num_inference_steps": 3, "sigmas": plan.stages[1].sigmas()}
-    assert same(*second_stages(high, diffusers.StableDiffusion3Img2ImgPipeline, arguments, plan, how))
-
-
-def test_steps_of_consistency_models_lie_below_the_strength() -> None:
-    """Their last step adds no noise."""
-    high, _, side = cascade_of("sd")
-    high.scheduler = diffusers.LCMScheduler()
-    plan = high.plan(2 * side, 2 * side, settings=Settings(steps=4, strength=0.5))
-    scheduler = scheduler_of(plan.stages[1], high.scheduler, torch.device("cpu"))
-    scheduler.set_timesteps(50)
-    assert len(scheduler.timesteps) == scheduler.num_inference_steps == 4
-    assert scheduler.timesteps[0] <= 500 and type(scheduler).__name__ == "LCMScheduler"
-    with pytest.raises(ValueError, match="at most 25 steps at strength"):
-        high.plan(2 * side, 2 * side, settings=Settings(steps=26, strength=0.5))
-
-
-def test_a_model_that_is_told_levels_before_their_shift_is_told_so() -> None:
-    """CogView4: its timesteps are not shifted, and its noise levels are."""
-    high, arguments, side = cascade_of("cogview4")
-    dynamic = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
-    high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, **dynamic)
-    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3))
-    assert plan.stages[1].shift == 0.25 + 0.75 * 4  # 4,096 tokens are 16 times 256
-    told: list[tuple[float, float]] = []
-
-    def note(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
-        told.append((float(pipe.scheduler.timesteps[step]), float(pipe.scheduler.sigmas[step])))
-        return {}
-
-    high(plan=plan, generator=seeded(), output_type="latent", callback_on_step_end=note, **arguments)
-    tokens = (2 * side // high.vae_scale_factor // high.transformer.config.patch_size) ** 2
-    mu = 0.25 + 0.75 * (tokens / 256) ** 0.5
-    for timestep, sigma in told[2:]:
-        t = timestep / 1000
-        assert sigma == pytest.approx(mu * t / (1 + (mu - 1) * t), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CASCADES)
@@ -314,50 +148,6 @@ def test_call_refuses_a_stage_that_a_model_does_not_have(change: dict[str, Any],
         high(latents=torch.zeros(1), **arguments)
 
 
-def test_half_precision_of_a_vae_that_overflows_is_float32_for_a_while() -> None:
-    half, whole = vae(4, blocks=4), vae(4, blocks=4)
-    for one in (half, whole):
-        one.register_to_config(scaling_factor=0.13025)
-    whole.load_state_dict(half.state_dict())
-    half.half()
-    kinds: list[torch.dtype] = []
-    half.decoder.register_forward_pre_hook(lambda _module, given: kinds.append(given[0].dtype))
-    latents = torch.randn(1, 4, 8, 8)
-    made = decode(half, latents.half(), tile=None)
-    assert kinds == [torch.float32] and half.dtype == torch.float16
-    half.register_to_config(force_upcast=False)
-    decode(half, latents.half(), tile=None)
-    assert kinds[1] == torch.float16
-    half.register_to_config(force_upcast=True, scaling_factor=0.18215)  # the default of every AutoencoderKL
-    decode(half, latents.half(), tile=None)
-    assert kinds[2] == torch.float16
-    assert torch.allclose(made, decode(whole, latents, tile=None), atol=0.02)
-
-
-def test_latents_are_normalized_by_channel_where_the_vae_says_so() -> None:
-    plain = vae(4)
-    normalized = vae(4)
-    normalized.load_state_dict(plain.state_dict())
-    mean, std = [0.1, 0.2, 0.3, 0.4], [1.5, 1.0, 0.5, 2.0]
-    normalized.register_to_config(latents_mean=mean, latents_std=std)
-    pixels = torch.randn(1, 3, 16, 16).clamp(-1, 1)
-    latents, own = encode(normalized, pixels, tile=None), encode(plain, pixels, tile=None)
-    of_channels = (torch.tensor(one)[:, None, None] for one in (mean, std))
-    factor = plain.config.scaling_factor
-    shift, scale = of_channels
-    assert torch.allclose(latents, (own / factor - shift) * factor / scale, atol=1e-6)
-    assert torch.allclose(decode(normalized, latents, tile=None), decode(plain, own, tile=None), atol=1e-5)
-    pipe, _ = made("flux2-klein")
-    flux2 = pipe.vae
-    pixels = torch.randn(1, 3, 32, 64).clamp(-1, 1)
-    latents = encode(flux2, pixels, tile=None)
-    assert torch.allclose(patches_of(latents), pipe._encode_vae_image(pixels, None), atol=1e-5)
-    again = decode(flux2, latents, tile=None)
-    assert torch.allclose(again, flux2.decode(flux2.encode(pixels).latent_dist.mode()).sample, atol=1e-5)
-    qwen = qwen_vae(4)
-    assert (latent_channels(qwen), pixels_per_latent(qwen)) == (4, 2)
-
-
 def test_pictures_pass_the_safety_checker() -> None:
     """A cascade decodes by itself, so that the stock pipeline's last lines do not run."""
     high, arguments, side = cascade_of("sd")
@@ -371,3 +161,64 @@ def test_pictures_pass_the_safety_checker() -> None:
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=2))
     images = high(plan=plan, generator=seeded(), **arguments).images
     assert seen == [(2, 3, 2 * side, 2 * side)] and {image.getextrema() for image in images} == {((0, 0),) * 3}
+
+
+def test_a_callback_that_encodes_text_of_its_own_gets_that() -> None:
+    pipe = WHOLE["sd"][0]()
+    high = HighResolutionPipeline.from_pipe(pipe, native_size=64)
+    high.set_progress_bar_config(disable=True)
+    plan = high.plan(128, 128, num_inference_steps=2, settings=Settings(steps=2))
+    texts, made = ["a green cross", "a cyan square on mint"], []
+
+    def switch(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 0:
+            made.append(pipe.encode_prompt(texts[len(made)], pipe.device, 1, True)[0])
+        return {}
+
+    high("a red circle", plan=plan, generator=seeded(), output_type="latent", callback_on_step_end=switch)
+    wanted = [pipe.encode_prompt(text, pipe.device, 1, True)[0] for text in texts]
+    assert torch.equal(made[0], wanted[0]) and torch.equal(made[1], wanted[1])
+
+
+def test_a_users_own_encoding_is_used_and_stays() -> None:
+    high = HighResolutionPipeline.from_pipe(WHOLE["sd"][0](), native_size=64)
+    high.set_progress_bar_config(disable=True)
+    plan = high.plan(128, 128, num_inference_steps=1, settings=Settings(steps=1))
+    own, calls = high.encode_prompt, []
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        return own(*args, **kwargs)
+
+    high.encode_prompt = encode
+    for count in (1, 2):
+        high("a red circle", plan=plan, generator=seeded(), output_type="latent")
+        assert len(calls) == count and high.encode_prompt is encode
+
+
+def test_diffusers_own_callbacks_get_what_they_ask_for() -> None:
+    high, arguments, side = cascade_of("sd3")
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=2))
+    call: dict[str, Any] = {"plan": plan, "output_type": "latent", **arguments}
+    cutoff = diffusers.callbacks.SD3CFGCutoffCallback(cutoff_step_ratio=0.5)
+    made = high(generator=seeded(), callback_on_step_end=cutoff, **call).images
+    assert made.isfinite().all()
+    inputs: dict[str, Any] = {"callback_on_step_end_tensor_inputs": [], "callback_on_step_end": lambda *_: {}}
+    assert high(generator=seeded(), **inputs, **call).images.shape == made.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": []}, "prompt must hold at least one text"),
+        ({"prompt": 5}, "prompt must be text or a list of it, got a int"),
+        ({"prompt": "a", "generator": 5}, "generator must be a torch.Generator, or a list of them, got a int"),
+        ({"prompt": "a", "output_type": "foo"}, "output_type must be pil, np, pt or latent, got 'foo'"),
+        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 4, 32)}, "Provide either `prompt` or `prompt_embeds`"),
+    ],
+)
+def test_call_refuses_before_it_loads_a_picture(change: dict[str, Any], said: str) -> None:
+    high, _, side = cascade_of("sd")
+    high.vae.encode = None
+    with pytest.raises(ValueError, match=said):
+        high(image=Image.new("RGB", (side, side)), height=2 * side, width=2 * side, **change)

@@ -1,0 +1,52 @@
+"""Latents as the VAEs of other models than FLUX.1 have them."""
+
+import torch
+from model_cascades import made, qwen_vae
+
+from lineardit.pipelines.latents import patches_of
+from lineardit.pipelines.vae import decode, encode, latent_channels, pixels_per_latent
+from tiny_stock.stock import vae
+
+
+def test_half_precision_of_a_vae_that_overflows_is_float32_for_a_while() -> None:
+    half, whole = vae(4, blocks=4), vae(4, blocks=4)
+    for one in (half, whole):
+        one.register_to_config(scaling_factor=0.13025)
+    whole.load_state_dict(half.state_dict())
+    half.half()
+    kinds: list[torch.dtype] = []
+    half.decoder.register_forward_pre_hook(lambda _module, given: kinds.append(given[0].dtype))
+    latents = torch.randn(1, 4, 8, 8)
+    made = decode(half, latents.half(), tile=None)
+    assert kinds == [torch.float32] and half.dtype == torch.float16
+    half.register_to_config(force_upcast=False)
+    decode(half, latents.half(), tile=None)
+    assert kinds[1] == torch.float16
+    half.register_to_config(force_upcast=True, scaling_factor=0.18215)  # the default of every AutoencoderKL
+    decode(half, latents.half(), tile=None)
+    assert kinds[2] == torch.float16
+    assert torch.allclose(made, decode(whole, latents, tile=None), atol=0.02)
+
+
+def test_latents_are_normalized_by_channel_where_the_vae_says_so() -> None:
+    plain = vae(4)
+    normalized = vae(4)
+    normalized.load_state_dict(plain.state_dict())
+    mean, std = [0.1, 0.2, 0.3, 0.4], [1.5, 1.0, 0.5, 2.0]
+    normalized.register_to_config(latents_mean=mean, latents_std=std)
+    pixels = torch.randn(1, 3, 16, 16).clamp(-1, 1)
+    latents, own = encode(normalized, pixels, tile=None), encode(plain, pixels, tile=None)
+    of_channels = (torch.tensor(one)[:, None, None] for one in (mean, std))
+    factor = plain.config.scaling_factor
+    shift, scale = of_channels
+    assert torch.allclose(latents, (own / factor - shift) * factor / scale, atol=1e-6)
+    assert torch.allclose(decode(normalized, latents, tile=None), decode(plain, own, tile=None), atol=1e-5)
+    pipe, _ = made("flux2-klein")
+    flux2 = pipe.vae
+    pixels = torch.randn(1, 3, 32, 64).clamp(-1, 1)
+    latents = encode(flux2, pixels, tile=None)
+    assert torch.allclose(patches_of(latents), pipe._encode_vae_image(pixels, None), atol=1e-5)
+    again = decode(flux2, latents, tile=None)
+    assert torch.allclose(again, flux2.decode(flux2.encode(pixels).latent_dist.mode()).sample, atol=1e-5)
+    qwen = qwen_vae(4)
+    assert (latent_channels(qwen), pixels_per_latent(qwen)) == (4, 2)
