@@ -67,7 +67,7 @@ def cascade_of(
         return None
     if not wanted and height * width <= 2 * high.native_size**2:
         return None  # one stage, which the pipeline makes with whatever scheduler it has
-    plan = high.plan(height, width, num_inference_steps=steps, settings=settings, text_len=text_len or 512)
+    plan = high.plan(height, width, num_inference_steps=steps, settings=settings, text_len=text_len)
     return Staged(high, plan)
 
 
@@ -95,7 +95,7 @@ def enlarge(
     check_larger(picture, size)
     high = HighResolutionPipeline.from_pipe(pipe)
     shape = (picture.height, picture.width)
-    plan = high.plan(*size, settings=settings, enlarge=shape, text_len=max_sequence_length or 512)
+    plan = high.plan(*size, settings=settings, enlarge=shape, text_len=max_sequence_length)
     if abs(math.log(size[0] * shape[1] / (size[1] * shape[0]))) > STRETCHED:
         logger.warning("%dx%d has another shape than the picture's %dx%d: it is stretched", *size[::-1], *shape[::-1])
     drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
