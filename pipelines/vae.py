@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 OVERLAP = 0.25  # of a tile, at least
 SDXL_SCALING = 0.13025  # of the one VAE that overflows in float16; other configs say force_upcast by default
+_KNOWN = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage")
 SMALLEST_TILE = 256  # pixels; below it, a tile is mostly border
 
 
@@ -31,7 +32,7 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
     """Pictures of latents, in smaller tiles where memory runs out.
 
     Args:
-        vae: An `AutoencoderKL` of diffusers, Qwen-Image's (of videos) or FLUX.2's.
+        vae: An `AutoencoderKL` of diffusers, or Qwen-Image's (of videos), FLUX.2's, HunyuanImage's.
         latents: [B, C, h, w], as the denoiser has them.
         tile: Side in pixels; None: in one piece.
     Returns:
@@ -87,7 +88,7 @@ def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress:
 def is_known(vae: Any) -> bool:
     """Whether it is one that this module decodes, compiled or not."""
     names = {cls.__name__ for cls in type(getattr(vae, "_orig_mod", vae)).__mro__}
-    return not names.isdisjoint(("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"))
+    return not names.isdisjoint(_KNOWN)
 
 
 def is_flux2(vae: Any) -> bool:
@@ -155,6 +156,8 @@ def latent_channels(vae: Any) -> int:
 
 def pixels_per_latent(vae: Any) -> int:
     """Along one side."""
+    if "spatial_compression_ratio" in vae.config:  # HunyuanImage's
+        return int(vae.config.spatial_compression_ratio)
     return 2 ** (len(vae.config.dim_mult if _is_of_videos(vae) else vae.config.block_out_channels) - 1)
 
 

@@ -27,11 +27,26 @@ def qwen_vae(channels: int) -> Any:
     ).eval()
 
 
+def hunyuan_vae() -> Any:
+    """Eight by eight pixels for each latent."""
+    return diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=8,
+        sample_size=64,
+        scaling_factor=0.75,
+    ).eval()
+
+
 # Those that have a cascade, and the VAE where the tiny pipeline has none.
 CASCADES: dict[str, Callable[[], Any] | None] = {
     **dict.fromkeys(("flux", "chroma", "ovis-image", "bria")),
     **dict.fromkeys(("sd", "sdxl", "hunyuan-dit", "pixart-alpha", "pixart-sigma", "lumina-next", "sd3", "auraflow")),
     **dict.fromkeys(("cogview4", "cogview3-plus", "prx")),
+    "hunyuan-image": hunyuan_vae,
     "flux2": flux2_vae,
     "flux2-klein": None,
     "qwen-image": partial(qwen_vae, 4),
