@@ -60,8 +60,8 @@ class HighResolutionPipeline(StagedPipeline):
 
         Args:
             pipeline: Text-to-image, converted or not, on its device, offloaded or not.
-            native_size: Side in pixels of the square pictures that the model was trained on; None: what its config
-                says, else the VAE's, else the pipeline's default (1024 for FLUX.1).
+            native_size: Side in pixels of the square pictures that the model was trained on; None: what the pipeline's
+                default and the configs of model and VAE say (1024 for FLUX.1).
         Raises:
             UnsupportedModelError: there is no high-resolution pipeline for this model.
             ValueError: the native size is none.
@@ -126,7 +126,7 @@ class HighResolutionPipeline(StagedPipeline):
         if num_inference_steps is None:
             num_inference_steps = own["num_inference_steps"].default
         if text_len is None:
-            text_len = own["max_sequence_length"].default if "max_sequence_length" in own else 77
+            text_len = (own["max_sequence_length"].default if "max_sequence_length" in own else None) or 77
         plan = cascade(
             limits.native if height is None else height,
             limits.native if width is None else width,
