@@ -55,7 +55,7 @@ lint: $(STAMP)  ## ruff, and mypy on an installed copy (it cannot follow an edit
 marks: $(STAMP)  ## the figures of the README, again: hours, resumable
 	$(BIN)/python benchmarks/marks.py
 
-ablations: $(STAMP)  ## what each term of the loss brings on the small model: about an hour, resumable
+ablations: $(STAMP)  ## what each term of the loss brings on the small model: 90 CPU-minutes, resumable
 	$(BIN)/python benchmarks/ablations.py
 
 nearness: $(STAMP)  ## every method on the small model without training, by single predictions: minutes

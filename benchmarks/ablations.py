@@ -1,4 +1,4 @@
-"""What each term of CLEAR's loss brings: `make ablations`, about an hour on two cores, resumable.
+"""What each term of CLEAR's loss brings: `make ablations`, about 90 CPU-minutes, resumable.
 
 Students of Clear(radius=4) on the small trained model, alike in all but the settings of their row. Writes
 benchmarks/results/ablations.json, ablations.md and ablations.png, anew with every row.
