@@ -19,9 +19,7 @@ from lineardit.distill.config import DistillConfig
 from lineardit.distill.config_tables import config_from_tables
 from lineardit.distill.files import write_json
 from lineardit.distill.sheet import write_sheet
-from lineardit.distill.train import distill
 from lineardit.examples.tiny_flux import path
-from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.folders import write_whole
 from lineardit.linearize.methods import Clear, config_to_dict
 from lineardit.stages import this_machine
@@ -29,6 +27,7 @@ from lineardit.stages import this_machine
 RESULTS = Path(__file__).with_name("results")
 UNTRAINED = "0 steps"
 BASELINE = "all terms"
+LOSS = {"flow": 0.1, "prediction": 1.0, "attention": 1.0}
 ALL_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ROWS: dict[str, Mapping[str, Mapping[str, Any]]] = {  # settings that differ from the baseline's
     BASELINE: {},
@@ -58,6 +57,10 @@ class Ablations(SceneStudents):
 
     plan: Plan
 
+    @property
+    def method(self) -> Clear:
+        return Clear(radius=self.plan.radius)
+
     def run(self, results: Path, rows: Mapping[str, Mapping[str, Mapping[str, Any]]] = ROWS) -> list[Row]:
         """The teacher, the swap alone, and a student for each entry of `rows`."""
         with self.stages.stage("teacher's pictures"):
@@ -65,45 +68,19 @@ class Ablations(SceneStudents):
         with self.stages.stage("samples"):
             self.prepare()
         with self.stages.stage(UNTRAINED):
-            self.draw(UNTRAINED, self.converted(), self.plan.captions)
+            self.draw(UNTRAINED, self.swapped(self.method, Path("converted")), self.plan.captions)
         for name, changes in rows.items():
             with self.stages.stage(name):
-                self.draw(name, self.student(name, changes), self.plan.captions)
+                self.draw(name, self.taught(self.settings(name, changes)), self.plan.captions)
             self.write(results)
         return [self.row(name) for name in self.made]
 
-    def converted(self) -> Path:
-        """The folder of the swap alone."""
-        folder = self.directory / "converted"
-        if not folder.exists():
-            convert_base(self.base, Clear(radius=self.plan.radius), output=folder)
-        return folder
-
-    def student(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> Path:
-        """The adapter of one row's student."""
-        config = self.settings(name, changes)
-        adapter = Path(config.run.directory) / "adapter"
-        return adapter if adapter.exists() else distill(config, resume=True)
-
     def settings(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> DistillConfig:
         """The baseline's, but for these."""
-        plan = self.plan
-        tables: dict[str, dict[str, Any]] = {
-            "base": {"model": str(self.base)},
-            "data": {"directory": str(self.directory / "samples")},
-            "method": config_to_dict(Clear(radius=plan.radius)),
+        tables = self.tables(name.replace(" ", "-"), self.plan.seed) | {
+            "method": config_to_dict(self.method),
             "trained": {"kind": "attention", "projections": ALL_PROJECTIONS},
-            "loss": {"flow": 0.1, "prediction": 1.0, "attention": 1.0},
-            "optimizer": {"lr": plan.learning_rate},
-            "schedule": {"warmup": 20},
-            "run": {
-                "directory": str(self.directory / "runs" / name.replace(" ", "-")),
-                "steps": plan.train_steps,
-                "batch_size": plan.batch_size,
-                "seed": plan.seed,
-            },
-            "save": {"every": 50, "keep_last": 1, "log_every": 50},
-            "validate": {"samples": 0},
+            "loss": LOSS,
         }
         return config_from_tables({name: table | dict(changes.get(name, {})) for name, table in tables.items()})
 
@@ -117,6 +94,7 @@ class Ablations(SceneStudents):
             results / "ablations.json",
             {"plan": asdict(plan), "rows": [asdict(row) for row in rows], "stages": self.stages.record},
         )
+        weights = " + ".join(f"{weight:g} x {name}" for name, weight in LOSS.items())
         report = "\n".join(
             [
                 "# What each term of the loss brings",
@@ -124,7 +102,7 @@ class Ablations(SceneStudents):
                 f"Clear(radius={plan.radius:g}) on examples/tiny_flux, {plan.captions} held-out captions at "
                 f"{plan.side}x{plan.side}, {plan.steps} denoising steps. Students: {plan.train_steps} steps of "
                 f"{plan.batch_size} samples at a rate of {plan.learning_rate:g}, attention's projections of image and "
-                "text; 0.1 x flow + 1 x prediction + 1 x attention, but for what the row says; CLEAR's weights are "
+                f"text; {weights}, but for what the row says; CLEAR's weights are "
                 f"1, 0.5, 0.5. One seed. {this_machine()}.",
                 "",
                 *rows_as_markdown(rows),

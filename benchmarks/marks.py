@@ -28,7 +28,6 @@ from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.attention_profile import read_profile
 from lineardit.linearize.budget import propose
-from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.folders import write_whole
 from lineardit.linearize.methods import Agent, Clear, Hybrid, Mala, ProxyTokens, config_to_dict
 from lineardit.linearize.opening import open_pipeline
@@ -187,10 +186,7 @@ class Marks(SceneStudents):
 
     def converted(self, name: str, method: Any) -> Path:
         """The folder of this swap, without training."""
-        folder = self.directory / name
-        if not folder.exists():
-            convert_base(self.base, method, output=folder)
-        return folder
+        return self.swapped(method, Path(name))
 
     def adapter(self, name: str) -> Path:
         return self.directory / "runs" / re.sub(r"[^\w.-]+", "-", name) / "adapter"

@@ -33,11 +33,10 @@ from lineardit.distill.cost import paired_step_seconds
 from lineardit.distill.files import write_json
 from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.student import KERNEL, build_student_, trained_parameters
-from lineardit.distill.train import distill, load_base
+from lineardit.distill.train import load_base
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.attention_profile import Profile, read_profile
 from lineardit.linearize.budget import propose
-from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.families import family_of
 from lineardit.linearize.matching import attention_modules
 from lineardit.linearize.methods import (
@@ -163,7 +162,7 @@ class MethodTable(SceneStudents):
         for seed in seeds:
             student = f"{name}, seed {seed}"
             with self.stages.stage(student):
-                adapter = self.distill(self.settings(method, fit.rank, seed))
+                adapter = self.taught(self.settings(method, fit.rank, seed))
                 self.draw(student, adapter, plan.captions)
             students.append(self.row(student))
         return MethodRow(
@@ -181,10 +180,7 @@ class MethodTable(SceneStudents):
 
     def converted(self, name: str, method: Any) -> Path:
         """The folder of this swap, without training."""
-        folder = self.directory / "converted" / folder_name(name)
-        if not folder.exists():
-            convert_base(self.base, method, output=folder)
-        return folder
+        return self.swapped(method, Path("converted", folder_name(name)))
 
     def seconds(self, name: str, source: Path) -> tuple[float, float]:
         """Of a step, and of the teacher's in turn with it: medians of three, measured once."""
@@ -221,30 +217,13 @@ class MethodTable(SceneStudents):
         """Of one student's training; alike for all but method, rank and seed."""
         plan = self.plan
         patterns = method if isinstance(method, Mapping) else {"*": method}
-        tables = {
-            "base": {"model": str(self.base)},
-            "data": {"directory": str(self.directory / "samples")},
+        own = {
             "method": {pattern: config_to_dict(one) for pattern, one in patterns.items()},
             "trained": {"kind": "lora", "rank": rank, "projections": PROJECTIONS},
             "loss": {"flow": 0.0 if self.calls else 0.1, "prediction": 1.0, "attention": 1.0},
             "layerwise": {"steps": plan.layer_steps, "lr": plan.layer_rate},
-            "optimizer": {"lr": plan.learning_rate},
-            "schedule": {"warmup": 20},
-            "run": {
-                "directory": str(self.directory / "runs" / folder_name(f"{title(method)}-{seed}")),
-                "steps": plan.train_steps,
-                "batch_size": plan.batch_size,
-                "seed": seed,
-            },
-            "save": {"every": 50, "keep_last": 1, "log_every": 50},
-            "validate": {"samples": 0},
         }
-        return config_from_tables(tables)
-
-    def distill(self, config: DistillConfig) -> Path:
-        """The student's adapter."""
-        adapter = Path(config.run.directory) / "adapter"
-        return adapter if adapter.exists() else distill(config, resume=True)
+        return config_from_tables(self.tables(folder_name(f"{title(method)}-{seed}"), seed) | own)
 
     def proposals(self) -> tuple[tuple[Row, Row], ...]:
         """One radius for all layers, and the profile's proposal of equal FLOPs at this size, without training."""

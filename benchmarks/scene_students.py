@@ -3,13 +3,17 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from marks_report import Row
 
+from lineardit.distill.config import DistillConfig
 from lineardit.distill.evaluate import Scores, compare, score_totals
 from lineardit.distill.pictures import Pictures, PictureSettings, make_pictures
 from lineardit.distill.prepare import prepare
+from lineardit.distill.train import distill
 from lineardit.examples.tiny_flux import scenes
+from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.folders import sha256
 from lineardit.linearize.opening import open_pipeline
 from lineardit.scene_judge import judge_scene
@@ -89,6 +93,36 @@ class SceneStudents:
             calls=self.calls,
             shard_size=16,
         )
+
+    def swapped(self, method: Any, folder: Path) -> Path:
+        """The folder of a swap without training, relative to this run's."""
+        folder = self.directory / folder
+        if not folder.exists():
+            convert_base(self.base, method, output=folder)
+        return folder
+
+    def tables(self, run: str, seed: int) -> dict[str, dict[str, Any]]:
+        """Settings of a student's training in runs/`run`: what rows have in common."""
+        plan = self.plan
+        return {
+            "base": {"model": str(self.base)},
+            "data": {"directory": str(self.directory / "samples")},
+            "optimizer": {"lr": plan.learning_rate},
+            "schedule": {"warmup": 20},
+            "run": {
+                "directory": str(self.directory / "runs" / run),
+                "steps": plan.train_steps,
+                "batch_size": plan.batch_size,
+                "seed": seed,
+            },
+            "save": {"every": 50, "keep_last": 1, "log_every": 50},
+            "validate": {"samples": 0},
+        }
+
+    def taught(self, config: DistillConfig) -> Path:
+        """The adapter of a student, trained if it is not there."""
+        adapter = Path(config.run.directory) / "adapter"
+        return adapter if adapter.exists() else distill(config, resume=True)
 
     def row(self, name: str, count: int | None = None) -> Row:
         """One model's figures, on the first `count` captions; all but the teacher's compared with its same pictures."""

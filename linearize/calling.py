@@ -22,7 +22,7 @@ _TAKEN = (
     *("prompt", "height", "width", "generator", "latents", "output_type", "return_dict", "max_sequence_length"),
     *("num_images_per_prompt", "sigmas", "timesteps", "image", "plan", "start_latents", "start_stage"),
 )
-_BINNING = "use_resolution_binning"  # would draw another size than asked, and make it larger or smaller
+BINNING = "use_resolution_binning"  # would draw another size than asked, and make it larger or smaller
 
 
 class OwnSettings(NamedTuple):
@@ -63,8 +63,8 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
             raise ValueError(f"{type(pipe).__name__} takes no {argument}: leave {name} out, got {value}")
         if value is not None:
             call[argument] = value
-    if "height" in call and _BINNING in known:
-        call[_BINNING] = False
+    if "height" in call and BINNING in known:
+        call[BINNING] = False
     for name, value in more.items():
         if name in _TAKEN or name in _NAMES.values() or name.startswith("callback"):
             raise ValueError(f"{name} is no further argument: it has a setting of its own, or is not to be set")

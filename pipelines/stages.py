@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ..linearize.calling import for_batch
+from ..linearize.calling import BINNING, for_batch
 from ..linearize.convert import denoiser, dense
 from ..linearize.logits import scaled_logits
 from ..linearize.seam import state_of
@@ -102,8 +102,8 @@ class StagedPipeline(DiffusionPipeline):
         inputs = call.get("callback_on_step_end_tensor_inputs") if inputs is None else inputs
         if inputs is not None:
             call["callback_on_step_end_tensor_inputs"] = list({"latents", *inputs})
-        if "use_resolution_binning" in inspect.signature(self.stock.__call__).parameters:  # would draw another size
-            call["use_resolution_binning"] = False
+        if BINNING in inspect.signature(self.stock.__call__).parameters:
+            call[BINNING] = False
         return call | {"prompt": prompt}
 
     def _denoise(
