@@ -60,6 +60,7 @@ def save_checkpoint(accelerator: Accelerator, root: Path, step: int, pipe: Any) 
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # of torch's own writer
             raise
         raise OSError(f"{final} cannot be written ({error}): make room, and go on with --resume latest") from error
+    accelerator.wait_for_everyone()  # safetensors writes under a passing name: another rank must not meet it
     for path in temporary.iterdir():
         sync(path)
     accelerator.wait_for_everyone()  # the bytes of all ranks are down

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_distill import launch_run, loss_rows, trained_weights, write_config
 
 from lineardit import from_pretrained
+from lineardit.distill import checkpoint
 from lineardit.distill.checkpoint import latest_checkpoint
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
@@ -153,6 +155,29 @@ def test_resume_refuses_fewer_steps_than_there_are(make_config: MakeConfig) -> N
     distill(make_config(run={"steps": 4}))
     with pytest.raises(ValueError, match=r"run.steps must be >= 4, for which .*step-00000004 is the newest checkpoint"):
         distill(make_config(run={"steps": 3}), resume=True)
+
+
+def test_a_rank_leaves_files_alone_that_another_is_writing(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank writes under a passing name, as safetensors does, until all ranks wait."""
+    wait, synced = Accelerator.wait_for_everyone, []
+
+    def save_state(accelerator: Accelerator, directory: str) -> None:
+        Path(directory, ".tmpAbCdEf").write_bytes(b"weights")
+
+    def wait_for_everyone(accelerator: Accelerator) -> None:
+        for path in Path(config.run.directory).glob(".step-*/.tmpAbCdEf"):
+            path.rename(path.with_name("trained.safetensors"))
+        wait(accelerator)
+
+    config = make_config(run={"steps": 1})
+    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", wait_for_everyone)
+    monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append(path.name))
+    distill(config)
+    assert "trained.safetensors" in synced
+    assert ".tmpAbCdEf" not in synced
 
 
 def test_a_checkpoint_without_its_adapter_is_whole(make_config: MakeConfig) -> None:
