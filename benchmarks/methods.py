@@ -5,16 +5,16 @@ trained parameters (the rank of its LoRA makes up for what its kernels have), fr
 stands local attention of the same FLOPs.
 
 Writes benchmarks/results/methods.json, methods.md, methods.png, and in methods/ each row and a strip of its pictures,
-as rows are done: first all with one seed, then with two, then with three. Rows of the same plan that are there already,
-with as many seeds, are not made again: the table can be made in parts (`--only`), also on machines whose methods/ are
-copied into one.
+as rows are done: first all with one seed, then with two, then with three. Rows and students of the same plan that are
+there already are not made again: the table can be made in parts (`--only`), also on machines whose methods/ are copied
+into one.
 """
 
 import argparse
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
@@ -140,8 +140,9 @@ class MethodTable(SceneStudents):
         for name, method in entries.items():
             made = table.rows.get(name)
             if only(name) and (made is None or len(made.students) < len(seeds)):
-                row = self.method(name, method, seeds)
-                write_row(results, table, row, self.made[row.students[0].name].pictures.images[: self.plan.shown])
+                row = self.method(name, method, seeds) if made is None else self.more_seeds(made, method, seeds)
+                first = self.made.get(row.students[0].name)  # None: drawn by the call that made the row
+                write_row(results, table, row, first.pictures.images[: self.plan.shown] if first else ())
                 table = read_table(results, table)  # another process may have made others
                 write_table(results, table)
         if table.proposals is None and only(PROPOSALS):
@@ -158,13 +159,6 @@ class MethodTable(SceneStudents):
             self.draw(f"{name}, untrained", untrained, plan.few_captions)
             seconds, of_teacher = self.seconds(name, untrained)
         fit = self.fit(method)
-        students = []
-        for seed in seeds:
-            student = f"{name}, seed {seed}"
-            with self.stages.stage(student):
-                adapter = self.taught(self.settings(method, fit.rank, seed))
-                self.draw(student, adapter, plan.captions)
-            students.append(self.row(student))
         return MethodRow(
             name=name,
             flops=round(sum(map(flops, fit.layers)) / len(fit.layers)),
@@ -175,8 +169,23 @@ class MethodTable(SceneStudents):
             seconds_of_teacher=of_teacher,
             machine=this_machine(),
             untrained=self.row(f"{name}, untrained"),
-            students=tuple(students),
+            students=self.students(name, method, fit, seeds),
         )
+
+    def more_seeds(self, row: MethodRow, method: Any, seeds: tuple[int, ...]) -> MethodRow:
+        """A row that has students of the first of these seeds, with those of the others."""
+        further = self.students(row.name, method, self.fit(method), seeds[len(row.students) :])
+        return replace(row, students=(*row.students, *further))
+
+    def students(self, name: str, method: Any, fit: Fit, seeds: tuple[int, ...]) -> tuple[Row, ...]:
+        rows = []
+        for seed in seeds:
+            student = f"{name}, seed {seed}"
+            with self.stages.stage(student):
+                adapter = self.taught(self.settings(method, fit.rank, seed))
+                self.draw(student, adapter, self.plan.captions)
+            rows.append(self.row(student))
+        return tuple(rows)
 
     def converted(self, name: str, method: Any) -> Path:
         """The folder of this swap, without training."""

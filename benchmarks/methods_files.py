@@ -19,13 +19,14 @@ PROPOSALS = "methods/proposals.json"
 
 
 def write_row(results: Path, table: Table, row: MethodRow, images: Sequence[Image.Image]) -> None:
-    """A row in a file of its own, and pictures of its first student side by side."""
-    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    for place, image in enumerate(images):
-        strip.paste(image, (place * image.width, 0))
+    """A row in a file of its own, and pictures of its first student side by side, where there are any."""
     path = results / strip_name(row.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: strip.save(temporary, format="JPEG", quality=90))
+    if images:
+        strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+        for place, image in enumerate(images):
+            strip.paste(image, (place * image.width, 0))
+        write_whole(path, lambda temporary: strip.save(temporary, format="JPEG", quality=90))
     write_json(path.with_suffix(".json"), {"plan": table.plan, "row": asdict(row)})
 
 

@@ -83,6 +83,21 @@ def test_quick_run_makes_every_row_and_goes_on(methods: Any, report: Any, tmp_pa
         methods.MethodTable(base, tmp_path / "new", replace(plan, train_steps=3)).run(shown, plan.seeds, results)
 
 
+def test_a_row_made_elsewhere_gets_students_of_further_seeds(methods: Any, tmp_path: Path) -> None:
+    base, results = tmp_path / "base", tmp_path / "results"
+    build_tiny().save_pretrained(base)
+    plan = replace(methods.quick_plan(), side=16, text_tokens=16, step_side=16, trained=5_000, seeds=(0, 1))
+    first = methods.MethodTable(base, tmp_path / "work", plan).run((Mala(),), (0,), results).rows["Mala()"]
+    strip = (results / "methods" / "Mala.jpg").read_bytes()
+    elsewhere = methods.MethodTable(base, tmp_path / "elsewhere", plan).run((Mala(),), (0, 1), results)
+    assert [path.name for path in (tmp_path / "elsewhere" / "runs").iterdir()] == ["Mala--1"]
+    row = elsewhere.rows["Mala()"]
+    assert row == replace(first, students=row.students)
+    assert row.students[0] == first.students[0]
+    assert [student.name for student in row.students] == ["Mala(), seed 0", "Mala(), seed 1"]
+    assert (results / "methods" / "Mala.jpg").read_bytes() == strip
+
+
 def test_local_of_equal_flops_costs_no_less_and_half_a_token_less_would(methods: Any) -> None:
     for config in (Mala(), Clear(radius=4, pool_tokens=64)):
         found = methods.local_of_equal_flops(config)
