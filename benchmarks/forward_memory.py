@@ -53,7 +53,7 @@ def peak_bytes(side: int, chunk_tokens: int | None) -> tuple[int, int]:
     """Of a square picture in bfloat16; and bytes of one copy of all tokens at the model's width."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True, num_layers=1, num_single_layers=1).bfloat16()
-    made = step_inputs(model, "flux", side // PIXELS_PER_LATENT)
+    made = step_inputs(model, "flux", (side // PIXELS_PER_LATENT,) * 2)
     arguments = {name: value.to("meta", torch.bfloat16) for name, value in made.items() if isinstance(value, Tensor)}
     arguments |= {name: made[name].to("meta") for name in ("img_ids", "txt_ids")}
     chunks = nullcontext() if chunk_tokens is None else in_token_chunks(model, chunk_tokens)

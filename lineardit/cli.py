@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .commands.bench import bench
 from .commands.convert import convert
 from .commands.decode import decode
 from .commands.demo import demo
@@ -50,6 +51,7 @@ app.command()(decode)
 app.command()(evaluate)
 app.command()(profile)
 app.command()(nearness)
+app.command()(bench)
 app.command()(demo)
 
 

@@ -76,6 +76,13 @@ def this_machine() -> str:
     return f"{torch.get_num_threads()} threads of {vectors}, float32 matrix product: {matmul_gflops():.0f} GFLOP/s"
 
 
+def that_device(device: torch.device) -> str:
+    """A GPU by its name, with torch's version; the CPU as `this_machine` has it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return this_machine() if device.type == "cpu" else str(device)
+
+
 @lru_cache
 def matmul_gflops() -> float:
     """Speed of a float32 product of 1024 x 1024 on the CPU, the median of 20, once a process: to compare machines."""

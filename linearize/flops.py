@@ -29,10 +29,10 @@ SIZES = {"1K": 1024, "2K": 2048, "4K": 4096, "8K": 8192}  # side of a square pic
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """One forward of the denoiser on one square picture.
+    """One forward of the denoiser on one picture.
 
     Attributes:
-        size: "1K" for 1024 x 1024 pixels, and so on.
+        size: In words: "1K" for 1024 x 1024 pixels, and so on.
         grid: The picture in tokens; of a UNet, its latent positions.
         attention_before: Operations of the swapped modules' attention itself, as softmax over everything.
         attention_after: The same with their linear kernels.
@@ -68,10 +68,10 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one forward of an unconverted denoiser does on one square picture.
+    """What one forward of an unconverted denoiser does on one picture.
 
     Attributes:
-        size: "1K" for 1024 x 1024 pixels, and so on.
+        size: In words: "1K" for 1024 x 1024 pixels, and so on.
         grid: The picture in tokens; of a UNet, in latent positions.
         text_queries: As the family has it.
         layers: Operations of all layers but attention.
@@ -112,6 +112,13 @@ class Step:
         """Whether a call of a converted module is the one that its linear kernel replaces."""
         return call.queries == (call.keys if self.text_queries else prod(self.grid))
 
+    def picked(self, module: str, config: Any, device: str) -> str:
+        """The implementation that "auto" picks for a converted module on a device of this type."""
+        call = next(call for call in self.calls if call.module == module and self.is_of_the_image(call))
+        query = torch.empty(1, device=device).expand(1, call.heads, call.keys, call.head_dim)  # no memory
+        chosen: str = METHODS[type(config)].chosen(config, query, *self.layout(call))
+        return chosen
+
     def layout(self, call: Call) -> tuple[Grid, int]:
         """Grid and text length of a self-attention call, at the level of a UNet whose grid fits in."""
         grid = self.grid
@@ -129,15 +136,22 @@ def count_steps(model: Any, *, vae_scale: int) -> tuple[Step, ...]:
     """
     if not can_make_inputs(model):
         return ()
-    steps = (_count_step(model, size, pixels // vae_scale) for size, pixels in SIZES.items())
+    steps = (count_step(model, (side // vae_scale,) * 2, size) for size, side in SIZES.items())
     return tuple(step for step in steps if step is not None)
 
 
-def _count_step(model: Any, size: str, latents: int) -> Step | None:
+def count_step(model: Any, latents: tuple[int, int], size: str, *, text_len: int | None = None) -> Step | None:
+    """A step on one picture of (height, width) latents; None for more than the model has positions for.
+
+    Args:
+        model: As in `count_steps`, of a class that `can_make_inputs` knows.
+        size: In words.
+        text_len: As in `step_inputs`.
+    """
     family = family_of(model)
-    inputs = step_inputs(model, family.name, latents)
+    inputs = step_inputs(model, family.name, latents, text_len=text_len)
     try:
-        grid = (latents, latents) if family.seen_at else family.see(model, inputs).grid
+        grid = latents if family.seen_at else family.see(model, inputs).grid
     except LayoutError:
         return None  # larger than the model's table of positions
     layers, calls = _run(model, inputs, attention_modules(model, family))

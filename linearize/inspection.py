@@ -12,9 +12,9 @@ from .base import Base, build_on_meta, find_place, read_base
 from .convert import check_impl
 from .families import family_of
 from .flops import Step, StepFlops, count_steps
-from .manifest import read_entry, read_manifest
+from .manifest import Manifest, read_entry, read_manifest
 from .matching import attention_modules, choose
-from .methods import METHODS, config_to_dict, spelled
+from .methods import config_to_dict, spelled
 from .record import CONFIG_KEY
 
 
@@ -100,10 +100,19 @@ def inspect_base(
     else:
         manifest = read_manifest(file)
         configs = manifest.configs()
-        if manifest.base is None:
-            raise ValueError(f"{place.name} does not name its base (it was made in memory): inspect the base itself")
-        base = read_base(manifest.base, revision=manifest.base_revision, offline=offline)
+        base = named_base(manifest, place.name, offline=offline)
     return _inspect(base, configs, impl)
+
+
+def named_base(manifest: Manifest, name: str, *, offline: bool = False) -> Base:
+    """What the config files of an adapter's base say.
+
+    Raises:
+        ValueError: the adapter names none, or it is missing or out of reach.
+    """
+    if manifest.base is None:
+        raise ValueError(f"{name} does not name its base (it was made in memory), whose shape is asked for")
+    return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
 
 
 def _inspect(base: Base, patterns: Mapping[str, Any], impl: str) -> Inspection:
@@ -144,10 +153,7 @@ def _runs(name: str, config: Any, steps: Sequence[Step], impl: str) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes: dict[str, list[str]] = {}
     for step in steps:
-        call = next(call for call in step.calls if call.module == name and step.is_of_the_image(call))
-        query = torch.empty(1, device=device).expand(1, call.heads, call.keys, call.head_dim)  # no memory
-        chosen = METHODS[type(config)].chosen(config, query, *step.layout(call))
-        sizes.setdefault(chosen, []).append(step.size)
+        sizes.setdefault(step.picked(name, config, device), []).append(step.size)
     if len(sizes) == 1:
         return next(iter(sizes))
     return ", ".join(f"{chosen} at {' '.join(names)}" for chosen, names in sizes.items())

@@ -1,4 +1,4 @@
-"""The arguments of one denoising step on a square picture, for counting its operations."""
+"""The arguments of one denoising step on one picture, for counting its operations or timing it."""
 
 import inspect
 from typing import Any
@@ -43,16 +43,23 @@ def can_make_inputs(model: nn.Module) -> bool:
     return type(model).__name__ not in _UNCOUNTED and KNOWN.issuperset(needed)
 
 
-def step_inputs(model: Any, family: str, latents: int) -> dict[str, Any]:
-    """Arguments of a forward for one square picture.
+def step_inputs(model: Any, family: str, latents: tuple[int, int], *, text_len: int | None = None) -> dict[str, Any]:
+    """Arguments of a forward for one picture; floats have no numbers.
 
     Args:
         family: Name of the model's family.
-        latents: Side of the picture in the VAE's latents; some are packed before the model.
+        latents: (height, width) of the picture in the VAE's latents; some are packed before the model.
+        text_len: Text tokens, where the config does not say it; None: as the family's pipelines take them.
     """
-    config, names = model.config, argument_names(type(model))
-    side = latents
-    if "sample" not in names:  # no UNet
-        packed = 2 if "img_ids" in names or "position_ids" in names else 1
-        side = latents // packed // patch_of(config, names)
-    return inputs_by_name(type(model), config, (side, side), text_len=_TEXT.get(family, 512))
+    token = token_side(model)
+    grid = (latents[0] // token, latents[1] // token)
+    return inputs_by_name(type(model), model.config, grid, text_len=text_len or _TEXT.get(family, 512))
+
+
+def token_side(model: Any) -> int:
+    """The VAE's latents in a token, along one side; 1 for a UNet, which takes them as they are."""
+    names = argument_names(type(model))
+    if "sample" in names:
+        return 1
+    packed = 2 if "img_ids" in names or "position_ids" in names else 1
+    return packed * patch_of(model.config, names)

@@ -63,7 +63,7 @@ VARIANTS = {
 
 def test_a_union_without_its_mode_is_told_so_by_upstream() -> None:
     model = build("flux-controlnet", num_mode=3)
-    assert step_inputs(model, "flux", 8)["controlnet_mode"].shape == (1, 1)
+    assert step_inputs(model, "flux", (8, 8))["controlnet_mode"].shape == (1, 1)
     linearize_(model, Clear(radius=2.3))
     with pytest.raises(ValueError, match="controlnet_mode"):
         run(model, inputs_of("flux-controlnet"))

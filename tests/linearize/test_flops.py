@@ -66,7 +66,7 @@ def test_count_steps_agrees_with_pytorchs_counter(family: str, monkeypatch: pyte
     (step,) = count_steps(model.to("meta"), vae_scale=4)
     torch.manual_seed(0)
     model = build(family)
-    text = step_inputs(model, family_of(model).name, 16)["encoder_hidden_states"].shape[1]
+    text = step_inputs(model, family_of(model).name, (16, 16))["encoder_hidden_states"].shape[1]
     inputs = inputs_of(family, grid=step.grid[-2:], text_len=text, batch=1)
     if family == "wan":
         inputs["hidden_states"] = inputs["hidden_states"][:, :, :1]

@@ -8,10 +8,10 @@ from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 
 from lineardit import Clear, Hybrid, ProxyTokens, from_pretrained, linearize_, load_adapter_
 from lineardit.kernels.window import implementations
-from lineardit.linearize import inspection
 from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.inspection import inspect_base
+from lineardit.linearize.methods import METHODS
 from tiny_models import build
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -126,7 +126,7 @@ def test_inspect_base_names_the_implementation_by_size_where_it_differs(
 ) -> None:
     convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
     monkeypatch.setattr(
-        inspection.METHODS[Clear],
+        METHODS[Clear],
         "chosen",
         staticmethod(lambda config, query, grid, text_len: "reference" if grid[0] < 1000 else "tiled"),
     )

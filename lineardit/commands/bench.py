@@ -1,0 +1,122 @@
+"""`lineardit bench`: seconds of a step before and after conversion, on this machine, size by size."""
+
+import gc
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .options import Device, Dtype, Impl, MaxSequenceLength, Offline
+from .prompts import parse_size
+
+if TYPE_CHECKING:
+    from ..linearize.step_times import StepTime
+
+SIZES = ("1024x1024", "2048x2048", "4096x4096")
+
+
+def bench(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Conversions, trained or not.")],
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--size", metavar="WIDTHxHEIGHT", help=f"Pixels; repeatable. Else {', '.join(SIZES)}."),
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Steps of each that count, after one that warms up.")] = 3,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks of both.")] = False,
+    max_sequence_length: MaxSequenceLength = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    impl: Impl = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")] = Path(
+        "bench"
+    ),
+    offline: Offline = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
+) -> None:
+    """Time a denoising step of the original and of conversions, in turn; this reads no weights of the base."""
+    asked = [parse_size(size) for size in sizes or SIZES]
+    from ..distill.figures import require_matplotlib
+
+    require_matplotlib("bench.png")
+    from ..bench_plot import draw_step_times
+    from ..distill.files import write_json
+    from ..linearize.folders import check_output_file
+    from ..linearize.opening import named_dtype
+    from ..linearize.step_times import Conversion, time_steps
+    from ..stages import that_device
+    from .devices import find_device, find_dtype
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    figures, picture = output / "bench.json", output / "bench.png"
+    for file in (figures, picture):
+        check_output_file(file, overwrite=overwrite)
+    target = find_device(device)
+    weights = named_dtype(find_dtype(dtype, target))
+    conversions = [Conversion.read(name, offline=offline) for name in dict.fromkeys(adapters)]
+    for conversion in conversions:  # what does not fit is told before any of them runs
+        conversion.check(asked, impl)
+    output.mkdir(parents=True, exist_ok=True)
+    about = {"device": that_device(target), "dtype": str(weights).removeprefix("torch.")}
+    settings: dict[str, Any] = {"pairs": pairs, "impl": impl, "compiled": compiled, "text_len": max_sequence_length}
+    found: dict[str, list[StepTime]] = {}
+    for conversion in conversions:
+        rows = found.setdefault(conversion.name, [])
+        for row in time_steps(conversion, asked, device=target, dtype=weights, **settings):
+            rows.append(row)
+            write_json(
+                figures,
+                about | settings | {"conversions": {name: list(map(entry, one)) for name, one in found.items()}},
+            )
+        show(conversion.name, rows)
+        gc.collect()
+    draw_step_times(found, picture)
+    print(f"On {about['device']}, weights in {about['dtype']}. Wrote {figures} and {picture.name}")
+
+
+def entry(row: "StepTime") -> dict[str, Any]:
+    """As JSON has it."""
+    return asdict(row) | {"speedup": row.speedup, "flops": asdict(row.flops) | {"after": row.flops.after}}
+
+
+def show(name: str, rows: "list[StepTime]") -> None:
+    """Print the table of one conversion, and from which size on it is worth it."""
+    table = Table(title=f"One step, batch 1: {name}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("size")
+    with_memory = any(row.original_gib or row.converted_gib for row in rows)
+    for header in ("tokens", "original", "converted", "ratio", "as counted", *["peak GiB"] * with_memory):
+        table.add_column(header, justify="right")
+    table.add_column("runs", overflow="fold")
+    for row in rows:
+        cells = [f"{row.width}x{row.height}", f"{row.tokens:,}", _seconds(row.original), _seconds(row.converted)]
+        cells += ["" if row.speedup is None else f"{row.speedup:.2f}", f"{row.flops.before / row.flops.after:.2f}"]
+        cells += [" to ".join(map(_gib, (row.original_gib, row.converted_gib)))] * with_memory
+        table.add_row(*cells, row.runs)
+    console = Console()
+    console.print(table, highlight=False)
+    console.print(verdict(rows), highlight=False)
+
+
+def verdict(rows: "list[StepTime]") -> str:
+    """From which of the measured sizes on the conversion is the faster one."""
+    faster = {row.tokens: row.converted is not None and (row.speedup is None or row.speedup > 1) for row in rows}
+    largest = max(rows, key=lambda row: row.tokens)
+    if not faster[largest.tokens]:
+        return f"At {largest.width}x{largest.height} the conversion is not faster: larger pictures gain more."
+    slower = [tokens for tokens, won in faster.items() if not won]
+    least = min((row for row in rows if row.tokens > max(slower, default=0)), key=lambda row: row.tokens)
+    told = "" if slower else ", the smallest that was measured,"
+    return f"The conversion is faster from {least.width}x{least.height}{told} on."
+
+
+def _seconds(taken: tuple[float, ...] | None) -> str:
+    return "no memory" if taken is None else f"{median(taken):.3g} s"
+
+
+def _gib(peak: float | None) -> str:
+    return "?" if peak is None else f"{peak:.1f}"

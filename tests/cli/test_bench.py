@@ -1,0 +1,80 @@
+"""`lineardit bench`, as it is typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lineardit.cli import run
+from lineardit.commands.bench import verdict
+from lineardit.linearize.flops import StepFlops
+from lineardit.linearize.step_times import StepTime
+from tiny_models import build
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configs of a base, two conversions of it, and the command's output."""
+    folder = tmp_path_factory.mktemp("bench")
+    build("flux").save_config(folder / "base")
+    for radius in (1.5, 3):
+        words = ["convert", folder / "base", "--method", "clear", "--radius", radius, "--offline"]
+        assert run([*map(str, words), "-o", str(folder / f"clear-{radius}")]) == 0
+    assert run(command(folder)) == 0
+    return folder
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    words = ["bench", folder / "clear-1.5", folder / "clear-3", "--size", "64x64", "--size", "128x64", "--pairs", "2"]
+    words += ["--max-sequence-length", "7", "--offline", "-o", folder / "out"]
+    return [*map(str, words), *options]
+
+
+def test_bench_writes_figures_and_a_picture(made: Path) -> None:
+    content = json.loads((made / "out" / "bench.json").read_text())
+    assert (content["dtype"], content["pairs"], content["text_len"]) == ("float32", 2, 7)
+    assert list(content["conversions"]) == [str(made / "clear-1.5"), str(made / "clear-3")]
+    for rows in content["conversions"].values():
+        assert [(row["height"], row["width"], row["tokens"]) for row in rows] == [(64, 64, 16), (64, 128, 32)]
+        for row in rows:
+            assert len(row["original"]) == len(row["converted"]) == 2
+            assert row["speedup"] > 0
+    with Image.open(made / "out" / "bench.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_bench_keeps_what_is_there(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(made)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(command(made, "--overwrite")) == 0
+    told = capsys.readouterr().out
+    assert told.count("128x64") >= 2 and "ratio" in told and "GiB" not in told
+
+
+def test_bench_tells_what_is_wrong_before_it_runs(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> str:
+        assert run(["bench", str(made / "clear-3"), *words, "--offline", "-o", str(made / "other")]) == 2
+        assert not (made / "other").exists()
+        return capsys.readouterr().err
+
+    assert "is not converted: `lineardit convert" in told(str(made / "base"))
+    assert "multiples of 16 pixels" in told("--size", "64x64", "--size", "65x64")
+    assert "WIDTHxHEIGHT" in told("--size", "64")
+    assert "no impl 'tield' (did you mean tiled?)" in told("--impl", "tield")
+    assert "no folder" in told(str(made / "nothing"))
+
+
+def row(side: int, speedup: float | None) -> StepTime:
+    flops = StepFlops(size="", grid=(1, 1), attention_before=1, attention_after=1, before=2)
+    return StepTime(
+        height=side, width=side, tokens=side * side, flops=flops, runs="tiled", original_gib=None, converted_gib=None,
+        original=None if speedup is None else (speedup,), converted=(1.0,),
+    )  # fmt: skip
+
+
+def test_verdict_names_the_size_from_which_it_is_faster() -> None:
+    assert verdict([row(64, 0.5), row(128, 1.5), row(256, None)]) == "The conversion is faster from 128x128 on."
+    assert verdict([row(64, 1.5), row(128, 0.9), row(256, 2.0)]) == "The conversion is faster from 256x256 on."
+    assert "64x64, the smallest that was measured, on" in verdict([row(64, 1.5), row(128, 2)])
+    assert "At 128x128 the conversion is not faster" in verdict([row(64, 1.5), row(128, 0.9)])

@@ -1,0 +1,143 @@
+"""Steps of an original and its conversion, timed in turn on random weights."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import Tensor
+
+from lineardit import Clear, linearize_, save_adapter
+from lineardit.linearize import step_times
+from lineardit.linearize.compiling import compile_
+from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.low_rank import LowRankTerm
+from lineardit.linearize.seam import state_of
+from lineardit.linearize.step_inputs import can_make_inputs, token_side
+from lineardit.linearize.step_times import Conversion, StepTime, time_steps
+from lineardit.linearize.training import add_lora_
+from tiny_models import FAMILIES, build
+
+CPU = torch.device("cpu")
+SCALE = 8  # pixels of a latent, where there is no VAE to say it
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """The config of a model, without weights."""
+    model.save_config(folder)
+    return folder
+
+
+def adapter_of(model: Any, folder: Path) -> Path:
+    convert_base(saved(model, folder / "base"), Clear(radius=1.5), output=folder / "adapter")
+    return folder / "adapter"
+
+
+def timed(conversion: Conversion, sizes: Sequence[tuple[int, int]], **settings: Any) -> list[StepTime]:
+    return list(time_steps(conversion, sizes, **{"device": CPU, "dtype": torch.float32, "pairs": 1} | settings))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_model_whose_inputs_are_known_is_timed(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    if not can_make_inputs(model):
+        with pytest.raises(ValueError, match=r"inputs of a .* cannot be made up: `lineardit evaluate`"):
+            Conversion.read(adapter_of(model, tmp_path))
+        return
+    conversion = Conversion.read(adapter_of(model, tmp_path))
+    token = SCALE * token_side(model)
+    height, width = (16, 16) if family == "dit" else (8, 6)  # tokens; it has positions for nothing else
+    (row,) = timed(conversion, [(height * token, width * token)], text_len=7)
+    assert row.tokens == height * width
+    assert row.original and row.original[0] > 0
+    assert row.converted and row.converted[0] > 0
+    assert row.flops.attention_before > 0 and row.runs == "masked"
+
+
+def test_rows_tell_sizes_in_turn(tmp_path: Path) -> None:
+    conversion = Conversion.read(adapter_of(build("flux"), tmp_path))
+    rows = timed(conversion, [(128, 64), (64, 64)], pairs=3, impl="tiled", text_len=7)
+    assert [(row.height, row.width, row.tokens, row.runs) for row in rows] == [
+        (128, 64, 32, "tiled"),
+        (64, 64, 16, "tiled"),
+    ]
+    assert all(len(row.original or ()) == len(row.converted or ()) == 3 for row in rows)
+    assert rows[0].original_gib is None  # a CPU does not count it
+    assert rows[1].flops.attention_before == 4 * (16 + 7) ** 2 * 32 * 2  # heads * head_dim, layers
+
+
+def test_speedup_is_the_median_over_pairs(tmp_path: Path) -> None:
+    (row,) = timed(Conversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)])
+    assert replace(row, original=(8.0, 3.0, 40.0), converted=(2.0, 1.0, 4.0)).speedup == 4
+    assert replace(row, original=None).speedup is None
+
+
+def test_what_does_not_fit_into_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversion = Conversion.read(adapter_of(build("flux"), tmp_path))
+    attend = FluxAttnProcessor.__call__
+
+    def of_a_small_card(self: Any, attention: Any, hidden_states: Tensor, *rest: Any, **options: Any) -> Any:
+        if not hidden_states.is_meta and hidden_states.shape[1] > 60 and not states[0].enabled:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return attend(self, attention, hidden_states, *rest, **options)
+
+    states: list[Any] = []
+    monkeypatch.setattr(step_times, "compile_", lambda model: states.append(state_of(model)))
+    monkeypatch.setattr(FluxAttnProcessor, "__call__", of_a_small_card)
+    small, large = timed(conversion, [(64, 64), (128, 128)], text_len=7, compiled=True)
+    assert small.original and small.converted
+    assert large.original is None and large.speedup is None
+    assert large.converted and len(large.converted) == 1
+
+
+def test_a_trained_adapter_is_timed_with_its_lora_and_the_original_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = build("flux")
+    base.save_pretrained(tmp_path / "base")
+    student = type(base).from_pretrained(tmp_path / "base")
+    linearize_(student, Clear(radius=1.5))
+    add_lora_(student, rank=2, alpha=2)
+    save_adapter(student, tmp_path / "adapter")
+    calls: list[int] = []
+    forward = LowRankTerm.forward
+    monkeypatch.setattr(LowRankTerm, "forward", lambda *given: calls.append(1) or forward(*given))
+    timed(Conversion.read(tmp_path / "adapter"), [(64, 64)], pairs=2)
+    layers = sum(isinstance(module, LowRankTerm) for module in student.modules())
+    assert layers > 0
+    assert len(calls) == 3 * layers  # one forward warms up
+
+
+def test_compiled_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    monkeypatch.setattr(step_times, "compile_", lambda model: compiled.append(compile_(model, backend="eager")))
+    (row,) = timed(Conversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)], compiled=True)
+    assert compiled == [2]
+    assert row.original and row.converted
+
+
+def test_what_cannot_be_timed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = saved(build("sd3"), tmp_path / "base")
+    with pytest.raises(ValueError, match=r"is not converted: `lineardit convert .* --method"):
+        Conversion.read(base)
+    convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
+    conversion = Conversion.read(tmp_path / "adapter")
+    for size, message in (
+        ((100, 64), "multiples of 16 pixels for this model, got 64x100"),
+        ((1024, 64), "no positions for 64x1024"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            timed(conversion, [size])
+    with pytest.raises(ValueError, match=r"has no impl 'tile' \(did you mean tiled"):
+        timed(conversion, [(64, 64)], impl="tile")
+    with pytest.raises(ValueError, match="pairs must be >= 1, got 0"):
+        timed(conversion, [(64, 64)], pairs=0)
+    lumina = Conversion.read(adapter_of(build("lumina2"), tmp_path / "lumina"))
+    with pytest.raises(ValueError, match=r"a step at 64x64 failed \(.*Error: index"):
+        timed(lumina, [(64, 64)], text_len=900)  # its table of positions is shorter
+    monkeypatch.setattr(step_times.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**10}))
+    with pytest.raises(ValueError, match=r"weights of this SD3Transformer2DModel are .* GiB in float32, 0.0 are free"):
+        timed(conversion, [(64, 64)])
