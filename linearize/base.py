@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -189,9 +190,11 @@ def _loaded_from(loaded: Any) -> str:
     return getattr(getattr(loaded, "config", None), "_name_or_path", None) or ""
 
 
-def build_on_meta(base: Base) -> nn.Module:
+def build_on_meta(base: Base, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The denoiser in its shape, without memory for its weights.
 
+    Args:
+        dtype: Of the weights.
     Raises:
         UnsupportedModelError: it is of no class that can be converted.
         ValueError: its config does not fit its class.
@@ -200,10 +203,21 @@ def build_on_meta(base: Base) -> nn.Module:
         raise UnsupportedModelError(unsupported(base.model_class))
     config = {key: value for key, value in base.config.items() if key != CONFIG_KEY}
     try:
-        with init_empty_weights(include_buffers=True):
+        with init_empty_weights(include_buffers=True), default_dtype(dtype):
             return cast(nn.Module, getattr(diffusers, base.model_class).from_config(config))
     except (TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"the config of {base.source.name} does not fit a {base.model_class}: {error}") from error
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, modules and tensors of no other dtype are made in this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .errors import LayoutError
 from .families import family_of
 from .layout import Grid
+from .live_bytes import LiveBytes
 from .matching import attention_modules
 from .methods import METHODS
 from .step_inputs import can_make_inputs, step_inputs
@@ -76,6 +77,8 @@ class Step:
         text_queries: As the family has it.
         layers: Operations of all layers but attention.
         calls: Every attention call.
+        peak: Bytes that a forward holds at once at most, weights left out, in the model's dtype; attention counts as
+            its output alone.
     """
 
     size: str
@@ -83,6 +86,7 @@ class Step:
     text_queries: bool
     layers: int
     calls: tuple[Call, ...]
+    peak: int
 
     def flops(self, configs: Mapping[str, Any]) -> StepFlops:
         """Operations before and after conversion.
@@ -154,8 +158,15 @@ def count_step(model: Any, latents: tuple[int, int], size: str, *, text_len: int
         grid = latents if family.seen_at else family.see(model, inputs).grid
     except LayoutError:
         return None  # larger than the model's table of positions
-    layers, calls = _run(model, inputs, attention_modules(model, family))
-    return Step(size=size, grid=grid, text_queries=family.text_queries, layers=layers, calls=tuple(calls))
+    counter, live = _run(model, inputs, attention_modules(model, family))
+    return Step(
+        size=size,
+        grid=grid,
+        text_queries=family.text_queries,
+        layers=counter.layers,
+        calls=tuple(counter.calls),
+        peak=live.peak,
+    )
 
 
 class _Counter(TorchFunctionMode):
@@ -225,27 +236,34 @@ def _as_indices(index: Any) -> Any:
     return index
 
 
-def _as_upstream_takes(name: str, value: Any) -> Any:
-    """Masks, lengths and indices with their numbers, which models read; of all else the shape alone."""
-    return tree_map_only(
-        Tensor,
-        lambda tensor: tensor.to("meta") if tensor.is_floating_point() or name == "segment_ids" else tensor,
-        value,
-    )
+def _as_upstream_takes(name: str, value: Any, dtype: torch.dtype) -> Any:
+    """Masks, lengths and indices with their numbers, which models read; of all else the shape alone.
+
+    Args:
+        dtype: The model's.
+    """
+
+    def taken(tensor: Tensor) -> Tensor:
+        if tensor.is_meta and tensor.is_floating_point():
+            return tensor.to(dtype)
+        return tensor.to("meta") if tensor.is_floating_point() or name == "segment_ids" else tensor
+
+    return tree_map_only(Tensor, taken, value)
 
 
 def _run(
     model: nn.Module, inputs: Mapping[str, Any], modules: tuple[Mapping[str, nn.Module], Mapping[str, str]]
-) -> tuple[int, list[Call]]:
-    """Operations of all layers but attention, and the attention calls, of the swappable and the other modules."""
-    counter = _Counter()
+) -> tuple[_Counter, LiveBytes]:
+    """What a forward does and holds; calls are of the swappable and the other attention modules."""
+    counter, live = _Counter(), LiveBytes(model)
     handles: list[torch.utils.hooks.RemovableHandle] = []
     for name in (*modules[0], *modules[1]):
         module = model.get_submodule(name)
         handles += [module.register_forward_pre_hook(partial(counter.enter, name))]
         handles += [module.register_forward_hook(counter.leave)]
-    with torch.no_grad(), counter:
-        model(**{name: _as_upstream_takes(name, value) for name, value in inputs.items()})
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad(), live, counter:
+        model(**{name: _as_upstream_takes(name, value, dtype) for name, value in inputs.items()})
     for handle in handles:
         handle.remove()
-    return counter.layers, counter.calls
+    return counter, live

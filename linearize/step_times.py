@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import Base, build_on_meta, find_place, read_base
+from .base import Base, build_on_meta, default_dtype, find_place, read_base
 from .compiling import compile_
 from .convert import check_impl, dense, linearize_
 from .families import family_of
@@ -269,13 +269,8 @@ def random_model(base: Base, device: torch.device, dtype: torch.dtype) -> nn.Mod
             f"{free / GIB:.1f} are free on {device}: take a smaller dtype or another device"
         )
     config = {key: value for key, value in base.config.items() if key != CONFIG_KEY}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = getattr(diffusers, base.model_class).from_config(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device), default_dtype(dtype):
+        model = getattr(diffusers, base.model_class).from_config(config)
     return cast(nn.Module, model.eval().requires_grad_(False))
 
 

@@ -1,52 +1,136 @@
-"""Rough cost of a stage before it runs: operations counted from the model's shape, memory from its width.
+"""Rough cost of a stage before it runs: operations and memory of a forward, counted in the model's shape.
 
-Seconds are operations over half of what a matrix product reaches on this device. Memory counts weights and, in copies
-of all tokens at the model's width, what a block of FLUX.1 holds at its peak. Counted on FLUX.1-dev's shape, tensor by
-tensor (`benchmarks/forward_memory.py`): 17.2 to 17.3 copies, where queries are turned in float32 beside the single
-block's hidden layer; in chunks of 8192 8.4 at 4K and 8.2 at 8K, which 8 copies and as many of one chunk cover.
+The denoiser runs without numbers (meta device) at the stage's size. Seconds are operations over half of what a matrix
+product reaches on this device. Memory is the weights and the most that a forward holds at once, counted tensor by
+tensor; attention stands for any that holds its output alone.
 """
 
-import math
+import inspect
+import json
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..linearize.base import Base, Source, build_on_meta
 from ..linearize.convert import denoiser, swapped
-from ..linearize.families import family_of
-from ..linearize.layout import Grid
-from ..linearize.matching import attention_modules, head_shape
-from ..linearize.methods import METHODS
+from ..linearize.families import FAMILIES
+from ..linearize.flops import Step, count_step
+from ..linearize.record import CONFIG_KEY
+from ..linearize.step_inputs import can_make_inputs
 from .plan import Plan, Stage
+from .token_chunks import in_token_chunks
+from .vae import pixels_per_latent
 
 GIB = 2**30
-COPIES = 17.5
-COPIES_IN_CHUNKS = 8
 LONG_SECONDS = 0.02  # of a product; some CPUs take 40 s for the larger one in bfloat16
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
+ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1}  # of FLUX.1's blocks; more of them hold no more
 
 
-def step_flops(model: nn.Module, grid: Grid, text_len: int, *, converted: bool) -> int:
-    """Operations of one forward for one picture; projections of single numbers per picture do not count."""
-    num_image = math.prod(grid)
-    total = 0
-    for name, weight in model.named_parameters():
-        if weight.ndim != 2 or "norm" in name or "embed" in name:
-            continue
-        seen_by = text_len if "context" in name or "add_" in name else num_image + text_len
-        total += 2 * weight.numel() * seen_by
-    kernels = swapped(model) if converted else {}
-    for name, module in attention_modules(model, family_of(model))[0].items():
-        num_heads, head_dim = head_shape(module)
-        pairs = (num_image + text_len) ** 2
-        if name in kernels:
-            config = cast(Any, kernels[name]).linear_kernel.config
-            pairs = METHODS[type(config)].pairs(config, grid, text_len, num_heads=num_heads, head_dim=head_dim)
-        total += 4 * pairs * num_heads * head_dim
-    return total
+class Estimator:
+    """Cost of the stages of one pipeline, as it stands now."""
+
+    @staticmethod
+    def knows(model: nn.Module) -> bool:
+        """Whether a forward of such a model can be made up from its config."""
+        return type(model).__name__ in FAMILIES and can_make_inputs(model)
+
+    def __init__(self, pipe: Any, text_len: int, batch: int) -> None:
+        _, self.model = denoiser(pipe)
+        self.text_len, self.scale = text_len, pixels_per_latent(pipe.vae)
+        self.batch = batch * (2 if is_guided(pipe) else 1)
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        device = pipe._execution_device
+        # offloading keeps one part on the device, or a few layers
+        offloads = bool(getattr(pipe, "_all_hooks", None))
+        sizes = [_bytes(part, None if offloads else device) for part in parts]
+        self.weights = max(sizes) if offloads else sum(sizes)
+        self.speed = half_of_peak(device, self.model.dtype)
+        self.limit = free_gib(device)
+
+    def with_costs(self, plan: Plan, *, chunks: bool) -> Plan:
+        """The plan with seconds and GiB beside each stage, and what to do where that is more than the GPU's memory.
+
+        Args:
+            chunks: The model can run in chunks of tokens, which such a stage gets.
+        """
+        stages = [self._with_cost(stage, chunks) for stage in plan.stages]
+        most = max(stage.gib or 0 for stage in stages)
+        if self.limit is None or most <= self.limit:
+            return replace(plan, stages=tuple(stages))
+        note = (
+            f"about {most:.1f} GiB where {self.limit:.1f} are free: offload (enable_model_cpu_offload or "
+            "enable_group_offload; --offload), quantize the model, or make a smaller picture"
+        )
+        return replace(plan, stages=tuple(stages), notes=(*plan.notes, note))
+
+    def _with_cost(self, stage: Stage, chunks: bool) -> Stage:
+        step = self._step(stage, None)
+        if step is None:  # beyond the model's table of positions, which a plan is refused for
+            return stage
+        kernels = swapped(self.model) if stage.attention == "converted" else {}
+        configs = {name: cast(Any, module).linear_kernel.config for name, module in kernels.items()}
+        seconds = stage.steps * self.batch * step.flops(configs).after / self.speed
+        gib = self._gib(stage, stage.chunk_tokens)
+        too_large = self.limit is not None and gib > self.limit
+        if too_large and chunks and stage.chunk_tokens is None and prod(step.grid) > CHUNK_TOKENS:
+            stage, gib = replace(stage, chunk_tokens=CHUNK_TOKENS), self._gib(stage, CHUNK_TOKENS)
+        return replace(stage, seconds=seconds, gib=gib)
+
+    def _gib(self, stage: Stage, chunk_tokens: int | None) -> float:
+        """Weights and activations at the peak of a forward."""
+        step = self._step(stage, chunk_tokens)
+        return (self.weights + self.batch * (step.peak if step else 0)) / GIB
+
+    def _step(self, stage: Stage, chunk_tokens: int | None) -> Step | None:
+        config: Mapping[str, Any] = cast(Any, self.model).config
+        config = {name: value for name, value in config.items() if name != CONFIG_KEY and not name.startswith("_")}
+        latents = (stage.height // self.scale, stage.width // self.scale)
+        kind, dtype = type(self.model).__name__, self.model.dtype
+        return forward(kind, json.dumps(config, default=str), dtype, latents, self.text_len, chunk_tokens)
+
+
+@lru_cache(maxsize=64)
+def forward(
+    model_class: str,
+    config: str,
+    dtype: torch.dtype,
+    latents: tuple[int, int],
+    text_len: int,
+    chunk_tokens: int | None,
+) -> Step | None:
+    """What one forward does for one picture; None beyond the model's table of positions.
+
+    Args:
+        config: The model's, as JSON.
+        latents: (height, width) of the picture in the VAE's latents.
+        chunk_tokens: Of token-wise layers; the step's peak holds then, and its operations are of two blocks alone.
+    """
+    model = _shape(model_class, config, dtype, chunk_tokens is not None)
+    chunks = nullcontext() if chunk_tokens is None else in_token_chunks(model, chunk_tokens)
+    with chunks:
+        return count_step(model, latents, f"{latents[1]}x{latents[0]} latents", text_len=text_len)
+
+
+@lru_cache(maxsize=4)
+def _shape(model_class: str, config: str, dtype: torch.dtype, one_of_each: bool) -> nn.Module:
+    entries = json.loads(config) | (ONE_OF_EACH if one_of_each else {})
+    return build_on_meta(Base(source=Source(name="the pipeline"), model_class=model_class, config=entries), dtype=dtype)
+
+
+def is_guided(pipe: Any) -> bool:
+    """Whether each step is two forwards by default, with the prompt and without: classifier-free guidance."""
+    own = inspect.signature(pipe.stock.__call__).parameters
+    scale = own["guidance_scale"].default if "guidance_scale" in own else None
+    # where there is a true_cfg_scale as well, guidance_scale is an input of the model
+    return "negative_prompt" in own and "true_cfg_scale" not in own and isinstance(scale, int | float) and scale > 1
 
 
 @lru_cache
@@ -67,61 +151,6 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     began = time.perf_counter()
     float((left @ right).float().sum())  # waits for the device
     return time.perf_counter() - began
-
-
-class Estimator:
-    """Cost of the stages of one pipeline, as it stands now."""
-
-    @staticmethod
-    def knows(model: nn.Module) -> bool:
-        """Whether it was measured for such a model: FLUX.1's."""
-        return type(model).__name__ == "FluxTransformer2DModel"
-
-    def __init__(self, pipe: Any) -> None:
-        _, self.model = denoiser(pipe)
-        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-        device = pipe._execution_device
-        # offloading keeps one part on the device, or a few layers
-        offloads = bool(getattr(pipe, "_all_hooks", None))
-        sizes = [_bytes(part, None if offloads else device) for part in parts]
-        self.weights = max(sizes) if offloads else sum(sizes)
-        self.speed = half_of_peak(device, self.model.dtype)
-        self.limit = free_gib(device)
-
-    def with_costs(self, plan: Plan, token: int, text_len: int, batch: int) -> Plan:
-        """The plan with seconds and GiB beside each stage, in chunks of tokens where these are too many for the GPU.
-
-        Args:
-            token: Its side in pixels.
-        """
-        stages = [self._with_cost(stage, token, text_len, batch) for stage in plan.stages]
-        most = max(stage.gib or 0 for stage in stages)
-        if self.limit is None or most <= self.limit:
-            return replace(plan, stages=tuple(stages))
-        note = (
-            f"about {most:.1f} GiB where {self.limit:.1f} are free: offload (enable_model_cpu_offload or "
-            "enable_group_offload; --offload), quantize the model, or make a smaller picture"
-        )
-        return replace(plan, stages=tuple(stages), notes=(*plan.notes, note))
-
-    def _with_cost(self, stage: Stage, token: int, text_len: int, batch: int) -> Stage:
-        grid = (stage.height // token, stage.width // token)
-        flops = batch * step_flops(self.model, grid, text_len, converted=stage.attention == "converted")
-        num_tokens = math.prod(grid) + text_len
-        gib = self._gib(num_tokens, batch, stage.chunk_tokens)
-        if stage.chunk_tokens is None and num_tokens > CHUNK_TOKENS and self.limit is not None and gib > self.limit:
-            stage = replace(stage, chunk_tokens=CHUNK_TOKENS)
-            gib = self._gib(num_tokens, batch, CHUNK_TOKENS)
-        return replace(stage, seconds=stage.steps * flops / self.speed, gib=gib)
-
-    def _gib(self, num_tokens: int, batch: int, chunk_tokens: int | None) -> float:
-        """Weights and activations at the peak of a forward."""
-        config: Any = self.model.config
-        width = config.num_attention_heads * config.attention_head_dim
-        copies = COPIES * num_tokens
-        if chunk_tokens is not None:
-            copies = COPIES_IN_CHUNKS * (num_tokens + min(chunk_tokens, num_tokens))
-        return (self.weights + copies * batch * width * self.model.dtype.itemsize) / GIB
 
 
 def free_gib(device: torch.device) -> float | None:

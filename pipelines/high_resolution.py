@@ -141,7 +141,7 @@ class HighResolutionPipeline(StagedPipeline):
         plan = self._with_advice(plan, limits)
         if not Estimator.knows(denoiser(self)[1]):
             return plan
-        return Estimator(self).with_costs(plan, limits.multiple, text_len, batch)
+        return Estimator(self, text_len, batch).with_costs(plan, chunks=limits.chunks)
 
     @torch.no_grad()
     def __call__(

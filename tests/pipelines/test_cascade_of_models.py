@@ -14,6 +14,7 @@ from whole_pipelines import WHOLE
 
 from lineardit import HighResolutionPipeline, UnsupportedModelError
 from lineardit.linearize.convert import denoiser
+from lineardit.pipelines.estimate import is_guided
 from lineardit.pipelines.latents import pack_latents, unpack_latents
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.stock import packs_latents
@@ -42,6 +43,22 @@ def test_a_cascade_makes_the_size_and_leaves_the_model_as_it_was(name: str) -> N
     images = high(plan=plan, generator=seeded(), **arguments).images
     assert [image.size for image in images] == [(2 * side - 3, 2 * side)] * 2
     assert high.scheduler is scheduler and denoiser(high)[1]._lineardit_state.enabled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASCADES)
+def test_a_plan_estimates_time_and_memory(name: str, dtype: torch.dtype) -> None:
+    high, _, side = cascade_of(name)
+    stages = high.to(dtype).plan(2 * side, 2 * side).stages
+    assert all(stage.seconds > 0 for stage in stages)
+    weights = sum(weight.nbytes for part in high.components.values() if hasattr(part, "parameters")
+                  for weight in part.parameters()) / 2**30  # fmt: skip
+    assert all(stage.gib > weights for stage in stages)
+
+
+def test_guidance_is_two_forwards_a_step() -> None:
+    guided = {name for name in CASCADES if is_guided(cascade_of(name)[0])}
+    assert set(CASCADES) - guided == {"flux", "flux2", "flux2-klein", "qwen-image", "hunyuan-image"}
 
 
 @pytest.mark.parametrize("name", CASCADES)

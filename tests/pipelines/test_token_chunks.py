@@ -1,5 +1,6 @@
 """Chunks of tokens: the same numbers, whatever lies around a layer; less memory; the model as it was afterwards."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -15,10 +16,11 @@ from tiny_distill import build_tiny
 from tolerance import assert_close
 from torch import Tensor, nn
 
-from benchmarks.forward_memory import Live, peak_bytes
+from benchmarks.forward_memory import peak_bytes
 from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, dense, linearize_
 from lineardit.linearize.compiling import compile_
-from lineardit.pipelines.estimate import COPIES, COPIES_IN_CHUNKS
+from lineardit.linearize.live_bytes import LiveBytes
+from lineardit.pipelines.estimate import forward
 from lineardit.pipelines.plan import Settings, Stage
 from lineardit.pipelines.token_chunks import in_token_chunks
 from tiny_models import build, cast, inputs_of, run
@@ -170,17 +172,16 @@ def test_in_token_chunks_goes_with_compiled_blocks(model: Any) -> None:
 
 
 def test_estimate_of_memory_is_what_a_forward_holds() -> None:
-    """In copies of all tokens, at a width beside which rotary tables are small."""
-    shape = {"attention_head_dim": 16, "num_attention_heads": 24, "axes_dims_rope": (4, 6, 6)}
-    model, arguments = build("flux", num_layers=1, **shape).bfloat16(), inputs_of("flux", grid=(24, 24), batch=1)
-    num_tokens, chunk_tokens = 24 * 24 + 3, 48
-    for chunks, copies in (
-        (nullcontext(), COPIES * num_tokens),
-        (in_token_chunks(model, chunk_tokens), COPIES_IN_CHUNKS * (num_tokens + chunk_tokens)),
-    ):
-        with chunks, Live(model) as live:
+    """What is counted in the model's shape, against what a run with numbers holds."""
+    model, arguments = build("flux", num_layers=1).bfloat16(), inputs_of("flux", grid=(24, 24), batch=1)
+    config = json.dumps(dict(model.config))
+    for chunk_tokens in (None, 48):
+        chunks = nullcontext() if chunk_tokens is None else in_token_chunks(model, chunk_tokens)
+        with chunks, LiveBytes(model) as live:
             run(model, cast(arguments, torch.bfloat16))
-        assert 0.85 * copies < live.peak / (model.inner_dim * 2) < copies
+        step = forward("FluxTransformer2DModel", config, torch.bfloat16, (48, 48), 3, chunk_tokens)
+        assert step is not None
+        assert step.peak == pytest.approx(live.peak, rel=0.05)
 
 
 @pytest.mark.parametrize(("side", "chunk_tokens", "copies"), [(4096, None, 17.2), (4096, 8192, 8.4), (8192, 8192, 8.2)])

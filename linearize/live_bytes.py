@@ -1,0 +1,38 @@
+"""Bytes that a computation holds at once, counted tensor by tensor; on the meta device it takes no memory."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside, counts tensors from when they are made until nothing refers to them.
+
+    Args:
+        known: Its parameters do not count.
+    Attributes:
+        peak: The most bytes that were there at once.
+    """
+
+    def __init__(self, known: nn.Module) -> None:
+        super().__init__()
+        self.known = {weight.untyped_storage()._cdata for weight in known.parameters()}
+        self.bytes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.bytes and storage._cdata not in self.known:
+                self.bytes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, storage._cdata)
+        return out
+
+    def _forget(self, storage: int) -> None:
+        self.now -= self.bytes.pop(storage)
