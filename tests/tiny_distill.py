@@ -80,10 +80,12 @@ def write_config(config: DistillConfig, path: Path) -> Path:
 
 
 def launch_run(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[bytes]:
-    """A distillation in processes of its own."""
+    """A distillation in processes of its own, which are a group that can be killed as one."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "lineardit.distill", str(config), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, start_new_session=True
+    )
 
 
 def loss_rows(run: Path) -> list[dict[str, float]]:

@@ -1,6 +1,7 @@
 """Going on with a run: after kill -9, after a NaN, with other settings, from checkpoints that are not as they were."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -57,6 +58,32 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
     expected = trained_weights(tmp_path / "whole")
     assert trained_weights(run).keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(run).items())
+
+
+def test_two_processes_killed_and_resumed_end_in_the_same_weights(make_config: MakeConfig, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"layerwise": {"steps": 2, "lr": 1e-2}, "save": {"every": 3}}
+    steps = {"steps": 40, "batch_size": 2}
+    config, whole = (
+        make_config(**settings, run=steps | {"directory": str(tmp_path / name)}) for name in ("killed", "whole")
+    )
+    file, csv_file = write_config(config, tmp_path / "killed.toml"), Path(config.run.directory) / "loss.csv"
+    process = launch_run(file, processes=2)
+    kill_after = random.Random(time.time_ns()).randrange(4, 30)
+    while process.poll() is None and not (csv_file.is_file() and len(csv_file.read_text().splitlines()) > kill_after):
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)  # the launcher and what it has launched
+    process.wait()
+    assert not Path(config.run.directory, "adapter").exists(), f"finished before it could be killed after {kill_after}"
+    for one in (
+        launch_run(file, "--resume", "latest", processes=2),
+        launch_run(write_config(whole, tmp_path / "whole.toml"), processes=2),
+    ):
+        assert one.wait() == 0, one.stderr.read().decode()
+    assert [row["step"] for row in loss_rows(tmp_path / "killed")] == list(range(1, 43))
+    expected = trained_weights(tmp_path / "whole")
+    resumed = trained_weights(tmp_path / "killed")
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 
 
 def test_a_run_goes_on_that_was_started_before_a_setting_came(make_config: MakeConfig) -> None:
