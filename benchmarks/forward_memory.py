@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lineardit.pipelines.estimate import CHUNK_TOKENS, GIB, forward
+from lineardit.pipelines.estimate import CHUNK_TOKENS, GIB, Shape, forward, peak_in_chunks
 
 CONFIG = Path(__file__).parents[1] / "tests/data/flux1-dev/transformer/config.json"
 SIDES = (1024, 4096, 8192)  # pixels
@@ -19,12 +19,15 @@ TEXT_LEN = 512
 def peak_bytes(side: int, chunk_tokens: int | None) -> tuple[int, int]:
     """Of a square picture in bfloat16; and bytes of one copy of all tokens at the model's width."""
     text, latents = CONFIG.read_text(), (side // PIXELS_PER_LATENT,) * 2
-    step = forward("FluxTransformer2DModel", text, torch.bfloat16, latents, TEXT_LEN, chunk_tokens)
+    shape = Shape(
+        model_class="FluxTransformer2DModel", config=text, dtype=torch.bfloat16, latents=latents, text_len=TEXT_LEN
+    )
+    step, config = forward(shape), json.loads(text)
     if step is None:
         raise ValueError(f"{CONFIG} has no positions for {side} pixels")
-    config = json.loads(text)
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return step.peak, (step.grid[0] * step.grid[1] + TEXT_LEN) * width * torch.bfloat16.itemsize
+    peak = step.peak if chunk_tokens is None else peak_in_chunks(shape, chunk_tokens)
+    return peak, (step.grid[0] * step.grid[1] + TEXT_LEN) * width * torch.bfloat16.itemsize
 
 
 def main() -> None:

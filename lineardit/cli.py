@@ -84,11 +84,6 @@ def _with_what_is_allowed(error: typer.TyperException) -> str:
     return f"{message.rstrip('.')}; {context.command_path} takes {', '.join(options)}"
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a GPU, by its class, which needs no torch here; of the CPU, by the allocator that says so."""
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2."""
     words = [_at_home(word) for word in arguments] or ["--help"]
@@ -104,7 +99,9 @@ def run(arguments: Sequence[str]) -> int:
             raise
         message, exit_code = str(error), 2
     except RuntimeError as error:
-        if "--traceback" in arguments or not _is_out_of_memory(error):
+        from .linearize.errors import is_out_of_memory
+
+        if "--traceback" in arguments or not is_out_of_memory(error):
             raise
         message, exit_code = f"out of memory: {error}; {LESS_MEMORY}", 1
     print(f"lineardit: {' '.join(message.split())}", file=sys.stderr)

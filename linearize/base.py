@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -203,21 +202,20 @@ def build_on_meta(base: Base, *, dtype: torch.dtype = torch.float32) -> nn.Modul
         raise UnsupportedModelError(unsupported(base.model_class))
     config = {key: value for key, value in base.config.items() if key != CONFIG_KEY}
     try:
-        with init_empty_weights(include_buffers=True), default_dtype(dtype):
-            return cast(nn.Module, getattr(diffusers, base.model_class).from_config(config))
+        with init_empty_weights(include_buffers=True):
+            model = cast(nn.Module, getattr(diffusers, base.model_class).from_config(config))
     except (TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"the config of {base.source.name} does not fit a {base.model_class}: {error}") from error
+    cast_as_loaded_(model, dtype)
+    return model
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules and tensors of no other dtype are made in this one."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def cast_as_loaded_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in the dtype that `from_pretrained` gives them: some that a class names stay float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:

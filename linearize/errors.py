@@ -1,4 +1,4 @@
-"""What conversion raises beside plain ValueErrors."""
+"""What conversion raises beside plain ValueErrors, and what others raise that is no fault of the input."""
 
 
 class UnsupportedModelError(ValueError):
@@ -11,3 +11,16 @@ class LayoutError(ValueError):
 
 class KernelNotReachedError(RuntimeError):
     """A converted attention module ran without its linear kernel, or with two of them."""
+
+
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator: can't allocate")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation ended for want of memory: of a GPU, whoever asked for it, or of the CPU."""
+    while True:
+        if type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _NO_MEMORY):
+            return True
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__

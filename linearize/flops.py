@@ -116,10 +116,10 @@ class Step:
         """Whether a call of a converted module is the one that its linear kernel replaces."""
         return call.queries == (call.keys if self.text_queries else prod(self.grid))
 
-    def picked(self, module: str, config: Any, device: str) -> str:
-        """The implementation that "auto" picks for a converted module on a device of this type."""
+    def picked(self, module: str, config: Any, like: Tensor) -> str:
+        """The implementation that "auto" picks for a converted module, on the device and in the dtype of a tensor."""
         call = next(call for call in self.calls if call.module == module and self.is_of_the_image(call))
-        query = torch.empty(1, device=device).expand(1, call.heads, call.keys, call.head_dim)  # no memory
+        query = like.new_empty(1).expand(1, call.heads, call.keys, call.head_dim)  # no memory
         chosen: str = METHODS[type(config)].chosen(config, query, *self.layout(call))
         return chosen
 
@@ -252,7 +252,7 @@ def _as_upstream_takes(name: str, value: Any, dtype: torch.dtype) -> Any:
 
 
 def _run(
-    model: nn.Module, inputs: Mapping[str, Any], modules: tuple[Mapping[str, nn.Module], Mapping[str, str]]
+    model: Any, inputs: Mapping[str, Any], modules: tuple[Mapping[str, nn.Module], Mapping[str, str]]
 ) -> tuple[_Counter, LiveBytes]:
     """What a forward does and holds; calls are of the swappable and the other attention modules."""
     counter, live = _Counter(), LiveBytes(model)
@@ -261,9 +261,10 @@ def _run(
         module = model.get_submodule(name)
         handles += [module.register_forward_pre_hook(partial(counter.enter, name))]
         handles += [module.register_forward_hook(counter.leave)]
-    dtype = next(model.parameters()).dtype
-    with torch.no_grad(), live, counter:
-        model(**{name: _as_upstream_takes(name, value, dtype) for name, value in inputs.items()})
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.no_grad(), live, counter:
+            model(**{name: _as_upstream_takes(name, value, model.dtype) for name, value in inputs.items()})
+    finally:
+        for handle in handles:
+            handle.remove()
     return counter, live

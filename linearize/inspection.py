@@ -12,7 +12,8 @@ from .base import Base, build_on_meta, find_place, read_base
 from .convert import check_impl
 from .families import family_of
 from .flops import Step, StepFlops, count_steps
-from .manifest import Manifest, read_entry, read_manifest
+from .loading import base_of
+from .manifest import read_entry, read_manifest
 from .matching import attention_modules, choose
 from .methods import config_to_dict, spelled
 from .record import CONFIG_KEY
@@ -79,40 +80,38 @@ class Inspection:
 
 
 def inspect_base(
-    base_or_adapter: str | Path, *, revision: str | None = None, offline: bool = False, impl: str = "auto"
+    base_or_adapter: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    impl: str = "auto",
 ) -> Inspection:
     """Looks at a base, an adapter or a saved converted pipeline; reads config files, never the base's weights.
 
     Args:
         base_or_adapter: Folder, config.json or Hub id.
+        base: To read in place of the base that an adapter names.
         revision: Branch, tag or commit of a Hub id.
         offline: Never touch the network.
         impl: The implementation to ask about.
     Raises:
         UnsupportedModelError: the model's class cannot be converted.
-        ValueError: something is missing, damaged or out of reach, or there is no such `impl`.
+        ValueError: something is missing, damaged or out of reach, there is no such `impl`, or `base` beside something
+            that is no adapter.
     """
     place = find_place(base_or_adapter, revision=revision, offline=offline)
     file = adapter_file(place)
     if file is None:
-        base = read_base(base_or_adapter, revision=revision, offline=offline)
-        configs = read_entry(base.config[CONFIG_KEY]).configs() if CONFIG_KEY in base.config else {}
+        if base is not None:
+            raise ValueError(f"base is for adapters, and {base_or_adapter} is a whole model: leave base out")
+        found = read_base(base_or_adapter, revision=revision, offline=offline)
+        configs = read_entry(found.config[CONFIG_KEY]).configs() if CONFIG_KEY in found.config else {}
     else:
         manifest = read_manifest(file)
         configs = manifest.configs()
-        base = named_base(manifest, place.name, offline=offline)
-    return _inspect(base, configs, impl)
-
-
-def named_base(manifest: Manifest, name: str, *, offline: bool = False) -> Base:
-    """What the config files of an adapter's base say.
-
-    Raises:
-        ValueError: the adapter names none, or it is missing or out of reach.
-    """
-    if manifest.base is None:
-        raise ValueError(f"{name} does not name its base (it was made in memory), whose shape is asked for")
-    return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
+        found = base_of(manifest, place.name, base, offline=offline)
+    return _inspect(found, configs, impl)
 
 
 def _inspect(base: Base, patterns: Mapping[str, Any], impl: str) -> Inspection:
@@ -150,10 +149,10 @@ def _runs(name: str, config: Any, steps: Sequence[Step], impl: str) -> str:
     """The implementation at every size: "tiled", or "reference at 1K, tiled at 2K 4K 8K"; "auto" without sizes."""
     if impl != "auto" or not steps:
         return impl
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    like = torch.empty(1, device="cuda", dtype=torch.bfloat16) if torch.cuda.is_available() else torch.empty(1)
     sizes: dict[str, list[str]] = {}
     for step in steps:
-        sizes.setdefault(step.picked(name, config, device), []).append(step.size)
+        sizes.setdefault(step.picked(name, config, like), []).append(step.size)
     if len(sizes) == 1:
         return next(iter(sizes))
     return ", ".join(f"{chosen} at {' '.join(names)}" for chosen, names in sizes.items())

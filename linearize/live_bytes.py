@@ -12,14 +12,14 @@ class LiveBytes(TorchDispatchMode):
     """Inside, counts tensors from when they are made until nothing refers to them.
 
     Args:
-        known: Its parameters do not count.
+        known: Its parameters and buffers do not count.
     Attributes:
         peak: The most bytes that were there at once.
     """
 
     def __init__(self, known: nn.Module) -> None:
         super().__init__()
-        self.known = {weight.untyped_storage()._cdata for weight in known.parameters()}
+        self.known = {one.untyped_storage()._cdata for one in (*known.parameters(), *known.buffers())}
         self.bytes: dict[int, int] = {}
         self.now = self.peak = 0
 

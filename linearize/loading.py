@@ -58,20 +58,23 @@ def from_pretrained(
     if adapter_file(place) is None:
         return _restored(place, dtype=dtype, base=base, impl=impl)
     manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
-    if base is None:
-        found = _named_base(manifest, place, offline)
-    else:
-        found = read_base(base, offline=offline)
-    pipe = load_base(found, dtype=dtype, offline=offline)
+    pipe = load_base(base_of(manifest, place.name, base, offline=offline), dtype=dtype, offline=offline)
     mount_adapter_(pipe, manifest, tensors, keep_original=keep_original, impl=impl)
     return pipe
 
 
-def _named_base(manifest: Manifest, place: Place, offline: bool) -> Base:
+def base_of(manifest: Manifest, adapter: str, base: str | Path | None = None, *, offline: bool = False) -> Base:
+    """What the config files of `base` say; None: of the one that an adapter names, at the revision that it names.
+
+    Raises:
+        ValueError: the adapter names none, or it is missing, out of reach or damaged.
+    """
+    if base is not None:
+        return read_base(base, offline=offline)
     if manifest.base is None:
-        raise ValueError(f"{place.name} does not name its base (it was made in memory): pass base=")
+        raise ValueError(f"{adapter} does not name its base (it was made in memory): pass base= (--base)")
     if Path(manifest.base).is_absolute() and not Path(manifest.base).exists():
-        raise ValueError(f"the base of {place.name} is no longer at {manifest.base}: pass base= with its new place")
+        raise ValueError(f"the base of {adapter} is no longer at {manifest.base}: pass base= (--base) with its place")
     return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
 
 

@@ -8,9 +8,7 @@ tensor; attention stands for any that holds its output alone.
 import inspect
 import json
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any, cast
@@ -22,16 +20,21 @@ from ..linearize.base import Base, Source, build_on_meta
 from ..linearize.convert import denoiser, swapped
 from ..linearize.families import FAMILIES
 from ..linearize.flops import Step, count_step
-from ..linearize.record import CONFIG_KEY
-from ..linearize.step_inputs import can_make_inputs
+from ..linearize.step_inputs import can_make_inputs, token_side
 from .plan import Plan, Stage
+from .positions import table_side
 from .token_chunks import in_token_chunks
 from .vae import pixels_per_latent
 
 GIB = 2**30
 LONG_SECONDS = 0.02  # of a product; some CPUs take 40 s for the larger one in bfloat16
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
-ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1}  # of FLUX.1's blocks; more of them hold no more
+_CLIP_TOKENS = 77
+# Pipelines whose guidance calls the model once with the prompt and once without; others give it both at once.
+_ONE_AFTER_THE_OTHER = (
+    *("ChromaPipeline", "OvisImagePipeline", "CogView4Pipeline", "Krea2Pipeline", "Lumina2Pipeline"),
+    "Flux2KleinPipeline",
+)
 
 
 class Estimator:
@@ -42,10 +45,11 @@ class Estimator:
         """Whether a forward of such a model can be made up from its config."""
         return type(model).__name__ in FAMILIES and can_make_inputs(model)
 
-    def __init__(self, pipe: Any, text_len: int, batch: int) -> None:
+    def __init__(self, pipe: Any, text_len: int | None, batch: int) -> None:
         _, self.model = denoiser(pipe)
-        self.text_len, self.scale = text_len, pixels_per_latent(pipe.vae)
-        self.batch = batch * (2 if is_guided(pipe) else 1)
+        self.text_len, self.scale = _text_len(pipe, text_len), pixels_per_latent(pipe.vae)
+        self.forwards, together = forwards_of(pipe)
+        self.batch = batch * together
         parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         device = pipe._execution_device
         # offloading keeps one part on the device, or a few layers
@@ -72,65 +76,99 @@ class Estimator:
         return replace(plan, stages=tuple(stages), notes=(*plan.notes, note))
 
     def _with_cost(self, stage: Stage, chunks: bool) -> Stage:
-        step = self._step(stage, None)
-        if step is None:  # beyond the model's table of positions, which a plan is refused for
+        shape = self._shape(stage)
+        step = forward(shape)
+        if step is None:  # beyond the positions that the model has, which a plan is refused for
             return stage
         kernels = swapped(self.model) if stage.attention == "converted" else {}
         configs = {name: cast(Any, module).linear_kernel.config for name, module in kernels.items()}
-        seconds = stage.steps * self.batch * step.flops(configs).after / self.speed
-        gib = self._gib(stage, stage.chunk_tokens)
+        operations = stage.steps * self.forwards * self.batch * step.flops(configs).after
+        gib = self._gib(step.peak if stage.chunk_tokens is None else peak_in_chunks(shape, stage.chunk_tokens))
         too_large = self.limit is not None and gib > self.limit
         if too_large and chunks and stage.chunk_tokens is None and prod(step.grid) > CHUNK_TOKENS:
-            stage, gib = replace(stage, chunk_tokens=CHUNK_TOKENS), self._gib(stage, CHUNK_TOKENS)
-        return replace(stage, seconds=seconds, gib=gib)
+            stage, gib = replace(stage, chunk_tokens=CHUNK_TOKENS), self._gib(peak_in_chunks(shape, CHUNK_TOKENS))
+        return replace(stage, seconds=operations / self.speed, gib=gib)
 
-    def _gib(self, stage: Stage, chunk_tokens: int | None) -> float:
-        """Weights and activations at the peak of a forward."""
-        step = self._step(stage, chunk_tokens)
-        return (self.weights + self.batch * (step.peak if step else 0)) / GIB
+    def _gib(self, peak: int) -> float:
+        """Weights, and activations at the peak of a forward, of so many bytes for one picture."""
+        return (self.weights + self.batch * peak) / GIB
 
-    def _step(self, stage: Stage, chunk_tokens: int | None) -> Step | None:
-        config: Mapping[str, Any] = cast(Any, self.model).config
-        config = {name: value for name, value in config.items() if name != CONFIG_KEY and not name.startswith("_")}
+    def _shape(self, stage: Stage) -> "Shape":
+        config = {name: one for name, one in cast(Any, self.model).config.items() if not name.startswith("_")}
         latents = (stage.height // self.scale, stage.width // self.scale)
-        kind, dtype = type(self.model).__name__, self.model.dtype
-        return forward(kind, json.dumps(config, default=str), dtype, latents, self.text_len, chunk_tokens)
+        side, table = max(latents) // token_side(self.model), table_side(self.model)
+        if table is not None and side > table:  # it is stretched then
+            config["pos_embed_max_size"] = side if config["pos_embed_max_size"] == table else side**2
+        return Shape(
+            model_class=type(self.model).__name__,
+            config=json.dumps(config, default=str),
+            dtype=cast(Any, self.model).dtype,
+            latents=latents,
+            text_len=self.text_len,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of one forward, for one picture.
+
+    Attributes:
+        config: The model's, as JSON.
+        latents: (height, width) of the picture in the VAE's latents.
+        text_len: As in `count_step`.
+    """
+
+    model_class: str
+    config: str
+    dtype: torch.dtype
+    latents: tuple[int, int]
+    text_len: int | None
+
+    def model(self, **others: int) -> nn.Module:
+        """On the meta device; with other values in its config."""
+        config = json.loads(self.config) | others
+        base = Base(source=Source(name="the pipeline"), model_class=self.model_class, config=config)
+        return build_on_meta(base, dtype=self.dtype)
+
+    def step(self, model: nn.Module) -> Step | None:
+        return count_step(model, self.latents, f"{self.latents[1]}x{self.latents[0]} latents", text_len=self.text_len)
 
 
 @lru_cache(maxsize=64)
-def forward(
-    model_class: str,
-    config: str,
-    dtype: torch.dtype,
-    latents: tuple[int, int],
-    text_len: int,
-    chunk_tokens: int | None,
-) -> Step | None:
-    """What one forward does for one picture; None beyond the model's table of positions.
-
-    Args:
-        config: The model's, as JSON.
-        latents: (height, width) of the picture in the VAE's latents.
-        chunk_tokens: Of token-wise layers; the step's peak holds then, and its operations are of two blocks alone.
-    """
-    model = _shape(model_class, config, dtype, chunk_tokens is not None)
-    chunks = nullcontext() if chunk_tokens is None else in_token_chunks(model, chunk_tokens)
-    with chunks:
-        return count_step(model, latents, f"{latents[1]}x{latents[0]} latents", text_len=text_len)
+def forward(shape: Shape) -> Step | None:
+    """What one forward does; None beyond the positions that the model has."""
+    return shape.step(shape.model())
 
 
-@lru_cache(maxsize=4)
-def _shape(model_class: str, config: str, dtype: torch.dtype, one_of_each: bool) -> nn.Module:
-    entries = json.loads(config) | (ONE_OF_EACH if one_of_each else {})
-    return build_on_meta(Base(source=Source(name="the pipeline"), model_class=model_class, config=entries), dtype=dtype)
+@lru_cache(maxsize=64)
+def peak_in_chunks(shape: Shape, chunk_tokens: int) -> int:
+    """Bytes that a forward of FLUX.1 holds at once, its token-wise layers on so many tokens at a time."""
+    model = shape.model(num_layers=1, num_single_layers=1)  # more blocks hold no more
+    with in_token_chunks(model, chunk_tokens):
+        return cast(Step, shape.step(model)).peak
 
 
-def is_guided(pipe: Any) -> bool:
-    """Whether each step is two forwards by default, with the prompt and without: classifier-free guidance."""
-    own = inspect.signature(pipe.stock.__call__).parameters
+def forwards_of(pipe: Any) -> tuple[int, int]:
+    """(forwards of a step, copies of each picture in them) by default: 2 for classifier-free guidance."""
+    stock, own = pipe.stock.__name__, inspect.signature(pipe.stock.__call__).parameters
+    if (guider := getattr(pipe, "guider", None)) is not None:  # HunyuanImage
+        return guider.num_conditions, 1
     scale = own["guidance_scale"].default if "guidance_scale" in own else None
     # where there is a true_cfg_scale as well, guidance_scale is an input of the model
-    return "negative_prompt" in own and "true_cfg_scale" not in own and isinstance(scale, int | float) and scale > 1
+    guided = "true_cfg_scale" not in own and isinstance(scale, int | float) and scale > 1
+    if stock.startswith("Flux2"):
+        guided = stock == "Flux2KleinPipeline" and not pipe.config.is_distilled
+    return (1, 1) if not guided else (2, 1) if stock in _ONE_AFTER_THE_OTHER else (1, 2)
+
+
+def _text_len(pipe: Any, text_len: int | None) -> int | None:
+    """Tokens of a prompt, as the pipeline takes them; None: it does not say."""
+    own = inspect.signature(pipe.stock.__call__).parameters
+    if text_len is None and "max_sequence_length" in own:
+        text_len = own["max_sequence_length"].default
+    if text_len is not None and "Diffusion3" in pipe.stock.__name__:
+        text_len += _CLIP_TOKENS  # before those of T5
+    return text_len
 
 
 @lru_cache
@@ -163,5 +201,6 @@ def free_gib(device: torch.device) -> float | None:
 
 def _bytes(part: nn.Module, device: torch.device | None) -> int:
     """Of the weights on a device, of all of them for None."""
-    there = (weight for weight in part.parameters() if device is None or weight.device.type == device.type)
+    held = (*part.parameters(), *part.buffers())
+    there = (weight for weight in held if device is None or weight.device.type == device.type)
     return sum(weight.numel() * weight.element_size() for weight in there)

@@ -30,6 +30,7 @@ from .low_frequencies import OnStep
 from .pictures import as_pictures
 from .plan import Attention, Limits, Plan, Settings, Stage
 from .planning import cascade
+from .positions import table_side
 from .sizes import size_multiple
 from .stage_schedule import largest_shift, matches_flows
 from .stages import OnStage, StagedPipeline, Start, stage_generators
@@ -125,8 +126,7 @@ class HighResolutionPipeline(StagedPipeline):
         limits, own = self._limits(), inspect.signature(self.stock.__call__).parameters
         if num_inference_steps is None:
             num_inference_steps = own["num_inference_steps"].default
-        if text_len is None:
-            text_len = (own["max_sequence_length"].default if "max_sequence_length" in own else None) or 77
+        said = own["max_sequence_length"].default if "max_sequence_length" in own else None
         plan = cascade(
             limits.native if height is None else height,
             limits.native if width is None else width,
@@ -134,7 +134,7 @@ class HighResolutionPipeline(StagedPipeline):
             settings or Settings(),
             first_steps=num_inference_steps,
             enlarge=enlarge,
-            text_len=text_len,
+            text_len=text_len or said or 77,
             tile=tile,
         )
         check_stages(plan, limits, self.scheduler)
@@ -228,7 +228,8 @@ class HighResolutionPipeline(StagedPipeline):
     def _limits(self) -> Limits:
         """What a plan must know of the model and its scheduler, as they are now."""
         model: Any = denoiser(self)[1]
-        flows, multiple, table = matches_flows(self.scheduler), size_multiple(self), most_tokens(model)
+        flows, multiple = matches_flows(self.scheduler), size_multiple(self)
+        most, table = most_tokens(model), table_side(model)
         return Limits(
             native=self.native_size,
             multiple=multiple,
@@ -238,7 +239,8 @@ class HighResolutionPipeline(StagedPipeline):
             follows=flows
             and not self.scheduler.config.get("stochastic_sampling")  # whose steps are none of Euler's
             and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
-            largest=None if table is None else table * multiple,
+            largest=None if most is None else most * multiple,
+            table=None if table is None else table * multiple,
             counts_tokens="UNet" not in type(model).__name__,
             chunks=has_chunks(model),
         )

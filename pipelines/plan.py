@@ -181,6 +181,8 @@ class Limits:
         attention: What the model can run.
         follows: Whether low frequencies can follow the stage before.
         largest: Pixels of the longest side that it has positions for at all; None: any.
+        table: Pixels of the longest side that its table of positions is made for, which is stretched beyond; None: it
+            has no table.
         counts_tokens: Whether it attends to every token of the picture and the text at once, as a UNet does not.
         chunks: Whether its token-wise layers run in chunks.
     """
@@ -192,6 +194,7 @@ class Limits:
     attention: Attention
     follows: bool = True
     largest: int | None = None
+    table: int | None = None
     counts_tokens: bool = True
     chunks: bool = True
 

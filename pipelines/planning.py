@@ -102,6 +102,11 @@ def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, .
             f"the model was not trained beyond {limits.known} pixels a side, and low frequencies do not follow the "
             f"stage before: expect repeated objects; {remedy}"
         )
+    if limits.table is not None and max(last.height, last.width) > limits.table:
+        notes.append(
+            f"the model's table of positions is for {limits.table} pixels a side and is stretched beyond, which was "
+            "not tried on trained weights"
+        )
     if max(height, width) > 8 * limits.native:
         notes.append(f"nobody has shown pictures beyond {8 * limits.native} pixels a side from such a model")
     return tuple(notes)

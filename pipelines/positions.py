@@ -1,14 +1,24 @@
-"""Positions of image tokens: exact ones, and rotary ones beyond those a model was trained on, by its own mechanism."""
+"""Positions of image tokens: exact ones, and more of them than a model was trained on, by its own mechanism."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from ..linearize.convert import denoiser
 from ..linearize.families.positions import rectangle
+
+# Where these models have a table of positions, square, which is added to the tokens.
+_TABLES = {
+    "SD3Transformer2DModel": "pos_embed",
+    "CogView3PlusTransformer2DModel": "patch_embed",
+    "AuraFlowTransformer2DModel": "pos_embed",
+}
 
 
 def is_told_positions(model: nn.Module) -> bool:
@@ -66,3 +76,56 @@ def rope_scaled(pipe_or_model: Any, factor: float) -> Iterator[None]:
         yield
     finally:
         rope.theta = theta
+
+
+def table_side(model: nn.Module) -> int | None:
+    """Tokens along one side of a model's table of positions that is added to its tokens; None: it has none."""
+    if type(model).__name__ not in _TABLES:
+        return None
+    table: Tensor = _embedding_of(model).pos_embed
+    return math.isqrt(table.numel() // table.shape[-1])
+
+
+@contextmanager
+def positions_stretched(pipe_or_model: Any, side: int, device: torch.device) -> Iterator[None]:
+    """Inside, a model with a table of positions has `side` of them along each side: bicubic between its own.
+
+    Where it has as many already, or no table, nothing changes.
+
+    Args:
+        device: Where the model will run.
+    Raises:
+        ValueError: the table is out of reach, offloaded layer by layer.
+    """
+    _, model = denoiser(pipe_or_model)
+    own_side = table_side(model)
+    if own_side is None or side <= own_side:
+        yield
+        return
+    embedding = _embedding_of(model)
+    own, own_size = embedding.pos_embed, embedding.pos_embed_max_size
+    if own.is_meta:
+        raise ValueError(
+            f"the positions of this {type(model).__name__} must be stretched to {side} a side, and are offloaded layer "
+            "by layer: take model or group offload in place of the sequential one"
+        )
+    stretched = _stretched(own.detach().to(device), own_side, side)
+    embedding.pos_embed = nn.Parameter(stretched, requires_grad=False) if isinstance(own, nn.Parameter) else stretched
+    embedding.pos_embed_max_size = side if own_size == own_side else side**2  # AuraFlow counts all of them
+    try:
+        yield
+    finally:
+        own.data = own.data.to(embedding.proj.weight.device)  # where the model went meanwhile; the same tensor
+        embedding.pos_embed, embedding.pos_embed_max_size = own, own_size
+
+
+def _embedding_of(model: nn.Module) -> Any:
+    return getattr(model, _TABLES[type(model).__name__])
+
+
+def _stretched(table: Tensor, own_side: int, side: int) -> Tensor:
+    """[..., own_side * own_side, C] or [own_side, own_side, C] -> the same for `side`."""
+    channels = table.shape[-1]
+    image = table.float().reshape(1, own_side, own_side, channels).permute(0, 3, 1, 2)
+    larger = interpolate(image, (side, side), mode="bicubic", align_corners=True).permute(0, 2, 3, 1).to(table.dtype)
+    return larger[0] if table.shape[:-1] == (own_side, own_side) else larger.reshape(1, side * side, channels)

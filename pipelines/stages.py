@@ -25,8 +25,9 @@ from .encoded_once import text_encoded_once
 from .latents import unpack_latents
 from .low_frequencies import Following
 from .plan import Plan, Stage
-from .positions import exact_positions, rope_scaled
+from .positions import exact_positions, positions_stretched, rope_scaled
 from .running_kernels import kernels_told
+from .sizes import size_multiple
 from .stage_schedule import noised, scheduler_of
 from .stock import as_given, as_taken
 from .token_chunks import in_token_chunks
@@ -156,7 +157,9 @@ class StagedPipeline(DiffusionPipeline):
         original = dense(model) if converted and stage.attention == "original" else nullcontext()
         logits = scaled_logits(model, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
         chunks = nullcontext() if stage.chunk_tokens is None else in_token_chunks(model, stage.chunk_tokens)
-        with original, logits, exact_positions(model), rope_scaled(model, stage.rope_factor), chunks:
+        side = max(stage.height, stage.width) // size_multiple(self)
+        stretched = positions_stretched(model, side, self._execution_device)
+        with original, logits, exact_positions(model), rope_scaled(model, stage.rope_factor), stretched, chunks:
             yield
 
     @contextmanager

@@ -5,7 +5,6 @@ A stage is a call of the text-to-image pipeline itself, given latents and a sche
 """
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -113,13 +112,9 @@ def rope_dim(model: nn.Module) -> int | None:
 
 
 def most_tokens(model: nn.Module) -> int | None:
-    """Of one side, where the model has a table of positions."""
+    """Of one side, where the model has rotary positions for so many and no more."""
     config: Any = model.config
     match type(model).__name__:
-        case "SD3Transformer2DModel" | "CogView3PlusTransformer2DModel":
-            return int(config.pos_embed_max_size)
-        case "AuraFlowTransformer2DModel":
-            return math.isqrt(config.pos_embed_max_size)
         case "LuminaNextDiT2DModel":
             return _LUMINA_NEXT_TOKENS
         case "Lumina2Transformer2DModel" | "ZImageTransformer2DModel":

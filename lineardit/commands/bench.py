@@ -1,6 +1,6 @@
 """`lineardit bench`: seconds of a step before and after conversion, on this machine, size by size."""
 
-import gc
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -15,9 +15,11 @@ from .options import Device, Dtype, Impl, MaxSequenceLength, Offline
 from .prompts import parse_size
 
 if TYPE_CHECKING:
+    from ..linearize.conversion_shape import Conditions, Conversion, Size
     from ..linearize.step_times import StepTime
 
 SIZES = ("1024x1024", "2048x2048", "4096x4096")
+FIGURES, PICTURE = "bench.json", "bench.png"
 
 
 def bench(
@@ -29,6 +31,7 @@ def bench(
     pairs: Annotated[int, typer.Option(min=1, help="Steps of each that count, after one that warms up.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks of both.")] = False,
     max_sequence_length: MaxSequenceLength = None,
+    base: Annotated[str | None, typer.Option(help="In place of the bases that the adapters name.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     impl: Impl = "auto",
@@ -39,44 +42,54 @@ def bench(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
 ) -> None:
     """Time a denoising step of the original and of conversions, in turn; this reads no weights of the base."""
-    asked = [parse_size(size) for size in sizes or SIZES]
+    asked = list(dict.fromkeys(map(parse_size, sizes or SIZES)))
     from ..distill.figures import require_matplotlib
 
     require_matplotlib("bench.png")
-    from ..bench_plot import draw_step_times
-    from ..distill.files import write_json
+    from ..linearize.conversion_shape import Conditions, Conversion
     from ..linearize.folders import check_output_file
     from ..linearize.opening import named_dtype
-    from ..linearize.step_times import Conversion, time_steps
-    from ..stages import that_device
     from .devices import find_device, find_dtype
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    figures, picture = output / "bench.json", output / "bench.png"
-    for file in (figures, picture):
-        check_output_file(file, overwrite=overwrite)
+    for name in (FIGURES, PICTURE):
+        check_output_file(output / name, overwrite=overwrite)
     target = find_device(device)
-    weights = named_dtype(find_dtype(dtype, target))
-    conversions = [Conversion.read(name, offline=offline) for name in dict.fromkeys(adapters)]
+    conditions = Conditions(
+        device=target,
+        dtype=named_dtype(find_dtype(dtype, target)),
+        pairs=pairs,
+        text_len=max_sequence_length,
+        impl=impl,
+        compiled=compiled,
+    )
+    conversions = [Conversion.read(name, base=base, offline=offline) for name in dict.fromkeys(adapters)]
     for conversion in conversions:  # what does not fit is told before any of them runs
-        conversion.check(asked, impl)
+        conversion.check(asked, conditions)
+    _time(conversions, asked, conditions, output)
+
+
+def _time(conversions: "Sequence[Conversion]", sizes: "Sequence[Size]", conditions: "Conditions", output: Path) -> None:
+    """Every conversion at every size; figures are written as they come."""
+    from ..bench_plot import draw_step_times
+    from ..distill.files import write_json
+    from ..linearize.step_times import time_steps
+    from ..stages import that_device
+
     output.mkdir(parents=True, exist_ok=True)
-    about = {"device": that_device(target), "dtype": str(weights).removeprefix("torch.")}
-    settings: dict[str, Any] = {"pairs": pairs, "impl": impl, "compiled": compiled, "text_len": max_sequence_length}
+    settings = {"device": that_device(conditions.device), "dtype": str(conditions.dtype).removeprefix("torch.")}
+    about = settings | {name: getattr(conditions, name) for name in ("pairs", "text_len", "impl", "compiled")}
     found: dict[str, list[StepTime]] = {}
     for conversion in conversions:
         rows = found.setdefault(conversion.name, [])
-        for row in time_steps(conversion, asked, device=target, dtype=weights, **settings):
+        for row in time_steps(conversion, sizes, conditions):
             rows.append(row)
-            write_json(
-                figures,
-                about | settings | {"conversions": {name: list(map(entry, one)) for name, one in found.items()}},
-            )
+            rows_by_name = {name: list(map(entry, one)) for name, one in found.items()}
+            write_json(output / FIGURES, about | {"conversions": rows_by_name})
         show(conversion.name, rows)
-        gc.collect()
-    draw_step_times(found, picture)
-    print(f"On {about['device']}, weights in {about['dtype']}. Wrote {figures} and {picture.name}")
+        draw_step_times(found, output / PICTURE)
+    print(f"On {settings['device']}, weights in {settings['dtype']}. Wrote {output / FIGURES} and {PICTURE}")
 
 
 def entry(row: "StepTime") -> dict[str, Any]:
@@ -84,7 +97,7 @@ def entry(row: "StepTime") -> dict[str, Any]:
     return asdict(row) | {"speedup": row.speedup, "flops": asdict(row.flops) | {"after": row.flops.after}}
 
 
-def show(name: str, rows: "list[StepTime]") -> None:
+def show(name: str, rows: "Sequence[StepTime]") -> None:
     """Print the table of one conversion, and from which size on it is worth it."""
     table = Table(title=f"One step, batch 1: {name}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("size")
@@ -102,16 +115,18 @@ def show(name: str, rows: "list[StepTime]") -> None:
     console.print(verdict(rows), highlight=False)
 
 
-def verdict(rows: "list[StepTime]") -> str:
+def verdict(rows: "Sequence[StepTime]") -> str:
     """From which of the measured sizes on the conversion is the faster one."""
-    faster = {row.tokens: row.converted is not None and (row.speedup is None or row.speedup > 1) for row in rows}
-    largest = max(rows, key=lambda row: row.tokens)
-    if not faster[largest.tokens]:
-        return f"At {largest.width}x{largest.height} the conversion is not faster: larger pictures gain more."
-    slower = [tokens for tokens, won in faster.items() if not won]
-    least = min((row for row in rows if row.tokens > max(slower, default=0)), key=lambda row: row.tokens)
+    ran = sorted((row for row in rows if row.converted is not None), key=lambda row: row.tokens)
+    if not ran:
+        return "No step of the conversion fits into memory: take smaller sizes, or a smaller dtype."
+    largest = f"{ran[-1].width}x{ran[-1].height}"
+    slower = [row.tokens for row in ran if row.speedup is not None and row.speedup <= 1]
+    faster = [row for row in ran if row.tokens > max(slower, default=0)]
+    if not faster:
+        return f"At {largest} the conversion is not faster: larger pictures gain more."
     told = "" if slower else ", the smallest that was measured,"
-    return f"The conversion is faster from {least.width}x{least.height}{told} on."
+    return f"The conversion is faster from {faster[0].width}x{faster[0].height}{told} on."
 
 
 def _seconds(taken: tuple[float, ...] | None) -> str:

@@ -19,6 +19,7 @@ MAX_WIDTH = 100  # columns
 
 def inspect(
     source: Annotated[str, typer.Argument(metavar="ADAPTER_OR_BASE", help="Adapter or model: Hub id or folder.")],
+    base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
     revision: Revision = None,
     impl: Annotated[str, typer.Option(help="The implementation to ask about.")] = "auto",
     offline: Offline = False,
@@ -29,7 +30,7 @@ def inspect(
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    inspection = inspect_base(source, revision=revision, offline=offline, impl=impl)
+    inspection = inspect_base(source, base=base, revision=revision, offline=offline, impl=impl)
     if json_file is not None:
         json_file.write_text(json.dumps(inspection.to_dict(), indent=2) + "\n")
     show(inspection)

@@ -71,7 +71,7 @@ def see_sd3(model: Any, arguments: Mapping[str, Any]) -> Sight:
 def see_auraflow(model: Any, arguments: Mapping[str, Any]) -> Sight:
     """AuraFlow puts register tokens before the text; beyond its table of positions it would wrap, unnoticed."""
     sight = see_latents_and_text(model, arguments)
-    limit = isqrt(model.config.pos_embed_max_size)
+    limit = isqrt(model.pos_embed.pos_embed_max_size)
     if max(sight.grid) > limit:
         raise LayoutError(
             f"this {type(model).__name__} knows positions up to {limit} tokens a side, and takes wrong ones beyond "

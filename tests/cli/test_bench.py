@@ -1,6 +1,7 @@
 """`lineardit bench`, as it is typed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,4 +78,7 @@ def test_verdict_names_the_size_from_which_it_is_faster() -> None:
     assert verdict([row(64, 0.5), row(128, 1.5), row(256, None)]) == "The conversion is faster from 128x128 on."
     assert verdict([row(64, 1.5), row(128, 0.9), row(256, 2.0)]) == "The conversion is faster from 256x256 on."
     assert "64x64, the smallest that was measured, on" in verdict([row(64, 1.5), row(128, 2)])
+    none = replace(row(256, 1), original=None, converted=None)
+    assert verdict([row(64, 2.0), row(128, 3.0), none]).startswith("The conversion is faster from 64x64")
+    assert verdict([none]).startswith("No step of the conversion fits")
     assert "At 128x128 the conversion is not faster" in verdict([row(64, 1.5), row(128, 0.9)])

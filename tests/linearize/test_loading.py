@@ -96,7 +96,7 @@ def test_from_pretrained_takes_a_base_that_has_moved(base: Path, tmp_path: Path)
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"is no longer at .*base: pass base= with its new place"):
+    with pytest.raises(ValueError, match=r"is no longer at .*base: pass base= \(--base\) with its place"):
         from_pretrained(tmp_path / "adapter")
     assert torch.equal(run(from_pretrained(tmp_path / "adapter", base=moved), arguments), run(student, arguments))
 

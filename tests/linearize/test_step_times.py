@@ -11,13 +11,14 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from lineardit import Clear, linearize_, save_adapter
-from lineardit.linearize import step_times
+from lineardit.linearize import conversion_shape, step_times
 from lineardit.linearize.compiling import compile_
 from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.conversion_shape import Conditions, Conversion
 from lineardit.linearize.low_rank import LowRankTerm
 from lineardit.linearize.seam import state_of
 from lineardit.linearize.step_inputs import can_make_inputs, token_side
-from lineardit.linearize.step_times import Conversion, StepTime, time_steps
+from lineardit.linearize.step_times import StepTime, time_steps
 from lineardit.linearize.training import add_lora_
 from tiny_models import FAMILIES, build
 
@@ -37,11 +38,13 @@ def adapter_of(model: Any, folder: Path) -> Path:
 
 
 def timed(conversion: Conversion, sizes: Sequence[tuple[int, int]], **settings: Any) -> list[StepTime]:
-    return list(time_steps(conversion, sizes, **{"device": CPU, "dtype": torch.float32, "pairs": 1} | settings))
+    conditions = Conditions(**{"device": CPU, "dtype": torch.float32, "pairs": 1} | settings)
+    return list(time_steps(conversion, sizes, conditions))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_model_whose_inputs_are_known_is_timed(family: str, tmp_path: Path) -> None:
+def test_every_model_whose_inputs_are_known_is_timed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(family)
     if not can_make_inputs(model):
         with pytest.raises(ValueError, match=r"inputs of a .* cannot be made up: `lineardit evaluate`"):
@@ -50,7 +53,7 @@ def test_every_model_whose_inputs_are_known_is_timed(family: str, tmp_path: Path
     conversion = Conversion.read(adapter_of(model, tmp_path))
     token = SCALE * token_side(model)
     height, width = (16, 16) if family == "dit" else (8, 6)  # tokens; it has positions for nothing else
-    (row,) = timed(conversion, [(height * token, width * token)], text_len=7)
+    (row,) = timed(conversion, [(height * token, width * token)], text_len=7, dtype=dtype)
     assert row.tokens == height * width
     assert row.original and row.original[0] > 0
     assert row.converted and row.converted[0] > 0
@@ -69,19 +72,54 @@ def test_rows_tell_sizes_in_turn(tmp_path: Path) -> None:
     assert rows[1].flops.attention_before == 4 * (16 + 7) ** 2 * 32 * 2  # heads * head_dim, layers
 
 
+def test_original_and_conversion_run_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[bool] = []
+    forward = step_times._Timed._forward
+
+    def note(timed: Any) -> float:
+        state = state_of(timed.model)
+        assert state is not None
+        turns.append(state.enabled)
+        return forward(timed)
+
+    monkeypatch.setattr(step_times._Timed, "_forward", note)
+    timed(Conversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)], pairs=2)
+    assert turns == [True, False] * 3
+
+
+def test_a_base_that_has_moved_is_named(tmp_path: Path) -> None:
+    adapter = adapter_of(build("flux"), tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"is no longer at .*base: pass base= \(--base\) with its place"):
+        Conversion.read(adapter)
+    assert timed(Conversion.read(adapter, base=tmp_path / "moved"), [(64, 64)])
+
+
 def test_speedup_is_the_median_over_pairs(tmp_path: Path) -> None:
     (row,) = timed(Conversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)])
     assert replace(row, original=(8.0, 3.0, 40.0), converted=(2.0, 1.0, 4.0)).speedup == 4
     assert replace(row, original=None).speedup is None
 
 
-def test_what_does_not_fit_into_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["torch", "triton", "cublas", "cpu"],
+)
+def test_what_does_not_fit_into_memory_is_left_out(
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     conversion = Conversion.read(adapter_of(build("flux"), tmp_path))
     attend = FluxAttnProcessor.__call__
 
     def of_a_small_card(self: Any, attention: Any, hidden_states: Tensor, *rest: Any, **options: Any) -> Any:
         if not hidden_states.is_meta and hidden_states.shape[1] > 60 and not states[0].enabled:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("a block failed") from error
         return attend(self, attention, hidden_states, *rest, **options)
 
     states: list[Any] = []
@@ -136,8 +174,8 @@ def test_what_cannot_be_timed_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="pairs must be >= 1, got 0"):
         timed(conversion, [(64, 64)], pairs=0)
     lumina = Conversion.read(adapter_of(build("lumina2"), tmp_path / "lumina"))
-    with pytest.raises(ValueError, match=r"a step at 64x64 failed \(.*Error: index"):
+    with pytest.raises(ValueError, match=r"a step of a Lumina2.* at 64x64 failed \(.*Error: index"):
         timed(lumina, [(64, 64)], text_len=900)  # its table of positions is shorter
-    monkeypatch.setattr(step_times.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**10}))
+    monkeypatch.setattr(conversion_shape.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**10}))
     with pytest.raises(ValueError, match=r"weights of this SD3Transformer2DModel are .* GiB in float32, 0.0 are free"):
         timed(conversion, [(64, 64)])

@@ -20,7 +20,7 @@ from benchmarks.forward_memory import peak_bytes
 from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, dense, linearize_
 from lineardit.linearize.compiling import compile_
 from lineardit.linearize.live_bytes import LiveBytes
-from lineardit.pipelines.estimate import forward
+from lineardit.pipelines.estimate import Shape, forward, peak_in_chunks
 from lineardit.pipelines.plan import Settings, Stage
 from lineardit.pipelines.token_chunks import in_token_chunks
 from tiny_models import build, cast, inputs_of, run
@@ -179,9 +179,26 @@ def test_estimate_of_memory_is_what_a_forward_holds() -> None:
         chunks = nullcontext() if chunk_tokens is None else in_token_chunks(model, chunk_tokens)
         with chunks, LiveBytes(model) as live:
             run(model, cast(arguments, torch.bfloat16))
-        step = forward("FluxTransformer2DModel", config, torch.bfloat16, (48, 48), 3, chunk_tokens)
+        shape = Shape(
+            model_class="FluxTransformer2DModel", config=config, dtype=torch.bfloat16, latents=(48, 48), text_len=3
+        )
+        step = forward(shape)
         assert step is not None
-        assert step.peak == pytest.approx(live.peak, rel=0.05)
+        counted = step.peak if chunk_tokens is None else peak_in_chunks(shape, chunk_tokens)
+        assert counted == pytest.approx(live.peak, rel=0.05)
+
+
+def test_what_a_forward_holds_leaves_tables_of_positions_out() -> None:
+    peaks = set()
+    for side in (32, 96):
+        config = json.dumps(dict(build("sd3", pos_embed_max_size=side).config))
+        shape = Shape(
+            model_class="SD3Transformer2DModel", config=config, dtype=torch.float32, latents=(8, 8), text_len=3
+        )
+        step = forward(shape)
+        assert step is not None
+        peaks.add(step.peak)
+    assert len(peaks) == 1
 
 
 @pytest.mark.parametrize(("side", "chunk_tokens", "copies"), [(4096, None, 17.2), (4096, 8192, 8.4), (8192, 8192, 8.2)])

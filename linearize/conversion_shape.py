@@ -1,0 +1,185 @@
+"""A conversion without the weights of its base: what an adapter says, and the base's shape, for `lineardit bench`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self, cast
+
+import diffusers
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .adapter import adapter_file, mount_adapter_, read_adapter
+from .base import Base, build_on_meta, cast_as_loaded_, find_place, read_base
+from .convert import check_impl, linearize_
+from .families import family_of
+from .flops import Step, StepFlops, count_step
+from .loading import base_of
+from .manifest import Manifest, read_entry
+from .matching import attention_modules, choose
+from .record import CONFIG_KEY
+from .step_inputs import can_make_inputs, token_side
+
+GIB = 2**30
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What steps are timed under.
+
+    Attributes:
+        device: Where they run.
+        dtype: Of the weights.
+        pairs: Forwards of each that count, after one that warms up.
+        text_len: Text tokens; None: as the family's pipelines take them.
+        impl: As in `linearize_`.
+        compiled: Compile the repeated blocks of both.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    pairs: int = 3
+    text_len: int | None = None
+    impl: str = "auto"
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1:
+            raise ValueError(f"pairs must be >= 1, got {self.pairs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """An adapter or a saved converted pipeline, and the shape of its base; nothing of the base's weights.
+
+    Attributes:
+        name: As it was given.
+        base: What the base's config files say.
+        configs: {pattern: config}.
+        adapter: Its manifest and tensors; None: a saved pipeline.
+    """
+
+    name: str
+    base: Base
+    configs: dict[str, Any]
+    adapter: tuple[Manifest, dict[str, Tensor]] | None
+
+    @classmethod
+    def read(cls, name: str | Path, *, base: str | Path | None = None, offline: bool = False) -> Self:
+        """What `name` is.
+
+        Args:
+            name: Folder, `.safetensors` file or Hub id.
+            base: To read in place of the base that an adapter names.
+            offline: Never touch the network.
+        Raises:
+            ValueError: missing, damaged, not converted, or of a model whose inputs are not known by name.
+        """
+        place = find_place(name, offline=offline)
+        if adapter_file(place) is None:
+            found, adapter = _saved_pipeline(name, offline), None
+            configs = read_entry(found.config[CONFIG_KEY]).configs()
+        else:
+            adapter = read_adapter(name, offline=offline)
+            found, configs = base_of(adapter[0], place.name, base, offline=offline), adapter[0].configs()
+        if not can_make_inputs(build_on_meta(found)):
+            raise ValueError(
+                f"the inputs of a {found.model_class} cannot be made up: `lineardit evaluate` times whole pictures"
+            )
+        return cls(name=str(name), base=found, configs=configs, adapter=adapter)
+
+    def check(self, sizes: Sequence[Size], conditions: Conditions) -> None:
+        """Raise a ValueError for what the model cannot do, or where its weights do not fit into memory."""
+        for config in self.configs.values():
+            check_impl(conditions.impl, type(config))
+        model = build_on_meta(self.base, dtype=conditions.dtype)
+        multiple = self.base.vae_scale * token_side(model)
+        for height, width in sizes:
+            if height % multiple or width % multiple:
+                raise ValueError(f"sides must be multiples of {multiple} pixels for this model, got {width}x{height}")
+            self.step(model, (height, width), conditions.text_len)
+        needed, free = sum(weight.nbytes for weight in model.parameters()), _free_bytes(conditions.device)
+        if needed > free:
+            raise ValueError(
+                f"the weights of this {self.base.model_class} are {needed / GIB:.1f} GiB in "
+                f"{str(conditions.dtype).removeprefix('torch.')}, {free / GIB:.1f} are free on {conditions.device}: "
+                "take a smaller dtype or another device"
+            )
+
+    def mount(self, model: nn.Module, impl: str) -> None:
+        """Convert a model of the base's shape, in place."""
+        if self.adapter is None:
+            linearize_(model, self.configs, impl=impl)
+        else:
+            mount_adapter_(model, *self.adapter, keep_original=True, impl=impl)
+
+    def counted(self, size: Size, conditions: Conditions) -> tuple[int, StepFlops, str]:
+        """Image tokens, operations, and what runs, for one size."""
+        model = build_on_meta(self.base)
+        step = self.step(model, size, conditions.text_len)
+        modules, _ = attention_modules(model, family_of(model))
+        configs = choose(list(modules), self.configs, None)
+        runs = conditions.impl
+        if runs == "auto" and not conditions.compiled:
+            like = torch.empty(1, device=conditions.device, dtype=conditions.dtype)
+            runs = ", ".join(sorted({step.picked(name, config, like) for name, config in configs.items()}))
+        return prod(step.grid), step.flops(configs), runs
+
+    def latents(self, size: Size) -> Size:
+        """(height, width) in the VAE's latents."""
+        return size[0] // self.base.vae_scale, size[1] // self.base.vae_scale
+
+    def step(self, model: nn.Module, size: Size, text_len: int | None) -> Step:
+        """What a forward of the original does.
+
+        Args:
+            model: The base on the meta device.
+        Raises:
+            ValueError: the model cannot make this size, or take so much text.
+        """
+        width_height = f"{size[1]}x{size[0]}"
+        try:
+            step = count_step(model, self.latents(size), width_height, text_len=text_len)
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(failed(self.base.model_class, width_height, error)) from error
+        if step is None:
+            raise ValueError(f"a {self.base.model_class} of this config has no positions for {width_height}")
+        return step
+
+
+def _saved_pipeline(name: str | Path, offline: bool) -> Base:
+    found = read_base(name, offline=offline)
+    if CONFIG_KEY not in found.config:
+        raise ValueError(f"{name} is not converted: `lineardit convert {name} --method ...` makes an adapter")
+    if read_entry(found.config[CONFIG_KEY]).trained:
+        raise ValueError(
+            f"{name} holds what was trained among its weights, which are not read: time the adapter itself "
+            "(lineardit.save_adapter of the loaded pipeline makes one)"
+        )
+    return found
+
+
+def failed(model_class: str, width_height: str, error: Exception) -> str:
+    """What a forward that raised is told by."""
+    return f"a step of a {model_class} at {width_height} failed ({type(error).__name__}: {error})"
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def random_model(base: Base, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The denoiser in its shape, with the random weights that its class begins with, in the dtypes of a loaded one."""
+    config = {key: value for key, value in base.config.items() if key != CONFIG_KEY}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # at once, or float32 would need twice the memory
+    try:
+        with torch.device(device):
+            model = cast(nn.Module, getattr(diffusers, base.model_class).from_config(config))
+    finally:
+        torch.set_default_dtype(before)
+    cast_as_loaded_(model, dtype)
+    return model.eval().requires_grad_(False)
