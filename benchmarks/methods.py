@@ -92,7 +92,7 @@ class Plan(ScenePlan):
     seeds: tuple[int, ...] = (0, 1, 2)
     trained: int = 220_000  # parameters of each student, to be met within 5%
     step_side: int = 512  # pixels, for seconds a step
-    budgets: tuple[float, ...] = (3, 5, 8)  # uniform radii whose FLOPs the profile's proposals get
+    budgets: tuple[float, ...] = (3, 4, 5, 6, 8)  # uniform radii whose FLOPs the profile's proposals get
     profiled: int = 8  # prompts
     shown: int = 8  # captions in the picture of all methods
 

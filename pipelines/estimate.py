@@ -29,6 +29,7 @@ from .vae import pixels_per_latent
 GIB = 2**30
 LONG_SECONDS = 0.02  # of a product; some CPUs take 40 s for the larger one in bfloat16
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
+_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
 _CLIP_TOKENS = 77
 # Pipelines whose guidance calls the model once with the prompt and once without; others give it both at once.
 _ONE_AFTER_THE_OTHER = (
@@ -56,7 +57,9 @@ class Estimator:
         offloads = bool(getattr(pipe, "_all_hooks", None))
         sizes = [_bytes(part, None if offloads else device) for part in parts]
         self.weights = max(sizes) if offloads else sum(sizes)
-        self.speed = half_of_peak(device, self.model.dtype)
+        own = cast(Any, self.model).dtype
+        self.dtype = own if own in _COMPUTED_IN else torch.bfloat16  # weights that are cast layer by layer
+        self.speed = half_of_peak(device, self.dtype)
         self.limit = free_gib(device)
 
     def with_costs(self, plan: Plan, *, chunks: bool) -> Plan:
@@ -65,7 +68,11 @@ class Estimator:
         Args:
             chunks: The model can run in chunks of tokens, which such a stage gets.
         """
-        stages = [self._with_cost(stage, chunks) for stage in plan.stages]
+        try:
+            stages = [self._with_cost(stage, chunks) for stage in plan.stages]
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            note = f"time and memory are not known: a forward could not be counted ({type(error).__name__}: {error})"
+            return replace(plan, notes=(*plan.notes, note))
         most = max(stage.gib or 0 for stage in stages)
         if self.limit is None or most <= self.limit:
             return replace(plan, stages=tuple(stages))
@@ -102,7 +109,7 @@ class Estimator:
         return Shape(
             model_class=type(self.model).__name__,
             config=json.dumps(config, default=str),
-            dtype=cast(Any, self.model).dtype,
+            dtype=self.dtype,
             latents=latents,
             text_len=self.text_len,
         )

@@ -14,6 +14,7 @@ from whole_pipelines import WHOLE
 
 from lineardit import HighResolutionPipeline, UnsupportedModelError
 from lineardit.linearize.convert import denoiser
+from lineardit.pipelines import estimate
 from lineardit.pipelines.estimate import Estimator, forwards_of
 from lineardit.pipelines.latents import pack_latents, unpack_latents
 from lineardit.pipelines.plan import Plan, Settings
@@ -119,6 +120,21 @@ def test_estimates_count_the_forwards_that_a_step_makes(name: str) -> None:
     forwards, together = forwards_of(high)
     assert len(batches) / steps == forwards
     assert {batch / images for batch in batches} == {together}
+
+
+def test_a_plan_whose_cost_cannot_be_counted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    high, _, side = cascade_of("sd3")
+    estimate.forward.cache_clear()
+    monkeypatch.setattr(estimate, "count_step", lambda *_, **__: {}["config"])
+    plan = high.plan(2 * side, 2 * side)
+    assert "a forward could not be counted (KeyError: 'config')" in plan.notes[-1]
+    assert plan.stages[0].seconds is None
+
+
+def test_weights_in_eight_bits_are_counted_as_they_compute() -> None:
+    high, _, side = cascade_of("sd3")
+    denoiser(high)[1].enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert all(stage.seconds > 0 for stage in high.plan(2 * side, 2 * side).stages)
 
 
 def test_estimates_take_the_text_as_the_pipeline_does() -> None:
