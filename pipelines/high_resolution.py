@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from ..linearize.convert import denoiser, dense
@@ -177,7 +178,8 @@ class HighResolutionPipeline(StagedPipeline):
             start_latents, start_stage: Go on after stage `start_stage` - 1, with the latents the callback got of it,
                 and with a generator as it was before the whole call: seeded anew.
         Returns:
-            `ImagePipelineOutput`; with output_type="latent" the last stage's latents as the model has them, uncropped.
+            `ImagePipelineOutput`, or Stable Diffusion's own, which tells what its safety checker found; with
+            output_type="latent" the last stage's latents as the model has them, uncropped.
         Raises:
             TypeError: the stock pipeline takes no such argument.
             ValueError: the arguments do not fit together, or are those that diffusers refuses.
@@ -210,9 +212,15 @@ class HighResolutionPipeline(StagedPipeline):
             callback_on_stage_end,
         )
         self.maybe_free_model_hooks()  # the denoiser leaves the card before the VAE comes
-        images = latents if output_type == "latent" else self._finish(latents, stage, plan, output_type)
+        images, unsafe = latents, None
+        if output_type != "latent":
+            images, unsafe = self._finish(latents, stage, plan, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if hasattr(self, "safety_checker"):
+            output: Any = StableDiffusionPipelineOutput(images=images, nsfw_content_detected=unsafe)
+        else:
+            output = ImagePipelineOutput(images=images)
+        return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
 
     def _attention(self) -> Attention:
         """What the model can run."""

@@ -198,20 +198,23 @@ class StagedPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_last(self, latents: Tensor, plan: Plan) -> list[Image.Image]:
         """The pictures of a plan's last stage from its latents, as a callback got them."""
-        pictures = self._finish(latents.to(self._execution_device), plan.stages[-1], plan, "pil")
+        pictures, _ = self._finish(latents.to(self._execution_device), plan.stages[-1], plan, "pil")
         self.maybe_free_model_hooks()
         return pictures
 
-    def _finish(self, latents: Tensor, stage: Stage, plan: Plan, output_type: str) -> Any:
-        """The pictures at the size asked for, or smaller where the call was interrupted."""
+    def _finish(self, latents: Tensor, stage: Stage, plan: Plan, output_type: str) -> tuple[Any, list[bool] | None]:
+        """The pictures at the size asked for, or smaller where the call was interrupted; and whether each is unsafe.
+
+        None in its place: no safety checker has looked.
+        """
         pixels = self._decoded(latents, stage, plan.tile)[..., : plan.height, : plan.width]
         if getattr(self, "watermark", None) is not None:  # SDXL's, where it is installed
             pixels = self.watermark.apply_watermark(pixels)
-        found = [False] * len(pixels)
+        found = None
         if getattr(self, "safety_checker", None) is not None:
             pixels, found = self.run_safety_checker(pixels, self._execution_device, self.vae.dtype)
-        shown = [not one for one in found]  # what the checker found is 0 already, which is black
-        return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=shown)
+        shown = [not one for one in found or [False] * len(pixels)]  # what was found is 0 already, which is black
+        return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=shown), found
 
     def _shows_progress(self) -> bool:
         return not getattr(self, "_progress_bar_config", {}).get("disable", False)

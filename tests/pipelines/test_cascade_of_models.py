@@ -259,8 +259,11 @@ def test_pictures_pass_the_safety_checker() -> None:
 
     high.safety_checker, high.run_safety_checker = object(), check
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=2))
-    images = high(plan=plan, generator=seeded(), **arguments).images
-    assert seen == [(2, 3, 2 * side, 2 * side)] and {image.getextrema() for image in images} == {((0, 0),) * 3}
+    made = high(plan=plan, generator=seeded(), **arguments)
+    assert seen == [(2, 3, 2 * side, 2 * side)] and {image.getextrema() for image in made.images} == {((0, 0),) * 3}
+    assert made.nsfw_content_detected == [True, True]
+    latents = high(plan=plan, generator=seeded(), output_type="latent", return_dict=False, **arguments)
+    assert len(latents) == 2 and latents[1] is None
 
 
 def test_a_callback_that_encodes_text_of_its_own_gets_that() -> None:
