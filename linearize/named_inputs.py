@@ -239,6 +239,7 @@ _MAKERS: dict[str, Callable[[Picture], Any]] = {
     "img_ids": lambda picture: picture.ids(len(picture.config["axes_dims_rope"])),
     "txt_ids": lambda picture: torch.zeros(picture.text, len(picture.config["axes_dims_rope"])),
     "position_ids": _position_ids,
+    "txt_seq_lens": lambda picture: [picture.text] * picture.batch,  # older versions of Qwen-Image ask for them
     "segment_ids": lambda picture: torch.ones(picture.batch, picture.text + picture.tokens, dtype=torch.long),
     "indicator": _indicator,
     "img_shapes": _shapes,

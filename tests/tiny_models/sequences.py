@@ -1,8 +1,5 @@
 """Models that pack text and image into one sequence by the samples' own lengths."""
 
-import inspect
-
-import diffusers
 import torch
 
 from .joint_latents import JOY_IMAGE
@@ -14,9 +11,7 @@ def qwen_image_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     """The last text token of the second sample is padding."""
     mask = torch.ones(batch, text_len, dtype=torch.long)
     mask[1:, -1] = 0
-    takes = inspect.signature(diffusers.QwenImageTransformer2DModel.forward).parameters
-    lengths = {"txt_seq_lens": [text_len] * batch} if "txt_seq_lens" in takes else {}  # older versions ask for them
-    return {"encoder_hidden_states_mask": mask, **lengths}
+    return {"encoder_hidden_states_mask": mask}
 
 
 def z_image_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
