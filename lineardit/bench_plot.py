@@ -5,9 +5,12 @@ from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from .linearize.folders import write_whole
 from .linearize.step_times import StepTime
+
+LONGEST = 40  # characters of a name
 
 
 def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None:
@@ -15,15 +18,26 @@ def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, rows) in enumerate(found.items()):
-        color = f"C{number}"
-        for label, style in (("original", "--"), ("converted", "-")):
+        for label, style in (("original", "o--"), ("converted", "s-")):
             points = sorted((row.tokens, median(taken)) for row in rows if (taken := getattr(row, label)))
-            told = name if label == "converted" else f"original, in turn with {name}"
-            axes.plot(*zip(*points, strict=True) if points else ([], []), style, marker="o", color=color, label=told)
-    ticks = {row.tokens: f"{row.width}x{row.height}\n{row.tokens:,}" for rows in found.values() for row in rows}
-    axes.set(xlabel="pixels, image tokens", ylabel="seconds of a step", xscale="log", yscale="log")
-    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
-    axes.minorticks_off()
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    axes.grid(alpha=0.3)
+            told = _label(name) if label == "converted" else f"original, in turn with {_label(name)}"
+            if points:
+                fill = "none" if label == "original" else "full"
+                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", fillstyle=fill, label=told)
+    sizes: dict[int, dict[str, None]] = {}  # of one number of tokens, each once
+    for row in sorted((row for rows in found.values() for row in rows), key=lambda row: row.tokens):
+        sizes.setdefault(row.tokens, {})[f"{row.width}x{row.height}"] = None
+    axes.set(xlabel="pixels, image tokens", ylabel="seconds of a step")
+    if axes.lines:
+        axes.set(xscale="log", yscale="log")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)
+    axes.set_xticks(list(sizes), ["\n".join([*names, f"{tokens:,}"]) for tokens, names in sizes.items()], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3, which="both")
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def _label(name: str) -> str:
+    """The end of a name, without what matplotlib reads as mathematics or hides."""
+    short = name if len(name) <= LONGEST else f"...{name[-LONGEST:]}"
+    return (f"./{short}" if short.startswith("_") else short).replace("$", r"\$")

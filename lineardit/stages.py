@@ -73,7 +73,9 @@ def cpu_seconds() -> float:
 def this_machine() -> str:
     """What times depend on, for a report."""
     vectors = torch.backends.cpu.get_cpu_capability()
-    return f"{torch.get_num_threads()} threads of {vectors}, float32 matrix product: {matmul_gflops():.0f} GFLOP/s"
+    threads = torch.get_num_threads()
+    count = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"{count} of {vectors}, float32 matrix product: {matmul_gflops():.0f} GFLOP/s"
 
 
 def that_device(device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """A conversion without the weights of its base: what an adapter says, and the base's shape, for `lineardit bench`."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,12 +16,15 @@ from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import Base, build_on_meta, cast_as_loaded_, find_place, read_base
 from .convert import check_impl, linearize_
 from .families import family_of
+from .fitting import check_fit
 from .flops import Step, StepFlops, count_step
 from .loading import base_of
 from .manifest import Manifest, read_entry
 from .matching import attention_modules, choose
 from .record import CONFIG_KEY
 from .step_inputs import can_make_inputs, token_side
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 Size = tuple[int, int]  # (height, width) in pixels
@@ -51,7 +55,7 @@ class Conditions:
             raise ValueError(f"pairs must be >= 1, got {self.pairs}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Conversion:
     """An adapter or a saved converted pipeline, and the shape of its base; nothing of the base's weights.
 
@@ -91,16 +95,29 @@ class Conversion:
             )
         return cls(name=str(name), base=found, configs=configs, adapter=adapter)
 
-    def check(self, sizes: Sequence[Size], conditions: Conditions) -> None:
-        """Raise a ValueError for what the model cannot do, or where its weights do not fit into memory."""
+    def fitting(self, sizes: Sequence[Size], conditions: Conditions, *, all_of: bool = True) -> list[Size]:
+        """The sizes that the model can make.
+
+        Args:
+            all_of: The others raise; else they are left out, with a word, but not all of them.
+        Raises:
+            ValueError: it cannot make one, the conversion is of another model, there is no such implementation, or the
+                weights do not fit into memory.
+        """
         for config in self.configs.values():
             check_impl(conditions.impl, type(config))
         model = build_on_meta(self.base, dtype=conditions.dtype)
-        multiple = self.base.vae_scale * token_side(model)
-        for height, width in sizes:
-            if height % multiple or width % multiple:
-                raise ValueError(f"sides must be multiples of {multiple} pixels for this model, got {width}x{height}")
-            self.step(model, (height, width), conditions.text_len)
+        if self.adapter is not None:
+            check_fit(self.adapter[0], model, family_of(model))
+        made = []
+        for size in sizes:
+            try:
+                self._check_size(model, size, conditions.text_len)
+                made.append(size)
+            except ValueError as error:
+                if all_of or (size == sizes[-1] and not made):
+                    raise
+                logger.warning("%s: left out, %s", self.name, error)
         needed, free = sum(weight.nbytes for weight in model.parameters()), _free_bytes(conditions.device)
         if needed > free:
             raise ValueError(
@@ -108,6 +125,13 @@ class Conversion:
                 f"{str(conditions.dtype).removeprefix('torch.')}, {free / GIB:.1f} are free on {conditions.device}: "
                 "take a smaller dtype or another device"
             )
+        return made
+
+    def _check_size(self, model: nn.Module, size: Size, text_len: int | None) -> None:
+        multiple = self.base.vae_scale * token_side(model)
+        if any(side % multiple for side in size):
+            raise ValueError(f"sides must be multiples of {multiple} pixels for this model, got {size[1]}x{size[0]}")
+        self.step(model, size, text_len)
 
     def mount(self, model: nn.Module, impl: str) -> None:
         """Convert a model of the base's shape, in place."""
@@ -164,7 +188,8 @@ def _saved_pipeline(name: str | Path, offline: bool) -> Base:
 
 def failed(model_class: str, width_height: str, error: Exception) -> str:
     """What a forward that raised is told by."""
-    return f"a step of a {model_class} at {width_height} failed ({type(error).__name__}: {error})"
+    said = str(error).strip().partition("\n")[0]
+    return f"a step of a {model_class} at {width_height} failed ({type(error).__name__}: {said})"
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -71,7 +71,7 @@ def time_steps(conversion: Conversion, sizes: Sequence[Size], conditions: Condit
     """
     device, dtype = conditions.device, conditions.dtype
     with _only(device):
-        conversion.check(sizes, conditions)
+        conversion.fitting(sizes, conditions)
         model = random_model(conversion.base, device, dtype)
         conversion.mount(model, conditions.impl)
         if conditions.compiled:

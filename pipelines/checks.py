@@ -60,6 +60,14 @@ def _check_levels(stage: Stage, limits: Limits, scheduler: Any) -> None:
         )
 
 
+def check_counts(batch: int, text_len: int | None) -> None:
+    """Raise a ValueError where these are no numbers of pictures and of text tokens."""
+    for name, number in (("batch", batch), ("text_len", text_len)):
+        is_left_out = number is None and name == "text_len"
+        if not is_left_out and (type(number) is not int or number < 1):
+            raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
+
+
 def check_output_type(output_type: str) -> None:
     """Raise a ValueError for a form that pictures do not come in."""
     if output_type not in ("pil", "np", "pt", "latent"):

@@ -30,6 +30,8 @@ GIB = 2**30
 LONG_SECONDS = 0.02  # of a product; some CPUs take 40 s for the larger one in bfloat16
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
 _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = 2**32  # pixels of a stage whose cost is counted: positions of its tokens are real numbers
+_CHUNKS = 64  # that are counted at most
 _CLIP_TOKENS = 77
 # Pipelines whose guidance calls the model once with the prompt and once without; others give it both at once.
 _ONE_AFTER_THE_OTHER = (
@@ -83,6 +85,8 @@ class Estimator:
         return replace(plan, stages=tuple(stages), notes=(*plan.notes, note))
 
     def _with_cost(self, stage: Stage, chunks: bool) -> Stage:
+        if stage.height * stage.width > _LARGEST:
+            return stage
         shape = self._shape(stage)
         step = forward(shape)
         if step is None:  # beyond the positions that the model has, which a plan is refused for
@@ -151,7 +155,8 @@ def forward(shape: Shape) -> Step | None:
 def peak_in_chunks(shape: Shape, chunk_tokens: int) -> int:
     """Bytes that a forward of FLUX.1 holds at once, its token-wise layers on so many tokens at a time."""
     model = shape.model(num_layers=1, num_single_layers=1)  # more blocks hold no more
-    with in_token_chunks(model, chunk_tokens):
+    most = prod(shape.latents) // token_side(model) ** 2 // _CHUNKS  # smaller ones hold hardly less, and take long
+    with in_token_chunks(model, max(chunk_tokens, most)):
         return cast(Step, shape.step(model)).peak
 
 

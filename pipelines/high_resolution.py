@@ -25,7 +25,7 @@ from ..linearize.convert import denoiser, dense
 from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
 from ..linearize.standing import advice_on
-from .checks import check_numbers, check_output_type, check_stages, check_start, count_pictures
+from .checks import check_counts, check_numbers, check_output_type, check_stages, check_start, count_pictures
 from .estimate import Estimator
 from .low_frequencies import OnStep
 from .pictures import as_pictures
@@ -124,6 +124,7 @@ class HighResolutionPipeline(StagedPipeline):
         Raises:
             ValueError: a setting is out of range, or the model or its scheduler does not have it.
         """
+        check_counts(batch, text_len)
         limits, own = self._limits(), inspect.signature(self.stock.__call__).parameters
         if num_inference_steps is None:
             num_inference_steps = own["num_inference_steps"].default

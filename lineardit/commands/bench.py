@@ -1,6 +1,6 @@
 """`lineardit bench`: seconds of a step before and after conversion, on this machine, size by size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .options import Device, Dtype, Impl, MaxSequenceLength, Offline
@@ -42,17 +43,19 @@ def bench(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
 ) -> None:
     """Time a denoising step of the original and of conversions, in turn; this reads no weights of the base."""
-    asked = list(dict.fromkeys(map(parse_size, sizes or SIZES)))
-    from ..distill.figures import require_matplotlib
+    asked = [parse_size(size) for size in sizes or SIZES]
+    from .quiet import quiet_libraries
 
-    require_matplotlib("bench.png")
+    quiet_libraries()
+    from ..distill.figures import require_matplotlib
     from ..linearize.conversion_shape import Conditions, Conversion
     from ..linearize.folders import check_output_file
     from ..linearize.opening import named_dtype
     from .devices import find_device, find_dtype
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
+    require_matplotlib(PICTURE)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output must be a folder, {output} is a file")
     for name in (FIGURES, PICTURE):
         check_output_file(output / name, overwrite=overwrite)
     target = find_device(device)
@@ -64,31 +67,34 @@ def bench(
         impl=impl,
         compiled=compiled,
     )
+    # what does not fit is told before any of them runs
     conversions = [Conversion.read(name, base=base, offline=offline) for name in dict.fromkeys(adapters)]
-    for conversion in conversions:  # what does not fit is told before any of them runs
-        conversion.check(asked, conditions)
-    _time(conversions, asked, conditions, output)
+    fitting = {one: one.fitting(list(dict.fromkeys(asked)), conditions, all_of=bool(sizes)) for one in conversions}
+    _time(fitting, conditions, output)
 
 
-def _time(conversions: "Sequence[Conversion]", sizes: "Sequence[Size]", conditions: "Conditions", output: Path) -> None:
-    """Every conversion at every size; figures are written as they come."""
+def _time(fitting: "Mapping[Conversion, Sequence[Size]]", conditions: "Conditions", output: Path) -> None:
+    """Every conversion at its sizes; figures are written as they come, and told if the run is interrupted."""
     from ..bench_plot import draw_step_times
     from ..distill.files import write_json
     from ..linearize.step_times import time_steps
     from ..stages import that_device
 
-    output.mkdir(parents=True, exist_ok=True)
     settings = {"device": that_device(conditions.device), "dtype": str(conditions.dtype).removeprefix("torch.")}
     about = settings | {name: getattr(conditions, name) for name in ("pairs", "text_len", "impl", "compiled")}
     found: dict[str, list[StepTime]] = {}
-    for conversion in conversions:
+    for conversion, sizes in fitting.items():
         rows = found.setdefault(conversion.name, [])
-        for row in time_steps(conversion, sizes, conditions):
-            rows.append(row)
-            rows_by_name = {name: list(map(entry, one)) for name, one in found.items()}
-            write_json(output / FIGURES, about | {"conversions": rows_by_name})
-        show(conversion.name, rows)
-        draw_step_times(found, output / PICTURE)
+        try:
+            for row in time_steps(conversion, sizes, conditions):
+                rows.append(row)
+                output.mkdir(parents=True, exist_ok=True)
+                rows_by_name = {name: list(map(entry, one)) for name, one in found.items()}
+                write_json(output / FIGURES, about | {"conversions": rows_by_name})
+        finally:
+            if rows:
+                show(conversion.name, rows)
+                draw_step_times(found, output / PICTURE)
     print(f"On {settings['device']}, weights in {settings['dtype']}. Wrote {output / FIGURES} and {PICTURE}")
 
 
@@ -99,14 +105,14 @@ def entry(row: "StepTime") -> dict[str, Any]:
 
 def show(name: str, rows: "Sequence[StepTime]") -> None:
     """Print the table of one conversion, and from which size on it is worth it."""
-    table = Table(title=f"One step, batch 1: {name}", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("size")
+    table = Table(title=f"One step, batch 1, medians: {escape(name)}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("size", no_wrap=True)
     with_memory = any(row.original_gib or row.converted_gib for row in rows)
-    for header in ("tokens", "original", "converted", "ratio", "as counted", *["peak GiB"] * with_memory):
-        table.add_column(header, justify="right")
+    for header in ("original", "converted", "ratio", "as counted", *["peak GiB"] * with_memory):
+        table.add_column(header, justify="right", no_wrap=True)
     table.add_column("runs", overflow="fold")
     for row in rows:
-        cells = [f"{row.width}x{row.height}", f"{row.tokens:,}", _seconds(row.original), _seconds(row.converted)]
+        cells = [f"{row.width}x{row.height}", _seconds(row.original), _seconds(row.converted)]
         cells += ["" if row.speedup is None else f"{row.speedup:.2f}", f"{row.flops.before / row.flops.after:.2f}"]
         cells += [" to ".join(map(_gib, (row.original_gib, row.converted_gib)))] * with_memory
         table.add_row(*cells, row.runs)
@@ -130,7 +136,9 @@ def verdict(rows: "Sequence[StepTime]") -> str:
 
 
 def _seconds(taken: tuple[float, ...] | None) -> str:
-    return "no memory" if taken is None else f"{median(taken):.3g} s"
+    if taken is None:
+        return "no memory"
+    return f"{median(taken):.3g} s" if median(taken) < 100 else f"{median(taken):.0f} s"
 
 
 def _gib(peak: float | None) -> str:

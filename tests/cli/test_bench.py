@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lineardit.bench_plot import draw_step_times
 from lineardit.cli import run
 from lineardit.commands.bench import verdict
 from lineardit.linearize.flops import StepFlops
@@ -64,6 +65,27 @@ def test_bench_tells_what_is_wrong_before_it_runs(made: Path, capsys: pytest.Cap
     assert "WIDTHxHEIGHT" in told("--size", "64")
     assert "no impl 'tield' (did you mean tiled?)" in told("--impl", "tield")
     assert "no folder" in told(str(made / "nothing"))
+    assert run(["bench", str(made / "clear-3"), "--offline", "-o", str(made / "base" / "config.json")]) == 2
+    assert "the output must be a folder, " in capsys.readouterr().err
+
+
+def test_bench_takes_names_that_other_programs_would_read(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = made / "_[red]$x^$"
+    (made / "clear-3").rename(odd)
+    try:
+        words = ["bench", odd, "--size", "64x64", "--pairs", "1", "--offline", "-o", made / "odd"]
+        assert run([*map(str, words)]) == 0
+        assert "_[red]$x^$" in capsys.readouterr().out.replace("\n", "")
+    finally:
+        odd.rename(made / "clear-3")
+
+
+def test_bench_draws_what_fits_and_no_more(tmp_path: Path) -> None:
+    none = replace(row(256, 1), original=None, converted=None)
+    for rows in ([none], [row(64, 2.0), none]):
+        draw_step_times({"a": rows}, tmp_path / "bench.png")
+        with Image.open(tmp_path / "bench.png") as picture:
+            assert min(picture.size) > 200
 
 
 def row(side: int, speedup: float | None) -> StepTime:

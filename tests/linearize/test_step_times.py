@@ -16,6 +16,7 @@ from lineardit.linearize.compiling import compile_
 from lineardit.linearize.conversion import convert_base
 from lineardit.linearize.conversion_shape import Conditions, Conversion
 from lineardit.linearize.low_rank import LowRankTerm
+from lineardit.linearize.manifest import Manifest
 from lineardit.linearize.seam import state_of
 from lineardit.linearize.step_inputs import can_make_inputs, token_side
 from lineardit.linearize.step_times import StepTime, time_steps
@@ -23,6 +24,7 @@ from lineardit.linearize.training import add_lora_
 from tiny_models import FAMILIES, build
 
 CPU = torch.device("cpu")
+CONDITIONS = Conditions(device=CPU, dtype=torch.float32)
 SCALE = 8  # pixels of a latent, where there is no VAE to say it
 
 
@@ -35,6 +37,11 @@ def saved(model: Any, folder: Path) -> Path:
 def adapter_of(model: Any, folder: Path) -> Path:
     convert_base(saved(model, folder / "base"), Clear(radius=1.5), output=folder / "adapter")
     return folder / "adapter"
+
+
+def manifest_of(conversion: Conversion) -> Manifest:
+    assert conversion.adapter is not None
+    return conversion.adapter[0]
 
 
 def timed(conversion: Conversion, sizes: Sequence[tuple[int, int]], **settings: Any) -> list[StepTime]:
@@ -157,6 +164,16 @@ def test_compiled_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row.original and row.converted
 
 
+def test_sizes_that_were_not_asked_for_are_left_out_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    conversion = Conversion.read(adapter_of(build("sd3"), tmp_path))  # 32 tokens of 16 pixels
+    assert conversion.fitting([(64, 64), (1024, 1024)], CONDITIONS, all_of=False) == [(64, 64)]
+    assert "left out, a SD3Transformer2DModel of this config has no positions for 1024x1024" in caplog.text
+    with pytest.raises(ValueError, match="no positions for 2048x2048"):
+        conversion.fitting([(1024, 1024), (2048, 2048)], CONDITIONS, all_of=False)
+
+
 def test_what_cannot_be_timed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved(build("sd3"), tmp_path / "base")
     with pytest.raises(ValueError, match=r"is not converted: `lineardit convert .* --method"):
@@ -173,6 +190,9 @@ def test_what_cannot_be_timed_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         timed(conversion, [(64, 64)], impl="tile")
     with pytest.raises(ValueError, match="pairs must be >= 1, got 0"):
         timed(conversion, [(64, 64)], pairs=0)
+    other = replace(conversion, adapter=(replace(manifest_of(conversion), model_class="FluxTransformer2DModel"), {}))
+    with pytest.raises(ValueError, match="a FluxTransformer2DModel; this model is a SD3Transformer2DModel"):
+        other.fitting([(64, 64)], CONDITIONS)
     lumina = Conversion.read(adapter_of(build("lumina2"), tmp_path / "lumina"))
     with pytest.raises(ValueError, match=r"a step of a Lumina2.* at 64x64 failed \(.*Error: index"):
         timed(lumina, [(64, 64)], text_len=900)  # its table of positions is shorter

@@ -137,6 +137,18 @@ def test_weights_in_eight_bits_are_counted_as_they_compute() -> None:
     assert all(stage.seconds > 0 for stage in high.plan(2 * side, 2 * side).stages)
 
 
+def test_plan_refuses_counts_that_are_none() -> None:
+    high, _, side = cascade_of("sd3")
+    for counts, said in (
+        ({"batch": 0}, "batch must be an integer >= 1, got 0"),
+        ({"batch": None}, "batch must be an integer >= 1, got None"),
+        ({"text_len": 1.5}, "text_len must be an integer >= 1, got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            high.plan(side, side, **counts)
+    assert high.plan(10**6, 10**6).stages[-1].seconds is None  # too large to be counted
+
+
 def test_estimates_take_the_text_as_the_pipeline_does() -> None:
     assert {name: Estimator(cascade_of(name)[0], None, 1).text_len for name in ("sd3", "flux", "sd")} == {
         "sd3": 256 + 77,
