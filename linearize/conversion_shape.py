@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, Self, cast
@@ -109,10 +110,11 @@ class Conversion:
         model = build_on_meta(self.base, dtype=conditions.dtype)
         if self.adapter is not None:
             check_fit(self.adapter[0], model, family_of(model))
+        multiple = self.base.vae_scale * token_side(model)
         made = []
         for size in sizes:
             try:
-                self._check_size(model, size, conditions.text_len)
+                self._check_size(size, multiple, conditions.text_len)
                 made.append(size)
             except ValueError as error:
                 if all_of or (size == sizes[-1] and not made):
@@ -127,11 +129,10 @@ class Conversion:
             )
         return made
 
-    def _check_size(self, model: nn.Module, size: Size, text_len: int | None) -> None:
-        multiple = self.base.vae_scale * token_side(model)
+    def _check_size(self, size: Size, multiple: int, text_len: int | None) -> None:
         if any(side % multiple for side in size):
             raise ValueError(f"sides must be multiples of {multiple} pixels for this model, got {size[1]}x{size[0]}")
-        self.step(model, size, text_len)
+        _step(self, size, text_len)
 
     def mount(self, model: nn.Module, impl: str) -> None:
         """Convert a model of the base's shape, in place."""
@@ -142,8 +143,7 @@ class Conversion:
 
     def counted(self, size: Size, conditions: Conditions) -> tuple[int, StepFlops, str]:
         """Image tokens, operations, and what runs, for one size."""
-        model = build_on_meta(self.base)
-        step = self.step(model, size, conditions.text_len)
+        step, model = _step(self, size, conditions.text_len), build_on_meta(self.base)
         modules, _ = attention_modules(model, family_of(model))
         configs = choose(list(modules), self.configs, None)
         runs = conditions.impl
@@ -156,22 +156,23 @@ class Conversion:
         """(height, width) in the VAE's latents."""
         return size[0] // self.base.vae_scale, size[1] // self.base.vae_scale
 
-    def step(self, model: nn.Module, size: Size, text_len: int | None) -> Step:
-        """What a forward of the original does.
 
-        Args:
-            model: The base on the meta device.
-        Raises:
-            ValueError: the model cannot make this size, or take so much text.
-        """
-        width_height = f"{size[1]}x{size[0]}"
-        try:
-            step = count_step(model, self.latents(size), width_height, text_len=text_len)
-        except (RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(failed(self.base.model_class, width_height, error)) from error
-        if step is None:
-            raise ValueError(f"a {self.base.model_class} of this config has no positions for {width_height}")
-        return step
+@lru_cache(maxsize=64)
+def _step(conversion: Conversion, size: Size, text_len: int | None) -> Step:
+    """What a forward of the original does.
+
+    Raises:
+        ValueError: the model cannot make this size, or take so much text.
+    """
+    width_height, model_class = f"{size[1]}x{size[0]}", conversion.base.model_class
+    model = build_on_meta(conversion.base)
+    try:
+        step = count_step(model, conversion.latents(size), width_height, text_len=text_len)
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(failed(model_class, width_height, error)) from error
+    if step is None:
+        raise ValueError(f"a {model_class} of this config has no positions for {width_height}")
+    return step
 
 
 def _saved_pipeline(name: str | Path, offline: bool) -> Base:

@@ -60,6 +60,7 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(run).items())
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_end_in_the_same_weights(make_config: MakeConfig, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"layerwise": {"steps": 2, "lr": 1e-2}, "save": {"every": 3}}
     steps = {"steps": 40, "batch_size": 2}
