@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
-import diffusers
 import psutil
 import torch
 from torch import Tensor, nn
 
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import Base, build_on_meta, cast_as_loaded_, find_place, read_base
+from .base import Base, build_on_meta, find_place, read_base
 from .convert import check_impl, linearize_
 from .families import family_of
 from .fitting import check_fit
@@ -22,6 +21,7 @@ from .flops import Step, StepFlops, count_step
 from .loading import base_of
 from .manifest import Manifest, read_entry
 from .matching import attention_modules, choose
+from .random_weights import random_model
 from .record import CONFIG_KEY
 from .step_inputs import can_make_inputs, token_side
 
@@ -134,12 +134,15 @@ class Conversion:
             raise ValueError(f"sides must be multiples of {multiple} pixels for this model, got {size[1]}x{size[0]}")
         _step(self, size, text_len)
 
-    def mount(self, model: nn.Module, impl: str) -> None:
-        """Convert a model of the base's shape, in place."""
+    def model(self, conditions: Conditions) -> nn.Module:
+        """Of the base's shape, with random weights, converted."""
+        config = {key: value for key, value in self.base.config.items() if key != CONFIG_KEY}
+        model = random_model(self.base.model_class, config, conditions.device, conditions.dtype)
         if self.adapter is None:
-            linearize_(model, self.configs, impl=impl)
+            linearize_(model, self.configs, impl=conditions.impl)
         else:
-            mount_adapter_(model, *self.adapter, keep_original=True, impl=impl)
+            mount_adapter_(model, *self.adapter, keep_original=True, impl=conditions.impl)
+        return model
 
     def counted(self, size: Size, conditions: Conditions) -> tuple[int, StepFlops, str]:
         """Image tokens, operations, and what runs, for one size."""
@@ -195,17 +198,3 @@ def failed(model_class: str, width_height: str, error: Exception) -> str:
 
 def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-def random_model(base: Base, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The denoiser in its shape, with the random weights that its class begins with, in the dtypes of a loaded one."""
-    config = {key: value for key, value in base.config.items() if key != CONFIG_KEY}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # at once, or float32 would need twice the memory
-    try:
-        with torch.device(device):
-            model = cast(nn.Module, getattr(diffusers, base.model_class).from_config(config))
-    finally:
-        torch.set_default_dtype(before)
-    cast_as_loaded_(model, dtype)
-    return model.eval().requires_grad_(False)

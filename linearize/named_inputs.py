@@ -97,6 +97,16 @@ def inputs_by_name(
     return {name: value for name, value in made.items() if value is not None}
 
 
+def with_numbers(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One of these on a device; floats without numbers get random ones of this dtype."""
+    if not value.is_meta:
+        return value.to(device)
+    dtype = value.dtype if value.is_complex() else dtype
+    if value.ndim == 1:  # a time, or the strength of guidance, that bfloat16 has as well
+        return torch.full(value.shape, 0.5, dtype=dtype, device=device)
+    return torch.randn(value.shape, dtype=dtype, device=device)
+
+
 def argument_names(model_class: Any) -> tuple[str, ...]:
     """Of the forward of a class."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]

@@ -103,9 +103,13 @@ class _Enough(Exception):
 
 
 def predict(model: nn.Module, arguments: Arguments) -> Tensor:
-    """The prediction of one call; some models empty the lists that they are given, so these are copies."""
-    copies = {name: tree_map(lambda one: one, value) for name, value in arguments.items()}
-    return prediction_of(model, model(**copies))
+    """The prediction of one call."""
+    return prediction_of(model, model(**with_own_lists(arguments)))
+
+
+def with_own_lists(arguments: Arguments) -> dict[str, Any]:
+    """The same tensors in lists of their own, for some models empty those that they are given."""
+    return {name: tree_map(lambda one: one, value) for name, value in arguments.items()}
 
 
 def to_device(arguments: Arguments, device: torch.device) -> dict[str, Any]:

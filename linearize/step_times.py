@@ -19,11 +19,13 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from .compiling import compile_
-from .conversion_shape import GIB, Conditions, Conversion, Size, failed, random_model
+from .conversion_shape import GIB, Conditions, Conversion, Size, failed
 from .convert import dense
 from .errors import is_out_of_memory
 from .families import family_of
 from .flops import StepFlops
+from .named_inputs import with_numbers
+from .recording import with_own_lists
 from .step_inputs import step_inputs
 
 _UNTIMED = {False: 1, True: 2}  # forwards before those that count; on a GPU one more
@@ -72,8 +74,7 @@ def time_steps(conversion: Conversion, sizes: Sequence[Size], conditions: Condit
     device, dtype = conditions.device, conditions.dtype
     with _only(device):
         conversion.fitting(sizes, conditions)
-        model = random_model(conversion.base, device, dtype)
-        conversion.mount(model, conditions.impl)
+        model = conversion.model(conditions)
         if conditions.compiled:
             torch.compiler.reset()  # without what it has learnt from other conversions
             compile_(model)
@@ -86,7 +87,7 @@ def time_steps(conversion: Conversion, sizes: Sequence[Size], conditions: Condit
                     made = step_inputs(
                         model, family_of(model).name, conversion.latents(size), text_len=conditions.text_len
                     )
-                    inputs = tree_map_only(Tensor, lambda one: _with_numbers(one, device, dtype), made)
+                    inputs = tree_map_only(Tensor, lambda one: with_numbers(one, device, dtype), made)
                     original, converted = _in_turn(model, cast(dict[str, Any], inputs), conditions.pairs, progress)
                 except (RuntimeError, LookupError, TypeError, ValueError) as error:
                     raise ValueError(failed(conversion.base.model_class, width_height, error)) from error
@@ -160,23 +161,13 @@ class _Timed:
     @torch.no_grad()
     def _forward(self) -> float:
         """Its seconds."""
-        inputs = {name: tree_map_only(Tensor, lambda one: one, value) for name, value in self.inputs.items()}
+        inputs = with_own_lists(self.inputs)
         self._wait()
         began = time.perf_counter()
-        self.model(**inputs)  # may empty its lists
+        self.model(**inputs)
         self._wait()
         return time.perf_counter() - began
 
     def _wait(self) -> None:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
-
-
-def _with_numbers(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """An input of `step_inputs` on a device; floats without numbers get random ones."""
-    if not value.is_meta:
-        return value.to(device)
-    dtype = value.dtype if value.is_complex() else dtype
-    if value.ndim == 1:  # a time, or the strength of guidance
-        return torch.full(value.shape, 0.5, dtype=dtype, device=device)
-    return torch.randn(value.shape, dtype=dtype, device=device)

@@ -9,6 +9,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from lineardit.linearize.random_weights import random_model
+
 from .bench import Scale
 from .environment import ROOT
 
@@ -29,14 +31,8 @@ def sized(scale: Scale, units: int) -> dict[str, Any]:
 
 def build(scale: Scale, units: int) -> nn.Module:
     """On the device, in the dtype of this run."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(scale.dtype)
-    try:
-        with torch.device(scale.device):
-            model = FluxTransformer2DModel.from_config(sized(scale, units))
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval().requires_grad_(False)
+    device = torch.device(scale.device)
+    return random_model("FluxTransformer2DModel", sized(scale, units), device, scale.dtype)
 
 
 def units_that_fit(scale: Scale) -> tuple[int, int]:

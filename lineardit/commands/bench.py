@@ -49,13 +49,12 @@ def bench(
     quiet_libraries()
     from ..distill.figures import require_matplotlib
     from ..linearize.conversion_shape import Conditions, Conversion
-    from ..linearize.folders import check_output_file
+    from ..linearize.folders import check_output, check_output_file
     from ..linearize.opening import named_dtype
     from .devices import find_device, find_dtype
 
     require_matplotlib(PICTURE)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"the output must be a folder, {output} is a file")
+    check_output(output, overwrite=True)  # its other files stay
     for name in (FIGURES, PICTURE):
         check_output_file(output / name, overwrite=overwrite)
     target = find_device(device)

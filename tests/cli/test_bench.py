@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from two_conversions import convert_twice
 
 from lineardit.bench_plot import draw_step_times
 from lineardit.cli import run
@@ -20,9 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configs of a base, two conversions of it, and the command's output."""
     folder = tmp_path_factory.mktemp("bench")
     build("flux").save_config(folder / "base")
-    for radius in (1.5, 3):
-        words = ["convert", folder / "base", "--method", "clear", "--radius", radius, "--offline"]
-        assert run([*map(str, words), "-o", str(folder / f"clear-{radius}")]) == 0
+    convert_twice(folder)
     assert run(command(folder)) == 0
     return folder
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tiny_distill import build_tiny
+from two_conversions import convert_twice
 
 from lineardit.cli import run
 
@@ -16,9 +17,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nearness")
     build_tiny().save_pretrained(folder / "base")
     (folder / "prompts.txt").write_text("a red circle\na blue cross\n")
-    for radius in (1.5, 3):
-        words = ["convert", folder / "base", "--method", "clear", "--radius", radius, "--offline"]
-        assert run([*map(str, words), "-o", str(folder / f"clear-{radius}")]) == 0
+    convert_twice(folder)
     assert run(command(folder)) == 0
     return folder
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lineardit.linearize.named_inputs import inputs_by_name
+from lineardit.linearize.named_inputs import inputs_by_name, with_numbers
 
 Grid = tuple[int, int]
 Arguments = dict[str, Any]
@@ -105,7 +106,8 @@ class Tiny:
         parameters = inspect.signature(self._class.__init__).parameters
         config = {name: parameter.default for name, parameter in parameters.items()} | self._config(None)
         named = inputs_by_name(self._class, config, grid, text_len=text_len, batch=batch, leave=others)
-        return tree_map_only(Tensor, _with_numbers, named) | others
+        numbered = partial(with_numbers, device=torch.device("cpu"), dtype=torch.float32)
+        return tree_map_only(Tensor, numbered, named) | others
 
     @property
     def _class(self) -> Any:
@@ -118,14 +120,6 @@ class Tiny:
         if num_layers is not None:
             return {**small, **self.config, **dict.fromkeys(layers, num_layers)}
         return {**small, **dict.fromkeys(layers, 2 if len(layers) == 1 else 1), **self.config}
-
-
-def _with_numbers(value: Tensor) -> Tensor:
-    if not value.is_meta:
-        return value
-    if value.ndim == 1:  # a time, or the strength of guidance, that bfloat16 has as well
-        return torch.full(value.shape, 0.5)
-    return torch.randn(value.shape, dtype=value.dtype)
 
 
 def awake(model: nn.Module) -> nn.Module:
