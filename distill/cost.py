@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from ..linearize.convert import denoiser
+from ..linearize.networks import denoiser
 from ..linearize.recording import first_call, predict
 from ..pipelines.sizes import size_multiple
 from .families import family_of

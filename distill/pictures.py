@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
-from ..linearize.convert import denoiser, swapped
+from ..linearize.convert import swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
+from ..linearize.networks import denoiser
 from ..pipelines.files import check_finite
 from ..pipelines.sizes import check_size
 from .families import family_of, has_row

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from ..linearize import families as conversions
 from ..linearize.calling import own_settings
-from ..linearize.convert import denoiser, swapped
+from ..linearize.convert import swapped
 from ..linearize.folders import write_whole
+from ..linearize.networks import denoiser
 from ..pipelines.sizes import check_size
 from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
 from .families import family_of, has_row

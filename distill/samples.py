@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linearize.calling import arguments_named, call_arguments, draw_latents
-from ..linearize.convert import denoiser
+from ..linearize.networks import denoiser
 from ..linearize.recording import recording
 from .calls import chosen_calls, pack
 from .data import Sample

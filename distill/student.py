@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..linearize.convert import denoiser, dense, linearize_
+from ..linearize.convert import dense, linearize_
+from ..linearize.networks import denoiser
 from ..linearize.overlays import overlays_of
 from ..linearize.record import record_
 from ..linearize.report import SwapReport

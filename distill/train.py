@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 
 from ..linearize.adapter import save_adapter
 from ..linearize.base import read_base
-from ..linearize.convert import denoiser, swapped
+from ..linearize.convert import swapped
 from ..linearize.layout import Layout
+from ..linearize.networks import denoiser
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
 from .figures import require_matplotlib

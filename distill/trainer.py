@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from ..linearize.convert import denoiser, swapped
+from ..linearize.convert import swapped
+from ..linearize.networks import denoiser
 from ..linearize.recording import predict, to_device
 from .checkpoint import latest_checkpoint, passed_over, prune_checkpoints, save_checkpoint, store_trained_only
 from .config import DistillConfig

@@ -5,7 +5,6 @@ from .attention_profile import read_profile as read_profile
 from .budget import Proposal as Proposal
 from .budget import propose as propose
 from .compiling import compile_ as compile_
-from .convert import denoiser as denoiser
 from .convert import dense as dense
 from .convert import linearize_ as linearize_
 from .convert import restore_ as restore_
@@ -25,5 +24,6 @@ from .methods import Mala as Mala
 from .methods import Neighborhood as Neighborhood
 from .methods import Rala as Rala
 from .methods import SlidingTile as SlidingTile
+from .networks import denoiser as denoiser
 from .profiling import profile_attention as profile_attention
 from .report import SwapReport as SwapReport

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from .base import Place, Source, find_place, source_of
-from .convert import denoiser, linearize_, restore_, swapped
+from .convert import linearize_, restore_, swapped
 from .families import Family, family_of
 from .fitting import attention_shapes, check_fit, sorted_tensors
 from .folders import check_output, check_output_file, new_folder, read_tensors, sha256, write_whole
@@ -29,6 +29,7 @@ from .manifest import (
 )
 from .matching import attention_modules
 from .methods import config_to_dict
+from .networks import denoiser
 from .overlays import check_unmerged, check_writable, overlays_of, refuse_fused, replace_weights_
 from .record import record_
 from .report import SwapReport

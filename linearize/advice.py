@@ -1,7 +1,6 @@
 """What `linearize_` tells in the log besides its report."""
 
 import logging
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import diffusers
@@ -9,7 +8,7 @@ from packaging.version import Version
 from torch import nn
 
 from .families import FAMILIES
-from .families.refused import MULTIPLE
+from .networks import networks
 from .seam import state_of
 
 logger = logging.getLogger(__name__)
@@ -21,8 +20,8 @@ def warn_of_others(pipe_or_model: Any, model: nn.Module) -> None:
     """Tell which other networks of a pipeline could be converted, and keep their full attention."""
     if pipe_or_model is model:
         return
-    for name, part in _networks(getattr(pipe_or_model, "components", {})):
-        convertible = isinstance(part, nn.Module) and any(cls.__name__ in FAMILIES for cls in type(part).__mro__)
+    for name, part in networks(pipe_or_model):
+        convertible = any(cls.__name__ in FAMILIES for cls in type(part).__mro__)
         if convertible and part is not model and state_of(part) is None:
             logger.warning(
                 "the pipeline's %s (a %s) keeps its full attention: linearize_(pipe.%s, ...) converts it as well",
@@ -30,15 +29,6 @@ def warn_of_others(pipe_or_model: Any, model: nn.Module) -> None:
                 type(part).__name__,
                 name,
             )
-
-
-def _networks(components: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The parts of a pipeline, by name; of several ControlNets in one, each."""
-    for name, part in components.items():
-        if type(part).__name__ in MULTIPLE:
-            yield from ((f"{name}.nets[{index}]", net) for index, net in enumerate(part.nets))
-        else:
-            yield name, part
 
 
 def warn_untested() -> None:

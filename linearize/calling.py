@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .convert import denoiser
+from .networks import denoiser
 from .seam import state_of
 
 logger = logging.getLogger(__name__)

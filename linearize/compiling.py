@@ -5,8 +5,9 @@ from typing import Any, cast
 
 import torch
 
-from .convert import denoiser, swapped
+from .convert import swapped
 from .families import Family, family_of
+from .networks import denoiser
 
 
 def compile_(pipe_or_model: Any, *, backend: str = "inductor", family: Family | None = None) -> int:

@@ -15,6 +15,7 @@ from .input_terms import InputTerms, check_inputs, input_terms
 from .intercept import LinearAttention, change_class, check_forward, linear_class
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, config_to_dict, nearest
+from .networks import denoiser, networks
 from .overlays import refuse_fused
 from .record import forget_, record_
 from .report import SwapReport
@@ -85,36 +86,44 @@ def linearize_(
 def restore_(pipe_or_model: Any) -> None:
     """Undo `linearize_`, and take away what was trained: the base model again, bit for bit.
 
+    Args:
+        pipe_or_model: A pipeline, with all of its converted networks, or one model.
     Raises:
         ValueError: nothing is converted.
         UnsupportedModelError: the model was sharded or wrapped since.
     """
-    _refuse_sharded(denoiser(pipe_or_model)[1], "restore_")
-    model, state = _converted(pipe_or_model)
-    _check_ours(model)
-    for companion in state.companions:
-        companion.remove()
-    _remove_seam(model)
-    forget_(model)
+    for _, network in networks(pipe_or_model):
+        _refuse_sharded(network, "restore_")
+    converted = _converted(pipe_or_model)
+    for model in converted:
+        _check_ours(model)
+    for model, state in converted.items():
+        for companion in state.companions:
+            companion.remove()
+        _remove_seam(model)
+        forget_(model)
 
 
 @contextmanager
 def dense(pipe_or_model: Any) -> Iterator[None]:
-    """Inside, the model is the base: its own attention, without what was trained.
+    """Inside, the model is the base: its own attention, without what was trained; for the thread that entered it.
 
+    Args:
+        pipe_or_model: A pipeline, with all of its converted networks, or one model.
     Raises:
         ValueError: nothing is converted.
+        RuntimeError: another thread is inside the model, or inside `dense` of it.
     """
-    _, state = _converted(pipe_or_model)
-    if not state.enabled:
-        yield
-        return
     with ExitStack() as undo:
-        for companion in state.companions:
-            companion.suspend()
-            undo.callback(companion.resume)
-        state.enabled = False
-        undo.callback(setattr, state, "enabled", True)
+        for model, state in _converted(pipe_or_model).items():
+            state.refuse_other_threads(model)
+            if not state.enabled:
+                continue
+            for companion in state.companions:
+                companion.suspend()
+                undo.callback(companion.resume)
+            state.disable()
+            undo.callback(state.enable)
         yield
 
 
@@ -124,30 +133,12 @@ def set_impl_(pipe_or_model: Any, impl: str) -> None:
     Raises:
         ValueError: nothing is converted, or a method has no such implementation (lists those it has).
     """
-    model, _ = _converted(pipe_or_model)
-    kernels = [cast(Any, module).linear_kernel for module in swapped(model).values()]
+    modules = [module for model in _converted(pipe_or_model) for module in swapped(model).values()]
+    kernels = [cast(Any, module).linear_kernel for module in modules]
     for kernel in kernels:
         check_impl(impl, type(kernel.config))
     for kernel in kernels:
         kernel.impl = impl
-
-
-def denoiser(pipe_or_model: Any) -> tuple[str, nn.Module]:
-    """The network that denoises, and its name in a pipeline: "transformer" or "unet".
-
-    Raises:
-        UnsupportedModelError: neither a pipeline that has one nor a model.
-    """
-    if isinstance(pipe_or_model, nn.Module):
-        model = _inner(pipe_or_model)
-        return ("unet" if type(model).__name__.startswith("UNet") else "transformer"), model
-    for name in ("transformer", "unet"):
-        part = getattr(pipe_or_model, name, None)
-        if isinstance(part, nn.Module):
-            return name, _inner(part)
-    raise UnsupportedModelError(
-        f"expected a pipeline with a `transformer` or `unet`, or such a model, got {type(pipe_or_model).__name__}"
-    )
 
 
 def swapped(model: nn.Module) -> dict[str, nn.Module]:
@@ -164,22 +155,15 @@ def check_impl(impl: str, config_class: type) -> None:
         )
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """What `torch.compile(model)` and peft's `get_peft_model(model, ...)` wrap."""
-    names = {cls.__name__ for cls in type(model).__mro__}
-    if "OptimizedModule" in names:
-        return _inner(cast(nn.Module, model._orig_mod))
-    return _inner(cast(Any, model).get_base_model()) if "PeftModel" in names else model
-
-
-def _converted(pipe_or_model: Any) -> tuple[nn.Module, State]:
-    _, model = denoiser(pipe_or_model)
-    state = state_of(model)
-    if state is None:
-        raise ValueError(
-            f"this {type(model).__name__} is not converted: call linearize_ first (a wrapped one: pass the inner model)"
-        )
-    return model, state
+def _converted(pipe_or_model: Any) -> dict[nn.Module, State]:
+    """The converted networks: of a pipeline, all of them."""
+    states = {model: state_of(model) for _, model in networks(pipe_or_model)}
+    converted = {model: state for model, state in states.items() if state is not None}
+    if not converted:
+        inside = any(state_of(part) is not None for model in states for part in model.modules())
+        hint = "pass the converted model that it wraps" if inside else "call linearize_ first"
+        raise ValueError(f"this {type(pipe_or_model).__name__} is not converted: {hint}")
+    return converted
 
 
 def _kernel(attention: Any, config: Any, impl: str) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 from .convert import dense
@@ -30,7 +31,7 @@ def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
         raise ValueError(f"count must be >= 1, got {count}: for no linear attention at all, use `dense`")
     with dense(pipe):
         pass  # raises where nothing is converted
-    with ExitStack() as base:
+    with ExitStack() as base, _before_each_schedule(pipe.scheduler, base.close):
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if step + 1 == count:
@@ -40,3 +41,20 @@ def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
             return tensors
 
         yield on_step_end
+
+
+@contextmanager
+def _before_each_schedule(scheduler: Any, run: Callable[[], None]) -> Iterator[None]:
+    """Inside, `run` comes before each `set_timesteps`, with which a call begins: the one before may have broken off."""
+    own = scheduler.set_timesteps
+
+    @wraps(own)  # pipelines look at its parameters
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        run()
+        return own(*args, **kwargs)
+
+    scheduler.set_timesteps = set_timesteps
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .convert import denoiser
+from .networks import denoiser
 from .seam import state_of
 
 

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from .calling import call_of_original, draw_latents
-from .convert import denoiser
 from .families import family_of
+from .networks import denoiser
 from .recording import Prediction, predict, recording, to_device
 
 

@@ -14,12 +14,13 @@ from .. import __version__
 from .attention_profile import LayerProfile, Profile, is_window
 from .base import source_of
 from .calling import call_of_original, check_counts, draw_latents
-from .convert import denoiser, restore_, swap_
+from .convert import restore_, swap_
 from .families import family_of
 from .input_terms import input_terms
 from .matching import attention_modules, head_shape
 from .methods import METHODS, config_to_dict
 from .methods.clear import Clear
+from .networks import denoiser
 from .probe import Probe
 from .seam import State
 

@@ -10,10 +10,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .adapter import manifest_of, save_adapter
 from .base import source_of
-from .convert import denoiser
 from .hub import is_repository
 from .merging import save_merged
 from .model_card import CARD_FILE, adapter_card, merged_card
+from .networks import denoiser
 
 logger = logging.getLogger(__name__)
 

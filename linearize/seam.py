@@ -8,6 +8,7 @@ B batch, H heads, N tokens, D head dimension.
 """
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -58,25 +59,52 @@ class State:
         self.logit_factor = 1.0
         self.record: dict[Site, Sight] | None = None
         self._thread: int | None = None
+        self._dense_thread: int | None = None
 
-    def enter(self) -> None:
+    def enter(self, model: nn.Module) -> None:
         """Claim the model for this thread's forward.
 
         Raises:
-            RuntimeError: another thread is inside the model, whose grid this forward would overwrite.
+            RuntimeError: another thread is inside the model, whose grid this forward would overwrite, or in `dense`.
         """
-        me = threading.get_ident()
-        if self._thread not in (None, me) and any(thread.ident == self._thread for thread in threading.enumerate()):
-            raise RuntimeError(
-                "another thread is inside this converted model: one forward at a time, hold a lock around the call or "
-                "give each thread its own copy.deepcopy of the model"
-            )
-        self._thread = me
+        self.refuse_other_threads(model)
+        self._thread = threading.get_ident()
 
     def leave(self) -> None:
         """Give the model back, if it is this thread's."""
         if self._thread == threading.get_ident():
             self._thread = None
+
+    def disable(self) -> None:
+        """The model's own attention, for this thread, until `enable`."""
+        self.enabled, self._dense_thread = False, threading.get_ident()
+
+    def enable(self) -> None:
+        """Linear attention again."""
+        self.enabled, self._dense_thread = True, None
+
+    def refuse_other_threads(self, model: nn.Module) -> None:
+        """Raise a RuntimeError where another thread is inside a forward of the model, or inside `dense` of it."""
+        me = threading.get_ident()
+        if self._thread not in (None, me) and _is_inside(self._thread, model):
+            raise RuntimeError(f"another thread is inside this converted model: one forward at a time, {_APART}")
+        if not self.enabled and self._dense_thread != me:
+            raise RuntimeError(f"another thread is inside `dense` of this model, which holds for it alone: {_APART}")
+
+
+_APART = "hold a lock around the call or give each thread its own copy.deepcopy of the model"
+
+
+def _is_inside(thread: int | None, model: nn.Module) -> bool:
+    """Whether a thread runs a forward of the model; a claim outlives one that Ctrl-C has ended."""
+    frame = None if thread is None else sys._current_frames().get(thread)
+    while frame is not None:
+        running = frame.f_locals.get("self")
+        # a compiled model's own frames are gone, not those of its wrapper
+        if isinstance(running, nn.Module) and model in (running, running._modules.get("_orig_mod")):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Site:
@@ -158,8 +186,8 @@ def state_of(model: nn.Module) -> State | None:
 
 @torch.compiler.disable
 def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    state = model._lineardit_state
-    state.enter()
+    state: State = model._lineardit_state
+    state.enter(model)
     for terms in state.input_terms:
         terms.follow()
     recomputes = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)

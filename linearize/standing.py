@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .convert import denoiser, swapped
+from .convert import swapped
 from .families import family_of
 from .layout import Grid, Layout
 from .matching import attention_modules
+from .networks import denoiser
 from .report import SwapReport
 
 ORIGINAL = "original"

@@ -8,8 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .convert import denoiser, swapped
+from .convert import swapped
 from .low_rank import LORA_NAME, LowRank
+from .networks import denoiser
 from .overlays import FullWeights, check_writable, overlays_of, plain_layer, refuse_fused
 from .record import record_
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..linearize.convert import denoiser
+from ..linearize.networks import denoiser
 
 
 @contextmanager

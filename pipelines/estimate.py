@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ..linearize.base import Base, Source, build_on_meta
-from ..linearize.convert import denoiser, swapped
+from ..linearize.convert import swapped
 from ..linearize.families import FAMILIES
 from ..linearize.flops import Step, count_step
+from ..linearize.networks import denoiser
 from ..linearize.step_inputs import can_make_inputs, token_side
 from .plan import Plan, Stage
 from .positions import table_side

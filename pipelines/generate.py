@@ -16,7 +16,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
-from ..linearize.convert import denoiser, swapped
+from ..linearize.convert import swapped
+from ..linearize.networks import denoiser
 from .cascade import cascade_of, make_in_stages
 from .files import Text, Wanted, latents_kept, not_there, plan_files, save_latents, write_picture
 from .plan import Settings

@@ -21,7 +21,8 @@ from diffusers import ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
-from ..linearize.convert import denoiser, dense
+from ..linearize.convert import dense
+from ..linearize.networks import denoiser
 from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
 from ..linearize.standing import advice_on

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..linearize.convert import denoiser
 from ..linearize.families.positions import rectangle
+from ..linearize.networks import denoiser
 
 # Where these models have a table of positions, square, which is added to the tokens.
 _TABLES = {

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..linearize.convert import denoiser
+from ..linearize.networks import denoiser
 from ..linearize.standing import describe_implementations, implementations_seen
 
 logger = logging.getLogger(__name__)

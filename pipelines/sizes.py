@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..linearize.convert import denoiser
+from ..linearize.networks import denoiser
 
 
 def size_multiple(pipe: Any) -> int:

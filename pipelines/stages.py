@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..linearize.calling import BINNING, for_batch
-from ..linearize.convert import denoiser, dense
+from ..linearize.convert import dense
 from ..linearize.logits import scaled_logits
+from ..linearize.networks import denoiser
 from ..linearize.seam import state_of
 from .encoded_once import text_encoded_once
 from .latents import unpack_latents

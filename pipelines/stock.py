@@ -11,8 +11,8 @@ from typing import Any, cast
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from ..linearize.convert import denoiser
 from ..linearize.errors import UnsupportedModelError
+from ..linearize.networks import denoiser
 from .latents import pack_latents, patches_of
 from .positions import computes_rotation
 from .vae import is_flux2, is_known, latent_channels, normalized, pixels_per_latent

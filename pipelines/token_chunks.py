@@ -28,8 +28,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from ..linearize.convert import denoiser
 from ..linearize.errors import UnsupportedModelError
+from ..linearize.networks import denoiser
 
 
 def has_chunks(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lineardit.distill.identity import main_dtype
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 from tiny_stock import STOCK
 
 

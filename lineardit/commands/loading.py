@@ -17,8 +17,8 @@ def load(
     from .. import __version__
     from ..linearize.adapter import adapter_file
     from ..linearize.base import find_place, source_of
-    from ..linearize.convert import denoiser
     from ..linearize.folders import sha256
+    from ..linearize.networks import denoiser
     from ..linearize.opening import open_pipeline
     from ..linearize.standing import swap_report
     from ..pipelines.placement import place_

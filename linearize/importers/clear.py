@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..convert import denoiser, linearize_, restore_, swapped
+from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
 from ..fitting import check_shapes, shapes_of
 from ..folders import read_tensors
 from ..matching import attention_modules
 from ..methods.clear import Clear
+from ..networks import denoiser
 from ..overlays import check_unmerged, check_writable, plain_layer, refuse_fused, replace_weights_
 from ..record import record_
 from ..report import SwapReport

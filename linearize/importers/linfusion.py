@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import CONFIG_FILE, Place, find_place, read_json
-from ..convert import denoiser, linearize_, restore_, swapped
+from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
 from ..fitting import check_shapes, listed, shapes_of
@@ -22,6 +22,7 @@ from ..folders import read_tensors
 from ..grouping import grouped
 from ..matching import attention_modules, head_shape
 from ..methods.linfusion import LinFusion, LinFusionAttention
+from ..networks import denoiser
 from ..overlays import check_unmerged, check_writable, plain_layer, refuse_fused, replace_weights_
 from ..record import record_
 from ..report import SwapReport

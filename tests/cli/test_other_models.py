@@ -11,7 +11,7 @@ from tiny_distill import CONFIG, PROMPTS
 from whole_pipelines import WHOLE
 
 from lineardit.cli import run
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 
 FINISH = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"
 

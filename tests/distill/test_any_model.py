@@ -33,7 +33,8 @@ from lineardit.distill.identity import fingerprint, main_dtype
 from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.prepare import prepare
 from lineardit.distill.trainer import Trainer
-from lineardit.linearize.convert import denoiser, swapped
+from lineardit.linearize.convert import swapped
+from lineardit.linearize.networks import denoiser
 from lineardit.linearize.recording import Prediction, predict, prediction_of, recording
 from lineardit.linearize.training import projection_names
 from tiny_models import MODELS, build

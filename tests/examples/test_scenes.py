@@ -17,7 +17,7 @@ def noisy(image: Image.Image, seed: int) -> Image.Image:
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize("noise", [False, True], ids=["clean", "noisy"])
+@pytest.mark.parametrize("noise", [pytest.param(False, marks=pytest.mark.slow), True], ids=["clean", "noisy"])
 @pytest.mark.parametrize(
     "size", [*SIZES, pytest.param(512, marks=pytest.mark.slow), pytest.param(1024, marks=pytest.mark.slow)]
 )

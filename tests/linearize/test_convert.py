@@ -20,7 +20,7 @@ from lineardit.linearize import (
     set_impl_,
     swapped,
 )
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 from tiny_models import FAMILIES, MODELS, build, inputs_of, run
 
 SMALL = Clear(radius=2.3)

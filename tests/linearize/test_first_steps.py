@@ -1,5 +1,6 @@
 """`first_steps`: linear attention for some steps of a pipeline, the base's for the rest."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -71,6 +72,28 @@ def test_first_steps_end_with_the_block_where_a_call_breaks_off(pipe: diffusers.
 
         paint(pipe, callback_on_step_end=stop)
     assert state.enabled
+
+
+@pytest.mark.parametrize("how", ["interrupt", "error"])
+def test_a_call_after_one_that_broke_off_begins_with_linear_attention(pipe: diffusers.FluxPipeline, how: str) -> None:
+    linearize_(pipe, Agent(num_agents=4))
+    state = vars(pipe.transformer)["_lineardit_state"]
+    seen: list[bool] = []
+
+    def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        tensors = on_step_end(pipeline, step, timestep, tensors)
+        if how == "error":
+            raise RuntimeError("broken off")
+        pipeline._interrupt = True
+        return tensors
+
+    with first_steps(pipe, 1) as on_step_end:
+        with nullcontext() if how == "interrupt" else pytest.raises(RuntimeError, match="broken off"):
+            paint(pipe, callback_on_step_end=stop)
+        pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(state.enabled))
+        paint(pipe, callback_on_step_end=on_step_end)
+    assert seen == [True] + [False] * (STEPS - 1)
+    assert "set_timesteps" not in vars(pipe.scheduler)
 
 
 def test_first_steps_refuses(pipe: diffusers.FluxPipeline) -> None:

@@ -8,8 +8,8 @@ import torch
 from tiny_distill import build_tiny
 
 from lineardit import Clear, linearize_, restore_
-from lineardit.linearize.convert import denoiser
 from lineardit.linearize.nearness import Nearness, nearness, record_predictions
+from lineardit.linearize.networks import denoiser
 
 PROMPTS = ["a red circle", "a blue cross"]
 SETTINGS: dict[str, Any] = {"size": (24, 32), "steps": 3, "max_sequence_length": 8}

@@ -49,7 +49,9 @@ def timed(conversion: Conversion, sizes: Sequence[tuple[int, int]], **settings: 
     return list(time_steps(conversion, sizes, conditions))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_model_whose_inputs_are_known_is_timed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(family)

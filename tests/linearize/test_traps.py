@@ -1,7 +1,6 @@
 """Nothing may turn a converted model dense, or its window wrong, without an error; other tools' hooks go on working."""
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 
 import diffusers
@@ -313,29 +312,6 @@ def test_linearize_in_inference_mode_leaves_a_model_that_can_be_trained() -> Non
         run(model, arguments)
     model(**arguments).sample.sum().backward()
     assert model.transformer_blocks[0].attn.linear_kernel.pool_weight.grad.any()
-
-
-def test_second_thread_in_one_model_is_refused() -> None:
-    model, arguments = build("flux"), inputs_of("flux")
-    linearize_(model, SMALL)
-    out, inside, go_on = run(model, arguments), threading.Event(), threading.Event()
-    results: list[Tensor] = []
-
-    def wait(*_: object) -> None:
-        if threading.current_thread() is worker:
-            inside.set()
-            go_on.wait(10)
-
-    model.single_transformer_blocks[0].register_forward_pre_hook(wait)
-    worker = threading.Thread(target=lambda: results.append(run(model, arguments)))
-    worker.start()
-    assert inside.wait(10)
-    with pytest.raises(RuntimeError, match="another thread"):
-        run(model, inputs_of("flux", grid=(4, 4)))
-    go_on.set()
-    worker.join()
-    assert torch.equal(results[0], out)
-    assert torch.equal(run(model, arguments), out)
 
 
 @pytest.fixture

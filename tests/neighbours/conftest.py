@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 from tiny_models import build, inputs_of, run
 
 HEIGHT, WIDTH = 16, 24  # pixels: 4 x 6 tokens in FLUX and SD3, 8 x 12 in the UNet

@@ -86,3 +86,21 @@ def test_several_controlnets_steer_a_converted_model(pipe: Any, family: str, ste
         linearize_(model, Clear(radius=30))
     assert torch.equal(steer(other, 1.0, 1.0), base)
     assert torch.equal(steer(other, 1.0, 0.0), first_alone)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_dense_and_restore_of_a_pipeline_hold_for_its_controlnets(
+    pipe: Any, family: str, steer: Callable[..., Tensor], count: int
+) -> None:
+    controlnets = [build(f"{family}-controlnet") for _ in range(count)]
+    other, scales = _steered(pipe, family, *controlnets), [1.0] * count
+    base = steer(other, *scales)
+    for network in (other, *controlnets):
+        linearize_(network, SMALL)
+    windowed = steer(other, *scales)
+    with dense(other):
+        assert torch.equal(steer(other, *scales), base)
+    assert torch.equal(steer(other, *scales), windowed)
+    restore_(other)
+    assert not any(swapped(network) for network in controlnets)
+    assert torch.equal(steer(other, *scales), base)

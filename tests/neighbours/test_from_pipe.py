@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lineardit import Clear, dense, linearize_, restore_
 from lineardit.linearize import swapped
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 
 
 @pytest.mark.parametrize("converted_first", [True, False])

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from torch import Tensor
 
 from lineardit import Clear, LayoutError, dense, linearize_, restore_
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 from tiny_models import build, inputs_of, run
 
 NUM_TOKENS = 4  # of the image prompt, diffusers' own number

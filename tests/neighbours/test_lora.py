@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 from lineardit.linearize.training import add_lora_, train_full_
 
 CONFIG = Clear(radius=1.5, pool_size=2)

@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 from lineardit.linearize.training import add_lora_, train_full_
 
 CPU = torch.device("cpu")

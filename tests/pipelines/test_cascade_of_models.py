@@ -13,7 +13,7 @@ from PIL import Image
 from whole_pipelines import WHOLE
 
 from lineardit import HighResolutionPipeline, UnsupportedModelError
-from lineardit.linearize.convert import denoiser
+from lineardit.linearize.networks import denoiser
 from lineardit.pipelines import estimate
 from lineardit.pipelines.estimate import Estimator, forwards_of
 from lineardit.pipelines.latents import pack_latents, unpack_latents

@@ -9,8 +9,8 @@ import torch
 
 from lineardit import Clear, dense, linearize_, restore_
 from lineardit.linearize import LayoutError, swapped
-from lineardit.linearize.convert import denoiser
 from lineardit.linearize.nearness import nearness
+from lineardit.linearize.networks import denoiser
 from lineardit.linearize.recording import recording
 from tiny_stock import REFUSED, STOCK, Stock, paint
 

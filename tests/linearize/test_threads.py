@@ -1,0 +1,101 @@
+"""A converted model serves one thread at a time: what another one does meanwhile is refused, not mixed up."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lineardit import Clear, dense, linearize_
+from tiny_models import build, inputs_of, run
+
+SMALL = Clear(radius=2.3)
+
+
+def test_second_thread_in_one_model_is_refused() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    out, inside, go_on = run(model, arguments), threading.Event(), threading.Event()
+    results: list[Tensor] = []
+
+    def wait(*_: object) -> None:
+        if threading.current_thread() is worker:
+            inside.set()
+            go_on.wait(10)
+
+    model.single_transformer_blocks[0].register_forward_pre_hook(wait)
+    worker = threading.Thread(target=lambda: results.append(run(model, arguments)))
+    worker.start()
+    assert inside.wait(10)
+    with pytest.raises(RuntimeError, match="another thread"):
+        run(model, inputs_of("flux", grid=(4, 4)))
+    go_on.set()
+    worker.join()
+    assert torch.equal(results[0], out)
+    assert torch.equal(run(model, arguments), out)
+
+
+def test_dense_holds_for_the_thread_that_entered_it() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    out = run(model, arguments)
+    refused: list[RuntimeError] = []
+
+    def elsewhere() -> None:
+        for call in (lambda: run(model, arguments), dense(model).__enter__):
+            try:
+                call()
+            except RuntimeError as error:
+                refused.append(error)
+
+    with dense(model):
+        worker = threading.Thread(target=elsewhere)
+        worker.start()
+        worker.join()
+        assert not torch.allclose(run(model, arguments), out, atol=1e-4)
+    assert ["another thread is inside `dense` of this model" in str(error) for error in refused] == [True, True]
+    assert torch.equal(run(model, arguments), out)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_that_is_interrupted_leaves_the_model_to_others(compiled: bool) -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    out = run(model, arguments)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.single_transformer_blocks[0].register_forward_pre_hook(interrupt)
+    called: Any = torch.compile(model, backend="eager") if compiled else model
+    with pytest.raises(KeyboardInterrupt):
+        run(called, arguments)
+    handle.remove()
+    results: list[Tensor] = []
+    worker = threading.Thread(target=lambda: results.append(run(model, arguments)))
+    worker.start()
+    worker.join()
+    assert torch.equal(results[0], out)
+
+
+def test_a_second_thread_in_a_compiled_model_is_refused() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    inside, go_on = threading.Event(), threading.Event()
+
+    @torch.compiler.disable
+    def wait(*_: object) -> None:
+        if threading.current_thread() is worker:
+            inside.set()
+            go_on.wait(60)
+
+    model.single_transformer_blocks[0].register_forward_pre_hook(wait)
+    compiled: Any = torch.compile(model, backend="eager")
+    worker = threading.Thread(target=lambda: run(compiled, arguments))
+    worker.start()
+    assert inside.wait(60)
+    with pytest.raises(RuntimeError, match="another thread"):
+        run(model, inputs_of("flux", grid=(4, 4)))
+    go_on.set()
+    worker.join()
