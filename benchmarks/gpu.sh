@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Correctness, speed and memory on this machine's NVIDIA GPU; with --smoke all of it at tiny sizes on the CPU.
 #
-#     benchmarks/gpu.sh [--smoke] [--only correctness|operator|model|memory] [--again] [--output DIR]
+#     benchmarks/gpu.sh [--smoke] [--only correctness|operator|model|memory] [--again] [--seconds N]
+#         [--output DIR]
 #
 # Needs Python with torch and triton, of PYTHON or python3; diffusers for the whole model, natten to be compared with.
 set -euo pipefail

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -128,7 +129,7 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
         BACKWARD_TILES: (kernels.window_grad_query, kernels.window_grad_key, kernels.window_grad_shared),
     }
     for every_tiles, members in directions.items():
-        for tiles in candidates(every_tiles, HEAD_DIM, arch):
+        for tiles in candidates(every_tiles, HEAD_DIM, arch, torch.bfloat16):
             usages = {kernel.fn.__name__: compile_for(kernel, tile_constants(tiles), tiles, arch) for kernel in members}
             if all(usage["shared_bytes"] <= SHARED_MEMORY[arch] for usage in usages.values()):
                 break
@@ -153,8 +154,8 @@ def focus_rows(side: int, arch: int, report: Callable[[str], None]) -> dict[str,
     """
     of_keys = (focus_kernels.focus_grad_proxy, focus_kernels.focus_grad_cell) if side == FOCUS_SIDES[0] else ()
     directions: tuple[tuple[list[Blocks], tuple[Any, ...]], ...] = (
-        (focus_candidates(side), (focus_kernels.focus_forward,)),
-        (backward_candidates(HEAD_DIM), (focus_kernels.focus_grad_query, *of_keys)),
+        (focus_candidates(side, torch.bfloat16), (focus_kernels.focus_forward,)),
+        (backward_candidates(HEAD_DIM, torch.bfloat16), (focus_kernels.focus_grad_query, *of_keys)),
     )
     rows: dict[str, dict[str, Any]] = {}
     for every_blocks, members in directions:

@@ -17,8 +17,8 @@ from .marks import marks
 from .records import PARTS, SETTLED, STATUSES, Results, Row, load, open_results
 from .tables import failures, marks_table, part_tables
 
-PART_SECONDS = 165  # after which no new row begins; a smoke run is not cut short
-SMOKE_SECONDS = 3600
+PART_SECONDS = 165
+SMOKE_SECONDS = 3600  # which is not cut short
 GRACE = 45  # seconds: a row that has not ended by then is given up
 NAMED_LINES = 30  # of what a failing process says
 
@@ -27,13 +27,13 @@ def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
     """In one process; goes on after a row that ends it, and says so in the file."""
     deadline = time.monotonic() + seconds
     while True:
-        left = deadline - time.monotonic()
-        command = [sys.executable, "-m", f"{__package__}.worker", str(path), f"{left:.0f}", *parts]
-        code, said = run_process(command, max(left, 0) + GRACE)
+        command = [sys.executable, "-m", f"{__package__}.worker", str(path), f"{deadline:.0f}", *parts]
+        code, said = run_process(command, max(deadline - time.monotonic(), 0) + GRACE)
         results = load(path)
+        # what it says when all goes well is of kernels that fell back
+        print("\n".join(said.splitlines()[-NAMED_LINES:]), file=sys.stderr, flush=True)
         if code == 0:
             return results
-        print("\n".join(said.splitlines()[-NAMED_LINES:]), file=sys.stderr)
         known = results.running is not None
         results.add(failed_row(results, parts[0], code, said))
         if not known:
@@ -70,6 +70,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="everything at tiny sizes, on the CPU")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given again")
     parser.add_argument("--again", action="store_true", help="measure these parts anew")
+    parser.add_argument(
+        "--seconds",
+        type=int,
+        default=PART_SECONDS,
+        help="of each part, after which no new row begins (default: %(default)s; 120 leave all parts ten minutes)",
+    )
     parser.add_argument("--impl", default="triton", help="our implementation (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="of the JSON (default: benchmarks/results; smoke: a new one)")
     return parser.parse_args(arguments)
@@ -87,9 +93,9 @@ def main() -> int:
     # What one part leaves on the card is gone before the next; loading torch four times is too much for a smoke run.
     groups = [parts] if arguments.smoke else [[part] for part in parts]
     for group in groups:
-        results = run_parts(path, group, SMOKE_SECONDS if arguments.smoke else PART_SECONDS)
-    results.marks = marks(results)
-    results.save()
+        results = run_parts(path, group, SMOKE_SECONDS if arguments.smoke else arguments.seconds)
+        results.marks = marks(results)  # after each: the next may be cut off
+        results.save()
     for part in parts:
         print(f"\n{part_tables(results, part)}")
     print(f"\n{marks_table(results.marks)}\n\n{path}")

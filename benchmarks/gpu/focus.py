@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lineardit.kernels.agent.agent_tokens import pool_agents
 from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_backward_op, focus_op
-from lineardit.kernels.focus.choose import choose_impl
+from lineardit.kernels.focus.choose import backward_blocks, choose_impl
 from lineardit.kernels.focus.tables import plan_of
 from lineardit.kernels.window import Circle
 from lineardit.kernels.window.windows import from_arguments, to_arguments
@@ -83,13 +83,16 @@ def impl_of(bench: Bench) -> str:
     return "triton" if bench.impl == "triton" else "plain"
 
 
-def _check(bench: Bench, case: Case) -> None:
-    """Raises UnavailableError where our implementation cannot run."""
+def _check(bench: Bench, case: Case, *, backward: bool = False) -> None:
+    """Raises UnavailableError where our implementation cannot run, RuntimeError where plain PyTorch takes its place."""
     query = torch.empty(1, 1, 1, case.head_dim, dtype=case.dtype, device=bench.device)
     try:
         choose_impl(query, case.side, impl_of(bench))
     except ValueError as error:
         raise UnavailableError(str(error)) from None
+    kernel = bench.device, case.dtype, case.head_dim, case.side
+    if backward and impl_of(bench) == "triton" and backward_blocks(*kernel) is None:
+        raise RuntimeError("the kernels of the backward do not run here, or are wrong")
 
 
 def against_plain(bench: Bench, case: Case) -> Measured:
@@ -119,7 +122,7 @@ def against_plain(bench: Bench, case: Case) -> Measured:
 
 def gradients_against_plain(bench: Bench, case: Case) -> Measured:
     """Of all inputs, for the output, log-sum-exp and choice that float64 gives; and twice, bit for bit."""
-    _check(bench, case)
+    _check(bench, case, backward=True)
     inputs = case.inputs(bench.device)
     doubles = [x.double() for x in inputs]
     count = cells_in_focus(case.num_tokens, case.num_cells, case.grid)
@@ -156,7 +159,7 @@ def speed(bench: Bench, picture: int, side: int, *, backward: bool) -> Measured:
         dtype=scale.dtype,
         num_heads=scale.num_heads,
     )
-    _check(bench, case)
+    _check(bench, case, backward=backward)
     inputs = [x.requires_grad_(backward) for x in case.inputs(bench.device)]
     grad_outs = torch.randn_like(inputs[0]), torch.randn(inputs[0].shape[:3], device=bench.device)
     call = partial(

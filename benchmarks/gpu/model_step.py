@@ -4,12 +4,14 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lineardit.kernels.focus.choose import why_not as why_no_focus
+from lineardit.kernels.window.choose import why_not_triton
 
 from .bench import Bench, Measured, Task, Tasks, UnavailableError
 from .names import CLEARS_STEP, DENSE, DENSE_STEP, FOCUS_STEP, HYBRID_STEP, OUR_STEPS, case_name, size_name
@@ -18,7 +20,9 @@ from .timing import peak_gib, seconds
 PART = "model"
 LONGEST = 10.0  # seconds: steps expected to take longer are extrapolated from a few blocks
 CLEARS_RADIUS = 8
-SIDES_BY_WORTH = (256, 512, 64, 128)  # should time run out
+FOCUS_SIDE = 8
+SIDES_BY_WORTH, SIDES_OF_16 = (256, 512, 64, 128), (64, 256, 512, 128)  # should time run out: what marks are of
+REPEATS, ENOUGH = 15, 3.0  # steps of one timing, and seconds of them: a mark at 1K allows 2%
 
 
 def tasks(bench: Bench) -> Tasks:
@@ -26,10 +30,11 @@ def tasks(bench: Bench) -> Tasks:
         yield Task(part=PART, case="FLUX.1-dev's transformer", impl=DENSE_STEP, measure=_no_diffusers)
         return
     models = Models(bench)
-    sides = sorted(bench.scale.sides, key=SIDES_BY_WORTH.index) if len(bench.scale.sides) > 1 else bench.scale.sides
-    for impl, side in product((DENSE_STEP, *OUR_STEPS.values(), CLEARS_STEP, HYBRID_STEP, FOCUS_STEP), sides):
-        measure = partial(measure_step, bench, models, impl, side)
-        yield Task(part=PART, case=size_name(side), impl=impl, measure=measure)
+    for impl in (DENSE_STEP, *OUR_STEPS.values(), CLEARS_STEP, HYBRID_STEP, FOCUS_STEP):
+        worth = SIDES_OF_16 if impl == OUR_STEPS[16] else SIDES_BY_WORTH
+        for side in [one for one in worth if one in bench.scale.sides] or bench.scale.sides:
+            measure = partial(measure_step, bench, models, impl, side)
+            yield Task(part=PART, case=size_name(side), impl=impl, measure=measure)
 
 
 def _no_diffusers() -> Measured:
@@ -79,7 +84,7 @@ def _convert(model: Any, impl: str, bench: Bench) -> None:
         elif impl == FOCUS_STEP:
             tokens = bench.scale.focus_tokens
             proxies = ProxyTokens(num_proxies=tokens)
-            method = Hybrid(local=method, global_=proxies, gate=1.0, focus_tokens=tokens, focus_side=8)
+            method = Hybrid(local=method, global_=proxies, gate=1.0, focus_tokens=tokens, focus_side=FOCUS_SIDE)
         # What users get; the interpreter of a smoke run is never chosen by itself
         linearize_(model, method, impl=bench.impl if bench.results.head.smoke else "auto")
 
@@ -96,6 +101,7 @@ def measure_step(bench: Bench, models: Models, impl: str, side: int) -> Measured
     """One block of each kind first: that compiles, and tells whether the whole step can be waited for."""
     from . import flux
 
+    refuse_fallback(bench, impl)
     model = models.converted(impl)
     run = flux.step(model, bench.scale, side)
     with fastest_dense(bench) if impl == DENSE_STEP else nullcontext():
@@ -119,14 +125,26 @@ def measure_step(bench: Bench, models: Models, impl: str, side: int) -> Measured
     return Measured(figures=figures, note=note)
 
 
+def refuse_fallback(bench: Bench, impl: str) -> None:
+    """Raise a RuntimeError where a row of ours would time plain PyTorch."""
+    if bench.device.type != "cuda" or bench.impl != "triton" or impl in (DENSE_STEP, CLEARS_STEP):
+        return
+    kernel = bench.device, bench.scale.dtype, bench.scale.head_dim
+    reason = why_no_focus(*kernel, FOCUS_SIDE) if impl == FOCUS_STEP else why_not_triton(*kernel)
+    if reason is not None:
+        raise RuntimeError(f"our kernels fall back to plain PyTorch: {reason}")
+
+
 def fastest_dense(bench: Bench) -> AbstractContextManager[None]:
-    """Inside, dense attention is the one that was faster as an operator at 4K, where that was measured."""
+    """Inside, dense attention is the one that was faster as an operator at 4K; cuDNN's where that was not measured."""
     case = case_name(256, None, backward=False)
     cudnn, flash = (bench.results.figure("operator", case, name, "milliseconds") for name in DENSE)
-    if cudnn is None or flash is None or bench.device.type != "cuda":
+    if bench.device.type != "cuda":
         return nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    return sdpa_kernel(order if cudnn <= flash else order[::-1], set_priority=True)
+    if cudnn is not None and flash is not None and flash < cudnn:
+        order.reverse()
+    return sdpa_kernel(order, set_priority=True)
 
 
 def extrapolated(one: float, two: float, whole: int) -> float:
@@ -135,7 +153,7 @@ def extrapolated(one: float, two: float, whole: int) -> float:
 
 
 def _seconds(run: Callable[[], Tensor], bench: Bench) -> float:
-    return seconds(run, bench.device, repeats=min(bench.scale.repeats, 5))
+    return seconds(run, bench.device, repeats=min(bench.scale.repeats, REPEATS), enough=ENOUGH)
 
 
 def _finite(run: Callable[[], Tensor]) -> None:

@@ -26,7 +26,6 @@ def tasks(bench: Bench) -> Tasks:
         yield _task(bench, side, None, name, COMPETITORS[name], backward=backward)
     for backward, side, radius in product((False, True), scale.sides, scale.radii):
         yield _task(bench, side, radius, bench.impl, ours, backward=backward)
-    yield from focus_tasks(bench)
 
     others = [name for name in COMPETITORS if name not in DENSE]
     cases = list(product((False, True), scale.sides, scale.radii))
@@ -34,6 +33,7 @@ def tasks(bench: Bench) -> Tasks:
     for backward, side, radius in dict.fromkeys([*marked, *cases]):
         for name in others:
             yield _task(bench, side, radius, name, COMPETITORS[name], backward=backward)
+    yield from focus_tasks(bench)
     for side in scale.sides:
         measure = partial(making_a_mask, bench, shape_of(scale, side, scale.radii[0]))
         yield Task(part=PART, case=f"{size_name(side)}, its mask", impl="create_block_mask", measure=measure)

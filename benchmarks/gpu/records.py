@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -76,6 +76,9 @@ class Mark:
         return self.value >= self.target if self.better == "higher" else self.value <= self.target
 
 
+OPTIONAL = ("diffusers", "natten")  # packages that only some rows need: a run may have them and the next one not
+
+
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """Where and how a file was measured. Rows of another `identity` are not mixed in."""
@@ -90,7 +93,8 @@ class Head:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        return self.gpu, self.commit, self.versions, self.smoke, self.impl
+        needed = {name: found for name, found in self.versions.items() if name not in OPTIONAL}
+        return self.gpu, self.commit, needed, self.smoke, self.impl
 
 
 @dataclass(kw_only=True)
@@ -165,6 +169,7 @@ def open_results(path: Path, head: Head) -> Results:
         old = load(path)
         if old.head.identity == head.identity:
             results.rows = old.rows
+            results.head = replace(head, versions=old.head.versions | head.versions)
         else:
             os.replace(path, _unused(path, old.head))
     path.parent.mkdir(parents=True, exist_ok=True)

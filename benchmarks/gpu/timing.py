@@ -10,19 +10,19 @@ import torch
 
 FLUSH_BYTES = 2**30
 ENOUGH = 0.3  # seconds of measuring
-LONG = 1.0  # seconds: longer calls are timed once
 
 
-def seconds(run: Callable[[], object], device: torch.device, *, repeats: int) -> float:
+def seconds(run: Callable[[], object], device: torch.device, *, repeats: int, enough: float = ENOUGH) -> float:
     """Median time of a call that ran before. Caches are cold: other memory is written before each run.
 
-    On a GPU the time of the device is taken, by events; that writing also gives the host a head start.
+    On a GPU the time of the device is taken, by events; that writing also gives the host a head start. Three runs or
+    more, up to `repeats`, until they take `enough` seconds; one where it takes three times as long.
     """
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     first = measure(run, 1)
-    if first > LONG or repeats == 1:
+    if first > 3 * enough or repeats == 1:
         return first
-    return measure(run, min(repeats, max(3, math.ceil(ENOUGH / first))))
+    return measure(run, min(repeats, max(3, math.ceil(enough / first))))
 
 
 def peak_gib(run: Callable[[], object], device: torch.device) -> float:

@@ -1,13 +1,14 @@
-"""Parts in a process of their own: `python -m benchmarks.gpu.worker FILE SECONDS PART...`.
+"""Parts in a process of their own: `python -m benchmarks.gpu.worker FILE DEADLINE PART...`.
 
-Measures the rows that the file does not have yet. An error ends the process; who started it knows the row from the
-file, and starts again after it. So a broken CUDA context costs one row, not the rest.
+Measures the rows that the file does not have yet. An error costs its row; one that leaves the GPU unusable ends the
+process as well. Who started it knows the row from the file, and starts again after it.
 """
 
 import gc
 import importlib
 import sys
 import time
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def measure(task: Task, bench: Bench) -> None:
         done = row("left out", Measured(figures={}, note=str(reason)))
     except torch.OutOfMemoryError:
         done = row("not available", Measured(figures={}, note="out of memory on this card"))
+    except Exception as error:  # noqa: BLE001 whatever it is, the other rows can be had
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()  # raises where the context is broken
+        traceback.print_exc()
+        done = row("failed", Measured(figures={}, note=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]))
     results.add(done)
     print(line(done), flush=True)
     if bench.device.type == "cuda":
@@ -61,10 +67,9 @@ def measure(task: Task, bench: Bench) -> None:
 
 
 def main() -> None:
-    path, seconds, *parts = sys.argv[1:]
-    deadline = time.monotonic() + float(seconds)
+    path, deadline, *parts = sys.argv[1:]
     results = load(Path(path))
-    bench = Bench(scale=SMOKE if results.head.smoke else FULL, results=results, deadline=deadline)
+    bench = Bench(scale=SMOKE if results.head.smoke else FULL, results=results, deadline=float(deadline))
     torch.manual_seed(0)
     if results.head.smoke and find_spec("triton"):
         hasten_interpreter()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..pieces.launch import block_d, dense_rows, device_of, split, with_strides
+from ..pieces.launch import MAX_SUMS, block_d, dense_rows, device_of, max_stages, max_sums, split, with_strides
 from ..window.windows import Window
 from . import triton_kernels as kernels
 from .cells import Grid, sizes_of
@@ -31,8 +31,6 @@ class Blocks:
     num_stages: int
 
 
-# float32 sums that fit the registers of a program: of one tile of queries, or of the two gradients of a block of keys.
-MAX_SUMS = 2**14
 # Queries that a program of the gradients of keys takes at once; with 64, 3.2 KB a thread spill on 8.0.
 BLOCK_ROWS = 32
 
@@ -57,21 +55,23 @@ def warps_of_keys(keys: int) -> int:
     return 8 if keys == 64 else 4
 
 
-def candidates(side: int) -> list[Blocks]:
+def candidates(side: int, dtype: torch.dtype) -> list[Blocks]:
     """For tiles of side * side queries, the largest first."""
     return [
         Blocks(keys=keys, num_warps=warps_of_queries(side), num_stages=num_stages)
         for keys, num_stages in ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1))
+        if num_stages <= max_stages(dtype)
     ]
 
 
-def backward_candidates(head_dim: int) -> list[Blocks]:
+def backward_candidates(head_dim: int, dtype: torch.dtype) -> list[Blocks]:
     """Of the backward, the largest first; its programs of keys hold two sums. Those of queries have their own warps."""
-    every = (
+    widest = max(16, max_sums(dtype) // (2 * block_d(head_dim)))
+    return [
         Blocks(keys=keys, num_warps=warps_of_keys(keys), num_stages=num_stages)
         for keys, num_stages in ((64, 2), (64, 1), (32, 2), (32, 1), (16, 1))
-    )
-    return [blocks for blocks in every if 2 * blocks.keys * block_d(head_dim) <= MAX_SUMS]
+        if keys <= widest and num_stages <= max_stages(dtype)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

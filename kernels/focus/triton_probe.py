@@ -26,21 +26,22 @@ def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: in
     if not fits(side, head_dim):
         raise RuntimeError(f"a tile of {side} x {side} queries of head dimension {head_dim} is too large for a program")
     if device.type == "cpu":  # interpreted, without limits
-        return candidates(side)[0]
+        return candidates(side, torch.float16)[0]
     return try_blocks(device, dtype, head_dim, side)
 
 
 def try_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
     """The trial itself; raises as `blocks_for` does."""
     with torch.autocast(device.type, enabled=False):  # the first call may come from inside of one
-        return first_that_fits(candidates(side), _Trial(device, dtype, head_dim, side).forward_error)
+        return first_that_fits(candidates(side, dtype), _Trial(device, dtype, head_dim, side).forward_error)
 
 
 @lru_cache
 def backward_blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
     """Of the backward, where `blocks_for` has found some of the forward; raises as that does."""
-    every = backward_candidates(head_dim)
-    return every[0] if device.type == "cpu" else try_backward_blocks(device, dtype, head_dim, side)
+    if device.type == "cpu":
+        return backward_candidates(head_dim, torch.float16)[0]
+    return try_backward_blocks(device, dtype, head_dim, side)
 
 
 def try_backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
@@ -48,7 +49,7 @@ def try_backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int,
     with torch.autocast(device.type, enabled=False):
         trials = [_Trial(device, dtype, head_dim, side, cells) for cells in (NUM_CELLS, NUM_SMALL_CELLS)]
         return first_that_fits(
-            backward_candidates(head_dim), lambda blocks: max(trial.backward_error(blocks) for trial in trials)
+            backward_candidates(head_dim, dtype), lambda blocks: max(trial.backward_error(blocks) for trial in trials)
         )
 
 

@@ -6,8 +6,12 @@ from torch import Tensor
 
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor."""
-    device_type = tensor.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(tensor.device.type) and torch.is_autocast_enabled(tensor.device.type)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def as_autocast(tensor: Tensor) -> Tensor:

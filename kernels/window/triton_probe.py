@@ -34,10 +34,11 @@ def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
         RuntimeError: no tiles fit, or the kernels are wrong there.
     """
     interpreted = device.type == "cpu"  # without limits
-    major, minor = (9, 0) if interpreted else torch.cuda.get_device_capability(device)
-    forward, backward = (candidates(t, head_dim, 10 * major + minor) for t in (FORWARD_TILES, BACKWARD_TILES))
     if interpreted:
+        forward, backward = (candidates(t, head_dim, 90, torch.float16) for t in (FORWARD_TILES, BACKWARD_TILES))
         return forward[0], backward[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    forward, backward = (candidates(t, head_dim, 10 * major + minor, dtype) for t in (FORWARD_TILES, BACKWARD_TILES))
     with torch.autocast(device.type, enabled=False), torch.cuda.device(device):  # the reference is float32
         trial = _Trial(device, dtype, head_dim)
         of_backward = first_that_fits(backward, trial.backward_error)

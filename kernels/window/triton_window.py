@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..pieces.launch import block_d, dense_rows, device_of, split, with_strides
+from ..pieces.launch import block_d, dense_rows, device_of, max_stages, max_sums, split, with_strides
 from . import triton_kernels as kernels
 from .inputs import Inputs, token_major
 from .lists import mask_words, swapped, window_lists
@@ -48,14 +48,18 @@ FORWARD_TILES = (
 )
 # Compiled for 8.0, the larger ones spill 1.5 KB a thread (benchmarks/kernel_resources.py).
 BACKWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=2, min_arch=90), *SMALLER_TILES)
-# float32 sums that fit the registers of a program: of one query tile, or of the two gradients of a key tile.
-MAX_SUMS = 2**14
 
 
-def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int) -> list[Tiles]:
-    """Those whose sums stay in registers, the largest first."""
-    widest = MAX_SUMS // block_d(head_dim)
-    return [t for t in tiles if max(t.query[0] * t.query[1], 2 * t.key[0] * t.key[1]) <= widest and arch >= t.min_arch]
+def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int, dtype: torch.dtype) -> list[Tiles]:
+    """Those whose sums stay in registers, the largest first; the smallest, where none does."""
+    widest = max_sums(dtype) // block_d(head_dim)
+    return [
+        one
+        for one in tiles
+        if max(one.query[0] * one.query[1], 2 * one.key[0] * one.key[1]) <= widest
+        and arch >= one.min_arch
+        and one.num_stages <= max_stages(dtype)
+    ] or [tiles[-1]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,15 @@ def test_rows_of_the_same_sources_are_kept(results: Results) -> None:
     assert again.rows == results.rows and load(results.path).head.command == "another"
 
 
+def test_packages_that_some_rows_need_may_come_and_go(results: Results) -> None:
+    results.add(row("a"))
+    with_diffusers = replace(HEAD, versions=HEAD.versions | {"diffusers": "0.42.1"})
+    assert open_results(results.path, with_diffusers).rows == results.rows
+    without = open_results(results.path, HEAD)
+    assert without.rows == results.rows
+    assert without.head.versions == with_diffusers.versions
+
+
 @pytest.mark.parametrize("change", [{"commit": "def5678"}, {"versions": {"torch": "2.13.0"}}, {"impl": "tiled"}])
 def test_rows_of_other_sources_stay_in_a_file_of_their_own(results: Results, change: dict[str, object]) -> None:
     results.add(row("a"))

@@ -4,16 +4,17 @@ import importlib
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu.bench import FULL, Bench
+from benchmarks.gpu.bench import FULL, SMOKE, Bench, Measured, Task
 from benchmarks.gpu.judging import verdict
-from benchmarks.gpu.names import CLEARS_WAY, DENSE, case_name
+from benchmarks.gpu.names import CLEARS_WAY, DENSE, OUR_STEPS, case_name
 from benchmarks.gpu.records import PARTS, Head, Results
-from benchmarks.gpu.worker import MODULES
+from benchmarks.gpu.worker import MODULES, measure
 
 HEAD = Head(gpu="a card", date="", command="", commit="", versions={}, smoke=False, impl="triton")
 
@@ -47,6 +48,25 @@ def test_operator_is_measured_at_every_size_and_radius(bench: Bench) -> None:
             for radius in (8, 16, 32):
                 case = case_name(side, radius, backward=backward)
                 assert {(case, "triton"), (case, CLEARS_WAY), (case, "flex tiles"), (case, "natten")} <= keys
+
+
+def test_an_error_costs_its_row_alone(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong() -> Measured:
+        raise RuntimeError("the kernel\nis wrong")
+
+    here = replace(bench, scale=SMOKE)
+    for case, measure_it in (("a", wrong), ("b", lambda: Measured(figures={"seconds": 1.0}))):
+        measure(Task(part="model", case=case, impl="triton", measure=measure_it), here)
+    first, second = bench.results.rows
+    assert (first.status, first.note, second.status) == ("failed", "RuntimeError: the kernel is wrong", "measured")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_steps_that_marks_are_of_come_first(bench: Bench) -> None:
+    tasks = importlib.import_module("benchmarks.gpu.model_step").tasks(bench)
+    keys = [task.key[1:] for task in tasks]
+    for impl, first in (("dense", ["4K", "8K", "1K"]), (OUR_STEPS[8], ["4K", "8K", "1K"]), (OUR_STEPS[16], ["1K"])):
+        assert [size for size, name in keys if name == impl][: len(first)] == first
 
 
 @pytest.mark.parametrize(

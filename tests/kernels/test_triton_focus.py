@@ -86,7 +86,7 @@ def shown(blocks: Blocks) -> str:
     return f"k{blocks.keys}-w{blocks.num_warps}-s{blocks.num_stages}"
 
 
-@pytest.mark.parametrize("blocks", candidates(4), ids=shown)
+@pytest.mark.parametrize("blocks", candidates(4, torch.float16), ids=shown)
 def test_triton_is_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_probe, "blocks_for", lambda *_: blocks)
     inputs, shape = inputs_of((8, 7), 9, FP32), {"grid": (8, 7), "window": Circle(radius=2), "num_tokens": 20}
@@ -94,7 +94,7 @@ def test_triton_is_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.Mon
     assert torch.allclose(one[0], other[0], atol=1e-5)
 
 
-FIRST, *OTHERS = backward_candidates(8)
+FIRST, *OTHERS = backward_candidates(8, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkey
         monkeypatch.setattr(triton_probe, name, value)
     monkeypatch.setattr(plain, "fastest_partial", lambda *_: PLAIN)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert triton_probe.try_blocks(CPU, FP32, 8, 8) == candidates(8)[0]
-        assert triton_probe.try_backward_blocks(CPU, FP32, 8, 8) == backward_candidates(8)[0]
+        assert triton_probe.try_blocks(CPU, FP32, 8, 8) == candidates(8, FP32)[0]
+        assert triton_probe.try_backward_blocks(CPU, FP32, 8, 8) == backward_candidates(8, FP32)[0]
 
 
 def test_the_trial_of_a_device_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

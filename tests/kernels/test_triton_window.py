@@ -127,12 +127,20 @@ def test_mask_words_hold_each_bit():
 
 
 def test_candidates_keep_the_sums_in_registers():
-    assert candidates(FORWARD_TILES, 128, 80)[0].query == (8, 16)
-    assert candidates(FORWARD_TILES, 129, 80)[0].query == (8, 8)
-    assert candidates(BACKWARD_TILES, 128, 90)[0].query == (8, 16)
-    assert candidates(BACKWARD_TILES, 128, 80)[0].query == (8, 8)
+    half = torch.float16
+    assert candidates(FORWARD_TILES, 128, 80, half)[0].query == (8, 16)
+    assert candidates(FORWARD_TILES, 129, 80, half)[0].query == (8, 8)
+    assert candidates(BACKWARD_TILES, 128, 90, half)[0].query == (8, 16)
+    assert candidates(BACKWARD_TILES, 128, 80, half)[0].query == (8, 8)
     for head_dim in (1, 16, 128, 256):
-        assert candidates(BACKWARD_TILES, head_dim, 80)
+        assert candidates(BACKWARD_TILES, head_dim, 80, half)
+
+
+def test_candidates_of_float32_are_small_and_load_nothing_ahead():
+    for tiles in (FORWARD_TILES, BACKWARD_TILES):
+        assert candidates(tiles, 64, 90, torch.float32) == list(SMALLER_TILES[2:])
+        for head_dim in (128, 256):
+            assert candidates(tiles, head_dim, 90, torch.float32) == [SMALLER_TILES[-1]]
 
 
 @pytest.mark.parametrize(

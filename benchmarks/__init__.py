@@ -1,0 +1,1 @@
+"""Benchmarks, as `benchmarks/gpu.sh` and the tests import them."""
