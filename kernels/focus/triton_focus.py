@@ -31,6 +31,8 @@ class Blocks:
     num_stages: int
 
 
+# A dividend times its divisor is below this where a product takes the place of the division.
+EXACT = 2**31
 # Queries that a program of the gradients of keys takes at once; with 64, 3.2 KB a thread spill on 8.0.
 BLOCK_ROWS = 32
 
@@ -127,11 +129,21 @@ class _Call:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Arguments of the kernels that read cells, num_tiles to width."""
+        """Arguments of the kernels that read cells, num_tiles to per_width.
+
+        Raises:
+            ValueError: the picture is so large that the kernels' division is not exact.
+        """
         num_tiles, count = self.chosen.shape[2:]
         _, cell_len = self.tables.cells.shape
         num_tokens = self.inputs[0].shape[2]
-        return num_tiles, num_tokens, self.num_cells, cell_len, count, self.plan.limit, *self.sizes
+        _, height, width = self.sizes
+        if max(num_tokens * max(height, width), (count + 1) * cell_len**2) >= EXACT:
+            raise ValueError(
+                f"impl='triton' divides exactly up to 2**20 tokens or so, got {height} x {width}; 'plain' takes any"
+            )
+        inverses = [-(-EXACT // size) for size in (cell_len, height, width)]
+        return num_tiles, num_tokens, self.num_cells, cell_len, count, self.plan.limit, *self.sizes, *inverses
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
         head_dim = self.inputs[0].shape[3]

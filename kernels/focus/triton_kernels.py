@@ -8,6 +8,7 @@ head. It goes over
                                   the cells that no window of the tile reaches, then the others, token by token
 
 in one running softmax (attention.py has the formula). Heads of one tile run beside each other: they read the same r.
+Loops stand in an `if` that they have a step (window/triton_kernels.py says why).
 
 The gradients of keys have programs that own proxies, and go over a part of all queries, and programs that own tokens of
 a cell, and go over the tiles that chose it. What several programs add up to is summed afterwards: no atomics.
@@ -40,7 +41,7 @@ UNSEEN = tl.constexpr(rest_of_cells.UNSEEN)
 UNSPECIALIZED = [
     *(f"{tensor}_{axis}" for tensor in ("do", "q", "k", "v", "pk", "pv", "out", "dq") for axis in "bhn"),
     *("num_heads", "num_batch_heads", "num_tiles", "num_tokens", "cell_len", "num_chosen", "limit"),
-    *("frames", "height", "width", "split_len"),
+    *("frames", "height", "width", "split_len", "per_cell", "per_height", "per_width"),
 ]
 
 
@@ -55,23 +56,30 @@ def _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells):
 
 
 @triton.jit
-def _chosen_tokens(start, num_tokens, CELLS, SHARES, p_chosen, cell_len, BLOCK_K: tl.constexpr):
+def _over(number, inverse):
+    """number // d, for `inverse` = ceil(2**31 / d), number * d < 2**31. A division takes some twenty instructions."""
+    return tl.umulhi((number + number).to(tl.uint32), inverse.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _chosen_tokens(start, num_tokens, CELLS, SHARES, p_chosen, cell_len, per_cell, BLOCK_K: tl.constexpr):
     """Tokens `start` to `start` + BLOCK_K of the chosen cells, and what is added to their logits."""
     i_token = start + tl.arange(0, BLOCK_K)
     exists = i_token < num_tokens
-    cell = tl.load(p_chosen + i_token // cell_len, mask=exists, other=0)
-    slot = cell * cell_len + i_token % cell_len
+    i_cell = _over(i_token, per_cell)
+    cell = tl.load(p_chosen + i_cell, mask=exists, other=0)
+    slot = cell * cell_len + i_token - i_cell * cell_len
     return tl.load(CELLS + slot), tl.where(exists, tl.load(SHARES + slot) * LOG2_E, EXCLUDED)
 
 
 @triton.jit
-def _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width):
+def _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width, per_height, per_width):
     """[queries, keys] bool: the key lies in the window of the query."""
-    q_row, k_row = queries // width % height, keys // width % height
-    distance = tl.load(ROWS + q_row[:, None] * height + k_row[None, :])
-    distance += tl.load(COLUMNS + (queries % width)[:, None] * width + (keys % width)[None, :])
+    q_line, k_line = _over(queries, per_width), _over(keys, per_width)
+    q_frame, k_frame = _over(q_line, per_height), _over(k_line, per_height)
+    distance = tl.load(ROWS + (q_line - q_frame * height)[:, None] * height + (k_line - k_frame * height)[None, :])
+    distance += tl.load(COLUMNS + (queries - q_line * width)[:, None] * width + (keys - k_line * width)[None, :])
     if frames > 1:
-        q_frame, k_frame = queries // (height * width), keys // (height * width)
         distance += tl.load(FRAMES + q_frame[:, None] * frames + k_frame[None, :])
     return distance < limit
 
@@ -92,6 +100,7 @@ def focus_forward(
     CLEAR,  # [B, H, tiles] how many, at the front, no window of the tile reaches
     ROWS, COLUMNS, FRAMES,  # [size, size] distances: a key is in the window where they add up to less than `limit`
     num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
+    per_cell, per_height, per_width,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
@@ -115,36 +124,39 @@ def focus_forward(
     b_max = tl.full([BLOCK_Q], FLOOR, tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
 
-    for start in tl.range(0, num_cells, BLOCK_K):
-        i_cell = start + tl.arange(0, BLOCK_K)
-        there = i_cell < num_cells
-        cells = tl.minimum(i_cell, num_cells - 1)
-        b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
-        b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_s += _proxy_bias(
-            queries, i_cell, there, tl.load(p_hidden + i_cell, mask=there, other=0)[None, :], REST, num_cells
-        )
-        b_s = tl.where(there[None, :], b_s, EXCLUDED)
-        b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+    if num_cells > 0:
+        for start in tl.range(0, num_cells, BLOCK_K):
+            i_cell = start + tl.arange(0, BLOCK_K)
+            there = i_cell < num_cells
+            cells = tl.minimum(i_cell, num_cells - 1)
+            b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_s += _proxy_bias(
+                queries, i_cell, there, tl.load(p_hidden + i_cell, mask=there, other=0)[None, :], REST, num_cells
+            )
+            b_s = tl.where(there[None, :], b_s, EXCLUDED)
+            b_acc, b_max, b_sum = online_softmax(b_s, 1.0, b_v, b_acc, b_max, b_sum, PRECISION)
 
     num_seen = num_chosen * cell_len
     masked_from = tl.load(CLEAR + o_tile) * cell_len // BLOCK_K * BLOCK_K
-    for start in tl.range(0, masked_from, BLOCK_K):
-        keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, BLOCK_K)
-        b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
-        b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_share[None, :]
-        b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+    if masked_from > 0:
+        for start in tl.range(0, masked_from, BLOCK_K):
+            keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, per_cell, BLOCK_K)
+            b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_share[None, :]
+            b_acc, b_max, b_sum = online_softmax(b_s, 1.0, b_v, b_acc, b_max, b_sum, PRECISION)
 
-    for start in tl.range(masked_from, num_seen, BLOCK_K):
-        keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, BLOCK_K)
-        b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
-        b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width)
-        b_s += tl.where(near & (b_share > EXCLUDED)[None, :], UNSEEN * LOG2_E, b_share[None, :])
-        b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+    if masked_from < num_seen:
+        for start in tl.range(masked_from, num_seen, BLOCK_K):
+            keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, per_cell, BLOCK_K)
+            b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width, per_height, per_width)
+            b_s += tl.where(near & (b_share > EXCLUDED)[None, :], UNSEEN * LOG2_E, b_share[None, :])
+            b_acc, b_max, b_sum = online_softmax(b_s, 1.0, b_v, b_acc, b_max, b_sum, PRECISION)
 
     b_out = b_acc / b_sum[:, None]
     store_rows(head_of(OUT, i_batch, i_head, out_b, out_h, UNIT), queries, out_n, b_out, exists, HEAD_DIM, BLOCK_D)
@@ -164,6 +176,7 @@ def focus_grad_query(
     LSE, DELTA,  # [B, H, N]; DELTA: lse's gradient -> sum(out * grad_out) - it, for the other kernels
     TILES, CELLS, SHARES, REST, CHOSEN, HIDDEN, CLEAR, ROWS, COLUMNS, FRAMES,
     num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
+    per_cell, per_height, per_width,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
@@ -193,36 +206,39 @@ def focus_grad_query(
     b_lse = tl.load(LSE + o_lse + queries)[:, None] * LOG2_E
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
-    for start in tl.range(0, num_cells, BLOCK_K):
-        i_cell = start + tl.arange(0, BLOCK_K)
-        there = i_cell < num_cells
-        cells = tl.minimum(i_cell, num_cells - 1)
-        b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
-        b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_s += _proxy_bias(
-            queries, i_cell, there, tl.load(p_hidden + i_cell, mask=there, other=0)[None, :], REST, num_cells
-        )
-        b_p = tl.where(there[None, :], tl.exp2(b_s - b_lse), 0.0)
-        b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
+    if num_cells > 0:
+        for start in tl.range(0, num_cells, BLOCK_K):
+            i_cell = start + tl.arange(0, BLOCK_K)
+            there = i_cell < num_cells
+            cells = tl.minimum(i_cell, num_cells - 1)
+            b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_s += _proxy_bias(
+                queries, i_cell, there, tl.load(p_hidden + i_cell, mask=there, other=0)[None, :], REST, num_cells
+            )
+            b_p = tl.where(there[None, :], tl.exp2(b_s - b_lse), 0.0)
+            b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
     num_seen = num_chosen * cell_len
     masked_from = tl.load(CLEAR + o_tile) * cell_len // BLOCK_K * BLOCK_K
-    for start in tl.range(0, masked_from, BLOCK_K):
-        keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, BLOCK_K)
-        b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
-        b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_share[None, :]
-        b_dq = query_gradient(b_do, b_k, b_v, tl.exp2(b_s - b_lse), b_delta, b_dq, PRECISION)
+    if masked_from > 0:
+        for start in tl.range(0, masked_from, BLOCK_K):
+            keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, per_cell, BLOCK_K)
+            b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_share[None, :]
+            b_dq = query_gradient(b_do, b_k, b_v, tl.exp2(b_s - b_lse), b_delta, b_dq, PRECISION)
 
-    for start in tl.range(masked_from, num_seen, BLOCK_K):
-        keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, BLOCK_K)
-        b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
-        b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width)
-        b_s += tl.where(near & (b_share > EXCLUDED)[None, :], UNSEEN * LOG2_E, b_share[None, :])
-        b_dq = query_gradient(b_do, b_k, b_v, tl.exp2(b_s - b_lse), b_delta, b_dq, PRECISION)
+    if masked_from < num_seen:
+        for start in tl.range(masked_from, num_seen, BLOCK_K):
+            keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, per_cell, BLOCK_K)
+            b_k = load_rows(p_k, keys, k_n, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(p_v, keys, v_n, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width, per_height, per_width)
+            b_s += tl.where(near & (b_share > EXCLUDED)[None, :], UNSEEN * LOG2_E, b_share[None, :])
+            b_dq = query_gradient(b_do, b_k, b_v, tl.exp2(b_s - b_lse), b_delta, b_dq, PRECISION)
 
     p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h, UNIT)
     store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
@@ -258,20 +274,22 @@ def focus_grad_proxy(
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
     first, num_places = i_split * split_len, num_tiles * BLOCK_Q
-    for start in tl.range(first, tl.minimum(first + split_len, num_places), BLOCK_ROWS):
-        i_place = start + tl.arange(0, BLOCK_ROWS)
-        queries = tl.load(TILES + i_place, mask=i_place < num_places, other=-1)
-        exists = queries >= 0
-        queries = tl.maximum(queries, 0)
-        o_tile = i_both.to(tl.int64) * num_tiles + tl.minimum(i_place // BLOCK_Q, num_tiles - 1)
-        b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
-        b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
-        b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_hidden = tl.load(HIDDEN + o_tile[:, None] * num_cells + i_cell[None, :], mask=there[None, :], other=0)
-        b_s += _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells)
-        b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+    end = tl.minimum(first + split_len, num_places)
+    if first < end:
+        for start in tl.range(first, end, BLOCK_ROWS):
+            i_place = start + tl.arange(0, BLOCK_ROWS)
+            queries = tl.load(TILES + i_place, mask=i_place < num_places, other=-1)
+            exists = queries >= 0
+            queries = tl.maximum(queries, 0)
+            o_tile = i_both.to(tl.int64) * num_tiles + tl.minimum(i_place // BLOCK_Q, num_tiles - 1)
+            b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+            b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+            b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_hidden = tl.load(HIDDEN + o_tile[:, None] * num_cells + i_cell[None, :], mask=there[None, :], other=0)
+            b_s += _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells)
+            b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
+            b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + i_both) * num_cells * HEAD_DIM
     store_rows(GRAD_K + o_out, cells, HEAD_DIM, b_dk * scale, there, HEAD_DIM, BLOCK_D)
@@ -290,6 +308,7 @@ def focus_grad_cell(
     CHOOSERS, FIRST,  # [B, H, tiles * num_chosen] tiles, those that chose cell 0, cell 1, ...; [B, H, C + 1] where from
     ROWS, COLUMNS, FRAMES,
     num_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
+    per_cell, per_height, per_width,
     scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, DISJOINT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
@@ -313,21 +332,22 @@ def focus_grad_cell(
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
     p_first = FIRST + i_both * (num_cells + 1) + i_cell
-    end = tl.load(p_first + 1) * BLOCK_Q
-    for start in tl.range(tl.load(p_first) * BLOCK_Q, end, BLOCK_ROWS):
-        i_place = start + tl.arange(0, BLOCK_ROWS)
-        tile = tl.load(p_choosers + i_place // BLOCK_Q, mask=i_place < end, other=0)
-        queries = tl.load(TILES + tile * BLOCK_Q + i_place % BLOCK_Q, mask=i_place < end, other=-1)
-        exists = queries >= 0
-        queries = tl.maximum(queries, 0)
-        b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
-        b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
-        b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width)
-        b_s += tl.where(near, UNSEEN * LOG2_E, b_share[None, :])
-        b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+    begin, end = tl.load(p_first) * BLOCK_Q, tl.load(p_first + 1) * BLOCK_Q
+    if begin < end:
+        for start in tl.range(begin, end, BLOCK_ROWS):
+            i_place = start + tl.arange(0, BLOCK_ROWS)
+            tile = tl.load(p_choosers + i_place // BLOCK_Q, mask=i_place < end, other=0)
+            queries = tl.load(TILES + tile * BLOCK_Q + i_place % BLOCK_Q, mask=i_place < end, other=-1)
+            exists = queries >= 0
+            queries = tl.maximum(queries, 0)
+            b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+            b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+            b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            near = _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width, per_height, per_width)
+            b_s += tl.where(near, UNSEEN * LOG2_E, b_share[None, :])
+            b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
+            b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     if DISJOINT:
         rows = i_both.to(tl.int64) * num_tokens + keys

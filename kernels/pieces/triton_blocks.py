@@ -36,10 +36,13 @@ def head_of(pointer, i_batch, i_head, batch_stride, head_stride, UNIT: tl.conste
 
 
 @triton.jit
-def online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION: tl.constexpr):
-    """One block of logits and values into the running maximum, sum and weighted sum of values."""
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - b_new_max[:, None])
+def online_softmax(b_s, factor, b_v, b_acc, b_max, b_sum, PRECISION: tl.constexpr):
+    """One block of logits and values into the running maximum, sum and weighted sum of values.
+
+    Logits are `b_s` times `factor` > 0: multiplied here, that and the difference are one instruction.
+    """
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * factor)
+    b_p = tl.exp2(b_s * factor - b_new_max[:, None])
     b_shrink = tl.exp2(b_max - b_new_max)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
     return b_acc, b_new_max, b_sum * b_shrink + tl.sum(b_p, 1)

@@ -1,7 +1,10 @@
 """Window attention of image queries in Triton: forward, gradients of the queries, gradients of the keys.
 
-A program owns one tile of tokens and goes over the tiles that its list names (lists.py), in two flat loops, so that
-Triton can load ahead: first the tiles that every query sees whole, then those read through a mask.
+A program owns one tile of tokens and goes over the tiles that its list names (lists.py), in two flat loops: first the
+tiles that every query sees whole, then those read through a mask. Two things let Triton load ahead on 9.0, and let the
+tensor cores run on: a step reads where the next one's tile is, so that keys and values are all that it waits for; and
+each loop stands in an `if` that it has a step, since the way around an empty one would set the accumulators, and ptxas
+then ends each product before the next (its warning C7515, with Triton 3.6).
 
     tile    rectangle of the image, addressed in the row-major image itself: a corner token and a width; slots beyond
             an edge are other tokens of the image, or clamped to its last one, and no mask lets them through
@@ -9,7 +12,8 @@ Triton can load ahead: first the tiles that every query sees whole, then those r
     shared  keys that all queries see (text, pooled tokens), in blocks before (unmasked) and after (masked) the tiles;
             one word for each block stands for all queries
 
-Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
+Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k,
+with scale > 0.
 Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token, in units of UNIT elements;
 the last axis has stride 1. Offsets into them are 64-bit. The lists are those of `Entries` in triton_window.py. Sums are
 float32.
@@ -63,17 +67,16 @@ def _load_either(
 
 @triton.jit
 def _sees(words, BLOCK_K: tl.constexpr):
-    """[queries] words -> [queries, BLOCK_K] bool."""
-    return ((words[:, None] >> tl.arange(0, BLOCK_K)[None, :]) & 1) != 0
+    """[queries] words -> [queries, BLOCK_K] bool; of their halves, which take half the registers."""
+    i_key = tl.arange(0, BLOCK_K)[None, :]
+    low, high = words.to(tl.int32)[:, None], (words >> 32).to(tl.int32)[:, None]
+    return ((tl.where(i_key < 32, low, high) >> (i_key & 31)) & 1) != 0
 
 
 @triton.jit
-def _whole_tokens(
-    n, i_tile, KEY_CORNERS, list_len, width, last, shared_whole, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Keys of step `n` of the unmasked loop: (are they shared ones, tokens)."""
+def _whole_tokens(n, corner, width, last, shared_whole, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Keys of step `n` of the unmasked loop, with a tile at `corner`: (are they shared ones, tokens)."""
     is_shared = n < shared_whole
-    corner = tl.load(KEY_CORNERS + i_tile * list_len + tl.maximum(n - shared_whole, 0))
     shared_tokens = n * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS)
     return is_shared, tl.where(is_shared, shared_tokens, _tile_tokens(corner, width, last, ROWS, COLUMNS))
 
@@ -81,15 +84,12 @@ def _whole_tokens(
 @triton.jit
 def _masked_tokens(
     n,
-    i_tile,
+    corner,
+    mask_id,
     i_batch,
-    inside,
     border,
-    KEY_CORNERS,
-    MASK_IDS,
     MASK_WORDS,
     SHARED_WORDS,
-    list_len,
     width,
     last,
     num_shared,
@@ -98,11 +98,9 @@ def _masked_tokens(
     COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Keys of step `n` of the masked loop: (are they shared ones, tokens, [BLOCK_Q] words)."""
+    """Keys of step `n` of the masked loop, with a tile at `corner`: (are they shared ones, tokens, [BLOCK_Q] words)."""
     BLOCK_K: tl.constexpr = ROWS * COLUMNS
     is_shared = n >= border
-    entry = i_tile * list_len + inside + tl.minimum(n, border - 1)
-    corner, mask_id = tl.load(KEY_CORNERS + entry), tl.load(MASK_IDS + entry)
     i_block = shared_whole + n - border
     shared_tokens = tl.minimum(i_block * BLOCK_K + tl.arange(0, BLOCK_K), num_shared - 1)
     tokens = tl.where(is_shared, shared_tokens, _tile_tokens(corner, width, last, ROWS, COLUMNS))
@@ -146,24 +144,36 @@ def window_forward(
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
 
     inside = tl.load(INSIDE + i_tile)
-    for n in tl.range(0, shared_whole + inside):
-        is_shared, keys = _whole_tokens(n, i_tile, KEY_CORNERS, list_len, width, last, shared_whole, K_ROWS, K_COLUMNS)
-        b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
-        b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+    first = i_tile * list_len
+    key_corner = tl.load(KEY_CORNERS + first)
+    steps = shared_whole + inside
+    if steps > 0:
+        for n in tl.range(0, steps):
+            is_shared, keys = _whole_tokens(n, key_corner, width, last, shared_whole, K_ROWS, K_COLUMNS)
+            key_corner = tl.load(KEY_CORNERS + first + tl.minimum(tl.maximum(n + 1 - shared_whole, 0), list_len - 1))
+            b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
+            b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_acc, b_max, b_sum = online_softmax(b_s, scale * LOG2_E, b_v, b_acc, b_max, b_sum, PRECISION)
 
     border = tl.load(COUNTS + i_tile) - inside
-    for n in tl.range(0, border + tl.cdiv(num_shared, BLOCK_K) - shared_whole):
-        is_shared, keys, words = _masked_tokens(
-            n, i_tile, i_batch, inside, border, KEY_CORNERS, MASK_IDS, MASK_WORDS, SHARED_WORDS,
-            list_len, width, last, num_shared, shared_whole, K_ROWS, K_COLUMNS, BLOCK_Q,
-        )  # fmt: skip
-        b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
-        b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_s = tl.where(_sees(words, BLOCK_K), b_s, EXCLUDED)
-        b_acc, b_max, b_sum = online_softmax(b_s, b_v, b_acc, b_max, b_sum, PRECISION)
+    first += inside
+    entry = first + tl.minimum(0, border - 1)
+    key_corner, mask_id = tl.load(KEY_CORNERS + entry), tl.load(MASK_IDS + entry)
+    steps = border + tl.cdiv(num_shared, BLOCK_K) - shared_whole
+    if steps > 0:
+        for n in tl.range(0, steps):
+            is_shared, keys, words = _masked_tokens(
+                n, key_corner, mask_id, i_batch, border, MASK_WORDS, SHARED_WORDS,
+                width, last, num_shared, shared_whole, K_ROWS, K_COLUMNS, BLOCK_Q,
+            )  # fmt: skip
+            entry = first + tl.minimum(n + 1, border - 1)
+            key_corner, mask_id = tl.load(KEY_CORNERS + entry), tl.load(MASK_IDS + entry)
+            b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
+            b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_s = tl.where(_sees(words, BLOCK_K), b_s, EXCLUDED)
+            b_acc, b_max, b_sum = online_softmax(b_s, scale * LOG2_E, b_v, b_acc, b_max, b_sum, PRECISION)
 
     exists = _tile_exists(corner, height, width, Q_ROWS, Q_COLUMNS)
     b_sum = tl.where(exists, b_sum, 1.0)  # a slot beyond the edge may have seen nothing
@@ -215,25 +225,37 @@ def window_grad_query(
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
     inside = tl.load(INSIDE + i_tile)
-    for n in tl.range(0, shared_whole + inside):
-        is_shared, keys = _whole_tokens(n, i_tile, KEY_CORNERS, list_len, width, last, shared_whole, K_ROWS, K_COLUMNS)
-        b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
-        b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_p = tl.exp2(b_s - b_lse[:, None])
-        b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
+    first = i_tile * list_len
+    key_corner = tl.load(KEY_CORNERS + first)
+    steps = shared_whole + inside
+    if steps > 0:
+        for n in tl.range(0, steps):
+            is_shared, keys = _whole_tokens(n, key_corner, width, last, shared_whole, K_ROWS, K_COLUMNS)
+            key_corner = tl.load(KEY_CORNERS + first + tl.minimum(tl.maximum(n + 1 - shared_whole, 0), list_len - 1))
+            b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
+            b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_p = tl.exp2(b_s - b_lse[:, None])
+            b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
     border = tl.load(COUNTS + i_tile) - inside
-    for n in tl.range(0, border + tl.cdiv(num_shared, BLOCK_K) - shared_whole):
-        is_shared, keys, words = _masked_tokens(
-            n, i_tile, i_batch, inside, border, KEY_CORNERS, MASK_IDS, MASK_WORDS, SHARED_WORDS,
-            list_len, width, last, num_shared, shared_whole, K_ROWS, K_COLUMNS, BLOCK_Q,
-        )  # fmt: skip
-        b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
-        b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
+    first += inside
+    entry = first + tl.minimum(0, border - 1)
+    key_corner, mask_id = tl.load(KEY_CORNERS + entry), tl.load(MASK_IDS + entry)
+    steps = border + tl.cdiv(num_shared, BLOCK_K) - shared_whole
+    if steps > 0:
+        for n in tl.range(0, steps):
+            is_shared, keys, words = _masked_tokens(
+                n, key_corner, mask_id, i_batch, border, MASK_WORDS, SHARED_WORDS,
+                width, last, num_shared, shared_whole, K_ROWS, K_COLUMNS, BLOCK_Q,
+            )  # fmt: skip
+            entry = first + tl.minimum(n + 1, border - 1)
+            key_corner, mask_id = tl.load(KEY_CORNERS + entry), tl.load(MASK_IDS + entry)
+            b_k = _load_either(is_shared, p_sk, sk_n, p_k, k_n, keys, HEAD_DIM, BLOCK_D)
+            b_v = _load_either(is_shared, p_sv, sv_n, p_v, v_n, keys, HEAD_DIM, BLOCK_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
+            b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
     p_dq = head_of(GRAD_Q, i_batch, i_head, dq_b, dq_h, UNIT)
     store_rows(p_dq, queries, dq_n, b_dq * scale, exists, HEAD_DIM, BLOCK_D)
@@ -271,17 +293,20 @@ def window_grad_key(
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
-    for n in tl.range(0, tl.load(COUNTS + i_tile)):
-        entry = i_tile * list_len + n
-        q_corner, mask_id = tl.load(QUERY_CORNERS + entry), tl.load(MASK_IDS + entry)
-        queries = _tile_tokens(q_corner, width, last, Q_ROWS, Q_COLUMNS)
-        words = tl.load(MASK_WORDS + mask_id * BLOCK_Q + tl.arange(0, BLOCK_Q))
-        b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
-        b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
-        b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+    steps = tl.load(COUNTS + i_tile)
+    q_corner, mask_id = tl.load(QUERY_CORNERS + i_tile * list_len), tl.load(MASK_IDS + i_tile * list_len)
+    if steps > 0:
+        for n in tl.range(0, steps):
+            queries = _tile_tokens(q_corner, width, last, Q_ROWS, Q_COLUMNS)
+            words = tl.load(MASK_WORDS + mask_id * BLOCK_Q + tl.arange(0, BLOCK_Q))
+            entry = i_tile * list_len + tl.minimum(n + 1, steps - 1)
+            q_corner, mask_id = tl.load(QUERY_CORNERS + entry), tl.load(MASK_IDS + entry)
+            b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+            b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+            b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
+            b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     exists = _tile_exists(corner, height, width, K_ROWS, K_COLUMNS)
     p_dk = head_of(GRAD_K, i_batch, i_head, dk_b, dk_h, UNIT)
@@ -321,16 +346,18 @@ def window_grad_shared(
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
     first = i_split * split_len
-    for start in tl.range(first, tl.minimum(first + split_len, num_tokens), BLOCK_Q):
-        i_query = start + tl.arange(0, BLOCK_Q)
-        queries = tl.minimum(i_query, num_tokens - 1)
-        b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
-        b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
-        b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        attends = (i_query < num_tokens)[:, None] & seen[None, :]
-        b_p = tl.where(attends, tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+    end = tl.minimum(first + split_len, num_tokens)
+    if first < end:
+        for start in tl.range(first, end, BLOCK_Q):
+            i_query = start + tl.arange(0, BLOCK_Q)
+            queries = tl.minimum(i_query, num_tokens - 1)
+            b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
+            b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
+            b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            attends = (i_query < num_tokens)[:, None] & seen[None, :]
+            b_p = tl.where(attends, tl.exp2(b_s - b_lse[:, None]), 0.0)
+            b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_shared * HEAD_DIM
     exists = slots < num_shared

@@ -177,7 +177,13 @@ def triton_forward(
     scale: float,
     tiles: Tiles,
 ) -> Tensor:
-    """Fill `out` [B, H, N, D], whose rows are dense; returns the log-sum-exp [B, H, N], float32."""
+    """Fill `out` [B, H, N, D], whose rows are dense; returns the log-sum-exp [B, H, N], float32.
+
+    Raises:
+        ValueError: scale <= 0.
+    """
+    if scale <= 0:
+        raise ValueError(f"impl='triton' takes a scale > 0, got {scale}: 'tiled' takes any")
     launch = _prepare(inputs, grid, window, tiles)
     tensors = [dense_rows(tensor) for tensor in inputs[:5]]
     batch, num_heads, num_tokens, _ = inputs.query.shape
