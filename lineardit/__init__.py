@@ -58,6 +58,7 @@ _PUBLIC_NAMES = {
     ".pipelines.high_resolution": ("HighResolutionPipeline",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 names that load on first use
 
 _root = Path(__file__).parents[1]
 if (_root / "pyproject.toml").is_file():  # a checkout: the package's folders stand beside this one

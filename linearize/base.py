@@ -11,13 +11,11 @@ import diffusers
 import torch
 import yaml  # type: ignore[import-untyped]
 from accelerate import init_empty_weights
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import constants, metadata_load
 from torch import nn
 
 from .errors import UnsupportedModelError
 from .families import FAMILIES, unsupported
-from .folders import main_dtype
 from .hub import fetch, is_repository, snapshot_of
 from .manifest import MANIFEST_FILE
 from .record import CONFIG_KEY
@@ -144,25 +142,6 @@ def read_base(name: str | Path, *, revision: str | None = None, offline: bool = 
         vae_scale=vae_scale,
         absent=tuple(name for name, entry in index.items() if entry == [None, None]),
     )
-
-
-def stored_dtype(base: Base, *, offline: bool = False) -> torch.dtype:
-    """That of the denoiser's weights in their file, by its header; of several dtypes, the one with the most bytes.
-
-    Args:
-        base: From `read_base`; of a Hub id, one file of weights is fetched, which loading needs as well.
-    Raises:
-        ValueError: there are no weights in safetensors files of the usual name.
-    """
-    source = base.source
-    place = find_place(str(source.name), revision=source.revision, offline=offline)
-    folder = f"{base.component}/" if base.component else ""
-    index = place.file(f"{folder}{SAFETENSORS_WEIGHTS_NAME}.index.json")
-    name = SAFETENSORS_WEIGHTS_NAME if index is None else next(iter(read_json(index)["weight_map"].values()))
-    file = place.file(f"{folder}{name}")
-    if file is None:
-        raise ValueError(f"{source.name} has no {folder}{name}, whose dtype was asked for: give a dtype (--dtype)")
-    return main_dtype(file)
 
 
 def source_of(pipe_or_model: Any, model: Any) -> Source:

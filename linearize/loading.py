@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base, stored_dtype
+from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
 from .convert import linearize_
 from .folders import read_tensors
 from .low_rank import LORA_NAME, LowRank, like_layer
@@ -20,8 +20,12 @@ from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from .networks import denoiser
 from .overlays import FullWeights, overlays_of
 from .record import CONFIG_KEY, record_
+from .stored_weights import stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)
+
+# Arguments of diffusers' `from_pretrained` that would unpickle, or run code of a repository.
+_REFUSED = ("use_safetensors", "trust_remote_code", "custom_pipeline")
 
 
 def from_pretrained(
@@ -33,6 +37,7 @@ def from_pretrained(
     offline: bool = False,
     impl: str = "auto",
     keep_original: bool = True,
+    **options: Any,
 ) -> Any:
     """Loads the base that an adapter names, at the revision it names, and puts the adapter on it.
 
@@ -48,8 +53,10 @@ def from_pretrained(
         offline: Never touch the network.
         impl: The implementation to run, as in `linearize_`.
         keep_original: As in `load_adapter_`.
+        options: Of diffusers' `from_pretrained`, for the base: `variant`, `quantization_config`, `device_map`, parts in
+            place of its own (`text_encoder=None`), and so on.
     Returns:
-        The pipeline, on the CPU; the denoiser where the adapter's base is a bare denoiser.
+        The pipeline, on the CPU without a `device_map`; the denoiser where the adapter's base is a bare denoiser.
     Raises:
         ValueError: the adapter or its base is missing, out of reach, damaged, or they do not fit.
     """
@@ -57,9 +64,9 @@ def from_pretrained(
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
     place = find_place(directory_or_repo, revision=revision, offline=offline)
     if adapter_file(place) is None:
-        return _restored(place, dtype=dtype, base=base, impl=impl)
+        return _restored(place, dtype=dtype, base=base, impl=impl, options=options)
     manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
-    pipe = load_base(base_of(manifest, place.name, base, offline=offline), dtype=dtype, offline=offline)
+    pipe = load_base(base_of(manifest, place.name, base, offline=offline), dtype=dtype, offline=offline, **options)
     mount_adapter_(pipe, manifest, tensors, keep_original=keep_original, impl=impl)
     return pipe
 
@@ -79,19 +86,28 @@ def base_of(manifest: Manifest, adapter: str, base: str | Path | None = None, *,
     return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
 
 
-def load_base(base: Base, *, dtype: torch.dtype | Literal["auto"] | None = None, offline: bool = False) -> Any:
+def load_base(
+    base: Base, *, dtype: torch.dtype | Literal["auto"] | None = None, offline: bool = False, **options: Any
+) -> Any:
     """The pipeline of a base, or the bare denoiser, with its weights; from safetensors files only.
 
     Args:
         base: From `read_base`.
         dtype: As in `from_pretrained`.
         offline: Never touch the network.
+        options: As in `from_pretrained`.
     Raises:
-        ValueError: the base is a config without weights.
+        ValueError: the base is a config without weights or has pickles alone, or an option is refused.
     """
     source = base.source
+    for name in _REFUSED:
+        if name in options:
+            raise ValueError(
+                f"{name} is refused: weights come from safetensors files, and no code of a repository runs"
+            )
     if source.name is None or Path(source.name).is_file():
         raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
+    options = {"variant": variant_of(base)} | options
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
     with warnings.catch_warnings():
         # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word
@@ -99,15 +115,25 @@ def load_base(base: Base, *, dtype: torch.dtype | Literal["auto"] | None = None,
         return loader.from_pretrained(
             source.name,
             # None would leave text encoders in the dtype of their files
-            torch_dtype=stored_dtype(base, offline=offline) if dtype == "auto" else dtype or torch.float32,
+            torch_dtype=stored_dtype(base, variant=options["variant"], offline=offline)
+            if dtype == "auto"
+            else dtype or torch.float32,
             revision=source.revision,
             local_files_only=offline,
             use_safetensors=True,
-            **dict.fromkeys(base.absent),  # diffusers wants a component that was saved as None passed as None again
+            # diffusers wants a component that was saved as None passed as None again
+            **dict.fromkeys(base.absent) | options,
         )
 
 
-def _restored(place: Place, *, dtype: torch.dtype | Literal["auto"] | None, base: str | Path | None, impl: str) -> Any:
+def _restored(
+    place: Place,
+    *,
+    dtype: torch.dtype | Literal["auto"] | None,
+    base: str | Path | None,
+    impl: str,
+    options: Mapping[str, Any],
+) -> Any:
     """What a plain save_pretrained of a converted pipeline or denoiser wrote."""
     files = (PIPELINE_FILE, CONFIG_FILE)
     saved = None
@@ -129,7 +155,7 @@ def _restored(place: Place, *, dtype: torch.dtype | Literal["auto"] | None, base
             "attention; use lineardit.save_adapter to keep a student",
             place.name,
         )
-    pipe = load_base(saved, dtype=dtype, offline=place.offline)
+    pipe = load_base(saved, dtype=dtype, offline=place.offline, **options)
     _, model = denoiser(pipe)
     _restore_conversion_(model, entry, impl)
     return pipe

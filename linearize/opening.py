@@ -23,6 +23,7 @@ def open_pipeline(
     revision: str | None = None,
     offline: bool = False,
     impl: str = "auto",
+    **options: Any,
 ) -> Any:
     """Load an adapter with its base, a converted pipeline, or an unconverted one.
 
@@ -33,8 +34,9 @@ def open_pipeline(
         revision: Branch, tag or commit of `name` on the Hub.
         offline: Never touch the network.
         impl: The implementation that converted modules run.
+        options: As of `lineardit.from_pretrained`.
     Returns:
-        The pipeline, on the CPU.
+        The pipeline, on the CPU without a `device_map`.
     Raises:
         ValueError: missing, out of reach, damaged, no pipeline, or `base` beside something that is no adapter.
     """
@@ -43,13 +45,14 @@ def open_pipeline(
     is_adapter = adapter_file(place) is not None
     plain = None if is_adapter or not _holds_a_model(place) else read_base(name, revision=revision, offline=offline)
     if plain is None or CONFIG_KEY in plain.config:
-        pipe = from_pretrained(name, dtype=weights, base=base, revision=revision, offline=offline, impl=impl)
+        placed: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, **options}
+        pipe = from_pretrained(name, dtype=weights, impl=impl, **placed)
     elif base is not None:
         raise ValueError(f"base is for adapters, and {name} is a whole model: leave base out")
     elif plain.source.pipeline_class is None:
         raise ValueError(f"{name} is a denoiser alone: give the folder or Hub id of the pipeline it belongs to")
     else:
-        pipe = load_base(plain, dtype=weights, offline=offline)
+        pipe = load_base(plain, dtype=weights, offline=offline, **options)
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise ValueError(f"{name} belongs to a denoiser alone, which makes no pictures: pass a pipeline as base")
     return pipe

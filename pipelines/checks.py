@@ -13,6 +13,18 @@ from .plan import Limits, Plan, Stage
 from .stage_schedule import most_steps
 
 
+def check_plan(plan: Plan, height: int | None, width: int | None, steps: int | None) -> None:
+    """Raise a ValueError where a call asks for something else than its plan; None asks for nothing."""
+    if (height or plan.height, width or plan.width) != (plan.height, plan.width):
+        raise ValueError(f"height and width must be the plan's, {plan.height} and {plan.width}, or left out")
+    planned = plan.stages[0].steps
+    if steps not in (None, planned):
+        raise ValueError(
+            f"num_inference_steps must be the {planned} of the plan's first stage, or left out, got {steps}: "
+            "`plan(..., num_inference_steps=...)` makes another plan"
+        )
+
+
 def check_stages(plan: Plan, limits: Limits, scheduler: Any) -> None:
     """Raise a ValueError for a stage that the model or its scheduler cannot make."""
     for stage in plan.stages:

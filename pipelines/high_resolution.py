@@ -26,7 +26,16 @@ from ..linearize.networks import denoiser
 from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
 from ..linearize.standing import advice_on
-from .checks import check_counts, check_numbers, check_output_type, check_stages, check_start, count_pictures
+from .cascade_class import cascade_class, made_of
+from .checks import (
+    check_counts,
+    check_numbers,
+    check_output_type,
+    check_plan,
+    check_stages,
+    check_start,
+    count_pictures,
+)
 from .estimate import Estimator
 from .low_frequencies import OnStep
 from .pictures import as_pictures
@@ -42,8 +51,6 @@ from .vae import latent_channels, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
-# Of a stock call, what the stages set.
-_OF_STAGES = ("latents", "sigmas", "timesteps", "denoising_end")
 # What a pipeline has besides its parts and its config: of enable_model_cpu_offload, and SDXL's watermark.
 _REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "watermark")
 
@@ -71,7 +78,7 @@ class HighResolutionPipeline(StagedPipeline):
         """
         if native_size is not None and (type(native_size) is not int or native_size < 1):
             raise ValueError(f"native_size must be an integer >= 1 or None, got {native_size!r}")
-        made = _made(_cascade_class(stock_class(pipeline)), pipeline)
+        made = made_of(_cascade_class(stock_class(pipeline)), pipeline)
         made.native_size = native_size or trained_size(made)
         for remembered in _REMEMBERED:
             if hasattr(pipeline, remembered):
@@ -88,18 +95,22 @@ class HighResolutionPipeline(StagedPipeline):
             name: Folder or Hub id.
             native_size: As of `from_pipe`.
             dtype: Of the weights; None: float32.
-            options: `base`, `revision`, `offline`, `impl`, as of `lineardit.from_pretrained`.
+            options: `base`, `revision`, `variant`, `quantization_config` and so on, as of `lineardit.from_pretrained`.
         Returns:
-            The cascade, on the CPU.
+            The cascade, on the CPU without a `device_map`.
         Raises:
             ValueError: what `lineardit.from_pretrained` and `from_pipe` refuse.
         """
         weights = "float32" if dtype is None else str(dtype).removeprefix("torch.")
         return cls.from_pipe(open_pipeline(name, dtype=weights, **options), native_size=native_size)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles name the stock class: ours is made on demand and has no address."""
+        return _blank, (self.stock,), self.__dict__.copy()
+
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """The parts, as the stock pipeline that `from_pretrained` makes a cascade of."""
-        _made(self.stock, self).save_pretrained(save_directory, **options)
+        made_of(self.stock, self).save_pretrained(save_directory, **options)
 
     def plan(
         self,
@@ -173,7 +184,8 @@ class HighResolutionPipeline(StagedPipeline):
                 serves as many of them.
             plan: From `plan()`, perhaps changed; None: the default for this size.
             num_inference_steps: Of the first stage; None: the pipeline's own.
-            callback_on_step_end: Called after each step of each stage, as in diffusers; steps count within a stage.
+            callback_on_step_end: Called after each step of each stage, as in diffusers; steps count within a stage,
+                which is `pipe.stage`, number `pipe.stage_number`.
             callback_on_stage_end: Called as callback(pipe, stage, {"latents": tensor}) once a stage is denoised, and
                 as callback(pipe, stage, {"images": [PIL]}) once it is decoded, `start_latents` as well; the last
                 stage's pictures are returned.
@@ -196,8 +208,7 @@ class HighResolutionPipeline(StagedPipeline):
                 enlarge=False if pictures is None else (pictures[0].height, pictures[0].width),
                 text_len=call.get("max_sequence_length"),
             )
-        elif (height or plan.height, width or plan.width) != (plan.height, plan.width):
-            raise ValueError(f"height and width must be the plan's, {plan.height} and {plan.width}, or left out")
+        check_plan(plan, height, width, num_inference_steps)
         check_stages(plan, self._limits(), self.scheduler)
         check_start(plan, pictures, start_latents, start_stage)
         batch = count_pictures(prompt, call)
@@ -272,34 +283,9 @@ class HighResolutionPipeline(StagedPipeline):
 
 @cache
 def _cascade_class(stock: Any) -> Any:
-    """The high-resolution class of a text-to-image pipeline, whose call takes that pipeline's arguments as well."""
-    ours = inspect.signature(HighResolutionPipeline.__call__).parameters
-    theirs = inspect.signature(stock.__call__).parameters
-    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = []
-    for name, one in theirs.items():
-        if name in _OF_STAGES:
-            kind = inspect.Parameter.KEYWORD_ONLY  # as places no longer count
-        elif one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
-            default = one.default if name == "self" or one.default is not one.empty else None
-            parameters.append(
-                ours[name].replace(kind=kind) if name in ours else one.replace(kind=kind, default=default)
-            )
-    lacking = [one for name, one in ours.items() if name not in theirs and one.kind == one.KEYWORD_ONLY]
-    parameters += [one for one in lacking if one.name != "callback_on_step_end"]  # which stages would hand on
-    signature = inspect.Signature(parameters)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return HighResolutionPipeline.__call__(**signature.bind(*args, **kwargs).arguments)
-
-    call.__signature__ = signature  # type: ignore[attr-defined]
-    call.__doc__ = HighResolutionPipeline.__call__.__doc__
-    name = stock.__name__.replace("Pipeline", "HighResolutionPipeline")
-    return type(name, (HighResolutionPipeline, stock), {"stock": stock, "__call__": call, "__module__": __name__})
+    return cascade_class(HighResolutionPipeline, stock)
 
 
-def _made(cls: Any, pipeline: Any) -> Any:
-    """A pipeline of this class from the parts of another, and its flags, such as `requires_safety_checker`."""
-    flags = {name: value for name, value in pipeline.config.items() if isinstance(value, bool | int | float)}
-    expected = inspect.signature(cls.__init__).parameters
-    return cls(**{name: one for name, one in {**flags, **pipeline.components}.items() if name in expected})
+def _blank(stock: Any) -> Any:
+    cls = _cascade_class(stock)
+    return cls.__new__(cls)

@@ -56,10 +56,14 @@ class StagedPipeline(DiffusionPipeline):
 
     Attributes:
         stock: diffusers' text-to-image pipeline, whose call makes each stage.
+        stage, stage_number: The one that is denoised now, and its place in the plan from 0, for callbacks after steps;
+            None between calls.
     """
 
     stock: Any
     scheduler: Any
+    stage: Stage | None = None
+    stage_number: int | None = None
 
     def _cascade(
         self,
@@ -170,12 +174,14 @@ class StagedPipeline(DiffusionPipeline):
         before = dict(getattr(self, "_progress_bar_config", {}))
         what = f"stage {number + 1} of {len(plan.stages)}, {stage.width}x{stage.height}, {stage.attention} attention"
         self.set_progress_bar_config(**{"unit": "step", **before, "desc": what})
+        self.stage, self.stage_number = stage, number
         began = time.perf_counter()
         kernels = kernels_told(self, what) if stage.attention == "converted" else nullcontext()
         try:
             with kernels:
                 yield
         finally:
+            self.stage = self.stage_number = None
             self.set_progress_bar_config(**before)
         logger.info("%s: %.1f s", what, time.perf_counter() - began)
 

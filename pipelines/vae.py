@@ -184,7 +184,8 @@ def _in_tiles(
     side = None if tile is None else max(align, tile // step // align * align)
     while True:
         try:
-            return _blended(vae, run, values, side, gain, what, progress, align)
+            with _without_own_tiles(vae):
+                return _blended(vae, run, values, side, gain, what, progress, align)
         except torch.OutOfMemoryError:
             largest = max(values.shape[-2:]) if side is None else min(side, max(values.shape[-2:]))
             smaller = largest // 2 // align * align
@@ -214,7 +215,7 @@ def _blended(
     if len(values) > 1 and getattr(vae, "use_slicing", False):  # each picture has statistics of its own
         return torch.cat([_blended(vae, run, one, side, gain, what, progress, align) for one in values.split(1)])
     total = weight = None
-    with _without_own_tiles(vae), whole_statistics(vae, lambda: run(_as_small_as_a_tile(values, side, align))):
+    with whole_statistics(vae, lambda: run(_as_small_as_a_tile(values, side, align))):
         for (top, bottom), (left, right) in tqdm(tiles, desc=what, unit="tile", disable=not progress):
             part = run(values[..., top:bottom, left:right]).float().cpu()
             if total is None or weight is None:
@@ -231,7 +232,7 @@ def _blended(
 
 @contextmanager
 def _without_own_tiles(vae: Any) -> Iterator[None]:
-    """Inside, `enable_tiling` is off: statistics would be those of the last one of upstream's tiles."""
+    """Inside, `enable_tiling` is off: its tiles are small, and group norms would have statistics of each alone."""
     own = getattr(vae, "use_tiling", False)
     vae.use_tiling = False
     try:

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +106,10 @@ def test_every_import_is_a_declared_dependency() -> None:
 )
 def test_backward_imports_are_found(source: str, package: str, found: list[str]) -> None:
     assert backward_imports(source, package) == found
+
+
+def test_star_import_gives_the_public_names() -> None:
+    names: dict[str, Any] = {}
+    exec("from lineardit import *", names)
+    assert {"linearize_", "dense", "restore_", "Clear", "HighResolutionPipeline", "from_pretrained"} <= names.keys()
+    assert "Path" not in names

@@ -21,9 +21,10 @@ from huggingface_hub.errors import (
 )
 from tiny_pipelines import saved_flux_pipeline
 
-from lineardit.linearize.base import build_on_meta, find_place, read_base, source_of, stored_dtype
+from lineardit.linearize.base import build_on_meta, find_place, read_base, source_of
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.hub import fetch, is_repository, snapshot_of
+from lineardit.linearize.stored_weights import stored_dtype
 from tiny_models import FAMILIES, build
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"

@@ -13,6 +13,8 @@ from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 from torch import Tensor
 
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize.base import read_base
+from lineardit.linearize.stored_weights import stored_dtype
 from lineardit.linearize.training import add_lora_, train_full_
 from tiny_models import build, inputs_of
 
@@ -155,8 +157,43 @@ def test_from_pretrained_runs_no_code_and_reads_no_pickle(base: Path, tmp_path: 
     weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match=r"holds pickles \(.bin\), and only safetensors files are loaded"):
         from_pretrained(tmp_path / "adapter")
+    for option in ("use_safetensors", "trust_remote_code", "custom_pipeline"):
+        with pytest.raises(ValueError, match=f"{option} is refused"):
+            from_pretrained(tmp_path / "adapter", **{option: False})
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["whole", "shards"])
+def test_a_folder_of_one_variant_is_loaded(
+    base: Path, tmp_path: Path, shards: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    student, arguments = student_of(base, "lora"), inputs_of("flux")
+    student.save_pretrained(tmp_path / "saved", variant="fp16", **shards)
+    save_adapter(student, tmp_path / "adapter")
+    moved = tmp_path / "base of a variant"
+    flux_base(base).save_pretrained(moved, variant="fp16", **shards)
+    with caplog.at_level(logging.INFO, logger="lineardit"):
+        for pipe in (from_pretrained(tmp_path / "saved"), from_pretrained(tmp_path / "adapter", base=moved)):
+            assert torch.equal(run(pipe, arguments), run(student, arguments))
+    assert "weights of the variant fp16, the only ones there" in caplog.text
+    assert stored_dtype(read_base(moved), variant="fp16") == torch.float32
+    assert from_pretrained(tmp_path / "adapter", base=moved, dtype="auto").transformer.dtype == torch.float32
+
+
+def test_from_pretrained_hands_options_to_diffusers(base: Path, tmp_path: Path) -> None:
+    student = student_of(base, "kernels")
+    save_adapter(student, tmp_path / "adapter")
+    for option in ({"variant": "fp16"}, {"variant": None}):
+        flux_base(base).save_pretrained(base, **option)
+    with torch.no_grad():
+        changed = flux_base(base)
+        changed.transformer.proj_out.weight.zero_()
+        changed.save_pretrained(base, variant="fp16")
+    assert from_pretrained(tmp_path / "adapter").transformer.proj_out.weight.any()
+    assert not from_pretrained(tmp_path / "adapter", variant="fp16").transformer.proj_out.weight.any()
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    assert from_pretrained(tmp_path / "adapter", scheduler=scheduler).scheduler is scheduler
 
 
 def test_from_pretrained_says_what_a_folder_is_not(base: Path, tmp_path: Path) -> None:

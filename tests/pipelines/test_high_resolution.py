@@ -1,6 +1,7 @@
 """The cascade: each stage is what diffusers' own calls make, the model is as it was afterwards, nothing is lost."""
 
 import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +240,29 @@ def test_interrupt_stops_after_the_step(high: Any) -> None:
     assert steps == [0] and out.size == (16, 16)
 
 
+def test_callbacks_are_told_the_stage(high: Any) -> None:
+    plan = high.plan(64, 64, num_inference_steps=2, settings=FEW)
+    seen: list[tuple[int | None, Any]] = []
+
+    def look(pipe: Any, *_: Any) -> dict[str, Any]:
+        seen.append((pipe.stage_number, pipe.stage))
+        return {}
+
+    high(PROMPT, plan=plan, generator=seeded(), max_sequence_length=8, callback_on_step_end=look)
+    assert seen == [(number, stage) for number, stage in enumerate(plan.stages) for _ in range(stage.steps)]
+    assert high.stage is None and high.stage_number is None
+
+
+def test_pickle_keeps_the_cascade(high: Any) -> None:
+    made = pickle.loads(pickle.dumps(high))
+    assert type(made) is type(high) and made.native_size == high.native_size
+    wanted, images = (
+        one(PROMPT, height=32, width=32, generator=seeded(), max_sequence_length=8, num_inference_steps=1).images
+        for one in (high, made)
+    )
+    assert list(images[0].getdata()) == list(wanted[0].getdata())
+
+
 def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None:
     pipe = build_tiny()
     high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
@@ -257,6 +281,10 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
         (lambda plan: {"plan": plan, "image": Image.new("RGB", (16, 16))}, "begins with noise, and image would not be"),
         (lambda plan: {"plan": plan, "start_stage": 1}, "start_stage must be 1 to 2 with start_latents"),
         (lambda plan: {"plan": plan, "height": 16}, "height and width must be the plan's, 64 and 64, or left out"),
+        (
+            lambda plan: {"plan": plan, "num_inference_steps": 9},
+            "must be the 28 of the plan's first stage",
+        ),
         (lambda plan: {"plan": plan, "prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
         (
             lambda plan: {"plan": replace(plan, stages=(*plan.stages[:-1], replace(plan.stages[-1], width=66)))},

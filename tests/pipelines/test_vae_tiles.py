@@ -97,6 +97,9 @@ def test_tiles_are_the_same_with_the_vaes_own_tiles_and_slices(vae: Any, picture
     assert torch.allclose(encode(made, pixels, tile=128), wanted, atol=1e-5)
     latents = wanted[..., :64, :80]
     assert torch.allclose(decode(made, latents, tile=96), decode(vae, latents, tile=96), atol=1e-5)
+    for tile in (None, 1024):  # in one piece
+        assert torch.allclose(encode(made, pixels, tile=tile), encode(vae, pixels, tile=tile), atol=1e-5)
+        assert torch.allclose(decode(made, latents, tile=tile), decode(vae, latents, tile=tile), atol=1e-5)
     assert made.use_tiling and made.use_slicing
 
 

@@ -1,0 +1,64 @@
+"""The weights of a base on disk, before they are loaded: in which files they are, and in which dtype."""
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+from .base import Base, find_place, read_json
+from .folders import main_dtype
+
+logger = logging.getLogger(__name__)
+
+_OF_A_VARIANT = re.compile(r"diffusion_pytorch_model\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
+
+
+def variant_of(base: Base) -> str | None:
+    """The variant that a folder's denoiser was saved as, such as "fp16", where nothing else is there; else None.
+
+    Args:
+        base: From `read_base`; of a Hub id nothing is asked.
+    Raises:
+        ValueError: it holds pickles alone, which are never loaded.
+    """
+    folder = Path(str(base.source.name), base.component or "")
+    if not folder.is_dir():
+        return None
+    names = sorted(file.name for file in folder.iterdir())
+    if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(
+            f"{folder} holds pickles (.bin), and only safetensors files are loaded: load it with diffusers, and "
+            "save it with safe_serialization=True"
+        )
+    if any(re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", name) for name in names):
+        return None
+    found = [match[1] for name in names if (match := _OF_A_VARIANT.fullmatch(name))]
+    if found:
+        logger.info("%s: weights of the variant %s, the only ones there", folder, found[0])
+    return found[0] if found else None
+
+
+def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = False) -> torch.dtype:
+    """That of the denoiser's weights in their file, by its header; of several dtypes, the one with the most bytes.
+
+    Args:
+        base: From `read_base`; of a Hub id, one file of weights is fetched, which loading needs as well.
+        variant: As of diffusers' `from_pretrained`.
+        offline: Never touch the network.
+    Raises:
+        ValueError: there are no weights in safetensors files of the usual name.
+    """
+    source = base.source
+    place = find_place(str(source.name), revision=source.revision, offline=offline)
+    folder, of_variant = f"{base.component}/" if base.component else "", f".{variant}" if variant else ""
+    stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
+    index = place.file(f"{folder}{SAFETENSORS_WEIGHTS_NAME}.index{of_variant}.json")
+    name = f"{stem}{of_variant}.safetensors"
+    if index is not None:
+        name = next(iter(read_json(index)["weight_map"].values()))
+    file = place.file(f"{folder}{name}")
+    if file is None:
+        raise ValueError(f"{source.name} has no {folder}{name}, whose dtype was asked for: give a dtype (--dtype)")
+    return main_dtype(file)
