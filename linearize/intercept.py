@@ -239,7 +239,8 @@ def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
         raise LayoutError(
             f"{attention._lineardit_name} sees {key.shape[2]} tokens where the model was called with "
             f"{' or '.join(map(str, site.text_lens or (0,)))} of text and a grid of {site.grid}: call the model "
-            "itself, and run each backward with gradient checkpointing before the next forward at another size"
+            "itself, run each backward with gradient checkpointing before the next forward at another size, and take "
+            "away what merges or crops tokens (ToMe)"
         )
     mask = site.text_mask.expand(key.shape[0], -1) if site.text_mask is not None and text_len > 0 else None
     return Layout(site.grid, text_len, text_first, mask)
@@ -266,7 +267,7 @@ def _diagnosis(attention: LinearAttention, hits: int) -> str:
         f"{attention._lineardit_name} is converted, but its forward reached linear attention {hits} times instead of "
         f"once (processor {type(processor).__name__}, attention backend {getattr(backend, 'value', 'default')}). "
         "Likely causes: set_attention_backend on any model (it holds for the whole process) or DIFFUSERS_ATTN_BACKEND "
-        "with a kernel of its own, xformers, attention slicing, or a processor that does not call torch's "
-        "scaled_dot_product_attention once. Set the backend 'native' and a processor that does (a UNet's "
+        "with a kernel of its own, xformers, attention slicing, another scaled_dot_product_attention (SageAttention) "
+        "or a processor that does not call torch's once. Set the backend 'native' and a processor that does (a UNet's "
         "set_default_attn_processor sets one that does not, AttnProcessor2_0() does), or restore_ it."
     )

@@ -34,7 +34,8 @@ def matches_flows(scheduler: Any) -> bool:
     if not hasattr(scheduler, "add_noise"):
         raise ValueError(
             "scheduler must be a FlowMatchEulerDiscreteScheduler, or have add_noise as those of Stable Diffusion do, "
-            f"got a {type(scheduler).__name__}"
+            f"got a {type(scheduler).__name__}: pipe.scheduler = "
+            "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
         )
     return False
 

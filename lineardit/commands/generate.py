@@ -14,6 +14,7 @@ from .options import (
     Dtype,
     Guidance,
     Impl,
+    Loras,
     MaxSequenceLength,
     Offline,
     Revision,
@@ -36,6 +37,7 @@ def generate(
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
+    lora: Loras = None,
     batch_size: BatchSize = 1,
     base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
     revision: Revision = None,
@@ -58,14 +60,15 @@ def generate(
     from ..pipelines.files import plan_files
     from ..pipelines.generate import generate as generate_pictures
     from .loading import load
+    from .loras import parse_loras
 
-    more = parse_arguments(arguments)
+    more, loras = parse_arguments(arguments), parse_loras(lora)
     texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
     height_width = None if size is None else parse_size(size)
     plan_files(texts, output, seed=seed, text={})  # before a large model is loaded
     if output.is_file() and not overwrite:
         raise ValueError(f"{output} exists and is kept: name another output, or replace it with --overwrite")
-    pipe, about = load(source, base, revision, dtype, device, offload, impl, offline)
+    pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras)
     began = time.perf_counter()
     drawing: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed, "guidance": guidance}
     drawing |= {"max_sequence_length": max_sequence_length, "batch_size": batch_size, "cascade": cascade}

@@ -1,6 +1,10 @@
 """The pipeline that a command asks for, in its place."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loras import Lora
 
 
 def load(
@@ -12,6 +16,7 @@ def load(
     offload: str,
     impl: str,
     offline: bool,
+    loras: "Sequence[Lora]" = (),
 ) -> tuple[Any, dict[str, str]]:
     """The pipeline in its place, and what its pictures say of it."""
     from .. import __version__
@@ -23,15 +28,19 @@ def load(
     from ..linearize.standing import swap_report
     from ..pipelines.placement import place_
     from .devices import find_device, find_dtype
+    from .loras import load_loras_
 
     target = find_device(device)
     weights = find_dtype(dtype, target)
     pipe = open_pipeline(source, dtype=weights, base=base, revision=revision, offline=offline, impl=impl)
+    load_loras_(pipe, loras, offline=offline)
     place_(pipe, target, offload)
     if swap_report(pipe) is None:  # else the conversion has said what it swapped
         print(f"{source} runs with its original attention")
     model = source_of(pipe, denoiser(pipe)[1]).name or source
     about = {"model": model, "dtype": weights, "lineardit": __version__}
+    if loras:
+        about["lora"] = ", ".join(map(str, loras))
     manifest = adapter_file(find_place(source, revision=revision, offline=offline))
     if manifest is not None:
         about |= {"adapter": source, "adapter_sha256": sha256(manifest)}

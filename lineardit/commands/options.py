@@ -28,4 +28,12 @@ Arguments = Annotated[
         help="Another argument of the pipeline's call, such as negative_prompt=blurry; repeatable.",
     ),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:WEIGHT]",
+        help="A style to draw in, a LoRA: safetensors, folder or Hub id, and its weight, else 1; repeatable.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time; changes speed and memory only.")]

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .options import Arguments, ChunkTokens, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Revision, Seed
+from .options import (
+    Arguments,
+    ChunkTokens,
+    Device,
+    Dtype,
+    Guidance,
+    Impl,
+    Loras,
+    MaxSequenceLength,
+    Offline,
+    Revision,
+    Seed,
+)
 
 
 def upscale(
@@ -25,6 +37,7 @@ def upscale(
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
+    lora: Loras = None,
     base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
@@ -44,11 +57,12 @@ def upscale(
     from ..pipelines.pictures import as_rgb
     from ..pipelines.plan import Settings
     from .loading import base_said, load
+    from .loras import parse_loras
     from .prompts import parse_arguments, parse_size
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    more = parse_arguments(arguments)
+    more, loras = parse_arguments(arguments), parse_loras(lora)
     if not picture.is_file():
         raise ValueError(f"{picture}: no such picture")
     said = text_of(picture)
@@ -70,10 +84,12 @@ def upscale(
     check_larger(image, (height, width))  # before a large model is loaded
     if base is None and source == said.get("adapter"):
         base = base_said(source, said.get("model"), revision, offline)
-    pipe, about = load(source, base, revision, dtype, device, offload, impl, offline)
+    pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras)
     (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **about})
     if not overwrite:
         check_latents(wanted)
+    if "lora" in said and not loras:
+        print(f"the picture was made with --lora {said['lora']}: give it again to keep its style")
     began = time.perf_counter()
     enlarge(
         pipe,

@@ -88,7 +88,10 @@ def config_to_dict(config: Any) -> dict[str, Any]:
         ValueError: `config` is of no method.
     """
     if type(config) not in METHODS:
-        raise ValueError(f"expected a config of a method ({', '.join(_names())}), got {config!r}")
+        raise ValueError(
+            f"expected a config of a method ({', '.join(_names())}), such as Clear(radius=16), got {config!r}; a "
+            "dict is {pattern of module names: config}"
+        )
     values = {setting_name(field): (getattr(config, field.name), field.default) for field in fields(config)}
     changed = {name: _plain(value) for name, (value, default) in values.items() if value != default}
     return {"method": type(config).__name__.lower(), **changed}

@@ -1,0 +1,56 @@
+"""`--lora`: styles of other people beside a converted model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file of safetensors, a folder or a Hub id, and how much of it."""
+
+    source: str
+    weight: float
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.weight:g}"
+
+
+def parse_loras(texts: Sequence[str] | None) -> list[Lora]:
+    """From FILE[:WEIGHT] each.
+
+    Raises:
+        ValueError: no such file, or one that is no safetensors.
+    """
+    loras = []
+    for text in texts or ():
+        source, colon, weight = text.rpartition(":")
+        try:
+            loras.append(Lora(source, float(weight)) if colon and source else Lora(text, 1.0))
+        except ValueError:
+            loras.append(Lora(text, 1.0))  # a colon of the name
+        path = Path(loras[-1].source)
+        if not path.exists() and (path.suffix == ".safetensors" or path.is_absolute()):
+            raise ValueError(f"--lora: there is no {path}")
+        if path.is_file() and path.suffix != ".safetensors":
+            raise ValueError(f"--lora must be FILE[:WEIGHT], a file that ends in .safetensors, got {text!r}")
+    return loras
+
+
+def load_loras_(pipe: Any, loras: Sequence[Lora], *, offline: bool) -> None:
+    """Add them to a pipeline, as its own `load_lora_weights` does.
+
+    Raises:
+        ValueError: the pipeline takes none, or one is of another model.
+    """
+    if not loras:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"a {type(pipe).__name__} takes no LoRA: leave --lora out")
+    names = [f"lora_{number}" for number in range(1, len(loras) + 1)]
+    for name, lora in zip(names, loras, strict=True):
+        pipe.load_lora_weights(lora.source, adapter_name=name, local_files_only=offline, use_safetensors=True)
+        if name not in {one for part in pipe.get_list_adapters().values() for one in part}:
+            raise ValueError(f"--lora {lora.source} is of another model than this {type(pipe).__name__}")
+    pipe.set_adapters(names, [lora.weight for lora in loras])

@@ -1,0 +1,89 @@
+"""`--lora` of `lineardit generate` and `lineardit upscale`: styles beside a converted model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_distill import build_tiny
+
+from lineardit import Clear, linearize_, save_adapter
+from lineardit.cli import run
+
+SMALL = ("--size", "32x24", "--steps", "1", "--max-sequence-length", "8", "--offline")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, an adapter, a style for it and one for another model."""
+    folder = tmp_path_factory.mktemp("made")
+    build_tiny().save_pretrained(folder / "base")
+    pipe = type(build_tiny()).from_pretrained(folder / "base")
+    linearize_(pipe, Clear(radius=2))
+    save_adapter(pipe, folder / "adapter")
+    torch.manual_seed(0)
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+    for name, part in (("style", "transformer"), ("other", "unet")):
+        place = f"{part}.transformer_blocks.0.attn.to_q"
+        tensors = {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+        save_file(tensors, folder / f"{name}.safetensors")
+    return folder
+
+
+def lineardit(*arguments: str | Path) -> int:
+    return run([str(argument) for argument in arguments])
+
+
+def drawn(made: Path, out: Path, *more: str) -> Image.Image:
+    assert lineardit("generate", made / "adapter", "a", *SMALL, *more, "-o", out) == 0
+    with Image.open(out) as image:
+        image.load()
+    return image
+
+
+def test_a_style_is_drawn_at_its_weight_and_told(made: Path, tmp_path: Path) -> None:
+    style = str(made / "style.safetensors")
+    plain = drawn(made, tmp_path / "plain.png")
+    styled = drawn(made, tmp_path / "styled.png", "--lora", style)
+    assert styled.tobytes() != plain.tobytes()
+    assert styled.info["lora"] == f"{style}:1"
+    assert "lora" not in plain.info
+    assert drawn(made, tmp_path / "none.png", "--lora", f"{style}:0").tobytes() == plain.tobytes()
+    twice = drawn(made, tmp_path / "twice.png", "--lora", f"{style}:0.5", "--lora", f"{style}:0.5")
+    assert twice.info["lora"] == f"{style}:0.5, {style}:0.5"
+    assert twice.tobytes() == styled.tobytes()
+
+
+def test_upscale_takes_a_style_and_reminds_of_one(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    style, styled = str(made / "style.safetensors"), tmp_path / "styled.png"
+    drawn(made, styled, "--lora", style)
+    often = ("upscale", styled, "--steps", "1", "--max-sequence-length", "8", "--offline", "-o")
+    assert lineardit(*often, tmp_path / "plain.png") == 0
+    assert f"was made with --lora {style}:1: give it again to keep its style" in capsys.readouterr().out
+    assert lineardit(*often, tmp_path / "large.png", "--lora", style) == 0
+    assert "give it again" not in capsys.readouterr().out
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "large.png") as large:
+        assert plain.size == large.size == (64, 48)
+        assert plain.tobytes() != large.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ("nothing.safetensors", "--lora: there is no nothing.safetensors"),
+        ("nothing.safetensors:0.5", "--lora: there is no nothing.safetensors"),
+        ("{made}/adapter/lineardit.json", "a file that ends in .safetensors"),
+        ("{made}/other.safetensors", "is of another model than this FluxPipeline"),
+    ],
+)
+def test_what_is_no_style_of_this_model_is_refused(
+    made: Path, tmp_path: Path, lora: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.png"
+    assert lineardit("generate", made / "adapter", "a", *SMALL, "--lora", lora.format(made=made), "-o", out) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
