@@ -11,6 +11,7 @@ of Triton, which the table names; another version is compared with nothing.
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -67,16 +68,15 @@ FOCUS_SIDES = (4, 8)
 PARTIAL_SUMS = (kernels.window_grad_shared, focus_kernels.focus_grad_proxy)
 
 
-def tile_constants(tiles: Tiles) -> dict[str, int]:
-    """What the window kernels take as fixed of their tiles."""
-    return {
-        "Q_ROWS": tiles.query[0],
-        "Q_COLUMNS": tiles.query[1],
-        "K_ROWS": tiles.key[0],
-        "K_COLUMNS": tiles.key[1],
-        "BLOCK_Q": tiles.query[0] * tiles.query[1],
-        "BLOCK_K": tiles.key[0] * tiles.key[1],
-    }
+def tile_constants(kernel: Any, tiles: Tiles) -> dict[str, int]:
+    """What a window kernel takes as fixed of its tiles."""
+    queries, keys = tiles.owned, tiles.read
+    if kernel is kernels.window_grad_key:  # whose programs own keys
+        queries, keys = keys, queries
+    if kernel is kernels.window_grad_shared:
+        queries = keys
+    sides = {"Q_ROWS": queries[0], "Q_COLUMNS": queries[1], "K_ROWS": keys[0], "K_COLUMNS": keys[1]}
+    return sides | {"BLOCK_Q": math.prod(queries), "BLOCK_K": math.prod(keys)}
 
 
 def argument_type(kernel: Any, name: str) -> str:
@@ -130,16 +130,16 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
     }
     for every_tiles, members in directions.items():
         for tiles in candidates(every_tiles, HEAD_DIM, arch, torch.bfloat16):
-            usages = {kernel.fn.__name__: compile_for(kernel, tile_constants(tiles), tiles, arch) for kernel in members}
+            usages = {one.fn.__name__: compile_for(one, tile_constants(one, tiles), tiles, arch) for one in members}
             if all(usage["shared_bytes"] <= SHARED_MEMORY[arch] for usage in usages.values()):
                 break
             report(f"sm_{arch}: {tiles} do not fit")
         for name, usage in usages.items():
-            shape = f"q{tiles.query[0]}x{tiles.query[1]} k{tiles.key[0]}x{tiles.key[1]}"
+            shape = f"owned {tiles.owned[0]}x{tiles.owned[1]} read {tiles.read[0]}x{tiles.read[1]}"
             rows[f"sm_{arch} {name}"] = {"tiles": f"{shape} w{tiles.num_warps} s{tiles.num_stages}", **usage}
             report(f"sm_{arch} {name:20} {rows[f'sm_{arch} {name}']}")
-    tiles = FORWARD_TILES[0]
-    usage = compile_for(kernels.window_forward, tile_constants(tiles), tiles, arch, ODD_HEAD_DIM)
+    tiles, forward = FORWARD_TILES[0], kernels.window_forward
+    usage = compile_for(forward, tile_constants(forward, tiles), tiles, arch, ODD_HEAD_DIM)
     rows[f"sm_{arch} window_forward, head dimension {ODD_HEAD_DIM}"] = {"tiles": "the largest", **usage}
     for side in FOCUS_SIDES:
         for name, row in focus_rows(side, arch, report).items():

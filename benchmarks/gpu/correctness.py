@@ -30,6 +30,7 @@ from .names import CLEARS_WAY
 
 PART = "correctness"
 SAMPLED = 64  # queries of the long run that are computed exactly
+REPEATS = 200
 SANITIZER = "compute-sanitizer"
 SANITIZER_ERROR = 86
 
@@ -45,6 +46,7 @@ def tasks(bench: Bench) -> Tasks:
         yield _task("same function", name, partial(competitor_against_reference, bench, name))
     yield _task("torch.library.opcheck", bench.impl, partial(operators, bench))
     yield _task("two backward passes, bit for bit", bench.impl, partial(determinism, bench))
+    yield _task(f"{REPEATS} backward passes, bit for bit", bench.impl, partial(repetition, bench))
     long_side = bench.scale.long_side
     yield _task(f"{long_side**2} tokens, forward and backward", bench.impl, partial(long_run, bench))
     yield _task(SANITIZER, bench.impl, partial(sanitizer, bench))
@@ -147,6 +149,37 @@ def determinism(bench: Bench) -> Measured:
         first, second = (outputs_and_gradients(function, inputs, options, grad_out) for _ in range(2))
     differing = [index for index, (a, b) in enumerate(zip(first, second, strict=True)) if not torch.equal(a, b)]
     note = f"these differ: {differing} of (out, gradients)" if differing else ""
+    return Measured(figures={}, note=note, passed=not differing)
+
+
+def repetition(bench: Bench) -> Measured:
+    """In the precision and with the tiles that speed is measured with: a product that does not wait for its loads would
+    show in some passes alone. Pooled tokens take the place of text, whose queries are PyTorch's.
+    """
+    scale = bench.scale
+    check_ours(bench, scale.dtype)
+    few = scale.few_cases
+    size: dict[str, Any] = (
+        {"grid": (9, 14), "num_pooled": 5} if few else {"grid": (64, 64), "num_pooled": scale.text_len}
+    )
+    case = Case(
+        radius=8,
+        text_len=0,
+        head_dim=scale.head_dim,
+        num_heads=scale.num_heads,
+        dtype=scale.dtype,
+        token_major=True,
+        **size,
+    )
+    inputs, options = case.inputs(bench.device), case.options(bench.device)
+    grad_out = torch.randn_like(inputs[0])
+    function = partial(window_attention, impl=bench.impl)
+    first = outputs_and_gradients(function, inputs, options, grad_out)
+    differing: set[int] = set()
+    for _ in range(2 if few else REPEATS):
+        again = outputs_and_gradients(function, inputs, options, grad_out)
+        differing |= {index for index, (a, b) in enumerate(zip(first, again, strict=True)) if not torch.equal(a, b)}
+    note = f"these differ: {sorted(differing)} of (out, gradients)" if differing else ""
     return Measured(figures={}, note=note, passed=not differing)
 
 

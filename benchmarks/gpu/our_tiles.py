@@ -17,6 +17,6 @@ def our_pairs(shape: Shape, bench: Bench, *, backward: bool) -> tuple[int, int, 
 
 
 def _pairs(shape: Shape, tiles: Tiles) -> int:
-    lists = circle_lists((shape.side, shape.side), shape.radius, query_tile=tiles.query, key_tile=tiles.key)
+    lists = circle_lists((shape.side, shape.side), shape.radius, query_tile=tiles.owned, key_tile=tiles.read)
     window = lists.query_tokens.shape[1] * lists.key_tokens.shape[1] * int(lists.counts.sum())
     return window + shape.image_len * shape.text_len + shape.text_len * shape.num_tokens

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..pieces.launch import MAX_SUMS, block_d, dense_rows, device_of, max_stages, max_sums, split, with_strides
+from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..window.windows import Window
 from . import triton_kernels as kernels
 from .cells import Grid, sizes_of
@@ -31,6 +31,9 @@ class Blocks:
     num_stages: int
 
 
+# float32 sums that fit the registers of a program: of one tile of queries, or of the two gradients of a block of keys;
+# of float32 inputs fewer (`max_stages` says why).
+MAX_SUMS, MAX_FLOAT_SUMS = 2**14, 2**12
 # A dividend times its divisor is below this where a product takes the place of the division.
 EXACT = 2**31
 # Queries that a program of the gradients of keys takes at once; with 64, 3.2 KB a thread spill on 8.0.
@@ -68,7 +71,8 @@ def candidates(side: int, dtype: torch.dtype) -> list[Blocks]:
 
 def backward_candidates(head_dim: int, dtype: torch.dtype) -> list[Blocks]:
     """Of the backward, the largest first; its programs of keys hold two sums. Those of queries have their own warps."""
-    widest = max(16, max_sums(dtype) // (2 * block_d(head_dim)))
+    most = MAX_FLOAT_SUMS if dtype == torch.float32 else MAX_SUMS
+    widest = max(16, most // (2 * block_d(head_dim)))
     return [
         Blocks(keys=keys, num_warps=warps_of_keys(keys), num_stages=num_stages)
         for keys, num_stages in ((64, 2), (64, 1), (32, 2), (32, 1), (16, 1))

@@ -13,20 +13,10 @@ def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-# float32 sums that fit the registers of a program: of one tile of queries, or of the two gradients of one of keys.
-# Products of float32 take no tensor cores, and hold their operands in registers as well. Compiled for 9.0 with as many
-# sums, or with loads ahead, kernels spill 5 to 13 KB a thread and take up to half a minute each to compile.
-MAX_SUMS = 2**14
-MAX_FLOAT_SUMS = 2**12
-
-
-def max_sums(dtype: torch.dtype) -> int:
-    """Of inputs of this dtype."""
-    return MAX_FLOAT_SUMS if dtype == torch.float32 else MAX_SUMS
-
-
 def max_stages(dtype: torch.dtype) -> int:
-    """Of loads, of inputs of this dtype."""
+    """Of loads: products of float32 take no tensor cores, and hold their operands in registers; with loads ahead they
+    spill, compiled for 9.0, 5 to 13 KB a thread, and take up to half a minute each to compile.
+    """
     return 1 if dtype == torch.float32 else 3
 
 

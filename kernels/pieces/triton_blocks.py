@@ -56,6 +56,17 @@ def query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def key_gradients_of_columns(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION: tl.constexpr):
+    """What one block of queries adds to dk / scale and dv; `b_p` are the weights, [keys, queries], as the products take
+    them: nothing is turned in shared memory.
+    """
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - b_delta[None, :])
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
 def key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION: tl.constexpr):
     """What one block of queries adds to dk / scale and dv; `b_p` are the weights, [queries, keys]."""
     b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=PRECISION)

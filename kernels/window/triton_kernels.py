@@ -8,7 +8,8 @@ then ends each product before the next (its warning C7515, with Triton 3.6).
 
     tile    rectangle of the image, addressed in the row-major image itself: a corner token and a width; slots beyond
             an edge are other tokens of the image, or clamped to its last one, and no mask lets them through
-    mask    one 64-bit word for each query of a tile: bit j is set if it sees key j of the key tile
+    mask    one 64-bit word for each query of a tile: bit j is set if it sees key j of the key tile; where programs own
+            keys, one for each key, with a bit for each query
     shared  keys that all queries see (text, pooled tokens), in blocks before (unmasked) and after (masked) the tiles;
             one word for each block stands for all queries
 
@@ -27,7 +28,7 @@ from ..pieces.triton_blocks import (
     FLOOR,
     LOG2_E,
     head_of,
-    key_gradients,
+    key_gradients_of_columns,
     load_rows,
     online_softmax,
     query_gradient,
@@ -67,7 +68,7 @@ def _load_either(
 
 @triton.jit
 def _sees(words, BLOCK_K: tl.constexpr):
-    """[queries] words -> [queries, BLOCK_K] bool; of their halves, which take half the registers."""
+    """[rows] words -> [rows, BLOCK_K] bool; of their halves, which take half the registers."""
     i_key = tl.arange(0, BLOCK_K)[None, :]
     low, high = words.to(tl.int32)[:, None], (words >> 32).to(tl.int32)[:, None]
     return ((tl.where(i_key < 32, low, high) >> (i_key & 31)) & 1) != 0
@@ -270,7 +271,7 @@ def window_grad_key(
     GRAD_K, dk_b, dk_h, dk_n,
     GRAD_V, dv_b, dv_h, dv_n,
     LSE, DELTA,
-    KEY_CORNERS, QUERY_CORNERS, MASK_IDS, COUNTS, MASK_WORDS,  # the same lists with the roles swapped
+    KEY_CORNERS, QUERY_CORNERS, MASK_IDS, COUNTS, MASK_WORDS,  # lists with the roles swapped; bit i: query i sees a key
     num_heads, height, width, num_tokens, list_len,
     scale,
     Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, K_ROWS: tl.constexpr, K_COLUMNS: tl.constexpr,
@@ -298,15 +299,15 @@ def window_grad_key(
     if steps > 0:
         for n in tl.range(0, steps):
             queries = _tile_tokens(q_corner, width, last, Q_ROWS, Q_COLUMNS)
-            words = tl.load(MASK_WORDS + mask_id * BLOCK_Q + tl.arange(0, BLOCK_Q))
+            words = tl.load(MASK_WORDS + mask_id * BLOCK_K + tl.arange(0, BLOCK_K))
             entry = i_tile * list_len + tl.minimum(n + 1, steps - 1)
             q_corner, mask_id = tl.load(QUERY_CORNERS + entry), tl.load(MASK_IDS + entry)
             b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
             b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
             b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-            b_p = tl.where(_sees(words, BLOCK_K), tl.exp2(b_s - b_lse[:, None]), 0.0)
-            b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E)
+            b_p = tl.where(_sees(words, BLOCK_Q), tl.exp2(b_s - b_lse[None, :]), 0.0)
+            b_dk, b_dv = key_gradients_of_columns(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     exists = _tile_exists(corner, height, width, K_ROWS, K_COLUMNS)
     p_dk = head_of(GRAD_K, i_batch, i_head, dk_b, dk_h, UNIT)
@@ -354,10 +355,10 @@ def window_grad_shared(
             b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
             b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
             b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-            attends = (i_query < num_tokens)[:, None] & seen[None, :]
-            b_p = tl.where(attends, tl.exp2(b_s - b_lse[:, None]), 0.0)
-            b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E)
+            attends = seen[:, None] & (i_query < num_tokens)[None, :]
+            b_p = tl.where(attends, tl.exp2(b_s - b_lse[None, :]), 0.0)
+            b_dk, b_dv = key_gradients_of_columns(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_shared * HEAD_DIM
     exists = slots < num_shared

@@ -5,7 +5,7 @@ tokens, the bits of a mask word). The shapes of the backward may be smaller, sin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,108 +15,115 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..pieces.launch import block_d, dense_rows, device_of, max_stages, max_sums, split, with_strides
+from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from . import triton_kernels as kernels
 from .inputs import Inputs, token_major
-from .lists import mask_words, swapped, window_lists
+from .lists import TileLists, mask_words, swapped, window_lists
 from .windows import Window
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Tokens of a query tile and of a key tile, (rows, columns); warps of a program; stages of its loads."""
+    """Tokens of the tile that a program owns and of one that it reads, (rows, columns); its warps; stages of its loads.
 
-    query: tuple[int, int]
-    key: tuple[int, int]
+    A program owns queries and reads keys; of the gradients of keys the other way round.
+    """
+
+    owned: tuple[int, int]
+    read: tuple[int, int]
     num_warps: int
     num_stages: int
     min_arch: int = 0  # compute capability (90 for 9.0) from which on they are worth trying
 
 
 SMALLER_TILES = (
-    Tiles(query=(8, 8), key=(8, 8), num_warps=8, num_stages=2),
-    Tiles(query=(8, 8), key=(4, 8), num_warps=4, num_stages=2),
-    Tiles(query=(8, 8), key=(4, 8), num_warps=4, num_stages=1),
-    Tiles(query=(4, 8), key=(4, 4), num_warps=4, num_stages=1),
+    Tiles(owned=(8, 8), read=(8, 8), num_warps=8, num_stages=2),
+    Tiles(owned=(8, 8), read=(4, 8), num_warps=4, num_stages=2),
+    Tiles(owned=(8, 8), read=(4, 8), num_warps=4, num_stages=1),
+    Tiles(owned=(4, 8), read=(4, 4), num_warps=4, num_stages=1),
 )
 # Twice the queries load keys half as often; half the queries compute a sixth fewer pairs beyond a window of radius 16,
 # and two programs fit a multiprocessor.
 FORWARD_TILES = (
-    Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=3),
-    Tiles(query=(8, 8), key=(8, 8), num_warps=4, num_stages=3),
+    Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=3),
+    Tiles(owned=(8, 8), read=(8, 8), num_warps=4, num_stages=3),
     *SMALLER_TILES,
 )
-# Compiled for 8.0, the larger ones spill 1.5 KB a thread (benchmarks/kernel_resources.py).
-BACKWARD_TILES = (Tiles(query=(8, 16), key=(8, 8), num_warps=8, num_stages=2, min_arch=90), *SMALLER_TILES)
+# Compiled for 8.0, the larger ones spill (benchmarks/kernel_resources.py).
+BACKWARD_TILES = (Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=2, min_arch=90), *SMALLER_TILES)
+# float32 sums of a thread that fit its registers: of an output; of gradients of keys there are two. Of float32 inputs
+# half of that, as `max_stages` has it.
+MAX_SUMS, MAX_FLOAT_SUMS = 64, 32
 
 
 def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int, dtype: torch.dtype) -> list[Tiles]:
     """Those whose sums stay in registers, the largest first; the smallest, where none does."""
-    widest = max_sums(dtype) // block_d(head_dim)
+    most = MAX_FLOAT_SUMS if dtype == torch.float32 else MAX_SUMS
     return [
         one
         for one in tiles
-        if max(one.query[0] * one.query[1], 2 * one.key[0] * one.key[1]) <= widest
+        if math.prod(one.owned) * block_d(head_dim) <= most * 32 * one.num_warps
         and arch >= one.min_arch
         and one.num_stages <= max_stages(dtype)
     ] or [tiles[-1]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entries:
-    """The lists of one kind of tile on the device; a tile is told by the token in its corner."""
-
-    corners: Tensor  # [tiles] int32, of the tiles that own a list
-    listed: Tensor  # [tiles, longest list] int32, corners of the tiles in it
-    mask_ids: Tensor  # [tiles, longest list] int32
-    counts: Tensor  # [tiles] int32
-
-
-@dataclass(frozen=True, kw_only=True)
 class TiledWindow:
-    """A window on one grid, cut into tiles."""
+    """A window on one grid, cut into tiles, on the device; a tile is told by the token in its corner."""
 
-    query_tile: tuple[int, int]
-    key_tile: tuple[int, int]
-    by_query: Entries
-    inside: Tensor  # [query tiles] int32, how many at the front of a list need no mask
-    by_key: Entries
-    words: Tensor  # [masks, BLOCK_Q] int64
+    owned: tuple[int, int]
+    corners: Tensor  # [owned tiles] int32
+    listed: Tensor  # [owned tiles, longest list] int32, corners of the tiles to read
+    mask_ids: Tensor  # [owned tiles, longest list] int32
+    counts: Tensor  # [owned tiles] int32
+    inside: Tensor  # [owned tiles] int32, how many at the front of a list need no mask; 0 of keys, which all take one
+    words: Tensor  # [masks, owned tokens] int64, a bit for each token that is read
 
 
 @lru_cache(maxsize=16)
 def _window(
-    grid: tuple[int, ...], window: Window, query_tile: tuple[int, int], key_tile: tuple[int, int], device: torch.device
+    grid: tuple[int, ...], window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
-    """Query tiles with their longer side along the axis for which the lists are shorter."""
-    choices = [
-        (query, window_lists(grid, window, query_tile=query, key_tile=key_tile))
-        for query in dict.fromkeys((query_tile, query_tile[::-1]))
-    ]
-    query_tile, lists = min(choices, key=lambda choice: int(choice[1].counts.sum()))
+    """For programs that own queries and read keys."""
+    owned, lists = _shorter(owned, lambda tile: window_lists(grid, window, query_tile=tile, key_tile=read))
+    listed = lists.key_tokens[:, 0][lists.key_tiles]
+    lengths = lists.counts, lists.inside
+    return _on_device(device, owned, lists.query_tokens[:, 0], listed, lists.mask_ids, *lengths, lists.masks)
+
+
+@lru_cache(maxsize=16)
+def _window_of_keys(
+    grid: tuple[int, ...], window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
+) -> TiledWindow:
+    """For programs that own keys and read the queries that see them."""
+    owned, lists = _shorter(owned, lambda tile: window_lists(grid, window, query_tile=read, key_tile=tile))
     by_key = swapped(lists)
-    query_corners, key_corners = lists.query_tokens[:, 0], lists.key_tokens[:, 0]
+    listed = lists.query_tokens[:, 0][by_key.query_tiles]
+    lengths = by_key.counts, torch.zeros_like(by_key.counts)
+    masks = lists.masks.transpose(1, 2)
+    return _on_device(device, owned, lists.key_tokens[:, 0], listed, by_key.mask_ids, *lengths, masks)
 
-    def on_device(tensor: Tensor) -> Tensor:
-        return tensor.int().contiguous().to(device)
 
+def _shorter(
+    owned: tuple[int, int], lists_of: Callable[[tuple[int, int]], TileLists]
+) -> tuple[tuple[int, int], TileLists]:
+    """Tiles with their longer side along the axis for which the lists are shorter."""
+    choices = [(tile, lists_of(tile)) for tile in dict.fromkeys((owned, owned[::-1]))]
+    return min(choices, key=lambda choice: int(choice[1].counts.sum()))
+
+
+def _on_device(device: torch.device, owned: tuple[int, int], *lists: Tensor) -> TiledWindow:
+    *numbers, masks = lists
+    corners, listed, mask_ids, counts, inside = (one.int().contiguous().to(device) for one in numbers)
     return TiledWindow(
-        query_tile=query_tile,
-        key_tile=key_tile,
-        by_query=Entries(
-            corners=on_device(query_corners),
-            listed=on_device(key_corners[lists.key_tiles]),
-            mask_ids=on_device(lists.mask_ids),
-            counts=on_device(lists.counts),
-        ),
-        inside=on_device(lists.inside),
-        by_key=Entries(
-            corners=on_device(key_corners),
-            listed=on_device(query_corners[by_key.query_tiles]),
-            mask_ids=on_device(by_key.mask_ids),
-            counts=on_device(by_key.counts),
-        ),
-        words=mask_words(lists.masks).to(device),
+        owned=owned,
+        corners=corners,
+        listed=listed,
+        mask_ids=mask_ids,
+        counts=counts,
+        inside=inside,
+        words=mask_words(masks).to(device),
     )
 
 
@@ -133,14 +140,14 @@ class _Launch:
 def _prepare(inputs: Inputs, grid: Sequence[int], window: Window, tiles: Tiles) -> _Launch:
     query = inputs.query
     head_dim = query.shape[3]
-    block = tiles.key[0] * tiles.key[1]
+    block = math.prod(tiles.read)
     num_shared, mask = inputs.shared_key.shape[2], inputs.shared_mask
     if mask is None:
         words = _words_of_all(query.shape[0], num_shared, block, query.device)
     else:
         words = _shared_words(mask, block)
     return _Launch(
-        window=_window(tuple(grid), window, tiles.query, tiles.key, query.device),
+        window=_window(tuple(grid), window, tiles.owned, tiles.read, query.device),
         shared_words=words,
         shared_whole=num_shared // block if mask is None else 0,
         constants={
@@ -164,9 +171,8 @@ def _words_of_all(batch: int, num_shared: int, block: int, device: torch.device)
     return _shared_words(torch.ones(batch, num_shared, dtype=torch.bool, device=device), block)
 
 
-def _tile_constants(window: TiledWindow) -> dict[str, int]:
-    names = ("Q_ROWS", "Q_COLUMNS", "K_ROWS", "K_COLUMNS")
-    return dict(zip(names, (*window.query_tile, *window.key_tile), strict=True))
+def _tile_constants(queries: tuple[int, int], keys: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(("Q_ROWS", "Q_COLUMNS", "K_ROWS", "K_COLUMNS"), (*queries, *keys), strict=True))
 
 
 def triton_forward(
@@ -188,19 +194,19 @@ def triton_forward(
     tensors = [dense_rows(tensor) for tensor in inputs[:5]]
     batch, num_heads, num_tokens, _ = inputs.query.shape
     lse = out.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
-    tiled, lists = launch.window, launch.window.by_query
+    tiled = launch.window
     with device_of(out):
         strided, unit = with_strides(*tensors, out)
-        kernels.window_forward[len(lists.counts), batch * num_heads](
+        kernels.window_forward[len(tiled.counts), batch * num_heads](
             *strided,
             lse,
-            *(lists.corners, lists.listed, lists.mask_ids, lists.counts, tiled.inside),
+            *(tiled.corners, tiled.listed, tiled.mask_ids, tiled.counts, tiled.inside),
             *(tiled.words, launch.shared_words),
             *(num_heads, *grid[-2:], num_tokens, inputs.shared_key.shape[2], launch.shared_whole),
-            lists.listed.shape[1],
+            tiled.listed.shape[1],
             scale,
             UNIT=unit,
-            **_tile_constants(tiled),
+            **_tile_constants(tiled.owned, tiles.read),
             **launch.constants,
         )
     return lse
@@ -226,35 +232,35 @@ def triton_backward(
     delta = torch.zeros_like(lse)  # the kernel takes the gradient of lse from here, and leaves there what others need
     if grad_lse is not None:
         delta.copy_(grad_lse)
-    tiled, lists, by_key = launch.window, launch.window.by_query, launch.window.by_key
-    tile_constants = _tile_constants(tiled)
+    tiled = launch.window
+    of_keys = _window_of_keys(tuple(grid), window, tiles.owned, tiles.read, query.device)
     with device_of(query):
         strided, unit = with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0])
-        kernels.window_grad_query[len(lists.counts), batch * num_heads](
+        kernels.window_grad_query[len(tiled.counts), batch * num_heads](
             *strided,
             *(lse, delta),
-            *(lists.corners, lists.listed, lists.mask_ids, lists.counts, tiled.inside),
+            *(tiled.corners, tiled.listed, tiled.mask_ids, tiled.counts, tiled.inside),
             *(tiled.words, launch.shared_words),
             *(num_heads, *grid[-2:], num_tokens, shared_key.shape[2], launch.shared_whole),
-            lists.listed.shape[1],
+            tiled.listed.shape[1],
             scale,
             UNIT=unit,
-            **tile_constants,
+            **_tile_constants(tiled.owned, tiles.read),
             **launch.constants,
         )
         strided, unit = with_strides(grad_out, query, key, value, *grads[1:])
-        kernels.window_grad_key[len(by_key.counts), batch * num_heads](
+        kernels.window_grad_key[len(of_keys.counts), batch * num_heads](
             *strided,
             *(lse, delta),
-            *(by_key.corners, by_key.listed, by_key.mask_ids, by_key.counts, tiled.words),
-            *(num_heads, *grid[-2:], num_tokens, by_key.listed.shape[1]),
+            *(of_keys.corners, of_keys.listed, of_keys.mask_ids, of_keys.counts, of_keys.words),
+            *(num_heads, *grid[-2:], num_tokens, of_keys.listed.shape[1]),
             scale,
             UNIT=unit,
-            **tile_constants,
+            **_tile_constants(tiles.read, of_keys.owned),
             **launch.constants,
         )
         shared = (query, shared_key, shared_value, lse, delta)
-        grad_shared_key, grad_shared_value = _shared_gradients(grad_out, *shared, launch, scale)
+        grad_shared_key, grad_shared_value = _shared_gradients(grad_out, *shared, launch, tiles, scale)
     return grads[0], grads[1], grads[2], grad_shared_key, grad_shared_value
 
 
@@ -266,16 +272,16 @@ def _shared_gradients(
     lse: Tensor,
     delta: Tensor,
     launch: _Launch,
+    tiles: Tiles,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of shared_key and shared_value: partial sums over parts of the image, then their sum, no atomics."""
     batch, num_heads, num_shared, head_dim = shared_key.shape
     if num_shared == 0:
         return torch.empty_like(shared_key), torch.empty_like(shared_value)
-    num_tokens, window = query.shape[2], launch.window
-    block_q, block_k = math.prod(window.query_tile), math.prod(window.key_tile)
-    blocks = triton.cdiv(num_shared, block_k)
-    splits, split_len = split(num_tokens, block_q, blocks * batch * num_heads, query.device)
+    num_tokens, block = query.shape[2], math.prod(tiles.read)
+    blocks = triton.cdiv(num_shared, block)
+    splits, split_len = split(num_tokens, block, blocks * batch * num_heads, query.device)
     partial = query.new_empty(2, splits, batch, num_heads, num_shared, head_dim, dtype=torch.float32)
     strided, unit = with_strides(grad_out, query, shared_key, shared_value)
     kernels.window_grad_shared[blocks, batch * num_heads, splits](
@@ -284,8 +290,8 @@ def _shared_gradients(
         *(num_heads, num_tokens, num_shared, split_len),
         scale,
         UNIT=unit,
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
+        BLOCK_Q=block,
+        BLOCK_K=block,
         **launch.constants,
     )
     grad_key, grad_value = partial

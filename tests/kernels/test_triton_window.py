@@ -62,7 +62,7 @@ def test_window_attention_triton_matches_reference_anywhere(case, dtype):
     case.matches_reference(dtype, impl="triton")
 
 
-@pytest.mark.parametrize("tiles", SMALLER_TILES, ids=lambda t: f"q{t.query}-k{t.key}-s{t.num_stages}")
+@pytest.mark.parametrize("tiles", SMALLER_TILES, ids=lambda t: f"{t.owned}-{t.read}-s{t.num_stages}")
 def test_window_attention_triton_matches_reference_with_smaller_tiles(tiles, monkeypatch):
     monkeypatch.setattr(triton_probe, "tiles_for", lambda *_: (tiles, tiles))
     Case(grid=(9, 11), radius=3, text_len=5, num_heads=1, head_dim=16).matches_reference(FP32, impl="triton")
@@ -128,10 +128,10 @@ def test_mask_words_hold_each_bit():
 
 def test_candidates_keep_the_sums_in_registers():
     half = torch.float16
-    assert candidates(FORWARD_TILES, 128, 80, half)[0].query == (8, 16)
-    assert candidates(FORWARD_TILES, 129, 80, half)[0].query == (8, 8)
-    assert candidates(BACKWARD_TILES, 128, 90, half)[0].query == (8, 16)
-    assert candidates(BACKWARD_TILES, 128, 80, half)[0].query == (8, 8)
+    assert candidates(FORWARD_TILES, 128, 80, half)[0].owned == (8, 16)
+    assert candidates(FORWARD_TILES, 129, 80, half)[0].owned == (8, 8)
+    assert candidates(BACKWARD_TILES, 128, 90, half)[0].owned == (8, 16)
+    assert candidates(BACKWARD_TILES, 128, 80, half)[0].owned == (8, 8)
     for head_dim in (1, 16, 128, 256):
         assert candidates(BACKWARD_TILES, head_dim, 80, half)
 
