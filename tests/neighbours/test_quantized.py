@@ -41,9 +41,27 @@ def _bitsandbytes(folder: Path, kind: str) -> nn.Module:
     return model
 
 
+def _gguf(folder: Path) -> nn.Module:
+    """As diffusers puts a GGUF file's weights into layers."""
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    model = diffusers.FluxTransformer2DModel.from_pretrained(folder)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in ("to_q", "to_k", "to_v"):
+            quantized = GGUFLinear(layer.in_features, layer.out_features, compute_dtype=torch.float32)
+            packed = torch.from_numpy(gguf.quantize(layer.weight.detach().numpy(), kind))
+            quantized.weight, quantized.bias = GGUFParameter(packed, quant_type=kind), layer.bias
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, quantized)
+    return model
+
+
 BASES = {
     "torchao": _torchao,
     "bitsandbytes 4 bits": lambda folder: _bitsandbytes(folder, "Linear4bit"),
+    "GGUF": _gguf,
     "bitsandbytes 8 bits": lambda folder: _bitsandbytes(folder, "Linear8bitLt"),
 }
 
