@@ -33,7 +33,7 @@ class Tiles:
     read: tuple[int, int]
     num_warps: int
     num_stages: int
-    min_arch: int = 0  # compute capability (90 for 9.0) from which on they are worth trying
+    archs: range = range(1000)  # compute capabilities (90 for 9.0) on which they are worth trying
 
 
 SMALLER_TILES = (
@@ -49,8 +49,9 @@ FORWARD_TILES = (
     Tiles(owned=(8, 8), read=(8, 8), num_warps=4, num_stages=3),
     *SMALLER_TILES,
 )
-# Compiled for 8.0, the larger ones spill (benchmarks/kernel_resources.py).
-BACKWARD_TILES = (Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=2, min_arch=90), *SMALLER_TILES)
+# The larger ones for tensor cores that read from shared memory alone; compiled for others they spill
+# (benchmarks/kernel_resources.py).
+BACKWARD_TILES = (Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=2, archs=range(90, 120)), *SMALLER_TILES)
 # float32 sums of a thread that fit its registers: of an output; of gradients of keys there are two. Of float32 inputs
 # half of that, as `max_stages` has it.
 MAX_SUMS, MAX_FLOAT_SUMS = 64, 32
@@ -63,7 +64,7 @@ def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int, dtype: torch.
         one
         for one in tiles
         if math.prod(one.owned) * block_d(head_dim) <= most * 32 * one.num_warps
-        and arch >= one.min_arch
+        and arch in one.archs
         and one.num_stages <= max_stages(dtype)
     ] or [tiles[-1]]
 
