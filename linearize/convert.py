@@ -87,21 +87,23 @@ def restore_(pipe_or_model: Any) -> None:
     """Undo `linearize_`, and take away what was trained: the base model again, bit for bit.
 
     Args:
-        pipe_or_model: A pipeline, with all of its converted networks, or one model.
+        pipe_or_model: A pipeline, whose denoiser is restored, as `linearize_` converts it; other networks that stay
+            converted are named in the log. Or one model.
     Raises:
-        ValueError: nothing is converted.
+        ValueError: it is not converted.
         UnsupportedModelError: the model was sharded or wrapped since.
     """
-    for _, network in networks(pipe_or_model):
-        _refuse_sharded(network, "restore_")
-    converted = _converted(pipe_or_model)
-    for model in converted:
-        _check_ours(model)
-    for model, state in converted.items():
-        for companion in state.companions:
-            companion.remove()
-        _remove_seam(model)
-        forget_(model)
+    _, model = denoiser(pipe_or_model)
+    _refuse_sharded(model, "restore_")
+    state = _converted(model)[model]
+    _check_ours(model)
+    for companion in state.companions:
+        companion.remove()
+    _remove_seam(model)
+    forget_(model)
+    for name, other in networks(pipe_or_model):
+        if state_of(other) is not None:
+            logger.warning("the pipeline's %s stays converted: restore_(pipe.%s) restores it as well", name, name)
 
 
 @contextmanager

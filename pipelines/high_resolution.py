@@ -155,7 +155,10 @@ class HighResolutionPipeline(StagedPipeline):
         plan = self._with_advice(plan, limits)
         if not Estimator.knows(denoiser(self)[1]):
             return plan
-        return Estimator(self, text_len, batch).with_costs(plan, chunks=limits.chunks)
+        plan = Estimator(self, text_len, batch).with_costs(plan, chunks=limits.chunks)
+        if getattr(self, "controlnet", None) is not None:
+            plan = replace(plan, notes=(*plan.notes, "what a ControlNet takes is not in the estimates"))
+        return plan
 
     @torch.no_grad()
     def __call__(
@@ -241,7 +244,7 @@ class HighResolutionPipeline(StagedPipeline):
         if state_of(model) is None:
             return "original"
         try:
-            with dense(model):
+            with dense(self):
                 return "both"
         except (ValueError, RuntimeError):  # the originals of trained weights were not kept
             return "converted"

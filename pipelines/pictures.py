@@ -1,4 +1,4 @@
-"""Pictures that are there already and are to be enlarged: whatever form they come in, as PIL."""
+"""Pictures that are there already, to be enlarged or to steer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 
 def as_pictures(given: Any) -> list[Image.Image]:
@@ -54,3 +55,12 @@ def _from_levels(levels: numpy.ndarray, shape: Sequence[int]) -> list[Image.Imag
         raise ValueError(f"numbers of image {list(shape)} must lie in [0, 1], got {got}")
     whole = (levels * 255).round().astype(numpy.uint8)
     return [Image.fromarray(picture) for picture in whole.reshape(-1, *whole.shape[-3:])]
+
+
+def resized(picture: Any, height: int, width: int) -> Any:
+    """A tensor [B, 3, h, w], or several, at this size; other pictures as they are, since pipelines resize these."""
+    if isinstance(picture, list | tuple):
+        return [resized(one, height, width) for one in picture]
+    if not isinstance(picture, Tensor) or picture.shape[-2:] == (height, width):
+        return picture
+    return interpolate(picture, (height, width), mode="bicubic", antialias=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..linearize.families.positions import rectangle
-from ..linearize.networks import denoiser
+from ..linearize.networks import denoiser, networks
 
 # Where these models have a table of positions, square, which is added to the tokens.
 _TABLES = {
@@ -33,29 +33,27 @@ def computes_rotation(model: nn.Module) -> bool:
 
 @contextmanager
 def exact_positions(pipe_or_model: Any) -> Iterator[None]:
-    """Inside, a model that is told `img_ids`, as FLUX.1 is, gets them in float32, in any attention.
+    """Inside, a model that is told `img_ids`, as FLUX.1 is, gets them in float32, in any attention; its ControlNet too.
 
     Its pipelines make them in the dtype of the text: in bfloat16 rows and columns share positions beyond 256 tokens.
     """
-    _, model = denoiser(pipe_or_model)
-    if not is_told_positions(model):
-        yield
-        return
 
     def exact(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = kwargs["img_ids"]
         return args, {**kwargs, "img_ids": rectangle(ids[0] if ids.ndim == 3 else ids)[1]}
 
-    handle = model.register_forward_pre_hook(exact, with_kwargs=True)
+    told = [network for _, network in networks(pipe_or_model) if is_told_positions(network)]
+    handles = [network.register_forward_pre_hook(exact, with_kwargs=True) for network in told]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
 def rope_scaled(pipe_or_model: Any, factor: float) -> Iterator[None]:
-    """Inside, the base (theta) of the model's rotary positions is `factor` times what it is.
+    """Inside, the base (theta) of the model's rotary positions, and of its ControlNet's, is `factor` times what it is.
 
     Raises:
         ValueError: the model computes no rotary positions anew in each forward (FLUX.1, FLUX.2 and Chroma do).
@@ -69,13 +67,15 @@ def rope_scaled(pipe_or_model: Any, factor: float) -> Iterator[None]:
             f"{type(model).__name__} has no rotary base to scale, so rope_factor must be 1, got {factor}: "
             "set it in the plan's stages"
         )
-    rope: Any = model.pos_embed
-    theta = rope.theta
-    rope.theta = theta * factor
+    ropes: list[Any] = [network.pos_embed for _, network in networks(pipe_or_model) if computes_rotation(network)]
+    bases = [rope.theta for rope in ropes]
+    for rope, theta in zip(ropes, bases, strict=True):
+        rope.theta = theta * factor
     try:
         yield
     finally:
-        rope.theta = theta
+        for rope, theta in zip(ropes, bases, strict=True):
+            rope.theta = theta
 
 
 def table_side(model: nn.Module) -> int | None:

@@ -20,11 +20,12 @@ from torch import Tensor
 from ..linearize.calling import BINNING, for_batch
 from ..linearize.convert import dense
 from ..linearize.logits import scaled_logits
-from ..linearize.networks import denoiser
+from ..linearize.networks import denoiser, networks
 from ..linearize.seam import state_of
 from .encoded_once import text_encoded_once
 from .latents import unpack_latents
 from .low_frequencies import Following
+from .pictures import resized
 from .plan import Plan, Stage
 from .positions import exact_positions, positions_stretched, rope_scaled
 from .running_kernels import kernels_told
@@ -124,6 +125,8 @@ class StagedPipeline(DiffusionPipeline):
             "generator": generator,
             "output_type": "latent",
         }
+        if "control_image" in call:
+            call["control_image"] = resized(call["control_image"], stage.height, stage.width)
         if stage.is_stock:
             return self._stock_call(call, on_step_end)
         own = self.scheduler
@@ -156,15 +159,15 @@ class StagedPipeline(DiffusionPipeline):
 
     @contextmanager
     def _as_planned(self, stage: Stage) -> Iterator[None]:
-        """The model as this stage wants it."""
+        """The model, and a ControlNet beside it, as this stage wants it."""
         _, model = denoiser(self)
-        converted = state_of(model) is not None
-        original = dense(model) if converted and stage.attention == "original" else nullcontext()
+        converted = any(state_of(network) is not None for _, network in networks(self))
+        original = dense(self) if converted and stage.attention == "original" else nullcontext()
         logits = scaled_logits(model, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
         chunks = nullcontext() if stage.chunk_tokens is None else in_token_chunks(model, stage.chunk_tokens)
         side = max(stage.height, stage.width) // size_multiple(self)
         stretched = positions_stretched(model, side, self._execution_device)
-        with original, logits, exact_positions(model), rope_scaled(model, stage.rope_factor), stretched, chunks:
+        with original, logits, exact_positions(self), rope_scaled(self, stage.rope_factor), stretched, chunks:
             yield
 
     @contextmanager

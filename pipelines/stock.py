@@ -21,6 +21,7 @@ from .vae import is_flux2, is_known, latent_channels, normalized, pixels_per_lat
 _TEXT_TO_IMAGE: dict[str, type] = {"FluxTransformer2DModel": FluxPipeline}
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "latents", "output_type")
 _FOREIGN = ("image", "mask_image", "control_image", "num_frames", "class_labels")
+_STEERED = ("FluxControlNetPipeline",)  # whose picture that steers is resized to each stage by the pipeline
 _FLUX2 = ("Flux2Pipeline", "Flux2KleinPipeline")  # take reference pictures, and need none
 _RESIZES = ("HiDreamImagePipeline",)  # draws the native area, whatever size is asked for
 _OWN_PIPELINES = (
@@ -37,7 +38,8 @@ def stock_class(pipeline: Any) -> type:
     """
     model: Any = denoiser(pipeline)[1]
     name, kind = type(pipeline).__name__, type(model).__name__
-    stock = _TEXT_TO_IMAGE.get(kind) or getattr(type(pipeline), "stock", None) or type(pipeline)
+    own: Any = getattr(type(pipeline), "stock", type(pipeline))
+    stock = own if own.__name__ in _STEERED else _TEXT_TO_IMAGE.get(kind, own)
     if why := _unsuitable(stock, getattr(pipeline, "components", {})):
         raise UnsupportedModelError(
             f"high resolution is built for text-to-image pipelines, and a {name} {why}: {_OWN_PIPELINES}"
@@ -63,7 +65,7 @@ def _unsuitable(stock: Any, parts: Mapping[str, Any]) -> str | None:
     foreign = [name for name in _FOREIGN if name in takes and not (name == "image" and stock.__name__ in _FLUX2)]
     if lacks := [name for name in _NEEDED if name not in takes]:
         return f"takes no {lacks[0]}"
-    if "controlnet" in parts or foreign:
+    if ("controlnet" in parts or foreign) and stock.__name__ not in _STEERED:
         return f"takes {foreign[0] if foreign else 'control_image'}"
     return "draws one area, whatever size is asked for" if stock.__name__ in _RESIZES else None
 

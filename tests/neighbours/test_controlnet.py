@@ -1,5 +1,6 @@
 """ControlNets beside a converted model: their residuals are added, and their own attention is converted apart."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -89,8 +90,8 @@ def test_several_controlnets_steer_a_converted_model(pipe: Any, family: str, ste
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_dense_and_restore_of_a_pipeline_hold_for_its_controlnets(
-    pipe: Any, family: str, steer: Callable[..., Tensor], count: int
+def test_dense_of_a_pipeline_holds_for_its_controlnets_and_restore_names_them(
+    pipe: Any, family: str, steer: Callable[..., Tensor], count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     controlnets = [build(f"{family}-controlnet") for _ in range(count)]
     other, scales = _steered(pipe, family, *controlnets), [1.0] * count
@@ -101,6 +102,10 @@ def test_dense_and_restore_of_a_pipeline_hold_for_its_controlnets(
     with dense(other):
         assert torch.equal(steer(other, *scales), base)
     assert torch.equal(steer(other, *scales), windowed)
-    restore_(other)
-    assert not any(swapped(network) for network in controlnets)
+    with caplog.at_level(logging.WARNING, logger="lineardit"):
+        restore_(other)
+    names = ["controlnet"] if count == 1 else ["controlnet.nets[0]", "controlnet.nets[1]"]
+    assert all(f"{name} stays converted: restore_(pipe.{name})" in caplog.text for name in names)
+    for network in controlnets:
+        restore_(network)
     assert torch.equal(steer(other, *scales), base)

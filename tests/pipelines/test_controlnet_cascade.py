@@ -1,0 +1,76 @@
+"""A cascade of FLUX.1 with a ControlNet: a picture steers each stage, and both networks are as the stage wants."""
+
+from typing import Any
+
+import pytest
+import torch
+from cascade_case import seeded
+from PIL import Image
+from torch import Tensor
+from torch import equal as same
+
+from lineardit import Clear, HighResolutionPipeline, linearize_
+from lineardit.pipelines.plan import Settings
+from tiny_stock import controlnets
+
+NETWORKS = ("transformer", "controlnet")
+
+
+@pytest.fixture
+def pipe() -> Any:
+    made = controlnets.flux()
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(params=["PIL", "tensor"])
+def arguments(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Of a call of the stock pipeline at 32 x 32 pixels."""
+    given = controlnets.flux_control_arguments()
+    for name in ("height", "width", "num_inference_steps", "generator", "output_type", "latents"):
+        given.pop(name, None)
+    noise = torch.rand(1, 3, 32, 32)
+    picture = Image.fromarray((noise[0] * 255).byte().permute(1, 2, 0).numpy())
+    return given | {"control_image": picture if request.param == "PIL" else noise}
+
+
+def latents(pipe: Any, **given: Any) -> Tensor:
+    return pipe(generator=seeded(), output_type="latent", **given).images
+
+
+def test_the_native_stage_is_the_stock_call_without_any_conversion(pipe: Any, arguments: dict[str, Any]) -> None:
+    size = {"height": 32, "width": 32, "num_inference_steps": 2}
+    wanted = latents(pipe, **size, **arguments)
+    for part in (pipe, pipe.controlnet):
+        linearize_(part, Clear(radius=1.5))
+    high = HighResolutionPipeline.from_pipe(pipe, native_size=32)
+    assert high.controlnet is pipe.controlnet
+    assert same(latents(high, **size, **arguments), wanted)
+    assert not torch.allclose(latents(pipe, **size, **arguments), wanted, atol=1e-4)
+
+
+def test_every_stage_is_steered_and_both_networks_see_its_positions(pipe: Any, arguments: dict[str, Any]) -> None:
+    for part in (pipe, pipe.controlnet):
+        linearize_(part, Clear(radius=1.5))
+    high = HighResolutionPipeline.from_pipe(pipe, native_size=32)
+    plan = high.plan(64, 96, num_inference_steps=1, settings=Settings(steps=1, rope_factor=3.0))
+    assert "what a ControlNet takes is not in the estimates" in plan.notes
+    seen: dict[str, list[tuple[Any, ...]]] = {name: [] for name in NETWORKS}
+    for name in NETWORKS:
+
+        def look(network: Any, _: Any, given: dict[str, Any], name: str = name) -> None:
+            ids, base = given["img_ids"], network.pos_embed.theta
+            seen[name].append((high.stage_number, ids.dtype, len(ids), base, network._lineardit_state.enabled))
+
+        getattr(pipe, name).register_forward_pre_hook(look, with_kwargs=True)
+    own = pipe.transformer.pos_embed.theta
+    steered = latents(high, plan=plan, **arguments)
+    assert set(seen["transformer"]) == set(seen["controlnet"])
+    last = len(plan.stages) - 1
+    assert [(stage, base, enabled) for stage, _, _, base, enabled in seen["controlnet"]] == [
+        (number, own if number == 0 else 3 * own, number > 0) for number in range(last + 1)
+    ]
+    assert {dtype for _, dtype, *_ in seen["controlnet"]} == {torch.float32}
+    assert [pipe.transformer.pos_embed.theta, pipe.controlnet.pos_embed.theta] == [own, own]
+    unsteered = latents(high, plan=plan, **arguments, controlnet_conditioning_scale=0.0)
+    assert unsteered.shape == steered.shape and not torch.allclose(unsteered, steered, atol=1e-4)
