@@ -117,8 +117,8 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
         RuntimeError: another thread is inside the model, or inside `dense` of it.
     """
     with ExitStack() as undo:
-        for model, state in _converted(pipe_or_model).items():
-            state.refuse_other_threads(model)
+        for state in _converted(pipe_or_model).values():
+            state.refuse_other_threads()
             if not state.enabled:
                 continue
             for companion in state.companions:

@@ -45,16 +45,19 @@ def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
 
 @contextmanager
 def _before_each_schedule(scheduler: Any, run: Callable[[], None]) -> Iterator[None]:
-    """Inside, `run` comes before each `set_timesteps`, with which a call begins: the one before may have broken off."""
-    own = scheduler.set_timesteps
+    """Inside, `run` comes before each `set_timesteps`, with which a call begins: the one before may have broken off.
 
-    @wraps(own)  # pipelines look at its parameters
-    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+    By a class of its own, so that copies of the scheduler set themselves.
+    """
+    own: Any = type(scheduler)
+
+    @wraps(own.set_timesteps)  # pipelines look at its parameters
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         run()
-        return own(*args, **kwargs)
+        return own.set_timesteps(self, *args, **kwargs)
 
-    scheduler.set_timesteps = set_timesteps
+    scheduler.__class__ = type(own.__name__, (own,), {"set_timesteps": set_timesteps, "__module__": own.__module__})
     try:
         yield
     finally:
-        del scheduler.set_timesteps
+        scheduler.__class__ = own

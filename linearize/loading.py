@@ -24,8 +24,10 @@ from .stored_weights import stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)
 
-# Arguments of diffusers' `from_pretrained` that would unpickle, or run code of a repository.
-_REFUSED = ("use_safetensors", "trust_remote_code", "custom_pipeline")
+# Arguments of diffusers' `from_pretrained` that would unpickle or run code of a repository, or have other names here.
+_SAFE = "weights come from safetensors files, no code of a repository runs"
+_REFUSED = dict.fromkeys(("use_safetensors", "trust_remote_code", "custom_pipeline"), _SAFE)
+_REFUSED |= {"torch_dtype": "its name here is dtype", "local_files_only": "its name here is offline"}
 
 
 def from_pretrained(
@@ -100,14 +102,13 @@ def load_base(
         ValueError: the base is a config without weights or has pickles alone, or an option is refused.
     """
     source = base.source
-    for name in _REFUSED:
+    for name, why in _REFUSED.items():
         if name in options:
-            raise ValueError(
-                f"{name} is refused: weights come from safetensors files, and no code of a repository runs"
-            )
+            raise ValueError(f"{name} is refused: {why}")
     if source.name is None or Path(source.name).is_file():
         raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
-    options = {"variant": variant_of(base)} | options
+    if "variant" not in options:
+        options["variant"] = variant_of(base)
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
     with warnings.catch_warnings():
         # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word

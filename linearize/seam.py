@@ -61,13 +61,13 @@ class State:
         self._thread: int | None = None
         self._dense_thread: int | None = None
 
-    def enter(self, model: nn.Module) -> None:
+    def enter(self) -> None:
         """Claim the model for this thread's forward.
 
         Raises:
             RuntimeError: another thread is inside the model, whose grid this forward would overwrite, or in `dense`.
         """
-        self.refuse_other_threads(model)
+        self.refuse_other_threads()
         self._thread = threading.get_ident()
 
     def leave(self) -> None:
@@ -83,26 +83,41 @@ class State:
         """Linear attention again."""
         self.enabled, self._dense_thread = True, None
 
-    def refuse_other_threads(self, model: nn.Module) -> None:
+    def refuse_other_threads(self) -> None:
         """Raise a RuntimeError where another thread is inside a forward of the model, or inside `dense` of it."""
         me = threading.get_ident()
-        if self._thread not in (None, me) and _is_inside(self._thread, model):
+        if self._thread not in (None, me) and _is_inside(self._thread, self):
             raise RuntimeError(f"another thread is inside this converted model: one forward at a time, {_APART}")
         if not self.enabled and self._dense_thread != me:
-            raise RuntimeError(f"another thread is inside `dense` of this model, which holds for it alone: {_APART}")
+            raise RuntimeError(
+                "another thread is inside `dense` of this model, which holds for that one alone: enter `dense` in the "
+                f"thread that calls the model; else {_APART}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles, in which no thread is inside.
+
+        Raises:
+            RuntimeError: inside `dense`, which the copy would never leave.
+        """
+        if not self.enabled:
+            raise RuntimeError("copy or pickle a converted model outside of `dense`: its copy would stay inside")
+        return vars(self) | {"_thread": None}
 
 
 _APART = "hold a lock around the call or give each thread its own copy.deepcopy of the model"
 
 
-def _is_inside(thread: int | None, model: nn.Module) -> bool:
-    """Whether a thread runs a forward of the model; a claim outlives one that Ctrl-C has ended."""
+def _is_inside(thread: int | None, state: State) -> bool:
+    """Whether a thread runs a forward of the model, or of a replica; a claim outlives one that Ctrl-C has ended."""
     frame = None if thread is None else sys._current_frames().get(thread)
     while frame is not None:
         running = frame.f_locals.get("self")
-        # a compiled model's own frames are gone, not those of its wrapper
-        if isinstance(running, nn.Module) and model in (running, running._modules.get("_orig_mod")):
-            return True
+        if isinstance(running, nn.Module):
+            # a compiled model's own frames are gone, not those of its wrapper
+            compiled = vars(running).get("_modules", {}).get("_orig_mod")
+            if any(one is not None and state_of(one) is state for one in (running, compiled)):
+                return True
         frame = frame.f_back
     return False
 
@@ -187,7 +202,7 @@ def state_of(model: nn.Module) -> State | None:
 @torch.compiler.disable
 def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state: State = model._lineardit_state
-    state.enter(model)
+    state.enter()
     for terms in state.input_terms:
         terms.follow()
     recomputes = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)

@@ -12,7 +12,7 @@ from .folders import main_dtype
 
 logger = logging.getLogger(__name__)
 
-_OF_A_VARIANT = re.compile(r"diffusion_pytorch_model\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
+_OF_A_VARIANT = re.compile(r"diffusion_pytorch_model(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
 
 
 def variant_of(base: Base) -> str | None:
@@ -21,7 +21,7 @@ def variant_of(base: Base) -> str | None:
     Args:
         base: From `read_base`; of a Hub id nothing is asked.
     Raises:
-        ValueError: it holds pickles alone, which are never loaded.
+        ValueError: it holds several variants, or pickles alone, which are never loaded.
     """
     folder = Path(str(base.source.name), base.component or "")
     if not folder.is_dir():
@@ -34,10 +34,15 @@ def variant_of(base: Base) -> str | None:
         )
     if any(re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", name) for name in names):
         return None
-    found = [match[1] for name in names if (match := _OF_A_VARIANT.fullmatch(name))]
-    if found:
-        logger.info("%s: weights of the variant %s, the only ones there", folder, found[0])
-    return found[0] if found else None
+    found = sorted({match[1] for name in names if (match := _OF_A_VARIANT.fullmatch(name))})
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds weights of several variants, {', '.join(found)}: pass variant= with one of them"
+        )
+    if not found:
+        return None
+    logger.info("%s: weights of the variant %s, the only ones there", folder, found[0])
+    return found[0]
 
 
 def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = False) -> torch.dtype:

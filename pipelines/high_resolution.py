@@ -52,7 +52,7 @@ from .vae import latent_channels, pixels_per_latent
 logger = logging.getLogger(__name__)
 
 # What a pipeline has besides its parts and its config: of enable_model_cpu_offload, and SDXL's watermark.
-_REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "watermark")
+_REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "watermark")
 
 
 class HighResolutionPipeline(StagedPipeline):
@@ -128,7 +128,8 @@ class HighResolutionPipeline(StagedPipeline):
 
         Args:
             height, width: In pixels; None: the native size. What the model cannot make is rounded up and cropped.
-            num_inference_steps: Of the first stage; None: the pipeline's own.
+            num_inference_steps: Of the first stage; None: the pipeline's own. Of every stage, where a picture is enlarged
+                and there are no settings.
             settings: Of the later stages.
             enlarge: For a picture that is there, of native size or of this (height, width): no stage makes it anew.
             tile: Side in pixels of the VAE's tiles; None: in one piece.
@@ -138,6 +139,8 @@ class HighResolutionPipeline(StagedPipeline):
         """
         check_counts(batch, text_len)
         limits, own = self._limits(), inspect.signature(self.stock.__call__).parameters
+        if enlarge is not False and num_inference_steps is not None:
+            settings = settings or Settings(steps=num_inference_steps)
         if num_inference_steps is None:
             num_inference_steps = own["num_inference_steps"].default
         said = own["max_sequence_length"].default if "max_sequence_length" in own else None
@@ -211,7 +214,8 @@ class HighResolutionPipeline(StagedPipeline):
                 enlarge=False if pictures is None else (pictures[0].height, pictures[0].width),
                 text_len=call.get("max_sequence_length"),
             )
-        check_plan(plan, height, width, num_inference_steps)
+        else:
+            check_plan(plan, height, width, num_inference_steps)
         check_stages(plan, self._limits(), self.scheduler)
         check_start(plan, pictures, start_latents, start_stage)
         batch = count_pictures(prompt, call)

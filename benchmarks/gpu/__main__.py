@@ -20,7 +20,7 @@ from .tables import failures, marks_table, part_tables
 PART_SECONDS = 165
 SMOKE_SECONDS = 3600  # which is not cut short
 GRACE = 45  # seconds: a row that has not ended by then is given up
-NAMED_LINES = 30  # of what a failing process says
+NAMED_LINES = 30  # of what a process says
 
 
 def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
@@ -31,7 +31,8 @@ def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
         code, said = run_process(command, max(deadline - time.monotonic(), 0) + GRACE)
         results = load(path)
         # what it says when all goes well is of kernels that fell back
-        print("\n".join(said.splitlines()[-NAMED_LINES:]), file=sys.stderr, flush=True)
+        if said.strip():
+            print("\n".join(said.splitlines()[-NAMED_LINES:]), file=sys.stderr, flush=True)
         if code == 0:
             return results
         known = results.running is not None

@@ -46,7 +46,8 @@ def tasks(bench: Bench) -> Tasks:
         yield _task("same function", name, partial(competitor_against_reference, bench, name))
     yield _task("torch.library.opcheck", bench.impl, partial(operators, bench))
     yield _task("two backward passes, bit for bit", bench.impl, partial(determinism, bench))
-    yield _task(f"{REPEATS} backward passes, bit for bit", bench.impl, partial(repetition, bench))
+    repeats = 2 if bench.scale.few_cases else REPEATS
+    yield _task(f"{repeats + 1} backward passes, bit for bit", bench.impl, partial(repetition, bench, repeats))
     long_side = bench.scale.long_side
     yield _task(f"{long_side**2} tokens, forward and backward", bench.impl, partial(long_run, bench))
     yield _task(SANITIZER, bench.impl, partial(sanitizer, bench))
@@ -152,7 +153,7 @@ def determinism(bench: Bench) -> Measured:
     return Measured(figures={}, note=note, passed=not differing)
 
 
-def repetition(bench: Bench) -> Measured:
+def repetition(bench: Bench, repeats: int) -> Measured:
     """In the precision and with the tiles that speed is measured with: a product that does not wait for its loads would
     show in some passes alone. Pooled tokens take the place of text, whose queries are PyTorch's.
     """
@@ -176,7 +177,7 @@ def repetition(bench: Bench) -> Measured:
     function = partial(window_attention, impl=bench.impl)
     first = outputs_and_gradients(function, inputs, options, grad_out)
     differing: set[int] = set()
-    for _ in range(2 if few else REPEATS):
+    for _ in range(repeats):
         again = outputs_and_gradients(function, inputs, options, grad_out)
         differing |= {index for index, (a, b) in enumerate(zip(first, again, strict=True)) if not torch.equal(a, b)}
     note = f"these differ: {sorted(differing)} of (out, gradients)" if differing else ""

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..window.inputs import sum_dtype, token_major
 from ..window.windows import Window, from_arguments, to_arguments
 from .cells import Grid, sizes_of
-from .choose import backward_blocks, blocks_for, choose_impl
+from .choose import backward_blocks, blocks_for, choose_impl, kernels_divide
 from .plain import plain_backward, plain_forward
 
 
@@ -118,7 +118,7 @@ def focus_op(
     window = from_arguments(radius, frame_radius, box)
     out = token_major(query, query.shape[2])
     with torch.autocast(query.device.type, enabled=False):
-        if impl == "triton":
+        if impl == "triton" and kernels_divide(tuple(grid), proxy_key.shape[2], count):
             from .triton_focus import triton_forward
 
             blocks = blocks_for(query.device, query.dtype, query.shape[3], side)
@@ -170,7 +170,9 @@ def focus_backward_op(
     window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
         made = (grad_out, grad_lse, given, out, lse, chosen.long(), tuple(grid), window, side, scale)
-        blocks = backward_blocks(query.device, query.dtype, query.shape[3], side) if impl == "triton" else None
+        blocks = None
+        if impl == "triton" and kernels_divide(tuple(grid), proxy_key.shape[2], count):
+            blocks = backward_blocks(query.device, query.dtype, query.shape[3], side)
         if blocks is not None:
             from .triton_focus import triton_backward
 

@@ -1,6 +1,7 @@
 """Which implementation of focus runs."""
 
 import logging
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -8,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ..window.choose import why_not_triton
+from .cells import Grid, cell_grid, sizes_of
 
 if TYPE_CHECKING:
     from .triton_focus import Blocks
 
 logger = logging.getLogger(__name__)
+
+EXACT = 2**31  # a dividend times its divisor is less where the kernels multiply in place of dividing
 
 
 def choose_impl(query: Tensor, side: int, impl: str) -> str:
@@ -72,6 +76,19 @@ def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, sid
         reason = f"{_where(device)}: {exception}"
         logger.warning("Gradients of tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
         return None
+
+
+@lru_cache
+def kernels_divide(grid: Grid, num_cells: int, count: int) -> bool:
+    """Whether the kernels find rows and columns of this grid, and tokens of `count` cells; else, with a warning, plain
+    PyTorch has to do it.
+    """
+    _, height, width = sizes = sizes_of(grid)
+    cell_len = math.prod(-(-size // along) + 1 for size, along in zip(sizes, cell_grid(*sizes, num_cells), strict=True))
+    if max(math.prod(grid) * max(height, width), (count + 1) * cell_len**2) < EXACT:
+        return True
+    logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: a grid of %s is too large", grid)
+    return False
 
 
 def _where(device: torch.device) -> str:

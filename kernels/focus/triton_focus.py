@@ -14,6 +14,7 @@ from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, w
 from ..window.windows import Window
 from . import triton_kernels as kernels
 from .cells import Grid, sizes_of
+from .choose import EXACT
 from .chosen_cells import choose
 from .rest_of_cells import log_rest
 from .tables import Plan, plan_of
@@ -34,8 +35,6 @@ class Blocks:
 # float32 sums that fit the registers of a program: of one tile of queries, or of the two gradients of a block of keys;
 # of float32 inputs fewer (`max_stages` says why).
 MAX_SUMS, MAX_FLOAT_SUMS = 2**14, 2**12
-# A dividend times its divisor is below this where a product takes the place of the division.
-EXACT = 2**31
 # Queries that a program of the gradients of keys takes at once; with 64, 3.2 KB a thread spill on 8.0.
 BLOCK_ROWS = 32
 
@@ -133,19 +132,11 @@ class _Call:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Arguments of the kernels that read cells, num_tiles to per_width.
-
-        Raises:
-            ValueError: the picture is so large that the kernels' division is not exact.
-        """
+        """Arguments of the kernels that read cells, num_tiles to per_width."""
         num_tiles, count = self.chosen.shape[2:]
         _, cell_len = self.tables.cells.shape
         num_tokens = self.inputs[0].shape[2]
         _, height, width = self.sizes
-        if max(num_tokens * max(height, width), (count + 1) * cell_len**2) >= EXACT:
-            raise ValueError(
-                f"impl='triton' divides exactly up to 2**20 tokens or so, got {height} x {width}; 'plain' takes any"
-            )
         inverses = [-(-EXACT // size) for size in (cell_len, height, width)]
         return num_tiles, num_tokens, self.num_cells, cell_len, count, self.plan.limit, *self.sizes, *inverses
 

@@ -60,8 +60,8 @@ def window_attention(
     Returns:
         [B, H, N, D], dtype of query (under autocast, of autocast); sums are in float32, or float64 for float64.
     Raises:
-        ValueError: shapes, grid, radius, frame_radius or impl do not fit; "triton" cannot run here; a mask of
-            "reference" or "masked" beyond 2**31 entries.
+        ValueError: shapes, grid, radius, frame_radius or impl do not fit; "triton" cannot run here, or scale <= 0 for
+            it; a mask of "reference" or "masked" beyond 2**31 entries.
     """
     return windowed_attention(
         query,
@@ -100,10 +100,7 @@ def windowed_attention(
     query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
     pooled = None if pooled is None else (as_autocast(pooled[0]), as_autocast(pooled[1]))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if impl == "auto":
-        impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
-    elif impl == "triton":
-        require_triton(query)
+    impl = _chosen(query, grid, window, text_len, scale, impl)
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)[0]
     check_mask_size(query, text_mask, pooled)
@@ -136,10 +133,7 @@ def windowed_attention_and_lse(
     _validate(query, key, value, grid, window, text_len, text_mask, None, impl)
     query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if impl == "auto":
-        impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
-    elif impl == "triton":
-        require_triton(query)
+    impl = _chosen(query, grid, window, text_len, scale, impl)
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, None, grid, window, scale, impl)
     layout: dict[str, Any] = {
@@ -183,6 +177,16 @@ def _linear(
     shared = (shared_key, shared_value, shared_mask)
     radius, frame_radius, box = to_arguments(window)
     return window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius, box)
+
+
+def _chosen(query: Tensor, grid: tuple[int, ...], window: Window, text_len: int, scale: float, impl: str) -> str:
+    """The implementation that `impl` runs."""
+    if impl == "auto":
+        impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
+        return "tiled" if impl == "triton" and scale <= 0 else impl  # the kernels take a scale > 0
+    if impl == "triton":
+        require_triton(query)
+    return impl
 
 
 def _validate(

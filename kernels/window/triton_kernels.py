@@ -14,10 +14,9 @@ then ends each product before the next (its warning C7515, with Triton 3.6).
             one word for each block stands for all queries
 
 Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k,
-with scale > 0.
-Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token, in units of UNIT elements;
-the last axis has stride 1. Offsets into them are 64-bit. The lists are those of `Entries` in triton_window.py. Sums are
-float32.
+with scale > 0. Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token, in units
+of UNIT elements; the last axis has stride 1. Offsets into them are 64-bit. The lists are those of `TiledWindow` in
+triton_window.py. Sums are float32.
 """
 
 import triton

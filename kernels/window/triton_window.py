@@ -1,7 +1,7 @@
 """Window attention by the Triton kernels: tiles, lists on the device, launches.
 
-Two tile shapes: of queries (longer along one axis, the one that makes fewer pairs of tiles) and of keys (at most 64
-tokens, the bits of a mask word). The shapes of the backward may be smaller, since its kernels need more memory.
+Two tile shapes: of what a program owns (longer along one axis, the one that makes fewer pairs of tiles) and of what it
+reads (at most 64 tokens, the bits of a mask word). Those of the backward may be smaller: its kernels need more memory.
 """
 
 import math
@@ -54,12 +54,12 @@ FORWARD_TILES = (
 BACKWARD_TILES = (Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=2, archs=range(90, 120)), *SMALLER_TILES)
 # float32 sums of a thread that fit its registers: of an output; of gradients of keys there are two. Of float32 inputs
 # half of that, as `max_stages` has it.
-MAX_SUMS, MAX_FLOAT_SUMS = 64, 32
+SUMS_OF_A_THREAD, FLOAT_SUMS_OF_A_THREAD = 64, 32
 
 
 def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int, dtype: torch.dtype) -> list[Tiles]:
     """Those whose sums stay in registers, the largest first; the smallest, where none does."""
-    most = MAX_FLOAT_SUMS if dtype == torch.float32 else MAX_SUMS
+    most = FLOAT_SUMS_OF_A_THREAD if dtype == torch.float32 else SUMS_OF_A_THREAD
     return [
         one
         for one in tiles

@@ -1,5 +1,6 @@
 """`--lora`: styles of other people beside a converted model."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +26,23 @@ def parse_loras(texts: Sequence[str] | None) -> list[Lora]:
     """
     loras = []
     for text in texts or ():
-        source, colon, weight = text.rpartition(":")
-        try:
-            loras.append(Lora(source, float(weight)) if colon and source else Lora(text, 1.0))
-        except ValueError:
-            loras.append(Lora(text, 1.0))  # a colon of the name
-        path = Path(loras[-1].source)
+        source, weight = _parts(text)
+        loras.append(Lora(source, weight))
+        path = Path(source)
         if not path.exists() and (path.suffix == ".safetensors" or path.is_absolute()):
             raise ValueError(f"--lora: there is no {path}")
         if path.is_file() and path.suffix != ".safetensors":
             raise ValueError(f"--lora must be FILE[:WEIGHT], a file that ends in .safetensors, got {text!r}")
     return loras
+
+
+def _parts(text: str) -> tuple[str, float]:
+    source, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight) is None:
+        raise ValueError(f"--lora must be FILE[:WEIGHT], the weight a number such as 0.8, got {text!r}")
+    return source, float(weight)
 
 
 def load_loras_(pipe: Any, loras: Sequence[Lora], *, offline: bool) -> None:

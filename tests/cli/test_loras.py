@@ -76,6 +76,8 @@ def test_upscale_takes_a_style_and_reminds_of_one(
     [
         ("nothing.safetensors", "--lora: there is no nothing.safetensors"),
         ("nothing.safetensors:0.5", "--lora: there is no nothing.safetensors"),
+        ("{made}/style.safetensors:nan", "the weight a number such as 0.8"),
+        ("{made}/style.safetensors:", "the weight a number such as 0.8"),
         ("{made}/adapter/lineardit.json", "a file that ends in .safetensors"),
         ("{made}/other.safetensors", "is of another model than this FluxPipeline"),
     ],

@@ -15,7 +15,7 @@ from lineardit.linearize.methods import METHODS, Clear, Hybrid, ProxyTokens
 pytest.importorskip("triton")
 
 from lineardit.kernels.focus import triton_focus, triton_probe
-from lineardit.kernels.focus.choose import choose_impl
+from lineardit.kernels.focus.choose import choose_impl, kernels_divide
 from lineardit.kernels.focus.triton_focus import Blocks, backward_candidates, candidates
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -237,3 +237,12 @@ def test_where_the_backward_does_not_run_plain_does_it_and_says_so(
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*grads, strict=True))
     reason = "in Triton's interpreter: out of shared memory"
     assert f"Gradients of tokens in focus fall back to plain PyTorch, which is slower: {reason}" in caplog.text
+
+
+def test_grids_on_which_the_kernels_would_not_divide_exactly_are_told(caplog):
+    assert kernels_divide((1024, 1024), 4096, 4) and not caplog.text
+    assert not kernels_divide((1024, 8192), 1024, 1)
+    assert (
+        "Tokens in focus fall back to plain PyTorch, which is slower: a grid of (1024, 8192) is too large"
+        in caplog.text
+    )

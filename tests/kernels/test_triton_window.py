@@ -120,6 +120,12 @@ def test_swapped_lists_hold_the_same_pairs_of_tiles():
     assert len(swapped_pairs) == len(pairs) and set(swapped_pairs) == pairs
 
 
+def test_scale_must_be_positive_for_the_kernels():
+    query = torch.randn(1, 1, 15, 16)
+    with pytest.raises(ValueError, match=r"takes a scale > 0, got -1.0: 'tiled' takes any"):
+        window_attention(query, query, query, grid=(3, 5), radius=2, impl="triton", scale=-1.0)
+
+
 def test_mask_words_hold_each_bit():
     masks = torch.rand(3, 5, 64) > 0.5
     words = mask_words(masks)

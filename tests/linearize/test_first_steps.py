@@ -1,6 +1,7 @@
 """`first_steps`: linear attention for some steps of a pipeline, the base's for the rest."""
 
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import diffusers
@@ -93,7 +94,17 @@ def test_a_call_after_one_that_broke_off_begins_with_linear_attention(pipe: diff
         pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(state.enabled))
         paint(pipe, callback_on_step_end=on_step_end)
     assert seen == [True] + [False] * (STEPS - 1)
-    assert "set_timesteps" not in vars(pipe.scheduler)
+    assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+
+
+def test_copies_of_a_scheduler_set_themselves_and_blocks_nest(pipe: diffusers.FluxPipeline) -> None:
+    linearize_(pipe, Agent(num_agents=4))
+    with first_steps(pipe, 1), first_steps(pipe, 2):
+        pipe.scheduler.set_timesteps(5, mu=1.0)
+        for copied in (deepcopy(pipe.scheduler), type(pipe.scheduler).from_config(pipe.scheduler.config)):
+            copied.set_timesteps(3, mu=1.0)
+            assert (len(copied.timesteps), len(pipe.scheduler.timesteps)) == (3, 5)
+    assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
 
 
 def test_first_steps_refuses(pipe: diffusers.FluxPipeline) -> None:

@@ -159,7 +159,7 @@ def test_from_pretrained_runs_no_code_and_reads_no_pickle(base: Path, tmp_path: 
     weights.unlink()
     with pytest.raises(ValueError, match=r"holds pickles \(.bin\), and only safetensors files are loaded"):
         from_pretrained(tmp_path / "adapter")
-    for option in ("use_safetensors", "trust_remote_code", "custom_pipeline"):
+    for option in ("use_safetensors", "trust_remote_code", "custom_pipeline", "torch_dtype", "local_files_only"):
         with pytest.raises(ValueError, match=f"{option} is refused"):
             from_pretrained(tmp_path / "adapter", **{option: False})
 
@@ -177,6 +177,14 @@ def test_a_folder_of_one_variant_is_loaded(
         for pipe in (from_pretrained(tmp_path / "saved"), from_pretrained(tmp_path / "adapter", base=moved)):
             assert torch.equal(run(pipe, arguments), run(student, arguments))
     assert "weights of the variant fp16, the only ones there" in caplog.text
+    flux_base(base).save_pretrained(moved, variant="bf16", **shards)
+    with pytest.raises(ValueError, match="several variants, bf16, fp16: pass variant="):
+        from_pretrained(tmp_path / "adapter", base=moved)
+    assert torch.equal(
+        run(from_pretrained(tmp_path / "adapter", base=moved, variant="fp16"), arguments), run(student, arguments)
+    )
+    shutil.rmtree(moved)
+    flux_base(base).save_pretrained(moved, variant="fp16", **shards)
     assert stored_dtype(read_base(moved), variant="fp16") == torch.float32
     assert from_pretrained(tmp_path / "adapter", base=moved, dtype="auto").transformer.dtype == torch.float32
 

@@ -1,5 +1,6 @@
 """A converted model serves one thread at a time: what another one does meanwhile is refused, not mixed up."""
 
+import copy
 import threading
 from typing import Any
 
@@ -34,6 +35,36 @@ def test_second_thread_in_one_model_is_refused() -> None:
     worker.join()
     assert torch.equal(results[0], out)
     assert torch.equal(run(model, arguments), out)
+
+
+def test_a_replica_in_a_second_thread_is_refused() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    replica: Any = copy.copy(model)  # as nn.DataParallel makes them: one state
+    replica.__dict__ = {**vars(model)}
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if threading.current_thread() is worker:
+            inside.set()
+            go_on.wait(10)
+
+    model.single_transformer_blocks[0].register_forward_pre_hook(wait)
+    worker = threading.Thread(target=lambda: run(model, arguments))
+    worker.start()
+    assert inside.wait(10)
+    with pytest.raises(RuntimeError, match="another thread is inside this converted model"):
+        run(replica, inputs_of("flux", grid=(4, 4)))
+    go_on.set()
+    worker.join()
+
+
+def test_a_copy_is_made_outside_of_dense() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    with dense(model), pytest.raises(RuntimeError, match="outside of `dense`: its copy would stay inside"):
+        copy.deepcopy(model)
+    assert torch.equal(run(copy.deepcopy(model), arguments), run(model, arguments))
 
 
 def test_dense_holds_for_the_thread_that_entered_it() -> None:

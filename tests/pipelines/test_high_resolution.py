@@ -240,6 +240,20 @@ def test_interrupt_stops_after_the_step(high: Any) -> None:
     assert steps == [0] and out.size == (16, 16)
 
 
+def test_steps_of_a_picture_that_is_enlarged_are_those_of_every_stage(high: Any) -> None:
+    plan = high.plan(64, 64, num_inference_steps=3, enlarge=True)
+    assert [stage.steps for stage in plan.stages] == [3] * len(plan.stages)
+    steps: list[int] = []
+
+    def count(_pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        steps.append(step)
+        return {}
+
+    call: dict[str, Any] = {"max_sequence_length": 8, "callback_on_step_end": count, "generator": seeded()}
+    high(PROMPT, image=Image.new("RGB", (16, 16)), height=32, width=32, num_inference_steps=3, **call)
+    assert steps == [0, 1, 2]
+
+
 def test_callbacks_are_told_the_stage(high: Any) -> None:
     plan = high.plan(64, 64, num_inference_steps=2, settings=FEW)
     seen: list[tuple[int | None, Any]] = []
