@@ -128,7 +128,7 @@ class HighResolutionPipeline(StagedPipeline):
 
         Args:
             height, width: In pixels; None: the native size. What the model cannot make is rounded up and cropped.
-            num_inference_steps: Of the first stage, or of every one where a picture is enlarged and there are no settings;
+            num_inference_steps: Of the first stage, or where a picture is enlarged, and there are no settings, of each;
                 None: the pipeline's own.
             settings: Of the later stages.
             enlarge: For a picture that is there, of native size or of this (height, width): no stage makes it anew.
