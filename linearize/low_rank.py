@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -70,6 +71,12 @@ def _blank_layer(plain_class: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
+def _forget_graphs() -> None:
+    """Before 2.13, torch does not notice that a Linear layer which it has compiled is of another class by now."""
+    if Version(torch.__version__).release < (2, 13):
+        torch.compiler.reset()
+
+
 class LowRank:
     """LoRA (arXiv:2106.09685) on some Linear layers: each becomes a `LowRankLayer` with a `LowRankTerm`.
 
@@ -93,6 +100,7 @@ class LowRank:
             layer.add_module(LORA_NAME, LowRankTerm(*factors[name], scale=alpha / self.rank))
             plain_class: Any = type(layer)
             change_class(layer, low_rank_class(plain_class))
+        _forget_graphs()
 
     def terms(self) -> dict[str, LowRankTerm]:
         """The low-rank term of every layer, by the layer's name."""
@@ -113,6 +121,7 @@ class LowRank:
         for layer in self.layers.values():
             change_class(layer, cast(Any, layer)._plain_class)
             delattr(layer, LORA_NAME)
+        _forget_graphs()
 
     def changed(self) -> list[str]:
         return []

@@ -88,21 +88,15 @@ class State:
         me = threading.get_ident()
         if self._thread not in (None, me) and _is_inside(self._thread, self):
             raise RuntimeError(f"another thread is inside this converted model: one forward at a time, {_APART}")
-        if not self.enabled and self._dense_thread != me:
+        if not self.enabled and self._dense_thread not in (None, me):
             raise RuntimeError(
                 "another thread is inside `dense` of this model, which holds for that one alone: enter `dense` in the "
                 f"thread that calls the model; else {_APART}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of copies and pickles, in which no thread is inside.
-
-        Raises:
-            RuntimeError: inside `dense`, which the copy would never leave.
-        """
-        if not self.enabled:
-            raise RuntimeError("copy or pickle a converted model outside of `dense`: its copy would stay inside")
-        return vars(self) | {"_thread": None}
+        """Of copies and pickles, in which no thread is inside; those made inside `dense` are the base in every thread."""
+        return vars(self) | {"_thread": None, "_dense_thread": None}
 
 
 _APART = "hold a lock around the call or give each thread its own copy.deepcopy of the model"
