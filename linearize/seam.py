@@ -95,7 +95,7 @@ class State:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of copies and pickles, in which no thread is inside; those made inside `dense` are the base in every thread."""
+        """Of copies and pickles: no thread is inside. Made inside `dense`, they are the base in every thread."""
         return vars(self) | {"_thread": None, "_dense_thread": None}
 
 
