@@ -37,7 +37,8 @@ def variant_of(base: Base) -> str | None:
     found = sorted({match[1] for name in names if (match := _OF_A_VARIANT.fullmatch(name))})
     if len(found) > 1:
         raise ValueError(
-            f"{folder} holds weights of several variants, {', '.join(found)}: pass variant= with one of them"
+            f"{folder} holds weights of several variants, {', '.join(found)}: pass variant= with one of them "
+            "(Python), or keep one"
         )
     if not found:
         return None

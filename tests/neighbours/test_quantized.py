@@ -6,9 +6,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tiny_pipelines import flux_pipeline
 from torch import nn
 
-from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
+from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.training import add_lora_, train_full_
 from tiny_models import build, inputs_of, run
 
@@ -64,6 +65,20 @@ BASES = {
     "GGUF": _gguf,
     "bitsandbytes 8 bits": lambda folder: _bitsandbytes(folder, "Linear8bitLt"),
 }
+
+
+def test_from_pretrained_quantizes_the_base(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    given = diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    pipe, arguments = flux_pipeline(), inputs_of("flux")
+    pipe.save_pretrained(tmp_path / "base")
+    linearize_(pipe, SMALL)
+    save_adapter(pipe, tmp_path / "adapter")
+    loaded: Any = from_pretrained(tmp_path / "adapter", base=tmp_path / "base", quantization_config=given)
+    assert type(loaded.transformer.transformer_blocks[0].attn.to_q.weight) is not nn.Parameter
+    expected = run(pipe.transformer, arguments)
+    assert torch.allclose(run(loaded.transformer, arguments), expected, atol=0.2 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kind", BASES)
