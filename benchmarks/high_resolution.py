@@ -35,6 +35,7 @@ from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.folders import sha256, write_whole
 from lineardit.linearize.opening import open_pipeline
 from lineardit.linearize.standing import describe_attention
+from lineardit.pipelines.pictures import enlarged
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import decode, encode
 from lineardit.scene_judge import judge_scene
@@ -211,6 +212,7 @@ class HighResolution:
     def add_cascade(self, side: int, count: int) -> None:
         """The cascade's row, and what it is held against."""
         self.add("Lanczos", side, count, lambda index: self.enlarged(index, side))
+        self.add("Lanczos, sharpened", side, count, lambda index: self.enlarged_sharply(index, side))
         self.add("oracle", side, count, lambda index: self.oracle(side, index))
         self.add("cascade, student", side, count, lambda index: self.in_stages(side, index))
 
@@ -223,6 +225,13 @@ class HighResolution:
 
     def enlarged(self, index: int, side: int) -> Image.Image:
         return self.made["teacher", self.amount.native][index].resize((side, side), Image.Resampling.LANCZOS)
+
+    def enlarged_sharply(self, index: int, side: int) -> Image.Image:
+        """As every stage of the cascade enlarges, without the model."""
+        picture = self.made["teacher", self.amount.native][index]
+        for stage in self.plan(side).stages[1:]:
+            picture = enlarged(picture, stage.width, stage.height, stage.sharpen)
+        return picture
 
     def likeness(self) -> dict[str, float]:
         """Of the last stage by the student to that by the dense teacher."""

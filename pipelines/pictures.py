@@ -1,10 +1,11 @@
 """Pictures that are there already, to be enlarged or to steer."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -34,6 +35,26 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     turned = turned.convert("RGBA")
     white = Image.new("RGBA", turned.size, "white")
     return Image.alpha_composite(white, turned).convert("RGB")
+
+
+def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> Image.Image:
+    """A picture in RGB at this size, by Lanczos; and its edges sharp again, lest a model take their blur for its own:
+
+        y = min(max(x + sharpen (x - G x), low), high)
+
+    x the enlarged picture; G a Gaussian whose standard deviation is one pixel of the picture before; low and high the
+    least and the largest level of its 3 x 3 pixels around, between which edges have no halo.
+    """
+    large = picture.resize((width, height), Image.Resampling.LANCZOS)
+    ratio = math.sqrt(width * height / (picture.width * picture.height))
+    if sharpen == 0 or ratio <= 1:
+        return large
+    sharp = large.filter(ImageFilter.UnsharpMask(radius=ratio, percent=round(100 * sharpen), threshold=0))
+    low, high = (
+        picture.filter(extreme(3)).resize(large.size, Image.Resampling.BILINEAR)
+        for extreme in (ImageFilter.MinFilter, ImageFilter.MaxFilter)
+    )
+    return ImageChops.darker(ImageChops.lighter(sharp, low), high)
 
 
 def _pictures_of(one: Any) -> list[Image.Image]:

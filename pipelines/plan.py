@@ -13,6 +13,8 @@ KNOWN = 2  # a model knows positions up to this many times its native side: it w
 STRENGTH = 0.3
 STEPS = 8
 FOLLOW = 1.0
+SHARPEN = 1.0
+MOST_SHARPENING = 10
 LEAST_TILE = 64  # pixels, of what may be asked for
 
 
@@ -31,6 +33,8 @@ class Stage:
         rope_factor: What multiplies the base of rotary positions; 1: as trained.
         logit_factor: What multiplies the logits of converted attention (`proportional_factor`); 1: as trained.
         follow: Weight in [0, 1] by which low frequencies follow the stage before; 0: they are free.
+        sharpen: How much sharper the edges of the enlarged picture are made (`pictures.enlarged`); 0: as Lanczos leaves
+            them.
         chunk_tokens: Token-wise layers run on so many tokens at a time, for less memory (`token_chunks.py`); None: on
             all of them.
         seconds, gib: Rough estimates of time and peak memory; None where nothing is known.
@@ -45,6 +49,7 @@ class Stage:
     rope_factor: float = 1.0
     logit_factor: float = 1.0
     follow: float = 0.0
+    sharpen: float = 0.0
     chunk_tokens: int | None = None
     seconds: float | None = None
     gib: float | None = None
@@ -62,6 +67,8 @@ class Stage:
             raise ValueError(f"attention of a stage must be original or converted, got {self.attention!r}")
         if not 0 <= self.follow <= 1:
             raise ValueError(f"follow of a stage must be in [0, 1], got {self.follow!r}")
+        if not 0 <= self.sharpen <= MOST_SHARPENING:
+            raise ValueError(f"sharpen of a stage must be in [0, {MOST_SHARPENING}], got {self.sharpen!r}")
         for name in ("shift", "rope_factor", "logit_factor"):
             number = getattr(self, name)
             if number is not None and not 0 < number < math.inf:
@@ -90,6 +97,7 @@ class Stage:
             words.append(f"strength {self.strength:g}")
         words += [f"rope x{self.rope_factor:.3g}"] if self.rope_factor != 1 else []
         words += [f"logits x{self.logit_factor:.3g}"] if self.logit_factor != 1 else []
+        words += [f"enlarged sharply ({self.sharpen:g})"] if self.sharpen else []
         words += [f"low frequencies follow at {self.follow:g}"] if self.follow else []
         words += [f"token-wise layers in chunks of {self.chunk_tokens}"] if self.chunk_tokens is not None else []
         words += [f"about {self.seconds:.0f} s"] if self.seconds is not None else []
@@ -152,7 +160,7 @@ class Settings:
     """Of the stages after the first.
 
     Attributes:
-        strength, steps: As in `Stage`.
+        strength, steps, sharpen: As in `Stage`.
         follow: As in `Stage`; None: 1 where the scheduler is of flow matching, else 0.
         shift: As in `Stage`; None: what the scheduler takes at its largest size.
         rope_factor: As in `Stage`; None: NTK scaling beyond the positions that the model knows, where it has a base.
@@ -162,6 +170,7 @@ class Settings:
 
     strength: float = STRENGTH
     steps: int = STEPS
+    sharpen: float = SHARPEN
     follow: float | None = None
     shift: float | None = None
     rope_factor: float | None = None

@@ -25,7 +25,7 @@ from ..linearize.seam import state_of
 from .encoded_once import text_encoded_once
 from .latents import unpack_latents
 from .low_frequencies import Following
-from .pictures import resized
+from .pictures import enlarged, resized
 from .plan import Plan, Stage
 from .positions import exact_positions, positions_stretched, rope_scaled
 from .running_kernels import kernels_told
@@ -89,8 +89,9 @@ class StagedPipeline(DiffusionPipeline):
                         on_stage_end(self, number - 1, {"images": pictures})
                         if self._interrupt:
                             return latents, plan.stages[number - 1]
-                forgotten = pictures is None or stage.is_stock
-                clean = None if forgotten else self._enlarged(pictures, stage, plan.tile, batch)
+                clean = None
+                if pictures is not None and not stage.is_stock:
+                    clean = self._enlarged(pictures, stage, plan.tile, batch)
                 begin()
                 with self._told(number, plan), self._as_planned(stage):
                     latents = self._denoise(stage, clean, call, generators[number], batch, on_step_end)
@@ -198,9 +199,11 @@ class StagedPipeline(DiffusionPipeline):
             latents = unpack_latents(latents, stage.height // scale, stage.width // scale)
         return decode(self.vae, latents, tile=tile, progress=self._shows_progress())
 
-    def _enlarged(self, pictures: Any, stage: Stage, tile: int | None, batch: int) -> Tensor:
+    def _enlarged(self, pictures: list[Image.Image], stage: Stage, tile: int | None, batch: int) -> Tensor:
         """Clean latents [B, C, h, w] of pictures at the stage's size; each serves as many of the batch."""
-        pixels = self.image_processor.preprocess(pictures, height=stage.height, width=stage.width)
+        size = {"height": stage.height, "width": stage.width}
+        large = [enlarged(picture, **size, sharpen=stage.sharpen) for picture in pictures]
+        pixels = self.image_processor.preprocess(large, **size)
         how: dict[str, Any] = {"tile": tile, "progress": self._shows_progress()}
         latents = encode_faithfully(self.vae, pixels.to(self._execution_device), **how)
         return latents.to(self._execution_device).repeat_interleave(batch // len(latents), 0)

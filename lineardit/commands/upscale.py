@@ -33,6 +33,7 @@ def upscale(
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("upscaled.png"),
     strength: Annotated[float, typer.Option(help="Noise level the picture gets, in (0, 1]: how much is new.")] = 0.3,
     steps: Annotated[int, typer.Option(help="Denoising steps of each stage.")] = 8,
+    sharpen: Annotated[float, typer.Option(help="Of the edges, before it gets noise, from 0, none.")] = 1.0,
     seed: Seed = 0,
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,
@@ -79,7 +80,7 @@ def upscale(
     if output.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {output}")
     check_output_file(output, overwrite=overwrite)
-    settings = Settings(strength=strength, steps=steps, chunk_tokens=chunk_tokens)
+    settings = Settings(strength=strength, steps=steps, sharpen=sharpen, chunk_tokens=chunk_tokens)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
     check_larger(image, (height, width))  # before a large model is loaded
     if base is None and source == said.get("adapter"):

@@ -23,7 +23,10 @@ import lineardit
 from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, dense, linearize_
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.networks import denoiser
+from lineardit.pipelines.latents import pack_latents
+from lineardit.pipelines.pictures import enlarged
 from lineardit.pipelines.plan import Plan, Settings
+from lineardit.pipelines.vae import encode_faithfully
 
 CALL: dict[str, Any] = {"max_sequence_length": 8, "num_inference_steps": 2}
 
@@ -57,7 +60,7 @@ def test_native_stage_is_the_stock_pipeline_bit_for_bit(high: Any) -> None:
 def test_later_stage_is_diffusers_image_to_image(high: Any) -> None:
     """With nothing scaled and no guidance, from the same noise and noise levels."""
     seen: dict[int, dict[str, Any]] = {}
-    plan = high.plan(32, 24, num_inference_steps=2, settings=Settings(steps=3, follow=0, rope_factor=1))
+    plan = high.plan(32, 24, num_inference_steps=2, settings=Settings(steps=3, follow=0, sharpen=0, rope_factor=1))
     made = high(
         PROMPT,
         plan=plan,
@@ -397,3 +400,16 @@ def test_dense_reaches_the_base_after_a_cascade(high: Any) -> None:
     with dense(high):
         made, wanted = (one(PROMPT, generator=seeded(), **call).images for one in (stock, base))
     assert torch.equal(made, wanted)
+
+
+def test_a_stage_begins_from_the_sharpened_picture(high: Any) -> None:
+    picture = Image.effect_noise((16, 16), 60).convert("RGB")
+    (stage,) = high.plan(32, 32, enlarge=True, settings=Settings(steps=1, strength=1e-4, follow=0)).stages
+    plan = Plan(height=32, width=32, stages=(stage,))
+    made = high(PROMPT, image=picture, plan=plan, generator=seeded(), max_sequence_length=8, output_type="latent")
+    errors = []
+    for sharpen in (stage.sharpen, 0.0):
+        pixels = high.image_processor.preprocess(enlarged(picture, 32, 32, sharpen))
+        wanted = pack_latents(encode_faithfully(high.vae, pixels, tile=None))
+        errors.append(float((made.images - wanted).abs().max()))
+    assert stage.sharpen == 1 and errors[0] < 1e-2 < errors[1]

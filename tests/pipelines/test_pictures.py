@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lineardit.pipelines.pictures import as_pictures, as_rgb
+from lineardit.pipelines.pictures import as_pictures, as_rgb, enlarged
 
 
 def test_as_rgb_turns_a_photo_as_its_camera_says(tmp_path: Path) -> None:
@@ -26,6 +26,32 @@ def test_as_rgb_keeps_levels_and_shows_what_is_transparent_on_white() -> None:
     clear.putpixel((1, 0), (255, 0, 0, 255))
     assert numpy.asarray(as_rgb(clear)).tolist() == [[[255, 255, 255], [255, 0, 0]]]
     assert as_rgb(Image.new("L", (3, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def edge(width: int = 32) -> Image.Image:
+    """Dark on the left, bright on the right, with one pixel between."""
+    levels = numpy.full((8, width, 3), 60, numpy.uint8)
+    levels[:, width // 2] = 130
+    levels[:, width // 2 + 1 :] = 200
+    return Image.fromarray(levels)
+
+
+def test_enlarged_edges_are_sharp_and_have_no_halo() -> None:
+    soft, sharp = (numpy.asarray(enlarged(edge(), 64, 16, amount), int)[8, :, 0] for amount in (0.0, 1.0))
+    assert soft.min() < 60 and soft.max() > 200  # Lanczos has one
+    assert sharp.min() == 60 and sharp.max() == 200
+    assert numpy.diff(sharp).max() > 1.3 * numpy.diff(soft).max()
+
+
+def test_enlarged_leaves_smooth_pictures_alone() -> None:
+    sky = Image.linear_gradient("L").convert("RGB")
+    soft, sharp = (numpy.asarray(enlarged(sky, 512, 400, amount), int) for amount in (0.0, 1.0))
+    assert abs(sharp - soft)[8:-8].max() <= 1
+
+
+@pytest.mark.parametrize("size", [(32, 8), (16, 6), (64, 4)])
+def test_enlarged_sharpens_only_what_grows(size: tuple[int, int]) -> None:
+    assert enlarged(edge(), *size, 1.0).tobytes() == edge().resize(size, Image.Resampling.LANCZOS).tobytes()
 
 
 def test_every_form_gives_the_same_pictures() -> None:

@@ -97,6 +97,7 @@ def test_cascade_uses_linear_attention_where_it_pays() -> None:
 def test_larger_stages_follow_low_frequencies_and_scale_positions_beyond_the_known() -> None:
     stages = cascade(4096, 4096, FLUX, Settings(), **CALL).stages
     assert [stage.follow for stage in stages] == [0, 1, 1]
+    assert [stage.sharpen for stage in stages] == [0, 1, 1]
     assert [stage.rope_factor for stage in stages] == [1, 1, pytest.approx(4 ** (56 / 54))]
     free = cascade(4096, 4096, FLUX, Settings(follow=0, rope_factor=10), **CALL)
     assert [stage.rope_factor for stage in free.stages] == [1, 10, 10]
@@ -148,6 +149,7 @@ def test_plan_settings_leave_out_what_differs_between_machines() -> None:
         ({"shift": -1.0}, "shift of a stage must be > 0 and finite, got -1.0"),
         ({"rope_factor": math.inf}, "rope_factor of a stage must be > 0 and finite"),
         ({"follow": 2}, r"follow of a stage must be in \[0, 1\], got 2"),
+        ({"sharpen": -1}, r"sharpen of a stage must be in \[0, 10\], got -1"),
         ({"attention": "dense"}, "attention of a stage must be original or converted, got 'dense'"),
         ({"logit_factor": 1.1}, "logit_factor is of converted attention"),
     ],

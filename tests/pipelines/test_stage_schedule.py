@@ -49,7 +49,7 @@ def test_later_stage_of_sd_is_diffusers_image_to_image(name: str) -> None:
         pytest.skip(str(error))
     plain = {key: value for key, value in {"steps_offset": 1, "clip_sample": False}.items() if key in scheduler.config}
     high.scheduler = scheduler.from_config(scheduler.config, **plain)
-    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3, strength=0.6))
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3, strength=0.6, sharpen=0))
     how, flags = {"strength": 0.6, "num_inference_steps": 5}, {"requires_safety_checker": False}
     assert same(*second_stages(high, diffusers.StableDiffusionImg2ImgPipeline, arguments, plan, how, **flags))
 
@@ -71,7 +71,7 @@ def test_pndm_is_replaced_where_it_would_begin_midway() -> None:
 
 def test_later_stage_of_sdxl_is_diffusers_image_to_image() -> None:
     high, arguments, side = cascade_of("sdxl")
-    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3, strength=0.6))
+    plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3, strength=0.6, sharpen=0))
     how, flags = {"strength": 0.6, "num_inference_steps": 5}, {"add_watermarker": False}
     assert same(*second_stages(high, diffusers.StableDiffusionXLImg2ImgPipeline, arguments, plan, how, **flags))
 
@@ -79,7 +79,7 @@ def test_later_stage_of_sdxl_is_diffusers_image_to_image() -> None:
 def test_later_stage_of_sd3_is_diffusers_image_to_image() -> None:
     high, arguments, side = cascade_of("sd3")
     high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # else stock shifts the levels once more
-    settings = Settings(steps=3, strength=0.6, shift=3.0, follow=0)
+    settings = Settings(steps=3, strength=0.6, shift=3.0, follow=0, sharpen=0)
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=settings)
     how = {"strength": 1.0, "num_inference_steps": 3, "sigmas": plan.stages[1].sigmas()}
     assert same(*second_stages(high, diffusers.StableDiffusion3Img2ImgPipeline, arguments, plan, how))
