@@ -80,6 +80,7 @@ def stretching(rope_factor: float) -> Callable[[Drawing], Image.Image]:
 
 ROWS: dict[str, dict[str, Callable[[Drawing], Image.Image]]] = {
     "strength": {f"strength {value:g}": enlarging(strength=value) for value in (0.1, 0.3, 0.6, 0.88)},
+    "sharpen": {f"strength 0.3, sharpen {value:g}": enlarging(sharpen=value) for value in (0, 1, 3)},
     # Follow is 1, steps are 8 and the shift 3.16 where nothing is said.
     "follow": {f"strength 0.3, follow {value:g}": enlarging(strength=0.3, follow=value) for value in (0.0, 0.5, 1.0)},
     "steps": {f"strength 0.6, {value} steps": enlarging(strength=0.6, steps=value) for value in (2, 8, 16)},

@@ -44,6 +44,7 @@ def generate(
     cascade: bool | None = None,
     chunk_tokens: int | None = None,
     arguments: Mapping[str, Any] | None = None,
+    part: tuple[int, int] = (1, 1),
     about: Text | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -65,10 +66,11 @@ def generate(
         chunk_tokens: Token-wise layers run on so many tokens at a time, for less memory (FLUX.1); None: in a cascade
             where the GPU's memory is too small, else never.
         arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}.
+        part: (i, n): only every n-th picture, from the i-th on; other processes make the others.
         about: What else to write into the PNG, such as {"model": ...}.
         overwrite: Replace what is there.
     Returns:
-        The files, in the order of the prompts.
+        The files of this part, in the order of the prompts.
     Raises:
         ValueError: a setting is out of range or not known to this pipeline, the model cannot make this size, or a
             file is there that was made otherwise.
@@ -76,6 +78,8 @@ def generate(
     steps = (own_settings(pipe).steps or 28) if steps is None else steps
     if min(steps, batch_size) < 1 or not 0 <= seed < MAX_SEED:
         raise ValueError(f"steps and batch_size must be >= 1, seed >= 0, got {steps}, {batch_size} and {seed}")
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
     height, width = size or default_size(pipe)
     settings = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
     said = {name: str(value) for name, value in {**settings, **(arguments or {})}.items() if value is not None}
@@ -86,7 +90,7 @@ def generate(
         text |= {"stages": staged.plan.settings()}
     else:
         check_size(pipe, height, width)
-    wanted = plan_files(prompts, Path(output), seed=seed, text=text)
+    wanted = plan_files(prompts, Path(output), seed=seed, text=text)[part[0] - 1 :: part[1]]
     missing = wanted if overwrite else not_there(wanted, Path(output))
     if staged is not None:
         call = call_arguments(staged.pipe, settings, arguments)

@@ -1,7 +1,7 @@
 """Pictures of 4K to 8K from a pipeline after `linearize_`: a cascade of calls of diffusers' own pipeline.
 
     native size          the original attention, as the stock pipeline has it, bit for bit
-    each larger stage    decode, enlarge (Lanczos), encode, add noise, denoise with linear attention: `plan.py`
+    each larger stage    decode, enlarge (`pictures.py`), encode, add noise, denoise with linear attention: `plan.py`
     the end              decode in tiles (`vae.py`), crop to the size asked for
 
 The weights are those of the pipeline that it is made from: LoRA, offloading and adapters hold for both. `stock.py` says

@@ -51,10 +51,17 @@ def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> I
         return large
     sharp = large.filter(ImageFilter.UnsharpMask(radius=ratio, percent=round(100 * sharpen), threshold=0))
     low, high = (
-        picture.filter(extreme(3)).resize(large.size, Image.Resampling.BILINEAR)
-        for extreme in (ImageFilter.MinFilter, ImageFilter.MaxFilter)
+        _around(picture, choose).resize(large.size, Image.Resampling.BILINEAR)
+        for choose in (numpy.minimum, numpy.maximum)
     )
     return ImageChops.darker(ImageChops.lighter(sharp, low), high)
+
+
+def _around(picture: Image.Image, choose: numpy.ufunc) -> Image.Image:
+    """Of the 3 x 3 pixels around each, the level that `choose` prefers; Pillow's filters sort them, which is slow."""
+    levels = numpy.pad(numpy.asarray(picture), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    levels = choose(choose(levels[:-2], levels[1:-1]), levels[2:])
+    return Image.fromarray(choose(choose(levels[:, :-2], levels[:, 1:-1]), levels[:, 2:]))
 
 
 def _pictures_of(one: Any) -> list[Image.Image]:

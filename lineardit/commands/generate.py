@@ -21,7 +21,7 @@ from .options import (
     Seed,
     Steps,
 )
-from .prompts import parse_arguments, parse_size, read_prompts
+from .prompts import parse_arguments, parse_part, parse_size, read_prompts
 
 
 def generate(
@@ -50,10 +50,20 @@ def generate(
         typer.Option("--cascade/--direct", help="In stages from the native size; else where the size takes several."),
     ] = None,
     chunk_tokens: ChunkTokens = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Only every N-th picture, from the I-th on; the processes of a launcher share it."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     offline: Offline = False,
 ) -> None:
-    """Make pictures. Each PNG says how it was made; noise of picture i comes from seed + i whatever the batch."""
+    """Make pictures. Each PNG says how it was made; noise of picture i comes from seed + i whatever the batch.
+
+    On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit generate ...; on several machines --part.
+    """
+    share = parse_part(part)
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -72,7 +82,10 @@ def generate(
     began = time.perf_counter()
     drawing: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed, "guidance": guidance}
     drawing |= {"max_sequence_length": max_sequence_length, "batch_size": batch_size, "cascade": cascade}
-    drawing |= {"chunk_tokens": chunk_tokens, "arguments": more}
+    drawing |= {"chunk_tokens": chunk_tokens, "arguments": more, "part": share}
     files = generate_pictures(pipe, texts, output, **drawing, about=about, overwrite=overwrite)
+    if not files:
+        print("no picture is in this part")
+        return
     where = str(files[0]) if len(files) == 1 else f"{len(files)} pictures in {output}"
     print(f"{where}; {time.perf_counter() - began:.1f} s")

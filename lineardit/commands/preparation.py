@@ -1,14 +1,12 @@
 """`lineardit prepare`: the teacher makes the samples that its student learns from."""
 
-import os
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed, Steps
-from .prompts import parse_arguments, parse_size, read_prompts
+from .prompts import parse_arguments, parse_part, parse_size, read_prompts
 
 
 def prepare(
@@ -82,20 +80,3 @@ def prepare(
         shard_size=shard_size,
         part=share,
     )
-
-
-def parse_part(text: str | None) -> tuple[int, int]:
-    """(i, n) of "I/N"; under a launcher, of this process's share of that, or of everything without a text.
-
-    Raises:
-        ValueError: the text is nothing of that kind.
-    """
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
-    rank = int(os.environ.get("RANK") or 0) if processes > 1 else 0
-    if text is None:
-        return rank + 1, processes
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    if found is None or int(found[1]) > int(found[2]):
-        raise ValueError(f"--part must be I/N with I from 1 to N, such as 2/8, got {text!r}")
-    part, parts = int(found[1]), int(found[2])
-    return part + parts * rank, parts * processes  # every processes-th shard of this part: others may have fewer

@@ -1,5 +1,6 @@
-"""What several commands read from the command line: sizes, lists of numbers and files of prompts."""
+"""What several commands read from the command line: sizes, lists of numbers, parts of the work, files of prompts."""
 
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -55,6 +56,23 @@ def _value(text: str) -> Any:
         return text
     plain = len(read) == 1 and "#" not in text and isinstance(read["value"], bool | int | float | str | list)
     return read["value"] if plain else text  # not the date, comment or second line that TOML sees in it
+
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """(i, n) of "I/N"; under a launcher, of this process's share of that, or of everything without a text.
+
+    Raises:
+        ValueError: the text is nothing of that kind.
+    """
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    rank = int(os.environ.get("RANK") or 0) if processes > 1 else 0
+    if text is None:
+        return rank + 1, processes
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(f"--part must be I/N with I from 1 to N, such as 2/8, got {text!r}")
+    part, parts = int(found[1]), int(found[2])
+    return part + parts * rank, parts * processes  # every processes-th of this part: others may have fewer
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -81,6 +81,26 @@ def test_generate_with_a_base_and_a_file_of_prompts(base: Path, tmp_path: Path) 
         assert "adapter" not in image.info
 
 
+def test_parts_of_the_pictures_are_made_by_option_or_by_launcher(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures"
+    generate = ("generate", base, "one", "two", "three", *SMALL, "-o", out)
+    assert lineardit(*generate, "--part", "2/2") == 0
+    assert [path.name for path in out.iterdir()] == ["001.png"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, said in enumerate((out / "000.png", out / "001.png", out / "002.png", "no picture is in this part")):
+        monkeypatch.setenv("RANK", str(rank))
+        assert lineardit(*generate) == 0
+        assert str(said) in capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.delenv("WORLD_SIZE")
+    made = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert len(made) == 3
+    assert lineardit(*generate) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == made
+    assert lineardit(*generate, "--part", "3/2") == 2
+
+
 def test_evaluate_writes_table_report_and_sheet(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

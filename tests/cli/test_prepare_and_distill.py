@@ -7,7 +7,7 @@ import pytest
 from tiny_distill import CONFIG, PROMPTS, build_tiny
 
 from lineardit.cli import run
-from lineardit.commands.preparation import parse_part
+from lineardit.commands.prompts import parse_part
 from lineardit.distill.data import TeacherSamples
 
 

@@ -138,6 +138,7 @@ def test_generate_keeps_an_existing_file(pipe: FluxPipeline, tmp_path: Path) -> 
         ({"batch_size": 0}, "got 2, 0 and 0"),
         ({"seed": -1}, "got 2, 1 and -1"),
         ({"seed": 2**64}, f"and {2**64}"),
+        ({"part": (3, 2)}, r"part must be \(i, n\) with 1 <= i <= n, got \(3, 2\)"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": ["a", " "]}, "none may be empty"),
         ({"prompts": PROMPTS}, "output must be a folder for 3 prompts, got the file"),
