@@ -30,6 +30,7 @@ IMAGES = Path(__file__).parents[1] / "docs/images"
 NATIVE, SIDE = 128, 512  # pixels
 CALL = {"max_sequence_length": 64}
 SHOWN = 256  # pixels of a picture on a sheet
+CUT = {"sharpen": (256, 128, 512, 384)}  # rows that show a part of the picture, pixel by pixel: left, top, right, bottom
 ROPE_STEPS = 4
 
 
@@ -110,7 +111,8 @@ def main() -> None:
     for name, columns in ROWS.items():
         if name in options.rows:
             made = [lanczos, *(draw(drawing) for draw in columns.values())]
-            shown = [picture.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS) for picture in made]
+            cut = CUT.get(name)
+            shown = [picture.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS, box=cut) for picture in made]
             write_sheet(["128 px, by Lanczos", *columns], [shown], options.images / f"settings_{name}.png")
 
 

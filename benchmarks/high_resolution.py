@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 RESULTS = Path(__file__).with_name("results")
 # At 1024 px, 256 x 256 tokens, a proxy stands for 8 x 8, half as far as the window reaches: wider cells would show.
 STUDENT = Hybrid(local=Clear(radius=16), global_=ProxyTokens(num_proxies=1024), gate=1.0, focus_tokens=256)
-SHOWN = 8  # captions on the sheet
+SHOWN = 6  # captions on the sheet
 COLOURFUL = 0.2  # max - min of a pixel: objects are above, backgrounds below 0.18
 Draw = Callable[[int], Image.Image]  # the picture of one caption
 
