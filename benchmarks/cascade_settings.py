@@ -30,7 +30,7 @@ IMAGES = Path(__file__).parents[1] / "docs/images"
 NATIVE, SIDE = 128, 512  # pixels
 CALL = {"max_sequence_length": 64}
 SHOWN = 256  # pixels of a picture on a sheet
-CUT = {"sharpen": (256, 128, 512, 384)}  # rows that show a part of the picture, pixel by pixel: left, top, right, bottom
+CUT = {"sharpen": (256, 128, 512, 384)}  # a part of the picture, pixel by pixel: left, top, right, bottom
 ROPE_STEPS = 4
 
 
