@@ -33,7 +33,7 @@ def upscale(
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("upscaled.png"),
     strength: Annotated[float, typer.Option(help="Noise level the picture gets, in (0, 1]: how much is new.")] = 0.3,
     steps: Annotated[int, typer.Option(help="Denoising steps of each stage.")] = 8,
-    sharpen: Annotated[float, typer.Option(help="Of the edges, before it gets noise, from 0, none.")] = 1.0,
+    sharpen: Annotated[float, typer.Option(help="How much sharper its enlarged edges are made; 0: none.")] = 1.0,
     seed: Seed = 0,
     guidance: Guidance = None,
     max_sequence_length: MaxSequenceLength = None,
