@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lineardit.kernels.window import implementations, window_attention, window_attention_reference
+from lineardit.kernels.window.choose import backward_tiles
 
 from .bench import Bench, Measured, Shape, Task, Tasks, TimeSpentError, UnavailableError
 from .cases import FEW, GENERAL, PORTABLE, Case
@@ -61,7 +62,7 @@ def against_reference(bench: Bench, case: Case, impl: str) -> Measured:
     if impl not in implementations():
         raise UnavailableError(f"there is no implementation {impl!r}, but {implementations()}")
     if impl == bench.impl:
-        check_ours(bench, case.dtype)
+        _check(bench, case)
     inputs = case.inputs(bench.device)
     options = case.options(bench.device)
     grad_out = case.spread(torch.randn_like(inputs[0]))
@@ -71,6 +72,13 @@ def against_reference(bench: Bench, case: Case, impl: str) -> Measured:
     doubles = [tensor.double() for tensor in inputs]
     exact = outputs_and_gradients(window_attention_reference, doubles, options, grad_out.double())
     return verdict(actual, exact, low)
+
+
+def _check(bench: Bench, case: Case) -> None:
+    """Raises as `check_ours` does; RuntimeError where plain PyTorch would take the place of the backward's kernels."""
+    check_ours(bench, case.dtype)
+    if bench.impl == "triton" and backward_tiles(bench.device, case.dtype, case.head_dim) is None:
+        raise RuntimeError("the kernels of the backward do not run here, or are wrong")
 
 
 def outputs_and_gradients(
@@ -120,8 +128,8 @@ class _Calls(TorchDispatchMode):
 
 def operators(bench: Bench) -> Measured:
     """Every operator that a forward pass calls: schema, fake tensors, autograd, symbolic shapes."""
-    check_ours(bench, torch.float32)
     case = Case(grid=(9, 14), radius=3, text_len=5, head_dim=16, dtype=torch.float32)
+    _check(bench, case)
     query, key, value = (tensor.requires_grad_() for tensor in case.inputs(bench.device))
     with _Calls() as recorded:
         window_attention(query, key, value, impl=bench.impl, **case.options(bench.device))
@@ -140,9 +148,9 @@ def _fresh(value: Any) -> Any:
 
 
 def determinism(bench: Bench) -> Measured:
-    check_ours(bench, torch.float32)
     grid = (12, 20) if bench.scale.few_cases else (96, 160)
     case = Case(grid=grid, radius=5, text_len=77, head_dim=16, dtype=torch.float32)
+    _check(bench, case)
     inputs, options = case.inputs(bench.device), case.options(bench.device)
     grad_out = torch.randn_like(inputs[0])
     function = partial(window_attention, impl=bench.impl)
@@ -158,7 +166,6 @@ def repetition(bench: Bench, repeats: int) -> Measured:
     show in some passes alone. Pooled tokens take the place of text, whose queries are PyTorch's.
     """
     scale = bench.scale
-    check_ours(bench, scale.dtype)
     few = scale.few_cases
     size: dict[str, Any] = (
         {"grid": (9, 14), "num_pooled": 5} if few else {"grid": (64, 64), "num_pooled": scale.text_len}
@@ -172,6 +179,7 @@ def repetition(bench: Bench, repeats: int) -> Measured:
         token_major=True,
         **size,
     )
+    _check(bench, case)
     inputs, options = case.inputs(bench.device), case.options(bench.device)
     grad_out = torch.randn_like(inputs[0])
     function = partial(window_attention, impl=bench.impl)
@@ -187,10 +195,10 @@ def repetition(bench: Bench, repeats: int) -> Measured:
 def long_run(bench: Bench) -> Measured:
     """Everything finite; some queries against all keys, exactly."""
     scale = bench.scale
-    check_ours(bench, scale.dtype)
     side, radius = scale.long_side, 8
     dim = scale.head_dim
     case = Case(grid=(side, side), radius=radius, text_len=128, head_dim=dim, dtype=scale.dtype, num_heads=1)
+    _check(bench, case)
     inputs, options = case.inputs(bench.device), case.options(bench.device)
     grad_out = torch.randn_like(inputs[0])
     function = partial(window_attention, impl=bench.impl)

@@ -1,7 +1,7 @@
 """What our Triton kernels compute beyond the pairs that attend: the rest of the tiles that a window touches."""
 
 from lineardit.kernels.window.lists import circle_lists
-from lineardit.kernels.window.triton_probe import tiles_for
+from lineardit.kernels.window.triton_probe import backward_tiles_for, forward_tiles_for
 from lineardit.kernels.window.triton_window import Tiles
 
 from .bench import Bench, Shape
@@ -9,10 +9,11 @@ from .bench import Bench, Shape
 
 def our_pairs(shape: Shape, bench: Bench, *, backward: bool) -> tuple[int, int, str]:
     """Pairs for each head in whole tiles, of the forward and of the backward pass; and those tiles in words."""
-    forward_tiles, backward_tiles = tiles_for(bench.device, shape.dtype, shape.head_dim)
+    forward_tiles = forward_tiles_for(bench.device, shape.dtype, shape.head_dim)
     pairs = _pairs(shape, forward_tiles)
     if not backward:
         return pairs, 0, f"{forward_tiles}"
+    backward_tiles = backward_tiles_for(bench.device, shape.dtype, shape.head_dim)
     return pairs, _pairs(shape, backward_tiles), f"{forward_tiles}; backward {backward_tiles}"
 
 

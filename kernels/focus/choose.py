@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..window.choose import why_not_triton
+from ..window.choose import where, why_not_triton
 from .cells import Grid, cell_grid, sizes_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int)
     except torch.OutOfMemoryError:
         raise  # of this moment: tried anew next time
     except NO_KERNEL as exception:
-        reason = f"{_where(device)}: {exception}"
+        reason = f"{where(device)}: {exception}"
         logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
         return reason
     return None
@@ -73,7 +73,7 @@ def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, sid
     except torch.OutOfMemoryError:
         raise  # as above
     except NO_KERNEL as exception:
-        reason = f"{_where(device)}: {exception}"
+        reason = f"{where(device)}: {exception}"
         logger.warning("Gradients of tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
         return None
 
@@ -89,10 +89,6 @@ def kernels_divide(grid: Grid, num_cells: int, count: int) -> bool:
         return True
     logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: a grid of %s is too large", grid)
     return False
-
-
-def _where(device: torch.device) -> str:
-    return "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"
 
 
 def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> "Blocks":

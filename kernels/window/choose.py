@@ -5,12 +5,16 @@ import math
 import os
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .tiled import query_tile
 from .windows import Window, mean_reach
+
+if TYPE_CHECKING:
+    from .triton_window import Tiles
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +82,38 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         reason = "triton is not installed"
     else:
         from ..pieces.trial import NO_KERNEL
-        from .triton_probe import tiles_for
+        from .triton_probe import forward_tiles_for
 
         try:
-            tiles_for(device, dtype, head_dim)
+            forward_tiles_for(device, dtype, head_dim)
         except torch.OutOfMemoryError:
             raise  # of this moment: tried anew next time
         except NO_KERNEL as exception:
-            reason = f"on {torch.cuda.get_device_name(device)}: {exception}"
+            reason = f"{where(device)}: {exception}"
         else:
             return None
     logger.warning("Window attention falls back to plain PyTorch, which is slower: %s", reason)
     return reason
+
+
+@lru_cache
+def backward_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> "Tiles | None":
+    """Of the kernels of the backward, which the first gradient on a device tries; None, with a warning, if plain
+    PyTorch has to do it.
+    """
+    from ..pieces.trial import NO_KERNEL
+    from .triton_probe import backward_tiles_for
+
+    try:
+        return backward_tiles_for(device, dtype, head_dim)
+    except torch.OutOfMemoryError:
+        raise  # as above
+    except NO_KERNEL as exception:
+        reason = f"{where(device)}: {exception}"
+        logger.warning("Gradients of window attention fall back to plain PyTorch, which is slower: %s", reason)
+        return None
+
+
+def where(device: torch.device) -> str:
+    """In words."""
+    return "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .choose import backward_tiles
 from .inputs import Inputs, sum_dtype, token_major
 from .tiled import tiled_backward, tiled_forward
 from .windows import from_arguments
@@ -61,10 +62,10 @@ def window_attention_op(
     window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
-            from .triton_probe import tiles_for
+            from .triton_probe import forward_tiles_for
             from .triton_window import triton_forward
 
-            tiles, _ = tiles_for(query.device, query.dtype, query.shape[3])
+            tiles = forward_tiles_for(query.device, query.dtype, query.shape[3])
             return out, triton_forward(inputs, image_slot, grid, window, scale, tiles)
         return out, tiled_forward(inputs, image_slot, grid, window, scale)
 
@@ -96,11 +97,10 @@ def _window_attention_backward(
     inputs = Inputs(query, key, value, shared_key, shared_value, shared_mask)
     window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
-        if impl == "triton":
-            from .triton_probe import tiles_for
+        tiles = backward_tiles(query.device, query.dtype, query.shape[3]) if impl == "triton" else None
+        if tiles is not None:
             from .triton_window import triton_backward
 
-            _, tiles = tiles_for(query.device, query.dtype, query.shape[3])
             return triton_backward(grad_out, inputs, out, lse, grad_lse, grid, window, scale, tiles)
         return tiled_backward(grad_out, inputs, out, lse, grad_lse, grid, window, scale)
 

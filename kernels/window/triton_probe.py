@@ -1,9 +1,9 @@
-"""Which tiles the Triton kernels take on a device: the largest that fit there, tried once against the plain formula; of
-the forward in half precision, the fastest of those.
+"""Which tiles the Triton kernels take on a device: the largest that fit there, tried once against the plain formula; in
+half precision, the fastest of those. The backward is tried when the first gradient is wanted.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -27,28 +27,42 @@ RACE_GRID, RACE_WINDOW, RACE_SHARED, RACE_HEADS = (64, 64), Circle(radius=16.0),
 
 
 @lru_cache
-def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Tiles, Tiles]:
-    """Of the forward and of the backward.
+def forward_tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Of the forward.
 
     Raises:
-        RuntimeError: no tiles fit, or the kernels are wrong there.
+        RuntimeError: no tiles fit, or the kernel is wrong there.
     """
-    interpreted = device.type == "cpu"  # without limits
-    if interpreted:
-        forward, backward = (candidates(t, head_dim, 90, torch.float16) for t in (FORWARD_TILES, BACKWARD_TILES))
-        return forward[0], backward[0]
+    return _tiles_for(device, dtype, head_dim, FORWARD_TILES, _Trial.forward_error, _Race.forward_seconds)
+
+
+@lru_cache
+def backward_tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Of the backward's three kernels together; raises as `forward_tiles_for` does."""
+    return _tiles_for(device, dtype, head_dim, BACKWARD_TILES, _Trial.backward_error, _Race.backward_seconds)
+
+
+def _tiles_for(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tiles: tuple[Tiles, ...],
+    error_of: Callable[["_Trial", Tiles], float],
+    seconds_of: Callable[["_Race", Sequence[Tiles]], Mapping[Tiles, float]],
+) -> Tiles:
+    if device.type == "cpu":  # interpreted, without limits
+        return candidates(tiles, head_dim, 90, torch.float16)[0]
     major, minor = torch.cuda.get_device_capability(device)
-    forward, backward = (candidates(t, head_dim, 10 * major + minor, dtype) for t in (FORWARD_TILES, BACKWARD_TILES))
+    fitting = candidates(tiles, head_dim, 10 * major + minor, dtype)
     with torch.autocast(device.type, enabled=False), torch.cuda.device(device):  # the reference is float32
-        trial = _Trial(device, dtype, head_dim)
-        of_backward = first_that_fits(backward, trial.backward_error)
+        error = partial(error_of, _Trial(device, dtype, head_dim))
         if dtype not in RACED:
-            return first_that_fits(forward, trial.forward_error), of_backward
-        race = _Race(device, dtype, head_dim)
-        of_forward, raced = fastest_that_fits(forward, trial.forward_error, race.seconds)
+            return first_that_fits(fitting, error)
+        fastest, raced = fastest_that_fits(fitting, error, partial(seconds_of, _Race(device, dtype, head_dim)))
     where = f"{torch.cuda.get_device_name(device)}, {dtype}, head dimension {head_dim}"
-    logger.info("Window attention on %s: %s (%s)", where, of_forward, raced)
-    return of_forward, of_backward
+    name = "Window attention" if tiles is FORWARD_TILES else "Gradients of window attention"
+    logger.info("%s on %s: %s (%s)", name, where, fastest, raced)
+    return fastest
 
 
 class _Trial:
@@ -105,8 +119,13 @@ class _Race:
         )
         return Inputs(query, key, value, shared_key, shared_value, shared_mask=None)
 
-    def seconds(self, candidates: Sequence[Tiles]) -> Mapping[Tiles, float]:
-        """Of the forward."""
+    def forward_seconds(self, candidates: Sequence[Tiles]) -> Mapping[Tiles, float]:
         out = token_major(self.inputs.query, self.inputs.query.shape[2])
         shape = (RACE_GRID, RACE_WINDOW, self.head_dim**-0.5)
         return device_seconds({tiles: partial(triton_forward, self.inputs, out, *shape, tiles) for tiles in candidates})
+
+    def backward_seconds(self, candidates: Sequence[Tiles]) -> Mapping[Tiles, float]:
+        query = self.inputs.query
+        lse = query.new_zeros(query.shape[:3], dtype=torch.float32)  # not the queries': as long takes any
+        given = (query, self.inputs, query, lse, None, RACE_GRID, RACE_WINDOW, self.head_dim**-0.5)
+        return device_seconds({tiles: partial(triton_backward, *given, tiles) for tiles in candidates})

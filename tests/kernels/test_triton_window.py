@@ -64,7 +64,9 @@ def test_window_attention_triton_matches_reference_anywhere(case, dtype):
 
 @pytest.mark.parametrize("tiles", SMALLER_TILES, ids=lambda t: f"{t.owned}-{t.read}-s{t.num_stages}")
 def test_window_attention_triton_matches_reference_with_smaller_tiles(tiles, monkeypatch):
-    monkeypatch.setattr(triton_probe, "tiles_for", lambda *_: (tiles, tiles))
+    for name in ("forward_tiles_for", "backward_tiles_for"):
+        monkeypatch.setattr(triton_probe, name, lambda *_: tiles)
+    monkeypatch.setattr(operator, "backward_tiles", choose.backward_tiles.__wrapped__)  # without its memory
     Case(grid=(9, 11), radius=3, text_len=5, num_heads=1, head_dim=16).matches_reference(FP32, impl="triton")
 
 
@@ -232,16 +234,19 @@ def test_fastest_that_fits_leaves_out_what_is_wrong(caplog):
     assert "is left out: a trial differs from the reference by 0.3" in caplog.text
 
 
-def test_race_runs_the_forward(monkeypatch):
+def test_race_runs_the_forward_and_the_backward(monkeypatch):
     """Its sizes are for a GPU; here each call is made once."""
     monkeypatch.setattr(triton_probe, "RACE_GRID", (9, 8))
     monkeypatch.setattr(triton_probe, "RACE_SHARED", 5)
     monkeypatch.setattr(triton_probe, "RACE_HEADS", 1)
-    made = []
-    monkeypatch.setattr(triton_probe, "device_seconds", lambda calls: made.extend(call() for call in calls.values()))
-    triton_probe._Race(torch.device("cpu"), FP32, 16).seconds(FORWARD_TILES[:2])
-    assert [lse.shape for lse in made] == [(1, 1, 72)] * 2
-    torch.testing.assert_close(*made)
+    monkeypatch.setattr(triton_probe, "device_seconds", lambda calls: [call() for call in calls.values()])
+    race = triton_probe._Race(torch.device("cpu"), FP32, 16)
+    lses = race.forward_seconds(FORWARD_TILES[:2])
+    assert [lse.shape for lse in lses] == [(1, 1, 72)] * 2
+    torch.testing.assert_close(*lses)
+    grads = race.backward_seconds(BACKWARD_TILES[:2])
+    assert [[grad.shape[2] for grad in of_tiles] for of_tiles in grads] == [[72, 72, 72, 5, 5]] * 2
+    torch.testing.assert_close(*grads)
 
 
 def test_device_seconds_is_the_median_of_calls_in_turns(monkeypatch):
@@ -319,13 +324,24 @@ def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog, pr
     def failing(*_: object) -> None:
         raise problem
 
-    monkeypatch.setattr(triton_probe, "tiles_for", failing)
+    monkeypatch.setattr(triton_probe, "forward_tiles_for", failing)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tiny GPU")
     choose._why_not_triton.cache_clear()
     for _ in range(2):
         assert choose.why_not_triton(torch.device("cuda"), BF16, 64) == f"on Tiny GPU: {said}"
     choose._why_not_triton.cache_clear()
     assert caplog.text.count("falls back to plain PyTorch") == 1
+
+
+def test_where_the_backward_does_not_run_tiled_does_it_and_says_so(monkeypatch, caplog):
+    def failing(*_: object) -> None:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(triton_probe, "backward_tiles_for", failing)
+    monkeypatch.setattr(operator, "backward_tiles", choose.backward_tiles.__wrapped__)  # without its memory
+    Case(grid=(9, 11), radius=3, text_len=5, num_heads=1, head_dim=16).matches_reference(FP32, impl="triton")
+    reason = "in Triton's interpreter: out of shared memory"
+    assert f"Gradients of window attention fall back to plain PyTorch, which is slower: {reason}" in caplog.text
 
 
 @pytest.mark.parametrize("reason, expected", [(None, "triton"), ("it broke", "tiled")])
