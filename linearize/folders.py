@@ -93,6 +93,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

@@ -1,6 +1,7 @@
 """`lineardit inspect`: which attention a model or an adapter has, module by module, and what a step costs."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,16 +24,23 @@ def inspect(
     revision: Revision = None,
     impl: Annotated[str, typer.Option(help="The implementation to ask about.")] = "auto",
     offline: Offline = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON; - prints it instead.")
+    ] = None,
 ) -> None:
     """Show every attention module and what a step costs. Swapped or why not, its method, and FLOPs before and after."""
+    from ..linearize.folders import write_whole
     from ..linearize.inspection import inspect_base
     from .quiet import quiet_libraries
 
     quiet_libraries()
     inspection = inspect_base(source, base=base, revision=revision, offline=offline, impl=impl)
+    told = json.dumps(inspection.to_dict(), indent=2) + "\n"
+    if json_file == Path("-"):
+        typer.echo(told, nl=False)
+        return
     if json_file is not None:
-        json_file.write_text(json.dumps(inspection.to_dict(), indent=2) + "\n")
+        write_whole(json_file, partial(Path.write_text, data=told))
     show(inspection)
 
 

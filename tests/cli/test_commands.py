@@ -89,6 +89,8 @@ def test_convert_and_inspect_tell_every_module(tmp_path: Path, capsys: pytest.Ca
     assert max(map(len, lines)) <= 100
     assert sum("radius=8" in line for line in lines) == 57
     assert len(json.loads(told.read_text())["rows"]) == 57
+    assert run(["inspect", str(adapter), "--offline", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(told.read_text())
 
 
 def test_convert_takes_options_in_any_order(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Folders that appear whole or not at all."""
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lineardit.linearize.folders import new_folder, read_tensors
+from lineardit.linearize.folders import new_folder, read_tensors, write_whole
 
 
 def test_new_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
@@ -58,6 +59,20 @@ def test_new_folder_keeps_what_exists(tmp_path: Path) -> None:
         pass
     with pytest.raises(ValueError, match="is a file"), new_folder(tmp_path / "file", overwrite=True):
         pass
+
+
+def test_write_whole_names_the_file_where_the_disk_is_full(tmp_path: Path) -> None:
+    def full(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "told.json").write_text("old")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/told.json'"):
+        write_whole(tmp_path / "told.json", full)
+    with pytest.raises(FileNotFoundError, match=r"missing/told.json'"):
+        write_whole(tmp_path / "missing" / "told.json", lambda temporary: temporary.write_text("new"))
+    assert [file.name for file in tmp_path.iterdir()] == ["told.json"]
+    assert (tmp_path / "told.json").read_text() == "old"
 
 
 def test_read_tensors_says_what_is_wrong(tmp_path: Path) -> None:
