@@ -5,13 +5,19 @@ import logging
 import os
 import sys
 
+from ..linearize.errors import is_out_of_memory
 from .config_tables import load_config
 from .diverged import DivergedError
 from .train import distill
 
+LESS_MEMORY = (
+    "raise run.gradient_accumulation, set run.gradient_checkpointing = true or base.dtype = 'bfloat16', and go on with "
+    "--resume latest"
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one sentence on what is wrong with the input."""
+    """The exit code: 0, or after one sentence 2 where the input is wrong, 1 where memory runs out."""
     parser = argparse.ArgumentParser(prog="lineardit.distill", description="Distill a model into linear attention.")
     parser.add_argument("config", help="TOML file")
     parser.add_argument("--resume", choices=["latest"], help="go on after the newest whole checkpoint of the run")
@@ -25,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, DivergedError) as error:
         sys.stderr.write(f"lineardit.distill: {error}\n")
         return 2
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"lineardit.distill: out of memory: {' '.join(str(error).split())}; {LESS_MEMORY}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("lineardit.distill: interrupted; --resume latest goes on after the newest checkpoint\n")
         return 130

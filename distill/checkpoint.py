@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..linearize.adapter import save_adapter
+from ..linearize.fitting import check_shapes, shapes_of
 from ..linearize.folders import sync
 from .student import trained_parameters
 
@@ -41,7 +42,9 @@ def store_trained_only(accelerator: Accelerator) -> None:
 
     def load(models: list[nn.Module], directory: str) -> None:
         model = accelerator.unwrap_model(models.pop())
-        model.load_state_dict(load_file(Path(directory, TRAINED)), strict=False)
+        stored = load_file(Path(directory, TRAINED))
+        check_shapes(shapes_of(stored), shapes_of(trained_parameters(model)), what=f"the tensors of {directory}")
+        model.load_state_dict(stored, strict=False)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -52,6 +52,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "trained.rank", ">= 1", self.rank)
+        require(self.alpha is None or 0 < self.alpha < math.inf, "trained.alpha", "> 0 and finite", self.alpha)
         require(self.projections != (), "trained.projections", "left out, or name at least one layer", self.projections)
 
 
@@ -133,6 +134,10 @@ class Noise:
 
     mean: float = 0.0
     std: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.mean), "noise.mean", "finite", self.mean)
+        require(0 <= self.std < math.inf, "noise.std", ">= 0 and finite", self.std)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,9 @@ def _override(tables: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    tables.setdefault(table, {})[key] = parsed
+    values = tables.setdefault(table, {})
+    require(isinstance(values, dict), table, "a table", values)
+    values[key] = parsed
 
 
 def _method(table: Mapping[str, Any]) -> Any:

@@ -133,10 +133,12 @@ def evaluate(
         shown: Pictures in the sheet.
         overwrite: Replace a report that was made of other models, prompts or settings.
     Raises:
-        ValueError: no prompt, a size or model that is not known, or a folder with something else in it.
+        ValueError: no prompt, none shown, a size or model that is not known, or a folder with something else in it.
     """
     if not prompts:
         raise ValueError("prompts must not be empty")
+    if shown < 1:
+        raise ValueError(f"shown must be >= 1, got {shown}")
     directory = Path(directory)
     question = _question(teacher, student, prompts, settings)
     _check_directory(directory, question, overwrite)

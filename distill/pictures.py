@@ -29,6 +29,7 @@ from ..linearize.convert import swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
 from ..linearize.networks import denoiser
+from ..linearize.seam import state_of
 from ..pipelines.files import check_finite
 from ..pipelines.sizes import check_size
 from .families import family_of, has_row
@@ -165,6 +166,9 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
         "scheduler": dict(pipe.scheduler.config),
         "settings": asdict(settings) | {"batch_size": None},
     }
+    state = state_of(model)
+    if state is not None and not state.enabled:
+        content["methods"] = "dense"
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

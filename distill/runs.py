@@ -61,6 +61,8 @@ def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
     if resume and record.is_file():
         _compare(_with_defaults(read_json(record)), _contents(config, data), directory)
         _check_steps(config, directory)
+    elif resume and directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} holds no run (no {RECORD}) to go on with: name another folder")
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
 

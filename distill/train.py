@@ -15,6 +15,7 @@ from ..linearize.adapter import save_adapter
 from ..linearize.base import read_base
 from ..linearize.convert import swapped
 from ..linearize.layout import Layout
+from ..linearize.loading import load_base as load_with_options
 from ..linearize.networks import denoiser
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
@@ -103,19 +104,13 @@ def load_base(base: Base) -> Any:
     Raises:
         ValueError: it is not there, out of reach, damaged or of no class that can be converted.
     """
-    source = read_base(base.model, revision=base.revision).source
-    parts = DiffusionPipeline.load_config(source.name, revision=source.revision)
+    found = read_base(base.model, revision=base.revision)
+    parts = DiffusionPipeline.load_config(found.source.name, revision=found.source.revision)
     unused: tuple[str, ...] = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "processor")
     if (parts.get("safety_checker") or [None, None])[1] == "StableDiffusionSafetyChecker":
         unused += ("safety_checker",)  # which wants the feature extractor
-    without = {name: None for name in parts if name.startswith(unused)}
-    return DiffusionPipeline.from_pretrained(
-        source.name,
-        revision=source.revision,
-        torch_dtype=getattr(torch, base.dtype),
-        use_safetensors=True,
-        **without,
-    )
+    without: dict[str, Any] = {name: None for name in parts if name.startswith(unused)}
+    return load_with_options(found, dtype=getattr(torch, base.dtype), **without)
 
 
 def _check_settings(config: DistillConfig, samples: TeacherSamples, processes: int) -> None:

@@ -70,7 +70,7 @@ class Trainer:
         self.mixed = mixed
         if config.run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        self.model.train()
+        self.model.eval()  # as the samples were made: HiDream in training returns its padding as well
         pipe.set_progress_bar_config(disable=True)
         self.trained = trained_parameters(self.model)
         self.started = 0  # the step behind which this process began

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from .base import Place, Source, find_place, source_of
-from .convert import linearize_, restore_, swapped
+from .convert import check_convertible, linearize_, restore_, swapped
 from .families import Family, family_of
 from .fitting import attention_shapes, check_fit, sorted_tensors
 from .folders import check_output, check_output_file, new_folder, read_tensors, sha256, write_whole
@@ -27,7 +27,7 @@ from .manifest import (
     Trained,
     read_manifest,
 )
-from .matching import attention_modules
+from .matching import attention_modules, choose
 from .methods import config_to_dict
 from .networks import denoiser
 from .overlays import check_unmerged, check_writable, overlays_of, refuse_fused, replace_weights_
@@ -171,6 +171,7 @@ def mount_adapter_(
     parts = sorted_tensors(manifest, tensors, model, family)
     check_unmerged(model, parts.full)
     check_writable(model, [*parts.full, *([] if keep_original else [f"{name}.weight" for name in parts.lora])])
+    check_convertible(model, family, choose(list(attention_modules(model, family)[0]), configs, None), impl)
     _warn_of_other_base(manifest, source_of(pipe_or_model, model))
     if swapped(model):
         restore_(model)

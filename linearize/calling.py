@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .errors import NO_FAULT_OF_ARGUMENTS, is_out_of_memory
 from .networks import denoiser
 from .seam import state_of
 
@@ -98,10 +99,8 @@ def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
-        if not arguments:
+        if not arguments or isinstance(error, NO_FAULT_OF_ARGUMENTS) or is_out_of_memory(error):
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ValueError(

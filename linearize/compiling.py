@@ -1,11 +1,13 @@
 """Compile the repeated blocks of a model, converted or not."""
 
 import inspect
+from collections import Counter
 from typing import Any, cast
 
 import torch
 
 from .convert import swapped
+from .errors import UnsupportedModelError
 from .families import Family, family_of
 from .networks import denoiser
 
@@ -22,7 +24,7 @@ def compile_(pipe_or_model: Any, *, backend: str = "inductor", family: Family | 
     Returns:
         The number of blocks.
     Raises:
-        UnsupportedModelError: the model's class is unknown.
+        UnsupportedModelError: the model's class is unknown, or has no block of the classes that its family names.
     """
     _, model = denoiser(pipe_or_model)
     family = family or family_of(model)
@@ -31,6 +33,13 @@ def compile_(pipe_or_model: Any, *, backend: str = "inductor", family: Family | 
     if "recompile_limit" not in inspect.signature(torch.compile).parameters:
         options = {}
     blocks = [module for module in model.modules() if type(module).__name__ in family.blocks]
+    if not blocks:
+        repeated = Counter(type(module).__name__ for module in model.modules() if list(module.children()))
+        often = ", ".join(name for name, _ in repeated.most_common(5))
+        raise UnsupportedModelError(
+            f"nothing to compile: Family.blocks names {', '.join(family.blocks) or 'no class'}, and this "
+            f"{type(model).__name__} has most of: {often}"
+        )
     for block in blocks:
         block.compile(fullgraph=True, backend=backend, **options)
     return len(blocks)

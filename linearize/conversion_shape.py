@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -65,12 +64,14 @@ class Conversion:
         base: What the base's config files say.
         configs: {pattern: config}.
         adapter: Its manifest and tensors; None: a saved pipeline.
+        steps: What a forward of the original does, for each size and text length that was asked for.
     """
 
     name: str
     base: Base
     configs: dict[str, Any]
     adapter: tuple[Manifest, dict[str, Tensor]] | None
+    steps: dict[tuple[Size, int | None], Step] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str | Path, *, base: str | Path | None = None, offline: bool = False) -> Self:
@@ -132,7 +133,7 @@ class Conversion:
     def _check_size(self, size: Size, multiple: int, text_len: int | None) -> None:
         if any(side % multiple for side in size):
             raise ValueError(f"sides must be multiples of {multiple} pixels for this model, got {size[1]}x{size[0]}")
-        _step(self, size, text_len)
+        self._step(size, text_len)
 
     def model(self, conditions: Conditions) -> nn.Module:
         """Of the base's shape, with random weights, converted."""
@@ -146,7 +147,7 @@ class Conversion:
 
     def counted(self, size: Size, conditions: Conditions) -> tuple[int, StepFlops, str]:
         """Image tokens, operations, and what runs, for one size."""
-        step, model = _step(self, size, conditions.text_len), build_on_meta(self.base)
+        step, model = self._step(size, conditions.text_len), build_on_meta(self.base)
         modules, _ = attention_modules(model, family_of(model))
         configs = choose(list(modules), self.configs, None)
         runs = conditions.impl
@@ -155,27 +156,30 @@ class Conversion:
             runs = ", ".join(sorted({step.picked(name, config, like) for name, config in configs.items()}))
         return prod(step.grid), step.flops(configs), runs
 
+    def _step(self, size: Size, text_len: int | None) -> Step:
+        """Of the original.
+
+        Raises:
+            ValueError: the model cannot make this size, or take so much text.
+        """
+        if (size, text_len) not in self.steps:
+            self.steps[size, text_len] = self._counted(size, text_len)
+        return self.steps[size, text_len]
+
+    def _counted(self, size: Size, text_len: int | None) -> Step:
+        width_height, model_class = f"{size[1]}x{size[0]}", self.base.model_class
+        model = build_on_meta(self.base)
+        try:
+            step = count_step(model, self.latents(size), width_height, text_len=text_len)
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(failed(model_class, width_height, error)) from error
+        if step is None:
+            raise ValueError(f"a {model_class} of this config has no positions for {width_height}")
+        return step
+
     def latents(self, size: Size) -> Size:
         """(height, width) in the VAE's latents."""
         return size[0] // self.base.vae_scale, size[1] // self.base.vae_scale
-
-
-@lru_cache(maxsize=64)
-def _step(conversion: Conversion, size: Size, text_len: int | None) -> Step:
-    """What a forward of the original does.
-
-    Raises:
-        ValueError: the model cannot make this size, or take so much text.
-    """
-    width_height, model_class = f"{size[1]}x{size[0]}", conversion.base.model_class
-    model = build_on_meta(conversion.base)
-    try:
-        step = count_step(model, conversion.latents(size), width_height, text_len=text_len)
-    except (RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(failed(model_class, width_height, error)) from error
-    if step is None:
-        raise ValueError(f"a {model_class} of this config has no positions for {width_height}")
-    return step
 
 
 def _saved_pipeline(name: str | Path, offline: bool) -> Base:

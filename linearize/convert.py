@@ -60,15 +60,7 @@ def linearize_(
     skipped |= small
     candidates = {name: module for name, module in candidates.items() if name not in small}
     configs = choose(list(candidates), patterns, [layers] if isinstance(layers, str) else layers)
-    if not configs:
-        raise ValueError("no module is swapped: the mapping of patterns is empty")
-    if any(input_terms(METHODS[type(one)]) for one in configs.values()):
-        refuse_fused(model)
-    for name, one in configs.items():
-        check_forward(name, candidates[name])
-        check_text(name, family, one)
-        check_inputs(name, candidates[name], one)
-    _check_ours(model)
+    check_convertible(model, family, configs, impl)
 
     companions = _remove_seam(model)
     state = State(family, patterns if layers is None and not small else configs)
@@ -81,6 +73,22 @@ def linearize_(
     logger.info("%s", report)
     warn_of_others(pipe_or_model, model)
     return report
+
+
+def check_convertible(model: nn.Module, family: Family, configs: Mapping[str, Any], impl: str) -> None:
+    """Raise as `linearize_` does where these modules cannot get these methods; nothing is changed."""
+    _refuse_sharded(model, "linearize_")
+    if not configs:
+        raise ValueError("no module is swapped: the mapping of patterns is empty")
+    if any(input_terms(METHODS[type(one)]) for one in configs.values()):
+        refuse_fused(model)
+    candidates, _ = attention_modules(model, family)
+    for name, one in configs.items():
+        check_impl(impl, type(one))
+        check_forward(name, candidates[name])
+        check_text(name, family, one)
+        check_inputs(name, candidates[name], one)
+    _check_ours(model)
 
 
 def restore_(pipe_or_model: Any) -> None:

@@ -13,6 +13,12 @@ class KernelNotReachedError(RuntimeError):
     """A converted attention module ran without its linear kernel, or with two of them."""
 
 
+class NotFiniteError(ValueError):
+    """A model computed NaN or infinity."""
+
+
+NO_FAULT_OF_ARGUMENTS = (UnsupportedModelError, LayoutError, KernelNotReachedError, NotFiniteError)
+
 _NO_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator: can't allocate")
 
 

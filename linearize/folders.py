@@ -81,12 +81,13 @@ def _umask() -> int:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a hidden file beside `path`, then rename it: readers see the old file or the new one.
+    """Let `write` fill a hidden file beside `path`, then rename it: readers see the old file or the new one, of two
+    writers that of the last.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         sync(temporary)

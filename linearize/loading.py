@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
 from .convert import linearize_
+from .fitting import check_shapes, shapes_of
 from .folders import read_tensors
 from .low_rank import LORA_NAME, LowRank, like_layer
 from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
@@ -159,28 +160,46 @@ def _restored(
         )
     pipe = load_base(saved, dtype=dtype, offline=place.offline, **options)
     _, model = denoiser(pipe)
-    _restore_conversion_(model, entry, impl)
+    _restore_conversion_(model, entry, impl, _folder_of(model, place))
     return pipe
 
 
-def _restore_conversion_(model: Any, entry: Entry, impl: str) -> None:
-    """Kernels, their parameters, LoRA, and the knowledge that some of the base's own weights are lost."""
+def _folder_of(model: Any, place: Place) -> Path:
+    """Of the denoiser's files; of one that stands alone on the Hub diffusers tells the id only."""
+    folder = Path(model.config._name_or_path)
+    if place.folder is None and not folder.is_dir():
+        config = place.file(CONFIG_FILE)
+        assert config is not None  # it was read before
+        return config.parent
+    return folder
+
+
+def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path) -> None:
+    """Kernels, their parameters, LoRA, and the knowledge that some of the base's own weights are lost.
+
+    Raises:
+        ValueError: the folder lacks a tensor of these, or has others.
+    """
     linearize_(model, entry.configs(), impl=impl)
-    saved = _own_tensors(Path(model.config._name_or_path))
+    saved = _own_tensors(folder)
     parameters = dict(model.named_parameters())
     changed = [name for name in parameters if any(fnmatchcase(name, glob) for glob in entry.changed)]
     if changed:
         overlays_of(model).items.append(FullWeights(model, dict.fromkeys(changed)))
     for trained in entry.trained:
         if trained.kind == "lora":
-            overlays_of(model).items.append(_saved_lora(model, saved, cast(float, trained.alpha)))
+            overlays_of(model).items.append(_saved_lora(model, saved, cast(float, trained.alpha), folder))
+    expected = {name: one for name, one in model.state_dict().items() if _is_ours(name)}
+    check_shapes(shapes_of(saved), shapes_of(expected), what=f"the tensors of {folder}")
     model.load_state_dict(saved, strict=False)
     record_(model)
 
 
-def _saved_lora(model: nn.Module, saved: Mapping[str, Tensor], alpha: float) -> LowRank:
+def _saved_lora(model: nn.Module, saved: Mapping[str, Tensor], alpha: float, folder: Path) -> LowRank:
     end = f".{LORA_NAME}.down"
     layers = [name.removesuffix(end) for name in saved if name.endswith(end)]
+    if not layers:
+        raise ValueError(f"{folder} lacks the LoRA that its config.json names: copy it again")
     pairs = {layer: (saved[f"{layer}{end}"], saved[f"{layer}.{LORA_NAME}.up"]) for layer in layers}
     return LowRank(model, {layer: like_layer(model, layer, pair) for layer, pair in pairs.items()}, alpha=alpha)
 
@@ -189,5 +208,10 @@ def _own_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved denoiser that are ours and not the base's."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= read_tensors(file, only=lambda name: ".linear_kernel." in name or f".{LORA_NAME}." in name)
+        tensors |= read_tensors(file, only=_is_ours)
     return tensors
+
+
+def _is_ours(name: str) -> bool:
+    """Of a tensor of a converted denoiser, beside the base's."""
+    return ".linear_kernel." in name or f".{LORA_NAME}." in name

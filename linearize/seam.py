@@ -73,7 +73,7 @@ class State:
     def leave(self) -> None:
         """Give the model back, if it is this thread's."""
         if self._thread == threading.get_ident():
-            self._thread = None
+            self._thread = self.record = None
 
     def disable(self) -> None:
         """The model's own attention, for this thread, until `enable`."""
@@ -223,7 +223,6 @@ def _publish(
 def _leave(model: Any, args: tuple[Any, ...], output: Any) -> None:
     state: State = model._lineardit_state
     rewind_before_backward(state, output)
-    state.record = None
     state.leave()
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..linearize.errors import NotFiniteError
 from ..linearize.folders import write_whole
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,10 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
 
 def not_there(wanted: Sequence[Wanted], output: Path) -> list[Wanted]:
     """Those to make; a picture in a folder that says it was made just so is kept."""
-    present = [one for one in wanted if one.path.exists()]
+    present: list[Wanted] = []
+    missing: list[Wanted] = []
+    for one in wanted:
+        (present if one.path.exists() else missing).append(one)
     for one in present:
         if one.path == output or text_of(one.path) != one.text:
             raise ValueError(
@@ -88,7 +92,6 @@ def not_there(wanted: Sequence[Wanted], output: Path) -> list[Wanted]:
             )
     if present:
         logger.info("%d of %d pictures are there already", len(present), len(wanted))
-    missing = [one for one in wanted if one not in present]
     for one in missing:
         check_latents(one)
     return missing
@@ -122,9 +125,9 @@ def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
 
 
 def check_finite(latents: Tensor) -> None:
-    """Raise a ValueError for latents that no picture can come from."""
+    """Raise a NotFiniteError for latents that no picture can come from."""
     if not latents.isfinite().all():
-        raise ValueError(
+        raise NotFiniteError(
             f"the model made latents that are not finite, in {latents.dtype}: load it in another dtype "
             "(--dtype float32), or look whether its weights are whole"
         )

@@ -1,8 +1,11 @@
 """Which picture sizes a pipeline can make."""
 
-from typing import Any
+import inspect
+from typing import Any, cast
 
 from ..linearize.networks import denoiser
+
+IN_PIXELS = 256  # a pipeline's default size that is no less is in pixels (PRX), else in latents
 
 
 def size_multiple(pipe: Any) -> int:
@@ -13,16 +16,33 @@ def size_multiple(pipe: Any) -> int:
     patch = patch[-1] if isinstance(patch, tuple | list) else patch
     # FLUX packs 2 x 2 latents before its transformer, whose patch_size is then 1; its image processor knows
     processor = getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
-    latent = getattr(pipe, "vae_scale_factor", 0) or getattr(pipe, "vae_scale_factor_spatial", 1)
-    return max(processor.config.vae_scale_factor if processor else 1, latent * patch)
+    return max(processor.config.vae_scale_factor if processor else 1, _pixels_of_a_latent(pipe) * patch)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:
-    """(height, width) in pixels that the pipeline makes when it is told none."""
+    """(height, width) in pixels that the pipeline makes when it is told none.
+
+    Raises:
+        ValueError: neither its call nor its configs say.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    height, width = (parameters[side].default if side in parameters else None for side in ("height", "width"))
+    if isinstance(height, int) and isinstance(width, int):  # AuraFlow, Kandinsky 5, Krea 2 and others
+        return height, width
     _, model = denoiser(pipe)
-    config: Any = model.config
-    side = (getattr(pipe, "default_sample_size", None) or config.sample_size) * pipe.vae_scale_factor
+    side = getattr(pipe, "default_sample_size", None) or cast(Any, model.config).get("sample_size")
+    if not isinstance(side, int):
+        raise ValueError(
+            f"a {type(pipe).__name__} does not say which size it makes: pass size=(height, width) (--size)"
+        )
+    if side < IN_PIXELS:
+        side *= _pixels_of_a_latent(pipe)
     return side, side
+
+
+def _pixels_of_a_latent(pipe: Any) -> int:
+    """Along one side."""
+    return getattr(pipe, "vae_scale_factor", 0) or getattr(pipe, "vae_scale_factor_spatial", 1)
 
 
 def check_size(pipe: Any, height: int, width: int) -> None:

@@ -15,6 +15,7 @@ from ..linearize.errors import UnsupportedModelError
 from ..linearize.networks import denoiser
 from .latents import pack_latents, patches_of
 from .positions import computes_rotation
+from .sizes import IN_PIXELS
 from .vae import is_flux2, is_known, latent_channels, normalized, pixels_per_latent
 
 # Whatever pipeline a transformer comes from, Kontext's or Fill's, its pictures from text are made by this one.
@@ -99,7 +100,7 @@ def trained_size(pipe: Any) -> int:
     if isinstance(latents := config.get("sample_size"), int):
         return latents * scale
     default: int | None = getattr(pipe, "default_sample_size", None)
-    if default is not None and default >= 256:  # PRX's is in pixels
+    if default is not None and default >= IN_PIXELS:
         return default
     said = pipe.vae.config.get("sample_size")
     if said in (None, 32):  # what a VAE's config that leaves it out gets

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+from ..linearize.errors import is_out_of_memory
 from .group_statistics import whole_statistics
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,9 @@ def _in_tiles(
         try:
             with _without_own_tiles(vae):
                 return _blended(vae, run, values, side, gain, what, progress, align)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             largest = max(values.shape[-2:]) if side is None else min(side, max(values.shape[-2:]))
             smaller = largest // 2 // align * align
             if smaller * step < SMALLEST_TILE:

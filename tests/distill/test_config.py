@@ -1,12 +1,13 @@
 """Settings: what is read, what is refused, and that they survive a round trip."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lineardit import Clear
-from lineardit.distill.config import Attention, DistillConfig
+from lineardit.distill.config import Attention, DistillConfig, Lora
 from lineardit.distill.config_tables import config_from_tables, config_to_tables, load_config
 
 TEXT = """
@@ -75,11 +76,25 @@ def test_the_example_is_read() -> None:
         ("layerwise.warmup=-1", "layerwise.warmup must be >= 0, got -1"),
         ("layerwise.stepps=3", "unknown setting layerwise.stepps; did you mean layerwise.steps?"),
         ("schedule.kind=linear", "schedule.kind must be cosine or constant"),
+        ("noise.std=nan", "noise.std must be >= 0 and finite, got nan"),
+        ("noise.mean=inf", "noise.mean must be finite, got inf"),
     ],
 )
 def test_load_config_refuses(file: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("[", r"\[").replace("?", r"\?")):
         load_config(file, [override])
+
+
+def test_an_override_of_what_is_no_table_is_refused(file: Path) -> None:
+    file.write_text(TEXT.replace('base.model = "some/model"', 'base = "folder"'))
+    with pytest.raises(ValueError, match=r"^base must be a table, got 'folder'"):
+        load_config(file, ["base.model=x"])
+
+
+@pytest.mark.parametrize("alpha", [0.0, math.nan])
+def test_lora_that_could_not_learn_is_refused(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"^trained.alpha must be > 0 and finite"):
+        Lora(alpha=alpha)
 
 
 def test_load_config_refuses_no_loss(file: Path) -> None:

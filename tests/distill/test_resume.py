@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_distill import launch_run, loss_rows, trained_weights, write_config
 
 from lineardit import from_pretrained
@@ -241,6 +241,20 @@ def test_a_damaged_checkpoint_is_told(name: str, make_config: MakeConfig) -> Non
         distill(make_config(run={"steps": 3}), resume=True)
 
 
+def test_a_checkpoint_with_other_tensors_is_refused(make_config: MakeConfig) -> None:
+    """As another version may name them."""
+    config = make_config(run={"steps": 2})
+    distill(config)
+    folder = Path(config.run.directory) / "step-00000002"
+    tensors = load_file(folder / "trained.safetensors")
+    save_file({f"old.{name}": one for name, one in tensors.items()}, folder / "trained.safetensors")
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["files"]["trained.safetensors"] = (folder / "trained.safetensors").stat().st_size
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"do not fit this model; {len(tensors)} missing: .* not in this model: old"):
+        distill(make_config(run={"steps": 3}), resume=True)
+
+
 def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +294,8 @@ def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:
     run = Path(config.run.directory)
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    for resume in (False, True):
-        with pytest.raises(ValueError, match="is not empty; add --resume latest to go on with its run"):
-            distill(config, resume=resume)
+    with pytest.raises(ValueError, match="is not empty; add --resume latest to go on with its run"):
+        distill(config)
+    with pytest.raises(ValueError, match=r"holds no run \(no run.json\) to go on with: name another folder"):
+        distill(config, resume=True)
     assert [path.name for path in run.iterdir()] == ["notes.txt"]

@@ -7,7 +7,9 @@ import torch
 from prompted import prompted
 from tiny_distill import build_tiny
 
+from lineardit.linearize import KernelNotReachedError
 from lineardit.linearize.calling import arguments_named, call_arguments, for_batch, own_settings, tell_unguided
+from lineardit.linearize.errors import NotFiniteError
 
 
 def test_settings_get_the_pipelines_names_and_none_is_left_to_it() -> None:
@@ -62,8 +64,15 @@ def test_an_error_names_the_arguments_that_were_given() -> None:
         raise IndexError("nothing")
     with pytest.raises(IndexError), arguments_named(pipe, {}):
         raise IndexError("nothing")
-    with pytest.raises(torch.OutOfMemoryError), arguments_named(pipe, {"clip_skip": "a"}):
-        raise torch.OutOfMemoryError
+    for error in (
+        torch.OutOfMemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        NotFiniteError("nan"),
+        KernelNotReachedError("attention slicing"),
+    ):
+        with pytest.raises(type(error)) as raised, arguments_named(pipe, {"clip_skip": "a"}):
+            raise error
+        assert raised.value is error
 
 
 def test_own_settings_are_the_pipelines() -> None:

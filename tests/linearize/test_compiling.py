@@ -1,6 +1,7 @@
 """Compiled blocks: one whole graph each, equal to eager, and no new graph after the second resolution."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lineardit.linearize import Clear, UnsupportedModelError, compile_, dense, linearize_, restore_
+from lineardit.linearize.families import family_of
 from tiny_models import FAMILIES, FIRST, build, inputs_of, run
 
 # squares first: their sides must not be taken for one number
@@ -84,6 +86,12 @@ def test_compile_with_inductor_equals_eager(family: str) -> None:
 
 
 @pytest.mark.slow
+def test_compile_tells_where_no_block_is_named_so() -> None:
+    family = dataclasses.replace(family_of(build("flux")), blocks=("Typo",))
+    with pytest.raises(UnsupportedModelError, match=r"nothing to compile: Family.blocks names Typo, .* Flux"):
+        compile_(build("flux"), family=family)
+
+
 def test_compile_takes_a_config_for_each_layer() -> None:
     model = build("flux", num_layers=4)
     radii = (1.5, 2.3, 3.1, 4.2)

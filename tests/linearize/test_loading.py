@@ -7,12 +7,14 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_distill import build_tiny
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 from torch import Tensor
 
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize import base as linearize_base
+from lineardit.linearize import loading
 from lineardit.linearize.base import read_base
 from lineardit.linearize.stored_weights import stored_dtype
 from lineardit.linearize.training import add_lora_, train_full_
@@ -228,6 +230,37 @@ def test_from_pretrained_of_a_copied_adapter_folder_is_the_same(base: Path, tmp_
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     shutil.copytree(save_adapter(student, tmp_path / "adapter"), tmp_path / "copy")
     assert torch.equal(run(from_pretrained(tmp_path / "copy"), arguments), run(student, arguments))
+
+
+def test_a_saved_conversion_that_lacks_what_was_trained_is_refused(base: Path, kind: str, tmp_path: Path) -> None:
+    student_of(base, kind).save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: one for name, one in load_file(file).items() if ".lineardit_lora." not in name}
+    if kind != "lora":
+        tensors = {name: one for name, one in tensors.items() if not name.endswith("0.attn.linear_kernel.pool_weight")}
+    save_file(tensors, file)
+    expected = "lacks the LoRA" if kind == "lora" else "do not fit this model; 2 missing: .*linear_kernel.pool_weight"
+    with pytest.raises(ValueError, match=expected):
+        from_pretrained(tmp_path / "saved")
+
+
+def test_files_of_a_denoiser_that_stands_alone_on_the_hub_are_in_its_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("pixart")
+    model.register_to_config(_name_or_path="own/denoiser")
+    monkeypatch.setattr(linearize_base, "fetch", lambda name, path, **_: tmp_path / name / path)
+    found = loading._folder_of(model, linearize_base.Place(name="own/denoiser", folder=None))
+    assert found == tmp_path / "own" / "denoiser"
+
+
+def test_a_load_that_fails_leaves_the_conversion_that_was_there(base: Path, tmp_path: Path) -> None:
+    save_adapter(student_of(base, "kernels"), tmp_path / "adapter")
+    pipe, arguments = student_of(base, "lora"), inputs_of("flux")
+    before = run(pipe, arguments)
+    with pytest.raises(ValueError, match="no impl 'bogus'"):
+        load_adapter_(pipe, tmp_path / "adapter", impl="bogus")
+    assert torch.equal(run(pipe, arguments), before)
 
 
 def test_load_adapter_takes_a_pipeline(base: Path, tmp_path: Path) -> None:

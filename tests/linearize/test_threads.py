@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lineardit import Clear, dense, linearize_
+from lineardit.linearize.seam import state_of
 from tiny_models import build, inputs_of, run
 
 SMALL = Clear(radius=2.3)
@@ -29,8 +30,10 @@ def test_second_thread_in_one_model_is_refused() -> None:
     worker = threading.Thread(target=lambda: results.append(run(model, arguments)))
     worker.start()
     assert inside.wait(10)
+    state_of(model).record = record = {}  # as with gradient checkpointing
     with pytest.raises(RuntimeError, match="another thread"):
         run(model, inputs_of("flux", grid=(4, 4)))
+    assert state_of(model).record is record
     go_on.set()
     worker.join()
     assert torch.equal(results[0], out)

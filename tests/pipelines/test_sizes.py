@@ -48,3 +48,18 @@ def test_size_multiple_counts_latents_and_patches(family: str, multiple: int) ->
 @pytest.mark.parametrize(("family", "side"), [("flux", 512), ("sd3", 64), ("pixart", 64), ("unet", 64)])
 def test_default_size_is_the_pipelines(family: str, side: int) -> None:
     assert default_size(pipeline(family)) == (side, side)
+
+
+def test_default_size_is_what_the_call_says_or_a_pipeline_in_pixels() -> None:
+    pipe = pipeline("flux")
+    pipe.default_sample_size = 512  # in pixels, as PRX has it
+    assert default_size(pipe) == (512, 512)
+    pipe.default_sample_size = None
+    with pytest.raises(ValueError, match=r"FluxPipeline does not say which size it makes: pass size=.* \(--size\)"):
+        default_size(pipe)
+
+    class OfItsOwnSize(type(pipe)):
+        def __call__(self, prompt: str, height: int = 768, width: int = 1360) -> None: ...
+
+    pipe.__class__ = OfItsOwnSize
+    assert default_size(pipe) == (768, 1360)
