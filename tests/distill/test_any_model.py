@@ -275,6 +275,18 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "interrupted; --resume latest goes on" in capsys.readouterr().err
 
 
+def test_a_run_without_enough_memory_says_what_needs_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(config_of(tmp_path), tmp_path / "config.toml"))
+    monkeypatch.setattr("lineardit.distill.__main__.distill", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
+    assert main([config]) == 1
+    assert "out of memory: CUDA ...; raise run.gradient_accumulation" in capsys.readouterr().err
+    monkeypatch.setattr("lineardit.distill.__main__.distill", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main([config])
+
+
 def test_the_last_call_is_learnt_from_where_a_level_is_rounded_up(tmp_path: Path) -> None:
     samples = kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
     trainer = SimpleNamespace(samples=samples)

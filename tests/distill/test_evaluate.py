@@ -13,7 +13,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tiny_distill import PROMPTS, build_tiny
 
-from lineardit import Clear, linearize_
+from lineardit import Clear, dense, linearize_
 from lineardit.distill import cost
 from lineardit.distill.cost import PROMPT, fresh_picture_peak, paired_step_seconds, resident_peak
 from lineardit.distill.evaluate import Source, evaluate
@@ -152,9 +152,11 @@ def test_digest_changes_with_what_changes_pictures(pipe: FluxPipeline, student: 
     linearize_(other, Clear(radius=3))
     changed = {digest(one, SETTINGS) for one in (pipe, student, other)}
     changed.add(digest(pipe, PictureSettings(**vars(SETTINGS) | {"seed": 1})))
+    with dense(student):
+        changed.add(digest(student, SETTINGS))
     pipe.text_encoder_2.shared.weight.data.add_(1)
     changed.add(digest(pipe, SETTINGS))
-    assert len(changed) == 5
+    assert len(changed) == 6
 
 
 def test_evaluate_keeps_the_report_of_another_question(pipe: FluxPipeline, tmp_path: Path) -> None:
@@ -180,6 +182,12 @@ def test_evaluate_refuses_bad_input(
     with pytest.raises(ValueError, match=message):
         evaluate(pipe, pipe, prompts, tmp_path, settings=PictureSettings(**vars(SETTINGS) | settings))
     assert not (tmp_path / "report.json").exists()
+
+
+def test_evaluate_refuses_a_sheet_without_pictures(pipe: FluxPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shown must be >= 1, got 0"):
+        evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS, shown=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_refuses_a_folder_of_something_else(pipe: FluxPipeline, tmp_path: Path) -> None:
