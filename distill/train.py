@@ -60,7 +60,10 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
         processes = accelerator.num_processes
         logger.info("%s", describe_plan(config, denoiser(pipe)[1], report, samples, processes, mixed=mixed))
     trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
-    trainer.fit(trainer.restore() if resume else 0)
+    start = trainer.restore() if resume else 0
+    if start == config.layerwise.steps + config.run.steps:
+        logger.info("its last: nothing is left to do")
+    trainer.fit(start)
     adapter = config.run.folder / "adapter"
     if accelerator.is_main_process:
         save_adapter(pipe, adapter, overwrite=True)

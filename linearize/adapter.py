@@ -57,7 +57,16 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
     _, model = denoiser(pipe_or_model)
     if not swapped(model):
         raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+    _tell_of_styles(pipe_or_model, model)
     return write_adapter(model, source_of(pipe_or_model, model), Path(directory), overwrite=overwrite)
+
+
+def _tell_of_styles(pipe_or_model: Any, model: nn.Module) -> None:
+    """Of LoRA that is the user's own and no part of the student."""
+    if getattr(pipe_or_model, "num_fused_loras", 0):
+        logger.warning("LoRA that was fused into the base's weights is no part of an adapter: save_merged keeps it")
+    if any(hasattr(module, "get_base_layer") for module in model.modules()):
+        logger.warning("a LoRA of your own is loaded, which is no part of an adapter: load it beside the adapter again")
 
 
 def load_adapter_(

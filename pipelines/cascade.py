@@ -6,7 +6,6 @@ there.
 
 import hashlib
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,8 +32,6 @@ from .high_resolution import HighResolutionPipeline
 from .plan import Plan, Settings
 
 logger = logging.getLogger(__name__)
-
-STRETCHED = 0.02  # more than this share of one side against the other is told; rounding of sizes is less
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,6 @@ def enlarge(
     high = HighResolutionPipeline.from_pipe(pipe)
     shape = (picture.height, picture.width)
     plan = high.plan(*size, settings=settings, enlarge=shape, text_len=max_sequence_length)
-    if abs(math.log(size[0] * shape[1] / (size[1] * shape[0]))) > STRETCHED:
-        logger.warning("%dx%d has another shape than the picture's %dx%d: it is stretched", *size[::-1], *shape[::-1])
     drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
     said = {name: str(value) for name, value in {**drawing, **(arguments or {})}.items() if value is not None}
     text = {**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)}

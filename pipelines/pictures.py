@@ -1,5 +1,6 @@
 """Pictures that are there already, to be enlarged or to steer."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,10 @@ import numpy
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+logger = logging.getLogger(__name__)
+
+STRETCHED = 0.02  # more than this share of one side against the other is told; rounding of sizes is less
 
 
 def as_pictures(given: Any) -> list[Image.Image]:
@@ -35,6 +40,12 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     turned = turned.convert("RGBA")
     white = Image.new("RGBA", turned.size, "white")
     return Image.alpha_composite(white, turned).convert("RGB")
+
+
+def tell_stretched(picture: tuple[int, int], size: tuple[int, int]) -> None:
+    """Of a picture whose sides (height, width) are to each other not as those of the size that it gets."""
+    if abs(math.log(size[0] * picture[1] / (size[1] * picture[0]))) > STRETCHED:
+        logger.warning("%dx%d has another shape than the picture's %dx%d: it is stretched", *size[::-1], *picture[::-1])
 
 
 def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> Image.Image:

@@ -19,6 +19,7 @@ again, until the size asked for. Where each default comes from:
 import math
 from numbers import Integral
 
+from .pictures import tell_stretched
 from .plan import FOLLOW, Limits, Plan, Settings, Stage
 
 
@@ -48,6 +49,8 @@ def cascade(
         raise ValueError(f"height and width must be integers >= 1, got {height!r} and {width!r}")
     if enlarge and settings.strength == 1 and limits.largest_shift is None:
         raise ValueError("strength must be below 1 where a picture is enlarged: at 1 it is forgotten")
+    if isinstance(enlarge, tuple):
+        tell_stretched(enlarge, (height, width))
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
     stages: list[Stage] = []
     for rows, columns in sizes:

@@ -88,6 +88,7 @@ class StagedPipeline(DiffusionPipeline):
                     if on_stage_end is not None:
                         on_stage_end(self, number - 1, {"images": pictures})
                         if self._interrupt:
+                            _tell_interrupted(plan, number - 1)
                             return latents, plan.stages[number - 1]
                 clean = None
                 if pictures is not None and not stage.is_stock:
@@ -99,6 +100,7 @@ class StagedPipeline(DiffusionPipeline):
                 if on_stage_end is not None:
                     on_stage_end(self, number, {"latents": latents})
                 if self._interrupt:
+                    _tell_interrupted(plan, number)
                     break
         assert latents is not None
         return latents, stage
@@ -245,3 +247,10 @@ def stage_generators(generator: Any, count: int) -> list[Any]:
         return [list(one) for one in zip(*(stage_generators(one, count) for one in generator), strict=True)]
     seeds = torch.randint(2**62, (count,), generator=generator.clone_state(), device=generator.device).tolist()
     return [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in seeds[1:])]
+
+
+def _tell_interrupted(plan: Plan, number: int) -> None:
+    """A callback has set `_interrupt`, as diffusers has it: the pictures are of the stage that it was set in."""
+    stage = plan.stages[number]
+    size = f"{stage.width}x{stage.height}"
+    logger.warning("interrupted in stage %d of %d: what comes back is %s pixels", number + 1, len(plan.stages), size)

@@ -114,7 +114,9 @@ def test_the_order_of_style_and_adapter_does_not_matter(
 
 @flux_and_unet
 @pytest.mark.parametrize("adapter", ["lora"], indirect=True)
-def test_a_fused_style_stays_with_ours(pipe: Any, adapter: Path, forward: Callable[[Any], Tensor]) -> None:
+def test_a_fused_style_stays_with_ours(
+    pipe: Any, adapter: Path, forward: Callable[[Any], Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe.load_lora_weights(style_of(pipe), adapter_name="style")
     dense_style = forward(pipe)
     load_adapter_(pipe, adapter)
@@ -128,6 +130,8 @@ def test_a_fused_style_stays_with_ours(pipe: Any, adapter: Path, forward: Callab
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     assert torch.allclose(forward(pipe), styled, atol=1e-4)
+    save_adapter(pipe, tmp_path / "without_the_style")
+    assert "LoRA that was fused into the base's weights is no part of an adapter" in caplog.text
     restore_(pipe)
     assert torch.allclose(forward(pipe), dense_style, atol=1e-4)
     load_adapter_(pipe, adapter)
