@@ -213,5 +213,11 @@ def _own_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _is_ours(name: str) -> bool:
-    """Of a tensor of a converted denoiser, beside the base's."""
+    """Of a tensor of a converted denoiser, beside the base's.
+
+    Raises:
+        ValueError: the denoiser was saved with a LoRA of the user's own, under whose layers its weights lie.
+    """
+    if ".base_layer." in name:
+        raise ValueError("this model was saved with a LoRA of your own loaded: unload that, and save it again")
     return ".linear_kernel." in name or f".{LORA_NAME}." in name

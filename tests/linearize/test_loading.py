@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_distill import build_tiny
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
@@ -241,6 +242,14 @@ def test_a_saved_conversion_that_lacks_what_was_trained_is_refused(base: Path, k
     save_file(tensors, file)
     expected = "lacks the LoRA" if kind == "lora" else "do not fit this model; 2 missing: .*linear_kernel.pool_weight"
     with pytest.raises(ValueError, match=expected):
+        from_pretrained(tmp_path / "saved")
+
+
+def test_a_conversion_that_was_saved_with_a_style_loaded_is_refused(base: Path, kind: str, tmp_path: Path) -> None:
+    student = student_of(base, kind)
+    student.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
+    student.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="saved with a LoRA of your own loaded: unload that, and save it again"):
         from_pretrained(tmp_path / "saved")
 
 
