@@ -169,7 +169,18 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
     state = state_of(model)
     if state is not None and not state.enabled:
         content["methods"] = "dense"
+    if styles := {name: one for name, part in parts.items() if (one := _styles_of(part))}:
+        content["styles"] = styles
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _styles_of(part: nn.Module) -> dict[str, Any]:
+    """How strong LoRA of the user's own is, layer by layer, which is no weight."""
+    return {
+        name: [layer.scaling, list(layer.active_adapters), layer.disable_adapters]
+        for name, module in part.named_modules()
+        if hasattr(layer := cast(Any, module), "get_base_layer")
+    }
 
 
 @torch.no_grad()

@@ -31,5 +31,5 @@ def noise_levels(config: DistillConfig, places: Sequence[int], uniform: Tensor) 
     Each place takes its own of `run.batch_size` equal shares of the distribution, so that every step has as many noisy
     samples as others, and the loss tells less of luck.
     """
-    share = (torch.tensor(places) + uniform) / config.run.batch_size
+    share = ((torch.tensor(places) + uniform) / config.run.batch_size).clamp(1e-6, 1 - 1e-6)  # at 0 it is infinite
     return torch.sigmoid(config.noise.mean + config.noise.std * torch.special.ndtri(share))

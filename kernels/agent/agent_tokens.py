@@ -66,7 +66,8 @@ def agent_bias(table: Tensor, num_tokens: int, height: int, width: int, num_agen
     frames = num_tokens // (height * width)
     depth, rows, columns = cell_grid(frames, height, width, num_agents)
     by_row, by_column = _hats(table, height, rows), _hats(table, width, columns)
-    picture = torch.einsum("hays,bxs->habyx", torch.einsum("hrs,ayr->hays", table, by_row), by_column)
+    with torch.autocast(table.device.type, enabled=False):
+        picture = torch.einsum("hays,bxs->habyx", torch.einsum("hrs,ayr->hays", table, by_row), by_column)
     shape = (-1, depth, rows * columns, frames, height * width)
     return picture.flatten(3, 4).flatten(1, 2)[:, None, :, None].expand(shape).flatten(3, 4).flatten(1, 2).contiguous()
 
@@ -83,7 +84,9 @@ def _bias_backward(grad_out: Tensor, table: Tensor, height: int, width: int) -> 
     depth, rows, columns = cell_grid(frames, height, width, num_agents)
     by_row, by_column = _hats(table, height, rows), _hats(table, width, columns)
     picture = grad_out.reshape(num_heads, depth, rows, columns, frames, height, width).sum((1, 4))
-    return torch.einsum("hays,ayr->hrs", torch.einsum("habyx,bxs->hays", picture, by_column), by_row)
+    with torch.autocast(table.device.type, enabled=False):
+        grad = torch.einsum("hays,ayr->hrs", torch.einsum("habyx,bxs->hays", picture, by_column), by_row)
+    return grad.contiguous()
 
 
 @_bias_backward.register_fake

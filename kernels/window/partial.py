@@ -83,7 +83,13 @@ def _plain_backward(
 
 def _flash_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(query, keys.key, keys.value, attn_mask=keys.bias, scale=scale)
+    query, key, value = map(_dense_rows, (query, keys.key, keys.value))
+    return flash(query, key, value, attn_mask=keys.bias, scale=scale)
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The kernels below the public functions read D numbers in a row, wherever the tensor has them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _flash_backward(
@@ -98,7 +104,8 @@ def _flash_backward(
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     # The kernel reads the log-sum-exp in its own memory order, [B, Q, H].
     lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    return flash(grad_out, query, keys.key, keys.value, out, lse, 0.0, False, attn_mask=keys.bias, scale=scale)
+    dense = map(_dense_rows, (grad_out, query, keys.key, keys.value, out))
+    return flash(*dense, lse, 0.0, False, attn_mask=keys.bias, scale=scale)
 
 
 PLAIN = Partial(_plain_forward, _plain_backward)

@@ -123,7 +123,7 @@ def tiled_backward(
         grad_key.index_add_(1, chunk.keys, _untile(dk, query.shape[0]).flatten(2))
         grad_value.index_add_(1, chunk.keys, _untile(dv, query.shape[0]).flatten(2))
     heads = (
-        rows.to(query.dtype).unflatten(2, (num_heads, -1)).transpose(1, 2)
+        rows.to(query.dtype).unflatten(2, (num_heads, inputs.query.shape[3])).transpose(1, 2)
         for rows in (grad_query, grad_key, grad_value)
     )
     return (*heads, *(total.to(query.dtype) for total in grad_shared))
@@ -142,6 +142,8 @@ def _shared_keys(inputs: Inputs) -> Keys | None:
 def _chunks(groups: tuple[TileGroup, ...], key: Tensor, dtype: torch.dtype) -> Iterator[_Chunk]:
     """Every group cut so that the gathered keys and values of a chunk have about CHUNK_BYTES."""
     token_bytes = 2 * key.shape[0] * key.shape[2] * dtype.itemsize
+    if token_bytes == 0:  # an empty batch
+        return
     budget = CHUNK_BYTES.get(key.device.type, CHUNK_BYTES["cuda"])
     for group in groups:
         bias = None if group.mask is None else attention_bias(group.mask, dtype)

@@ -95,7 +95,7 @@ class ClearAttention(nn.Module):
     def covers(self, layout: Layout) -> bool:
         """Whether this is softmax attention over everything, as the model had it."""
         frames, height, width = with_frames(self.config.frame_radius, layout.grid)
-        sees_frame = (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius**2
+        sees_frame = (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius * self.config.radius
         sees_frames = self.config.frame_radius is None or frames <= self.config.frame_radius
         return not self._pools() and sees_frame and sees_frames
 
@@ -109,9 +109,9 @@ class ClearAttention(nn.Module):
     def pairs(config: Clear, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """Pairs of query and key in one call: window, text, cells for the image; all but cells for the text."""
         frames, height, width = with_frames(config.frame_radius, grid)
-        window = 0
+        window, square = 0, min(config.radius * config.radius, height**2 + width**2)  # of a huge radius infinite
         for step in range(1 - height, height):  # rows from a query to its keys
-            if (rest := config.radius**2 - step * step) > 0:
+            if (rest := square - step * step) > 0:
                 reach = min(math.isqrt(math.ceil(rest) - 1), width - 1)  # columns, at most
                 window += (height - abs(step)) * (width * (2 * reach + 1) - reach * (reach + 1))
         window *= pairs_of_frames(config.frame_radius, frames)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
+from peft import LoraConfig
 from PIL import Image
 from tiny_distill import PROMPTS, build_tiny
 
@@ -154,9 +155,15 @@ def test_digest_changes_with_what_changes_pictures(pipe: FluxPipeline, student: 
     changed.add(digest(pipe, PictureSettings(**vars(SETTINGS) | {"seed": 1})))
     with dense(student):
         changed.add(digest(student, SETTINGS))
+    other.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
+    for strength in (0.2, 0.8):
+        other.set_adapters("style", strength)
+        changed.add(digest(other, SETTINGS))
+    other.disable_lora()
+    changed.add(digest(other, SETTINGS))
     pipe.text_encoder_2.shared.weight.data.add_(1)
     changed.add(digest(pipe, SETTINGS))
-    assert len(changed) == 6
+    assert len(changed) == 9
 
 
 def test_evaluate_keeps_the_report_of_another_question(pipe: FluxPipeline, tmp_path: Path) -> None:

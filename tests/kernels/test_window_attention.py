@@ -55,6 +55,36 @@ def test_window_attention_matches_reference(case, dtype, fast_impl):
     case.matches_reference(dtype, impl=fast_impl)
 
 
+@pytest.mark.parametrize("rows", ["columns first", "every second", "expanded"])
+def test_window_attention_takes_rows_that_are_not_one_piece_of_memory(rows, fast_impl):
+    case = Case(grid=(20, 23), radius=3, text_len=7, head_dim=16)
+    given = case.tensors(torch.float32)
+    if rows == "columns first":
+        odd = [tensor.mT.contiguous().mT for tensor in given]
+    elif rows == "every second":
+        odd = [tensor.repeat_interleave(2, -1)[..., ::2] for tensor in given]
+    else:
+        given = [tensor[..., :1].expand_as(tensor).contiguous() for tensor in given]
+        odd = [tensor[..., :1].expand_as(tensor) for tensor in given]
+    assert all(tensor.stride(-1) != 1 for tensor in odd)
+    results = []
+    for tensors in (odd, given):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = case.run(window_attention, *leaves, impl=fast_impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch, num_heads", [(0, 2), (2, 0)])
+def test_window_attention_of_an_empty_batch_is_empty(batch, num_heads, fast_impl):
+    case = Case(grid=(20, 23), radius=3, text_len=7, batch=batch, num_heads=num_heads)
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
+    out = case.run(window_attention, *leaves, impl=fast_impl)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert [one.shape for one in (out, *grads)] == [leaves[0].shape] * 4
+
+
 @settings(max_examples=15)
 @given(
     case=st.builds(

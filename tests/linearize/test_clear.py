@@ -147,6 +147,10 @@ def test_covers_is_the_exact_comparison() -> None:
     layout = Layout((4, 5), 3, True)  # the diagonal is 5 long
     assert not ClearAttention(Clear(radius=5), num_heads=1, head_dim=4).covers(layout)
     assert ClearAttention(Clear(radius=5.01), num_heads=1, head_dim=4).covers(layout)
+    huge, wide = Clear(radius=1e200), Clear(radius=5.01)
+    assert ClearAttention(huge, num_heads=1, head_dim=4).covers(layout)
+    pairs = [ClearAttention.pairs(one, (4, 5), 3, num_heads=1, head_dim=4) for one in (huge, wide)]
+    assert pairs == [23 * 23] * 2
     assert not ClearAttention(Clear(radius=50, pool_size=2), num_heads=1, head_dim=4).covers(layout)
     assert not ClearAttention(Clear(radius=50, pool_tokens=2), num_heads=1, head_dim=4).covers(layout)
 
