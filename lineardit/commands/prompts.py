@@ -89,5 +89,5 @@ def read_prompts(file: Path) -> list[str]:
     prompts = [line.strip() for line in text.splitlines()]
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if not prompts:
-        raise ValueError(f"{file} must hold one prompt a line, it holds none")
+        raise ValueError(f"{file} must hold one prompt a line, it holds none; lines that begin with # are comments")
     return prompts
