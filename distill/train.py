@@ -62,7 +62,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
     start = trainer.restore() if resume else 0
     if start == config.layerwise.steps + config.run.steps:
-        logger.info("its last: nothing is left to do")
+        logger.info("which is the last: nothing is left to train")
     trainer.fit(start)
     adapter = config.run.folder / "adapter"
     if accelerator.is_main_process:

@@ -16,8 +16,6 @@ from lineardit.pipelines.pictures import enlarged
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import encode_faithfully
 
-CALL: dict[str, Any] = {"max_sequence_length": 8, "num_inference_steps": 2}
-
 
 @pytest.fixture
 def high() -> Any:
