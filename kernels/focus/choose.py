@@ -2,7 +2,7 @@
 
 import logging
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,17 +65,11 @@ def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, sid
     """Of the kernels of the backward, which the first call on a device tries; None, with a warning, if plain PyTorch
     has to do it.
     """
-    from ..pieces.trial import NO_KERNEL
+    from ..pieces.trial import found_or_told
     from .triton_probe import backward_blocks_for
 
-    try:
-        return backward_blocks_for(device, dtype, head_dim, side)
-    except torch.OutOfMemoryError:
-        raise  # as above
-    except NO_KERNEL as exception:
-        reason = f"{where(device)}: {exception}"
-        logger.warning("Gradients of tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
-        return None
+    find = partial(backward_blocks_for, device, dtype, head_dim, side)
+    return found_or_told(find, "Gradients of tokens in focus", where(device))
 
 
 @lru_cache

@@ -73,6 +73,17 @@ def fastest_that_fits(
     return best, ", ".join(f"{candidate} {1e3 * taken:.3f} ms" for candidate, taken in seconds.items())
 
 
+def found_or_told(find: Callable[[], Candidate], what: str, where: str) -> Candidate | None:
+    """What a search for a candidate finds; None, with a warning, where plain PyTorch has to take the kernels' place."""
+    try:
+        return find()
+    except torch.OutOfMemoryError:
+        raise  # of this moment: tried anew next time
+    except NO_KERNEL as exception:
+        logger.warning("%s fall back to plain PyTorch, which is slower: %s: %s", what, where, exception)
+        return None
+
+
 def _wrong(error: float) -> str:
     return f"a trial differs from the reference by {error:.2g} of its largest value"
 

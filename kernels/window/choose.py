@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -101,17 +101,11 @@ def backward_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> "
     """Of the kernels of the backward, which the first gradient on a device tries; None, with a warning, if plain
     PyTorch has to do it.
     """
-    from ..pieces.trial import NO_KERNEL
+    from ..pieces.trial import found_or_told
     from .triton_probe import backward_tiles_for
 
-    try:
-        return backward_tiles_for(device, dtype, head_dim)
-    except torch.OutOfMemoryError:
-        raise  # as above
-    except NO_KERNEL as exception:
-        reason = f"{where(device)}: {exception}"
-        logger.warning("Gradients of window attention fall back to plain PyTorch, which is slower: %s", reason)
-        return None
+    find = partial(backward_tiles_for, device, dtype, head_dim)
+    return found_or_told(find, "Gradients of window attention", where(device))
 
 
 def where(device: torch.device) -> str:
