@@ -1,85 +1,94 @@
-"""Checkpoints that are whole or not there: written by all ranks into a hidden folder, synced, listed, renamed.
+"""Checkpoints that are whole or not there: written by the main process into a hidden folder, synced, listed, renamed.
 
-`step-00000100/` holds the trained tensors, the optimizer, the state of the random generators, and an adapter of the
-student as it stands. The order of the data and the learning rate are functions of the step, so that the step's number
-is their state.
+`step-00000100/` holds the trained tensors, AdamW's state, and an adapter of the student as it stands. The order of the
+data, the noise and the learning rate are functions of the step, so that the step's number is their state.
 """
 
 import json
-import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..linearize.adapter import save_adapter
 from ..linearize.fitting import check_shapes, shapes_of
-from ..linearize.folders import sync
-from .student import trained_parameters
-
-logger = logging.getLogger(__name__)
+from ..linearize.folders import sync, write_whole
+from .files import write_json
 
 MANIFEST = "checkpoint.json"
 TRAINED = "trained.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter"
 
 
-def store_trained_only(accelerator: Accelerator) -> None:
-    """Make save_state and load_state of this accelerator leave the frozen weights out."""
+def save_checkpoint(
+    root: Path, step: int, pipe: Any, trained: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> Path:
+    """Write the checkpoint of a step, with the adapter of this pipeline; the main process calls it.
 
-    def save(models: list[nn.Module], weights: list[dict[str, Any]], directory: str) -> None:
-        (model,) = models
-        weights.clear()
-        if accelerator.is_main_process:
-            trained = trained_parameters(accelerator.unwrap_model(model))
-            save_file({name: one.detach().contiguous() for name, one in trained.items()}, Path(directory, TRAINED))
-
-    def load(models: list[nn.Module], directory: str) -> None:
-        model = accelerator.unwrap_model(models.pop())
-        stored = load_file(Path(directory, TRAINED))
-        check_shapes(shapes_of(stored), shapes_of(trained_parameters(model)), what=f"the tensors of {directory}")
-        model.load_state_dict(stored, strict=False)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def save_checkpoint(accelerator: Accelerator, root: Path, step: int, pipe: Any) -> Path:
-    """Write the checkpoint of a step, with the adapter of this pipeline; every rank calls it."""
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; the checkpoints before it are as they were.
+    """
     final, temporary = root / f"step-{step:08d}", root / f".step-{step:08d}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        accelerator.save_state(str(temporary))
-    except (RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # of torch's own writer
-            raise
-        raise OSError(f"{final} cannot be written ({error}): make room, and go on with --resume latest") from error
-    accelerator.wait_for_everyone()  # safetensors writes under a passing name: another rank must not meet it
-    for path in temporary.iterdir():
-        sync(path)
-    accelerator.wait_for_everyone()  # the bytes of all ranks are down
-    if accelerator.is_main_process:
+        temporary.mkdir(parents=True)
+        weights = {name: one.detach().contiguous() for name, one in trained.items()}
+        write_whole(temporary / TRAINED, partial(save_file, weights))
+        write_whole(temporary / OPTIMIZER, partial(save_file, optimizer_tensors(optimizer, trained)))
         save_adapter(pipe, temporary / ADAPTER)  # for people: nothing here reads it
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
-        manifest = temporary / MANIFEST
-        manifest.write_text(json.dumps({"step": step, "processes": accelerator.num_processes, "files": files}))
-        sync(manifest)
-        sync(temporary)
-        if final.exists():  # one that was not whole
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync(root)
-    accelerator.wait_for_everyone()
+        write_json(temporary / MANIFEST, {"step": step, "files": files})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final} cannot be written ({error}): make room, and go on with --resume latest") from error
+    if final.exists():  # one that was not whole
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    sync(root)
     return final
+
+
+def load_checkpoint(path: Path, trained: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by file: `TRAINED` by parameter, `OPTIMIZER` as `optimizer_tensors` names them.
+
+    Raises:
+        ValueError: a file is damaged, or of a model with other trained tensors.
+    """
+    try:
+        files = {name: load_file(path / name) for name in (TRAINED, OPTIMIZER)}
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is of an earlier version of lineardit: go on with that one, or train anew") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, and the run goes on after the checkpoint before it"
+        ) from error
+    check_shapes(shapes_of(files[TRAINED]), shapes_of(trained), what=f"the tensors of {path}")
+    return files
+
+
+def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What AdamW remembers of each parameter, such as {"NAME.exp_avg": tensor}."""
+    return {
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in trained.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def remember_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Give AdamW what `optimizer_tensors` took from it."""
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition(".")
+        optimizer.state[trained[parameter]][key] = tensor
 
 
 def latest_checkpoint(root: Path) -> tuple[Path, int] | None:

@@ -3,11 +3,15 @@
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 logger = logging.getLogger(__name__)
@@ -30,7 +34,27 @@ def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> 
     arguments = [*settings, "-m", "lineardit.distill", str(config), *options]
     logger.info("%s", shlex.join(["accelerate", "launch", *arguments]))
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    return subprocess.run(command, env=child_environment(), check=False).returncode
+    with subprocess.Popen(command, env=child_environment()) as process, stops_with_this(process):
+        return process.wait()
+
+
+@contextmanager
+def stops_with_this(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Inside, a signal that ends this process (SIGTERM) ends the child and its children, which else would go on."""
+
+    def stop(signal_number: int, _frame: object) -> None:
+        family = [*psutil.Process(process.pid).children(recursive=True), process]
+        for one in family:
+            one.send_signal(signal_number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there Python hears signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def child_environment() -> Mapping[str, str]:

@@ -11,18 +11,14 @@ published as ever; but a swapped module answers as the teacher, and what follows
 bit. Before it answers it runs as the student, with gradients and on the same arguments, and once the teacher's answer
 is there its error goes back through this one module. So there is no backward through the model, memory holds the graph
 of one layer at a time, and gradient checkpointing, which is for graphs, has nothing to do.
-
-The backwards run inside the forward, where DistributedDataParallel does not expect them: it stays out, and
-`average_gradients` does its work.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..linearize.convert import swapped
@@ -88,12 +84,3 @@ class _Lesson:
                 (self.share * error).backward()
         self.answer = ()
         self.note(error.detach())
-
-
-def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """The mean of each gradient over the processes, in place, one after the other: no second copy of all of them."""
-    if accelerator.num_processes == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.copy_(accelerator.reduce(parameter.grad, "mean"))

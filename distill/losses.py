@@ -13,6 +13,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils.checkpoint import checkpoint
 
 from .config import Loss
 
@@ -31,7 +32,9 @@ def prediction_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def attention_loss(student: Outputs, teacher: Outputs) -> Tensor:
     """Distance of the attention outputs: the mean over all tokens of a layer, then over layers."""
-    return torch.stack([_layer_loss(student[name], teacher[name]) for name in teacher]).mean()
+    # a checkpoint each, or the graph would keep both outputs of every layer once more, in float32
+    losses = [checkpoint(_layer_loss, student[name], teacher[name], use_reentrant=False) for name in teacher]
+    return torch.stack(losses).mean()
 
 
 def _layer_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:

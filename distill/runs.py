@@ -17,7 +17,11 @@ from .files import write_json
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
-HISTORY = "history"  # in it: what was changed on the way
+# In it, beside the settings:
+SAMPLES = "samples"  # fingerprint of the data
+HISTORY = "history"  # what was changed on the way
+AUTOCAST = "bfloat16"  # whether the student computes in it, which `run.mixed_precision = "auto"` leaves to the machine
+LOCK = ".lock"
 
 # These move files or trade memory for time; what is learnt does not depend on them. (Of the data, the content counts.)
 _MAY_CHANGE = {
@@ -61,35 +65,45 @@ def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
     if resume and record.is_file():
         _compare(_with_defaults(read_json(record)), _contents(config, data), directory)
         _check_steps(config, directory)
-    elif resume and directory.exists() and any(directory.iterdir()):
+    elif not directory.exists() or all(path.name == LOCK for path in directory.iterdir()):
+        return
+    elif resume:
         raise ValueError(f"{directory} holds no run (no {RECORD}) to go on with: name another folder")
-    elif directory.exists() and any(directory.iterdir()):
+    else:
         raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
 
 
-def record_run(config: DistillConfig, data: str) -> None:
-    """Make the folder and write down what it is for, and which settings changed since it was last written down."""
+def record_run(config: DistillConfig, data: str, *, mixed: bool) -> bool:
+    """Make the folder and write down what it is for, and which settings changed since it was last written down.
+
+    Args:
+        data: Fingerprint of the samples.
+        mixed: Whether the student shall compute in bfloat16.
+    Returns:
+        Whether it shall: as it did where the run began.
+    """
     directory = config.run.folder
     directory.mkdir(parents=True, exist_ok=True)
     record, contents = directory / RECORD, _contents(config, data)
     before = _with_defaults(read_json(record)) if record.is_file() else contents
-    history = before.get(HISTORY, [])
+    history, mixed = before.get(HISTORY, []), before.get(AUTOCAST, mixed)
     changed = _differences(before, contents, _MAY_CHANGE_FROM_HERE)
     if changed:
         found = latest_checkpoint(directory)
         step = found[1] if found else 0
         logger.warning("%s goes on after step %d with other settings: %s", directory, step, "; ".join(changed))
         history = [*history, {"after_step": step, "changed": changed}]
-    write_json(record, contents | ({HISTORY: history} if history else {}))
+    write_json(record, contents | {AUTOCAST: mixed} | ({HISTORY: history} if history else {}))
+    return mixed
 
 
 def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
-    return json.loads(json.dumps(config_to_tables(config) | {"samples": data}))
+    return json.loads(json.dumps(config_to_tables(config) | {SAMPLES: data}))
 
 
 def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
     """A record with what settings that came after it are where nothing is said."""
-    others = {name: stored[name] for name in ("samples", HISTORY) if name in stored}
+    others = {name: stored[name] for name in (SAMPLES, HISTORY, AUTOCAST) if name in stored}
     tables = {name: table for name, table in stored.items() if name not in others}
     try:
         config = config_from_tables(tables)
@@ -130,5 +144,5 @@ def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for name, value in tables.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        elif name != HISTORY:
+        elif name not in (HISTORY, AUTOCAST):
             yield f"{prefix}{name}", value

@@ -1,20 +1,17 @@
 """A distillation from its settings to the saved adapter."""
 
 import logging
-import os
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, parse_flag_from_env
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from ..linearize.adapter import save_adapter
 from ..linearize.base import read_base
-from ..linearize.convert import swapped
-from ..linearize.layout import Layout
+from ..linearize.folders import held
 from ..linearize.loading import load_base as load_with_options
 from ..linearize.networks import denoiser
 from .config import Base, DistillConfig, Noise
@@ -23,6 +20,7 @@ from .figures import require_matplotlib
 from .identity import architecture, dtype_name, fingerprint, main_dtype
 from .plan import describe_plan
 from .precision import autocasts
+from .processes import on_main, start_accelerator
 from .runs import check_run, record_run
 from .student import build_student_
 from .trainer import Trainer
@@ -38,25 +36,36 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     Returns:
         The adapter's folder, `adapter` in the run's.
     Raises:
-        ValueError: settings, data and model do not fit, the folder holds another run, or matplotlib is missing.
+        ValueError: settings, data and model do not fit, the folder holds another run or is in use, or matplotlib is
+            missing.
         DivergedError: a loss is not finite.
     """
     require_matplotlib("the curve of the losses")
     samples = TeacherSamples(config.data.folder)
     accelerator = start_accelerator()
     _check_settings(config, samples, accelerator.num_processes)
-    _on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
+    with ExitStack() as while_held:  # by the main process, which alone reads and writes the folder
+        on_main(accelerator, lambda: while_held.enter_context(held(config.run.folder)))
+        on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
+        adapter = _train(accelerator, config, samples, resume=resume)
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return adapter
+
+
+def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamples, *, resume: bool) -> Path:
     torch.manual_seed(config.run.seed)
     pipe = load_base(config.base)
     taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # nothing is drawn from calls
     taught.to(accelerator.device)
     _check_teacher(accelerator, denoiser(pipe)[1], samples)
     report = build_student_(pipe, config)
-    ddp: Any = accelerator.ddp_handler
-    ddp.find_unused_parameters = _leaves_parameters_unused(denoiser(pipe)[1], samples)
-    (mixed,) = broadcast_object_list([autocasts(config, accelerator.device)])  # measured: all do as the first found
+
+    def record() -> bool:  # of a measurement, so that all do as the first found
+        return record_run(config, samples.fingerprint, mixed=autocasts(config, accelerator.device))
+
+    mixed = on_main(accelerator, record)
     if accelerator.is_main_process:
-        record_run(config, samples.fingerprint)
         processes = accelerator.num_processes
         logger.info("%s", describe_plan(config, denoiser(pipe)[1], report, samples, processes, mixed=mixed))
     trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
@@ -67,38 +76,9 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     adapter = config.run.folder / "adapter"
     if accelerator.is_main_process:
         save_adapter(pipe, adapter, overwrite=True)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        judge = f"lineardit evaluate {config.base.model} {adapter} --prompts FILE --seed 100000"
+        logger.info("the adapter is in %s; how near it comes to its teacher: %s", adapter, judge)
     return adapter
-
-
-def start_accelerator() -> Accelerator:
-    """The processes of this launch, on CUDA where there is some, else on the CPU.
-
-    Raises:
-        ValueError: accelerate sees another number of processes than the launcher started, or shards the model.
-    """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise ValueError(
-                f"the launcher asks for {name}, and a distillation holds the whole model in each process: launch with "
-                "`accelerate launch --multi_gpu --num_processes N`, which overrules what accelerate was configured for"
-            )
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",  # autocast is ours: the teacher must not always have it
-        # what accelerate would else read from its environment:
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise ValueError(
-            f"the launcher started {started} processes, accelerate joined {accelerator.num_processes}; "
-            "launch with `accelerate launch --multi_gpu --num_processes N`, on CPUs as well"
-        )
-    return accelerator
 
 
 def load_base(base: Base) -> Any:
@@ -144,15 +124,6 @@ def _check_settings(config: DistillConfig, samples: TeacherSamples, processes: i
         )
 
 
-def _leaves_parameters_unused(model: torch.nn.Module, samples: TeacherSamples) -> bool:
-    """Whether pictures of some size need no kernel's weights, because a window covers them, or who knows."""
-    if samples.calls:
-        return True
-    layouts = [Layout(grid, 0, True) for grid in {sample.grid for sample in samples.samples} if grid]
-    kernels: list[Any] = [module.linear_kernel for module in swapped(model).values()]
-    return any(list(kernel.parameters()) and kernel.covers(layout) for kernel in kernels for layout in layouts)
-
-
 def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: TeacherSamples) -> None:
     """Whether this model made the samples: another class cannot be taught by them, other weights are warned of."""
     made_by, here = samples.settings["model"], type(model).__name__
@@ -178,16 +149,3 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
 def _differ(one: str | None, other: str | None) -> bool:
     """Whether two are known, and not the same."""
     return None not in (one, other) and one != other
-
-
-def _on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Do it on the main process; all processes raise its ValueError."""
-    message: list[str | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            action()
-        except ValueError as error:
-            message = [str(error)]
-    broadcast_object_list(message)
-    if message[0] is not None:
-        raise ValueError(message[0])

@@ -8,35 +8,40 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pickle import UnpicklingError
 from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ..linearize.convert import swapped
 from ..linearize.networks import denoiser
 from ..linearize.recording import predict, to_device
-from .checkpoint import latest_checkpoint, passed_over, prune_checkpoints, save_checkpoint, store_trained_only
+from .checkpoint import (
+    OPTIMIZER,
+    TRAINED,
+    latest_checkpoint,
+    load_checkpoint,
+    passed_over,
+    prune_checkpoints,
+    remember_,
+    save_checkpoint,
+)
 from .config import DistillConfig
 from .data import Batch, Order, TeacherSamples, counter_generator
 from .diverged import check_finite
 from .families import family_of
 from .figures import StepLog
-from .layerwise import average_gradients, lessons
+from .layerwise import lessons
 from .losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
+from .processes import average_gradients, on_main, tensors_of_main
 from .schedule import learning_rate, noise_levels
-from .sheet import write_sheet
 from .student import teacher, trained_parameters
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
-
-# What torch.load says of a file that is damaged; another RuntimeError is not the file's fault.
-UNREADABLE = ("PytorchStreamReader", "zip archive", "weights_only")
 
 
 class Part(NamedTuple):
@@ -79,42 +84,37 @@ class Trainer:
             batch_size=config.run.batch_size,
             seed=config.run.seed,
         )
-        self.student, self.optimizer = accelerator.prepare(
-            self.model, torch.optim.AdamW(self.trained.values(), **self._adamw(), fused=True)
-        )
-        store_trained_only(accelerator)
+        settings = config.optimizer
+        adamw: dict[str, Any] = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), **adamw, fused=True)
+        self._train_from(self.trained)
+        precisions = {"student": self._autocast, "teacher": self._native}
+        self.validation = Validation(accelerator, config, pipe, samples, **precisions)
 
-    def _adamw(self) -> dict[str, Any]:
-        settings = self.config.optimizer
-        return {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    def _train_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give every process the main one's."""
+        for name, tensor in tensors_of_main(self.accelerator, tensors):
+            self.trained[name].data.copy_(tensor)
 
     def restore(self) -> int:
-        """Load the newest whole checkpoint; the number of steps it has behind it."""
-        found = latest_checkpoint(self.directory)
-        step = found[1] if found else 0
-        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"the processes have checkpoints of different steps, {steps}: put run.directory on a disk that all "
-                "machines share, or copy the newest checkpoint to each"
-            )
-        for path in passed_over(self.directory, step):
-            logger.warning("%s is not whole, and is passed over", path)
-        if found is None:
+        """Load the newest whole checkpoint, which the main process reads; the number of steps it has behind it."""
+        files: dict[str, dict[str, Tensor]] = {TRAINED: {}, OPTIMIZER: {}}
+
+        def read() -> int:
+            found = latest_checkpoint(self.directory)
+            step = found[1] if found else 0
+            for path in passed_over(self.directory, step):
+                logger.warning("%s is not whole, and is passed over", path)
+            if found:
+                files.update(load_checkpoint(found[0], self.trained))
+            return step
+
+        step = on_main(self.accelerator, read)
+        if not step:
             logger.info("%s holds no whole checkpoint; starting at step 0", self.directory)
             return 0
-        try:
-            self.accelerator.load_state(str(found[0]))
-        except torch.OutOfMemoryError:
-            raise  # nothing is wrong with the file
-        except (RuntimeError, SafetensorError, UnpicklingError, EOFError, KeyError) as error:
-            if isinstance(error, RuntimeError) and not any(word in str(error) for word in UNREADABLE):
-                raise
-            raise ValueError(
-                f"{found[0]} is damaged ({error}): remove it, and the run goes on after the checkpoint before it"
-            ) from error
-        for group in self.optimizer.param_groups:  # which now has those of the checkpoint
-            group.update(self._adamw())
+        self._train_from(files[TRAINED])
+        remember_(self.optimizer, self.trained, dict(tensors_of_main(self.accelerator, files[OPTIMIZER])))
         logger.info("going on after step %d", step)
         return step
 
@@ -122,6 +122,8 @@ class Trainer:
         """Train from step `start` to the last one, with checkpoints, curve and validation on the way."""
         config, main = self.config, self.accelerator.is_main_process
         self.started = start
+        if self.validation.is_missing(start):
+            self.validation.run(start)
         first = config.layerwise.steps
         last_step = first + config.run.steps
         columns = [*(["layerwise"] if first else []), *self.weights, "loss", "lr", "seconds"]
@@ -138,11 +140,13 @@ class Trainer:
                 if last or step % config.save.log_every == 0:
                     log.draw(self.directory / "loss.png", first_stage=first)
             if last or step % config.save.every == 0:
-                save_checkpoint(self.accelerator, self.directory, step, self.pipe)
                 if main:
+                    save_checkpoint(self.directory, step, self.pipe, self.trained, self.optimizer)
                     prune_checkpoints(self.directory, config.save.keep_last)
-            if config.validate.samples and (last or step % config.validate.every == 0):
-                self.validate(step)
+                self.accelerator.wait_for_everyone()
+            if self.validation.is_due(step):
+                self.validation.run(step)
+            progress.unpause()  # the time left is that of steps
         progress.close()
 
     def step(self, step: int) -> dict[str, float]:
@@ -156,7 +160,8 @@ class Trainer:
         parts = list(self._parts(step))
         row = self._layer_by_layer(parts) if step <= first else self._end_to_end(parts)
         check_finite(row, step, self.config, self.started)
-        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.config.optimizer.max_grad_norm)
+        average_gradients(self.accelerator, self.trained.values())
+        norm = clip_grad_norm_(self.trained.values(), self.config.optimizer.max_grad_norm)
         check_finite({"gradient": float(norm)}, step, self.config, self.started)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -169,17 +174,14 @@ class Trainer:
             with torch.no_grad(), lessons(self.model, self._autocast, share=1 / len(parts)) as errors, self._native():
                 predict(self.model, to_device(part.arguments, self.accelerator.device))
             sums += torch.stack([errors[name] for name in self.layers])
-        average_gradients(self.accelerator, list(self.trained.values()))
         return {"layerwise": self.accelerator.reduce(sums / len(parts), "mean").mean().item()}
 
     def _end_to_end(self, parts: Sequence[Part]) -> dict[str, float]:
         """Gradients of the objective, and its terms."""
         sums = torch.zeros(len(self.weights), device=self.accelerator.device)
-        for number, part in enumerate(parts, start=1):
-            waits = number < len(parts)  # the processes exchange gradients with the last part
-            with self.accelerator.no_sync(self.student) if waits else nullcontext():
-                terms = self.terms(part)
-                self.accelerator.backward(weighted_sum(terms, self.config.loss) / len(parts))
+        for part in parts:
+            terms = self.terms(part)
+            (weighted_sum(terms, self.config.loss) / len(parts)).backward()
             sums += torch.stack([terms[name].detach() for name in self.weights])
         means = self.accelerator.reduce(sums / len(parts), "mean").tolist()
         return dict(zip(self.weights, means, strict=True))
@@ -228,7 +230,7 @@ class Trainer:
             with teacher(self.model), attention_outputs(layers) as wanted, self._native():
                 target = predict(self.model, arguments)
         with attention_outputs(layers) as given, self._autocast():
-            prediction = predict(self.student, arguments)
+            prediction = predict(self.model, arguments)
         compute: Mapping[str, Callable[[], Tensor]] = {
             "flow": lambda: flow_loss(prediction, cast(Tensor, part.latents), cast(Tensor, part.noise)),
             "prediction": lambda: prediction_loss(prediction, target),
@@ -243,47 +245,3 @@ class Trainer:
     def _native(self) -> AbstractContextManager[Any]:
         """The teacher's: a base in bfloat16 needs no autocast, and is the original to the last bit without it."""
         return nullcontext() if self.dtype == torch.bfloat16 else self._autocast()
-
-    @torch.no_grad()
-    def validate(self, step: int) -> None:
-        """The samples left out: the student draws them beside the teacher, or predicts their calls."""
-        left_out = range(len(self.samples) - self.config.validate.samples, len(self.samples))
-        column, value = self._predicted(left_out) if self.samples.calls else self._drawn(left_out, step)
-        if self.accelerator.is_main_process:
-            log = StepLog(self.directory / "validation.csv", [column], last_step=step - 1)
-            log.append({"step": step, column: value})
-
-    def _predicted(self, indices: Sequence[int]) -> tuple[str, float]:
-        """The mean over all calls of the squared error of a prediction, relative to the teacher's."""
-        errors = []
-        for index in indices:
-            for number in range(self.samples.calls):
-                arguments = to_device(self.samples.call(index, number), self.accelerator.device)
-                with teacher(self.model), self._native():
-                    target = predict(self.model, arguments).float()
-                with self._autocast():
-                    prediction = predict(self.model, arguments).float()
-                errors.append(float((prediction - target).square().sum() / target.square().sum()))
-        return "prediction_error", sum(errors) / len(errors)
-
-    def _drawn(self, indices: Sequence[int], step: int) -> tuple[str, float]:
-        """Pictures beside the teacher's, and the latent MSE."""
-        family, pairs, errors = family_of(self.model), [], []
-        for index in indices:
-            sample = self.samples.samples[index]
-            batch = self.samples.load([index]).to(self.accelerator.device, self.dtype)
-            with self._autocast():
-                latents = family.generate(
-                    self.pipe,
-                    batch.conditions,
-                    height=sample.height,
-                    width=sample.width,
-                    steps=self.samples.settings["steps"],
-                    guidance=self.samples.settings["guidance"],
-                    generators=[torch.Generator("cpu").manual_seed(sample.seed)],
-                )
-            errors.append(float(mse_loss(latents.float(), batch.latents.float())))
-            pairs.append([family.decode(self.pipe, one, batch.grid)[0] for one in (batch.latents, latents)])
-        if self.accelerator.is_main_process:
-            write_sheet(["teacher", "student"], pairs, self.directory / f"validation-{step:08d}.png")
-        return "latent_mse", sum(errors) / len(errors)

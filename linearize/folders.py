@@ -15,6 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # that weights are loaded in; others as float32
 
 
@@ -32,12 +37,45 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
             sync(file)
         sync(temporary)
         _put_in_place(temporary, path)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path, *, name: str = ".lock") -> Iterator[None]:
+    """Inside, no other process that asks for it works in this folder, which is made, and removed if it stays empty.
+
+    Nothing is held where the system has no locks of this kind (Windows, some network disks).
+
+    Args:
+        name: Of the file that is locked: several names, several users of one folder.
+    Raises:
+        ValueError: another process holds it, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder, it is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    with file.open("w") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is at work in {folder}: wait for it, or name another folder") from error
+        except OSError:  # no locks on this disk
+            pass
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -90,6 +128,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
         sync(temporary)
         temporary.replace(path)
     except SafetensorError as error:

@@ -128,7 +128,7 @@ def prediction_of(model: nn.Module, output: Any) -> Tensor:
     """
     prediction = output[0]
     if isinstance(prediction, Tensor):
-        config: Any = getattr(model, "module", model).config  # where DistributedDataParallel is around it
+        config: Any = model.config
         twice = 2 * (config.get("in_channels") or 0)
         learnt = config.get("learn_sigma") or config.get("out_channels") == twice
         with_variance = learnt and prediction.ndim == 4 and prediction.shape[1] == twice

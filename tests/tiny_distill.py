@@ -90,7 +90,12 @@ def launch_run(config: Path, *arguments: str, processes: int = 1) -> subprocess.
 
 def loss_rows(run: Path) -> list[dict[str, float]]:
     """The rows of a run's loss.csv."""
-    with (run / "loss.csv").open(newline="") as file:
+    return table(run / "loss.csv")
+
+
+def table(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV of numbers, without empty cells."""
+    with path.open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 

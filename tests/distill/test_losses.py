@@ -35,6 +35,18 @@ def test_attention_loss_is_the_mean_over_layers_of_the_mean_over_tokens() -> Non
     assert attention_loss(student, teacher).item() == pytest.approx(((4 + 4 + 1) / 6 + 9) / 2)
 
 
+def test_attention_loss_keeps_no_copies_for_its_backward() -> None:
+    layers = {"a": torch.randn(1, 6, 4).bfloat16().requires_grad_(), "b": torch.randn(1, 6, 4).bfloat16()}
+    teacher = {name: (torch.randn(1, 6, 4).bfloat16(),) for name in layers}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: (kept.append(one), one)[1], lambda one: one):
+        loss = attention_loss({name: (one,) for name, one in layers.items()}, teacher)
+    assert max((one.numel() for one in kept), default=0) <= 1
+    loss.backward()
+    expected = 2 * (layers["a"].detach().float() - teacher["a"][0].float()) / 24 / 2
+    torch.testing.assert_close(layers["a"].grad, expected.bfloat16())
+
+
 def test_weighted_sum_is_clears() -> None:
     terms = {"flow": torch.tensor(1.0), "prediction": torch.tensor(2.0), "attention": torch.tensor(6.0)}
     assert weighted_sum(terms, Loss()).item() == 1 + 0.5 * 2 + 0.5 * 6

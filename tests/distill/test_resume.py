@@ -1,5 +1,6 @@
 """Going on with a run: after kill -9, after a NaN, with other settings, from checkpoints that are not as they were."""
 
+import errno
 import json
 import os
 import random
@@ -12,20 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from tiny_distill import launch_run, loss_rows, trained_weights, write_config
+from tiny_distill import launch_run, loss_rows, table, trained_weights, write_config
 
 from lineardit import from_pretrained
-from lineardit.distill import checkpoint
+from lineardit.distill import checkpoint, precision
 from lineardit.distill.checkpoint import latest_checkpoint
 from lineardit.distill.config import DistillConfig
-from lineardit.distill.data import TeacherSamples
 from lineardit.distill.diverged import DivergedError
 from lineardit.distill.runs import check_run, record_run
-from lineardit.distill.student import build_student_
-from lineardit.distill.train import distill, load_base, start_accelerator
+from lineardit.distill.train import distill
 from lineardit.distill.trainer import Trainer
+from lineardit.distill.validation import Validation
+from lineardit.linearize.folders import held
 
 MakeConfig = Callable[..., DistillConfig]
 
@@ -123,15 +123,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkey
     distill(lower, resume=True)
     assert [row["step"] for row in loss_rows(run)] == [1, 2, 3, 4, 5]
     assert loss_rows(run)[4]["lr"] < 3e-3 < loss_rows(run)[1]["lr"]
-    state = torch.load(run / "step-00000005" / "optimizer.bin")
-    assert list(state["param_groups"][0]["betas"]) == [0.8, 0.9]
 
 
 def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> None:
     config = make_config(schedule={"kind": "constant", "warmup": 0}, save={"every": 2, "keep_last": 3})
     distill(config)
     run = Path(config.run.directory)
-    (run / "step-00000006" / "optimizer.bin").write_bytes(b"short")
+    (run / "step-00000006" / "optimizer.safetensors").write_bytes(b"short")
     (run / ".step-00000007.tmp").mkdir()
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
     shutil.rmtree(run / "step-00000006")
@@ -154,7 +152,7 @@ def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> N
     ],
 )
 def test_resume_refuses_changed_settings(change: dict[str, Any], message: str, make_config: MakeConfig) -> None:
-    record_run(make_config(), "samples")
+    record_run(make_config(), "samples", mixed=False)
     with pytest.raises(ValueError, match=f"was started with other settings: .*({message})"):
         check_run(make_config(**change), "samples", resume=True)
     check_run(make_config(run={"gradient_accumulation": 2}, save={"every": 9}), "samples", resume=True)
@@ -165,11 +163,11 @@ def test_resume_refuses_changed_settings(change: dict[str, Any], message: str, m
 def test_resume_tells_and_keeps_what_counts_from_there_on(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    record_run(make_config(), "samples")
-    record_run(make_config(), "samples")  # nothing changed, nothing told
+    record_run(make_config(), "samples", mixed=False)
+    record_run(make_config(), "samples", mixed=False)  # nothing changed, nothing told
     config = make_config(optimizer={"lr": 1e-3})
     check_run(config, "samples", resume=True)
-    record_run(config, "samples")
+    record_run(config, "samples", mixed=False)
     told = "optimizer.lr was 0.01, now 0.001"
     assert [record.getMessage() for record in caplog.records] == [
         f"{config.run.directory} goes on after step 0 with other settings: {told}"
@@ -185,27 +183,78 @@ def test_resume_refuses_fewer_steps_than_there_are(make_config: MakeConfig) -> N
         distill(make_config(run={"steps": 3}), resume=True)
 
 
-def test_a_rank_leaves_files_alone_that_another_is_writing(
+@pytest.mark.parametrize("unwritable", ["save_file", "save_adapter"])
+def test_a_full_disk_costs_no_checkpoint(
+    unwritable: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, write = make_config(), getattr(checkpoint, unwritable)
+
+    def full(*arguments: Any, **settings: Any) -> None:
+        if "step-00000004" in str(arguments[1]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments, **settings)
+
+    monkeypatch.setattr(checkpoint, unwritable, full)
+    with pytest.raises(
+        OSError, match=r"step-00000004 cannot be written \(.*No space left.*\): make room, and go on with"
+    ):
+        distill(config)
+    run = Path(config.run.directory)
+    assert sorted(path.name for path in run.iterdir()) == ["loss.csv", "run.json", "step-00000002"]
+    monkeypatch.undo()
+    distill(config, resume=True)
+    assert [row["step"] for row in loss_rows(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_validation_that_was_interrupted_comes_with_the_next_call(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other rank writes under a passing name, as safetensors does, until all ranks wait."""
-    wait, synced = Accelerator.wait_for_everyone, []
+    config = make_config(validate={"samples": 2, "every": 2})
+    run = Validation.run
 
-    def save_state(accelerator: Accelerator, directory: str) -> None:
-        Path(directory, ".tmpAbCdEf").write_bytes(b"weights")
+    def interrupted(self: Validation, step: int) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+        run(self, step)
 
-    def wait_for_everyone(accelerator: Accelerator) -> None:
-        for path in Path(config.run.directory).glob(".step-*/.tmpAbCdEf"):
-            path.rename(path.with_name("trained.safetensors"))
-        wait(accelerator)
+    monkeypatch.setattr(Validation, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    monkeypatch.undo()
+    file = Path(config.run.directory) / "validation.csv"
+    assert [row["step"] for row in table(file)] == [2, 4]
+    for _ in range(2):
+        distill(config, resume=True)
+        assert [row["step"] for row in table(file)] == [2, 4, 6]
+    assert (file.parent / "validation-00000006.png").is_file()
 
-    config = make_config(run={"steps": 1})
-    monkeypatch.setattr(Accelerator, "save_state", save_state)
-    monkeypatch.setattr(Accelerator, "wait_for_everyone", wait_for_everyone)
-    monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append(path.name))
-    distill(config)
-    assert "trained.safetensors" in synced
-    assert ".tmpAbCdEf" not in synced
+
+def test_a_run_goes_on_in_the_precision_in_which_it_began(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock decides where it is left to the machine."""
+    chosen = []
+    start = Trainer.__init__
+
+    def told(self: Trainer, *arguments: Any, mixed: bool) -> None:
+        chosen.append(mixed)
+        start(self, *arguments, mixed=mixed)
+
+    monkeypatch.setattr(Trainer, "__init__", told)
+    for steps, faster in ((2, True), (3, False)):
+        monkeypatch.setattr(precision, "bfloat16_is_faster", lambda _, faster=faster: faster)
+        distill(make_config(run={"steps": steps, "mixed_precision": "auto"}), resume=True)
+    assert chosen == [True, True]
+
+
+def test_two_runs_in_one_folder_are_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    with (
+        held(config.run.folder),
+        pytest.raises(ValueError, match=r"another process is at work in .*run: wait for it, or name another folder"),
+    ):
+        distill(config)
+    assert not config.run.folder.exists()
 
 
 def test_a_checkpoint_without_its_adapter_is_whole(make_config: MakeConfig) -> None:
@@ -231,7 +280,7 @@ def test_resume_tells_what_it_passes_over_and_writes_it_anew(
     assert (run / "step-00000002.kept").is_dir()
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.bin"])
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors"])
 def test_a_damaged_checkpoint_is_told(name: str, make_config: MakeConfig) -> None:
     config = make_config(run={"steps": 2})
     distill(config)
@@ -270,23 +319,6 @@ def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
         match=r"is the first after .*step-00000002: with --resume latest try a lower rate.* remove that folder",
     ):
         distill(make_config(run={"steps": 4}), resume=True)
-
-
-def test_checkpoints_of_different_steps_are_refused(
-    make_config: MakeConfig, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config(run={"steps": 2})
-    distill(config)
-    pipe = load_base(config.base)
-    build_student_(pipe, config)
-    trainer = Trainer(start_accelerator(), config, pipe, TeacherSamples(data), mixed=False)
-    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, mine - 1]))  # of another machine
-    with pytest.raises(ValueError, match=r"checkpoints of different steps, \[2, 1\]: put run.directory on a disk"):
-        trainer.restore()
-    shutil.rmtree(config.run.directory)  # on this machine there is none
-    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine + 2, mine]))
-    with pytest.raises(ValueError, match=r"checkpoints of different steps, \[2, 0\]: put run.directory on a disk"):
-        trainer.restore()
 
 
 def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:

@@ -85,7 +85,6 @@ def _layers(projections: list[str]) -> list[tuple[str, str]]:
 def test_every_trained_parameter_gets_a_gradient(
     trained: dict[str, Any], data: Any, pipe: FluxPipeline, make_config: Callable[..., DistillConfig]
 ) -> None:
-    """DDP waits for each of them, and `find_unused_parameters` is off."""
     text_side = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     build_student_(pipe, make_config(method=POOLED, trained=trained | {"projections": text_side}))
     pipe.transformer(**_inputs(pipe.transformer, data, torch.float32))[0].pow(2).mean().backward()

@@ -13,8 +13,9 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend
 from diffusers import FluxPipeline
+from PIL import Image
 from safetensors.torch import load_file
-from tiny_distill import PROMPTS, launch_run, loss_rows, trained_weights, write_config
+from tiny_distill import PROMPTS, launch_run, loss_rows, table, trained_weights, write_config
 
 from lineardit import Clear, Hybrid, ProxyTokens, dense, from_pretrained
 from lineardit.distill import figures
@@ -24,9 +25,10 @@ from lineardit.distill.data import TeacherSamples
 from lineardit.distill.diverged import DivergedError
 from lineardit.distill.families import family_of
 from lineardit.distill.prepare import prepare
+from lineardit.distill.processes import start_accelerator
 from lineardit.distill.schedule import learning_rate, noise_levels
 from lineardit.distill.student import build_student_
-from lineardit.distill.train import distill, load_base, start_accelerator
+from lineardit.distill.train import distill, load_base
 from lineardit.linearize.methods import config_to_dict
 
 MakeConfig = Callable[..., DistillConfig]
@@ -34,11 +36,14 @@ POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
 
 
 def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    """The same ten losses at the same global batch, with two parts per process on one side, in both stages."""
+    """The same ten losses at the same global batch, with two parts per process on one side, in both stages.
+
+    And the same validation, of which each process has drawn some pictures.
+    """
     run = {"steps": 7, "batch_size": 4}
-    first = {"steps": 3, "lr": 1e-2}
-    alone = make_config(layerwise=first, run=run | {"directory": str(tmp_path / "one"), "gradient_accumulation": 2})
-    together = make_config(layerwise=first, run=run | {"directory": str(tmp_path / "two")})
+    settings: dict[str, Any] = {"layerwise": {"steps": 3, "lr": 1e-2}, "validate": {"samples": 3}}
+    alone = make_config(**settings, run=run | {"directory": str(tmp_path / "one"), "gradient_accumulation": 2})
+    together = make_config(**settings, run=run | {"directory": str(tmp_path / "two")})
     process = launch_run(write_config(together, tmp_path / "two.toml"), processes=2)
     distill(alone)
     assert process.wait() == 0, process.stderr.read().decode()
@@ -46,6 +51,10 @@ def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> Non
         assert {name: two[name] for name in one if name != "seconds"} == pytest.approx(
             {name: value for name, value in one.items() if name != "seconds"}, rel=1e-5
         )
+    (one,), (two,) = (table(tmp_path / name / "validation.csv") for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-5)
+    sheets = [Image.open(tmp_path / name / "validation-00000010.png").tobytes() for name in ("one", "two")]
+    assert sheets[0] == sheets[1]
 
 
 def test_distill_leaves_figures_and_the_last_checkpoints(make_config: MakeConfig) -> None:
@@ -153,7 +162,7 @@ def test_what_accelerate_reads_from_its_environment_changes_nothing(
 def test_two_processes_train_a_hybrid_whose_window_covers_pictures(
     sizes: tuple[tuple[int, int], ...], make_config: MakeConfig, base: Path, tmp_path: Path
 ) -> None:
-    """The gate has no gradient there, which DistributedDataParallel would wait for."""
+    """The gate has no gradient there."""
     samples = tmp_path / "samples"
     prepare(FluxPipeline.from_pretrained(base), PROMPTS, samples, sizes=sizes, steps=1, max_sequence_length=8)
     method = config_to_dict(Hybrid(local=Clear(radius=5), global_=ProxyTokens(num_proxies=4), gate=1.0))
@@ -227,7 +236,7 @@ def test_validation_of_a_window_over_everything_finds_the_teachers_pictures(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sheets = []
-    monkeypatch.setattr("lineardit.distill.trainer.write_sheet", lambda *arguments: sheets.append(arguments))
+    monkeypatch.setattr("lineardit.distill.validation.write_sheet", lambda *arguments: sheets.append(arguments))
     config = make_config(
         method={"method": "clear", "radius": 100}, optimizer={"lr": 1e-30}, run={"steps": 1}, validate={"samples": 2}
     )

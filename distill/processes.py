@@ -1,0 +1,110 @@
+"""The processes of a launch: each holds the whole model and its share of a batch, and here they agree.
+
+What is trained is small beside the model, so that gradients are exchanged once a step, after the last backward, and not
+by DistributedDataParallel: that one wants every gradient in every process, through the model's own output, while a
+lesson of `layerwise.py` ends in its layer and some losses reach a weight in one process alone.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, broadcast, broadcast_object_list, parse_flag_from_env
+from torch import Tensor, nn
+
+BUCKET = 2**25  # elements that are exchanged at once
+
+Result = TypeVar("Result")
+
+
+def start_accelerator() -> Accelerator:
+    """The processes of this launch, on CUDA where there is some, else on the CPU.
+
+    Raises:
+        ValueError: accelerate sees another number of processes than the launcher started, or shards the model.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"the launcher asks for {name}, and a distillation holds the whole model in each process: launch with "
+                "`accelerate launch --multi_gpu --num_processes N`, which overrules what accelerate was configured for"
+            )
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # autocast is ours: the teacher must not always have it
+        # what accelerate would else read from its environment:
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"the launcher started {started} processes, accelerate joined {accelerator.num_processes}; "
+            "launch with `accelerate launch --multi_gpu --num_processes N`, on CPUs as well"
+        )
+    return accelerator
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Do it on the main process; all processes get what it returns, or raise its ValueError."""
+    said: list[Result | ValueError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            said = [action()]
+        except ValueError as error:
+            said = [ValueError(str(error))]
+    (result,) = broadcast_object_list(said)
+    if isinstance(result, ValueError):
+        raise result
+    return result
+
+
+def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+    """The mean of each gradient over the processes, in place; in a process that has none it counts as 0.
+
+    Args:
+        parameters: The same in every process, of one dtype.
+    """
+    if accelerator.num_processes == 1:
+        return
+    parameters = list(parameters)
+    there = torch.tensor([float(one.grad is not None) for one in parameters], device=accelerator.device)
+    anywhere = accelerator.reduce(there, "sum").tolist()
+    for bucket in _buckets(one for one, count in zip(parameters, anywhere, strict=True) if count):
+        pieces = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
+        means = accelerator.reduce(torch.cat([piece.flatten() for piece in pieces]), "mean")
+        for one, mean in zip(bucket, means.split([piece.numel() for piece in pieces]), strict=True):
+            if one.grad is None:
+                one.grad = torch.empty_like(one)
+            one.grad.copy_(mean.view_as(one))
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """In order, as many together as make `BUCKET` elements."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        bucket.append(parameter)
+        size += parameter.numel()
+        if size >= BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def tensors_of_main(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The main process' tensors by name, one after the other, in every process and on its device.
+
+    Args:
+        tensors: Other processes' are not looked at.
+    """
+    described = on_main(accelerator, lambda: {name: (one.shape, one.dtype) for name, one in tensors.items()})
+    for name, (shape, dtype) in described.items():
+        if accelerator.is_main_process:
+            one = tensors[name].to(accelerator.device)
+        else:
+            one = torch.empty(shape, dtype=dtype, device=accelerator.device)
+        yield name, broadcast(one)

@@ -1,0 +1,121 @@
+"""How near the student is on the samples that training leaves out; each process judges some of them.
+
+Of final latents the student draws the pictures beside the teacher's; of kept calls it predicts each of them.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch.nn.functional import mse_loss
+from tqdm import tqdm
+
+from ..linearize.networks import denoiser
+from ..linearize.recording import predict, to_device
+from .config import DistillConfig
+from .data import TeacherSamples
+from .families import family_of
+from .figures import StepLog
+from .processes import on_main
+from .sheet import write_sheet
+from .student import teacher
+
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+class _Judged(NamedTuple):
+    place: int  # of the sample
+    error: float
+    pictures: list[Image.Image]  # the teacher's and the student's; none of kept calls
+
+
+class Validation:
+    """The samples left out, judged at some steps.
+
+    Args:
+        student: The precision in which it computes.
+        teacher: The same of the teacher.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: DistillConfig,
+        pipe: Any,
+        samples: TeacherSamples,
+        *,
+        student: Precision,
+        teacher: Precision,
+    ) -> None:
+        self.accelerator = accelerator
+        self.pipe = pipe
+        self.model = denoiser(pipe)[1]
+        self.samples = samples
+        self.indices = range(len(samples) - config.validate.samples, len(samples))
+        self.every = config.validate.every
+        self.last = config.layerwise.steps + config.run.steps
+        self.dtype = getattr(torch, config.base.dtype)
+        self.directory = config.run.folder
+        self.file = self.directory / "validation.csv"
+        self.column = "prediction_error" if samples.calls else "latent_mse"
+        self.student, self.teacher = student, teacher
+
+    def is_due(self, step: int) -> bool:
+        return len(self.indices) > 0 and (step == self.last or step % self.every == 0)
+
+    def is_missing(self, step: int) -> bool:
+        """Whether it was due at a step that a run goes on after, and did not come to its end."""
+
+        def not_there() -> bool:
+            return all(row["step"] != step for row in StepLog(self.file, [self.column], last_step=step).rows)
+
+        return step > 0 and self.is_due(step) and on_main(self.accelerator, not_there)
+
+    @torch.no_grad()
+    def run(self, step: int) -> None:
+        """Judge them; the mean error becomes a row of validation.csv, the pictures a sheet."""
+        main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
+        share = self.indices[self.accelerator.process_index :: processes]
+        judge = self._predicted if self.samples.calls else self._drawn
+        mine = [judge(index) for index in tqdm(share, desc="validate", leave=False, disable=not main)]
+        judged = sorted(gather_object(mine), key=lambda one: one.place)
+        if not main:
+            return
+        log = StepLog(self.file, [self.column], last_step=step - 1)
+        log.append({"step": step, self.column: sum(one.error for one in judged) / len(judged)})
+        if judged[0].pictures:
+            sheet = self.directory / f"validation-{step:08d}.png"
+            write_sheet(["teacher", "student"], [one.pictures for one in judged], sheet)
+
+    def _predicted(self, index: int) -> _Judged:
+        """The mean over all calls of the squared error of a prediction, relative to the teacher's."""
+        errors = []
+        for number in range(self.samples.calls):
+            arguments = to_device(self.samples.call(index, number), self.accelerator.device)
+            with teacher(self.model), self.teacher():
+                target = predict(self.model, arguments).float()
+            with self.student():
+                prediction = predict(self.model, arguments).float()
+            errors.append(float((prediction - target).square().sum() / target.square().sum()))
+        return _Judged(index, sum(errors) / len(errors), [])
+
+    def _drawn(self, index: int) -> _Judged:
+        """Pictures of teacher and student, and the mean squared error of its latents."""
+        family, sample = family_of(self.model), self.samples.samples[index]
+        batch = self.samples.load([index]).to(self.accelerator.device, self.dtype)
+        with self.student():
+            latents = family.generate(
+                self.pipe,
+                batch.conditions,
+                height=sample.height,
+                width=sample.width,
+                steps=self.samples.settings["steps"],
+                guidance=self.samples.settings["guidance"],
+                generators=[torch.Generator("cpu").manual_seed(sample.seed)],
+            )
+        error = float(mse_loss(latents.float(), batch.latents.float()))
+        return _Judged(index, error, [family.decode(self.pipe, one, batch.grid)[0] for one in (batch.latents, latents)])

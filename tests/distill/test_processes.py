@@ -1,0 +1,104 @@
+"""What the processes of a launch exchange, in forks of this one; who may work in a folder; signals."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from lineardit.distill import processes
+from lineardit.distill.launch import stops_with_this
+from lineardit.distill.processes import average_gradients, on_main, start_accelerator, tensors_of_main
+
+PROCESSES = 2
+
+
+def _in_processes(work: Callable[[Accelerator], None], folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork")  # which have everything imported already
+    forks = [context.Process(target=_enter, args=(rank, port, work, folder)) for rank in range(PROCESSES)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(timeout=60)
+        fork.kill()
+        fork.join()
+    errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
+    assert [fork.exitcode for fork in forks] == [0] * PROCESSES, "\n".join(errors)
+
+
+def _enter(rank: int, port: int, work: Callable[[Accelerator], None], folder: Path) -> None:
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in (launched | {"MASTER_PORT": port}).items()})
+    AcceleratorState._reset_state(True)  # this process' may have had one
+    try:
+        work(start_accelerator())
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("bucket", [1, 4, 2**25])
+def test_gradients_are_averaged_where_any_process_has_one(
+    bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "BUCKET", bucket)
+
+    def work(accelerator: Accelerator) -> None:
+        rank = accelerator.process_index
+        everywhere, second, nowhere, last = (nn.Parameter(torch.zeros(size)) for size in ((2, 3), (3,), (1,), ()))
+        everywhere.grad = torch.arange(6.0).view(2, 3).T.contiguous().T * (rank + 1)  # in another order of memory
+        second.grad = torch.tensor([2.0, 4.0, 6.0]) if rank else None
+        last.grad = torch.tensor(float(rank))
+        average_gradients(accelerator, [everywhere, second, nowhere, last])
+        assert torch.equal(everywhere.grad, 1.5 * torch.arange(6.0).view(2, 3))
+        assert second.grad is not None
+        assert second.grad.tolist() == [1, 2, 3]
+        assert nowhere.grad is None
+        assert last.grad == 0.5
+
+    _in_processes(work, tmp_path)
+
+
+def test_all_processes_get_what_the_main_one_has(tmp_path: Path) -> None:
+    def work(accelerator: Accelerator) -> None:
+        wanted = {"a.step": torch.tensor(7.0), "a": torch.arange(6).view(2, 3).bfloat16(), "empty": torch.zeros(0)}
+        mine = wanted if accelerator.is_main_process else {}
+        found = dict(tensors_of_main(accelerator, mine))
+        assert list(found) == list(wanted)
+        assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in wanted.items())
+        assert on_main(accelerator, lambda: accelerator.process_index) == 0
+        with pytest.raises(ValueError, match="process 0 says no"):
+            on_main(accelerator, lambda: _refuse(accelerator.process_index))
+
+    _in_processes(work, tmp_path)
+
+
+def _refuse(rank: int) -> None:
+    raise ValueError(f"process {rank} says no")
+
+
+def test_a_signal_that_ends_the_launcher_ends_what_it_started() -> None:
+    sleeper = "import subprocess; subprocess.run(['sleep', '60'])"
+    with subprocess.Popen([sys.executable, "-c", sleeper]) as process, stops_with_this(process):
+        while not (children := psutil.Process(process.pid).children()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert process.wait(timeout=30) == -signal.SIGTERM
+    assert all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in children)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
