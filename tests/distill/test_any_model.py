@@ -132,11 +132,14 @@ def test_a_student_learns_in_bfloat16_as_the_example_has_it(
 
 
 def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
-    pipe = prompted("sd3")
-    kept(pipe, tmp_path / "samples", size_of("sd3"))
+    """The text's projections too, of which the last block's are reached by the loss of attention outputs alone."""
+    pipe = prompted("qwen-image")
+    kept(pipe, tmp_path / "samples", size_of("qwen-image"))
     pipe.save_pretrained(tmp_path / "base")
+    settings: dict[str, Any] = {"trained": {"rank": 2, "projections": ["to_q", "add_q_proj", "to_add_out"]}}
     configs = [
-        config_of(tmp_path, str(tmp_path / "base"), run={"directory": str(tmp_path / name)}) for name in ("one", "two")
+        config_of(tmp_path, str(tmp_path / "base"), run={"directory": str(tmp_path / name)}, **settings)
+        for name in ("one", "two")
     ]
     process = launch_run(write_config(configs[1], tmp_path / "two.toml"), processes=2)
     train.distill(configs[0])
