@@ -80,6 +80,10 @@ def _override(tables: dict[str, Any], text: str) -> None:
     values = tables.setdefault(table, {})
     require(isinstance(values, dict), table, "a table", values)
     values[key] = parsed
+    if (table, key) == ("trained", "kind") and parsed in TRAINED:  # what the file says of the other kind is not meant
+        of_others = {item.name for kind in TRAINED.values() for item in fields(kind)}
+        for name in of_others - {item.name for item in fields(TRAINED[parsed])}:
+            values.pop(name, None)
 
 
 def _method(table: Mapping[str, Any]) -> Any:

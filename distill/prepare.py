@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..linearize import families as conversions
 from ..linearize.calling import own_settings
 from ..linearize.convert import swapped
-from ..linearize.folders import write_whole
+from ..linearize.folders import held, write_whole
 from ..linearize.networks import denoiser
 from ..pipelines.sizes import check_size
 from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
@@ -83,7 +83,7 @@ def prepare(
     Raises:
         UnsupportedModelError: the model's class is not known.
         ValueError: a setting is out of range or not known to the pipeline, differs from those of the folder, the
-            pipeline is converted, or it made numbers that are not finite.
+            pipeline is converted, another process makes this part, or it made numbers that are not finite.
     """
     _, model = denoiser(pipe)
     conversions.family_of(model)
@@ -115,7 +115,8 @@ def prepare(
     if calls:
         call_of_teacher(pipe, sizes[0], settings)  # raises for a setting that is none, before anything is made
     directory = Path(directory)
-    _write_shards(pipe, samples, directory, settings, batch_size, part)
+    with held(directory, name=f".{index_name(*part)}.lock"):
+        _write_shards(pipe, samples, directory, settings, batch_size, part)
     return directory
 
 

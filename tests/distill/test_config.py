@@ -50,9 +50,14 @@ def test_config_round_trips(file: Path, make_config: Callable[..., DistillConfig
 
 
 def test_the_example_is_read() -> None:
-    config = load_config(Path(__file__).parents[2] / "examples" / "distill_flux.toml")
+    file = Path(__file__).parents[2] / "examples" / "distill_flux.toml"
+    config = load_config(file)
     assert config.method == Clear(radius=16)
     assert config.run.batch_size == 32
+    assert config.trained == Lora(rank=64)
+    assert load_config(file, ["trained.kind=attention"]).trained == Attention()  # the file's rank is of the other kind
+    with pytest.raises(ValueError, match=r"unknown setting trained\.rank"):
+        load_config(file, ["trained.kind=attention", "trained.rank=8"])
 
 
 @pytest.mark.parametrize(

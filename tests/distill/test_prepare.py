@@ -16,6 +16,7 @@ from lineardit import Clear, linearize_
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.families import family_of
 from lineardit.distill.prepare import prepare
+from lineardit.linearize.folders import held
 
 SETTINGS: dict[str, Any] = {"sizes": SIZES, "steps": 2, "max_sequence_length": 8, "shard_size": 5}
 
@@ -116,7 +117,18 @@ def test_prepare_refuses_latents_that_are_not_finite(pipe: FluxPipeline, tmp_pat
     pipe.transformer.proj_out.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"latents for 'a red circle' with seed 0 are not finite in torch.float32"):
         prepare(pipe, PROMPTS, tmp_path / "data", **SETTINGS)
-    assert not list((tmp_path / "data").iterdir())
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_part_that_another_process_makes_is_refused(pipe: FluxPipeline, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with held(folder, name=".index-1-of-2.json.lock"):
+        with pytest.raises(ValueError, match=r"another process is at work in .*data: wait for it"):
+            prepare(pipe, PROMPTS, folder, **SETTINGS, part=(1, 2))
+        prepare(pipe, PROMPTS, folder, **SETTINGS, part=(2, 2))
+    prepare(pipe, PROMPTS, folder, **SETTINGS)
+    assert len(TeacherSamples(folder)) == len(PROMPTS)
+    assert not list(folder.glob(".*"))
 
 
 def test_prepare_writes_no_part_of_a_shard(pipe: FluxPipeline, tmp_path: Path) -> None:
