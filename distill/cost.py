@@ -71,7 +71,7 @@ def picture_peak(pipe: Any, settings: PictureSettings) -> float:
     On a CPU call it in a fresh process (`fresh_picture_peak` does), or memory that earlier work has freed is used again
     and does not count. A smallest picture goes before, so that weights and libraries are in memory.
     """
-    small = min(4 * size_multiple(pipe), settings.height)
+    small = min(4 * size_multiple(pipe), settings.size[0])
     _draw(pipe, replace(settings, height=small, width=small))
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -90,7 +90,7 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
         draw_whole(pipe, [PROMPT], [0], settings)
         return
     family = family_of(denoiser(pipe)[1])
-    grid = family.grid(pipe, settings.height, settings.width)
+    grid = family.grid(pipe, *settings.size)
     with torch.no_grad():
         latents = denoise(pipe, [PROMPT], [0], settings.of(pipe))
         family.decode(pipe, latents, grid)

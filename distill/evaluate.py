@@ -143,7 +143,8 @@ def evaluate(
     question = _question(teacher, student, prompts, settings)
     _check_directory(directory, question, overwrite)
     pipe = _opened(teacher)
-    settings = replace(settings, steps=settings.of(pipe).steps)  # what else is left open is each pipeline's own
+    of_both = settings.of(pipe)  # what else is left open is each pipeline's own
+    settings = replace(settings, height=of_both.height, width=of_both.width, steps=of_both.steps)
     teacher_side, reference, expected = _judged(
         "teacher", teacher, pipe, prompts, directory, settings, judge, memory=memory
     )

@@ -31,7 +31,7 @@ from ..linearize.methods import config_to_dict
 from ..linearize.networks import denoiser
 from ..linearize.seam import state_of
 from ..pipelines.files import check_finite
-from ..pipelines.sizes import check_size
+from ..pipelines.sizes import check_size, default_size
 from .families import family_of, has_row
 from .identity import fingerprint, main_dtype
 from .watching import decoding_in_tiles_at_need, last_step
@@ -45,9 +45,9 @@ SECONDS = "seconds"  # in a file's header: of denoising, or of decoding
 class PictureSettings:
     """How pictures are made: noise of picture i from `torch.Generator("cpu").manual_seed(seed + i)`."""
 
-    height: int  # pixels
-    width: int
-    steps: int | None = None  # None, here and below: the pipeline's own
+    height: int | None = None  # pixels; None, here and below: the pipeline's own
+    width: int | None = None
+    steps: int | None = None
     guidance: float | None = None
     seed: int = 0
     max_sequence_length: int | None = None  # text tokens
@@ -60,9 +60,18 @@ class PictureSettings:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width), which must be known."""
+        assert self.height is not None, "`of` fills in the pipeline's own"
+        assert self.width is not None, "the same"
+        return self.height, self.width
+
     def of(self, pipe: Any) -> "PictureSettings":
         """The same with the pipeline's own in place of None."""
         own = own_settings(pipe)._asdict()
+        if self.height is None or self.width is None:
+            own["height"], own["width"] = default_size(pipe)
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
     def call(self, pipe: Any) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def make_pictures(
         ValueError: the pipeline cannot make this size, or makes no pictures.
     """
     settings = settings.of(pipe)
-    check_size(pipe, settings.height, settings.width)
+    check_size(pipe, *settings.size)
     settings.call(pipe)  # raises for an argument that is none
     folder = directory / digest(pipe, settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +212,7 @@ def _decode(pipe: Any, folder: Path, indices: Sequence[int], settings: PictureSe
     if not indices:
         return
     family = family_of(denoiser(pipe)[1])
-    grid = family.grid(pipe, settings.height, settings.width)
+    grid = family.grid(pipe, *settings.size)
     for index in indices:
         began = time.perf_counter()
         latents = read_tensors(_files(folder, index)[0])["latents"][None]

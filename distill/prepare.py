@@ -32,7 +32,7 @@ from ..linearize.calling import own_settings
 from ..linearize.convert import swapped
 from ..linearize.folders import held, write_whole
 from ..linearize.networks import denoiser
-from ..pipelines.sizes import check_size
+from ..pipelines.sizes import check_size, default_size
 from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
 from .families import family_of, has_row
 from .files import write_json
@@ -49,7 +49,7 @@ def prepare(
     prompts: Sequence[str],
     directory: str | Path,
     *,
-    sizes: Sequence[tuple[int, int]] = ((1024, 1024),),
+    sizes: Sequence[tuple[int, int]] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
@@ -69,7 +69,7 @@ def prepare(
         pipe: The original pipeline, on the device where it shall run.
         prompts: One per sample; repeat a prompt to get it with several seeds.
         directory: New, or that of an interrupted call with the same settings.
-        sizes: (height, width) in pixels; sample i has sizes[i % len(sizes)].
+        sizes: (height, width) in pixels; sample i has sizes[i % len(sizes)]. None: the pipeline's own, for all.
         steps: Denoising steps; None: the pipeline's own.
         guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
         max_sequence_length: Text tokens; None: the pipeline's own.
@@ -90,6 +90,7 @@ def prepare(
     if calls is None:
         calls = 0 if has_row(model) else CALLS
     own = own_settings(pipe)
+    sizes = sizes if sizes is not None else [default_size(pipe)]
     steps = steps if steps is not None else own.steps or 28
     shard_size = shard_size if shard_size is not None else 8 if calls else 64
     counts = {"steps": steps, "batch_size": batch_size, "shard_size": shard_size}

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import Arguments, BatchSize, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed, Size, Steps
+from .options import Arguments, BatchSize, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed, Steps
 from .prompts import parse_arguments, parse_size, read_prompts
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def evaluate(
     student: Annotated[str, typer.Argument(help="The adapter to judge (or any other): Hub id or folder.")],
     prompts: Annotated[Path, typer.Option("--prompts", help="A file with one prompt a line.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for report, sheet and pictures.")],
-    size: Size = "1024x1024",
+    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the teacher's own.")] = None,
     steps: Steps = None,
     seed: Seed = 0,
     guidance: Guidance = None,
@@ -45,7 +45,7 @@ def evaluate(
     from ..scene_judge import judge_scene
     from .devices import find_device, find_dtype
 
-    height, width = parse_size(size)
+    height, width = parse_size(size) if size else (None, None)
     texts = read_prompts(prompts)
     drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size}
     drawing |= {"arguments": parse_arguments(arguments)}

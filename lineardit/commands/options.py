@@ -9,7 +9,6 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never touch the networ
 Impl = Annotated[str, typer.Option(help="The implementation that converted attention runs.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights; auto: bfloat16 on a GPU, else float32.")]
 Device = Annotated[str, typer.Option(help="Where to compute; auto is a GPU if there is one.")]
-Size = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; else the pipeline's own.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
 Guidance = Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")]

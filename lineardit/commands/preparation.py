@@ -16,8 +16,9 @@ def prepare(
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, one sample each.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of samples; an interrupted one is resumed.")],
     size: Annotated[
-        list[str], typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; repeat it to go round several sizes.")
-    ] = ["1024x1024"],  # noqa: B006, typer copies it
+        list[str] | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; repeat it to go round several sizes. Else the model's own."),
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
@@ -54,7 +55,7 @@ def prepare(
     On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit prepare ...; on several machines --part.
     """
     share = parse_part(part)
-    sizes = [parse_size(text) for text in size]
+    sizes = [parse_size(text) for text in size] if size else None
     texts, more = read_prompts(prompts), parse_arguments(arguments)
 
     from ..distill.prepare import prepare as make_samples

@@ -17,8 +17,10 @@ from tiny_distill import PROMPTS, build_tiny
 from lineardit import Clear, dense, linearize_
 from lineardit.distill import cost
 from lineardit.distill.cost import PROMPT, fresh_picture_peak, paired_step_seconds, resident_peak
+from lineardit.distill.data import TeacherSamples
 from lineardit.distill.evaluate import Source, evaluate
 from lineardit.distill.pictures import PictureSettings, digest, make_pictures
+from lineardit.distill.prepare import prepare
 
 SETTINGS = PictureSettings(height=24, width=32, steps=2, max_sequence_length=8, batch_size=2)
 THREE = PROMPTS[:3]
@@ -67,6 +69,14 @@ def test_evaluate_compares_the_pipelines_own_latents(pipe: FluxPipeline, student
     with Image.open(report.sheet) as sheet:
         assert sheet.width > 3 * 32
         assert sheet.height > 3 * 24
+
+
+def test_samples_and_pictures_have_the_models_own_size_where_none_is_said(pipe: FluxPipeline, tmp_path: Path) -> None:
+    pipe.default_sample_size = 8  # latents
+    samples = TeacherSamples(prepare(pipe, PROMPTS[:2], tmp_path / "samples", steps=1, max_sequence_length=8))
+    assert [(one.height, one.width) for one in samples.samples] == [(16, 16)] * 2
+    report = evaluate(pipe, pipe, PROMPTS[:1], tmp_path / "report", settings=PictureSettings(steps=1), memory=False)
+    assert (report.settings.height, report.settings.width) == (16, 16)
 
 
 def test_evaluate_finds_no_difference_to_itself(pipe: FluxPipeline, tmp_path: Path) -> None:
