@@ -5,25 +5,28 @@
 Cells are those of cells.py, which overlap where a side does not divide. Over all cells, rest_i adds up to the
 number of tokens outside of the window. With a cell for each token, rest is 1 outside and 0 inside.
 
-Rows are counted along each axis: a box is a product of its axes, and of a circle every row is one.
+Windows are counted along each axis: a box is a product of its axes, and of a circle every row is one. Some rows of the
+image are counted at a time, which takes several times the memory of their result.
 
 n = frames * height * width tokens, C cells.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..window import Circle
+from ..window import Box, Circle
 from ..window.windows import Window, from_arguments, to_arguments
-from .cells import Grid, cell_grid, cells_of_axis
+from .cells import Grid, cell_grid, cells_of_axis, sizes_of
 
 # The logarithm of nothing, added to the logit of what a query does not see. Finite, also in float16: a block of keys of
 # which a query sees none gives weight 0, never NaN.
 UNSEEN = -1e4
+
+PARTS = 8  # of the image's rows, counted one after the other
 
 
 def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor:
@@ -66,8 +69,10 @@ def _(like, grid, radius, num_cells, *_):  # type: ignore[no-untyped-def]
 def new_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`log_rest`, not kept."""
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # serves training as well
-        rest = rest_of_cells(grid, window, num_cells, device)
-        return (rest * (num_cells / math.prod(grid))).log().clamp(min=UNSEEN).to(dtype)
+        log = torch.empty(*sizes_of(grid), num_cells, dtype=dtype, device=device)
+        for rows, rest in _by_rows(grid, window, num_cells, device):
+            log[:, rows] = rest.mul_(num_cells / math.prod(grid)).log_().clamp_(min=UNSEEN)
+        return log.flatten(0, 2)
 
 
 _kept = lru_cache(maxsize=4)(new_log_rest)
@@ -75,20 +80,34 @@ _kept = lru_cache(maxsize=4)(new_log_rest)
 
 def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> Tensor:
     """rest above, [n, C], float32."""
-    frames, height, width = (1, *grid)[-3:]
+    out = torch.empty(*sizes_of(grid), num_cells, device=device)
+    for rows, rest in _by_rows(grid, window, num_cells, device):
+        out[:, rows] = rest
+    return out.flatten(0, 2)
+
+
+def _by_rows(grid: Grid, window: Window, num_cells: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """The same for some rows at a time, [frames, rows, width, C], to be overwritten."""
+    frames, height, width = sizes = sizes_of(grid)
     holds = [  # [places of an axis, cells along it], along frames, height and width
-        _holds(size, count, device)
-        for size, count in zip((frames, height, width), cell_grid(frames, height, width, num_cells), strict=True)
+        _holds(size, count, device) for size, count in zip(sizes, cell_grid(*sizes, num_cells), strict=True)
     ]
     of_frames, of_rows, of_columns = (one.sum(0) for one in holds)
     frame = torch.arange(frames, device=device)
     distance = (frame[:, None] - frame).abs()
     near_frames = (distance < (window.frame_radius or frames)).float() @ holds[0]  # [frames, deep]
-    near = _near_circle(window, *holds[1:]) if isinstance(window, Circle) else _near_box(window, *holds[1:])
+    if isinstance(window, Circle):
+        by_row, by_column = _near_circle(window, *holds[1:])
+    else:
+        by_row, by_column = _near_box(window, *holds[1:])
     whole = of_frames[:, None] * torch.outer(of_rows, of_columns).flatten()  # [deep, cells of a frame]
-    rest = whole - near_frames[:, None, :, None] * near[None, :, None]  # [frames, height * width, deep, ...]
-    rest = rest.flatten(2).flatten(0, 1)
-    return torch.where(rest < 1e-3, 0, rest)  # less than any share of a token
+    step = math.ceil(height / PARTS)
+    for start in range(0, height, step):
+        near = _product(by_row[:, start : start + step], by_column)
+        rest = near_frames[:, None, :, None] * near[None, :, None]  # [frames, rows * width, deep, cells of a frame]
+        torch.sub(whole, rest, out=rest)
+        rest.masked_fill_(rest < 1e-3, 0)  # less than any share of a token
+        yield slice(start, start + step), rest.view(frames, -1, width, num_cells)
 
 
 def _holds(size: int, count: int, device: torch.device) -> Tensor:
@@ -99,16 +118,15 @@ def _holds(size: int, count: int, device: torch.device) -> Tensor:
     return (holds / holds.sum(1, keepdim=True)).to(device)
 
 
-def _near_box(window: Window, rows: Tensor, columns: Tensor) -> Tensor:
-    """What each place of a frame sees of each cell, [height * width, cells of a frame]."""
-    assert not isinstance(window, Circle)
+def _near_box(window: Box, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of `_product`: what each row of a frame sees of the rows of cells, and each column of theirs."""
     by_row, by_column = (
         window.span(axis, len(one), one.device).near().float() @ one for axis, one in enumerate((rows, columns))
     )
-    return _product(by_row[None], by_column[None])
+    return by_row[None], by_column[None]
 
 
-def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> Tensor:
+def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """The same: a sum over the rows of the circle, each a stretch of columns."""
     place = torch.arange(len(columns), device=columns.device)
     distance = (place[:, None] - place).abs()
@@ -120,11 +138,11 @@ def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> Tensor:
         by_row.append(shifted)
         stretch = (distance.double().square() + step * step) < window.radius * window.radius
         by_column.append(stretch.float() @ columns)
-    return _product(torch.stack(by_row), torch.stack(by_column))
+    return torch.stack(by_row), torch.stack(by_column)
 
 
 def _product(by_row: Tensor, by_column: Tensor) -> Tensor:
-    """sum_s of [s, height, rows of cells] times [s, width, columns of cells], for every place and cell of a frame."""
+    """sum_s of [s, height, rows of cells] times [s, width, columns of cells], [height * width, cells of a frame]."""
     sums = by_row.flatten(1).T @ by_column.flatten(1)  # [height * rows, width * columns]
     sums = sums.unflatten(1, by_column.shape[1:]).unflatten(0, by_row.shape[1:])  # [height, rows, width, columns]
     return sums.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -48,7 +48,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
         tiles = ((frames[:, None] * height + rows)[:, :, None] * width + columns[:, None]).flatten(1)
         real = real.flatten(1)
         cells, shares = _tokens_of_cells(sizes, num_cells)
-        rest = rest_of_cells(grid, window, num_cells, device).to(dtype) * (num_cells / math.prod(sizes))
+        rest = rest_of_cells(grid, window, num_cells, device).to(dtype).mul_(num_cells / math.prod(sizes))
         rest_of_tiles = rest.new_zeros(len(tiles), num_cells)
         least_rest = torch.full_like(rest_of_tiles, math.inf)
         for tokens, exists in zip(tiles.to(device).unbind(1), real.to(device).unbind(1), strict=True):

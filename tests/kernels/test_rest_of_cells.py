@@ -4,11 +4,13 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
 
 from lineardit.kernels.focus.cells import cell_grid, cells_of_axis
-from lineardit.kernels.focus.rest_of_cells import UNSEEN, log_rest, rest_of_cells
+from lineardit.kernels.focus.rest_of_cells import UNSEEN, log_rest, new_log_rest, rest_of_cells
 from lineardit.kernels.window import Box, Circle
 from lineardit.kernels.window.reference import window_mask
+from lineardit.linearize.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 WINDOWS = [
@@ -58,3 +60,11 @@ def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
     assert ((rest > 0) & (rest < 4)).any()
     halves = log_rest(torch.zeros(1, dtype=torch.float16), (8, 8), Circle(radius=4), 16)
     assert halves.dtype == torch.float16 and halves.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [Circle(radius=4), Box(window=(5, 5))], ids=str)
+def test_new_log_rest_holds_little_more_than_its_result(window: Circle | Box, dtype: torch.dtype) -> None:
+    with LiveBytes(nn.Module()) as live:
+        log = new_log_rest((48, 64), window, 64, dtype, CPU)
+    assert live.peak < 2.5 * log.nbytes
