@@ -137,6 +137,13 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
         yield
 
 
+def check_dense(pipe_or_model: Any) -> None:
+    """Raise the ValueError of `dense` where nothing is converted or the base cannot come back; nothing is changed."""
+    for state in _converted(pipe_or_model).values():
+        for companion in state.companions if state.enabled else ():
+            companion.check_reversible()
+
+
 def set_impl_(pipe_or_model: Any, impl: str) -> None:
     """Choose the implementation that converted modules run; never saved.
 

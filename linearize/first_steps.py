@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
-from .convert import dense
+from .convert import check_dense, dense
 
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
@@ -25,12 +25,11 @@ def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
     Yields:
         The pipeline's `callback_on_step_end`; one of your own can call it with its arguments.
     Raises:
-        ValueError: count < 1, or nothing is converted.
+        ValueError: count < 1, nothing is converted, or the base cannot come back.
     """
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}: for no linear attention at all, use `dense`")
-    with dense(pipe):
-        pass  # raises where nothing is converted
+    check_dense(pipe)
     with ExitStack() as base, _before_each_schedule(pipe.scheduler, base.close):
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

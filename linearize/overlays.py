@@ -45,7 +45,7 @@ class Overlays:
         Raises:
             ValueError: The originals were not kept; nothing has been changed.
         """
-        self._check_reversible()
+        self.check_reversible()
         for overlay in reversed(self.items):
             overlay.off()
 
@@ -60,7 +60,7 @@ class Overlays:
         Raises:
             ValueError: The originals were not kept; nothing has been changed.
         """
-        self._check_reversible()
+        self.check_reversible()
         while self.items:
             self.items.pop().remove()
 
@@ -76,7 +76,12 @@ class Overlays:
                 "copy: load the adapter with keep_original=False first"
             )
 
-    def _check_reversible(self) -> None:
+    def check_reversible(self) -> None:
+        """Whether `suspend` and `remove` can give the base back.
+
+        Raises:
+            ValueError: They cannot: the originals were not kept, or are offloaded.
+        """
         for overlay in self.items:
             overlay.check_reversible()
 

@@ -21,7 +21,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
-from ..linearize.convert import dense
+from ..linearize.convert import check_dense
 from ..linearize.networks import denoiser
 from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
@@ -248,10 +248,10 @@ class HighResolutionPipeline(StagedPipeline):
         if state_of(model) is None:
             return "original"
         try:
-            with dense(self):
-                return "both"
-        except (ValueError, RuntimeError):  # the originals of trained weights were not kept
+            check_dense(self)
+        except ValueError:
             return "converted"
+        return "both"
 
     def _limits(self) -> Limits:
         """What a plan must know of the model and its scheduler, as they are now."""

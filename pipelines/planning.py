@@ -100,7 +100,7 @@ def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, .
     if limits.attention == "original":
         notes.append("the model is not converted, so every size has its full attention: linearize_ it first")
     elif limits.attention == "converted":
-        notes.append("the originals of its trained weights were not kept, so every size has its converted attention")
+        notes.append("the base cannot come back (`with dense(pipe):` says why): every size has its converted attention")
     if max(height, width) > limits.known and last.follow == 0:
         remedy = "set follow, or make a smaller picture" if limits.follows else "keep strength low"
         notes.append(

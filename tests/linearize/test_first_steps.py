@@ -11,6 +11,7 @@ from tiny_pipelines import flux_pipeline
 from torch import Tensor
 
 from lineardit import Agent, dense, first_steps, linearize_
+from lineardit.linearize.overlays import replace_weights_
 
 STEPS = 3
 
@@ -111,4 +112,9 @@ def test_first_steps_refuses(pipe: diffusers.FluxPipeline) -> None:
     with pytest.raises(ValueError, match="not converted"), first_steps(pipe, 2):
         pass
     with pytest.raises(ValueError, match="count must be >= 1, got 0"), first_steps(pipe, 0):
+        pass
+    linearize_(pipe, Agent(num_agents=4))
+    weights = {"x_embedder.bias": torch.zeros(pipe.transformer.x_embedder.bias.shape)}
+    replace_weights_(pipe.transformer, weights, keep_original=False)
+    with pytest.raises(ValueError, match="were not kept"), first_steps(pipe, 2):
         pass

@@ -1,6 +1,7 @@
 """The cascade: each stage is what diffusers' own calls make, the model is as it was afterwards, nothing is lost."""
 
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import lineardit
 from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, dense, linearize_
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.networks import denoiser
+from lineardit.linearize.overlays import FullWeights, replace_weights_
 from lineardit.pipelines.plan import Plan, Settings
 
 CALL: dict[str, Any] = {"max_sequence_length": 8, "num_inference_steps": 2}
@@ -232,6 +234,27 @@ def test_plan_passes_on_what_the_attention_advises_once() -> None:
     (note,) = [note for note in high.plan(64, 64).notes if "faint grid" in note]
     assert "8 x 8 each" in note
     assert not any("faint grid" in note for note in high.plan(16, 16).notes)  # with the original attention
+
+
+def test_plan_asks_for_the_base_without_taking_weights_off(high: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, name = denoiser(high)[1], "transformer_blocks.0.attn.to_q.bias"
+    weights = {name: torch.zeros_like(model.get_parameter(name))}
+    replace_weights_(model, weights, keep_original=True)
+    monkeypatch.delattr(FullWeights, "off")
+    assert [stage.attention for stage in high.plan(64, 64).stages] == ["original", "converted", "converted"]
+    replace_weights_(model, weights, keep_original=False)
+    plan = high.plan(64, 64)
+    assert [stage.attention for stage in plan.stages] == ["converted"] * 3
+    assert any("the base cannot come back" in note for note in plan.notes)
+
+
+def test_plan_has_the_base_while_another_thread_is_in_dense(high: Any) -> None:
+    plans: list[Plan] = []
+    with dense(high):
+        worker = threading.Thread(target=lambda: plans.append(high.plan(64, 64)))
+        worker.start()
+        worker.join()
+    assert plans[0].stages[0].attention == "original"
 
 
 def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:
