@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .beside_input import call_beside
 from .errors import UnsupportedModelError
 from .matching import head_shape
 from .methods import METHODS
@@ -73,7 +74,7 @@ class _AddTerm:
         if not self.state.enabled:
             return None
         x, *others = args
-        return x + self.term(x), *others
+        return x + call_beside(self.term, x), *others
 
 
 def input_terms(method: type) -> Mapping[str, str]:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..kernels.pieces.autocast import as_autocast
 from ..kernels.window.reference import key_mask
+from .beside_input import call_beside
 from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
 from .layout import Layout, reorder, text_mask_of
 from .matching import head_shape
@@ -222,7 +223,7 @@ def _attend(
         layout = replace(layout, text_first=False)
     if attn_mask is not None:
         layout = replace(layout, text_mask=text_mask_of(attn_mask, query, layout))
-    out = kernel(query, key, value, layout, scale=scale)
+    out = call_beside(kernel, query, key, value, layout, scale=scale)
     if order is not None:
         out = reorder(out, order.argsort(-1), dim=2)
     if no_queries > 0:

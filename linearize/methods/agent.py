@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ...kernels.agent import agent_attention, implementations
@@ -110,6 +111,7 @@ class AgentAttention(nn.Module):
         """[B, H, N, D] -> [B, H, N, D]."""
         return joint_attention(query, key, value, layout, self.attend_to_image, scale=scale, balance=self.balance)
 
+    @apply_forward_hook  # sequential offload loads its weights for a hybrid, too, which calls this alone
     def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
         """x above, of the image's tokens [B, H, n, D] -> [B, H, n, D]."""
         height, width = grid[-2:]

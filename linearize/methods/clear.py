@@ -171,7 +171,7 @@ class ClearAttention(nn.Module):
         image = slice(start, start + layout.num_image_tokens)
         parts = key[:, :, image], value[:, :, image]
         if self.config.pool_size is not None:
-            pooled = weighted_pool(parts, self.pool_weight.to(key.device), layout.grid, num_cells)
+            pooled = weighted_pool(parts, self.pool_weight, layout.grid, num_cells)
         else:
             pooled = mean_pool(parts, side, layout.grid, num_cells)
         return pooled[0], pooled[1]

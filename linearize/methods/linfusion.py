@@ -12,7 +12,7 @@ B batch, H heads, N tokens of the image, D head dimension, C = H * D channels.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn.functional import elu
@@ -51,7 +51,7 @@ class InputTerm(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C], in the precision of its own weights."""
         # layerwise casting stores Linear layers in float8 between calls, and leaves norms as they are
-        return super().forward(x.to(self.get_parameter("1.weight").dtype)).to(x.dtype)
+        return super().forward(x.to(cast(Tensor, self[1].weight).dtype)).to(x.dtype)
 
 
 class LinFusionAttention(nn.Module):

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -89,8 +90,10 @@ class ProxyTokensAttention(nn.Module):
 
     def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
         """x above, [B, H, n, D] -> [B, H, n, D]."""
-        return scaled_dot_product_attention(query, *self.proxies(query, key, value, grid, scale), scale=scale)
+        proxy_key, proxy_value = self.proxies(query, key, value, grid, scale)
+        return scaled_dot_product_attention(query, proxy_key, proxy_value, scale=scale)
 
+    @apply_forward_hook  # sequential offload loads its weights for a hybrid, too, which calls this alone
     def proxies(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tensor]:
         """k_c and v_c + g (y_c - v_c) above, of the image's tokens; [B, H, n, D] -> [B, H, C, D] each."""
         proxy_query, proxy_key, proxy_value = (

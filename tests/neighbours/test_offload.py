@@ -14,10 +14,24 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from packaging.version import Version
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
+from lineardit import (
+    Agent,
+    Clear,
+    Hybrid,
+    LinFusion,
+    ProxyTokens,
+    dense,
+    linearize_,
+    load_adapter_,
+    restore_,
+    save_adapter,
+)
+from lineardit.linearize.convert import swapped
 from lineardit.linearize.networks import denoiser
 from lineardit.linearize.training import add_lora_, train_full_
+from tiny_models import build, inputs_of
 
 CPU = torch.device("cpu")
 flux = pytest.mark.parametrize("family", ["flux"], indirect=True)
@@ -103,6 +117,34 @@ def test_sequential_offload_keeps_whole_weights_that_were_loaded_before(
         with pytest.raises(ValueError, match=r"not in memory \(sequential offload\?\)"):
             refused()
     assert torch.equal(forward(pipe), student)
+
+
+@pytest.mark.parametrize("global_", [ProxyTokens(num_proxies=4), Agent(num_agents=4, bias_size=3)])
+def test_sequential_offload_loads_the_weights_of_a_hybrids_parts(global_: Any) -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, Hybrid(local=Clear(radius=1.5), global_=global_))
+    with torch.no_grad():
+        for module in swapped(model).values():
+            for weight in module.get_submodule("linear_kernel").parameters():
+                weight.add_(torch.randn_like(weight) * 0.3)
+        converted = model(**arguments)[0]
+        cpu_offload(model, execution_device=CPU)
+        assert torch.equal(model(**arguments)[0], converted)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Agent(num_agents=4, bias_size=3), Clear(radius=1.5, pool_size=2), LinFusion()],
+    ids=lambda config: type(config).__name__,
+)
+def test_weights_that_offloading_does_not_move_follow_their_input(config: Any) -> None:
+    model = build("pixart").to("meta")  # the device that computes
+    arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs_of("pixart"))
+    linearize_(model, config)
+    weights = [weight for name, weight in model.named_parameters() if "linear_kernel" in name]
+    assert weights and all(weight.device == CPU for weight in weights)
+    assert model(**arguments)[0].is_meta
+    assert all(weight.device == CPU for weight in weights)
 
 
 @flux
