@@ -16,7 +16,7 @@ from .intercept import LinearAttention, change_class, check_forward, linear_clas
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, config_to_dict, nearest
 from .networks import denoiser, networks
-from .overlays import refuse_fused
+from .overlays import overlays_of, refuse_fused
 from .record import forget_, record_
 from .report import SwapReport
 from .seam import Site, State, install, state_of
@@ -33,7 +33,7 @@ def linearize_(
     impl: str = "auto",
     family: Family | None = None,
 ) -> SwapReport:
-    """Swap the self-attention of a model, in place; a model that is converted already is converted anew.
+    """Swap the self-attention of a model, in place; a converted one is converted anew and keeps what was trained.
 
     Args:
         pipe_or_model: A pipeline (its `transformer` or `unet` is converted) or such a model.
@@ -68,6 +68,8 @@ def linearize_(
     kernels = {name: _kernel(candidates[name], one, impl) for name, one in configs.items()}
     swap_(model, state, {name: candidates[name] for name in configs}, kernels)
     record_(model)
+    if companions and overlays_of(model).items:
+        logger.warning("what was trained on the base for the conversion before stays: restore_ first to begin anew")
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
     report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl)
     logger.info("%s", report)

@@ -113,14 +113,19 @@ def test_ours_goes_below_a_style_that_was_there_first() -> None:
     assert torch.equal(run(model, arguments), base)
 
 
-def test_linearize_again_keeps_what_was_trained(student) -> None:
+def test_linearize_again_keeps_what_was_trained(student, caplog: pytest.LogCaptureFixture) -> None:
     model, arguments, base, trained = student
     linearize_(model, Clear(radius=3))
+    assert "for the conversion before stays: restore_ first" in caplog.text
     assert not torch.equal(run(model, arguments), trained)
     linearize_(model, CLEAR)
     assert torch.equal(run(model, arguments), trained)
     restore_(model)
     assert torch.equal(run(model, arguments), base)
+    caplog.clear()
+    linearize_(model, CLEAR)
+    linearize_(model, CLEAR)
+    assert not caplog.text
 
 
 def test_lora_is_the_low_rank_term(seed: int) -> None:
