@@ -110,7 +110,13 @@ def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[
 
 def draw_latents(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> None:
     """One picture without its decoding, for whoever looks on; its noise comes from `manual_seed(seed)` on the CPU."""
-    pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    progress_bar = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe(prompt=prompt, generator=generator, output_type="latent", **call)
+    finally:
+        pipe.set_progress_bar_config(**progress_bar)
 
 
 def for_batch(call: Mapping[str, Any], count: int) -> dict[str, Any]:

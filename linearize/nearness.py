@@ -76,7 +76,6 @@ def record_predictions(
         max_sequence_length=max_sequence_length,
         arguments=arguments,
     )
-    pipe.set_progress_bar_config(disable=True)
     predictions: list[Prediction] = []
     for index, prompt in enumerate(tqdm(prompts, desc="base", unit="picture")):
         with recording(model) as of_picture:

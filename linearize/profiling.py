@@ -81,7 +81,6 @@ def profile_attention(
         arguments=arguments,
     )
     generator = torch.Generator("cpu").manual_seed(seed)
-    pipe.set_progress_bar_config(disable=True)
     with probed(model, radii, methods, num_queries=queries, generator=generator) as probes:
         for index, prompt in enumerate(tqdm(prompts, desc="profile", unit="picture")):
             draw_latents(pipe, prompt, seed + index, call)

@@ -54,6 +54,13 @@ def test_what_is_recorded_stays_as_it_was() -> None:
     assert not model._forward_hooks
 
 
+def test_the_progress_bar_of_the_pipeline_stays_as_the_user_has_it() -> None:
+    pipe = build_tiny()
+    pipe.set_progress_bar_config(desc="mine", leave=False)
+    record_predictions(pipe, PROMPTS[:1], **SETTINGS)
+    assert pipe._progress_bar_config == {"desc": "mine", "leave": False}
+
+
 def test_mean_is_over_calls() -> None:
     assert Nearness(errors=(0.2, 0.4), seconds=1).mean == pytest.approx(0.3)
 
