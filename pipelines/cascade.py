@@ -8,7 +8,6 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,18 @@ from torch import Tensor
 
 from ..linearize.calling import arguments_named, call_arguments
 from ..linearize.errors import UnsupportedModelError
-from ..linearize.folders import write_whole
 from .files import (
     Wanted,
+    check_latents,
+    check_stages,
     latents_kept,
+    other_stages,
     read_latents,
     remove_stage_latents,
     save_latents,
     write_latents,
     write_picture,
+    write_png,
 )
 from .high_resolution import HighResolutionPipeline
 from .plan import Plan, Settings
@@ -78,6 +80,7 @@ def enlarge(
     guidance: float | None,
     max_sequence_length: int | None,
     arguments: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """A picture, larger, as `make_in_stages` writes it.
 
@@ -85,9 +88,11 @@ def enlarge(
         size: (height, width) in pixels.
         guidance, max_sequence_length: Of the pipeline; None: its own.
         arguments: Of its call besides, such as {"negative_prompt": "blurry"}.
+        overwrite: Replace what is kept of another picture under this name.
     Raises:
         UnsupportedModelError: there is no cascade for this model.
-        ValueError: the size is not larger than the picture, or a setting is out of range.
+        ValueError: the size is not larger than the picture, a setting is out of range, or latents or stages of another
+            picture are there.
     """
     check_larger(picture, size)
     high = HighResolutionPipeline.from_pipe(pipe)
@@ -95,10 +100,13 @@ def enlarge(
     plan = high.plan(*size, settings=settings, enlarge=shape, text_len=max_sequence_length)
     drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
     said = {name: str(value) for name, value in {**drawing, **(arguments or {})}.items() if value is not None}
-    text = {**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)}
+    one = replace(one, text={**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)})
+    if not overwrite:
+        check_latents(one)
+        check_stages(one)
     call = call_arguments(high, drawing, arguments)
     with arguments_named(high, arguments):
-        make_in_stages(Staged(high, plan, picture), replace(one, text=text), call)
+        make_in_stages(Staged(high, plan, picture), one, call)
 
 
 def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:
@@ -109,7 +117,12 @@ def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:
 
 
 def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None:
-    """One picture from the stage after the last one that is on disk; where that was the last, it is decoded."""
+    """One picture from the stage after the last one that is on disk; where that was the last, it is decoded.
+
+    Stages of another picture under its name go.
+    """
+    for file in other_stages(one):
+        file.unlink()
     if (latents := _latents_of(one.latents, one)) is not None:
         logger.info("%s: its stages are all there already, and it is decoded", one.path)
         with latents_kept([one]):
@@ -133,7 +146,7 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
                 write_latents(folder / f"{number + 1}.latents.safetensors", made["latents"], one.text)
         for image in made.get("images", ()):
             file = folder / f"{number + 1}-{stage.width}x{stage.height}.png"
-            write_whole(file, partial(image.save, format="PNG"))
+            write_png(file, image, one.text)
 
     with latents_kept([one]):
         image = staged.pipe(

@@ -109,6 +109,22 @@ def check_latents(one: Wanted) -> None:
         )
 
 
+def check_stages(one: Wanted) -> None:
+    """Raise a ValueError where stages of another picture are kept under this one's name."""
+    if other_stages(one):
+        raise ValueError(
+            f"{one.stages} holds stages of another picture: name another output, or replace them with overwrite "
+            "(--overwrite)"
+        )
+
+
+def other_stages(one: Wanted) -> list[Path]:
+    """What is kept of stages under this picture's name, and is of another one."""
+    said = {file: read_text(file) for file in one.stages.glob("*.latents.safetensors")}
+    said |= {file: dict(text_of(file)) for file in one.stages.glob("*-*x*.png")}
+    return [file for file, text in said.items() if text != dict(one.text)]
+
+
 def text_of(path: Path) -> Text:
     """What a PNG says of how it was made; nothing if it is none."""
     try:

@@ -19,7 +19,7 @@ from ..linearize.calling import arguments_named, call_arguments, for_batch, own_
 from ..linearize.convert import swapped
 from ..linearize.networks import denoiser
 from .cascade import cascade_of, make_in_stages
-from .files import Text, Wanted, latents_kept, not_there, plan_files, save_latents, write_picture
+from .files import Text, Wanted, check_stages, latents_kept, not_there, plan_files, save_latents, write_picture
 from .plan import Settings
 from .running_kernels import kernels_told
 from .sizes import check_size, default_size
@@ -94,6 +94,8 @@ def generate(
     missing = wanted if overwrite else not_there(wanted, Path(output))
     if staged is not None:
         call = call_arguments(staged.pipe, settings, arguments)
+        for one in () if overwrite else missing:
+            check_stages(one)
         with logging_redirect_tqdm(), arguments_named(staged.pipe, arguments):
             for one in missing:
                 make_in_stages(staged, one, call)

@@ -54,7 +54,7 @@ def upscale(
 
     from ..linearize.folders import check_output_file
     from ..pipelines.cascade import check_larger, enlarge
-    from ..pipelines.files import check_latents, plan_files, text_of
+    from ..pipelines.files import plan_files, text_of
     from ..pipelines.pictures import as_rgb
     from ..pipelines.plan import Settings
     from .loading import base_said, load
@@ -87,8 +87,6 @@ def upscale(
         base = base_said(source, said.get("model"), revision, offline)
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras)
     (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **about})
-    if not overwrite:
-        check_latents(wanted)
     if "lora" in said and not loras:
         print(f"the picture was made with --lora {said['lora']}: give it again to keep its style")
     began = time.perf_counter()
@@ -101,5 +99,6 @@ def upscale(
         guidance=guidance,
         max_sequence_length=max_sequence_length,
         arguments=more,
+        overwrite=overwrite,
     )
     print(f"{output}; {time.perf_counter() - began:.1f} s")

@@ -67,6 +67,18 @@ def test_upscale_takes_prompt_and_model_from_the_picture(
         assert (image.info["guidance"], image.info["max_sequence_length"]) == ("2.0", "8")  # a rerun asks for these
 
 
+def test_upscale_keeps_stages_of_another_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    Image.new("RGB", (16, 16)).save(small)
+    words = ("upscale", small, adapter, "--prompt", PROMPT, "--size", "56x56", *FEW, "-o", large)
+    assert lineardit(*words) == 0
+    assert [path.name for path in (tmp_path / "large.stages").iterdir()] == ["1-28x28.png"]
+    large.unlink()
+    assert lineardit(*words, "--strength", "0.5") == 2
+    assert "large.stages holds stages of another picture" in capsys.readouterr().err
+    assert lineardit(*words, "--strength", "0.5", "--overwrite") == 0
+
+
 def test_upscale_takes_the_base_that_made_the_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     small, other = tmp_path / "small.png", tmp_path / "other"
     shutil.copytree(adapter.parent / "base", other)

@@ -54,6 +54,34 @@ def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkey
         assert numpy.array_equal(numpy.asarray(image), resumed)
 
 
+def test_stages_of_another_picture_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, out = converted(), tmp_path / "out.png"
+    call: dict[str, Any] = {"size": (32, 28), "steps": 1, "max_sequence_length": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr("lineardit.pipelines.stages.enlarged", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(pipe, [PROMPT], out, **call)
+    kept = _contents(tmp_path / "out.stages")
+    assert sorted(kept) == ["1-16x16.png", "1.latents.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.transformer), "forward", lambda *_, **__: pytest.fail("denoised"))
+        for change in ({"seed": 1}, {"steps": 2}, {"about": {"model": "other"}}):
+            with pytest.raises(ValueError, match=r"out.stages holds stages of another picture: name another output"):
+                generate(pipe, [PROMPT], out, **call | change)
+    assert _contents(tmp_path / "out.stages") == kept
+    (tmp_path / "out.stages" / "3-64x64.png").write_bytes(kept["1-16x16.png"])  # of a longer plan
+    generate(pipe, [PROMPT], out, **call, seed=1, overwrite=True)
+    assert sorted(_contents(tmp_path / "out.stages")) == ["1-16x16.png"]
+    assert _about(tmp_path / "out.stages" / "1-16x16.png") == _about(out)
+    generate(pipe, [PROMPT], out, **call, seed=1, overwrite=True)
+    out.unlink()
+    generate(pipe, [PROMPT], out, **call, seed=1)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def test_a_stage_whose_latents_are_not_finite_ends_the_cascade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The VAE would make a black picture of them, from which the next stage would go on."""
     pipe, out = converted(), tmp_path / "out.png"
