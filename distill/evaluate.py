@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..linearize.base import read_json
+from ..linearize.folders import check_writable
 from ..linearize.opening import open_pipeline
 from ..linearize.standing import describe_attention
 from .cost import fresh_picture_peak, picture_peak, step_seconds
@@ -258,6 +259,7 @@ def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: Pict
 def _check_directory(directory: Path, question: Mapping[str, Any], overwrite: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"the output must be a folder, {directory} is a file")
+    check_writable(directory)
     report = directory / REPORT
     if overwrite or not directory.exists() or not any(directory.iterdir()):
         return

@@ -83,11 +83,13 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
     Raises:
         ValueError: it exists and overwrite is False, or it is a file.
+        OSError: nothing can be written beside it.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"the output must be a folder, {path} is a file")
     if path.exists() and not overwrite and any(path.iterdir()):
         raise ValueError(f"the output folder {path} exists: choose another one, or pass overwrite=True (--overwrite)")
+    check_writable(path.parent)
 
 
 def check_output_file(path: Path, *, overwrite: bool) -> None:
@@ -95,11 +97,28 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
 
     Raises:
         ValueError: it exists and overwrite is False, or it is a folder.
+        OSError: nothing can be written in its folder.
     """
     if path.is_dir():
         raise ValueError(f"the output must be a file, {path} is a folder")
     if path.exists() and not overwrite:
         raise ValueError(f"the output file {path} exists: choose another one, or pass overwrite=True (--overwrite)")
+    check_writable(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Try a small file in a folder, or where the folder would be made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place) as file:
+            file.write(b"something")
+            file.flush()
+    except OSError as error:
+        raise OSError(f"nothing can be written in {place} ({error.strerror}): choose another output") from error
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -26,6 +26,7 @@ from .files import (
     read_latents,
     remove_stage_latents,
     save_latents,
+    unkept_told,
     write_latents,
     write_picture,
     write_png,
@@ -137,6 +138,7 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
     if done:
         logger.info("%s: stages 1 to %d are there already", one.path, done)
 
+    @unkept_told()
     def on_stage_end(_pipe: Any, number: int, made: dict[str, Any]) -> None:
         stage = staged.plan.stages[number]
         if "latents" in made:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..linearize.errors import NotFiniteError
-from ..linearize.folders import write_whole
+from ..linearize.folders import check_writable, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
 
     Raises:
         ValueError: no prompt or an empty one, or a file name for several prompts, or another format than PNG.
+        OSError: they cannot be written there.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("prompts must hold at least one prompt, and none may be empty")
@@ -73,6 +74,7 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
     else:
         digits = max(3, len(str(len(prompts) - 1)))
         paths = [output / f"{index:0{digits}d}.png" for index in range(len(prompts))]
+    check_writable(paths[0].parent)
     return [
         Wanted(path=path, prompt=prompt, seed=seed + index, text={"prompt": prompt, "seed": str(seed + index), **text})
         for index, (path, prompt) in enumerate(zip(paths, prompts, strict=True))
@@ -201,6 +203,15 @@ def write_png(path: Path, image: Image.Image, text: Text) -> None:
     for key, value in text.items():
         info.add_text(key, value)
     write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+@contextmanager
+def unkept_told() -> Iterator[None]:
+    """What cannot be kept on the way to a picture, on a full disk, is told, and the picture made without."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("not kept, and the picture is made all the same: %s", error)
 
 
 @contextmanager

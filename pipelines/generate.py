@@ -19,7 +19,17 @@ from ..linearize.calling import arguments_named, call_arguments, for_batch, own_
 from ..linearize.convert import swapped
 from ..linearize.networks import denoiser
 from .cascade import cascade_of, make_in_stages
-from .files import Text, Wanted, check_stages, latents_kept, not_there, plan_files, save_latents, write_picture
+from .files import (
+    Text,
+    Wanted,
+    check_stages,
+    latents_kept,
+    not_there,
+    plan_files,
+    save_latents,
+    unkept_told,
+    write_picture,
+)
 from .plan import Settings
 from .running_kernels import kernels_told
 from .sizes import check_size, default_size
@@ -74,6 +84,7 @@ def generate(
     Raises:
         ValueError: a setting is out of range or not known to this pipeline, the model cannot make this size, or a
             file is there that was made otherwise.
+        OSError: the files cannot be written.
     """
     steps = (own_settings(pipe).steps or 28) if steps is None else steps
     if min(steps, batch_size) < 1 or not 0 <= seed < MAX_SEED:
@@ -130,7 +141,8 @@ def _make(
         def after_step(step: int, latents: Tensor) -> None:
             progress.update(len(batch))
             if step + 1 == len(pipe.scheduler.timesteps):
-                save_latents(batch, latents)
+                with unkept_told():
+                    save_latents(batch, latents)
 
         prompts = [one.prompt for one in batch]
         given = for_batch(call, len(prompts)) | _callback(pipe, after_step)

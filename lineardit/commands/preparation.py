@@ -59,11 +59,13 @@ def prepare(
     texts, more = read_prompts(prompts), parse_arguments(arguments)
 
     from ..distill.prepare import prepare as make_samples
+    from ..linearize.folders import check_writable
     from ..linearize.opening import open_pipeline
     from .devices import find_device, find_dtype
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    check_writable(output)  # before a large model is loaded
     place = find_device(device)
     pipe = open_pipeline(base, dtype=find_dtype(dtype, place), revision=revision, offline=offline).to(place)
     make_samples(

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from lineardit.cli import run
+from lineardit.pipelines.files import write_latents
 
 FLUX = {
     "_class_name": "FluxTransformer2DModel",
@@ -152,6 +155,31 @@ def test_commands_refuse_bad_input(
     places = {"BASE": base, "PROMPTS": prompts, "OUT": tmp_path / "out", "OUT.png": tmp_path / "out.png"}
     assert said in refused(capsys, *(places.get(word, word) for word in arguments))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "prompts.txt"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "nowhere", "a"],
+        ["upscale", "PICTURE", "nowhere", "--prompt", "a"],
+        ["decode", "LATENTS"],
+        ["prepare", "nowhere", "--prompts", "PROMPTS"],
+        ["evaluate", "nowhere", "nowhere", "--prompts", "PROMPTS"],
+        ["convert", "nowhere", "--method", "clear", "--radius", "4"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_commands_try_to_write_before_they_load_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    places = {name: tmp_path / name.lower() for name in ("PROMPTS", "PICTURE", "LATENTS")}
+    places["PROMPTS"].write_text("a red circle\n")
+    Image.new("RGB", (8, 8)).save(places["PICTURE"], format="PNG")
+    write_latents(places["LATENTS"], torch.zeros(1, 4, 16), {"model": "nowhere", "size": "8x8"})
+    words = [places.get(word, word) for word in arguments]
+    output = places["PROMPTS"] / "deep" / ("out.png" if arguments[0] in ("upscale", "decode") else "out")
+    sentence = refused(capsys, *words, "--offline", "-o", output)
+    assert f"nothing can be written in {places['PROMPTS']} (Not a directory): choose another output" in sentence
 
 
 def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

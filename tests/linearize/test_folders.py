@@ -2,12 +2,13 @@
 
 import errno
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lineardit.linearize.folders import new_folder, read_tensors, write_whole
+from lineardit.linearize.folders import check_output_file, check_writable, new_folder, read_tensors, write_whole
 
 
 def test_new_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
@@ -73,6 +74,18 @@ def test_write_whole_names_the_file_where_the_disk_is_full(tmp_path: Path) -> No
         write_whole(tmp_path / "missing" / "told.json", lambda temporary: temporary.write_text("new"))
     assert [file.name for file in tmp_path.iterdir()] == ["told.json"]
     assert (tmp_path / "told.json").read_text() == "old"
+
+
+def test_check_writable_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(tmp_path / "new" / "deep")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"written in .*/file \(Not a directory\): choose another output"):
+        check_output_file(tmp_path / "file" / "deep" / "out.png", overwrite=False)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", Mock(side_effect=full))
+    with pytest.raises(OSError, match=r"\(No space left on device\): choose another output"):
+        check_writable(tmp_path)
 
 
 def test_read_tensors_says_what_is_wrong(tmp_path: Path) -> None:

@@ -1,18 +1,21 @@
 """Pictures as files: what they hold, that no work is lost, what is refused."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy
 import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tiny_distill import build_tiny
 
 from lineardit import Clear, linearize_
+from lineardit.pipelines import files
 from lineardit.pipelines.generate import generate
 from lineardit.pipelines.placement import place_
 
@@ -90,6 +93,19 @@ def test_generate_saves_latents_before_it_decodes(
     monkeypatch.undo()
     generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_generate_makes_the_picture_where_nothing_else_can_be_kept(
+    pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cascade: bool
+) -> None:
+    pipe.vae.register_to_config(sample_size=16)
+    monkeypatch.setattr(files, "save_file", Mock(side_effect=SafetensorError("No space left on device")))
+    generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL | {"size": (48, 48)}, cascade=cascade)
+    assert pixels(tmp_path / "out.png").shape == (48, 48, 3)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    told = "not kept, and the picture is made all the same: .*/out.latents.safetensors cannot be written: No space left"
+    assert re.search(told, caplog.text)
 
 
 @pytest.mark.parametrize("cascade", [False, True])
