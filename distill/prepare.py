@@ -32,6 +32,7 @@ from ..linearize.calling import own_settings
 from ..linearize.convert import swapped
 from ..linearize.folders import held, write_whole
 from ..linearize.networks import denoiser
+from ..pipelines.cut_prompts import tell_cut_prompts
 from ..pipelines.sizes import check_size, default_size
 from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
 from .families import family_of, has_row
@@ -203,6 +204,8 @@ def _write_shards(
     if not shards:
         logger.info("nothing to do for part %d of %d: there are fewer shards of %d samples", *part, size)
         return
+    to_make = [sample.prompt for number in shards if number not in whole for sample in shards[number].values()]
+    tell_cut_prompts(pipe, to_make, settings["max_sequence_length"])
     with tqdm(total=total, initial=done, unit="sample", desc=name) as progress:
         for number, of_shard in shards.items():
             if number in whole:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..linearize.calling import arguments_named, call_arguments
 from ..linearize.errors import UnsupportedModelError
+from .cut_prompts import tell_cut_prompts
 from .files import (
     Wanted,
     check_latents,
@@ -106,6 +107,7 @@ def enlarge(
         check_latents(one)
         check_stages(one)
     call = call_arguments(high, drawing, arguments)
+    tell_cut_prompts(pipe, [one.prompt], max_sequence_length)
     with arguments_named(high, arguments):
         make_in_stages(Staged(high, plan, picture), one, call)
 

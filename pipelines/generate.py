@@ -19,6 +19,7 @@ from ..linearize.calling import arguments_named, call_arguments, for_batch, own_
 from ..linearize.convert import swapped
 from ..linearize.networks import denoiser
 from .cascade import cascade_of, make_in_stages
+from .cut_prompts import tell_cut_prompts
 from .files import (
     Text,
     Wanted,
@@ -103,6 +104,7 @@ def generate(
         check_size(pipe, height, width)
     wanted = plan_files(prompts, Path(output), seed=seed, text=text)[part[0] - 1 :: part[1]]
     missing = wanted if overwrite else not_there(wanted, Path(output))
+    tell_cut_prompts(pipe, [one.prompt for one in missing], max_sequence_length)
     if staged is not None:
         call = call_arguments(staged.pipe, settings, arguments)
         for one in () if overwrite else missing:

@@ -102,10 +102,14 @@ def test_parts_of_the_pictures_are_made_by_option_or_by_launcher(
 
 
 def test_evaluate_writes_table_report_and_sheet(
-    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text(f"{SCENE}\nno scene\n")
+    prompts.write_text("a yellow square at the bottom right on striped sky\nno scene\n")
     out = tmp_path / "out"
     assert lineardit("evaluate", base, adapter, "--prompts", prompts, *SMALL, "--no-memory", "-o", out) == 0
     table = capsys.readouterr().out
@@ -120,6 +124,7 @@ def test_evaluate_writes_table_report_and_sheet(
         "coherence",
     ):
         assert row in table
+    assert caplog.text.count("is cut after 8 tokens") == 1  # of both models' pictures
     report = json.loads((out / "report.json").read_text())
     assert report["pictures"] == 2
     assert report["student"]["scores"]["objects"][1] == 1

@@ -41,6 +41,13 @@ def test_prepare_stores_what_the_pipeline_makes(data: Path, pipe: FluxPipeline) 
     torch.testing.assert_close(batch.conditions["pooled_prompt_embeds"], pooled, rtol=1e-4, atol=1e-5)
 
 
+def test_prepare_tells_what_is_cut_of_a_prompt(
+    pipe: FluxPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(pipe, ["a yellow cross at the bottom right on shaded sky"], tmp_path / "samples", **SETTINGS)
+    assert "is cut after 8 tokens (--max-sequence-length sets them), without 'on shaded sky'" in caplog.text
+
+
 def test_decode_equals_the_pipelines_picture(data: Path, pipe: FluxPipeline) -> None:
     batch = TeacherSamples(data).load([1, 3])
     pictures = family_of(pipe.transformer).decode(pipe, batch.latents, batch.grid)

@@ -16,6 +16,7 @@ from tiny_distill import build_tiny
 
 from lineardit import Clear, linearize_
 from lineardit.pipelines import files
+from lineardit.pipelines.cut_prompts import tell_cut_prompts
 from lineardit.pipelines.generate import generate
 from lineardit.pipelines.placement import place_
 
@@ -168,6 +169,21 @@ def test_generate_refuses_bad_input(
     with pytest.raises(ValueError, match=message):
         generate(pipe, **{"prompts": PROMPTS[:1], "output": "out.png"} | CALL | change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_tells_once_what_is_cut_of_a_prompt(
+    pipe: FluxPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "a teal cross at the top left on striped mint"
+    generate(pipe, [long, PROMPTS[0], long], tmp_path / "a", **CALL)
+    told = "the prompt 'a teal cross at the top left on...' is cut after 8 tokens (--max-sequence-length sets them)"
+    assert caplog.messages.count(f"{told}, without 'on striped mint'") == 1
+    assert caplog.text.count("is cut after") == 1
+    generate(pipe, [long + " and a blue square"], tmp_path / "b", **CALL | {"max_sequence_length": 64})
+    assert caplog.text.count("is cut after") == 1
+    pipe.text_encoder_2, pipe.tokenizer_2 = pipe.text_encoder, pipe.tokenizer  # as Stable Diffusion XL has two of CLIP
+    tell_cut_prompts(pipe, ["the red circle " * 26], None)
+    assert "77 tokens (its text encoder takes no more), without 'red circle'" in caplog.text
 
 
 class OldPipeline(FluxPipeline):

@@ -1,0 +1,51 @@
+"""Prompts that are longer than what a pipeline's text encoders read.
+
+diffusers cuts them; some of its pipelines do not say so, and FLUX's and SD3's name other words than T5 has lost.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from textwrap import shorten
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..linearize.calling import own_settings
+
+logger = logging.getLogger(__name__)
+
+
+def tell_cut_prompts(pipe: Any, prompts: Sequence[str], max_sequence_length: int | None) -> None:
+    """Tell of each prompt, once, the words that are cut; where CLIP is not the only text encoder, those of the others.
+
+    What a pipeline writes around a prompt (the templates of Qwen-Image and others) is not counted.
+
+    Args:
+        max_sequence_length: Text tokens; None: the pipeline's own.
+    """
+    tokenizers = {name: part for name, part in pipe.components.items() if isinstance(part, PreTrainedTokenizerBase)}
+    others = [one for name, one in tokenizers.items() if not _is_of_clip(pipe, name)]
+    if not tokenizers:
+        return
+    tokenizer = max(others or tokenizers.values(), key=lambda one: one.model_max_length)
+    limit, why = tokenizer.model_max_length, "its text encoder takes no more"
+    asked = max_sequence_length or own_settings(pipe).max_sequence_length
+    if others and asked is not None:
+        limit, why = asked, "--max-sequence-length sets them"
+    for prompt in prompts:
+        tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        read = limit - tokenizer.num_special_tokens_to_add()
+        if len(tokens) > read:
+            _tell(prompt, tokenizer.decode(tokens[read:]), limit, why)
+
+
+def _is_of_clip(pipe: Any, tokenizer: str) -> bool:
+    """Whether CLIP reads what it makes, whose 77 tokens no setting changes."""
+    return "CLIP" in type(getattr(pipe, tokenizer.replace("tokenizer", "text_encoder"), None)).__name__
+
+
+@cache  # once
+def _tell(prompt: str, lost: str, limit: int, why: str) -> None:
+    told = "the prompt '%s' is cut after %d tokens (%s), without '%s'"
+    logger.warning(told, shorten(prompt, 40, placeholder="..."), limit, why, shorten(lost, 200, placeholder="..."))
