@@ -48,13 +48,22 @@ class Staged:
 
 
 def cascade_of(
-    pipe: Any, height: int, width: int, settings: Settings, *, steps: int, text_len: int | None, wanted: bool | None
+    pipe: Any,
+    height: int,
+    width: int,
+    settings: Settings,
+    *,
+    steps: int | None,
+    text_len: int | None,
+    wanted: bool | None,
+    tile: int | None = 1024,
 ) -> Staged | None:
     """The cascade that makes this size, None where one call of the pipeline does.
 
     Args:
-        steps: Of the first stage; the settings are of the others.
+        steps: Of the first stage, None: the pipeline's own; the settings are of the others.
         wanted: None: a cascade where the size takes several stages and the pipeline has one.
+        tile: Side in pixels of the VAE's tiles; None: in one piece.
     Raises:
         UnsupportedModelError: a cascade is wanted, and there is none for this model.
     """
@@ -68,7 +77,7 @@ def cascade_of(
         return None
     if not wanted and height * width <= 2 * high.native_size**2:
         return None  # one stage, which the pipeline makes with whatever scheduler it has
-    plan = high.plan(height, width, num_inference_steps=steps, settings=settings, text_len=text_len)
+    plan = high.plan(height, width, num_inference_steps=steps, settings=settings, tile=tile, text_len=text_len)
     return Staged(high, plan)
 
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
 from ..linearize.convert import swapped
 from ..linearize.networks import denoiser
-from .cascade import cascade_of, make_in_stages
+from .cascade import Staged, cascade_of, make_in_stages
 from .cut_prompts import tell_cut_prompts
 from .files import (
     Text,
@@ -31,7 +32,7 @@ from .files import (
     unkept_told,
     write_picture,
 )
-from .plan import Settings
+from .plan import Plan, Settings
 from .running_kernels import kernels_told
 from .sizes import check_size, default_size
 from .token_chunks import in_token_chunks
@@ -54,6 +55,8 @@ def generate(
     batch_size: int = 1,
     cascade: bool | None = None,
     chunk_tokens: int | None = None,
+    settings: Settings | None = None,
+    tile: int | None = 1024,
     arguments: Mapping[str, Any] | None = None,
     part: tuple[int, int] = (1, 1),
     about: Text | None = None,
@@ -76,6 +79,8 @@ def generate(
             than twice the native area and the pipeline has a cascade. An interrupted one goes on at its last stage.
         chunk_tokens: Token-wise layers run on so many tokens at a time, for less memory (FLUX.1); None: in a cascade
             where the GPU's memory is too small, else never.
+        settings: Of a cascade's later stages; None: the defaults.
+        tile: Side in pixels of the tiles that a cascade's VAE works in; None: in one piece.
         arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}.
         part: (i, n): only every n-th picture, from the i-th on; other processes make the others.
         about: What else to write into the PNG, such as {"model": ...}.
@@ -93,27 +98,33 @@ def generate(
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
     height, width = size or default_size(pipe)
-    settings = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
-    said = {name: str(value) for name, value in {**settings, **(arguments or {})}.items() if value is not None}
+    drawing = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
+    said = {name: str(value) for name, value in {**drawing, **(arguments or {})}.items() if value is not None}
     text = {"size": f"{width}x{height}", **said, **(about or {})}
-    stages = Settings(chunk_tokens=chunk_tokens)
-    staged = cascade_of(pipe, height, width, stages, steps=steps, text_len=max_sequence_length, wanted=cascade)
+    staged = in_stages(
+        pipe,
+        size=(height, width),
+        steps=steps,
+        max_sequence_length=max_sequence_length,
+        cascade=cascade,
+        chunk_tokens=chunk_tokens,
+        settings=settings,
+        tile=tile,
+    )
     if staged is not None:
         text |= {"stages": staged.plan.settings()}
-    else:
-        check_size(pipe, height, width)
     wanted = plan_files(prompts, Path(output), seed=seed, text=text)[part[0] - 1 :: part[1]]
     missing = wanted if overwrite else not_there(wanted, Path(output))
     tell_cut_prompts(pipe, [one.prompt for one in missing], max_sequence_length)
     if staged is not None:
-        call = call_arguments(staged.pipe, settings, arguments)
+        call = call_arguments(staged.pipe, drawing, arguments)
         for one in () if overwrite else missing:
             check_stages(one)
         with logging_redirect_tqdm(), arguments_named(staged.pipe, arguments):
             for one in missing:
                 make_in_stages(staged, one, call)
         return [one.path for one in wanted]
-    call = call_arguments(pipe, settings | {"height": height, "width": width}, arguments)
+    call = call_arguments(pipe, drawing | {"height": height, "width": width}, arguments)
     progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
     chunks = nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens)
     with progress, logging_redirect_tqdm(), chunks:
@@ -121,6 +132,38 @@ def generate(
             batch = missing[start : start + batch_size]
             _make(pipe, batch, call, progress, arguments=arguments, tell_kernel=start == 0)
     return [one.path for one in wanted]
+
+
+def in_stages(
+    pipe: Any,
+    *,
+    size: tuple[int, int] | None,
+    steps: int | None,
+    max_sequence_length: int | None,
+    cascade: bool | None,
+    chunk_tokens: int | None,
+    settings: Settings | None,
+    tile: int | None,
+) -> Staged | None:
+    """The cascade that `generate` runs with these arguments, with its plan; None where one call of the pipeline does.
+
+    Raises:
+        ValueError: the model cannot make this size, or settings of a cascade are out of range or given without one.
+    """
+    height, width = size or default_size(pipe)
+    later = settings or Settings()
+    if chunk_tokens is not None:
+        later = replace(later, chunk_tokens=chunk_tokens)
+    text_len = max_sequence_length
+    staged = cascade_of(pipe, height, width, later, steps=steps, text_len=text_len, wanted=cascade, tile=tile)
+    if staged is None:
+        if settings is not None or tile != Plan.tile:
+            raise ValueError(
+                "settings and tile (--strength, --stage-steps, --sharpen, --tile) are of a cascade, and "
+                f"{width}x{height} is made at once: leave them out, or add cascade=True (--cascade)"
+            )
+        check_size(pipe, height, width)
+    return staged
 
 
 def _make(

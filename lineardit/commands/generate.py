@@ -19,7 +19,11 @@ from .options import (
     Offline,
     Revision,
     Seed,
+    Sharpen,
+    StageSteps,
     Steps,
+    Strength,
+    Tile,
 )
 from .prompts import parse_arguments, parse_part, parse_size, read_prompts
 
@@ -49,6 +53,10 @@ def generate(
         bool | None,
         typer.Option("--cascade/--direct", help="In stages from the native size; else where the size takes several."),
     ] = None,
+    strength: Strength = None,
+    stage_steps: StageSteps = None,
+    sharpen: Sharpen = None,
+    tile: Tile = None,
     chunk_tokens: ChunkTokens = None,
     part: Annotated[
         str | None,
@@ -56,6 +64,7 @@ def generate(
             metavar="I/N", help="Only every N-th picture, from the I-th on; the processes of a launcher share it."
         ),
     ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and make nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     offline: Offline = False,
 ) -> None:
@@ -69,21 +78,31 @@ def generate(
     quiet_libraries()
     from ..pipelines.files import plan_files
     from ..pipelines.generate import generate as generate_pictures
+    from ..pipelines.generate import in_stages
+    from ..pipelines.plan import Plan, Settings
     from .loading import load
     from .loras import parse_loras
 
     more, loras = parse_arguments(arguments), parse_loras(lora)
     texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
     height_width = None if size is None else parse_size(size)
-    plan_files(texts, output, seed=seed, text={})  # before a large model is loaded
-    if output.is_file() and not overwrite:
+    if not plan:
+        plan_files(texts, output, seed=seed, text={})  # before a large model is loaded
+    if output.is_file() and not (overwrite or plan):
         raise ValueError(f"{output} exists and is kept: name another output, or replace it with --overwrite")
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras)
+    stages = {"strength": strength, "steps": stage_steps, "sharpen": sharpen}
+    given: dict[str, Any] = {name: value for name, value in stages.items() if value is not None}
+    planned: dict[str, Any] = {"size": height_width, "steps": steps, "max_sequence_length": max_sequence_length}
+    planned |= {"cascade": cascade, "chunk_tokens": chunk_tokens, "settings": Settings(**given) if given else None}
+    planned |= {"tile": Plan.tile if tile is None else tile}
+    if plan:
+        staged = in_stages(pipe, **planned)
+        print("one call of the pipeline, no stages" if staged is None else staged.plan)
+        return
     began = time.perf_counter()
-    drawing: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed, "guidance": guidance}
-    drawing |= {"max_sequence_length": max_sequence_length, "batch_size": batch_size, "cascade": cascade}
-    drawing |= {"chunk_tokens": chunk_tokens, "arguments": more, "part": share}
-    files = generate_pictures(pipe, texts, output, **drawing, about=about, overwrite=overwrite)
+    drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "batch_size": batch_size, "arguments": more}
+    files = generate_pictures(pipe, texts, output, **planned, **drawing, part=share, about=about, overwrite=overwrite)
     if not files:
         print("no picture is in this part")
         return

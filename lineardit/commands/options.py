@@ -19,6 +19,16 @@ ChunkTokens = Annotated[
         min=1, help="FLUX.1: so many tokens at a time but in attention, for less memory; else where it is needed."
     ),
 ]
+Strength = Annotated[
+    float | None, typer.Option(help="Of a cascade: noise level that an enlarged picture gets, in (0, 1]; else 0.3.")
+]
+StageSteps = Annotated[
+    int | None, typer.Option(help="Of a cascade: denoising steps of each stage after the first; else 8.")
+]
+Sharpen = Annotated[
+    float | None, typer.Option(help="Of a cascade: how much sharper enlarged edges are made, 0: none; else 1.")
+]
+Tile = Annotated[int | None, typer.Option(help="Of a cascade: side in pixels of the VAE's tiles; else 1024.")]
 Arguments = Annotated[
     list[str] | None,
     typer.Option(

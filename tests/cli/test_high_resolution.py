@@ -1,5 +1,6 @@
 """`lineardit generate` in stages, `upscale` and `decode` as they are typed."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,29 @@ def test_generate_keeps_the_pictures_of_its_stages(adapter: Path, tmp_path: Path
     assert lineardit(*direct, "--chunk-tokens", "9", "-o", tmp_path / "c.png") == 0
     whole, chunked = (numpy.asarray(Image.open(tmp_path / name), int) for name in ("b.png", "c.png"))
     assert abs(whole - chunked).max() <= 1
+
+
+def test_generate_takes_settings_of_the_stages_and_tells_the_plan(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--strength", "0.5", "--stage-steps", "3", "--sharpen", "0", "--tile", "64")
+    generate, out = ("generate", adapter, *FEW), tmp_path / "out.png"
+    assert lineardit(*generate, "--size", "32x32", *words, "--plan", "-o", out) == 0
+    told = capsys.readouterr().out
+    assert "32x32 in 2 stages" in told and "32x32, 3 steps, converted attention, from noise level 0.5" in told
+    assert not list(tmp_path.iterdir())
+    assert lineardit(*generate, PROMPT, "--size", "32x32", *words, "-o", out) == 0
+    with Image.open(out) as image:
+        plan = json.loads(image.info["stages"])
+    second = plan["stages"][1]
+    assert (second["strength"], second["steps"], second["sharpen"], plan["tile"]) == (0.5, 3, 0.0, 64)
+    capsys.readouterr()
+    for option in (words[:2], words[6:]):
+        assert lineardit(*generate, PROMPT, "--size", "16x16", *option, "-o", tmp_path / "b.png") == 2
+        sentence = capsys.readouterr().err.splitlines()[-1]
+        assert "(--strength, --stage-steps, --sharpen, --tile) are of a cascade, and 16x16 is made at once" in sentence
+    assert lineardit(*generate, "--size", "16x16", "--plan") == 0
+    assert "one call of the pipeline, no stages" in capsys.readouterr().out
 
 
 def test_generate_tells_stages_and_kernels(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
