@@ -13,6 +13,7 @@ from ..linearize.base import read_json
 from ..linearize.folders import check_writable
 from ..linearize.opening import open_pipeline
 from ..linearize.standing import describe_attention
+from ..pipelines.cut_prompts import tell_cut_prompts
 from .cost import fresh_picture_peak, picture_peak, step_seconds
 from .files import write_json
 from .metrics import Count, Interval, latent_mse, paired_bootstrap, psnr, ssim
@@ -145,6 +146,7 @@ def evaluate(
     _check_directory(directory, question, overwrite)
     pipe = _opened(teacher)
     of_both = settings.of(pipe)  # what else is left open is each pipeline's own
+    tell_cut_prompts(pipe, prompts, of_both.max_sequence_length)
     settings = replace(settings, height=of_both.height, width=of_both.width, steps=of_both.steps)
     teacher_side, reference, expected = _judged(
         "teacher", teacher, pipe, prompts, directory, settings, judge, memory=memory

@@ -30,7 +30,6 @@ from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
 from ..linearize.networks import denoiser
 from ..linearize.seam import state_of
-from ..pipelines.cut_prompts import tell_cut_prompts
 from ..pipelines.files import check_finite
 from ..pipelines.sizes import check_size, default_size
 from .families import family_of, has_row
@@ -114,7 +113,6 @@ def make_pictures(
     if not in_parts:
         made, undecoded = made - set(undecoded), []
     missing = [index for index in range(len(prompts)) if index not in made]
-    tell_cut_prompts(pipe, [prompts[index] for index in missing], settings.max_sequence_length)
     with tqdm(total=len(prompts), initial=len(made) - len(undecoded), desc=name, unit="picture") as progress:
         _decode(pipe, folder, undecoded, settings, progress)
         for start in range(0, len(missing), settings.batch_size):

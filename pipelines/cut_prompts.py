@@ -5,7 +5,6 @@ diffusers cuts them; some of its pipelines do not say so, and FLUX's and SD3's n
 
 import logging
 from collections.abc import Sequence
-from functools import cache
 from textwrap import shorten
 from typing import Any
 
@@ -33,7 +32,7 @@ def tell_cut_prompts(pipe: Any, prompts: Sequence[str], max_sequence_length: int
     asked = max_sequence_length or own_settings(pipe).max_sequence_length
     if others and asked is not None:
         limit, why = asked, "--max-sequence-length sets them"
-    for prompt in prompts:
+    for prompt in dict.fromkeys(prompts):
         tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         read = limit - tokenizer.num_special_tokens_to_add()
         if len(tokens) > read:
@@ -45,7 +44,6 @@ def _is_of_clip(pipe: Any, tokenizer: str) -> bool:
     return "CLIP" in type(getattr(pipe, tokenizer.replace("tokenizer", "text_encoder"), None)).__name__
 
 
-@cache  # once
 def _tell(prompt: str, lost: str, limit: int, why: str) -> None:
     told = "the prompt '%s' is cut after %d tokens (%s), without '%s'"
     logger.warning(told, shorten(prompt, 40, placeholder="..."), limit, why, shorten(lost, 200, placeholder="..."))
