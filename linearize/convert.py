@@ -11,7 +11,7 @@ from torch import nn
 from .advice import warn_of_others, warn_untested
 from .errors import UnsupportedModelError
 from .families import Family, family_of
-from .input_terms import InputTerms, check_inputs, input_terms
+from .input_terms import InputTerms, check_inputs
 from .intercept import LinearAttention, change_class, check_forward, linear_class
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, config_to_dict, nearest
@@ -82,7 +82,7 @@ def check_convertible(model: nn.Module, family: Family, configs: Mapping[str, An
     _refuse_sharded(model, "linearize_")
     if not configs:
         raise ValueError("no module is swapped: the mapping of patterns is empty")
-    if any(input_terms(METHODS[type(one)]) for one in configs.values()):
+    if any(METHODS[type(one)].input_terms for one in configs.values()):
         refuse_fused(model)
     candidates, _ = attention_modules(model, family)
     for name, one in configs.items():
@@ -206,7 +206,7 @@ def swap_(model: nn.Module, state: State, modules: Mapping[str, nn.Module], kern
         # kernels hold real numbers even in a model without weights: they are saved with the adapter
         attention.linear_kernel = kernel.to("cpu" if device.type == "meta" else device).train(module.training)
         attention._lineardit_site, attention._lineardit_name = site, name
-        if input_terms(type(kernel)):
+        if kernel.input_terms:
             state.input_terms.append(InputTerms(attention, kernel, state))
         site.kernels.append(kernel)
         change_class(module, linear_class(cast(Any, type(module))))

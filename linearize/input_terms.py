@@ -1,6 +1,5 @@
 """Networks of a method that change the input of layers inside an attention module: `to_q(x)` is `to_q(x + term(x))`."""
 
-from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from .beside_input import call_beside
 from .errors import UnsupportedModelError
 from .matching import head_shape
-from .methods import METHODS
+from .methods import METHODS, Method
 
 
 class InputTerms:
@@ -22,11 +21,10 @@ class InputTerms:
         state: Of the converted model.
     """
 
-    def __init__(self, attention: nn.Module, kernel: nn.Module, state: Any) -> None:
+    def __init__(self, attention: nn.Module, kernel: Method, state: Any) -> None:
         self.attention = attention
-        self.hooks = {
-            layer: _AddTerm(kernel.get_submodule(child), state) for layer, child in input_terms(type(kernel)).items()
-        }
+        terms = kernel.input_terms.items()
+        self.hooks = {layer: _AddTerm(kernel.get_submodule(child), state) for layer, child in terms}
         self.hooked: dict[str, tuple[nn.Module, torch.utils.hooks.RemovableHandle]] = {}
         for layer, hook in self.hooks.items():
             weight: Any = getattr(attention, layer).weight
@@ -77,18 +75,13 @@ class _AddTerm:
         return x + call_beside(self.term, x), *others
 
 
-def input_terms(method: type) -> Mapping[str, str]:
-    """{layer of the attention module: child of the kernel}, for methods that change inputs."""
-    return getattr(method, "input_terms", {})
-
-
 def check_inputs(name: str, attention: Any, config: Any) -> None:
     """Whether a module has the layers whose inputs a method changes.
 
     Raises:
         UnsupportedModelError: it lacks one, or it takes another number of channels.
     """
-    for layer in input_terms(METHODS[type(config)]):
+    for layer in METHODS[type(config)].input_terms:
         channels = prod(head_shape(attention))
         found = getattr(getattr(attention, layer, None), "in_features", None)
         if found != channels:

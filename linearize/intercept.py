@@ -150,7 +150,7 @@ def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> 
 def _check_heads(attention: LinearAttention, query: Tensor) -> None:
     """Raise a LayoutError where this process has some of the heads, and a method's weights are for all of them."""
     kernel, num_heads = attention.linear_kernel, head_shape(attention)[0]
-    alike = getattr(kernel, "heads_alike", False) or not list(kernel.parameters())
+    alike = kernel.heads_alike or not list(kernel.parameters())
     if query.shape[1] != num_heads and not alike:
         method = type(kernel.config).__name__
         raise LayoutError(

@@ -42,7 +42,7 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
 def check_text(name: str, family: Family, config: Any) -> None:
     """Raise an UnsupportedModelError where a module sees text beside the image, for which a method has no place."""
     alone = any(fnmatchcase(name, pattern) for pattern in family.image_alone)
-    if getattr(METHODS[type(config)], "image_alone", False) and not alone:
+    if METHODS[type(config)].image_alone and not alone:
         method, layers = type(config).__name__, ", ".join(map(repr, family.image_alone))
         way_out = f"choose layers={layers}" if layers else "set image_alone in a Family of your own"
         raise UnsupportedModelError(

@@ -20,6 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ..kernels.window.operator import split_text
 from ..kernels.window.reference import key_mask
 from .layout import Grid, Layout
+from .methods import Method
 
 MAX_ENTRIES = 2**24  # of queries x keys at a time: 64 MiB in float32
 
@@ -45,7 +46,7 @@ class Sums:
     norm: Tensor
 
 
-class Probe(nn.Module):
+class Probe(Method):
     """Attention over everything, looked at.
 
     Args:
@@ -55,8 +56,6 @@ class Probe(nn.Module):
         generator: Draws them, on the CPU.
         turns: Numbers the probes of a model in the order in which they first note something.
     """
-
-    impl = "auto"
 
     def __init__(
         self,
@@ -69,7 +68,7 @@ class Probe(nn.Module):
         generator: torch.Generator,
         turns: Iterator[int],
     ) -> None:
-        super().__init__()
+        super().__init__(None, num_heads=num_heads, head_dim=head_dim)
         self.radii = radii
         self.kernels = nn.ModuleList(kernels)
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -93,10 +92,6 @@ class Probe(nn.Module):
         """Told each new grid by the seam."""
         for kernel in self.kernels:
             cast(Any, kernel).observe(grid)
-
-    def covers(self, layout: Layout) -> bool:
-        """False: the seam shall always call this module."""
-        return False
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None

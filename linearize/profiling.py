@@ -16,7 +16,6 @@ from .base import source_of
 from .calling import call_of_original, check_counts, draw_latents
 from .convert import restore_, swap_
 from .families import family_of
-from .input_terms import input_terms
 from .matching import attention_modules, head_shape
 from .methods import METHODS, config_to_dict
 from .methods.clear import Clear
@@ -129,7 +128,7 @@ def probed(
 def _check_method(method: Any) -> None:
     """Raise a ValueError where this is no method, or one that cannot be tried by its kernel alone."""
     config_to_dict(method)
-    if input_terms(METHODS[type(method)]):
+    if METHODS[type(method)].input_terms:
         raise ValueError(f"{method} cannot be tried layer by layer: it changes the layers before attention as well")
 
 

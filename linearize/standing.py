@@ -41,7 +41,7 @@ def describe_attention(pipe_or_model: Any) -> str:
 def advice_on(model: nn.Module, grid: Grid) -> tuple[str, ...]:
     """What the converted attention of a model has to say about pictures of this grid, each sentence once."""
     kernels: list[Any] = [module.linear_kernel for module in swapped(model).values()]
-    told = (kernel.advice(kernel.config, grid) for kernel in kernels if hasattr(kernel, "advice"))
+    told = (kernel.advice(kernel.config, grid) for kernel in kernels)
     return tuple(dict.fromkeys(advice for advice in told if advice is not None))
 
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lineardit.linearize.layout import Grid, Layout
-from lineardit.linearize.methods import METHODS, Clear, ClearAttention
+from lineardit.linearize.methods import METHODS, Clear, ClearAttention, Method
 
 from .flex_window import analytic_block_mask, row_major, row_major_mask_mod
 
@@ -21,13 +21,11 @@ class RowMajorFlex:
     text_len: int
 
 
-class RowMajorFlexAttention(nn.Module):
+class RowMajorFlexAttention(Method):
     """In the place of `linear_kernel`."""
 
     def __init__(self, config: RowMajorFlex, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.impl = "auto"
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         self.block_mask: BlockMask | None = None
         self.register_buffer("place", torch.empty(0), persistent=False)  # tells the device
 
@@ -48,9 +46,6 @@ class RowMajorFlexAttention(nn.Module):
         """A new grid, outside of traced code."""
         place = self.get_buffer("place")
         self.block_mask = _block_mask(grid[-2:], self.config, place.device)
-
-    def covers(self, layout: Layout) -> bool:
-        return False
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None

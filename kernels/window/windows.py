@@ -50,6 +50,19 @@ class Circle:
         squares = row_squares[:, None, :, None] + column_squares[:, None]
         return (squares.double() < self.radius * self.radius).flatten(2).flatten(0, 1)
 
+    def covers(self, height: int, width: int) -> bool:
+        """Whether every token of a frame sees every other."""
+        return (height - 1) ** 2 + (width - 1) ** 2 < self.radius * self.radius
+
+    def num_pairs(self, height: int, width: int) -> int:
+        """Pairs of a query and a key in its window, of one frame."""
+        pairs, square = 0, min(self.radius * self.radius, height**2 + width**2)  # of a huge radius infinite
+        for step in range(1 - height, height):  # rows from a query to its keys
+            if (rest := square - step * step) > 0:
+                reach = min(math.isqrt(math.ceil(rest) - 1), width - 1)  # columns, at most
+                pairs += (height - abs(step)) * (width * (2 * reach + 1) - reach * (reach + 1))
+        return pairs
+
     def reach(self, axis: int, size: int) -> float:
         """How many tokens away, on either side, all are seen along an axis of this size; inf: all that there are."""
         return math.inf if self.radius >= size else self.radius
@@ -126,6 +139,10 @@ class Box:
     def covers(self, height: int, width: int) -> bool:
         """Whether every token of a frame sees every other."""
         return self._covers_axis(0, height) and self._covers_axis(1, width)
+
+    def num_pairs(self, height: int, width: int) -> int:
+        """Pairs of a query and a key in its window, of one frame."""
+        return self.span(0, height).num_pairs() * self.span(1, width).num_pairs()
 
     def _covers_axis(self, axis: int, size: int) -> bool:
         return size <= self.window[axis] * self.cell[axis] and (self.dilation[axis] == 1 or size == 1)

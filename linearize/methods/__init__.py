@@ -4,14 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
-
-from ..layout import Grid, Layout
 from .agent import Agent as Agent
 from .agent import AgentAttention
-from .boxes import BoxAttention
 from .clear import Clear as Clear
 from .clear import ClearAttention
 from .hybrid import Hybrid as Hybrid
@@ -20,63 +16,26 @@ from .linfusion import LinFusion as LinFusion
 from .linfusion import LinFusionAttention
 from .mala import Mala as Mala
 from .mala import MalaAttention
+from .method import Method as Method
 from .neighborhood import Neighborhood as Neighborhood
 from .proxy_tokens import ProxyTokens as ProxyTokens
 from .proxy_tokens import ProxyTokensAttention
 from .rala import Rala as Rala
 from .rala import RalaAttention
 from .sliding_tile import SlidingTile as SlidingTile
+from .windows import WindowAttention
 
-METHODS: dict[type, type[Any]] = {
+METHODS: dict[type, type[Method]] = {
     Clear: ClearAttention,
     LinFusion: LinFusionAttention,
-    Neighborhood: BoxAttention,
-    SlidingTile: BoxAttention,
+    Neighborhood: WindowAttention,
+    SlidingTile: WindowAttention,
     Agent: AgentAttention,
     Mala: MalaAttention,
     Rala: RalaAttention,
     ProxyTokens: ProxyTokensAttention,
     Hybrid: HybridAttention,
 }
-
-
-class Method(Protocol):
-    """What the seam asks of a method's module, an `nn.Module` made as `METHODS[type(config)](config, num_heads=H,
-    head_dim=D)`.
-
-    A method that changes the input of the attention module's own layers also has a class attribute `input_terms`, as
-    `linfusion.py` has: {layer of the attention module: child of this module}, and that layer's x becomes x + child(x).
-    One whose weights are the same for every head says so by `heads_alike = True`: it may then be given some of them.
-    One that has no place for text beside the image says so by `image_alone = True`: joint attention is then refused.
-    One that suits some sizes of the image less has a static method `advice(config, grid) -> str | None`, for a plan's
-    notes.
-    """
-
-    config: Any
-    impl: str  # one of `implementations()`, "auto" at first
-
-    @staticmethod
-    def implementations() -> tuple[str, ...]:
-        """Names that `impl` may take."""
-
-    @staticmethod
-    def chosen(config: Any, query: Tensor, grid: Grid, text_len: int) -> str:
-        """The implementation that "auto" runs, for the table of `inspect`."""
-
-    @staticmethod
-    def pairs(config: Any, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """Pairs of a query and a key that cost as much, of one head: what budgets and operation counts are made of."""
-
-    def observe(self, grid: Grid) -> None:
-        """Told each new grid before its first call, outside of traced code: to refuse it, or to prepare for it."""
-
-    def covers(self, layout: Layout) -> bool:
-        """Whether the method is the base's attention there, every pair attending: the base's own call then runs."""
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
-    ) -> Tensor:
-        """[B, H, N, D] each -> [B, H, N, D]; scale: of the logits, None: 1 / sqrt(D)."""
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

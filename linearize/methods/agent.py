@@ -30,6 +30,7 @@ from ...kernels.agent.agent_tokens import agent_bias, pool_agents
 from ..layout import Grid, Layout
 from .joint import joint_attention, joint_pairs
 from .local_terms import LocalConv, check_conv_size, check_switch
+from .method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +68,11 @@ class Agent:
         check_switch("balance", self.balance)
 
 
-class AgentAttention(nn.Module):
+class AgentAttention(Method):
     """Agent attention as the kernel of one attention module; `key_bias` and `query_bias` [H, R, R] are B_1 and B_2."""
 
     def __init__(self, config: Agent, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.impl = "auto"
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         shape = {"num_heads": num_heads, "head_dim": head_dim}
         self.conv = LocalConv(config.conv_size, **shape) if config.conv_size is not None else None
         self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
@@ -87,23 +86,11 @@ class AgentAttention(nn.Module):
         return ("auto", *implementations())
 
     @staticmethod
-    def chosen(config: Agent, query: Tensor, grid: Grid, text_len: int) -> str:
-        """What impl="auto" runs."""
-        return "torch"
-
-    @staticmethod
     def pairs(config: Agent, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """What costs as much: each agent with each token, twice; 2 n k^2 C for the conv."""
         num_image = math.prod(grid)
         per_token = 4 * config.num_agents + (config.conv_size or 0) ** 2
         return joint_pairs(num_image * per_token // 2, num_image, text_len, head_dim)
-
-    def observe(self, grid: Grid) -> None:
-        """Nothing here depends on the grid before the call."""
-
-    def covers(self, layout: Layout) -> bool:
-        """Never softmax attention."""
-        return False
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None

@@ -7,7 +7,9 @@ queries also see one key and value for each cell of the grid, in every frame, fo
 
     pooled_c = sum_t w_t k_t / sum_t w_t * sum(w),   t in cell c; tokens missing from a cell at the border drop out
 
-B batch, H heads, N tokens (text_len + frames * height * width), D head dimension, C cells of all frames.
+The window itself is `WindowAttention`'s (windows.py); here is what this method adds to it.
+
+B batch, H heads, D head dimension, C cells of all frames.
 """
 
 import math
@@ -16,16 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...kernels.window import (
-    Circle,
-    choose_impl,
-    implementations,
-    window_attention,
-    windowed_attention_and_lse,
-)
+from ...kernels.window import Circle
 from ..layout import Grid, Layout, as_shape
-from .frames import pairs_of_frames, with_frames
 from .pooling import cell_side, count_cells, mean_pool, weighted_pool
+from .windows import WindowAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +51,11 @@ class Clear:
         _check_count("pool_tokens", self.pool_tokens, least=1)
         _check_count("frame_radius", self.frame_radius, least=1)
 
+    @property
+    def shape(self) -> Circle:
+        """The window as kernels take it."""
+        return Circle(radius=self.radius, frame_radius=self.frame_radius)
+
 
 def _check_count(name: str, value: object, *, least: int) -> None:
     if value is None:
@@ -63,23 +64,14 @@ def _check_count(name: str, value: object, *, least: int) -> None:
         raise ValueError(f"{name} must be an integer >= {least} or None, got {value!r}")
 
 
-class ClearAttention(nn.Module):
+class ClearAttention(WindowAttention):
     """Local attention as the kernel of one attention module; `pool_weight` [p, p] when cells have learned weights."""
 
-    heads_alike = True
-
     def __init__(self, config: Clear, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.impl = "auto"
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         self._cells: Tensor | None = None
         if config.pool_size is not None:
             self.pool_weight = nn.Parameter(torch.full((config.pool_size,) * 2, 1 / config.pool_size**2))
-
-    @staticmethod
-    def implementations() -> tuple[str, ...]:
-        """Names that `impl` may take."""
-        return ("auto", *(name for name in implementations() if name != "auto"))
 
     def observe(self, grid: Grid) -> None:
         """Told each new grid, outside traced code. The cells become a shape, which a trace keeps symbolic.
@@ -87,84 +79,26 @@ class ClearAttention(nn.Module):
         Raises:
             LayoutError: frame_radius in a model of single pictures, or more frames than pool_tokens.
         """
-        with_frames(self.config.frame_radius, grid)
+        super().observe(grid)
         cells = _cells(self.config, grid)
         if cells is not None:
             self._cells = as_shape(*cells)
 
     def covers(self, layout: Layout) -> bool:
         """Whether this is softmax attention over everything, as the model had it."""
-        frames, height, width = with_frames(self.config.frame_radius, layout.grid)
-        sees_frame = (height - 1) ** 2 + (width - 1) ** 2 < self.config.radius * self.config.radius
-        sees_frames = self.config.frame_radius is None or frames <= self.config.frame_radius
-        return not self._pools() and sees_frame and sees_frames
-
-    @staticmethod
-    def chosen(config: Clear, query: Tensor, grid: Grid, text_len: int) -> str:
-        """What impl="auto" runs for a query [B, H, N, D]."""
-        window = Circle(radius=config.radius, frame_radius=config.frame_radius)
-        return choose_impl(query, grid=grid, window=window, text_len=text_len)
+        return not self._pools() and super().covers(layout)
 
     @staticmethod
     def pairs(config: Clear, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """Pairs of query and key in one call: window, text, cells for the image; all but cells for the text."""
-        frames, height, width = with_frames(config.frame_radius, grid)
-        window, square = 0, min(config.radius * config.radius, height**2 + width**2)  # of a huge radius infinite
-        for step in range(1 - height, height):  # rows from a query to its keys
-            if (rest := square - step * step) > 0:
-                reach = min(math.isqrt(math.ceil(rest) - 1), width - 1)  # columns, at most
-                window += (height - abs(step)) * (width * (2 * reach + 1) - reach * (reach + 1))
-        window *= pairs_of_frames(config.frame_radius, frames)
+        """Those of the window, and each image token with each cell."""
         _, num_cells = _cells(config, grid) or (0, 0)
-        image_len = frames * height * width
-        return window + image_len * (text_len + num_cells) + text_len * (text_len + image_len)
+        window = WindowAttention.pairs(config, grid, text_len, num_heads=num_heads, head_dim=head_dim)
+        return window + math.prod(grid) * num_cells
 
-    @property
-    def window(self) -> Circle:
-        """Which tokens of the image a query sees."""
-        return Circle(radius=self.config.radius, frame_radius=self.config.frame_radius)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
-    ) -> Tensor:
-        """[B, H, N, D] -> [B, H, N, D]."""
-        return window_attention(
-            query,
-            key,
-            value,
-            grid=layout.grid,
-            radius=self.config.radius,
-            frame_radius=self.config.frame_radius,
-            text_len=layout.text_len,
-            text_first=layout.text_first,
-            text_mask=layout.text_mask,
-            pooled=self._pooled(key, value, layout) if self._pools() else None,
-            scale=scale,
-            impl=self.impl,
-        )
-
-    def attend_and_lse(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """The same without pooled tokens, and the log-sum-exp of the logits of image queries [B, H, n]."""
-        return windowed_attention_and_lse(
-            query,
-            key,
-            value,
-            grid=layout.grid,
-            window=self.window,
-            text_len=layout.text_len,
-            text_first=layout.text_first,
-            text_mask=layout.text_mask,
-            scale=scale,
-            impl=self.impl,
-        )
-
-    def _pools(self) -> bool:
-        return self.config.pool_size is not None or self.config.pool_tokens is not None
-
-    def _pooled(self, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Keys and values of the image, each [B, H, C, D]."""
+    def pooled(self, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the cells, each [B, H, C, D]."""
+        if not self._pools():
+            return None
         assert self._cells is not None, "the seam tells each grid before it calls"
         side, num_cells = self._cells.shape
         start = layout.text_len if layout.text_first else 0
@@ -175,6 +109,9 @@ class ClearAttention(nn.Module):
         else:
             pooled = mean_pool(parts, side, layout.grid, num_cells)
         return pooled[0], pooled[1]
+
+    def _pools(self) -> bool:
+        return self.config.pool_size is not None or self.config.pool_tokens is not None
 
 
 def _cells(config: Clear, grid: Grid) -> tuple[int, int] | None:

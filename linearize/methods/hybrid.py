@@ -47,20 +47,20 @@ from torch import Tensor, nn
 from ...kernels.agent.agent_tokens import pool_agents
 from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest, sides_of_cells
 from ...kernels.linear import attend_to_text, share_of_keys
-from ...kernels.window import Circle
 from ...kernels.window.operator import split_text
 from ..layout import Grid, Layout
 from .agent import Agent, AgentAttention
-from .boxes import BoxAttention
 from .clear import Clear, ClearAttention
 from .mala import Mala, MalaAttention
+from .method import Method
 from .neighborhood import Neighborhood
 from .proxy_tokens import ProxyTokens, ProxyTokensAttention
 from .rala import Rala, RalaAttention
 from .sliding_tile import SlidingTile
+from .windows import WindowAttention
 
 # A local branch has `attend_and_lse`, a global one `attend_to_image`.
-LOCAL: dict[type, type[Any]] = {Clear: ClearAttention, Neighborhood: BoxAttention, SlidingTile: BoxAttention}
+LOCAL: dict[type, type[Any]] = {Clear: ClearAttention, Neighborhood: WindowAttention, SlidingTile: WindowAttention}
 GLOBAL: dict[type, type[Any]] = {
     Agent: AgentAttention,
     Mala: MalaAttention,
@@ -141,12 +141,11 @@ def _check_branch(name: str, config: object, allowed: dict[type, type[Any]]) -> 
         raise ValueError(f"{name} must be a config of {names}, got {config!r}")
 
 
-class HybridAttention(nn.Module):
+class HybridAttention(Method):
     """A hybrid as the kernel of one attention module; `gate` [H] is g and, of join="mass", `balance` [H] is b."""
 
     def __init__(self, config: Hybrid, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         shape = {"num_heads": num_heads, "head_dim": head_dim}
         self.local = LOCAL[type(config.local)](config.local, **shape)
         self.global_ = GLOBAL[type(config.global_)](config.global_, **shape)
@@ -166,7 +165,7 @@ class HybridAttention(nn.Module):
     @staticmethod
     def implementations() -> tuple[str, ...]:
         """Names that `impl` may take, those of windows."""
-        return ClearAttention.implementations()
+        return WindowAttention.implementations()
 
     @staticmethod
     def chosen(config: Hybrid, query: Tensor, grid: Grid, text_len: int) -> str:
@@ -192,8 +191,7 @@ class HybridAttention(nn.Module):
         """What pictures of this grid may suffer from: a grid, where a proxy stands for much of what is near."""
         if not config.is_one_softmax:
             return None
-        window = Circle(radius=config.local.radius) if isinstance(config.local, Clear) else config.local.box
-        reaches = [window.reach(axis, size) for axis, size in enumerate(grid[-2:])]
+        reaches = [config.local.shape.reach(axis, size) for axis, size in enumerate(grid[-2:])]
         sides = sides_of_cells(grid, config.num_cells)
         every_token_its_own = max(sides) <= 1
         if every_token_its_own or all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):

@@ -17,6 +17,7 @@ from ...kernels.linear import implementations
 from ..layout import Grid, Layout
 from .joint import joint_attention, joint_pairs
 from .local_terms import LocalConv, ValueGate, check_conv_size, check_switch
+from .method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +41,13 @@ class LinearImage:
         check_switch("balance", self.balance)
 
 
-class LinearImageAttention(nn.Module):
+class LinearImageAttention(Method):
     """The kernel of one attention module; `kernel(query, key, value, impl=...)` is linear attention of the image."""
 
     kernel: ClassVar[Callable[..., Tensor]]
 
     def __init__(self, config: LinearImage, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.impl = "auto"
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         shape = {"num_heads": num_heads, "head_dim": head_dim}
         self.conv = LocalConv(config.conv_size, **shape) if config.conv_size is not None else None
         self.gate = ValueGate(**shape) if config.gate else None
@@ -60,23 +59,11 @@ class LinearImageAttention(nn.Module):
         return ("auto", *implementations())
 
     @staticmethod
-    def chosen(config: LinearImage, query: Tensor, grid: Grid, text_len: int) -> str:
-        """What impl="auto" runs."""
-        return "torch"
-
-    @staticmethod
     def pairs(config: LinearImage, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """What costs as much: 2 n D C for the state, for its use and for the gate each, 2 n k^2 C for the conv."""
         num_image = math.prod(grid)
         per_token = 2 * head_dim + (config.conv_size or 0) ** 2 + (head_dim if config.gate else 0)
         return joint_pairs(num_image * per_token // 2, num_image, text_len, head_dim)
-
-    def observe(self, grid: Grid) -> None:
-        """Nothing here depends on the grid before the call."""
-
-    def covers(self, layout: Layout) -> bool:
-        """Never softmax attention."""
-        return False
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None

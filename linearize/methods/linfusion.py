@@ -19,6 +19,7 @@ from torch.nn.functional import elu
 
 from ..errors import LayoutError
 from ..layout import Grid, Layout
+from .method import Method
 
 EPSILON = 1e-4
 
@@ -54,7 +55,7 @@ class InputTerm(nn.Sequential):
         return super().forward(x.to(cast(Tensor, self[1].weight).dtype)).to(x.dtype)
 
 
-class LinFusionAttention(nn.Module):
+class LinFusionAttention(Method):
     """Generalized linear attention as the kernel of one attention module, with the networks f_q and f_k."""
 
     input_terms: ClassVar[Mapping[str, str]] = {"to_q": "query_term", "to_k": "key_term"}
@@ -62,30 +63,11 @@ class LinFusionAttention(nn.Module):
     image_alone = True
 
     def __init__(self, config: LinFusion, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.impl = "auto"
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         channels = num_heads * head_dim
         hidden = _hidden(config, channels)
         self.query_term = InputTerm(channels, hidden) if hidden else nn.Identity()
         self.key_term = InputTerm(channels, hidden) if hidden else nn.Identity()
-
-    @staticmethod
-    def implementations() -> tuple[str, ...]:
-        """Names that `impl` may take."""
-        return ("auto", "torch")
-
-    def observe(self, grid: Grid) -> None:
-        """The order of the tokens does not matter here."""
-
-    def covers(self, layout: Layout) -> bool:
-        """Never softmax attention."""
-        return False
-
-    @staticmethod
-    def chosen(config: LinFusion, query: Tensor, grid: Grid, text_len: int) -> str:
-        """What impl="auto" runs."""
-        return "torch"
 
     @staticmethod
     def pairs(config: LinFusion, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:

@@ -6,13 +6,13 @@ rectangle of image tokens around the query's own.
 N(i) is, on each axis by itself, the `window` places nearest to i in steps of `dilation`: at the border it slides
 inside, so that every image token sees as many, window_height * window_width. Where the grid has fewer places, all of
 them are seen. In a video, N(i) is the same in all frames, or in those with |frame_i - frame_j| < frame_radius. The
-module is `BoxAttention` (boxes.py).
+module is `WindowAttention` (windows.py).
 """
 
 from dataclasses import dataclass
 
 from ...kernels.window import Box
-from .boxes import Pair, both_axes, tuples
+from .windows import Pair, both_axes, tuples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Neighborhood:
 
     def __post_init__(self) -> None:
         tuples(self, ("window", "dilation"))
-        _ = self.box  # refuses what is no box
+        _ = self.shape  # refuses what is no box
 
     @property
-    def box(self) -> Box:
-        """The window as a value."""
+    def shape(self) -> Box:
+        """The window as kernels take it."""
         return Box(
             window=both_axes("window", self.window),
             dilation=both_axes("dilation", self.dilation),

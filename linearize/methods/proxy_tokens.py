@@ -28,6 +28,7 @@ from ...kernels.agent.agent_tokens import pool_agents
 from ..layout import Grid, Layout
 from .joint import joint_attention, joint_pairs
 from .local_terms import check_switch
+from .method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,38 +50,19 @@ class ProxyTokens:
         check_switch("balance", self.balance)
 
 
-class ProxyTokensAttention(nn.Module):
+class ProxyTokensAttention(Method):
     """Attention through proxy tokens as the kernel of one attention module; `gate` [H] is g."""
 
     def __init__(self, config: ProxyTokens, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.impl = "auto"
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         self.gate = nn.Parameter(torch.zeros(num_heads))
         self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
-
-    @staticmethod
-    def implementations() -> tuple[str, ...]:
-        """Names that `impl` may take."""
-        return ("auto", "torch")
-
-    @staticmethod
-    def chosen(config: ProxyTokens, query: Tensor, grid: Grid, text_len: int) -> str:
-        """What impl="auto" runs."""
-        return "torch"
 
     @staticmethod
     def pairs(config: ProxyTokens, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """Pairs of query and key: proxies with each other, each token with the proxies."""
         num_image = math.prod(grid)
         return joint_pairs((num_image + config.num_proxies) * config.num_proxies, num_image, text_len, head_dim)
-
-    def observe(self, grid: Grid) -> None:
-        """Nothing here depends on the grid before the call."""
-
-    def covers(self, layout: Layout) -> bool:
-        """Never softmax attention."""
-        return False
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None

@@ -6,13 +6,13 @@ The grid is cut into tiles, the last of an axis shorter where it does not divide
 tiles around t, which slides inside at the border; where the grid has fewer tiles, all of them are seen. So all queries
 of a tile see the same keys, and blocks of keys are read whole, without a mask. Where the paper's tiles are cubes, here
 they lie in one frame, and N(t) is the same in all frames, or in those with |frame_i - frame_j| < frame_radius. The
-module is `BoxAttention` (boxes.py).
+module is `WindowAttention` (windows.py).
 """
 
 from dataclasses import dataclass
 
 from ...kernels.window import Box
-from .boxes import Pair, both_axes, tuples
+from .windows import Pair, both_axes, tuples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class SlidingTile:
 
     def __post_init__(self) -> None:
         tuples(self, ("tile", "window"))
-        _ = self.box  # refuses what is no box
+        _ = self.shape  # refuses what is no box
 
     @property
-    def box(self) -> Box:
-        """The window as a value."""
+    def shape(self) -> Box:
+        """The window as kernels take it."""
         return Box(
             window=both_axes("window", self.window),
             cell=both_axes("tile", self.tile),

@@ -12,7 +12,7 @@ from tiny_distill import build_tiny
 from torch import nn
 
 from lineardit import from_pretrained, linearize_, save_adapter
-from lineardit.linearize.methods import METHODS
+from lineardit.linearize.methods import METHODS, Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +22,14 @@ class Sharper:
     sharpness: float
 
 
-class SharperAttention(nn.Module):
+class SharperAttention(Method):
     def __init__(self, config: Sharper, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config, self.impl = config, "auto"
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         self.bias = nn.Parameter(torch.zeros(num_heads))
-
-    @staticmethod
-    def implementations() -> tuple[str, ...]:
-        return ("auto",)
-
-    @staticmethod
-    def chosen(*_: Any) -> str:
-        return "torch"
 
     @staticmethod
     def pairs(config: Sharper, grid: Any, text_len: int, *, num_heads: int, head_dim: int) -> int:
         return (math.prod(grid) + text_len) ** 2
-
-    def observe(self, grid: Any) -> None:
-        pass
 
     def covers(self, layout: Any) -> bool:
         return self.config.sharpness == 1

@@ -167,7 +167,7 @@ def test_set_impl_changes_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ran.append(impl)
         return query
 
-    monkeypatch.setattr("lineardit.linearize.methods.clear.window_attention", spy)
+    monkeypatch.setattr("lineardit.linearize.methods.windows.windowed_attention", spy)
     run(model, arguments)
     set_impl_(model, "tiled")
     run(model, arguments)

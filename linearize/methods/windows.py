@@ -1,15 +1,15 @@
-"""The module of every method whose window is a box (kernels/window/windows.py): its config tells which.
+"""The module of every method that is softmax over all text and a window of the image: its config tells which.
 
-B batch, H heads, N tokens (text_len + frames * height * width), D head dimension.
+B batch, H heads, N tokens (text_len + frames * height * width), n of them of the image, D head dimension.
 """
 
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels.window import (
-    Box,
+    Window,
     choose_impl,
     implementations,
     windowed_attention,
@@ -17,30 +17,46 @@ from ...kernels.window import (
 )
 from ..layout import Grid, Layout
 from .frames import pairs_of_frames, with_frames
+from .method import Method
 
 Pair = int | tuple[int, int]  # one number for both axes, or (along the height, along the width)
 
 
-class BoxConfig(Protocol):
-    """A config whose window is a box."""
+class WindowConfig(Protocol):
+    """A config of such a method."""
 
     @property
-    def box(self) -> Box: ...
+    def shape(self) -> Window:
+        """Which tokens of the image a query sees, a circle or a box."""
 
 
-class BoxAttention(nn.Module):
-    """Attention in a box as the kernel of one attention module."""
+class WindowAttention(Method):
+    """Attention in a window as the kernel of one attention module."""
 
-    def __init__(self, config: BoxConfig, *, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.window = config.box
-        self.impl = "auto"
+    heads_alike = True
+
+    def __init__(self, config: WindowConfig, *, num_heads: int, head_dim: int) -> None:
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
+        self.window = config.shape
 
     @staticmethod
     def implementations() -> tuple[str, ...]:
         """Names that `impl` may take."""
         return ("auto", *implementations())
+
+    @staticmethod
+    def chosen(config: WindowConfig, query: Tensor, grid: Grid, text_len: int) -> str:
+        """What impl="auto" runs for a query [B, H, N, D]."""
+        return choose_impl(query, grid=grid, window=config.shape, text_len=text_len)
+
+    @staticmethod
+    def pairs(config: Any, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
+        """Pairs of query and key in one call: window and text for the image, everything for the text."""
+        frame_radius = config.shape.frame_radius
+        frames, height, width = with_frames(frame_radius, grid)
+        image_len = frames * height * width
+        window = config.shape.num_pairs(height, width) * pairs_of_frames(frame_radius, frames)
+        return window + image_len * text_len + text_len * (text_len + image_len)
 
     def observe(self, grid: Grid) -> None:
         """Told each new grid, outside traced code.
@@ -56,20 +72,9 @@ class BoxAttention(nn.Module):
         sees_frames = self.window.frame_radius is None or frames <= self.window.frame_radius
         return self.window.covers(height, width) and sees_frames
 
-    @staticmethod
-    def chosen(config: BoxConfig, query: Tensor, grid: Grid, text_len: int) -> str:
-        """What impl="auto" runs for a query [B, H, N, D]."""
-        return choose_impl(query, grid=grid, window=config.box, text_len=text_len)
-
-    @staticmethod
-    def pairs(config: BoxConfig, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """Pairs of query and key in one call: box and text for the image, everything for the text."""
-        box = config.box
-        frames, height, width = with_frames(box.frame_radius, grid)
-        in_frame = box.span(0, height).num_pairs() * box.span(1, width).num_pairs()
-        image_len = frames * height * width
-        window = in_frame * pairs_of_frames(box.frame_radius, frames)
-        return window + image_len * text_len + text_len * (text_len + image_len)
+    def pooled(self, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
+        """More keys and values that the image sees, [B, H, P, D] each."""
+        return None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
@@ -84,6 +89,7 @@ class BoxAttention(nn.Module):
             text_len=layout.text_len,
             text_first=layout.text_first,
             text_mask=layout.text_mask,
+            pooled=self.pooled(key, value, layout),
             scale=scale,
             impl=self.impl,
         )
@@ -91,7 +97,7 @@ class BoxAttention(nn.Module):
     def attend_and_lse(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """The same, and the log-sum-exp of the logits of image queries [B, H, n]."""
+        """The same without pooled tokens, and the log-sum-exp of the logits of image queries [B, H, n]."""
         return windowed_attention_and_lse(
             query,
             key,
