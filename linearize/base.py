@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,20 +152,28 @@ def source_of(pipe_or_model: Any, model: Any) -> Source:
         model: The denoiser.
     """
     pipeline_class = None if pipe_or_model is model else type(pipe_or_model).__name__
-    snapshot = snapshot_of(Path(_loaded_from(model)))
-    name = _loaded_from(pipe_or_model)
+    # of the denoiser, not the pipeline, which may have got one from elsewhere; diffusers notes a folder or Hub id
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+    snapshot, folder = snapshot_of(Path(name)), Path(name).resolve()
     if snapshot is not None:
-        place = Place(name=snapshot[0], folder=None, revision=snapshot[1], offline=True)
-    elif Path(name).is_dir() and name:
-        place = Place(name=str(Path(name).resolve()), folder=Path(name).resolve())
+        place: Place | None = Place(name=snapshot[0], folder=None, revision=snapshot[1], offline=True)
+    elif name and folder.is_dir():
+        if pipeline_class is not None and (folder.parent / PIPELINE_FILE).is_file():
+            folder = folder.parent
+        place = Place(name=str(folder), folder=folder)
     else:
+        place = _cached(name) if is_repository(name) else None
+    if place is None:
         return Source(pipeline_class=pipeline_class)
     return Source(name=place.name, revision=place.revision, license=_license(place), pipeline_class=pipeline_class)
 
 
-def _loaded_from(loaded: Any) -> str:
-    """The folder or Hub id that diffusers notes in a config, "" for none."""
-    return getattr(getattr(loaded, "config", None), "_name_or_path", None) or ""
+def _cached(repository: str) -> Place | None:
+    """A Hub repository at the commit that the cache has as its default branch; None: it has none."""
+    place = Place(name=repository, folder=None, offline=True)
+    files = (place.file(name) for name in (CONFIG_FILE, *(f"{one}/{CONFIG_FILE}" for one in COMPONENTS)))
+    snapshot = next((snapshot_of(file) for file in files if file is not None), None)
+    return None if snapshot is None else replace(place, revision=snapshot[1])
 
 
 def build_on_meta(base: Base, *, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -64,6 +65,39 @@ def test_source_of_finds_where_a_pipeline_was_loaded_from(tmp_path: Path) -> Non
     loaded = type(model).from_pretrained(tmp_path / "folder")
     source = source_of(loaded, loaded)
     assert (source.name, source.license) == (str(tmp_path / "folder"), "Some License 2.0")
+
+
+def test_source_of_is_where_the_denoiser_of_a_pipeline_is_from(tmp_path: Path) -> None:
+    folder, other = saved_flux_pipeline(tmp_path / "pipeline"), tmp_path / "denoiser"
+    build("flux").save_pretrained(other)
+    for model, place in [
+        (FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer"), folder),
+        (FluxTransformer2DModel.from_pretrained(folder / "transformer"), folder),
+        (FluxTransformer2DModel.from_pretrained(other), other),
+        (build("flux"), None),
+    ]:
+        pipe = FluxPipeline.from_pretrained(folder, transformer=model, **dict.fromkeys(read_base(folder).absent))
+        for one in (pipe, FluxPipeline(**pipe.components)):
+            assert source_of(one, model).name == (place and str(place))
+
+
+def test_source_of_a_denoiser_from_the_hub_is_the_commit_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
+    model = FluxTransformer2DModel.from_pretrained(saved_flux_pipeline(snapshot), subfolder="transformer")
+    model.register_to_config(_name_or_path="some/model")  # as from_pretrained("some/model", subfolder="transformer")
+    assert source_of(model, model).name is None
+
+    def cached(_: str, file: str, *, local_files_only: bool, **__: object) -> str:
+        assert local_files_only
+        if not (snapshot / file).is_file():
+            raise LocalEntryNotFoundError("")
+        return str(snapshot / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    source = source_of(model, model)
+    assert (source.name, source.revision, source.license) == ("some/model", "0123", "tiny-license")
 
 
 def test_snapshot_of_reads_the_hubs_cache() -> None:
