@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from .attention_profile import LayerProfile, Profile, is_window
 from .base import Base, build_on_meta
-from .families import family_of
+from .families import FAMILIES, family_of
 from .grouping import grouped
 from .layout import Grid
 from .matching import attention_modules, head_shape
@@ -87,9 +87,9 @@ def propose(
     _check_choices(profile, choices)
     grids = [_grid_at(layer, profile.size, size) for layer in profile.layers]
     pairs = list(zip(profile.layers, grids, strict=True))
-    dense_flops = sum(_flops(layer, grid, None) for layer, grid in pairs)
-    limit = _limit(budget, pairs, dense_flops)
-    flops = [[_flops(layer, grid, choice) for choice in choices] for layer, grid in pairs]
+    dense_flops = sum(_flops(profile, layer, grid, None) for layer, grid in pairs)
+    limit = _limit(profile, budget, pairs, dense_flops)
+    flops = [[_flops(profile, layer, grid, choice) for choice in choices] for layer, grid in pairs]
     errors = [[_error(profile, layer, choice) for choice in choices] for layer in profile.layers]
     if sum(map(min, flops)) > limit:
         least = sum(map(min, flops)) / dense_flops
@@ -226,10 +226,13 @@ def _grid_at(layer: LayerProfile, profiled: Size, size: Size) -> Grid:
     return (*frames, -(-height * size[0] // profiled[0]), -(-width * size[1] // profiled[1]))
 
 
-def _flops(layer: LayerProfile, grid: Grid, choice: Any) -> int:
+def _flops(profile: Profile, layer: LayerProfile, grid: Grid, choice: Any) -> int:
     """Of one call, batch 1, as `flops.py` counts them."""
     if choice is None:
-        pairs = (layer.text_len + int(np.prod(grid))) ** 2
+        family = FAMILIES.get(profile.model_class)
+        text_asks = family is None or family.text_queries
+        num_image = math.prod(grid)
+        pairs = (num_image + text_asks * layer.text_len) * (num_image + layer.text_len)
     else:
         shape = {"num_heads": layer.num_heads, "head_dim": layer.head_dim}
         pairs = METHODS[type(choice)].pairs(choice, grid, layer.text_len, **shape)
@@ -240,9 +243,9 @@ def _error(profile: Profile, layer: LayerProfile, choice: Any) -> float:
     return 0.0 if choice is None else layer.output_error[profile.candidates.index(choice)]
 
 
-def _limit(budget: Any, pairs: Sequence[tuple[LayerProfile, Grid]], dense_flops: int) -> int:
+def _limit(profile: Profile, budget: Any, pairs: Sequence[tuple[LayerProfile, Grid]], dense_flops: int) -> int:
     if type(budget) in METHODS:
-        return sum(_flops(layer, grid, budget) for layer, grid in pairs)
+        return sum(_flops(profile, layer, grid, budget) for layer, grid in pairs)
     if not 0 < budget < 1:
         raise ValueError(f"budget must be a share of full attention's operations between 0 and 1, got {budget}")
     return int(budget * dense_flops)

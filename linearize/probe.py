@@ -118,7 +118,6 @@ class Probe(Method):
         hidden = None
         if layout.text_mask is not None:
             hidden = pad(~layout.text_mask, (num_image, 0))[:, None, None]  # [B, 1, 1, N]
-        self.kernels.to(query.device)  # an offloaded module was elsewhere when they were made
         others = []
         for kernel in self.kernels:
             out = kernel(query, key, value, layout, scale=scale)

@@ -297,6 +297,11 @@ def test_propose_counts_at_the_size_that_it_is_told() -> None:
     assert proposal.dense_flops == 4 * 4 * (32 * 24 + 10) ** 2 * 2 * 8
 
 
+def test_propose_counts_no_queries_of_text_that_only_answers() -> None:
+    profile = replace(_made(*ERRORS), model_class="PRXTransformer2DModel")
+    assert propose(profile, Clear(radius=4)).dense_flops == 4 * 4 * 256 * (256 + 10) * 2 * 8
+
+
 def test_propose_leaves_layers_with_full_attention() -> None:
     profile = _made(*ERRORS)
     assert propose(profile, 0.9).chosen["blocks.1.attn"] is None
