@@ -41,9 +41,8 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
     """Writes what `linearize_` and training added to a base, and nothing of the base or of the user's own LoRA.
 
     The folder appears whole or not at all. It holds `lineardit.json` and, where there are tensors,
-    `lineardit.safetensors`: the kernels' parameters, LoRA factors under peft's names (`add_lora_`), changed tensors
-    under the base's names (`train_full_`). A name that ends in `.safetensors` makes one file of it, with the JSON in
-    its header.
+    `lineardit.safetensors`: the kernels' parameters, LoRA factors under peft's names, changed tensors under the base's
+    names. A name that ends in `.safetensors` makes one file of it, with the JSON in its header.
 
     Args:
         pipe_or_model: A pipeline or denoiser after `linearize_`.

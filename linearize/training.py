@@ -11,7 +11,7 @@ from torch import nn
 from .convert import swapped
 from .low_rank import LORA_NAME, LowRank
 from .networks import denoiser
-from .overlays import FullWeights, check_writable, overlays_of, plain_layer, refuse_fused
+from .overlays import overlays_of, plain_layer, refuse_fused
 from .record import record_
 
 # Layers of an attention module that see the text or a picture beside the image, or are the kernel's own.
@@ -56,34 +56,6 @@ def add_lora_(
     overlays_of(model).items.append(LowRank(model, factors, alpha=rank if alpha is None else alpha))
     record_(model)
     return {name: parameter for name, parameter in model.named_parameters() if f".{LORA_NAME}." in name}
-
-
-def train_full_(
-    pipe_or_model: DiffusionPipeline | nn.Module, *, targets: Sequence[str] | None = None
-) -> dict[str, nn.Parameter]:
-    """Notes that the projections of every swapped attention module will change, and keeps a copy of them beside them.
-
-    `dense` and `restore_` then give the base's output again, and `save_adapter` saves these tensors.
-
-    Args:
-        pipe_or_model: A pipeline or denoiser after `linearize_`.
-        targets: As those of `add_lora_`.
-    Returns:
-        The model's own parameters by name.
-    Raises:
-        ValueError: Nothing is converted, a target that no swapped module has, or the base is quantized or offloaded.
-    """
-    _, model = denoiser(pipe_or_model)
-    parameters = {
-        f"{name}.{attribute}": parameter
-        for name in projection_names(model, targets)
-        for attribute, parameter in plain_layer(model, name).named_parameters(recurse=False)
-    }
-    check_writable(model, parameters)
-    overlay = FullWeights(model, {name: parameter.detach().clone() for name, parameter in parameters.items()})
-    overlays_of(model).items.append(overlay)
-    record_(model)
-    return {name: overlay.parameter(name) for name in overlay.originals}
 
 
 def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[str]:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import saved_flux_pipeline
 from torch import Tensor
+from whole_projections import train_full_
 
 from lineardit import (
     Clear,
@@ -31,7 +32,7 @@ from lineardit import (
 from lineardit.cli import run as run_command
 from lineardit.linearize.hub import is_repository
 from lineardit.linearize.manifest import read_manifest
-from lineardit.linearize.training import add_lora_, train_full_
+from lineardit.linearize.training import add_lora_
 from tiny_models import build, inputs_of
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))

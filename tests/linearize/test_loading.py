@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny_distill import build_tiny
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 from torch import Tensor
+from whole_projections import train_full_
 
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize import base as linearize_base
 from lineardit.linearize import loading
 from lineardit.linearize.base import read_base
 from lineardit.linearize.stored_weights import stored_dtype
-from lineardit.linearize.training import add_lora_, train_full_
+from lineardit.linearize.training import add_lora_
 from tiny_models import build, inputs_of
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))

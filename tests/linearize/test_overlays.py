@@ -6,11 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from whole_projections import train_full_
 
 from lineardit import Clear, dense, linearize_, restore_
 from lineardit.linearize.low_rank import FusedLowRank, LowRank
 from lineardit.linearize.overlays import overlays_of, replace_weights_
-from lineardit.linearize.training import add_lora_, train_full_
+from lineardit.linearize.training import add_lora_
 from tiny_models import build, inputs_of
 
 CLEAR = Clear(radius=2)
@@ -179,7 +180,7 @@ def test_replace_weights_without_originals_refuses_the_way_back_and_changes_noth
         assert torch.equal(run(model, arguments), before)
 
 
-def test_train_full_keeps_the_parameters_of_an_optimizer() -> None:
+def test_changed_weights_stay_the_parameters_of_an_optimizer() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, CLEAR)
     parameters = train_full_(model, targets=["to_v"])

@@ -15,6 +15,7 @@ from accelerate.hooks import remove_hook_from_module
 from packaging.version import Version
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from whole_projections import train_full_
 
 from lineardit import (
     Agent,
@@ -30,7 +31,7 @@ from lineardit import (
 )
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.training import add_lora_, train_full_
+from lineardit.linearize.training import add_lora_
 from tiny_models import build, inputs_of
 
 CPU = torch.device("cpu")
