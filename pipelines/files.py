@@ -65,7 +65,7 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
         raise ValueError("prompts must hold at least one prompt, and none may be empty")
     if output.suffix.lower() == ".png":
         if len(prompts) > 1:
-            raise ValueError(f"output must be a folder for {len(prompts)} prompts, got the file {output}")
+            raise ValueError(f"output must be a folder for {len(prompts)} pictures, got the file {output}")
         if output.is_dir():
             raise ValueError(f"output must be a file, {output} is a folder")
         paths = [output]

@@ -66,7 +66,7 @@ def generate(
 
     Args:
         pipe: A text-to-image pipeline on its device, converted or not.
-        prompts: Several become numbered files in a folder.
+        prompts: Several become numbered files in a folder; a prompt that comes again gets other noise.
         output: A file that ends in .png for one prompt, else a folder; pictures that a folder already holds are not
             made again, so that an interrupted call goes on.
         size: (height, width) in pixels; None: the pipeline's own.

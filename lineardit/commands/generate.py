@@ -31,10 +31,13 @@ from .prompts import parse_arguments, parse_part, parse_size, read_prompts
 def generate(
     source: Annotated[str, typer.Argument(metavar="ADAPTER_OR_BASE", help="Adapter or pipeline: Hub id or folder.")],
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One picture each.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file, or a folder for several prompts.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file, or a folder for several.")] = Path(
         "out.png"
     ),
     prompt_file: Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")] = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="Pictures of each prompt, into a folder: the prompts, then all again, and so on.")
+    ] = 1,
     size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
     steps: Steps = None,
     seed: Seed = 0,
@@ -84,7 +87,7 @@ def generate(
     from .loras import parse_loras
 
     more, loras = parse_arguments(arguments), parse_loras(lora)
-    texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
+    texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])] * count
     height_width = None if size is None else parse_size(size)
     if not plan:
         plan_files(texts, output, seed=seed, text={})  # before a large model is loaded

@@ -81,6 +81,25 @@ def test_generate_with_a_base_and_a_file_of_prompts(base: Path, tmp_path: Path) 
         assert "adapter" not in image.info
 
 
+def test_more_pictures_of_each_prompt_leave_the_first_as_they_are(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures"
+    generate = ("generate", base, "one", "two", *SMALL, "--seed", "5", "-o")
+    assert lineardit(*generate, out) == 0
+    first = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert lineardit(*generate, out, "--count", "2") == 0
+    made = []
+    for path in sorted(out.iterdir()):
+        with Image.open(path) as image:
+            made.append((path.name, image.info["prompt"], image.info["seed"]))
+    assert made == [("000.png", "one", "5"), ("001.png", "two", "6"), ("002.png", "one", "7"), ("003.png", "two", "8")]
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    capsys.readouterr()
+    assert lineardit(*generate, tmp_path / "out.png", "--count", "2") == 2
+    assert "output must be a folder for 4 pictures, got the file" in capsys.readouterr().err
+
+
 def test_parts_of_the_pictures_are_made_by_option_or_by_launcher(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,7 +158,7 @@ def test_generate_keeps_an_existing_file(pipe: FluxPipeline, tmp_path: Path) -> 
         ({"part": (3, 2)}, r"part must be \(i, n\) with 1 <= i <= n, got \(3, 2\)"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": ["a", " "]}, "none may be empty"),
-        ({"prompts": PROMPTS}, "output must be a folder for 3 prompts, got the file"),
+        ({"prompts": PROMPTS}, "output must be a folder for 3 pictures, got the file"),
         ({"output": "out.jpg"}, "output must end in .png, or name a folder, got out.jpg"),
     ],
 )
