@@ -74,11 +74,11 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
             raise ValueError(f"{type(pipe).__name__} takes no {name}" + (f"; did you mean {near[0]}?" if near else ""))
         pair = isinstance(value, list) and "tuple" in str(known[name].annotation).lower()
         call[name] = tuple(value) if pair else value
-    if "true_cfg_scale" in known and "negative_prompt" not in more:
+    if "true_cfg_scale" in known:
         scale = more.get("true_cfg_scale", known["true_cfg_scale"].default)
         if type(scale) not in (int, float):
             raise ValueError(f"true_cfg_scale must be a number, got {scale!r}")
-        if scale > 1:
+        if (scale > 1) != ("negative_prompt" in more):
             tell_unguided(type(pipe).__name__, scale)
     return call
 
@@ -87,6 +87,10 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
 def tell_unguided(name: str, scale: float) -> None:
     """Of a pipeline that could be guided and is not."""
     told = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
+    if scale <= 1:
+        told = (
+            "%s takes no notice of a negative prompt while its true_cfg_scale is %g: add --argument true_cfg_scale=4.0"
+        )
     logger.warning(told, name, scale)
 
 

@@ -43,7 +43,14 @@ def test_guidance_that_needs_a_negative_prompt_is_told(caplog: pytest.LogCapture
     call_arguments(pipe, {"steps": 2}, {"negative_prompt": " "})
     call_arguments(pipe, {"steps": 2}, {"true_cfg_scale": 1.0})
     call_arguments(build_tiny(), {"steps": 2})
+    call_arguments(build_tiny(), {"steps": 2}, {"negative_prompt": "blurry", "true_cfg_scale": 2.0})
     assert not caplog.text
+    call_arguments(build_tiny(), {"steps": 2}, {"negative_prompt": "blurry"})
+    call_arguments(build_tiny(), {"steps": 2}, {"negative_prompt": "blurry"})
+    assert caplog.messages == [
+        "FluxPipeline takes no notice of a negative prompt while its true_cfg_scale is 1: add --argument "
+        "true_cfg_scale=4.0"
+    ]
 
 
 def test_negative_prompts_are_as_many_as_prompts() -> None:
