@@ -162,7 +162,12 @@ def in_stages(
                 "settings and tile (--strength, --stage-steps, --sharpen, --tile) are of a cascade, and "
                 f"{width}x{height} is made at once: leave them out, or add cascade=True (--cascade)"
             )
-        check_size(pipe, height, width)
+        try:
+            check_size(pipe, height, width)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; a cascade (cascade=True, --cascade), where the model has one, makes any"
+            ) from error
     return staged
 
 

@@ -149,7 +149,10 @@ def test_generate_keeps_an_existing_file(pipe: FluxPipeline, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": (26, 33)}, "must be multiples of 4 pixels for this model, got 33x26; nearest: 32x24 and 36x28"),
+        (
+            {"size": (26, 33)},
+            "must be multiples of 4 pixels for this model, got 33x26; nearest: 32x24 and 36x28; a cascade",
+        ),
         ({"size": (2, 32)}, "got 32x2; nearest: 32x4"),
         ({"steps": 0}, "steps and batch_size must be >= 1, seed >= 0, got 0, 1 and 0"),
         ({"batch_size": 0}, "got 2, 0 and 0"),
