@@ -21,7 +21,7 @@ from lineardit import Clear, HighResolutionPipeline, linearize_
 from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path, scenes
-from lineardit.linearize.opening import open_pipeline
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.pipelines.plan import Plan, Stage
 
 PICTURE = Path(__file__).parents[1] / "docs/images/bf16_positions.png"

@@ -32,8 +32,8 @@ from lineardit.distill.metrics import paired_bootstrap, psnr, ssim
 from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path, scenes
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.folders import sha256, write_whole
-from lineardit.linearize.opening import open_pipeline
 from lineardit.linearize.standing import describe_attention
 from lineardit.pipelines.pictures import enlarged
 from lineardit.pipelines.plan import Plan, Settings

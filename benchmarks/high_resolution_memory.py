@@ -24,8 +24,8 @@ from lineardit.distill.cost import resident_peak
 from lineardit.distill.files import write_json
 from lineardit.distill.launch import child_environment
 from lineardit.examples.tiny_flux import path
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.folders import write_whole
-from lineardit.linearize.opening import open_pipeline
 from lineardit.pipelines.plan import Settings
 
 RESULTS = Path(__file__).with_name("results")

@@ -26,12 +26,12 @@ from lineardit.distill.files import write_json
 from lineardit.distill.launch import launch
 from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path, scenes
-from lineardit.linearize.attention_profile import read_profile
-from lineardit.linearize.budget import propose
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.folders import write_whole
+from lineardit.linearize.measures.attention_profile import read_profile
+from lineardit.linearize.measures.budget import propose
+from lineardit.linearize.measures.profiling import profile_attention
 from lineardit.linearize.methods import Agent, Clear, Hybrid, Mala, ProxyTokens, config_to_dict
-from lineardit.linearize.opening import open_pipeline
-from lineardit.linearize.profiling import profile_attention
 from lineardit.stages import this_machine
 
 logger = logging.getLogger(__name__)

@@ -35,10 +35,12 @@ from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.student import KERNEL, build_student_, trained_parameters
 from lineardit.distill.train import load_base
 from lineardit.examples.tiny_flux import path, scenes
-from lineardit.linearize.attention_profile import Profile, read_profile
-from lineardit.linearize.budget import propose
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.families import family_of
 from lineardit.linearize.matching import attention_modules
+from lineardit.linearize.measures.attention_profile import Profile, read_profile
+from lineardit.linearize.measures.budget import propose
+from lineardit.linearize.measures.profiling import profile_attention
 from lineardit.linearize.methods import (
     Agent,
     Clear,
@@ -50,8 +52,6 @@ from lineardit.linearize.methods import (
     SlidingTile,
     config_to_dict,
 )
-from lineardit.linearize.opening import open_pipeline
-from lineardit.linearize.profiling import profile_attention
 from lineardit.stages import this_machine
 
 RESULTS = Path(__file__).with_name("results")

@@ -1,7 +1,8 @@
 """How near each method is to the small trained model without training, by single predictions: `make nearness`, minutes.
 
-For the steps of a few held-out captions: the relative error of one prediction (linearize/nearness.py), beside what the
-method costs there and at FLUX.1's 4K shape. Writes benchmarks/results/nearness.json, nearness.md and nearness.png.
+For the steps of a few held-out captions: the relative error of one prediction (linearize/measures/nearness.py), beside
+what the method costs there and at FLUX.1's 4K shape. Writes benchmarks/results/nearness.json, nearness.md and
+nearness.png.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.files import write_json
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.kernels.focus import cells_in_focus
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.convert import linearize_, restore_
 from lineardit.linearize.folders import write_whole
+from lineardit.linearize.measures.nearness import nearness, record_predictions
 from lineardit.linearize.methods import (
     METHODS,
     Agent,
@@ -34,8 +37,6 @@ from lineardit.linearize.methods import (
     Rala,
     SlidingTile,
 )
-from lineardit.linearize.nearness import nearness, record_predictions
-from lineardit.linearize.opening import open_pipeline
 
 RESULTS = Path(__file__).with_name("results")
 SIDE, TEXT_LEN, STEPS = 128, 64, 8

@@ -24,9 +24,9 @@ from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.files import write_json
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize import Agent, Clear, Profile, linearize_, profile_attention, propose, read_profile, restore_
-from lineardit.linearize.attention_profile import LayerProfile
-from lineardit.linearize.budget import name_of
-from lineardit.linearize.opening import open_pipeline
+from lineardit.linearize.adapters.opening import open_pipeline
+from lineardit.linearize.measures.attention_profile import LayerProfile
+from lineardit.linearize.measures.budget import name_of
 
 logger = logging.getLogger(__name__)
 

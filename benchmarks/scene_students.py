@@ -13,9 +13,9 @@ from lineardit.distill.pictures import Pictures, PictureSettings, make_pictures
 from lineardit.distill.prepare import prepare
 from lineardit.distill.train import distill
 from lineardit.examples.tiny_flux import scenes
-from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.adapters.conversion import convert_base
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.folders import sha256
-from lineardit.linearize.opening import open_pipeline
 from lineardit.scene_judge import judge_scene
 from lineardit.stages import Stages
 

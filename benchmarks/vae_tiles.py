@@ -10,7 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from lineardit.examples.tiny_flux import path, scenes
-from lineardit.linearize.opening import open_pipeline
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.pipelines.vae import decode, encode
 
 CASES = ((3, (768, 768), 256), (11, (768, 512), 128), (20, (512, 768), 96))  # scene, (height, width), tile

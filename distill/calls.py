@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linearize.recording import Arguments, Prediction
+from ..linearize.measures.recording import Arguments, Prediction
 
 
 def chosen_calls(made: Sequence[Prediction], count: int, seed: int) -> list[Prediction]:

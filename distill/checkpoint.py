@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..linearize.adapter import save_adapter
-from ..linearize.fitting import check_shapes, shapes_of
+from ..linearize.adapters.adapter import save_adapter
+from ..linearize.adapters.fitting import check_shapes, shapes_of
 from ..linearize.folders import sync, write_whole
 from .files import write_json
 

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import torch
 
+from ..linearize.measures.recording import first_call, predict
 from ..linearize.networks import denoiser
-from ..linearize.recording import first_call, predict
 from ..pipelines.sizes import size_multiple
 from .families import family_of
 from .launch import child_environment
@@ -155,7 +155,7 @@ def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> fl
 
 def main() -> None:
     """Print the peak of the pipeline and settings that the first argument tells."""
-    from ..linearize.opening import open_pipeline
+    from ..linearize.adapters.opening import open_pipeline
 
     request = json.loads(sys.argv[1])
     pipe = open_pipeline(**request["opening"])

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..linearize.base import read_json
+from ..linearize.adapters.base import read_json
+from ..linearize.adapters.opening import open_pipeline
 from ..linearize.folders import check_writable
-from ..linearize.opening import open_pipeline
 from ..linearize.standing import describe_attention
 from ..pipelines.cut_prompts import tell_cut_prompts
 from .cost import fresh_picture_peak, picture_peak, step_seconds

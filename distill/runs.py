@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..linearize.base import read_json
+from ..linearize.adapters.base import read_json
 from .checkpoint import latest_checkpoint
 from .config import DistillConfig
 from .config_tables import config_from_tables, config_to_tables

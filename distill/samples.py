@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..linearize.calling import arguments_named, call_arguments, draw_latents
+from ..linearize.measures.recording import recording
 from ..linearize.networks import denoiser
-from ..linearize.recording import recording
 from .calls import chosen_calls, pack
 from .data import Sample
 from .families import family_of

@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ..linearize.adapter import save_adapter
-from ..linearize.base import read_base
+from ..linearize.adapters.adapter import save_adapter
+from ..linearize.adapters.base import read_base
+from ..linearize.adapters.loading import load_base as load_with_options
 from ..linearize.folders import held
-from ..linearize.loading import load_base as load_with_options
 from ..linearize.networks import denoiser
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples

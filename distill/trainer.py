@@ -17,8 +17,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ..linearize.convert import swapped
+from ..linearize.measures.recording import predict, to_device
 from ..linearize.networks import denoiser
-from ..linearize.recording import predict, to_device
 from .checkpoint import (
     OPTIMIZER,
     TRAINED,

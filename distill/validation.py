@@ -14,8 +14,8 @@ from PIL import Image
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
+from ..linearize.measures.recording import predict, to_device
 from ..linearize.networks import denoiser
-from ..linearize.recording import predict, to_device
 from .config import DistillConfig
 from .data import TeacherSamples
 from .families import family_of

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .linearize.adapter import load_adapter_ as load_adapter_
-    from .linearize.adapter import save_adapter as save_adapter
+    from .linearize.adapters.adapter import load_adapter_ as load_adapter_
+    from .linearize.adapters.adapter import save_adapter as save_adapter
+    from .linearize.adapters.loading import from_pretrained as from_pretrained
+    from .linearize.adapters.merging import save_merged as save_merged
+    from .linearize.adapters.publishing import push_to_hub as push_to_hub
     from .linearize.convert import dense as dense
     from .linearize.convert import linearize_ as linearize_
     from .linearize.convert import restore_ as restore_
@@ -18,8 +21,6 @@ if TYPE_CHECKING:
     from .linearize.errors import LayoutError as LayoutError
     from .linearize.errors import UnsupportedModelError as UnsupportedModelError
     from .linearize.first_steps import first_steps as first_steps
-    from .linearize.loading import from_pretrained as from_pretrained
-    from .linearize.merging import save_merged as save_merged
     from .linearize.methods import Agent as Agent
     from .linearize.methods import Clear as Clear
     from .linearize.methods import Hybrid as Hybrid
@@ -29,19 +30,19 @@ if TYPE_CHECKING:
     from .linearize.methods import ProxyTokens as ProxyTokens
     from .linearize.methods import Rala as Rala
     from .linearize.methods import SlidingTile as SlidingTile
-    from .linearize.publishing import push_to_hub as push_to_hub
     from .linearize.report import SwapReport as SwapReport
     from .pipelines.high_resolution import HighResolutionPipeline as HighResolutionPipeline
 
 __version__ = "0.1.0"
 
 _PUBLIC_NAMES = {
-    ".linearize.adapter": ("load_adapter_", "save_adapter"),
+    ".linearize.adapters.adapter": ("load_adapter_", "save_adapter"),
+    ".linearize.adapters.loading": ("from_pretrained",),
+    ".linearize.adapters.merging": ("save_merged",),
+    ".linearize.adapters.publishing": ("push_to_hub",),
     ".linearize.convert": ("dense", "linearize_", "restore_", "set_impl_"),
     ".linearize.errors": ("KernelNotReachedError", "LayoutError", "UnsupportedModelError"),
     ".linearize.first_steps": ("first_steps",),
-    ".linearize.loading": ("from_pretrained",),
-    ".linearize.merging": ("save_merged",),
     ".linearize.methods": (
         "Agent",
         "Clear",
@@ -53,7 +54,6 @@ _PUBLIC_NAMES = {
         "Rala",
         "SlidingTile",
     ),
-    ".linearize.publishing": ("push_to_hub",),
     ".linearize.report": ("SwapReport",),
     ".pipelines.high_resolution": ("HighResolutionPipeline",),
 }

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from .linearize.attention_profile import Profile
 from .linearize.folders import write_whole
+from .linearize.measures.attention_profile import Profile
 
 MAP_RADIUS = 8  # of the mass that is drawn, or the profiled radius nearest to it
 ROW_INCHES, COLUMN_INCHES = 0.22, 0.32

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from .linearize.folders import write_whole
-from .linearize.step_times import StepTime
+from .linearize.measures.step_times import StepTime
 
 LONGEST = 40  # characters of a name
 

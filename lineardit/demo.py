@@ -20,10 +20,10 @@ from .distill.pictures import Pictures, PictureSettings, make_pictures
 from .distill.prepare import prepare
 from .distill.sheet import write_sheet
 from .examples.tiny_flux import path, scenes
-from .linearize.conversion import convert_base
+from .linearize.adapters.conversion import convert_base
+from .linearize.adapters.opening import open_pipeline
 from .linearize.folders import sha256
 from .linearize.methods import Clear, Hybrid, ProxyTokens, config_to_dict
-from .linearize.opening import open_pipeline
 from .pipelines.generate import generate
 from .scene_judge import judge_scene
 from .stages import Stages, matmul_gflops

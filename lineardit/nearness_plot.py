@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .linearize.folders import write_whole
-from .linearize.nearness import Nearness
+from .linearize.measures.nearness import Nearness
 
 
 def draw_nearness(found: Mapping[str, Nearness], path: Path) -> None:

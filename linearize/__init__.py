@@ -1,9 +1,5 @@
 """What replaces attention, and how it gets into a model."""
 
-from .attention_profile import Profile as Profile
-from .attention_profile import read_profile as read_profile
-from .budget import Proposal as Proposal
-from .budget import propose as propose
 from .compiling import compile_ as compile_
 from .convert import dense as dense
 from .convert import linearize_ as linearize_
@@ -17,6 +13,11 @@ from .families import Family as Family
 from .families import Sight as Sight
 from .first_steps import first_steps as first_steps
 from .layout import Layout as Layout
+from .measures.attention_profile import Profile as Profile
+from .measures.attention_profile import read_profile as read_profile
+from .measures.budget import Proposal as Proposal
+from .measures.budget import propose as propose
+from .measures.profiling import profile_attention as profile_attention
 from .methods import Agent as Agent
 from .methods import Clear as Clear
 from .methods import LinFusion as LinFusion
@@ -25,5 +26,4 @@ from .methods import Neighborhood as Neighborhood
 from .methods import Rala as Rala
 from .methods import SlidingTile as SlidingTile
 from .networks import denoiser as denoiser
-from .profiling import profile_attention as profile_attention
 from .report import SwapReport as SwapReport

@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..linearize.base import Base, Source, build_on_meta
+from ..linearize.adapters.base import Base, Source, build_on_meta
 from ..linearize.convert import swapped
 from ..linearize.families import FAMILIES
-from ..linearize.flops import Step, count_step
+from ..linearize.measures.flops import Step, count_step
+from ..linearize.measures.step_inputs import can_make_inputs, token_side
 from ..linearize.networks import denoiser
-from ..linearize.step_inputs import can_make_inputs, token_side
 from .plan import Plan, Stage
 from .positions import table_side
 from .token_chunks import in_token_chunks

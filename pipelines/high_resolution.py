@@ -21,9 +21,9 @@ from diffusers import ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
+from ..linearize.adapters.opening import open_pipeline
 from ..linearize.convert import check_dense
 from ..linearize.networks import denoiser
-from ..linearize.opening import open_pipeline
 from ..linearize.seam import state_of
 from ..linearize.standing import advice_on
 from .cascade_class import cascade_class, made_of

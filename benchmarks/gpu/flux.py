@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from lineardit.linearize.random_weights import random_model
+from lineardit.linearize.measures.random_weights import random_model
 
 from .bench import Scale
 from .environment import ROOT

@@ -16,8 +16,8 @@ from .options import Device, Dtype, Impl, MaxSequenceLength, Offline
 from .prompts import parse_size
 
 if TYPE_CHECKING:
-    from ..linearize.conversion_shape import Conditions, Conversion, Size
-    from ..linearize.step_times import StepTime
+    from ..linearize.measures.conversion_shape import Conditions, Conversion, Size
+    from ..linearize.measures.step_times import StepTime
 
 SIZES = ("1024x1024", "2048x2048", "4096x4096")
 FIGURES, PICTURE = "bench.json", "bench.png"
@@ -48,9 +48,9 @@ def bench(
 
     quiet_libraries()
     from ..distill.figures import require_matplotlib
-    from ..linearize.conversion_shape import Conditions, Conversion
+    from ..linearize.adapters.opening import named_dtype
     from ..linearize.folders import check_output, check_output_file
-    from ..linearize.opening import named_dtype
+    from ..linearize.measures.conversion_shape import Conditions, Conversion
     from .devices import find_device, find_dtype
 
     require_matplotlib(PICTURE)
@@ -76,7 +76,7 @@ def _time(fitting: "Mapping[Conversion, Sequence[Size]]", conditions: "Condition
     """Every conversion at its sizes; figures are written as they come, and told if the run is interrupted."""
     from ..bench_plot import draw_step_times
     from ..distill.files import write_json
-    from ..linearize.step_times import time_steps
+    from ..linearize.measures.step_times import time_steps
     from ..stages import that_device
 
     settings = {"device": that_device(conditions.device), "dtype": str(conditions.dtype).removeprefix("torch.")}

@@ -54,8 +54,14 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
 ) -> None:
     """Convert a model to an adapter; this reads its configuration, not its weights. Or rewrite or merge an adapter."""
-    from ..linearize.conversion import check_whole_adapter, convert_and_merge, convert_base, is_adapter, repack_adapter
-    from ..linearize.opening import named_dtype
+    from ..linearize.adapters.conversion import (
+        check_whole_adapter,
+        convert_and_merge,
+        convert_base,
+        is_adapter,
+        repack_adapter,
+    )
+    from ..linearize.adapters.opening import named_dtype
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -100,9 +106,9 @@ def _from_profile(
     offline: bool,
 ) -> dict[str, Any]:
     """Config by glob, as the budget allows."""
-    from ..linearize.attention_profile import read_profile
-    from ..linearize.base import read_base
-    from ..linearize.budget import check_profile, parse_budget, parse_choices, propose
+    from ..linearize.adapters.base import read_base
+    from ..linearize.measures.attention_profile import read_profile
+    from ..linearize.measures.budget import check_profile, parse_budget, parse_choices, propose
 
     if file is None or budget is None:
         raise ValueError("--from-profile FILE and --budget go together, for example --budget 0.25 or radius:8")

@@ -22,7 +22,7 @@ def decode(
     offline: Offline = False,
 ) -> None:
     """Finish a picture whose decoding was interrupted; this loads the VAE alone."""
-    from ..linearize.opening import named_dtype
+    from ..linearize.adapters.opening import named_dtype
     from ..pipelines.decoding import decode_file
     from .devices import find_device, find_dtype
     from .quiet import quiet_libraries

@@ -13,7 +13,7 @@ from rich.table import Table
 from .options import Offline, Revision
 
 if TYPE_CHECKING:
-    from ..linearize.inspection import Inspection
+    from ..linearize.measures.inspection import Inspection
 
 MAX_WIDTH = 100  # columns
 
@@ -30,7 +30,7 @@ def inspect(
 ) -> None:
     """Show every attention module and what a step costs. Swapped or why not, its method, and FLOPs before and after."""
     from ..linearize.folders import write_whole
-    from ..linearize.inspection import inspect_base
+    from ..linearize.measures.inspection import inspect_base
     from .quiet import quiet_libraries
 
     quiet_libraries()

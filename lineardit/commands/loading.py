@@ -20,11 +20,11 @@ def load(
 ) -> tuple[Any, dict[str, str]]:
     """The pipeline in its place, and what its pictures say of it."""
     from .. import __version__
-    from ..linearize.adapter import adapter_file
-    from ..linearize.base import find_place, source_of
+    from ..linearize.adapters.adapter import adapter_file
+    from ..linearize.adapters.base import find_place, source_of
+    from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import sha256
     from ..linearize.networks import denoiser
-    from ..linearize.opening import open_pipeline
     from ..linearize.standing import swap_report
     from ..pipelines.placement import place_
     from .devices import find_device, find_dtype
@@ -49,8 +49,8 @@ def load(
 
 def base_said(adapter: str, model: str | None, revision: str | None, offline: bool) -> str | None:
     """The base that a picture says it is of, where that is another than its adapter names; else None."""
-    from ..linearize.adapter import adapter_file
-    from ..linearize.base import find_place
+    from ..linearize.adapters.adapter import adapter_file
+    from ..linearize.adapters.base import find_place
     from ..linearize.manifest import read_manifest
 
     file = adapter_file(find_place(adapter, revision=revision, offline=offline))

@@ -14,7 +14,7 @@ from .options import Arguments, Device, Dtype, Guidance, Impl, MaxSequenceLength
 from .prompts import parse_arguments, parse_size, read_prompts
 
 if TYPE_CHECKING:
-    from ..linearize.nearness import Nearness
+    from ..linearize.measures.nearness import Nearness
 
 
 def nearness(
@@ -43,12 +43,12 @@ def nearness(
     from ..distill.figures import require_matplotlib
 
     require_matplotlib("nearness.png")
-    from ..linearize.adapter import adapter_file
-    from ..linearize.base import find_place, read_base
+    from ..linearize.adapters.adapter import adapter_file
+    from ..linearize.adapters.base import find_place, read_base
+    from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import check_output_file, write_whole
-    from ..linearize.nearness import nearness as measure
-    from ..linearize.nearness import record_predictions
-    from ..linearize.opening import open_pipeline
+    from ..linearize.measures.nearness import nearness as measure
+    from ..linearize.measures.nearness import record_predictions
     from ..nearness_plot import draw_nearness
     from ..pipelines.placement import place_
     from ..pipelines.sizes import check_size, default_size

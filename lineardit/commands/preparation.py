@@ -59,8 +59,8 @@ def prepare(
     texts, more = read_prompts(prompts), parse_arguments(arguments)
 
     from ..distill.prepare import prepare as make_samples
+    from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import check_writable
-    from ..linearize.opening import open_pipeline
     from .devices import find_device, find_dtype
     from .quiet import quiet_libraries
 

@@ -17,7 +17,7 @@ from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offl
 from .prompts import parse_arguments, parse_numbers, parse_size, read_prompts
 
 if TYPE_CHECKING:
-    from ..linearize.attention_profile import Profile
+    from ..linearize.measures.attention_profile import Profile
 
 MAX_WIDTH = 100  # columns
 
@@ -56,10 +56,10 @@ def profile(
 
     require_matplotlib("profile.png")
     from ..attention_map import draw_profile
+    from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import check_output_file
+    from ..linearize.measures.profiling import profile_attention
     from ..linearize.methods import config_from_dict
-    from ..linearize.opening import open_pipeline
-    from ..linearize.profiling import profile_attention
     from ..pipelines.placement import place_
     from ..pipelines.sizes import check_size, default_size
     from .devices import find_device, find_dtype
@@ -99,7 +99,7 @@ def profile(
 
 def show(profile: "Profile") -> None:
     """Print where attention goes and what each candidate changes, a row for each layer, at most `MAX_WIDTH` wide."""
-    from ..linearize.budget import name_of
+    from ..linearize.measures.budget import name_of
 
     console = Console()
     console.width = min(console.width, MAX_WIDTH)

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters.fitting import check_shapes, shapes_of
 from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
-from ..fitting import check_shapes, shapes_of
 from ..folders import read_tensors
 from ..matching import attention_modules
 from ..methods.clear import Clear

@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..base import CONFIG_FILE, Place, find_place, read_json
+from ..adapters.base import CONFIG_FILE, Place, find_place, read_json
+from ..adapters.fitting import check_shapes, listed, shapes_of
 from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
-from ..fitting import check_shapes, listed, shapes_of
 from ..folders import read_tensors
 from ..grouping import grouped
 from ..matching import attention_modules, head_shape

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from lineardit import Clear
 from lineardit.examples.tiny_flux import path, scenes
-from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.pipelines.plan import Settings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -11,8 +11,8 @@ from two_conversions import convert_twice
 from lineardit.bench_plot import draw_step_times
 from lineardit.cli import run
 from lineardit.commands.bench import verdict
-from lineardit.linearize.flops import StepFlops
-from lineardit.linearize.step_times import StepTime
+from lineardit.linearize.measures.flops import StepFlops
+from lineardit.linearize.measures.step_times import StepTime
 from tiny_models import build
 
 

@@ -10,7 +10,7 @@ from tiny_distill import build_tiny
 from lineardit.cli import run
 from lineardit.commands.profile import show
 from lineardit.distill import figures
-from lineardit.linearize.attention_profile import read_profile
+from lineardit.linearize.measures.attention_profile import read_profile
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
 

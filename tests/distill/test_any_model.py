@@ -34,8 +34,8 @@ from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.prepare import prepare
 from lineardit.distill.trainer import Trainer
 from lineardit.linearize.convert import swapped
+from lineardit.linearize.measures.recording import Prediction, predict, prediction_of, recording
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.recording import Prediction, predict, prediction_of, recording
 from lineardit.linearize.training import projection_names
 from tiny_models import MODELS, build
 from tiny_stock import STOCK

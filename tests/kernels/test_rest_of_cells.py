@@ -10,7 +10,7 @@ from lineardit.kernels.focus.cells import cell_grid, cells_of_axis
 from lineardit.kernels.focus.rest_of_cells import UNSEEN, log_rest, new_log_rest, rest_of_cells
 from lineardit.kernels.window import Box, Circle
 from lineardit.kernels.window.reference import window_mask
-from lineardit.linearize.live_bytes import LiveBytes
+from lineardit.linearize.measures.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 WINDOWS = [

@@ -192,7 +192,7 @@ def test_save_adapter_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lineardit.linearize.adapter.save_file", fail)
+    monkeypatch.setattr("lineardit.linearize.adapters.adapter.save_file", fail)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="no space"):
             save_adapter(model, tmp_path / name, overwrite=True)

@@ -22,10 +22,10 @@ from huggingface_hub.errors import (
 )
 from tiny_pipelines import saved_flux_pipeline
 
-from lineardit.linearize.base import build_on_meta, find_place, read_base, source_of
+from lineardit.linearize.adapters.base import build_on_meta, find_place, read_base, source_of
+from lineardit.linearize.adapters.hub import fetch, is_repository, snapshot_of
+from lineardit.linearize.adapters.stored_weights import stored_dtype
 from lineardit.linearize.errors import UnsupportedModelError
-from lineardit.linearize.hub import fetch, is_repository, snapshot_of
-from lineardit.linearize.stored_weights import stored_dtype
 from tiny_models import FAMILIES, build
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"
@@ -256,7 +256,7 @@ def test_build_on_meta_refuses_a_config_that_does_not_fit(tmp_path: Path) -> Non
 def test_flux_dev_converts_in_seconds_and_in_under_2_gib(tmp_path: Path) -> None:
     script = f"""
 import resource, time
-from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.adapters.conversion import convert_base
 from lineardit import Clear
 started = time.process_time()
 report = convert_base({str(FLUX_DEV)!r}, Clear(radius=16, pool_size=4), output={str(tmp_path / "out")!r})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from impls import ALL
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter, set_impl_
 from lineardit.cli import run as run_command
-from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.importers import load_clear_checkpoint_
 from tiny_models import build, position_ids

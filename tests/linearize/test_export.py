@@ -30,7 +30,7 @@ from lineardit import (
     save_merged,
 )
 from lineardit.cli import run as run_command
-from lineardit.linearize.hub import is_repository
+from lineardit.linearize.adapters.hub import is_repository
 from lineardit.linearize.manifest import read_manifest
 from lineardit.linearize.training import add_lora_
 from tiny_models import build, inputs_of
@@ -266,7 +266,7 @@ def test_push_to_hub_uploads_the_adapter_with_its_card(base: Path, hub: FakeHub,
 
 
 def test_push_to_hub_names_a_base_of_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lineardit.linearize import base as bases
+    from lineardit.linearize.adapters import base as bases
 
     source = bases.Source(name="owner/base", revision="abc123", license="apache-2.0")
     for module in ("adapter", "publishing"):

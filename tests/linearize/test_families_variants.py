@@ -10,7 +10,7 @@ import torch
 from receptive_field import attention_calls, changed_by_each_image_token
 
 from lineardit.linearize import Clear, linearize_
-from lineardit.linearize.step_inputs import step_inputs
+from lineardit.linearize.measures.step_inputs import step_inputs
 from tiny_models import MODELS, build, inputs_of, position_ids, run
 
 GRID, TEXT_LEN = (4, 5), 3

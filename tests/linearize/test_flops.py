@@ -8,12 +8,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lineardit import Clear
-from lineardit.linearize import flops
 from lineardit.linearize.families import family_of
-from lineardit.linearize.flops import SIZES, Step, count_steps
 from lineardit.linearize.matching import attention_modules
+from lineardit.linearize.measures import flops
+from lineardit.linearize.measures.flops import SIZES, Step, count_steps
+from lineardit.linearize.measures.step_inputs import can_make_inputs, step_inputs
 from lineardit.linearize.methods import ClearAttention
-from lineardit.linearize.step_inputs import can_make_inputs, step_inputs
 from tiny_models import FAMILIES, FIRST, build, inputs_of
 
 TEXT_LEN, CHANNELS = 512, 24 * 128  # FLUX.1

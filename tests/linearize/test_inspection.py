@@ -8,9 +8,9 @@ from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 
 from lineardit import Clear, Hybrid, ProxyTokens, from_pretrained, linearize_, load_adapter_
 from lineardit.kernels.window import implementations
-from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
-from lineardit.linearize.inspection import inspect_base
+from lineardit.linearize.measures.inspection import inspect_base
 from lineardit.linearize.methods import METHODS
 from tiny_models import build
 

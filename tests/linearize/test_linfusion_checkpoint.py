@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lineardit import Clear, LinFusion, dense, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.cli import run as run_command
-from lineardit.linearize.conversion import convert_base
+from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.importers import load_linfusion_checkpoint_
 from tiny_models import build

@@ -15,10 +15,10 @@ from torch import Tensor
 from whole_projections import train_full_
 
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
-from lineardit.linearize import base as linearize_base
-from lineardit.linearize import loading
-from lineardit.linearize.base import read_base
-from lineardit.linearize.stored_weights import stored_dtype
+from lineardit.linearize.adapters import base as linearize_base
+from lineardit.linearize.adapters import loading
+from lineardit.linearize.adapters.base import read_base
+from lineardit.linearize.adapters.stored_weights import stored_dtype
 from lineardit.linearize.training import add_lora_
 from tiny_models import build, inputs_of
 

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from lineardit.linearize import dense, linearize_, restore_, swapped
-from lineardit.linearize.adapter import load_adapter_, save_adapter
+from lineardit.linearize.adapters.adapter import load_adapter_, save_adapter
 from lineardit.linearize.compiling import compile_
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import (

@@ -8,7 +8,7 @@ import torch
 from tiny_distill import build_tiny
 
 from lineardit import Clear, linearize_, restore_
-from lineardit.linearize.nearness import Nearness, nearness, record_predictions
+from lineardit.linearize.measures.nearness import Nearness, nearness, record_predictions
 from lineardit.linearize.networks import denoiser
 
 PROMPTS = ["a red circle", "a blue cross"]

@@ -17,12 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from lineardit.linearize import Agent, Clear, LinFusion, Mala, Proposal, linearize_, profile_attention, propose, swapped
-from lineardit.linearize import probe as probe_module
-from lineardit.linearize.attention_profile import LayerProfile, Profile, read_profile
-from lineardit.linearize.budget import knapsack, name_of, parse_budget, parse_choices
+from lineardit.linearize.measures import probe as probe_module
+from lineardit.linearize.measures.attention_profile import LayerProfile, Profile, read_profile
+from lineardit.linearize.measures.budget import knapsack, name_of, parse_budget, parse_choices
+from lineardit.linearize.measures.profiling import probed
 from lineardit.linearize.methods import METHODS as kernels_of_methods
 from lineardit.linearize.methods import ClearAttention, Hybrid, ProxyTokens
-from lineardit.linearize.profiling import probed
 from tiny_models import FAMILIES, build, inputs_of, run
 
 RADII = (1.5, 2, 3.2)

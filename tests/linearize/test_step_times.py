@@ -11,15 +11,15 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from lineardit import Clear, linearize_, save_adapter
-from lineardit.linearize import conversion_shape, step_times
+from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.compiling import compile_
-from lineardit.linearize.conversion import convert_base
-from lineardit.linearize.conversion_shape import Conditions, Conversion
 from lineardit.linearize.low_rank import LowRankTerm
 from lineardit.linearize.manifest import Manifest
+from lineardit.linearize.measures import conversion_shape, step_times
+from lineardit.linearize.measures.conversion_shape import Conditions, Conversion
+from lineardit.linearize.measures.step_inputs import can_make_inputs, token_side
+from lineardit.linearize.measures.step_times import StepTime, time_steps
 from lineardit.linearize.seam import state_of
-from lineardit.linearize.step_inputs import can_make_inputs, token_side
-from lineardit.linearize.step_times import StepTime, time_steps
 from lineardit.linearize.training import add_lora_
 from tiny_models import FAMILIES, build
 

@@ -9,9 +9,9 @@ import torch
 
 from lineardit import Clear, dense, linearize_, restore_
 from lineardit.linearize import LayoutError, swapped
-from lineardit.linearize.nearness import nearness
+from lineardit.linearize.measures.nearness import nearness
+from lineardit.linearize.measures.recording import recording
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.recording import recording
 from tiny_stock import REFUSED, STOCK, Stock, paint
 
 SMALL, COVERING = Clear(radius=2.3), Clear(radius=50)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.forward_memory import peak_bytes
 from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, dense, linearize_
 from lineardit.linearize.compiling import compile_
-from lineardit.linearize.live_bytes import LiveBytes
+from lineardit.linearize.measures.live_bytes import LiveBytes
 from lineardit.pipelines.estimate import Shape, forward, peak_in_chunks
 from lineardit.pipelines.plan import Settings, Stage
 from lineardit.pipelines.token_chunks import in_token_chunks

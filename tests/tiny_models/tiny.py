@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lineardit.linearize.named_inputs import inputs_by_name, with_numbers
+from lineardit.linearize.measures.named_inputs import inputs_by_name, with_numbers
 
 Grid = tuple[int, int]
 Arguments = dict[str, Any]

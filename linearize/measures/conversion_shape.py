@@ -11,17 +11,17 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import Base, build_on_meta, find_place, read_base
-from .convert import check_impl, linearize_
-from .families import family_of
-from .fitting import check_fit
+from ..adapters.adapter import adapter_file, mount_adapter_, read_adapter
+from ..adapters.base import Base, build_on_meta, find_place, read_base
+from ..adapters.fitting import check_fit
+from ..adapters.loading import base_of
+from ..convert import check_impl, linearize_
+from ..families import family_of
+from ..manifest import Manifest, read_entry
+from ..matching import attention_modules, choose
+from ..record import CONFIG_KEY
 from .flops import Step, StepFlops, count_step
-from .loading import base_of
-from .manifest import Manifest, read_entry
-from .matching import attention_modules, choose
 from .random_weights import random_model
-from .record import CONFIG_KEY
 from .step_inputs import can_make_inputs, token_side
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ..folders import main_dtype
 from .base import Base, find_place, read_json
-from .folders import main_dtype
 
 logger = logging.getLogger(__name__)
 

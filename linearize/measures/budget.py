@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..adapters.base import Base, build_on_meta
+from ..families import FAMILIES, family_of
+from ..grouping import grouped
+from ..layout import Grid
+from ..matching import attention_modules, head_shape
+from ..methods import METHODS, config_to_dict, spelled
+from ..methods.clear import Clear
 from .attention_profile import LayerProfile, Profile, is_window
-from .base import Base, build_on_meta
-from .families import FAMILIES, family_of
-from .grouping import grouped
-from .layout import Grid
-from .matching import attention_modules, head_shape
-from .methods import METHODS, config_to_dict, spelled
-from .methods.clear import Clear
 
 Size = tuple[int, int]  # (height, width) in pixels
 

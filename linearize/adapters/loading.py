@@ -11,16 +11,16 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from ..convert import linearize_
+from ..folders import read_tensors
+from ..low_rank import LORA_NAME, LowRank, like_layer
+from ..manifest import MANIFEST_FILE, Entry, Manifest, read_entry
+from ..networks import denoiser
+from ..overlays import FullWeights, overlays_of
+from ..record import CONFIG_KEY, record_
 from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
-from .convert import linearize_
 from .fitting import check_shapes, shapes_of
-from .folders import read_tensors
-from .low_rank import LORA_NAME, LowRank, like_layer
-from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
-from .networks import denoiser
-from .overlays import FullWeights, overlays_of
-from .record import CONFIG_KEY, record_
 from .stored_weights import stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)

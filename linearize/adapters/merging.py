@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from ..convert import swapped
+from ..folders import new_folder
+from ..low_rank import LORA_NAME, LowRank
+from ..manifest import Manifest
+from ..networks import denoiser
+from ..overlays import check_writable, overlays_of, refuse_fused
+from ..record import CONFIG_KEY, entry_of, record_
+from ..seam import state_of
 from .adapter import manifest_of
 from .base import source_of
-from .convert import swapped
-from .folders import new_folder
-from .low_rank import LORA_NAME, LowRank
-from .manifest import Manifest
 from .model_card import CARD_FILE, merged_card, merged_warning
-from .networks import denoiser
-from .overlays import check_writable, overlays_of, refuse_fused
-from .record import CONFIG_KEY, entry_of, record_
-from .seam import state_of
 
 
 def save_merged(pipe_or_model: Any, directory: str | Path, *, overwrite: bool = False) -> Path:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..kernels.window.operator import split_text
-from ..kernels.window.reference import key_mask
-from .layout import Grid, Layout
-from .methods import Method
+from ...kernels.window.operator import split_text
+from ...kernels.window.reference import key_mask
+from ..layout import Grid, Layout
+from ..methods import Method
 
 MAX_ENTRIES = 2**24  # of queries x keys at a time: 64 MiB in float32
 

@@ -14,11 +14,11 @@ from accelerate import init_empty_weights
 from huggingface_hub import constants, metadata_load
 from torch import nn
 
-from .errors import UnsupportedModelError
-from .families import FAMILIES, unsupported
+from ..errors import UnsupportedModelError
+from ..families import FAMILIES, unsupported
+from ..manifest import MANIFEST_FILE
+from ..record import CONFIG_KEY
 from .hub import fetch, is_repository, snapshot_of
-from .manifest import MANIFEST_FILE
-from .record import CONFIG_KEY
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from .adapter import adapter_file
-from .base import Base, build_on_meta, find_place, read_base
-from .convert import check_impl
-from .families import family_of
+from ..adapters.adapter import adapter_file
+from ..adapters.base import Base, build_on_meta, find_place, read_base
+from ..adapters.loading import base_of
+from ..convert import check_impl
+from ..families import family_of
+from ..manifest import read_entry, read_manifest
+from ..matching import attention_modules, choose
+from ..methods import config_to_dict, spelled
+from ..record import CONFIG_KEY
 from .flops import Step, StepFlops, count_steps
-from .loading import base_of
-from .manifest import read_entry, read_manifest
-from .matching import attention_modules, choose
-from .methods import config_to_dict, spelled
-from .record import CONFIG_KEY
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from typing import Any
 import diffusers
 import torch
 
+from ..methods import nearest
+from ..record import CONFIG_KEY
 from .adapter import adapter_file
 from .base import CONFIG_FILE, PIPELINE_FILE, find_place, read_base
 from .loading import from_pretrained, load_base
-from .methods import nearest
-from .record import CONFIG_KEY
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

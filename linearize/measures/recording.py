@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .networks import denoiser
+from ..networks import denoiser
 
 Arguments = Mapping[str, Any]  # of a forward, by name
 

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import __version__
+from ... import __version__
+from ..adapters.base import source_of
+from ..calling import call_of_original, check_counts, draw_latents
+from ..convert import restore_, swap_
+from ..families import family_of
+from ..matching import attention_modules, head_shape
+from ..methods import METHODS, config_to_dict
+from ..methods.clear import Clear
+from ..networks import denoiser
+from ..seam import State
 from .attention_profile import LayerProfile, Profile, is_window
-from .base import source_of
-from .calling import call_of_original, check_counts, draw_latents
-from .convert import restore_, swap_
-from .families import family_of
-from .matching import attention_modules, head_shape
-from .methods import METHODS, config_to_dict
-from .methods.clear import Clear
-from .networks import denoiser
 from .probe import Probe
-from .seam import State
 
 RADII = (4, 8, 16, 32)
 

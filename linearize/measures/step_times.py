@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from .compiling import compile_
+from ..compiling import compile_
+from ..convert import dense
+from ..errors import is_out_of_memory
+from ..families import family_of
 from .conversion_shape import GIB, Conditions, Conversion, Size, failed
-from .convert import dense
-from .errors import is_out_of_memory
-from .families import family_of
 from .flops import StepFlops
 from .named_inputs import with_numbers
 from .recording import with_own_lists

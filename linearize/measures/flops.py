@@ -17,12 +17,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .errors import LayoutError
-from .families import family_of
-from .layout import Grid
+from ..errors import LayoutError
+from ..families import family_of
+from ..layout import Grid
+from ..matching import attention_modules
+from ..methods import METHODS
 from .live_bytes import LiveBytes
-from .matching import attention_modules
-from .methods import METHODS
 from .step_inputs import can_make_inputs, step_inputs
 
 SIZES = {"1K": 1024, "2K": 2048, "4K": 4096, "8K": 8192}  # side of a square picture in pixels

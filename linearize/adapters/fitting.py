@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .families import Family
-from .manifest import Manifest
-from .matching import attention_modules, head_shape
-from .methods import METHODS
-from .overlays import plain_layer
+from ..families import Family
+from ..manifest import Manifest
+from ..matching import attention_modules, head_shape
+from ..methods import METHODS
+from ..overlays import plain_layer
 
 MAX_LISTED = 5  # names in an error message
 

@@ -6,17 +6,17 @@ from typing import Any, Literal
 
 import torch
 
+from ..convert import linearize_
+from ..folders import check_output
+from ..importers import load_clear_checkpoint_, load_linfusion_checkpoint_
+from ..methods import METHODS, nearest
+from ..methods.clear import Clear
+from ..methods.linfusion import LinFusion
+from ..report import SwapReport
 from .adapter import adapter_file, check_adapter_output, is_single_file, read_adapter, write_adapter, write_parts
 from .base import build_on_meta, find_place, read_base
-from .convert import linearize_
-from .folders import check_output
-from .importers import load_clear_checkpoint_, load_linfusion_checkpoint_
 from .loading import from_pretrained, load_base
 from .merging import save_merged
-from .methods import METHODS, nearest
-from .methods.clear import Clear
-from .methods.linfusion import LinFusion
-from .report import SwapReport
 
 IMPORTERS = ("clear:FILE", "linfusion:DIR")
 

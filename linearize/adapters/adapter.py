@@ -10,15 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import __version__
-from .base import Place, Source, find_place, source_of
-from .convert import check_convertible, linearize_, restore_, swapped
-from .families import Family, family_of
-from .fitting import attention_shapes, check_fit, sorted_tensors
-from .folders import check_output, check_output_file, new_folder, read_tensors, sha256, write_whole
-from .grouping import grouped
-from .low_rank import FusedLowRank, LowRank, like_layer
-from .manifest import (
+from ... import __version__
+from ..convert import check_convertible, linearize_, restore_, swapped
+from ..families import Family, family_of
+from ..folders import check_output, check_output_file, new_folder, read_tensors, sha256, write_whole
+from ..grouping import grouped
+from ..low_rank import FusedLowRank, LowRank, like_layer
+from ..manifest import (
     MANIFEST_FILE,
     SINGLE_FILE_SUFFIX,
     TENSORS_FILE,
@@ -27,12 +25,14 @@ from .manifest import (
     Trained,
     read_manifest,
 )
-from .matching import attention_modules, choose
-from .methods import config_to_dict
-from .networks import denoiser
-from .overlays import check_unmerged, check_writable, overlays_of, refuse_fused, replace_weights_
-from .record import record_
-from .report import SwapReport
+from ..matching import attention_modules, choose
+from ..methods import config_to_dict
+from ..networks import denoiser
+from ..overlays import check_unmerged, check_writable, overlays_of, refuse_fused, replace_weights_
+from ..record import record_
+from ..report import SwapReport
+from .base import Place, Source, find_place, source_of
+from .fitting import attention_shapes, check_fit, sorted_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..networks import denoiser
 from .adapter import manifest_of, save_adapter
 from .base import source_of
 from .hub import is_repository
 from .merging import save_merged
 from .model_card import CARD_FILE, adapter_card, merged_card
-from .networks import denoiser
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .base import cast_as_loaded_
+from ..adapters.base import cast_as_loaded_
 
 
 def random_model(model_class: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .calling import call_of_original, draw_latents
-from .families import family_of
-from .networks import denoiser
+from ..calling import call_of_original, draw_latents
+from ..families import family_of
+from ..networks import denoiser
 from .recording import Prediction, predict, recording, to_device
 
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .base import read_json
-from .folders import write_whole
-from .methods import as_tuples, config_from_dict, config_to_dict
-from .methods.clear import Clear
+from ..adapters.base import read_json
+from ..folders import write_whole
+from ..methods import as_tuples, config_from_dict, config_to_dict
+from ..methods.clear import Clear
 
 FORMAT = 2
 
