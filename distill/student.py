@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from ..linearize.convert import dense, linearize_
 from ..linearize.networks import denoiser
-from ..linearize.overlays import overlays_of
 from ..linearize.record import record_
 from ..linearize.report import SwapReport
+from ..linearize.seam import overlays_of
 from ..linearize.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
 

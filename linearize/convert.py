@@ -16,7 +16,7 @@ from .intercept import LinearAttention, change_class, check_forward, linear_clas
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, config_to_dict, nearest
 from .networks import denoiser, networks
-from .overlays import overlays_of, refuse_fused
+from .overlays import refuse_fused
 from .record import forget_, record_
 from .report import SwapReport
 from .seam import Site, State, install, state_of
@@ -62,13 +62,14 @@ def linearize_(
     configs = choose(list(candidates), patterns, [layers] if isinstance(layers, str) else layers)
     check_convertible(model, family, configs, impl)
 
-    companions = _remove_seam(model)
+    before = _remove_seam(model)
     state = State(family, patterns if layers is None and not small else configs)
-    state.companions = companions
+    if before is not None:
+        state.overlays = before.overlays
     kernels = {name: _kernel(candidates[name], one, impl) for name, one in configs.items()}
     swap_(model, state, {name: candidates[name] for name in configs}, kernels)
     record_(model)
-    if companions and overlays_of(model).items:
+    if state.overlays.items:
         logger.warning("what was trained on the base for the conversion before stays: restore_ first to begin anew")
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
     report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl)
@@ -107,8 +108,7 @@ def restore_(pipe_or_model: Any) -> None:
     _refuse_sharded(model, "restore_")
     state = _converted(model)[model]
     _check_ours(model)
-    for companion in state.companions:
-        companion.remove()
+    state.overlays.remove()
     _remove_seam(model)
     forget_(model)
     for name, other in networks(pipe_or_model):
@@ -131,9 +131,8 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
             state.refuse_other_threads()
             if not state.enabled:
                 continue
-            for companion in state.companions:
-                companion.suspend()
-                undo.callback(companion.resume)
+            state.overlays.suspend()
+            undo.callback(state.overlays.resume)
             state.disable()
             undo.callback(state.enable)
         yield
@@ -142,8 +141,8 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
 def check_dense(pipe_or_model: Any) -> None:
     """Raise the ValueError of `dense` where nothing is converted or the base cannot come back; nothing is changed."""
     for state in _converted(pipe_or_model).values():
-        for companion in state.companions if state.enabled else ():
-            companion.check_reversible()
+        if state.enabled:
+            state.overlays.check_reversible()
 
 
 def set_impl_(pipe_or_model: Any, impl: str) -> None:
@@ -234,11 +233,11 @@ def _check_ours(model: nn.Module) -> None:
             )
 
 
-def _remove_seam(model: nn.Module) -> list[Any]:
-    """Classes and hooks as they were; returns the companions, which a new conversion keeps."""
+def _remove_seam(model: nn.Module) -> State | None:
+    """Classes and hooks as they were; returns what was there, whose overlays a new conversion keeps."""
     state = state_of(model)
     if state is None:
-        return []
+        return None
     for module in swapped(model).values():
         change_class(module, cast(Any, module)._dense_class)
         del module.linear_kernel, module._lineardit_name
@@ -249,7 +248,7 @@ def _remove_seam(model: nn.Module) -> list[Any]:
     for module in model.modules():
         vars(module).pop("_lineardit_site", None)
     del vars(model)["_lineardit_state"]
-    return state.companions
+    return state
 
 
 def _refuse_sharded(model: nn.Module, action: str) -> None:

@@ -52,8 +52,7 @@ class LinearAttention:
     def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
         """Upstream copies the projections into one, where no trained weights would be lost by that."""
         state = self._lineardit_site.state
-        for companion in state.companions:
-            companion.check_fusable()
+        state.overlays.check_fusable()
         for terms in state.input_terms:
             terms.check_fusable()
         super().fuse_projections(*args, **kwargs)  # type: ignore[misc]

@@ -10,8 +10,8 @@ from torch import nn
 from .grouping import grouped
 from .manifest import Entry, Trained
 from .methods import config_to_dict
-from .overlays import Overlay, overlays_of
-from .seam import state_of
+from .overlays import Overlay
+from .seam import overlays_of, state_of
 
 logger = logging.getLogger(__name__)
 

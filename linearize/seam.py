@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,7 @@ from .families import Family, Sight
 from .input_terms import InputTerms
 from .layout import Grid, as_shape, image_first
 from .methods import Method
-
-
-class Companion(Protocol):
-    """Trained weights laid over the base model: `dense` and `restore_` take them away."""
-
-    def suspend(self) -> None: ...
-
-    def resume(self) -> None: ...
-
-    def remove(self) -> None: ...
-
-    def check_reversible(self) -> None: ...
-
-    def check_fusable(self) -> None: ...
+from .overlays import Overlays
 
 
 class State:
@@ -45,7 +32,7 @@ class State:
     Attributes:
         enabled: False inside `dense`: the attention modules then run as upstream wrote them.
         patterns: Glob of module names -> config, as the conversion is saved.
-        companions: Trained weights that belong to the conversion.
+        overlays: What was trained on the base.
         input_terms: What methods add to the inputs of layers, for each module whose method does.
         logit_factor: What `scaled_logits` multiplies the logits of attention by.
         record: The grids of the running forward, where gradient checkpointing will run parts of it again.
@@ -55,7 +42,7 @@ class State:
         self.family = family
         self.patterns = patterns
         self.enabled = True
-        self.companions: list[Companion] = []
+        self.overlays = Overlays()
         self.input_terms: list[InputTerms] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.logit_factor = 1.0
@@ -193,6 +180,13 @@ class _Unmask:
 def state_of(model: nn.Module) -> State | None:
     """What `install` left on a model, None where it is not converted."""
     return vars(model).get("_lineardit_state")
+
+
+def overlays_of(model: nn.Module) -> Overlays:
+    """What was trained on the base of a converted model."""
+    state = state_of(model)
+    assert state is not None, "overlays are put on after linearize_"
+    return state.overlays
 
 
 @torch.compiler.disable

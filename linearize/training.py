@@ -11,8 +11,9 @@ from torch import nn
 from .convert import swapped
 from .low_rank import LORA_NAME, LowRank
 from .networks import denoiser
-from .overlays import overlays_of, plain_layer, refuse_fused
+from .overlays import plain_layer, refuse_fused
 from .record import record_
+from .seam import overlays_of
 
 # Layers of an attention module that see the text or a picture beside the image, or are the kernel's own.
 _NOT_OF_THE_IMAGE = re.compile(r"add_.*|to_add_out|txt_.*|.*_t|processor|linear_kernel")

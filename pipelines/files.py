@@ -159,10 +159,7 @@ def write_latents(file: Path, latents: Tensor, text: Text) -> None:
         OSError: they cannot be written.
     """
     check_finite(latents)
-    try:
-        write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{file} cannot be written: {error}") from error
+    write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
 
 
 def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:

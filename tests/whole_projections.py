@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from lineardit.linearize.full_weights import replace_weights_
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.overlays import plain_layer, replace_weights_
+from lineardit.linearize.overlays import plain_layer
 from lineardit.linearize.record import record_
 from lineardit.linearize.training import projection_names
 

@@ -14,6 +14,7 @@ from ... import __version__
 from ..convert import check_convertible, linearize_, restore_, swapped
 from ..families import Family, family_of
 from ..folders import check_output, check_output_file, new_folder, read_tensors, sha256, write_whole
+from ..full_weights import check_writable, replace_weights_
 from ..grouping import grouped
 from ..low_rank import FusedLowRank, LowRank, like_layer
 from ..manifest import (
@@ -28,9 +29,10 @@ from ..manifest import (
 from ..matching import attention_modules, choose
 from ..methods import config_to_dict
 from ..networks import denoiser
-from ..overlays import check_unmerged, check_writable, overlays_of, refuse_fused, replace_weights_
+from ..overlays import check_unmerged, refuse_fused
 from ..record import record_
 from ..report import SwapReport
+from ..seam import overlays_of
 from .base import Place, Source, find_place, source_of
 from .fitting import attention_shapes, check_fit, sorted_tensors
 

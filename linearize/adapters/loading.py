@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..convert import linearize_
 from ..folders import read_tensors
+from ..full_weights import FullWeights
 from ..low_rank import LORA_NAME, LowRank, like_layer
 from ..manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from ..networks import denoiser
-from ..overlays import FullWeights, overlays_of
 from ..record import CONFIG_KEY, record_
+from ..seam import overlays_of
 from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
 from .fitting import check_shapes, shapes_of

@@ -10,12 +10,13 @@ from torch import nn
 
 from ..convert import swapped
 from ..folders import new_folder
+from ..full_weights import check_writable
 from ..low_rank import LORA_NAME, LowRank
 from ..manifest import Manifest
 from ..networks import denoiser
-from ..overlays import check_writable, overlays_of, refuse_fused
+from ..overlays import refuse_fused
 from ..record import CONFIG_KEY, entry_of, record_
-from ..seam import state_of
+from ..seam import overlays_of, state_of
 from .adapter import manifest_of
 from .base import source_of
 from .model_card import CARD_FILE, merged_card, merged_warning

@@ -19,11 +19,12 @@ from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
 from ..folders import read_tensors
+from ..full_weights import check_writable, replace_weights_
 from ..grouping import grouped
 from ..matching import attention_modules, head_shape
 from ..methods.linfusion import LinFusion, LinFusionAttention
 from ..networks import denoiser
-from ..overlays import check_unmerged, check_writable, plain_layer, refuse_fused, replace_weights_
+from ..overlays import check_unmerged, plain_layer, refuse_fused
 from ..record import record_
 from ..report import SwapReport
 

@@ -14,7 +14,7 @@ from ..convert import check_impl
 from ..families import family_of
 from ..manifest import read_entry, read_manifest
 from ..matching import attention_modules, choose
-from ..methods import config_to_dict, spelled
+from ..methods import config_to_dict
 from ..record import CONFIG_KEY
 from .flops import Step, StepFlops, count_steps
 
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Every attention module of a model or adapter, and the operations of a step; `str()` is a table.
+    """Every attention module of a model or adapter, and the operations of a step.
 
     Attributes:
         base: Hub id or folder of the model.
@@ -61,22 +61,6 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self) | {"flops": [asdict(step) | {"after": step.after} for step in self.flops]}
-
-    def __str__(self) -> str:
-        lines = [f"{self.model_class} of {self.base}, family {self.family}"]
-        width = max(len(row.module) for row in self.rows)
-        for row in self.rows:
-            settings = " ".join(f"{name}={spelled(value)}" for name, value in row.settings.items())
-            told = f"{row.method} {settings}, runs {row.impl}" if row.swapped else f"not swapped: {row.reason}"
-            lines.append(f"  {row.module:{width}}  {told}")
-        if not self.flops:
-            lines.append(f"operations of a step are not counted for a {self.model_class}")
-            return "\n".join(lines)
-        lines.append("TFLOP per denoising step, batch 1")
-        for step in self.flops:
-            before, after = step.before / 1e12, step.after / 1e12
-            lines.append(f"  {step.size}  {before:12.3f} -> {after:12.3f}  ({before / after:.2f}x less)")
-        return "\n".join(lines)
 
 
 def inspect_base(

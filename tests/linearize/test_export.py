@@ -270,7 +270,7 @@ def test_push_to_hub_names_a_base_of_the_hub(hub: FakeHub, monkeypatch: pytest.M
 
     source = bases.Source(name="owner/base", revision="abc123", license="apache-2.0")
     for module in ("adapter", "publishing"):
-        monkeypatch.setattr(f"lineardit.linearize.{module}.source_of", lambda *_: source)
+        monkeypatch.setattr(f"lineardit.linearize.adapters.{module}.source_of", lambda *_: source)
     model = build("unet")
     linearize_(model, Clear(radius=2))
     push_to_hub(model, "me/x")
