@@ -5,10 +5,7 @@ import logging
 import os
 import sys
 
-from ..linearize.errors import is_out_of_memory
-from .config_tables import load_config
-from .diverged import DivergedError
-from .train import distill
+from .launch import QUIET
 
 LESS_MEMORY = (
     "raise run.gradient_accumulation, set run.gradient_checkpointing = true or base.dtype = 'bfloat16', and go on with "
@@ -23,6 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", choices=["latest"], help="go on after the newest whole checkpoint of the run")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change a setting")
     options = parser.parse_args(arguments)
+    for name, value in QUIET.items():  # before the libraries are imported, which some of them remark upon
+        os.environ.setdefault(name, value)
+    from ..linearize.errors import is_out_of_memory
+    from .config_tables import load_config
+    from .diverged import DivergedError
+    from .train import distill
+
     logging.basicConfig(format="%(message)s")
     if os.environ.get("RANK", "0") == "0":  # one process speaks for all
         logging.getLogger("lineardit").setLevel(logging.INFO)

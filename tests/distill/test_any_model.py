@@ -273,7 +273,7 @@ def test_levels_that_are_all_left_are_told(tmp_path: Path, monkeypatch: pytest.M
 def test_an_interrupted_run_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lineardit.distill.__main__.distill", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=KeyboardInterrupt))
     assert main([str(write_config(config_of(tmp_path), tmp_path / "config.toml"))]) == 130
     assert "interrupted; --resume latest goes on" in capsys.readouterr().err
 
@@ -282,10 +282,10 @@ def test_a_run_without_enough_memory_says_what_needs_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(write_config(config_of(tmp_path), tmp_path / "config.toml"))
-    monkeypatch.setattr("lineardit.distill.__main__.distill", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
+    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
     assert main([config]) == 1
     assert "out of memory: CUDA ...; raise run.gradient_accumulation" in capsys.readouterr().err
-    monkeypatch.setattr("lineardit.distill.__main__.distill", Mock(side_effect=RuntimeError("a bug")))
+    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main([config])
 
