@@ -3,12 +3,14 @@
 The rule is that of the tests (judging.py). Every `torch.empty` is filled with NaN meanwhile.
 """
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -51,6 +53,7 @@ def tasks(bench: Bench) -> Tasks:
     yield _task(f"{repeats + 1} backward passes, bit for bit", bench.impl, partial(repetition, bench, repeats))
     long_side = bench.scale.long_side
     yield _task(f"{long_side**2} tokens, forward and backward", bench.impl, partial(long_run, bench))
+    yield _task("compiled, as the first call of a process", "auto", partial(compiled_first, bench))
     yield _task(SANITIZER, bench.impl, partial(sanitizer, bench))
 
 
@@ -221,6 +224,19 @@ def _window_rows(tokens: Tensor, side: int, radius: int, text_len: int) -> Tenso
     return F.pad(rows**2 + columns**2 < radius**2, (text_len, 0), value=True)
 
 
+def compiled_first(bench: Bench) -> Measured:
+    """What "auto" runs in a graph that is traced before anything has run, as a model's compiled blocks may be."""
+    lines, _ = _said([sys.executable, "-m", f"{__package__}.compiled_run", str(bench.device)], bench)
+    try:
+        found = json.loads(lines[-1])
+    except json.JSONDecodeError:
+        raise RuntimeError("\n".join(lines)) from None
+    ran = found.pop("ran")
+    measured = Measured(**found)
+    right = ran == "triton" or bench.device.type != "cuda"
+    return replace(measured, note=f"{ran} ran; {measured.note}", passed=measured.passed and right)
+
+
 def sanitizer(bench: Bench) -> Measured:
     """A small forward and backward under NVIDIA's memory checker, where that is installed."""
     if bench.device.type != "cuda" or shutil.which(SANITIZER) is None:
@@ -229,20 +245,29 @@ def sanitizer(bench: Bench) -> Measured:
     # what calls of the driver answer is no error of ours, and torch asks for what some machines lack
     command = [SANITIZER, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(SANITIZER_ERROR)]
     command += [sys.executable, "-m", f"{__package__}.small_run", bench.impl]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    lines, code = _said(command, bench, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if any("Device not supported" in line for line in lines):
+        raise UnavailableError(f"{SANITIZER} says that it does not support this device")
+    if code not in (0, SANITIZER_ERROR):
+        raise UnavailableError(f"{SANITIZER} ended with {code}: {lines[-1]}")
+    return Measured(figures={}, note=lines[-1].strip("= "), passed=code == 0)
+
+
+def _said(command: Sequence[str], bench: Bench, **environment: str) -> tuple[list[str], int]:
+    """What a process of its own says, line by line, and its exit code."""
     limit = max(20.0, bench.seconds_left())
     # In a session of its own, so that what it started ends with it.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | environment,
+        start_new_session=True,
     ) as run:
         try:
             said, _ = run.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
-            raise TimeSpentError(f"{SANITIZER} took longer than {limit:.0f} s; run it again") from None
-    lines = said.strip().splitlines() or [""]
-    if "Device not supported" in said:
-        raise UnavailableError(f"{SANITIZER} says that it does not support this device")
-    if run.returncode not in (0, SANITIZER_ERROR):
-        raise UnavailableError(f"{SANITIZER} ended with {run.returncode}: {lines[-1]}")
-    return Measured(figures={}, note=lines[-1].strip("= "), passed=run.returncode == 0)
+            raise TimeSpentError(f"{' '.join(command[:3])} took longer than {limit:.0f} s; run it again") from None
+    return said.strip().splitlines() or [""], run.returncode
