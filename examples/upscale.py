@@ -14,6 +14,12 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = lineardit.from_pretrained(adapter, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
 high = lineardit.HighResolutionPipeline.from_pipe(pipe)
 picture = Image.open(file).convert("RGB")
-size = {"height": 4 * picture.height, "width": 4 * picture.width}
-plan = high.plan(**size, enlarge=True, settings=Settings(strength=0.4))  # less is nearer to the picture
-high(prompt, image=picture, plan=plan, generator=torch.Generator("cpu").manual_seed(0)).images[0].save("upscaled.png")
+large = high(
+    prompt,
+    image=picture,
+    height=4 * picture.height,
+    width=4 * picture.width,
+    settings=Settings(strength=0.4),  # less is nearer to the picture
+    generator=torch.Generator("cpu").manual_seed(0),
+)
+large.images[0].save("upscaled.png")

@@ -13,8 +13,10 @@ from .plan import Limits, Plan, Stage
 from .stage_schedule import most_steps
 
 
-def check_plan(plan: Plan, height: int | None, width: int | None, steps: int | None) -> None:
+def check_plan(plan: Plan, height: int | None, width: int | None, steps: int | None, settings: object) -> None:
     """Raise a ValueError where a call asks for something else than its plan; None asks for nothing."""
+    if settings is not None:
+        raise ValueError("settings must be left out where there is a plan: `plan(..., settings=...)` makes another one")
     if (height or plan.height, width or plan.width) != (plan.height, plan.width):
         raise ValueError(f"height and width must be the plan's, {plan.height} and {plan.width}, or left out")
     planned = plan.stages[0].steps

@@ -172,6 +172,7 @@ class HighResolutionPipeline(StagedPipeline):
         width: int | None = None,
         image: Any = None,
         plan: Plan | None = None,
+        settings: Settings | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -188,7 +189,7 @@ class HighResolutionPipeline(StagedPipeline):
             height, width: In pixels, any; None: the plan's, else the native size.
             image: Pictures to enlarge, in place of the first stage (`as_pictures`), as many as come out or fewer: each
                 serves as many of them.
-            plan: From `plan()`, perhaps changed; None: the default for this size.
+            plan: From `plan()`, perhaps changed; None: what `plan()` says for this size, with these `settings`.
             num_inference_steps: Of the first stage; None: the pipeline's own.
             callback_on_step_end: Called after each step of each stage, as in diffusers; steps count within a stage,
                 which is `pipe.stage`, number `pipe.stage_number`.
@@ -211,11 +212,12 @@ class HighResolutionPipeline(StagedPipeline):
                 height,
                 width,
                 num_inference_steps=num_inference_steps,
+                settings=settings,
                 enlarge=False if pictures is None else (pictures[0].height, pictures[0].width),
                 text_len=call.get("max_sequence_length"),
             )
         else:
-            check_plan(plan, height, width, num_inference_steps)
+            check_plan(plan, height, width, num_inference_steps, settings)
         check_stages(plan, self._limits(), self.scheduler)
         check_start(plan, pictures, start_latents, start_stage)
         batch = count_pictures(prompt, call)

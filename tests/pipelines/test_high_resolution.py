@@ -100,6 +100,16 @@ def test_call_gives_the_size_asked_for(high: Any, size: tuple[int, int]) -> None
     assert len(plan.stages) > 1 and "cropped" in str(plan)
 
 
+def test_settings_of_a_call_are_those_of_its_plan(high: Any) -> None:
+    picture, settings = Image.new("RGB", (16, 16)), Settings(steps=1, strength=0.7, sharpen=0)
+    call: dict[str, Any] = {"image": picture, "max_sequence_length": 8, "output_type": "latent"}
+    plan = high.plan(32, 32, enlarge=(16, 16), settings=settings)
+    planned = high(PROMPT, plan=plan, generator=seeded(), **call).images
+    assert torch.equal(high(PROMPT, height=32, width=32, settings=settings, generator=seeded(), **call).images, planned)
+    with pytest.raises(ValueError, match="settings must be left out where there is a plan"):
+        high(PROMPT, plan=plan, settings=settings, **call)
+
+
 def test_model_is_as_it_was_afterwards_and_after_an_error(high: Any) -> None:
     plan = high.plan(48, 48, num_inference_steps=1, settings=Settings(steps=1, proportional=1.0))
     theta, scheduler, state = high.transformer.pos_embed.theta, high.scheduler, high.transformer._lineardit_state
