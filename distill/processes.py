@@ -14,6 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast, broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 
+from .diverged import DivergedError
+
+SENTENCES = (ValueError, OSError, DivergedError)  # that end a run with their message alone
 BUCKET = 2**25  # elements that are exchanged at once
 
 Result = TypeVar("Result")
@@ -48,15 +51,16 @@ def start_accelerator() -> Accelerator:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """Do it on the main process; all processes get what it returns, or raise its ValueError."""
-    said: list[Result | ValueError | None] = [None]
+    """Do it on the main process; all processes get what it returns, or raise its error, if it is one of `SENTENCES`."""
+    said: list[Result | Exception | None] = [None]
     if accelerator.is_main_process:
         try:
             said = [action()]
-        except ValueError as error:
-            said = [ValueError(str(error))]
+        except SENTENCES as error:
+            kind = next(kind for kind in SENTENCES if isinstance(error, kind))
+            said = [kind(str(error))]  # which the others can read
     (result,) = broadcast_object_list(said)
-    if isinstance(result, ValueError):
+    if isinstance(result, SENTENCES):
         raise result
     return result
 

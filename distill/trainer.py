@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -140,14 +141,15 @@ class Trainer:
                 if last or step % config.save.log_every == 0:
                     log.draw(self.directory / "loss.png", first_stage=first)
             if last or step % config.save.every == 0:
-                if main:
-                    save_checkpoint(self.directory, step, self.pipe, self.trained, self.optimizer)
-                    prune_checkpoints(self.directory, config.save.keep_last)
-                self.accelerator.wait_for_everyone()
+                on_main(self.accelerator, partial(self._save, step))
             if self.validation.is_due(step):
                 self.validation.run(step)
             progress.unpause()  # the time left is that of steps
         progress.close()
+
+    def _save(self, step: int) -> None:
+        save_checkpoint(self.directory, step, self.pipe, self.trained, self.optimizer)
+        prune_checkpoints(self.directory, self.config.save.keep_last)
 
     def step(self, step: int) -> dict[str, float]:
         """One update; the loss terms over the whole batch, and the learning rate."""

@@ -3,7 +3,7 @@
 Of final latents the student draws the pictures beside the teacher's; of kept calls it predicts each of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -83,8 +83,9 @@ class Validation:
         judge = self._predicted if self.samples.calls else self._drawn
         mine = [judge(index) for index in tqdm(share, desc="validate", leave=False, disable=not main)]
         judged = sorted(gather_object(mine), key=lambda one: one.place)
-        if not main:
-            return
+        on_main(self.accelerator, lambda: self._write(step, judged))
+
+    def _write(self, step: int, judged: Sequence[_Judged]) -> None:
         log = StepLog(self.file, [self.column], last_step=step - 1)
         log.append({"step": step, self.column: sum(one.error for one in judged) / len(judged)})
         if judged[0].pictures:

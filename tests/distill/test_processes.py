@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from lineardit.distill import processes
+from lineardit.distill.diverged import DivergedError
 from lineardit.distill.launch import stops_with_this
 from lineardit.distill.processes import average_gradients, on_main, start_accelerator, tensors_of_main
 
@@ -83,14 +85,15 @@ def test_all_processes_get_what_the_main_one_has(tmp_path: Path) -> None:
         assert list(found) == list(wanted)
         assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in wanted.items())
         assert on_main(accelerator, lambda: accelerator.process_index) == 0
-        with pytest.raises(ValueError, match="process 0 says no"):
-            on_main(accelerator, lambda: _refuse(accelerator.process_index))
+        for raised, error in ((ValueError, ValueError), (PermissionError, OSError), (DivergedError, DivergedError)):
+            with pytest.raises(error, match="process 0 says no"):
+                on_main(accelerator, partial(_refuse, accelerator.process_index, raised))
 
     _in_processes(work, tmp_path)
 
 
-def _refuse(rank: int) -> None:
-    raise ValueError(f"process {rank} says no")
+def _refuse(rank: int, error: type[Exception]) -> None:
+    raise error(f"process {rank} says no")
 
 
 def test_a_signal_that_ends_the_launcher_ends_what_it_started() -> None:
