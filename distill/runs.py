@@ -21,7 +21,6 @@ RECORD = "run.json"
 SAMPLES = "samples"  # fingerprint of the data
 HISTORY = "history"  # what was changed on the way
 AUTOCAST = "bfloat16"  # whether the student computes in it, which `run.mixed_precision = "auto"` leaves to the machine
-LOCK = ".lock"
 
 # These move files or trade memory for time; what is learnt does not depend on them. (Of the data, the content counts.)
 _MAY_CHANGE = {
@@ -65,8 +64,8 @@ def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
     if resume and record.is_file():
         _compare(_with_defaults(read_json(record)), _contents(config, data), directory)
         _check_steps(config, directory)
-    elif not directory.exists() or all(path.name == LOCK for path in directory.iterdir()):
-        return
+    elif not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir()):
+        return  # a lock, or what a call left that was killed while it wrote the record
     elif resume:
         raise ValueError(f"{directory} holds no run (no {RECORD}) to go on with: name another folder")
     else:

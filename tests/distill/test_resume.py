@@ -321,6 +321,16 @@ def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
         distill(make_config(run={"steps": 4}), resume=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_call_that_was_killed_before_its_record_was_written_can_be_repeated(
+    resume: bool, make_config: MakeConfig
+) -> None:
+    config = make_config()
+    config.run.folder.mkdir()
+    (config.run.folder / ".run.json.77.tmp").write_text("{")
+    check_run(config, "samples", resume=resume)
+
+
 def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:
     config = make_config()
     run = Path(config.run.directory)
