@@ -71,7 +71,12 @@ def load_checkpoint(path: Path, trained: Mapping[str, nn.Parameter]) -> dict[str
         raise ValueError(
             f"{path} is damaged ({error}): remove it, and the run goes on after the checkpoint before it"
         ) from error
-    check_shapes(shapes_of(files[TRAINED]), shapes_of(trained), what=f"the tensors of {path}")
+    shapes = shapes_of(trained)
+    check_shapes(shapes_of(files[TRAINED]), shapes, what=f"the tensors of {path}")
+    for name, tensor in files[OPTIMIZER].items():
+        parameter, _, key = name.rpartition(".")
+        if shapes.get(parameter) != tuple(tensor.shape) and (parameter not in shapes or key != "step"):
+            raise ValueError(f"{path / OPTIMIZER} does not fit this model: {name} {list(tensor.shape)}")
     return files
 
 

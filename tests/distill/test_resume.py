@@ -18,7 +18,7 @@ from tiny_distill import launch_run, loss_rows, table, trained_weights, write_co
 
 from lineardit import from_pretrained
 from lineardit.distill import checkpoint, precision
-from lineardit.distill.checkpoint import latest_checkpoint
+from lineardit.distill.checkpoint import latest_checkpoint, load_checkpoint
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.diverged import DivergedError
 from lineardit.distill.runs import check_run, record_run
@@ -302,6 +302,21 @@ def test_a_checkpoint_with_other_tensors_is_refused(make_config: MakeConfig) -> 
     (folder / "checkpoint.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=rf"do not fit this model; {len(tensors)} missing: .* not in this model: old"):
         distill(make_config(run={"steps": 3}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("other.exp_avg", torch.zeros(2, 3)), ("layer.exp_avg", torch.zeros(2)), ("step", torch.zeros(()))],
+)
+def test_a_state_of_the_optimizer_that_does_not_fit_is_refused(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    save_file({"layer": weight.detach()}, tmp_path / "trained.safetensors")
+    right = {"layer.exp_avg": torch.zeros(2, 3), "layer.step": torch.zeros(())}
+    save_file(right, tmp_path / "optimizer.safetensors")
+    load_checkpoint(tmp_path, {"layer": weight})
+    save_file(right | {name: tensor}, tmp_path / "optimizer.safetensors")
+    with pytest.raises(ValueError, match=rf"optimizer.safetensors does not fit this model: {name}"):
+        load_checkpoint(tmp_path, {"layer": weight})
 
 
 def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
