@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 30  # seconds for an interrupted child to end by itself
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
 
 
@@ -35,7 +36,13 @@ def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> 
     logger.info("%s", shlex.join(["accelerate", "launch", *arguments]))
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
     with subprocess.Popen(command, env=child_environment()) as process, stops_with_this(process):
-        return process.wait()
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # of a terminal, which interrupts the children as well
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=PATIENCE)
+            _signal(process, signal.SIGTERM)
+            raise
 
 
 @contextmanager
@@ -43,9 +50,7 @@ def stops_with_this(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Inside, a signal that ends this process (SIGTERM) ends the child and its children, which else would go on."""
 
     def stop(signal_number: int, _frame: object) -> None:
-        family = [*psutil.Process(process.pid).children(recursive=True), process]
-        for one in family:
-            one.send_signal(signal_number)
+        _signal(process, signal_number)
 
     if threading.current_thread() is not threading.main_thread():  # only there Python hears signals
         yield
@@ -55,6 +60,15 @@ def stops_with_this(process: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To a child and its children."""
+    if process.poll() is not None:
+        return
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            one.send_signal(number)
 
 
 def child_environment() -> Mapping[str, str]:

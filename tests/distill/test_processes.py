@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from lineardit.distill import processes
+from lineardit.distill import launch, processes
 from lineardit.distill.diverged import DivergedError
 from lineardit.distill.launch import stops_with_this
 from lineardit.distill.processes import average_gradients, on_main, start_accelerator, tensors_of_main
@@ -94,6 +95,31 @@ def test_all_processes_get_what_the_main_one_has(tmp_path: Path) -> None:
 
 def _refuse(rank: int, error: type[Exception]) -> None:
     raise error(f"process {rank} says no")
+
+
+@pytest.mark.parametrize(("patience", "comes_to_its_end"), [(30.0, True), (0.1, False)])
+def test_an_interrupted_launch_ends_after_what_it_started(
+    patience: float, comes_to_its_end: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, ended, script = tmp_path / "started", tmp_path / "ended", tmp_path / "python"
+    script.write_text(
+        f"#!/bin/sh\ntrap '' INT\ntouch {started}\nsleep {1 if comes_to_its_end else 60}\ntouch {ended}\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(launch, "PATIENCE", patience)
+
+    def interrupt() -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        launch.launch(tmp_path / "config.toml", processes=2)
+    assert ended.exists() == comes_to_its_end
+    assert time.perf_counter() - began < 30
 
 
 def test_a_signal_that_ends_the_launcher_ends_what_it_started() -> None:
