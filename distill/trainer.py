@@ -4,6 +4,7 @@ Steps are counted from 1 over both stages: first those layer by layer (`layerwis
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -161,13 +162,18 @@ class Trainer:
             group["lr"] = rate
         parts = list(self._parts(step))
         row = self._layer_by_layer(parts) if step <= first else self._end_to_end(parts)
-        check_finite(row, step, self.config, self.started)
+        self._check_finite(row, step)
         average_gradients(self.accelerator, self.trained.values())
         norm = clip_grad_norm_(self.trained.values(), self.config.optimizer.max_grad_norm)
-        check_finite({"gradient": float(norm)}, step, self.config, self.started)
+        self._check_finite({"gradient": float(norm)}, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return row | {"loss": sum(self.weights.get(name, 1) * value for name, value in row.items()), "lr": rate}
+
+    def _check_finite(self, values: Mapping[str, float], step: int) -> None:
+        """Of values that all processes share; the main one knows the checkpoints."""
+        if not all(map(math.isfinite, values.values())):
+            on_main(self.accelerator, lambda: check_finite(values, step, self.config, self.started))
 
     def _layer_by_layer(self, parts: Sequence[Part]) -> dict[str, float]:
         """Gradients of the first stage's loss, and its mean over layers."""

@@ -20,9 +20,11 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from lineardit.distill import launch, processes
+from lineardit.distill.config import DistillConfig
 from lineardit.distill.diverged import DivergedError
 from lineardit.distill.launch import stops_with_this
 from lineardit.distill.processes import average_gradients, on_main, start_accelerator, tensors_of_main
+from lineardit.distill.trainer import Trainer
 
 PROCESSES = 2
 
@@ -95,6 +97,24 @@ def test_all_processes_get_what_the_main_one_has(tmp_path: Path) -> None:
 
 def _refuse(rank: int, error: type[Exception]) -> None:
     raise error(f"process {rank} says no")
+
+
+def test_a_run_that_diverges_names_the_main_process_checkpoint(
+    make_config: Callable[..., DistillConfig], tmp_path: Path
+) -> None:
+    """The others' machines may have none."""
+    (tmp_path / "0" / "step-00000002").mkdir(parents=True)
+    (tmp_path / "0" / "step-00000002" / "checkpoint.json").write_text('{"files": {}}')
+
+    def work(accelerator: Accelerator) -> None:
+        trainer = object.__new__(Trainer)
+        trainer.accelerator, trainer.started = accelerator, 0
+        trainer.config = make_config(run={"directory": str(tmp_path / str(accelerator.process_index))})
+        trainer._check_finite({"flow": 1.0}, 5)
+        with pytest.raises(DivergedError, match=r"flow is inf at step 5; go on after .*0/step-00000002"):
+            trainer._check_finite({"flow": float("inf")}, 5)
+
+    _in_processes(work, tmp_path)
 
 
 @pytest.mark.parametrize(("patience", "comes_to_its_end"), [(30.0, True), (0.1, False)])
