@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
 from ..linearize.adapters.adapter import save_adapter
@@ -46,6 +47,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     _check_settings(config, samples, accelerator.num_processes)
     with ExitStack() as while_held:  # by the main process, which alone reads and writes the folder
         on_main(accelerator, lambda: while_held.enter_context(held(config.run.folder)))
+        _check_same_samples(accelerator, samples)
         on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
         adapter = _train(accelerator, config, samples, resume=resume)
         accelerator.wait_for_everyone()
@@ -121,6 +123,17 @@ def _check_settings(config: DistillConfig, samples: TeacherSamples, processes: i
         raise ValueError(
             f"base.dtype must be {samples.settings['dtype']}, in which the calls in {samples.directory} were made, got "
             f"{config.base.dtype}; make them with `lineardit prepare --dtype {config.base.dtype}`"
+        )
+
+
+def _check_same_samples(accelerator: Accelerator, samples: TeacherSamples) -> None:
+    """Machines that share no disk read their own."""
+    found = gather_object([samples.fingerprint])
+    others = [str(process) for process, one in enumerate(found) if one != found[0]]
+    if others:
+        raise ValueError(
+            f"data.directory must hold the same samples for all processes; in {', '.join(others)} they differ from "
+            f"those in 0: copy {samples.directory} from there"
         )
 
 

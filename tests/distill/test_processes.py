@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
@@ -21,9 +23,11 @@ from torch import nn
 
 from lineardit.distill import launch, processes
 from lineardit.distill.config import DistillConfig
+from lineardit.distill.data import TeacherSamples
 from lineardit.distill.diverged import DivergedError
 from lineardit.distill.launch import stops_with_this
 from lineardit.distill.processes import average_gradients, on_main, start_accelerator, tensors_of_main
+from lineardit.distill.train import _check_same_samples
 from lineardit.distill.trainer import Trainer
 
 PROCESSES = 2
@@ -113,6 +117,17 @@ def test_a_run_that_diverges_names_the_main_process_checkpoint(
         trainer._check_finite({"flow": 1.0}, 5)
         with pytest.raises(DivergedError, match=r"flow is inf at step 5; go on after .*0/step-00000002"):
             trainer._check_finite({"flow": float("inf")}, 5)
+
+    _in_processes(work, tmp_path)
+
+
+def test_other_samples_in_one_process_are_refused_by_all(tmp_path: Path) -> None:
+    def work(accelerator: Accelerator) -> None:
+        mine = SimpleNamespace(fingerprint=f"made on {accelerator.process_index}", directory="samples")
+        with pytest.raises(ValueError, match="same samples for all processes; in 1 they differ"):
+            _check_same_samples(accelerator, cast(TeacherSamples, mine))
+        mine.fingerprint = "copied"
+        _check_same_samples(accelerator, cast(TeacherSamples, mine))
 
     _in_processes(work, tmp_path)
 
