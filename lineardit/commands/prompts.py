@@ -76,17 +76,17 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; empty lines and lines that start with # are passed over.
+    """One prompt a line; empty lines, lines that start with # and the byte order mark of some editors are passed over.
 
     Raises:
         ValueError: the file holds no prompt.
         OSError: the file cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} must be text in UTF-8, it is not ({error})") from error
-    prompts = [line.strip() for line in text.splitlines()]
+    prompts = [line.strip() for line in text.split("\n")]  # no more of what Unicode calls ends of lines
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if not prompts:
         raise ValueError(f"{file} must hold one prompt a line, it holds none; lines that begin with # are comments")

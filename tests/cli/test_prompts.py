@@ -40,6 +40,12 @@ def test_read_prompts_passes_over_empty_lines_and_comments(tmp_path: Path) -> No
     assert read_prompts(file) == ["a red circle", "ein grünes Dreieck"]
 
 
+def test_read_prompts_takes_files_of_any_editor(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("# Windows\r\na red\u2028circle\r\n".encode("utf-8-sig"))
+    assert read_prompts(file) == ["a red\u2028circle"]
+
+
 def test_read_prompts_refuses_what_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match=r"prompts.txt must be text in UTF-8"):
