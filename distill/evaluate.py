@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..linearize.adapters.base import read_json
+from ..linearize.adapters.adapter import adapter_file
+from ..linearize.adapters.base import find_place, read_json
 from ..linearize.adapters.opening import open_pipeline
 from ..linearize.folders import check_writable
 from ..linearize.standing import describe_attention
@@ -144,6 +145,8 @@ def evaluate(
     directory = Path(directory)
     question = _question(teacher, student, prompts, settings)
     _check_directory(directory, question, overwrite)
+    for source in (teacher, student):
+        _check_place(source)  # before the teacher's pictures are made
     pipe = _opened(teacher)
     of_both = settings.of(pipe)  # what else is left open is each pipeline's own
     tell_cut_prompts(pipe, prompts, of_both.max_sequence_length)
@@ -205,6 +208,12 @@ def score_totals(scores: Sequence[Scores]) -> dict[str, Count]:
 
 def _counts(name: str, scores: Sequence[Scores]) -> list[Count]:
     return [one[name] for one in scores if name in one]
+
+
+def _check_place(source: Any) -> None:
+    """Raise what opening it would, where there is nothing of that name."""
+    if isinstance(source, Source):
+        adapter_file(find_place(source.name, offline=source.offline))
 
 
 def _opened(source: Any) -> Any:

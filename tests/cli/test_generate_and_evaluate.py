@@ -168,6 +168,7 @@ def test_evaluate_writes_table_report_and_sheet(
         (["generate", "nobody/nothing", "a"], "nobody/nothing"),
         (["evaluate", "{base}", "{adapter}", "-o", "out"], "--prompts"),
         (["evaluate", "{base}", "{adapter}", "--prompts", "missing.txt", "-o", "out"], "missing.txt"),
+        (["evaluate", "{base}", "missing", "--prompts", __file__, "-o", "out"], "no folder missing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
