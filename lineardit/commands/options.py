@@ -1,8 +1,16 @@
 """Options that several commands share, with one wording."""
 
+import math
 from typing import Annotated
 
 import typer
+
+
+def _finite(number: float | None) -> float | None:
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"must be finite, got {number}")
+    return number
+
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
@@ -11,7 +19,7 @@ Dtype = Annotated[str, typer.Option(help="Of the weights; auto: bfloat16 on a GP
 Device = Annotated[str, typer.Option(help="Where to compute; auto is a GPU if there is one.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; else the pipeline's own.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
-Guidance = Annotated[float | None, typer.Option(help="guidance_scale; else the pipeline's own.")]
+Guidance = Annotated[float | None, typer.Option(callback=_finite, help="guidance_scale; else the pipeline's own.")]
 MaxSequenceLength = Annotated[int | None, typer.Option(min=1, help="Text tokens; else the pipeline's own.")]
 ChunkTokens = Annotated[
     int | None,

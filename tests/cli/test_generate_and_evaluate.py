@@ -169,6 +169,7 @@ def test_evaluate_writes_table_report_and_sheet(
         (["evaluate", "{base}", "{adapter}", "-o", "out"], "--prompts"),
         (["evaluate", "{base}", "{adapter}", "--prompts", "missing.txt", "-o", "out"], "missing.txt"),
         (["evaluate", "{base}", "missing", "--prompts", __file__, "-o", "out"], "no folder missing"),
+        (["prepare", "{base}", "--prompts", __file__, "--guidance", "nan", "-o", "out"], "must be finite, got nan"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
