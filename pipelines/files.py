@@ -132,7 +132,7 @@ def text_of(path: Path) -> Text:
     try:
         with Image.open(path) as image:
             return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except OSError:  # no picture at all
+    except (OSError, Image.DecompressionBombError):  # no picture at all, or too large for Pillow
         return {}
 
 

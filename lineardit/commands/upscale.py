@@ -50,7 +50,7 @@ def upscale(
     offline: Offline = False,
 ) -> None:
     """Enlarge a picture in stages: sharper, more detail, at the cost of linear attention."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from ..linearize.folders import check_output_file
     from ..pipelines.cascade import check_larger, enlarge
@@ -70,8 +70,8 @@ def upscale(
     try:
         with Image.open(picture) as opened:
             image = as_rgb(opened)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{picture} is no picture that Pillow can read") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{picture} is no picture that Pillow can read whole: {error}") from error
     prompt = prompt or said.get("prompt")
     source = source or said.get("adapter") or said.get("model")
     if prompt is None or source is None:

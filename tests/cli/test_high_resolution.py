@@ -129,6 +129,7 @@ def test_upscale_takes_the_base_that_made_the_picture(adapter: Path, tmp_path: P
         (["PLAIN", "MODEL", "--prompt", "a", "-o", "x.jpg"], "output must end in .png, got x.jpg"),
         (["NONE", "MODEL", "--prompt", "a"], "no such picture"),
         (["TEXT", "MODEL", "--prompt", "a"], "is no picture"),
+        (["HALF", "MODEL", "--prompt", "a"], "d.png is no picture that Pillow can read whole: image file is truncated"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -138,6 +139,9 @@ def test_upscale_refuses_in_one_sentence(
     places = {"PLAIN": tmp_path / "a.png", "TEXT": tmp_path / "b.png", "NONE": tmp_path / "c.png", "MODEL": adapter}
     Image.new("RGB", (20, 20)).save(places["PLAIN"])
     places["TEXT"].write_text("no")
+    places["HALF"] = tmp_path / "d.png"
+    Image.effect_noise((99, 99), 50).save(places["HALF"])
+    places["HALF"].write_bytes(places["HALF"].read_bytes()[:5000])
     output = [] if "-o" in words else ["-o", tmp_path / "out.png"]
     capsys.readouterr()
     assert lineardit("upscale", *(places.get(word, word) for word in words), *output, "--offline") == 2
