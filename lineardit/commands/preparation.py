@@ -57,14 +57,14 @@ def prepare(
     share = parse_part(part)
     sizes = [parse_size(text) for text in size] if size else None
     texts, more = read_prompts(prompts), parse_arguments(arguments)
+    from .quiet import quiet_libraries
 
+    quiet_libraries()
     from ..distill.prepare import prepare as make_samples
     from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import check_writable
     from .devices import find_device, find_dtype
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     check_writable(output)  # before a large model is loaded
     place = find_device(device)
     pipe = open_pipeline(base, dtype=find_dtype(dtype, place), revision=revision, offline=offline).to(place)

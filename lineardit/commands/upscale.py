@@ -50,6 +50,9 @@ def upscale(
     offline: Offline = False,
 ) -> None:
     """Enlarge a picture in stages: sharper, more detail, at the cost of linear attention."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
     from PIL import Image
 
     from ..linearize.folders import check_output_file
@@ -60,9 +63,7 @@ def upscale(
     from .loading import base_said, load
     from .loras import parse_loras
     from .prompts import parse_arguments, parse_size
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     more, loras = parse_arguments(arguments), parse_loras(lora)
     if not picture.is_file():
         raise ValueError(f"{picture}: no such picture")
