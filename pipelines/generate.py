@@ -156,11 +156,17 @@ def in_stages(
         later = replace(later, chunk_tokens=chunk_tokens)
     text_len = max_sequence_length
     staged = cascade_of(pipe, height, width, later, steps=steps, text_len=text_len, wanted=cascade, tile=tile)
+    if settings is not None and (staged is None or len(staged.plan.stages) == 1):
+        other = "make a larger picture" if cascade is not False else "cascade=False (--direct)"
+        raise ValueError(
+            "settings (--strength, --stage-steps, --sharpen) are of a cascade's stages after the first, and "
+            f"{width}x{height} is made at once: leave them out, or {other}"
+        )
     if staged is None:
-        if settings is not None or tile != Plan.tile:
+        if tile != Plan.tile:
             raise ValueError(
-                "settings and tile (--strength, --stage-steps, --sharpen, --tile) are of a cascade, and "
-                f"{width}x{height} is made at once: leave them out, or add cascade=True (--cascade)"
+                f"tile (--tile) is of a cascade, and {width}x{height} is made at once: leave it out, or add "
+                "cascade=True (--cascade)"
             )
         try:
             check_size(pipe, height, width)

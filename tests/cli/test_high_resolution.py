@@ -63,10 +63,14 @@ def test_generate_takes_settings_of_the_stages_and_tells_the_plan(
     second = plan["stages"][1]
     assert (second["strength"], second["steps"], second["sharpen"], plan["tile"]) == (0.5, 3, 0.0, 64)
     capsys.readouterr()
-    for option in (words[:2], words[6:]):
-        assert lineardit(*generate, PROMPT, "--size", "16x16", *option, "-o", tmp_path / "b.png") == 2
-        sentence = capsys.readouterr().err.splitlines()[-1]
-        assert "(--strength, --stage-steps, --sharpen, --tile) are of a cascade, and 16x16 is made at once" in sentence
+    for size, option, remedy in (
+        ("16x16", words[:2], "leave them out, or make a larger picture"),
+        ("16x16", (*words[:2], "--cascade"), "leave them out, or make a larger picture"),
+        ("32x32", (*words[:2], "--direct"), "leave them out, or cascade=False (--direct)"),
+        ("16x16", words[6:], "leave it out, or add cascade=True (--cascade)"),
+    ):
+        assert lineardit(*generate, PROMPT, "--size", size, *option, "-o", tmp_path / "b.png") == 2
+        assert f"{size} is made at once: {remedy}" in capsys.readouterr().err.splitlines()[-1]
     assert lineardit(*generate, "--size", "16x16", "--plan") == 0
     assert "one call of the pipeline, no stages" in capsys.readouterr().out
 
