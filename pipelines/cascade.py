@@ -142,9 +142,6 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
         remove_stage_latents(one.path, one.text)
         return
     folder = one.stages
-    if len(staged.plan.stages) > 1:
-        folder.mkdir(parents=True, exist_ok=True)
-    one.path.parent.mkdir(parents=True, exist_ok=True)
     latents, done = _last_latents(folder, one, len(staged.plan.stages) - 1)
     if done:
         logger.info("%s: stages 1 to %d are there already", one.path, done)

@@ -54,7 +54,6 @@ def decode_file(
     pixels = decode(vae, _planes(latents, vae, int(size[2]), int(size[1])).to(device), tile=tile, progress=True)
     pixels = pixels[..., : int(size[2]), : int(size[1])]
     (picture,) = VaeImageProcessor().postprocess(pixels, output_type="pil")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_png(path, picture, text)
     if path == own:
         file.unlink()

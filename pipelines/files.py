@@ -152,13 +152,14 @@ def check_finite(latents: Tensor) -> None:
 
 
 def write_latents(file: Path, latents: Tensor, text: Text) -> None:
-    """One picture's latents, whole or not at all, and what is said of them.
+    """One picture's latents, whole or not at all, and what is said of them; their folder is made.
 
     Raises:
         ValueError: they are not finite.
         OSError: they cannot be written.
     """
     check_finite(latents)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
 
 
@@ -195,10 +196,11 @@ def write_picture(one: Wanted, image: Image.Image) -> None:
 
 
 def write_png(path: Path, image: Image.Image, text: Text) -> None:
-    """A picture, whole or not at all, and what it says of itself."""
+    """A picture, whole or not at all, and what it says of itself; its folder is made."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 

@@ -187,8 +187,6 @@ def _make(
     tell_kernel: bool,
 ) -> None:
     """Denoise, save the latents, decode, write the pictures, remove the latents."""
-    for one in batch:
-        one.path.parent.mkdir(parents=True, exist_ok=True)
     generators = [torch.Generator("cpu").manual_seed(one.seed) for one in batch]
     _, model = denoiser(pipe)
     pipe.set_progress_bar_config(disable=True)

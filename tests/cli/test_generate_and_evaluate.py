@@ -163,6 +163,7 @@ def test_evaluate_writes_table_report_and_sheet(
         (["generate", "{base}", "a", "--base", "{base}"], "base is for adapters"),
         (["generate", "{base}", "a", "--prompts", "missing.txt"], "missing.txt"),
         (["generate", "{base}", "a", "-o", "out.gif"], ".png"),
+        (["generate", "{base}", "a", "--max-sequence-length", "9999", "-o", "new/out.png"], "cannot be greater"),
         (["generate", "{adapter}", "a", "--impl", "tield"], "tiled"),
         (["generate", "missing", "a"], "missing"),
         (["generate", "nobody/nothing", "a"], "nobody/nothing"),
