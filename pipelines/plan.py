@@ -15,6 +15,7 @@ STEPS = 8
 FOLLOW = 1.0
 SHARPEN = 1.0
 MOST_SHARPENING = 10
+MOST_STEPS = 10_000  # a list of noise levels is made of them
 LEAST_TILE = 64  # pixels, of what may be asked for
 
 
@@ -61,6 +62,8 @@ class Stage:
         for name, number in counts.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} of a stage must be an integer >= 1, got {number!r}")
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps of a stage must be <= {MOST_STEPS}, got {self.steps}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength of a stage must be in (0, 1], got {self.strength!r}")
         if self.attention not in ("original", "converted"):

@@ -144,6 +144,7 @@ def test_plan_settings_leave_out_what_differs_between_machines() -> None:
     [
         ({"height": 0}, "height of a stage must be an integer >= 1, got 0"),
         ({"steps": 2.5}, "steps of a stage must be an integer >= 1, got 2.5"),
+        ({"steps": 10**24}, "steps of a stage must be <= 10000, got 1000000000000000000000000"),
         ({"strength": 0}, r"strength of a stage must be in \(0, 1\], got 0"),
         ({"strength": 1.1}, r"in \(0, 1\], got 1.1"),
         ({"shift": -1.0}, "shift of a stage must be > 0 and finite, got -1.0"),
