@@ -15,7 +15,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..kernels.pieces.autocast import as_autocast
-from ..kernels.window.reference import key_mask
+from ..kernels.pieces.text import key_mask
 from .beside_input import call_beside
 from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
 from .layout import Layout, reorder, text_mask_of

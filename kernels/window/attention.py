@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pieces.autocast import as_autocast, autocast_enabled
+from ..pieces.text import key_mask, split_text
 from .choose import choose_impl, implementations, require_triton
 from .kept_mask import kept_window_mask
-from .operator import split_text, window_attention_op
-from .reference import check_mask_size, key_mask, masked_attention, window_mask, windowed_lse_reference
+from .operator import window_attention_op
+from .reference import check_mask_size, masked_attention, window_mask, windowed_lse_reference
 from .windows import Box, Circle, Window, to_arguments
 
 

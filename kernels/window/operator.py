@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pieces.text import split_text
 from .choose import backward_tiles
 from .inputs import Inputs, sum_dtype, token_major
 from .tiled import tiled_backward, tiled_forward
@@ -138,13 +139,3 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 window_attention_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def split_text(tensor: Tensor, text_len: int, text_first: bool) -> tuple[Tensor, Tensor]:
-    """[B, H, T + N, D] -> text [B, H, T, D], image [B, H, N, D]."""
-    image_len = tensor.shape[2] - text_len
-    if text_first:
-        text, image = tensor.split([text_len, image_len], dim=2)
-    else:
-        image, text = tensor.split([image_len, text_len], dim=2)
-    return text, image

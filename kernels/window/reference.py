@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pieces.text import key_mask
 from .inputs import sum_dtype
 from .windows import Circle, Window
 
@@ -141,12 +142,6 @@ def masked_attention(
         mask = torch.cat([mask, sees_pooled], dim=3)
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-
-
-def key_mask(text_mask: Tensor, image_len: int, text_first: bool) -> Tensor:
-    """[B, 1, 1, N] bool, False at masked text."""
-    image_mask = text_mask.new_ones(text_mask.shape[0], image_len)
-    return torch.cat([text_mask, image_mask] if text_first else [image_mask, text_mask], dim=1)[:, None, None, :]
 
 
 def check_mask_size(query: Tensor, text_mask: Tensor | None, pooled: tuple[Tensor, Tensor] | None) -> None:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...kernels.window.operator import split_text
-from ...kernels.window.reference import key_mask
+from ...kernels.pieces.text import key_mask, split_text
 from ..layout import Grid, Layout
 from ..methods import Method
 

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from ...kernels.agent.agent_tokens import pool_agents
 from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest, sides_of_cells
 from ...kernels.linear import attend_to_text, share_of_keys
-from ...kernels.window.operator import split_text
+from ...kernels.pieces.text import split_text
 from ..layout import Grid, Layout
 from .agent import Agent, AgentAttention
 from .clear import Clear, ClearAttention

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...kernels.linear import attend_to_text, log_mass
-from ...kernels.window.operator import split_text
-from ...kernels.window.reference import key_mask
+from ...kernels.pieces.text import key_mask, split_text
 from ..layout import Grid, Layout
 
 
