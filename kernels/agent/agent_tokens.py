@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..focus.cells import cell_grid, cells_of_axis
+from ..pieces.results import sum_dtype
 
 _AXES = (3, 4, 2)  # rows, columns, frames of [B, H, frames, height, width, D], in the order that saves most
 
@@ -23,7 +24,7 @@ def pool_agents(tokens: Tensor, height: int, width: int, num_agents: int) -> Ten
     counts = _counts(tokens, height, width, num_agents)
     for axis in _AXES:
         cells = cells_of_axis(pooled.shape[axis], counts[axis])
-        means = [pooled.narrow(axis, start, length).mean(axis, dtype=_wide(tokens)) for start, length in cells]
+        means = [pooled.narrow(axis, start, length).mean(axis, dtype=sum_dtype(tokens)) for start, length in cells]
         pooled = torch.stack(means, axis)
     return pooled.flatten(2, 4)
 
@@ -31,7 +32,7 @@ def pool_agents(tokens: Tensor, height: int, width: int, num_agents: int) -> Ten
 @pool_agents.register_fake
 def _(tokens: Tensor, height: int, width: int, num_agents: int) -> Tensor:
     batch, num_heads, _, head_dim = tokens.shape
-    return tokens.new_empty(batch, num_heads, num_agents, head_dim, dtype=_wide(tokens))
+    return tokens.new_empty(batch, num_heads, num_agents, head_dim, dtype=sum_dtype(tokens))
 
 
 @torch.library.custom_op("lineardit::pool_agents_backward", mutates_args=())
@@ -113,10 +114,6 @@ def _counts(tokens: Tensor, height: int, width: int, num_agents: int) -> dict[in
     """Agents along each of `_AXES`."""
     frames = tokens.shape[2] // (height * width)
     return dict(zip((2, 3, 4), cell_grid(frames, height, width, num_agents), strict=True))
-
-
-def _wide(tokens: Tensor) -> torch.dtype:
-    return torch.promote_types(tokens.dtype, torch.float32)
 
 
 def _setup_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

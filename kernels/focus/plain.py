@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..window.inputs import sum_dtype
+from ..pieces.results import sum_dtype
 from ..window.partial import Keys, Partial, fastest_partial, merge
 from ..window.windows import Window
 from .cells import Grid

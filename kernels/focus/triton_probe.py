@@ -5,8 +5,8 @@ from functools import lru_cache
 
 import torch
 
+from ..pieces.results import token_major
 from ..pieces.trial import first_that_fits, relative_error
-from ..window.inputs import token_major
 from ..window.windows import Circle
 from .plain import plain_backward, plain_forward
 from .triton_focus import Blocks, backward_candidates, candidates, fits, triton_backward, triton_forward

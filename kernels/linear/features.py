@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..window.inputs import sum_dtype
+from ..pieces.results import sum_dtype
 
 CHUNK_NUMBERS = 2**24  # of one tensor in float32 at a time: 64 MiB
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..window.inputs import sum_dtype, token_major
+from ..pieces.results import sum_dtype, token_major
 from .features import chunks, feature_map, feature_slope, wide
 
 

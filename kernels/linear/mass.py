@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..window.inputs import sum_dtype, token_major
+from ..pieces.results import sum_dtype, token_major
 from .features import chunks, wide
 
 

@@ -1,1 +1,1 @@
-"""What kernels share."""
+"""What kernels share, of whichever operation."""

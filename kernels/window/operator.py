@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pieces.results import sum_dtype, token_major
 from ..pieces.text import split_text
 from .choose import backward_tiles
-from .inputs import Inputs, sum_dtype, token_major
+from .inputs import Inputs
 from .tiled import tiled_backward, tiled_forward
 from .windows import from_arguments
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pieces.results import sum_dtype
 from ..pieces.text import key_mask
-from .inputs import sum_dtype
 from .windows import Circle, Window
 
 MAX_MASK_ENTRIES = 2**31

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import Inputs, sum_dtype
+from ..pieces.results import sum_dtype
+from .inputs import Inputs
 from .lists import TileLists, box_lists, circle_lists
 from .partial import Keys, Partial, attention_bias, fastest_partial, merge
 from .windows import Circle, Window

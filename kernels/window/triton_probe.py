@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pieces.results import token_major
 from ..pieces.trial import device_seconds, fastest_that_fits, first_that_fits, relative_error
-from .inputs import Inputs, token_major
+from .inputs import Inputs
 from .partial import PLAIN, Keys, attention_bias
 from .reference import window_mask
 from .triton_window import BACKWARD_TILES, FORWARD_TILES, Tiles, candidates, triton_backward, triton_forward

@@ -16,8 +16,9 @@ import triton
 from torch import Tensor
 
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
+from ..pieces.results import token_major
 from . import triton_kernels as kernels
-from .inputs import Inputs, token_major
+from .inputs import Inputs
 from .lists import TileLists, mask_words, swapped, window_lists
 from .windows import Window
 

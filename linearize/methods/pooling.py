@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...kernels.pieces.results import sum_dtype
 from ..errors import LayoutError
 from ..layout import Grid
 
@@ -82,13 +83,13 @@ def cell_sums(tokens: Tensor, weight: Tensor, height: int, width: int, num_cells
         [B, H, C, D].
     """
     cells = _in_cells(tokens, weight.shape[0], height, width)
-    return (cells * weight.to(tokens.dtype)[:, None, :, None]).sum((4, 6), dtype=_wide(tokens)).flatten(2, 4)
+    return (cells * weight.to(tokens.dtype)[:, None, :, None]).sum((4, 6), dtype=sum_dtype(tokens)).flatten(2, 4)
 
 
 @cell_sums.register_fake
 def _(tokens: Tensor, weight: Tensor, height: int, width: int, num_cells: int) -> Tensor:
     batch, num_heads, _, head_dim = tokens.shape
-    return tokens.new_empty(batch, num_heads, num_cells, head_dim, dtype=_wide(tokens))
+    return tokens.new_empty(batch, num_heads, num_cells, head_dim, dtype=sum_dtype(tokens))
 
 
 @torch.library.custom_op("lineardit::cell_sums_tokens_backward", mutates_args=())
@@ -128,10 +129,6 @@ def _in_cells(tokens: Tensor, side: int, height: int, width: int) -> Tensor:
     image = tokens.reshape(batch, num_heads, -1, height, width, head_dim)
     padded = functional.pad(image, (0, 0, 0, -width % side, 0, -height % side))
     return padded.reshape(batch, num_heads, -1, -(-height // side), side, -(-width // side), side, head_dim)
-
-
-def _wide(tokens: Tensor) -> torch.dtype:
-    return torch.promote_types(tokens.dtype, torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
