@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineardit.kernels.agent.agent_tokens import pool_agents
 from lineardit.kernels.focus.attention import cells_in_focus
-from lineardit.kernels.focus.cells import cell_grid, cells_of_axis
+from lineardit.kernels.pieces.cell_means import cell_means
+from lineardit.kernels.pieces.cells import cell_grid, cells_of_axis
 from lineardit.kernels.window import Box, Circle, Window
 from lineardit.kernels.window.reference import window_mask
 
@@ -31,7 +31,7 @@ def inputs_of(
 ) -> list[Tensor]:
     """query, key and value [2, 2, n, head_dim], a proxy's key and value [2, 2, C, head_dim]."""
     query, key, value = (torch.randn(2, 2, math.prod(grid), head_dim).to(dtype) for _ in range(3))
-    return [query, key, value, *(pool_agents(x, *grid[-2:], num_cells).to(dtype) for x in (key, value))]
+    return [query, key, value, *(cell_means(x, *grid[-2:], num_cells).to(dtype) for x in (key, value))]
 
 
 def holds(grid: tuple[int, ...], num_cells: int) -> Tensor:
@@ -83,5 +83,5 @@ def clear_choice(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
     query, key, value, *_ = inputs_of(grid, 4, torch.float32)
     key[:, :, :4] += 8 * query.mean(2, keepdim=True)
     inputs = [x.to(dtype) for x in (query, key, value)]
-    inputs += [pool_agents(x, *grid, 4).to(dtype) for x in inputs[1:]]
+    inputs += [cell_means(x, *grid, 4).to(dtype) for x in inputs[1:]]
     return inputs, {"grid": grid, "window": Circle(radius=2), "num_tokens": 16, "side": 8}

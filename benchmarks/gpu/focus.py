@@ -8,10 +8,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lineardit.kernels.agent.agent_tokens import pool_agents
 from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_backward_op, focus_op
 from lineardit.kernels.focus.choose import backward_blocks, choose_impl
 from lineardit.kernels.focus.tables import plan_of
+from lineardit.kernels.pieces.cell_means import cell_means
 from lineardit.kernels.window import Circle
 from lineardit.kernels.window.windows import from_arguments, to_arguments
 
@@ -48,7 +48,7 @@ class Case:
         """query, key, value, proxy_key, proxy_value."""
         size = (self.batch, self.num_heads, math.prod(self.grid), self.head_dim)
         query, key, value = (torch.randn(size, device=device).to(self.dtype) for _ in range(3))
-        proxies = (pool_agents(x, *self.grid[-2:], self.num_cells).to(self.dtype) for x in (key, value))
+        proxies = (cell_means(x, *self.grid[-2:], self.num_cells).to(self.dtype) for x in (key, value))
         return [query, key, value, *proxies]
 
 

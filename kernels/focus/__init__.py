@@ -1,7 +1,7 @@
 """What lies beyond a window, by cells: chosen ones token by token, the others by a proxy each."""
 
+from ..pieces.cells import sides_of_cells
 from .attention import cells_in_focus, focus_attention, focus_pairs
-from .cells import sides_of_cells
 from .choose import choose_impl
 from .rest_of_cells import log_rest
 

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid, sizes_of
 from ..pieces.results import sum_dtype, token_major
 from ..window.windows import Window, from_arguments, to_arguments
-from .cells import Grid, sizes_of
 from .choose import backward_blocks, blocks_for, choose_impl, kernels_divide
 from .plain import plain_backward, plain_forward
 

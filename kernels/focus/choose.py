@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid, cell_grid, sizes_of
 from ..window.choose import where, why_not_triton
-from .cells import Grid, cell_grid, sizes_of
 
 if TYPE_CHECKING:
     from .triton_focus import Blocks

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid
 from ..pieces.results import sum_dtype
 from ..window.partial import Keys, Partial, fastest_partial, merge
 from ..window.windows import Window
-from .cells import Grid
 from .chosen_cells import choose
 from .rest_of_cells import UNSEEN, new_log_rest
 from .tables import Plan, plan_of

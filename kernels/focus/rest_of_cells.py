@@ -2,8 +2,8 @@
 
     rest_ic = sum_j 1/m_j,   j in cell c, not in the window of i;   m_j the number of cells that hold token j
 
-Cells are those of cells.py, which overlap where a side does not divide. Over all cells, rest_i adds up to the
-number of tokens outside of the window. With a cell for each token, rest is 1 outside and 0 inside.
+Cells are those of kernels/pieces/cells.py, which overlap where a side does not divide. Over all cells, rest_i adds up
+to the number of tokens outside of the window. With a cell for each token, rest is 1 outside and 0 inside.
 
 Windows are counted along each axis: a box is a product of its axes, and of a circle every row is one. Some rows of the
 image are counted at a time, which takes several times the memory of their result.
@@ -18,9 +18,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid, cell_grid, cells_of_axis, sizes_of
 from ..window import Box, Circle
 from ..window.windows import Window, from_arguments, to_arguments
-from .cells import Grid, cell_grid, cells_of_axis, sizes_of
 
 # The logarithm of nothing, added to the logit of what a query does not see. Finite, also in float16: a block of keys of
 # which a query sees none gives weight 0, never NaN.

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid, cell_grid, cells_of_axis, sizes_of
 from ..window import Circle
 from ..window.windows import Window
-from .cells import Grid, cell_grid, cells_of_axis, sizes_of
 from .rest_of_cells import UNSEEN, rest_of_cells
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..pieces.cells import Grid, sizes_of
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..window.windows import Window
 from . import triton_kernels as kernels
-from .cells import Grid, sizes_of
 from .choose import EXACT
 from .chosen_cells import choose
 from .rest_of_cells import log_rest

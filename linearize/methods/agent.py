@@ -2,7 +2,7 @@
 
     x = softmax(second_scale Q A^T + B_2) softmax(scale A K^T + B_1) V + shortcut V + LocalConv(V)
 
-A are the image's queries, pooled over the grid (`kernels/agent/agent_tokens.py`); B_1 and B_2 are learned tables over
+A are the image's queries, pooled over the grid (`kernels/pieces/cell_means.py`); B_1 and B_2 are learned tables over
 the offset of a token from an agent, spread over any grid. second_scale = scale**second_scale_exponent. Text stays under
 softmax: `joint.py` says how a query is shared.
 
@@ -26,7 +26,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ...kernels.agent import agent_attention, implementations
-from ...kernels.agent.agent_tokens import agent_bias, pool_agents
+from ...kernels.agent.agent_bias import agent_bias
+from ...kernels.pieces.cell_means import cell_means
 from ..layout import Grid, Layout
 from .joint import joint_attention, joint_pairs
 from .local_terms import LocalConv, check_conv_size, check_switch
@@ -112,7 +113,7 @@ class AgentAttention(Method):
             query,
             key,
             value,
-            pool_agents(query, height, width, num_agents).to(query.dtype),
+            cell_means(query, height, width, num_agents).to(query.dtype),
             scale=scale,
             second_scale=scale**self.config.second_scale_exponent,
             shortcut=self.config.shortcut,

@@ -44,9 +44,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.agent.agent_tokens import pool_agents
 from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest, sides_of_cells
 from ...kernels.linear import attend_to_text, share_of_keys
+from ...kernels.pieces.cell_means import cell_means
 from ...kernels.pieces.text import split_text
 from ..layout import Grid, Layout
 from .agent import Agent, AgentAttention
@@ -241,7 +241,7 @@ class HybridAttention(Method):
                 share = share * of_far
             else:
                 rest = log_rest(image_value, layout.grid, self.local.window, num_cells)  # log of r_ic over n/C
-                cells = pool_agents(image_key, *layout.grid[-2:], num_cells).to(key.dtype)
+                cells = cell_means(image_key, *layout.grid[-2:], num_cells).to(key.dtype)
                 share = share * share_of_keys(image_query, cells, mass, bias=rest, scale=scale)[..., None]
                 far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
         joined = _mixed(near, far.to(near.dtype), share)

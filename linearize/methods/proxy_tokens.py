@@ -3,7 +3,7 @@
     x_i = sum_c softmax_c(scale q_i . k_c) (v_c + g (y_c - v_c)),   y_c = sum_d softmax_d(scale q_c . k_d) v_d
 
 q_c, k_c and v_c are the means of a cell of tokens, its proxy; c and d are any of the `num_proxies` cells, on the grid
-of `kernels/agent/agent_tokens.py`. First the proxies attend to each other, which gives y; then every token attends to
+of `kernels/pieces/cells.py`. First the proxies attend to each other, which gives y; then every token attends to
 the proxies. The number of cells is fixed, so cost is linear. Text stays under softmax: `joint.py` says how a query is
 shared.
 
@@ -24,7 +24,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...kernels.agent.agent_tokens import pool_agents
+from ...kernels.pieces.cell_means import cell_means
 from ..layout import Grid, Layout
 from .joint import joint_attention, joint_pairs
 from .local_terms import check_switch
@@ -79,7 +79,7 @@ class ProxyTokensAttention(Method):
     def proxies(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tensor]:
         """k_c and v_c + g (y_c - v_c) above, of the image's tokens; [B, H, n, D] -> [B, H, C, D] each."""
         proxy_query, proxy_key, proxy_value = (
-            pool_agents(tokens, *grid[-2:], self.config.num_proxies).to(tokens.dtype) for tokens in (query, key, value)
+            cell_means(tokens, *grid[-2:], self.config.num_proxies).to(tokens.dtype) for tokens in (query, key, value)
         )
         heard = scaled_dot_product_attention(proxy_query, proxy_key, proxy_value, scale=scale)
         gate = self.gate[:, None, None].to(proxy_value.dtype)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tolerance import assert_matches_reference
 from torch import Tensor
 
-from lineardit.kernels.agent import agent_attention, agent_attention_reference, agent_tokens
+from lineardit.kernels.agent import agent_attention, agent_attention_reference, agent_bias
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "agent_op_a.safetensors"
 
@@ -87,8 +87,8 @@ def test_agent_attention_refuses(name: str) -> None:
 
 def test_operators_of_the_bias_are_sound_forward_and_backward() -> None:
     table = torch.randn(2, 3, 3, requires_grad=True)
-    torch.library.opcheck(agent_tokens.agent_bias, (table, 30, 3, 5, 8))
-    torch.library.opcheck(agent_tokens._bias_backward, (torch.randn(2, 8, 30), table.detach(), 3, 5))
+    torch.library.opcheck(agent_bias.agent_bias, (table, 30, 3, 5, 8))
+    torch.library.opcheck(agent_bias._bias_backward, (torch.randn(2, 8, 30), table.detach(), 3, 5))
 
 
 def test_the_bias_and_its_gradient_are_float32_under_autocast() -> None:
@@ -96,7 +96,7 @@ def test_the_bias_and_its_gradient_are_float32_under_autocast() -> None:
     for autocast in (False, True):
         table = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            bias = agent_tokens.agent_bias(table, 30, 3, 5, 8)
+            bias = agent_bias.agent_bias(table, 30, 3, 5, 8)
             (grad,) = torch.autograd.grad(bias.square().sum(), table)
         results.append((bias, grad))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lineardit.kernels.focus.cells import cell_grid, cells_of_axis
 from lineardit.kernels.focus.rest_of_cells import UNSEEN, log_rest, new_log_rest, rest_of_cells
+from lineardit.kernels.pieces.cells import cell_grid, cells_of_axis
 from lineardit.kernels.window import Box, Circle
 from lineardit.kernels.window.reference import window_mask
 from lineardit.linearize.measures.live_bytes import LiveBytes

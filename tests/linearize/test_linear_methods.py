@@ -9,9 +9,10 @@ from torch.nn.functional import adaptive_avg_pool3d, conv2d, grid_sample
 from torch.utils.flop_counter import FlopCounterMode
 
 from lineardit.kernels.agent import agent_attention_reference
-from lineardit.kernels.agent.agent_tokens import agent_bias, pool_agents
-from lineardit.kernels.focus.cells import cell_grid
+from lineardit.kernels.agent.agent_bias import agent_bias
 from lineardit.kernels.linear import log_mass_reference, mala_attention_reference, rala_attention_reference
+from lineardit.kernels.pieces.cell_means import cell_means
+from lineardit.kernels.pieces.cells import cell_grid
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import METHODS, Agent, Mala, Rala
 from lineardit.linearize.methods.local_terms import conv_tokens
@@ -115,14 +116,14 @@ def test_cell_grid_has_cells_near_cubes(sides: tuple[int, ...], num_agents: int,
 
 
 @pytest.mark.parametrize(("grid", "num_agents"), [((3, 5), 4), ((2, 2), 9), ((4, 3, 5), 24), ((7, 1), 3)])
-def test_pool_agents_is_adaptive_pooling(grid: tuple[int, ...], num_agents: int) -> None:
+def test_cell_means_are_adaptive_pooling(grid: tuple[int, ...], num_agents: int) -> None:
     frames, height, width = (1, *grid)[-3:]
     tokens = torch.randn(2, 3, frames * height * width, 4, dtype=torch.float64, requires_grad=True)
-    pooled = pool_agents(tokens, height, width, num_agents)
+    pooled = cell_means(tokens, height, width, num_agents)
     picture = tokens.mT.reshape(6, 4, frames, height, width)
     expected = adaptive_avg_pool3d(picture, cell_grid(frames, height, width, num_agents))
     assert torch.allclose(pooled, expected.flatten(2).mT.unflatten(0, (2, 3)))
-    assert torch.autograd.gradcheck(lambda x: pool_agents(x, height, width, num_agents), tokens, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: cell_means(x, height, width, num_agents), tokens, fast_mode=True)
 
 
 def test_agent_bias_is_the_same_in_every_frame() -> None:
@@ -144,7 +145,7 @@ def test_conv_tokens_stays_within_each_frame() -> None:
 
 def test_grid_operators_are_sound() -> None:
     tokens = torch.randn(1, 2, 30, 4, requires_grad=True)
-    torch.library.opcheck(pool_agents, (tokens, 3, 5, 4))
+    torch.library.opcheck(cell_means, (tokens, 3, 5, 4))
     torch.library.opcheck(agent_bias, (torch.randn(2, 5, 5, requires_grad=True), 30, 3, 5, 4))
     torch.library.opcheck(conv_tokens, (tokens, torch.randn(8, 1, 3, 3, requires_grad=True), 3, 5))
 
