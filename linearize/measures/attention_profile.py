@@ -8,8 +8,9 @@ from typing import Any
 
 from ..adapters.base import read_json
 from ..folders import write_whole
-from ..methods import as_tuples, config_from_dict, config_to_dict
+from ..methods import config_from_dict, config_to_dict
 from ..methods.clear import Clear
+from ..methods.settings import as_tuples
 
 FORMAT = 2
 

@@ -22,6 +22,7 @@ from .proxy_tokens import ProxyTokens as ProxyTokens
 from .proxy_tokens import ProxyTokensAttention
 from .rala import Rala as Rala
 from .rala import RalaAttention
+from .settings import as_tuples
 from .sliding_tile import SlidingTile as SlidingTile
 from .windows import WindowAttention
 
@@ -60,11 +61,6 @@ def _plain(value: Any) -> Any:
     if type(value) in METHODS:
         return config_to_dict(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def as_tuples(value: Any) -> Any:
-    """Lists, as JSON has them, as tuples, at every depth."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Any:

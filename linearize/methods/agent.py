@@ -30,8 +30,9 @@ from ...kernels.agent.agent_bias import agent_bias
 from ...kernels.pieces.cell_means import cell_means
 from ..layout import Grid, Layout
 from .joint import joint_attention, joint_pairs
-from .local_terms import LocalConv, check_conv_size, check_switch
+from .local_terms import LocalConv
 from .method import Method
+from .settings import check_count, check_finite, check_switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +57,11 @@ class Agent:
     balance: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_agents, bool) or not isinstance(self.num_agents, int) or self.num_agents < 1:
-            raise ValueError(f"num_agents must be an integer >= 1, got {self.num_agents!r}")
-        check_conv_size(self.conv_size)
-        size = self.bias_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 3 or size % 2 == 0):
-            raise ValueError(f"bias_size must be an odd integer >= 3 or None, got {size!r}")
-        for name in ("second_scale_exponent", "shortcut"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
-                raise ValueError(f"{name} must be a finite number >= 0, got {number!r}")
+        check_count("num_agents", self.num_agents)
+        check_count("conv_size", self.conv_size, least=3, odd=True, optional=True)
+        check_count("bias_size", self.bias_size, least=3, odd=True, optional=True)
+        check_finite("second_scale_exponent", self.second_scale_exponent, least=0)
+        check_finite("shortcut", self.shortcut, least=0)
         check_switch("balance", self.balance)
 
 

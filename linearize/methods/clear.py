@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...kernels.window import Circle
 from ..layout import Grid, Layout, as_shape
 from .pooling import cell_side, count_cells, mean_pool, weighted_pool
+from .settings import check_count
 from .windows import WindowAttention
 
 
@@ -47,21 +48,14 @@ class Clear:
             raise ValueError(f"radius must be > 0 and finite, got {self.radius}")
         if self.pool_size is not None and self.pool_tokens is not None:
             raise ValueError(f"give pool_size or pool_tokens, not both, got {self.pool_size} and {self.pool_tokens}")
-        _check_count("pool_size", self.pool_size, least=2)
-        _check_count("pool_tokens", self.pool_tokens, least=1)
-        _check_count("frame_radius", self.frame_radius, least=1)
+        check_count("pool_size", self.pool_size, least=2, optional=True)
+        check_count("pool_tokens", self.pool_tokens, optional=True)
+        check_count("frame_radius", self.frame_radius, optional=True)
 
     @property
     def shape(self) -> Circle:
         """The window as kernels take it."""
         return Circle(radius=self.radius, frame_radius=self.frame_radius)
-
-
-def _check_count(name: str, value: object, *, least: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least} or None, got {value!r}")
 
 
 class ClearAttention(WindowAttention):

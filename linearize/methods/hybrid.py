@@ -56,6 +56,7 @@ from .method import Method
 from .neighborhood import Neighborhood
 from .proxy_tokens import ProxyTokens, ProxyTokensAttention
 from .rala import Rala, RalaAttention
+from .settings import check_count, check_finite
 from .sliding_tile import SlidingTile
 from .windows import WindowAttention
 
@@ -106,13 +107,10 @@ class Hybrid:
             raise ValueError(f"global must have no balance of its own, there is the hybrid's gate, got {self.global_}")
         if self.join not in JOINS:
             raise ValueError(f"join must be one of {', '.join(JOINS)}, got {self.join!r}")
-        if isinstance(self.gate, bool) or not isinstance(self.gate, int | float) or not math.isfinite(self.gate):
-            raise ValueError(f"gate must be a finite number, got {self.gate!r}")
-        if self.mass_cells is not None and not (type(self.mass_cells) is int and self.mass_cells >= 1):
-            raise ValueError(f"mass_cells must be an integer >= 1 or None, got {self.mass_cells!r}")
-        for name, least in (("focus_tokens", 0), ("focus_side", 1)):
-            if not (type(count := getattr(self, name)) is int and count >= least):
-                raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
+        check_finite("gate", self.gate)
+        check_count("mass_cells", self.mass_cells, optional=True)
+        check_count("focus_tokens", self.focus_tokens, least=0)
+        check_count("focus_side", self.focus_side)
         if self.focus_tokens > 0 and not self.is_one_softmax:
             raise ValueError(
                 "focus_tokens must be 0 unless join is 'mass', global ProxyTokens, and mass_cells None or its number, "

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ...kernels.linear import implementations
 from ..layout import Grid, Layout
 from .joint import joint_attention, joint_pairs
-from .local_terms import LocalConv, ValueGate, check_conv_size, check_switch
+from .local_terms import LocalConv, ValueGate
 from .method import Method
+from .settings import check_count, check_switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class LinearImage:
     balance: bool = False
 
     def __post_init__(self) -> None:
-        check_conv_size(self.conv_size)
+        check_count("conv_size", self.conv_size, least=3, odd=True, optional=True)
         check_switch("gate", self.gate)
         check_switch("balance", self.balance)
 

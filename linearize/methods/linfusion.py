@@ -20,6 +20,7 @@ from torch.nn.functional import elu
 from ..errors import LayoutError
 from ..layout import Grid, Layout
 from .method import Method
+from .settings import check_count
 
 EPSILON = 1e-4
 
@@ -35,9 +36,7 @@ class LinFusion:
     projection_channels: int | None = None
 
     def __post_init__(self) -> None:
-        channels = self.projection_channels
-        if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 0):
-            raise ValueError(f"projection_channels must be an integer >= 0 or None, got {channels!r}")
+        check_count("projection_channels", self.projection_channels, least=0, optional=True)
 
 
 class InputTerm(nn.Sequential):

@@ -15,20 +15,6 @@ from torch import Tensor, nn
 from ..layout import Grid
 
 
-def check_conv_size(conv_size: object) -> None:
-    """Raise a ValueError where this is no side of a square around a token."""
-    if conv_size is None:
-        return
-    if isinstance(conv_size, bool) or not isinstance(conv_size, int) or conv_size < 3 or conv_size % 2 == 0:
-        raise ValueError(f"conv_size must be an odd integer >= 3 or None, got {conv_size!r}")
-
-
-def check_switch(name: str, value: object) -> None:
-    """Raise a ValueError where a switch is neither on nor off."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-
-
 class LocalConv(nn.Module):
     """Depth-wise convolution of values on the grid; `weight` [H * D, 1, k, k]."""
 

@@ -12,7 +12,8 @@ module is `WindowAttention` (windows.py).
 from dataclasses import dataclass
 
 from ...kernels.window import Box
-from .windows import Pair, both_axes, tuples
+from .settings import as_tuples
+from .windows import Pair, both_axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Neighborhood:
     frame_radius: int | None = None
 
     def __post_init__(self) -> None:
-        tuples(self, ("window", "dilation"))
+        for name in ("window", "dilation"):  # lists too, as JSON has them
+            object.__setattr__(self, name, as_tuples(getattr(self, name)))
         _ = self.shape  # refuses what is no box
 
     @property

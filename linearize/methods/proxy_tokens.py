@@ -27,8 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...kernels.pieces.cell_means import cell_means
 from ..layout import Grid, Layout
 from .joint import joint_attention, joint_pairs
-from .local_terms import check_switch
 from .method import Method
+from .settings import check_count, check_switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,7 @@ class ProxyTokens:
     balance: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_proxies, bool) or not isinstance(self.num_proxies, int) or self.num_proxies < 1:
-            raise ValueError(f"num_proxies must be an integer >= 1, got {self.num_proxies!r}")
+        check_count("num_proxies", self.num_proxies)
         check_switch("balance", self.balance)
 
 

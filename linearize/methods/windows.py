@@ -3,7 +3,6 @@
 B batch, H heads, N tokens (text_len + frames * height * width), n of them of the image, D head dimension.
 """
 
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -112,15 +111,8 @@ class WindowAttention(Method):
         )
 
 
-def tuples(config: Any, names: Iterable[str]) -> None:
-    """Lists become tuples in these fields of a frozen config."""
-    for name in names:
-        if isinstance(value := getattr(config, name), list):
-            object.__setattr__(config, name, tuple(value))
-
-
 def both_axes(name: str, value: Pair) -> tuple[int, int]:
-    """(along the height, along the width).
+    """A setting for both axes as two numbers, (along the height, along the width).
 
     Raises:
         ValueError: neither an integer >= 1 nor two of them.
