@@ -14,8 +14,8 @@ from ...kernels.window import (
     windowed_attention,
     windowed_attention_and_lse,
 )
+from ..errors import LayoutError
 from ..layout import Grid, Layout
-from .frames import pairs_of_frames, with_frames
 from .method import Method
 
 Pair = int | tuple[int, int]  # one number for both axes, or (along the height, along the width)
@@ -52,9 +52,9 @@ class WindowAttention(Method):
     def pairs(config: Any, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """Pairs of query and key in one call: window and text for the image, everything for the text."""
         frame_radius = config.shape.frame_radius
-        frames, height, width = with_frames(frame_radius, grid)
+        frames, height, width = _with_frames(frame_radius, grid)
         image_len = frames * height * width
-        window = config.shape.num_pairs(height, width) * pairs_of_frames(frame_radius, frames)
+        window = config.shape.num_pairs(height, width) * _pairs_of_frames(frame_radius, frames)
         return window + image_len * text_len + text_len * (text_len + image_len)
 
     def observe(self, grid: Grid) -> None:
@@ -63,11 +63,11 @@ class WindowAttention(Method):
         Raises:
             LayoutError: frame_radius in a model of single pictures.
         """
-        with_frames(self.window.frame_radius, grid)
+        _with_frames(self.window.frame_radius, grid)
 
     def covers(self, layout: Layout) -> bool:
         """Whether this is softmax attention over everything, as the model had it."""
-        frames, height, width = with_frames(self.window.frame_radius, layout.grid)
+        frames, height, width = _with_frames(self.window.frame_radius, layout.grid)
         sees_frames = self.window.frame_radius is None or frames <= self.window.frame_radius
         return self.window.covers(height, width) and sees_frames
 
@@ -109,6 +109,26 @@ class WindowAttention(Method):
             scale=scale,
             impl=self.impl,
         )
+
+
+def _with_frames(frame_radius: int | None, grid: Grid) -> Grid:
+    """A grid as (frames, height, width), of a picture one frame.
+
+    Raises:
+        LayoutError: a frame_radius in a model of single pictures.
+    """
+    if frame_radius is not None and len(grid) == 2:
+        raise LayoutError(
+            f"frame_radius={frame_radius} is for models of several frames, got a grid of {tuple(grid)}: "
+            "leave frame_radius out"
+        )
+    return (1, *grid)[-3:]
+
+
+def _pairs_of_frames(frame_radius: int | None, frames: int) -> int:
+    """Pairs of a frame and one that it sees: |frame_i - frame_j| < frame_radius."""
+    reach = min(frame_radius or frames, frames) - 1
+    return frames * (2 * reach + 1) - reach * (reach + 1)
 
 
 def both_axes(name: str, value: Pair) -> tuple[int, int]:
