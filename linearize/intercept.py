@@ -119,15 +119,16 @@ class _Intercept(TorchFunctionMode):
             func = torch.unflatten
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        if not _is_of_the_image(self.attention, *_query_and_key(*args, **kwargs)):
+        query, key = _query_and_key(*args, **kwargs)
+        if not _is_of_the_image(self.attention, query, key):
             # cross-attention, or an image prompt beside the text
-            _refuse_dense(self.attention, *_query_and_key(*args, **kwargs))
+            _refuse_dense(self.attention, query, key)
             return func(*args, **kwargs)
         self.hits += 1
         if any(type(mode).__name__ == _SKIPS_SCORES for mode in _get_current_function_mode_stack()):
             # the layers that guidance perturbs (LayerSkipConfig): the values are the answer, and no score is computed
             return func(*args, **kwargs)
-        _check_heads(self.attention, _query_and_key(*args, **kwargs)[0])
+        _check_heads(self.attention, query)
         return _attend(self.attention, *args, **kwargs)
 
 
@@ -141,8 +142,10 @@ def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> 
     if site.state.family.text_queries:
         return query.shape[2] == key.shape[2]
     image = Layout(site.grid, 0, site.state.family.text_first).num_image_tokens
-    if query.shape[2] != image or torch.compiler.is_compiling():
-        return query.shape[2] == image <= key.shape[2]
+    if query.shape[2] != image:
+        return False
+    if torch.compiler.is_compiling():  # text_lens are numbers, of which a trace would be made for each
+        return key.shape[2] >= image
     return key.shape[2] - image in (site.text_lens or (0,))  # a reference may have as many tokens, and sees fewer
 
 
@@ -212,11 +215,8 @@ def _attend(
         query, key, value = (join_shares(x, sizes, dim=2) for x in (query, key, value))
         if attn_mask is not None and attn_mask.shape[-1] == query.shape[2]:
             attn_mask = join_shares(attn_mask, sizes, dim=-1)
-    order = site.order
-    if order is not None and order.shape[1] != query.shape[2]:
-        order = None  # a call of the image alone
+    order = _order_of(site, query)
     if order is not None:
-        order = order.to(query.device)
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
         attn_mask = None if attn_mask is None else reorder(attn_mask, order, dim=-1)
         layout = replace(layout, text_first=False)
@@ -228,6 +228,13 @@ def _attend(
     if no_queries > 0:
         out = out[:, :, no_queries:] if layout.text_first else out[:, :, :-no_queries]
     return share_out(out, sizes, dim=2) if sizes else out
+
+
+def _order_of(site: Site, query: Tensor) -> Tensor | None:
+    """The order [B or 1, N] that brings the image before all others; None where it stands as the family has it."""
+    if site.order is None or site.order.shape[1] != query.shape[2]:  # a call of the image alone
+        return None
+    return site.order.to(query.device)
 
 
 def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
@@ -247,7 +254,10 @@ def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
 
 
 def _share_sizes(attention: LinearAttention, layout: Layout) -> list[int]:
-    """Sizes of the shares in which context parallelism hands the tokens over; empty where they are in order."""
+    """Sizes of the shares that context parallelism hands the tokens over in (`parallel.share_sizes`).
+
+    Empty without context parallelism, and of the image alone: then the tokens are in order.
+    """
     degree = ulysses_degree(getattr(attention, "processor", None))
     if degree == 1 or layout.text_len == 0:
         return []
