@@ -23,6 +23,8 @@ from .seam import Site, State, install, state_of
 
 logger = logging.getLogger(__name__)
 
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine")
+
 
 def linearize_(
     pipe_or_model: Any,
@@ -53,8 +55,7 @@ def linearize_(
     warn_untested()
     patterns = dict(config) if isinstance(config, Mapping) else {"*": config}
     for one in patterns.values():
-        config_to_dict(one)
-        check_impl(impl, type(one))
+        config_to_dict(one)  # raises for what is no config
     candidates, skipped = attention_modules(model, family)
     small = levels_below(model, family, list(candidates), min_tokens)
     skipped |= small
@@ -194,7 +195,13 @@ def _kernel(attention: Any, config: Any, impl: str) -> Any:
 
 @torch.inference_mode(False)
 def swap_(model: nn.Module, state: State, modules: Mapping[str, nn.Module], kernels: Mapping[str, Any]) -> None:
-    """Hooks, kernels and classes, for modules that were all found fit; kernels are as `Method` has them."""
+    """Give attention modules their kernels and class, and the model its hooks.
+
+    Args:
+        state: New, for this model alone.
+        modules: Attention modules by name, which `check_convertible` has found fit.
+        kernels: By the same names: a `Method` each.
+    """
     seen_at = state.family.seen_at
     sites: dict[nn.Module, Site] = {}
     for name, module in modules.items():
@@ -253,8 +260,7 @@ def _remove_seam(model: nn.Module) -> State | None:
 
 def _refuse_sharded(model: nn.Module, action: str) -> None:
     """Kernel weights made after sharding would differ between ranks, silently."""
-    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine")
-    sharded = [type(model).__name__ for name in wrappers if type(model).__name__ == name]
+    sharded = [type(model).__name__] if type(model).__name__ in _WRAPPERS else []
     sharded += [f"{name or 'the model'} (FSDP)" for name, part in model.named_modules() if _is_fsdp(part)]
     sharded += [name for name, weight in model.named_parameters() if hasattr(weight, "ds_id") or _is_dtensor(weight)]
     if sharded:
