@@ -40,7 +40,7 @@ class LowRankTerm(nn.Module):
 
 
 def _moved(tensor: Tensor, converted: Tensor) -> Tensor:
-    """`converted`, but in the dtype of `tensor` where its own is too coarse to compute in."""
+    """`converted`, but in the dtype of `tensor` where its own has 8 bits, too few to compute in."""
     return converted if converted.itemsize > 1 else tensor.to(converted.device)
 
 
@@ -135,12 +135,7 @@ class LowRank:
             }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The factors under peft's names."""
-        found = {}
-        for name, term in self.terms().items():
-            found[f"{name}.lora_A.weight"] = term.down.detach()
-            found[f"{name}.lora_B.weight"] = term.up.detach()
-        return found
+        return _by_pefts_names({name: (term.down.detach(), term.up.detach()) for name, term in self.terms().items()})
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
@@ -169,12 +164,16 @@ class FusedLowRank:
         return [f"{name}.weight" for name in self.factors]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The factors under peft's names."""
-        downs = {f"{name}.lora_A.weight": down for name, (down, _) in self.factors.items()}
-        return downs | {f"{name}.lora_B.weight": up for name, (_, up) in self.factors.items()}
+        return _by_pefts_names(self.factors)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
+
+
+def _by_pefts_names(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """LoRA factors as adapters name them, and peft does: A is down, B is up."""
+    downs = {f"{name}.lora_A.weight": down for name, (down, _) in factors.items()}
+    return downs | {f"{name}.lora_B.weight": up for name, (_, up) in factors.items()}
 
 
 def merged_weight(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> Tensor:
