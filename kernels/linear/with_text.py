@@ -3,8 +3,9 @@
     out_i = (sum_t exp(scale q_i . k_t) v_t + exp(m_i) x_i) / (sum_t exp(scale q_i . k_t) + exp(m_i))
 
 The one more stands for a set of keys that have been attended to elsewhere: x_i is what query i gets from them, m_i the
-logarithm of their mass. It has one more coordinate than the other keys: its logit is what the query has there, m_i, and
-the share it gets comes back in one more of the value.
+logarithm of their mass. Beside text, these are the image's keys; in a hybrid, whose T keys are proxies, those of text
+and window. It has one more coordinate than the other keys: its logit is what the query has there, m_i, and the share it
+gets comes back in one more of the value.
 
 B batch, H heads, N queries, T keys, D head dimension.
 """

@@ -250,16 +250,22 @@ class HybridAttention(Method):
     def _one_softmax(
         self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, mass: Tensor, grid: Grid, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """What is mixed into `near`, which text and window gave with the log of their mass: [B, H, n, D] and its share,
-        [B, H, n, 1] or a scalar.
+        """What all that lies beyond the window gives, and its share s_i: `forward` mixes it into `near` by g s_i.
 
-        With tokens in focus, all beyond the window and s_i; without, the two joined already, (1 - s_i) L_i + s_i G_i,
-        and 1.
+        Without tokens in focus one call gives (1 - s_i) L_i + s_i G_i already, and with it 1 for the share.
+
+        Args:
+            query, key, value: [B, H, n, D], the image's tokens.
+            near: [B, H, n, D], L: what text and window give.
+            mass: [B, H, n], the logarithm of their part of the denominator, counted in n/C tokens.
+        Returns:
+            [B, H, n, D], and [B, H, n, 1] or a scalar.
         """
         proxies = self.global_.proxies(query, key, value, grid, scale)
         config, window = self.config, self.local.window
         if cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
             rest = log_rest(value, grid, window, config.num_cells)
+            # its "text" are the proxies, its one more key is L
             return attend_to_text(query, near, mass, *proxies, bias=rest, scale=scale), mass.new_ones(())
         far, far_mass = focus_attention(
             *(query, key, value, *proxies),
