@@ -1,6 +1,6 @@
 """Where the image tokens are in one attention call, and which text tokens may be attended to.
 
-B batch, H heads, N tokens (text_len + height * width).
+B batch, H heads, N tokens (text_len + frames * height * width, of a picture one frame), D head dimension.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Layout:
 
     Attributes:
         grid: Size of the image in tokens; symbolic integers under `torch.compile`.
-        text_len: Every token that is not of the image.
+        text_len: Number of tokens that are not of the image: text, registers, padding, references.
         text_first: The text stands before the image.
         text_mask: [B, text_len] bool, True = attend; None: attend to all of it.
     """

@@ -24,12 +24,12 @@ class Overlay(Protocol):
     def reversible(self) -> bool: ...  # the base can come back: its weights were kept
 
     def check_reversible(self) -> None: ...  # ValueError where `off` and `remove` cannot give the base back
-    def off(self) -> None: ...
-    def on(self) -> None: ...
-    def remove(self) -> None: ...
+    def off(self) -> None: ...  # the base's own weights act
+    def on(self) -> None: ...  # the trained ones again
+    def remove(self) -> None: ...  # the base's own weights for good
     def changed(self) -> list[str]: ...  # the base's parameters that hold other numbers while it is on
-    def tensors(self) -> dict[str, Tensor]: ...
-    def describe(self) -> dict[str, Any]: ...
+    def tensors(self) -> dict[str, Tensor]: ...  # what an adapter's file holds of it, by name
+    def describe(self) -> dict[str, Any]: ...  # the fields of a `Trained` (manifest.py)
 
 
 class Overlays:
@@ -39,7 +39,7 @@ class Overlays:
         self.items: list[Overlay] = []
 
     def suspend(self) -> None:
-        """The base's own weights act, bit for bit, until `resume`.
+        """Let the base's own weights act, bit for bit, until `resume`.
 
         Raises:
             ValueError: The originals were not kept; nothing has been changed.
@@ -49,12 +49,12 @@ class Overlays:
             overlay.off()
 
     def resume(self) -> None:
-        """Undoes `suspend`."""
+        """Undo `suspend`."""
         for overlay in self.items:
             overlay.on()
 
     def remove(self) -> None:
-        """Puts the base's own weights back for good.
+        """Put the base's own weights back for good.
 
         Raises:
             ValueError: The originals were not kept; nothing has been changed.

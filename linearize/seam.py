@@ -109,9 +109,11 @@ class Site:
     """Where a grid is published: the model, or one level of a UNet, with the kernels that read it.
 
     Attributes:
-        text_lens: What `Sight` says of the running forward, as the two below.
-        text_mask: [B, text_len] bool, or None.
-        order: [B or 1, N], which token comes when the image's come first; None: they stand as the family says.
+        kernels: Of the attention modules at this site.
+        text_lens: As in the `Sight` of the running forward.
+        text_mask: As there, [B, text_len] bool or None.
+        order: [B or 1, N], the order of tokens that brings the image before all others; None: the image stands as the
+            family has it.
     """
 
     def __init__(self, state: State) -> None:
