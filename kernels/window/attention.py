@@ -218,8 +218,9 @@ def _validate(
     if text_len < 0:
         raise ValueError(f"text_len must be >= 0, got {text_len}")
     if text_len + math.prod(grid) != num_tokens:
+        named = " * ".join(("frames", "height", "width")[-len(grid) :])
         sizes = " * ".join(str(size) for size in grid)
-        raise ValueError(f"text_len + height * width must equal N, got {text_len} + {sizes} != {num_tokens}")
+        raise ValueError(f"text_len + {named} must equal N, got {text_len} + {sizes} != {num_tokens}")
     if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != (batch, text_len)):
         got = f"{text_mask.dtype} {tuple(text_mask.shape)}"
         raise ValueError(f"text_mask must be bool [B, text_len] = ({batch}, {text_len}), got {got}")

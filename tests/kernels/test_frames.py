@@ -209,6 +209,7 @@ def test_window_mask_op_with_frames_passes_opcheck() -> None:
         ((2, 1, 4), 0, "frame_radius must be an integer >= 1 or None, got 0"),
         ((2, 1, 4), 1.0, "frame_radius must be an integer >= 1 or None, got 1.0"),
         ((2, 1, 4), True, "frame_radius must be an integer >= 1 or None, got True"),
+        ((2, 1, 5), 1, r"text_len \+ frames \* height \* width must equal N, got 0 \+ 2 \* 1 \* 5 != 8"),
         ((2, 4), 1, r"frame_radius=1 needs grid = \(frames, height, width\), got \(2, 4\)"),
     ],
 )
