@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXACT = 2**31  # a dividend times its divisor is less where the kernels multiply in place of dividing
+# The kernels divide by multiplying with an inverse, which is exact where dividend * divisor is less than this.
+EXACT = 2**31
 
 
 def choose_impl(query: Tensor, side: int, impl: str) -> str:
@@ -62,8 +63,9 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int)
 
 @lru_cache
 def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> "Blocks | None":
-    """Of the kernels of the backward, which the first call on a device tries; None, with a warning, if plain PyTorch
-    has to do it.
+    """The blocks that the backward's kernels take on a device, found when the first gradient is wanted there.
+
+    None, with a warning, where none can run: plain PyTorch computes the gradients.
     """
     from ..pieces.trial import found_or_told
     from .triton_probe import backward_blocks_for
@@ -74,8 +76,10 @@ def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, sid
 
 @lru_cache
 def kernels_divide(grid: Grid, num_cells: int, count: int) -> bool:
-    """Whether the kernels find rows and columns of this grid, and tokens of `count` cells; else, with a warning, plain
-    PyTorch has to do it.
+    """Whether numbers stay small enough for the kernels, which multiply where they would divide (`EXACT`).
+
+    They find rows and columns of the grid so, and the tokens of `count` cells. Where they cannot, with a warning, plain
+    PyTorch computes the call.
     """
     _, height, width = sizes = sizes_of(grid)
     cell_len = math.prod(-(-size // along) + 1 for size, along in zip(sizes, cell_grid(*sizes, num_cells), strict=True))
@@ -86,7 +90,7 @@ def kernels_divide(grid: Grid, num_cells: int, count: int) -> bool:
 
 
 def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> "Blocks":
-    """Of the forward kernel on this device.
+    """The blocks that the forward kernel takes on a device.
 
     Raises:
         RuntimeError: none fit, or the kernel is wrong there.

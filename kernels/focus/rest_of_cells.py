@@ -67,7 +67,7 @@ def _(like, grid, radius, num_cells, *_):  # type: ignore[no-untyped-def]
 
 
 def new_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`log_rest`, not kept."""
+    """`log_rest` computed anew, in this dtype and on this device."""
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # serves training as well
         log = torch.empty(*sizes_of(grid), num_cells, dtype=dtype, device=device)
         for rows, rest in _by_rows(grid, window, num_cells, device):
@@ -87,7 +87,7 @@ def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.devi
 
 
 def _by_rows(grid: Grid, window: Window, num_cells: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """The same for some rows at a time, [frames, rows, width, C], to be overwritten."""
+    """`rest_of_cells` for some rows of the image at a time: (the rows, [frames, rows, width, C]), to be overwritten."""
     frames, height, width = sizes = sizes_of(grid)
     holds = [  # [places of an axis, cells along it], along frames, height and width
         _holds(size, count, device) for size, count in zip(sizes, cell_grid(*sizes, num_cells), strict=True)
@@ -127,7 +127,7 @@ def _near_box(window: Box, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
 
 
 def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The same: a sum over the rows of the circle, each a stretch of columns."""
+    """The same factors of a circle, a sum over its rows: each row s is a stretch of columns."""
     place = torch.arange(len(columns), device=columns.device)
     distance = (place[:, None] - place).abs()
     reach = min(math.ceil(window.radius) - 1, len(rows) - 1)

@@ -77,7 +77,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
 
 
 def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tensor, Tensor]:
-    """`cells` and `shares`."""
+    """`Plan.cells` [C, L] and `Plan.shares` [C, L], the latter without their n/C: -log m."""
     counts = cell_grid(*sizes, num_cells)
     axes = [cells_of_axis(size, count) for size, count in zip(sizes, counts, strict=True)]
     holders = [torch.zeros(size, dtype=torch.float64) for size in sizes]  # cells of an axis that hold a place
@@ -99,7 +99,7 @@ def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tenso
 
 
 def _places_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor:
-    """`places`; `tokens` are those of the cells in order, `exists` [C, L] where they stand."""
+    """`Plan.places`; `tokens` are those of the cells in order, `exists` [C, L] where they stand."""
     order = tokens.argsort(stable=True)
     flat = exists.flatten().nonzero().squeeze(1)[order]
     counts = tokens.bincount(minlength=num_tokens)
@@ -110,7 +110,7 @@ def _places_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor
 
 
 def _distances(window: Window, sizes: tuple[int, int, int]) -> tuple[list[Tensor], int]:
-    """`distances` and `limit`: squares for a circle; for a box, and for frames, 0 near and the limit elsewhere."""
+    """`Plan.distances` and `limit`: squares for a circle; for a box, and for frames, 0 near and the limit elsewhere."""
     steps = [(place[:, None] - place).abs() for place in map(torch.arange, sizes)]
     if isinstance(window, Circle):
         limit = min(math.ceil(window.radius**2), 2**30)

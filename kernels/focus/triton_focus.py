@@ -50,17 +50,17 @@ def fits(side: int, head_dim: int) -> bool:
 
 
 def warps_of_queries(side: int) -> int:
-    """Of a program that owns a tile: with 4 for 64 queries, the forward spills 0.9 KB a thread."""
+    """Warps of a program that owns a tile: with 4 for 64 queries, the forward spills 0.9 KB a thread."""
     return 4 if queries_of_a_program(side) < 64 else 8
 
 
 def warps_of_keys(keys: int) -> int:
-    """Of a program that owns so many keys, and their two gradients."""
+    """Warps of a program that owns so many keys, and their two gradients."""
     return 8 if keys == 64 else 4
 
 
 def candidates(side: int, dtype: torch.dtype) -> list[Blocks]:
-    """For tiles of side * side queries, the largest first."""
+    """Blocks to try for tiles of side * side queries, the largest first."""
     return [
         Blocks(keys=keys, num_warps=warps_of_queries(side), num_stages=num_stages)
         for keys, num_stages in ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1))
@@ -69,7 +69,10 @@ def candidates(side: int, dtype: torch.dtype) -> list[Blocks]:
 
 
 def backward_candidates(head_dim: int, dtype: torch.dtype) -> list[Blocks]:
-    """Of the backward, the largest first; its programs of keys hold two sums. Those of queries have their own warps."""
+    """Blocks to try for the backward, the largest first: of its programs of keys, each of which holds two sums.
+
+    Its programs of queries have the warps of `warps_of_queries`.
+    """
     most = MAX_FLOAT_SUMS if dtype == torch.float32 else MAX_SUMS
     widest = max(16, most // (2 * block_d(head_dim)))
     return [
@@ -248,7 +251,7 @@ def triton_backward(
 
 
 def _cell_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, blocks: Blocks) -> list[Tensor]:
-    """Of key and value: for each cell over the tiles that chose it, then summed over cells where they overlap."""
+    """Gradients of key and value: of each cell over the tiles that chose it, then summed where cells overlap."""
     query, key, value = call.inputs[:3]
     batch, num_heads, _, count = call.chosen.shape
     cell_len = call.tables.cells.shape[1]
@@ -286,7 +289,7 @@ def _of_tokens(of_cells: Tensor, places: Tensor) -> Tensor:
 
 
 def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, blocks: Blocks) -> list[Tensor]:
-    """Of proxy_key and proxy_value, float32: partial sums over parts of the queries, then their sum."""
+    """Gradients of proxy_key and proxy_value, float32: partial sums over parts of the queries, then their sum."""
     query, _, _, proxy_key, proxy_value = call.inputs
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     num_blocks = triton.cdiv(num_cells, blocks.keys)

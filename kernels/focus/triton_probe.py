@@ -18,7 +18,7 @@ NUM_SMALL_CELLS = 220  # of 3 x 2, which do not overlap: the backward has other 
 
 @lru_cache
 def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
-    """Of the forward, for tiles of side * side queries.
+    """The blocks that the forward takes, for tiles of side * side queries.
 
     Raises:
         RuntimeError: none fit, or the kernel is wrong there.
@@ -31,21 +31,21 @@ def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: in
 
 
 def try_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
-    """The trial itself; raises as `blocks_for` does."""
+    """The largest blocks with which the forward runs and is right; raises as `blocks_for` does."""
     with torch.autocast(device.type, enabled=False):  # the first call may come from inside of one
         return first_that_fits(candidates(side, dtype), _Trial(device, dtype, head_dim, side).forward_error)
 
 
 @lru_cache
 def backward_blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
-    """Of the backward, where `blocks_for` has found some of the forward; raises as that does."""
+    """The blocks that the backward takes, where `blocks_for` has found some for the forward; raises as that does."""
     if device.type == "cpu":
         return backward_candidates(head_dim, torch.float16)[0]
     return try_backward_blocks(device, dtype, head_dim, side)
 
 
 def try_backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
-    """The trial itself."""
+    """The same of the backward."""
     with torch.autocast(device.type, enabled=False):
         trials = [_Trial(device, dtype, head_dim, side, cells) for cells in (NUM_CELLS, NUM_SMALL_CELLS)]
         return first_that_fits(

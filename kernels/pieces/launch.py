@@ -14,8 +14,10 @@ def block_d(head_dim: int) -> int:
 
 
 def max_stages(dtype: torch.dtype) -> int:
-    """Of loads: products of float32 take no tensor cores, and hold their operands in registers; with loads ahead they
-    spill, compiled for 9.0, 5 to 13 KB a thread, and take up to half a minute each to compile.
+    """The most stages that loads may have, as Triton counts them: 1 loads nothing ahead.
+
+    Products of float32 take no tensor cores and hold their operands in registers: with loads ahead they spill (compiled
+    for 9.0, 5 to 13 KB a thread), and take up to half a minute each to compile.
     """
     return 1 if dtype == torch.float32 else 3
 

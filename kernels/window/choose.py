@@ -98,8 +98,9 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 @lru_cache
 def backward_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> "Tiles | None":
-    """Of the kernels of the backward, which the first gradient on a device tries; None, with a warning, if plain
-    PyTorch has to do it.
+    """The tiles that the backward's kernels take on a device, found when the first gradient is wanted there.
+
+    None, with a warning, where none can run: plain PyTorch computes the gradients.
     """
     from ..pieces.trial import found_or_told
     from .triton_probe import backward_tiles_for
@@ -109,5 +110,5 @@ def backward_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> "
 
 
 def where(device: torch.device) -> str:
-    """In words."""
+    """Where kernels would run, in the words of warnings."""
     return "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"

@@ -29,7 +29,7 @@ RACE_GRID, RACE_WINDOW, RACE_SHARED, RACE_HEADS = (64, 64), Circle(radius=16.0),
 
 @lru_cache
 def forward_tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """Of the forward.
+    """The tiles that the forward takes.
 
     Raises:
         RuntimeError: no tiles fit, or the kernel is wrong there.
@@ -39,7 +39,7 @@ def forward_tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -
 
 @lru_cache
 def backward_tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """Of the backward's three kernels together; raises as `forward_tiles_for` does."""
+    """The tiles that the backward's three kernels take together; raises as `forward_tiles_for` does."""
     return _tiles_for(device, dtype, head_dim, BACKWARD_TILES, _Trial.backward_error, _Race.backward_seconds)
 
 

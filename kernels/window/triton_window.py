@@ -59,7 +59,7 @@ SUMS_OF_A_THREAD, FLOAT_SUMS_OF_A_THREAD = 64, 32
 
 
 def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int, dtype: torch.dtype) -> list[Tiles]:
-    """Those whose sums stay in registers, the largest first; the smallest, where none does."""
+    """The tiles to try: those whose sums stay in registers, the largest first; the smallest, where none does."""
     most = FLOAT_SUMS_OF_A_THREAD if dtype == torch.float32 else SUMS_OF_A_THREAD
     return [
         one
@@ -87,7 +87,7 @@ class TiledWindow:
 def _window(
     grid: tuple[int, ...], window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
-    """For programs that own queries and read keys."""
+    """A window cut for programs that own queries and read keys."""
     owned, lists = _shorter(owned, lambda tile: window_lists(grid, window, query_tile=tile, key_tile=read))
     listed = lists.key_tokens[:, 0][lists.key_tiles]
     lengths = lists.counts, lists.inside
@@ -98,7 +98,7 @@ def _window(
 def _window_of_keys(
     grid: tuple[int, ...], window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
-    """For programs that own keys and read the queries that see them."""
+    """A window cut for programs that own keys and read the queries that see them."""
     owned, lists = _shorter(owned, lambda tile: window_lists(grid, window, query_tile=read, key_tile=tile))
     by_key = swapped(lists)
     listed = lists.query_tokens[:, 0][by_key.query_tiles]
@@ -169,7 +169,7 @@ def _shared_words(mask: Tensor, block: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _words_of_all(batch: int, num_shared: int, block: int, device: torch.device) -> Tensor:
-    """Of shared keys without a mask: the same in every layer and step."""
+    """`_shared_words` of keys without a mask, which are the same in every layer and step."""
     return _shared_words(torch.ones(batch, num_shared, dtype=torch.bool, device=device), block)
 
 

@@ -148,7 +148,7 @@ class Box:
         return size <= self.window[axis] * self.cell[axis] and (self.dilation[axis] == 1 or size == 1)
 
     def reach(self, axis: int, size: int) -> float:
-        """As a circle's, of every query away from the border: 0 where dilation leaves out neighbours."""
+        """As `Circle.reach`, for every query away from the border: 0 where dilation leaves out neighbours."""
         if self._covers_axis(axis, size):
             return math.inf
         return self.cell[axis] * (self.window[axis] // 2) if self.dilation[axis] == 1 else 0
