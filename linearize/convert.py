@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from .advice import warn_of_others, warn_untested
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, nearest
 from .families import Family, family_of
 from .input_terms import InputTerms, check_inputs
 from .intercept import LinearAttention, change_class, check_forward, linear_class
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
-from .methods import METHODS, config_to_dict, nearest
+from .methods import METHODS, config_to_dict
 from .networks import denoiser, networks
 from .overlays import refuse_fused
 from .record import forget_, record_

@@ -1,4 +1,7 @@
-"""What conversion raises beside plain ValueErrors, and what others raise that is no fault of the input."""
+"""What conversion raises beside plain ValueErrors, what is no fault of the input, and "did you mean" in messages."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UnsupportedModelError(ValueError):
@@ -30,3 +33,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         if error.__cause__ is None:
             return False
         error = error.__cause__
+
+
+def nearest(name: object, names: Iterable[object]) -> str:
+    """ " (did you mean ...?)" for a name close to one of `names`, else nothing: for the end of a message."""
+    near = get_close_matches(str(name), [str(known) for known in names], n=3)
+    return f" (did you mean {', '.join(near)}?)" if near else ""

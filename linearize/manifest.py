@@ -19,8 +19,9 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .errors import nearest
 from .folders import read_header
-from .methods import config_from_dict, nearest
+from .methods import config_from_dict
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "lineardit.json"

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 
 from ..convert import linearize_
+from ..errors import nearest
 from ..folders import check_output
 from ..importers import load_clear_checkpoint_, load_linfusion_checkpoint_
-from ..methods import METHODS, nearest
+from ..methods import METHODS
 from ..methods.clear import Clear
 from ..methods.linfusion import LinFusion
 from ..report import SwapReport

@@ -6,7 +6,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ..methods import nearest
+from ..errors import nearest
 from ..record import CONFIG_KEY
 from .adapter import adapter_file
 from .base import CONFIG_FILE, PIPELINE_FILE, find_place, read_base

@@ -5,8 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from ..methods import nearest
+from ..errors import UnsupportedModelError, nearest
 from .family import Family as Family
 from .family import Sight as Sight
 from .latents import (

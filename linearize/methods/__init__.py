@@ -3,9 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import Field, fields
-from difflib import get_close_matches
 from typing import Any
 
+from ..errors import nearest
 from .agent import Agent as Agent
 from .agent import AgentAttention
 from .clear import Clear as Clear
@@ -103,12 +103,6 @@ def spelled(value: Any) -> str:
         f"{key}={json.dumps(one, separators=(',', ':'))}" for key, one in value.items() if key != "method"
     )
     return f"{value['method']}:{settings}" if settings else value["method"]
-
-
-def nearest(name: str, names: Any) -> str:
-    """ " (did you mean ...?)" for a name close to one of `names`, else nothing."""
-    near = get_close_matches(str(name), [str(known) for known in names], n=3)
-    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def _names() -> list[str]:
