@@ -20,7 +20,7 @@ from ..networks import denoiser
 from ..record import CONFIG_KEY, record_
 from ..seam import overlays_of
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, find_place, read_base
+from .base import CONFIG_FILE, Base, Place, find_place, read_base
 from .fitting import check_shapes, shapes_of
 from .stored_weights import stored_dtype, variant_of
 
@@ -139,9 +139,8 @@ def _restored(
     options: Mapping[str, Any],
 ) -> Any:
     """What a plain save_pretrained of a converted pipeline or denoiser wrote."""
-    files = (PIPELINE_FILE, CONFIG_FILE)
     saved = None
-    if any(place.file(file) is not None for file in files):
+    if place.holds_a_model():
         saved = read_base(place.name, revision=place.revision, offline=place.offline)
     if saved is None and place.folder is None and place.offline:
         raise ValueError(f"{place.name} is not in the local cache, and offline=True (--offline, HF_HUB_OFFLINE=1)")
@@ -166,7 +165,7 @@ def _restored(
 
 
 def _folder_of(model: Any, place: Place) -> Path:
-    """Of the denoiser's files; of one that stands alone on the Hub diffusers tells the id only."""
+    """The folder of the denoiser's files; diffusers tells only the id of a denoiser that stands alone on the Hub."""
     folder = Path(model.config._name_or_path)
     if place.folder is None and not folder.is_dir():
         config = place.file(CONFIG_FILE)
@@ -214,7 +213,7 @@ def _own_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _is_ours(name: str) -> bool:
-    """Of a tensor of a converted denoiser, beside the base's.
+    """Whether a tensor of a saved denoiser is of the conversion or its LoRA, and not of the base.
 
     Raises:
         ValueError: the denoiser was saved with a LoRA of the user's own, under whose layers its weights lie.

@@ -9,7 +9,7 @@ import torch
 from ..errors import nearest
 from ..record import CONFIG_KEY
 from .adapter import adapter_file
-from .base import CONFIG_FILE, PIPELINE_FILE, find_place, read_base
+from .base import find_place, read_base
 from .loading import from_pretrained, load_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +43,7 @@ def open_pipeline(
     weights = named_dtype(dtype)
     place = find_place(name, revision=revision, offline=offline)
     is_adapter = adapter_file(place) is not None
-    plain = None if is_adapter or not _holds_a_model(place) else read_base(name, revision=revision, offline=offline)
+    plain = None if is_adapter or not place.holds_a_model() else read_base(name, revision=revision, offline=offline)
     if plain is None or CONFIG_KEY in plain.config:
         placed: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, **options}
         pipe = from_pretrained(name, dtype=weights, impl=impl, **placed)
@@ -67,7 +67,3 @@ def named_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
     return DTYPES[name]
-
-
-def _holds_a_model(place: Any) -> bool:
-    return any(place.file(file) is not None for file in (PIPELINE_FILE, CONFIG_FILE))
