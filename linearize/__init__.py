@@ -20,9 +20,11 @@ from .measures.budget import propose as propose
 from .measures.profiling import profile_attention as profile_attention
 from .methods import Agent as Agent
 from .methods import Clear as Clear
+from .methods import Hybrid as Hybrid
 from .methods import LinFusion as LinFusion
 from .methods import Mala as Mala
 from .methods import Neighborhood as Neighborhood
+from .methods import ProxyTokens as ProxyTokens
 from .methods import Rala as Rala
 from .methods import SlidingTile as SlidingTile
 from .networks import denoiser as denoiser
