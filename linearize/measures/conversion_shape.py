@@ -75,7 +75,7 @@ class Conversion:
 
     @classmethod
     def read(cls, name: str | Path, *, base: str | Path | None = None, offline: bool = False) -> Self:
-        """What `name` is.
+        """The adapter or saved pipeline of this name.
 
         Args:
             name: Folder, `.safetensors` file or Hub id.
@@ -101,7 +101,8 @@ class Conversion:
         """The sizes that the model can make.
 
         Args:
-            all_of: The others raise; else they are left out, with a word, but not all of them.
+            all_of: A size that it cannot make is an error; False: it is left out, with a warning, and only where no
+                size is left an error.
         Raises:
             ValueError: it cannot make one, the conversion is of another model, there is no such implementation, or the
                 weights do not fit into memory.
@@ -136,7 +137,7 @@ class Conversion:
         self._step(size, text_len)
 
     def model(self, conditions: Conditions) -> nn.Module:
-        """Of the base's shape, with random weights, converted."""
+        """A denoiser of the base's shape, with random weights, converted."""
         config = {key: value for key, value in self.base.config.items() if key != CONFIG_KEY}
         model = random_model(self.base.model_class, config, conditions.device, conditions.dtype)
         if self.adapter is None:
@@ -157,16 +158,16 @@ class Conversion:
         return prod(step.grid), step.flops(configs), runs
 
     def _step(self, size: Size, text_len: int | None) -> Step:
-        """Of the original.
+        """What a forward of the original does, counted when it is first asked for.
 
         Raises:
             ValueError: the model cannot make this size, or take so much text.
         """
         if (size, text_len) not in self.steps:
-            self.steps[size, text_len] = self._counted(size, text_len)
+            self.steps[size, text_len] = self._count(size, text_len)
         return self.steps[size, text_len]
 
-    def _counted(self, size: Size, text_len: int | None) -> Step:
+    def _count(self, size: Size, text_len: int | None) -> Step:
         width_height, model_class = f"{size[1]}x{size[0]}", self.base.model_class
         model = build_on_meta(self.base)
         try:
@@ -195,7 +196,7 @@ def _saved_pipeline(name: str | Path, offline: bool) -> Base:
 
 
 def failed(model_class: str, width_height: str, error: Exception) -> str:
-    """What a forward that raised is told by."""
+    """The sentence about a forward that raised."""
     said = str(error).strip().partition("\n")[0]
     return f"a step of a {model_class} at {width_height} failed ({type(error).__name__}: {said})"
 
