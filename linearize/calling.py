@@ -85,7 +85,7 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
 
 @lru_cache  # once
 def tell_unguided(name: str, scale: float) -> None:
-    """Of a pipeline that could be guided and is not."""
+    """Warn of a pipeline that could be guided and is not."""
     told = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
     if scale <= 1:
         told = (

@@ -63,7 +63,7 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
 
 
 def _tell_of_styles(pipe_or_model: Any, model: nn.Module) -> None:
-    """Of LoRA that is the user's own and no part of the student."""
+    """Warn of LoRA that is the user's own and no part of the student."""
     if getattr(pipe_or_model, "num_fused_loras", 0):
         logger.warning("LoRA that was fused into the base's weights is no part of an adapter: save_merged keeps it")
     if any(hasattr(module, "get_base_layer") for module in model.modules()):

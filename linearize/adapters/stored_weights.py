@@ -47,7 +47,7 @@ def variant_of(base: Base) -> str | None:
 
 
 def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = False) -> torch.dtype:
-    """That of the denoiser's weights in their file, by its header; of several dtypes, the one with the most bytes.
+    """The dtype of the denoiser's weights in their file, by its header; of several, the one with the most bytes.
 
     Args:
         base: From `read_base`; of a Hub id, one file of weights is fetched, which loading needs as well.

@@ -78,7 +78,7 @@ class Profile:
 
     @property
     def windows(self) -> tuple[Clear, ...]:
-        """Of the radii."""
+        """The windows of these radii, as configs."""
         return tuple(Clear(radius=radius) for radius in self.radii)
 
     @property

@@ -153,7 +153,7 @@ def name_of(choice: Any) -> str:
 
 
 def _number(text: str) -> float:
-    """NaN where it is none."""
+    """The number that a text spells; NaN where it spells none."""
     try:
         return float(text)
     except ValueError:
@@ -227,7 +227,7 @@ def _grid_at(layer: LayerProfile, profiled: Size, size: Size) -> Grid:
 
 
 def _flops(profile: Profile, layer: LayerProfile, grid: Grid, choice: Any) -> int:
-    """Of one call, batch 1, as `flops.py` counts them."""
+    """Operations of one call of a layer, batch 1, as `flops.py` counts them; choice None: full attention."""
     if choice is None:
         family = FAMILIES.get(profile.model_class)
         text_asks = family is None or family.text_queries

@@ -83,7 +83,7 @@ def inputs_by_name(
     batch: int = 1,
     leave: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Those arguments of a forward that are known by their names.
+    """The arguments of a forward that are known by their names.
 
     Args:
         grid: (height, width) of the picture in tokens; of a UNet, in latents.
@@ -108,7 +108,7 @@ def with_numbers(value: Tensor, device: torch.device, dtype: torch.dtype) -> Ten
 
 
 def argument_names(model_class: Any) -> tuple[str, ...]:
-    """Of the forward of a class."""
+    """Names of the arguments of a class's forward."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 

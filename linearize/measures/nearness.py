@@ -37,7 +37,7 @@ class Nearness:
 
     @property
     def mean(self) -> float:
-        """Over the calls."""
+        """The mean error over the calls."""
         return sum(self.errors) / len(self.errors)
 
 

@@ -108,7 +108,7 @@ def predict(model: nn.Module, arguments: Arguments) -> Tensor:
 
 
 def with_own_lists(arguments: Arguments) -> dict[str, Any]:
-    """The same tensors in lists of their own, for some models empty those that they are given."""
+    """The same tensors in new lists: some models empty the lists that they are given."""
     return {name: tree_map(lambda one: one, value) for name, value in arguments.items()}
 
 

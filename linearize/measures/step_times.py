@@ -33,7 +33,7 @@ _UNTIMED = {False: 1, True: 2}  # forwards before those that count; on a GPU one
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """One size.
+    """What a step takes at one size, before and after conversion.
 
     Attributes:
         height, width: In pixels.
@@ -160,7 +160,7 @@ class _Timed:
 
     @torch.no_grad()
     def _forward(self) -> float:
-        """Its seconds."""
+        """Run one; the seconds that it took."""
         inputs = with_own_lists(self.inputs)
         self._wait()
         began = time.perf_counter()

@@ -84,7 +84,7 @@ class ClearAttention(WindowAttention):
 
     @staticmethod
     def pairs(config: Clear, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """Those of the window, and each image token with each cell."""
+        """The pairs of the window, and of each image token with each cell."""
         _, num_cells = _cells(config, grid) or (0, 0)
         window = WindowAttention.pairs(config, grid, text_len, num_heads=num_heads, head_dim=head_dim)
         return window + math.prod(grid) * num_cells

@@ -96,7 +96,7 @@ class WindowAttention(Method):
     def attend_and_lse(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """The same without pooled tokens, and the log-sum-exp of the logits of image queries [B, H, n]."""
+        """`forward` without pooled tokens, and the log-sum-exp of the logits of each image query, [B, H, n]."""
         return windowed_attention_and_lse(
             query,
             key,
