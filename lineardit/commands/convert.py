@@ -55,10 +55,10 @@ def convert(
 ) -> None:
     """Convert a model to an adapter; this reads its configuration, not its weights. Or rewrite or merge an adapter."""
     from ..linearize.adapters.conversion import (
-        check_whole_adapter,
         convert_and_merge,
         convert_base,
         is_adapter,
+        refuse_layers,
         repack_adapter,
     )
     from ..linearize.adapters.opening import named_dtype
@@ -77,7 +77,7 @@ def convert(
         print(f"Wrote {output}; generate with: lineardit generate {output} PROMPT")
         return
     if config is None and importer is None and is_adapter(base, revision=revision, offline=offline):
-        check_whole_adapter(layers, min_tokens)
+        refuse_layers(layers, min_tokens)
         repack_adapter(base, **places)
     else:
         convert_base(base, config, **conversion, **places)

@@ -10,6 +10,7 @@ from ..convert import linearize_
 from ..errors import nearest
 from ..folders import check_output
 from ..importers import load_clear_checkpoint_, load_linfusion_checkpoint_
+from ..manifest import SINGLE_FILE_SUFFIX
 from ..methods import METHODS
 from ..methods.clear import Clear
 from ..methods.linfusion import LinFusion
@@ -119,10 +120,10 @@ def convert_and_merge(
         ValueError: something cannot be had or does not fit, or the output exists; nothing is written.
     """
     if is_single_file(Path(output)):
-        raise ValueError(f"a merged pipeline is a folder, got the output {output}")
+        raise ValueError(f"a merged pipeline is a folder, got the output {output}: leave {SINGLE_FILE_SUFFIX} out")
     check_output(Path(output), overwrite=overwrite)
     if config is None and importer is None:
-        check_whole_adapter(layers, min_tokens)
+        refuse_layers(layers, min_tokens)
         pipe = from_pretrained(adapter_or_base, dtype=dtype, revision=revision, offline=offline, keep_original=False)
     else:
         _check_settings(config, importer, layers, min_tokens)
@@ -137,15 +138,17 @@ def is_adapter(name: str | Path, *, revision: str | None = None, offline: bool =
     return adapter_file(find_place(name, revision=revision, offline=offline)) is not None
 
 
-def check_whole_adapter(layers: str | Sequence[str] | None, min_tokens: int) -> None:
-    """Raise a ValueError where layers are chosen of an adapter, which has its own."""
+def refuse_layers(layers: str | Sequence[str] | None, min_tokens: int) -> None:
+    """Raise a ValueError where an adapter comes with a choice of layers: it has its own."""
     if layers is not None or min_tokens > 0:
         raise ValueError(f"an adapter keeps the layers that it has, got {layers=} and {min_tokens=}: give its base")
 
 
 def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) -> None:
     if is_adapter(base, revision=revision, offline=offline):
-        raise ValueError(f"{base} is an adapter, which has its method already: give the base that it names")
+        raise ValueError(
+            f"{base} is an adapter, which has its method already: give the base that it names, or no method"
+        )
 
 
 def _check_settings(config: Any, importer: str | None, layers: str | Sequence[str] | None, min_tokens: int) -> None:
