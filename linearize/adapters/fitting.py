@@ -49,13 +49,16 @@ def check_fit(manifest: Manifest, model: nn.Module, family: Family) -> None:
     """
     made_for = f"the adapter was made for {manifest.base or 'a model that was never saved'}"
     if type(model).__name__ != manifest.model_class:
-        raise ValueError(f"{made_for}, a {manifest.model_class}; this model is a {type(model).__name__}")
+        raise ValueError(
+            f"{made_for}, a {manifest.model_class}; this model is a {type(model).__name__}: load it on such a model"
+        )
     candidates, _ = attention_modules(model, family)
     for pattern, expected in manifest.attention.items():
         found = attention_shapes(candidates[name] for name in fnmatch.filter(candidates, pattern))
         if found != dict(expected):
             raise ValueError(
-                f"{made_for}, whose {pattern} is {_told(expected)} (heads x head_dim); this model's is {_told(found)}"
+                f"{made_for}, whose {pattern} is {_told(expected)} (heads x head_dim); this model's is {_told(found)}: "
+                "load it on a model of that shape"
             )
 
 

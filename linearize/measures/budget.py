@@ -94,13 +94,14 @@ def propose(
     if sum(map(min, flops)) > limit:
         least = sum(map(min, flops)) / dense_flops
         raise ValueError(
-            f"the budget is {limit / dense_flops:.4f} of full attention, the cheapest choices need {least:.4f}"
+            f"the budget is {limit / dense_flops:.4f} of full attention, the cheapest choices need {least:.4f}: raise "
+            "the budget, or profile and choose cheaper attention"
         )
     chosen = knapsack(flops, errors, limit)
     found = {layer.module: choices[option] for layer, option in zip(profile.layers, chosen, strict=True)}
     swapped = {module: choice for module, choice in found.items() if choice is not None}
     if not swapped:
-        raise ValueError(f"a budget of {budget} leaves full attention in every layer: there is nothing to convert")
+        raise ValueError(f"a budget of {budget} leaves full attention in every layer, and nothing to convert: lower it")
     groups = grouped(swapped, list(found))
     return Proposal(
         configs={glob: swapped[modules[0]] for glob, modules in groups.items()},
