@@ -88,7 +88,7 @@ class Probe(Method):
         )
 
     def observe(self, grid: Grid) -> None:
-        """Told each new grid by the seam."""
+        """As `Method.observe`, for the kernels of the methods that are tried."""
         for kernel in self.kernels:
             cast(Any, kernel).observe(grid)
 

@@ -68,7 +68,7 @@ class ClearAttention(WindowAttention):
             self.pool_weight = nn.Parameter(torch.full((config.pool_size,) * 2, 1 / config.pool_size**2))
 
     def observe(self, grid: Grid) -> None:
-        """Told each new grid, outside traced code. The cells become a shape, which a trace keeps symbolic.
+        """As `Method.observe`: the cells become a shape, which a trace keeps symbolic.
 
         Raises:
             LayoutError: frame_radius in a model of single pictures, or more frames than pool_tokens.

@@ -201,7 +201,7 @@ class HybridAttention(Method):
         )
 
     def observe(self, grid: Grid) -> None:
-        """Told each new grid, outside traced code.
+        """As `Method.observe`.
 
         Raises:
             LayoutError: a branch cannot have this grid.

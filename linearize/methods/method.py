@@ -16,8 +16,10 @@ class Method(nn.Module):
 
     # {layer of the attention module: child of this module}: that layer's input x becomes x + child(x) (linfusion.py)
     input_terms: ClassVar[Mapping[str, str]] = {}
-    heads_alike: ClassVar[bool] = False  # its weights are the same for every head: it may be given some of them
-    image_alone: ClassVar[bool] = False  # it has no place for text beside the image: joint attention is refused
+    # its weights are the same for every head: it may be called with some of the heads alone (context parallelism)
+    heads_alike: ClassVar[bool] = False
+    # it has no place for text beside the image: joint attention is refused
+    image_alone: ClassVar[bool] = False
     impl: str = "auto"  # one of `implementations()`
 
     def __init__(self, config: Any, *, num_heads: int, head_dim: int) -> None:
@@ -36,23 +38,31 @@ class Method(nn.Module):
 
     @staticmethod
     def pairs(config: Any, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """Pairs of a query and a key that cost as much, of one head: what budgets and operation counts are made of."""
+        """How many pairs of a query and a key of one head cost as much under softmax: 4 D operations each.
+
+        Budgets and counts of operations are made of it; text_len and grid are those of one call.
+        """
         raise NotImplementedError
 
     @staticmethod
     def advice(config: Any, grid: Grid) -> str | None:
-        """What pictures of this grid may suffer from, for a plan's notes."""
+        """What pictures of this grid may suffer from, in a sentence for the notes of a plan; None: nothing known."""
         return None
 
     def observe(self, grid: Grid) -> None:
-        """Told each new grid before its first call, outside of traced code: to refuse it, or to prepare for it."""
+        """Called with each new grid before `forward` is, outside of traced code: to refuse it, or to prepare for it."""
 
     def covers(self, layout: Layout) -> bool:
-        """Whether the method is the base's attention there, every pair attending: the base's own call then runs."""
+        """Whether the method is softmax over all pairs there, so that impl="auto" runs the base's own call instead."""
         return False
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
-        """[B, H, N, D] each -> [B, H, N, D]; scale: of the logits, None: 1 / sqrt(D)."""
+        """[B, H, N, D] each -> [B, H, N, D].
+
+        Args:
+            layout: Which of the N tokens are the image's, and which text may be attended to.
+            scale: Of the logits; None: D**-0.5.
+        """
         raise NotImplementedError

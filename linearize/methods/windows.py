@@ -58,7 +58,7 @@ class WindowAttention(Method):
         return window + image_len * text_len + text_len * (text_len + image_len)
 
     def observe(self, grid: Grid) -> None:
-        """Told each new grid, outside traced code.
+        """As `Method.observe`.
 
         Raises:
             LayoutError: frame_radius in a model of single pictures.
