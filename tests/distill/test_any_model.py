@@ -1,21 +1,18 @@
 """Distillation of models that have no row of their own: calls of the denoiser are kept, and learnt from."""
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from kept_case import config_of, kept
 from peft import LoraConfig
 from prompted import prompted, size_of
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tiny_distill import PROMPTS, SIZES, launch_run, loss_rows, write_config
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -23,15 +20,11 @@ from whole_pipelines import WHOLE
 
 from lineardit import Clear, linearize_, load_adapter_
 from lineardit.distill import train
-from lineardit.distill.__main__ import main
 from lineardit.distill.calls import chosen_calls, pack, unpack
 from lineardit.distill.config import DistillConfig
-from lineardit.distill.config_tables import config_from_tables
-from lineardit.distill.data import TeacherSamples
 from lineardit.distill.evaluate import evaluate
 from lineardit.distill.identity import fingerprint, main_dtype
 from lineardit.distill.pictures import PictureSettings
-from lineardit.distill.prepare import prepare
 from lineardit.distill.trainer import Trainer
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.measures.recording import Prediction, predict, prediction_of, recording
@@ -50,26 +43,6 @@ NAMES = [
     if name not in KEEP_OBJECTS + TAKE_OTHERS
 ]
 MakeConfig = Callable[..., DistillConfig]
-
-
-def kept(pipe: Any, folder: Path, size: tuple[int, int], **settings: Any) -> TeacherSamples:
-    settings = {"sizes": [size], "steps": 2, "calls": 2, "shard_size": 2} | settings
-    return TeacherSamples(prepare(pipe, PROMPTS[:3], folder, **settings))
-
-
-def config_of(tmp_path: Path, base: str = "base", dtype: str = "float32", **tables: dict[str, Any]) -> DistillConfig:
-    settings: dict[str, Any] = {
-        "base": {"model": base, "dtype": dtype},
-        "data": {"directory": str(tmp_path / "samples")},
-        "method": {"method": "clear", "radius": 2},
-        "trained": {"kind": "lora", "rank": 2},
-        "loss": {"flow": 0.0, "prediction": 1.0, "attention": 1.0},
-        "layerwise": {"steps": 2, "lr": 1e-2},
-        "optimizer": {"lr": 1e-2},
-        "run": {"directory": str(tmp_path / "run"), "steps": 6, "batch_size": 2},
-        "validate": {"samples": 1, "every": 6},
-    }
-    return config_from_tables({name: settings.get(name, {}) | tables.get(name, {}) for name in settings | tables})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -166,128 +139,6 @@ def test_flux_can_be_taught_by_calls(base: Path, pipe: FluxPipeline, tmp_path: P
     rows = loss_rows(tmp_path / "run")
     assert rows[-1]["prediction"] > 0
     assert rows[-1]["attention"] < rows[2]["attention"]
-
-
-def test_what_does_not_fit_kept_calls_is_refused(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
-    kept(pipe, tmp_path / "samples", SIZES[0], max_sequence_length=8)
-    with pytest.raises(
-        ValueError, match=r"loss.flow must be 0 for .*samples, which holds calls of the teacher's model"
-    ):
-        train.distill(config_of(tmp_path, str(base), loss={"flow": 1.0}))
-    with pytest.raises(
-        ValueError, match=r"base.dtype must be float32, in which the calls in .*prepare --dtype bfloat16"
-    ):
-        train.distill(config_of(tmp_path, str(base), "bfloat16", run={"mixed_precision": "bf16"}))
-    with pytest.raises(ValueError, match=r"noise must be left out for .*, whose calls have the noise of"):
-        train.distill(config_of(tmp_path, str(base), noise={"mean": 1.0}))
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
-    pipe, size = prompted("sd3"), size_of("sd3")
-    with pytest.raises(ValueError, match=r"calls must be <= 2, as many as a picture of 2 steps takes"):
-        kept(pipe, tmp_path / "samples", size, calls=3)
-    with pytest.raises(ValueError, match=r"final latents are known of FluxTransformer2DModel, got a SD3Transformer2D"):
-        kept(pipe, tmp_path / "samples", size, calls=0)
-    with pytest.raises(ValueError, match=r"final latents are made without other arguments: keep calls"):
-        prepare(pipe, PROMPTS, tmp_path / "samples", calls=0, arguments={"negative_prompt": "x"})
-    with pytest.raises(ValueError, match=r"calls must be >= 0, got -1"):
-        kept(pipe, tmp_path / "samples", size, calls=-1)
-    with pytest.raises(ValueError, match=r"StableDiffusion3Pipeline takes no|multiples of 4 pixels for this model"):
-        kept(pipe, tmp_path / "samples", (17, 16))
-    pipe.transformer.half()
-    with pytest.raises(ValueError, match=r"calls must be made in float32 or bfloat16, .* got torch.float16"):
-        kept(pipe, tmp_path / "samples", size)
-    with pytest.raises(ValueError, match=r"its argument cache is a object"):
-        pack([{"cache": object()}], "0")
-    assert not list((tmp_path / "samples").glob("*.safetensors"))
-
-
-def test_samples_of_a_model_of_other_shapes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
-    monkeypatch.setattr(train, "load_base", lambda _: prompted("sdxl"))
-    with pytest.raises(ValueError, match=r"was made by another UNet2D.*, and base.model is a .* of other shapes"):
-        train.distill(config_of(tmp_path))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda tensors, _: tensors.pop("00000001.0"), "cannot be read"),
-        (lambda _, texts: texts.pop("00000001"), "cannot be read"),
-        (lambda _, texts: texts.update({"00000001": "[1]"}), "cannot be read"),
-        (lambda tensors, _: tensors["00000001.0"].fill_(float("nan")), "sample 1 holds NaN"),
-    ],
-)
-def test_a_damaged_shard_is_named(damage: Any, message: str, tmp_path: Path) -> None:
-    samples = kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
-    file = tmp_path / "samples" / "shard-00000.safetensors"
-    tensors = load_file(file)
-    with safe_open(file, framework="pt") as shard:
-        texts = shard.metadata()
-    damage(tensors, texts)
-    save_file(tensors, file, metadata=texts)
-    with pytest.raises(ValueError, match=r"shard-00000.safetensors cannot be read") as raised:
-        samples.call(1, 0)
-    assert message in str(raised.value) and "call `lineardit prepare` again" in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda index: index["settings"].update(shard_size=0),
-        lambda index: index["settings"].update(calls="many"),
-        lambda index: index["settings"].pop("num_prompts"),
-        lambda index: index.update(shards={}),
-        lambda index: index["shards"][0].pop("file"),
-        lambda index: index["shards"][0].update(file="../../etc/passwd"),
-        lambda index: index["shards"][0]["samples"][0].pop("prompt"),
-    ],
-)
-def test_a_damaged_index_is_named(damage: Callable[[Any], Any], tmp_path: Path) -> None:
-    folder = tmp_path / "samples"
-    kept(prompted("sd3"), folder, size_of("sd3"))
-    index = json.loads((folder / "index.json").read_text())
-    damage(index)
-    (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index.json is damaged: remove it, and call `lineardit prepare` again"):
-        TeacherSamples(folder)
-
-
-def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Mock(side_effect=SafetensorError("No space left on device"))
-    monkeypatch.setattr("lineardit.distill.prepare.save_file", full)
-    with pytest.raises(OSError, match=r"shard-00000.safetensors cannot be written: No space left"):
-        kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
-    assert not (tmp_path / "samples").exists()
-
-
-def test_levels_that_are_all_left_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
-    monkeypatch.setattr(train, "load_base", lambda _: prompted("sd"))
-    with pytest.raises(ValueError, match=r"min_tokens must be <= \d+: the levels have \d+"):
-        train.distill(config_of(tmp_path, run={"min_tokens": 10**6}))
-
-
-def test_an_interrupted_run_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=KeyboardInterrupt))
-    assert main([str(write_config(config_of(tmp_path), tmp_path / "config.toml"))]) == 130
-    assert "interrupted; --resume latest goes on" in capsys.readouterr().err
-
-
-def test_a_run_without_enough_memory_says_what_needs_less(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = str(write_config(config_of(tmp_path), tmp_path / "config.toml"))
-    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
-    assert main([config]) == 1
-    assert "out of memory: CUDA ...; raise run.gradient_accumulation" in capsys.readouterr().err
-    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
-        main([config])
 
 
 def test_the_last_call_is_learnt_from_where_a_level_is_rounded_up(tmp_path: Path) -> None:
