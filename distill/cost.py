@@ -48,11 +48,11 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def step_seconds(pipe: Any, settings: PictureSettings, *, repeats: int = 5) -> float:
-    """Median over `repeats` forwards, after one that warms up."""
+def step_seconds(pipe: Any, settings: PictureSettings) -> float:
+    """Median over five forwards, after one that warms up."""
     step = step_call(pipe, settings)
     step()
-    return median(seconds_of(step) for _ in range(repeats))
+    return median(seconds_of(step) for _ in range(5))
 
 
 def paired_step_seconds(

@@ -136,7 +136,7 @@ def shard_name(number: int) -> str:
 
 
 def shard_number(shard: Mapping[str, Any]) -> int:
-    """Of an entry of an index."""
+    """The number in the file name of an index's entry."""
     return int(shard["file"].removeprefix("shard-").removesuffix(".safetensors"))
 
 

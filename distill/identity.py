@@ -40,5 +40,5 @@ def main_dtype(model: nn.Module) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As settings have it."""
+    """A dtype as settings name it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -29,7 +29,7 @@ Precision = Callable[[], AbstractContextManager[Any]]
 
 
 def layer_error(student: Output, teacher: Output) -> Tensor:
-    """Of one layer: 0 for the teacher's own output, 1 for an output of zeros; a float32 scalar."""
+    """The relative error of one layer: 0 for the teacher's own output, 1 for zeros; a float32 scalar."""
     given, wanted = (output if isinstance(output, tuple) else (output,) for output in (student, teacher))
     pairs = [(s.float().flatten(1), t.float().flatten(1)) for s, t in zip(given, wanted, strict=True)]
     error = torch.stack([(s - t).square().sum(1) for s, t in pairs]).sum(0)  # [B]
@@ -43,7 +43,7 @@ def lessons(model: nn.Module, precision: Precision, *, share: float = 1.0) -> It
     Gradients are added to those that are there; no hook stays behind.
 
     Args:
-        model: A student of `build_student_`, not a wrapper.
+        model: A student of `build_student_`.
         precision: The context in which a module runs as the student.
         share: Factor of the loss.
     Yields:

@@ -13,6 +13,8 @@ SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels from 0 to 1
 
+RESAMPLES = 10_000  # of a bootstrap
+
 Count = tuple[int, int]  # (right, of)
 
 
@@ -68,15 +70,12 @@ class Interval:
     high: float
 
 
-def paired_bootstrap(
-    ours: Sequence[Count], reference: Sequence[Count], *, resamples: int = 10_000, seed: int = 0
-) -> Interval:
+def paired_bootstrap(ours: Sequence[Count], reference: Sequence[Count]) -> Interval:
     """How far our share of right answers is from the reference's, over the same questions.
 
     Args:
         ours: (right, of) for each picture.
         reference: The same for the same captions and seeds.
-        resamples: Sets of pictures drawn with replacement, each with the results of both sides.
     Raises:
         ValueError: there is no picture, or the two are not as many.
     """
@@ -84,8 +83,9 @@ def paired_bootstrap(
         raise ValueError(f"both sides need the same pictures, at least one, got {len(ours)} and {len(reference)}")
     counts = numpy.array([ours, reference], numpy.float64)  # [2, pictures, (right, of)]
     number = len(ours)
-    drawn = numpy.random.default_rng(seed).multinomial(number, [1 / number] * number, size=resamples)
-    sums = drawn @ counts  # [2, resamples, (right, of)]
+    # sets of pictures drawn with replacement, each with the results of both sides
+    drawn = numpy.random.default_rng(0).multinomial(number, [1 / number] * number, size=RESAMPLES)
+    sums = drawn @ counts  # [2, RESAMPLES, (right, of)]
     shares = sums[..., 0] / sums[..., 1]
     low, high = numpy.quantile(shares[0] - shares[1], (0.025, 0.975))
     whole = counts.sum(axis=1)

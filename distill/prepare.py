@@ -97,6 +97,8 @@ def prepare(
     counts = {"steps": steps, "batch_size": batch_size, "shard_size": shard_size}
     _check(model, prompts, sizes, counts | {"max_sequence_length": max_sequence_length})
     _check_calls(model, calls, arguments)
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
     try:
         arguments = json.loads(json.dumps(dict(arguments or {}))) or None
     except TypeError as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..linearize.convert import dense, linearize_
+from ..linearize.manifest import Trained
 from ..linearize.networks import denoiser
 from ..linearize.record import record_
 from ..linearize.report import SwapReport
@@ -146,5 +147,5 @@ class Twins:
         dtypes = {name: layer.teacher_weight.dtype for name, layer in self.layers.items()}
         return {name: one.detach().to(dtypes[name.rpartition(".")[0]]) for name, one in self.parameters().items()}
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "full"}
+    def describe(self) -> Trained:
+        return Trained(kind="full")

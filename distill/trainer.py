@@ -171,7 +171,7 @@ class Trainer:
         return row | {"loss": sum(self.weights.get(name, 1) * value for name, value in row.items()), "lr": rate}
 
     def _check_finite(self, values: Mapping[str, float], step: int) -> None:
-        """Of values that all processes share; the main one knows the checkpoints."""
+        """Raise a DivergedError where a value that all processes share is no number; the main one words it."""
         if not all(map(math.isfinite, values.values())):
             on_main(self.accelerator, lambda: check_finite(values, step, self.config, self.started))
 

@@ -1,10 +1,11 @@
 """Changed tensors of a base whose originals are kept: what CLEAR trains, and what `load_adapter_` puts in."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
+from .manifest import Trained
 from .overlays import NO_WAY_BACK, check_unmerged, plain_layer
 from .seam import overlays_of
 
@@ -58,8 +59,8 @@ class FullWeights:
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.trained.get(name, self.parameter(name).detach()) for name in self.originals}
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "full"}
+    def describe(self) -> Trained:
+        return Trained(kind="full")
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

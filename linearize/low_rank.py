@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .intercept import change_class, check_forward
+from .manifest import Trained
 from .overlays import NO_WAY_BACK, plain_layer
 
 LORA_NAME = "lineardit_lora"  # the child of a Linear layer that holds its low-rank term
@@ -137,8 +138,8 @@ class LowRank:
     def tensors(self) -> dict[str, Tensor]:
         return _by_pefts_names({name: (term.down.detach(), term.up.detach()) for name, term in self.terms().items()})
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
+    def describe(self) -> Trained:
+        return Trained(kind="lora", rank=self.rank, alpha=self.alpha)
 
 
 class FusedLowRank:
@@ -166,8 +167,8 @@ class FusedLowRank:
     def tensors(self) -> dict[str, Tensor]:
         return _by_pefts_names(self.factors)
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "lora", "rank": self.rank, "alpha": self.alpha}
+    def describe(self) -> Trained:
+        return Trained(kind="lora", rank=self.rank, alpha=self.alpha)
 
 
 def _by_pefts_names(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

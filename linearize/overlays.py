@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
+from .manifest import Trained
 
 NO_WAY_BACK = (
     "the originals of this model's trained weights were not kept, so the base cannot be restored: load the base again, "
@@ -29,7 +30,7 @@ class Overlay(Protocol):
     def remove(self) -> None: ...  # the base's own weights for good
     def changed(self) -> list[str]: ...  # the base's parameters that hold other numbers while it is on
     def tensors(self) -> dict[str, Tensor]: ...  # what an adapter's file holds of it, by name
-    def describe(self) -> dict[str, Any]: ...  # the fields of a `Trained` (manifest.py)
+    def describe(self) -> Trained: ...
 
 
 class Overlays:

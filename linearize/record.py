@@ -8,7 +8,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from .grouping import grouped
-from .manifest import Entry, Trained
+from .manifest import Entry
 from .methods import config_to_dict
 from .overlays import Overlay
 from .seam import overlays_of, state_of
@@ -48,7 +48,7 @@ def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
     """
     state = state_of(model)
     assert state is not None, "only a converted model has an entry"
-    told = [Trained(**overlay.describe()) for overlay in overlays_of(model).items if not _is_fused(overlay)]
+    told = [overlay.describe() for overlay in overlays_of(model).items if not _is_fused(overlay)]
     names = [name for name, _ in model.named_parameters()]
     return Entry(
         methods={pattern: config_to_dict(config) for pattern, config in state.patterns.items()},
@@ -59,7 +59,7 @@ def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
 
 def _is_fused(overlay: Overlay) -> bool:
     """LoRA that was added into the weights is no term of its own any more."""
-    return overlay.describe()["kind"] == "lora" and bool(overlay.changed())
+    return overlay.describe().kind == "lora" and bool(overlay.changed())
 
 
 def forget_(model: Any) -> None:

@@ -45,7 +45,7 @@ def add_lora_(
         raise ValueError(f"rank must be >= 1, got {rank}")
     _, model = denoiser(pipe_or_model)
     names = projection_names(model, targets)
-    if any(overlay.describe()["kind"] == "lora" for overlay in overlays_of(model).items):
+    if any(overlay.describe().kind == "lora" for overlay in overlays_of(model).items):
         raise ValueError("this model has a LoRA of ours already: train that one, or restore_ and linearize_ first")
     factors = {}
     for name in names:

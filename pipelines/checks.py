@@ -56,7 +56,7 @@ def check_stages(plan: Plan, limits: Limits, scheduler: Any) -> None:
 
 
 def _check_levels(stage: Stage, limits: Limits, scheduler: Any) -> None:
-    """Its noise levels, and what follows them."""
+    """Raise a ValueError where the scheduler cannot have a stage's noise levels, or what goes with them."""
     flows, name = limits.largest_shift is not None, type(scheduler).__name__
     if flows and stage.shift is None and stage.strength < 1:
         raise ValueError("a stage of strength below 1 needs a shift of its own, got None")

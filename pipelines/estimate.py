@@ -122,7 +122,7 @@ class Estimator:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of one forward, for one picture.
+    """What one forward computes, for one picture.
 
     Attributes:
         config: The model's, as JSON.
@@ -198,7 +198,7 @@ def half_of_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Of one product."""
+    """How long one matrix product takes."""
     began = time.perf_counter()
     float((left @ right).float().sum())  # waits for the device
     return time.perf_counter() - began
@@ -213,7 +213,7 @@ def free_gib(device: torch.device) -> float | None:
 
 
 def _bytes(part: nn.Module, device: torch.device | None) -> int:
-    """Of the weights on a device, of all of them for None."""
+    """Bytes of a part's weights on a device; None: of all of them."""
     held = (*part.parameters(), *part.buffers())
     there = (weight for weight in held if device is None or weight.device.type == device.type)
     return sum(weight.numel() * weight.element_size() for weight in there)

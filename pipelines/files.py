@@ -82,7 +82,7 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
 
 
 def not_there(wanted: Sequence[Wanted], output: Path) -> list[Wanted]:
-    """Those to make; a picture in a folder that says it was made just so is kept."""
+    """The pictures that are still to be made; one in a folder that says it was made just so is kept."""
     present: list[Wanted] = []
     missing: list[Wanted] = []
     for one in wanted:

@@ -284,7 +284,7 @@ class HighResolutionPipeline(StagedPipeline):
         return replace(plan, notes=(*plan.notes, *advice))
 
     def _shape_of_latents(self, stage: Stage) -> list[int]:
-        """Of one picture, as the model has them."""
+        """The shape of one picture's latents, as the model has them."""
         scale, channels = pixels_per_latent(self.vae), latent_channels(self.vae)
         rows, columns = stage.height // scale, stage.width // scale
         return [rows * columns // 4, 4 * channels] if packs_latents(self) else [channels, rows, columns]

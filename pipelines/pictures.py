@@ -43,7 +43,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def tell_stretched(picture: tuple[int, int], size: tuple[int, int]) -> None:
-    """Of a picture whose sides (height, width) are to each other not as those of the size that it gets."""
+    """Warn where a picture's sides (height, width) are to each other not as those of the size that it gets."""
     if abs(math.log(size[0] * picture[1] / (size[1] * picture[0]))) > STRETCHED:
         logger.warning("%dx%d has another shape than the picture's %dx%d: it is stretched", *size[::-1], *picture[::-1])
 
@@ -69,7 +69,7 @@ def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> I
 
 
 def _around(picture: Image.Image, choose: numpy.ufunc) -> Image.Image:
-    """Of the 3 x 3 pixels around each, the level that `choose` prefers; Pillow's filters sort them, which is slow."""
+    """For each pixel the level that `choose` prefers of the 3 x 3 around it; Pillow's filters sort them: slow."""
     levels = numpy.pad(numpy.asarray(picture), ((1, 1), (1, 1), (0, 0)), mode="edge")
     levels = choose(choose(levels[:-2], levels[1:-1]), levels[2:])
     return Image.fromarray(choose(choose(levels[:, :-2], levels[:, 1:-1]), levels[:, 2:]))
@@ -88,7 +88,7 @@ def _pictures_of(one: Any) -> list[Image.Image]:
 
 
 def _from_levels(levels: numpy.ndarray, shape: Sequence[int]) -> list[Image.Image]:
-    """Of an array [h, w, 3] or [B, h, w, 3]."""
+    """Pictures from levels in [0, 1], an array [h, w, 3] or [B, h, w, 3]."""
     if levels.size == 0 or not (levels.min() >= 0 and levels.max() <= 1):  # neither holds of NaN
         got = "none" if levels.size == 0 else f"{levels.min():g} to {levels.max():g}"
         raise ValueError(f"numbers of image {list(shape)} must lie in [0, 1], got {got}")

@@ -137,7 +137,7 @@ class Plan:
             )
 
     def settings(self) -> str:
-        """As JSON, without what differs between machines: calls with the same settings make the same picture."""
+        """JSON of what makes the picture, without what differs between machines: the same text, the same picture."""
         stages = [asdict(stage) for stage in self.stages]
         for stage in stages:
             for name in ("seconds", "gib", "chunk_tokens"):
@@ -160,7 +160,7 @@ def check_tile(tile: int | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of the stages after the first.
+    """What the stages after the first have in common.
 
     Attributes:
         strength, steps, sharpen: As in `Stage`.

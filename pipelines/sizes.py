@@ -41,7 +41,7 @@ def default_size(pipe: Any) -> tuple[int, int]:
 
 
 def _pixels_of_a_latent(pipe: Any) -> int:
-    """Along one side."""
+    """Pixels that a latent stands for, along one side."""
     return getattr(pipe, "vae_scale_factor", 0) or getattr(pipe, "vae_scale_factor_spatial", 1)
 
 

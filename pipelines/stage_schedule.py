@@ -41,7 +41,7 @@ def matches_flows(scheduler: Any) -> bool:
 
 
 def largest_shift(scheduler: Any) -> float:
-    """Of the noise levels of flow matching at the scheduler's largest size; stock pipelines extrapolate beyond it."""
+    """The shift of flow matching's noise levels at the scheduler's largest size; stock pipelines go on beyond it."""
     config = scheduler.config
     if not config.use_dynamic_shifting:
         return float(scheduler.shift)

@@ -115,7 +115,7 @@ def rope_dim(model: nn.Module) -> int | None:
 
 
 def most_tokens(model: nn.Module) -> int | None:
-    """Of one side, where the model has rotary positions for so many and no more."""
+    """The most tokens that one side may have, where the model has rotary positions for no more; None: any number."""
     config: Any = model.config
     match type(model).__name__:
         case "LuminaNextDiT2DModel":

@@ -116,7 +116,7 @@ def _joined(num_tokens: int, chunk_tokens: int, piece: Callable[[slice], Tensor]
 
 @dataclass
 class _Positions:
-    """Of one attention's call that runs: cosines and sines [N, D] of its tokens, None outside of a call."""
+    """What the running call of one attention turns its tokens by: cosines and sines [N, D]; None outside of a call."""
 
     cos_sin: tuple[Tensor, Tensor] | None = None
     text_len: int = 0
@@ -137,7 +137,7 @@ class _Layer(_InChunks):
 
 
 class _HandsOn(_InChunks):
-    """Of a single block: `proj_mlp` and `act_mlp`, whose work waits for `proj_out`."""
+    """Stands for a single block's `proj_mlp` and `act_mlp`, whose work waits for `proj_out`."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -147,7 +147,7 @@ class _HandsOn(_InChunks):
 
 
 class _Out(_InChunks):
-    """Of a single block: `proj_out`, which gets the input of `proj_mlp` beside what attention gave."""
+    """Stands for a single block's `proj_out`, which gets the input of `proj_mlp` beside what attention gave."""
 
     mlp: tuple[Any, Any]
 

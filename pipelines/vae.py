@@ -156,7 +156,7 @@ def latent_channels(vae: Any) -> int:
 
 
 def pixels_per_latent(vae: Any) -> int:
-    """Along one side."""
+    """Pixels that a latent stands for, along one side."""
     if "spatial_compression_ratio" in vae.config:  # HunyuanImage's
         return int(vae.config.spatial_compression_ratio)
     return 2 ** (len(vae.config.dim_mult if _is_of_videos(vae) else vae.config.block_out_channels) - 1)

@@ -272,4 +272,4 @@ def manifest_of(model: nn.Module, source: Source) -> Manifest:
 
 def trained_on(model: nn.Module) -> tuple[Trained, ...]:
     """What was trained on the base's weights, each kind once."""
-    return tuple(dict.fromkeys(Trained(**overlay.describe()) for overlay in overlays_of(model).items))
+    return tuple(dict.fromkeys(overlay.describe() for overlay in overlays_of(model).items))

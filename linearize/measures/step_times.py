@@ -28,7 +28,10 @@ from .named_inputs import with_numbers
 from .recording import with_own_lists
 from .step_inputs import step_inputs
 
-_UNTIMED = {False: 1, True: 2}  # forwards before those that count; on a GPU one more
+
+def _untimed(device_type: str) -> int:
+    """Forwards before those that count; on a GPU one more."""
+    return 2 if device_type == "cuda" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ def time_steps(conversion: Conversion, sizes: Sequence[Size], conditions: Condit
         if conditions.compiled:
             torch.compiler.reset()  # without what it has learnt from other conversions
             compile_(model)
-        forwards = 2 * (_UNTIMED[device.type == "cuda"] + conditions.pairs) * len(sizes)
+        forwards = 2 * (_untimed(device.type) + conditions.pairs) * len(sizes)
         with tqdm(total=forwards, desc=conversion.name, unit="step") as progress:
             for size in sizes:
                 width_height = f"{size[1]}x{size[0]}"
@@ -119,7 +122,7 @@ def _only(device: torch.device) -> Iterator[None]:
 def _in_turn(model: nn.Module, inputs: dict[str, Any], pairs: int, progress: "tqdm[Any]") -> tuple["_Timed", "_Timed"]:
     """The original and the conversion, each warmed up, on a GPU watched once for memory, then timed `pairs` times."""
     original, converted = _Timed(model, inputs), _Timed(model, inputs)
-    for turn in range(_UNTIMED[original.on_gpu] + pairs):
+    for turn in range(_untimed(original.device.type) + pairs):
         converted.run(turn)
         with dense(model):
             original.run(turn)
@@ -155,7 +158,7 @@ class _Timed:
                 torch.cuda.empty_cache()  # by now no traceback holds what the forward had made
         elif counts:
             self.gib = torch.cuda.max_memory_allocated() / GIB
-        elif turn >= _UNTIMED[self.on_gpu]:
+        elif turn >= _untimed(self.device.type):
             self.seconds = (*self.seconds, seconds)
 
     @torch.no_grad()

@@ -127,6 +127,11 @@ def test_prepare_refuses_latents_that_are_not_finite(pipe: FluxPipeline, tmp_pat
     assert not (tmp_path / "data").exists()
 
 
+def test_guidance_that_is_no_number_is_refused(pipe: FluxPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="guidance must be finite, got nan"):
+        prepare(pipe, PROMPTS, tmp_path / "data", **SETTINGS, guidance=float("nan"))
+
+
 def test_a_part_that_another_process_makes_is_refused(pipe: FluxPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with held(folder, name=".index-1-of-2.json.lock"):
