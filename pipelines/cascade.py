@@ -88,6 +88,7 @@ def enlarge(
     size: tuple[int, int],
     settings: Settings,
     *,
+    tile: int | None = Plan.tile,
     guidance: float | None,
     max_sequence_length: int | None,
     arguments: Mapping[str, Any] | None = None,
@@ -97,6 +98,7 @@ def enlarge(
 
     Args:
         size: (height, width) in pixels.
+        tile: Side in pixels of the VAE's tiles; None: in one piece.
         guidance, max_sequence_length: Of the pipeline; None: its own.
         arguments: Of its call besides, such as {"negative_prompt": "blurry"}.
         overwrite: Replace what is kept of another picture under this name.
@@ -108,7 +110,7 @@ def enlarge(
     check_larger(picture, size)
     high = HighResolutionPipeline.from_pipe(pipe)
     shape = (picture.height, picture.width)
-    plan = high.plan(*size, settings=settings, enlarge=shape, text_len=max_sequence_length)
+    plan = high.plan(*size, settings=settings, enlarge=shape, tile=tile, text_len=max_sequence_length)
     drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
     said = {name: str(value) for name, value in {**drawing, **(arguments or {})}.items() if value is not None}
     one = replace(one, text={**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)})
