@@ -138,7 +138,7 @@ def test_an_interrupted_launch_ends_after_what_it_started(
 ) -> None:
     started, ended, script = tmp_path / "started", tmp_path / "ended", tmp_path / "python"
     script.write_text(
-        f"#!/bin/sh\ntrap '' INT\ntouch {started}\nsleep {1 if comes_to_its_end else 60}\ntouch {ended}\n"
+        f"#!/bin/sh\ntrap '' INT\ntouch {started}\nsleep {1 if comes_to_its_end else 60} && touch {ended}\n"
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
