@@ -108,7 +108,7 @@ def tensors_of_main(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> 
     described = on_main(accelerator, lambda: {name: (one.shape, one.dtype) for name, one in tensors.items()})
     for name, (shape, dtype) in described.items():
         if accelerator.is_main_process:
-            one = tensors[name].to(accelerator.device)
+            one = tensors[name].detach().to(accelerator.device).contiguous()  # as what sends it wants it
         else:
             one = torch.empty(shape, dtype=dtype, device=accelerator.device)
         yield name, broadcast(one)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forks import run_forks
 from torch import nn
 
 from lineardit.distill import launch, processes
@@ -37,29 +37,14 @@ def _in_processes(work: Callable[[Accelerator], None], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")  # which have everything imported already
-    forks = [context.Process(target=_enter, args=(rank, port, work, folder)) for rank in range(PROCESSES)]
-    for fork in forks:
-        fork.start()
-    for fork in forks:
-        fork.join(timeout=60)
-        fork.kill()
-        fork.join()
-    errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
-    assert [fork.exitcode for fork in forks] == [0] * PROCESSES, "\n".join(errors)
 
-
-def _enter(rank: int, port: int, work: Callable[[Accelerator], None], folder: Path) -> None:
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in (launched | {"MASTER_PORT": port}).items()})
-    AcceleratorState._reset_state(True)  # this process' may have had one
-    try:
+    def enter(rank: int) -> None:
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in (launched | {"MASTER_PORT": port}).items()})
+        AcceleratorState._reset_state(True)  # this process' may have had one
         work(start_accelerator())
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        torch.distributed.destroy_process_group()
+
+    run_forks(PROCESSES, enter, folder)
 
 
 @pytest.mark.parametrize("bucket", [1, 4, 2**25])

@@ -1,13 +1,13 @@
 """Ulysses context parallelism on two processes gives what one process gives; all other kinds are refused."""
 
 import copy
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import run_forks
 from torch import nn
 
 from lineardit import (
@@ -166,28 +166,11 @@ def _differentiate(rank: int, family: str) -> None:
 
 
 def _in_processes(work: Callable[[int, str], None], family: str, folder: Path) -> None:
-    """Run `work` on DEGREE processes: forks of this one, which have everything imported already."""
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=_enter, args=(rank, work, family, folder)) for rank in range(DEGREE)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=60)
-        process.kill()
-        process.join()
-    errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
-    assert [process.exitcode for process in processes] == [0] * DEGREE, "\n".join(errors)
-
-
-def _enter(rank: int, work: Callable[[int, str], None], family: str, folder: Path) -> None:
-    torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and a CPU is no accelerator
-    store = torch.distributed.FileStore(str(folder / "store"), DEGREE)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=DEGREE)
-    torch.manual_seed(0)
-    try:
+    def enter(rank: int) -> None:
+        torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and a CPU is no accelerator
+        store = torch.distributed.FileStore(str(folder / "store"), DEGREE)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=DEGREE)
+        torch.manual_seed(0)
         work(rank, family)
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        torch.distributed.destroy_process_group()
+
+    run_forks(DEGREE, enter, folder)

@@ -1,0 +1,31 @@
+"""Processes of one group as forks of this one, which have everything imported already."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def run_forks(count: int, enter: Callable[[int], None], folder: Path) -> None:
+    """Call `enter(rank)` in so many forks; what one raises fails the test, and is told by way of the folder."""
+    context = torch.multiprocessing.get_context("fork")
+    forks = [context.Process(target=_told, args=(rank, enter, folder)) for rank in range(count)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(timeout=60)
+        fork.kill()
+        fork.join()
+    errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
+    assert [fork.exitcode for fork in forks] == [0] * count, "\n".join(errors)
+
+
+def _told(rank: int, enter: Callable[[int], None], folder: Path) -> None:
+    try:
+        enter(rank)
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
