@@ -202,7 +202,7 @@ def _attend(
     if is_causal or dropout_p > 0:
         raise LayoutError(f"{attention._lineardit_name}: linear attention has no {is_causal=} or {dropout_p=}")
     # under autocast norms give float32 queries and keys beside half values; it is on torch's list, and casts all three
-    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
+    query, key, value = as_autocast(query, key, value)
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -234,6 +234,8 @@ def _order_of(site: Site, query: Tensor) -> Tensor | None:
     """The order [B or 1, N] that brings the image before all others; None where it stands as the family has it."""
     if site.order is None or site.order.shape[1] != query.shape[2]:  # a call of the image alone
         return None
+    if site.order.device != query.device and not torch.compiler.is_compiling():
+        site.order = site.order.to(query.device)  # the layers after this one find it there
     return site.order.to(query.device)
 
 

@@ -7,13 +7,12 @@ windows.py: `window_attention` takes CLEAR's circle, |pos_i - pos_j| < radius, a
 The implementations:
 
     reference   one dense call through a mask, made anew; any device and dtype; memory tokens x tokens
-    masked      the same with the mask kept from call to call; the fastest for small images
+    masked      the same with what the mask adds to the logits kept from call to call; the fastest for small images
     tiled       tile by tile, in plain PyTorch; any device and dtype; cost and memory linear in the image
     triton      the same in one kernel; CUDA; float16, bfloat16, float32; head dimensions up to 256
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,9 @@ from torch import Tensor
 from ..pieces.autocast import as_autocast, autocast_enabled
 from ..pieces.text import key_mask, split_text
 from .choose import choose_impl, implementations, require_triton
-from .kept_mask import kept_window_mask
+from .kept_bias import kept_window_bias
 from .operator import window_attention_op
-from .reference import check_mask_size, masked_attention, window_mask, windowed_lse_reference
+from .reference import biased_attention, biased_lse, check_mask_size, window_bias
 from .windows import Box, Circle, Window, to_arguments
 
 
@@ -98,18 +97,18 @@ def windowed_attention(
     The other arguments, the result and the errors are those of `window_attention`.
     """
     _validate(query, key, value, grid, window, text_len, text_mask, pooled, impl)
-    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
-    pooled = None if pooled is None else (as_autocast(pooled[0]), as_autocast(pooled[1]))
+    query, key, value = as_autocast(query, key, value)
+    if pooled is not None:
+        pooled_key, pooled_value = as_autocast(*pooled)
+        pooled = pooled_key, pooled_value
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     impl = _chosen(query, grid, window, text_len, scale, impl)
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)[0]
     check_mask_size(query, text_mask, pooled)
-    if impl == "reference":
-        mask = window_mask(grid, window, text_len, text_first, query.device)
-    else:
-        mask = kept_window_mask(query, grid, window, text_len, text_first)
-    return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
+    bias_of = kept_window_bias if impl == "masked" else window_bias
+    bias = bias_of(query, grid, window, text_len, text_first)
+    return biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)
 
 
 def windowed_attention_and_lse(
@@ -132,20 +131,16 @@ def windowed_attention_and_lse(
         out [B, H, N, D], lse [B, H, image tokens] in float32, or float64 for float64; both have gradients.
     """
     _validate(query, key, value, grid, window, text_len, text_mask, None, impl)
-    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
+    query, key, value = as_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     impl = _chosen(query, grid, window, text_len, scale, impl)
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, None, grid, window, scale, impl)
-    layout: dict[str, Any] = {
-        "grid": grid,
-        "window": window,
-        "text_len": text_len,
-        "text_first": text_first,
-        "text_mask": text_mask,
-    }
-    out = windowed_attention(query, key, value, scale=scale, impl=impl, **layout)
-    return out, windowed_lse_reference(query, key, scale=scale, **layout)
+    check_mask_size(query, text_mask, None)
+    bias_of = kept_window_bias if impl == "masked" else window_bias
+    bias = bias_of(query, grid, window, text_len, text_first)
+    out = biased_attention(query, key, value, bias, text_len, text_first, text_mask, None, scale)
+    return out, biased_lse(query, key, bias, text_len, text_first, text_mask, scale)
 
 
 def _linear(
@@ -230,5 +225,5 @@ def _validate(
         if pooled_shapes != [wanted, wanted]:
             raise ValueError(f"pooled must be (key, value), each [B, H, P, D] like query, got {pooled_shapes}")
     tensors = (query, key, value, *(pooled or ()))
-    if not autocast_enabled(query) and any(tensor.dtype != query.dtype for tensor in tensors):
+    if any(tensor.dtype != query.dtype for tensor in tensors) and not autocast_enabled(query):
         raise ValueError(f"query, key, value and pooled must have one dtype, got {[t.dtype for t in tensors]}")

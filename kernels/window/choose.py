@@ -32,8 +32,8 @@ def choose_impl(query: Tensor, *, grid: tuple[int, ...], window: Window, text_le
 
     1. On a CUDA device "triton", where its kernels run and agree with the reference; else "tiled", with a warning.
     2. On another device than a CPU, or traced by `torch.compile`, so that one graph serves all grids: "tiled".
-    3. "masked" where tiles would save too little for the work they make: up to 256 image tokens, and up to 4096 of them
-       where a tile reads more than 55% of all keys. Measured on 2 cores, 4 heads of 64, radius 4 to 32.
+    3. "masked" where tiles would save too little for the work they make: up to 576 image tokens, and up to 4096 of them
+       where a tile reads more than 45% of all keys. Measured on a CPU, 4 to 32 heads, radius 4 to 32.
     4. Else "tiled".
     """
     if query.device.type == "cuda":
@@ -52,7 +52,7 @@ def _on_cpu(grid: tuple[int, ...], window: Window, text_len: int) -> str:
     rows, columns = query_tile(window, height, width)
     frames_read = mean_reach(frames, 1, (window.frame_radius or frames) - 1)
     read = frames_read * window.keys_read(0, height, rows) * window.keys_read(1, width, columns)
-    return "masked" if image_len <= 256 or read + text_len > 0.55 * (image_len + text_len) else "tiled"
+    return "masked" if image_len <= 576 or read + text_len > 0.45 * (image_len + text_len) else "tiled"
 
 
 def require_triton(query: Tensor) -> None:

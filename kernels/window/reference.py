@@ -81,31 +81,8 @@ def windowed_attention_reference(
 ) -> Tensor:
     """The same with any window: arguments, result and errors of `window_attention_reference`."""
     check_mask_size(query, text_mask, pooled)
-    mask = window_mask(grid, window, text_len, text_first, query.device)
-    return masked_attention(query, key, value, mask, text_len, text_first, text_mask, pooled, scale)
-
-
-def windowed_lse_reference(
-    query: Tensor,
-    key: Tensor,
-    *,
-    grid: tuple[int, ...],
-    window: Window,
-    text_len: int,
-    text_first: bool,
-    text_mask: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """log sum_j exp(scale * q_i . k_j) over what each image query sees; [B, H, N, D] -> [B, H, image tokens]."""
-    check_mask_size(query, text_mask, None)
-    num_image = query.shape[2] - text_len
-    image = slice(text_len, None) if text_first else slice(0, num_image)
-    mask = window_mask(grid, window, text_len, text_first, query.device)[image]
-    if text_mask is not None:
-        mask = mask & key_mask(text_mask, num_image, text_first)
-    with torch.autocast(query.device.type, enabled=False):
-        logits = query[:, :, image].to(sum_dtype(query)) @ key.to(sum_dtype(query)).mT * scale
-    return logits.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    bias = window_bias(query, grid, window, text_len, text_first)
+    return biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)
 
 
 def window_mask(grid: tuple[int, ...], window: Window, text_len: int, text_first: bool, device: torch.device) -> Tensor:
@@ -118,30 +95,56 @@ def window_mask(grid: tuple[int, ...], window: Window, text_len: int, text_first
     return mask
 
 
-def masked_attention(
+def window_bias(like: Tensor, grid: tuple[int, ...], window: Window, text_len: int, text_first: bool) -> Tensor:
+    """What `window_mask` adds to the logits, [N, N], dtype and device of `like`: 0 where it is True, -inf elsewhere."""
+    mask = window_mask(grid, window, text_len, text_first, like.device)
+    return like.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+
+
+def biased_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    bias: Tensor,
     text_len: int,
     text_first: bool,
     text_mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
     scale: float | None,
 ) -> Tensor:
-    """One call of dense attention, through `window_mask`, the text mask, and the mask of the pooled tokens."""
+    """One call of dense attention: `bias` [N, N] of the window, with text mask and pooled tokens, if any, put to it."""
     image_len = query.shape[2] - text_len
-    mask = mask[None, None]  # [1, 1, query, key]
+    bias = bias[None, None]  # [1, 1, query, key]
     if text_mask is not None:
-        mask = mask & key_mask(text_mask, image_len, text_first)
+        bias = bias.masked_fill(~key_mask(text_mask, image_len, text_first), -torch.inf)
     if pooled is not None:
         pooled_key, pooled_value = pooled
         start = text_len if text_first else 0
-        sees_pooled = mask.new_zeros(*mask.shape[:3], pooled_key.shape[2])
-        sees_pooled[:, :, start : start + image_len] = True
-        mask = torch.cat([mask, sees_pooled], dim=3)
+        of_pooled = bias.new_full((*bias.shape[:3], pooled_key.shape[2]), -torch.inf)
+        of_pooled[:, :, start : start + image_len] = 0
+        bias = torch.cat([bias, of_pooled], dim=3)
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+def biased_lse(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    text_len: int,
+    text_first: bool,
+    text_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """log sum_j exp(scale * q_i . k_j) over what each image query sees; [B, H, N, D] -> [B, H, image tokens]."""
+    num_image = query.shape[2] - text_len
+    image = slice(text_len, None) if text_first else slice(0, num_image)
+    dtype, bias = sum_dtype(query), bias[image]
+    if text_mask is not None:
+        bias = bias.masked_fill(~key_mask(text_mask, num_image, text_first), -torch.inf)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query[:, :, image].to(dtype) @ key.to(dtype).mT * scale
+    return (logits + bias).logsumexp(-1)
 
 
 def check_mask_size(query: Tensor, text_mask: Tensor | None, pooled: tuple[Tensor, Tensor] | None) -> None:

@@ -13,7 +13,7 @@ from window_case import Case
 
 from impls import ALL, PORTABLE
 from lineardit.kernels.window import Circle, choose_impl, operator, window_attention, window_attention_reference
-from lineardit.kernels.window.kept_mask import window_mask_op
+from lineardit.kernels.window.kept_bias import window_bias_op
 from lineardit.kernels.window.lists import circle_lists
 from lineardit.kernels.window.reference import window_mask
 from lineardit.kernels.window.tiled import tile_groups
@@ -199,8 +199,8 @@ def test_window_attention_op_with_frames_passes_opcheck() -> None:
     torch.library.opcheck(operator.window_attention_op, arguments)
 
 
-def test_window_mask_op_with_frames_passes_opcheck() -> None:
-    torch.library.opcheck(window_mask_op, (torch.zeros(1), (2, 3, 5), 2.0, 4, True, 1))
+def test_window_bias_op_with_frames_passes_opcheck() -> None:
+    torch.library.opcheck(window_bias_op, (torch.zeros(1), (2, 3, 5), 2.0, 4, True, 1))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from lineardit.kernels.window import (
     windowed_attention,
     windowed_attention_reference,
 )
-from lineardit.kernels.window.kept_mask import window_mask_op
+from lineardit.kernels.window.kept_bias import window_bias_op
 from lineardit.kernels.window.lists import TileLists, box_lists, window_lists
 from lineardit.kernels.window.reference import window_mask
 from lineardit.kernels.window.tiled import window_groups
@@ -259,7 +259,7 @@ def test_operators_with_a_box_pass_opcheck() -> None:
     window = (None, [3, 1, 1, 2, 1, 1])
     arguments = (text[0], True, *image, *text[1:], None, (3, 5), None, 0.5, "tiled", *window)
     torch.library.opcheck(operator.window_attention_op, arguments)
-    torch.library.opcheck(window_mask_op, (torch.zeros(1), (3, 5), None, 4, True, *window))
+    torch.library.opcheck(window_bias_op, (torch.zeros(1), (3, 5), None, 4, True, *window))
 
 
 @pytest.mark.parametrize(

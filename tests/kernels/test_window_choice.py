@@ -17,7 +17,7 @@ from lineardit.kernels.window import (
     tiled,
     window_attention,
 )
-from lineardit.kernels.window.kept_mask import kept_window_mask, window_mask_op
+from lineardit.kernels.window.kept_bias import kept_window_bias, window_bias_op
 from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
 from lineardit.kernels.window.reference import window_mask
 
@@ -42,8 +42,8 @@ def test_fastest_partial_falls_back_where_flash_does_not_work(broken, monkeypatc
 @pytest.mark.parametrize(
     "grid, radius, text_len, expected",
     [
-        ((16, 16), 2, 0, "masked"),
-        ((17, 16), 2, 0, "tiled"),
+        ((24, 24), 2, 0, "masked"),
+        ((25, 24), 2, 0, "tiled"),
         ((32, 32), 4, 64, "tiled"),
         ((48, 48), 32, 512, "masked"),
         ((65, 64), 64, 512, "tiled"),
@@ -58,7 +58,7 @@ def test_choose_impl_follows_its_cascade(grid, radius, text_len, expected):
     assert choose_impl(query.to("meta"), grid=grid, window=window, text_len=text_len) == "tiled"
 
 
-@pytest.mark.parametrize("grid", [(5, 6), (17, 20)], ids=str)
+@pytest.mark.parametrize("grid", [(5, 6), (23, 29)], ids=str)
 def test_window_attention_auto_runs_what_choose_impl_tells(grid):
     case = Case(grid=grid, radius=3, text_len=2)
     tensors = case.tensors(torch.float32)
@@ -126,13 +126,14 @@ def test_window_attention_op_passes_opcheck():
     torch.library.opcheck(operator.window_attention_op, arguments)
 
 
-def test_window_mask_op_passes_opcheck_and_is_never_shared():
+def test_window_bias_op_passes_opcheck_and_is_never_shared():
     arguments = (torch.zeros(1), (3, 5), 2.0, 4, True)
-    torch.library.opcheck(window_mask_op, arguments)
-    window_mask_op(*arguments).fill_(False)
+    torch.library.opcheck(window_bias_op, arguments)
+    window_bias_op(*arguments).fill_(1)
     window = Circle(radius=2.0)
-    kept = kept_window_mask(torch.zeros(1), (3, 5), window, 4, True)
-    assert torch.equal(kept, window_mask((3, 5), window, 4, True, torch.device("cpu")))
+    kept = kept_window_bias(torch.zeros(1), (3, 5), window, 4, True)
+    assert torch.equal(kept == 0, window_mask((3, 5), window, 4, True, torch.device("cpu")))
+    assert kept[kept != 0].eq(-torch.inf).all()
 
 
 @pytest.mark.parametrize("impl", ["auto", *PORTABLE])

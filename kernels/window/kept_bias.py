@@ -1,0 +1,57 @@
+"""What a window's mask adds to the logits of dense attention, kept for the windows that were used last.
+
+PyTorch makes it of a mask of bools in every call; without that work a small picture takes two thirds of the time. For
+the compiler it comes from an operator, `lineardit::window_bias`, which takes symbolic sizes and hands out copies.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .reference import window_bias
+from .windows import Window, from_arguments, to_arguments
+
+
+def kept_window_bias(like: Tensor, grid: Sequence[int], window: Window, text_len: int, text_first: bool) -> Tensor:
+    """[N, N], dtype and device of `like`, to be read only."""
+    if torch.compiler.is_compiling():
+        radius, frame_radius, box = to_arguments(window)
+        return window_bias_op(like.detach(), grid, radius, text_len, text_first, frame_radius, box)
+    return _kept(tuple(grid), window, text_len, text_first, like.dtype, like.device)
+
+
+@torch.library.custom_op(
+    "lineardit::window_bias",
+    mutates_args=(),
+    schema="(Tensor like, SymInt[] grid, float? radius, SymInt text_len, bool text_first, SymInt? frame_radius=None, "
+    "SymInt[]? box=None) -> Tensor",
+)
+def window_bias_op(
+    like: Tensor,
+    grid: Sequence[int],
+    radius: float | None,
+    text_len: int,
+    text_first: bool,
+    frame_radius: int | None = None,
+    box: Sequence[int] | None = None,
+) -> Tensor:
+    """[N, N], dtype and device of `like`; a copy, since an operator owns what it returns."""
+    window = from_arguments(radius, frame_radius, box)
+    return _kept(tuple(grid), window, text_len, text_first, like.dtype, like.device).clone()
+
+
+@window_bias_op.register_fake
+def _(like, grid, radius, text_len, *_):  # type: ignore[no-untyped-def]
+    num_tokens = text_len + math.prod(grid)
+    return like.new_empty(num_tokens, num_tokens)
+
+
+@lru_cache(maxsize=4)
+def _kept(
+    grid: tuple[int, ...], window: Window, text_len: int, text_first: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):  # one first made for inference serves training as well
+        return window_bias(torch.empty((), dtype=dtype, device=device), grid, window, text_len, text_first)
