@@ -196,6 +196,20 @@ def read_tensors(path: Path, *, only: Callable[[str], bool] = lambda name: True)
         return {name: file.get_tensor(name) for name in file.keys() if only(name)}  # noqa: SIM118
 
 
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device, by its header.
+
+    Raises:
+        ValueError: there is no such file, it is truncated, or not in this format.
+    """
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(one.get_shape(), dtype=_DTYPES.get(one.get_dtype(), torch.float32), device="meta")
+            for name, one in slices.items()
+        }
+
+
 def main_dtype(path: Path) -> torch.dtype:
     """The dtype that the most bytes of a safetensors file have, by its header.
 

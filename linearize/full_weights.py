@@ -90,7 +90,8 @@ def _check_writable(name: str, layer: nn.Module, attribute: str) -> None:
 
 
 def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_original: bool) -> FullWeights:
-    """Overwrites parameters of the base and notes it as an overlay; one on the meta device becomes a real parameter.
+    """Overwrites parameters of the base and notes it as an overlay; one on the meta device becomes a real parameter,
+    unless its new value is there as well.
 
     Args:
         model: The denoiser.
@@ -101,11 +102,12 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
     owners = {name: _owner(model, name) for name in weights}
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
-        originals[name] = old.detach().to("cpu", copy=True) if keep_original and not old.is_meta else None
+        keep = keep_original and old.is_meta == weights[name].is_meta
+        originals[name] = old.detach().to("meta" if old.is_meta else "cpu", copy=True) if keep else None
     overlay = FullWeights(model, originals)
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
-        if old.is_meta:
+        if old.is_meta and not weights[name].is_meta:
             setattr(layer, attribute, nn.Parameter(weights[name].clone(), requires_grad=old.requires_grad))
         else:
             old.data.copy_(weights[name])

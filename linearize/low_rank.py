@@ -186,7 +186,7 @@ def merged_weight(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> 
 def like_layer(model: nn.Module, name: str, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Copies of LoRA factors on a layer's device and in its dtype, if that is one to compute in."""
     weight = plain_layer(model, name).weight
-    device = torch.device("cpu") if weight.is_meta else weight.device
+    device = factors[0].device if weight.is_meta else weight.device
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else None
     down, up = (factor.to(device, dtype, copy=True) for factor in factors)
     return down, up

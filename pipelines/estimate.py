@@ -22,6 +22,7 @@ from ..linearize.families import FAMILIES
 from ..linearize.measures.flops import Step, count_step
 from ..linearize.measures.step_inputs import can_make_inputs, token_side
 from ..linearize.networks import denoiser
+from .placement import noted_place
 from .plan import Plan, Stage
 from .positions import table_side
 from .token_chunks import in_token_chunks
@@ -54,12 +55,9 @@ class Estimator:
         self.text_len, self.scale = _text_len(pipe, text_len), pixels_per_latent(pipe.vae)
         self.forwards, together = forwards_of(pipe)
         self.batch = batch * together
-        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-        device = pipe._execution_device
-        # offloading keeps one part on the device, or a few layers
-        offloads = bool(getattr(pipe, "_all_hooks", None))
-        sizes = [_bytes(part, None if offloads else device) for part in parts]
-        self.weights = max(sizes) if offloads else sum(sizes)
+        self.weights = weights_on_device(pipe)
+        place = noted_place(pipe)
+        device = pipe._execution_device if place is None else place.device
         own = cast(Any, self.model).dtype
         self.dtype = own if own in _COMPUTED_IN else torch.bfloat16  # weights that are cast layer by layer
         self.speed = half_of_peak(device, self.dtype)
@@ -210,6 +208,19 @@ def free_gib(device: torch.device) -> float | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return (free + torch.cuda.memory_reserved(device)) / GIB
+
+
+def weights_on_device(pipe: Any) -> int:
+    """Bytes of a pipeline's weights that are on its device at once."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    whole = [_bytes(part, None) for part in parts]
+    place = noted_place(pipe)
+    # offloading keeps one part on the device, or a few layers
+    if getattr(pipe, "_all_hooks", None) or (place is not None and place.offload == "model"):
+        return max(whole)
+    if place is not None:
+        return sum(whole) if place.offload == "none" else 0
+    return sum(_bytes(part, pipe._execution_device) for part in parts)
 
 
 def _bytes(part: nn.Module, device: torch.device | None) -> int:

@@ -39,6 +39,7 @@ from .checks import (
 from .estimate import Estimator
 from .low_frequencies import OnStep
 from .pictures import as_pictures
+from .placement import NOTED
 from .plan import Attention, Limits, Plan, Settings, Stage
 from .planning import cascade
 from .positions import table_side
@@ -51,8 +52,8 @@ from .vae import latent_channels, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
-# What a pipeline has besides its parts and its config: of enable_model_cpu_offload, and SDXL's watermark.
-_REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "watermark")
+# What a pipeline has besides its parts and its config: of enable_model_cpu_offload, SDXL's watermark, and our own note.
+_REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "watermark", NOTED)
 
 
 class HighResolutionPipeline(StagedPipeline):
@@ -80,9 +81,8 @@ class HighResolutionPipeline(StagedPipeline):
             raise ValueError(f"native_size must be an integer >= 1 or None, got {native_size!r}")
         made = made_of(_cascade_class(stock_class(pipeline)), pipeline)
         made.native_size = native_size or trained_size(made)
-        for remembered in _REMEMBERED:
-            if hasattr(pipeline, remembered):
-                setattr(made, remembered, getattr(pipeline, remembered))
+        for remembered in (name for name in _REMEMBERED if hasattr(pipeline, name)):
+            setattr(made, remembered, getattr(pipeline, remembered))
         return made
 
     @classmethod

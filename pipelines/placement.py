@@ -1,10 +1,21 @@
 """Where a pipeline computes, and where its weights wait meanwhile."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 OFFLOADS = ("none", "model", "sequential", "group")
+
+NOTED = "_lineardit_place"  # attribute of a pipeline
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pipeline without weights would be put: a device, and one of `OFFLOADS`."""
+
+    device: torch.device
+    offload: str
 
 
 def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
@@ -16,16 +27,34 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
     Raises:
         ValueError: no such offload, or there is no accelerator to offload from.
     """
-    if offload not in OFFLOADS:
-        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+    _check_offload(device, offload)
     if offload == "none":
         pipe.to(device)
-        return
-    if device.type == "cpu":
-        raise ValueError(f"offload {offload!r} needs an accelerator, and the device is the CPU: use --offload none")
-    if offload == "model":
+    elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+
+
+def note_place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
+    """Say of a pipeline without weights (`from_pretrained(weights=False)`) where `place_` would put it, for estimates.
+
+    Raises:
+        ValueError: as of `place_`.
+    """
+    _check_offload(device, offload)
+    setattr(pipe, NOTED, Place(device, offload))
+
+
+def noted_place(pipe: Any) -> Place | None:
+    """What `note_place_` has said."""
+    return getattr(pipe, NOTED, None)
+
+
+def _check_offload(device: torch.device, offload: str) -> None:
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(f"offload {offload!r} needs an accelerator, and the device is the CPU: use --offload none")

@@ -67,7 +67,9 @@ def generate(
             metavar="I/N", help="Only every N-th picture, from the I-th on; the processes of a launcher share it."
         ),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and make nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done, and make nothing; this reads no weights.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     offline: Offline = False,
 ) -> None:
@@ -93,7 +95,7 @@ def generate(
         plan_files(texts, output, seed=seed, text={})  # before a large model is loaded
     if output.is_file() and not (overwrite or plan):
         raise ValueError(f"{output} exists and is kept: name another output, or replace it with --overwrite")
-    pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras)
+    pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras, with_weights=not plan)
     stages = {"strength": strength, "steps": stage_steps, "sharpen": sharpen}
     given: dict[str, Any] = {name: value for name, value in stages.items() if value is not None}
     planned: dict[str, Any] = {"size": height_width, "steps": steps, "max_sequence_length": max_sequence_length}

@@ -17,8 +17,9 @@ def load(
     impl: str,
     offline: bool,
     loras: "Sequence[Lora]" = (),
+    with_weights: bool = True,
 ) -> tuple[Any, dict[str, str]]:
-    """The pipeline in its place, and what its pictures say of it."""
+    """The pipeline in its place, and what its pictures say of it; without weights, in its shape, for a plan."""
     from .. import __version__
     from ..linearize.adapters.adapter import adapter_file
     from ..linearize.adapters.base import find_place, source_of
@@ -26,15 +27,17 @@ def load(
     from ..linearize.folders import sha256
     from ..linearize.networks import denoiser
     from ..linearize.standing import swap_report
-    from ..pipelines.placement import place_
+    from ..pipelines.placement import note_place_, place_
     from .devices import find_device, find_dtype
     from .loras import load_loras_
 
     target = find_device(device)
     weights = find_dtype(dtype, target)
-    pipe = open_pipeline(source, dtype=weights, base=base, revision=revision, offline=offline, impl=impl)
+    pipe = open_pipeline(
+        source, dtype=weights, base=base, revision=revision, offline=offline, impl=impl, weights=with_weights
+    )
     load_loras_(pipe, loras, offline=offline)
-    place_(pipe, target, offload)
+    (place_ if with_weights else note_place_)(pipe, target, offload)
     if swap_report(pipe) is None:  # else the conversion has said what it swapped
         print(f"{source} runs with its original attention")
     model = source_of(pipe, denoiser(pipe)[1]).name or source

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ... import __version__
 from ..convert import check_convertible, linearize_, restore_, swapped
 from ..families import Family, family_of
-from ..folders import check_output, check_output_file, new_folder, read_tensors, sha256, write_whole
+from ..folders import check_output, check_output_file, new_folder, read_shapes, read_tensors, sha256, write_whole
 from ..full_weights import check_writable, replace_weights_
 from ..grouping import grouped
 from ..low_rank import FusedLowRank, LowRank, like_layer
@@ -103,10 +103,12 @@ def load_adapter_(
 
 
 def read_adapter(
-    directory_or_repo: str | Path, *, revision: str | None = None, offline: bool = False
+    directory_or_repo: str | Path, *, revision: str | None = None, offline: bool = False, weights: bool = True
 ) -> tuple[Manifest, dict[str, Tensor]]:
     """The checked contents of an adapter: a folder, a single file or a Hub id.
 
+    Args:
+        weights: False: those of the base, which training changed, in their shape, by the header of their file.
     Raises:
         ValueError: it is missing, damaged, mixed from two adapters, or of a newer format.
     """
@@ -119,8 +121,8 @@ def read_adapter(
         )
     manifest = read_manifest(file)
     if file == place.folder:
-        return manifest, read_tensors(file)
-    return manifest, {} if manifest.tensors is None else _checked_tensors(place, manifest.tensors)
+        return manifest, _tensors_of(file, weights)
+    return manifest, {} if manifest.tensors is None else _checked_tensors(place, manifest.tensors, weights)
 
 
 def adapter_file(place: Place) -> Path | None:
@@ -147,7 +149,13 @@ def check_adapter_output(path: Path, *, overwrite: bool) -> None:
         check_output(path, overwrite=overwrite)
 
 
-def _checked_tensors(place: Place, expected: TensorsFile) -> dict[str, Tensor]:
+def _tensors_of(file: Path, weights: bool) -> dict[str, Tensor]:
+    if weights:
+        return read_tensors(file)
+    return read_shapes(file) | read_tensors(file, only=lambda name: ".linear_kernel." in name)
+
+
+def _checked_tensors(place: Place, expected: TensorsFile, weights: bool) -> dict[str, Tensor]:
     file = place.file(expected.file)
     if file is None:
         raise ValueError(f"{place.name} lacks {expected.file}, which its {MANIFEST_FILE} names: copy it again")
@@ -157,9 +165,9 @@ def _checked_tensors(place: Place, expected: TensorsFile) -> dict[str, Tensor]:
             f"{file} has {size} bytes, {MANIFEST_FILE} says {expected.bytes}: it is truncated or of another adapter; "
             "copy both files again"
         )
-    if sha256(file) != expected.sha256:
+    if weights and sha256(file) != expected.sha256:
         raise ValueError(f"{file} is not the file that {MANIFEST_FILE} names (sha256 differs): copy both files again")
-    return read_tensors(file)
+    return _tensors_of(file, weights)
 
 
 def mount_adapter_(

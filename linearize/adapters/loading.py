@@ -20,8 +20,9 @@ from ..networks import denoiser
 from ..record import CONFIG_KEY, record_
 from ..seam import overlays_of
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import CONFIG_FILE, Base, Place, find_place, read_base
+from .base import CONFIG_FILE, Base, Place, build_on_meta, find_place, read_base
 from .fitting import check_shapes, shapes_of
+from .outline import parts_on_meta
 from .stored_weights import stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def from_pretrained(
     offline: bool = False,
     impl: str = "auto",
     keep_original: bool = True,
+    weights: bool = True,
     **options: Any,
 ) -> Any:
     """Loads the base that an adapter names, at the revision it names, and puts the adapter on it.
@@ -57,6 +59,8 @@ def from_pretrained(
         offline: Never touch the network.
         impl: The implementation to run, as in `linearize_`.
         keep_original: As in `load_adapter_`.
+        weights: False: the pipeline in its shape, to plan with. Its parts are on the meta device, in this dtype, and
+            of its base config files alone are read.
         options: Of diffusers' `from_pretrained`, for the base: `variant`, `quantization_config`, `device_map`, parts in
             place of its own (`text_encoder=None`), and so on.
     Returns:
@@ -69,9 +73,10 @@ def from_pretrained(
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
     place = find_place(directory_or_repo, revision=revision, offline=offline)
     if adapter_file(place) is None:
-        return _restored(place, dtype=dtype, base=base, impl=impl, options=options)
-    manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
-    pipe = load_base(base_of(manifest, place.name, base, offline=offline), dtype=dtype, offline=offline, **options)
+        return _restored(place, dtype=dtype, base=base, impl=impl, options=options | {"weights": weights})
+    manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline, weights=weights)
+    found = base_of(manifest, place.name, base, offline=offline)
+    pipe = load_base(found, dtype=dtype, offline=offline, weights=weights, **options)
     mount_adapter_(pipe, manifest, tensors, keep_original=keep_original, impl=impl)
     return pipe
 
@@ -92,7 +97,12 @@ def base_of(manifest: Manifest, adapter: str, base: str | Path | None = None, *,
 
 
 def load_base(
-    base: Base, *, dtype: torch.dtype | Literal["auto"] | None = None, offline: bool = False, **options: Any
+    base: Base,
+    *,
+    dtype: torch.dtype | Literal["auto"] | None = None,
+    offline: bool = False,
+    weights: bool = True,
+    **options: Any,
 ) -> Any:
     """The pipeline of a base, or the bare denoiser, with its weights; from safetensors files only.
 
@@ -100,6 +110,7 @@ def load_base(
         base: From `read_base`.
         dtype: As in `from_pretrained`.
         offline: Never touch the network.
+        weights: As in `from_pretrained`.
         options: As in `from_pretrained`.
     Raises:
         ValueError: the base is a config without weights or has pickles alone, or an option is refused.
@@ -112,16 +123,21 @@ def load_base(
         raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
     if "variant" not in options:
         options["variant"] = variant_of(base)
+    # None would leave text encoders in the dtype of their files
+    named = dtype or torch.float32
+    if named == "auto":
+        named = stored_dtype(base, variant=options["variant"], offline=offline)
+    if not weights and source.pipeline_class is None:
+        return build_on_meta(base, dtype=named)
+    if not weights:
+        options = parts_on_meta(base, dtype=named, offline=offline) | options
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
     with warnings.catch_warnings():
         # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         return loader.from_pretrained(
             source.name,
-            # None would leave text encoders in the dtype of their files
-            torch_dtype=stored_dtype(base, variant=options["variant"], offline=offline)
-            if dtype == "auto"
-            else dtype or torch.float32,
+            torch_dtype=named,
             revision=source.revision,
             local_files_only=offline,
             use_safetensors=True,
@@ -160,7 +176,7 @@ def _restored(
         )
     pipe = load_base(saved, dtype=dtype, offline=place.offline, **options)
     _, model = denoiser(pipe)
-    _restore_conversion_(model, entry, impl, _folder_of(model, place))
+    _restore_conversion_(model, entry, impl, _folder_of(model, place), options.get("weights", True))
     return pipe
 
 
@@ -174,18 +190,20 @@ def _folder_of(model: Any, place: Place) -> Path:
     return folder
 
 
-def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path) -> None:
+def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path, weights: bool) -> None:
     """Kernels, their parameters, LoRA, and the knowledge that some of the base's own weights are lost.
 
     Raises:
         ValueError: the folder lacks a tensor of these, or has others.
     """
     linearize_(model, entry.configs(), impl=impl)
-    saved = _own_tensors(folder)
     parameters = dict(model.named_parameters())
     changed = [name for name in parameters if any(fnmatchcase(name, glob) for glob in entry.changed)]
     if changed:
         overlays_of(model).items.append(FullWeights(model, dict.fromkeys(changed)))
+    if not weights and not any(folder.glob("*.safetensors")):  # of a repository nothing but configs was fetched
+        return
+    saved = _own_tensors(folder)
     for trained in entry.trained:
         if trained.kind == "lora":
             overlays_of(model).items.append(_saved_lora(model, saved, cast(float, trained.alpha), folder))

@@ -1,6 +1,7 @@
 """`lineardit generate` in stages, `upscale` and `decode` as they are typed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tiny_distill import build_tiny
 
-from lineardit import Clear, linearize_, save_adapter
+from lineardit import Clear, HighResolutionPipeline, from_pretrained, linearize_, save_adapter
 from lineardit.cli import run
 
 PROMPT = "a red circle"
@@ -73,6 +74,21 @@ def test_generate_takes_settings_of_the_stages_and_tells_the_plan(
         assert f"{size} is made at once: {remedy}" in capsys.readouterr().err.splitlines()[-1]
     assert lineardit(*generate, "--size", "16x16", "--plan") == 0
     assert "one call of the pipeline, no stages" in capsys.readouterr().out
+
+
+def test_a_plan_reads_no_weights(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(adapter.parent / "base", tmp_path / "base")
+    words = ("generate", adapter, "--base", tmp_path / "base", "--size", "45x33", "--plan", "--dtype", "bfloat16")
+    pipe = from_pretrained(adapter, base=tmp_path / "base", dtype=torch.bfloat16)
+    plan = HighResolutionPipeline.from_pipe(pipe).plan(33, 45)
+    for file in (tmp_path / "base").rglob("*.safetensors"):
+        file.unlink()
+    capsys.readouterr()
+    assert lineardit(*words) == 0
+    told, wanted = (re.sub(r"about \d+ s", "", text) for text in (capsys.readouterr().out, f"{plan}\n"))
+    assert told == wanted and "GiB" in told
+    assert lineardit(*words, "--offload", "model", "--device", "cpu") == 2
+    assert "offload 'model' needs an accelerator" in capsys.readouterr().err
 
 
 def test_generate_tells_stages_and_kernels(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -56,6 +56,14 @@ def test_a_style_is_drawn_at_its_weight_and_told(made: Path, tmp_path: Path) -> 
     assert twice.tobytes() == styled.tobytes()
 
 
+def test_a_plan_is_made_with_a_style(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("generate", made / "adapter", *SMALL, "--cascade", "--plan", "--lora")
+    assert lineardit(*words, made / "style.safetensors") == 0
+    assert "32x24 in 1 stage\n" in capsys.readouterr().out
+    assert lineardit(*words, made / "other.safetensors") == 2
+    assert "is of another model than this FluxPipeline" in capsys.readouterr().err
+
+
 def test_upscale_takes_a_style_and_reminds_of_one(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

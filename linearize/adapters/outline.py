@@ -1,0 +1,79 @@
+"""The parts of a pipeline in their shape, without memory for their weights: what a plan is made from."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+
+from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, cast_as_loaded_, find_place, read_json
+
+
+def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> dict[str, nn.Module]:
+    """Every part of a pipeline that has weights, by its name, on the meta device; this reads config files alone.
+
+    Args:
+        base: Of a pipeline, from `read_base`.
+        dtype: Of the weights; as when they are loaded, some stay float32.
+        offline: Never touch the network.
+    Raises:
+        ValueError: a part has no config, or one that does not fit its class.
+    """
+    place = find_place(str(base.source.name), revision=base.source.revision, offline=offline)
+    index_file = place.file(PIPELINE_FILE)
+    assert index_file is not None  # it was read before
+    parts: dict[str, nn.Module] = {}
+    for name, entry in read_json(index_file).items():
+        if not isinstance(entry, list) or entry[0] is None:
+            continue
+        if name == base.component:
+            model = build_on_meta(base, dtype=dtype)
+            # diffusers notes where a model is from
+            model.register_to_config(_name_or_path=str(_config(place, name).parent))  # type: ignore[operator]
+            parts[name] = model
+        elif isinstance(kind := _class_of(*entry), type) and issubclass(kind, nn.Module):
+            parts[name] = _part_on_meta(kind, _config(place, name), dtype)
+    return parts
+
+
+def _class_of(library: str, name: str) -> Any:
+    """A class that model_index.json names; None: of neither library, nor of a pipeline of diffusers'."""
+    if library in ("diffusers", "transformers"):
+        return getattr(import_module(library), name, None)
+    return getattr(getattr(diffusers.pipelines, library, None), name, None)
+
+
+def _config(place: Place, part: str) -> Path:
+    file = place.file(f"{part}/{CONFIG_FILE}")
+    if file is None:
+        raise ValueError(f"{place.name} has a {PIPELINE_FILE} but no {part}/{CONFIG_FILE}: its copy is not complete")
+    return file
+
+
+def _part_on_meta(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        if issubclass(kind, transformers.PreTrainedModel):
+            return _of_transformers(kind, config, dtype)
+        with init_empty_weights(include_buffers=True):
+            model: nn.Module = kind.from_config(read_json(config))
+    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{config} does not fit a {kind.__name__}: {error}") from error
+    cast_as_loaded_(model, dtype)
+    return model
+
+
+def _of_transformers(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Module:
+    """A text encoder; weights that two layers share stay one."""
+    with torch.device("meta"):
+        model: nn.Module = kind(kind.config_class.from_pretrained(config.parent)).to(dtype)
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, weight in model.named_parameters():
+        if kept.intersection(name.split(".")):
+            weight.data = weight.data.to(torch.float32)
+    return model

@@ -1,0 +1,87 @@
+"""A pipeline without weights has what a plan is made from: every part's shape, in the dtype that loading gives it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_distill import build_tiny
+from torch import nn
+from whole_pipelines import WHOLE
+
+from lineardit import Agent, Clear, from_pretrained, linearize_, save_adapter, save_merged
+from lineardit.linearize.adapters.opening import open_pipeline
+from lineardit.linearize.full_weights import replace_weights_
+from lineardit.linearize.low_rank import LowRank
+from lineardit.linearize.seam import overlays_of
+from lineardit.pipelines.estimate import weights_on_device
+from lineardit.pipelines.high_resolution import HighResolutionPipeline
+from lineardit.pipelines.placement import note_place_
+
+PIPELINES = {"flux": build_tiny, **{name: make for name, (make, _) in WHOLE.items()}}
+
+
+def parameters(pipe: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {
+        f"{name}.{key}": (tuple(weight.shape), weight.dtype)
+        for name, part in parts.items()
+        for key, weight in part.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_outline_has_the_parts_of_the_pipeline(name: str, tmp_path: Path) -> None:
+    PIPELINES[name]().save_pretrained(tmp_path)
+    for dtype in ("float32", "bfloat16", "float16"):
+        loaded = parameters(open_pipeline(tmp_path, dtype=dtype))
+        for file in tmp_path.rglob("*.safetensors"):
+            file.rename(file.with_suffix(".hidden"))
+        assert parameters(open_pipeline(tmp_path, dtype=dtype, weights=False)) == loaded
+        for file in tmp_path.rglob("*.hidden"):
+            file.rename(file.with_suffix(".safetensors"))
+
+
+def converted(tmp_path: Path, config: Any) -> Any:
+    build_tiny().save_pretrained(tmp_path / "base")
+    pipe = type(build_tiny()).from_pretrained(tmp_path / "base")
+    linearize_(pipe, config)
+    return pipe
+
+
+@pytest.mark.parametrize("trained", ["nothing", "lora", "full"])
+@pytest.mark.parametrize("config", [Clear(radius=2), Agent(num_agents=4)], ids=["clear", "agent"])
+def test_the_outline_of_a_student_runs_what_the_student_runs(trained: str, config: Any, tmp_path: Path) -> None:
+    pipe = converted(tmp_path, config)
+    layer = "transformer_blocks.0.attn.to_q"
+    if trained == "lora":
+        factors = {layer: (torch.randn(2, 32), torch.randn(32, 2))}
+        overlays_of(pipe.transformer).items.append(LowRank(pipe.transformer, factors, alpha=2))
+    elif trained == "full":
+        replace_weights_(pipe.transformer, {f"{layer}.weight": torch.randn(32, 32)}, keep_original=True)
+    save_adapter(pipe, tmp_path / "adapter")
+    save_merged(pipe, tmp_path / "merged")
+    for name in ("adapter", "merged"):
+        loaded = from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        outline = from_pretrained(tmp_path / name, dtype=torch.bfloat16, weights=False)
+        assert parameters(outline) == parameters(loaded)
+        of_loaded, of_outline = (HighResolutionPipeline.from_pipe(one)._limits() for one in (loaded, outline))
+        assert of_outline == of_loaded
+
+
+def test_an_outline_counts_its_weights_where_they_would_be(tmp_path: Path) -> None:
+    build_tiny().save_pretrained(tmp_path)
+    cpu, loaded = torch.device("cpu"), open_pipeline(tmp_path)
+    outline = open_pipeline(tmp_path, weights=False)
+    note_place_(outline, cpu)
+    counted = weights_on_device(HighResolutionPipeline.from_pipe(outline))
+    assert counted == weights_on_device(loaded) > 0
+    sizes = {}
+    for offload in ("model", "group", "sequential"):
+        note_place_(outline, torch.device("cuda"), offload)
+        sizes[offload] = weights_on_device(outline)
+    assert sizes == {"model": max(map(of_one, loaded.components.values())), "group": 0, "sequential": 0}
+
+
+def of_one(part: Any) -> int:
+    return sum(weight.nbytes for weight in (*part.parameters(), *part.buffers())) if isinstance(part, nn.Module) else 0
