@@ -28,7 +28,7 @@ from .commands.profile import profile
 from .commands.upscale import upscale
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
-GO_ON = ("prepare", "generate", "evaluate", "demo")  # commands that take up their own work
+GO_ON = ("prepare", "generate", "upscale", "evaluate", "demo")  # commands that take up their own work
 LESS_MEMORY = (
     "less is needed for a smaller size or batch, and, where the command has them, with --dtype bfloat16, "
     "--chunk-tokens or --offload"

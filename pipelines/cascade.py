@@ -20,12 +20,13 @@ from ..linearize.errors import UnsupportedModelError
 from .cut_prompts import tell_cut_prompts
 from .files import (
     Wanted,
-    check_latents,
     check_stages,
     latents_kept,
+    not_there,
     other_stages,
     read_latents,
     remove_stage_latents,
+    said_of,
     save_latents,
     unkept_told,
     write_latents,
@@ -94,7 +95,7 @@ def enlarge(
     arguments: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """A picture, larger, as `make_in_stages` writes it.
+    """A picture, larger, as `make_in_stages` writes it; one that is there already, made just so, is kept.
 
     Args:
         size: (height, width) in pixels.
@@ -104,18 +105,19 @@ def enlarge(
         overwrite: Replace what is kept of another picture under this name.
     Raises:
         UnsupportedModelError: there is no cascade for this model.
-        ValueError: the size is not larger than the picture, a setting is out of range, or latents or stages of another
-            picture are there.
+        ValueError: the size is not larger than the picture, a setting is out of range, or another picture is there, or
+            its latents or stages.
     """
     check_larger(picture, size)
     high = HighResolutionPipeline.from_pipe(pipe)
     shape = (picture.height, picture.width)
     plan = high.plan(*size, settings=settings, enlarge=shape, tile=tile, text_len=max_sequence_length)
     drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
-    said = {name: str(value) for name, value in {**drawing, **(arguments or {})}.items() if value is not None}
+    said = said_of({**drawing, **(arguments or {})})
     one = replace(one, text={**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)})
     if not overwrite:
-        check_latents(one)
+        if not not_there([one]):
+            return
         check_stages(one)
     call = call_arguments(high, drawing, arguments)
     tell_cut_prompts(pipe, [one.prompt], max_sequence_length)

@@ -81,22 +81,40 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
     ]
 
 
-def not_there(wanted: Sequence[Wanted], output: Path) -> list[Wanted]:
-    """The pictures that are still to be made; one in a folder that says it was made just so is kept."""
-    present: list[Wanted] = []
-    missing: list[Wanted] = []
+def said_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a picture says of settings: those that are given."""
+    return {name: str(value) for name, value in settings.items() if value is not None}
+
+
+def not_there(wanted: Sequence[Wanted]) -> list[Wanted]:
+    """The pictures that are still to be made; one that says it was made just so is kept.
+
+    Raises:
+        ValueError: one is there that says otherwise, or latents of another picture wait under its name.
+    """
+    missing = [one for one in wanted if not one.path.exists()]
     for one in wanted:
-        (present if one.path.exists() else missing).append(one)
-    for one in present:
-        if one.path == output or text_of(one.path) != one.text:
-            raise ValueError(
-                f"{one.path} exists and is kept: name another output, or replace it with overwrite (--overwrite)"
-            )
-    if present:
-        logger.info("%d of %d pictures are there already", len(present), len(wanted))
+        if one.path.exists() and text_of(one.path) != one.text:
+            raise ValueError(_kept(one.path))
+    if len(missing) < len(wanted):
+        logger.info("%d of %d pictures are there already", len(wanted) - len(missing), len(wanted))
     for one in missing:
         check_latents(one)
     return missing
+
+
+def check_there(wanted: Sequence[Wanted]) -> None:
+    """Raise a ValueError where a picture is there that does not say all that is to be said of the wanted one."""
+    for one in wanted:
+        if one.path.exists() and not one.text.items() <= text_of(one.path).items():
+            raise ValueError(_kept(one.path))
+
+
+def _kept(path: Path) -> str:
+    return (
+        f"{path} exists, was made with other settings, and is kept: name another output, or replace it with overwrite "
+        "(--overwrite)"
+    )
 
 
 def check_latents(one: Wanted) -> None:

@@ -28,6 +28,7 @@ from .files import (
     latents_kept,
     not_there,
     plan_files,
+    said_of,
     save_latents,
     unkept_told,
     write_picture,
@@ -67,8 +68,8 @@ def generate(
     Args:
         pipe: A text-to-image pipeline on its device, converted or not.
         prompts: Several become numbered files in a folder; a prompt that comes again gets other noise.
-        output: A file that ends in .png for one prompt, else a folder; pictures that a folder already holds are not
-            made again, so that an interrupted call goes on.
+        output: A file that ends in .png for one prompt, else a folder; pictures that are there already, made just so,
+            are not made again, so that an interrupted call goes on.
         size: (height, width) in pixels; None: the pipeline's own.
         steps: Denoising steps; None: the pipeline's own.
         seed: Noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
@@ -99,8 +100,7 @@ def generate(
         raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
     height, width = size or default_size(pipe)
     drawing = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
-    said = {name: str(value) for name, value in {**drawing, **(arguments or {})}.items() if value is not None}
-    text = {"size": f"{width}x{height}", **said, **(about or {})}
+    text = {"size": f"{width}x{height}", **said_of({**drawing, **(arguments or {})}), **(about or {})}
     staged = in_stages(
         pipe,
         size=(height, width),
@@ -114,7 +114,7 @@ def generate(
     if staged is not None:
         text |= {"stages": staged.plan.settings()}
     wanted = plan_files(prompts, Path(output), seed=seed, text=text)[part[0] - 1 :: part[1]]
-    missing = wanted if overwrite else not_there(wanted, Path(output))
+    missing = wanted if overwrite else not_there(wanted)
     tell_cut_prompts(pipe, [one.prompt for one in missing], max_sequence_length)
     if staged is not None:
         call = call_arguments(staged.pipe, drawing, arguments)

@@ -81,7 +81,7 @@ def generate(
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    from ..pipelines.files import plan_files
+    from ..pipelines.files import check_there, plan_files, said_of
     from ..pipelines.generate import generate as generate_pictures
     from ..pipelines.generate import in_stages
     from ..pipelines.plan import Plan, Settings
@@ -91,10 +91,11 @@ def generate(
     more, loras = parse_arguments(arguments), parse_loras(lora)
     texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])] * count
     height_width = None if size is None else parse_size(size)
-    if not plan:
-        plan_files(texts, output, seed=seed, text={})  # before a large model is loaded
-    if output.is_file() and not (overwrite or plan):
-        raise ValueError(f"{output} exists and is kept: name another output, or replace it with --overwrite")
+    if not plan:  # what can be told before a large model is loaded
+        said = said_of({"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length})
+        wanted = plan_files(texts, output, seed=seed, text=said)
+        if not overwrite:
+            check_there(wanted[share[0] - 1 :: share[1]])
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras, with_weights=not plan)
     stages = {"strength": strength, "steps": stage_steps, "sharpen": sharpen}
     given: dict[str, Any] = {name: value for name, value in stages.items() if value is not None}

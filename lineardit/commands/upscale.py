@@ -1,6 +1,7 @@
 """`lineardit upscale`: a picture, larger, with details that the model adds."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -56,9 +57,8 @@ def upscale(
     quiet_libraries()
     from PIL import Image
 
-    from ..linearize.folders import check_output_file
     from ..pipelines.cascade import check_larger, enlarge
-    from ..pipelines.files import plan_files, text_of
+    from ..pipelines.files import check_there, plan_files, text_of
     from ..pipelines.pictures import as_rgb
     from ..pipelines.plan import Settings
     from .loading import base_said, load
@@ -81,14 +81,17 @@ def upscale(
         raise ValueError(f"{picture} does not say how it was made: give {missing}")
     if output.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {output}")
-    check_output_file(output, overwrite=overwrite)
     settings = Settings(strength=strength, steps=steps, sharpen=sharpen, chunk_tokens=chunk_tokens)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
-    check_larger(image, (height, width))  # before a large model is loaded
+    # what can be told before a large model is loaded
+    check_larger(image, (height, width))
+    (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}"})
+    if not overwrite:
+        check_there([wanted])
     if base is None and source == said.get("adapter"):
         base = base_said(source, said.get("model"), revision, offline)
     pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras)
-    (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **about})
+    wanted = replace(wanted, text={**wanted.text, **about})
     if "lora" in said and not loras:
         print(f"the picture was made with --lora {said['lora']}: give it again to keep its style")
     began = time.perf_counter()

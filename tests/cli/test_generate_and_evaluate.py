@@ -191,6 +191,32 @@ def test_commands_refuse_bad_input(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["out.png", "folder"])
+def test_generate_again_says_that_the_picture_is_there(
+    name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", base, "a", *SMALL, "-o", tmp_path / name)
+    picture = tmp_path / name if name == "out.png" else tmp_path / name / "000.png"
+    assert lineardit(*words) == 0
+    before = picture.stat().st_mtime_ns
+    capsys.readouterr()
+    assert lineardit(*words) == 0
+    assert str(picture) in capsys.readouterr().out.splitlines()[-1]
+    assert lineardit(*words, "--argument", "true_cfg_scale=2") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("lineardit.commands.loading.load", lambda *_, **__: pytest.fail("a model is loaded"))
+        for other in (("--seed", "1"), ("--steps", "2"), ("--guidance", "3"), ("--size", "24x32")):
+            capsys.readouterr()
+            assert lineardit(*words, *other) == 2
+            assert capsys.readouterr().err == (
+                f"lineardit: {picture} exists, was made with other settings, and is kept: name another output, or "
+                "replace it with overwrite (--overwrite)\n"
+            )
+    assert picture.stat().st_mtime_ns == before
+    assert lineardit(*words, "--overwrite") == 0
+    assert picture.stat().st_mtime_ns != before
+
+
 def test_generate_keeps_an_existing_picture(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.png"
     out.write_text("mine")

@@ -117,6 +117,10 @@ def test_upscale_keeps_stages_of_another_picture(adapter: Path, tmp_path: Path, 
     words = ("upscale", small, adapter, "--prompt", PROMPT, "--size", "56x56", *FEW, "-o", large)
     assert lineardit(*words) == 0
     assert [path.name for path in (tmp_path / "large.stages").iterdir()] == ["1-28x28.png"]
+    made = large.stat().st_mtime_ns
+    assert lineardit(*words) == 0 and large.stat().st_mtime_ns == made  # it is there
+    assert lineardit(*words, "--strength", "0.5") == 2
+    assert "large.png exists, was made with other settings" in capsys.readouterr().err
     large.unlink()
     assert lineardit(*words, "--strength", "0.5") == 2
     assert "large.stages holds stages of another picture" in capsys.readouterr().err

@@ -22,9 +22,9 @@ def wanted(path: Path, prompt: str) -> Wanted:
 def test_latents_of_another_picture_are_not_written_over(tmp_path: Path) -> None:
     one, other = (wanted(tmp_path / "out.png", prompt) for prompt in ("a circle", "a square"))
     write_latents(one.latents, LATENTS, {**one.text, "stages": "[]"})
-    assert not_there([one], one.path) == [one]
+    assert not_there([one]) == [one]
     with pytest.raises(ValueError, match=r"out.latents.safetensors holds another picture, not decoded yet"):
-        not_there([other], other.path)
+        not_there([other])
 
 
 def test_decode_takes_away_no_other_latents(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_generate_keeps_what_was_made_otherwise(pipe: FluxPipeline, tmp_path: Pa
     folder = tmp_path / "pictures"
     files = generate(pipe, PROMPTS, folder, **CALL)
     before = files[0].read_bytes()
-    with pytest.raises(ValueError, match=r"000.png exists and is kept: name another output, or replace it"):
+    with pytest.raises(ValueError, match=r"000.png exists, was made with other settings, and is kept: name another"):
         generate(pipe, PROMPTS, folder, **CALL, seed=1)
     assert files[0].read_bytes() == before
     generate(pipe, PROMPTS, folder, **CALL, seed=1, overwrite=True)
@@ -139,7 +139,7 @@ def test_generate_keeps_what_was_made_otherwise(pipe: FluxPipeline, tmp_path: Pa
 def test_generate_keeps_an_existing_file(pipe: FluxPipeline, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     out.write_text("mine")
-    with pytest.raises(ValueError, match=r"out.png exists and is kept"):
+    with pytest.raises(ValueError, match=r"out.png exists, was made with other settings, and is kept"):
         generate(pipe, PROMPTS[:1], out, **CALL)
     assert out.read_text() == "mine"
     generate(pipe, PROMPTS[:1], out, **CALL, overwrite=True)
