@@ -20,6 +20,7 @@ from .commands.demo import demo
 from .commands.distillation import distill
 from .commands.evaluate import evaluate
 from .commands.generate import generate
+from .commands.help_text import WIDTH, SectionedCommand
 from .commands.inspection import inspect
 from .commands.method_options import MethodCommand
 from .commands.nearness import nearness
@@ -37,22 +38,22 @@ LESS_MEMORY = (
 app = typer.Typer(
     name="lineardit",
     help="Attention of linear cost for pretrained diffusion models: convert, distill, generate.",
-    add_completion=False,
+    context_settings={"max_content_width": WIDTH},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.command(cls=MethodCommand)(convert)
-app.command()(inspect)
-app.command()(prepare)
-app.command()(distill)
-app.command()(generate)
-app.command()(upscale)
-app.command()(decode)
-app.command()(evaluate)
-app.command()(profile)
-app.command()(nearness)
-app.command()(bench)
-app.command()(demo)
+app.command(cls=SectionedCommand)(inspect)
+app.command(cls=SectionedCommand)(prepare)
+app.command(cls=SectionedCommand)(distill)
+app.command(cls=SectionedCommand)(generate)
+app.command(cls=SectionedCommand)(upscale)
+app.command(cls=SectionedCommand)(decode)
+app.command(cls=SectionedCommand)(evaluate)
+app.command(cls=SectionedCommand)(profile)
+app.command(cls=SectionedCommand)(nearness)
+app.command(cls=SectionedCommand)(bench)
+app.command(cls=SectionedCommand)(demo)
 
 
 def _print_version(wanted: bool) -> None:

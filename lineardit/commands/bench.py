@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .options import Device, Dtype, Impl, MaxSequenceLength, Offline
+from .options import MODEL, Device, Dtype, Impl, MaxSequenceLength, Offline
 from .prompts import parse_size
+from .tables import wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.conversion_shape import Conditions, Conversion, Size
@@ -31,18 +31,20 @@ def bench(
     ] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Steps of each that count, after one that warms up.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks of both.")] = False,
-    max_sequence_length: MaxSequenceLength = None,
-    base: Annotated[str | None, typer.Option(help="In place of the bases that the adapters name.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    impl: Impl = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")] = Path(
         "bench"
     ),
-    offline: Offline = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
+    max_sequence_length: MaxSequenceLength = None,
+    base: Annotated[
+        str | None, typer.Option(rich_help_panel=MODEL, help="In place of the bases that the adapters name.")
+    ] = None,
+    impl: Impl = "auto",
+    offline: Offline = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
-    """Time a denoising step of the original and of conversions, in turn; this reads no weights of the base."""
+    """Time a step of the original and of conversions, in turn. This reads no weights of the base."""
     asked = [parse_size(size) for size in sizes or SIZES]
     from .quiet import quiet_libraries
 
@@ -115,7 +117,7 @@ def show(name: str, rows: "Sequence[StepTime]") -> None:
         cells += ["" if row.speedup is None else f"{row.speedup:.2f}", f"{row.flops.before / row.flops.after:.2f}"]
         cells += [" to ".join(map(_gib, (row.original_gib, row.converted_gib)))] * with_memory
         table.add_row(*cells, row.runs)
-    console = Console()
+    console = wide_console()
     console.print(table, highlight=False)
     console.print(verdict(rows), highlight=False)
 

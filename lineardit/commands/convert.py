@@ -5,23 +5,39 @@ from typing import Annotated, Any
 
 import typer
 
+from .completion import dtypes, methods
 from .options import Offline, Revision
 from .prompts import parse_size
 
+PROFILE = "Layer by layer, within a budget"
+WEIGHTS = "With weights"
+
 FromProfile = Annotated[
-    Path | None, typer.Option("--from-profile", metavar="FILE", help="Attention by layer, from `lineardit profile`.")
+    Path | None,
+    typer.Option(
+        "--from-profile", rich_help_panel=PROFILE, metavar="FILE", help="Attention by layer, from `lineardit profile`."
+    ),
 ]
 Budget = Annotated[
     str | None,
-    typer.Option(metavar="SHARE|radius:R", help="Of full attention's operations; or what radius R everywhere costs."),
+    typer.Option(
+        rich_help_panel=PROFILE,
+        metavar="SHARE|radius:R",
+        help="Of full attention's operations; or what radius R everywhere costs.",
+    ),
 ]
 BudgetSize = Annotated[
-    str, typer.Option(metavar="WIDTHxHEIGHT", help="The picture whose operations the budget counts.")
+    str,
+    typer.Option(
+        rich_help_panel=PROFILE, metavar="WIDTHxHEIGHT", help="The picture whose operations the budget counts."
+    ),
 ]
 Choices = Annotated[
     str | None,
     typer.Option(
-        metavar="R,...,METHOD,...,full", help="To choose from; else all windows that were profiled, and full."
+        rich_help_panel=PROFILE,
+        metavar="R,...,METHOD,...,full",
+        help="To choose from; else all windows that were profiled, and full.",
     ),
 ]
 
@@ -33,27 +49,42 @@ def convert(
         typer.Argument(metavar="ADAPTER_OR_BASE", help="A pipeline in diffusers' format, or an adapter to rewrite."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; X.safetensors: one file.")],
-    method: Annotated[str | None, typer.Option(help="The attention to put in.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="The attention to put in; its settings are below.", autocompletion=methods)
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Only modules whose name matches this pattern.")] = None,
     min_tokens: Annotated[
         int, typer.Option(help="Leave the levels of a UNet that have fewer image tokens at its native size.")
     ] = 0,
-    revision: Revision = None,
-    importer: Annotated[
-        str | None, typer.Option("--import", metavar="KIND:PATH", help="Published weights: clear:FILE, linfusion:DIR.")
-    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
     from_profile: FromProfile = None,
     budget: Budget = None,
     budget_size: BudgetSize = "4096x4096",
     choices: Choices = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Write the whole pipeline, trained weights merged.")] = False,
+    importer: Annotated[
+        str | None,
+        typer.Option(
+            "--import",
+            rich_help_panel=WEIGHTS,
+            metavar="KIND:PATH",
+            help="Published weights: clear:FILE, linfusion:DIR.",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", rich_help_panel=WEIGHTS, help="Write the whole pipeline, trained weights merged.")
+    ] = False,
     dtype: Annotated[
-        str, typer.Option(help="Of all weights that --merge writes; auto: that of the base's denoiser in its file.")
+        str,
+        typer.Option(
+            rich_help_panel=WEIGHTS,
+            autocompletion=dtypes,
+            help="Of all weights that --merge writes; auto: that of the base's denoiser in its file.",
+        ),
     ] = "auto",
+    revision: Revision = None,
     offline: Offline = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
 ) -> None:
-    """Convert a model to an adapter; this reads its configuration, not its weights. Or rewrite or merge an adapter."""
+    """Convert a model to an adapter, from its configs alone. Or rewrite or merge an adapter."""
     from ..linearize.adapters.conversion import (
         convert_and_merge,
         convert_base,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Offline, Revision
+from .options import MACHINE, MODEL, Device, Dtype, Offline, Revision
 
 
 def decode(
@@ -13,15 +13,20 @@ def decode(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG file; else X.png beside it.", show_default=False)
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The pipeline whose VAE decodes; else the one named inside.")] = None,
-    tile: Annotated[int, typer.Option(help="Side in pixels of the tiles that are decoded at a time.")] = 1024,
-    revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=MODEL, help="The pipeline whose VAE decodes; else the one named inside."),
+    ] = None,
+    revision: Revision = None,
     offline: Offline = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    tile: Annotated[
+        int, typer.Option(rich_help_panel=MACHINE, help="Side in pixels of the tiles that are decoded at a time.")
+    ] = 1024,
 ) -> None:
-    """Finish a picture whose decoding was interrupted; this loads the VAE alone."""
+    """Finish a picture whose decoding was interrupted. This loads the VAE alone."""
     from ..linearize.adapters.opening import named_dtype
     from ..pipelines.decoding import decode_file
     from .devices import find_device, find_dtype

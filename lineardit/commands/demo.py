@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from .tables import wide_console
 
 
 def demo(
@@ -28,7 +29,7 @@ def demo(
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = wide_console()
     console.print(table, highlight=False)
     side, ratio = settings.large_side, report.speed.ratio
     print(f"A step at {side}x{side}: the student is {ratio:.1f} times as fast as the teacher (at least 3 are wanted).")

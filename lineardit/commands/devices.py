@@ -5,14 +5,19 @@ import os
 import torch
 
 
+def devices_here() -> list[str]:
+    """The names of this machine's devices."""
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return here + (["mps"] if torch.backends.mps.is_available() else [])
+
+
 def find_device(name: str) -> torch.device:
     """The device of this name; "auto" is CUDA (under a launcher the process's own), else Apple's GPU, else the CPU.
 
     Raises:
         ValueError: no such device here.
     """
-    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    here += ["mps"] if torch.backends.mps.is_available() else []
+    here = devices_here()
     if name == "auto":
         own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         return torch.device(own if own in here else "cuda" if "cuda:0" in here else here[-1])

@@ -4,11 +4,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .options import Arguments, BatchSize, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed, Steps
+from .options import (
+    MACHINE,
+    MODEL,
+    Arguments,
+    BatchSize,
+    Device,
+    Dtype,
+    Guidance,
+    Impl,
+    MaxSequenceLength,
+    Offline,
+    Seed,
+    Steps,
+)
 from .prompts import parse_arguments, parse_size, read_prompts
+from .tables import wide_console
 
 if TYPE_CHECKING:
     from ..distill.evaluate import Report
@@ -23,19 +36,23 @@ def evaluate(
     steps: Steps = None,
     seed: Seed = 0,
     guidance: Guidance = None,
-    max_sequence_length: MaxSequenceLength = None,
-    arguments: Arguments = None,
-    batch_size: BatchSize = 4,
-    base: Annotated[str | None, typer.Option(help="Base of the student, in place of the one that it names.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    impl: Impl = "auto",
-    memory: Annotated[bool, typer.Option(help="Measure peak memory; on a CPU in processes of its own.")] = True,
     shown: Annotated[int, typer.Option(min=1, help="Pictures in the sheet.")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report of something else.")] = False,
+    max_sequence_length: MaxSequenceLength = None,
+    arguments: Arguments = None,
+    base: Annotated[
+        str | None, typer.Option(rich_help_panel=MODEL, help="Base of the student, in place of the one that it names.")
+    ] = None,
+    impl: Impl = "auto",
     offline: Offline = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 4,
+    memory: Annotated[
+        bool, typer.Option(rich_help_panel=MACHINE, help="Measure peak memory; on a CPU in processes of its own.")
+    ] = True,
 ) -> None:
-    """Compare a student with its teacher: latents, pictures, seconds, memory. Called again, it goes on."""
+    """Compare the pictures of a student and its teacher. Latents, seconds and memory too; called again, it goes on."""
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -72,7 +89,7 @@ def show(report: "Report") -> None:
     table = Table("", "teacher", "student", title=told, title_justify="left")
     for name, values in _rows(report):
         table.add_row(name, *values)
-    Console().print(table, highlight=False)
+    wide_console().print(table, highlight=False)
 
 
 def _rows(report: "Report") -> list[tuple[str, tuple[str, ...]]]:

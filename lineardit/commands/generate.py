@@ -7,7 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from .options import (
+    MACHINE,
+    STAGES,
     Arguments,
+    Base,
     BatchSize,
     ChunkTokens,
     Device,
@@ -17,6 +20,7 @@ from .options import (
     Loras,
     MaxSequenceLength,
     Offline,
+    Offload,
     Revision,
     Seed,
     Sharpen,
@@ -34,44 +38,51 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file, or a folder for several.")] = Path(
         "out.png"
     ),
+    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")] = None,
     count: Annotated[
-        int, typer.Option(min=1, help="Pictures of each prompt, into a folder: the prompts, then all again, and so on.")
+        int,
+        typer.Option(min=1, help="Pictures of each prompt, into a folder: the prompts, then all again, and so on."),
     ] = 1,
-    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
-    steps: Steps = None,
-    seed: Seed = 0,
-    guidance: Guidance = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done, and make nothing; this reads no weights.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
     lora: Loras = None,
-    batch_size: BatchSize = 1,
-    base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
-    revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Annotated[str, typer.Option(help="Less GPU memory, slower: none, model, group or sequential.")] = "none",
-    impl: Impl = "auto",
     cascade: Annotated[
         bool | None,
-        typer.Option("--cascade/--direct", help="In stages from the native size; else where the size takes several."),
+        typer.Option(
+            "--cascade/--direct",
+            help="In stages from the native size; else where the size takes several.",
+            rich_help_panel=STAGES,
+        ),
     ] = None,
     strength: Strength = None,
     stage_steps: StageSteps = None,
     sharpen: Sharpen = None,
     tile: Tile = None,
+    base: Base = None,
+    revision: Revision = None,
+    impl: Impl = "auto",
+    offline: Offline = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
     chunk_tokens: ChunkTokens = None,
+    batch_size: BatchSize = 1,
     part: Annotated[
         str | None,
         typer.Option(
-            metavar="I/N", help="Only every N-th picture, from the I-th on; the processes of a launcher share it."
+            metavar="I/N",
+            help="Only every N-th picture, from the I-th on; the processes of a launcher share it.",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would be done, and make nothing; this reads no weights.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
-    offline: Offline = False,
 ) -> None:
     """Make pictures. Each PNG says how it was made; noise of picture i comes from seed + i whatever the batch.
 

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from .options import Offline, Revision
+from .options import Base, Offline, Revision
+from .tables import wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.inspection import Inspection
 
-MAX_WIDTH = 100  # columns
-
 
 def inspect(
     source: Annotated[str, typer.Argument(metavar="ADAPTER_OR_BASE", help="Adapter or model: Hub id or folder.")],
-    base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
+    base: Base = None,
     revision: Revision = None,
     impl: Annotated[str, typer.Option(help="The implementation to ask about.")] = "auto",
     offline: Offline = False,
@@ -45,9 +43,8 @@ def inspect(
 
 
 def show(inspection: "Inspection") -> None:
-    """Print the two tables, at most `MAX_WIDTH` columns wide."""
-    console = Console()
-    console.width = min(console.width, MAX_WIDTH)
+    """Print the two tables."""
+    console = wide_console()
     console.print(f"{inspection.model_class} of {inspection.base}, family {inspection.family}", highlight=False)
     console.print(_modules(inspection))
     console.print(_costs(inspection))

@@ -5,11 +5,12 @@ in JSON where it has more settings within another: `hybrid:local={"method":"clea
 """
 
 import dataclasses
+import inspect
 import json
 import re
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from typer.core import TyperCommand
+from .help_text import SectionedCommand
 
 
 def option_name(field: str) -> str:
@@ -96,7 +97,7 @@ def _value(text: str) -> Any:
         return text
 
 
-class MethodCommand(TyperCommand):
+class MethodCommand(SectionedCommand):
     """A command that takes the fields of every method as options and finds them in `ctx.obj`, {field: value}."""
 
     def method_options(self) -> list[str]:
@@ -110,14 +111,45 @@ class MethodCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        from ..linearize.methods import METHODS
+
         super().format_options(ctx, formatter)
-        for method, fields in fields_of_methods().items():
-            with formatter.section(f"Options of --method {method}"):
-                formatter.write_dl([(option_name(field.name), _describe(field)) for field in fields])
+        for config in METHODS:
+            told = told_of_fields(config)
+            with formatter.section(f"Options of --method {config.__name__.lower()}"):
+                formatter.write_dl([(_spelled(one), _described(one, told)) for one in dataclasses.fields(config)])
 
 
-def _describe(field: dataclasses.Field[Any]) -> str:
-    if field.metadata.get("of_method"):
-        return "METHOD:SETTING=VALUE,..., required"
-    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-    return f"{kind}, required" if field.default is dataclasses.MISSING else f"{kind}, default {field.default}"
+def told_of_fields(config: type) -> dict[str, str]:
+    """What the docstrings of a config and its bases say of its fields, under `Attributes:`."""
+    told: dict[str, str] = {}
+    for one in reversed(config.__mro__):
+        _, _, attributes = inspect.cleandoc(one.__doc__ or "").partition("Attributes:\n")
+        found = re.findall(r"(?m)^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", attributes)
+        told |= {name: " ".join(text.split()) for names, text in found for name in names.split(", ")}
+    return told
+
+
+def _spelled(field: dataclasses.Field[Any]) -> str:
+    """`--window <int>|[<int>,<int>]`."""
+    return f"{option_name(field.name)} {'METHOD[:SETTING=VALUE,...]' if _holds_method(field) else _form(field.type)}"
+
+
+def _holds_method(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("of_method"))
+
+
+def _form(kind: Any) -> str:
+    """How a value of this type is typed in."""
+    if get_origin(kind) is tuple:
+        return f"[{','.join(map(_form, get_args(kind)))}]"
+    if parts := [part for part in get_args(kind) if part is not type(None)]:
+        return "|".join(map(_form, parts))
+    return "true|false" if kind is bool else f"<{getattr(kind, '__name__', kind)}>"
+
+
+def _described(field: dataclasses.Field[Any], told: dict[str, str]) -> str:
+    """What the config says of it, and its default, as for other options."""
+    default = "required" if field.default is dataclasses.MISSING else f"default: {json.dumps(field.default)}"
+    is_none = field.default is None
+    return " ".join([told.get(field.name, ""), *([] if is_none else [f" [{default}]"])]).strip()

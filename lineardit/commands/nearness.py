@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .options import Arguments, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Seed
+from .options import Arguments, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Offload, Seed
 from .prompts import parse_arguments, parse_size, read_prompts
+from .tables import wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.nearness import Nearness
@@ -28,16 +28,16 @@ def nearness(
     steps: Annotated[int, typer.Option(help="Denoising steps of the base; every one is looked at.")] = 8,
     seed: Seed = 0,
     guidance: Guidance = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     impl: Impl = "auto",
-    offload: Annotated[str, typer.Option(help="Less GPU memory, slower: none, model, group or sequential.")] = "none",
     offline: Offline = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
 ) -> None:
-    """Compare conversions by the error of single predictions, before any training or picture."""
+    """Compare conversions by single predictions. Before any training or picture."""
     texts, more = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     from ..distill.figures import require_matplotlib
@@ -100,4 +100,4 @@ def show(found: "dict[str, Nearness]") -> None:
     for name, one in found.items():
         values = one.errors[0], one.errors[-1], one.mean
         table.add_row(name, *(f"{value:.2g}" for value in values), f"{one.seconds:.3g}")
-    Console().print(table, highlight=False)
+    wide_console().print(table, highlight=False)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed, Steps
+from .options import MACHINE, Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed, Steps
 from .prompts import parse_arguments, parse_part, parse_size, read_prompts
 
 
@@ -19,13 +19,9 @@ def prepare(
         list[str] | None,
         typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; repeat it to go round several sizes. Else the model's own."),
     ] = None,
+    seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Seed = 0,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Pictures at a time, of final latents; with calls, one. Changes speed only.")
-    ] = 4,
-    max_sequence_length: MaxSequenceLength = None,
     calls: Annotated[
         int | None,
         typer.Option(
@@ -34,23 +30,38 @@ def prepare(
             "Else 0 for FLUX.1 and 4 for others.",
         ),
     ] = None,
+    max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
-    dtype: Dtype = "auto",
+    revision: Revision = None,
+    offline: Offline = False,
     device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=MACHINE,
+            min=1,
+            help="Pictures at a time, of final latents; with calls, one. Changes speed only.",
+        ),
+    ] = 4,
     shard_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples a file, in memory until it is written; else 64, or 8 where calls are kept."),
+        typer.Option(
+            rich_help_panel=MACHINE,
+            min=1,
+            help="Samples a file, in memory until it is written; else 64, or 8 where calls are kept.",
+        ),
     ] = None,
     part: Annotated[
         str | None,
         typer.Option(
-            metavar="I/N", help="Only every N-th shard, from the I-th on; the processes of a launcher share it."
+            rich_help_panel=MACHINE,
+            metavar="I/N",
+            help="Only every N-th shard, from the I-th on; the processes of a launcher share it.",
         ),
     ] = None,
-    revision: Revision = None,
-    offline: Offline = False,
 ) -> None:
-    """Let the teacher make training samples: final latents, or calls of its denoiser, in shards; resumable.
+    """Let the teacher make training samples. Final latents, or calls of its denoiser, in shards; resumable.
 
     On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit prepare ...; on several machines --part.
     """

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from .method_options import parse_method
-from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed
+from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Offload, Revision, Seed
 from .prompts import parse_arguments, parse_numbers, parse_size, read_prompts
+from .tables import wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.attention_profile import Profile
-
-MAX_WIDTH = 100  # columns
 
 
 def profile(
@@ -34,20 +32,20 @@ def profile(
         list[str] | None,
         typer.Option("--method", metavar="METHOD:SETTING=VALUE,...", help="To try in every layer as well; repeatable."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps; every one is looked at.")] = 8,
     queries: Annotated[int, typer.Option(help="Image tokens to look at in each call of a layer, drawn anew.")] = 64,
+    steps: Annotated[int, typer.Option(help="Denoising steps; every one is looked at.")] = 8,
     seed: Seed = 0,
     guidance: Guidance = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a profile that is there.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
     revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Annotated[str, typer.Option(help="Less GPU memory, slower: none, model, group or sequential.")] = "none",
     offline: Offline = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a profile that is there.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
 ) -> None:
-    """Measure where attention goes, by layer and head, and what a window or method changes: for convert."""
+    """Measure where attention goes, by layer and head. And what a window or method changes there: for convert."""
     texts, more = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     windows = parse_numbers("radii", radii)
@@ -98,11 +96,10 @@ def profile(
 
 
 def show(profile: "Profile") -> None:
-    """Print where attention goes and what each candidate changes, a row for each layer, at most `MAX_WIDTH` wide."""
+    """Print where attention goes and what each candidate changes, a row for each layer."""
     from ..linearize.measures.budget import name_of
 
-    console = Console()
-    console.width = min(console.width, MAX_WIDTH)
+    console = wide_console()
     windows = [f"< {radius:g}" for radius in profile.radii]
     letters = ascii_lowercase[: len(profile.methods)]
     where = _table("Attention of image tokens, mean over heads", [*windows, "text", "distance"])

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from .options import (
+    MACHINE,
     Arguments,
+    Base,
     ChunkTokens,
     Device,
     Dtype,
@@ -17,6 +19,7 @@ from .options import (
     Loras,
     MaxSequenceLength,
     Offline,
+    Offload,
     Revision,
     Seed,
 )
@@ -27,31 +30,31 @@ def upscale(
     source: Annotated[
         str | None, typer.Argument(metavar="[ADAPTER_OR_BASE]", help="Hub id or folder; else what made the picture.")
     ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("upscaled.png"),
     size: Annotated[
         str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else twice the picture's.", show_default=False)
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the picture shows; else what the PNG says.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("upscaled.png"),
     strength: Annotated[float, typer.Option(help="Noise level the picture gets, in (0, 1]: how much is new.")] = 0.3,
     steps: Annotated[int, typer.Option(help="Denoising steps of each stage.")] = 8,
     sharpen: Annotated[float, typer.Option(help="How much sharper its enlarged edges are made; 0: none.")] = 1.0,
     seed: Seed = 0,
     guidance: Guidance = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
     lora: Loras = None,
-    base: Annotated[str | None, typer.Option(help="In place of the base that the adapter names.")] = None,
+    base: Base = None,
     revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Annotated[str, typer.Option(help="Less GPU memory, slower: none, model, group or sequential.")] = "none",
     impl: Impl = "auto",
-    tile: Annotated[int, typer.Option(help="Side in pixels of the VAE's tiles.")] = 1024,
-    chunk_tokens: ChunkTokens = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
     offline: Offline = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
+    tile: Annotated[int, typer.Option(help="Side in pixels of the VAE's tiles.", rich_help_panel=MACHINE)] = 1024,
+    chunk_tokens: ChunkTokens = None,
 ) -> None:
-    """Enlarge a picture in stages: sharper, more detail, at the cost of linear attention."""
+    """Enlarge a picture in stages. Sharper, more detail, at the cost of linear attention."""
     from .quiet import quiet_libraries
 
     quiet_libraries()

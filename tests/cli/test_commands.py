@@ -1,6 +1,8 @@
 """What the commands print and write when all is well."""
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 from typer.main import get_command
 
 from lineardit.cli import app, run
-from lineardit.commands.method_options import split_arguments
+from lineardit.commands.method_options import split_arguments, told_of_fields
+from lineardit.linearize.methods import METHODS
 
 
 def test_help_does_not_load_torch() -> None:
@@ -73,7 +76,53 @@ def test_convert_help_lists_the_options_of_every_method(capsys: pytest.CaptureFi
     assert run(["convert", "--help"]) == 0
     out = capsys.readouterr().out
     assert "Options of --method clear" in out
-    assert "--pool-tokens" in out
+    assert "--pool-tokens <int>" in out
+    assert "--window <int>|[<int>,<int>]" in out and "Full sides in tokens, odd" in out
+    assert "--global METHOD[:SETTING=VALUE,...]" in out
+
+
+def test_every_setting_of_a_method_is_told_in_its_help() -> None:
+    untold = [
+        f"{config.__name__}.{field.name}"
+        for config in METHODS
+        for field in dataclasses.fields(config)
+        if not told_of_fields(config).get(field.name)
+    ]
+    assert untold == []
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["generate", "upscale", "convert", "prepare", "evaluate", "nearness", "profile"])
+def test_help_groups_options_within_the_width(
+    command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert columns - 15 < max(map(len, lines)) <= columns
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings[:2] == ["Arguments:", "Options:"] and "Model:" in headings and len(set(headings)) == len(headings)
+    first = lines[lines.index("Options:") + 1 : lines.index("Options:") + 12]
+    assert any("--output" in line for line in first)
+
+
+def test_help_cuts_no_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["--help"]) == 0
+    assert not any(line.endswith("...") for line in capsys.readouterr().out.split("Commands:")[1].splitlines())
+
+
+def test_a_shell_completes_commands_options_and_names() -> None:
+    def offered(words: str) -> list[str]:
+        environment = {"_LINEARDIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        command = [sys.executable, "-m", "lineardit"]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert offered("lineardit gen") == ["generate"]
+    assert offered("lineardit generate --offl") == ["--offline", "--offload"]
+    assert offered("lineardit convert base --method proxy") == ["proxytokens"]
+    assert "masked" in offered("lineardit generate adapter --impl m")
 
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
@@ -86,11 +135,21 @@ def test_convert_and_inspect_tell_every_module(tmp_path: Path, capsys: pytest.Ca
     assert f"Wrote {adapter}" in capsys.readouterr().out.replace("\n", "")
     assert run(["inspect", str(adapter), "--offline", "--json", str(told)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100
     assert sum("radius=8" in line for line in lines) == 57
     assert len(json.loads(told.read_text())["rows"]) == 57
     assert run(["inspect", str(adapter), "--offline", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(told.read_text())
+
+
+def test_inspect_cuts_nothing_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--method", "hybrid", "--local", "clear:radius=16", "--global", "proxytokens:num_proxies=1024"]
+    words += ["--gate", "1", "--focus-tokens", "1024", "--offline", "-o", str(tmp_path / "a")]
+    assert run(["convert", str(FLUX_DEV), *words]) == 0
+    capsys.readouterr()
+    assert run(["inspect", str(tmp_path / "a"), "--offline"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if "single_transformer_blocks.37.attn" in line)
+    assert "proxytokens" in row and "focus_tokens=1024" in row and "…" not in "".join(lines)
 
 
 def test_convert_takes_options_in_any_order(tmp_path: Path) -> None:

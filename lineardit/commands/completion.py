@@ -1,0 +1,42 @@
+"""What a shell offers for the value of an option (`lineardit --install-completion`)."""
+
+from collections.abc import Iterable
+
+
+def methods(incomplete: str) -> list[str]:
+    """Names of methods."""
+    from ..linearize.methods import METHODS
+
+    return _that_begin(incomplete, [config.__name__.lower() for config in METHODS])
+
+
+def implementations(incomplete: str) -> list[str]:
+    """Names of implementations that some method has."""
+    from ..linearize.methods import METHODS
+
+    return _that_begin(incomplete, dict.fromkeys(name for one in METHODS.values() for name in one.implementations()))
+
+
+def offloads(incomplete: str) -> list[str]:
+    """Ways of offloading."""
+    from ..pipelines.placement import OFFLOADS
+
+    return _that_begin(incomplete, OFFLOADS)
+
+
+def dtypes(incomplete: str) -> list[str]:
+    """Types of weights."""
+    from ..linearize.adapters.opening import DTYPES
+
+    return _that_begin(incomplete, ["auto", *DTYPES])
+
+
+def devices(incomplete: str) -> list[str]:
+    """Devices of this machine."""
+    from .devices import devices_here
+
+    return _that_begin(incomplete, ["auto", *devices_here()])
+
+
+def _that_begin(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]

@@ -1,0 +1,13 @@
+"""Tables on a terminal, and whole ones in a pipe or a file."""
+
+from rich.console import Console
+
+MAX_WIDTH = 100  # columns, of a terminal
+WHOLE = 10_000  # columns, of what is no terminal: no cell is cut or wrapped
+
+
+def wide_console() -> Console:
+    """A console as wide as the terminal, but at most `MAX_WIDTH`; in a pipe or a file as wide as its tables are."""
+    console = Console()
+    console.width = min(console.width, MAX_WIDTH) if console.is_terminal else WHOLE
+    return console
