@@ -2,10 +2,11 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loras import parse_loras
 from .options import (
     MACHINE,
     STAGES,
@@ -30,6 +31,9 @@ from .options import (
     Tile,
 )
 from .prompts import parse_arguments, parse_part, parse_size, read_prompts
+
+if TYPE_CHECKING:
+    from ..pipelines.plan import Settings
 
 
 def generate(
@@ -88,40 +92,66 @@ def generate(
 
     On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit generate ...; on several machines --part.
     """
-    share = parse_part(part)
+    share, more, loras = parse_part(part), parse_arguments(arguments), parse_loras(lora)
+    texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])] * count
+    planned: dict[str, Any] = {"size": None if size is None else parse_size(size), "steps": steps, "cascade": cascade}
+    planned |= {"max_sequence_length": max_sequence_length, "chunk_tokens": chunk_tokens}
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    from ..pipelines.files import check_there, plan_files, said_of
     from ..pipelines.generate import generate as generate_pictures
-    from ..pipelines.generate import in_stages
-    from ..pipelines.plan import Plan, Settings
+    from ..pipelines.plan import Plan
     from .loading import load
-    from .loras import parse_loras
 
-    more, loras = parse_arguments(arguments), parse_loras(lora)
-    texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])] * count
-    height_width = None if size is None else parse_size(size)
-    if not plan:  # what can be told before a large model is loaded
-        said = said_of({"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length})
-        wanted = plan_files(texts, output, seed=seed, text=said)
-        if not overwrite:
-            check_there(wanted[share[0] - 1 :: share[1]])
-    pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras, with_weights=not plan)
-    stages = {"strength": strength, "steps": stage_steps, "sharpen": sharpen}
-    given: dict[str, Any] = {name: value for name, value in stages.items() if value is not None}
-    planned: dict[str, Any] = {"size": height_width, "steps": steps, "max_sequence_length": max_sequence_length}
-    planned |= {"cascade": cascade, "chunk_tokens": chunk_tokens, "settings": Settings(**given) if given else None}
-    planned |= {"tile": Plan.tile if tile is None else tile}
+    planned |= {
+        "settings": _stage_settings(strength, stage_steps, sharpen),
+        "tile": Plan.tile if tile is None else tile,
+    }
+    if not plan:
+        said = {"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
+        _check_files(texts, output, seed, share, said, overwrite=overwrite)
+    placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
+    where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
+    pipe, about = load(source, **where, **placing, loras=loras, with_weights=not plan)
     if plan:
-        staged = in_stages(pipe, **planned)
-        print("one call of the pipeline, no stages" if staged is None else staged.plan)
+        _print_plan(pipe, planned)
         return
     began = time.perf_counter()
     drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "batch_size": batch_size, "arguments": more}
     files = generate_pictures(pipe, texts, output, **planned, **drawing, part=share, about=about, overwrite=overwrite)
+    _print_files(files, output, time.perf_counter() - began)
+
+
+def _stage_settings(strength: float | None, steps: int | None, sharpen: float | None) -> "Settings | None":
+    """Of a cascade's later stages; None where nothing is said."""
+    from ..pipelines.plan import Settings
+
+    stages: dict[str, Any] = {"strength": strength, "steps": steps, "sharpen": sharpen}
+    given = {name: value for name, value in stages.items() if value is not None}
+    return Settings(**given) if given else None
+
+
+def _check_files(
+    texts: list[str], output: Path, seed: int, share: tuple[int, int], said: dict[str, Any], *, overwrite: bool
+) -> None:
+    """What can be told of the files before a large model is loaded."""
+    from ..pipelines.files import check_there, plan_files, said_of
+
+    wanted = plan_files(texts, output, seed=seed, text=said_of(said))
+    if not overwrite:
+        check_there(wanted[share[0] - 1 :: share[1]])
+
+
+def _print_plan(pipe: Any, planned: dict[str, Any]) -> None:
+    from ..pipelines.generate import in_stages
+
+    staged = in_stages(pipe, **planned)
+    print("one call of the pipeline, no stages" if staged is None else staged.plan)
+
+
+def _print_files(files: list[Path], output: Path, seconds: float) -> None:
     if not files:
         print("no picture is in this part")
         return
     where = str(files[0]) if len(files) == 1 else f"{len(files)} pictures in {output}"
-    print(f"{where}; {time.perf_counter() - began:.1f} s")
+    print(f"{where}; {seconds:.1f} s")

@@ -9,13 +9,14 @@ if TYPE_CHECKING:
 
 def load(
     source: str,
+    *,
     base: str | None,
     revision: str | None,
-    dtype: str,
-    device: str,
-    offload: str,
-    impl: str,
     offline: bool,
+    impl: str,
+    device: str,
+    dtype: str,
+    offload: str,
     loras: "Sequence[Lora]" = (),
     with_weights: bool = True,
 ) -> tuple[Any, dict[str, str]]:
@@ -41,7 +42,7 @@ def load(
     if swap_report(pipe) is None:  # else the conversion has said what it swapped
         print(f"{source} runs with its original attention")
     model = source_of(pipe, denoiser(pipe)[1]).name or source
-    about = {"model": model, "dtype": weights, "lineardit": __version__}
+    about = {"model": model, "dtype": str(weights).removeprefix("torch."), "lineardit": __version__}
     if loras:
         about["lora"] = ", ".join(map(str, loras))
     manifest = adapter_file(find_place(source, revision=revision, offline=offline))

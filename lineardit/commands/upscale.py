@@ -1,12 +1,14 @@
 """`lineardit upscale`: a picture, larger, with details that the model adds."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .loras import parse_loras
 from .options import (
     MACHINE,
     Arguments,
@@ -23,6 +25,10 @@ from .options import (
     Revision,
     Seed,
 )
+from .prompts import parse_arguments, parse_size
+
+# Further arguments of the call that a picture says, and that a larger one needs to show the same.
+_TAKEN_OVER = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "true_cfg_scale")
 
 
 def upscale(
@@ -54,34 +60,22 @@ def upscale(
     tile: Annotated[int, typer.Option(help="Side in pixels of the VAE's tiles.", rich_help_panel=MACHINE)] = 1024,
     chunk_tokens: ChunkTokens = None,
 ) -> None:
-    """Enlarge a picture in stages. Sharper, more detail, at the cost of linear attention."""
+    """Enlarge a picture in stages. Sharper, more detail, at the cost of linear attention.
+
+    What is not given comes from a PNG that was made here: prompt and model; guidance, negative prompt and text tokens
+    as well where a model of the same base made it.
+    """
+    more, loras = parse_arguments(arguments), parse_loras(lora)
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    from PIL import Image
-
     from ..pipelines.cascade import check_larger, enlarge
     from ..pipelines.files import check_there, plan_files, text_of
-    from ..pipelines.pictures import as_rgb
     from ..pipelines.plan import Settings
     from .loading import base_said, load
-    from .loras import parse_loras
-    from .prompts import parse_arguments, parse_size
 
-    more, loras = parse_arguments(arguments), parse_loras(lora)
-    if not picture.is_file():
-        raise ValueError(f"{picture}: no such picture")
-    said = text_of(picture)
-    try:
-        with Image.open(picture) as opened:
-            image = as_rgb(opened)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture} is no picture that Pillow can read whole: {error}") from error
-    prompt = prompt or said.get("prompt")
-    source = source or said.get("adapter") or said.get("model")
-    if prompt is None or source is None:
-        missing = "--prompt" if source else "the model, after the picture"
-        raise ValueError(f"{picture} does not say how it was made: give {missing}")
+    image, said = _read(picture), text_of(picture)
+    prompt, source = _prompt_and_model(picture, said, prompt, source)
     if output.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {output}")
     settings = Settings(strength=strength, steps=steps, sharpen=sharpen, chunk_tokens=chunk_tokens)
@@ -93,21 +87,75 @@ def upscale(
         check_there([wanted])
     if base is None and source == said.get("adapter"):
         base = base_said(source, said.get("model"), revision, offline)
-    pipe, about = load(source, base, revision, dtype, device, offload, impl, offline, loras)
-    wanted = replace(wanted, text={**wanted.text, **about})
+    placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
+    where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
+    pipe, about = load(source, **where, **placing, loras=loras)
     if "lora" in said and not loras:
         print(f"the picture was made with --lora {said['lora']}: give it again to keep its style")
+    drawing: dict[str, Any] = {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": more}
+    if said.get("model") == about["model"]:
+        drawing = drawn_as_said(picture, said, **drawing)
     began = time.perf_counter()
-    enlarge(
-        pipe,
-        image,
-        wanted,
-        (height, width),
-        settings,
-        tile=tile,
-        guidance=guidance,
-        max_sequence_length=max_sequence_length,
-        arguments=more,
-        overwrite=overwrite,
-    )
+    wanted = replace(wanted, text={**wanted.text, **about})
+    enlarge(pipe, image, wanted, (height, width), settings, tile=tile, overwrite=overwrite, **drawing)
     print(f"{output}; {time.perf_counter() - began:.1f} s")
+
+
+def _read(picture: Path) -> Any:
+    """The picture, whole."""
+    from PIL import Image
+
+    from ..pipelines.pictures import as_rgb
+
+    if not picture.is_file():
+        raise ValueError(f"{picture}: no such picture")
+    try:
+        with Image.open(picture) as opened:
+            return as_rgb(opened)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{picture} is no picture that Pillow can read whole: {error}") from error
+
+
+def _prompt_and_model(
+    picture: Path, said: Mapping[str, str], prompt: str | None, source: str | None
+) -> tuple[str, str]:
+    """What the picture shows, and what is to enlarge it; where nothing is given, what the PNG says."""
+    prompt = prompt or said.get("prompt")
+    source = source or said.get("adapter") or said.get("model")
+    if prompt is None or source is None:
+        missing = "--prompt" if source else "the model, after the picture"
+        raise ValueError(f"{picture} does not say how it was made: give {missing}")
+    return prompt, source
+
+
+def drawn_as_said(
+    picture: Path,
+    said: Mapping[str, str],
+    *,
+    guidance: float | None,
+    max_sequence_length: int | None,
+    arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Settings of the call; where one is not given, what the PNG says, which a model of the same base has made.
+
+    Raises:
+        ValueError: a number that it says is none.
+    """
+    taken: dict[str, Any] = {}
+    try:
+        if guidance is None and "guidance" in said:
+            taken["guidance"] = guidance = float(said["guidance"])
+        if max_sequence_length is None and "max_sequence_length" in said:
+            taken["max_sequence_length"] = max_sequence_length = int(said["max_sequence_length"])
+        for name in _TAKEN_OVER:
+            if name in said and name not in arguments:
+                taken[name] = float(said[name]) if name == "true_cfg_scale" else said[name]
+    except ValueError as error:
+        raise ValueError(
+            f"{picture} does not say well how it was made ({error}): give --guidance, --max-sequence-length and, with "
+            "--argument, true_cfg_scale"
+        ) from error
+    if taken:
+        print(f"as the picture says: {', '.join(f'{name}={value!r}' for name, value in taken.items())}")
+    more = {name: value for name, value in taken.items() if name in _TAKEN_OVER}
+    return {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": {**more, **arguments}}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny_distill import build_tiny
 
 from lineardit import Clear, HighResolutionPipeline, from_pretrained, linearize_, save_adapter
@@ -109,6 +110,41 @@ def test_upscale_takes_prompt_and_model_from_the_picture(
     with Image.open(large) as image:
         assert image.size == (36, 32) and image.info["prompt"] == PROMPT and image.info["adapter"] == str(adapter)
         assert (image.info["guidance"], image.info["max_sequence_length"]) == ("2.0", "8")  # a rerun asks for these
+
+
+def test_upscale_draws_as_the_picture_says(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    drawing = ("--guidance", "2", "--argument", "negative_prompt=blurred, ünsharp", "--argument", "true_cfg_scale=3")
+    assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, *drawing, "-o", small) == 0
+    words = ("upscale", small, "--size", "32x32", "--steps", "1", "--offline", "-o", large)
+    assert lineardit(*words) == 0
+    told = "guidance=2.0, max_sequence_length=8, negative_prompt='blurred, ünsharp', true_cfg_scale=3.0"
+    assert f"as the picture says: {told}\n" in capsys.readouterr().out
+    with Image.open(large) as image:
+        said = image.info
+    names = ("guidance", "max_sequence_length", "negative_prompt", "true_cfg_scale")
+    assert [said[name] for name in names] == ["2.0", "8", "blurred, ünsharp", "3.0"]
+    own = ("--guidance", "1", "--max-sequence-length", "9", "--argument", "negative_prompt=", "--overwrite")
+    assert lineardit(*words, *own) == 0
+    with Image.open(large) as image:
+        assert [image.info[name] for name in names] == ["1.0", "9", "", "3.0"]
+    with Image.open(small) as image:
+        info = PngInfo()
+        for name, text in (image.info | {"guidance": "much"}).items():
+            info.add_text(name, text)
+        image.save(small, pnginfo=info)
+    assert lineardit(*words, "--overwrite") == 2
+    assert "small.png does not say well how it was made" in capsys.readouterr().err
+
+
+def test_upscale_with_another_model_takes_the_prompt_alone(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    small, other = tmp_path / "small.png", tmp_path / "other"
+    assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "--guidance", "2", "-o", small) == 0
+    shutil.copytree(adapter.parent / "base", other)
+    assert lineardit("upscale", small, other, "--size", "32x32", *FEW, "-o", tmp_path / "large.png") == 0
+    assert "as the picture says" not in capsys.readouterr().out
+    with Image.open(tmp_path / "large.png") as image:
+        assert image.info["prompt"] == PROMPT and "guidance" not in image.info
 
 
 def test_upscale_keeps_stages_of_another_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
