@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -143,7 +143,7 @@ def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> fl
     """`picture_peak` in a process of its own.
 
     Args:
-        opening: Arguments of `open_pipeline`, as JSON has them.
+        opening: Arguments of `open_named`.
     """
     request = json.dumps({"opening": opening, "settings": asdict(settings)})
     command = [sys.executable, "-m", "lineardit.distill.cost", request]
@@ -153,12 +153,17 @@ def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> fl
     return float(done.stdout.splitlines()[-1])
 
 
+def open_named(opening: Mapping[str, Any]) -> Any:
+    """`open_pipeline` with arguments as JSON has them: the dtype by its name."""
+    from ..linearize.adapters.opening import named_dtype, open_pipeline
+
+    return open_pipeline(**{**opening, "dtype": named_dtype(opening["dtype"])})
+
+
 def main() -> None:
     """Print the peak of the pipeline and settings that the first argument tells."""
-    from ..linearize.adapters.opening import open_pipeline
-
     request = json.loads(sys.argv[1])
-    pipe = open_pipeline(**request["opening"])
+    pipe = open_named(request["opening"])
     sys.stdout.write(f"{picture_peak(pipe, PictureSettings(**request['settings']))}\n")
 
 

@@ -11,11 +11,10 @@ from PIL import Image
 
 from ..linearize.adapters.adapter import adapter_file
 from ..linearize.adapters.base import find_place, read_json
-from ..linearize.adapters.opening import open_pipeline
 from ..linearize.folders import check_writable
 from ..linearize.standing import describe_attention
 from ..pipelines.cut_prompts import tell_cut_prompts
-from .cost import fresh_picture_peak, picture_peak, step_seconds
+from .cost import fresh_picture_peak, open_named, picture_peak, step_seconds
 from .files import write_json
 from .metrics import Count, Interval, latent_mse, paired_bootstrap, psnr, ssim
 from .pictures import Pictures, PictureSettings, make_pictures
@@ -32,7 +31,7 @@ Judge = Callable[[str, Image.Image], Scores]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model by its name, as `open_pipeline` takes it, and the device it runs on."""
+    """A model by its name, as `open_named` takes it, and the device it runs on."""
 
     name: str
     base: str | None = None
@@ -42,7 +41,7 @@ class Source:
     device: str = "cpu"
 
     def opening(self) -> dict[str, Any]:
-        """Arguments of `open_pipeline`."""
+        """Arguments of `open_named`."""
         return {key: value for key, value in asdict(self).items() if key != "device"}
 
 
@@ -218,7 +217,7 @@ def _check_place(source: Any) -> None:
 
 def _opened(source: Any) -> Any:
     """The pipeline."""
-    return open_pipeline(**source.opening()).to(source.device) if isinstance(source, Source) else source
+    return open_named(source.opening()).to(source.device) if isinstance(source, Source) else source
 
 
 def _judged(

@@ -101,8 +101,7 @@ class HighResolutionPipeline(StagedPipeline):
         Raises:
             ValueError: what `lineardit.from_pretrained` and `from_pipe` refuse.
         """
-        weights = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-        return cls.from_pipe(open_pipeline(name, dtype=weights, **options), native_size=native_size)
+        return cls.from_pipe(open_pipeline(name, dtype=dtype or torch.float32, **options), native_size=native_size)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles name the stock class: ours is made on demand and has no address."""

@@ -50,7 +50,6 @@ def bench(
 
     quiet_libraries()
     from ..distill.figures import require_matplotlib
-    from ..linearize.adapters.opening import named_dtype
     from ..linearize.folders import check_output, check_output_file
     from ..linearize.measures.conversion_shape import Conditions, Conversion
     from .devices import find_device, find_dtype
@@ -62,7 +61,7 @@ def bench(
     target = find_device(device)
     conditions = Conditions(
         device=target,
-        dtype=named_dtype(find_dtype(dtype, target)),
+        dtype=find_dtype(dtype, target),
         pairs=pairs,
         text_len=max_sequence_length,
         impl=impl,

@@ -27,7 +27,6 @@ def decode(
     ] = 1024,
 ) -> None:
     """Finish a picture whose decoding was interrupted. This loads the VAE alone."""
-    from ..linearize.adapters.opening import named_dtype
     from ..pipelines.decoding import decode_file
     from .devices import find_device, find_dtype
     from .quiet import quiet_libraries
@@ -40,7 +39,7 @@ def decode(
         base=base,
         tile=tile,
         device=target,
-        dtype=named_dtype(find_dtype(dtype, target)),
+        dtype=find_dtype(dtype, target),
         revision=revision,
         offline=offline,
         overwrite=overwrite,

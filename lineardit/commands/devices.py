@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from ..linearize.adapters.opening import named_dtype
+
 
 def devices_here() -> list[str]:
     """The names of this machine's devices."""
@@ -26,8 +28,12 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_dtype(name: str, device: torch.device) -> str:
-    """The name itself; for "auto", bfloat16 on a GPU and float32 on the CPU."""
-    if name != "auto":
-        return name
-    return "float32" if device.type == "cpu" else "bfloat16"
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of weights that has this name; for "auto", bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return named_dtype(name)

@@ -69,7 +69,7 @@ def evaluate(
     settings = PictureSettings(height=height, width=width, max_sequence_length=max_sequence_length, **drawing)
     target = find_device(device)
     common: dict[str, Any] = {
-        "dtype": find_dtype(dtype, target),
+        "dtype": str(find_dtype(dtype, target)).removeprefix("torch."),
         "device": str(target),
         "impl": impl,
         "offline": offline,

@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def open_pipeline(
     name: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: torch.dtype = torch.float32,
     base: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -29,7 +29,7 @@ def open_pipeline(
 
     Args:
         name: Folder or Hub id.
-        dtype: Of the weights: float32, bfloat16 or float16.
+        dtype: Of the weights.
         base: To load in place of the base that an adapter names.
         revision: Branch, tag or commit of `name` on the Hub.
         offline: Never touch the network.
@@ -40,19 +40,18 @@ def open_pipeline(
     Raises:
         ValueError: missing, out of reach, damaged, no pipeline, or `base` beside something that is no adapter.
     """
-    weights = named_dtype(dtype)
     place = find_place(name, revision=revision, offline=offline)
     is_adapter = adapter_file(place) is not None
     plain = None if is_adapter or not place.holds_a_model() else read_base(name, revision=revision, offline=offline)
     if plain is None or CONFIG_KEY in plain.config:
         placed: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, **options}
-        pipe = from_pretrained(name, dtype=weights, impl=impl, **placed)
+        pipe = from_pretrained(name, dtype=dtype, impl=impl, **placed)
     elif base is not None:
         raise ValueError(f"base is for adapters, and {name} is a whole model: leave base out")
     elif plain.source.pipeline_class is None:
         raise ValueError(f"{name} is a denoiser alone: give the folder or Hub id of the pipeline it belongs to")
     else:
-        pipe = load_base(plain, dtype=weights, offline=offline, **options)
+        pipe = load_base(plain, dtype=dtype, offline=offline, **options)
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise ValueError(f"{name} belongs to a denoiser alone, which makes no pictures: pass a pipeline as base")
     return pipe

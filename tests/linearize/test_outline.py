@@ -33,7 +33,7 @@ def parameters(pipe: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_an_outline_has_the_parts_of_the_pipeline(name: str, tmp_path: Path) -> None:
     PIPELINES[name]().save_pretrained(tmp_path)
-    for dtype in ("float32", "bfloat16", "float16"):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         loaded = parameters(open_pipeline(tmp_path, dtype=dtype))
         for file in tmp_path.rglob("*.safetensors"):
             file.rename(file.with_suffix(".hidden"))
