@@ -72,8 +72,8 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
     elif output.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"output must end in .png, or name a folder, got {output}")
     else:
-        digits = max(3, len(str(len(prompts) - 1)))
-        paths = [output / f"{index:0{digits}d}.png" for index in range(len(prompts))]
+        # of its own number alone: more prompts leave the names of the first as they are
+        paths = [output / f"{index:03d}.png" for index in range(len(prompts))]
     check_writable(paths[0].parent)
     return [
         Wanted(path=path, prompt=prompt, seed=seed + index, text={"prompt": prompt, "seed": str(seed + index), **text})

@@ -33,7 +33,7 @@ from .files import (
     unkept_told,
     write_picture,
 )
-from .plan import Plan, Settings
+from .plan import MOST_STEPS, Plan, Settings
 from .running_kernels import kernels_told
 from .sizes import check_size, default_size
 from .token_chunks import in_token_chunks
@@ -94,10 +94,7 @@ def generate(
         OSError: the files cannot be written.
     """
     steps = (own_settings(pipe).steps or 28) if steps is None else steps
-    if min(steps, batch_size) < 1 or not 0 <= seed < MAX_SEED:
-        raise ValueError(f"steps and batch_size must be >= 1, seed >= 0, got {steps}, {batch_size} and {seed}")
-    if not 1 <= part[0] <= part[1]:
-        raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
+    _check_numbers(steps, batch_size, seed, part)
     height, width = size or default_size(pipe)
     drawing = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
     text = {"size": f"{width}x{height}", **said_of({**drawing, **(arguments or {})}), **(about or {})}
@@ -117,21 +114,55 @@ def generate(
     missing = wanted if overwrite else not_there(wanted)
     tell_cut_prompts(pipe, [one.prompt for one in missing], max_sequence_length)
     if staged is not None:
-        call = call_arguments(staged.pipe, drawing, arguments)
-        for one in () if overwrite else missing:
-            check_stages(one)
-        with logging_redirect_tqdm(), arguments_named(staged.pipe, arguments):
-            for one in missing:
-                make_in_stages(staged, one, call)
+        _make_in_stages(staged, missing, drawing, arguments, overwrite=overwrite)
         return [one.path for one in wanted]
     call = call_arguments(pipe, drawing | {"height": height, "width": width}, arguments)
+    with nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens):
+        _make_at_once(pipe, missing, call, arguments, steps=steps, batch_size=batch_size)
+    return [one.path for one in wanted]
+
+
+def _check_numbers(steps: int, batch_size: int, seed: int, part: tuple[int, int]) -> None:
+    if min(steps, batch_size) < 1 or not 0 <= seed < MAX_SEED:
+        raise ValueError(f"steps and batch_size must be >= 1, seed >= 0, got {steps}, {batch_size} and {seed}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps must be <= {MOST_STEPS}, got {steps}")
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
+
+
+def _make_in_stages(
+    staged: Staged,
+    missing: Sequence[Wanted],
+    drawing: Mapping[str, Any],
+    arguments: Mapping[str, Any] | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """A cascade for each picture, one after the other."""
+    call = call_arguments(staged.pipe, drawing, arguments)
+    for one in () if overwrite else missing:
+        check_stages(one)
+    with logging_redirect_tqdm(), arguments_named(staged.pipe, arguments):
+        for one in missing:
+            make_in_stages(staged, one, call)
+
+
+def _make_at_once(
+    pipe: Any,
+    missing: Sequence[Wanted],
+    call: Mapping[str, Any],
+    arguments: Mapping[str, Any] | None,
+    *,
+    steps: int,
+    batch_size: int,
+) -> None:
+    """A call of the pipeline for each batch of pictures."""
     progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
-    chunks = nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens)
-    with progress, logging_redirect_tqdm(), chunks:
+    with progress, logging_redirect_tqdm():
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             _make(pipe, batch, call, progress, arguments=arguments, tell_kernel=start == 0)
-    return [one.path for one in wanted]
 
 
 def in_stages(

@@ -1,11 +1,13 @@
 """Which picture sizes a pipeline can make."""
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 from ..linearize.networks import denoiser
 
 IN_PIXELS = 256  # a pipeline's default size that is no less is in pixels (PRX), else in latents
+_SAY_THE_SIZE = ("AutoencoderKL", "AutoencoderKLFlux2")  # VAEs in whose configs sample_size is the whole model's
+_LEFT_OUT = 32  # what a VAE's config that says nothing gets
 
 
 def size_multiple(pipe: Any) -> int:
@@ -20,7 +22,7 @@ def size_multiple(pipe: Any) -> int:
 
 
 def default_size(pipe: Any) -> tuple[int, int]:
-    """(height, width) in pixels that the pipeline makes when it is told none.
+    """(height, width) in pixels of pictures for which no size is asked: what the call says, else the model's own.
 
     Raises:
         ValueError: neither its call nor its configs say.
@@ -29,15 +31,31 @@ def default_size(pipe: Any) -> tuple[int, int]:
     height, width = (parameters[side].default if side in parameters else None for side in ("height", "width"))
     if isinstance(height, int) and isinstance(width, int):  # AuraFlow, Kandinsky 5, Krea 2 and others
         return height, width
-    _, model = denoiser(pipe)
-    side = getattr(pipe, "default_sample_size", None) or cast(Any, model.config).get("sample_size")
-    if not isinstance(side, int):
+    side = native_side(pipe)
+    if side is None:
         raise ValueError(
             f"a {type(pipe).__name__} does not say which size it makes: pass size=(height, width) (--size)"
         )
-    if side < IN_PIXELS:
-        side *= _pixels_of_a_latent(pipe)
     return side, side
+
+
+def native_side(pipe: Any) -> int | None:
+    """Side in pixels of the square pictures that the model was trained on; None: neither pipeline nor configs say.
+
+    A pipeline's own number counts latents of the VAE that its class was written for. So what the VAE's config says goes
+    before it: the small FLUX here draws 128 pixels, where the number of diffusers' FluxPipeline makes 256 of its VAE.
+    """
+    config: Any = denoiser(pipe)[1].config
+    if isinstance(latents := config.get("sample_size"), int):
+        return latents * _pixels_of_a_latent(pipe)
+    default: int | None = getattr(pipe, "default_sample_size", None)
+    if default is not None and default >= IN_PIXELS:
+        return default
+    vae: Any = getattr(pipe, "vae", None)
+    said = vae.config.get("sample_size") if type(vae).__name__ in _SAY_THE_SIZE else None
+    if said not in (None, _LEFT_OUT):
+        return int(said)
+    return None if default is None else default * _pixels_of_a_latent(pipe)
 
 
 def _pixels_of_a_latent(pipe: Any) -> int:

@@ -15,8 +15,8 @@ from ..linearize.errors import UnsupportedModelError
 from ..linearize.networks import denoiser
 from .latents import pack_latents, patches_of
 from .positions import computes_rotation
-from .sizes import IN_PIXELS
-from .vae import is_flux2, is_known, latent_channels, normalized, pixels_per_latent
+from .sizes import native_side
+from .vae import is_flux2, is_known, latent_channels, normalized
 
 # Whatever pipeline a transformer comes from, Kontext's or Fill's, its pictures from text are made by this one.
 _TEXT_TO_IMAGE: dict[str, type] = {"FluxTransformer2DModel": FluxPipeline}
@@ -28,6 +28,7 @@ _RESIZES = ("HiDreamImagePipeline",)  # draws the native area, whatever size is 
 _OWN_PIPELINES = (
     "after linearize_ call its own pipelines, text-to-image at native size and image-to-image at larger ones"
 )
+_OFTEN = 1024  # pixels, of a model that says nothing
 _LUMINA_NEXT_TOKENS = 384  # of one side, in its pipeline
 
 
@@ -96,16 +97,7 @@ def trained_size(pipe: Any) -> int:
     height = inspect.signature(pipe.stock.__call__).parameters["height"].default
     if isinstance(height, int):  # AuraFlow, Krea 2
         return height
-    scale, config = pixels_per_latent(pipe.vae), cast(Any, denoiser(pipe)[1].config)
-    if isinstance(latents := config.get("sample_size"), int):
-        return latents * scale
-    default: int | None = getattr(pipe, "default_sample_size", None)
-    if default is not None and default >= IN_PIXELS:
-        return default
-    said = pipe.vae.config.get("sample_size")
-    if said in (None, 32):  # what a VAE's config that leaves it out gets
-        return 1024 if default is None else default * scale
-    return int(said)
+    return native_side(pipe) or _OFTEN
 
 
 def rope_dim(model: nn.Module) -> int | None:

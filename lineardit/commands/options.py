@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..pipelines.plan import MOST_STEPS
 from .completion import devices, dtypes, implementations, offloads
 
 DRAWING = "Drawing"
@@ -19,7 +20,7 @@ def _finite(number: float | None) -> float | None:
     return number
 
 
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; else the pipeline's own.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; else the pipeline's own.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
 Guidance = Annotated[float | None, typer.Option(callback=_finite, help="guidance_scale; else the pipeline's own.")]
 

@@ -72,7 +72,7 @@ def test_evaluate_compares_the_pipelines_own_latents(pipe: FluxPipeline, student
 
 
 def test_samples_and_pictures_have_the_models_own_size_where_none_is_said(pipe: FluxPipeline, tmp_path: Path) -> None:
-    pipe.default_sample_size = 8  # latents
+    pipe.vae.register_to_config(sample_size=16)
     samples = TeacherSamples(prepare(pipe, PROMPTS[:2], tmp_path / "samples", steps=1, max_sequence_length=8))
     assert [(one.height, one.width) for one in samples.samples] == [(16, 16)] * 2
     report = evaluate(pipe, pipe, PROMPTS[:1], tmp_path / "report", settings=PictureSettings(steps=1), memory=False)

@@ -10,7 +10,7 @@ from tiny_distill import build_tiny
 
 from lineardit.pipelines import files
 from lineardit.pipelines.decoding import decode_file
-from lineardit.pipelines.files import Wanted, not_there, write_latents
+from lineardit.pipelines.files import Wanted, not_there, plan_files, write_latents
 
 LATENTS = torch.zeros(1, 4, 16)  # tokens of a picture of 8 x 8
 
@@ -53,3 +53,9 @@ def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match=r"out.latents.safetensors cannot be written: No space left"):
         write_latents(tmp_path / "out.latents.safetensors", LATENTS, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_more_pictures_leave_the_names_of_the_first(tmp_path: Path) -> None:
+    few, many = (plan_files(["a"] * count, tmp_path, seed=0, text={}) for count in (2, 1002))
+    assert [one.path for one in many[:2]] == [one.path for one in few]
+    assert [one.path.name for one in many[998:]] == ["998.png", "999.png", "1000.png", "1001.png"]

@@ -69,7 +69,7 @@ def test_generate_gives_each_picture_its_own_noise_whatever_the_batch(pipe: Flux
 
 
 def test_generate_makes_the_pipelines_own_size(pipe: FluxPipeline, tmp_path: Path) -> None:
-    pipe.default_sample_size = 8
+    pipe.vae.register_to_config(sample_size=16)
     (file,) = generate(pipe, PROMPTS[:1], tmp_path / "out.png", steps=1, max_sequence_length=8)
     with Image.open(file) as image:
         assert (image.size, image.info["size"]) == ((16, 16), "16x16")
@@ -155,6 +155,7 @@ def test_generate_keeps_an_existing_file(pipe: FluxPipeline, tmp_path: Path) -> 
         ),
         ({"size": (2, 32)}, "got 32x2; nearest: 32x4"),
         ({"steps": 0}, "steps and batch_size must be >= 1, seed >= 0, got 0, 1 and 0"),
+        ({"steps": 10_001}, "steps must be <= 10000, got 10001"),
         ({"batch_size": 0}, "got 2, 0 and 0"),
         ({"seed": -1}, "got 2, 1 and -1"),
         ({"seed": 2**64}, f"and {2**64}"),

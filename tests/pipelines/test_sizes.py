@@ -4,8 +4,11 @@ from typing import Any
 
 import diffusers
 import pytest
+from model_cascades import made
 
-from lineardit.pipelines.sizes import default_size, size_multiple
+from lineardit import HighResolutionPipeline
+from lineardit.examples.tiny_flux.model import build_pipeline
+from lineardit.pipelines.sizes import default_size, native_side, size_multiple
 from tiny_models import build
 
 
@@ -48,6 +51,25 @@ def test_size_multiple_counts_latents_and_patches(family: str, multiple: int) ->
 @pytest.mark.parametrize(("family", "side"), [("flux", 512), ("sd3", 64), ("pixart", 64), ("unet", 64)])
 def test_default_size_is_the_pipelines(family: str, side: int) -> None:
     assert default_size(pipeline(family)) == (side, side)
+
+
+def test_the_native_side_is_one_for_a_picture_and_for_a_cascade() -> None:
+    pipe = build_pipeline(0)  # FluxPipeline's own number is 128 latents, of 2 pixels each here
+    assert native_side(pipe) == HighResolutionPipeline.from_pipe(pipe).native_size == 128
+    assert default_size(pipe) == (128, 128)
+
+
+def test_the_native_side_is_not_that_of_the_pieces_a_vae_was_trained_on() -> None:
+    pipe, _ = made("hunyuan-image")
+    pipe.vae.register_to_config(sample_size=24)  # HunyuanImage-2.1's config has 384, and it draws 2048
+    wanted = pipe.default_sample_size * pipe.vae_scale_factor
+    assert HighResolutionPipeline.from_pipe(pipe).native_size == default_size(pipe)[0] == wanted
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "unet"])
+def test_the_native_side_of_stock_pipelines_is_their_default(family: str) -> None:
+    pipe = pipeline(family)
+    assert HighResolutionPipeline.from_pipe(pipe).native_size == native_side(pipe) == default_size(pipe)[0]
 
 
 def test_default_size_is_what_the_call_says_or_a_pipeline_in_pixels() -> None:
