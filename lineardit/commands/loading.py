@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from .loras import Lora
 
 
@@ -49,6 +51,21 @@ def load(
     if manifest is not None:
         about |= {"adapter": source, "adapter_sha256": sha256(manifest)}
     return pipe, about
+
+
+def load_at_size(
+    base: str, size: tuple[int, int] | None, *, device: "torch.device", offload: str, **opening: Any
+) -> tuple[Any, tuple[int, int]]:
+    """An unconverted pipeline in its place, and the (height, width) that it is asked for, or its own."""
+    from ..linearize.adapters.opening import open_pipeline
+    from ..pipelines.placement import place_
+    from ..pipelines.sizes import check_size, default_size
+
+    pipe = open_pipeline(base, **opening)
+    place_(pipe, device, offload)
+    height, width = size or default_size(pipe)
+    check_size(pipe, height, width)
+    return pipe, (height, width)
 
 
 def base_said(adapter: str, model: str | None, revision: str | None, offline: bool) -> str | None:

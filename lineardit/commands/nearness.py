@@ -43,16 +43,14 @@ def nearness(
     from ..distill.figures import require_matplotlib
 
     require_matplotlib("nearness.png")
-    from ..linearize.adapters.adapter import adapter_file
-    from ..linearize.adapters.base import find_place, read_base
     from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import check_output_file, write_whole
     from ..linearize.measures.nearness import nearness as measure
     from ..linearize.measures.nearness import record_predictions
     from ..nearness_plot import draw_nearness
     from ..pipelines.placement import place_
-    from ..pipelines.sizes import check_size, default_size
     from .devices import find_device, find_dtype
+    from .loading import load_at_size
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -60,19 +58,10 @@ def nearness(
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)
     target = find_device(device)
-    opening: dict[str, dict[str, Any]] = {}
-    for student in students:  # what is missing is told before the base is loaded
-        if adapter_file(find_place(student, offline=offline)) is None:
-            read_base(student, offline=offline)
-            opening[student] = {}
-        else:
-            opening[student] = {"base": base}  # not the one that it names
+    opening = {student: _opening(student, base, offline=offline) for student in students}
     weights: dict[str, Any] = {"dtype": find_dtype(dtype, target), "offline": offline}
-    pipe = open_pipeline(base, **weights)
-    place_(pipe, target, offload)
-    height, width = height_width or default_size(pipe)
-    check_size(pipe, height, width)
-    settings: dict[str, Any] = {"size": (height, width), "steps": steps, "seed": seed}
+    pipe, height_width = load_at_size(base, height_width, device=target, offload=offload, **weights)
+    settings: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed}
     settings |= {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": more}
     predictions = record_predictions(pipe, texts, **settings)
     found = {base: measure(pipe, predictions, name=base)}
@@ -89,6 +78,17 @@ def nearness(
     draw_nearness({name: one for name, one in found.items() if name != base}, picture)
     show(found)
     print(f"Wrote {figures} and {picture.name}")
+
+
+def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
+    """What a student is opened with; one that is missing is told before the base is loaded."""
+    from ..linearize.adapters.adapter import adapter_file
+    from ..linearize.adapters.base import find_place, read_base
+
+    if adapter_file(find_place(student, offline=offline)) is None:
+        read_base(student, offline=offline)
+        return {}
+    return {"base": base}  # not the one that it names
 
 
 def show(found: "dict[str, Nearness]") -> None:

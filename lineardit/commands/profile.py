@@ -54,13 +54,11 @@ def profile(
 
     require_matplotlib("profile.png")
     from ..attention_map import draw_profile
-    from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import check_output_file
     from ..linearize.measures.profiling import profile_attention
     from ..linearize.methods import config_from_dict
-    from ..pipelines.placement import place_
-    from ..pipelines.sizes import check_size, default_size
     from .devices import find_device, find_dtype
+    from .loading import load_at_size
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -69,15 +67,13 @@ def profile(
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)
     target = find_device(device)
-    pipe = open_pipeline(base, dtype=find_dtype(dtype, target), revision=revision, offline=offline)
-    place_(pipe, target, offload)
-    height, width = height_width or default_size(pipe)
-    check_size(pipe, height, width)
+    opening = {"dtype": find_dtype(dtype, target), "revision": revision, "offline": offline}
+    pipe, height_width = load_at_size(base, height_width, device=target, offload=offload, **opening)
     began = time.perf_counter()
     found = profile_attention(
         pipe,
         texts,
-        size=(height, width),
+        size=height_width,
         radii=windows,
         methods=tried,
         steps=steps,
