@@ -63,6 +63,8 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("prompts must hold at least one prompt, and none may be empty")
+    for words in (*prompts, *text.values()):
+        check_text(words)
     if output.suffix.lower() == ".png":
         if len(prompts) > 1:
             raise ValueError(f"output must be a folder for {len(prompts)} pictures, got the file {output}")
@@ -79,6 +81,14 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
         Wanted(path=path, prompt=prompt, seed=seed + index, text={"prompt": prompt, "seed": str(seed + index), **text})
         for index, (path, prompt) in enumerate(zip(paths, prompts, strict=True))
     ]
+
+
+def check_text(words: str) -> None:
+    """Raise a ValueError for words that are no text: bytes of another encoding, as a shell may pass them on."""
+    try:
+        words.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompts and arguments must be text in UTF-8, got {words!r}: type it anew") from error
 
 
 def said_of(settings: Mapping[str, Any]) -> dict[str, str]:

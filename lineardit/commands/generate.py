@@ -108,7 +108,7 @@ def generate(
         "tile": Plan.tile if tile is None else tile,
     }
     if not plan:
-        said = {"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
+        said = {"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length, **more}
         _check_files(texts, output, seed, share, said, overwrite=overwrite)
     placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
     where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}

@@ -70,7 +70,7 @@ def upscale(
 
     quiet_libraries()
     from ..pipelines.cascade import check_larger, enlarge
-    from ..pipelines.files import check_there, plan_files, text_of
+    from ..pipelines.files import check_there, plan_files, said_of, text_of
     from ..pipelines.plan import Settings
     from .loading import base_said, load
 
@@ -82,7 +82,7 @@ def upscale(
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
     # what can be told before a large model is loaded
     check_larger(image, (height, width))
-    (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}"})
+    (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **said_of(more)})
     if not overwrite:
         check_there([wanted])
     if base is None and source == said.get("adapter"):

@@ -191,6 +191,18 @@ def test_commands_refuse_bad_input(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words", [["a \udcff"], ["a", "--argument", "negative_prompt=\udcff"]], ids=["prompt", "argument"]
+)
+def test_what_is_no_text_is_refused_before_a_model_is_loaded(
+    words: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lineardit("generate", base, *words, *SMALL, "-o", tmp_path / "out.png") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "prompts and arguments must be text in UTF-8, got" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["out.png", "folder"])
 def test_generate_again_says_that_the_picture_is_there(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
