@@ -4,46 +4,89 @@ import argparse
 import logging
 import os
 import sys
+import time
+from contextlib import suppress
+from typing import NoReturn
 
-from .launch import QUIET
+from .launch import QUIET, end_with
 
 LESS_MEMORY = (
     "raise run.gradient_accumulation, set run.gradient_checkpointing = true or base.dtype = 'bfloat16', and go on with "
     "--resume latest"
 )
+PATIENCE = 10  # seconds that a process waits for the one that tells what ended the run
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.format_usage().strip()}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or after one sentence 2 where the input is wrong, 1 where memory runs out."""
-    parser = argparse.ArgumentParser(prog="lineardit.distill", description="Distill a model into linear attention.")
-    parser.add_argument("config", help="TOML file")
-    parser.add_argument("--resume", choices=["latest"], help="go on after the newest whole checkpoint of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change a setting")
-    options = parser.parse_args(arguments)
     for name, value in QUIET.items():  # before the libraries are imported, which some of them remark upon
         os.environ.setdefault(name, value)
     from ..linearize.errors import is_out_of_memory
     from .config_tables import load_config
-    from .diverged import DivergedError
+    from .processes import SENTENCES
     from .train import distill
 
     logging.basicConfig(format="%(message)s")
     if os.environ.get("RANK", "0") == "0":  # one process speaks for all
         logging.getLogger("lineardit").setLevel(logging.INFO)
     try:
+        options = _parsed(arguments)
+        if options.launcher:
+            end_with(options.launcher)
         distill(load_config(options.config, options.set), resume=options.resume is not None)
-    except (ValueError, OSError, DivergedError) as error:
-        sys.stderr.write(f"lineardit.distill: {error}\n")
+    except SENTENCES as error:
+        _tell(str(error), elsewhere=_is_told_elsewhere(error))
         return 2
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        sys.stderr.write(f"lineardit.distill: out of memory: {' '.join(str(error).split())}; {LESS_MEMORY}\n")
+        _tell(f"out of memory: {' '.join(str(error).split())}; {LESS_MEMORY}")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("lineardit.distill: interrupted; --resume latest goes on after the newest checkpoint\n")
+        if os.environ.get("RANK", "0") == "0":
+            _tell("interrupted; --resume latest goes on after the newest checkpoint")
         return 130
     return 0
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    parser = _Parser(prog="lineardit.distill", description="Distill a model into linear attention.")
+    parser.add_argument("config", help="TOML file")
+    parser.add_argument("--resume", choices=["latest"], help="go on after the newest whole checkpoint of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change a setting")
+    elastic = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # what torchrun and accelerate start
+    parser.add_argument("--launcher", type=int, default=elastic, help=argparse.SUPPRESS)  # the parent, to end with it
+    return parser.parse_args(arguments)
+
+
+def _tell(sentence: str, *, elsewhere: bool = False) -> None:
+    """Say what ended the run; or wait for the process that does, which a launcher ends together with this one."""
+    if elsewhere:
+        with suppress(KeyboardInterrupt):
+            time.sleep(PATIENCE)
+    else:
+        sys.stderr.write(f"lineardit.distill: {sentence}\n")
+
+
+def _is_told_elsewhere(error: Exception) -> bool:
+    """Whether another process says it: of those that have joined the main one, before that the first of a machine."""
+    from torch import distributed
+
+    from .processes import OF_ALL
+
+    if not distributed.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") != "0"
+    return OF_ALL in getattr(error, "__notes__", ()) and distributed.get_rank() != 0
 
 
 if __name__ == "__main__":

@@ -1,74 +1,135 @@
-"""Starts a distillation in processes of its own, as a user would: `accelerate launch -m lineardit.distill CONFIG`."""
+"""Starts a distillation in processes of its own on this machine, as `accelerate launch -m lineardit.distill` would.
+
+A launcher of ours, because a run that ends in a sentence shall end in that: others add a traceback of their own.
+"""
 
 import logging
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import torch
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 30  # seconds for an interrupted child to end by itself
+PATIENCE = 30  # seconds for an interrupted process to end by itself
+POLL = 0.1  # seconds between two looks at the processes
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
+
+Worker = subprocess.Popen[bytes]
 
 
 def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> int:
-    """Run a distillation to its end; its exit code.
+    """Run a distillation to its end; its exit code: where processes fail, that of the first that does.
 
     Args:
         config: The run's settings, a TOML file.
         options: For the distillation, such as ("--resume", "latest").
         processes: On this machine; several on CPUs too.
     """
-    several = ["--multi_gpu"] if processes > 1 else []  # without it accelerate starts one on CPUs, whatever the number
-    settings = ["--quiet", *several, "--num_machines", "1", "--num_processes", str(processes)]
-    settings += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    settings += ["--num_cpu_threads_per_process", str(max(1, torch.get_num_threads() // processes))]  # else one
-    arguments = [*settings, "-m", "lineardit.distill", str(config), *options]
-    logger.info("%s", shlex.join(["accelerate", "launch", *arguments]))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    with subprocess.Popen(command, env=child_environment()) as process, stops_with_this(process):
+    words = ["-m", "lineardit.distill", str(config), *options]
+    logger.info("%s%s", shlex.join(["python", *words]), f", in {processes} processes" if processes > 1 else "")
+    command = [sys.executable, *words, "--launcher", str(os.getpid())]
+    workers: list[Worker] = []
+    with _ended_with_this(workers):
         try:
-            return process.wait()
-        except KeyboardInterrupt:  # of a terminal, which interrupts the children as well
+            for environment in _environments(processes):
+                workers.append(subprocess.Popen(command, env=environment))
+            return _first_failure(workers)
+        except KeyboardInterrupt:  # of a terminal, which interrupts the workers as well
             with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=PATIENCE)
-            _signal(process, signal.SIGTERM)
+                _wait(workers, PATIENCE)
             raise
 
 
+def _environments(processes: int) -> list[Mapping[str, str]]:
+    """For each process, what torch.distributed reads, and its share of the threads."""
+    threads = str(max(1, torch.get_num_threads() // processes))
+    environment = {**child_environment(), "OMP_NUM_THREADS": threads}
+    if processes == 1:
+        return [environment]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {name: str(value) for name, value in group.items()}
+    return [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _first_failure(workers: Sequence[Worker]) -> int:
+    """The exit code of the first process that fails, without which the others would wait for it; else 0."""
+    while True:
+        codes = [one.poll() for one in workers]
+        for rank, code in enumerate(codes):
+            if code is not None and code < 0:
+                name = signal.Signals(-code).name
+                logger.error(
+                    "process %d was ended by %s; --resume latest goes on after the newest checkpoint", rank, name
+                )
+                return 128 - code
+            if code:
+                return code
+        if None not in codes:
+            return 0
+        time.sleep(POLL)
+
+
 @contextmanager
-def stops_with_this(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Inside, a signal that ends this process (SIGTERM) ends the child and its children, which else would go on."""
+def _ended_with_this(workers: Sequence[Worker]) -> Iterator[None]:
+    """Afterwards none is left, not even where a signal ends this process (SIGTERM)."""
 
-    def stop(signal_number: int, _frame: object) -> None:
-        _signal(process, signal_number)
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # only there Python hears signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+    main = threading.current_thread() is threading.main_thread()  # only there Python hears signals
+    before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _signal(workers, signal.SIGTERM)
+        try:
+            _wait(workers, PATIENCE)
+        except subprocess.TimeoutExpired:
+            _signal(workers, signal.SIGKILL)
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To a child and its children."""
-    if process.poll() is not None:
-        return
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        with suppress(psutil.NoSuchProcess):  # ended meanwhile
-            one.send_signal(number)
+def _signal(workers: Sequence[Worker], number: int) -> None:
+    for one in workers:
+        one.send_signal(number)  # nothing to one that has ended
+
+
+def _wait(workers: Sequence[Worker], seconds: float) -> None:
+    """Until all have ended, for so long at most."""
+    last = time.monotonic() + seconds
+    for one in workers:
+        one.wait(timeout=max(0, last - time.monotonic()))
+
+
+def end_with(launcher: int) -> None:
+    """End this process soon after its parent, the launcher: it may be killed without a chance to say so.
+
+    The other processes of the launch, and the folder that this one holds, would else be kept by what nobody sees.
+    """
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write("lineardit.distill: the launcher was killed; --resume latest goes on\n")
+            sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def child_environment() -> Mapping[str, str]:

@@ -7,16 +7,24 @@ lesson of `layerwise.py` ends in its layer and some losses reach a weight in one
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 
 from .diverged import DivergedError
 
 SENTENCES = (ValueError, OSError, DivergedError)  # that end a run with their message alone
+OF_ALL = "All processes of the launch raise this."  # a note that an error has
 BUCKET = 2**25  # elements that are exchanged at once
 
 Result = TypeVar("Result")
@@ -57,12 +65,41 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
         try:
             said = [action()]
         except SENTENCES as error:
-            kind = next(kind for kind in SENTENCES if isinstance(error, kind))
-            said = [kind(str(error))]  # which the others can read
+            said = [_plain(error)]
     (result,) = broadcast_object_list(said)
     if isinstance(result, SENTENCES):
+        result.add_note(OF_ALL)
         raise result
     return result
+
+
+@contextmanager
+def all_or_none(accelerator: Accelerator) -> Iterator[None]:
+    """What one process raises inside, if it is one of `SENTENCES`, all raise at the end, and none waits for it in vain.
+
+    Inside, processes do not speak with one another.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except SENTENCES as error:
+        mine = error
+    found = gather_object([mine and _plain(mine)])
+    failed = [process for process, error in enumerate(found) if error]
+    if not failed:
+        return
+    first = found[failed[0]]
+    if len(failed) == len(found):
+        first = mine or first
+    else:
+        first = type(first)(f"process {failed[0]} of {len(found)}: {first}")
+    first.add_note(OF_ALL)
+    raise first
+
+
+def _plain(error: Exception) -> Exception:
+    """The same as one of `SENTENCES` that other processes can read."""
+    return next(kind for kind in SENTENCES if isinstance(error, kind))(str(error))
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:

@@ -21,7 +21,7 @@ from .figures import require_matplotlib
 from .identity import architecture, dtype_name, fingerprint, main_dtype
 from .plan import describe_plan
 from .precision import autocasts
-from .processes import on_main, start_accelerator
+from .processes import all_or_none, on_main, start_accelerator
 from .runs import check_run, record_run
 from .student import build_student_
 from .trainer import Trainer
@@ -41,10 +41,11 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
             missing.
         DivergedError: a loss is not finite.
     """
-    require_matplotlib("the curve of the losses")
-    samples = TeacherSamples(config.data.folder)
     accelerator = start_accelerator()
-    _check_settings(config, samples, accelerator.num_processes)
+    with all_or_none(accelerator):
+        require_matplotlib("the curve of the losses")
+        samples = TeacherSamples(config.data.folder)
+        _check_settings(config, samples, accelerator.num_processes)
     with ExitStack() as while_held:  # by the main process, which alone reads and writes the folder
         on_main(accelerator, lambda: while_held.enter_context(held(config.run.folder)))
         _check_same_samples(accelerator, samples)
@@ -57,11 +58,12 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
 
 def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamples, *, resume: bool) -> Path:
     torch.manual_seed(config.run.seed)
-    pipe = load_base(config.base)
-    taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # nothing is drawn from calls
-    taught.to(accelerator.device)
-    _check_teacher(accelerator, denoiser(pipe)[1], samples)
-    report = build_student_(pipe, config)
+    with all_or_none(accelerator):
+        pipe = load_base(config.base)
+        taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # nothing is drawn from calls
+        taught.to(accelerator.device)
+        _check_teacher(accelerator, denoiser(pipe)[1], samples)
+        report = build_student_(pipe, config)
 
     def record() -> bool:  # of a measurement, so that all do as the first found
         return record_run(config, samples.fingerprint, mixed=autocasts(config, accelerator.device))
@@ -130,11 +132,12 @@ def _check_same_samples(accelerator: Accelerator, samples: TeacherSamples) -> No
     """Machines that share no disk read their own."""
     found = gather_object([samples.fingerprint])
     others = [str(process) for process, one in enumerate(found) if one != found[0]]
-    if others:
-        raise ValueError(
-            f"data.directory must hold the same samples for all processes; in {', '.join(others)} they differ from "
-            f"those in 0: copy {samples.directory} from there"
-        )
+    with all_or_none(accelerator):
+        if others:
+            raise ValueError(
+                f"data.directory must hold the same samples for all processes; in {', '.join(others)} they differ from "
+                f"those in 0: copy {samples.directory} from there"
+            )
 
 
 def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: TeacherSamples) -> None:

@@ -1,4 +1,4 @@
-"""`lineardit distill`: one process runs here, several through `accelerate launch -m lineardit.distill`."""
+"""`lineardit distill`: one process runs here, several beside it."""
 
 from pathlib import Path
 from typing import Annotated

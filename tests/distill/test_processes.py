@@ -1,19 +1,13 @@
-"""What the processes of a launch exchange, in forks of this one; who may work in a folder; signals."""
+"""What the processes of a launch exchange, in forks of this one."""
 
 import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,12 +15,11 @@ from accelerate.state import AcceleratorState
 from forks import run_forks
 from torch import nn
 
-from lineardit.distill import launch, processes
+from lineardit.distill import processes
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.diverged import DivergedError
-from lineardit.distill.launch import stops_with_this
-from lineardit.distill.processes import average_gradients, on_main, start_accelerator, tensors_of_main
+from lineardit.distill.processes import all_or_none, average_gradients, on_main, start_accelerator, tensors_of_main
 from lineardit.distill.train import _check_same_samples
 from lineardit.distill.trainer import Trainer
 
@@ -81,6 +74,13 @@ def test_all_processes_get_what_the_main_one_has(tmp_path: Path) -> None:
             with pytest.raises(error, match="process 0 says no"):
                 on_main(accelerator, partial(_refuse, accelerator.process_index, raised))
 
+        for who, told in (({0, 1}, "^process [01] says no"), ({1}, "^process 1 of 2: process 1 says no")):
+            with pytest.raises(ValueError, match=told), all_or_none(accelerator):
+                if accelerator.process_index in who:
+                    _refuse(accelerator.process_index, ValueError)
+        with all_or_none(accelerator):
+            pass
+
     _in_processes(work, tmp_path)
 
 
@@ -115,43 +115,3 @@ def test_other_samples_in_one_process_are_refused_by_all(tmp_path: Path) -> None
         _check_same_samples(accelerator, cast(TeacherSamples, mine))
 
     _in_processes(work, tmp_path)
-
-
-@pytest.mark.parametrize(("patience", "comes_to_its_end"), [(30.0, True), (0.1, False)])
-def test_an_interrupted_launch_ends_after_what_it_started(
-    patience: float, comes_to_its_end: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started, ended, script = tmp_path / "started", tmp_path / "ended", tmp_path / "python"
-    script.write_text(
-        f"#!/bin/sh\ntrap '' INT\ntouch {started}\nsleep {1 if comes_to_its_end else 60} && touch {ended}\n"
-    )
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr(launch, "PATIENCE", patience)
-
-    def interrupt() -> None:
-        while not started.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    threading.Thread(target=interrupt).start()
-    began = time.perf_counter()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            launch.launch(tmp_path / "config.toml", processes=2)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert ended.exists() == comes_to_its_end
-    assert time.perf_counter() - began < 30
-
-
-def test_a_signal_that_ends_the_launcher_ends_what_it_started() -> None:
-    sleeper = "import subprocess; subprocess.run(['sleep', '60'])"
-    with subprocess.Popen([sys.executable, "-c", sleeper]) as process, stops_with_this(process):
-        while not (children := psutil.Process(process.pid).children()):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert process.wait(timeout=30) == -signal.SIGTERM
-    assert all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in children)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,126 @@
+"""The processes that `lineardit distill --processes N` starts, and how they end: with one sentence, and all of them."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_distill import launch_run, write_config
+
+from lineardit.distill import launch
+from lineardit.distill.config import DistillConfig
+
+MakeConfig = Callable[..., DistillConfig]
+
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """`pretend(script)` makes a shell script what the launcher starts; the file `started` it should touch."""
+
+    def instead(script: str) -> Path:
+        python = tmp_path / "python"
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+        return tmp_path / "started"
+
+    return instead
+
+
+def _when(there: Path, number: int) -> None:
+    """Give this process a signal as soon as the file is there."""
+
+    def wait() -> None:
+        while not there.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait).start()
+
+
+SENTENCE = "lineardit.distill: run.batch_size must be a multiple of processes x run.gradient_accumulation = 2, got 3"
+
+
+def test_what_all_processes_find_wrong_is_told_once(
+    make_config: MakeConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = write_config(make_config(run={"batch_size": 3}), tmp_path / "config.toml")
+    assert launch.launch(file, processes=2) == 2
+    assert capfd.readouterr().err.strip() == SENTENCE
+
+
+@pytest.mark.slow
+def test_what_all_processes_find_wrong_is_told_once_under_torchrun(make_config: MakeConfig, tmp_path: Path) -> None:
+    """And then comes what torchrun says."""
+    process = launch_run(write_config(make_config(run={"batch_size": 3}), tmp_path / "config.toml"), processes=2)
+    assert process.communicate()[1].decode().count(SENTENCE) == 1
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize(("patience", "comes_to_its_end"), [(30.0, True), (0.1, False)])
+def test_an_interrupted_launch_ends_after_what_it_started(
+    patience: float,
+    comes_to_its_end: bool,
+    pretend: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    pretend(f"trap '' INT\ntouch {started}\nsleep {1 if comes_to_its_end else 60} && touch {ended}")
+    monkeypatch.setattr(launch, "PATIENCE", patience)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    _when(started, signal.SIGINT)
+    began = time.perf_counter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch.launch(tmp_path / "config.toml", processes=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.exists() == comes_to_its_end
+    assert time.perf_counter() - began < 30
+
+
+def test_a_signal_that_ends_the_launcher_ends_what_it_started(pretend: Callable[[str], Path], tmp_path: Path) -> None:
+    started = pretend(f"echo $$ > {tmp_path}/worker-$RANK\ntouch {tmp_path}/started\nexec sleep 60")
+    _when(started, signal.SIGTERM)
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        launch.launch(tmp_path / "config.toml", processes=2)
+    assert not any(psutil.pid_exists(int(worker.read_text())) for worker in tmp_path.glob("worker-*"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("end", "code"), [("exit 3", 3), ("kill -9 $$", 137)])
+def test_a_process_that_fails_ends_the_others(
+    end: str, code: int, pretend: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend(f"if [ $RANK = 1 ]; then {end}; fi\nexec sleep 60")
+    began = time.perf_counter()
+    assert launch.launch(tmp_path / "config.toml", processes=2) == code
+    assert time.perf_counter() - began < 30
+    assert ("process 1 was ended by SIGKILL; --resume latest" in caplog.text) == (code == 137)
+
+
+def test_a_process_ends_with_its_launcher_that_was_killed() -> None:
+    told, tells = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        worker = os.fork()
+        if not worker:
+            launch.end_with(os.getppid())
+        else:
+            os.write(tells, f"{worker} ".encode())
+        time.sleep(60)
+        os._exit(0)
+    worker = psutil.Process(int(os.read(told, 20)))
+    assert worker.is_running()
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    began = time.perf_counter()
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.perf_counter() - began < 20:
+        time.sleep(0.05)
+    assert time.perf_counter() - began < 20
