@@ -30,7 +30,8 @@ from tqdm import tqdm
 from ..linearize import families as conversions
 from ..linearize.calling import own_settings
 from ..linearize.convert import swapped
-from ..linearize.folders import held, write_whole
+from ..linearize.folders import write_whole
+from ..linearize.locks import held, remove_leftovers
 from ..linearize.networks import denoiser
 from ..pipelines.cut_prompts import tell_cut_prompts
 from ..pipelines.sizes import check_size, default_size
@@ -120,6 +121,7 @@ def prepare(
         call_of_teacher(pipe, sizes[0], settings)  # raises for a setting that is none, before anything is made
     directory = Path(directory)
     with held(directory, name=f".{index_name(*part)}.lock"):
+        remove_leftovers(directory, ("shard-*", "index*"), locks=".index*.lock")
         _write_shards(pipe, samples, directory, settings, batch_size, part)
     return directory
 

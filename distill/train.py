@@ -1,7 +1,8 @@
 """A distillation from its settings to the saved adapter."""
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from ..linearize.adapters.adapter import save_adapter
 from ..linearize.adapters.base import read_base
 from ..linearize.adapters.loading import load_base as load_with_options
-from ..linearize.folders import held
+from ..linearize.locks import held, remove_leftovers
 from ..linearize.networks import denoiser
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
@@ -27,6 +28,14 @@ from .student import build_student_
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+FILES = (
+    "run.json.*",
+    "loss.*",
+    "validation*",
+    "step-*",
+    "adapter.*",
+)  # of a run, with what is added while they are made
 
 
 def distill(config: DistillConfig, *, resume: bool = False) -> Path:
@@ -47,7 +56,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
         samples = TeacherSamples(config.data.folder)
         _check_settings(config, samples, accelerator.num_processes)
     with ExitStack() as while_held:  # by the main process, which alone reads and writes the folder
-        on_main(accelerator, lambda: while_held.enter_context(held(config.run.folder)))
+        on_main(accelerator, lambda: while_held.enter_context(_held_and_tidy(config.run.folder)))
         _check_same_samples(accelerator, samples)
         on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
         adapter = _train(accelerator, config, samples, resume=resume)
@@ -98,6 +107,13 @@ def load_base(base: Base) -> Any:
         unused += ("safety_checker",)  # which wants the feature extractor
     without: dict[str, Any] = {name: None for name in parts if name.startswith(unused)}
     return load_with_options(found, dtype=getattr(torch, base.dtype), **without)
+
+
+@contextmanager
+def _held_and_tidy(folder: Path) -> Iterator[None]:
+    with held(folder):
+        remove_leftovers(folder, FILES)
+        yield
 
 
 def _check_settings(config: DistillConfig, samples: TeacherSamples, processes: int) -> None:

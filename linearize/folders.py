@@ -15,11 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # that weights are loaded in; others as float32
 
 
@@ -45,37 +40,6 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def held(folder: Path, *, name: str = ".lock") -> Iterator[None]:
-    """Inside, no other process that asks for it works in this folder, which is made, and removed if it stays empty.
-
-    Nothing is held where the system has no locks of this kind (Windows, some network disks).
-
-    Args:
-        name: Of the file that is locked: several names, several users of one folder.
-    Raises:
-        ValueError: another process holds it, or it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder, it is a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / name
-    with file.open("w") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is at work in {folder}: wait for it, or name another folder") from error
-        except OSError:  # no locks on this disk
-            pass
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -114,7 +78,7 @@ def check_writable(folder: Path) -> None:
     """
     place = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        with tempfile.NamedTemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=place) as file:  # without a name, where the system has such
             file.write(b"something")
             file.flush()
     except OSError as error:
@@ -138,14 +102,16 @@ def _umask() -> int:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a hidden file beside `path`, then rename it: readers see the old file or the new one, of two
-    writers that of the last.
+    """Let `write` fill a file in a hidden folder beside `path`, then move it: readers see the old file or the new one,
+    of two writers that of the last. (A folder, because some writers make temporary files of their own.)
 
     Raises:
         OSError: it cannot be written, for example because the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = folder / path.name
     try:
+        folder.mkdir(exist_ok=True)
         write(temporary)
         temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
         sync(temporary)
@@ -157,7 +123,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     sync(path.parent)
 
 

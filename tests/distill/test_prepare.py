@@ -16,7 +16,7 @@ from lineardit import Clear, linearize_
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.families import family_of
 from lineardit.distill.prepare import prepare
-from lineardit.linearize.folders import held
+from lineardit.linearize.locks import held
 
 SETTINGS: dict[str, Any] = {"sizes": SIZES, "steps": 2, "max_sequence_length": 8, "shard_size": 5}
 
@@ -135,7 +135,9 @@ def test_guidance_that_is_no_number_is_refused(pipe: FluxPipeline, tmp_path: Pat
 def test_a_part_that_another_process_makes_is_refused(pipe: FluxPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with held(folder, name=".index-1-of-2.json.lock"):
-        with pytest.raises(ValueError, match=r"another process is at work in .*data: wait for it"):
+        with pytest.raises(
+            ValueError, match=r"another process is at work in .*data \(process \d+ on .*\): wait for it"
+        ):
             prepare(pipe, PROMPTS, folder, **SETTINGS, part=(1, 2))
         prepare(pipe, PROMPTS, folder, **SETTINGS, part=(2, 2))
     prepare(pipe, PROMPTS, folder, **SETTINGS)

@@ -83,7 +83,7 @@ def test_check_writable_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match=r"written in .*/file \(Not a directory\): choose another output"):
         check_output_file(tmp_path / "file" / "deep" / "out.png", overwrite=False)
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", Mock(side_effect=full))
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=full))
     with pytest.raises(OSError, match=r"\(No space left on device\): choose another output"):
         check_writable(tmp_path)
 

@@ -1,0 +1,113 @@
+"""Folders in which one process works at a time, and what is left in them by one that was killed."""
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+TRIES, PAUSE = 5, 0.05  # seconds: another process may be looking whether a lock is held
+
+
+@contextmanager
+def held(folder: Path, *, name: str = ".lock") -> Iterator[None]:
+    """Inside, no other process that asks for it works in this folder, which is made, and removed if it stays empty.
+
+    Nothing is held where the system has no locks of this kind (Windows, some network disks).
+
+    Args:
+        name: Of the file that is locked: several names, several users of one folder.
+    Raises:
+        ValueError: another process holds it, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder, it is a file")
+    file = folder / name
+    with _locked(file) as lock:
+        with suppress(OSError):  # a full disk
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def remove_leftovers(folder: Path, names: Sequence[str], *, locks: str = ".lock") -> None:
+    """Remove what killed writers of these files left in a folder, if no process but this one may be writing there.
+
+    Args:
+        folder: `held` by this process.
+        names: Patterns of the files that `write_whole` and `new_folder` make there, such as "shard-*".
+        locks: The pattern of the names by which processes hold this folder.
+    """
+    left = [path for name in names for path in folder.glob(f".{name}.tmp")]  # before the locks are looked at
+    if sum(map(_is_locked, folder.glob(locks))) != 1:  # others work here; or there are no locks on this disk
+        return
+    replaced = [path for name in names for path in folder.glob(f".{name}.old")]
+    left += [path for path in replaced if (folder / path.name[1:].rsplit(".", 2)[0]).exists()]  # by what stands there
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[IO[str]]:
+    """The file, open and locked."""
+    for last in range(1 - TRIES, 1):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a+") as lock:
+            if not _lock(lock):
+                if not last:
+                    lock.seek(0)
+                    who = lock.read() or "which does not say its name"
+                    raise ValueError(
+                        f"another process is at work in {file.parent} ({who}): wait for it, end it, or name another "
+                        "folder"
+                    )
+            elif _is_there(lock, file):
+                yield lock
+                return
+        time.sleep(PAUSE)
+    raise ValueError(f"{file} is removed by others again and again: look who is at work in {file.parent}")
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether nobody else holds it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this disk
+        pass
+    return True
+
+
+def _is_there(lock: IO[str], file: Path) -> bool:
+    """Whether it is still the file of this name: who held it before removes it at its end."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open() as file:
+            return not _lock(file)
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,80 @@
+"""One process at a time in a folder, and what killed ones left there."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from lineardit.linearize import locks
+from lineardit.linearize.folders import write_whole
+from lineardit.linearize.locks import held, remove_leftovers
+
+
+def test_held_tells_who_is_at_work(tmp_path: Path) -> None:
+    who = (
+        rf"another process is at work in .*run \(process {os.getpid()} on {socket.gethostname()}\): wait for it, end it"
+    )
+    with held(tmp_path / "run"):
+        with pytest.raises(ValueError, match=who), held(tmp_path / "run"):
+            pass
+        with held(tmp_path / "run", name=".other"):
+            pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_takes_no_lock_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that held it before, between our opening and our locking it."""
+    lock, calls = locks._lock, []
+
+    def slow(file: locks.IO[str]) -> bool:
+        calls.append(file)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        return lock(file)
+
+    monkeypatch.setattr(locks, "_lock", slow)
+    with held(tmp_path):
+        assert "process" in (tmp_path / ".lock").read_text()
+    assert len(calls) == 2
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    def hang(path: Path) -> None:
+        path.write_text("half")
+        path.with_name(".tmpAbCdEf").write_text("as safetensors does")
+        time.sleep(60)
+
+    writer = os.fork()
+    if not writer:
+        write_whole(tmp_path / "shard-1.safetensors", hang)
+    while not list(tmp_path.glob(".shard*/.tmp*")):
+        time.sleep(0.01)
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    (tmp_path / ".index.json.7.tmp").write_text("half")
+    (tmp_path / ".adapter.abc.old").mkdir()
+    (tmp_path / ".shards.old").mkdir()
+    (tmp_path / ".mine.txt.7.tmp").write_text("mine")
+    names = ("shard-*", "index*", "adapter.*")
+    with held(tmp_path, name=".one.lock"):
+        with held(tmp_path, name=".two.lock"):
+            remove_leftovers(tmp_path, names, locks=".*.lock")
+            assert len(list(tmp_path.glob(".*.tmp"))) == 3
+        remove_leftovers(tmp_path, names, locks=".*.lock")
+    left = {".adapter.abc.old", ".mine.txt.7.tmp", ".shards.old"}  # the first may be all that there is of an adapter
+    assert {path.name for path in tmp_path.iterdir()} == left
+    (tmp_path / "adapter").mkdir()
+    with held(tmp_path):
+        remove_leftovers(tmp_path, names)
+    assert not (tmp_path / ".adapter.abc.old").exists()
+
+
+def test_where_nothing_can_be_locked_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "fcntl", None)
+    (tmp_path / ".index.json.7.tmp").write_text("half")
+    with held(tmp_path):
+        remove_leftovers(tmp_path, ("index*",))
+    assert (tmp_path / ".index.json.7.tmp").exists()
