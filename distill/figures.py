@@ -1,11 +1,15 @@
 """The numbers of a run, step by step: a CSV, and a PNG of its curves."""
 
 import csv
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..linearize.folders import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 def require_matplotlib(picture: str) -> None:
@@ -14,25 +18,60 @@ def require_matplotlib(picture: str) -> None:
         raise ValueError(f"{picture} is drawn with matplotlib, which is not here: pip install matplotlib")
 
 
+@contextmanager
+def worth_no_run(path: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is told, and work goes on without it."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s cannot be written (%s), and the run goes on without it", path, error.strerror or error)
+
+
 class StepLog:
     """A CSV with one row per step, a cell of a term that the step has not left empty, and the curve drawn from it.
+
+    Where the disk is full that is told once; the rows are kept, and written as soon as there is room.
 
     Args:
         path: The CSV; its first column is `step`.
         columns: The others.
         last_step: Rows after it are dropped: a resumed run writes them again.
+    Raises:
+        ValueError: the CSV holds something else.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, last_step: int = 0) -> None:
         self.path = path
         self.columns = ["step", *columns]
-        self.rows = [row for row in _read(path) if row["step"] <= last_step]
-        write_whole(path, self._rewrite)
+        self.rows = [row for row in _read(path, self.columns) if row["step"] <= last_step]
+        self.whole = False  # whether the file has every row
+        self.told = False
+        self._write()
 
     def append(self, row: Mapping[str, float]) -> None:
         self.rows.append(dict(row))
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        self._write()
+
+    def _write(self) -> None:
+        """The last row; all where the file lacks more."""
+        try:
+            if self.whole:
+                self.whole = False
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(self.rows[-1])
+            else:
+                write_whole(self.path, self._rewrite)
+            self.whole = True
+        except OSError as error:
+            self._tell(self.path, error)
+
+    def _tell(self, path: Path, error: OSError) -> None:
+        if not self.told:
+            reason = error.strerror or error
+            logger.warning(
+                "%s cannot be written (%s): its rows are kept till it can, and the run goes on", path, reason
+            )
+        self.told = True
 
     def draw(self, path: Path, *, first_stage: int = 0) -> None:
         """A line per term over the steps, faint as measured and strong as running mean.
@@ -58,7 +97,10 @@ class StepLog:
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.grid(alpha=0.3)
-        write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        try:
+            write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        except OSError as error:
+            self._tell(path, error)
 
     def _rewrite(self, path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -67,14 +109,27 @@ class StepLog:
             writer.writerows(self.rows)
 
 
-def _read(path: Path) -> list[dict[str, float]]:
+def _read(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
+    """The rows; none where there is no such file.
+
+    Raises:
+        ValueError: it has other columns, or cells that are no numbers.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a killed run may leave half a line
-    return [
-        {name: int(value) if name == "step" else float(value) for name, value in row.items() if value} for row in rows
-    ]
+    try:
+        with path.open(newline="") as file:
+            table = csv.DictReader(file)
+            rows = [row for row in table if None not in row.values()]  # a killed run may leave half a line
+            if table.fieldnames and set(table.fieldnames) != set(columns):
+                raise ValueError(f"its columns must be {', '.join(columns)}, got {', '.join(table.fieldnames)}")
+        return [
+            {name: int(value) if name == "step" else float(value) for name, value in row.items() if value}
+            for row in rows
+            if row["step"]
+        ]
+    except (ValueError, TypeError, csv.Error) as error:  # a TypeError: more cells than columns
+        raise ValueError(f"{path} is damaged ({error}): mend it, or move it away, and a new one is begun") from error
 
 
 def _running_mean(values: Sequence[float], decay: float) -> list[float]:

@@ -73,6 +73,13 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     return result
 
 
+def main_has(accelerator: Accelerator, make: Callable[[], Result]) -> Result | None:
+    """What the main process alone makes and keeps; all raise its error, if it is one of `SENTENCES`."""
+    made: list[Result] = []
+    on_main(accelerator, lambda: made.append(make()))
+    return made[0] if made else None
+
+
 @contextmanager
 def all_or_none(accelerator: Accelerator) -> Iterator[None]:
     """What one process raises inside, if it is one of `SENTENCES`, all raise at the end, and none waits for it in vain.

@@ -38,7 +38,7 @@ from .families import family_of
 from .figures import StepLog
 from .layerwise import lessons
 from .losses import attention_loss, attention_outputs, flow_loss, prediction_loss, weighted_sum
-from .processes import average_gradients, on_main, tensors_of_main
+from .processes import average_gradients, main_has, on_main, tensors_of_main
 from .schedule import learning_rate, noise_levels
 from .student import teacher, trained_parameters
 from .validation import Validation
@@ -124,12 +124,11 @@ class Trainer:
         """Train from step `start` to the last one, with checkpoints, curve and validation on the way."""
         config, main = self.config, self.accelerator.is_main_process
         self.started = start
-        if self.validation.is_missing(start):
-            self.validation.run(start)
+        self.validation.start(start)
         first = config.layerwise.steps
         last_step = first + config.run.steps
         columns = [*(["layerwise"] if first else []), *self.weights, "loss", "lr", "seconds"]
-        log = StepLog(self.directory / "loss.csv", columns, last_step=start) if main else None
+        log = main_has(self.accelerator, lambda: StepLog(self.directory / "loss.csv", columns, last_step=start))
         began = time.perf_counter() - (log.rows[-1]["seconds"] if log and log.rows else 0.0)
         progress = tqdm(total=last_step, initial=start, desc="distill", unit="step", disable=not main)
         for step in range(start + 1, last_step + 1):

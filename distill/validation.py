@@ -19,8 +19,8 @@ from ..linearize.networks import denoiser
 from .config import DistillConfig
 from .data import TeacherSamples
 from .families import family_of
-from .figures import StepLog
-from .processes import on_main
+from .figures import StepLog, worth_no_run
+from .processes import main_has, on_main
 from .sheet import write_sheet
 from .student import teacher
 
@@ -60,20 +60,23 @@ class Validation:
         self.last = config.layerwise.steps + config.run.steps
         self.dtype = getattr(torch, config.base.dtype)
         self.directory = config.run.folder
-        self.file = self.directory / "validation.csv"
         self.column = "prediction_error" if samples.calls else "latent_mse"
+        self.log: StepLog | None = None  # the main process has one
         self.student, self.teacher = student, teacher
 
     def is_due(self, step: int) -> bool:
         return len(self.indices) > 0 and (step == self.last or step % self.every == 0)
 
-    def is_missing(self, step: int) -> bool:
-        """Whether it was due at a step that a run goes on after, and did not come to its end."""
-
-        def not_there() -> bool:
-            return all(row["step"] != step for row in StepLog(self.file, [self.column], last_step=step).rows)
-
-        return step > 0 and self.is_due(step) and on_main(self.accelerator, not_there)
+    def start(self, step: int) -> None:
+        """Go on after this step; judge it where it was due, and an interrupted run did not come to its end."""
+        if not self.indices:
+            return
+        file = self.directory / "validation.csv"
+        log = main_has(self.accelerator, lambda: StepLog(file, [self.column], last_step=step))
+        self.log = log
+        there = on_main(self.accelerator, lambda: log is not None and any(row["step"] == step for row in log.rows))
+        if step and self.is_due(step) and not there:
+            self.run(step)
 
     @torch.no_grad()
     def run(self, step: int) -> None:
@@ -86,11 +89,12 @@ class Validation:
         on_main(self.accelerator, lambda: self._write(step, judged))
 
     def _write(self, step: int, judged: Sequence[_Judged]) -> None:
-        log = StepLog(self.file, [self.column], last_step=step - 1)
-        log.append({"step": step, self.column: sum(one.error for one in judged) / len(judged)})
+        assert self.log is not None, "`start` comes first"
+        self.log.append({"step": step, self.column: sum(one.error for one in judged) / len(judged)})
         if judged[0].pictures:
             sheet = self.directory / f"validation-{step:08d}.png"
-            write_sheet(["teacher", "student"], [one.pictures for one in judged], sheet)
+            with worth_no_run(sheet):
+                write_sheet(["teacher", "student"], [one.pictures for one in judged], sheet)
 
     def _predicted(self, index: int) -> _Judged:
         """The mean over all calls of the squared error of a prediction, relative to the teacher's."""

@@ -1,0 +1,54 @@
+"""The numbers of a run: kept where the disk is full, refused where they are no numbers."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_distill import table
+
+from lineardit.distill import figures
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.figures import StepLog
+from lineardit.distill.train import distill
+
+
+def test_rows_that_found_no_room_are_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "loss.csv"
+    log = StepLog(path, ["loss"])
+    log.append({"step": 1, "loss": 0.5})
+    path.rename(tmp_path / "first.csv")
+    path.symlink_to("/dev/full")
+    log.append({"step": 2, "loss": 0.25})
+    log.append({"step": 3, "loss": 0.125})
+    assert [row["step"] for row in table(path)] == [1, 2, 3]
+    assert caplog.text.count("cannot be written (No space left on device): its rows are kept") == 1
+
+
+def test_a_full_disk_costs_the_curve_and_not_the_run(
+    make_config: Callable[..., DistillConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, _: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(figures, "write_whole", full)
+    config = make_config(run={"steps": 3}, save={"log_every": 1})
+    assert distill(config).is_dir()
+    assert [path.name for path in config.run.folder.glob("loss*")] == []
+    assert caplog.text.count("loss") == caplog.text.count("loss.csv cannot be written") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["step,loss\n1,much\n", "step,loss\nfirst,1\n", "loss\n1\n", "step,loss\n1,2,3\n", "step,loss,more\n1,2,3\n"],
+)
+def test_a_table_that_is_damaged_is_told(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "loss.csv"
+    path.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"loss.csv is damaged \(.*\): mend it, or move it away, and a new one is begun"
+    ):
+        StepLog(path, ["loss"])
+    assert path.read_text() == content
