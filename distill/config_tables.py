@@ -80,7 +80,8 @@ def _override(tables: dict[str, Any], text: str) -> None:
     values = tables.setdefault(table, {})
     require(isinstance(values, dict), table, "a table", values)
     values[key] = parsed
-    if (table, key) == ("trained", "kind") and parsed in TRAINED:  # what the file says of the other kind is not meant
+    of_kind = isinstance(parsed, str) and parsed in TRAINED
+    if (table, key) == ("trained", "kind") and of_kind:  # what the file says of the other kind is not meant
         of_others = {item.name for kind in TRAINED.values() for item in fields(kind)}
         for name in of_others - {item.name for item in fields(TRAINED[parsed])}:
             values.pop(name, None)
@@ -96,7 +97,7 @@ def _method(table: Mapping[str, Any]) -> Any:
 
 def _trained(table: Mapping[str, Any]) -> Any:
     kind = table.get("kind", "lora")
-    require(kind in TRAINED, "trained.kind", " or ".join(TRAINED), kind)
+    require(isinstance(kind, str) and kind in TRAINED, "trained.kind", " or ".join(TRAINED), kind)
     return _build(TRAINED[kind], {key: value for key, value in table.items() if key != "kind"}, "trained")
 
 

@@ -62,7 +62,7 @@ def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
     directory = config.run.folder
     record = directory / RECORD
     if resume and record.is_file():
-        _compare(_with_defaults(read_json(record)), _contents(config, data), directory)
+        _compare(_read(record), _contents(config, data), directory)
         _check_steps(config, directory)
     elif not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir()):
         return  # a lock, or what a call left that was killed while it wrote the record
@@ -84,7 +84,7 @@ def record_run(config: DistillConfig, data: str, *, mixed: bool) -> bool:
     directory = config.run.folder
     directory.mkdir(parents=True, exist_ok=True)
     record, contents = directory / RECORD, _contents(config, data)
-    before = _with_defaults(read_json(record)) if record.is_file() else contents
+    before = _read(record) if record.is_file() else contents
     history, mixed = before.get(HISTORY, []), before.get(AUTOCAST, mixed)
     changed = _differences(before, contents, _MAY_CHANGE_FROM_HERE)
     if changed:
@@ -100,8 +100,18 @@ def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
     return json.loads(json.dumps(config_to_tables(config) | {SAMPLES: data}))
 
 
-def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
-    """A record with what settings that came after it are where nothing is said."""
+def _read(record: Path) -> dict[str, Any]:
+    """A record, with what settings that came after it are where nothing is said.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    stored = read_json(record)
+    for name, kind, what in ((HISTORY, list, "a list"), (AUTOCAST, bool, "true or false")):
+        if not isinstance(stored.get(name, kind()), kind):
+            raise ValueError(
+                f"{record} is damaged: {name} must be {what}, got {stored[name]!r}: mend it, or take that entry out"
+            )
     others = {name: stored[name] for name in (SAMPLES, HISTORY, AUTOCAST) if name in stored}
     tables = {name: table for name, table in stored.items() if name not in others}
     try:

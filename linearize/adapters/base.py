@@ -217,7 +217,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")

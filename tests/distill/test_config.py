@@ -72,6 +72,7 @@ def test_the_example_is_read() -> None:
         ("run.steps=0", "run.steps must be >= 1, got 0"),
         ("run.steps", "an override must look like table.key=value, got 'run.steps'"),
         ("trained.kind=all", "trained.kind must be lora or attention, got 'all'"),
+        ("trained.kind=[]", "trained.kind must be lora or attention, got []"),
         ("trained.rank=4", "unknown setting trained.rank"),
         ("loss.flow=-1", "loss.flow must be >= 0 and finite, got -1.0"),
         ("optimizer.betas=[0.9]", "optimizer.betas must be a list of float pairs"),

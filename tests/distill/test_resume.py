@@ -25,7 +25,7 @@ from lineardit.distill.runs import check_run, record_run
 from lineardit.distill.train import distill
 from lineardit.distill.trainer import Trainer
 from lineardit.distill.validation import Validation
-from lineardit.linearize.folders import held
+from lineardit.linearize.locks import held
 
 MakeConfig = Callable[..., DistillConfig]
 
@@ -177,6 +177,17 @@ def test_resume_tells_and_keeps_what_counts_from_there_on(
     check_run(config, "samples", resume=True)
 
 
+@pytest.mark.parametrize(("name", "value"), [("history", None), ("history", {"a": 1}), ("bfloat16", "yes")])
+def test_a_damaged_record_is_told(name: str, value: Any, make_config: MakeConfig) -> None:
+    record_run(make_config(), "samples", mixed=False)
+    record = make_config().run.folder / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {name: value}))
+    with pytest.raises(
+        ValueError, match=rf"run.json is damaged: {name} must be .*, got .*: mend it, or take that entry"
+    ):
+        check_run(make_config(), "samples", resume=True)
+
+
 def test_resume_refuses_fewer_steps_than_there_are(make_config: MakeConfig) -> None:
     distill(make_config(run={"steps": 4}))
     with pytest.raises(ValueError, match=r"run.steps must be >= 4, for which .*step-00000004 is the newest checkpoint"):
@@ -251,7 +262,10 @@ def test_two_runs_in_one_folder_are_refused(make_config: MakeConfig) -> None:
     config = make_config()
     with (
         held(config.run.folder),
-        pytest.raises(ValueError, match=r"another process is at work in .*run: wait for it, or name another folder"),
+        pytest.raises(
+            ValueError,
+            match=rf"another process is at work in .*run \(process {os.getpid()} on .*\): wait for it, end it, or name",
+        ),
     ):
         distill(config)
     assert not config.run.folder.exists()
