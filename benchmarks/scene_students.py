@@ -122,7 +122,7 @@ class SceneStudents:
     def taught(self, config: DistillConfig) -> Path:
         """The adapter of a student, trained if it is not there."""
         adapter = Path(config.run.directory) / "adapter"
-        return adapter if adapter.exists() else distill(config, resume=True)
+        return adapter if adapter.exists() else distill(config, resume="latest")
 
     def row(self, name: str, count: int | None = None) -> Row:
         """One model's figures, on the first `count` captions; all but the teacher's compared with its same pictures."""

@@ -1,4 +1,4 @@
-"""`accelerate launch -m lineardit.distill CONFIG.toml [--resume latest] [--set table.key=value ...]`."""
+"""`accelerate launch -m lineardit.distill CONFIG.toml [--resume latest|STEP] [--set table.key=value ...]`."""
 
 import argparse
 import logging
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parsed(arguments)
         if options.launcher:
             end_with(options.launcher)
-        distill(load_config(options.config, options.set), resume=options.resume is not None)
+        distill(load_config(options.config, options.set), resume=options.resume)
     except SENTENCES as error:
         _tell(str(error), elsewhere=_is_told_elsewhere(error))
         return 2
@@ -62,11 +62,22 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     """
     parser = _Parser(prog="lineardit.distill", description="Distill a model into linear attention.")
     parser.add_argument("config", help="TOML file")
-    parser.add_argument("--resume", choices=["latest"], help="go on after the newest whole checkpoint of the run")
+    parser.add_argument(
+        "--resume",
+        type=_resume,
+        metavar="latest|STEP",
+        help="go on after the newest whole checkpoint, or that of a step",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change a setting")
     elastic = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # what torchrun and accelerate start
     parser.add_argument("--launcher", type=int, default=elastic, help=argparse.SUPPRESS)  # the parent, to end with it
     return parser.parse_args(arguments)
+
+
+def _resume(text: str) -> str | int:
+    if text == "latest" or text.isdecimal():
+        return text if text == "latest" else int(text)
+    raise argparse.ArgumentTypeError(f"must be latest or the step of a checkpoint, got {text!r}")
 
 
 def _tell(sentence: str, *, elsewhere: bool = False) -> None:

@@ -5,13 +5,14 @@ data, the noise and the learning rate are functions of the step, so that the ste
 """
 
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,10 @@ from ..linearize.adapters.adapter import save_adapter
 from ..linearize.adapters.fitting import check_shapes, shapes_of
 from ..linearize.folders import sync, write_whole
 from .files import write_json
+
+logger = logging.getLogger(__name__)
+
+Resume = Literal["latest"] | int  # after the newest whole checkpoint, or that of a step
 
 MANIFEST = "checkpoint.json"
 TRAINED = "trained.safetensors"
@@ -98,13 +103,40 @@ def remember_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], tensors
 
 def latest_checkpoint(root: Path) -> tuple[Path, int] | None:
     """Folder and step of the newest whole checkpoint; incomplete ones are passed over."""
-    whole = [path for path in _checkpoints(root) if _is_whole(path)]
-    return (whole[-1], int(whole[-1].name.removeprefix("step-"))) if whole else None
+    whole = whole_checkpoints(root)
+    return (whole[max(whole)], max(whole)) if whole else None
 
 
-def passed_over(root: Path, step: int) -> list[Path]:
-    """Checkpoints of later steps than this, which are not whole."""
-    return [path for path in _checkpoints(root) if int(path.name.removeprefix("step-")) > step]
+def whole_checkpoints(root: Path) -> dict[int, Path]:
+    """Those that a run can go on after, by their step."""
+    return {_step(path): path for path in _checkpoints(root) if _is_whole(path)}
+
+
+def step_to_resume(root: Path, resume: Resume) -> int:
+    """The step after which a run goes on; 0 where `"latest"` finds no whole checkpoint.
+
+    Raises:
+        ValueError: there is no whole checkpoint of this step.
+    """
+    whole = whole_checkpoints(root)
+    if resume == "latest":
+        return max(whole, default=0)
+    if resume not in whole:
+        there = ", ".join(map(str, whole)) or "none"
+        raise ValueError(f"--resume must be latest or the step of a whole checkpoint in {root} ({there}), got {resume}")
+    return resume
+
+
+def remove_later(root: Path, step: int) -> None:
+    """Remove checkpoints of later steps than this, after which a run goes on: what follows is another way.
+
+    They are told; where the newest is taken, they are not whole.
+    """
+    for path in _checkpoints(root):
+        if _step(path) > step:
+            why = f"the run goes on after step {step}" if _is_whole(path) else "it is not whole"
+            logger.warning("%s is removed: %s", path, why)
+            _remove(path)
 
 
 def prune_checkpoints(root: Path, keep_last: int) -> None:
@@ -112,10 +144,18 @@ def prune_checkpoints(root: Path, keep_last: int) -> None:
     whole = [path for path in _checkpoints(root) if _is_whole(path)]
     for path in _checkpoints(root):
         if path not in whole[-keep_last:]:
-            (path / MANIFEST).unlink(missing_ok=True)  # no reader takes it from here on
-            shutil.rmtree(path)
+            _remove(path)
     for path in root.glob(".step-*.tmp"):
         shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    (path / MANIFEST).unlink(missing_ok=True)  # no reader takes it from here on
+    shutil.rmtree(path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _checkpoints(root: Path) -> list[Path]:

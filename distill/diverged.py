@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from .checkpoint import latest_checkpoint
+from .checkpoint import latest_checkpoint, whole_checkpoints
 from .config import DistillConfig
 
 
@@ -31,8 +31,10 @@ def _advice(step: int, config: DistillConfig, started: int) -> str:
     if found is None:
         return f"there is no checkpoint yet: start in another folder with {lower}"
     if step == started + 1:
+        before = [one for one in whole_checkpoints(config.run.folder) if one < started]
+        way = f"go on after the one before it with --resume {max(before)}" if before else "start in another folder"
         return (
-            f"it is the first after {found[0]}: with --resume latest try {lower}; if that fails as well, "
-            "its weights are bad already: remove that folder, to go on after the one before it"
+            f"it is the first after {found[0]}: with --resume latest try {lower}; if that fails as well, its weights "
+            f"are bad already: {way}"
         )
     return f"go on after the last checkpoint, {found[0]}, with --resume latest and {lower}"

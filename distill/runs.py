@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..linearize.adapters.base import read_json
-from .checkpoint import latest_checkpoint
+from .checkpoint import Resume, step_to_resume
 from .config import DistillConfig
 from .config_tables import config_from_tables, config_to_tables
 from .files import write_json
 
 logger = logging.getLogger(__name__)
 
-RECORD = "run.json"
+FILE = "run.json"
 # In it, beside the settings:
 SAMPLES = "samples"  # fingerprint of the data
 HISTORY = "history"  # what was changed on the way
@@ -50,49 +50,53 @@ _MAY_CHANGE_FROM_HERE = (
 )
 
 
-def check_run(config: DistillConfig, data: str, *, resume: bool) -> None:
-    """Whether the folder is free, or holds this run.
+def check_run(config: DistillConfig, data: str, *, resume: Resume | None) -> int:
+    """The step after which the run begins: 0 in a folder that is free.
 
     Args:
         data: Fingerprint of the samples.
+        resume: Go on after this checkpoint.
     Raises:
-        ValueError: the folder is in use, was started with settings (which are named) that made what it holds, or is
-            further than `run.steps`.
+        ValueError: the folder is in use, was started with settings (which are named) that made what it holds, holds no
+            such checkpoint, or is further than `run.steps`.
     """
     directory = config.run.folder
-    record = directory / RECORD
-    if resume and record.is_file():
-        _compare(_read(record), _contents(config, data), directory)
-        _check_steps(config, directory)
-    elif not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir()):
-        return  # a lock, or what a call left that was killed while it wrote the record
-    elif resume:
-        raise ValueError(f"{directory} holds no run (no {RECORD}) to go on with: name another folder")
-    else:
-        raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
+    file = directory / FILE
+    if resume is not None and file.is_file():
+        _compare(_read(file), _contents(config, data), directory)
+        step = step_to_resume(directory, resume)
+        _check_steps(config, step)
+        if not step:
+            logger.info("%s holds no whole checkpoint; starting at step 0", directory)
+        return step
+    free = not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir())
+    if free and resume in (None, "latest"):
+        return 0  # a lock, or what a call left that was killed before it had written the file
+    if resume is not None:
+        raise ValueError(f"{directory} holds no run (no {FILE}) to go on with: name another folder")
+    raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
 
 
-def record_run(config: DistillConfig, data: str, *, mixed: bool) -> bool:
+def write_run(config: DistillConfig, data: str, *, start: int = 0, mixed: bool) -> bool:
     """Make the folder and write down what it is for, and which settings changed since it was last written down.
 
     Args:
         data: Fingerprint of the samples.
+        start: The step after which the run begins.
         mixed: Whether the student shall compute in bfloat16.
     Returns:
         Whether it shall: as it did where the run began.
     """
     directory = config.run.folder
     directory.mkdir(parents=True, exist_ok=True)
-    record, contents = directory / RECORD, _contents(config, data)
-    before = _read(record) if record.is_file() else contents
+    file, contents = directory / FILE, _contents(config, data)
+    before = _read(file) if file.is_file() else contents
     history, mixed = before.get(HISTORY, []), before.get(AUTOCAST, mixed)
     changed = _differences(before, contents, _MAY_CHANGE_FROM_HERE)
     if changed:
-        found = latest_checkpoint(directory)
-        step = found[1] if found else 0
-        logger.warning("%s goes on after step %d with other settings: %s", directory, step, "; ".join(changed))
-        history = [*history, {"after_step": step, "changed": changed}]
-    write_json(record, contents | {AUTOCAST: mixed} | ({HISTORY: history} if history else {}))
+        logger.warning("%s goes on after step %d with other settings: %s", directory, start, "; ".join(changed))
+        history = [*history, {"after_step": start, "changed": changed}]
+    write_json(file, contents | {AUTOCAST: mixed} | ({HISTORY: history} if history else {}))
     return mixed
 
 
@@ -100,17 +104,17 @@ def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
     return json.loads(json.dumps(config_to_tables(config) | {SAMPLES: data}))
 
 
-def _read(record: Path) -> dict[str, Any]:
-    """A record, with what settings that came after it are where nothing is said.
+def _read(file: Path) -> dict[str, Any]:
+    """What is written down of a run, with what settings that came after it are where nothing is said.
 
     Raises:
         ValueError: it is damaged.
     """
-    stored = read_json(record)
+    stored = read_json(file)
     for name, kind, what in ((HISTORY, list, "a list"), (AUTOCAST, bool, "true or false")):
         if not isinstance(stored.get(name, kind()), kind):
             raise ValueError(
-                f"{record} is damaged: {name} must be {what}, got {stored[name]!r}: mend it, or take that entry out"
+                f"{file} is damaged: {name} must be {what}, got {stored[name]!r}: mend it, or take that entry out"
             )
     others = {name: stored[name] for name in (SAMPLES, HISTORY, AUTOCAST) if name in stored}
     tables = {name: table for name, table in stored.items() if name not in others}
@@ -131,12 +135,12 @@ def _compare(stored: Mapping[str, Any], now: Mapping[str, Any], directory: Path)
         )
 
 
-def _check_steps(config: DistillConfig, directory: Path) -> None:
-    first, found = config.layerwise.steps, latest_checkpoint(directory)
-    if found is not None and found[1] > first + config.run.steps:
+def _check_steps(config: DistillConfig, start: int) -> None:
+    first = config.layerwise.steps
+    if start > first + config.run.steps:
         raise ValueError(
-            f"run.steps must be >= {found[1] - first}, for which {found[0]} is the newest checkpoint, got "
-            f"{config.run.steps}; each checkpoint holds an adapter"
+            f"run.steps must be >= {start - first}, the step after which the run goes on, got {config.run.steps}; each "
+            "checkpoint holds an adapter, and --resume STEP goes on after an earlier one"
         )
 
 

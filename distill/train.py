@@ -16,6 +16,7 @@ from ..linearize.adapters.base import read_base
 from ..linearize.adapters.loading import load_base as load_with_options
 from ..linearize.locks import held, remove_leftovers
 from ..linearize.networks import denoiser
+from .checkpoint import Resume
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
 from .figures import require_matplotlib
@@ -23,7 +24,7 @@ from .identity import architecture, dtype_name, fingerprint, main_dtype
 from .plan import describe_plan
 from .precision import autocasts
 from .processes import all_or_none, on_main, start_accelerator
-from .runs import check_run, record_run
+from .runs import check_run, write_run
 from .student import build_student_
 from .trainer import Trainer
 
@@ -38,11 +39,12 @@ FILES = (
 )  # of a run, with what is added while they are made
 
 
-def distill(config: DistillConfig, *, resume: bool = False) -> Path:
+def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
     """Run a distillation to its end; every process of the launch calls it.
 
     Args:
-        resume: Go on after the newest whole checkpoint of the run's folder, if there is one.
+        resume: Go on after the newest whole checkpoint of the run's folder, if there is one, or after that of a step;
+            later ones are removed.
     Returns:
         The adapter's folder, `adapter` in the run's.
     Raises:
@@ -58,14 +60,14 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     with ExitStack() as while_held:  # by the main process, which alone reads and writes the folder
         on_main(accelerator, lambda: while_held.enter_context(_held_and_tidy(config.run.folder)))
         _check_same_samples(accelerator, samples)
-        on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
-        adapter = _train(accelerator, config, samples, resume=resume)
+        start = on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
+        adapter = _train(accelerator, config, samples, start)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return adapter
 
 
-def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamples, *, resume: bool) -> Path:
+def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamples, start: int) -> Path:
     torch.manual_seed(config.run.seed)
     with all_or_none(accelerator):
         pipe = load_base(config.base)
@@ -74,15 +76,15 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
         _check_teacher(accelerator, denoiser(pipe)[1], samples)
         report = build_student_(pipe, config)
 
-    def record() -> bool:  # of a measurement, so that all do as the first found
-        return record_run(config, samples.fingerprint, mixed=autocasts(config, accelerator.device))
+    def write() -> bool:  # of a measurement, so that all do as the first found
+        return write_run(config, samples.fingerprint, start=start, mixed=autocasts(config, accelerator.device))
 
-    mixed = on_main(accelerator, record)
+    mixed = on_main(accelerator, write)
     if accelerator.is_main_process:
         processes = accelerator.num_processes
         logger.info("%s", describe_plan(config, denoiser(pipe)[1], report, samples, processes, mixed=mixed))
     trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
-    start = trainer.restore() if resume else 0
+    trainer.restore(start)
     if start == config.layerwise.steps + config.run.steps:
         logger.info("which is the last: nothing is left to train")
     trainer.fit(start)

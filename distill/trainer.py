@@ -24,12 +24,12 @@ from ..linearize.networks import denoiser
 from .checkpoint import (
     OPTIMIZER,
     TRAINED,
-    latest_checkpoint,
     load_checkpoint,
-    passed_over,
     prune_checkpoints,
     remember_,
+    remove_later,
     save_checkpoint,
+    whole_checkpoints,
 )
 from .config import DistillConfig
 from .data import Batch, Order, TeacherSamples, counter_generator
@@ -98,27 +98,21 @@ class Trainer:
         for name, tensor in tensors_of_main(self.accelerator, tensors):
             self.trained[name].data.copy_(tensor)
 
-    def restore(self) -> int:
-        """Load the newest whole checkpoint, which the main process reads; the number of steps it has behind it."""
+    def restore(self, step: int) -> None:
+        """Go back to the checkpoint of this step, which the main process reads; 0: none. Later ones are removed."""
         files: dict[str, dict[str, Tensor]] = {TRAINED: {}, OPTIMIZER: {}}
 
-        def read() -> int:
-            found = latest_checkpoint(self.directory)
-            step = found[1] if found else 0
-            for path in passed_over(self.directory, step):
-                logger.warning("%s is not whole, and is passed over", path)
-            if found:
-                files.update(load_checkpoint(found[0], self.trained))
-            return step
+        def read() -> None:
+            if step:
+                files.update(load_checkpoint(whole_checkpoints(self.directory)[step], self.trained))
+            remove_later(self.directory, step)
 
-        step = on_main(self.accelerator, read)
+        on_main(self.accelerator, read)
         if not step:
-            logger.info("%s holds no whole checkpoint; starting at step 0", self.directory)
-            return 0
+            return
         self._train_from(files[TRAINED])
         remember_(self.optimizer, self.trained, dict(tensors_of_main(self.accelerator, files[OPTIMIZER])))
         logger.info("going on after step %d", step)
-        return step
 
     def fit(self, start: int) -> None:
         """Train from step `start` to the last one, with checkpoints, curve and validation on the way."""

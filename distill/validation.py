@@ -5,6 +5,7 @@ Of final latents the student draws the pictures beside the teacher's; of kept ca
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +72,14 @@ class Validation:
         """Go on after this step; judge it where it was due, and an interrupted run did not come to its end."""
         if not self.indices:
             return
-        file = self.directory / "validation.csv"
-        log = main_has(self.accelerator, lambda: StepLog(file, [self.column], last_step=step))
-        self.log = log
+
+        def read() -> StepLog:
+            for sheet in self.directory.glob("validation-*.png"):
+                if sheet.stem.removeprefix("validation-").isdecimal() and sheet > self._sheet(step):
+                    sheet.unlink()  # drawn anew, or of a way that the run does not go
+            return StepLog(self.directory / "validation.csv", [self.column], last_step=step)
+
+        self.log = log = main_has(self.accelerator, read)
         there = on_main(self.accelerator, lambda: log is not None and any(row["step"] == step for row in log.rows))
         if step and self.is_due(step) and not there:
             self.run(step)
@@ -92,9 +98,12 @@ class Validation:
         assert self.log is not None, "`start` comes first"
         self.log.append({"step": step, self.column: sum(one.error for one in judged) / len(judged)})
         if judged[0].pictures:
-            sheet = self.directory / f"validation-{step:08d}.png"
+            sheet = self._sheet(step)
             with worth_no_run(sheet):
                 write_sheet(["teacher", "student"], [one.pictures for one in judged], sheet)
+
+    def _sheet(self, step: int) -> Path:
+        return self.directory / f"validation-{step:08d}.png"
 
     def _predicted(self, index: int) -> _Judged:
         """The mean over all calls of the squared error of a prediction, relative to the teacher's."""

@@ -8,7 +8,9 @@ import typer
 
 def distill(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's settings, a TOML file.")],
-    resume: Annotated[str | None, typer.Option(metavar="latest", help="Go on after the newest checkpoint.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="latest|STEP", help="Go on after the newest checkpoint, or that of a step.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; repeatable.")
     ] = None,

@@ -18,10 +18,10 @@ from tiny_distill import launch_run, loss_rows, table, trained_weights, write_co
 
 from lineardit import from_pretrained
 from lineardit.distill import checkpoint, precision
-from lineardit.distill.checkpoint import latest_checkpoint, load_checkpoint
+from lineardit.distill.checkpoint import Resume, latest_checkpoint, load_checkpoint
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.diverged import DivergedError
-from lineardit.distill.runs import check_run, record_run
+from lineardit.distill.runs import check_run, write_run
 from lineardit.distill.train import distill
 from lineardit.distill.trainer import Trainer
 from lineardit.distill.validation import Validation
@@ -51,7 +51,7 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "adapter").exists(), f"finished before it could be killed after step {kill_after}"
-    distill(config, resume=True)
+    distill(config, resume="latest")
     whole = make_config(trained=trained, run=steps | {"directory": str(tmp_path / "whole")}, save={"every": 1000})
     distill(whole)
     assert [row["step"] for row in loss_rows(run)] == list(range(1, 61))
@@ -94,9 +94,9 @@ def test_a_run_goes_on_that_was_started_before_a_setting_came(make_config: MakeC
     settings = json.loads(record.read_text())
     del settings["run"]["min_tokens"], settings["layerwise"]
     record.write_text(json.dumps(settings))
-    check_run(config, settings["samples"], resume=True)
+    check_run(config, settings["samples"], resume="latest")
     with pytest.raises(ValueError, match=r"run.min_tokens was 0, now 7"):
-        check_run(make_config(run={"steps": 2, "min_tokens": 7}), settings["samples"], resume=True)
+        check_run(make_config(run={"steps": 2, "min_tokens": 7}), settings["samples"], resume="latest")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkey
     monkeypatch.undo()
     from_pretrained(run / "step-00000004" / "adapter")
     lower = make_config(optimizer={"lr": 3e-3, "betas": [0.8, 0.9]}, run={"steps": 5})
-    distill(lower, resume=True)
+    distill(lower, resume="latest")
     assert [row["step"] for row in loss_rows(run)] == [1, 2, 3, 4, 5]
     assert loss_rows(run)[4]["lr"] < 3e-3 < loss_rows(run)[1]["lr"]
 
@@ -134,7 +134,7 @@ def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> N
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
     shutil.rmtree(run / "step-00000006")
     longer = make_config(schedule={"kind": "constant", "warmup": 0}, run={"steps": 8})
-    distill(longer, resume=True)
+    distill(longer, resume="latest")
     assert sorted(path.name for path in run.glob("*step-*")) == ["step-00000006", "step-00000008"]
 
 
@@ -152,46 +152,46 @@ def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> N
     ],
 )
 def test_resume_refuses_changed_settings(change: dict[str, Any], message: str, make_config: MakeConfig) -> None:
-    record_run(make_config(), "samples", mixed=False)
+    write_run(make_config(), "samples", mixed=False)
     with pytest.raises(ValueError, match=f"was started with other settings: .*({message})"):
-        check_run(make_config(**change), "samples", resume=True)
-    check_run(make_config(run={"gradient_accumulation": 2}, save={"every": 9}), "samples", resume=True)
+        check_run(make_config(**change), "samples", resume="latest")
+    check_run(make_config(run={"gradient_accumulation": 2}, save={"every": 9}), "samples", resume="latest")
     with pytest.raises(ValueError, match="samples was 'samples', now 'others'"):
-        check_run(make_config(), "others", resume=True)
+        check_run(make_config(), "others", resume="latest")
 
 
 def test_resume_tells_and_keeps_what_counts_from_there_on(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    record_run(make_config(), "samples", mixed=False)
-    record_run(make_config(), "samples", mixed=False)  # nothing changed, nothing told
+    write_run(make_config(), "samples", mixed=False)
+    write_run(make_config(), "samples", mixed=False)  # nothing changed, nothing told
     config = make_config(optimizer={"lr": 1e-3})
-    check_run(config, "samples", resume=True)
-    record_run(config, "samples", mixed=False)
+    check_run(config, "samples", resume="latest")
+    write_run(config, "samples", mixed=False)
     told = "optimizer.lr was 0.01, now 0.001"
     assert [record.getMessage() for record in caplog.records] == [
         f"{config.run.directory} goes on after step 0 with other settings: {told}"
     ]
     record = json.loads((Path(config.run.directory) / "run.json").read_text())
     assert record["history"] == [{"after_step": 0, "changed": [told]}]
-    check_run(config, "samples", resume=True)
+    check_run(config, "samples", resume="latest")
 
 
 @pytest.mark.parametrize(("name", "value"), [("history", None), ("history", {"a": 1}), ("bfloat16", "yes")])
 def test_a_damaged_record_is_told(name: str, value: Any, make_config: MakeConfig) -> None:
-    record_run(make_config(), "samples", mixed=False)
+    write_run(make_config(), "samples", mixed=False)
     record = make_config().run.folder / "run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {name: value}))
     with pytest.raises(
         ValueError, match=rf"run.json is damaged: {name} must be .*, got .*: mend it, or take that entry"
     ):
-        check_run(make_config(), "samples", resume=True)
+        check_run(make_config(), "samples", resume="latest")
 
 
 def test_resume_refuses_fewer_steps_than_there_are(make_config: MakeConfig) -> None:
     distill(make_config(run={"steps": 4}))
-    with pytest.raises(ValueError, match=r"run.steps must be >= 4, for which .*step-00000004 is the newest checkpoint"):
-        distill(make_config(run={"steps": 3}), resume=True)
+    with pytest.raises(ValueError, match=r"run.steps must be >= 4, the step after which the run goes on, got 3"):
+        distill(make_config(run={"steps": 3}), resume="latest")
 
 
 @pytest.mark.parametrize("unwritable", ["save_file", "save_adapter"])
@@ -213,7 +213,7 @@ def test_a_full_disk_costs_no_checkpoint(
     run = Path(config.run.directory)
     assert sorted(path.name for path in run.iterdir()) == ["loss.csv", "run.json", "step-00000002"]
     monkeypatch.undo()
-    distill(config, resume=True)
+    distill(config, resume="latest")
     assert [row["step"] for row in loss_rows(run)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -235,7 +235,7 @@ def test_a_validation_that_was_interrupted_comes_with_the_next_call(
     file = Path(config.run.directory) / "validation.csv"
     assert [row["step"] for row in table(file)] == [2, 4]
     for _ in range(2):
-        distill(config, resume=True)
+        distill(config, resume="latest")
         assert [row["step"] for row in table(file)] == [2, 4, 6]
     assert (file.parent / "validation-00000006.png").is_file()
 
@@ -254,8 +254,38 @@ def test_a_run_goes_on_in_the_precision_in_which_it_began(
     monkeypatch.setattr(Trainer, "__init__", told)
     for steps, faster in ((2, True), (3, False)):
         monkeypatch.setattr(precision, "bfloat16_is_faster", lambda _, faster=faster: faster)
-        distill(make_config(run={"steps": steps, "mixed_precision": "auto"}), resume=True)
+        distill(make_config(run={"steps": steps, "mixed_precision": "auto"}), resume="latest")
     assert chosen == [True, True]
+
+
+def test_a_run_goes_back_to_an_earlier_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if what came after it had not been; killed on the way, it goes on there."""
+    settings: dict[str, Any] = {"save": {"every": 2, "keep_last": 3}, "validate": {"samples": 2, "every": 3}}
+    config = make_config(**settings)
+    run, step = config.run.folder, Trainer.step
+    distill(config)
+    expected = trained_weights(run)
+    with pytest.raises(ValueError, match=r"--resume must be latest or .* whole checkpoint in .*run \(2, 4, 6\), got 3"):
+        distill(config, resume=3)
+
+    def interrupted(self: Trainer, number: int) -> dict[str, float]:
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(make_config(**settings, optimizer={"lr": 1e-3}), resume=2)
+    monkeypatch.undo()
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-00000002"]
+    assert [path.name for path in run.glob("validation*.png")] == ["validation-00000003.png"]
+    assert [[row["step"] for row in table(run / name)] for name in ("loss.csv", "validation.csv")] == [[1, 2, 3], [3]]
+    assert f"{run / 'step-00000006'} is removed: the run goes on after step 2" in caplog.text
+    assert json.loads((run / "run.json").read_text())["history"][0]["after_step"] == 2
+    distill(config, resume="latest")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(run).items())
 
 
 def test_two_runs_in_one_folder_are_refused(make_config: MakeConfig) -> None:
@@ -280,7 +310,7 @@ def test_a_checkpoint_without_its_adapter_is_whole(make_config: MakeConfig) -> N
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
 
 
-def test_resume_tells_what_it_passes_over_and_writes_it_anew(
+def test_resume_tells_what_is_not_whole_and_writes_it_anew(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(run={"steps": 4})
@@ -288,8 +318,8 @@ def test_resume_tells_what_it_passes_over_and_writes_it_anew(
     run = Path(config.run.directory)
     (run / "step-00000004" / "checkpoint.json").write_text('{"files": {"trai')
     shutil.copytree(run / "step-00000002", run / "step-00000002.kept")
-    distill(config, resume=True)
-    assert f"{run / 'step-00000004'} is not whole, and is passed over" in caplog.text
+    distill(config, resume="latest")
+    assert f"{run / 'step-00000004'} is removed: it is not whole" in caplog.text
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
     assert (run / "step-00000002.kept").is_dir()
 
@@ -301,7 +331,7 @@ def test_a_damaged_checkpoint_is_told(name: str, make_config: MakeConfig) -> Non
     file = Path(config.run.directory) / "step-00000002" / name
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(ValueError, match=r"step-00000002 is damaged .*: remove it, and the run goes on after"):
-        distill(make_config(run={"steps": 3}), resume=True)
+        distill(make_config(run={"steps": 3}), resume="latest")
 
 
 def test_a_checkpoint_with_other_tensors_is_refused(make_config: MakeConfig) -> None:
@@ -315,7 +345,7 @@ def test_a_checkpoint_with_other_tensors_is_refused(make_config: MakeConfig) -> 
     manifest["files"]["trained.safetensors"] = (folder / "trained.safetensors").stat().st_size
     (folder / "checkpoint.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=rf"do not fit this model; {len(tensors)} missing: .* not in this model: old"):
-        distill(make_config(run={"steps": 3}), resume=True)
+        distill(make_config(run={"steps": 3}), resume="latest")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +366,7 @@ def test_a_state_of_the_optimizer_that_does_not_fit_is_refused(name: str, tensor
 def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distill(make_config(run={"steps": 2}))
+    distill(make_config(run={"steps": 4}))
     terms = Trainer.terms
 
     def broken(self: Trainer, *arguments: Any) -> dict[str, torch.Tensor]:
@@ -345,14 +375,14 @@ def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
     monkeypatch.setattr(Trainer, "terms", broken)
     with pytest.raises(
         DivergedError,
-        match=r"is the first after .*step-00000002: with --resume latest try a lower rate.* remove that folder",
+        match=r"is the first after .*step-00000004: with --resume latest try a lower rate.* with --resume 2$",
     ):
-        distill(make_config(run={"steps": 4}), resume=True)
+        distill(make_config(run={"steps": 6}), resume="latest")
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [None, "latest"])
 def test_a_call_that_was_killed_before_its_record_was_written_can_be_repeated(
-    resume: bool, make_config: MakeConfig
+    resume: Resume | None, make_config: MakeConfig
 ) -> None:
     config = make_config()
     config.run.folder.mkdir()
@@ -368,5 +398,5 @@ def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match="is not empty; add --resume latest to go on with its run"):
         distill(config)
     with pytest.raises(ValueError, match=r"holds no run \(no run.json\) to go on with: name another folder"):
-        distill(config, resume=True)
+        distill(config, resume="latest")
     assert [path.name for path in run.iterdir()] == ["notes.txt"]

@@ -28,7 +28,7 @@ def launch_here(launched: list[list[str]]) -> Callable[[Path, Sequence[str]], in
     def launch(config: Path, options: Sequence[str] = ()) -> int:
         assert list(options[:2]) == ["--resume", "latest"]
         launched.append(list(options[3::2]))
-        distill(load_config(config, options[3::2]), resume=True)
+        distill(load_config(config, options[3::2]), resume="latest")
         return 0
 
     return launch
