@@ -176,6 +176,15 @@ def positions(pipe: FluxPipeline, stride: int) -> Iterator[None]:
         del pipe._prepare_latent_image_ids
 
 
+def join(device: str) -> None:
+    """Join the processes of `torchrun`, if it started this one; each has the GPU of its number on this machine."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+
+
 def export(run: Run, directory: Path) -> None:
     """Writes the pipeline with the averaged weights; transformer and autoencoder in half precision, to be small."""
     run.ema.copy_to(run.model.parameters())
@@ -198,6 +207,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training on")
     arguments = parser.parse_args()
+    join(arguments.device)  # before the first tensor on a device
     if arguments.init:
         pipe = FluxPipeline.from_pretrained(arguments.init)
     else:
@@ -212,8 +222,6 @@ def main() -> None:
         learning_rate=plain.learning_rate * arguments.learning_rate,
         matrix_learning_rate=plain.matrix_learning_rate * arguments.learning_rate,
     )
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group()
     run = Run(arguments.run, pipe, settings)
     if arguments.export:
         export(run, arguments.export)

@@ -1,11 +1,14 @@
 """What the tiny pipeline is trained on: words that tell their object, and positions of the first phase."""
 
+from unittest.mock import Mock, call
+
 import pytest
 import torch
 
 from lineardit.examples.tiny_flux import scenes
 from lineardit.examples.tiny_flux.flow import image_positions
 from lineardit.examples.tiny_flux.model import build_vae
+from lineardit.examples.tiny_flux.train import join
 from lineardit.examples.tiny_flux.train_text import TOLD, label_tensor, words_and_objects
 from lineardit.examples.tiny_flux.train_vae import object_masks, refine
 
@@ -52,3 +55,16 @@ def test_object_masks_cover_objects_and_their_shadows():
         scene = scenes.sample(5 + index)
         share = masks[index].mean() / len(scene.objects)
         assert 0.02 < share < 0.1  # a disc of radius 0.095 is 2.8% of a square; its shadow as much again
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(device: str, monkeypatch: pytest.MonkeyPatch):
+    called = Mock()
+    monkeypatch.setattr("torch.cuda.set_device", called.set_device)
+    monkeypatch.setattr("torch.distributed.init_process_group", called.init_process_group)
+    join(device)
+    assert called.mock_calls == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    join(device)
+    assert called.mock_calls == [*([call.set_device(1)] if device == "cuda" else []), call.init_process_group()]
