@@ -33,7 +33,7 @@ from lineardit.distill.cost import paired_step_seconds
 from lineardit.distill.files import write_json
 from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.student import KERNEL, build_student_, trained_parameters
-from lineardit.distill.train import load_base
+from lineardit.distill.train import load_teacher
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.families import family_of
@@ -210,7 +210,7 @@ class MethodTable(SceneStudents):
             ValueError: no rank brings the trained parameters within 5% of the plan's number.
         """
         config, wanted = self.settings(method, 1, 0), self.plan.trained
-        pipe = load_base(config.base)
+        pipe = load_teacher(config.base)
         modules, _ = attention_modules(pipe.transformer, family_of(pipe.transformer))
         swapped = build_student_(pipe, config).swapped
         counts = {name: one.numel() for name, one in trained_parameters(pipe.transformer).items()}

@@ -19,7 +19,7 @@ import torch
 from ..linearize.measures.recording import first_call, predict
 from ..linearize.networks import denoiser
 from ..pipelines.sizes import size_multiple
-from .families import family_of
+from .latent_functions import latent_functions
 from .launch import child_environment
 from .pictures import PictureSettings, denoise, draw_whole, draws_in_parts
 
@@ -89,11 +89,11 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
     if not draws_in_parts(pipe, settings):
         draw_whole(pipe, [PROMPT], [0], settings)
         return
-    family = family_of(denoiser(pipe)[1])
-    grid = family.grid(pipe, *settings.size)
+    functions = latent_functions(denoiser(pipe)[1])
+    grid = functions.grid(pipe, *settings.size)
     with torch.no_grad():
         latents = denoise(pipe, [PROMPT], [0], settings.of(pipe))
-        family.decode(pipe, latents, grid)
+        functions.decode(pipe, latents, grid)
 
 
 @contextmanager

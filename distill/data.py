@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .calls import unpack
-from .families import Conditions, Grid
+from .latent_functions import Conditions, Grid
 
 INDEX = "index.json"
 FORMAT = 3

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -147,20 +148,15 @@ def evaluate(
     for source in (teacher, student):
         _check_place(source)  # before the teacher's pictures are made
     pipe = _opened(teacher)
-    of_both = settings.of(pipe)  # what else is left open is each pipeline's own
-    tell_cut_prompts(pipe, prompts, of_both.max_sequence_length)
-    settings = replace(settings, height=of_both.height, width=of_both.width, steps=of_both.steps)
-    teacher_side, reference, expected = _judged(
-        "teacher", teacher, pipe, prompts, directory, settings, judge, memory=memory
-    )
+    of_teacher = settings.of(pipe)
+    tell_cut_prompts(pipe, prompts, of_teacher.max_sequence_length)
+    # of both; what else is left open is each pipeline's own
+    settings = replace(settings, height=of_teacher.height, width=of_teacher.width, steps=of_teacher.steps)
+    judged = partial(_judged, prompts=prompts, directory=directory, settings=settings, judge=judge, memory=memory)
+    teacher_side, reference, expected = judged("teacher", teacher, pipe)
     del pipe  # one model at a time
-    student_side, pictures, scores = _judged(
-        "student", student, _opened(student), prompts, directory, settings, judge, memory=memory
-    )
-    columns = ("teacher", "student", f"difference x {GAIN}")
-    shown_pairs = list(zip(reference.images, pictures.images, strict=True))[:shown]
-    rows = [(theirs, ours, difference(ours, theirs)) for theirs, ours in shown_pairs]
-    write_sheet(columns, rows, directory / SHEET)
+    student_side, pictures, scores = judged("student", student, _opened(student))
+    _write_sheet(reference, pictures, shown, directory / SHEET)
     report = Report(
         settings=settings,
         teacher=teacher_side,
@@ -170,6 +166,12 @@ def evaluate(
     )
     write_json(directory / REPORT, {"question": question, **report.to_dict()})
     return report
+
+
+def _write_sheet(reference: Pictures, pictures: Pictures, shown: int, path: Path) -> None:
+    pairs = list(zip(reference.images, pictures.images, strict=True))[:shown]
+    rows = [(theirs, ours, difference(ours, theirs)) for theirs, ours in pairs]
+    write_sheet(("teacher", "student", f"difference x {GAIN}"), rows, path)
 
 
 def compare(
@@ -224,11 +226,11 @@ def _judged(
     role: str,
     source: Any,
     pipe: Any,
+    *,
     prompts: Sequence[str],
     directory: Path,
     settings: PictureSettings,
     judge: Judge | None,
-    *,
     memory: bool,
 ) -> tuple[Side, Pictures, list[Scores]]:
     attention = describe_attention(pipe)

@@ -6,18 +6,44 @@ x final latents of the teacher's own sample, s and t the predictions of student 
 (1 - sigma) x + sigma noise, a the output of an attention module. |.|^2 is the mean over all elements, in float32.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
+from ..linearize.measures.recording import to_device
+from .batches import Part
 from .config import Loss
+from .pair import Pair
 
 Outputs = dict[str, tuple[Tensor, ...]]  # module name -> image output, or (image, text) of a joint attention
+
+
+def loss_terms(pair: Pair, part: Part, names: Collection[str]) -> dict[str, Tensor]:
+    """The terms of the objective that are asked for, with gradients of the student.
+
+    Args:
+        names: Of "flow", "prediction" and "attention"; the teacher runs for the last two.
+    """
+    arguments = to_device(part.arguments, pair.device)
+    layers = pair.layers if "attention" in names else {}
+    theirs: Outputs = {}
+    if "prediction" in names or layers:
+        with attention_outputs(layers) as theirs, pair.as_teacher():
+            target = pair.predict(arguments)
+    with attention_outputs(layers) as ours, pair.as_student():
+        prediction = pair.predict(arguments)
+    terms: Mapping[str, Callable[[], Tensor]] = {
+        "flow": lambda: flow_loss(prediction, cast(Tensor, part.latents), cast(Tensor, part.noise)),
+        "prediction": lambda: prediction_loss(prediction, target),
+        "attention": lambda: attention_loss(ours, theirs),
+    }
+    return {name: terms[name]() for name in names}
 
 
 def flow_loss(student: Tensor, latents: Tensor, noise: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 A folder belongs to one model and one setting: its name holds their digest. Picture i is `00000i.safetensors` (final
 latents, packed where the model takes them so, and in the header its prompt) and `00000i.png`; each says what seconds it
-took. Latents are written before they are decoded where `families.py` has a row for the model; other pipelines are
-called as they stand, and what their scheduler gave last is kept.
+took. Latents are written before they are decoded where `latent_functions.py` has a row for the model; other pipelines
+are called as they stand, and what their scheduler gave last is kept.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from ..linearize.networks import denoiser
 from ..linearize.seam import state_of
 from ..pipelines.files import check_finite
 from ..pipelines.sizes import check_size, default_size
-from .families import family_of, has_row
 from .identity import fingerprint, main_dtype
+from .latent_functions import has_row, latent_functions
 from .watching import decoding_in_tiles_at_need, last_step
 
 logger = logging.getLogger(__name__)
@@ -194,11 +194,11 @@ def _styles_of(part: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def denoise(pipe: Any, prompts: list[str], indices: Sequence[int], settings: PictureSettings) -> Tensor:
-    """Final latents [B, N, C] of these pictures, where `families.py` has a row for the model."""
-    family = family_of(denoiser(pipe)[1])
-    return family.generate(
+    """Final latents [B, N, C] of these pictures, where `latent_functions.py` has a row for the model."""
+    functions = latent_functions(denoiser(pipe)[1])
+    return functions.generate(
         pipe,
-        family.encode(pipe, prompts, cast(int, settings.max_sequence_length)),
+        functions.encode(pipe, prompts, cast(int, settings.max_sequence_length)),
         height=settings.height,
         width=settings.width,
         steps=settings.steps,
@@ -211,12 +211,12 @@ def _decode(pipe: Any, folder: Path, indices: Sequence[int], settings: PictureSe
     """Pictures of latents in the folder, one at a time."""
     if not indices:
         return
-    family = family_of(denoiser(pipe)[1])
-    grid = family.grid(pipe, *settings.size)
+    functions = latent_functions(denoiser(pipe)[1])
+    grid = functions.grid(pipe, *settings.size)
     for index in indices:
         began = time.perf_counter()
         latents = read_tensors(_files(folder, index)[0])["latents"][None]
-        (image,) = family.decode(pipe, latents.to(pipe.vae.device), grid)
+        (image,) = functions.decode(pipe, latents.to(pipe.vae.device), grid)
         _keep_picture(folder, index, image, time.perf_counter() - began)
         progress.update()
 

@@ -14,7 +14,7 @@ from ..linearize.measures.recording import recording
 from ..linearize.networks import denoiser
 from .calls import chosen_calls, pack
 from .data import Sample
-from .families import family_of
+from .latent_functions import latent_functions
 
 
 class Made(NamedTuple):
@@ -27,10 +27,10 @@ class Made(NamedTuple):
 @torch.no_grad()
 def final_latents(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> Made:
     """Latents and conditions of these samples of one size, by their index."""
-    family = family_of(denoiser(pipe)[1])
+    functions = latent_functions(denoiser(pipe)[1])
     first = next(iter(batch.values()))
-    conditions = family.encode(pipe, [sample.prompt for sample in batch.values()], settings["max_sequence_length"])
-    latents = family.generate(
+    conditions = functions.encode(pipe, [sample.prompt for sample in batch.values()], settings["max_sequence_length"])
+    latents = functions.generate(
         pipe,
         conditions,
         height=first.height,

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from ..linearize.adapters.adapter import save_adapter
 from ..linearize.adapters.base import read_base
-from ..linearize.adapters.loading import load_base as load_with_options
+from ..linearize.adapters.loading import load_base
 from ..linearize.locks import held, remove_leftovers
 from ..linearize.networks import denoiser
 from .checkpoint import Resume
@@ -70,7 +70,7 @@ def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
 def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamples, start: int) -> Path:
     torch.manual_seed(config.run.seed)
     with all_or_none(accelerator):
-        pipe = load_base(config.base)
+        pipe = load_teacher(config.base)
         taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # nothing is drawn from calls
         taught.to(accelerator.device)
         _check_teacher(accelerator, denoiser(pipe)[1], samples)
@@ -96,7 +96,7 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
     return adapter
 
 
-def load_base(base: Base) -> Any:
+def load_teacher(base: Base) -> Any:
     """The pipeline without its text encoders: the samples hold what they said.
 
     Raises:
@@ -108,7 +108,7 @@ def load_base(base: Base) -> Any:
     if (parts.get("safety_checker") or [None, None])[1] == "StableDiffusionSafetyChecker":
         unused += ("safety_checker",)  # which wants the feature extractor
     without: dict[str, Any] = {name: None for name in parts if name.startswith(unused)}
-    return load_with_options(found, dtype=getattr(torch, base.dtype), **without)
+    return load_base(found, dtype=getattr(torch, base.dtype), **without)
 
 
 @contextmanager

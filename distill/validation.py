@@ -3,8 +3,7 @@
 Of final latents the student draws the pictures beside the teacher's; of kept calls it predicts each of them.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +14,14 @@ from PIL import Image
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from ..linearize.measures.recording import predict, to_device
-from ..linearize.networks import denoiser
+from ..linearize.measures.recording import to_device
 from .config import DistillConfig
 from .data import TeacherSamples
-from .families import family_of
 from .figures import StepLog, worth_no_run
+from .latent_functions import latent_functions
+from .pair import Pair
 from .processes import main_has, on_main
 from .sheet import write_sheet
-from .student import teacher
-
-Precision = Callable[[], AbstractContextManager[Any]]
 
 
 class _Judged(NamedTuple):
@@ -35,35 +31,21 @@ class _Judged(NamedTuple):
 
 
 class Validation:
-    """The samples left out, judged at some steps.
-
-    Args:
-        student: The precision in which it computes.
-        teacher: The same of the teacher.
-    """
+    """The samples left out, judged at some steps."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        config: DistillConfig,
-        pipe: Any,
-        samples: TeacherSamples,
-        *,
-        student: Precision,
-        teacher: Precision,
+        self, accelerator: Accelerator, config: DistillConfig, pipe: Any, samples: TeacherSamples, pair: Pair
     ) -> None:
         self.accelerator = accelerator
         self.pipe = pipe
-        self.model = denoiser(pipe)[1]
+        self.pair = pair
         self.samples = samples
         self.indices = range(len(samples) - config.validate.samples, len(samples))
         self.every = config.validate.every
         self.last = config.layerwise.steps + config.run.steps
-        self.dtype = getattr(torch, config.base.dtype)
         self.directory = config.run.folder
         self.column = "prediction_error" if samples.calls else "latent_mse"
         self.log: StepLog | None = None  # the main process has one
-        self.student, self.teacher = student, teacher
 
     def is_due(self, step: int) -> bool:
         return len(self.indices) > 0 and (step == self.last or step % self.every == 0)
@@ -109,20 +91,20 @@ class Validation:
         """The mean over all calls of the squared error of a prediction, relative to the teacher's."""
         errors = []
         for number in range(self.samples.calls):
-            arguments = to_device(self.samples.call(index, number), self.accelerator.device)
-            with teacher(self.model), self.teacher():
-                target = predict(self.model, arguments).float()
-            with self.student():
-                prediction = predict(self.model, arguments).float()
+            arguments = to_device(self.samples.call(index, number), self.pair.device)
+            with self.pair.as_teacher():
+                target = self.pair.predict(arguments).float()
+            with self.pair.as_student():
+                prediction = self.pair.predict(arguments).float()
             errors.append(float((prediction - target).square().sum() / target.square().sum()))
         return _Judged(index, sum(errors) / len(errors), [])
 
     def _drawn(self, index: int) -> _Judged:
         """Pictures of teacher and student, and the mean squared error of its latents."""
-        family, sample = family_of(self.model), self.samples.samples[index]
-        batch = self.samples.load([index]).to(self.accelerator.device, self.dtype)
-        with self.student():
-            latents = family.generate(
+        functions, sample = latent_functions(self.pair.model), self.samples.samples[index]
+        batch = self.samples.load([index]).to(self.pair.device, self.pair.dtype)
+        with self.pair.as_student():
+            latents = functions.generate(
                 self.pipe,
                 batch.conditions,
                 height=sample.height,
@@ -132,4 +114,6 @@ class Validation:
                 generators=[torch.Generator("cpu").manual_seed(sample.seed)],
             )
         error = float(mse_loss(latents.float(), batch.latents.float()))
-        return _Judged(index, error, [family.decode(self.pipe, one, batch.grid)[0] for one in (batch.latents, latents)])
+        return _Judged(
+            index, error, [functions.decode(self.pipe, one, batch.grid)[0] for one in (batch.latents, latents)]
+        )

@@ -20,12 +20,12 @@ from whole_pipelines import WHOLE
 
 from lineardit import Clear, linearize_, load_adapter_
 from lineardit.distill import train
+from lineardit.distill.batches import Batches
 from lineardit.distill.calls import chosen_calls, pack, unpack
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.evaluate import evaluate
 from lineardit.distill.identity import fingerprint, main_dtype
 from lineardit.distill.pictures import PictureSettings
-from lineardit.distill.trainer import Trainer
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.measures.recording import Prediction, predict, prediction_of, recording
 from lineardit.linearize.networks import denoiser
@@ -75,7 +75,7 @@ def test_a_student_learns_from_kept_calls(name: str, tmp_path: Path, monkeypatch
     pipe = prompted(name)
     samples = kept(pipe, tmp_path / "samples", size_of(name))
     student = copy.deepcopy(pipe)
-    monkeypatch.setattr(train, "load_base", lambda _: student)
+    monkeypatch.setattr(train, "load_teacher", lambda _: student)
     adapter = train.distill(config_of(tmp_path))
     rows = loss_rows(tmp_path / "run")
     assert rows[1]["layerwise"] < rows[0]["layerwise"]
@@ -97,7 +97,7 @@ def test_a_student_learns_in_bfloat16_as_the_example_has_it(
         if isinstance(module, nn.Module):
             module.to(torch.bfloat16)
     kept(pipe, tmp_path / "samples", size_of(name))
-    monkeypatch.setattr(train, "load_base", lambda _: pipe)
+    monkeypatch.setattr(train, "load_teacher", lambda _: pipe)
     run = {"mixed_precision": "bf16", "gradient_checkpointing": True}
     train.distill(config_of(tmp_path, dtype="bfloat16", run=run))
     rows = loss_rows(tmp_path / "run")
@@ -143,8 +143,8 @@ def test_flux_can_be_taught_by_calls(base: Path, pipe: FluxPipeline, tmp_path: P
 
 def test_the_last_call_is_learnt_from_where_a_level_is_rounded_up(tmp_path: Path) -> None:
     samples = kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
-    trainer = SimpleNamespace(samples=samples)
-    (part,) = Trainer._kept_calls(trainer, [0], torch.tensor([1.0]))  # type: ignore[arg-type]
+    batches = SimpleNamespace(samples=samples)
+    (part,) = Batches._kept_calls(batches, [0], torch.tensor([1.0]))  # type: ignore[arg-type]
     assert torch.equal(part.arguments["hidden_states"], samples.call(0, 1)["hidden_states"])
 
 
@@ -181,7 +181,7 @@ def test_a_safety_checker_stands_in_no_ones_way(tmp_path: Path) -> None:
     checker = StableDiffusionSafetyChecker(config)
     pipe.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor())
     pipe.save_pretrained(tmp_path / "base")
-    base = train.load_base(config_of(tmp_path, str(tmp_path / "base")).base)
+    base = train.load_teacher(config_of(tmp_path, str(tmp_path / "base")).base)
     assert base.unet is not None and base.safety_checker is None
 
 

@@ -59,7 +59,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
 
 def test_samples_of_a_model_of_other_shapes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
-    monkeypatch.setattr(train, "load_base", lambda _: prompted("sdxl"))
+    monkeypatch.setattr(train, "load_teacher", lambda _: prompted("sdxl"))
     with pytest.raises(ValueError, match=r"was made by another UNet2D.*, and base.model is a .* of other shapes"):
         train.distill(config_of(tmp_path))
     assert not (tmp_path / "run").exists()
@@ -111,7 +111,7 @@ def test_a_damaged_index_is_named(damage: Callable[[Any], Any], tmp_path: Path) 
 
 def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=SafetensorError("No space left on device"))
-    monkeypatch.setattr("lineardit.distill.prepare.save_file", full)
+    monkeypatch.setattr("lineardit.distill.shards.save_file", full)
     with pytest.raises(OSError, match=r"shard-00000.safetensors cannot be written: No space left"):
         kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
     assert not (tmp_path / "samples").exists()
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_levels_that_are_all_left_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
-    monkeypatch.setattr(train, "load_base", lambda _: prompted("sd"))
+    monkeypatch.setattr(train, "load_teacher", lambda _: prompted("sd"))
     with pytest.raises(ValueError, match=r"min_tokens must be <= \d+: the levels have \d+"):
         train.distill(config_of(tmp_path, run={"min_tokens": 10**6}))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.diverged import DivergedError
-from lineardit.distill.families import family_of
+from lineardit.distill.latent_functions import latent_functions
 from lineardit.distill.layerwise import layer_error, lessons
 from lineardit.distill.schedule import learning_rate
 from lineardit.distill.student import build_student_, teacher, trained_parameters
@@ -46,7 +46,9 @@ def _student(pipe: Any, config: DistillConfig, data: Path) -> tuple[nn.Module, d
         parameter.data += 0.1 * torch.randn_like(parameter)
     batch = TeacherSamples(data).load([0, 2])
     sigma = torch.tensor([0.3, 0.8])
-    return model, family_of(model).inputs(model, batch.latents, sigma, batch.conditions, grid=batch.grid, guidance=3.5)
+    return model, latent_functions(model).inputs(
+        model, batch.latents, sigma, batch.conditions, grid=batch.grid, guidance=3.5
+    )
 
 
 def _alone(model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lineardit import Clear, linearize_
 from lineardit.distill.data import TeacherSamples
-from lineardit.distill.families import family_of
+from lineardit.distill.latent_functions import latent_functions
 from lineardit.distill.prepare import prepare
 from lineardit.linearize.locks import held
 
@@ -50,7 +50,7 @@ def test_prepare_tells_what_is_cut_of_a_prompt(
 
 def test_decode_equals_the_pipelines_picture(data: Path, pipe: FluxPipeline) -> None:
     batch = TeacherSamples(data).load([1, 3])
-    pictures = family_of(pipe.transformer).decode(pipe, batch.latents, batch.grid)
+    pictures = latent_functions(pipe.transformer).decode(pipe, batch.latents, batch.grid)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in (1, 3)]
     again = pipe(
         prompt_embeds=batch.conditions["prompt_embeds"],
@@ -82,13 +82,19 @@ def test_prepare_goes_on_after_the_last_whole_shard(data: Path, pipe: FluxPipeli
     assert json.loads((folder / "index.json").read_text()) == json.loads((data / "index.json").read_text())
 
 
-def test_parts_make_the_same_samples_as_one_call(data: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_parts_make_the_same_samples_as_one_call(
+    data: Path, pipe: FluxPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lineardit")
     folder = tmp_path / "data"
     prepare(pipe, PROMPTS, folder, part=(2, 2), **SETTINGS)
     assert sorted(path.name for path in folder.iterdir()) == ["index-2-of-2.json", "shard-00001.safetensors"]
     with pytest.raises(ValueError, match=r"holds 5 of 12 samples; call `lineardit prepare` again, for every part"):
         TeacherSamples(folder)
     prepare(pipe, PROMPTS, folder, part=(1, 2), **SETTINGS)
+    told = [record.getMessage() for record in caplog.records]  # each its own count
+    assert f"part 2 of 2: its 5 samples are in {folder}" in told
+    assert f"part 1 of 2: its 7 samples are in {folder}, which now holds all 12" in told
     together, alone = TeacherSamples(folder), TeacherSamples(data)
     assert together.fingerprint == alone.fingerprint
     expected = _tensors(data)
@@ -208,7 +214,7 @@ def test_inputs_equal_the_pipelines(guidance_embeds: bool) -> None:
     pipe = build_tiny(guidance_embeds=guidance_embeds)
     seen: list[dict[str, Any]] = []
     handle = pipe.transformer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs), with_kwargs=True)
-    family = family_of(pipe.transformer)
+    family = latent_functions(pipe.transformer)
     conditions = family.encode(pipe, ["a red circle", "a blue square"], 8)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]
     call = {"height": 24, "width": 32, "steps": 2, "guidance": 3.0}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_distill import launch_run, loss_rows, table, trained_weights, write_config
 
 from lineardit import from_pretrained
-from lineardit.distill import checkpoint, precision
+from lineardit.distill import checkpoint, precision, trainer
 from lineardit.distill.checkpoint import Resume, latest_checkpoint, load_checkpoint
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.diverged import DivergedError
@@ -100,17 +100,14 @@ def test_a_run_goes_on_that_was_started_before_a_setting_came(make_config: MakeC
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    terms = Trainer.terms
+    config, terms = make_config(), trainer.loss_terms
+    run = config.run.folder
 
-    def broken(self: Trainer, *arguments: Any) -> dict[str, torch.Tensor]:
-        found = terms(self, *arguments)
-        return (
-            found | {"prediction": found["prediction"] * float("nan")} if len(loss_rows(self.directory)) == 4 else found
-        )
+    def broken(*arguments: Any) -> dict[str, torch.Tensor]:
+        found = terms(*arguments)
+        return found | {"prediction": found["prediction"] * float("nan")} if len(loss_rows(run)) == 4 else found
 
-    config = make_config()
-    monkeypatch.setattr(Trainer, "terms", broken)
-    run = Path(config.run.directory)
+    monkeypatch.setattr(trainer, "loss_terms", broken)
     told = r"prediction is nan at step 5; go on after the last checkpoint, .*step-00000004, .* --set optimizer.lr=0.003"
     with pytest.raises(DivergedError, match=told):
         distill(config)
@@ -367,15 +364,15 @@ def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill(make_config(run={"steps": 4}))
-    terms = Trainer.terms
+    terms = trainer.loss_terms
 
-    def broken(self: Trainer, *arguments: Any) -> dict[str, torch.Tensor]:
-        return {name: term * float("nan") for name, term in terms(self, *arguments).items()}
+    def broken(*arguments: Any) -> dict[str, torch.Tensor]:
+        return {name: term * float("nan") for name, term in terms(*arguments).items()}
 
-    monkeypatch.setattr(Trainer, "terms", broken)
+    monkeypatch.setattr(trainer, "loss_terms", broken)
     with pytest.raises(
         DivergedError,
-        match=r"is the first after .*step-00000004: with --resume latest try a lower rate.* with --resume 2$",
+        match=r"is the first after .*step-00000004: with --resume latest try a lower rate.* with --resume 2",
     ):
         distill(make_config(run={"steps": 6}), resume="latest")
 

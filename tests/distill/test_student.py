@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lineardit import restore_
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
-from lineardit.distill.families import family_of
+from lineardit.distill.latent_functions import latent_functions
 from lineardit.distill.student import TwinLinear, add_twins_, build_student_, teacher, trained_parameters
 
 LORA = {"kind": "lora", "rank": 2}
@@ -27,7 +27,7 @@ def trained(request: pytest.FixtureRequest) -> dict[str, Any]:
 def _inputs(model: nn.Module, data: Any, dtype: torch.dtype) -> dict[str, Any]:
     batch = TeacherSamples(data).load([0, 2]).to(torch.device("cpu"), dtype)
     sigma = torch.tensor([0.3, 0.8])
-    return family_of(model).inputs(model, batch.latents, sigma, batch.conditions, grid=batch.grid, guidance=3.5)
+    return latent_functions(model).inputs(model, batch.latents, sigma, batch.conditions, grid=batch.grid, guidance=3.5)
 
 
 def _train(model: nn.Module, inputs: dict[str, Any], *, steps: int = 2) -> None:

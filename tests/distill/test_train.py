@@ -23,12 +23,12 @@ from lineardit.distill.__main__ import main
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.diverged import DivergedError
-from lineardit.distill.families import family_of
+from lineardit.distill.latent_functions import latent_functions
 from lineardit.distill.prepare import prepare
 from lineardit.distill.processes import start_accelerator
 from lineardit.distill.schedule import learning_rate, noise_levels
 from lineardit.distill.student import build_student_
-from lineardit.distill.train import distill, load_base
+from lineardit.distill.train import distill, load_teacher
 from lineardit.linearize.methods import config_to_dict
 
 MakeConfig = Callable[..., DistillConfig]
@@ -79,18 +79,18 @@ def test_distill_leaves_an_adapter_of_the_student(trained: dict[str, Any], make_
     config = make_config(method=POOLED, trained=trained, run={"steps": 2})
     adapter = distill(config)
     stored = load_file(Path(config.run.directory) / "step-00000002" / "trained.safetensors")
-    student = load_base(config.base)
+    student = load_teacher(config.base)
     build_student_(student, config)
     student.transformer.load_state_dict(stored, strict=False)
     batch = TeacherSamples(data).load([0, 2])
-    inputs = family_of(student.transformer).inputs(
+    inputs = latent_functions(student.transformer).inputs(
         student.transformer, batch.latents, torch.tensor([0.3, 0.8]), batch.conditions, grid=batch.grid, guidance=3.5
     )
     model = from_pretrained(adapter).transformer
     with torch.no_grad():
         assert torch.equal(model(**inputs)[0], student.transformer(**inputs)[0])
         with dense(model):
-            assert torch.equal(model(**inputs)[0], load_base(config.base).transformer(**inputs)[0])
+            assert torch.equal(model(**inputs)[0], load_teacher(config.base).transformer(**inputs)[0])
 
 
 @pytest.mark.parametrize("terms", [["flow"], ["prediction"], ["attention"]])

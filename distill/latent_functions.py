@@ -1,4 +1,4 @@
-"""What training on final latents must know of a model family: one row, and six short functions.
+"""What training on final latents must know of a class of models: one row, and six short functions.
 
 Models without a row are taught by calls of their own denoiser (`calls.py`), which need none of this.
 
@@ -21,8 +21,8 @@ Grid = tuple[int, int]  # rows and columns of image tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """Functions of a pipeline (or its parts) of one family."""
+class LatentFunctions:
+    """Functions of a pipeline (or its parts) of one class."""
 
     grid: Callable[[Any, int, int], Grid]  # (pipe, height, width in pixels)
     encode: Callable[[Any, list[str], int], Conditions]  # (pipe, prompts, text tokens)
@@ -101,8 +101,8 @@ def _flux_inputs(
     }
 
 
-FAMILIES = {
-    "FluxTransformer2DModel": Family(
+LATENT_FUNCTIONS = {
+    "FluxTransformer2DModel": LatentFunctions(
         grid=_flux_grid,
         encode=_flux_encode,
         generate=_flux_generate,
@@ -115,10 +115,10 @@ FAMILIES = {
 
 def has_row(model: torch.nn.Module) -> bool:
     """Whether training on final latents knows this model's class."""
-    return type(model).__name__ in FAMILIES
+    return type(model).__name__ in LATENT_FUNCTIONS
 
 
-def family_of(model: torch.nn.Module) -> Family:
+def latent_functions(model: torch.nn.Module) -> LatentFunctions:
     """The row of a model's class.
 
     Raises:
@@ -126,7 +126,7 @@ def family_of(model: torch.nn.Module) -> Family:
     """
     if not has_row(model):
         raise ValueError(
-            f"final latents are known of {', '.join(FAMILIES)}, got a {type(model).__name__}: keep calls of it, as "
-            "`lineardit prepare` does without --calls 0"
+            f"final latents are known of {', '.join(LATENT_FUNCTIONS)}, got a {type(model).__name__}: keep calls of "
+            "it, as `lineardit prepare` does without --calls 0"
         )
-    return FAMILIES[type(model).__name__]
+    return LATENT_FUNCTIONS[type(model).__name__]

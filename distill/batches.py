@@ -1,0 +1,78 @@
+"""What a student learns from in each step: arguments of the teacher's forwards, a function of seed and step alone."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..linearize.networks import denoiser
+from .config import DistillConfig
+from .data import Batch, Order, TeacherSamples, counter_generator
+from .latent_functions import latent_functions
+from .schedule import noise_levels
+
+
+class Part(NamedTuple):
+    """One forward to learn from: the model's arguments, and what made them, where that is known."""
+
+    arguments: Mapping[str, Any]
+    latents: Tensor | None = None  # [B, N, C]
+    noise: Tensor | None = None
+
+
+class Batches:
+    """The batches of all steps, of which each process takes its share.
+
+    Args:
+        samples: The last `validate.samples` of them are left out.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: DistillConfig, pipe: Any, samples: TeacherSamples) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.pipe = pipe
+        self.samples = samples
+        self.dtype = getattr(torch, config.base.dtype)
+        self.order = Order(
+            samples.samples[: len(samples) - config.validate.samples],
+            batch_size=config.run.batch_size,
+            seed=config.run.seed,
+        )
+
+    def parts(self, step: int) -> Iterator[Part]:
+        """This process' share of the step's batch, in parts that fit the memory."""
+        run, accelerator = self.config.run, self.accelerator
+        size = run.batch_size // (accelerator.num_processes * run.gradient_accumulation)
+        chosen = self.order.batch(step - 1)
+        first = accelerator.process_index * size * run.gradient_accumulation
+        for start in range(first, first + size * run.gradient_accumulation, size):
+            places = range(start, start + size)
+            generators = [counter_generator(run.seed, step, place) for place in places]
+            uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
+            indices = chosen[start : start + size]
+            if self.samples.calls:
+                yield from self._kept_calls(indices, (torch.tensor(places) + uniform) / run.batch_size)
+            else:
+                batch = self.samples.load(indices)
+                noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=one) for one in generators])
+                yield self._noised(batch, noise, noise_levels(self.config, places, uniform))
+
+    def _noised(self, batch: Batch, noise: Tensor, levels: Tensor) -> Part:
+        """These samples with this noise, [B, N, C] and [B]."""
+        device, model = self.accelerator.device, denoiser(self.pipe)[1]
+        functions = latent_functions(model)
+        sigma = functions.shift(self.pipe.scheduler, levels, batch.grid).to(device)
+        batch, noise = batch.to(device, self.dtype), noise.to(device)
+        share = sigma[:, None, None]
+        noisy = ((1 - share) * batch.latents.float() + share * noise).to(self.dtype)
+        guidance = self.samples.settings["guidance"]
+        arguments = functions.inputs(model, noisy, sigma, batch.conditions, grid=batch.grid, guidance=guidance)
+        return Part(arguments, batch.latents, noise)
+
+    def _kept_calls(self, indices: Sequence[int], levels: Tensor) -> Iterator[Part]:
+        """A call of each of these samples; levels in [0, 1) say which, in the order of denoising."""
+        for index, level in zip(indices, levels.tolist(), strict=True):
+            number = min(int(level * self.samples.calls), self.samples.calls - 1)  # a level may be rounded to 1
+            yield Part(self.samples.call(index, number))
