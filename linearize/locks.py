@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -32,10 +32,10 @@ def held(folder: Path, *, name: str = ".lock") -> Iterator[None]:
         raise ValueError(f"{folder} must be a folder, it is a file")
     file = folder / name
     with _locked(file) as lock:
+        who = f"process {os.getpid()} on {socket.gethostname()}".encode()
         with suppress(OSError):  # a full disk
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            lock.write(who)
+            lock.truncate(len(who))
         try:
             yield
         finally:
@@ -65,15 +65,14 @@ def remove_leftovers(folder: Path, names: Sequence[str], *, locks: str = ".lock"
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[IO[str]]:
+def _locked(file: Path) -> Iterator[IO[bytes]]:
     """The file, open and locked."""
     for last in range(1 - TRIES, 1):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a+") as lock:
+        with open(file, "r+b", buffering=0, opener=_make) as lock:  # with a buffer, closing would write once more
             if not _lock(lock):
                 if not last:
-                    lock.seek(0)
-                    who = lock.read() or "which does not say its name"
+                    who = lock.read().decode() or "which does not say its name"
                     raise ValueError(
                         f"another process is at work in {file.parent} ({who}): wait for it, end it, or name another "
                         "folder"
@@ -85,7 +84,11 @@ def _locked(file: Path) -> Iterator[IO[str]]:
     raise ValueError(f"{file} is removed by others again and again: look who is at work in {file.parent}")
 
 
-def _lock(file: IO[str]) -> bool:
+def _make(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _lock(file: IO[Any]) -> bool:
     """Whether nobody else holds it."""
     try:
         if fcntl is not None:
@@ -97,7 +100,7 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def _is_there(lock: IO[str], file: Path) -> bool:
+def _is_there(lock: IO[Any], file: Path) -> bool:
     """Whether it is still the file of this name: who held it before removes it at its end."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), file.stat())

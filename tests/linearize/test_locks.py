@@ -25,11 +25,19 @@ def test_held_tells_who_is_at_work(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_held_needs_no_room_on_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to("/dev/full")
+    with held(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
 def test_held_takes_no_lock_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the process that held it before, between our opening and our locking it."""
     lock, calls = locks._lock, []
 
-    def slow(file: locks.IO[str]) -> bool:
+    def slow(file: locks.IO[bytes]) -> bool:
         calls.append(file)
         if len(calls) == 1:
             (tmp_path / ".lock").unlink()
