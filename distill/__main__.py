@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(str(error), elsewhere=_is_told_elsewhere(error))
         return 2
     except RuntimeError as error:
+        if _is_of_another(error):
+            time.sleep(PATIENCE)  # it tells why it ended, and the launcher ends this one
         if not is_out_of_memory(error):
             raise
         _tell(f"out of memory: {' '.join(str(error).split())}; {LESS_MEMORY}")
@@ -89,13 +91,27 @@ def _tell(sentence: str, *, elsewhere: bool = False) -> None:
         sys.stderr.write(f"lineardit.distill: {sentence}\n")
 
 
+def _is_of_another(error: RuntimeError) -> bool:
+    """Whether another process of the launch has ended, which this one finds when they exchange something."""
+    from torch import distributed
+
+    lost = any(word in str(error) for word in ("closed by peer", "reset by peer"))  # what gloo says
+    return _has_joined() and (lost or isinstance(error, distributed.DistError))
+
+
+def _has_joined() -> bool:
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _is_told_elsewhere(error: Exception) -> bool:
     """Whether another process says it: of those that have joined the main one, before that the first of a machine."""
     from torch import distributed
 
     from .processes import OF_ALL
 
-    if not distributed.is_initialized():
+    if not _has_joined():
         return os.environ.get("LOCAL_RANK", "0") != "0"
     return OF_ALL in getattr(error, "__notes__", ()) and distributed.get_rank() != 0
 

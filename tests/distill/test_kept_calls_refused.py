@@ -142,3 +142,18 @@ def test_a_run_without_enough_memory_says_what_needs_less(
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main([config])
+
+
+def test_a_process_that_finds_another_gone_leaves_the_word_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is ended by the launcher meanwhile; or else says what it found."""
+    config, slept = str(write_config(config_of(tmp_path), tmp_path / "config.toml")), Mock()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("time.sleep", slept)
+    gone = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:48788")
+    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=gone))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        main([config])
+    slept.assert_called_once_with(10)
+    assert not capsys.readouterr().err
