@@ -39,11 +39,11 @@ def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> 
     logger.info("%s%s", shlex.join(["python", *words]), f", in {processes} processes" if processes > 1 else "")
     command = [sys.executable, *words, "--launcher", str(os.getpid())]
     workers: list[Worker] = []
-    with _ended_with_this(workers):
+    with _ended_with_this(workers) as signals:
         try:
             for environment in _environments(processes):
                 workers.append(subprocess.Popen(command, env=environment))
-            return _first_failure(workers)
+            return _first_failure(workers, signals)
         except KeyboardInterrupt:  # of a terminal, which interrupts the workers as well
             with suppress(subprocess.TimeoutExpired):
                 _wait(workers, PATIENCE)
@@ -64,9 +64,15 @@ def _environments(processes: int) -> list[Mapping[str, str]]:
     return [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def _first_failure(workers: Sequence[Worker]) -> int:
-    """The exit code of the first process that fails, without which the others would wait for it; else 0."""
+def _first_failure(workers: Sequence[Worker], signals: Sequence[int]) -> int:
+    """The exit code of the first process that fails, without which the others would wait for it; else 0.
+
+    Raises:
+        SystemExit: this process has been given a signal.
+    """
     while True:
+        if signals:
+            raise SystemExit(128 + signals[0])
         codes = [one.poll() for one in workers]
         for rank, code in enumerate(codes):
             if code is not None and code < 0:
@@ -83,16 +89,17 @@ def _first_failure(workers: Sequence[Worker]) -> int:
 
 
 @contextmanager
-def _ended_with_this(workers: Sequence[Worker]) -> Iterator[None]:
-    """Afterwards none is left, not even where a signal ends this process (SIGTERM)."""
+def _ended_with_this(workers: Sequence[Worker]) -> Iterator[list[int]]:
+    """Afterwards none is left; inside, a signal that ends this process (SIGTERM) is noted: it may come amid a start."""
+    signals: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
+        signals.append(number)
 
     main = threading.current_thread() is threading.main_thread()  # only there Python hears signals
     before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
-        yield
+        yield signals
     finally:
         _signal(workers, signal.SIGTERM)
         try:
