@@ -55,7 +55,7 @@ HEAD_DIM = 128
 ODD_HEAD_DIM = 72
 MEASURES = ("registers", "stack_bytes", "shared_bytes", "narrow_loads")
 POINTERS = {
-    "*fp32": {"LSE", "DELTA", "SHARES"},
+    "*fp32": {"LSE", "GRAD_LSE", "DELTA", "SHARES"},
     "*i8": {"HIDDEN"},
     "*i64": {"MASK_WORDS", "SHARED_WORDS"},
     "*i32": {

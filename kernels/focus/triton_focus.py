@@ -230,14 +230,13 @@ def triton_backward(
     grad_out = dense_rows(grad_out)
     batch, num_heads, *_ = query.shape
     grad_query = query.new_empty(query.shape)
-    delta = torch.zeros_like(lse)  # the kernel takes the gradient of lse from here, and leaves there what others need
-    if grad_lse is not None:
-        delta.copy_(grad_lse)
+    delta = torch.empty_like(lse)  # of the kernel of queries, for those of keys
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     strided, unit = with_strides(grad_out, *call.inputs, out, grad_query)
     with device_of(query):
         kernels.focus_grad_query[(chosen.shape[2] * batch * num_heads,)](
             *strided,
-            *(lse, delta),
+            *(lse, grad_lse, delta),
             *call.lists,
             *(num_heads, batch * num_heads, *call.counts),
             scale,

@@ -173,7 +173,7 @@ def focus_grad_query(
     PROXY_V, pv_b, pv_h, pv_n,
     OUT, out_b, out_h, out_n,
     GRAD_Q, dq_b, dq_h, dq_n,
-    LSE, DELTA,  # [B, H, N]; DELTA: lse's gradient -> sum(out * grad_out) - it, for the other kernels
+    LSE, GRAD_LSE, DELTA,  # [B, H, N]; DELTA: sum(out * grad_out) - lse's gradient, for the other kernels
     TILES, CELLS, SHARES, REST, CHOSEN, HIDDEN, CLEAR, ROWS, COLUMNS, FRAMES,
     num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     per_cell, per_height, per_width,
@@ -200,7 +200,7 @@ def focus_grad_query(
     b_do = load_rows(head_of(GRAD_OUT, i_batch, i_head, do_b, do_h, UNIT), queries, do_n, HEAD_DIM, BLOCK_D)
     b_out = load_rows(head_of(OUT, i_batch, i_head, out_b, out_h, UNIT), queries, out_n, HEAD_DIM, BLOCK_D)
     o_lse = i_both.to(tl.int64) * num_tokens
-    grad_lse = tl.load(DELTA + o_lse + queries, mask=exists, other=0.0)
+    grad_lse = tl.load(GRAD_LSE + o_lse + queries, mask=exists, other=0.0)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - grad_lse
     tl.store(DELTA + o_lse + queries, b_delta, mask=exists)
     b_lse = tl.load(LSE + o_lse + queries)[:, None] * LOG2_E

@@ -193,7 +193,7 @@ def window_grad_query(
     SHARED_V, sv_b, sv_h, sv_n,
     OUT, out_b, out_h, out_n,
     GRAD_Q, dq_b, dq_h, dq_n,
-    LSE, DELTA,  # [B, H, N]; DELTA: lse's gradient -> sum(out * grad_out) - it, for the other kernels
+    LSE, GRAD_LSE, DELTA,  # [B, H, N]; DELTA: sum(out * grad_out) - lse's gradient, for the other kernels
     QUERY_CORNERS, KEY_CORNERS, MASK_IDS, COUNTS, INSIDE, MASK_WORDS, SHARED_WORDS,
     num_heads, height, width, num_tokens, num_shared, shared_whole, list_len,
     scale,
@@ -219,7 +219,7 @@ def window_grad_query(
     b_do = load_rows(head_of(GRAD_OUT, i_batch, i_head, do_b, do_h, UNIT), queries, do_n, HEAD_DIM, BLOCK_D)
     b_out = load_rows(head_of(OUT, i_batch, i_head, out_b, out_h, UNIT), queries, out_n, HEAD_DIM, BLOCK_D)
     o_lse = tl.program_id(1).to(tl.int64) * num_tokens
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - tl.load(DELTA + o_lse + queries)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - tl.load(GRAD_LSE + o_lse + queries)
     tl.store(DELTA + o_lse + queries, b_delta, mask=exists)
     b_lse = tl.load(LSE + o_lse + queries) * LOG2_E
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)

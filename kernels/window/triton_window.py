@@ -231,16 +231,15 @@ def triton_backward(
     grad_out = dense_rows(grad_out)
     batch, num_heads, num_tokens, _ = query.shape
     grads = [token_major(query, num_tokens) for _ in range(3)]
-    delta = torch.zeros_like(lse)  # the kernel takes the gradient of lse from here, and leaves there what others need
-    if grad_lse is not None:
-        delta.copy_(grad_lse)
+    delta = torch.empty_like(lse)  # of the kernel of queries, for those of keys
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     tiled = launch.window
     of_keys = _window_of_keys(tuple(grid), window, tiles.owned, tiles.read, query.device)
     with device_of(query):
         strided, unit = with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0])
         kernels.window_grad_query[len(tiled.counts), batch * num_heads](
             *strided,
-            *(lse, delta),
+            *(lse, grad_lse, delta),
             *(tiled.corners, tiled.listed, tiled.mask_ids, tiled.counts, tiled.inside),
             *(tiled.words, launch.shared_words),
             *(num_heads, *grid[-2:], num_tokens, shared_key.shape[2], launch.shared_whole),
