@@ -16,7 +16,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def load_rows(p_base, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[tokens, BLOCK_D] rows of one head; zeros beyond HEAD_DIM."""
     i_d = tl.arange(0, BLOCK_D)
-    pointers = p_base + tokens.to(tl.int64)[:, None] * stride + i_d[None, :]
+    pointers = (p_base + i_d)[None, :] + (tokens.to(tl.int64) * stride)[:, None]
     if HEAD_DIM == BLOCK_D:
         return tl.load(pointers)
     return tl.load(pointers, mask=i_d[None, :] < HEAD_DIM, other=0.0)
@@ -25,7 +25,7 @@ def load_rows(p_base, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
 @triton.jit
 def store_rows(p_base, tokens, stride, rows, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     i_d = tl.arange(0, BLOCK_D)
-    pointers = p_base + tokens.to(tl.int64)[:, None] * stride + i_d[None, :]
+    pointers = (p_base + i_d)[None, :] + (tokens.to(tl.int64) * stride)[:, None]
     tl.store(pointers, rows.to(p_base.dtype.element_ty), mask=exists[:, None] & (i_d[None, :] < HEAD_DIM))
 
 
