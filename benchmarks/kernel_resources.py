@@ -71,12 +71,10 @@ PARTIAL_SUMS = (kernels.window_grad_shared, focus_kernels.focus_grad_proxy)
 def tile_constants(kernel: Any, tiles: Tiles) -> dict[str, int]:
     """What a window kernel takes as fixed of its tiles."""
     queries, keys = tiles.owned, tiles.read
-    if kernel is kernels.window_grad_key:  # whose programs own keys
+    if kernel in (kernels.window_grad_key, kernels.window_grad_shared):  # whose programs own keys
         queries, keys = keys, queries
-    if kernel is kernels.window_grad_shared:
-        queries = keys
     sides = {"Q_ROWS": queries[0], "Q_COLUMNS": queries[1], "K_ROWS": keys[0], "K_COLUMNS": keys[1]}
-    return sides | {"BLOCK_Q": math.prod(queries), "BLOCK_K": math.prod(keys)}
+    return sides | {"BLOCK_Q": math.prod(queries), "BLOCK_K": math.prod(keys), "WORD_LEN": math.prod(tiles.read)}
 
 
 def argument_type(kernel: Any, name: str) -> str:

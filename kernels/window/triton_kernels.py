@@ -325,7 +325,7 @@ def window_grad_shared(
     LSE, DELTA, SHARED_WORDS,
     num_heads, num_tokens, num_shared, split_len,
     scale,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WORD_LEN: tl.constexpr,  # WORD_LEN: keys of one word
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of shared keys, over `split_len` image queries: a multiple of BLOCK_Q."""
@@ -340,8 +340,8 @@ def window_grad_shared(
     keys = tl.minimum(slots, num_shared - 1)
     b_k = load_rows(head_of(SHARED_K, i_batch, i_head, sk_b, sk_h, UNIT), keys, sk_n, HEAD_DIM, BLOCK_D)
     b_v = load_rows(head_of(SHARED_V, i_batch, i_head, sv_b, sv_h, UNIT), keys, sv_n, HEAD_DIM, BLOCK_D)
-    word = tl.load(SHARED_WORDS + i_batch * tl.cdiv(num_shared, BLOCK_K) + i_block)
-    seen = ((word >> tl.arange(0, BLOCK_K)) & 1) != 0
+    words = tl.load(SHARED_WORDS + i_batch * tl.cdiv(num_shared, WORD_LEN) + keys // WORD_LEN)
+    seen = ((words >> (keys % WORD_LEN)) & 1) != 0
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
@@ -354,12 +354,14 @@ def window_grad_shared(
             b_q = load_rows(p_q, queries, q_n, HEAD_DIM, BLOCK_D)
             b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
             b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
+            b_lse = tl.where(i_query < num_tokens, b_lse, float("inf"))  # no weight beyond the last query
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E)
-            attends = seen[:, None] & (i_query < num_tokens)[None, :]
-            b_p = tl.where(attends, tl.exp2(b_s - b_lse[None, :]), 0.0)
+            b_p = tl.exp2(b_s - b_lse[None, :])
             b_dk, b_dv = key_gradients_of_columns(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_shared * HEAD_DIM
     exists = slots < num_shared
-    store_rows(GRAD_K + o_out, keys, HEAD_DIM, b_dk * scale, exists, HEAD_DIM, BLOCK_D)
+    b_dk = tl.where(seen[:, None], b_dk * scale, 0.0)  # here, once: a key's sums are its own, whatever they are
+    b_dv = tl.where(seen[:, None], b_dv, 0.0)
+    store_rows(GRAD_K + o_out, keys, HEAD_DIM, b_dk, exists, HEAD_DIM, BLOCK_D)
     store_rows(GRAD_V + o_out, keys, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)

@@ -280,9 +280,9 @@ def _shared_gradients(
     batch, num_heads, num_shared, head_dim = shared_key.shape
     if num_shared == 0:
         return torch.empty_like(shared_key), torch.empty_like(shared_value)
-    num_tokens, block = query.shape[2], math.prod(tiles.read)
-    blocks = triton.cdiv(num_shared, block)
-    splits, split_len = split(num_tokens, block, blocks * batch * num_heads, query.device)
+    num_tokens, keys, queries = query.shape[2], math.prod(tiles.owned), math.prod(tiles.read)
+    blocks = triton.cdiv(num_shared, keys)
+    splits, split_len = split(num_tokens, queries, blocks * batch * num_heads, query.device)
     partial = query.new_empty(2, splits, batch, num_heads, num_shared, head_dim, dtype=torch.float32)
     strided, unit = with_strides(grad_out, query, shared_key, shared_value)
     kernels.window_grad_shared[blocks, batch * num_heads, splits](
@@ -291,8 +291,9 @@ def _shared_gradients(
         *(num_heads, num_tokens, num_shared, split_len),
         scale,
         UNIT=unit,
-        BLOCK_Q=block,
-        BLOCK_K=block,
+        BLOCK_Q=queries,
+        BLOCK_K=keys,
+        WORD_LEN=queries,
         **launch.constants,
     )
     grad_key, grad_value = partial

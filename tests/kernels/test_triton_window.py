@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -68,6 +69,21 @@ def test_window_attention_triton_matches_reference_with_smaller_tiles(tiles, mon
         monkeypatch.setattr(triton_probe, name, lambda *_: tiles)
     monkeypatch.setattr(operator, "backward_tiles", choose.backward_tiles.__wrapped__)  # without its memory
     Case(grid=(9, 11), radius=3, text_len=5, num_heads=1, head_dim=16).matches_reference(FP32, impl="triton")
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of sums that are left out
+def test_text_that_is_masked_has_no_gradient_whatever_it_is():
+    case = Case(grid=(5, 9), radius=2, text_len=140, masked=True, num_heads=1, head_dim=16, batch=2)
+    query, key, value = case.tensors(FP32)
+    masked = F.pad(~case.text_mask(), (0, 45))[:, None, :, None]
+    key = torch.where(masked, 1e4 * key, key)  # its weights, were there any, would be infinite
+    grads = []
+    for impl in ("triton", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        out = case.run(window_attention, *leaves, impl=impl)[:, :, 140:]  # masked text attends itself
+        grads.append(torch.autograd.grad(out.square().sum(), leaves))
+    torch.testing.assert_close(*grads)
+    assert all(grad.masked_select(masked).eq(0).all() for grad in grads[0][1:])
 
 
 def test_window_attention_op_returns_the_log_sum_exp():
