@@ -50,9 +50,14 @@ FORWARD_TILES = (
     Tiles(owned=(8, 8), read=(8, 8), num_warps=4, num_stages=3),
     *SMALLER_TILES,
 )
-# The larger ones for tensor cores that read from shared memory alone; compiled for others they spill
-# (benchmarks/kernel_resources.py).
-BACKWARD_TILES = (Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=2, archs=range(90, 120)), *SMALLER_TILES)
+# The first two for tensor cores that read from shared memory alone; compiled for others they spill
+# (benchmarks/kernel_resources.py). Of the second, two programs fit a multiprocessor of 9.0: one multiplies while the
+# other makes its weights.
+BACKWARD_TILES = (
+    Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=2, archs=range(90, 120)),
+    Tiles(owned=(8, 8), read=(8, 8), num_warps=4, num_stages=2, archs=range(90, 120)),
+    *SMALLER_TILES,
+)
 # float32 sums of a thread that fit its registers: of an output; of gradients of keys there are two. Of float32 inputs
 # half of that, as `max_stages` has it.
 SUMS_OF_A_THREAD, FLOAT_SUMS_OF_A_THREAD = 64, 32
