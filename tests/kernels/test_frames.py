@@ -160,8 +160,9 @@ def test_circle_lists_read_no_tile_of_a_frame_out_of_reach(frame_radius: int, fr
         ((8, 16, 16), 8, "masked"),
         ((8, 16, 16), 1, "tiled"),
         ((8, 16, 16), 2, "tiled"),
-        ((2, 16, 16), 1, "tiled"),
-        ((2, 16, 16), 2, "masked"),
+        ((3, 16, 16), 1, "tiled"),
+        ((3, 16, 16), 3, "masked"),
+        ((2, 16, 16), 1, "masked"),
         ((16, 4, 4), 1, "masked"),
     ],
 )

@@ -218,8 +218,8 @@ def test_windowed_attention_in_a_circle_is_window_attention(impl: str) -> None:
 @pytest.mark.parametrize(
     ("grid", "box", "expected"),
     [
-        ((16, 16), Box(window=(3, 3)), "masked"),
-        ((17, 16), Box(window=(3, 3)), "tiled"),
+        ((24, 24), Box(window=(3, 3)), "masked"),
+        ((25, 24), Box(window=(3, 3)), "tiled"),
         ((32, 32), Box(window=(25, 25)), "masked"),
         ((32, 32), Box(window=(25, 25), dilation=(2, 2)), "tiled"),
         ((32, 32), Box(window=(3, 3), cell=(8, 8)), "masked"),
