@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid, sizes_of
+from ..pieces.kept_tables import KEEPS_TABLES
 from ..pieces.results import sum_dtype, token_major
 from ..window.windows import Window, from_arguments, to_arguments
 from .choose import backward_blocks, blocks_for, choose_impl, kernels_divide
@@ -94,7 +95,10 @@ SHAPES = f"{CELLS}, {WINDOW}"
 
 
 @torch.library.custom_op(
-    "lineardit::focus_attention", mutates_args=(), schema=f"({INPUTS}, {SHAPES}) -> (Tensor, Tensor, Tensor)"
+    "lineardit::focus_attention",
+    mutates_args=(),
+    **KEEPS_TABLES,
+    schema=f"({INPUTS}, {SHAPES}) -> (Tensor, Tensor, Tensor)",
 )
 def focus_op(
     query: Tensor,
@@ -142,6 +146,7 @@ def _(query, key, value, proxy_key, proxy_value, grid, count, side, *_):  # type
 @torch.library.custom_op(
     "lineardit::focus_attention_backward",
     mutates_args=(),
+    **KEEPS_TABLES,
     schema=f"(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, Tensor chosen, {SHAPES}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid, cell_grid, cells_of_axis, sizes_of
+from ..pieces.kept_tables import KEEPS_TABLES
 from ..window import Box, Circle
 from ..window.windows import Window, from_arguments, to_arguments
 
@@ -46,6 +47,7 @@ def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor
 @torch.library.custom_op(
     "lineardit::log_rest",
     mutates_args=(),
+    **KEEPS_TABLES,
     schema="(Tensor like, SymInt[] grid, float? radius, SymInt num_cells, SymInt? frame_radius=None, "
     "SymInt[]? box=None) -> Tensor",
 )

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..pieces.kept_tables import KEEPS_TABLES
 from .reference import window_bias
 from .windows import Window, from_arguments, to_arguments
 
@@ -26,6 +27,7 @@ def kept_window_bias(like: Tensor, grid: Sequence[int], window: Window, text_len
 @torch.library.custom_op(
     "lineardit::window_bias",
     mutates_args=(),
+    **KEEPS_TABLES,
     schema="(Tensor like, SymInt[] grid, float? radius, SymInt text_len, bool text_first, SymInt? frame_radius=None, "
     "SymInt[]? box=None) -> Tensor",
 )

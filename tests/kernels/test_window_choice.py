@@ -136,6 +136,22 @@ def test_window_bias_op_passes_opcheck_and_is_never_shared():
     assert kept[kept != 0].eq(-torch.inf).all()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "window_attention",
+        "window_attention_backward",
+        "window_bias",
+        "log_rest",
+        "focus_attention",
+        "focus_attention_backward",
+    ],
+)
+def test_operators_that_keep_tables_are_not_recorded_in_cuda_graphs(name):
+    tags = getattr(torch.ops.lineardit, name).default.tags
+    assert torch.Tag.cudagraph_unsafe in tags and torch.Tag.pt2_compliant_tag in tags
+
+
 @pytest.mark.parametrize("impl", ["auto", *PORTABLE])
 def test_window_attention_compiles_once_for_all_grids(impl):
     counter = CompileCounterWithBackend("aot_eager")
