@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from lineardit.kernels.window import implementations, window_attention
+from lineardit.kernels.window.partial import fastest_partial
 
 from .bench import Bench, Shape, UnavailableError
 from .flex_window import (
@@ -78,6 +79,20 @@ def check_ours(bench: Bench, dtype: torch.dtype) -> None:
         raise UnavailableError(f"there is no implementation {bench.impl!r}, but {implementations()}")
     if bench.impl == "triton" and bench.device.type == "cpu" and dtype == torch.bfloat16:
         raise UnavailableError("Triton's interpreter computes nonsense in bfloat16")
+
+
+def tiled(shape: Shape, bench: Bench, *, backward: bool) -> Attention:
+    """What users without Triton get."""
+    grid, device = (shape.side, shape.side), bench.device.type
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        return (
+            window_attention(query, key, value, grid=grid, radius=shape.radius, text_len=shape.text_len, impl="tiled"),
+        )
+
+    in_half = fastest_partial(device, shape.dtype, shape.head_dim).takes_half
+    note = "PyTorch's memory-efficient kernel" if in_half else "products in float32"
+    return Attention(call=call, pairs=None, note=note)
 
 
 def dense_cudnn(shape: Shape, bench: Bench, *, backward: bool) -> Attention:

@@ -3,6 +3,7 @@
 NAMES = {64: "1K", 128: "2K", 256: "4K", 512: "8K"}  # side in tokens -> picture of FLUX.1
 DENSE = ("dense cuDNN", "dense flash")
 CLEARS_WAY = "flex row-major"
+PORTABLE = "ours without Triton"
 DENSE_STEP, CLEARS_STEP = "dense", "CLEAR's way, radius 8"
 OUR_STEPS = {radius: f"ours, radius {radius}" for radius in (8, 16)}
 HYBRID_STEP = f"{OUR_STEPS[8]}, and 256 proxies"

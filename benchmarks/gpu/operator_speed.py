@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from .bench import Bench, Measured, Shape, Task, Tasks, UnavailableError, shape_of
-from .competitors import COMPETITORS, Attention, Competitor, ours, pairs_attending
+from .competitors import COMPETITORS, Attention, Competitor, ours, pairs_attending, tiled
 from .flex_window import row_major_mask_mod
 from .focus import operator_tasks as focus_tasks
-from .names import CLEARS_WAY, DENSE, case_name, size_name
+from .names import CLEARS_WAY, DENSE, PORTABLE, case_name, size_name
 from .timing import peak_gib, seconds, shared_memory
 
 PART = "operator"
@@ -34,6 +34,9 @@ def tasks(bench: Bench) -> Tasks:
         for name in others:
             yield _task(bench, side, radius, name, COMPETITORS[name], backward=backward)
     yield from focus_tasks(bench)
+    *_, side = (side for side in scale.sides if side < SLOW_SIDE)
+    for backward in (False, True):
+        yield _task(bench, side, scale.radii[len(scale.radii) // 2], PORTABLE, tiled, backward=backward)
     for side in scale.sides:
         measure = partial(making_a_mask, bench, shape_of(scale, side, scale.radii[0]))
         yield Task(part=PART, case=f"{size_name(side)}, its mask", impl="create_block_mask", measure=measure)

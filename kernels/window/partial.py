@@ -8,8 +8,9 @@ and two parts join, exactly, to the softmax over both (`merge`). In backward eve
 and `lse`: exp(s_ij - lse_i) is then the weight in the whole softmax, and the gradients of the parts add up. The
 gradient of lse itself, where it is used, adds exp(s_ij - lse_i) grad_lse_i to that of each logit.
 
-Two implementations of one interface, in float32 and float64: `PLAIN` is public operations; `FLASH` is
-PyTorch's own kernel for CPUs, which keeps no [query, key] array, but is private: `fastest_partial` tries it first.
+Three implementations of one interface. `PLAIN` is public operations, in float32 and float64. `FLASH`, for CPUs, and
+`EFFICIENT`, for half precision on CUDA, are PyTorch's own kernels, which keep no [query, key] array; these are private,
+so that `fastest_partial` tries them first. EFFICIENT has not yet run on a GPU.
 """
 
 import logging
@@ -25,7 +26,11 @@ from torch.nn.functional import pad
 logger = logging.getLogger(__name__)
 
 # Added to the logits of pairs that do not attend. Finite, so that a row without any key gives weight 0, never NaN.
-EXCLUDED = -1e30
+EXCLUDED, EXCLUDED_IN_FLOAT16 = -1e30, -6e4
+
+# Of PyTorch's memory-efficient kernel: it keeps the log-sum-exp of whole blocks of queries, reads 16 bytes at once, and
+# wants the rows of a bias to begin at multiples of 16 numbers.
+EFFICIENT_BLOCK, READ_AT_ONCE, BIAS_ALIGNMENT = 32, 8, 16
 
 
 class Keys(NamedTuple):
@@ -33,18 +38,19 @@ class Keys(NamedTuple):
 
     key: Tensor  # [B, H, K, D]
     value: Tensor  # [B, H, K, D]
-    bias: Tensor | None  # added to the logits, broadcasts to [B, H, Q, K]
+    bias: Tensor | None  # added to the logits, broadcasts to [B, H, Q, K], of their dtype
 
 
 @dataclass(frozen=True)
 class Partial:
     """forward(query, keys, scale) -> out [B, H, Q, D], lse [B, H, Q];
     backward(grad_out, query, keys, out, lse, scale, grad_lse) -> gradients of query, key and value; grad_lse [B, H, Q]
-    may be None.
+    may be None. Results are in float32, or float64 for float64; so are inputs, unless `takes_half`.
     """
 
     forward: Callable[[Tensor, Keys, float], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Keys, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+    takes_half: bool = False  # query, key, value, grad_out and out in half precision, as they are
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +61,8 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
 
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """bool mask, True = attend -> what is added to the logits."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, EXCLUDED)
+    excluded = EXCLUDED_IN_FLOAT16 if dtype == torch.float16 else EXCLUDED
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, excluded)
 
 
 def _logits(query: Tensor, keys: Keys, scale: float) -> Tensor:
@@ -96,11 +103,7 @@ def _flash_backward(
     grad_out: Tensor, query: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if grad_lse is not None:
-        # One more coordinate, 0 in query, key and value: out * grad_out, which the kernel sums, has -grad_lse there.
-        longer = Keys(pad(keys.key, (0, 1)), pad(keys.value, (0, 1)), keys.bias)
-        grad_out, out = pad(grad_out, (0, 1), value=1), torch.cat([out, -grad_lse[..., None]], -1)
-        grads = _flash_backward(grad_out, pad(query, (0, 1)), longer, out, lse, scale, None)
-        return grads[0][..., :-1], grads[1][..., :-1], grads[2][..., :-1]
+        return _with_grad_lse(_flash_backward, 1, grad_out, query, keys, out, lse, scale, grad_lse)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     # The kernel reads the log-sum-exp in its own memory order, [B, Q, H].
     lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -108,29 +111,107 @@ def _flash_backward(
     return flash(*dense, lse, 0.0, False, attn_mask=keys.bias, scale=scale)
 
 
+def _with_grad_lse(
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    more: int,
+    grad_out: Tensor,
+    query: Tensor,
+    keys: Keys,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    grad_lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`more` coordinates, 0 in query, key and value: out * grad_out, which kernels sum, has -grad_lse in the first."""
+    longer = Keys(pad(keys.key, (0, more)), pad(keys.value, (0, more)), keys.bias)
+    out = torch.cat([out, pad(-grad_lse[..., None].to(out.dtype), (0, more - 1))], -1)
+    grads = backward(pad(grad_out, (0, more), value=1), pad(query, (0, more)), longer, out, lse, scale, None)
+    return grads[0][..., :-more], grads[1][..., :-more], grads[2][..., :-more]
+
+
+def _efficient_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    query, key, value = map(_dense_rows, (query, keys.key, keys.value))
+    out, lse, _, _ = efficient(query, key, value, _aligned_bias(query, keys), True, scale=scale)
+    return out.float(), lse[..., : query.shape[2]]  # it has some more, to a whole block
+
+
+def _efficient_backward(
+    grad_out: Tensor, query: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if grad_lse is not None:
+        return _with_grad_lse(_efficient_backward, READ_AT_ONCE, grad_out, query, keys, out, lse, scale, grad_lse)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    lse = pad(lse, (0, -lse.shape[2] % EFFICIENT_BLOCK), value=torch.inf).contiguous()  # queries that weigh nothing
+    no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
+    dense = map(_dense_rows, (grad_out, query, keys.key, keys.value))
+    tensors = (*dense, _aligned_bias(query, keys), _dense_rows(out), lse, no_dropout, no_dropout)
+    grads = efficient(*tensors, 0.0, [True, True, True, False], scale=scale)
+    return grads[0].float(), grads[1].float(), grads[2].float()
+
+
+def _aligned_bias(query: Tensor, keys: Keys) -> Tensor | None:
+    """The bias as the kernel wants it, [B, H, Q, K], with rows that begin at aligned places."""
+    if keys.bias is None:
+        return None
+    length = keys.bias.shape[-1]
+    rows = pad(keys.bias, (0, -length % BIAS_ALIGNMENT))[..., :length]
+    return rows.expand(*query.shape[:3], length)
+
+
 PLAIN = Partial(_plain_forward, _plain_backward)
 FLASH = Partial(_flash_forward, _flash_backward)
+EFFICIENT = Partial(_efficient_forward, _efficient_backward, takes_half=True)
 
 
 @lru_cache  # one trial, and one warning, for each device and dtype
-def fastest_partial(device_type: str, dtype: torch.dtype) -> Partial:
-    """FLASH on a CPU where it runs and agrees with PLAIN on a small example, else PLAIN."""
-    if device_type != "cpu":
+def fastest_partial(device_type: str, dtype: torch.dtype, head_dim: int = 64) -> Partial:
+    """FLASH on a CPU, EFFICIENT in half precision on CUDA, where they run and agree with PLAIN on a small example.
+
+    Args:
+        dtype: Of the tensors of a call.
+        head_dim: EFFICIENT wants multiples of `READ_AT_ONCE`.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device_type == "cuda" and half and head_dim % READ_AT_ONCE == 0:
+        fast, shapes = EFFICIENT, (35, 77, head_dim)
+    elif device_type == "cpu":
+        fast, shapes, dtype = FLASH, (5, 7, 8), torch.float32 if half else dtype
+    else:
         return PLAIN
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, grad_out = (
-        torch.randn(2, 2, length, 8, generator=generator).to(dtype) for length in (5, 7, 7, 5)
-    )
-    grad_lse = grad_out[..., 0]
-    mask = torch.ones(5, 7, dtype=torch.bool).triu()
-    keys = Keys(key, value, attention_bias(mask, dtype))
-    out, lse = PLAIN.forward(query, keys, 0.5)
-    expected = (out, lse, *PLAIN.backward(grad_out, query, keys, out, lse, 0.5, grad_lse))
     try:
-        computed = (*FLASH.forward(query, keys, 0.5), *FLASH.backward(grad_out, query, keys, out, lse, 0.5, grad_lse))
-        agree = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(computed, expected, strict=True))
+        agree = _agree(fast, *shapes, dtype, torch.device(device_type))
+    except torch.OutOfMemoryError:
+        raise  # of this moment: tried anew next time
     except (AttributeError, RuntimeError):
         agree = False
     if not agree:
-        logger.warning("PyTorch's CPU flash attention does not work here in %s; using slower public operations", dtype)
-    return FLASH if agree else PLAIN
+        logger.warning(
+            "PyTorch's %s attention does not work here in %s; using slower public operations", device_type, dtype
+        )
+    return fast if agree else PLAIN
+
+
+def _agree(
+    fast: Partial, num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether it computes what PLAIN does, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (
+        torch.randn(2, 2, length, head_dim, generator=generator).to(device, dtype)
+        for length in (num_queries, num_keys, num_keys, num_queries)
+    )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    grad_lse = grad_out[..., 0].to(wide)
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu()
+    scale = head_dim**-0.5
+
+    def results(one: Partial, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        q, k, v, do = (tensor.to(dtype) for tensor in (query, key, value, grad_out))
+        keys = Keys(k, v, attention_bias(mask, dtype))
+        out, lse = one.forward(q, keys, scale)
+        return out, lse, *one.backward(do, q, keys, out.to(dtype), lse, scale, grad_lse)
+
+    rtol, atol = (1e-4, 1e-5) if dtype == wide else (2e-2, 2e-2)
+    pairs = zip(results(fast, dtype), results(PLAIN, wide), strict=True)
+    return all(torch.allclose(one, other, rtol=rtol, atol=atol) for one, other in pairs)

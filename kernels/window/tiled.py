@@ -67,10 +67,11 @@ def tiled_forward(inputs: Inputs, out: Tensor, grid: Sequence[int], window: Wind
     """Fill `out` [B, H, N, D], whose memory is in the order [B, N, H, D]; returns the log-sum-exp [B, H, N]."""
     groups, partial = _groups_and_partial(inputs, grid, window)
     batch, num_heads, num_tokens, _ = inputs.query.shape
-    dtype, shared = sum_dtype(inputs.query), _shared_keys(inputs)
+    dtype = _products_dtype(inputs.query, partial)
+    shared = _shared_keys(inputs, dtype)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
     out_rows = out.transpose(1, 2).flatten(2)
-    lse_rows = query.new_empty(batch, num_tokens, num_heads, dtype=dtype)
+    lse_rows = query.new_empty(batch, num_tokens, num_heads, dtype=sum_dtype(query))
     for chunk in _chunks(groups, key, dtype):
         q = _take(query, chunk.queries, num_heads, dtype)
         k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
@@ -98,12 +99,13 @@ def tiled_backward(
     groups, partial = _groups_and_partial(inputs, grid, window)
     lse_rows = lse.transpose(1, 2).contiguous()  # [B, N, H]
     grad_lse_rows = None if grad_lse is None else grad_lse.to(lse.dtype).transpose(1, 2).contiguous()
-    num_heads, dtype, shared = inputs.query.shape[1], sum_dtype(inputs.query), _shared_keys(inputs)
+    num_heads, dtype = inputs.query.shape[1], _products_dtype(inputs.query, partial)
+    shared = _shared_keys(inputs, dtype)
     query, key, value = _rows(inputs.query), _rows(inputs.key), _rows(inputs.value)
     out_rows, grad_out_rows = _rows(out), _rows(grad_out)
     grad_query = torch.empty_like(query)
-    grad_key, grad_value = (torch.zeros_like(rows, dtype=dtype) for rows in (key, value))
-    grad_shared = [rows.new_zeros(rows.shape, dtype=dtype) for rows in (inputs.shared_key, inputs.shared_value)]
+    grad_key, grad_value = (torch.zeros_like(rows, dtype=lse.dtype) for rows in (key, value))
+    grad_shared = [rows.new_zeros(rows.shape, dtype=lse.dtype) for rows in (inputs.shared_key, inputs.shared_value)]
     for chunk in _chunks(groups, key, dtype):
         q, o, do = (_take(rows, chunk.queries, num_heads, dtype) for rows in (query, out_rows, grad_out_rows))
         k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
@@ -130,11 +132,16 @@ def tiled_backward(
     return (*heads, *(total.to(query.dtype) for total in grad_shared))
 
 
-def _shared_keys(inputs: Inputs) -> Keys | None:
+def _products_dtype(query: Tensor, partial: Partial) -> torch.dtype:
+    """In which queries, keys and values are handed on; sums are wider."""
+    return query.dtype if partial.takes_half else sum_dtype(query)
+
+
+def _shared_keys(inputs: Inputs, dtype: torch.dtype) -> Keys | None:
     """The keys that every image query sees, None if there are none."""
     if inputs.shared_key.shape[2] == 0:
         return None
-    dtype, bias = sum_dtype(inputs.query), None
+    bias = None
     if inputs.shared_mask is not None:
         bias = attention_bias(inputs.shared_mask, dtype)[:, None, None, :]
     return Keys(inputs.shared_key.to(dtype), inputs.shared_value.to(dtype), bias)
@@ -176,8 +183,9 @@ def _untile(tensor: Tensor, batch: int) -> Tensor:
 
 
 def _groups_and_partial(inputs: Inputs, grid: Sequence[int], window: Window) -> tuple[tuple[TileGroup, ...], Partial]:
-    device = inputs.query.device
-    return window_groups(tuple(grid), window, device), fastest_partial(device.type, sum_dtype(inputs.query))
+    query = inputs.query
+    partial = fastest_partial(query.device.type, query.dtype, query.shape[3])
+    return window_groups(tuple(grid), window, query.device), partial
 
 
 @lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import efficient_stand_in
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from lineardit.kernels.window import (
     tiled,
     window_attention,
 )
-from lineardit.kernels.window.partial import FLASH, PLAIN
+from lineardit.kernels.window.partial import EFFICIENT, FLASH, PLAIN
 
 CASES = [
     Case(grid=(3, 5), radius=1.5, text_len=4, masked=True, batch=2),
@@ -45,6 +46,22 @@ def fast_impl(request, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 def test_window_attention_matches_reference(case, dtype, fast_impl):
     case.matches_reference(dtype, impl=fast_impl)
+
+
+@pytest.fixture
+def efficient(monkeypatch):
+    """Tiles as on a CUDA device without Triton; the kernel that is there is stood in for, with all that it asks for."""
+    monkeypatch.setattr(tiled, "fastest_partial", lambda *_: EFFICIENT)
+    name = "_scaled_dot_product_efficient_attention"
+    monkeypatch.setattr(torch.ops.aten, name, efficient_stand_in.forward)
+    monkeypatch.setattr(torch.ops.aten, f"{name}_backward", efficient_stand_in.backward)
+
+
+@on_cases
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
+@pytest.mark.usefixtures("efficient")
+def test_window_attention_matches_reference_with_products_in_half_precision(case, dtype):
+    case.matches_reference(dtype, impl="tiled")
 
 
 @pytest.mark.parametrize("rows", ["columns first", "every second", "expanded"])

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from window_case import Case
 
 from impls import PORTABLE
+from lineardit.kernels import focus  # noqa: F401  registers operators
 from lineardit.kernels.window import (
     Circle,
     choose_impl,
