@@ -109,7 +109,7 @@ def _by_rows(grid: Grid, window: Window, num_cells: int, device: torch.device) -
         rest = near_frames[:, None, :, None] * near[None, :, None]  # [frames, rows * width, deep, cells of a frame]
         torch.sub(whole, rest, out=rest)
         rest.masked_fill_(rest < 1e-3, 0)  # less than any share of a token
-        yield slice(start, start + step), rest.view(frames, -1, width, num_cells)
+        yield slice(start, start + step), rest.reshape(frames, -1, width, num_cells)  # a copy if one column
 
 
 def _holds(size: int, count: int, device: torch.device) -> Tensor:

@@ -46,8 +46,11 @@ def test_rest_of_cells_is_counted(grid: tuple[int, ...], num_cells: int, window:
 
 
 @pytest.mark.parametrize("window", [Circle(radius=2, frame_radius=1), Circle(radius=2), Box(window=(3, 3))], ids=str)
-def test_rest_of_cells_is_counted_in_videos(window: Circle | Box) -> None:
-    assert torch.allclose(rest_of_cells((3, 4, 6), window, 8, CPU).double(), counted((3, 4, 6), window, 8), atol=1e-5)
+@pytest.mark.parametrize(("grid", "num_cells"), [((3, 4, 6), 8), ((3, 5, 2), 4)], ids=["cubes", "one-column"])
+def test_rest_of_cells_is_counted_in_videos(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
+    assert torch.allclose(
+        rest_of_cells(grid, window, num_cells, CPU).double(), counted(grid, window, num_cells), atol=1e-5
+    )
 
 
 def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
