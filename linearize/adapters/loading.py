@@ -128,7 +128,9 @@ def load_base(
     if named == "auto":
         named = stored_dtype(base, variant=options["variant"], offline=offline)
     if not weights and source.pipeline_class is None:
-        return build_on_meta(base, dtype=named)
+        model = build_on_meta(base, dtype=named)
+        model.register_to_config(_name_or_path=source.name)  # type: ignore[operator]  # as diffusers does
+        return model
     if not weights:
         options = parts_on_meta(base, dtype=named, offline=offline) | options
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)

@@ -69,6 +69,18 @@ def test_the_outline_of_a_student_runs_what_the_student_runs(trained: str, confi
         assert of_outline == of_loaded
 
 
+def test_the_outline_of_a_denoiser_alone_reads_its_own_folder(tmp_path: Path) -> None:
+    model = converted(tmp_path, Clear(radius=2, pool_size=2)).transformer  # its config names the base's folder
+    model.save_pretrained(tmp_path / "plain")
+    save_merged(model, tmp_path / "merged")
+    for name in ("plain", "merged"):
+        loaded = from_pretrained(tmp_path / name)
+        outline = from_pretrained(tmp_path / name, weights=False)
+        assert {key: (one.shape, one.dtype) for key, one in outline.state_dict().items()} == {
+            key: (one.shape, one.dtype) for key, one in loaded.state_dict().items()
+        }
+
+
 def test_an_outline_counts_its_weights_where_they_would_be(tmp_path: Path) -> None:
     build_tiny().save_pretrained(tmp_path)
     cpu, loaded = torch.device("cpu"), open_pipeline(tmp_path)
