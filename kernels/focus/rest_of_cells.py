@@ -38,9 +38,9 @@ def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor
     Returns:
         [n, C], to be read only: it is kept for the windows that were used last.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a fake one would be kept, and served to real ones
         radius, frame_radius, box = to_arguments(window)
-        return log_rest_op(like, grid, radius, num_cells, frame_radius, box)
+        return log_rest_op(like.detach(), grid, radius, num_cells, frame_radius, box)
     return _kept(tuple(grid), window, num_cells, like.dtype, like.device)
 
 

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lineardit.kernels.focus.rest_of_cells import UNSEEN, log_rest, new_log_rest, rest_of_cells
 from lineardit.kernels.pieces.cells import cell_grid, cells_of_axis
@@ -63,6 +64,13 @@ def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
     assert ((rest > 0) & (rest < 4)).any()
     halves = log_rest(torch.zeros(1, dtype=torch.float16), (8, 8), Circle(radius=4), 16)
     assert halves.dtype == torch.float16 and halves.isfinite().all()
+
+
+def test_log_rest_of_fake_tensors_is_none_of_real_ones() -> None:
+    arguments = ((4, 5), Circle(radius=2.25), 4)
+    with FakeTensorMode():
+        assert isinstance(log_rest(torch.zeros(1), *arguments), FakeTensor)
+    assert type(log_rest(torch.zeros(1), *arguments)) is torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,11 +1,13 @@
 """Which implementation of window attention runs, what it allocates, and its operators under the compiler."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from window_case import Case
 
@@ -18,7 +20,7 @@ from lineardit.kernels.window import (
     tiled,
     window_attention,
 )
-from lineardit.kernels.window.kept_bias import kept_window_bias, window_bias_op
+from lineardit.kernels.window.kept_bias import _kept, kept_window_bias, window_bias_op
 from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
 from lineardit.kernels.window.reference import window_mask
 
@@ -151,6 +153,15 @@ def test_window_bias_op_passes_opcheck_and_is_never_shared():
 def test_operators_that_keep_tables_are_not_recorded_in_cuda_graphs(name):
     tags = getattr(torch.ops.lineardit, name).default.tags
     assert torch.Tag.cudagraph_unsafe in tags and torch.Tag.pt2_compliant_tag in tags
+
+
+def test_kept_window_bias_of_fake_tensors_is_none_of_real_ones():
+    arguments = ((4, 5), Circle(radius=2.25), 3, False)
+    for first_fake in (True, False):
+        _kept.cache_clear()
+        for fake in (first_fake, not first_fake):
+            with FakeTensorMode() if fake else nullcontext():
+                assert isinstance(kept_window_bias(torch.zeros(1), *arguments), FakeTensor) == fake
 
 
 @pytest.mark.parametrize("impl", ["auto", *PORTABLE])
