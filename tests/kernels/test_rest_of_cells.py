@@ -66,6 +66,16 @@ def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
     assert halves.dtype == torch.float16 and halves.isfinite().all()
 
 
+def test_log_rest_of_a_tensor_in_training_compiles() -> None:
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        return (value.mT @ log_rest(value, (4, 5), Circle(radius=2), 4).softmax(0)).square().sum()
+
+    value = torch.randn(1, 2, 20, 8, requires_grad=True)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (expected,) = torch.autograd.grad(loss(value), value)
+    assert torch.allclose(torch.autograd.grad(compiled(value), value)[0], expected)
+
+
 def test_log_rest_of_fake_tensors_is_none_of_real_ones() -> None:
     arguments = ((4, 5), Circle(radius=2.25), 4)
     with FakeTensorMode():
