@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    teacher: Annotated[str, typer.Argument(help="The original pipeline (or any other): Hub id or folder.")],
-    student: Annotated[str, typer.Argument(help="The adapter to judge (or any other): Hub id or folder.")],
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="The original pipeline (or any other): Hub id or folder.")
+    ],
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="The adapter to judge (or any other): Hub id or folder.")
+    ],
     prompts: Annotated[Path, typer.Option("--prompts", help="A file with one prompt a line.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for report, sheet and pictures.")],
     size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the teacher's own.")] = None,

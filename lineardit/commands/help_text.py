@@ -1,5 +1,6 @@
 """How `--help` looks: plain text in sections, at most 120 columns wide, whatever it is written to."""
 
+import re
 from typing import Any
 
 from typer.core import TyperCommand
@@ -13,13 +14,39 @@ class SectionedCommand(TyperCommand):
     typer draws such panels as boxes of colour, which at 80 columns leave half of a line for words.
     """
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        names = [_named(parameter) for parameter in self.get_params(ctx) if _is_argument(parameter)]
+        return [self.options_metavar or "", *names]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[Any]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+                usual = "Arguments" if _is_argument(parameter) else "Options"
+                told = sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, [])
+                told.append(_in_words(parameter, *record))
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def _is_argument(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "argument")
+
+
+def _named(parameter: Any) -> str:
+    """`BASE`, or `[PROMPT...]` where it may be left out; typer has braces around the first, which mean a choice."""
+    return parameter.metavar if parameter.required else f"[{parameter.metavar}]"
+
+
+def _in_words(parameter: Any, name: str, told: str) -> tuple[str, str]:
+    """What typer says of an argument or option, without the types of Python and with bounds in words."""
+    if _is_argument(parameter):
+        name, told = _named(parameter), told.removesuffix("[required]").rstrip()
+    bounds = parameter.min, parameter.max
+    if bounds != (None, None):
+        least, most = bounds
+        words = f"{least} to {most}" if most is not None and most < 2**32 else f"{least} or more"
+        told = re.sub(r"[-\d.<=]*x[-\d.<=>]+\]$", f"{words}]", told)
+    return name.replace(" range>", ">"), told

@@ -34,7 +34,7 @@ _TAKEN_OVER = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "tru
 def upscale(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="The picture to enlarge.")],
     source: Annotated[
-        str | None, typer.Argument(metavar="[ADAPTER_OR_BASE]", help="Hub id or folder; else what made the picture.")
+        str | None, typer.Argument(metavar="ADAPTER_OR_BASE", help="Hub id or folder; else what made the picture.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("upscaled.png"),
     size: Annotated[

@@ -106,6 +106,25 @@ def test_help_groups_options_within_the_width(
     assert any("--output" in line for line in first)
 
 
+def test_help_spells_arguments_and_bounds_as_they_are_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    for name, command in get_command(app).commands.items():
+        assert run([name, "--help"]) == 0
+        out = capsys.readouterr().out
+        own = out.partition("Options of --method")[0]
+        assert not any(odd in own for odd in ("{", "list[", " range", "<=", ">=", str(2**63 - 1))), own
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                spelled = parameter.metavar if parameter.required else f"[{parameter.metavar}]"
+                assert spelled.isascii() and f" {spelled}" in out.splitlines()[0] and f"\n  {spelled}  " in out
+    assert run(["upscale", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: lineardit upscale [OPTIONS] PICTURE [ADAPTER_OR_BASE]\n")
+    assert "[default: 0; 0 or more]" in out
+
+
 def test_help_cuts_no_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["--help"]) == 0
