@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from .options import MODEL, Device, Dtype, Impl, MaxSequenceLength, Offline
@@ -105,7 +104,7 @@ def entry(row: "StepTime") -> dict[str, Any]:
 
 def show(name: str, rows: "Sequence[StepTime]") -> None:
     """Print the table of one conversion, and from which size on it is worth it."""
-    table = Table(title=f"One step, batch 1, medians: {escape(name)}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"One step, batch 1, medians: {name}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("size", no_wrap=True)
     with_memory = any(row.original_gib or row.converted_gib for row in rows)
     for header in ("original", "converted", "ratio", "as counted", *["peak GiB"] * with_memory):
@@ -117,8 +116,8 @@ def show(name: str, rows: "Sequence[StepTime]") -> None:
         cells += [" to ".join(map(_gib, (row.original_gib, row.converted_gib)))] * with_memory
         table.add_row(*cells, row.runs)
     console = wide_console()
-    console.print(table, highlight=False)
-    console.print(verdict(rows), highlight=False)
+    console.print(table)
+    console.print(verdict(rows))
 
 
 def verdict(rows: "Sequence[StepTime]") -> str:

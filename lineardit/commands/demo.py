@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .tables import wide_console
@@ -26,11 +27,11 @@ def demo(
     report = run(output, settings=settings)
     page = write_page(report, settings)
     header, *rows = table_rows(report)
-    table = Table(*header)
+    table = Table(*header, box=SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
     console = wide_console()
-    console.print(table, highlight=False)
+    console.print(table)
     side, ratio = settings.large_side, report.speed.ratio
     print(f"A step at {side}x{side}: the student is {ratio:.1f} times as fast as the teacher (at least 3 are wanted).")
     print(took(report))

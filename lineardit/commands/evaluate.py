@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .options import (
@@ -90,10 +91,10 @@ def show(report: "Report") -> None:
     """Print the table."""
     settings = report.settings
     told = f"{report.pictures} pictures of {settings.width}x{settings.height}, {settings.steps} steps"
-    table = Table("", "teacher", "student", title=told, title_justify="left")
+    table = Table("", "teacher", "student", title=told, title_justify="left", box=SIMPLE_HEAD)
     for name, values in _rows(report):
         table.add_row(name, *values)
-    wide_console().print(table, highlight=False)
+    wide_console().print(table)
 
 
 def _rows(report: "Report") -> list[tuple[str, tuple[str, ...]]]:

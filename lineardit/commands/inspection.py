@@ -45,7 +45,7 @@ def inspect(
 def show(inspection: "Inspection") -> None:
     """Print the two tables."""
     console = wide_console()
-    console.print(f"{inspection.model_class} of {inspection.base}, family {inspection.family}", highlight=False)
+    console.print(f"{inspection.model_class} of {inspection.base}, family {inspection.family}")
     console.print(_modules(inspection))
     console.print(_costs(inspection))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .options import Arguments, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Offload, Seed
@@ -93,11 +94,11 @@ def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
 
 def show(found: "dict[str, Nearness]") -> None:
     """Print a row for each model."""
-    table = Table(title="Relative error of one prediction", title_justify="left")
+    table = Table(title="Relative error of one prediction", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     for header in ("first", "last", "mean", "seconds a prediction"):
         table.add_column(header, justify="right")
     for name, one in found.items():
         values = one.errors[0], one.errors[-1], one.mean
         table.add_row(name, *(f"{value:.2g}" for value in values), f"{one.seconds:.3g}")
-    wide_console().print(table, highlight=False)
+    wide_console().print(table)

@@ -104,10 +104,10 @@ def show(profile: "Profile") -> None:
         masses = [f"{mean(column):.0%}" for column in zip(*layer.mass, strict=True)]
         where.add_row(layer.module, *masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}")
         error.add_row(layer.module, *(f"{one:.2g}" for one in layer.output_error))
-    console.print(where, highlight=False)
-    console.print(error, highlight=False)
+    console.print(where)
+    console.print(error)
     for letter, method in zip(letters, profile.methods, strict=True):
-        console.print(f"{letter}: {name_of(method)}", highlight=False)
+        console.print(f"{letter}: {name_of(method)}")
 
 
 def _table(title: str, headers: Iterable[str]) -> Table:

@@ -7,7 +7,10 @@ WHOLE = 10_000  # columns, of what is no terminal: no cell is cut or wrapped
 
 
 def wide_console() -> Console:
-    """A console as wide as the terminal, but at most `MAX_WIDTH`; in a pipe or a file as wide as its tables are."""
-    console = Console()
+    """A console as wide as the terminal, but at most `MAX_WIDTH`; in a pipe or a file as wide as its tables are.
+
+    It prints what it is given: brackets and colons in the names of folders are no markup.
+    """
+    console = Console(markup=False, emoji=False, highlight=False)
     console.width = min(console.width, MAX_WIDTH) if console.is_terminal else WHOLE
     return console
