@@ -93,7 +93,11 @@ class Stage:
         return [self.shift * time / (1 + (self.shift - 1) * time) for time in times]
 
     def __str__(self) -> str:
-        words = [f"{self.width}x{self.height}", f"{self.steps} steps", f"{self.attention} attention"]
+        words = [
+            f"{self.width}x{self.height}",
+            f"{self.steps} step{'s' * (self.steps != 1)}",
+            f"{self.attention} attention",
+        ]
         if self.shift is not None:
             words.append(f"from noise level {self.strength:g}, shift {self.shift:.3g}")
         elif self.strength < 1:
@@ -103,9 +107,15 @@ class Stage:
         words += [f"enlarged sharply ({self.sharpen:g})"] if self.sharpen else []
         words += [f"low frequencies follow at {self.follow:g}"] if self.follow else []
         words += [f"token-wise layers in chunks of {self.chunk_tokens}"] if self.chunk_tokens is not None else []
-        words += [f"about {self.seconds:.0f} s"] if self.seconds is not None else []
-        words += [f"about {self.gib:.1f} GiB"] if self.gib is not None else []
+        words += [_about(self.seconds, 0, "s")] if self.seconds is not None else []
+        words += [_about(self.gib, 1, "GiB")] if self.gib is not None else []
         return ", ".join(words)
+
+
+def _about(amount: float, digits: int, unit: str) -> str:
+    """`about 3 s`; of what rounds to nothing, what it is less than."""
+    told = f"{amount:.{digits}f}"
+    return f"about {told} {unit}" if float(told) else f"less than {10**-digits:g} {unit}"
 
 
 @dataclass(frozen=True, kw_only=True)

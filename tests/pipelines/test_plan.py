@@ -132,6 +132,12 @@ def test_plan_says_what_it_does() -> None:
     assert "8192x4096 is made and cropped to 8190x4096" in text
 
 
+def test_a_small_stage_says_what_it_is_less_than() -> None:
+    stage = replace(cascade(2048, 2048, FLUX, Settings(steps=1), **CALL).stages[-1], seconds=0.4, gib=0.04)
+    assert ", 1 step, " in str(stage) and str(stage).endswith("less than 1 s, less than 0.1 GiB")
+    assert str(replace(stage, seconds=0.6, gib=0.06)).endswith("about 1 s, about 0.1 GiB")
+
+
 def test_plan_settings_leave_out_what_differs_between_machines() -> None:
     plan = cascade(2048, 2048, FLUX, Settings(), **CALL)
     timed = replace(plan, stages=tuple(replace(stage, seconds=1.0, gib=2.0) for stage in plan.stages))
