@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or after one sentence 2 where the input is wrong, 1 where memory runs out."""
     for name, value in QUIET.items():  # before the libraries are imported, which some of them remark upon
         os.environ.setdefault(name, value)
-    from ..linearize.errors import is_out_of_memory
+    from ..linearize.errors import is_out_of_memory, told
     from .config_tables import load_config
     from .processes import SENTENCES
     from .train import distill
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             end_with(options.launcher)
         distill(load_config(options.config, options.set), resume=options.resume)
     except SENTENCES as error:
-        _tell(str(error), elsewhere=_is_told_elsewhere(error))
+        _tell(told(error), elsewhere=_is_told_elsewhere(error))
         return 2
     except RuntimeError as error:
         if _is_of_another(error):

@@ -122,7 +122,9 @@ def _whole_shards(directory: Path, settings: Mapping[str, Any]) -> dict[int, dic
         if index["settings"].get(name) != value
     ]
     if different:
-        raise ValueError(f"{directory} was made with other settings: {'; '.join(different)}")
+        raise ValueError(
+            f"{directory} was made with other settings: {'; '.join(different)}: call with those, or name another folder"
+        )
     return {shard_number(shard): shard for shard in index["shards"] if shard_is_whole(directory, shard)}
 
 

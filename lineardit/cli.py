@@ -98,7 +98,9 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if "--traceback" in arguments:
             raise
-        message, exit_code = str(error), 2
+        from .linearize.errors import told
+
+        message, exit_code = told(error), 2
     except RuntimeError as error:
         from .linearize.errors import is_out_of_memory
 

@@ -35,6 +35,14 @@ def is_out_of_memory(error: BaseException) -> bool:
         error = error.__cause__
 
 
+def told(error: Exception) -> str:
+    """What an error says, on one line; of files, the name and what the system says of it, without its number."""
+    if isinstance(error, OSError) and type(error).__str__ is OSError.__str__ and error.strerror:
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{names}: {error.strerror}" if names else error.strerror
+    return " ".join(str(error).split())
+
+
 def nearest(name: object, names: Iterable[object]) -> str:
     """ " (did you mean ...?)" for a name close to one of `names`, else nothing: for the end of a message."""
     near = get_close_matches(str(name), [str(known) for known in names], n=3)

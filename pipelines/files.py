@@ -62,7 +62,9 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
         OSError: they cannot be written there.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("prompts must hold at least one prompt, and none may be empty")
+        raise ValueError(
+            "prompts must hold at least one prompt, and none may be empty: give a prompt, or a file of them (--prompts)"
+        )
     for words in (*prompts, *text.values()):
         check_text(words)
     if output.suffix.lower() == ".png":

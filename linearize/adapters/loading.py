@@ -20,7 +20,7 @@ from ..networks import denoiser
 from ..record import CONFIG_KEY, record_
 from ..seam import overlays_of
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import CONFIG_FILE, Base, Place, build_on_meta, find_place, read_base
+from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, find_place, read_base
 from .fitting import check_shapes, shapes_of
 from .outline import parts_on_meta
 from .stored_weights import stored_dtype, variant_of
@@ -163,9 +163,10 @@ def _restored(
     if saved is None and place.folder is None and place.offline:
         raise ValueError(f"{place.name} is not in the local cache, and offline=True (--offline, HF_HUB_OFFLINE=1)")
     if saved is None or CONFIG_KEY not in saved.config:
+        no_model = f"it has no {PIPELINE_FILE} either, as every pipeline of diffusers has"
         raise ValueError(
             f"{place.name} is neither an adapter (no {MANIFEST_FILE}) nor a saved converted pipeline: "
-            "`lineardit convert` makes an adapter of a base"
+            + (no_model if saved is None else "`lineardit convert` makes an adapter of a base")
         )
     entry = read_entry(saved.config[CONFIG_KEY])
     if base is not None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from ..errors import nearest
@@ -86,8 +86,8 @@ def config_from_dict(settings: Mapping[str, Any]) -> Any:
     try:
         return cls(**{known[key].name: value for key, value in (given | nested).items()})
     except TypeError as error:
-        missing = ", ".join(key for key in known if key not in given)
-        raise ValueError(f"method {method} needs more settings; not given: {missing}") from error
+        missing = [key for key, field in known.items() if key not in given and field.default is MISSING]
+        raise ValueError(f"method {method} needs more settings; not given: {', '.join(missing)}") from error
 
 
 def setting_name(field: Field[Any]) -> str:

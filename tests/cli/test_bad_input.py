@@ -195,3 +195,27 @@ def test_unknown_option_lists_the_known_ones(capsys: pytest.CaptureFixture[str])
 def test_traceback_option_shows_the_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="config"):
         run(["--traceback", "inspect", str(tmp_path)])
+
+
+def test_a_missing_file_is_named_without_the_number_of_its_error(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (("distill", tmp_path / "no.toml"), ("generate", base, "--prompts", tmp_path / "no.toml")):
+        assert refused(capsys, *words).split(": ", 1)[1] == f"{tmp_path / 'no.toml'}: No such file or directory\n"
+
+
+def test_what_argparse_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`refused` sees it; usage comes in several lines."""
+    assert "got 'first'" in refused(capsys, "distill", tmp_path / "a.toml", "--resume", "first")
+
+
+def test_a_method_says_only_the_settings_that_it_needs(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "convert", base, "--method", "clear", "-o", "x").endswith("not given: radius\n")
+
+
+def test_a_table_prints_brackets_and_colons_of_a_name_as_they_are(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = base.rename(base.parent / "a[red]b:key:")
+    assert run(["inspect", str(odd)]) == 0
+    assert str(odd) in capsys.readouterr().out

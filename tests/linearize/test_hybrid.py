@@ -251,7 +251,7 @@ def test_settings_are_checked(change: dict[str, Any], told: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"local": {"method": "clear", "radius": 2}}, "needs more settings; not given: global"),
+        ({"local": {"method": "clear", "radius": 2}}, "needs more settings; not given: global$"),
         ({"local": "clear", "global": {"method": "mala"}}, "settings must look like"),
         ({"local": {"method": "clear", "raduis": 2}, "global": {"method": "mala"}}, r"did you mean radius\?"),
         ({"local": {"method": "clear", "radius": 2}, "globol": {"method": "mala"}}, r"did you mean global\?"),

@@ -209,10 +209,10 @@ def test_from_pretrained_hands_options_to_diffusers(base: Path, tmp_path: Path) 
 
 
 def test_from_pretrained_says_what_a_folder_is_not(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither an adapter .* nor a saved converted pipeline"):
+    with pytest.raises(ValueError, match=r"neither an adapter .* nor a saved converted pipeline: `lineardit convert`"):
         from_pretrained(base)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"neither an adapter .* nor a saved converted pipeline"):
+    with pytest.raises(ValueError, match=r"neither an adapter .* nor .*: it has no model_index.json either"):
         from_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="it is not a Hub id"):
         from_pretrained(tmp_path / "nothing")
