@@ -20,7 +20,7 @@ def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None
     for number, (name, rows) in enumerate(found.items()):
         for label, style in (("original", "o--"), ("converted", "s-")):
             points = sorted((row.tokens, median(taken)) for row in rows if (taken := getattr(row, label)))
-            told = _label(name) if label == "converted" else f"original, in turn with {_label(name)}"
+            told = label_of(name) if label == "converted" else f"original, in turn with {label_of(name)}"
             if points:
                 fill = "none" if label == "original" else "full"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{number}", fillstyle=fill, label=told)
@@ -37,7 +37,7 @@ def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-def _label(name: str) -> str:
+def label_of(name: str) -> str:
     """The end of a name, without what matplotlib reads as mathematics or hides."""
     short = name if len(name) <= LONGEST else f"...{name[-LONGEST:]}"
     return (f"./{short}" if short.startswith("_") else short).replace("$", r"\$")

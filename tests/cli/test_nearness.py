@@ -9,6 +9,8 @@ from tiny_distill import build_tiny
 from two_conversions import convert_twice
 
 from lineardit.cli import run
+from lineardit.linearize.measures.nearness import Nearness
+from lineardit.nearness_plot import draw_nearness
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,13 @@ def test_nearness_writes_figures_and_a_picture(made: Path) -> None:
     assert means[0] == 0 < means[1] < means[2]
     assert all(len(one["errors"]) == 3 for one in content["models"].values())
     with Image.open(made / "out" / "nearness.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_a_name_that_matplotlib_would_read_is_drawn(tmp_path: Path) -> None:
+    drawn = Nearness(errors=(0.1, 0.2), seconds=1.0)
+    draw_nearness({"$x^$": drawn, "_hidden" + 200 * "long": drawn}, tmp_path / "nearness.png")
+    with Image.open(tmp_path / "nearness.png") as picture:
         assert min(picture.size) > 200
 
 
