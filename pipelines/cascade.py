@@ -148,7 +148,8 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
     folder = one.stages
     latents, done = _last_latents(folder, one, len(staged.plan.stages) - 1)
     if done:
-        logger.info("%s: stages 1 to %d are there already", one.path, done)
+        there = "stage 1 is" if done == 1 else f"stages 1 to {done} are"
+        logger.info("%s: %s there already", one.path, there)
 
     @unkept_told()
     def on_stage_end(_pipe: Any, number: int, made: dict[str, Any]) -> None:

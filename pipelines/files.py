@@ -108,8 +108,9 @@ def not_there(wanted: Sequence[Wanted]) -> list[Wanted]:
     for one in wanted:
         if one.path.exists() and text_of(one.path) != one.text:
             raise ValueError(_kept(one.path))
-    if len(missing) < len(wanted):
-        logger.info("%d of %d pictures are there already", len(wanted) - len(missing), len(wanted))
+    if there := len(wanted) - len(missing):
+        told = "the picture is" if len(wanted) == 1 else f"{there} of {len(wanted)} pictures are"
+        logger.info("%s there already", told)
     for one in missing:
         check_latents(one)
     return missing

@@ -14,7 +14,12 @@ MODEL = "Model"
 MACHINE = "Device, memory and speed"
 
 
-def _finite(number: float | None) -> float | None:
+def finite(number: float | None) -> float | None:
+    """The number of an option, as it is, if it is one.
+
+    Raises:
+        typer.BadParameter: NaN or infinite.
+    """
     if number is not None and not math.isfinite(number):
         raise typer.BadParameter(f"must be finite, got {number}")
     return number
@@ -22,7 +27,7 @@ def _finite(number: float | None) -> float | None:
 
 Steps = Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; else the pipeline's own.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
-Guidance = Annotated[float | None, typer.Option(callback=_finite, help="guidance_scale; else the pipeline's own.")]
+Guidance = Annotated[float | None, typer.Option(callback=finite, help="guidance_scale; else the pipeline's own.")]
 
 MaxSequenceLength = Annotated[
     int | None, typer.Option(min=1, help="Text tokens; else the pipeline's own.", rich_help_panel=DRAWING)

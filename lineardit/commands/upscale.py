@@ -16,14 +16,13 @@ from .options import (
     ChunkTokens,
     Device,
     Dtype,
-    Guidance,
     Impl,
     Loras,
     MaxSequenceLength,
     Offline,
     Offload,
     Revision,
-    Seed,
+    finite,
 )
 from .prompts import parse_arguments, parse_size
 
@@ -44,8 +43,11 @@ def upscale(
     strength: Annotated[float, typer.Option(help="Noise level the picture gets, in (0, 1]: how much is new.")] = 0.3,
     steps: Annotated[int, typer.Option(help="Denoising steps of each stage.")] = 8,
     sharpen: Annotated[float, typer.Option(help="How much sharper its enlarged edges are made; 0: none.")] = 1.0,
-    seed: Seed = 0,
-    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise; another seed, other details.")] = 0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(callback=finite, help="guidance_scale; else what the PNG says, or the pipeline's own."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,

@@ -97,6 +97,8 @@ def test_generate_tells_stages_and_kernels(adapter: Path, tmp_path: Path, caplog
     assert lineardit("generate", adapter, PROMPT, *words) == 0
     assert "token-wise layers in chunks of 9" in caplog.text
     assert "stage 2 of 3, 28x24, converted attention, kernel: masked" in caplog.text
+    assert lineardit("generate", adapter, PROMPT, *words) == 0
+    assert "the picture is there already" in caplog.messages
 
 
 def test_upscale_takes_prompt_and_model_from_the_picture(
