@@ -24,6 +24,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         ValueError: `path` exists and overwrite is False, or it is a file.
+        OSError: it cannot be written, for example because the disk is full.
     """
     check_output(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +39,12 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         sync(temporary)
         _put_in_place(temporary, path)
         sync(path.parent)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

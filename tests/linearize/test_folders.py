@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lineardit.linearize.folders import check_output_file, check_writable, new_folder, read_tensors, write_whole
@@ -18,6 +19,16 @@ def test_new_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
         assert not path.exists()
     assert (path / "a").read_text() == "1"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(errno.ENOSPC, "No space left")])
+def test_new_folder_says_what_a_full_disk_does_not_hold(tmp_path: Path, error: Exception) -> None:
+    with (
+        pytest.raises(OSError, match=r"folder.*No space left|No space left.*folder"),
+        new_folder(tmp_path / "folder", overwrite=False),
+    ):
+        raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_new_folder_is_readable_as_any_new_folder(tmp_path: Path) -> None:
