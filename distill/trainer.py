@@ -83,22 +83,21 @@ class Trainer:
         self.validation.start(start)
         log = main_has(self.accelerator, lambda: self._log(start))
         began = time.perf_counter() - (log.rows[-1].get("seconds", 0.0) if log and log.rows else 0.0)
-        progress = tqdm(total=self.last_step, initial=start, desc="distill", unit="step", disable=log is None)
-        for step in range(start + 1, self.last_step + 1):
-            row = self.step(step)
-            progress.update()
-            progress.set_postfix(loss=f"{row['loss']:.4f}")
-            last = step == self.last_step
-            if log:
-                log.append({"step": step, **row, "seconds": round(time.perf_counter() - began, 3)})
-                if last or step % save.log_every == 0:
-                    log.draw(self.directory / "loss.png", first_stage=self.first_stage)
-            if last or step % save.every == 0:
-                self._save(step)
-            if self.validation.is_due(step):
-                self.validation.run(step)
-            progress.unpause()  # the time left is that of steps
-        progress.close()
+        with tqdm(total=self.last_step, initial=start, desc="distill", unit="step", disable=log is None) as progress:
+            for step in range(start + 1, self.last_step + 1):
+                row = self.step(step)
+                progress.update()
+                progress.set_postfix(loss=f"{row['loss']:.4f}")
+                last = step == self.last_step
+                if log:
+                    log.append({"step": step, **row, "seconds": round(time.perf_counter() - began, 3)})
+                    if last or step % save.log_every == 0:
+                        log.draw(self.directory / "loss.png", first_stage=self.first_stage)
+                if last or step % save.every == 0:
+                    self._save(step)
+                if self.validation.is_due(step):
+                    self.validation.run(step)
+                progress.unpause()  # the time left is that of steps
 
     def step(self, step: int) -> dict[str, float]:
         """One update; the loss terms over the whole batch, and the learning rate."""

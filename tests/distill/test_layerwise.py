@@ -218,7 +218,8 @@ def test_checkpointing_and_accumulation_change_nothing(make_config: MakeConfig, 
         assert one == pytest.approx(two, rel=1e-5)
 
 
-def test_a_layer_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> None:
+def test_a_layer_that_is_not_finite_stops_the_run(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(method=MALA, layerwise={"steps": 5, "lr": 1e30, "warmup": 0}, save={"every": 1})
     with pytest.raises(DivergedError, match=r"is (inf|nan) at step \d; .* a lower rate, such as --set layerwise.lr="):
         distill(config)
+    assert capsys.readouterr().err.endswith("\n")  # what ended the run is told below the bar, not beside it
