@@ -90,9 +90,10 @@ def run(arguments: Sequence[str]) -> int:
     words = [_at_home(word) for word in arguments] or ["--help"]
     try:
         exit_code = app(args=words, prog_name="lineardit", standalone_mode=False) or 0
-        if exit_code != INTERRUPTED:
+        command = next((word for word in words if not word.startswith("-")), "")
+        if exit_code != INTERRUPTED or command == "distill":  # which has told itself how it goes on
             return exit_code
-        message = "interrupted" + ("; the same command goes on with what is there" if words[0] in GO_ON else "")
+        message = "interrupted" + ("; the same command goes on with what is there" if command in GO_ON else "")
     except typer.TyperException as error:
         message, exit_code = _with_what_is_allowed(error), error.exit_code
     except (ValueError, OSError) as error:

@@ -4,7 +4,8 @@ import os
 
 import torch
 
-from ..linearize.adapters.opening import named_dtype
+from ..linearize.adapters.opening import DTYPES
+from ..linearize.errors import nearest
 
 
 def devices_here() -> list[str]:
@@ -36,4 +37,6 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return named_dtype(name)
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
+    return DTYPES[name]

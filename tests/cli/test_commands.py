@@ -58,6 +58,19 @@ def test_an_interrupted_command_says_that_it_can_go_on(
     assert capsys.readouterr().err == "lineardit: interrupted; the same command goes on with what is there\n"
 
 
+def test_an_interrupted_distillation_has_told_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lineardit.distill.__main__.main", Mock(side_effect=KeyboardInterrupt))
+    assert run(["--traceback", "distill", "run.toml"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dtype_that_is_none_is_told_with_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["decode", "x.latents.safetensors", "--dtype", "int8"]) == 2
+    assert "dtype must be auto or one of float32, bfloat16, float16, got 'int8'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rest", [["-o", "out"], ["--overwrite"], []])
 def test_split_arguments_refuses_an_option_without_its_value(rest: list[str]) -> None:
     with pytest.raises(ValueError, match="option --radius needs a value"):
