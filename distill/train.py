@@ -30,13 +30,8 @@ from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-FILES = (
-    "run.json.*",
-    "loss.*",
-    "validation*",
-    "step-*",
-    "adapter.*",
-)  # of a run, with what is added while they are made
+# Of a run, with what is added to their names while they are written.
+FILES = ("run.json.*", "loss.*", "validation*", "step-*", "adapter.*")
 
 
 def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:

@@ -164,7 +164,7 @@ FLASH = Partial(_flash_forward, _flash_backward)
 EFFICIENT = Partial(_efficient_forward, _efficient_backward, takes_half=True)
 
 
-@lru_cache  # one trial, and one warning, for each device and dtype
+@lru_cache  # one trial, and one warning, for each device, dtype and head dimension
 def fastest_partial(device_type: str, dtype: torch.dtype, head_dim: int = 64) -> Partial:
     """FLASH on a CPU, EFFICIENT in half precision on CUDA, where they run and agree with PLAIN on a small example.
 
