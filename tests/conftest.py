@@ -54,13 +54,17 @@ def nan_filled_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def logging_levels() -> Iterator[None]:
-    """Levels that a command sets for its process do not reach the next test."""
-    root, known = logging.getLogger(), logging.root.manager.loggerDict
-    before = {logger: logger.level for logger in (root, *known.values()) if isinstance(logger, logging.Logger)}
-    yield
+    """Levels that a command sets for its process, a module's fixture before the test included, do not reach a test."""
+    known = logging.root.manager.loggerDict
     for name, logger in list(known.items()):
-        if isinstance(logger, logging.Logger) and name.startswith("lineardit"):
-            before.setdefault(logger, logging.NOTSET)
+        if isinstance(logger, logging.Logger) and name.split(".")[0] == "lineardit":
+            _set_level(logger, logging.NOTSET)
+    before = {logger: logger.level for logger in (logging.root, *known.values()) if isinstance(logger, logging.Logger)}
+    yield
     for logger, level in before.items():
-        if logger.level != level:  # setting one costs a walk over all
-            logger.setLevel(level)
+        _set_level(logger, level)
+
+
+def _set_level(logger: logging.Logger, level: int) -> None:
+    if logger.level != level:  # setting one costs a walk over all
+        logger.setLevel(level)
