@@ -171,10 +171,11 @@ class Save:
     every: int = 500  # steps between checkpoints
     keep_last: int = 2
     log_every: int = 100  # steps between drawings of the loss curve; the CSV has every step
+    report_to: tuple[str, ...] = ()  # experiment trackers beside the CSV, as accelerate calls them: ("wandb",)
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            require(value >= 1, f"save.{name}", ">= 1", value)
+        for name in ("every", "keep_last", "log_every"):
+            require(getattr(self, name) >= 1, f"save.{name}", ">= 1", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

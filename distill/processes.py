@@ -6,8 +6,9 @@ lesson of `layerwise.py` ends in its layer and some losses reach a weight in one
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -30,9 +31,12 @@ BUCKET = 2**25  # elements that are exchanged at once
 Result = TypeVar("Result")
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """The processes of this launch, on CUDA where there is some, else on the CPU.
 
+    Args:
+        trackers: Names of accelerate's that are here.
+        folder: For what they keep on this disk.
     Raises:
         ValueError: accelerate sees another number of processes than the launcher started, or shards the model.
     """
@@ -48,6 +52,8 @@ def start_accelerator() -> Accelerator:
         # what accelerate would else read from its environment:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
+        log_with=list(trackers) or None,
+        project_dir=folder,
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:

@@ -32,6 +32,7 @@ _MAY_CHANGE = {
     "save.every",
     "save.keep_last",
     "save.log_every",
+    "save.report_to",
     "validate.every",
 }
 # What follows depends on these, what was learnt does not: a run that diverged goes on with a lower rate, for example.
@@ -48,6 +49,11 @@ _MAY_CHANGE_FROM_HERE = (
     "schedule.kind",
     "schedule.warmup",
 )
+
+
+def settings_of(config: DistillConfig) -> dict[str, Any]:
+    """Every setting by its full name: "loss.flow"."""
+    return dict(_flat(config_to_tables(config)))
 
 
 def check_run(config: DistillConfig, data: str, *, resume: Resume | None) -> int:

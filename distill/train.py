@@ -26,6 +26,7 @@ from .precision import autocasts
 from .processes import all_or_none, on_main, start_accelerator
 from .runs import check_run, write_run
 from .student import build_student_
+from .trackers import available, check_trackers, start_trackers
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,11 @@ def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
             missing.
         DivergedError: a loss is not finite.
     """
-    accelerator = start_accelerator()
+    trackers = config.save.report_to
+    accelerator = start_accelerator(trackers=available(trackers), folder=config.run.folder)
     with all_or_none(accelerator):
         require_matplotlib("the curve of the losses")
+        check_trackers(trackers)
         samples = TeacherSamples(config.data.folder)
         _check_settings(config, samples, accelerator.num_processes)
     with ExitStack() as while_held:  # by the main process, which alone reads and writes the folder
@@ -78,6 +81,7 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
     if accelerator.is_main_process:
         processes = accelerator.num_processes
         logger.info("%s", describe_plan(config, denoiser(pipe)[1], report, samples, processes, mixed=mixed))
+    start_trackers(accelerator, config)
     trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
     trainer.restore(start)
     if start == config.layerwise.steps + config.run.steps:

@@ -88,6 +88,7 @@ class Trainer:
                 row = self.step(step)
                 progress.update()
                 progress.set_postfix(loss=f"{row['loss']:.4f}")
+                self.accelerator.log(row, step=step)
                 last = step == self.last_step
                 if log:
                     log.append({"step": step, **row, "seconds": round(time.perf_counter() - began, 3)})

@@ -78,7 +78,9 @@ class Validation:
 
     def _write(self, step: int, judged: Sequence[_Judged]) -> None:
         assert self.log is not None, "`start` comes first"
-        self.log.append({"step": step, self.column: sum(one.error for one in judged) / len(judged)})
+        error = sum(one.error for one in judged) / len(judged)
+        self.log.append({"step": step, self.column: error})
+        self.accelerator.log({f"validation/{self.column}": error}, step=step)
         if judged[0].pictures:
             sheet = self._sheet(step)
             with worth_no_run(sheet):

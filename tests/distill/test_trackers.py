@@ -1,0 +1,90 @@
+"""Experiment trackers beside the CSV."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from accelerate import tracking
+from accelerate.utils import LoggerType
+from tiny_distill import table
+
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.train import distill
+
+
+class Noted(tracking.GeneralTracker):
+    """A tracker that remembers what it was told."""
+
+    name = "tensorboard"
+    requires_logging_directory = True
+    made: list["Noted"]
+
+    def __init__(self, run_name: str, logging_dir: str, **_: Any) -> None:
+        super().__init__()
+        self.where = run_name, str(logging_dir)
+        self.settings: dict[str, Any] = {}
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+        self.finished = False
+        self.made.append(self)
+
+    @property
+    def tracker(self) -> "Noted":
+        return self
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.settings = values
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
+    """The trackers that runs make, where a package for TensorBoard is installed."""
+    made: list[Noted] = []
+    monkeypatch.setattr(Noted, "made", made, raising=False)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Noted)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    return made
+
+
+def test_a_tracker_gets_the_settings_and_the_numbers_of_the_csv(
+    make_config: Callable[..., DistillConfig], noted: list[Noted]
+) -> None:
+    config = make_config(
+        run={"steps": 4}, save={"report_to": ["tensorboard"]}, validate={"samples": 1, "every": 2}, trained={"rank": 3}
+    )
+    distill(config)
+    (tracker,) = noted
+    folder = config.run.folder
+    assert tracker.where == ("lineardit", str(folder)) and tracker.finished
+    assert tracker.settings["trained.rank"] == 3 and tracker.settings["optimizer.betas"] == "(0.9, 0.999)"
+    names = ("flow", "prediction", "attention", "loss", "lr")
+    of_steps = [{"step": step, **row} for step, row in tracker.rows if "loss" in row]
+    assert of_steps == [{name: row[name] for name in ("step", *names)} for row in table(folder / "loss.csv")]
+    judged = [(step, row["validation/latent_mse"]) for step, row in tracker.rows if "loss" not in row]
+    assert judged == [(row["step"], row["latent_mse"]) for row in table(folder / "validation.csv")]
+    assert [step for step, _ in judged] == [2, 4]
+
+
+def test_a_run_goes_on_with_other_trackers(make_config: Callable[..., DistillConfig], noted: list[Noted]) -> None:
+    distill(make_config(run={"steps": 2}))
+    assert not noted
+    distill(make_config(run={"steps": 4}, save={"report_to": ["tensorboard"]}), resume="latest")
+    assert [step for step, _ in noted[0].rows] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("wand", "must be of aim, .*, wandb; got 'wand'"), ("wandb", "names wandb, which is not installed: pip install")],
+)
+def test_a_tracker_that_cannot_be_is_told_before_anything_is_made(
+    name: str, told: str, make_config: Callable[..., DistillConfig], noted: list[Noted]
+) -> None:
+    config = make_config(save={"report_to": [name]})
+    with pytest.raises(ValueError, match=rf"save\.report_to {told}"):
+        distill(config)
+    assert not config.run.folder.exists()
