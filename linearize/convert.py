@@ -132,8 +132,9 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
             state.refuse_other_threads()
             if not state.enabled:
                 continue
+            state.overlays.check_reversible()
+            undo.callback(state.overlays.resume)  # of an interrupted `suspend` as well
             state.overlays.suspend()
-            undo.callback(state.overlays.resume)
             state.disable()
             undo.callback(state.enable)
         yield

@@ -40,7 +40,8 @@ class FullWeights:
 
     def off(self) -> None:
         for name, original in self.originals.items():
-            self.trained[name] = self.parameter(name).detach().to(cast(Tensor, original).device, copy=True)
+            if name not in self.trained:  # else an `on` was interrupted, and the parameter may hold the base's value
+                self.trained[name] = self.parameter(name).detach().to(cast(Tensor, original).device, copy=True)
             self.parameter(name).data.copy_(cast(Tensor, original))
 
     def on(self) -> None:
@@ -105,11 +106,11 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
         keep = keep_original and old.is_meta == weights[name].is_meta
         originals[name] = old.detach().to("meta" if old.is_meta else "cpu", copy=True) if keep else None
     overlay = FullWeights(model, originals)
+    overlays_of(model).items.append(overlay)  # first: what is interrupted below can be restored
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
         if old.is_meta and not weights[name].is_meta:
             setattr(layer, attribute, nn.Parameter(weights[name].clone(), requires_grad=old.requires_grad))
         else:
             old.data.copy_(weights[name])
-    overlays_of(model).items.append(overlay)
     return overlay

@@ -19,7 +19,10 @@ NO_WAY_BACK = (
 
 
 class Overlay(Protocol):
-    """Trained weights on a base. `off` and `on` alternate, beginning with `off`; after `remove` the object is spent."""
+    """Trained weights on a base. After `remove` the object is spent.
+
+    `off` and `on` alternate, beginning with `off`; either may be interrupted, and `on` then makes the student whole.
+    """
 
     @property
     def reversible(self) -> bool: ...  # the base can come back: its weights were kept
@@ -50,9 +53,14 @@ class Overlays:
             overlay.off()
 
     def resume(self) -> None:
-        """Undo `suspend`."""
-        for overlay in self.items:
-            overlay.on()
+        """Undo `suspend`, also one that was interrupted."""
+        try:
+            for overlay in self.items:
+                overlay.on()
+        except BaseException:  # Ctrl-C is late here: a student with some of the base's weights would compute nonsense
+            for overlay in self.items:
+                overlay.on()
+            raise
 
     def remove(self) -> None:
         """Put the base's own weights back for good.
@@ -62,7 +70,8 @@ class Overlays:
         """
         self.check_reversible()
         while self.items:
-            self.items.pop().remove()
+            self.items[-1].remove()
+            self.items.pop()  # afterwards: what was interrupted can be called again
 
     def check_fusable(self) -> None:
         """Whether upstream may copy the projections into one: changes could not be taken off the copy.

@@ -1,6 +1,9 @@
 """Trained weights on a base: off, on, away, and beside the user's own LoRA."""
 
 import copy
+import itertools
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +52,31 @@ def test_dense_gives_the_base_and_then_the_student_bit_for_bit(student) -> None:
         with dense(model), dense(model):
             assert torch.equal(run(model, arguments), base)
         assert torch.equal(run(model, arguments), trained)
+
+
+@pytest.mark.parametrize("before", range(13))
+def test_an_interrupted_dense_leaves_the_student_whole(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    base = run(model, arguments)
+    linearize_(model, CLEAR)
+    changed = train_full_(model, targets=("to_q", "to_out.0"))
+    disturb(changed)
+    trained, copy_ = run(model, arguments), Tensor.copy_
+    count = itertools.count()
+
+    def interrupted(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if next(count) == before:
+            raise KeyboardInterrupt
+        return copy_(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt) if before < 2 * len(changed) else nullcontext(), dense(model):
+            pass
+    assert torch.equal(run(model, arguments), trained)
+    with dense(model):
+        assert torch.equal(run(model, arguments), base)
+    assert torch.equal(run(model, arguments), trained)
 
 
 def test_restore_gives_the_base_and_leaves_nothing(student) -> None:
