@@ -251,7 +251,9 @@ def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
             "itself, run each backward with gradient checkpointing before the next forward at another size, and take "
             "away what merges or crops tokens (ToMe)"
         )
-    mask = site.text_mask.expand(key.shape[0], -1) if site.text_mask is not None and text_len > 0 else None
+    mask = None
+    if site.text_mask is not None and text_len > 0:
+        mask = site.text_mask.to(key.device).expand(key.shape[0], -1)  # layers may lie on several cards
     return Layout(site.grid, text_len, text_first, mask)
 
 

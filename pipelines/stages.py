@@ -166,7 +166,7 @@ class StagedPipeline(DiffusionPipeline):
         _, model = denoiser(self)
         converted = state_of(model) is not None
         original = dense(self) if converted and stage.attention == "original" else nullcontext()
-        logits = scaled_logits(model, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
+        logits = scaled_logits(self, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
         chunks = nullcontext() if stage.chunk_tokens is None else in_token_chunks(model, stage.chunk_tokens)
         side = max(stage.height, stage.width) // size_multiple(self)
         stretched = positions_stretched(model, side, self._execution_device)

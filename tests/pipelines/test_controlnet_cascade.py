@@ -53,22 +53,23 @@ def test_every_stage_is_steered_and_both_networks_see_its_positions(pipe: Any, a
     for part in (pipe, pipe.controlnet):
         linearize_(part, Clear(radius=1.5))
     high = HighResolutionPipeline.from_pipe(pipe, native_size=32)
-    plan = high.plan(64, 96, num_inference_steps=1, settings=Settings(steps=1, rope_factor=3.0))
+    plan = high.plan(64, 96, num_inference_steps=1, settings=Settings(steps=1, rope_factor=3.0, proportional=1.0))
+    assert plan.stages[-1].logit_factor > 1
     assert "what a ControlNet takes is not in the estimates" in plan.notes
     seen: dict[str, list[tuple[Any, ...]]] = {name: [] for name in NETWORKS}
     for name in NETWORKS:
 
         def look(network: Any, _: Any, given: dict[str, Any], name: str = name) -> None:
-            ids, base = given["img_ids"], network.pos_embed.theta
-            seen[name].append((high.stage_number, ids.dtype, len(ids), base, network._lineardit_state.enabled))
+            ids, base, state = given["img_ids"], network.pos_embed.theta, network._lineardit_state
+            seen[name].append((high.stage_number, ids.dtype, len(ids), base, state.enabled, state.logit_factor))
 
         getattr(pipe, name).register_forward_pre_hook(look, with_kwargs=True)
     own = pipe.transformer.pos_embed.theta
     steered = latents(high, plan=plan, **arguments)
     assert set(seen["transformer"]) == set(seen["controlnet"])
-    last = len(plan.stages) - 1
-    assert [(stage, base, enabled) for stage, _, _, base, enabled in seen["controlnet"]] == [
-        (number, own if number == 0 else 3 * own, number > 0) for number in range(last + 1)
+    assert [(stage, *rest) for stage, _, _, *rest in seen["controlnet"]] == [
+        (number, own if number == 0 else 3 * own, number > 0, stage.logit_factor)
+        for number, stage in enumerate(plan.stages)
     ]
     assert {dtype for _, dtype, *_ in seen["controlnet"]} == {torch.float32}
     assert [pipe.transformer.pos_embed.theta, pipe.controlnet.pos_embed.theta] == [own, own]
