@@ -5,7 +5,7 @@ import sys
 import torch
 
 import lineardit
-from lineardit.pipelines.plan import Settings
+from lineardit.pipelines import Settings
 
 adapter, prompt = sys.argv[1:3]
 width, height = map(int, (sys.argv[3] if len(sys.argv) > 3 else "4096x4096").split("x"))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import lineardit
-from lineardit.pipelines.plan import Settings
+from lineardit.pipelines import Settings
 
 adapter, file, prompt = sys.argv[1:4]
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+from .checks import check_misplaced
+
 # Of a stock call, what the stages set.
 _OF_STAGES = ("latents", "sigmas", "timesteps", "denoising_end")
 
@@ -24,6 +26,7 @@ def cascade_class(ours: Any, stock: Any) -> Any:
     signature = inspect.Signature(parameters)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        check_misplaced(kwargs, signature.parameters)
         return ours.__call__(**signature.bind(*args, **kwargs).arguments)
 
     call.__signature__ = signature  # type: ignore[attr-defined]

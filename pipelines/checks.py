@@ -3,13 +3,14 @@
 B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .plan import Limits, Plan, Stage
+from .plan import Limits, Plan, Settings, Stage
 from .stage_schedule import most_steps
 
 
@@ -24,6 +25,15 @@ def check_plan(plan: Plan, height: int | None, width: int | None, steps: int | N
         raise ValueError(
             f"num_inference_steps must be the {planned} of the plan's first stage, or left out, got {steps}: "
             "`plan(..., num_inference_steps=...)` makes another plan"
+        )
+
+
+def check_misplaced(call: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise a TypeError for an argument that is not `known` and is a setting of the stages after the first."""
+    for name in call.keys() & {field.name for field in fields(Settings)} - set(known):
+        raise TypeError(
+            f"{name} is a setting of the stages after the first: settings=lineardit.pipelines.Settings({name}="
+            f"{call[name]!r})"
         )
 
 

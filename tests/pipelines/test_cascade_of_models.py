@@ -257,6 +257,8 @@ def test_call_refuses_a_stage_that_a_model_does_not_have(change: dict[str, Any],
     plan = replace(plan, stages=(plan.stages[0], replace(plan.stages[1], **change)))
     with pytest.raises(ValueError, match=said):
         high(plan=plan, **arguments)
+    with pytest.raises(TypeError, match=r"strength is a setting of the stages .*pipelines\.Settings\(strength=0\.4\)"):
+        high(strength=0.4, **arguments)
     with pytest.raises(TypeError, match="unexpected keyword argument 'latents'"):
         high(latents=torch.zeros(1), **arguments)
 
