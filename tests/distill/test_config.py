@@ -52,7 +52,7 @@ def test_config_round_trips(file: Path, make_config: Callable[..., DistillConfig
 def test_the_example_is_read() -> None:
     file = Path(__file__).parents[2] / "examples" / "distill_flux.toml"
     config = load_config(file)
-    assert config.method == Clear(radius=16)
+    assert config.method.local == Clear(radius=16)
     assert config.run.batch_size == 32
     assert config.trained == Lora(rank=64)
     assert load_config(file, ["trained.kind=attention"]).trained == Attention()  # the file's rank is of the other kind

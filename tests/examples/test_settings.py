@@ -15,11 +15,14 @@ def test_load_config_takes_the_example(file):
     assert load_config(file).run.steps > 0
 
 
-def test_load_config_takes_the_hybrid_of_the_comments(tmp_path):
-    lines = (EXAMPLES / "distill_flux.toml").read_text().splitlines()
-    kept = [line for line in lines if line not in ('method = "clear"', "radius = 16")]
-    settings = [line.removeprefix("#   ") if " = " in line else line for line in kept]
-    (tmp_path / "hybrid.toml").write_text("\n".join(settings))
-    method = load_config(tmp_path / "hybrid.toml").method
+def test_load_config_takes_the_window_of_the_comments(tmp_path):
+    text = (EXAMPLES / "distill_flux.toml").read_text()
     proxies = ProxyTokens(num_proxies=1024)
-    assert method == Hybrid(local=Clear(radius=16), global_=proxies, gate=1.0, focus_tokens=1024)
+    hybrid = Hybrid(local=Clear(radius=16), global_=proxies, gate=1.0, focus_tokens=1024)
+    assert load_config(EXAMPLES / "distill_flux.toml").method == hybrid
+    before, _, after = text.partition('method = "hybrid"')
+    settings = [
+        line.removeprefix("#   ") if line.startswith("#   ") else "" for line in after.partition("\n[")[0].split("\n")
+    ]
+    (tmp_path / "window.toml").write_text("\n".join([before, *settings]) + "\n[" + after.partition("\n[")[2])
+    assert load_config(tmp_path / "window.toml").method == Clear(radius=16)
