@@ -32,7 +32,7 @@ GIB = 2**30
 LONG_SECONDS = 0.02  # of a product; some CPUs take 40 s for the larger one in bfloat16
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
 _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = 2**32  # pixels of a stage whose cost is counted: positions of its tokens are real numbers
+_MOST_TOKENS = 2**24  # of a stage whose cost is counted: their positions are real numbers, a second's work by then
 _CHUNKS = 64  # that are counted at most
 _CLIP_TOKENS = 77
 # Pipelines whose guidance calls the model once with the prompt and once without; others give it both at once.
@@ -74,6 +74,9 @@ class Estimator:
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             note = f"time and memory are not known: a forward could not be counted ({type(error).__name__}: {error})"
             return replace(plan, notes=(*plan.notes, note))
+        if self._tokens(plan.stages[-1]) > _MOST_TOKENS:
+            note = f"time and memory are counted up to {_MOST_TOKENS:,} tokens of the picture"
+            plan = replace(plan, notes=(*plan.notes, note))
         most = max(stage.gib or 0 for stage in stages)
         if self.limit is None or most <= self.limit:
             return replace(plan, stages=tuple(stages))
@@ -84,7 +87,7 @@ class Estimator:
         return replace(plan, stages=tuple(stages), notes=(*plan.notes, note))
 
     def _with_cost(self, stage: Stage, chunks: bool) -> Stage:
-        if stage.height * stage.width > _LARGEST:
+        if self._tokens(stage) > _MOST_TOKENS:
             return stage
         shape = self._shape(stage)
         step = forward(shape)
@@ -98,6 +101,11 @@ class Estimator:
         if too_large and chunks and stage.chunk_tokens is None and prod(step.grid) > CHUNK_TOKENS:
             stage, gib = replace(stage, chunk_tokens=CHUNK_TOKENS), self._gib(peak_in_chunks(shape, CHUNK_TOKENS))
         return replace(stage, seconds=operations / self.speed, gib=gib)
+
+    def _tokens(self, stage: Stage) -> int:
+        """Of the picture; of a UNet, its latents."""
+        pixels = self.scale * token_side(self.model)
+        return (stage.height // pixels) * (stage.width // pixels)
 
     def _gib(self, peak: int) -> float:
         """Weights, and activations at the peak of a forward, of so many bytes for one picture."""

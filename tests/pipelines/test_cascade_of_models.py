@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import diffusers
@@ -147,7 +148,16 @@ def test_plan_refuses_counts_that_are_none() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             high.plan(side, side, **counts)
-    assert high.plan(10**6, 10**6).stages[-1].seconds is None  # too large to be counted
+
+
+def test_a_plan_counts_no_more_tokens_than_take_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    high, _, _ = cascade_of("flux")
+    shapes: list[Any] = []
+    monkeypatch.setattr(estimate, "forward", shapes.append)
+    plan = high.plan(10**6, 10**6)
+    assert plan.stages[-1].seconds is None
+    assert plan.notes[-1] == "time and memory are counted up to 16,777,216 tokens of the picture"
+    assert 2**22 < max(prod(shape.latents) // 4 for shape in shapes) <= 2**24
 
 
 def test_estimates_take_the_text_as_the_pipeline_does() -> None:
