@@ -107,12 +107,13 @@ def generate(
         "settings": _stage_settings(strength, stage_steps, sharpen),
         "tile": Plan.tile if tile is None else tile,
     }
-    if not plan:
+    weights = not plan
+    if weights:
         said = {"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length, **more}
-        _check_files(texts, output, seed, share, said, overwrite=overwrite)
+        weights = _check_files(texts, output, seed, share, said, overwrite=overwrite)
     placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
     where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
-    pipe, about = load(source, **where, **placing, loras=loras, with_weights=not plan)
+    pipe, about = load(source, **where, **placing, loras=loras, with_weights=weights)
     if plan:
         _print_plan(pipe, planned)
         return
@@ -133,13 +134,14 @@ def _stage_settings(strength: float | None, steps: int | None, sharpen: float | 
 
 def _check_files(
     texts: list[str], output: Path, seed: int, share: tuple[int, int], said: dict[str, Any], *, overwrite: bool
-) -> None:
-    """What can be told of the files before a large model is loaded."""
+) -> bool:
+    """What can be told of the files before a large model is loaded, and whether one is to be made."""
     from ..pipelines.files import check_there, plan_files, said_of
 
-    wanted = plan_files(texts, output, seed=seed, text=said_of(said))
+    wanted = plan_files(texts, output, seed=seed, text=said_of(said))[share[0] - 1 :: share[1]]
     if not overwrite:
-        check_there(wanted[share[0] - 1 :: share[1]])
+        check_there(wanted)
+    return overwrite or not all(one.path.exists() for one in wanted)
 
 
 def _print_plan(pipe: Any, planned: dict[str, Any]) -> None:

@@ -91,7 +91,8 @@ def upscale(
         base = base_said(source, said.get("model"), revision, offline)
     placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
     where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
-    pipe, about = load(source, **where, **placing, loras=loras)
+    to_make = overwrite or not output.exists()
+    pipe, about = load(source, **where, **placing, loras=loras, with_weights=to_make)
     if "lora" in said and not loras:
         print(f"the picture was made with --lora {said['lora']}: give it again to keep its style")
     drawing: dict[str, Any] = {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": more}

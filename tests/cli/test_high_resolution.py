@@ -139,6 +139,24 @@ def test_upscale_draws_as_the_picture_says(adapter: Path, tmp_path: Path, capsys
     assert "small.png does not say well how it was made" in capsys.readouterr().err
 
 
+def test_no_weights_are_read_for_pictures_that_are_there(
+    adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, small, large = tmp_path / "base", tmp_path / "small.png", tmp_path / "large.png"
+    shutil.copytree(adapter.parent / "base", base)
+    placed = ("--base", base, *FEW)
+    generate = ("generate", adapter, PROMPT, "--size", "45x33", *placed, "-o")
+    upscale = ("upscale", small, adapter, "--size", "90x66", *placed, "-o", large)
+    many = ("--count", "2", "--part", "2/2")
+    assert [lineardit(*words) for words in ((*generate, small), (*generate, tmp_path, *many), upscale)] == [0, 0, 0]
+    for file in base.rglob("*.safetensors"):
+        file.unlink()
+    caplog.clear()
+    assert lineardit(*generate, small) == lineardit(*generate, tmp_path, *many) == lineardit(*upscale) == 0
+    assert caplog.messages.count("the picture is there already") == 3
+    assert lineardit(*generate, small, "--overwrite") == lineardit(*generate, tmp_path / "b.png") == 2
+
+
 def test_upscale_with_another_model_takes_the_prompt_alone(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     small, other = tmp_path / "small.png", tmp_path / "other"
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "--guidance", "2", "-o", small) == 0
