@@ -12,9 +12,9 @@ def methods(incomplete: str) -> list[str]:
 
 def implementations(incomplete: str) -> list[str]:
     """Names of implementations that some method has."""
-    from ..linearize.methods import METHODS
+    from ..linearize.methods import implementations as names
 
-    return _that_begin(incomplete, dict.fromkeys(name for one in METHODS.values() for name in one.implementations()))
+    return _that_begin(incomplete, names())
 
 
 def offloads(incomplete: str) -> list[str]:

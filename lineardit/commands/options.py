@@ -25,6 +25,19 @@ def finite(number: float | None) -> float | None:
     return number
 
 
+def known(impl: str) -> str:
+    """The name of an implementation, as it is, if some method has one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if impl != "auto":
+        from ..linearize.methods import check_impl_known
+
+        check_impl_known(impl)
+    return impl
+
+
 Steps = Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; else the pipeline's own.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
 Guidance = Annotated[float | None, typer.Option(callback=finite, help="guidance_scale; else the pipeline's own.")]
@@ -72,6 +85,7 @@ Impl = Annotated[
     typer.Option(
         help="The implementation that converted attention runs.",
         rich_help_panel=MODEL,
+        callback=known,
         autocompletion=implementations,
     ),
 ]

@@ -7,6 +7,7 @@ import diffusers
 import torch
 
 from ..errors import nearest
+from ..methods import check_impl_known
 from ..record import CONFIG_KEY
 from .adapter import adapter_file
 from .base import find_place, read_base
@@ -38,8 +39,10 @@ def open_pipeline(
     Returns:
         The pipeline, on the CPU without a `device_map`.
     Raises:
-        ValueError: missing, out of reach, damaged, no pipeline, or `base` beside something that is no adapter.
+        ValueError: missing, out of reach, damaged, no pipeline, no such `impl`, or `base` beside something that is no
+            adapter.
     """
+    check_impl_known(impl)
     place = find_place(name, revision=revision, offline=offline)
     is_adapter = adapter_file(place) is not None
     plain = None if is_adapter or not place.holds_a_model() else read_base(name, revision=revision, offline=offline)

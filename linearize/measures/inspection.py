@@ -14,7 +14,7 @@ from ..convert import check_impl
 from ..families import family_of
 from ..manifest import read_entry, read_manifest
 from ..matching import attention_modules, choose
-from ..methods import config_to_dict
+from ..methods import check_impl_known, config_to_dict
 from ..record import CONFIG_KEY
 from .flops import Step, StepFlops, count_steps
 
@@ -84,6 +84,7 @@ def inspect_base(
         ValueError: something is missing, damaged or out of reach, there is no such `impl`, or `base` beside something
             that is no adapter.
     """
+    check_impl_known(impl)
     place = find_place(base_or_adapter, revision=revision, offline=offline)
     file = adapter_file(place)
     if file is None:

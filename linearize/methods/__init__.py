@@ -105,5 +105,17 @@ def spelled(value: Any) -> str:
     return f"{value['method']}:{settings}" if settings else value["method"]
 
 
+def implementations() -> list[str]:
+    """Names that `impl` may take for some method."""
+    return list(dict.fromkeys(name for one in METHODS.values() for name in one.implementations()))
+
+
+def check_impl_known(impl: str) -> None:
+    """Raise a ValueError where no method has an implementation of this name."""
+    names = implementations()
+    if impl not in names:
+        raise ValueError(f"impl must be one of {', '.join(names)}, got {impl!r}{nearest(impl, names)}")
+
+
 def _names() -> list[str]:
     return [cls.__name__ for cls in METHODS]

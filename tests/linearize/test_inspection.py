@@ -109,7 +109,7 @@ def test_inspect_base_of_a_plain_save_shows_its_conversion(tmp_path: Path) -> No
 def test_inspect_base_tells_the_forced_implementation_and_refuses_unknown_ones(base: Path, tmp_path: Path) -> None:
     convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
     assert {row.impl for row in inspect_base(tmp_path / "adapter", impl="reference").rows} == {"reference"}
-    with pytest.raises(ValueError, match=r"no impl 'tield' \(did you mean tiled"):
+    with pytest.raises(ValueError, match=r"got 'tield' \(did you mean tiled"):
         inspect_base(tmp_path / "adapter", impl="tield")
 
 

@@ -97,3 +97,9 @@ def test_an_outline_counts_its_weights_where_they_would_be(tmp_path: Path) -> No
 
 def of_one(part: Any) -> int:
     return sum(weight.nbytes for weight in (*part.parameters(), *part.buffers())) if isinstance(part, nn.Module) else 0
+
+
+def test_an_unknown_implementation_is_refused_where_nothing_is_converted(tmp_path: Path) -> None:
+    build_tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"impl must be one of auto, reference, .* got 'tield' \(did you mean tiled"):
+        open_pipeline(tmp_path, impl="tield")
