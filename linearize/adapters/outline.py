@@ -2,41 +2,57 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
+from diffusers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from torch import nn
 
-from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, cast_as_loaded_, find_place, read_json
+from .base import CONFIG_FILE, PIPELINE_FILE, Base, build_on_meta, cast_as_loaded_, find_place, read_json
 
 
-def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> dict[str, nn.Module]:
+def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> dict[str, nn.Module | None]:
     """Every part of a pipeline that has weights, by its name, on the meta device; this reads config files alone.
+
+    A part without weights that a folder lacks, such as a tokenizer, is None, but for the scheduler.
 
     Args:
         base: Of a pipeline, from `read_base`.
         dtype: Of the weights; as when they are loaded, some stay float32.
         offline: Never touch the network.
     Raises:
-        ValueError: a part has no config, or one that does not fit its class.
+        ValueError: parts have no config, or one that does not fit its class.
     """
     place = find_place(str(base.source.name), revision=base.source.revision, offline=offline)
     index_file = place.file(PIPELINE_FILE)
     assert index_file is not None  # it was read before
-    parts: dict[str, nn.Module] = {}
-    for name, entry in read_json(index_file).items():
-        if not isinstance(entry, list) or entry[0] is None:
-            continue
+    kinds = {
+        name: _class_of(*entry)
+        for name, entry in read_json(index_file).items()
+        if isinstance(entry, list) and entry[0] is not None
+    }
+    configs = {name: place.file(f"{name}/{file}") for name, kind in kinds.items() if (file := _config_name(kind))}
+    if lacking := [f"{name}/{_config_name(kinds[name])}" for name, file in configs.items() if file is None]:
+        raise ValueError(
+            f"{place.name} has a {PIPELINE_FILE} but no {', '.join(lacking)}: its copy is not complete; a plan needs "
+            "no weights, but these"
+        )
+    parts: dict[str, nn.Module | None] = {}
+    for name, kind in kinds.items():
+        config = configs.get(name)
         if name == base.component:
             model = build_on_meta(base, dtype=dtype)
             # diffusers notes where a model is from
-            model.register_to_config(_name_or_path=str(_config(place, name).parent))  # type: ignore[operator]
+            model.register_to_config(_name_or_path=str(cast(Path, config).parent))  # type: ignore[operator]
             parts[name] = model
-        elif isinstance(kind := _class_of(*entry), type) and issubclass(kind, nn.Module):
-            parts[name] = _part_on_meta(kind, _config(place, name), dtype)
+        elif config is not None and issubclass(kind, nn.Module):
+            parts[name] = _part_on_meta(kind, config, dtype)
+        elif config is None and place.folder is not None and not (place.folder / name).exists():
+            parts[name] = None
     return parts
 
 
@@ -47,11 +63,11 @@ def _class_of(library: str, name: str) -> Any:
     return getattr(getattr(diffusers.pipelines, library, None), name, None)
 
 
-def _config(place: Place, part: str) -> Path:
-    file = place.file(f"{part}/{CONFIG_FILE}")
-    if file is None:
-        raise ValueError(f"{place.name} has a {PIPELINE_FILE} but no {part}/{CONFIG_FILE}: its copy is not complete")
-    return file
+def _config_name(kind: Any) -> str | None:
+    """The file that a part is made from, where it has weights or is a scheduler."""
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return CONFIG_FILE
+    return SCHEDULER_CONFIG_NAME if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
 
 
 def _part_on_meta(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Module:

@@ -1,5 +1,6 @@
 """A pipeline without weights has what a plan is made from: every part's shape, in the dtype that loading gives it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def test_an_outline_has_the_parts_of_the_pipeline(name: str, tmp_path: Path) -> 
         assert parameters(open_pipeline(tmp_path, dtype=dtype, weights=False)) == loaded
         for file in tmp_path.rglob("*.hidden"):
             file.rename(file.with_suffix(".safetensors"))
+
+
+def test_an_outline_is_made_of_configs_and_names_all_that_lack(tmp_path: Path) -> None:
+    build_tiny().save_pretrained(tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    for folder in tmp_path.glob("tokenizer*"):
+        shutil.rmtree(folder)
+    outline = open_pipeline(tmp_path, weights=False)
+    assert (outline.tokenizer, outline.tokenizer_2) == (None, None)
+    note_place_(outline, torch.device("cpu"))
+    assert HighResolutionPipeline.from_pipe(outline).plan(64, 64).stages[0].seconds > 0
+    lacking = [f"{name}.json" for name in ("scheduler/scheduler_config", "text_encoder_2/config", "vae/config")]
+    for name in lacking:
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=f"but no {', '.join(lacking)}: its copy is not complete; a plan needs no wei"):
+        open_pipeline(tmp_path, weights=False)
 
 
 def converted(tmp_path: Path, config: Any) -> Any:
