@@ -8,6 +8,7 @@ from ..linearize.networks import denoiser
 IN_PIXELS = 256  # a pipeline's default size that is no less is in pixels (PRX), else in latents
 _SAY_THE_SIZE = ("AutoencoderKL", "AutoencoderKLFlux2")  # VAEs in whose configs sample_size is the whole model's
 _LEFT_OUT = 32  # what a VAE's config that says nothing gets
+_IN_THE_CALL = 1024  # what the calls of Z-Image, Qwen-Image 2.1 and JoyImage Edit make, which nothing else says
 
 
 def size_multiple(pipe: Any) -> int:
@@ -22,25 +23,17 @@ def size_multiple(pipe: Any) -> int:
 
 
 def default_size(pipe: Any) -> tuple[int, int]:
-    """(height, width) in pixels of pictures for which no size is asked: what the call says, else the model's own.
-
-    Raises:
-        ValueError: neither its call nor its configs say.
-    """
+    """(height, width) in pixels of pictures for which no size is asked: what the call says, else the model's own."""
     parameters = inspect.signature(pipe.__call__).parameters
     height, width = (parameters[side].default if side in parameters else None for side in ("height", "width"))
     if isinstance(height, int) and isinstance(width, int):  # AuraFlow, Kandinsky 5, Krea 2 and others
         return height, width
     side = native_side(pipe)
-    if side is None:
-        raise ValueError(
-            f"a {type(pipe).__name__} does not say which size it makes: pass size=(height, width) (--size)"
-        )
     return side, side
 
 
-def native_side(pipe: Any) -> int | None:
-    """Side in pixels of the square pictures that the model was trained on; None: neither pipeline nor configs say.
+def native_side(pipe: Any) -> int:
+    """Side in pixels of the square pictures that the model was trained on, as far as pipeline and configs say.
 
     A pipeline's own number counts latents of the VAE that its class was written for. So what the VAE's config says goes
     before it: the small FLUX here draws 128 pixels, where the number of diffusers' FluxPipeline makes 256 of its VAE.
@@ -55,7 +48,7 @@ def native_side(pipe: Any) -> int | None:
     said = vae.config.get("sample_size") if type(vae).__name__ in _SAY_THE_SIZE else None
     if said not in (None, _LEFT_OUT):
         return int(said)
-    return None if default is None else default * _pixels_of_a_latent(pipe)
+    return _IN_THE_CALL if default is None else default * _pixels_of_a_latent(pipe)
 
 
 def _pixels_of_a_latent(pipe: Any) -> int:

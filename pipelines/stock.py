@@ -28,7 +28,6 @@ _RESIZES = ("HiDreamImagePipeline",)  # draws the native area, whatever size is 
 _OWN_PIPELINES = (
     "after linearize_ call its own pipelines, text-to-image at native size and image-to-image at larger ones"
 )
-_OFTEN = 1024  # pixels, of a model that says nothing
 _LUMINA_NEXT_TOKENS = 384  # of one side, in its pipeline
 
 
@@ -97,7 +96,7 @@ def trained_size(pipe: Any) -> int:
     height = inspect.signature(pipe.stock.__call__).parameters["height"].default
     if isinstance(height, int):  # AuraFlow, Krea 2
         return height
-    return native_side(pipe) or _OFTEN
+    return native_side(pipe)
 
 
 def rope_dim(model: nn.Module) -> int | None:

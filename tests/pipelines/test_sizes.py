@@ -1,5 +1,6 @@
 """Sizes of pictures that each family can make."""
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -76,12 +77,39 @@ def test_default_size_is_what_the_call_says_or_a_pipeline_in_pixels() -> None:
     pipe = pipeline("flux")
     pipe.default_sample_size = 512  # in pixels, as PRX has it
     assert default_size(pipe) == (512, 512)
-    pipe.default_sample_size = None
-    with pytest.raises(ValueError, match=r"FluxPipeline does not say which size it makes: pass size=.* \(--size\)"):
-        default_size(pipe)
 
     class OfItsOwnSize(type(pipe)):
         def __call__(self, prompt: str, height: int = 768, width: int = 1360) -> None: ...
 
     pipe.__class__ = OfItsOwnSize
     assert default_size(pipe) == (768, 1360)
+
+
+class Asked(Exception):
+    """Holds the (height, width) that a pipeline's call has come to."""
+
+
+@pytest.mark.parametrize(
+    ("name", "asks"),
+    [
+        ("z-image", "prepare_latents"),
+        ("z-image-omni", "prepare_latents"),
+        ("qwen-image-21", "check_inputs"),
+        ("joy-image", "prepare_latents"),
+        ("joy-image-plus", "prepare_latents"),
+    ],
+)
+def test_default_size_is_what_a_call_makes_that_nothing_else_says(
+    name: str, asks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, arguments = made(name)
+    takes = inspect.signature(getattr(pipe, asks))
+
+    def note(*given: Any, **named: Any) -> None:
+        bound = takes.bind(*given, **named).arguments
+        raise Asked(bound["height"], bound["width"])
+
+    monkeypatch.setattr(pipe, asks, note)
+    with pytest.raises(Asked) as found:
+        pipe(**{key: value for key, value in arguments.items() if not key.startswith("image")})
+    assert found.value.args == default_size(pipe)
