@@ -4,6 +4,7 @@ Commands import what they need when they run, so that `--help` answers without l
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from .commands.profile import profile
 from .commands.upscale import upscale
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
+PIPE_CLOSED = 141  # as a shell tells of its other tools that nobody reads on from, 128 + SIGPIPE
 GO_ON = ("prepare", "generate", "upscale", "evaluate", "demo")  # commands that take up their own work
 LESS_MEMORY = (
     "less is needed for a smaller size or batch, and, where the command has them, with --dtype bfloat16, "
@@ -86,16 +88,27 @@ def _with_what_is_allowed(error: typer.TyperException) -> str:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2."""
+    """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2.
+
+    Raises:
+        BrokenPipeError: nobody reads on.
+    """
     words = [_at_home(word) for word in arguments] or ["--help"]
     try:
         exit_code = app(args=words, prog_name="lineardit", standalone_mode=False) or 0
+        print(end="", flush=True)  # while what hinders it is told
         command = next((word for word in words if not word.startswith("-")), "")
         if exit_code != INTERRUPTED or command == "distill":  # which has told itself how it goes on
             return exit_code
         message = "interrupted" + ("; the same command goes on with what is there" if command in GO_ON else "")
     except typer.TyperException as error:
         message, exit_code = _with_what_is_allowed(error), error.exit_code
+    except SystemExit as error:
+        if error.code != 1:
+            raise
+        raise BrokenPipeError from error  # which typer and rich make that of
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         if "--traceback" in arguments:
             raise
@@ -118,5 +131,10 @@ def _at_home(word: str) -> str:
 
 
 def main() -> None:
-    """The entry point of the command."""
-    sys.exit(run(sys.argv[1:]))
+    """The entry point of the command; where nobody reads on, as of `lineardit inspect BASE | head -1`, it just ends."""
+    try:
+        exit_code = run(sys.argv[1:])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
+        exit_code = PIPE_CLOSED
+    sys.exit(exit_code)

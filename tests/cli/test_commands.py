@@ -184,6 +184,19 @@ def test_inspect_cuts_nothing_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFi
     assert "proxytokens" in row and "focus_tokens=1024" in row and "…" not in "".join(lines)
 
 
+@pytest.mark.parametrize("words", [["--version"], ["inspect", "tests/data/flux1-dev/transformer"], ["nosuch"]])
+def test_a_pipe_that_nobody_reads_ends_a_command_quietly(words: list[str]) -> None:
+    """What typer prints, what rich prints, and what goes to standard error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = "stderr" if words == ["nosuch"] else "stdout"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-m", "lineardit", *words], cwd=root, **streams)  # type: ignore[call-overload]
+    os.close(writer)
+    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (141, b"", b"")
+
+
 def test_convert_takes_options_in_any_order(tmp_path: Path) -> None:
     arguments = ["--radius", "8", "--pool-size=4", "--offline", str(FLUX_DEV), "-o", str(tmp_path / "a"), "--layers"]
     assert run(["convert", *arguments, "single_transformer_blocks.*", "--method", "clear"]) == 0
