@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .options import MODEL, Device, Dtype, Impl, MaxSequenceLength, Offline
 from .prompts import parse_size
-from .tables import wide_console
+from .tables import print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.conversion_shape import Conditions, Conversion, Size
@@ -54,6 +54,7 @@ def bench(
     from .devices import find_device, find_dtype
 
     require_matplotlib(PICTURE)
+    conversions = [Conversion.read(name, base=base, offline=offline) for name in dict.fromkeys(adapters)]
     check_output(output, overwrite=True)  # its other files stay
     for name in (FIGURES, PICTURE):
         check_output_file(output / name, overwrite=overwrite)
@@ -67,7 +68,6 @@ def bench(
         compiled=compiled,
     )
     # what does not fit is told before any of them runs
-    conversions = [Conversion.read(name, base=base, offline=offline) for name in dict.fromkeys(adapters)]
     fitting = {one: one.fitting(list(dict.fromkeys(asked)), conditions, all_of=bool(sizes)) for one in conversions}
     _time(fitting, conditions, output)
 
@@ -104,7 +104,7 @@ def entry(row: "StepTime") -> dict[str, Any]:
 
 def show(name: str, rows: "Sequence[StepTime]") -> None:
     """Print the table of one conversion, and from which size on it is worth it."""
-    table = Table(title=f"One step, batch 1, medians: {name}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("size", no_wrap=True)
     with_memory = any(row.original_gib or row.converted_gib for row in rows)
     for header in ("original", "converted", "ratio", "as counted", *["peak GiB"] * with_memory):
@@ -116,7 +116,7 @@ def show(name: str, rows: "Sequence[StepTime]") -> None:
         cells += [" to ".join(map(_gib, (row.original_gib, row.converted_gib)))] * with_memory
         table.add_row(*cells, row.runs)
     console = wide_console()
-    console.print(table)
+    print_titled(console, f"One step, batch 1, medians: {name}", table)
     console.print(verdict(rows))
 
 

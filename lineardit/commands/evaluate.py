@@ -22,7 +22,7 @@ from .options import (
     Steps,
 )
 from .prompts import parse_arguments, parse_size, read_prompts
-from .tables import wide_console
+from .tables import print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..distill.evaluate import Report
@@ -91,10 +91,10 @@ def show(report: "Report") -> None:
     """Print the table."""
     settings = report.settings
     told = f"{report.pictures} pictures of {settings.width}x{settings.height}, {settings.steps} steps"
-    table = Table("", "teacher", "student", title=told, title_justify="left", box=SIMPLE_HEAD)
+    table = Table("", "teacher", "student", box=SIMPLE_HEAD)
     for name, values in _rows(report):
         table.add_row(name, *values)
-    wide_console().print(table)
+    print_titled(wide_console(), told, table)
 
 
 def _rows(report: "Report") -> list[tuple[str, tuple[str, ...]]]:

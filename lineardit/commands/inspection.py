@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .options import Base, Offline, Revision
-from .tables import wide_console
+from .tables import print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.inspection import Inspection
@@ -47,7 +47,7 @@ def show(inspection: "Inspection") -> None:
     console = wide_console()
     console.print(f"{inspection.model_class} of {inspection.base}, family {inspection.family}")
     console.print(_modules(inspection))
-    console.print(_costs(inspection))
+    print_titled(console, "One denoising step, batch 1", _costs(inspection))
 
 
 def _modules(inspection: "Inspection") -> Table:
@@ -66,7 +66,7 @@ def _modules(inspection: "Inspection") -> Table:
 
 
 def _costs(inspection: "Inspection") -> Table:
-    table = Table(title="One denoising step, batch 1", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("size")
     for header in ("image tokens", "TFLOP before", "TFLOP after", "ratio"):
         table.add_column(header, justify="right")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .options import Arguments, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Offload, Seed
 from .prompts import parse_arguments, parse_size, read_prompts
-from .tables import wide_console
+from .tables import print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.nearness import Nearness
@@ -94,11 +94,11 @@ def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
 
 def show(found: "dict[str, Nearness]") -> None:
     """Print a row for each model."""
-    table = Table(title="Relative error of one prediction", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     for header in ("first", "last", "mean", "seconds a prediction"):
         table.add_column(header, justify="right")
     for name, one in found.items():
         values = one.errors[0], one.errors[-1], one.mean
         table.add_row(name, *(f"{value:.2g}" for value in values), f"{one.seconds:.3g}")
-    wide_console().print(table)
+    print_titled(wide_console(), "Relative error of one prediction", table)

@@ -14,7 +14,7 @@ from rich.table import Table
 from .method_options import parse_method
 from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Offload, Revision, Seed
 from .prompts import parse_arguments, parse_numbers, parse_size, read_prompts
-from .tables import wide_console
+from .tables import print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.attention_profile import Profile
@@ -48,7 +48,7 @@ def profile(
     """Measure where attention goes, by layer and head. And what a window or method changes there: for convert."""
     texts, more = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
-    windows = parse_numbers("radii", radii)
+    windows = parse_numbers("--radii", radii)
     named = [parse_method(text) for text in methods or ()]
     from ..distill.figures import require_matplotlib
 
@@ -98,21 +98,20 @@ def show(profile: "Profile") -> None:
     console = wide_console()
     windows = [f"< {radius:g}" for radius in profile.radii]
     letters = ascii_lowercase[: len(profile.methods)]
-    where = _table("Attention of image tokens, mean over heads", [*windows, "text", "distance"])
-    error = _table("|converted - original|^2 / |original|^2 of a layer's attention", [*windows, *letters])
+    where, error = _table([*windows, "text", "distance"]), _table([*windows, *letters])
     for layer in profile.layers:
         masses = [f"{mean(column):.0%}" for column in zip(*layer.mass, strict=True)]
         where.add_row(layer.module, *masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}")
         error.add_row(layer.module, *(f"{one:.2g}" for one in layer.output_error))
-    console.print(where)
-    console.print(error)
+    print_titled(console, "Attention of image tokens, mean over heads", where)
+    print_titled(console, "|converted - original|^2 / |original|^2 of a layer's attention", error)
     for letter, method in zip(letters, profile.methods, strict=True):
         console.print(f"{letter}: {name_of(method)}")
 
 
-def _table(title: str, headers: Iterable[str]) -> Table:
+def _table(headers: Iterable[str]) -> Table:
     """Without rows, a column for the module and one for each header."""
-    table = Table("module", title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table("module", box=SIMPLE_HEAD)
     for header in headers:
         table.add_column(header, justify="right")
     return table

@@ -1,6 +1,7 @@
 """Tables on a terminal, and whole ones in a pipe or a file."""
 
 from rich.console import Console
+from rich.table import Table
 
 MAX_WIDTH = 100  # columns, of a terminal
 WHOLE = 10_000  # columns, of what is no terminal: no cell is cut or wrapped
@@ -14,3 +15,9 @@ def wide_console() -> Console:
     console = Console(markup=False, emoji=False, highlight=False)
     console.width = min(console.width, MAX_WIDTH) if console.is_terminal else WHOLE
     return console
+
+
+def print_titled(console: Console, title: str, table: Table) -> None:
+    """A table under a title; one of the table's own is wrapped at the table's width."""
+    console.print(title, style="italic", soft_wrap=True)
+    console.print(table)

@@ -62,10 +62,12 @@ def test_bench_tells_what_is_wrong_before_it_runs(made: Path, capsys: pytest.Cap
     assert "is not converted: `lineardit convert" in told(str(made / "base"))
     assert "multiples of 16 pixels" in told("--size", "64x64", "--size", "65x64")
     assert "WIDTHxHEIGHT" in told("--size", "64")
-    assert "no impl 'tield' (did you mean tiled?)" in told("--impl", "tield")
+    assert "got 'tield' (did you mean tiled?)" in told("--impl", "tield")
     assert "no folder" in told(str(made / "nothing"))
     assert run(["bench", str(made / "clear-3"), "--offline", "-o", str(made / "base" / "config.json")]) == 2
     assert "the output must be a folder, " in capsys.readouterr().err
+    assert run(["bench", "nosuch", "--offline", "-o", str(made / "base" / "config.json")]) == 2
+    assert "no folder nosuch here" in capsys.readouterr().err
 
 
 def test_bench_takes_names_that_other_programs_would_read(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

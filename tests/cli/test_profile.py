@@ -104,6 +104,21 @@ def test_profile_refuses_what_is_no_method(
     assert not (tmp_path / "out").exists()
 
 
+def test_profile_names_the_option_of_windows(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["profile", str(made / "base"), "--prompts", str(made / "prompts.txt"), "--radii", "2,x", "--offline"]
+    assert run(words) == 2
+    assert capsys.readouterr().err.startswith("lineardit: --radii must be numbers with commas between them")
+
+
+def test_titles_of_tables_are_not_wrapped_at_the_width_of_the_table(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lineardit.commands.tables.WHOLE", 40)
+    show(read_profile(made / "out" / "profile.json"))
+    title = "|converted - original|^2 / |original|^2 of a layer's attention"
+    assert title in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
