@@ -7,6 +7,8 @@ import torch
 import lineardit
 from lineardit.pipelines import Settings
 
+if len(sys.argv) < 3:
+    sys.exit("usage: python examples/low_memory.py ADAPTER PROMPT [WIDTHxHEIGHT]")
 adapter, prompt = sys.argv[1:3]
 width, height = map(int, (sys.argv[3] if len(sys.argv) > 3 else "4096x4096").split("x"))
 

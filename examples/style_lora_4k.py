@@ -6,6 +6,8 @@ import torch
 
 import lineardit
 
+if len(sys.argv) < 4:
+    sys.exit("usage: python examples/style_lora_4k.py ADAPTER LORA PROMPT [WIDTHxHEIGHT]")
 adapter, lora, prompt = sys.argv[1:4]
 width, height = map(int, (sys.argv[4] if len(sys.argv) > 4 else "4096x4096").split("x"))
 device = "cuda" if torch.cuda.is_available() else "cpu"

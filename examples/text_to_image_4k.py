@@ -6,6 +6,8 @@ import torch
 
 import lineardit
 
+if len(sys.argv) < 3:
+    sys.exit("usage: python examples/text_to_image_4k.py ADAPTER PROMPT [WIDTHxHEIGHT]")
 adapter, prompt = sys.argv[1:3]
 width, height = map(int, (sys.argv[3] if len(sys.argv) > 3 else "4096x4096").split("x"))
 device = "cuda" if torch.cuda.is_available() else "cpu"

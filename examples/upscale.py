@@ -8,6 +8,8 @@ from PIL import Image
 import lineardit
 from lineardit.pipelines import Settings
 
+if len(sys.argv) < 4:
+    sys.exit("usage: python examples/upscale.py ADAPTER PICTURE PROMPT")
 adapter, file, prompt = sys.argv[1:4]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -59,3 +59,10 @@ def test_script_makes_its_picture(
     runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
     with Image.open(tmp_path / f"{made}.png") as image:
         assert image.size == ((40, 32) if script == "upscale" else (32, 24))
+
+
+@pytest.mark.parametrize("script", ["text_to_image_4k", "low_memory", "style_lora_4k", "upscale"])
+def test_script_without_arguments_says_what_it_takes(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "adapter"])
+    with pytest.raises(SystemExit, match=rf"^usage: python examples/{script}\.py ADAPTER .*PROMPT"):
+        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
