@@ -124,7 +124,7 @@ def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool | tupl
     side there is one stage. Where a picture is there to enlarge, it takes the place of the one of native size, and a
     larger one, of `enlarge` = (height, width), is not made smaller first; for a smaller one there is the native stage.
     """
-    last = tuple(math.ceil(side / limits.multiple) * limits.multiple for side in (height, width))
+    last = tuple(-(-side // limits.multiple) * limits.multiple for side in (height, width))
     picture = math.sqrt(math.prod(enlarge)) if isinstance(enlarge, tuple) else limits.native
     ratio = math.sqrt(last[0] * last[1]) / max(limits.native, picture)
     doublings = math.ceil(round(math.log2(ratio), 6)) if ratio > math.sqrt(2) else 0

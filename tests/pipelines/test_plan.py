@@ -31,6 +31,7 @@ def sizes(height: int, width: int, **changes: Any) -> list[tuple[int, int]]:
         (2048, 6144, [(592, 1776), (1104, 3296), (2048, 6144)]),
         (1000, 1001, [(1008, 1008)]),
         (64, 64, [(64, 64)]),
+        (16, 10**23 - 1, [*sizes(16, 10**23)[:-1], (16, 10**23)]),
     ],
 )
 def test_cascade_goes_from_the_native_area_to_the_size_asked_for(
