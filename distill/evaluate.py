@@ -13,6 +13,7 @@ from PIL import Image
 from ..linearize.adapters.adapter import adapter_file
 from ..linearize.adapters.base import find_place, read_json
 from ..linearize.folders import check_writable
+from ..linearize.locks import held, remove_leftovers
 from ..linearize.standing import describe_attention
 from ..pipelines.cut_prompts import tell_cut_prompts
 from .cost import fresh_picture_peak, open_named, picture_peak, step_seconds
@@ -136,36 +137,42 @@ def evaluate(
         shown: Pictures in the sheet.
         overwrite: Replace a report that was made of other models, prompts or settings.
     Raises:
-        ValueError: no prompt, none shown, a size or model that is not known, or a folder with something else in it.
+        ValueError: no prompt, none shown, a size or model that is not known, or a folder with something else in it or
+            in use.
     """
     if not prompts:
         raise ValueError("prompts must not be empty")
     if shown < 1:
         raise ValueError(f"shown must be >= 1, got {shown}")
     directory = Path(directory)
-    question = _question(teacher, student, prompts, settings)
-    _check_directory(directory, question, overwrite)
-    for source in (teacher, student):
-        _check_place(source)  # before the teacher's pictures are made
-    pipe = _opened(teacher)
-    of_teacher = settings.of(pipe)
-    tell_cut_prompts(pipe, prompts, of_teacher.max_sequence_length)
-    # of both; what else is left open is each pipeline's own
-    settings = replace(settings, height=of_teacher.height, width=of_teacher.width, steps=of_teacher.steps)
-    judged = partial(_judged, prompts=prompts, directory=directory, settings=settings, judge=judge, memory=memory)
-    teacher_side, reference, expected = judged("teacher", teacher, pipe)
-    del pipe  # one model at a time
-    student_side, pictures, scores = judged("student", student, _opened(student))
-    _write_sheet(reference, pictures, shown, directory / SHEET)
-    report = Report(
-        settings=settings,
-        teacher=teacher_side,
-        student=student_side,
-        sheet=directory / SHEET,
-        **vars(compare(pictures, reference, scores, expected)),
-    )
-    write_json(directory / REPORT, {"question": question, **report.to_dict()})
-    return report
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"the output must be a folder, {directory} is a file")
+    check_writable(directory)
+    with held(directory):
+        remove_leftovers(directory, (f"{REPORT}.*", f"{SHEET}.*"))
+        question = _question(teacher, student, prompts, settings)
+        _check_contents(directory, question, overwrite)
+        for source in (teacher, student):
+            _check_place(source)  # before the teacher's pictures are made
+        pipe = _opened(teacher)
+        of_teacher = settings.of(pipe)
+        tell_cut_prompts(pipe, prompts, of_teacher.max_sequence_length)
+        # of both; what else is left open is each pipeline's own
+        settings = replace(settings, height=of_teacher.height, width=of_teacher.width, steps=of_teacher.steps)
+        judged = partial(_judged, prompts=prompts, directory=directory, settings=settings, judge=judge, memory=memory)
+        teacher_side, reference, expected = judged("teacher", teacher, pipe)
+        del pipe  # one model at a time
+        student_side, pictures, scores = judged("student", student, _opened(student))
+        _write_sheet(reference, pictures, shown, directory / SHEET)
+        report = Report(
+            settings=settings,
+            teacher=teacher_side,
+            student=student_side,
+            sheet=directory / SHEET,
+            **vars(compare(pictures, reference, scores, expected)),
+        )
+        write_json(directory / REPORT, {"question": question, **report.to_dict()})
+        return report
 
 
 def _write_sheet(reference: Pictures, pictures: Pictures, shown: int, path: Path) -> None:
@@ -268,13 +275,10 @@ def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: Pict
     }
 
 
-def _check_directory(directory: Path, question: Mapping[str, Any], overwrite: bool) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"the output must be a folder, {directory} is a file")
-    check_writable(directory)
+def _check_contents(directory: Path, question: Mapping[str, Any], overwrite: bool) -> None:
     report = directory / REPORT
-    if overwrite or not directory.exists() or not any(directory.iterdir()):
-        return
+    if overwrite or all(path.name.startswith(".") for path in directory.iterdir()):
+        return  # a lock, or what a call left that was killed before it had written the report
     if not report.is_file():
         if not (directory / PICTURES).is_dir():
             raise ValueError(f"{directory} is not empty and holds no evaluation: name another folder")

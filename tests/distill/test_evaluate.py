@@ -21,6 +21,7 @@ from lineardit.distill.data import TeacherSamples
 from lineardit.distill.evaluate import Source, evaluate
 from lineardit.distill.pictures import PictureSettings, digest, make_pictures
 from lineardit.distill.prepare import prepare
+from lineardit.linearize.locks import held
 
 SETTINGS = PictureSettings(height=24, width=32, steps=2, max_sequence_length=8, batch_size=2)
 THREE = PROMPTS[:3]
@@ -211,6 +212,16 @@ def test_evaluate_refuses_a_folder_of_something_else(pipe: FluxPipeline, tmp_pat
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
         evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS)
+
+
+def test_evaluate_holds_its_folder(pipe: FluxPipeline, tmp_path: Path) -> None:
+    with held(tmp_path / "out"), pytest.raises(ValueError, match=r"another process is at work in .*out"):
+        evaluate(pipe, pipe, THREE[:1], tmp_path / "out", settings=SETTINGS)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()  # of one that was killed before its first picture
+    evaluate(pipe, pipe, THREE[:1], tmp_path / "out", settings=SETTINGS)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.json", "pictures", "teacher-student-difference.png"}
 
 
 def test_picture_settings_refuse_no_steps() -> None:
