@@ -37,7 +37,7 @@ def describe_plan(
     kept = f"{samples.calls} calls of each kept" if samples.calls else "final latents"
     micro = config.run.batch_size // (processes * config.run.gradient_accumulation)
     lines = {
-        "student": f"{config.base.model}, {report}",
+        "base": config.base.model,
         "trained": f"{what}: {len(trained)} tensors, {count:,} of {total:,} parameters ({kernel:,} in kernels)",
         "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}; "
         f"{'bfloat16' if mixed else 'float32'} for the student",

@@ -57,9 +57,13 @@ def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> Non
     assert sheets[0] == sheets[1]
 
 
-def test_distill_leaves_figures_and_the_last_checkpoints(make_config: MakeConfig) -> None:
+def test_distill_leaves_figures_and_the_last_checkpoints(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     config = make_config(method=POOLED, validate={"samples": 3, "every": 4})
-    distill(config)
+    with caplog.at_level("INFO"):
+        distill(config)
+    assert caplog.text.count("self-attention modules") == 1
     run = Path(config.run.directory)
     names = {path.name for path in run.iterdir()}
     assert names == {
