@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(PATIENCE)  # it tells why it ended, and the launcher ends this one
         if not is_out_of_memory(error):
             raise
-        _tell(f"out of memory: {' '.join(str(error).split())}; {LESS_MEMORY}")
+        sentence = f"out of memory: {' '.join(str(error).split())}; {LESS_MEMORY}"
+        _tell(sentence, elsewhere=not _is_first_without_memory())
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -114,6 +115,18 @@ def _is_told_elsewhere(error: Exception) -> bool:
     if not _has_joined():
         return os.environ.get("LOCAL_RANK", "0") != "0"
     return OF_ALL in getattr(error, "__notes__", ()) and distributed.get_rank() != 0
+
+
+def _is_first_without_memory() -> bool:
+    """Whether no other process of the launch has run out of memory before: they count where they have met."""
+    from torch import distributed
+
+    if not _has_joined():
+        return True
+    try:
+        return distributed.distributed_c10d._get_default_store().add("out of memory", 1) == 1
+    except RuntimeError:  # the process that keeps the store is gone
+        return True
 
 
 if __name__ == "__main__":

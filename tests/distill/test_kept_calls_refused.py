@@ -14,6 +14,7 @@ from prompted import prompted, size_of
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny_distill import PROMPTS, SIZES, write_config
+from torch.distributed import HashStore
 
 from lineardit.distill import train
 from lineardit.distill.__main__ import main
@@ -157,3 +158,16 @@ def test_a_process_that_finds_another_gone_leaves_the_word_to_it(
         main([config])
     slept.assert_called_once_with(10)
     assert not capsys.readouterr().err
+
+
+def test_several_processes_without_enough_memory_say_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, slept, store = str(write_config(config_of(tmp_path), tmp_path / "config.toml")), Mock(), HashStore()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+    monkeypatch.setattr("time.sleep", slept)
+    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
+    assert [main([config]), main([config])] == [1, 1]
+    assert capsys.readouterr().err.count("out of memory") == 1
+    slept.assert_called_once_with(10)
