@@ -38,6 +38,8 @@ class LinearAttention:
         state = self._lineardit_site.state
         if not state.enabled:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            state.refuse_earlier_grids()
         degree = ulysses_degree(getattr(self, "processor", None))
         intercept = _Intercept(self)
         with intercept:

@@ -10,12 +10,13 @@ B batch, H heads, N tokens, D head dimension.
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .errors import LayoutError
@@ -83,6 +84,18 @@ class State:
                 f"thread that calls the model; else {_APART}"
             )
 
+    def refuse_earlier_grids(self) -> None:
+        """Raise a LayoutError where a model runs these modules without our hooks: their grid is of an earlier call."""
+        if self._thread is not None or self.family.seen_at is not None:
+            return
+        for running in _modules_at_work(threading.get_ident()):
+            if isinstance(running, ModelMixin) or state_of(running) is self:
+                raise LayoutError(
+                    f"{type(running).__name__}.forward reaches converted attention without the model's hooks, which "
+                    "tell it the token grid: call the converted model itself, not model.forward; layers that it shares "
+                    "with another model must stay dense (linearize_(..., layers=...))"
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         """Of copies and pickles: no thread is inside. Made inside `dense`, they are the base in every thread."""
         return vars(self) | {"_thread": None, "_dense_thread": None}
@@ -93,16 +106,19 @@ _APART = "hold a lock around the call or give each thread its own copy.deepcopy 
 
 def _is_inside(thread: int | None, state: State) -> bool:
     """Whether a thread runs a forward of the model, or of a replica; a claim outlives one that Ctrl-C has ended."""
+    # a compiled model's own frames are gone, not those of its wrapper
+    at_work = ((one, vars(one).get("_modules", {}).get("_orig_mod")) for one in _modules_at_work(thread))
+    return any(one is not None and state_of(one) is state for pair in at_work for one in pair)
+
+
+def _modules_at_work(thread: int | None) -> Iterator[nn.Module]:
+    """The modules in whose methods a thread is, the innermost first."""
     frame = None if thread is None else sys._current_frames().get(thread)
     while frame is not None:
         running = frame.f_locals.get("self")
         if isinstance(running, nn.Module):
-            # a compiled model's own frames are gone, not those of its wrapper
-            compiled = vars(running).get("_modules", {}).get("_orig_mod")
-            if any(one is not None and state_of(one) is state for one in (running, compiled)):
-                return True
+            yield running
         frame = frame.f_back
-    return False
 
 
 class Site:

@@ -264,11 +264,30 @@ def test_gradient_checkpointing_refuses_backward_under_another_attention() -> No
 def test_forward_without_the_model_is_refused() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
-    with pytest.raises(LayoutError, match="no token grid"):
+    for grid in ((5, 7), (7, 5), (7, 8)):
+        with pytest.raises(LayoutError, match=r"call the converted model itself, not model\.forward"):
+            model.forward(**inputs_of("flux", grid=grid))
+        run(model, arguments)
+    with dense(model):
         model.forward(**arguments)
+
+
+@torch.no_grad()
+def test_another_model_that_shares_layers_gets_no_earlier_grid() -> None:
+    model, arguments = build("z-image"), inputs_of("z-image")
+    if not hasattr(diffusers, "ZImageControlNetModel"):
+        pytest.skip("this diffusers has no ZImageControlNetModel")
+    config = {"dim": 32, "n_heads": 2, "n_kv_heads": 2, "n_refiner_layers": 1, "control_in_dim": 4}
+    places = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
+    control = diffusers.ZImageControlNetModel(**config, **places).eval()
+    control = diffusers.ZImageControlNetModel.from_transformer(control, model)
+    inputs = {**arguments, "control_context": arguments["x"]}
+    linearize_(model, SMALL)
     run(model, arguments)
-    with pytest.raises(LayoutError, match="call the model itself"):
-        model.forward(**inputs_of("flux", grid=(7, 8)))
+    with pytest.raises(LayoutError, match=r"ZImageControlNetModel\.forward reaches .* must stay dense"):
+        control(**inputs)
+    linearize_(model, SMALL, layers="layers.*")
+    control(**inputs)
 
 
 def test_state_is_freed_after_an_error_in_forward() -> None:
