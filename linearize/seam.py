@@ -225,7 +225,15 @@ def _publish(
     if not site.state.enabled:
         return None
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    sight = site.state.family.see(module, {**dict(zip(names, args, strict=False)), **kwargs})
+    try:
+        sight = site.state.family.see(module, {**dict(zip(names, args, strict=False)), **kwargs})
+    except RuntimeError as error:
+        if type(error).__name__ != "GuardOnDataDependentSymNode":
+            raise
+        raise LayoutError(
+            f"torch.export traces without numbers, and the token grid of a {type(module).__name__} is read from some "
+            "(position ids, lengths): compile_ it instead, or export it inside `with dense(model):`"
+        ) from error
     site.publish(sight)
     if site.state.record is not None:
         site.state.record[site] = replace(sight, replaced={})

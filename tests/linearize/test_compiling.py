@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch._dynamo.utils import counters
 
-from lineardit.linearize import Clear, UnsupportedModelError, compile_, dense, linearize_, restore_
+from lineardit.linearize import Clear, LayoutError, UnsupportedModelError, compile_, dense, linearize_, restore_
 from lineardit.linearize.families import family_of
 from tiny_models import FAMILIES, FIRST, build, inputs_of, run
 
@@ -166,3 +166,23 @@ def test_whole_model_compiles_with_breaks() -> None:
 def test_compile_refuses_an_unknown_model() -> None:
     with pytest.raises(UnsupportedModelError, match="supported: FluxTransformer2DModel"):
         compile_(nn.Linear(2, 2))
+
+
+def test_exported_model_has_the_window_of_its_size() -> None:
+    model, arguments = build("sd3"), inputs_of("sd3", grid=(4, 6))
+    linearize_(model, Clear(radius=2.3))
+    windowed = run(model, arguments)
+    exported = torch.export.export(model, (), {**arguments, "return_dict": False}).module()
+    assert torch.allclose(exported(**arguments, return_dict=False)[0], windowed, atol=1e-6)
+    assert torch.equal(run(model, arguments), windowed)
+
+
+def test_export_of_a_model_whose_grid_is_in_numbers_is_refused() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=2.3))
+    with pytest.raises(LayoutError, match=r"torch\.export traces without numbers.*dense\(model\)"):
+        torch.export.export(model, (), {**arguments, "return_dict": False})
+    with dense(model):
+        exported = torch.export.export(model, (), {**arguments, "return_dict": False}).module()
+    assert torch.allclose(exported(**arguments, return_dict=False)[0], base, atol=1e-6)
