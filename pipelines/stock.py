@@ -62,6 +62,8 @@ def stock_class(pipeline: Any) -> type:
 
 def _unsuitable(stock: Any, parts: Mapping[str, Any]) -> str | None:
     """What a text-to-image pipeline does not do, None where this is one."""
+    if any(cls.__name__ == "ModularPipeline" for cls in stock.__mro__):
+        return "is made of blocks (make diffusers' stock pipeline of its parts, and a cascade of that)"
     takes = inspect.signature(stock.__call__).parameters
     foreign = [name for name in _FOREIGN if name in takes and not (name == "image" and stock.__name__ in _FLUX2)]
     if lacks := [name for name in _NEEDED if name not in takes]:

@@ -14,6 +14,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
+    ModularPipeline,
 )
 from PIL import Image
 from tiny_distill import build_tiny
@@ -275,6 +276,12 @@ def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:
         lineardit.UnsupportedModelError, match="for text-to-image pipelines, and a Other takes no prompt"
     ):
         HighResolutionPipeline.from_pipe(Other())
+
+    class Modular(ModularPipeline):
+        unet = torch.nn.Linear(2, 2)
+
+    with pytest.raises(lineardit.UnsupportedModelError, match="a Modular is made of blocks"):
+        HighResolutionPipeline.from_pipe(Modular.__new__(Modular))
     pipe = converted()
     pipe.transformer.register_to_config(in_channels=24)
     with pytest.raises(lineardit.UnsupportedModelError, match="takes 24 numbers a token where text-to-image takes 16"):
