@@ -1,0 +1,61 @@
+"""What a call launches compiles for sm_90 in the very form that Triton gives it there, and keeps CUDA's limits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.kernel_resources import SHARED_MEMORY
+from lineardit.kernels.focus import triton_kernels as focus_kernels
+from lineardit.kernels.window import triton_kernels as window_kernels
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parent / "launches.py"
+LARGEST_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_kernel_is_launched(launches):
+    names = [*vars(window_kernels), *vars(focus_kernels)]
+    assert {one["kernel"] for one in launches} == {name for name in names if name.startswith(("window_", "focus_"))}
+    assert {one["constants"]["UNIT"] for one in launches} == {1, 8}
+    assert {one["constants"].get("DISJOINT") for one in launches} == {None, True, False}
+
+
+def test_launches_keep_the_limits_of_the_device(launches):
+    for one in launches:
+        assert all(1 <= size <= most for size, most in zip(one["grid"], LARGEST_GRID, strict=True)), one
+        assert one["shared"] <= SHARED_MEMORY[90], one
+
+
+def test_no_argument_has_another_type_than_the_kernels_count_with(launches):
+    for one in launches:
+        numbers = {name: kind for name, kind in one["types"].items() if name.islower()}
+        assert numbers.pop("scale") == "fp32"
+        assert set(numbers.values()) == {"i32"}, one
+
+
+def test_pointers_are_aligned_and_sizes_are_not_compiled_in(launches):
+    """A row of a head of 20 is no multiple of 16 bytes: there the image begins where its text ends."""
+    for one in launches:
+        pointers = {name for name, kind in one["types"].items() if kind.startswith("*")}
+        specialized = set(one["specialized"])
+        assert specialized - pointers <= {"num_cells"}, one
+        if one["constants"]["HEAD_DIM"] != 20:
+            assert pointers <= specialized, one
