@@ -11,9 +11,11 @@ from ..window.windows import Circle
 from .plain import plain_backward, plain_forward
 from .triton_focus import Blocks, backward_candidates, candidates, fits, triton_backward, triton_forward
 
-# Cells of 6 x 7 and fewer tokens, which overlap; a window reaches some of those that are chosen.
-GRID, WINDOW, NUM_CELLS, COUNT = (33, 40), Circle(radius=9.0), 49, 12
-NUM_SMALL_CELLS = 220  # of 3 x 2, which do not overlap: the backward has other programs for both
+# Cells of 6 x 8 and fewer tokens, which overlap; a window reaches some of those that are chosen.
+GRID, WINDOW, NUM_CELLS, COUNT = (33, 48), Circle(radius=9.0), 49, 12
+# Of 3 x 3, which do not overlap: the backward has other programs for both. A multiple of 16, which Triton compiles for
+# anew: several numbers are loaded at once, and ahead, which takes more shared memory.
+NUM_SMALL_CELLS = 176
 
 
 @lru_cache
@@ -33,7 +35,10 @@ def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: in
 def try_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
     """The largest blocks with which the forward runs and is right; raises as `blocks_for` does."""
     with torch.autocast(device.type, enabled=False):  # the first call may come from inside of one
-        return first_that_fits(candidates(side, dtype), _Trial(device, dtype, head_dim, side).forward_error)
+        trials = [_Trial(device, dtype, head_dim, side, cells) for cells in (NUM_CELLS, NUM_SMALL_CELLS)]
+        return first_that_fits(
+            candidates(side, dtype), lambda blocks: max(trial.forward_error(blocks) for trial in trials)
+        )
 
 
 @lru_cache
@@ -56,7 +61,7 @@ def try_backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int,
 class _Trial:
     """A small picture, and what plain PyTorch makes of it in float32."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, side: int, num_cells: int = NUM_CELLS):
+    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, side: int, num_cells: int):
         generator = torch.Generator("cpu").manual_seed(0)
         lengths = (math.prod(GRID),) * 3 + (num_cells,) * 2
         *self.inputs, self.grad_out = (

@@ -1,5 +1,7 @@
 """The focus kernel in Triton's interpreter: the formula over dense masks, plain, strides, precisions, fallbacks."""
 
+from typing import Any
+
 import pytest
 import torch
 from focus_case import CPU, SCALE, SHAPES, WINDOWS, by_hand, clear_choice, inputs_of
@@ -13,6 +15,8 @@ from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import METHODS, Clear, Hybrid, ProxyTokens
 
 pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
 
 from lineardit.kernels.focus import triton_focus, triton_probe
 from lineardit.kernels.focus.choose import choose_impl, kernels_divide
@@ -208,6 +212,21 @@ def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkey
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert triton_probe.try_blocks(CPU, FP32, 8, 8) == candidates(8, FP32)[0]
         assert triton_probe.try_backward_blocks(CPU, FP32, 8, 8) == backward_candidates(8, FP32)[0]
+
+
+def test_the_trial_of_a_device_fits_any_number_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that is a multiple of 16, Triton loads more at once and ahead, which takes more shared memory."""
+
+    def narrow(inputs: list[torch.Tensor], *given: Any) -> tuple[torch.Tensor, ...]:
+        if inputs[3].shape[2] % 16 == 0 and given[-1].keys > 32:
+            raise OutOfResources(106_496, 101_376, "shared memory")
+        return tuple(inputs)
+
+    monkeypatch.setattr(triton_probe, "triton_forward", lambda *given: narrow(*given)[:2])
+    monkeypatch.setattr(triton_probe, "triton_backward", lambda grad_out, grad_lse, *given: narrow(*given))
+    monkeypatch.setattr(triton_probe, "relative_error", lambda *_: 0.0)
+    assert triton_probe.try_blocks(CPU, torch.float16, 8, 8).keys == 32
+    assert triton_probe.try_backward_blocks(CPU, torch.float16, 8, 8).keys == 32
 
 
 def test_the_trial_of_a_device_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
