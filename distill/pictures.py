@@ -178,6 +178,8 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
     state = state_of(model)
     if state is not None and not state.enabled:
         content["methods"] = "dense"
+    elif state is not None and state.dense_tokens:
+        content["dense_below"] = state.dense_tokens
     if styles := {name: one for name, part in parts.items() if (one := _styles_of(part))}:
         content["styles"] = styles
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

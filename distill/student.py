@@ -17,7 +17,7 @@ from ..linearize.manifest import Trained
 from ..linearize.networks import denoiser
 from ..linearize.record import record_
 from ..linearize.report import SwapReport
-from ..linearize.seam import overlays_of
+from ..linearize.seam import put_on
 from ..linearize.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
 
@@ -89,7 +89,7 @@ def add_twins_(model: nn.Module, projections: Sequence[str] | None) -> dict[str,
         if type(module) is not nn.Linear:
             raise ValueError(f"{name} must be an nn.Linear to be trained, got a {type(module).__name__}; train a lora")
     twins = Twins({name: _add_twin_(cast(nn.Linear, module)) for name, module in found.items()})
-    overlays_of(model).items.append(twins)
+    put_on(model, twins)
     record_(model)
     return twins.parameters()
 

@@ -15,11 +15,12 @@ from .input_terms import InputTerms, check_inputs
 from .intercept import LinearAttention, change_class, check_forward, linear_class
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, config_to_dict
+from .methods.settings import check_count
 from .networks import denoiser, networks
 from .overlays import refuse_fused
 from .record import forget_, record_
 from .report import SwapReport
-from .seam import Site, State, install, state_of
+from .seam import Site, State, install, state_of, tell_unused_dense_below
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def linearize_(
     *,
     layers: str | Sequence[str] | None = None,
     min_tokens: int = 0,
+    dense_below: int = 0,
     impl: str = "auto",
     family: Family | None = None,
 ) -> SwapReport:
@@ -43,14 +45,18 @@ def linearize_(
         layers: Globs of module names to restrict the swap to; None: every self-attention module of the image.
         min_tokens: Leave the levels of a UNet that have fewer image tokens at its native size, where full attention is
             cheap.
+        dense_below: Image tokens of a call below which, with `impl` "auto", the model's own call runs instead, where
+            nothing was trained for the new attention; of a UNet, level by level.
         impl: The implementation to run; "auto" picks, and makes the original call where the method covers everything.
         family: How to convert a model of your own; None: as it was converted before, or found by the model's class.
     Raises:
         UnsupportedModelError: the model's class is unknown, it is sharded, or a hook of another tool is in the way.
-        ValueError: a pattern matches nothing or the same layer as another, a config or `impl` is unknown.
+        ValueError: a pattern matches nothing or the same layer as another, a config or `impl` is unknown, or
+            `dense_below` is no count of tokens.
     """
     _, model = denoiser(pipe_or_model)
     _refuse_sharded(model, "linearize_")
+    check_count("dense_below", dense_below, least=0)
     family = family or family_of(model)
     warn_untested()
     patterns = dict(config) if isinstance(config, Mapping) else {"*": config}
@@ -64,7 +70,7 @@ def linearize_(
     check_convertible(model, family, configs, impl)
 
     before = _remove_seam(model)
-    state = State(family, patterns if layers is None and not small else configs)
+    state = State(family, patterns if layers is None and not small else configs, dense_below)
     if before is not None:
         state.overlays = before.overlays
     kernels = {name: _kernel(candidates[name], one, impl) for name, one in configs.items()}
@@ -72,8 +78,9 @@ def linearize_(
     record_(model)
     if state.overlays.items:
         logger.warning("what was trained on the base for the conversion before stays: restore_ first to begin anew")
+        tell_unused_dense_below(model)
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
-    report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl)
+    report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl, dense_below=state.dense_tokens)
     logger.info("%s", report)
     warn_of_others(pipe_or_model, model)
     return report
@@ -214,7 +221,7 @@ def swap_(model: nn.Module, state: State, modules: Mapping[str, nn.Module], kern
         attention.linear_kernel = kernel.to("cpu" if device.type == "meta" else device).train(module.training)
         attention._lineardit_site, attention._lineardit_name = site, name
         if kernel.input_terms:
-            state.input_terms.append(InputTerms(attention, kernel, state))
+            state.input_terms.append(InputTerms(attention, kernel, site))
         site.kernels.append(kernel)
         change_class(module, linear_class(cast(Any, type(module))))
     install(model, state, sites)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .manifest import Trained
 from .overlays import NO_WAY_BACK, check_unmerged, plain_layer
-from .seam import overlays_of
+from .seam import put_on
 
 
 class FullWeights:
@@ -106,7 +106,7 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
         keep = keep_original and old.is_meta == weights[name].is_meta
         originals[name] = old.detach().to("meta" if old.is_meta else "cpu", copy=True) if keep else None
     overlay = FullWeights(model, originals)
-    overlays_of(model).items.append(overlay)  # first: what is interrupted below can be restored
+    put_on(model, overlay)  # first: what is interrupted below can be restored
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
         if old.is_meta and not weights[name].is_meta:

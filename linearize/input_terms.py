@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from .beside_input import call_beside
 from .errors import UnsupportedModelError
+from .layout import Layout
 from .matching import head_shape
 from .methods import METHODS, Method
+from .original import runs_original
 
 
 class InputTerms:
@@ -18,13 +20,13 @@ class InputTerms:
     Args:
         attention: The attention module.
         kernel: Its linear kernel, whose class says which child of it belongs to which layer of the module.
-        state: Of the converted model.
+        site: Where its token grid is published.
     """
 
-    def __init__(self, attention: nn.Module, kernel: Method, state: Any) -> None:
+    def __init__(self, attention: nn.Module, kernel: Method, site: Any) -> None:
         self.attention = attention
         terms = kernel.input_terms.items()
-        self.hooks = {layer: _AddTerm(kernel.get_submodule(child), state) for layer, child in terms}
+        self.hooks = {layer: _AddTerm(kernel.get_submodule(child), kernel, site) for layer, child in terms}
         self.hooked: dict[str, tuple[nn.Module, torch.utils.hooks.RemovableHandle]] = {}
         for layer, hook in self.hooks.items():
             weight: Any = getattr(attention, layer).weight
@@ -64,12 +66,15 @@ class InputTerms:
 class _AddTerm:
     """Hook of one layer."""
 
-    def __init__(self, term: nn.Module, state: Any) -> None:
+    def __init__(self, term: nn.Module, kernel: Method, site: Any) -> None:
         self.term = term
-        self.state = state
+        self.kernel = kernel
+        self.site = site
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not self.state.enabled:
+        state = self.site.state
+        image = Layout(self.site.grid, 0, state.family.text_first) if state.enabled else None
+        if image is None or runs_original(self.kernel, image, state.dense_tokens):
             return None
         x, *others = args
         return x + call_beside(self.term, x), *others

@@ -20,6 +20,7 @@ from .beside_input import call_beside
 from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
 from .layout import Layout, reorder, text_mask_of
 from .matching import head_shape
+from .original import runs_original
 from .parallel import join_shares, refuse_gradients, share_out, share_sizes, ulysses_degree
 from .seam import Site, rewind_before_backward
 
@@ -171,7 +172,7 @@ def _refuse_dense(attention: LinearAttention, query: Tensor, key: Tensor) -> Non
         return
     if not site.state.family.text_queries:
         return  # a reference image of the same size
-    if not (kernel.impl == "auto" and kernel.covers(image)):
+    if not runs_original(kernel, image, site.state.dense_tokens):
         processor = type(getattr(attention, "processor", None)).__name__
         raise LayoutError(
             f"{attention._lineardit_name}: {processor} lets every image token attend to the whole image once more, as "
@@ -195,7 +196,7 @@ def _attend(
     layout = _layout_of(attention, key)
     if site.state.logit_factor != 1:
         scale = site.state.logit_factor * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if kernel.impl == "auto" and kernel.covers(layout):
+    if runs_original(kernel, layout, site.state.dense_tokens):
         if attn_mask is None and layout.text_mask is not None:
             attn_mask = key_mask(layout.text_mask, layout.num_image_tokens, layout.text_first)
         return scaled_dot_product_attention(

@@ -22,6 +22,7 @@ from typing import Any
 from .errors import nearest
 from .folders import read_header
 from .methods import config_from_dict
+from .methods.settings import check_count
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "lineardit.json"
@@ -60,6 +61,7 @@ class Manifest:
         family: Name of the model's family.
         attention: The swapped modules: {pattern: {"heads x head_dim" as "24x128": number of modules}}.
         methods: {pattern: a method's config as JSON}.
+        dense_below: As in `linearize_`; not written where it is 0.
         trained: What was trained beside the kernels' own parameters, each kind at most once.
         tensors: None: there is no tensor to load, or they are in the same file.
         versions: Of the libraries that wrote it.
@@ -74,6 +76,7 @@ class Manifest:
     family: str | None = None
     attention: Mapping[str, Mapping[str, int]]
     methods: Mapping[str, Mapping[str, Any]]
+    dense_below: int = 0
     trained: tuple[Trained, ...] = ()
     tensors: TensorsFile | None = None
     versions: Mapping[str, str]
@@ -82,9 +85,14 @@ class Manifest:
         """{pattern: config}, as `linearize_` takes it."""
         return {pattern: config_from_dict(settings) for pattern, settings in self.methods.items()}
 
+    @property
+    def dense_tokens(self) -> int:
+        """`dense_below`, 0 where something was trained for the new attention."""
+        return 0 if self.trained else self.dense_below
+
     def to_json(self) -> str:
         trained = [{key: value for key, value in asdict(one).items() if value is not None} for one in self.trained]
-        return json.dumps(asdict(self) | {"trained": trained}, indent=2) + "\n"
+        return json.dumps(_without_zero(asdict(self) | {"trained": trained}), indent=2) + "\n"
 
     def header(self) -> dict[str, str]:
         """For a single file: all of this, to be read back, and what other programs show of a file."""
@@ -105,12 +113,14 @@ class Entry:
     Attributes:
         warning: For who reads the file, where trained weights were merged into the base's; None: they were not.
         methods: {pattern: a method's config as JSON}.
+        dense_below: As in `linearize_`; not written where it is 0.
         trained: What was trained beside the kernels' own parameters, each kind at most once.
         changed: Patterns of the names of the base's parameters that training changed.
     """
 
     warning: str | None = None
     methods: Mapping[str, Mapping[str, Any]]
+    dense_below: int = 0
     trained: tuple[Trained, ...] = ()
     changed: tuple[str, ...] = ()
 
@@ -118,9 +128,19 @@ class Entry:
         """{pattern: config}, as `linearize_` takes it."""
         return {pattern: config_from_dict(settings) for pattern, settings in self.methods.items()}
 
+    @property
+    def dense_tokens(self) -> int:
+        """`dense_below`, 0 where something was trained for the new attention."""
+        return 0 if self.trained or self.changed else self.dense_below
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return _without_zero({key: value for key, value in asdict(self).items() if value is not None})
+
+
+def _without_zero(entries: dict[str, Any]) -> dict[str, Any]:
+    """Without a `dense_below` of 0, so that files that do not need it are read by those who do not know it."""
+    return {key: value for key, value in entries.items() if key != "dense_below" or value}
 
 
 def read_entry(entries: Any) -> Entry:
@@ -130,6 +150,7 @@ def read_entry(entries: Any) -> Entry:
         ValueError: an unknown key (the nearest is named), or a value of the wrong kind.
     """
     entry = _record("lineardit", Entry, entries, warning=(str, type(None)), methods=dict, trained=list, changed=list)
+    check_count("lineardit.dense_below", entry.dense_below, least=0)
     entry = replace(entry, trained=_all_trained(entry.trained), changed=tuple(entry.changed))
     entry.configs()
     return entry
@@ -187,6 +208,7 @@ def _manifest(entries: Any) -> Manifest:
         tensors = _record("tensors", TensorsFile, tensors, file=str, bytes=int, sha256=str)
         if tensors.file != TENSORS_FILE:
             raise ValueError(f"tensors.file must be {TENSORS_FILE!r}, got {tensors.file!r}")
+    check_count("dense_below", entries.get("dense_below", 0), least=0)
     for key in ("methods", "versions"):
         _entries(key, entries[key])
     manifest = Manifest(**entries | {"trained": trained, "tensors": tensors})

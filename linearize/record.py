@@ -52,6 +52,7 @@ def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
     names = [name for name, _ in model.named_parameters()]
     return Entry(
         methods={pattern: config_to_dict(config) for pattern, config in state.patterns.items()},
+        dense_below=state.dense_below,
         trained=tuple(dict.fromkeys(told)),
         changed=tuple(grouped(dict.fromkeys(changed, 0), names)),
     )

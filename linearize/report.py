@@ -19,12 +19,15 @@ class SwapReport:
         skipped: Module name -> why it keeps its attention.
         family: Name of the model's family.
         impl: The implementation asked for.
+        dense_below: Image tokens of a call below which the model's own call runs, as in `linearize_`; 0 where
+            something was trained for the new attention.
     """
 
     swapped: dict[str, Any]
     skipped: dict[str, str]
     family: str
     impl: str
+    dense_below: int = 0
 
     def __str__(self) -> str:
         chosen_out = [name for name, reason in self.skipped.items() if _could_be_swapped(reason)]
@@ -34,7 +37,8 @@ class SwapReport:
         line = f"{len(self.swapped)}/{total} self-attention modules: {methods}"
         reasons = Counter(self.skipped.values())
         left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        return f"{line} (family {self.family}, impl {self.impl}{'; left: ' + left if left else ''})"
+        dense = f", original below {self.dense_below:,} image tokens" if self.dense_below else ""
+        return f"{line} (family {self.family}, impl {self.impl}{dense}{'; left: ' + left if left else ''})"
 
 
 def _short(config: Any) -> str:

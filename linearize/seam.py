@@ -8,6 +8,7 @@ B batch, H heads, N tokens, D head dimension.
 """
 
 import inspect
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,9 @@ from .families import Family, Sight
 from .input_terms import InputTerms
 from .layout import Grid, as_shape, image_first
 from .methods import Method
-from .overlays import Overlays
+from .overlays import Overlay, Overlays
+
+logger = logging.getLogger(__name__)
 
 
 class State:
@@ -33,15 +36,17 @@ class State:
     Attributes:
         enabled: False inside `dense`: the attention modules then run as upstream wrote them.
         patterns: Glob of module names -> config, as the conversion is saved.
+        dense_below: As in `linearize_`.
         overlays: What was trained on the base.
         input_terms: What methods add to the inputs of layers, for each module whose method does.
         logit_factor: What `scaled_logits` multiplies the logits of attention by.
         record: The grids of the running forward, where gradient checkpointing will run parts of it again.
     """
 
-    def __init__(self, family: Family, patterns: dict[str, Any]) -> None:
+    def __init__(self, family: Family, patterns: dict[str, Any], dense_below: int = 0) -> None:
         self.family = family
         self.patterns = patterns
+        self.dense_below = dense_below
         self.enabled = True
         self.overlays = Overlays()
         self.input_terms: list[InputTerms] = []
@@ -50,6 +55,11 @@ class State:
         self.record: dict[Site, Sight] | None = None
         self._thread: int | None = None
         self._dense_thread: int | None = None
+
+    @property
+    def dense_tokens(self) -> int:
+        """`dense_below`, 0 where something was trained for the new attention."""
+        return 0 if self.overlays.items else self.dense_below
 
     def enter(self) -> None:
         """Claim the model for this thread's forward.
@@ -205,6 +215,25 @@ def overlays_of(model: nn.Module) -> Overlays:
     state = state_of(model)
     assert state is not None, "overlays are put on after linearize_"
     return state.overlays
+
+
+def put_on(model: nn.Module, overlay: Overlay) -> None:
+    """One more overlay of a converted model; with the first, small pictures lose their original attention."""
+    overlays = overlays_of(model)
+    overlays.items.append(overlay)
+    if len(overlays.items) == 1:
+        tell_unused_dense_below(model)
+
+
+def tell_unused_dense_below(model: nn.Module) -> None:
+    """Log that `dense_below` is of no use to a model on which something was trained."""
+    state = state_of(model)
+    if state is not None and state.dense_below > state.dense_tokens:
+        logger.warning(
+            "dense_below=%d is left unused: what is trained for the new attention would be wrong with the original, so "
+            "linear attention runs at every size",
+            state.dense_below,
+        )
 
 
 @torch.compiler.disable

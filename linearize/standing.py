@@ -1,9 +1,10 @@
 """How a loaded model stands: which of its attention is swapped, and which implementations a forward really runs."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -12,9 +13,9 @@ from .families import family_of
 from .layout import Grid, Layout
 from .matching import attention_modules
 from .networks import denoiser
+from .original import COVERED, below
 from .report import SwapReport
-
-ORIGINAL = "original"
+from .seam import state_of
 
 
 def swap_report(pipe_or_model: Any) -> SwapReport | None:
@@ -30,6 +31,7 @@ def swap_report(pipe_or_model: Any) -> SwapReport | None:
         skipped=skipped | {name: "not converted" for name in candidates if name not in kernels},
         family=family.name,
         impl=", ".join(sorted({kernel.impl for kernel in kernels.values()})),
+        dense_below=dense_below_of(model),
     )
 
 
@@ -38,10 +40,24 @@ def describe_attention(pipe_or_model: Any) -> str:
     return str(swap_report(pipe_or_model) or "original attention")
 
 
-def advice_on(model: nn.Module, grid: Grid) -> tuple[str, ...]:
-    """What the converted attention of a model has to say about pictures of this grid, each sentence once."""
+def dense_below_of(model: nn.Module) -> int:
+    """Image tokens of a call below which the converted modules of a model make their original call; 0: none."""
+    state, modules = state_of(model), swapped(model).values()
+    forced = any(cast(Any, module).linear_kernel.impl != "auto" for module in modules)
+    return 0 if state is None or forced else state.dense_tokens
+
+
+def advice_on(model: nn.Module, grids: Sequence[Grid]) -> tuple[str, ...]:
+    """What the converted attention of a model has to say about pictures in stages of these grids, each sentence once.
+
+    Args:
+        grids: Of the stages with converted attention, the last one that of the picture.
+    """
     kernels: list[Any] = [module.linear_kernel for module in swapped(model).values()]
-    told = (kernel.advice(kernel.config, grid) for kernel in kernels)
+    dense_below = dense_below_of(model)
+    told = [kernel.advice(kernel.config, grids[-1]) for kernel in kernels if prod(grids[-1]) >= dense_below]
+    if any(prod(grid) < dense_below for grid in grids):
+        told.append(f"converted stages of fewer than {dense_below:,} image tokens make the model's original call")
     return tuple(dict.fromkeys(advice for advice in told if advice is not None))
 
 
@@ -49,7 +65,7 @@ def advice_on(model: nn.Module, grid: Grid) -> tuple[str, ...]:
 def implementations_seen(pipe_or_model: Any) -> Iterator[Counter[str]]:
     """Counts which implementation each kernel ran inside the context.
 
-    A kernel whose window covers the picture is not called: the model makes its original call, and nothing is counted.
+    Where the model makes its original call (`runs_original`), nothing is counted.
     """
     seen: Counter[str] = Counter()
 
@@ -69,7 +85,9 @@ def implementations_seen(pipe_or_model: Any) -> Iterator[Counter[str]]:
 
 def describe_implementations(seen: Counter[str], model: nn.Module) -> str:
     """For one forward of `implementations_seen`: "tiled", or what ran where."""
-    swaps = len(swapped(model))
+    modules: list[Any] = list(swapped(model).values())
+    swaps, dense_below = len(modules), dense_below_of(model)
     if original := swaps - seen.total():
-        seen = seen + Counter({f"{ORIGINAL} (the window covers the picture)": original})
+        small = sum(prod(module._lineardit_site.grid) < dense_below for module in modules) if dense_below else 0
+        seen = seen + Counter({below(dense_below): small, COVERED: original - small})
     return ", ".join(name if count == swaps else f"{count} x {name}" for name, count in seen.most_common())

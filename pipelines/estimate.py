@@ -22,6 +22,7 @@ from ..linearize.families import FAMILIES
 from ..linearize.measures.flops import Step, count_step
 from ..linearize.measures.step_inputs import can_make_inputs, token_side
 from ..linearize.networks import denoiser
+from ..linearize.standing import dense_below_of
 from .placement import noted_place
 from .plan import Plan, Stage
 from .positions import table_side
@@ -95,7 +96,8 @@ class Estimator:
             return stage
         kernels = swapped(self.model) if stage.attention == "converted" else {}
         configs = {name: cast(Any, module).linear_kernel.config for name, module in kernels.items()}
-        operations = stage.steps * self.forwards * self.batch * step.flops(configs).after
+        flops = step.flops(configs, dense_below=dense_below_of(self.model))
+        operations = stage.steps * self.forwards * self.batch * flops.after
         gib = self._gib(step.peak if stage.chunk_tokens is None else peak_in_chunks(shape, stage.chunk_tokens))
         too_large = self.limit is not None and gib > self.limit
         if too_large and chunks and stage.chunk_tokens is None and prod(step.grid) > CHUNK_TOKENS:

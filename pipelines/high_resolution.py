@@ -275,11 +275,11 @@ class HighResolutionPipeline(StagedPipeline):
         )
 
     def _with_advice(self, plan: Plan, limits: Limits) -> Plan:
-        """The plan, with what the converted attention says about its last size."""
-        last = plan.stages[-1]
-        if last.attention == "original" or not limits.counts_tokens:
+        """The plan, with what the converted attention says about its sizes."""
+        if plan.stages[-1].attention == "original" or not limits.counts_tokens:
             return plan
-        advice = advice_on(denoiser(self)[1], (last.height // limits.multiple, last.width // limits.multiple))
+        side, converted = limits.multiple, [stage for stage in plan.stages if stage.attention == "converted"]
+        advice = advice_on(denoiser(self)[1], [(stage.height // side, stage.width // side) for stage in converted])
         return replace(plan, notes=(*plan.notes, *advice))
 
     def _shape_of_latents(self, stage: Stage) -> list[int]:

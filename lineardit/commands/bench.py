@@ -122,9 +122,12 @@ def show(name: str, rows: "Sequence[StepTime]") -> None:
 
 def verdict(rows: "Sequence[StepTime]") -> str:
     """From which of the measured sizes on the conversion is the faster one."""
-    ran = sorted((row for row in rows if row.converted is not None), key=lambda row: row.tokens)
-    if not ran:
+    fitting = [row for row in rows if row.converted is not None]
+    if not fitting:
         return "No step of the conversion fits into memory: take smaller sizes, or a smaller dtype."
+    ran = sorted((row for row in fitting if not row.is_original), key=lambda row: row.tokens)
+    if not ran:
+        return "At these sizes the conversion makes the model's original call: larger pictures gain from it."
     largest = f"{ran[-1].width}x{ran[-1].height}"
     slower = [row.tokens for row in ran if row.speedup is not None and row.speedup <= 1]
     faster = [row for row in ran if row.tokens > max(slower, default=0)]

@@ -56,6 +56,12 @@ def convert(
     min_tokens: Annotated[
         int, typer.Option(help="Leave the levels of a UNet that have fewer image tokens at its native size.")
     ] = 0,
+    dense_below: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS", help="Original attention in calls with fewer image tokens, where nothing was trained."
+        ),
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
     from_profile: FromProfile = None,
     budget: Budget = None,
@@ -89,7 +95,7 @@ def convert(
         convert_and_merge,
         convert_base,
         is_adapter,
-        refuse_layers,
+        refuse_choices,
         repack_adapter,
     )
     from ..linearize.adapters.opening import named_dtype
@@ -102,13 +108,18 @@ def convert(
             raise ValueError("--from-profile chooses method and layers: leave --method, --import and --layers out")
         config = _from_profile(from_profile, base, budget, budget_size, choices, revision=revision, offline=offline)
     places: dict[str, Any] = {"output": output, "revision": revision, "offline": offline, "overwrite": overwrite}
-    conversion: dict[str, Any] = {"layers": layers, "min_tokens": min_tokens, "importer": importer}
+    conversion: dict[str, Any] = {
+        "layers": layers,
+        "min_tokens": min_tokens,
+        "dense_below": dense_below,
+        "importer": importer,
+    }
     if merge:
         convert_and_merge(base, config, dtype="auto" if dtype == "auto" else named_dtype(dtype), **conversion, **places)
         print(f"Wrote {output}; generate with: lineardit generate {output} PROMPT")
         return
     if config is None and importer is None and is_adapter(base, revision=revision, offline=offline):
-        refuse_layers(layers, min_tokens)
+        refuse_choices(layers, min_tokens, dense_below)
         repack_adapter(base, **places)
     else:
         convert_base(base, config, **conversion, **places)

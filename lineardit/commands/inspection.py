@@ -46,6 +46,8 @@ def show(inspection: "Inspection") -> None:
     """Print the two tables."""
     console = wide_console()
     console.print(f"{inspection.model_class} of {inspection.base}, family {inspection.family}")
+    if inspection.dense_below:
+        console.print(f"original attention in calls with fewer than {inspection.dense_below:,} image tokens")
     console.print(_modules(inspection))
     print_titled(console, "One denoising step, batch 1", _costs(inspection))
 

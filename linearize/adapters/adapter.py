@@ -32,7 +32,7 @@ from ..networks import denoiser
 from ..overlays import check_unmerged, refuse_fused
 from ..record import record_
 from ..report import SwapReport
-from ..seam import overlays_of
+from ..seam import overlays_of, put_on
 from .base import Place, Source, find_place, source_of
 from .fitting import attention_shapes, check_fit, sorted_tensors
 
@@ -193,7 +193,7 @@ def mount_adapter_(
     _warn_of_other_base(manifest, source_of(pipe_or_model, model))
     if swapped(model):
         restore_(model)
-    report = linearize_(model, configs, impl=impl, family=family)
+    report = linearize_(model, configs, dense_below=manifest.dense_below, impl=impl, family=family)
     for name, module in swapped(model).items():
         cast(Any, module).linear_kernel.load_state_dict(parts.kernels.get(name, {}))
     if parts.full:
@@ -201,9 +201,9 @@ def mount_adapter_(
     if parts.lora:
         factors = {name: like_layer(model, name, pair) for name, pair in parts.lora.items()}
         overlay = LowRank if keep_original else FusedLowRank
-        overlays_of(model).items.append(overlay(model, factors, alpha=parts.alpha))
+        put_on(model, overlay(model, factors, alpha=parts.alpha))
     record_(model)
-    return report
+    return replace(report, dense_below=manifest.dense_tokens)
 
 
 def _warn_of_other_base(manifest: Manifest, source: Source) -> None:
@@ -273,6 +273,7 @@ def manifest_of(model: nn.Module, source: Source) -> Manifest:
         family=family.name,
         attention={pattern: attention_shapes(candidates[name] for name in names) for pattern, names in groups.items()},
         methods={pattern: config_to_dict(configs[names[0]]) for pattern, names in groups.items()},
+        dense_below=cast(Any, model)._lineardit_state.dense_below,
         trained=trained_on(model),
         versions={"lineardit": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
     )

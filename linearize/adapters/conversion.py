@@ -30,6 +30,7 @@ def convert_base(
     output: str | Path,
     layers: str | Sequence[str] | None = None,
     min_tokens: int = 0,
+    dense_below: int = 0,
     revision: str | None = None,
     offline: bool = False,
     overwrite: bool = False,
@@ -43,6 +44,7 @@ def convert_base(
         output: The adapter folder to write, or one file if it ends in `.safetensors`.
         layers: Globs of module names to restrict the swap to.
         min_tokens: Leave the levels of a UNet with fewer image tokens, as in `linearize_`.
+        dense_below: As in `linearize_`.
         revision: Branch, tag or commit of a Hub id.
         offline: Never touch the network.
         overwrite: Replace what is at `output`.
@@ -52,11 +54,11 @@ def convert_base(
         ValueError: the base cannot be had, nothing matches, or the output exists; nothing is written.
     """
     check_adapter_output(Path(output), overwrite=overwrite)
-    _check_settings(config, importer, layers, min_tokens)
+    _check_settings(config, importer, layers, min_tokens, dense_below)
     _refuse_adapter(base, revision=revision, offline=offline)
     found = read_base(base, revision=revision, offline=offline)
     model = build_on_meta(found)
-    report = _convert_(model, config, importer, layers, min_tokens, offline=offline)
+    report = _convert_(model, config, importer, layers, min_tokens, dense_below, offline=offline)
     write_adapter(model, found.source, Path(output), overwrite=overwrite)
     return report
 
@@ -94,6 +96,7 @@ def convert_and_merge(
     output: str | Path,
     layers: str | Sequence[str] | None = None,
     min_tokens: int = 0,
+    dense_below: int = 0,
     revision: str | None = None,
     offline: bool = False,
     overwrite: bool = False,
@@ -108,6 +111,7 @@ def convert_and_merge(
         output: The folder to write.
         layers: As in `convert_base`.
         min_tokens: As in `convert_base`.
+        dense_below: As in `linearize_`.
         revision: Branch, tag or commit of a Hub id.
         offline: Never touch the network.
         overwrite: Replace an existing folder.
@@ -123,13 +127,13 @@ def convert_and_merge(
         raise ValueError(f"a merged pipeline is a folder, got the output {output}: leave {SINGLE_FILE_SUFFIX} out")
     check_output(Path(output), overwrite=overwrite)
     if config is None and importer is None:
-        refuse_layers(layers, min_tokens)
+        refuse_choices(layers, min_tokens, dense_below)
         pipe = from_pretrained(adapter_or_base, dtype=dtype, revision=revision, offline=offline, keep_original=False)
     else:
-        _check_settings(config, importer, layers, min_tokens)
+        _check_settings(config, importer, layers, min_tokens, dense_below)
         _refuse_adapter(adapter_or_base, revision=revision, offline=offline)
         pipe = load_base(read_base(adapter_or_base, revision=revision, offline=offline), dtype=dtype, offline=offline)
-        _convert_(pipe, config, importer, layers, min_tokens, offline=offline)
+        _convert_(pipe, config, importer, layers, min_tokens, dense_below, offline=offline)
     return save_merged(pipe, output, overwrite=overwrite)
 
 
@@ -138,8 +142,10 @@ def is_adapter(name: str | Path, *, revision: str | None = None, offline: bool =
     return adapter_file(find_place(name, revision=revision, offline=offline)) is not None
 
 
-def refuse_layers(layers: str | Sequence[str] | None, min_tokens: int) -> None:
-    """Raise a ValueError where an adapter comes with a choice of layers: it has its own."""
+def refuse_choices(layers: str | Sequence[str] | None, min_tokens: int, dense_below: int) -> None:
+    """Raise a ValueError where an adapter comes with a choice of layers or sizes: it has its own."""
+    if dense_below != 0:
+        raise ValueError(f"an adapter keeps the dense_below that it has, got {dense_below=}: give its base")
     if layers is not None or min_tokens > 0:
         raise ValueError(f"an adapter keeps the layers that it has, got {layers=} and {min_tokens=}: give its base")
 
@@ -151,8 +157,10 @@ def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) ->
         )
 
 
-def _check_settings(config: Any, importer: str | None, layers: str | Sequence[str] | None, min_tokens: int) -> None:
-    """Whether method, importer and the choice of layers go together."""
+def _check_settings(
+    config: Any, importer: str | None, layers: str | Sequence[str] | None, min_tokens: int, dense_below: int
+) -> None:
+    """Whether method, importer and the choice of layers and sizes go together."""
     if importer is None:
         if config is None:
             names = ", ".join(cls.__name__.lower() for cls in METHODS)
@@ -165,6 +173,8 @@ def _check_settings(config: Any, importer: str | None, layers: str | Sequence[st
         )
     if layers is not None or min_tokens > 0:
         raise ValueError(f"checkpoints to import are for all layers that they name, got {layers=} and {min_tokens=}")
+    if dense_below != 0:
+        raise ValueError(f"weights to import were trained for the new attention at every size, got {dense_below=}")
     if kind == "clear" and (not isinstance(config, Clear) or config.pool_tokens is not None):
         raise ValueError(f"CLEAR's checkpoints need method clear with its radius and pool_size, got {config}")
     if kind == "linfusion" and config not in (None, LinFusion()):
@@ -177,12 +187,13 @@ def _convert_(
     importer: str | None,
     layers: str | Sequence[str] | None,
     min_tokens: int,
+    dense_below: int,
     *,
     offline: bool,
 ) -> SwapReport:
     """Swaps, and loads what is to be imported, in place; there is no way back."""
     if importer is None:
-        return linearize_(pipe_or_model, config, layers=layers, min_tokens=min_tokens)
+        return linearize_(pipe_or_model, config, layers=layers, min_tokens=min_tokens, dense_below=dense_below)
     kind, _, path = importer.partition(":")
     if kind == "linfusion":
         return load_linfusion_checkpoint_(pipe_or_model, path, keep_original=False, offline=offline)

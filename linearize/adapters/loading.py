@@ -18,7 +18,7 @@ from ..low_rank import LORA_NAME, LowRank, like_layer
 from ..manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from ..networks import denoiser
 from ..record import CONFIG_KEY, record_
-from ..seam import overlays_of
+from ..seam import put_on
 from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, find_place, read_base
 from .fitting import check_shapes, shapes_of
@@ -199,17 +199,19 @@ def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path, weig
     Raises:
         ValueError: the folder lacks a tensor of these, or has others.
     """
-    linearize_(model, entry.configs(), impl=impl)
+    without_weights = not weights and not any(folder.glob("*.safetensors"))
+    dense_below = entry.dense_tokens if without_weights else entry.dense_below
+    linearize_(model, entry.configs(), dense_below=dense_below, impl=impl)
     parameters = dict(model.named_parameters())
     changed = [name for name in parameters if any(fnmatchcase(name, glob) for glob in entry.changed)]
     if changed:
-        overlays_of(model).items.append(FullWeights(model, dict.fromkeys(changed)))
-    if not weights and not any(folder.glob("*.safetensors")):  # of a repository nothing but configs was fetched
+        put_on(model, FullWeights(model, dict.fromkeys(changed)))
+    if without_weights:  # of a repository nothing but configs was fetched
         return
     saved = _own_tensors(folder)
     for trained in entry.trained:
         if trained.kind == "lora":
-            overlays_of(model).items.append(_saved_lora(model, saved, cast(float, trained.alpha), folder))
+            put_on(model, _saved_lora(model, saved, cast(float, trained.alpha), folder))
     expected = {name: one for name, one in model.state_dict().items() if _is_ours(name)}
     check_shapes(shapes_of(saved), shapes_of(expected), what=f"the tensors of {folder}")
     model.load_state_dict(saved, strict=False)

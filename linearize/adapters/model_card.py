@@ -79,7 +79,7 @@ image = pipe("a lighthouse at dawn").images[0]
 | base | {_base(manifest)}{f" at revision {manifest.base_revision}" if manifest.base_revision else ""} |
 | licence of the base | {manifest.base_license or "not known: look it up before you use or share this"} |
 | model | {manifest.model_class}{f", family {manifest.family}" if manifest.family else ""} |
-| method and settings | {_methods(manifest)} |
+| method and settings | {_methods(manifest)}{_dense(manifest)} |
 | modules | {", ".join(f"`{pattern}`" for pattern in manifest.methods)} |
 | trained | {", ".join(map(_trained, manifest.trained)) or "nothing beside the method's own parameters"} |
 | versions | {", ".join(f"{library} {version}" for library, version in manifest.versions.items())} |
@@ -101,6 +101,11 @@ def _methods(manifest: Manifest) -> str:
         values = [f"{key} {json.dumps(value)}" for key, value in settings.items() if key != "method"]
         told.append(settings["method"] + (f" ({', '.join(values)})" if values else ""))
     return " and ".join(dict.fromkeys(told))
+
+
+def _dense(manifest: Manifest) -> str:
+    """Where the original attention runs."""
+    return f"; original attention below {manifest.dense_tokens:,} image tokens" if manifest.dense_tokens else ""
 
 
 def _names(manifest: Manifest) -> list[str]:

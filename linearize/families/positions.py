@@ -5,13 +5,14 @@ B batch, N tokens of the image and its references, C channels.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..layout import Grid, Layout
+from ..original import runs_original
 from .family import CACHED_REFERENCES, Sight
 
 
@@ -185,5 +186,7 @@ def see_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> Si
 def _is_original(model: nn.Module, grid: Grid) -> bool:
     """Whether every converted module makes the original call on this grid."""
     layout = Layout(grid, 0, text_first=True)
-    kernels = [cast(Any, module).linear_kernel for module in model.modules() if hasattr(module, "linear_kernel")]
-    return all(kernel.impl == "auto" and kernel.covers(layout) for kernel in kernels)
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "linear_kernel")]
+    return all(
+        runs_original(module.linear_kernel, layout, module._lineardit_site.state.dense_tokens) for module in modules
+    )

@@ -19,6 +19,7 @@ from ..convert import check_impl, linearize_
 from ..families import family_of
 from ..manifest import Manifest, read_entry
 from ..matching import attention_modules, choose
+from ..original import ORIGINAL
 from ..record import CONFIG_KEY
 from .flops import Step, StepFlops, count_step
 from .random_weights import random_model
@@ -63,6 +64,7 @@ class Conversion:
         name: As it was given.
         base: What the base's config files say.
         configs: {pattern: config}.
+        dense_below: Image tokens of a call below which the original attention runs; 0 where something was trained.
         adapter: Its manifest and tensors; None: a saved pipeline.
         steps: What a forward of the original does, for each size and text length that was asked for.
     """
@@ -70,6 +72,7 @@ class Conversion:
     name: str
     base: Base
     configs: dict[str, Any]
+    dense_below: int
     adapter: tuple[Manifest, dict[str, Tensor]] | None
     steps: dict[tuple[Size, int | None], Step] = field(default_factory=dict)
 
@@ -87,15 +90,15 @@ class Conversion:
         place = find_place(name, offline=offline)
         if adapter_file(place) is None:
             found, adapter = _saved_pipeline(name, offline), None
-            configs = read_entry(found.config[CONFIG_KEY]).configs()
+            saved: Any = read_entry(found.config[CONFIG_KEY])
         else:
             adapter = read_adapter(name, offline=offline)
-            found, configs = base_of(adapter[0], place.name, base, offline=offline), adapter[0].configs()
+            found, saved = base_of(adapter[0], place.name, base, offline=offline), adapter[0]
         if not can_make_inputs(build_on_meta(found)):
             raise ValueError(
                 f"the inputs of a {found.model_class} cannot be made up: `lineardit evaluate` times whole pictures"
             )
-        return cls(name=str(name), base=found, configs=configs, adapter=adapter)
+        return cls(name=str(name), base=found, configs=saved.configs(), dense_below=saved.dense_tokens, adapter=adapter)
 
     def fitting(self, sizes: Sequence[Size], conditions: Conditions, *, all_of: bool = True) -> list[Size]:
         """The sizes that the model can make.
@@ -141,7 +144,7 @@ class Conversion:
         config = {key: value for key, value in self.base.config.items() if key != CONFIG_KEY}
         model = random_model(self.base.model_class, config, conditions.device, conditions.dtype)
         if self.adapter is None:
-            linearize_(model, self.configs, impl=conditions.impl)
+            linearize_(model, self.configs, dense_below=self.dense_below, impl=conditions.impl)
         else:
             mount_adapter_(model, *self.adapter, keep_original=True, impl=conditions.impl)
         return model
@@ -151,11 +154,15 @@ class Conversion:
         step, model = self._step(size, conditions.text_len), build_on_meta(self.base)
         modules, _ = attention_modules(model, family_of(model))
         configs = choose(list(modules), self.configs, None)
+        dense_below = self.dense_below if conditions.impl == "auto" else 0
         runs = conditions.impl
-        if runs == "auto" and not conditions.compiled:
+        if runs == "auto":
             like = torch.empty(1, device=conditions.device, dtype=conditions.dtype)
-            runs = ", ".join(sorted({step.picked(name, config, like) for name, config in configs.items()}))
-        return prod(step.grid), step.flops(configs), runs
+            picked = {step.picked(name, config, like, dense_below=dense_below) for name, config in configs.items()}
+            if conditions.compiled:  # what is picked in a trace is not told
+                picked = {one if one.startswith(ORIGINAL) else "auto" for one in picked}
+            runs = ", ".join(sorted(picked))
+        return prod(step.grid), step.flops(configs, dense_below=dense_below), runs
 
     def _step(self, size: Size, text_len: int | None) -> Step:
         """What a forward of the original does, counted when it is first asked for.

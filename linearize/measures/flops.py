@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import LayoutError
 from ..families import family_of
-from ..layout import Grid
+from ..layout import Grid, Layout
 from ..matching import attention_modules
 from ..methods import METHODS
+from ..original import COVERED, below
 from .live_bytes import LiveBytes
 from .step_inputs import can_make_inputs, step_inputs
 
@@ -88,20 +89,23 @@ class Step:
     calls: tuple[Call, ...]
     peak: int
 
-    def flops(self, configs: Mapping[str, Any]) -> StepFlops:
+    def flops(self, configs: Mapping[str, Any], *, dense_below: int = 0) -> StepFlops:
         """Operations before and after conversion.
 
         Args:
             configs: Config of the method by the name of the attention module that it replaces.
+            dense_below: Image tokens of a call below which the original attention runs.
         """
         before = after = 0
         for call in self.calls:
             if call.module in configs and self.is_of_the_image(call):
                 config = configs[call.module]
                 grid, text_len = self.layout(call)
-                before += call.flops(call.queries * call.keys)
-                method = METHODS[type(config)]
-                pairs = method.pairs(config, grid, text_len, num_heads=call.heads, head_dim=call.head_dim)
+                pairs = call.queries * call.keys
+                before += call.flops(pairs)
+                if prod(grid) >= dense_below:
+                    method = METHODS[type(config)]
+                    pairs = method.pairs(config, grid, text_len, num_heads=call.heads, head_dim=call.head_dim)
                 after += call.flops(pairs)
         everything = self.layers + sum(call.flops(call.queries * call.keys) for call in self.calls)
         return StepFlops(
@@ -116,11 +120,23 @@ class Step:
         """Whether a call of a converted module is the one that its linear kernel replaces."""
         return call.queries == (call.keys if self.text_queries else prod(self.grid))
 
-    def picked(self, module: str, config: Any, like: Tensor) -> str:
-        """The implementation that "auto" picks for a converted module, on the device and in the dtype of a tensor."""
+    def picked(self, module: str, config: Any, like: Tensor, *, dense_below: int = 0) -> str:
+        """The implementation that "auto" picks for a converted module, on the device and in the dtype of a tensor.
+
+        Args:
+            dense_below: Image tokens of a call below which the original attention runs.
+        """
         call = next(call for call in self.calls if call.module == module and self.is_of_the_image(call))
+        grid, text_len = self.layout(call)
+        if prod(grid) < dense_below:
+            return below(dense_below)
+        method = METHODS[type(config)]
+        with torch.device("meta"):
+            kernel = method(config, num_heads=call.heads, head_dim=call.head_dim)
+        if kernel.covers(Layout(grid, text_len, text_first=True)):
+            return COVERED
         query = like.new_empty(1).expand(1, call.heads, call.keys, call.head_dim)  # no memory
-        chosen: str = METHODS[type(config)].chosen(config, query, *self.layout(call))
+        chosen: str = method.chosen(config, query, grid, text_len)
         return chosen
 
     def layout(self, call: Call) -> tuple[Grid, int]:

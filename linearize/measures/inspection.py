@@ -48,6 +48,7 @@ class Inspection:
         base: Hub id or folder of the model.
         model_class: Class of the denoiser.
         family: Name of the model's family.
+        dense_below: Image tokens of a call below which swapped modules make their original call; 0: none.
         rows: One for each attention module, in the model's order.
         flops: One for each size that the model can make; empty for classes whose operations are not counted.
     """
@@ -55,6 +56,7 @@ class Inspection:
     base: str
     model_class: str
     family: str
+    dense_below: int
     rows: tuple[Row, ...]
     flops: tuple[StepFlops, ...]
 
@@ -91,15 +93,16 @@ def inspect_base(
         if base is not None:
             raise ValueError(f"base is for adapters, and {base_or_adapter} is a whole model: leave base out")
         found = read_base(base_or_adapter, revision=revision, offline=offline)
-        configs = read_entry(found.config[CONFIG_KEY]).configs() if CONFIG_KEY in found.config else {}
+        saved: Any = read_entry(found.config[CONFIG_KEY]) if CONFIG_KEY in found.config else None
     else:
-        manifest = read_manifest(file)
-        configs = manifest.configs()
+        saved = manifest = read_manifest(file)
         found = base_of(manifest, place.name, base, offline=offline)
-    return _inspect(found, configs, impl)
+    if saved is None:
+        return _inspect(found, {}, impl, 0)
+    return _inspect(found, saved.configs(), impl, saved.dense_tokens if impl == "auto" else 0)
 
 
-def _inspect(base: Base, patterns: Mapping[str, Any], impl: str) -> Inspection:
+def _inspect(base: Base, patterns: Mapping[str, Any], impl: str, dense_below: int) -> Inspection:
     for config in patterns.values():
         check_impl(impl, type(config))
     model = build_on_meta(base)
@@ -109,14 +112,15 @@ def _inspect(base: Base, patterns: Mapping[str, Any], impl: str) -> Inspection:
     steps = count_steps(model, vae_scale=base.vae_scale)
     left = skipped | {name: "not converted" for name in candidates if name not in configs}
     rows = {name: _left(name, reason) for name, reason in left.items()} | {
-        name: _row(name, config, _runs(name, config, steps, impl)) for name, config in configs.items()
+        name: _row(name, config, _runs(name, config, steps, impl, dense_below)) for name, config in configs.items()
     }
     return Inspection(
         base=base.source.name or "memory",
         model_class=base.model_class,
         family=family.name,
+        dense_below=dense_below,
         rows=tuple(rows[name] for name, _ in model.named_modules() if name in rows),
-        flops=tuple(step.flops(configs) for step in steps),
+        flops=tuple(step.flops(configs, dense_below=dense_below) for step in steps),
     )
 
 
@@ -130,14 +134,14 @@ def _left(name: str, reason: str) -> Row:
     return Row(module=name, swapped=False, reason=reason, method="", settings={}, impl="")
 
 
-def _runs(name: str, config: Any, steps: Sequence[Step], impl: str) -> str:
+def _runs(name: str, config: Any, steps: Sequence[Step], impl: str, dense_below: int) -> str:
     """The implementation at every size: "tiled", or "reference at 1K, tiled at 2K 4K 8K"; "auto" without sizes."""
     if impl != "auto" or not steps:
         return impl
     like = torch.empty(1, device="cuda", dtype=torch.bfloat16) if torch.cuda.is_available() else torch.empty(1)
     sizes: dict[str, list[str]] = {}
     for step in steps:
-        sizes.setdefault(step.picked(name, config, like), []).append(step.size)
+        sizes.setdefault(step.picked(name, config, like, dense_below=dense_below), []).append(step.size)
     if len(sizes) == 1:
         return next(iter(sizes))
     return ", ".join(f"{chosen} at {' '.join(names)}" for chosen, names in sizes.items())

@@ -22,6 +22,7 @@ from ..compiling import compile_
 from ..convert import dense
 from ..errors import is_out_of_memory
 from ..families import family_of
+from ..original import ORIGINAL
 from .conversion_shape import GIB, Conditions, Conversion, Size, failed
 from .flops import StepFlops
 from .named_inputs import with_numbers
@@ -43,7 +44,7 @@ class StepTime:
         tokens: Of the image.
         flops: Operations before and after.
         runs: Implementations that the converted modules pick, as "tiled" or "masked, tiled"; "auto" where they are
-            compiled.
+            compiled; "original (...)" where that call is made.
         original, converted: Seconds of each forward in turn; None: it did not fit into memory.
         original_gib, converted_gib: Peak memory, weights included; None where the device does not count it.
     """
@@ -57,6 +58,11 @@ class StepTime:
     converted: tuple[float, ...] | None
     original_gib: float | None
     converted_gib: float | None
+
+    @property
+    def is_original(self) -> bool:
+        """Whether every converted module makes its original call."""
+        return all(one.startswith(ORIGINAL) for one in self.runs.split(", "))
 
     @property
     def speedup(self) -> float | None:

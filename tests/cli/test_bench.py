@@ -5,14 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from two_conversions import convert_twice
 
+from lineardit import Clear
 from lineardit.bench_plot import draw_step_times
 from lineardit.cli import run
 from lineardit.commands.bench import verdict
+from lineardit.linearize.adapters.conversion import convert_base
+from lineardit.linearize.measures.conversion_shape import Conditions, Conversion
 from lineardit.linearize.measures.flops import StepFlops
 from lineardit.linearize.measures.step_times import StepTime
+from lineardit.linearize.original import COVERED, below
 from tiny_models import build
 
 
@@ -105,3 +110,25 @@ def test_verdict_names_the_size_from_which_it_is_faster() -> None:
     assert verdict([row(64, 2.0), row(128, 3.0), none]).startswith("The conversion is faster from 64x64")
     assert verdict([none]).startswith("No step of the conversion fits")
     assert "At 128x128 the conversion is not faster" in verdict([row(64, 1.5), row(128, 0.9)])
+
+
+def test_verdict_leaves_out_sizes_at_which_the_original_runs() -> None:
+    same = [replace(row(side, 1.1), runs=below(4096)) for side in (32, 64)]
+    assert verdict([*same, row(128, 1.5)]).startswith("The conversion is faster from 128x128, the smallest")
+    assert verdict([*same, row(128, 0.9)]).startswith("At 128x128 the conversion is not faster")
+    assert verdict(same).startswith("At these sizes the conversion makes the model's original call")
+    assert not replace(same[0], runs=f"{below(4096)}, tiled").is_original
+    assert replace(same[0], runs=f"{below(4096)}, {COVERED}").is_original
+
+
+def test_counted_takes_the_original_attention_below_the_limit(made: Path, tmp_path: Path) -> None:
+    convert_base(made / "base", Clear(radius=1.5), output=tmp_path / "adapter", dense_below=100)
+    conversion = Conversion.read(tmp_path / "adapter", offline=True)
+    auto = Conditions(device=torch.device("cpu"), dtype=torch.float32)
+    for conditions in (auto, replace(auto, compiled=True)):
+        _, small, runs = conversion.counted((64, 64), conditions)
+        assert small.after == small.before and runs == "original (fewer than 100 image tokens)"
+        _, large, runs = conversion.counted((256, 256), conditions)
+        assert large.after < large.before and "original" not in runs
+    _, forced, runs = conversion.counted((64, 64), replace(auto, impl="tiled"))
+    assert forced.after < small.after and runs == "tiled"

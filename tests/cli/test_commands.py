@@ -173,6 +173,23 @@ def test_convert_and_inspect_tell_every_module(tmp_path: Path, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out) == json.loads(told.read_text())
 
 
+def test_convert_takes_the_tokens_below_which_the_original_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, words = str(tmp_path / "adapter"), ["--method", "clear", "--radius", "8", "--offline"]
+    assert run(["convert", str(FLUX_DEV), *words, "--dense-below", "16384", "-o", adapter]) == 0
+    assert json.loads((tmp_path / "adapter" / "lineardit.json").read_text())["dense_below"] == 16384
+    capsys.readouterr()
+    assert run(["inspect", adapter, "--offline"]) == 0
+    out = capsys.readouterr().out
+    assert "original attention in calls with fewer than 16,384 image tokens" in out
+    assert "original (fewer than 16,384 image tokens) at 1K, tiled at 2K 4K 8K" in out
+    assert run(["convert", adapter, "--dense-below", "9", "--offline", "-o", str(tmp_path / "other")]) == 2
+    assert "an adapter keeps the dense_below that it has" in capsys.readouterr().err
+    assert run(["convert", str(FLUX_DEV), *words, "--dense-below", "-1", "-o", str(tmp_path / "other")]) == 2
+    assert "dense_below must be an integer >= 0, got -1" in capsys.readouterr().err
+
+
 def test_inspect_cuts_nothing_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--method", "hybrid", "--local", "clear:radius=16", "--global", "proxytokens:num_proxies=1024"]
     words += ["--gate", "1", "--focus-tokens", "1024", "--offline", "-o", str(tmp_path / "a")]

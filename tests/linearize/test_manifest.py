@@ -60,6 +60,8 @@ LORA = {"kind": "lora", "rank": 4, "alpha": 8.0}
         ({"methods": {"transformer_blocks.*.attn": {"method": "cleer", "radius": 1}}}, "did you mean clear"),
         ({"methods": {"transformer_blocks.*.attn": {"method": "clear", "radus": 1}}}, "did you mean radius"),
         ({"methods": {"transformer_blocks.*.attn": {"method": "clear", "radius": -1}}}, "radius must be > 0"),
+        ({"dense_below": -1}, "dense_below must be an integer >= 0, got -1"),
+        ({"dense_below": None}, "dense_below must be an integer >= 0, got None"),
         ({"trained": [{**LORA, "rnk": 1}]}, "unknown key 'rnk' in trained .did you mean rank"),
         ({"trained": [{**LORA, "kind": "dora"}]}, "trained.kind must be 'lora' or 'full', got 'dora'"),
         ({"trained": [{**LORA, "rank": 0}]}, "needs rank >= 1"),
@@ -95,6 +97,7 @@ def test_read_manifest_says_where_there_is_none(tmp_path: Path) -> None:
         ({"methods": {}, "trained": [], "changd": []}, "unknown key 'changd' in lineardit .did you mean changed"),
         ({"methods": [], "trained": [], "changed": []}, "lineardit.methods must be of type dict, got \\[\\]"),
         ({"trained": [], "changed": []}, "lineardit lacks methods"),
+        ({"methods": {}, "trained": [], "changed": [], "dense_below": "9"}, "lineardit.dense_below must be an integer"),
     ],
 )
 def test_read_entry_names_what_is_wrong(entry: Any, text: str) -> None:

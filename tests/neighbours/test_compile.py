@@ -64,6 +64,21 @@ def test_repeated_blocks_of_diffusers_compile_alike() -> None:
     _check_sizes(model, eager, "flux")
 
 
+@pytest.mark.parametrize("family", ["flux", "unet"])
+def test_original_call_in_small_pictures_is_one_graph_more(family: str) -> None:
+    model = build(family, num_layers=1) if family == "flux" else build(family)
+    linearize_(model, Clear(radius=2.3), dense_below=50)
+    eager = copy.deepcopy(model)
+    compile_(model, backend="eager")
+    graphs = []
+    for grid in [(5, 7), (6, 8), (8, 11), (11, 8), (6, 5), (9, 13), (4, 7), (12, 7)]:
+        arguments = inputs_of(family, grid=grid)
+        assert torch.allclose(run(model, arguments), run(eager, arguments), atol=1e-5), grid
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] < graphs[2]
+    assert graphs[3] == graphs[-1]
+
+
 def test_compiled_blocks_follow_styles_and_dense() -> None:
     model, arguments = build("sd3", num_layers=1), inputs_of("sd3")
     base = run(model, arguments)

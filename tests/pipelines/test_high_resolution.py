@@ -247,6 +247,19 @@ def test_plan_passes_on_what_the_attention_advises_once() -> None:
     assert not any("faint grid" in note for note in high.plan(16, 16).notes)  # with the original attention
 
 
+def test_plan_tells_and_counts_the_original_call_in_small_stages() -> None:
+    pipe = build_tiny()
+    plans = []
+    for dense_below in (0, 100):  # the converted stages have 64 and 256 tokens
+        linearize_(pipe, Clear(radius=2), dense_below=dense_below)
+        high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
+        plans.append(high.plan(64, 64))
+    said = "converted stages of fewer than 100 image tokens make the model's original call"
+    assert said not in plans[0].notes and plans[1].notes.count(said) == 1
+    converted, chosen = ([stage.seconds for stage in plan.stages] for plan in plans)
+    assert chosen[0] == converted[0] and chosen[1] > converted[1] and chosen[2] == converted[2]
+
+
 def test_plan_asks_for_the_base_without_taking_weights_off(high: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, name = denoiser(high)[1], "transformer_blocks.0.attn.to_q.bias"
     weights = {name: torch.zeros_like(model.get_parameter(name))}
