@@ -14,7 +14,7 @@ from .families import Family, family_of
 from .input_terms import InputTerms, check_inputs
 from .intercept import LinearAttention, change_class, check_forward, linear_class
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
-from .methods import METHODS, config_to_dict
+from .methods import METHODS, RECOMMENDED, config_to_dict
 from .methods.settings import check_count
 from .networks import denoiser, networks
 from .overlays import refuse_fused
@@ -29,7 +29,7 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParalle
 
 def linearize_(
     pipe_or_model: Any,
-    config: Any,
+    config: Any = RECOMMENDED,
     *,
     layers: str | Sequence[str] | None = None,
     min_tokens: int = 0,
@@ -41,7 +41,8 @@ def linearize_(
 
     Args:
         pipe_or_model: A pipeline (its `transformer` or `unet` is converted) or such a model.
-        config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}.
+        config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}. Where nothing is said, the
+            hybrid that docs/methods.md recommends.
         layers: Globs of module names to restrict the swap to; None: every self-attention module of the image.
         min_tokens: Leave the levels of a UNet that have fewer image tokens at its native size, where full attention is
             cheap.

@@ -50,7 +50,7 @@ def convert(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; X.safetensors: one file.")],
     method: Annotated[
-        str | None, typer.Option(help="The attention to put in; its settings are below.", autocompletion=methods)
+        str | None, typer.Option(help="The attention to put in, settings below; else a hybrid.", autocompletion=methods)
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Only modules whose name matches this pattern.")] = None,
     min_tokens: Annotated[
@@ -99,6 +99,7 @@ def convert(
         repack_adapter,
     )
     from ..linearize.adapters.opening import named_dtype
+    from ..linearize.methods import RECOMMENDED
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -114,11 +115,13 @@ def convert(
         "dense_below": dense_below,
         "importer": importer,
     }
+    if config is None and importer is None and not is_adapter(base, revision=revision, offline=offline):
+        config = RECOMMENDED
     if merge:
         convert_and_merge(base, config, dtype="auto" if dtype == "auto" else named_dtype(dtype), **conversion, **places)
         print(f"Wrote {output}; generate with: lineardit generate {output} PROMPT")
         return
-    if config is None and importer is None and is_adapter(base, revision=revision, offline=offline):
+    if config is None and importer is None:
         refuse_choices(layers, min_tokens, dense_below)
         repack_adapter(base, **places)
     else:

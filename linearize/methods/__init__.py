@@ -38,6 +38,9 @@ METHODS: dict[type, type[Method]] = {
     Hybrid: HybridAttention,
 }
 
+# What is put in where no method is named: docs/methods.md says why
+RECOMMENDED = Hybrid(local=Clear(radius=16), global_=ProxyTokens(num_proxies=1024), gate=1.0, focus_tokens=1024)
+
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON has it: `{"method": "clear", "radius": 16}`, without the fields left at their defaults.

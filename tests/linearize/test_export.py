@@ -31,7 +31,8 @@ from lineardit import (
 )
 from lineardit.cli import run as run_command
 from lineardit.linearize.adapters.hub import is_repository
-from lineardit.linearize.manifest import read_manifest
+from lineardit.linearize.manifest import MANIFEST_FILE, read_manifest
+from lineardit.linearize.methods import RECOMMENDED
 from lineardit.linearize.training import add_lora_
 from tiny_models import build, inputs_of
 
@@ -344,12 +345,21 @@ def test_convert_merges_an_adapter_or_a_base(base: Path, tmp_path: Path, capsys:
     assert "generate" in capsys.readouterr().out
 
 
+def test_convert_takes_the_recommended_hybrid_where_no_method_is_named(base: Path, tmp_path: Path) -> None:
+    assert command("convert", base, "-o", tmp_path / "one") == 0
+    assert set(read_manifest(tmp_path / "one" / MANIFEST_FILE).configs().values()) == {RECOMMENDED}
+    assert command("convert", base, "--merge", "-o", tmp_path / "two") == 0
+    model, other = from_pretrained(tmp_path / "two").transformer, plain(base).transformer
+    report = linearize_(other)
+    assert set(report.swapped.values()) == {RECOMMENDED}
+    arguments = inputs_of("flux")
+    assert torch.equal(run(model, arguments), run(other, arguments))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["BASE", "--merge"], "neither an adapter"),
         (["BASE", "--merge", "--method", "clear", "--radius", "2", "--dtype", "int3"], "dtype must be one of float32"),
-        (["BASE"], "needs a method (--method), one of clear, linfusion"),
         (["ADAPTER", "--method", "clear", "--radius", "2"], "is an adapter, which has its method already"),
         (["ADAPTER", "--merge", "--method", "clear", "--radius", "2"], "is an adapter, which has its method already"),
         (["FILE", "--method", "clear", "--radius", "2"], "is an adapter, which has its method already"),
