@@ -132,13 +132,14 @@ def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> tuple[Tensor,
     """The same factors of a circle, a sum over its rows: each row s is a stretch of columns."""
     place = torch.arange(len(columns), device=columns.device)
     distance = (place[:, None] - place).abs()
-    reach = min(math.ceil(window.radius) - 1, len(rows) - 1)
+    limit = window.squared_limit
+    reach = min(math.isqrt(limit - 1), len(rows) - 1)
     by_row, by_column = [], []
     for step in range(-reach, reach + 1):
         shifted = torch.zeros_like(rows)
         shifted[max(-step, 0) : len(rows) - max(step, 0)] = rows[max(step, 0) : len(rows) - max(-step, 0)]
         by_row.append(shifted)
-        stretch = (distance.double().square() + step * step) < window.radius * window.radius
+        stretch = distance.square() + step * step < limit
         by_column.append(stretch.float() @ columns)
     return torch.stack(by_row), torch.stack(by_column)
 

@@ -113,7 +113,7 @@ def _distances(window: Window, sizes: tuple[int, int, int]) -> tuple[list[Tensor
     """`Plan.distances` and `limit`: squares for a circle; for a box, and for frames, 0 near and the limit elsewhere."""
     steps = [(place[:, None] - place).abs() for place in map(torch.arange, sizes)]
     if isinstance(window, Circle):
-        limit = min(math.ceil(window.radius**2), 2**30)
+        limit = min(window.squared_limit, sizes[1] ** 2 + sizes[2] ** 2)
         near = [step**2 for step in steps[1:]]
     else:
         limit = 1

@@ -142,7 +142,7 @@ def circle_lists(
         query_tile: (rows, columns) of a query tile; key_tile: of a key tile.
     """
     frames, height, width = (1, *grid)[-3:]
-    limit = squared_limit(radius, height, width)
+    limit = min(Circle(radius=radius).squared_limit, height**2 + width**2)
     rows = _axis(height, query_tile[0], key_tile[0], limit)
     columns = _axis(width, query_tile[1], key_tile[1], limit)
 
@@ -165,12 +165,6 @@ def circle_lists(
         for tile in (query_tile, key_tile)
     )
     return _in_frames(pairs, query_tokens, key_tokens, frames, frame_radius)
-
-
-def squared_limit(radius: float, height: int, width: int) -> int:
-    """The integer L with `d2 < radius**2` exactly when `d2 < L`, for every squared distance d2 on the grid."""
-    bounded = min(radius, height + width)
-    return math.ceil(bounded * bounded)
 
 
 def _axis(size: int, query_tile: int, key_tile: int, limit: int) -> _Axis:

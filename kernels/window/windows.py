@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
+FARTHEST = 2.0**62  # more than any dy**2 + dx**2; radius * radius may be infinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +44,32 @@ class Circle:
             raise ValueError(f"radius must be a finite number > 0, got {self.radius}")
         _check_frame_radius(self.frame_radius)
 
+    @property
+    def squared_limit(self) -> int:
+        """The least integer L for which dy**2 + dx**2 < L is dy**2 + dx**2 < radius * radius, in float64.
+
+        At least 1: a query sees itself. Nothing else decides what lies on the border: integers compare alike on every
+        device, also where there is no float64.
+        """
+        return max(1, math.ceil(min(self.radius * self.radius, FARTHEST)))
+
     def near(self, height: int, width: int, device: torch.device = CPU) -> Tensor:
         """[tokens of a frame, tokens of a frame] bool: the key lies in the query's window."""
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         row_squares, column_squares = (rows[:, None] - rows) ** 2, (columns[:, None] - columns) ** 2
-        squares = row_squares[:, None, :, None] + column_squares[:, None]
-        return (squares.double() < self.radius * self.radius).flatten(2).flatten(0, 1)
+        near = row_squares[:, None, :, None] + column_squares[:, None] < self.squared_limit
+        return near.flatten(2).flatten(0, 1)
 
     def covers(self, height: int, width: int) -> bool:
         """Whether every token of a frame sees every other."""
-        return (height - 1) ** 2 + (width - 1) ** 2 < self.radius * self.radius
+        return (height - 1) ** 2 + (width - 1) ** 2 < self.squared_limit
 
     def num_pairs(self, height: int, width: int) -> int:
         """Pairs of a query and a key in its window, of one frame."""
-        pairs, square = 0, min(self.radius * self.radius, height**2 + width**2)  # of a huge radius infinite
+        pairs, limit = 0, self.squared_limit
         for step in range(1 - height, height):  # rows from a query to its keys
-            if (rest := square - step * step) > 0:
-                reach = min(math.isqrt(math.ceil(rest) - 1), width - 1)  # columns, at most
+            if (rest := limit - step * step) > 0:
+                reach = min(math.isqrt(rest - 1), width - 1)  # columns, at most
                 pairs += (height - abs(step)) * (width * (2 * reach + 1) - reach * (reach + 1))
         return pairs
 
@@ -69,7 +79,7 @@ class Circle:
 
     def keys_read(self, axis: int, size: int, tile: int) -> float:
         """Places of an axis of this size that its tiles of queries see together, on average over the tiles."""
-        return mean_reach(size, tile, math.ceil(self.radius) - 1)
+        return mean_reach(size, tile, math.isqrt(self.squared_limit - 1))
 
 
 class Span(NamedTuple):

@@ -6,6 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lineardit.kernels.focus.rest_of_cells import rest_of_cells
+from lineardit.kernels.focus.tables import plan_of
+from lineardit.kernels.window import Circle
 from lineardit.kernels.window.lists import TileLists, circle_lists
 from lineardit.kernels.window.tiled import tile_groups, tile_shape
 
@@ -88,3 +91,31 @@ def test_tile_shape_cuts_evenly_into_bounded_tiles(grid, radius):
     # No row or column of tiles could be left out.
     for size, side in zip(grid, (rows, columns), strict=True):
         assert -(-size // side) * side - size < -(-size // side)
+
+
+# On a grid of 36 x 222 two tokens are sqrt(50066) apart, and `radius**2` rounds to another number than radius * radius.
+@pytest.mark.parametrize("radius", [50066**0.5, 50065.5**0.5, 9, 5**0.5, 1e-200])
+def test_circles_have_one_border_everywhere(radius):
+    grid = height, width = 36, 222
+    window, cpu = Circle(radius=radius), torch.device("cpu")
+    steps = ((dy, dx) for dy in range(1 - height, height) for dx in range(1 - width, width))
+    near = [(dy, dx) for dy, dx in steps if dy * dy + dx * dx < radius * radius] or [(0, 0)]
+    pairs = sum((height - abs(dy)) * (width - abs(dx)) for dy, dx in near)
+    assert window.num_pairs(height, width) == pairs
+    assert window.covers(height, width) == (pairs == (height * width) ** 2)
+
+    lists = circle_lists(grid, radius, query_tile=(8, 16), key_tile=(8, 16))
+    listed = torch.arange(lists.key_tiles.shape[1]) < lists.counts[:, None]
+    assert lists.masks.sum((1, 2))[lists.mask_ids[listed]].sum() == pairs
+
+    plan = plan_of(grid, window, 1, 4, torch.float32, cpu)
+    rows, columns = (axis.flatten().bincount() for axis in plan.distances[1:])
+    squares = torch.arange(len(rows))[:, None] + torch.arange(len(columns))
+    assert (rows[:, None] * columns)[squares < plan.limit].sum() == pairs
+    assert (height * width) ** 2 - rest_of_cells(grid, window, 1, cpu).double().sum() == pairs
+
+
+@given(radius=st.floats(1e-3, 1e9))
+def test_squared_limit_is_the_definition_for_integers(radius):
+    limit = Circle(radius=radius).squared_limit
+    assert limit - 1 < radius * radius <= limit
