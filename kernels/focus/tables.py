@@ -47,7 +47,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
         rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
         tiles = ((frames[:, None] * height + rows)[:, :, None] * width + columns[:, None]).flatten(1)
         real = real.flatten(1)
-        cells, shares = _tokens_of_cells(sizes, num_cells)
+        cells, shares = _tokens_of_cells(sizes, num_cells, dtype)
         rest = rest_of_cells(grid, window, num_cells, device).to(dtype).mul_(num_cells / math.prod(sizes))
         rest_of_tiles = rest.new_zeros(len(tiles), num_cells)
         least_rest = torch.full_like(rest_of_tiles, math.inf)
@@ -58,7 +58,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
         rest_of_tiles /= real.sum(1, keepdim=True).to(device)
         places = _places_of_tokens(cells[shares > UNSEEN], shares > UNSEEN, math.prod(sizes))
         shares -= math.log(math.prod(sizes) / num_cells)
-        whole = shares.exp().sum(1).to(device, dtype)
+        whole = shares.exp().sum(1).to(device)
         distances, limit = _distances(window, sizes)
         return Plan(
             tiles=tiles.to(device),
@@ -67,7 +67,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
             columns=columns.to(device),
             frames=frames.to(device),
             cells=cells.to(device),
-            shares=shares.to(device, dtype),
+            shares=shares.to(device),
             places=places.to(device),
             rest_of_tiles=rest_of_tiles.log().clamp(min=UNSEEN),
             reached=least_rest < (1 - 1e-5) * whole,  # a token is more of a cell
@@ -76,18 +76,18 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
         )
 
 
-def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int) -> tuple[Tensor, Tensor]:
+def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`Plan.cells` [C, L] and `Plan.shares` [C, L], the latter without their n/C: -log m."""
     counts = cell_grid(*sizes, num_cells)
     axes = [cells_of_axis(size, count) for size, count in zip(sizes, counts, strict=True)]
-    holders = [torch.zeros(size, dtype=torch.float64) for size in sizes]  # cells of an axis that hold a place
+    holders = [torch.zeros(size, dtype=dtype) for size in sizes]  # cells of an axis that hold a place
     for holds, axis in zip(holders, axes, strict=True):
         for start, length in axis:
             holds[start : start + length] += 1
     of_token = holders[0][:, None, None] * holders[1][:, None] * holders[2]
     largest = math.prod(max(length for _, length in axis) for axis in axes)
     cells = torch.zeros(num_cells, largest, dtype=torch.long)
-    shares = torch.full((num_cells, largest), UNSEEN, dtype=torch.float64)
+    shares = torch.full((num_cells, largest), UNSEEN, dtype=dtype)
     token = torch.arange(math.prod(sizes)).view(sizes)
     every = ((deep, row, column) for deep in axes[0] for row in axes[1] for column in axes[2])
     for index, cell in enumerate(every):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from no_float64 import NoFloat64
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
@@ -231,6 +232,21 @@ def test_bfloat16_is_near_float32(config: Any) -> None:
     expected = attend(kernel.float(), [x.float() for x in inputs], layout)
     assert out.dtype == torch.bfloat16
     assert (out.float() - expected).abs().max() <= 2**-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_float32_meets_no_float64(config: Any) -> None:
+    """Apple's GPUs have none. No other test has this grid, whose tables would be there already."""
+    kernel, grid = kernel_of(config, moved=True), (2, 13)
+    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    mask = torch.tensor([[True, False, True], [True] * 3]) if text_len > 0 else None
+    for name in kernel.implementations():
+        if name != "triton":
+            kernel.impl = name
+            inputs = [x.requires_grad_() for x in tokens(grid, text_len)]
+            with NoFloat64():
+                attend(kernel, inputs, Layout(grid, text_len, True, mask)).square().sum().backward()
+            assert all(x.grad is not None for x in inputs), name
 
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
