@@ -15,7 +15,7 @@ CHUNK_NUMBERS = 2**24  # of one tensor in float32 at a time: 64 MiB
 def feature_map(x: Tensor) -> Tensor:
     """phi(x) in float32, or float64 for float64; in half precision elu(x) + 1 would lose all small values."""
     x = x.to(sum_dtype(x))
-    return x.clamp(min=0) + x.clamp(max=0).exp()
+    return x.relu() + x.clamp(max=0).exp()  # autograd's slope at 0 is 1
 
 
 def feature_slope(x: Tensor) -> Tensor:

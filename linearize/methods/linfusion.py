@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu
 
+from ...kernels.linear.features import feature_map, wide
 from ..errors import LayoutError
 from ..layout import Grid, Layout
 from .method import Method
@@ -86,12 +87,12 @@ class LinFusionAttention(Method):
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The formula above after the projections; all [B, H, N, D]."""
-    query, key = elu(query) + 1, elu(key) + 1
-    share = key.shape[2] ** -0.5  # of both factors of a product: N would leave the range of float16
-    state = (key * share).mT @ (value * share)  # [B, H, D, D]
-    normalizer = query @ key.mean(dim=2, keepdim=True).mT + EPSILON  # [B, H, N, 1]
-    return (query @ state) / normalizer
+    """The formula above after the projections; all [B, H, N, D]. Sums are in float32, or float64 for float64."""
+    with torch.autocast(query.device.type, enabled=False):
+        phi_query, phi_key = feature_map(query), feature_map(key)
+        state = phi_key.mT @ wide(value) / key.shape[2]  # [B, H, D, D]
+        normalizer = phi_query @ phi_key.mean(dim=2, keepdim=True).mT + EPSILON  # [B, H, N, 1]
+        return (phi_query @ state / normalizer).to(value.dtype)
 
 
 def _hidden(config: LinFusion, channels: int) -> int:

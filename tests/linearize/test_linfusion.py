@@ -39,7 +39,17 @@ def pair_by_pair(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_linear_attention_is_the_sum_over_pairs(dtype: torch.dtype) -> None:
     query, key, value = torch.randn(3, 2, 3, 15, 8, dtype=torch.float64)  # a grid of 3 x 5
+    query[..., 0] = key[..., 1] = 0  # where phi has a bend
     assert_matches_reference(linear_attention, pair_by_pair, (query.mT.contiguous().mT, key, value), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_attention_keeps_small_features(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(1, 2, 15, 8).to(dtype) for _ in range(3))
+    expected = pair_by_pair(query.double(), (key - 8).double(), value.double())
+    out = linear_attention(query, key - 8, value)
+    assert out.dtype == dtype
+    assert torch.allclose(out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
 def test_linear_attention_stays_in_the_range_of_float16() -> None:
