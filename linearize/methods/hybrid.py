@@ -44,13 +44,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest, sides_of_cells
+from ...kernels.focus import cells_in_focus, choose_impl, focus_attention, focus_pairs, log_rest
 from ...kernels.linear import attend_to_text, share_of_keys
 from ...kernels.pieces.cell_means import cell_means
 from ...kernels.pieces.text import split_text
 from ..layout import Grid, Layout
 from .agent import Agent, AgentAttention
 from .clear import Clear, ClearAttention
+from .hybrid_advice import focus_advice, proxy_advice, warn_once
 from .mala import Mala, MalaAttention
 from .method import Method
 from .neighborhood import Neighborhood
@@ -70,7 +71,6 @@ GLOBAL: dict[type, type[Any]] = {
 }
 JOINS = ("mass", "gate")
 STATE_CELLS = 64  # that weigh a state, which has no keys of its own
-NEAR_CELLS = 2  # that a window should reach: with 1 the small model's pictures showed a faint grid of cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,19 +186,9 @@ class HybridAttention(Method):
 
     @staticmethod
     def advice(config: Hybrid, grid: Grid) -> str | None:
-        """What pictures of this grid may suffer from: a grid, where a proxy stands for much of what is near."""
-        if not config.is_one_softmax:
-            return None
-        reaches = [config.local.shape.reach(axis, size) for axis, size in enumerate(grid[-2:])]
-        sides = sides_of_cells(grid, config.num_cells)
-        every_token_its_own = max(sides) <= 1
-        if every_token_its_own or all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):
-            return None
-        return (
-            f"a window that reaches {min(reaches):g} tokens, and proxies that stand for {sides[0]:g} x {sides[1]:g} "
-            "each: a faint grid of these may show in smooth areas; take more proxies, or a window that reaches "
-            f"{NEAR_CELLS} of them"
-        )
+        """What pictures of this grid may suffer from: no focus, or a proxy that stands for much of what is near."""
+        told = [one for one in (focus_advice(config, grid), proxy_advice(config, grid)) if one is not None]
+        return "; ".join(told) if told else None
 
     def observe(self, grid: Grid) -> None:
         """As `Method.observe`.
@@ -208,6 +198,8 @@ class HybridAttention(Method):
         """
         self.local.observe(grid)
         self.global_.observe(grid)
+        if (told := focus_advice(self.config, grid)) is not None:
+            warn_once(told)
 
     def covers(self, layout: Layout) -> bool:
         """Whether the window leaves nothing to the global branch."""

@@ -1,6 +1,7 @@
 """Hybrids: the formula written out, the local branch bit for bit at gate 0, exactness, settings, files and commands."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +327,34 @@ def test_advice_is_given_where_proxies_stand_for_what_is_near(
 
 def test_advice_is_about_proxies_alone() -> None:
     assert HybridAttention.advice(Hybrid(local=Clear(radius=4), global_=Mala()), (128, 128)) is None
+
+
+NO_FOCUS = Hybrid(local=Clear(radius=64), global_=ProxyTokens(num_proxies=256), gate=1.0, focus_tokens=200)
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        (
+            (256, 256),
+            "focus_tokens=200 has no effect at 256 x 256 tokens: whole cells are seen, and one of 256 has",
+        ),
+        ((4, 128, 128), "at 4 x 128 x 128 tokens"),
+        ((128, 128), None),
+        ((40, 40), None),
+    ],
+    ids=str,
+)
+def test_advice_tells_where_nothing_is_in_focus(grid: tuple[int, ...], told: str | None) -> None:
+    advice = HybridAttention.advice(NO_FOCUS, grid)
+    assert advice is None if told is None else advice is not None and told in advice
+    covering = replace(NO_FOCUS, local=Clear(radius=400))  # nothing lies beyond the window
+    assert HybridAttention.advice(covering, grid) is None
+
+
+def test_a_grid_without_focus_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    kernels = [METHODS[Hybrid](NO_FOCUS, num_heads=2, head_dim=8) for _ in range(2)]
+    for kernel in kernels:
+        kernel.observe((250, 260))
+        kernel.observe((40, 40))
+    assert [record.message.count("set focus_tokens to 254 or more") for record in caplog.records] == [1]

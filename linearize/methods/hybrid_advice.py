@@ -1,0 +1,53 @@
+"""What pictures of a size may suffer from under a hybrid (hybrid.py), in sentences."""
+
+import logging
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from ...kernels.focus import cells_in_focus, sides_of_cells
+from ...kernels.pieces.cells import sizes_of
+from ..layout import Grid
+
+if TYPE_CHECKING:
+    from .hybrid import Hybrid
+
+logger = logging.getLogger(__name__)
+
+NEAR_CELLS = 2  # that a window should reach: with 1 the small model's pictures showed a faint grid of cells
+
+
+def focus_advice(config: "Hybrid", grid: Grid) -> str | None:
+    """That no token is seen one by one, where tokens should be."""
+    shape, (frames, height, width) = config.local.shape, sizes_of(grid)
+    covers = shape.covers(height, width) and (shape.frame_radius is None or frames <= shape.frame_radius)
+    if config.focus_tokens == 0 or covers or cells_in_focus(config.focus_tokens, config.num_cells, grid) > 0:
+        return None
+    of_a_cell = math.ceil(math.prod(grid) / config.num_cells)
+    return (
+        f"focus_tokens={config.focus_tokens} has no effect at {' x '.join(map(str, grid))} tokens: whole cells are "
+        f"seen, and one of {config.num_cells} has {of_a_cell} tokens; set focus_tokens to {of_a_cell} or more, or take "
+        "more proxies"
+    )
+
+
+def proxy_advice(config: "Hybrid", grid: Grid) -> str | None:
+    """That a grid may show, where a proxy stands for much of what is near."""
+    if not config.is_one_softmax:
+        return None
+    reaches = [config.local.shape.reach(axis, size) for axis, size in enumerate(grid[-2:])]
+    sides = sides_of_cells(grid, config.num_cells)
+    every_token_its_own = max(sides) <= 1
+    if every_token_its_own or all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):
+        return None
+    return (
+        f"a window that reaches {min(reaches):g} tokens, and proxies that stand for {sides[0]:g} x {sides[1]:g} "
+        "each: a faint grid of these may show in smooth areas; take more proxies, or a window that reaches "
+        f"{NEAR_CELLS} of them"
+    )
+
+
+@lru_cache  # once
+def warn_once(told: str) -> None:
+    """Every attention module observes the same grids."""
+    logger.warning(told)
