@@ -113,7 +113,8 @@ def against_plain(bench: Bench, case: Case) -> Measured:
     if not same.float().mean() >= ALIKE:
         return Measured(figures={}, note=f"WRONG: {same.float().mean():.2%} of tiles choose alike", passed=False)
     same &= (low_chosen.sort(3).values == expected.sort(3).values).all(3)
-    plan = plan_of(case.grid, from_arguments(*window), case.num_cells, case.side, torch.float64, bench.device)
+    float64 = torch.float64
+    plan = plan_of(case.grid, from_arguments(*window), case.num_cells, case.side, float64, bench.device, float64)
     rows = torch.zeros_like(exact_lse, dtype=torch.bool)
     rows[:, :, plan.tiles[plan.real]] = same.repeat_interleave(plan.real.sum(1), 2)
     pairs = ((actual, actual_lse), (exact, exact_lse), (low, low_lse))

@@ -5,7 +5,6 @@ Letters as in attention.py; g tiles of a chunk.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from ..pieces.results import sum_dtype
 from ..window.partial import Keys, Partial, fastest_partial, merge
 from ..window.windows import Window
 from .chosen_cells import choose
-from .rest_of_cells import UNSEEN, new_log_rest
+from .rest_of_cells import UNSEEN
 from .tables import Plan, plan_of
 
 # What one chunk of tiles may hold in logits, biases and gathered tokens.
@@ -106,7 +105,7 @@ def _gather(
     tiles: slice, prepared: "_Prepared", chosen: Tensor | None, count: int, scale: float
 ) -> tuple[_Chunk, Tensor]:
     """The tiles' chunk, and their choice, made here if it is None. The next chunk is written over it."""
-    (query, key_cells, value_cells, proxy_key, proxy_value), rest, plan, spaces = prepared[:4]
+    (query, key_cells, value_cells, proxy_key, proxy_value), plan, spaces = prepared[:3]
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     tokens = plan.tiles[tiles]  # [g, Q]
     q = query[:, :, tokens]  # [B, H, g, Q, D]
@@ -116,7 +115,7 @@ def _gather(
     queries = q.shape[:4]  # B, H, g, Q
     of_proxies, of_tokens = (space[: math.prod(queries)] for space in (spaces.of_proxies, spaces.of_tokens))
     of_proxies = of_proxies.view(*queries, num_cells)
-    torch.add(rest[tiles], hidden[:, :, :, None], out=of_proxies)
+    torch.add(plan.rest[tokens], hidden[:, :, :, None], out=of_proxies)
     of_tokens = of_tokens.view(*queries, chosen.shape[3], -1)  # [B, H, g, Q, k, L]
     _fill_of_tokens(of_tokens, chosen, plan, tiles)
     first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells
@@ -172,7 +171,6 @@ class _Prepared(NamedTuple):
     """What chunks are made of."""
 
     inputs: tuple[Tensor, ...]  # query, key and value by cells [B * H * C, L * D], proxy_key, proxy_value
-    rest: Tensor  # [G, Q, C], log (r / (n/C))
     plan: Plan
     spaces: _Spaces
     partial: Partial
@@ -183,8 +181,7 @@ def _prepare(inputs: Sequence[Tensor], grid: Grid, window: Window, count: int, s
     dtype, device = sum_dtype(inputs[0]), inputs[0].device
     query, key, value, proxy_key, proxy_value = (one.to(dtype) for one in inputs)
     batch, num_heads, num_cells, head_dim = proxy_key.shape
-    plan = plan_of(grid, window, num_cells, side, dtype, device)
-    rest = _rest_by_tile(grid, window, num_cells, side, dtype, device)
+    plan = plan_of(grid, window, num_cells, side, dtype, device, dtype)
     by_cell = tuple(one[:, :, plan.cells].flatten(3).flatten(0, 2) for one in (key, value))
     num_seen = count * plan.cells.shape[1]
     of_a_tile = side * side * (num_cells + 2 * num_seen) + 2 * num_seen * head_dim
@@ -195,22 +192,11 @@ def _prepare(inputs: Sequence[Tensor], grid: Grid, window: Window, count: int, s
     of_proxies, of_tokens = (query.new_empty(tiles * side * side, length) for length in (num_cells, num_seen))
     return _Prepared(
         (query, *by_cell, proxy_key, proxy_value),
-        rest,
         plan,
         _Spaces(key_space, value_space, of_proxies, of_tokens),
         fastest_partial(device.type, dtype),
         tuple(slice(start, start + step) for start in range(0, len(plan.tiles), step)),
     )
-
-
-@lru_cache(maxsize=4)
-def _rest_by_tile(
-    grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """log (r / (n/C)) in the order of tiles, [G, Q, C]."""
-    with torch.inference_mode(False):  # serves training as well
-        tiles = plan_of(grid, window, num_cells, side, dtype, device).tiles
-        return new_log_rest(grid, window, num_cells, dtype, device)[tiles]
 
 
 def _by_tile(tensor: Tensor, chosen: Tensor) -> Tensor:

@@ -28,14 +28,23 @@ class Plan(NamedTuple):
     cells: Tensor  # [C, L] tokens
     shares: Tensor  # [C, L], -log (m n/C) of a token, UNSEEN beyond the last
     places: Tensor  # [n, largest m] of a token in the flat `cells`, -1 beyond the last
-    rest_of_tiles: Tensor  # [G, C], log (r / (n/C))
+    rest: Tensor  # [n, C], log (r / (n/C)), in a dtype of its own
+    rest_of_tiles: Tensor  # [G, C], log of the mean of r / (n/C) over the tile
     reached: Tensor  # [G, C] bool: a window of the tile holds tokens of the cell
     distances: list[Tensor]  # [size, size] along frames, rows, columns:
     limit: int  # a token lies in a window where they add up to less
 
 
-@lru_cache(maxsize=16)
-def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.dtype, device: torch.device) -> Plan:
+@lru_cache(maxsize=4)
+def plan_of(
+    grid: Grid,
+    window: Window,
+    num_cells: int,
+    side: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rest_dtype: torch.dtype,
+) -> Plan:
     """The tables of tiles of `side` x `side` queries and `num_cells` cells; kept for what was used last."""
     num_frames, height, width = sizes = sizes_of(grid)
     with torch.inference_mode(False):  # serves training as well
@@ -69,6 +78,7 @@ def plan_of(grid: Grid, window: Window, num_cells: int, side: int, dtype: torch.
             cells=cells.to(device),
             shares=shares.to(device),
             places=places.to(device),
+            rest=rest.log_().clamp_(min=UNSEEN).to(rest_dtype),
             rest_of_tiles=rest_of_tiles.log().clamp(min=UNSEEN),
             reached=least_rest < (1 - 1e-5) * whole,  # a token is more of a cell
             distances=[one.to(device) for one in distances],

@@ -16,7 +16,6 @@ from ..window.windows import Window
 from . import triton_kernels as kernels
 from .choose import EXACT
 from .chosen_cells import choose
-from .rest_of_cells import log_rest
 from .tables import Plan, plan_of
 
 # What one chunk of the choice may hold in queries and float32 logits, of each about two copies.
@@ -92,8 +91,10 @@ class Tables:
 
 
 @lru_cache(maxsize=16)
-def _tables(grid: Grid, window: Window, num_cells: int, side: int, device: torch.device) -> Tables:
-    plan = plan_of(grid, window, num_cells, side, torch.float32, device)
+def _tables(
+    grid: Grid, window: Window, num_cells: int, side: int, device: torch.device, rest_dtype: torch.dtype
+) -> Tables:
+    plan = plan_of(grid, window, num_cells, side, torch.float32, device, rest_dtype)
     tiles = plan.tiles.masked_fill(~plan.real, -1)
     frames, rows, columns = plan.distances
     return Tables(
@@ -112,7 +113,6 @@ class _Call:
     tables: Tables
     chosen: Tensor  # [B, H, G, k], first those that no window of the tile reaches
     clear: Tensor  # [B, H, G] int32, how many these are
-    rest: Tensor  # [n, C]
     sizes: tuple[int, int, int]
     scale: float
 
@@ -120,7 +120,7 @@ class _Call:
     def lists(self) -> tuple[Tensor, ...]:
         """Arguments of the kernels of tiles of queries, TILES to FRAMES."""
         tables = self.tables
-        of_cells = tables.cells, self.plan.shares, self.rest
+        of_cells = tables.cells, self.plan.shares, self.plan.rest
         return tables.tiles, *of_cells, self.chosen.int(), self.hidden, self.clear, *tables.distances
 
     @cached_property
@@ -161,16 +161,15 @@ def _prepare(
 ) -> _Call:
     """`choice`: the chosen cells, or how many of them to choose."""
     query, num_cells = inputs[0], inputs[3].shape[2]
-    plan = plan_of(grid, window, num_cells, side, torch.float32, query.device)
+    plan = plan_of(grid, window, num_cells, side, torch.float32, query.device, query.dtype)
     chosen = choice if isinstance(choice, Tensor) else _choose(query, inputs[3], plan, choice, scale)
     reached = plan.reached[torch.arange(len(plan.tiles), device=chosen.device)[:, None], chosen]  # [B, H, G, k]
     return _Call(
         inputs=[dense_rows(one.to(query.dtype)) for one in inputs],
         plan=plan,
-        tables=_tables(grid, window, num_cells, side, query.device),
+        tables=_tables(grid, window, num_cells, side, query.device, query.dtype),
         chosen=chosen.gather(3, reached.int().argsort(dim=3, stable=True)),
         clear=(~reached).sum(3, dtype=torch.int32),
-        rest=log_rest(query, grid, window, num_cells),
         sizes=sizes_of(grid),
         scale=scale,
     )
@@ -298,7 +297,7 @@ def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, 
     kernels.focus_grad_proxy[num_blocks, batch * num_heads, splits](
         *strided,
         *(*partial, lse, delta),
-        *(call.tables.tiles, call.rest, call.hidden),
+        *(call.tables.tiles, call.plan.rest, call.hidden),
         *(num_heads, call.chosen.shape[2], query.shape[2], num_cells, split_len),
         call.scale,
         UNIT=unit,

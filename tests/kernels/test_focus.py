@@ -9,7 +9,7 @@ from focus_case import SCALE, SHAPES, WINDOWS, by_hand, clear_choice, inputs_of
 from tolerance import assert_matches_reference
 from torch.nn.functional import scaled_dot_product_attention
 
-from lineardit.kernels.focus import plain
+from lineardit.kernels.focus import plain, rest_of_cells
 from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_op, focus_pairs
 from lineardit.kernels.window import Window
 from lineardit.linearize.layout import Layout
@@ -97,6 +97,17 @@ def test_a_far_token_that_outweighs_all_others_is_found() -> None:
         errors[focus_tokens] = ((out - expected)[:, :, tile].norm() / expected[:, :, tile].norm()).item()
     assert errors[0] > 0.8
     assert errors[64] < 0.3
+
+
+def test_what_lies_beyond_windows_is_counted_once_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, count = [], rest_of_cells._by_rows
+    monkeypatch.setattr(rest_of_cells, "_by_rows", lambda *shapes: counted.append(shapes) or count(*shapes))
+    config = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=6), gate=1.0, focus_tokens=30)
+    kernel, grid = METHODS[Hybrid](config, num_heads=2, head_dim=8), (7, 17)  # no other test has this grid
+    inputs = [torch.randn(1, 2, 119, 8, requires_grad=True) for _ in range(3)]
+    for _ in range(2):
+        kernel(*inputs, Layout(grid, 0, True, None)).sum().backward()
+    assert len(counted) == 1
 
 
 def test_focus_ends_where_one_cell_holds_more_tokens() -> None:

@@ -108,7 +108,7 @@ def test_circles_have_one_border_everywhere(radius):
     listed = torch.arange(lists.key_tiles.shape[1]) < lists.counts[:, None]
     assert lists.masks.sum((1, 2))[lists.mask_ids[listed]].sum() == pairs
 
-    plan = plan_of(grid, window, 1, 4, torch.float32, cpu)
+    plan = plan_of(grid, window, 1, 4, torch.float32, cpu, torch.float32)
     rows, columns = (axis.flatten().bincount() for axis in plan.distances[1:])
     squares = torch.arange(len(rows))[:, None] + torch.arange(len(columns))
     assert (rows[:, None] * columns)[squares < plan.limit].sum() == pairs
