@@ -22,6 +22,9 @@ def cell_means(tokens: Tensor, height: int, width: int, num_cells: int) -> Tenso
     means = tokens.unflatten(2, (-1, height, width))
     counts = _counts(tokens, height, width, num_cells)
     for axis in _AXES:
+        if means.shape[axis] % counts[axis] == 0:
+            means = means.unflatten(axis, (counts[axis], -1)).mean(axis + 1, dtype=sum_dtype(tokens))
+            continue
         cells = cells_of_axis(means.shape[axis], counts[axis])
         parts = [means.narrow(axis, start, length).mean(axis, dtype=sum_dtype(tokens)) for start, length in cells]
         means = torch.stack(parts, axis)
@@ -40,6 +43,11 @@ def _cell_means_backward(grad_out: Tensor, tokens: Tensor, height: int, width: i
     sizes = {2: tokens.shape[2] // (height * width), 3: height, 4: width}
     grad = grad_out.unflatten(2, [counts[axis] for axis in (2, 3, 4)])
     for axis in reversed(_AXES):
+        length, rest = divmod(sizes[axis], counts[axis])
+        if rest == 0:
+            shape = (*grad.shape[: axis + 1], length, *grad.shape[axis + 1 :])
+            grad = (grad / length).unsqueeze(axis + 1).expand(shape).flatten(axis, axis + 1)
+            continue
         spread = grad.new_zeros(*grad.shape[:axis], sizes[axis], *grad.shape[axis + 1 :])
         for index, (start, length) in enumerate(cells_of_axis(sizes[axis], counts[axis])):
             spread.narrow(axis, start, length).add_(grad.narrow(axis, index, 1) / length)
