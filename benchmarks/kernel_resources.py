@@ -60,7 +60,7 @@ POINTERS = {
     "*i64": {"MASK_WORDS", "SHARED_WORDS"},
     "*i32": {
         *("QUERY_CORNERS", "KEY_CORNERS", "MASK_IDS", "COUNTS", "INSIDE"),
-        *("TILES", "CELLS", "CHOSEN", "CLEAR", "CHOOSERS", "FIRST", "ROWS", "COLUMNS", "FRAMES"),
+        *("TILES", "CELLS", "CHOSEN", "NUM_UNMASKED", "CHOOSERS", "FIRST", "ROWS", "COLUMNS", "FRAMES"),
     },
 }
 FOCUS_SIDES = (4, 8)

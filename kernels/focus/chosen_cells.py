@@ -14,6 +14,6 @@ def choose(query: Tensor, proxy_key: Tensor, plan: Plan, tiles: slice, count: in
         count: k.
     """
     real = plan.real[tiles][:, :, None]
-    mean = (query * real).sum(3, dtype=plan.rest_of_tiles.dtype) / real.sum(1)
-    logits = scale * mean @ proxy_key.to(mean.dtype).mT + plan.rest_of_tiles[tiles]
+    mean = (query * real).sum(3, dtype=plan.log_rest_of_tiles.dtype) / real.sum(1)
+    logits = scale * mean @ proxy_key.to(mean.dtype).mT + plan.log_rest_of_tiles[tiles]
     return logits.topk(count, dim=-1).indices

@@ -38,11 +38,11 @@ def plain_forward(
     lse = out.new_empty(out.shape[:3], dtype=sum_dtype(out))
     choices = []
     for tiles in prepared.chunks:
-        chunk, chosen = _gather(tiles, prepared, None, count, scale)
-        choices.append(chosen)
+        chunk, cells = _gather(tiles, prepared, None, count, scale)
+        choices.append(cells)
         far, far_lse = partial.forward(chunk.query, chunk.proxies, scale)
-        near, near_lse = partial.forward(_by_tile(chunk.query, chosen), chunk.focus, scale)
-        far, far_lse = merge(far, far_lse, near.view(far.shape), near_lse.reshape(far_lse.shape))
+        chosen, chosen_lse = partial.forward(_by_tile(chunk.query, cells), chunk.focus, scale)
+        far, far_lse = merge(far, far_lse, chosen.view(far.shape), chosen_lse.reshape(far_lse.shape))
         real = plan.real[tiles].flatten()
         out[:, :, chunk.tokens[real]] = far[:, :, real].to(out.dtype)
         lse[:, :, chunk.tokens[real]] = far_lse[:, :, real]
@@ -115,7 +115,7 @@ def _gather(
     queries = q.shape[:4]  # B, H, g, Q
     of_proxies, of_tokens = (space[: math.prod(queries)] for space in (spaces.of_proxies, spaces.of_tokens))
     of_proxies = of_proxies.view(*queries, num_cells)
-    torch.add(plan.rest[tokens], hidden[:, :, :, None], out=of_proxies)
+    torch.add(plan.log_rest[tokens], hidden[:, :, :, None], out=of_proxies)
     of_tokens = of_tokens.view(*queries, chosen.shape[3], -1)  # [B, H, g, Q, k, L]
     _fill_of_tokens(of_tokens, chosen, plan, tiles)
     first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells

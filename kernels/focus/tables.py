@@ -28,8 +28,8 @@ class Plan(NamedTuple):
     cells: Tensor  # [C, L] tokens
     shares: Tensor  # [C, L], -log (m n/C) of a token, UNSEEN beyond the last
     places: Tensor  # [n, largest m] of a token in the flat `cells`, -1 beyond the last
-    rest: Tensor  # [n, C], log (r / (n/C)), in a dtype of its own
-    rest_of_tiles: Tensor  # [G, C], log of the mean of r / (n/C) over the tile
+    log_rest: Tensor  # [n, C], log (r / (n/C)), in a dtype of its own
+    log_rest_of_tiles: Tensor  # [G, C], log of the mean of r / (n/C) over the tile
     reached: Tensor  # [G, C] bool: a window of the tile holds tokens of the cell
     distances: list[Tensor]  # [size, size] along frames, rows, columns:
     limit: int  # a token lies in a window where they add up to less
@@ -58,13 +58,13 @@ def plan_of(
         real = real.flatten(1)
         cells, shares = _tokens_of_cells(sizes, num_cells, dtype)
         rest = rest_of_cells(grid, window, num_cells, device).to(dtype).mul_(num_cells / math.prod(sizes))
-        rest_of_tiles = rest.new_zeros(len(tiles), num_cells)
-        least_rest = torch.full_like(rest_of_tiles, math.inf)
+        sums = rest.new_zeros(len(tiles), num_cells)
+        least_rest = torch.full_like(sums, math.inf)
         for tokens, exists in zip(tiles.to(device).unbind(1), real.to(device).unbind(1), strict=True):
             one = rest[tokens]
-            rest_of_tiles += one * exists[:, None]
+            sums += one * exists[:, None]
             least_rest = torch.minimum(least_rest, one)
-        rest_of_tiles /= real.sum(1, keepdim=True).to(device)
+        sums /= real.sum(1, keepdim=True).to(device)
         places = _places_of_tokens(cells[shares > UNSEEN], shares > UNSEEN, math.prod(sizes))
         shares -= math.log(math.prod(sizes) / num_cells)
         whole = shares.exp().sum(1).to(device)
@@ -78,8 +78,8 @@ def plan_of(
             cells=cells.to(device),
             shares=shares.to(device),
             places=places.to(device),
-            rest=rest.log_().clamp_(min=UNSEEN).to(rest_dtype),
-            rest_of_tiles=rest_of_tiles.log().clamp(min=UNSEEN),
+            log_rest=rest.log_().clamp_(min=UNSEEN).to(rest_dtype),
+            log_rest_of_tiles=sums.log().clamp(min=UNSEEN),
             reached=least_rest < (1 - 1e-5) * whole,  # a token is more of a cell
             distances=[one.to(device) for one in distances],
             limit=limit,

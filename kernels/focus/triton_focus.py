@@ -112,7 +112,7 @@ class _Call:
     plan: Plan
     tables: Tables
     chosen: Tensor  # [B, H, G, k], first those that no window of the tile reaches
-    clear: Tensor  # [B, H, G] int32, how many these are
+    num_unmasked: Tensor  # [B, H, G] int32, how many these are
     sizes: tuple[int, int, int]
     scale: float
 
@@ -120,8 +120,8 @@ class _Call:
     def lists(self) -> tuple[Tensor, ...]:
         """Arguments of the kernels of tiles of queries, TILES to FRAMES."""
         tables = self.tables
-        of_cells = tables.cells, self.plan.shares, self.plan.rest
-        return tables.tiles, *of_cells, self.chosen.int(), self.hidden, self.clear, *tables.distances
+        of_cells = tables.cells, self.plan.shares, self.plan.log_rest
+        return tables.tiles, *of_cells, self.chosen.int(), self.hidden, self.num_unmasked, *tables.distances
 
     @cached_property
     def hidden(self) -> Tensor:
@@ -169,7 +169,7 @@ def _prepare(
         plan=plan,
         tables=_tables(grid, window, num_cells, side, query.device, query.dtype),
         chosen=chosen.gather(3, reached.int().argsort(dim=3, stable=True)),
-        clear=(~reached).sum(3, dtype=torch.int32),
+        num_unmasked=(~reached).sum(3, dtype=torch.int32),
         sizes=sizes_of(grid),
         scale=scale,
     )
@@ -297,7 +297,7 @@ def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, 
     kernels.focus_grad_proxy[num_blocks, batch * num_heads, splits](
         *strided,
         *(*partial, lse, delta),
-        *(call.tables.tiles, call.plan.rest, call.hidden),
+        *(call.tables.tiles, call.plan.log_rest, call.hidden),
         *(num_heads, call.chosen.shape[2], query.shape[2], num_cells, split_len),
         call.scale,
         UNIT=unit,

@@ -97,7 +97,7 @@ def focus_forward(
     CELLS, SHARES,  # [C, cell_len] tokens, and -log (m_j n/C); UNSEEN or less beyond the last of a cell
     REST,  # [N, C], log r
     CHOSEN, HIDDEN,  # [B, H, tiles, num_chosen] cells; [B, H, tiles, C] int8, 1 for these
-    CLEAR,  # [B, H, tiles] how many, at the front, no window of the tile reaches
+    NUM_UNMASKED,  # [B, H, tiles] how many, at the front, no window of the tile reaches
     ROWS, COLUMNS, FRAMES,  # [size, size] distances: a key is in the window where they add up to less than `limit`
     num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     per_cell, per_height, per_width,
@@ -139,7 +139,7 @@ def focus_forward(
             b_acc, b_max, b_sum = online_softmax(b_s, 1.0, b_v, b_acc, b_max, b_sum, PRECISION)
 
     num_seen = num_chosen * cell_len
-    masked_from = tl.load(CLEAR + o_tile) * cell_len // BLOCK_K * BLOCK_K
+    masked_from = tl.load(NUM_UNMASKED + o_tile) * cell_len // BLOCK_K * BLOCK_K
     if masked_from > 0:
         for start in tl.range(0, masked_from, BLOCK_K):
             keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, per_cell, BLOCK_K)
@@ -174,7 +174,7 @@ def focus_grad_query(
     OUT, out_b, out_h, out_n,
     GRAD_Q, dq_b, dq_h, dq_n,
     LSE, GRAD_LSE, DELTA,  # [B, H, N]; DELTA: sum(out * grad_out) - lse's gradient, for the other kernels
-    TILES, CELLS, SHARES, REST, CHOSEN, HIDDEN, CLEAR, ROWS, COLUMNS, FRAMES,
+    TILES, CELLS, SHARES, REST, CHOSEN, HIDDEN, NUM_UNMASKED, ROWS, COLUMNS, FRAMES,
     num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     per_cell, per_height, per_width,
     scale,
@@ -221,7 +221,7 @@ def focus_grad_query(
             b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
     num_seen = num_chosen * cell_len
-    masked_from = tl.load(CLEAR + o_tile) * cell_len // BLOCK_K * BLOCK_K
+    masked_from = tl.load(NUM_UNMASKED + o_tile) * cell_len // BLOCK_K * BLOCK_K
     if masked_from > 0:
         for start in tl.range(0, masked_from, BLOCK_K):
             keys, b_share = _chosen_tokens(start, num_seen, CELLS, SHARES, p_chosen, cell_len, per_cell, BLOCK_K)

@@ -224,15 +224,15 @@ class HybridAttention(Method):
             text_out, near = split_text(out, text_len, text_first)
             num_cells = self.config.num_cells
             tokens_of_a_cell = lse.new_ones(()) * (image_query.shape[2] / num_cells)
-            mass = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, in cells of n/C tokens
+            log_near = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, in cells of n/C tokens
             if self.config.is_one_softmax:
                 image = (image_query, image_key, image_value)
-                far, of_far = self._one_softmax(*image, near, mass, layout.grid, scale)
+                far, of_far = self._one_softmax(*image, near, log_near, layout.grid, scale)
                 share = share * of_far
             else:
-                rest = log_rest(image_value, layout.grid, self.local.window, num_cells)  # log of r_ic over n/C
+                log_weights = log_rest(image_value, layout.grid, self.local.window, num_cells)  # of r_ic over n/C
                 cells = cell_means(image_key, *layout.grid[-2:], num_cells).to(key.dtype)
-                share = share * share_of_keys(image_query, cells, mass, bias=rest, scale=scale)[..., None]
+                share = share * share_of_keys(image_query, cells, log_near, bias=log_weights, scale=scale)[..., None]
                 far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
         joined = _mixed(near, far.to(near.dtype), share)
         if text_len == 0:
@@ -240,7 +240,7 @@ class HybridAttention(Method):
         return torch.cat([text_out, joined] if text_first else [joined, text_out], dim=2)
 
     def _one_softmax(
-        self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, mass: Tensor, grid: Grid, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, log_near: Tensor, grid: Grid, scale: float
     ) -> tuple[Tensor, Tensor]:
         """What all that lies beyond the window gives, and its share s_i: `forward` mixes it into `near` by g s_i.
 
@@ -249,17 +249,17 @@ class HybridAttention(Method):
         Args:
             query, key, value: [B, H, n, D], the image's tokens.
             near: [B, H, n, D], L: what text and window give.
-            mass: [B, H, n], the logarithm of their part of the denominator, counted in n/C tokens.
+            log_near: [B, H, n], the logarithm of their part of the denominator, counted in n/C tokens.
         Returns:
             [B, H, n, D], and [B, H, n, 1] or a scalar.
         """
         proxies = self.global_.proxies(query, key, value, grid, scale)
         config, window = self.config, self.local.window
         if cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
-            rest = log_rest(value, grid, window, config.num_cells)
+            log_weights = log_rest(value, grid, window, config.num_cells)
             # its "text" are the proxies, its one more key is L
-            return attend_to_text(query, near, mass, *proxies, bias=rest, scale=scale), mass.new_ones(())
-        far, far_mass = focus_attention(
+            return attend_to_text(query, near, log_near, *proxies, bias=log_weights, scale=scale), log_near.new_ones(())
+        far, log_far = focus_attention(
             *(query, key, value, *proxies),
             grid=grid,
             window=window,
@@ -268,7 +268,7 @@ class HybridAttention(Method):
             scale=scale,
             impl=self.impl if self.impl in ("auto", "triton") else "plain",
         )
-        return far, torch.sigmoid(far_mass - mass)[..., None]
+        return far, torch.sigmoid(log_far - log_near)[..., None]
 
 
 def _mixed(near: Tensor, far: Tensor, share: Tensor) -> Tensor:

@@ -55,10 +55,12 @@ def joint_attention(
     text_key, image_key = split_text(key, layout.text_len, layout.text_first)
     text_value, image_value = split_text(value, layout.text_len, layout.text_first)
     image_out = attend_to_image(image_query, image_key, image_value, layout.grid, scale)
-    mass = log_mass(image_query, image_key, scale=scale)
+    log_of_image = log_mass(image_query, image_key, scale=scale)
     if balance is not None:
-        mass = mass + balance[:, None]
-    out = attend_to_text(image_query, image_out, mass, text_key, text_value, text_mask=layout.text_mask, scale=scale)
+        log_of_image = log_of_image + balance[:, None]
+    out = attend_to_text(
+        image_query, image_out, log_of_image, text_key, text_value, text_mask=layout.text_mask, scale=scale
+    )
     text_out = _attend_to_all(query, key, value, layout, scale)
     return torch.cat([text_out, out] if layout.text_first else [out, text_out], dim=2)
 
