@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...kernels.linear import attend_to_text, log_mass
+from ...kernels.linear import log_mass
+from ...kernels.pieces.extra_key import attend_with_extra_key
 from ...kernels.pieces.text import key_mask, split_text
 from ..layout import Grid, Layout
 
@@ -58,9 +59,8 @@ def joint_attention(
     log_of_image = log_mass(image_query, image_key, scale=scale)
     if balance is not None:
         log_of_image = log_of_image + balance[:, None]
-    out = attend_to_text(
-        image_query, image_out, log_of_image, text_key, text_value, text_mask=layout.text_mask, scale=scale
-    )
+    image = (log_of_image, image_out)
+    out = attend_with_extra_key(image_query, text_key, text_value, *image, mask=layout.text_mask, scale=scale)
     text_out = _attend_to_all(query, key, value, layout, scale)
     return torch.cat([text_out, out] if layout.text_first else [out, text_out], dim=2)
 

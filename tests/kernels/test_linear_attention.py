@@ -10,7 +10,6 @@ from tolerance import assert_matches_reference
 from torch import Tensor
 
 from lineardit.kernels.linear import (
-    attend_to_text,
     features,
     log_mass,
     log_mass_reference,
@@ -22,6 +21,7 @@ from lineardit.kernels.linear import (
     rala_attention,
     rala_attention_reference,
 )
+from lineardit.kernels.pieces.extra_key import attend_with_extra_key
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -169,14 +169,14 @@ def test_log_mass_of_one_key_is_its_logit() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attend_to_text_is_one_softmax(masked: bool, dtype: torch.dtype) -> None:
+def test_attend_with_extra_key_is_one_softmax(masked: bool, dtype: torch.dtype) -> None:
     query, image_out = tokens(2)
     text_key, text_value = (x[:, :, :4] for x in tokens(2))
     text_mask = torch.tensor([[True, False, True, True], [False] * 4]) if masked else None
     log_mass = torch.randn(2, 2, 15, dtype=torch.float64) + 1
 
     def by_hand(*inputs: Tensor) -> Tensor:
-        query, image_out, log_mass, text_key, text_value = (
+        query, text_key, text_value, log_mass, image_out = (
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs
         )
         logits = query @ text_key.mT * 0.4
@@ -186,9 +186,9 @@ def test_attend_to_text_is_one_softmax(masked: bool, dtype: torch.dtype) -> None
         return (weights[..., :-1] @ text_value + weights[..., -1:] * image_out).to(inputs[0].dtype)
 
     def joined(*inputs: Tensor) -> Tensor:
-        return attend_to_text(*inputs, text_mask=text_mask, scale=0.4)
+        return attend_with_extra_key(*inputs, mask=text_mask, scale=0.4)
 
-    inputs = [query, image_out, log_mass, text_key, text_value]
+    inputs = [query, text_key, text_value, log_mass, image_out]
     assert_matches_reference(joined, by_hand, inputs, dtype)
     if masked:
         assert torch.equal(joined(*inputs)[1], image_out[1])
