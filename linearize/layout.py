@@ -9,9 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..kernels.pieces.cells import Grid as Grid
 from .errors import LayoutError
-
-Grid = tuple[int, ...]  # (height, width) or (frames, height, width), in tokens
 
 _BLOCKED = -9e3  # an additive mask at or below this blocks; diffusers writes -inf or -10000, -9984 in bfloat16
 

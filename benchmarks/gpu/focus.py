@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_backward_op, focus_op
 from lineardit.kernels.focus.choose import backward_blocks, choose_impl
-from lineardit.kernels.focus.tables import plan_of
+from lineardit.kernels.focus.tables import focus_tables
 from lineardit.kernels.pieces.cell_means import cell_means
 from lineardit.kernels.window import Circle
 from lineardit.kernels.window.windows import from_arguments, to_arguments
@@ -114,9 +114,9 @@ def against_plain(bench: Bench, case: Case) -> Measured:
         return Measured(figures={}, note=f"WRONG: {same.float().mean():.2%} of tiles choose alike", passed=False)
     same &= (low_chosen.sort(3).values == expected.sort(3).values).all(3)
     float64 = torch.float64
-    plan = plan_of(case.grid, from_arguments(*window), case.num_cells, case.side, float64, bench.device, float64)
+    tables = focus_tables(case.grid, from_arguments(*window), case.num_cells, case.side, float64, bench.device, float64)
     rows = torch.zeros_like(exact_lse, dtype=torch.bool)
-    rows[:, :, plan.tiles[plan.real]] = same.repeat_interleave(plan.real.sum(1), 2)
+    rows[:, :, tables.tiles[tables.real]] = same.repeat_interleave(tables.real.sum(1), 2)
     pairs = ((actual, actual_lse), (exact, exact_lse), (low, low_lse))
     return verdict(*([out[rows], lse[rows]] for out, lse in pairs), names=("out", "log-sum-exp"))
 

@@ -134,7 +134,7 @@ def focus_op(
 
 @focus_op.register_fake
 def _(query, key, value, proxy_key, proxy_value, grid, count, side, *_):  # type: ignore[no-untyped-def]
-    frames, height, width = (1, *grid)[-3:]
+    frames, height, width = sizes_of(grid)
     tiles = frames * ((height + side - 1) // side) * ((width + side - 1) // side)
     return (
         token_major(query, query.shape[2]),

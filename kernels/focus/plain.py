@@ -16,7 +16,7 @@ from ..window.partial import Keys, Partial, fastest_partial, merge
 from ..window.windows import Window
 from .chosen_cells import choose
 from .rest_of_cells import UNSEEN
-from .tables import Plan, plan_of
+from .tables import FocusTables, focus_tables
 
 # What one chunk of tiles may hold in logits, biases and gathered tokens.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
@@ -34,7 +34,7 @@ def plain_forward(
         The log-sum-exp [B, H, n], and the chosen cells [B, H, G, k].
     """
     prepared = _prepare(inputs, grid, window, count, side)
-    plan, partial = prepared.plan, prepared.partial
+    tables, partial = prepared.tables, prepared.partial
     lse = out.new_empty(out.shape[:3], dtype=sum_dtype(out))
     choices = []
     for tiles in prepared.chunks:
@@ -43,7 +43,7 @@ def plain_forward(
         far, far_lse = partial.forward(chunk.query, chunk.proxies, scale)
         chosen, chosen_lse = partial.forward(_by_tile(chunk.query, cells), chunk.focus, scale)
         far, far_lse = merge(far, far_lse, chosen.view(far.shape), chosen_lse.reshape(far_lse.shape))
-        real = plan.real[tiles].flatten()
+        real = tables.real[tiles].flatten()
         out[:, :, chunk.tokens[real]] = far[:, :, real].to(out.dtype)
         lse[:, :, chunk.tokens[real]] = far_lse[:, :, real]
     return lse, torch.cat(choices, 2)
@@ -65,12 +65,12 @@ def plain_backward(
     key, proxy_key = inputs[1], inputs[3]
     count = chosen.shape[3]
     prepared = _prepare(inputs, grid, window, count, side)
-    plan, partial = prepared.plan, prepared.partial
+    tables, partial = prepared.tables, prepared.partial
     grads = [torch.zeros_like(one) for one in prepared.inputs]
     for tiles in prepared.chunks:
         choice = chosen[:, :, tiles]
         chunk, _ = _gather(tiles, prepared, choice, count, scale)
-        real = plan.real[tiles].flatten()
+        real = tables.real[tiles].flatten()
         do, o = (one[:, :, chunk.tokens].to(lse.dtype) for one in (grad_out, out))
         do = do * real[:, None]
         dl = None if grad_lse is None else grad_lse[:, :, chunk.tokens].to(lse.dtype) * real
@@ -86,7 +86,7 @@ def plain_backward(
             total.index_add_(0, chunk.cells, grad.reshape(len(chunk.cells), -1))
     for place in (1, 2):
         by_cell = grads[place].view(*proxy_key.shape[:2], -1, key.shape[3])
-        grads[place] = torch.zeros_like(key, dtype=lse.dtype).index_add_(2, plan.cells.flatten(), by_cell)
+        grads[place] = torch.zeros_like(key, dtype=lse.dtype).index_add_(2, tables.cells.flatten(), by_cell)
     dq, dk, dv, dpk, dpv = (grad.to(one.dtype).contiguous() for grad, one in zip(grads, inputs, strict=True))
     return dq, dk, dv, dpk, dpv
 
@@ -105,19 +105,19 @@ def _gather(
     tiles: slice, prepared: "_Prepared", chosen: Tensor | None, count: int, scale: float
 ) -> tuple[_Chunk, Tensor]:
     """The tiles' chunk, and their choice, made here if it is None. The next chunk is written over it."""
-    (query, key_cells, value_cells, proxy_key, proxy_value), plan, spaces = prepared[:3]
+    (query, key_cells, value_cells, proxy_key, proxy_value), tables, spaces = prepared[:3]
     batch, num_heads, num_cells, head_dim = proxy_key.shape
-    tokens = plan.tiles[tiles]  # [g, Q]
+    tokens = tables.tiles[tiles]  # [g, Q]
     q = query[:, :, tokens]  # [B, H, g, Q, D]
     if chosen is None:
-        chosen = choose(q, proxy_key, plan, tiles, count, scale)
+        chosen = choose(q, proxy_key, tables, tiles, count, scale)
     hidden = q.new_zeros(*chosen.shape[:3], num_cells).scatter_(-1, chosen, UNSEEN)
     queries = q.shape[:4]  # B, H, g, Q
     of_proxies, of_tokens = (space[: math.prod(queries)] for space in (spaces.of_proxies, spaces.of_tokens))
     of_proxies = of_proxies.view(*queries, num_cells)
-    torch.add(plan.log_rest[tokens], hidden[:, :, :, None], out=of_proxies)
+    torch.add(tables.log_rest[tokens], hidden[:, :, :, None], out=of_proxies)
     of_tokens = of_tokens.view(*queries, chosen.shape[3], -1)  # [B, H, g, Q, k, L]
-    _fill_of_tokens(of_tokens, chosen, plan, tiles)
+    _fill_of_tokens(of_tokens, chosen, tables, tiles)
     first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells
     index = (chosen + first).flatten()
     k, v = (
@@ -133,28 +133,28 @@ def _gather(
     ), chosen
 
 
-def _fill_of_tokens(of_tokens: Tensor, chosen: Tensor, plan: Plan, tiles: slice) -> None:
+def _fill_of_tokens(of_tokens: Tensor, chosen: Tensor, tables: FocusTables, tiles: slice) -> None:
     """Biases [B, H, g, Q, k, L] of the tokens of the chosen cells [B, H, g, k]: UNSEEN in a query's own window."""
-    shares = plan.shares[chosen]
+    shares = tables.shares[chosen]
     of_tokens.copy_(shares[:, :, :, None])
     within = torch.arange(chosen.shape[2], device=chosen.device)[:, None]
     # Most chosen cells lie beyond all windows of their tile.
-    batch, head, tile, place = plan.reached[tiles][within, chosen].nonzero(as_tuple=True)
+    batch, head, tile, place = tables.reached[tiles][within, chosen].nonzero(as_tuple=True)
     if len(tile) > 0:
-        near = _near(plan.cells[chosen[batch, head, tile, place]], plan, tiles.start + tile)
+        near = _near(tables.cells[chosen[batch, head, tile, place]], tables, tiles.start + tile)
         of_tokens[batch, head, tile, :, place] = torch.where(near, UNSEEN, shares[batch, head, tile, place][:, None])
 
 
-def _near(tokens: Tensor, plan: Plan, tile: Tensor) -> Tensor:
+def _near(tokens: Tensor, tables: FocusTables, tile: Tensor) -> Tensor:
     """Whether tokens [m, L] lie in the windows of the queries of tiles [m], [m, Q, L]."""
-    frames, rows, columns = plan.distances
+    frames, rows, columns = tables.distances
     height, width = len(rows), len(columns)
     row, column = tokens // width % height, tokens % width
-    left = plan.limit - rows[plan.rows[tile][:, :, None], row[:, None]]  # [m, side, L]
-    column_distance = columns[plan.columns[tile][:, :, None], column[:, None]]
+    left = tables.limit - rows[tables.rows[tile][:, :, None], row[:, None]]  # [m, side, L]
+    column_distance = columns[tables.columns[tile][:, :, None], column[:, None]]
     if len(frames) > 1:
         frame = tokens // (height * width)
-        left = left - frames[plan.frames[tile][:, None], frame][:, None]
+        left = left - frames[tables.frames[tile][:, None], frame][:, None]
     return (column_distance[:, None] < left[:, :, None]).flatten(1, 2)
 
 
@@ -171,7 +171,7 @@ class _Prepared(NamedTuple):
     """What chunks are made of."""
 
     inputs: tuple[Tensor, ...]  # query, key and value by cells [B * H * C, L * D], proxy_key, proxy_value
-    plan: Plan
+    tables: FocusTables
     spaces: _Spaces
     partial: Partial
     chunks: tuple[slice, ...]  # of the tiles
@@ -181,21 +181,21 @@ def _prepare(inputs: Sequence[Tensor], grid: Grid, window: Window, count: int, s
     dtype, device = sum_dtype(inputs[0]), inputs[0].device
     query, key, value, proxy_key, proxy_value = (one.to(dtype) for one in inputs)
     batch, num_heads, num_cells, head_dim = proxy_key.shape
-    plan = plan_of(grid, window, num_cells, side, dtype, device, dtype)
-    by_cell = tuple(one[:, :, plan.cells].flatten(3).flatten(0, 2) for one in (key, value))
-    num_seen = count * plan.cells.shape[1]
+    tables = focus_tables(grid, window, num_cells, side, dtype, device, dtype)
+    by_cell = tuple(one[:, :, tables.cells].flatten(3).flatten(0, 2) for one in (key, value))
+    num_seen = count * tables.cells.shape[1]
     of_a_tile = side * side * (num_cells + 2 * num_seen) + 2 * num_seen * head_dim
     most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (batch * num_heads * of_a_tile * dtype.itemsize)
-    step = max(1, min(most, len(plan.tiles)))
+    step = max(1, min(most, len(tables.tiles)))
     tiles = batch * num_heads * step
     key_space, value_space = (one.new_empty(tiles * count, one.shape[1]) for one in by_cell)
     of_proxies, of_tokens = (query.new_empty(tiles * side * side, length) for length in (num_cells, num_seen))
     return _Prepared(
         (query, *by_cell, proxy_key, proxy_value),
-        plan,
+        tables,
         _Spaces(key_space, value_space, of_proxies, of_tokens),
         fastest_partial(device.type, dtype),
-        tuple(slice(start, start + step) for start in range(0, len(plan.tiles), step)),
+        tuple(slice(start, start + step) for start in range(0, len(tables.tiles), step)),
     )
 
 

@@ -17,7 +17,7 @@ from ..window.windows import Window
 from .rest_of_cells import UNSEEN, rest_of_cells
 
 
-class Plan(NamedTuple):
+class FocusTables(NamedTuple):
     """What depends on the shapes alone."""
 
     tiles: Tensor  # [G, Q] tokens; those of a tile that reaches over the border stand twice
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def plan_of(
+def focus_tables(
     grid: Grid,
     window: Window,
     num_cells: int,
@@ -44,7 +44,7 @@ def plan_of(
     dtype: torch.dtype,
     device: torch.device,
     rest_dtype: torch.dtype,
-) -> Plan:
+) -> FocusTables:
     """The tables of tiles of `side` x `side` queries and `num_cells` cells; kept for what was used last."""
     num_frames, height, width = sizes = sizes_of(grid)
     with torch.inference_mode(False):  # serves training as well
@@ -69,7 +69,7 @@ def plan_of(
         shares -= math.log(math.prod(sizes) / num_cells)
         whole = shares.exp().sum(1).to(device)
         distances, limit = _distances(window, sizes)
-        return Plan(
+        return FocusTables(
             tiles=tiles.to(device),
             real=real.to(device),
             rows=rows.to(device),
@@ -87,7 +87,7 @@ def plan_of(
 
 
 def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`Plan.cells` [C, L] and `Plan.shares` [C, L], the latter without their n/C: -log m."""
+    """`FocusTables.cells` [C, L] and `FocusTables.shares` [C, L], the latter without their n/C: -log m."""
     counts = cell_grid(*sizes, num_cells)
     axes = [cells_of_axis(size, count) for size, count in zip(sizes, counts, strict=True)]
     holders = [torch.zeros(size, dtype=dtype) for size in sizes]  # cells of an axis that hold a place
@@ -109,7 +109,7 @@ def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int, dtype: torch.d
 
 
 def _places_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor:
-    """`Plan.places`; `tokens` are those of the cells in order, `exists` [C, L] where they stand."""
+    """`FocusTables.places`; `tokens` are those of the cells in order, `exists` [C, L] where they stand."""
     order = tokens.argsort(stable=True)
     flat = exists.flatten().nonzero().squeeze(1)[order]
     counts = tokens.bincount(minlength=num_tokens)
@@ -120,7 +120,7 @@ def _places_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor
 
 
 def _distances(window: Window, sizes: tuple[int, int, int]) -> tuple[list[Tensor], int]:
-    """`Plan.distances` and `limit`: squares for a circle; for a box, and for frames, 0 near and the limit elsewhere."""
+    """`distances` and `limit` of `FocusTables`: squares for circles; for boxes and frames 0 near, else the limit."""
     steps = [(place[:, None] - place).abs() for place in map(torch.arange, sizes)]
     if isinstance(window, Circle):
         limit = min(window.squared_limit, sizes[1] ** 2 + sizes[2] ** 2)

@@ -16,7 +16,7 @@ from ..window.windows import Window
 from . import triton_kernels as kernels
 from .choose import EXACT
 from .chosen_cells import choose
-from .tables import Plan, plan_of
+from .tables import FocusTables, focus_tables
 
 # What one chunk of the choice may hold in queries and float32 logits, of each about two copies.
 CHOICE_BYTES = 2**27
@@ -82,8 +82,8 @@ def backward_candidates(head_dim: int, dtype: torch.dtype) -> list[Blocks]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tables:
-    """A plan (tables.py) as the kernel reads it."""
+class PackedTables:
+    """What of `FocusTables` (tables.py) the kernels read in a form of its own."""
 
     tiles: Tensor  # [G, BLOCK_Q] int32 tokens, -1 where there is none
     cells: Tensor  # [C, L] int32
@@ -91,15 +91,15 @@ class Tables:
 
 
 @lru_cache(maxsize=16)
-def _tables(
+def _packed(
     grid: Grid, window: Window, num_cells: int, side: int, device: torch.device, rest_dtype: torch.dtype
-) -> Tables:
-    plan = plan_of(grid, window, num_cells, side, torch.float32, device, rest_dtype)
-    tiles = plan.tiles.masked_fill(~plan.real, -1)
-    frames, rows, columns = plan.distances
-    return Tables(
+) -> PackedTables:
+    tables = focus_tables(grid, window, num_cells, side, torch.float32, device, rest_dtype)
+    tiles = tables.tiles.masked_fill(~tables.real, -1)
+    frames, rows, columns = tables.distances
+    return PackedTables(
         tiles=F.pad(tiles, (0, queries_of_a_program(side) - tiles.shape[1]), value=-1).int().contiguous(),
-        cells=plan.cells.int().contiguous(),
+        cells=tables.cells.int().contiguous(),
         distances=(rows.contiguous(), columns.contiguous(), frames.contiguous()),
     )
 
@@ -109,8 +109,8 @@ class _Call:
     """What all kernels of one call are given."""
 
     inputs: list[Tensor]  # query, key, value, proxy_key, proxy_value: of one dtype, rows dense
-    plan: Plan
-    tables: Tables
+    tables: FocusTables
+    packed: PackedTables
     chosen: Tensor  # [B, H, G, k], first those that no window of the tile reaches
     num_unmasked: Tensor  # [B, H, G] int32, how many these are
     sizes: tuple[int, int, int]
@@ -119,9 +119,9 @@ class _Call:
     @property
     def lists(self) -> tuple[Tensor, ...]:
         """Arguments of the kernels of tiles of queries, TILES to FRAMES."""
-        tables = self.tables
-        of_cells = tables.cells, self.plan.shares, self.plan.log_rest
-        return tables.tiles, *of_cells, self.chosen.int(), self.hidden, self.num_unmasked, *tables.distances
+        packed = self.packed
+        of_cells = packed.cells, self.tables.shares, self.tables.log_rest
+        return packed.tiles, *of_cells, self.chosen.int(), self.hidden, self.num_unmasked, *packed.distances
 
     @cached_property
     def hidden(self) -> Tensor:
@@ -137,16 +137,16 @@ class _Call:
     def counts(self) -> tuple[int, ...]:
         """Arguments of the kernels that read cells, num_tiles to per_width."""
         num_tiles, count = self.chosen.shape[2:]
-        _, cell_len = self.tables.cells.shape
+        _, cell_len = self.packed.cells.shape
         num_tokens = self.inputs[0].shape[2]
         _, height, width = self.sizes
         inverses = [-(-EXACT // size) for size in (cell_len, height, width)]
-        return num_tiles, num_tokens, self.num_cells, cell_len, count, self.plan.limit, *self.sizes, *inverses
+        return num_tiles, num_tokens, self.num_cells, cell_len, count, self.tables.limit, *self.sizes, *inverses
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
         head_dim = self.inputs[0].shape[3]
         return {
-            "BLOCK_Q": self.tables.tiles.shape[1],
+            "BLOCK_Q": self.packed.tiles.shape[1],
             "BLOCK_K": blocks.keys,
             "HEAD_DIM": head_dim,
             "BLOCK_D": block_d(head_dim),
@@ -161,13 +161,13 @@ def _prepare(
 ) -> _Call:
     """`choice`: the chosen cells, or how many of them to choose."""
     query, num_cells = inputs[0], inputs[3].shape[2]
-    plan = plan_of(grid, window, num_cells, side, torch.float32, query.device, query.dtype)
-    chosen = choice if isinstance(choice, Tensor) else _choose(query, inputs[3], plan, choice, scale)
-    reached = plan.reached[torch.arange(len(plan.tiles), device=chosen.device)[:, None], chosen]  # [B, H, G, k]
+    tables = focus_tables(grid, window, num_cells, side, torch.float32, query.device, query.dtype)
+    chosen = choice if isinstance(choice, Tensor) else _choose(query, inputs[3], tables, choice, scale)
+    reached = tables.reached[torch.arange(len(tables.tiles), device=chosen.device)[:, None], chosen]  # [B, H, G, k]
     return _Call(
         inputs=[dense_rows(one.to(query.dtype)) for one in inputs],
-        plan=plan,
-        tables=_tables(grid, window, num_cells, side, query.device, query.dtype),
+        tables=tables,
+        packed=_packed(grid, window, num_cells, side, query.device, query.dtype),
         chosen=chosen.gather(3, reached.int().argsort(dim=3, stable=True)),
         num_unmasked=(~reached).sum(3, dtype=torch.int32),
         sizes=sizes_of(grid),
@@ -252,21 +252,21 @@ def _cell_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, b
     """Gradients of key and value: of each cell over the tiles that chose it, then summed where cells overlap."""
     query, key, value = call.inputs[:3]
     batch, num_heads, _, count = call.chosen.shape
-    cell_len = call.tables.cells.shape[1]
+    cell_len = call.packed.cells.shape[1]
     keys = min(blocks.keys, max(16, triton.next_power_of_2(cell_len)))
     blocks = replace(blocks, keys=keys, num_warps=warps_of_keys(keys))
     choosers = call.chosen.int().flatten(2).argsort(dim=2, stable=True) // count
     first = F.pad(call.hidden.sum(2, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0))
-    places = call.plan.places
+    places = call.tables.places
     disjoint = places.shape[1] == 1
-    size = (batch, num_heads, places.shape[0] if disjoint else call.tables.cells.numel(), query.shape[3])
+    size = (batch, num_heads, places.shape[0] if disjoint else call.packed.cells.numel(), query.shape[3])
     grads = [query.new_empty(size, dtype=query.dtype if disjoint else torch.float32) for _ in range(2)]
     strided, unit = with_strides(grad_out, query, key, value)
     kernels.focus_grad_cell[call.num_cells, batch * num_heads, triton.cdiv(cell_len, keys)](
         *strided,
         *(*grads, lse, delta),
-        *(call.tables.tiles, call.tables.cells, call.plan.shares),
-        *(choosers.int(), first, *call.tables.distances),
+        *(call.packed.tiles, call.packed.cells, call.tables.shares),
+        *(choosers.int(), first, *call.packed.distances),
         *(num_heads, *call.counts),
         call.scale,
         UNIT=unit,
@@ -291,13 +291,13 @@ def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, 
     query, _, _, proxy_key, proxy_value = call.inputs
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     num_blocks = triton.cdiv(num_cells, blocks.keys)
-    splits, split_len = split(call.tables.tiles.numel(), BLOCK_ROWS, num_blocks * batch * num_heads, query.device)
+    splits, split_len = split(call.packed.tiles.numel(), BLOCK_ROWS, num_blocks * batch * num_heads, query.device)
     partial = query.new_empty(2, splits, batch, num_heads, num_cells, head_dim, dtype=torch.float32)
     strided, unit = with_strides(grad_out, query, proxy_key, proxy_value)
     kernels.focus_grad_proxy[num_blocks, batch * num_heads, splits](
         *strided,
         *(*partial, lse, delta),
-        *(call.tables.tiles, call.plan.log_rest, call.hidden),
+        *(call.packed.tiles, call.tables.log_rest, call.hidden),
         *(num_heads, call.chosen.shape[2], query.shape[2], num_cells, split_len),
         call.scale,
         UNIT=unit,
@@ -307,13 +307,13 @@ def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, 
     return [grad.sum(0) for grad in partial]
 
 
-def _choose(query: Tensor, proxy_key: Tensor, plan: Plan, count: int, scale: float) -> Tensor:
+def _choose(query: Tensor, proxy_key: Tensor, tables: FocusTables, count: int, scale: float) -> Tensor:
     """The chosen cells [B, H, G, k]."""
     batch, num_heads, num_cells, head_dim = proxy_key.shape
-    of_a_tile = batch * num_heads * (query.element_size() * plan.tiles.shape[1] * head_dim + 4 * num_cells)
+    of_a_tile = batch * num_heads * (query.element_size() * tables.tiles.shape[1] * head_dim + 4 * num_cells)
     step = max(1, CHOICE_BYTES // of_a_tile)
     choices = []
-    for start in range(0, len(plan.tiles), step):
+    for start in range(0, len(tables.tiles), step):
         tiles = slice(start, start + step)
-        choices.append(choose(query[:, :, plan.tiles[tiles]], proxy_key, plan, tiles, count, scale))
+        choices.append(choose(query[:, :, tables.tiles[tiles]], proxy_key, tables, tiles, count, scale))
     return torch.cat(choices, 2)

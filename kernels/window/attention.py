@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pieces.autocast import as_autocast, autocast_enabled
+from ..pieces.cells import Grid
 from ..pieces.text import key_mask, split_text
 from .choose import choose_impl, implementations, require_triton
 from .kept_bias import kept_window_bias
@@ -32,7 +33,7 @@ def window_attention(
     key: Tensor,
     value: Tensor,
     *,
-    grid: tuple[int, ...],
+    grid: Grid,
     radius: float,
     text_len: int = 0,
     text_first: bool = True,
@@ -83,7 +84,7 @@ def windowed_attention(
     key: Tensor,
     value: Tensor,
     *,
-    grid: tuple[int, ...],
+    grid: Grid,
     window: Window,
     text_len: int = 0,
     text_first: bool = True,
@@ -116,7 +117,7 @@ def windowed_attention_and_lse(
     key: Tensor,
     value: Tensor,
     *,
-    grid: tuple[int, ...],
+    grid: Grid,
     window: Window,
     text_len: int = 0,
     text_first: bool = True,
@@ -151,7 +152,7 @@ def _linear(
     text_first: bool,
     text_mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
-    grid: tuple[int, ...],
+    grid: Grid,
     window: Window,
     scale: float,
     impl: str,
@@ -175,7 +176,7 @@ def _linear(
     return window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius, box)
 
 
-def _chosen(query: Tensor, grid: tuple[int, ...], window: Window, text_len: int, scale: float, impl: str) -> str:
+def _chosen(query: Tensor, grid: Grid, window: Window, text_len: int, scale: float, impl: str) -> str:
     """The implementation that `impl` runs."""
     if impl == "auto":
         impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
@@ -189,7 +190,7 @@ def _validate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    grid: tuple[int, ...],
+    grid: Grid,
     window: Window,
     text_len: int,
     text_mask: Tensor | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid, sizes_of
 from .tiled import query_tile
 from .windows import Window, mean_reach
 
@@ -27,7 +28,7 @@ def implementations() -> tuple[str, ...]:
     return ("reference", "masked", "tiled", "triton")
 
 
-def choose_impl(query: Tensor, *, grid: tuple[int, ...], window: Window, text_len: int) -> str:
+def choose_impl(query: Tensor, *, grid: Grid, window: Window, text_len: int) -> str:
     """The implementation that impl="auto" runs, for a query [..., head_dim] on its device.
 
     1. On a CUDA device "triton", where its kernels run and agree with the reference; else "tiled", with a warning.
@@ -44,11 +45,11 @@ def choose_impl(query: Tensor, *, grid: tuple[int, ...], window: Window, text_le
 
 
 @lru_cache
-def _on_cpu(grid: tuple[int, ...], window: Window, text_len: int) -> str:
+def _on_cpu(grid: Grid, window: Window, text_len: int) -> str:
     image_len = math.prod(grid)
     if image_len > 4096:
         return "tiled"
-    frames, height, width = (1, *grid)[-3:]
+    frames, height, width = sizes_of(grid)
     rows, columns = query_tile(window, height, width)
     frames_read = mean_reach(frames, 1, (window.frame_radius or frames) - 1)
     read = frames_read * window.keys_read(0, height, rows) * window.keys_read(1, width, columns)

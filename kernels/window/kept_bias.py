@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid
 from ..pieces.kept_tables import KEEPS_TABLES
 from .reference import window_bias
 from .windows import Window, from_arguments, to_arguments
@@ -54,7 +55,7 @@ def _(like, grid, radius, text_len, *_):  # type: ignore[no-untyped-def]
 
 @lru_cache(maxsize=4)
 def _kept(
-    grid: tuple[int, ...], window: Window, text_len: int, text_first: bool, dtype: torch.dtype, device: torch.device
+    grid: Grid, window: Window, text_len: int, text_first: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     with torch.inference_mode(False):  # one first made for inference serves training as well
         return window_bias(torch.empty((), dtype=dtype, device=device), grid, window, text_len, text_first)

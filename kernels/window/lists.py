@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid, sizes_of
 from .windows import Box, Circle, Span, Window
 
 INSIDE, BORDER, APART = 0, 1, 2  # a key tile is read without a mask, through a mask, not at all
@@ -41,7 +42,7 @@ class TileLists:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwappedLists:
+class TransposedLists:
     """The query tiles that read each key tile."""
 
     counts: Tensor  # [key tiles]
@@ -49,7 +50,7 @@ class SwappedLists:
     mask_ids: Tensor  # [key tiles, longest list], -1 beyond the count
 
 
-def swapped(lists: TileLists) -> SwappedLists:
+def transposed(lists: TileLists) -> TransposedLists:
     """The same pairs with the roles of the tiles swapped: what the gradients of keys and values go over."""
     query_tiles, entries = (torch.arange(lists.key_tiles.shape[1]) < lists.counts[:, None]).nonzero().unbind(1)
     key_tiles = lists.key_tiles[query_tiles, entries]
@@ -58,7 +59,7 @@ def swapped(lists: TileLists) -> SwappedLists:
     counts = key_tiles.bincount(minlength=len(lists.key_tokens))
     slots = torch.arange(len(key_tiles)) - (counts.cumsum(0) - counts)[key_tiles]
     shape = len(counts), int(counts.max())
-    return SwappedLists(
+    return TransposedLists(
         counts=counts,
         query_tiles=torch.zeros(shape, dtype=torch.int64).index_put((key_tiles, slots), query_tiles),
         mask_ids=torch.full(shape, -1).index_put((key_tiles, slots), lists.mask_ids[query_tiles, entries]),
@@ -70,9 +71,7 @@ def mask_words(masks: Tensor) -> Tensor:
     return (masks.long() << torch.arange(masks.shape[2], device=masks.device)).sum(2)
 
 
-def window_lists(
-    grid: tuple[int, ...], window: Window, *, query_tile: tuple[int, int], key_tile: tuple[int, int]
-) -> TileLists:
+def window_lists(grid: Grid, window: Window, *, query_tile: tuple[int, int], key_tile: tuple[int, int]) -> TileLists:
     """Lists of any window whose tiles are rectangles of the image."""
     if isinstance(window, Circle):
         return circle_lists(grid, window.radius, window.frame_radius, query_tile=query_tile, key_tile=key_tile)
@@ -126,7 +125,7 @@ class _Axis:
 
 
 def circle_lists(
-    grid: tuple[int, ...],
+    grid: Grid,
     radius: float,
     frame_radius: int | None = None,
     *,
@@ -141,7 +140,7 @@ def circle_lists(
         frame_radius: in frames, strict, >= 1; None: all frames.
         query_tile: (rows, columns) of a query tile; key_tile: of a key tile.
     """
-    frames, height, width = (1, *grid)[-3:]
+    frames, height, width = sizes_of(grid)
     limit = min(Circle(radius=radius).squared_limit, height**2 + width**2)
     rows = _axis(height, query_tile[0], key_tile[0], limit)
     columns = _axis(width, query_tile[1], key_tile[1], limit)
@@ -216,7 +215,7 @@ class _BoxAxis:
 
 
 def box_lists(
-    grid: tuple[int, ...],
+    grid: Grid,
     box: Box,
     *,
     query_tile: tuple[int, int],
@@ -231,7 +230,7 @@ def box_lists(
         step: between neighbours in a tile, per axis. 1: tiles are rectangles of the image. The box's dilation: tiles
             hold tokens that see each other.
     """
-    frames, height, width = (1, *grid)[-3:]
+    frames, height, width = sizes_of(grid)
     rows, columns = (
         _box_axis(box.span(axis, size), query_tile[axis], key_tile[axis], step[axis])
         for axis, size in enumerate((height, width))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pieces.cells import Grid, sizes_of
 from ..pieces.results import sum_dtype
 from ..pieces.text import key_mask
 from .windows import Circle, Window
@@ -27,7 +28,7 @@ def window_attention_reference(
     key: Tensor,
     value: Tensor,
     *,
-    grid: tuple[int, ...],
+    grid: Grid,
     radius: float,
     text_len: int = 0,
     text_first: bool = True,
@@ -71,7 +72,7 @@ def windowed_attention_reference(
     key: Tensor,
     value: Tensor,
     *,
-    grid: tuple[int, ...],
+    grid: Grid,
     window: Window,
     text_len: int = 0,
     text_first: bool = True,
@@ -85,7 +86,7 @@ def windowed_attention_reference(
     return biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)
 
 
-def window_mask(grid: tuple[int, ...], window: Window, text_len: int, text_first: bool, device: torch.device) -> Tensor:
+def window_mask(grid: Grid, window: Window, text_len: int, text_first: bool, device: torch.device) -> Tensor:
     """[N, N] bool, True where a query attends to a key, before `text_mask`."""
     near = _near(grid, window, device)  # [image, image]
     image_len = near.shape[0]
@@ -95,7 +96,7 @@ def window_mask(grid: tuple[int, ...], window: Window, text_len: int, text_first
     return mask
 
 
-def window_bias(like: Tensor, grid: tuple[int, ...], window: Window, text_len: int, text_first: bool) -> Tensor:
+def window_bias(like: Tensor, grid: Grid, window: Window, text_len: int, text_first: bool) -> Tensor:
     """What `window_mask` adds to the logits, [N, N], dtype and device of `like`: 0 where it is True, -inf elsewhere."""
     mask = window_mask(grid, window, text_len, text_first, like.device)
     return like.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
@@ -159,9 +160,9 @@ def check_mask_size(query: Tensor, text_mask: Tensor | None, pooled: tuple[Tenso
         )
 
 
-def _near(grid: tuple[int, ...], window: Window, device: torch.device) -> Tensor:
+def _near(grid: Grid, window: Window, device: torch.device) -> Tensor:
     """[image tokens, image tokens] bool: the key lies in the query's window."""
-    frames, height, width = (1, *grid)[-3:]
+    frames, height, width = sizes_of(grid)
     frame = torch.arange(frames, device=device)
     distance = (frame[:, None] - frame).abs()
     in_time = distance < (frames if window.frame_radius is None else window.frame_radius)

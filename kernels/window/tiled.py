@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..pieces.cells import Grid
 from ..pieces.results import sum_dtype
 from .inputs import Inputs
 from .lists import TileLists, box_lists, circle_lists
@@ -189,7 +190,7 @@ def _groups_and_partial(inputs: Inputs, grid: Sequence[int], window: Window) -> 
 
 
 @lru_cache(maxsize=8)
-def window_groups(grid: tuple[int, ...], window: Window, device: torch.device) -> tuple[TileGroup, ...]:
+def window_groups(grid: Grid, window: Window, device: torch.device) -> tuple[TileGroup, ...]:
     """The groups of a window, on the device."""
     tile = query_tile(window, grid[-2], grid[-1])
     if isinstance(window, Circle):

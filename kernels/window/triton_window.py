@@ -15,11 +15,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..pieces.cells import Grid
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..pieces.results import token_major
 from . import triton_kernels as kernels
 from .inputs import Inputs
-from .lists import TileLists, mask_words, swapped, window_lists
+from .lists import TileLists, mask_words, transposed, window_lists
 from .windows import Window
 
 
@@ -90,7 +91,7 @@ class TiledWindow:
 
 @lru_cache(maxsize=16)
 def _window(
-    grid: tuple[int, ...], window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
+    grid: Grid, window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
     """A window cut for programs that own queries and read keys."""
     owned, lists = _shorter(owned, lambda tile: window_lists(grid, window, query_tile=tile, key_tile=read))
@@ -101,11 +102,11 @@ def _window(
 
 @lru_cache(maxsize=16)
 def _window_of_keys(
-    grid: tuple[int, ...], window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
+    grid: Grid, window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
     """A window cut for programs that own keys and read the queries that see them."""
     owned, lists = _shorter(owned, lambda tile: window_lists(grid, window, query_tile=read, key_tile=tile))
-    by_key = swapped(lists)
+    by_key = transposed(lists)
     listed = lists.query_tokens[:, 0][by_key.query_tiles]
     lengths = by_key.counts, torch.zeros_like(by_key.counts)
     masks = lists.masks.transpose(1, 2)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ...kernels.pieces.cells import sizes_of
 from ...kernels.pieces.text import key_mask, split_text
 from ..layout import Grid, Layout
 from ..methods import Method
@@ -155,7 +156,7 @@ class Probe(Method):
 
 def _distances(queries: Tensor, grid: Grid) -> Tensor:
     """[S, image tokens], from each of these image tokens to all, within a frame."""
-    frames, height, width = (1, *grid)[-3:]
+    frames, height, width = sizes_of(grid)
     index = torch.arange(frames * height * width)
     row, column = index // width % height, index % width
     squares = (row[queries, None] - row) ** 2 + (column[queries, None] - column) ** 2

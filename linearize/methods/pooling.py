@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...kernels.pieces.cells import sizes_of
 from ...kernels.pieces.results import sum_dtype
 from ..errors import LayoutError
 from ..layout import Grid
@@ -25,7 +26,7 @@ def cell_side(grid: Grid, max_cells: int) -> int:
     Raises:
         LayoutError: there are more frames than that.
     """
-    frames = (1, *grid)[-3]
+    frames, _, _ = sizes_of(grid)
     if frames > max_cells:
         raise LayoutError(
             f"every frame has a cell, so pool_tokens must be >= the number of frames, got {max_cells} for {frames}: "
@@ -39,7 +40,7 @@ def cell_side(grid: Grid, max_cells: int) -> int:
 
 def count_cells(grid: Grid, side: int) -> int:
     """How many square cells a grid has; those at the border may be cut."""
-    frames, height, width = (1, *grid)[-3:]
+    frames, height, width = sizes_of(grid)
     return frames * -(-height // side) * -(-width // side)
 
 

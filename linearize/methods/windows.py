@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ...kernels.pieces.cells import sizes_of
 from ...kernels.window import (
     Window,
     choose_impl,
@@ -122,7 +123,7 @@ def _with_frames(frame_radius: int | None, grid: Grid) -> Grid:
             f"frame_radius={frame_radius} is for models of several frames, got a grid of {tuple(grid)}: "
             "leave frame_radius out"
         )
-    return (1, *grid)[-3:]
+    return sizes_of(grid)
 
 
 def _pairs_of_frames(frame_radius: int | None, frames: int) -> int:

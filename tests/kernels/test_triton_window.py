@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 from lineardit.kernels.pieces.launch import with_strides
 from lineardit.kernels.pieces.trial import MAX_ERROR, device_seconds, fastest_that_fits, first_that_fits
 from lineardit.kernels.window import operator, triton_probe, triton_window
-from lineardit.kernels.window.lists import circle_lists, mask_words, swapped
+from lineardit.kernels.window.lists import circle_lists, mask_words, transposed
 from lineardit.kernels.window.reference import window_mask
 from lineardit.kernels.window.triton_window import BACKWARD_TILES, FORWARD_TILES, SMALLER_TILES, candidates
 
@@ -124,7 +124,7 @@ def test_window_attention_triton_compiles_whole_and_is_deterministic():
 
 def test_swapped_lists_hold_the_same_pairs_of_tiles():
     lists = circle_lists((20, 23), 9, query_tile=(4, 8), key_tile=(3, 2))
-    other = swapped(lists)
+    other = transposed(lists)
     pairs = {
         (tile, int(key), int(mask))
         for tile, count in enumerate(lists.counts)

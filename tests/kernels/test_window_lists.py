@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lineardit.kernels.focus.rest_of_cells import rest_of_cells
-from lineardit.kernels.focus.tables import plan_of
+from lineardit.kernels.focus.tables import focus_tables
 from lineardit.kernels.window import Circle
 from lineardit.kernels.window.lists import TileLists, circle_lists
 from lineardit.kernels.window.tiled import tile_groups, tile_shape
@@ -108,10 +108,10 @@ def test_circles_have_one_border_everywhere(radius):
     listed = torch.arange(lists.key_tiles.shape[1]) < lists.counts[:, None]
     assert lists.masks.sum((1, 2))[lists.mask_ids[listed]].sum() == pairs
 
-    plan = plan_of(grid, window, 1, 4, torch.float32, cpu, torch.float32)
-    rows, columns = (axis.flatten().bincount() for axis in plan.distances[1:])
+    tables = focus_tables(grid, window, 1, 4, torch.float32, cpu, torch.float32)
+    rows, columns = (axis.flatten().bincount() for axis in tables.distances[1:])
     squares = torch.arange(len(rows))[:, None] + torch.arange(len(columns))
-    assert (rows[:, None] * columns)[squares < plan.limit].sum() == pairs
+    assert (rows[:, None] * columns)[squares < tables.limit].sum() == pairs
     assert (height * width) ** 2 - rest_of_cells(grid, window, 1, cpu).double().sum() == pairs
 
 
