@@ -106,9 +106,7 @@ def windowed_attention(
     impl = _chosen(query, grid, window, text_len, scale, impl)
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)[0]
-    check_mask_size(query, text_mask, pooled)
-    bias_of = kept_window_bias if impl == "masked" else window_bias
-    bias = bias_of(query, grid, window, text_len, text_first)
+    bias = _bias(query, grid, window, text_len, text_first, text_mask, pooled, impl)
     return biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)
 
 
@@ -137,11 +135,25 @@ def windowed_attention_and_lse(
     impl = _chosen(query, grid, window, text_len, scale, impl)
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, None, grid, window, scale, impl)
-    check_mask_size(query, text_mask, None)
-    bias_of = kept_window_bias if impl == "masked" else window_bias
-    bias = bias_of(query, grid, window, text_len, text_first)
+    bias = _bias(query, grid, window, text_len, text_first, text_mask, None, impl)
     out = biased_attention(query, key, value, bias, text_len, text_first, text_mask, None, scale)
     return out, biased_lse(query, key, bias, text_len, text_first, text_mask, scale)
+
+
+def _bias(
+    query: Tensor,
+    grid: Grid,
+    window: Window,
+    text_len: int,
+    text_first: bool,
+    text_mask: Tensor | None,
+    pooled: tuple[Tensor, Tensor] | None,
+    impl: str,
+) -> Tensor:
+    """What the dense implementations add to the logits, [N, N]; "masked" keeps it."""
+    check_mask_size(query, text_mask, pooled)
+    bias_of = kept_window_bias if impl == "masked" else window_bias
+    return bias_of(query, grid, window, text_len, text_first)
 
 
 def _linear(
