@@ -21,6 +21,7 @@ from .overlays import refuse_fused
 from .record import forget_, record_
 from .report import SwapReport
 from .seam import Site, State, install, state_of, tell_unused_dense_below
+from .tables import release_tables
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def restore_(pipe_or_model: Any) -> None:
     state.overlays.remove()
     _remove_seam(model)
     forget_(model)
+    release_tables()
     for name, other in networks(pipe_or_model):
         if state_of(other) is not None:
             logger.warning("the pipeline's %s stays converted: restore_(pipe.%s) restores it as well", name, name)

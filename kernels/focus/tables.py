@@ -35,6 +35,7 @@ class FocusTables(NamedTuple):
     limit: int  # a token lies in a window where they add up to less
 
 
+# Of 1,024 cells in half precision 151 MiB at a grid of 256 x 256 (4096 pixels on a side), 602 MiB at 512 x 512.
 @lru_cache(maxsize=4)
 def focus_tables(
     grid: Grid,

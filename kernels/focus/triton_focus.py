@@ -90,7 +90,7 @@ class PackedTables:
     distances: tuple[Tensor, ...]  # of rows, columns, frames, int32
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _packed(
     grid: Grid, window: Window, num_cells: int, side: int, device: torch.device, rest_dtype: torch.dtype
 ) -> PackedTables:

@@ -23,7 +23,7 @@ def kept_window_bias(like: Tensor, grid: Sequence[int], window: Window, text_len
     if torch.compiler.is_compiling() or type(like) is not Tensor:  # a fake one would be kept, and served to real ones
         radius, frame_radius, box = to_arguments(window)
         return window_bias_op(like.detach(), grid, radius, text_len, text_first, frame_radius, box)
-    return _kept(tuple(grid), window, text_len, text_first, like.dtype, like.device)
+    return kept_bias(tuple(grid), window, text_len, text_first, like.dtype, like.device)
 
 
 @torch.library.custom_op(
@@ -44,7 +44,7 @@ def window_bias_op(
 ) -> Tensor:
     """[N, N], dtype and device of `like`; a copy, since an operator owns what it returns."""
     window = from_arguments(radius, frame_radius, box)
-    return _kept(tuple(grid), window, text_len, text_first, like.dtype, like.device).clone()
+    return kept_bias(tuple(grid), window, text_len, text_first, like.dtype, like.device).clone()
 
 
 @window_bias_op.register_fake
@@ -54,7 +54,7 @@ def _(like, grid, radius, text_len, *_):  # type: ignore[no-untyped-def]
 
 
 @lru_cache(maxsize=4)
-def _kept(
+def kept_bias(
     grid: Grid, window: Window, text_len: int, text_first: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     with torch.inference_mode(False):  # one first made for inference serves training as well

@@ -20,7 +20,7 @@ from lineardit.kernels.window import (
     tiled,
     window_attention,
 )
-from lineardit.kernels.window.kept_bias import _kept, kept_window_bias, window_bias_op
+from lineardit.kernels.window.kept_bias import kept_bias, kept_window_bias, window_bias_op
 from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
 from lineardit.kernels.window.reference import window_mask
 
@@ -158,7 +158,7 @@ def test_operators_that_keep_tables_are_not_recorded_in_cuda_graphs(name):
 def test_kept_window_bias_of_fake_tensors_is_none_of_real_ones():
     arguments = ((4, 5), Circle(radius=2.25), 3, False)
     for first_fake in (True, False):
-        _kept.cache_clear()
+        kept_bias.cache_clear()
         for fake in (first_fake, not first_fake):
             with FakeTensorMode() if fake else nullcontext():
                 assert isinstance(kept_window_bias(torch.zeros(1), *arguments), FakeTensor) == fake

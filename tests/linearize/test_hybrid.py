@@ -16,7 +16,7 @@ from lineardit.kernels.agent import agent_attention_reference
 from lineardit.kernels.focus.rest_of_cells import rest_of_cells
 from lineardit.kernels.linear import mala_attention_reference
 from lineardit.kernels.window import Circle
-from lineardit.linearize import linearize_
+from lineardit.linearize import linearize_, restore_
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import (
     METHODS,
@@ -33,7 +33,8 @@ from lineardit.linearize.methods import (
     config_to_dict,
 )
 from lineardit.linearize.methods.hybrid import HybridAttention
-from tiny_models import build
+from lineardit.linearize.tables import KEPT
+from tiny_models import build, inputs_of, run
 
 GRID, TEXT_LEN, SCALE = (5, 6), 3, 0.6
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
@@ -358,3 +359,14 @@ def test_a_grid_without_focus_is_told_once(caplog: pytest.LogCaptureFixture) -> 
         kernel.observe((250, 260))
         kernel.observe((40, 40))
     assert [record.message.count("set focus_tokens to 254 or more") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("focus_tokens", [0, 30])
+def test_restore_gives_the_memory_of_tables_back(focus_tokens: int) -> None:
+    proxies = ProxyTokens(num_proxies=4)
+    model = build("flux", num_layers=1)
+    linearize_(model, Hybrid(local=Clear(radius=2), global_=proxies, focus_tokens=focus_tokens), impl="tiled")
+    run(model, inputs_of("flux", grid=(6, 7)))
+    assert sum(kept.cache_info().currsize for kept in KEPT) >= 2
+    restore_(model)
+    assert sum(kept.cache_info().currsize for kept in KEPT) == 0
