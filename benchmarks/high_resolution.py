@@ -34,7 +34,7 @@ from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.folders import sha256, write_whole
-from lineardit.linearize.standing import describe_attention
+from lineardit.linearize.what_runs import describe_attention
 from lineardit.pipelines.pictures import enlarged
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import decode, encode

@@ -14,7 +14,7 @@ from ..linearize.adapters.adapter import adapter_file
 from ..linearize.adapters.base import find_place, read_json
 from ..linearize.folders import check_writable
 from ..linearize.locks import held, remove_leftovers
-from ..linearize.standing import describe_attention
+from ..linearize.what_runs import describe_attention
 from ..pipelines.cut_prompts import tell_cut_prompts
 from .cost import fresh_picture_peak, open_named, picture_peak, step_seconds
 from .files import write_json

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
+from ..linearize.conversion import conversion_of
 from ..linearize.convert import swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
 from ..linearize.networks import denoiser
-from ..linearize.seam import state_of
+from ..linearize.what_runs import dense_below_of
 from ..pipelines.files import check_finite
 from ..pipelines.sizes import check_size, default_size
 from .identity import fingerprint, main_dtype
@@ -175,11 +176,11 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
         "scheduler": dict(pipe.scheduler.config),
         "settings": asdict(settings) | {"batch_size": None},
     }
-    state = state_of(model)
-    if state is not None and not state.enabled:
+    conversion = conversion_of(model)
+    if conversion is not None and not conversion.enabled:
         content["methods"] = "dense"
-    elif state is not None and state.dense_tokens:
-        content["dense_below"] = state.dense_tokens
+    elif dense_below := dense_below_of(model):
+        content["dense_below"] = dense_below
     if styles := {name: one for name, part in parts.items() if (one := _styles_of(part))}:
         content["styles"] = styles
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

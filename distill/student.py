@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..linearize.config_entry import write_entry_
+from ..linearize.conversion import put_on
 from ..linearize.convert import dense, linearize_
 from ..linearize.manifest import Trained
 from ..linearize.networks import denoiser
-from ..linearize.record import record_
 from ..linearize.report import SwapReport
-from ..linearize.seam import put_on
 from ..linearize.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
 
@@ -90,7 +90,7 @@ def add_twins_(model: nn.Module, projections: Sequence[str] | None) -> dict[str,
             raise ValueError(f"{name} must be an nn.Linear to be trained, got a {type(module).__name__}; train a lora")
     twins = Twins({name: _add_twin_(cast(nn.Linear, module)) for name, module in found.items()})
     put_on(model, twins)
-    record_(model)
+    write_entry_(model)
     return twins.parameters()
 
 

@@ -7,9 +7,9 @@ import diffusers
 from packaging.version import Version
 from torch import nn
 
+from .conversion import conversion_of
 from .families import FAMILIES
 from .networks import networks
-from .seam import state_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def warn_of_others(pipe_or_model: Any, model: nn.Module) -> None:
         return
     for name, part in networks(pipe_or_model):
         convertible = any(cls.__name__ in FAMILIES for cls in type(part).__mro__)
-        if convertible and part is not model and state_of(part) is None:
+        if convertible and part is not model and conversion_of(part) is None:
             logger.warning(
                 "the pipeline's %s (a %s) keeps its full attention: linearize_(pipe.%s, ...) converts it as well",
                 name,

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .conversion import conversion_of
 from .errors import NO_FAULT_OF_ARGUMENTS, is_out_of_memory
 from .networks import denoiser
-from .seam import state_of
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def call_of_original(
     Raises:
         ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
     """
-    if state_of(denoiser(pipe)[1]) is not None:
+    if conversion_of(denoiser(pipe)[1]) is not None:
         raise ValueError("pipe must be the original pipeline, got a converted one; call restore_ first")
     check_counts(prompts, {"steps": steps, "max_sequence_length": max_sequence_length})
     settings = {"height": size[0], "width": size[1], "steps": steps, "guidance": guidance}

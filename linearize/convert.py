@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from .advice import warn_of_others, warn_untested
+from .config_entry import remove_entry_, write_entry_
+from .conversion import Conversion, conversion_of, tell_unused_dense_below
 from .errors import UnsupportedModelError, nearest
 from .families import Family, family_of
 from .input_terms import InputTerms, check_inputs
@@ -18,9 +20,8 @@ from .methods import METHODS, RECOMMENDED, config_to_dict
 from .methods.settings import check_count
 from .networks import denoiser, networks
 from .overlays import refuse_fused
-from .record import forget_, record_
 from .report import SwapReport
-from .seam import Site, State, install, state_of, tell_unused_dense_below
+from .seam import Level, install
 from .tables import release_tables
 
 logger = logging.getLogger(__name__)
@@ -72,17 +73,19 @@ def linearize_(
     check_convertible(model, family, configs, impl)
 
     before = _remove_seam(model)
-    state = State(family, patterns if layers is None and not small else configs, dense_below)
+    conversion = Conversion(family, patterns if layers is None and not small else configs, dense_below)
     if before is not None:
-        state.overlays = before.overlays
+        conversion.overlays = before.overlays
     kernels = {name: _kernel(candidates[name], one, impl) for name, one in configs.items()}
-    swap_(model, state, {name: candidates[name] for name in configs}, kernels)
-    record_(model)
-    if state.overlays.items:
+    swap_(model, conversion, {name: candidates[name] for name in configs}, kernels)
+    write_entry_(model)
+    if conversion.overlays.items:
         logger.warning("what was trained on the base for the conversion before stays: restore_ first to begin anew")
         tell_unused_dense_below(model)
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
-    report = SwapReport(swapped=configs, skipped=skipped, family=family.name, impl=impl, dense_below=state.dense_tokens)
+    report = SwapReport(
+        swapped=configs, skipped=skipped, family=family.name, impl=impl, dense_below=conversion.dense_tokens
+    )
     logger.info("%s", report)
     warn_of_others(pipe_or_model, model)
     return report
@@ -116,14 +119,14 @@ def restore_(pipe_or_model: Any) -> None:
     """
     _, model = denoiser(pipe_or_model)
     _refuse_sharded(model, "restore_")
-    state = _converted(model)[model]
+    conversion = _converted(model)[model]
     _check_ours(model)
-    state.overlays.remove()
+    conversion.overlays.remove()
     _remove_seam(model)
-    forget_(model)
+    remove_entry_(model)
     release_tables()
     for name, other in networks(pipe_or_model):
-        if state_of(other) is not None:
+        if conversion_of(other) is not None:
             logger.warning("the pipeline's %s stays converted: restore_(pipe.%s) restores it as well", name, name)
 
 
@@ -138,23 +141,23 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
         RuntimeError: another thread is inside the model, or inside `dense` of it.
     """
     with ExitStack() as undo:
-        for state in _converted(pipe_or_model).values():
-            state.refuse_other_threads()
-            if not state.enabled:
+        for conversion in _converted(pipe_or_model).values():
+            conversion.refuse_other_threads()
+            if not conversion.enabled:
                 continue
-            state.overlays.check_reversible()
-            undo.callback(state.overlays.resume)  # of an interrupted `suspend` as well
-            state.overlays.suspend()
-            state.disable()
-            undo.callback(state.enable)
+            conversion.overlays.check_reversible()
+            undo.callback(conversion.overlays.resume)  # of an interrupted `suspend` as well
+            conversion.overlays.suspend()
+            conversion.disable()
+            undo.callback(conversion.enable)
         yield
 
 
 def check_dense(pipe_or_model: Any) -> None:
     """Raise the ValueError of `dense` where nothing is converted or the base cannot come back; nothing is changed."""
-    for state in _converted(pipe_or_model).values():
-        if state.enabled:
-            state.overlays.check_reversible()
+    for conversion in _converted(pipe_or_model).values():
+        if conversion.enabled:
+            conversion.overlays.check_reversible()
 
 
 def set_impl_(pipe_or_model: Any, impl: str) -> None:
@@ -185,12 +188,12 @@ def check_impl(impl: str, config_class: type) -> None:
         )
 
 
-def _converted(pipe_or_model: Any) -> dict[nn.Module, State]:
+def _converted(pipe_or_model: Any) -> dict[nn.Module, Conversion]:
     """The converted networks: of a pipeline, all of them."""
-    states = {model: state_of(model) for _, model in networks(pipe_or_model)}
-    converted = {model: state for model, state in states.items() if state is not None}
+    conversions = {model: conversion_of(model) for _, model in networks(pipe_or_model)}
+    converted = {model: conversion for model, conversion in conversions.items() if conversion is not None}
     if not converted:
-        inside = any(state_of(part) is not None for model in states for part in model.modules())
+        inside = any(conversion_of(part) is not None for model in conversions for part in model.modules())
         hint = "pass the converted model that it wraps" if inside else "call linearize_ first"
         raise ValueError(f"this {type(pipe_or_model).__name__} is not converted: {hint}")
     return converted
@@ -205,29 +208,31 @@ def _kernel(attention: Any, config: Any, impl: str) -> Any:
 
 
 @torch.inference_mode(False)
-def swap_(model: nn.Module, state: State, modules: Mapping[str, nn.Module], kernels: Mapping[str, Any]) -> None:
+def swap_(
+    model: nn.Module, conversion: Conversion, modules: Mapping[str, nn.Module], kernels: Mapping[str, Any]
+) -> None:
     """Give attention modules their kernels and class, and the model its hooks.
 
     Args:
-        state: New, for this model alone.
+        conversion: New, for this model alone.
         modules: Attention modules by name, which `check_convertible` has found fit.
         kernels: By the same names: a `Method` each.
     """
-    seen_at = state.family.seen_at
-    sites: dict[nn.Module, Site] = {}
+    seen_at = conversion.family.seen_at
+    levels: dict[nn.Module, Level] = {}
     for name, module in modules.items():
         place = model if seen_at is None else _ancestor(model, name, seen_at)
-        site = sites.setdefault(place, Site(state))
+        level = levels.setdefault(place, Level(conversion))
         attention, kernel = cast(Any, module), kernels[name]
         device = next(module.parameters()).device
         # kernels hold real numbers even in a model without weights: they are saved with the adapter
         attention.linear_kernel = kernel.to("cpu" if device.type == "meta" else device).train(module.training)
-        attention._lineardit_site, attention._lineardit_name = site, name
+        attention._lineardit_level, attention._lineardit_name = level, name
         if kernel.input_terms:
-            state.input_terms.append(InputTerms(attention, kernel, site))
-        site.kernels.append(kernel)
+            conversion.input_terms.append(InputTerms(attention, kernel, level))
+        level.kernels.append(kernel)
         change_class(module, linear_class(cast(Any, type(module))))
-    install(model, state, sites)
+    install(model, conversion, levels)
 
 
 def _ancestor(model: nn.Module, name: str, class_name: str) -> nn.Module:
@@ -251,22 +256,22 @@ def _check_ours(model: nn.Module) -> None:
             )
 
 
-def _remove_seam(model: nn.Module) -> State | None:
+def _remove_seam(model: nn.Module) -> Conversion | None:
     """Classes and hooks as they were; returns what was there, whose overlays a new conversion keeps."""
-    state = state_of(model)
-    if state is None:
+    conversion = conversion_of(model)
+    if conversion is None:
         return None
     for module in swapped(model).values():
         change_class(module, cast(Any, module)._dense_class)
         del module.linear_kernel, module._lineardit_name
-    for terms in state.input_terms:
+    for terms in conversion.input_terms:
         terms.remove()
-    for handle in state.handles:
+    for handle in conversion.handles:
         handle.remove()
     for module in model.modules():
-        vars(module).pop("_lineardit_site", None)
-    del vars(model)["_lineardit_state"]
-    return state
+        vars(module).pop("_lineardit_level", None)
+    del vars(model)["_lineardit_conversion"]
+    return conversion
 
 
 def _refuse_sharded(model: nn.Module, action: str) -> None:

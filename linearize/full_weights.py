@@ -5,9 +5,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from .conversion import put_on
 from .manifest import Trained
 from .overlays import NO_WAY_BACK, check_unmerged, plain_layer
-from .seam import put_on
 
 
 class FullWeights:

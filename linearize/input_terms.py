@@ -20,13 +20,13 @@ class InputTerms:
     Args:
         attention: The attention module.
         kernel: Its linear kernel, whose class says which child of it belongs to which layer of the module.
-        site: Where its token grid is published.
+        level: Where its token grid is published.
     """
 
-    def __init__(self, attention: nn.Module, kernel: Method, site: Any) -> None:
+    def __init__(self, attention: nn.Module, kernel: Method, level: Any) -> None:
         self.attention = attention
         terms = kernel.input_terms.items()
-        self.hooks = {layer: _AddTerm(kernel.get_submodule(child), kernel, site) for layer, child in terms}
+        self.hooks = {layer: _AddTerm(kernel.get_submodule(child), kernel, level) for layer, child in terms}
         self.hooked: dict[str, tuple[nn.Module, torch.utils.hooks.RemovableHandle]] = {}
         for layer, hook in self.hooks.items():
             weight: Any = getattr(attention, layer).weight
@@ -66,15 +66,15 @@ class InputTerms:
 class _AddTerm:
     """Hook of one layer."""
 
-    def __init__(self, term: nn.Module, kernel: Method, site: Any) -> None:
+    def __init__(self, term: nn.Module, kernel: Method, level: Any) -> None:
         self.term = term
         self.kernel = kernel
-        self.site = site
+        self.level = level
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        state = self.site.state
-        image = Layout(self.site.grid, 0, state.family.text_first) if state.enabled else None
-        if image is None or runs_original(self.kernel, image, state.dense_tokens):
+        conversion = self.level.conversion
+        image = Layout(self.level.grid, 0, conversion.family.text_first) if conversion.enabled else None
+        if image is None or runs_original(self.kernel, image, conversion.dense_tokens):
             return None
         x, *others = args
         return x + call_beside(self.term, x), *others

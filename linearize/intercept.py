@@ -18,11 +18,11 @@ from ..kernels.pieces.autocast import as_autocast
 from ..kernels.pieces.text import key_mask
 from .beside_input import call_beside
 from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
-from .layout import Layout, reorder, text_mask_of
+from .layout import Layout, num_tokens, reorder, text_mask_of
 from .matching import head_shape
 from .original import runs_original
 from .parallel import join_shares, refuse_gradients, share_out, share_sizes, ulysses_degree
-from .seam import Site, rewind_before_backward
+from .seam import Level, rewind_before_backward
 
 _SKIPS_SCORES = "AttentionScoreSkipFunctionMode"  # diffusers.hooks.layer_skip
 
@@ -31,16 +31,16 @@ class LinearAttention:
     """Mixed in before an attention module's own class: upstream's forward, its self-attention by `linear_kernel`."""
 
     _dense_class: type[nn.Module]
-    _lineardit_site: Site
+    _lineardit_level: Level
     _lineardit_name: str
     linear_kernel: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = self._lineardit_site.state
-        if not state.enabled:
+        conversion = self._lineardit_level.conversion
+        if not conversion.enabled:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if not torch.compiler.is_compiling():
-            state.refuse_earlier_grids()
+            conversion.refuse_earlier_grids()
         degree = ulysses_degree(getattr(self, "processor", None))
         intercept = _Intercept(self)
         with intercept:
@@ -49,14 +49,14 @@ class LinearAttention:
             raise KernelNotReachedError(_diagnosis(self, intercept.hits))
         refuse_gradients(degree, output)
         if not torch.compiler.is_compiling():
-            rewind_before_backward(state, output)
+            rewind_before_backward(conversion, output)
         return output
 
     def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
         """Upstream copies the projections into one, where no trained weights would be lost by that."""
-        state = self._lineardit_site.state
-        state.overlays.check_fusable()
-        for terms in state.input_terms:
+        conversion = self._lineardit_level.conversion
+        conversion.overlays.check_fusable()
+        for terms in conversion.input_terms:
             terms.check_fusable()
         super().fuse_projections(*args, **kwargs)  # type: ignore[misc]
 
@@ -141,15 +141,15 @@ def _query_and_key(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tens
 
 def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> bool:
     """Whether a call is the image's self-attention: every token asks, or the image's do where text only answers."""
-    site = attention._lineardit_site
-    if site.state.family.text_queries:
+    level = attention._lineardit_level
+    if level.conversion.family.text_queries:
         return query.shape[2] == key.shape[2]
-    image = Layout(site.grid, 0, site.state.family.text_first).num_image_tokens
+    image = num_tokens(level.grid)
     if query.shape[2] != image:
         return False
     if torch.compiler.is_compiling():  # text_lens are numbers, of which a trace would be made for each
         return key.shape[2] >= image
-    return key.shape[2] - image in (site.text_lens or (0,))  # a reference may have as many tokens, and sees fewer
+    return key.shape[2] - image in (level.text_lens or (0,))  # a reference may have as many tokens, and sees fewer
 
 
 def _check_heads(attention: LinearAttention, query: Tensor) -> None:
@@ -166,13 +166,13 @@ def _check_heads(attention: LinearAttention, query: Tensor) -> None:
 
 def _refuse_dense(attention: LinearAttention, query: Tensor, key: Tensor) -> None:
     """Raise a LayoutError for a call beside the self-attention that costs as much as the one that was replaced."""
-    site, kernel = attention._lineardit_site, attention.linear_kernel
-    image = Layout(site.grid, 0, site.state.family.text_first)
-    if query.shape[2] != image.num_image_tokens or key.shape[2] <= query.shape[2]:
+    level, kernel = attention._lineardit_level, attention.linear_kernel
+    if query.shape[2] != num_tokens(level.grid) or key.shape[2] <= query.shape[2]:
         return
-    if not site.state.family.text_queries:
+    if not level.conversion.family.text_queries:
         return  # a reference image of the same size
-    if not runs_original(kernel, image, site.state.dense_tokens):
+    image = Layout(level.grid, 0, level.conversion.family.text_first)
+    if not runs_original(kernel, image, level.conversion.dense_tokens):
         processor = type(getattr(attention, "processor", None)).__name__
         raise LayoutError(
             f"{attention._lineardit_name}: {processor} lets every image token attend to the whole image once more, as "
@@ -192,11 +192,11 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """What `scaled_dot_product_attention` of the image's tokens becomes; [B, H, N, D] -> [B, H, N, D]."""
-    site, kernel = attention._lineardit_site, attention.linear_kernel
+    level, kernel = attention._lineardit_level, attention.linear_kernel
     layout = _layout_of(attention, key)
-    if site.state.logit_factor != 1:
-        scale = site.state.logit_factor * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if runs_original(kernel, layout, site.state.dense_tokens):
+    if level.conversion.logit_factor != 1:
+        scale = level.conversion.logit_factor * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if runs_original(kernel, layout, level.conversion.dense_tokens):
         if attn_mask is None and layout.text_mask is not None:
             attn_mask = key_mask(layout.text_mask, layout.num_image_tokens, layout.text_first)
         return scaled_dot_product_attention(
@@ -218,7 +218,7 @@ def _attend(
         query, key, value = (join_shares(x, sizes, dim=2) for x in (query, key, value))
         if attn_mask is not None and attn_mask.shape[-1] == query.shape[2]:
             attn_mask = join_shares(attn_mask, sizes, dim=-1)
-    order = _order_of(site, query)
+    order = _order_of(level, query)
     if order is not None:
         query, key, value = (reorder(x, order, dim=2) for x in (query, key, value))
         attn_mask = None if attn_mask is None else reorder(attn_mask, order, dim=-1)
@@ -233,31 +233,31 @@ def _attend(
     return share_out(out, sizes, dim=2) if sizes else out
 
 
-def _order_of(site: Site, query: Tensor) -> Tensor | None:
+def _order_of(level: Level, query: Tensor) -> Tensor | None:
     """The order [B or 1, N] that brings the image before all others; None where it stands as the family has it."""
-    if site.order is None or site.order.shape[1] != query.shape[2]:  # a call of the image alone
+    if level.order is None or level.order.shape[1] != query.shape[2]:  # a call of the image alone
         return None
-    if site.order.device != query.device and not torch.compiler.is_compiling():
-        site.order = site.order.to(query.device)  # the layers after this one find it there
-    return site.order.to(query.device)
+    if level.order.device != query.device and not torch.compiler.is_compiling():
+        level.order = level.order.to(query.device)  # the layers after this one find it there
+    return level.order.to(query.device)
 
 
 def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
     """Where the image is among the keys [B, H, N, D] of a call, as the family has it."""
-    site = attention._lineardit_site
-    text_first = site.state.family.text_first
-    text_len = key.shape[2] - Layout(site.grid, 0, text_first).num_image_tokens
-    if not torch.compiler.is_compiling() and text_len not in (0, *site.text_lens):
+    level = attention._lineardit_level
+    text_first = level.conversion.family.text_first
+    text_len = key.shape[2] - num_tokens(level.grid)
+    if not torch.compiler.is_compiling() and text_len not in (0, *level.text_lens):
         raise LayoutError(
             f"{attention._lineardit_name} sees {key.shape[2]} tokens where the model was called with "
-            f"{' or '.join(map(str, site.text_lens or (0,)))} of text and a grid of {site.grid}: call the model "
+            f"{' or '.join(map(str, level.text_lens or (0,)))} of text and a grid of {level.grid}: call the model "
             "itself, run each backward with gradient checkpointing before the next forward at another size, and take "
             "away what merges or crops tokens (ToMe)"
         )
     mask = None
-    if site.text_mask is not None and text_len > 0:
-        mask = site.text_mask.to(key.device).expand(key.shape[0], -1)  # layers may lie on several cards
-    return Layout(site.grid, text_len, text_first, mask)
+    if level.text_mask is not None and text_len > 0:
+        mask = level.text_mask.to(key.device).expand(key.shape[0], -1)  # layers may lie on several cards
+    return Layout(level.grid, text_len, text_first, mask)
 
 
 def _share_sizes(attention: LinearAttention, layout: Layout) -> list[int]:
@@ -268,7 +268,7 @@ def _share_sizes(attention: LinearAttention, layout: Layout) -> list[int]:
     degree = ulysses_degree(getattr(attention, "processor", None))
     if degree == 1 or layout.text_len == 0:
         return []
-    if attention._lineardit_site.order is not None:
+    if attention._lineardit_level.order is not None:
         raise LayoutError(
             "context parallelism cannot share out reference images or prompts of different length with linear "
             "attention: run without it, or run this call inside `with dense(model):`"

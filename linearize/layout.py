@@ -33,10 +33,15 @@ class Layout:
 
     @property
     def num_image_tokens(self) -> int:
-        product = 1
-        for side in self.grid:
-            product = product * side
-        return product
+        return num_tokens(self.grid)
+
+
+def num_tokens(grid: Grid) -> int:
+    """How many tokens a grid has; a trace multiplies symbolic sides as well."""
+    product = 1
+    for side in grid:
+        product = product * side
+    return product
 
 
 def as_shape(*sides: int) -> Tensor:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .conversion import conversion_of
 from .networks import networks
-from .seam import state_of
 
 
 @contextmanager
@@ -17,16 +17,18 @@ def scaled_logits(pipe_or_model: Any, factor: float) -> Iterator[None]:
     Raises:
         ValueError: nothing is converted.
     """
-    states = [state for _, model in networks(pipe_or_model) if (state := state_of(model)) is not None]
-    if not states:
+    conversions = [
+        conversion for _, model in networks(pipe_or_model) if (conversion := conversion_of(model)) is not None
+    ]
+    if not conversions:
         raise ValueError(
             f"this {type(pipe_or_model).__name__} is not converted: call linearize_ first, or leave logits alone"
         )
-    before = [state.logit_factor for state in states]
-    for state in states:
-        state.logit_factor = factor
+    before = [conversion.logit_factor for conversion in conversions]
+    for conversion in conversions:
+        conversion.logit_factor = factor
     try:
         yield
     finally:
-        for state, own in zip(states, before, strict=True):
-            state.logit_factor = own
+        for conversion, own in zip(conversions, before, strict=True):
+            conversion.logit_factor = own

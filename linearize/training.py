@@ -8,12 +8,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from .config_entry import write_entry_
+from .conversion import overlays_of, put_on
 from .convert import swapped
 from .low_rank import LORA_NAME, LowRank
 from .networks import denoiser
 from .overlays import plain_layer, refuse_fused
-from .record import record_
-from .seam import overlays_of, put_on
 
 # Layers of an attention module that see the text or a picture beside the image, or are the kernel's own.
 _NOT_OF_THE_IMAGE = re.compile(r"add_.*|to_add_out|txt_.*|.*_t|processor|linear_kernel")
@@ -55,7 +55,7 @@ def add_lora_(
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         factors[name] = (down, torch.zeros(layer.out_features, rank, dtype=dtype, device=device))
     put_on(model, LowRank(model, factors, alpha=rank if alpha is None else alpha))
-    record_(model)
+    write_entry_(model)
     return {name: parameter for name, parameter in model.named_parameters() if f".{LORA_NAME}." in name}
 
 

@@ -22,7 +22,7 @@ from ..linearize.families import FAMILIES
 from ..linearize.measures.flops import Step, count_step
 from ..linearize.measures.step_inputs import can_make_inputs, token_side
 from ..linearize.networks import denoiser
-from ..linearize.standing import dense_below_of
+from ..linearize.what_runs import dense_below_of
 from .placement import noted_place
 from .plan import Plan, Stage
 from .positions import table_side

@@ -22,10 +22,10 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from ..linearize.adapters.opening import open_pipeline
+from ..linearize.conversion import conversion_of
 from ..linearize.convert import check_dense
 from ..linearize.networks import denoiser
-from ..linearize.seam import state_of
-from ..linearize.standing import advice_on
+from ..linearize.what_runs import advice_on
 from .cascade_class import cascade_class, made_of
 from .checks import (
     check_counts,
@@ -246,7 +246,7 @@ class HighResolutionPipeline(StagedPipeline):
     def _attention(self) -> Attention:
         """What the model can run."""
         _, model = denoiser(self)
-        if state_of(model) is None:
+        if conversion_of(model) is None:
             return "original"
         try:
             check_dense(self)

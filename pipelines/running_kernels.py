@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..linearize.networks import denoiser
-from ..linearize.standing import describe_implementations, implementations_seen
+from ..linearize.what_runs import describe_implementations, implementations_seen
 
 logger = logging.getLogger(__name__)
 

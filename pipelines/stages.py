@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..linearize.calling import BINNING, for_batch
+from ..linearize.conversion import conversion_of
 from ..linearize.convert import dense
 from ..linearize.logits import scaled_logits
 from ..linearize.networks import denoiser
-from ..linearize.seam import state_of
 from .encoded_once import text_encoded_once
 from .latents import unpack_latents
 from .low_frequencies import Following
@@ -164,7 +164,7 @@ class StagedPipeline(DiffusionPipeline):
     def _as_planned(self, stage: Stage) -> Iterator[None]:
         """The model, and a ControlNet beside it, as this stage wants it."""
         _, model = denoiser(self)
-        converted = state_of(model) is not None
+        converted = conversion_of(model) is not None
         original = dense(self) if converted and stage.attention == "original" else nullcontext()
         logits = scaled_logits(self, stage.logit_factor) if stage.logit_factor != 1 else nullcontext()
         chunks = nullcontext() if stage.chunk_tokens is None else in_token_chunks(model, stage.chunk_tokens)

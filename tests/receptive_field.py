@@ -32,10 +32,10 @@ def changed_by_each_image_token(module: nn.Module, args: tuple, kwargs: dict, nu
     prefix = "norm_" if "norm_hidden_states" in arguments else ""  # HiDream's names
     hidden, text = arguments[f"{prefix}hidden_states"], arguments.get(f"{prefix}encoder_hidden_states")
     # where a module gets text and image in one, as the single blocks of FLUX
-    site = module._lineardit_site
-    start = hidden.shape[1] - num_image if site.state.family.text_first else 0
-    if site.order is not None and site.order.shape[1] == hidden.shape[1]:
-        start = int(site.order[0, 0])  # between the text and references
+    level = module._lineardit_level
+    start = hidden.shape[1] - num_image if level.conversion.family.text_first else 0
+    if level.order is not None and level.order.shape[1] == hidden.shape[1]:
+        start = int(level.order[0, 0])  # between the text and references
     many = hidden.repeat(num_image + 1, 1, 1)
     token = torch.arange(num_image)
     many[token, start + token] += 3 * torch.randn(num_image, hidden.shape[2])

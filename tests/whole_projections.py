@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from lineardit.linearize.config_entry import write_entry_
 from lineardit.linearize.full_weights import replace_weights_
 from lineardit.linearize.networks import denoiser
 from lineardit.linearize.overlays import plain_layer
-from lineardit.linearize.record import record_
 from lineardit.linearize.training import projection_names
 
 
@@ -22,5 +22,5 @@ def train_full_(pipe_or_model: Any, *, targets: Sequence[str] | None = None) -> 
     }
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     replace_weights_(model, weights, keep_original=True)
-    record_(model)
+    write_entry_(model)
     return parameters

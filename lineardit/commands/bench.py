@@ -15,8 +15,8 @@ from .prompts import parse_size
 from .tables import print_titled, wide_console
 
 if TYPE_CHECKING:
-    from ..linearize.measures.conversion_shape import Conditions, Conversion, Size
     from ..linearize.measures.step_times import StepTime
+    from ..linearize.measures.weightless_conversion import Conditions, Size, WeightlessConversion
 
 SIZES = ("1024x1024", "2048x2048", "4096x4096")
 FIGURES, PICTURE = "bench.json", "bench.png"
@@ -50,11 +50,11 @@ def bench(
     quiet_libraries()
     from ..distill.figures import require_matplotlib
     from ..linearize.folders import check_output, check_output_file
-    from ..linearize.measures.conversion_shape import Conditions, Conversion
+    from ..linearize.measures.weightless_conversion import Conditions, WeightlessConversion
     from .devices import find_device, find_dtype
 
     require_matplotlib(PICTURE)
-    conversions = [Conversion.read(name, base=base, offline=offline) for name in dict.fromkeys(adapters)]
+    conversions = [WeightlessConversion.read(name, base=base, offline=offline) for name in dict.fromkeys(adapters)]
     check_output(output, overwrite=True)  # its other files stay
     for name in (FIGURES, PICTURE):
         check_output_file(output / name, overwrite=overwrite)
@@ -72,7 +72,7 @@ def bench(
     _time(fitting, conditions, output)
 
 
-def _time(fitting: "Mapping[Conversion, Sequence[Size]]", conditions: "Conditions", output: Path) -> None:
+def _time(fitting: "Mapping[WeightlessConversion, Sequence[Size]]", conditions: "Conditions", output: Path) -> None:
     """Every conversion at its sizes; figures are written as they come, and told if the run is interrupted."""
     from ..bench_plot import draw_step_times
     from ..distill.files import write_json

@@ -29,7 +29,7 @@ def load(
     from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import sha256
     from ..linearize.networks import denoiser
-    from ..linearize.standing import swap_report
+    from ..linearize.what_runs import swap_report
     from ..pipelines.placement import note_place_, place_
     from .devices import find_device, find_dtype
     from .loras import load_loras_

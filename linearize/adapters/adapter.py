@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ... import __version__
+from ..config_entry import write_entry_
+from ..conversion import overlays_of, put_on
 from ..convert import check_convertible, linearize_, restore_, swapped
 from ..families import Family, family_of
 from ..folders import check_output, check_output_file, new_folder, read_shapes, read_tensors, sha256, write_whole
@@ -30,9 +32,7 @@ from ..matching import attention_modules, choose
 from ..methods import config_to_dict
 from ..networks import denoiser
 from ..overlays import check_unmerged, refuse_fused
-from ..record import record_
 from ..report import SwapReport
-from ..seam import overlays_of, put_on
 from .base import Place, Source, find_place, source_of
 from .fitting import attention_shapes, check_fit, sorted_tensors
 
@@ -202,7 +202,7 @@ def mount_adapter_(
         factors = {name: like_layer(model, name, pair) for name, pair in parts.lora.items()}
         overlay = LowRank if keep_original else FusedLowRank
         put_on(model, overlay(model, factors, alpha=parts.alpha))
-    record_(model)
+    write_entry_(model)
     return replace(report, dense_below=manifest.dense_tokens)
 
 
@@ -273,7 +273,7 @@ def manifest_of(model: nn.Module, source: Source) -> Manifest:
         family=family.name,
         attention={pattern: attention_shapes(candidates[name] for name in names) for pattern, names in groups.items()},
         methods={pattern: config_to_dict(configs[names[0]]) for pattern, names in groups.items()},
-        dense_below=cast(Any, model)._lineardit_state.dense_below,
+        dense_below=cast(Any, model)._lineardit_conversion.dense_below,
         trained=trained_on(model),
         versions={"lineardit": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
     )

@@ -11,14 +11,14 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from ..config_entry import CONFIG_KEY, write_entry_
+from ..conversion import put_on
 from ..convert import linearize_
 from ..folders import read_tensors
 from ..full_weights import FullWeights
 from ..low_rank import LORA_NAME, LowRank, like_layer
 from ..manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from ..networks import denoiser
-from ..record import CONFIG_KEY, record_
-from ..seam import put_on
 from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, find_place, read_base
 from .fitting import check_shapes, shapes_of
@@ -215,7 +215,7 @@ def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path, weig
     expected = {name: one for name, one in model.state_dict().items() if _is_ours(name)}
     check_shapes(shapes_of(saved), shapes_of(expected), what=f"the tensors of {folder}")
     model.load_state_dict(saved, strict=False)
-    record_(model)
+    write_entry_(model)
 
 
 def _saved_lora(model: nn.Module, saved: Mapping[str, Tensor], alpha: float, folder: Path) -> LowRank:

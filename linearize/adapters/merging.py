@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..config_entry import CONFIG_KEY, entry_of, write_entry_
+from ..conversion import conversion_of, overlays_of
 from ..convert import swapped
 from ..folders import new_folder
 from ..full_weights import check_writable
@@ -15,8 +17,6 @@ from ..low_rank import LORA_NAME, LowRank
 from ..manifest import Manifest
 from ..networks import denoiser
 from ..overlays import refuse_fused
-from ..record import CONFIG_KEY, entry_of, record_
-from ..seam import overlays_of, state_of
 from .adapter import manifest_of
 from .base import source_of
 from .model_card import CARD_FILE, merged_card, merged_warning
@@ -50,10 +50,10 @@ def save_merged(pipe_or_model: Any, directory: str | Path, *, overwrite: bool = 
 
 
 def _check_mergeable(model: nn.Module) -> None:
-    state = state_of(model)
-    if not swapped(model) or state is None:
+    conversion = conversion_of(model)
+    if not swapped(model) or conversion is None:
         raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
-    if not state.enabled:
+    if not conversion.enabled:
         raise ValueError("inside `with dense(model):` the trained weights are off: save outside of it")
     refuse_fused(model)
     for name, module in model.named_modules():
@@ -82,7 +82,7 @@ def _merged(model: Any, manifest: Manifest) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        record_(model)
+        write_entry_(model)
 
 
 def _merge(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

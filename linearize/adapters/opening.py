@@ -6,9 +6,9 @@ from typing import Any
 import diffusers
 import torch
 
+from ..config_entry import CONFIG_KEY
 from ..errors import nearest
 from ..methods import check_impl_known
-from ..record import CONFIG_KEY
 from .adapter import adapter_file
 from .base import find_place, read_base
 from .loading import from_pretrained, load_base

@@ -261,8 +261,8 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         UnsupportedModelError: there is none; lists those there are.
     """
-    if hasattr(model, "_lineardit_state"):
-        return cast(Any, model)._lineardit_state.family
+    if hasattr(model, "_lineardit_conversion"):
+        return cast(Any, model)._lineardit_conversion.family
     for cls in type(model).__mro__:
         if cls.__name__ in REFUSED:
             break

@@ -188,5 +188,6 @@ def _is_original(model: nn.Module, grid: Grid) -> bool:
     layout = Layout(grid, 0, text_first=True)
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "linear_kernel")]
     return all(
-        runs_original(module.linear_kernel, layout, module._lineardit_site.state.dense_tokens) for module in modules
+        runs_original(module.linear_kernel, layout, module._lineardit_level.conversion.dense_tokens)
+        for module in modules
     )

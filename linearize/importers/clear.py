@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.fitting import check_shapes, shapes_of
+from ..config_entry import write_entry_
 from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
@@ -20,7 +21,6 @@ from ..matching import attention_modules
 from ..methods.clear import Clear
 from ..networks import denoiser
 from ..overlays import check_unmerged, plain_layer, refuse_fused
-from ..record import record_
 from ..report import SwapReport
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -72,7 +72,7 @@ def load_clear_checkpoint_(
             weight = tensors[name + _POOLING].reshape(pool_size, pool_size)
             module.get_submodule("linear_kernel").load_state_dict({"pool_weight": weight})
     replace_weights_(transformer, weights, keep_original=keep_original)
-    record_(transformer)
+    write_entry_(transformer)
     return report
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import CONFIG_FILE, Place, find_place, read_json
 from ..adapters.fitting import check_shapes, listed, shapes_of
+from ..config_entry import write_entry_
 from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
@@ -25,7 +26,6 @@ from ..matching import attention_modules, head_shape
 from ..methods.linfusion import LinFusion, LinFusionAttention
 from ..networks import denoiser
 from ..overlays import check_unmerged, plain_layer, refuse_fused
-from ..record import record_
 from ..report import SwapReport
 
 _MODEL_CLASS = "UNet2DConditionModel"
@@ -89,7 +89,7 @@ def load_linfusion_checkpoint_(
         kernel = cast(nn.Module, model.get_submodule(entry.name).linear_kernel)
         kernel.load_state_dict(_networks(index, tensors), assign=without_memory)
     replace_weights_(model, weights, keep_original=keep_original)
-    record_(model)
+    write_entry_(model)
     return report
 
 

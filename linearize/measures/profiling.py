@@ -13,13 +13,13 @@ from tqdm import tqdm
 from ... import __version__
 from ..adapters.base import source_of
 from ..calling import call_of_original, check_counts, draw_latents
+from ..conversion import Conversion
 from ..convert import restore_, swap_
 from ..families import family_of
 from ..matching import attention_modules, head_shape
 from ..methods import METHODS, config_to_dict
 from ..methods.clear import Clear
 from ..networks import denoiser
-from ..seam import State
 from .attention_profile import LayerProfile, Profile, is_window
 from .probe import Probe
 
@@ -118,7 +118,7 @@ def probed(
         num_heads, head_dim = head_shape(module)
         kernels = [METHODS[type(method)](method, num_heads=num_heads, head_dim=head_dim) for method in methods]
         probes[name] = Probe(radii, kernels, num_heads=num_heads, head_dim=head_dim, **shared)
-    swap_(model, State(family, {}), modules, probes)
+    swap_(model, Conversion(family, {}), modules, probes)
     try:
         yield probes
     finally:

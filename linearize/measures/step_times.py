@@ -23,11 +23,11 @@ from ..convert import dense
 from ..errors import is_out_of_memory
 from ..families import family_of
 from ..original import ORIGINAL
-from .conversion_shape import GIB, Conditions, Conversion, Size, failed
 from .flops import StepFlops
 from .named_inputs import with_numbers
 from .recording import with_own_lists
 from .step_inputs import step_inputs
+from .weightless_conversion import GIB, Conditions, Size, WeightlessConversion, failed
 
 
 def _untimed(device_type: str) -> int:
@@ -72,7 +72,7 @@ class StepTime:
         return median(one / other for one, other in zip(self.original, self.converted, strict=True))
 
 
-def time_steps(conversion: Conversion, sizes: Sequence[Size], conditions: Conditions) -> Iterator[StepTime]:
+def time_steps(conversion: WeightlessConversion, sizes: Sequence[Size], conditions: Conditions) -> Iterator[StepTime]:
     """Time a step of the original and of the conversion in turn, size by size.
 
     Args:

@@ -14,9 +14,9 @@ from lineardit.bench_plot import draw_step_times
 from lineardit.cli import run
 from lineardit.commands.bench import verdict
 from lineardit.linearize.adapters.conversion import convert_base
-from lineardit.linearize.measures.conversion_shape import Conditions, Conversion
 from lineardit.linearize.measures.flops import StepFlops
 from lineardit.linearize.measures.step_times import StepTime
+from lineardit.linearize.measures.weightless_conversion import Conditions, WeightlessConversion
 from lineardit.linearize.original import COVERED, below
 from tiny_models import build
 
@@ -123,7 +123,7 @@ def test_verdict_leaves_out_sizes_at_which_the_original_runs() -> None:
 
 def test_counted_takes_the_original_attention_below_the_limit(made: Path, tmp_path: Path) -> None:
     convert_base(made / "base", Clear(radius=1.5), output=tmp_path / "adapter", dense_below=100)
-    conversion = Conversion.read(tmp_path / "adapter", offline=True)
+    conversion = WeightlessConversion.read(tmp_path / "adapter", offline=True)
     auto = Conditions(device=torch.device("cpu"), dtype=torch.float32)
     for conditions in (auto, replace(auto, compiled=True)):
         _, small, runs = conversion.counted((64, 64), conditions)

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_distill import PROMPTS, build_tiny
 
-from lineardit import Clear, dense, linearize_
+from lineardit import Clear, dense, linearize_, set_impl_
 from lineardit.distill import cost
 from lineardit.distill.cost import PROMPT, fresh_picture_peak, paired_step_seconds, resident_peak
 from lineardit.distill.data import TeacherSamples
@@ -163,6 +163,11 @@ def test_digest_changes_with_what_changes_pictures(pipe: FluxPipeline, student: 
     other = build_tiny()
     linearize_(other, Clear(radius=3))
     changed = {digest(one, SETTINGS) for one in (pipe, student, other)}
+    linearize_(other, Clear(radius=3), dense_below=100)
+    changed.add(digest(other, SETTINGS))
+    set_impl_(other, "tiled")  # forced, it runs at every size
+    assert digest(other, SETTINGS) in changed
+    linearize_(other, Clear(radius=3))
     changed.add(digest(pipe, PictureSettings(**vars(SETTINGS) | {"seed": 1})))
     with dense(student):
         changed.add(digest(student, SETTINGS))
@@ -174,7 +179,7 @@ def test_digest_changes_with_what_changes_pictures(pipe: FluxPipeline, student: 
     changed.add(digest(other, SETTINGS))
     pipe.text_encoder_2.shared.weight.data.add_(1)
     changed.add(digest(pipe, SETTINGS))
-    assert len(changed) == 9
+    assert len(changed) == 10
 
 
 def test_evaluate_keeps_the_report_of_another_question(pipe: FluxPipeline, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Choosing layers, reports, the record in the config, and refusals of `linearize_` and its relatives."""
+"""Choosing layers, reports, the entry in the config, and refusals of `linearize_` and its relatives."""
 
 import logging
 from pathlib import Path

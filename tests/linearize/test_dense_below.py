@@ -30,8 +30,13 @@ from lineardit.linearize.adapters.model_card import adapter_card
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.manifest import read_entry, read_manifest
 from lineardit.linearize.measures.inspection import inspect_base
-from lineardit.linearize.standing import describe_attention, describe_implementations, implementations_seen, swap_report
 from lineardit.linearize.training import add_lora_
+from lineardit.linearize.what_runs import (
+    describe_attention,
+    describe_implementations,
+    implementations_seen,
+    swap_report,
+)
 from tiny_models import FAMILIES, build, inputs_of, run
 
 SMALL = Clear(radius=1.5)
@@ -47,7 +52,7 @@ def base(family: str = "flux") -> nn.Module:
 def tokens(model: nn.Module) -> dict[str, int]:
     """Image tokens of the last call of each converted module."""
     modules: dict[str, Any] = swapped(model)
-    return {name: prod(module._lineardit_site.grid) for name, module in modules.items()}
+    return {name: prod(module._lineardit_level.grid) for name, module in modules.items()}
 
 
 def converted_run(family: str, **options: Any) -> Tensor:

@@ -83,6 +83,6 @@ def test_variants_are_the_original_where_the_window_covers_and_else_the_window(n
     place = position_ids(GRID)[:, 1:]
     near = (place[:, None] - place[None]).square().sum(-1) < 2.3**2
     for module, args, kwargs in attention_calls(model, arguments).values():
-        frames = module._lineardit_site.grid[0] if len(module._lineardit_site.grid) == 3 else 1
+        frames = module._lineardit_level.grid[0] if len(module._lineardit_level.grid) == 3 else 1
         image_changed, _ = changed_by_each_image_token(module, args, kwargs, near.shape[0] * frames)
         assert torch.equal(image_changed, near.repeat(frames, frames))

@@ -32,12 +32,12 @@ def paint(pipe: Any, **arguments: Any) -> Tensor:
 
 def linear_in_each_step(pipe: Any, count: int) -> list[bool]:
     """Whether attention was linear in each step of a call."""
-    state = vars(pipe.transformer)["_lineardit_state"]
+    conversion = vars(pipe.transformer)["_lineardit_conversion"]
     seen: list[bool] = []
-    handle = pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(state.enabled))
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(conversion.enabled))
     with first_steps(pipe, count) as on_step_end:
         paint(pipe, callback_on_step_end=on_step_end)
-        assert state.enabled
+        assert conversion.enabled
         paint(pipe, callback_on_step_end=on_step_end)
     handle.remove()
     return seen
@@ -63,23 +63,23 @@ def test_first_steps_give_other_latents_than_all_and_none(pipe: diffusers.FluxPi
 
 def test_first_steps_end_with_the_block_where_a_call_breaks_off(pipe: diffusers.FluxPipeline) -> None:
     linearize_(pipe, Agent(num_agents=4))
-    state = vars(pipe.transformer)["_lineardit_state"]
+    conversion = vars(pipe.transformer)["_lineardit_conversion"]
 
     with pytest.raises(KeyboardInterrupt), first_steps(pipe, 1) as on_step_end:
 
         def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             tensors = on_step_end(pipeline, step, timestep, tensors)
-            assert not state.enabled
+            assert not conversion.enabled
             raise KeyboardInterrupt
 
         paint(pipe, callback_on_step_end=stop)
-    assert state.enabled
+    assert conversion.enabled
 
 
 @pytest.mark.parametrize("how", ["interrupt", "error"])
 def test_a_call_after_one_that_broke_off_begins_with_linear_attention(pipe: diffusers.FluxPipeline, how: str) -> None:
     linearize_(pipe, Agent(num_agents=4))
-    state = vars(pipe.transformer)["_lineardit_state"]
+    conversion = vars(pipe.transformer)["_lineardit_conversion"]
     seen: list[bool] = []
 
     def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_a_call_after_one_that_broke_off_begins_with_linear_attention(pipe: diff
     with first_steps(pipe, 1) as on_step_end:
         with nullcontext() if how == "interrupt" else pytest.raises(RuntimeError, match="broken off"):
             paint(pipe, callback_on_step_end=stop)
-        pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(state.enabled))
+        pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(conversion.enabled))
         paint(pipe, callback_on_step_end=on_step_end)
     assert seen == [True] + [False] * (STEPS - 1)
     assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from whole_projections import train_full_
 
 from lineardit import Clear, dense, linearize_, restore_
+from lineardit.linearize.conversion import overlays_of
 from lineardit.linearize.full_weights import replace_weights_
 from lineardit.linearize.low_rank import FusedLowRank, LowRank
-from lineardit.linearize.seam import overlays_of
 from lineardit.linearize.training import add_lora_
 from tiny_models import build, inputs_of
 

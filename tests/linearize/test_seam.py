@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from impls import ALL
 from lineardit.linearize import Clear, LayoutError, dense, linearize_, restore_, set_impl_, swapped
-from lineardit.linearize.seam import state_of
+from lineardit.linearize.conversion import conversion_of
 from tiny_models import FAMILIES, FIRST, MODELS, build, cast, inputs_of, output, position_ids, run
 
 IMPLS = (*ALL, "auto")
@@ -64,10 +64,10 @@ def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None
     calls = attention_calls(model, inputs_of(family, grid=grid, batch=1))
     assert calls.keys() == swapped(model).keys()
     for name, (module, args, kwargs) in calls.items():
-        near = _near(module._lineardit_site.grid, SMALL.radius)
+        near = _near(module._lineardit_level.grid, SMALL.radius)
         image_changed, text_changed = changed_by_each_image_token(module, args, kwargs, near.shape[0])
         assert torch.equal(image_changed, near), name
-        text_queries = module._lineardit_site.state.family.text_queries
+        text_queries = module._lineardit_level.conversion.family.text_queries
         assert text_changed.all() if text_queries else not text_changed.any(), name
 
 
@@ -295,9 +295,9 @@ def test_state_is_freed_after_an_error_in_forward() -> None:
     linearize_(model, SMALL)
     with pytest.raises(RuntimeError):
         run(model, {**arguments, "encoder_hidden_states": torch.zeros(2, 3, 5)})
-    state = state_of(model)
-    assert state is not None
-    assert state._thread is None
+    conversion = conversion_of(model)
+    assert conversion is not None
+    assert conversion._thread is None
     run(model, arguments)
 
 

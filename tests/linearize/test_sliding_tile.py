@@ -102,7 +102,7 @@ def test_sliding_tiles_are_the_receptive_field_in_a_model(family: str) -> None:
     model, config = build(family), SlidingTile(tile=(2, 1), window=(1, 3))
     linearize_(model, config, impl="tiled")
     for name, (module, args, kwargs) in attention_calls(model, inputs_of(family, batch=1)).items():
-        near = near_by_hand(module._lineardit_site.grid, config)
+        near = near_by_hand(module._lineardit_level.grid, config)
         image_changed, text_changed = changed_by_each_image_token(module, args, kwargs, near.shape[0])
         assert torch.equal(image_changed, near), name
         assert text_changed.all(), name

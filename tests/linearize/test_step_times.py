@@ -13,13 +13,13 @@ from torch import Tensor
 from lineardit import Clear, linearize_, save_adapter
 from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.compiling import compile_
+from lineardit.linearize.conversion import conversion_of
 from lineardit.linearize.low_rank import LowRankTerm
 from lineardit.linearize.manifest import Manifest
-from lineardit.linearize.measures import conversion_shape, step_times
-from lineardit.linearize.measures.conversion_shape import Conditions, Conversion
+from lineardit.linearize.measures import step_times, weightless_conversion
 from lineardit.linearize.measures.step_inputs import can_make_inputs, token_side
 from lineardit.linearize.measures.step_times import StepTime, time_steps
-from lineardit.linearize.seam import state_of
+from lineardit.linearize.measures.weightless_conversion import Conditions, WeightlessConversion
 from lineardit.linearize.training import add_lora_
 from tiny_models import FAMILIES, build
 
@@ -39,12 +39,12 @@ def adapter_of(model: Any, folder: Path) -> Path:
     return folder / "adapter"
 
 
-def manifest_of(conversion: Conversion) -> Manifest:
+def manifest_of(conversion: WeightlessConversion) -> Manifest:
     assert conversion.adapter is not None
     return conversion.adapter[0]
 
 
-def timed(conversion: Conversion, sizes: Sequence[tuple[int, int]], **settings: Any) -> list[StepTime]:
+def timed(conversion: WeightlessConversion, sizes: Sequence[tuple[int, int]], **settings: Any) -> list[StepTime]:
     conditions = Conditions(**{"device": CPU, "dtype": torch.float32, "pairs": 1} | settings)
     return list(time_steps(conversion, sizes, conditions))
 
@@ -57,9 +57,9 @@ def test_every_model_whose_inputs_are_known_is_timed(family: str, dtype: torch.d
     model = build(family)
     if not can_make_inputs(model):
         with pytest.raises(ValueError, match=r"inputs of a .* cannot be made up: `lineardit evaluate`"):
-            Conversion.read(adapter_of(model, tmp_path))
+            WeightlessConversion.read(adapter_of(model, tmp_path))
         return
-    conversion = Conversion.read(adapter_of(model, tmp_path))
+    conversion = WeightlessConversion.read(adapter_of(model, tmp_path))
     token = SCALE * token_side(model)
     height, width = (16, 16) if family == "dit" else (8, 6)  # tokens; it has positions for nothing else
     (row,) = timed(conversion, [(height * token, width * token)], text_len=7, dtype=dtype)
@@ -70,7 +70,7 @@ def test_every_model_whose_inputs_are_known_is_timed(family: str, dtype: torch.d
 
 
 def test_rows_tell_sizes_in_turn(tmp_path: Path) -> None:
-    conversion = Conversion.read(adapter_of(build("flux"), tmp_path))
+    conversion = WeightlessConversion.read(adapter_of(build("flux"), tmp_path))
     rows = timed(conversion, [(128, 64), (64, 64)], pairs=3, impl="tiled", text_len=7)
     assert [(row.height, row.width, row.tokens, row.runs) for row in rows] == [
         (128, 64, 32, "tiled"),
@@ -86,13 +86,13 @@ def test_original_and_conversion_run_in_turn(tmp_path: Path, monkeypatch: pytest
     forward = step_times._Timed._forward
 
     def note(timed: Any) -> float:
-        state = state_of(timed.model)
-        assert state is not None
-        turns.append(state.enabled)
+        conversion = conversion_of(timed.model)
+        assert conversion is not None
+        turns.append(conversion.enabled)
         return forward(timed)
 
     monkeypatch.setattr(step_times._Timed, "_forward", note)
-    timed(Conversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)], pairs=2)
+    timed(WeightlessConversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)], pairs=2)
     assert turns == [True, False] * 3
 
 
@@ -100,12 +100,12 @@ def test_a_base_that_has_moved_is_named(tmp_path: Path) -> None:
     adapter = adapter_of(build("flux"), tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=r"is no longer at .*base: pass base= \(--base\) with its place"):
-        Conversion.read(adapter)
-    assert timed(Conversion.read(adapter, base=tmp_path / "moved"), [(64, 64)])
+        WeightlessConversion.read(adapter)
+    assert timed(WeightlessConversion.read(adapter, base=tmp_path / "moved"), [(64, 64)])
 
 
 def test_speedup_is_the_median_over_pairs(tmp_path: Path) -> None:
-    (row,) = timed(Conversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)])
+    (row,) = timed(WeightlessConversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)])
     assert replace(row, original=(8.0, 3.0, 40.0), converted=(2.0, 1.0, 4.0)).speedup == 4
     assert replace(row, original=None).speedup is None
 
@@ -123,7 +123,7 @@ def test_speedup_is_the_median_over_pairs(tmp_path: Path) -> None:
 def test_what_does_not_fit_into_memory_is_left_out(
     error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conversion = Conversion.read(adapter_of(build("flux"), tmp_path))
+    conversion = WeightlessConversion.read(adapter_of(build("flux"), tmp_path))
     attend = FluxAttnProcessor.__call__
 
     def of_a_small_card(self: Any, attention: Any, hidden_states: Tensor, *rest: Any, **options: Any) -> Any:
@@ -132,7 +132,7 @@ def test_what_does_not_fit_into_memory_is_left_out(
         return attend(self, attention, hidden_states, *rest, **options)
 
     states: list[Any] = []
-    monkeypatch.setattr(step_times, "compile_", lambda model: states.append(state_of(model)))
+    monkeypatch.setattr(step_times, "compile_", lambda model: states.append(conversion_of(model)))
     monkeypatch.setattr(FluxAttnProcessor, "__call__", of_a_small_card)
     small, large = timed(conversion, [(64, 64), (128, 128)], text_len=7, compiled=True)
     assert small.original and small.converted
@@ -152,7 +152,7 @@ def test_a_trained_adapter_is_timed_with_its_lora_and_the_original_without(
     calls: list[int] = []
     forward = LowRankTerm.forward
     monkeypatch.setattr(LowRankTerm, "forward", lambda *given: calls.append(1) or forward(*given))
-    timed(Conversion.read(tmp_path / "adapter"), [(64, 64)], pairs=2)
+    timed(WeightlessConversion.read(tmp_path / "adapter"), [(64, 64)], pairs=2)
     layers = sum(isinstance(module, LowRankTerm) for module in student.modules())
     assert layers > 0
     assert len(calls) == 3 * layers  # one forward warms up
@@ -161,7 +161,7 @@ def test_a_trained_adapter_is_timed_with_its_lora_and_the_original_without(
 def test_compiled_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[int] = []
     monkeypatch.setattr(step_times, "compile_", lambda model: compiled.append(compile_(model, backend="eager")))
-    (row,) = timed(Conversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)], compiled=True)
+    (row,) = timed(WeightlessConversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)], compiled=True)
     assert compiled == [2]
     assert row.original and row.converted
 
@@ -169,7 +169,7 @@ def test_compiled_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_sizes_that_were_not_asked_for_are_left_out_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    conversion = Conversion.read(adapter_of(build("sd3"), tmp_path))  # 32 tokens of 16 pixels
+    conversion = WeightlessConversion.read(adapter_of(build("sd3"), tmp_path))  # 32 tokens of 16 pixels
     assert conversion.fitting([(64, 64), (1024, 1024)], CONDITIONS, all_of=False) == [(64, 64)]
     assert "left out, a SD3Transformer2DModel of this config has no positions for 1024x1024" in caplog.text
     with pytest.raises(ValueError, match="no positions for 2048x2048"):
@@ -179,9 +179,9 @@ def test_sizes_that_were_not_asked_for_are_left_out_with_a_word(
 def test_what_cannot_be_timed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved(build("sd3"), tmp_path / "base")
     with pytest.raises(ValueError, match=r"is not converted: `lineardit convert .* --method"):
-        Conversion.read(base)
+        WeightlessConversion.read(base)
     convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
-    conversion = Conversion.read(tmp_path / "adapter")
+    conversion = WeightlessConversion.read(tmp_path / "adapter")
     for size, message in (
         ((100, 64), "multiples of 16 pixels for this model, got 64x100"),
         ((1024, 64), "no positions for 64x1024"),
@@ -195,9 +195,11 @@ def test_what_cannot_be_timed_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     other = replace(conversion, adapter=(replace(manifest_of(conversion), model_class="FluxTransformer2DModel"), {}))
     with pytest.raises(ValueError, match="a FluxTransformer2DModel; this model is a SD3Transformer2DModel"):
         other.fitting([(64, 64)], CONDITIONS)
-    lumina = Conversion.read(adapter_of(build("lumina2"), tmp_path / "lumina"))
+    lumina = WeightlessConversion.read(adapter_of(build("lumina2"), tmp_path / "lumina"))
     with pytest.raises(ValueError, match=r"a step of a Lumina2.* at 64x64 failed \(.*Error: index"):
         timed(lumina, [(64, 64)], text_len=900)  # its table of positions is shorter
-    monkeypatch.setattr(conversion_shape.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**10}))
+    monkeypatch.setattr(
+        weightless_conversion.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**10})
+    )
     with pytest.raises(ValueError, match=r"weights of this SD3Transformer2DModel are .* GiB in float32, 0.0 are free"):
         timed(conversion, [(64, 64)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lineardit import Clear, dense, linearize_
-from lineardit.linearize.seam import state_of
+from lineardit.linearize.conversion import conversion_of
 from tiny_models import build, inputs_of, run
 
 SMALL = Clear(radius=2.3)
@@ -30,10 +30,10 @@ def test_second_thread_in_one_model_is_refused() -> None:
     worker = threading.Thread(target=lambda: results.append(run(model, arguments)))
     worker.start()
     assert inside.wait(10)
-    state_of(model).record = record = {}  # as with gradient checkpointing
+    conversion_of(model).kept_sights = sights = {}  # as with gradient checkpointing
     with pytest.raises(RuntimeError, match="another thread"):
         run(model, inputs_of("flux", grid=(4, 4)))
-    assert state_of(model).record is record
+    assert conversion_of(model).kept_sights is sights
     go_on.set()
     worker.join()
     assert torch.equal(results[0], out)
@@ -43,7 +43,7 @@ def test_second_thread_in_one_model_is_refused() -> None:
 def test_a_replica_in_a_second_thread_is_refused() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
-    replica: Any = copy.copy(model)  # as nn.DataParallel makes them: one state
+    replica: Any = copy.copy(model)  # as nn.DataParallel makes them: one conversion
     replica.__dict__ = {**vars(model)}
     inside, go_on = threading.Event(), threading.Event()
 

@@ -46,7 +46,7 @@ def test_a_cascade_makes_the_size_and_leaves_the_model_as_it_was(name: str) -> N
     scheduler = high.scheduler
     images = high(plan=plan, generator=seeded(), **arguments).images
     assert [image.size for image in images] == [(2 * side - 3, 2 * side)] * 2
-    assert high.scheduler is scheduler and denoiser(high)[1]._lineardit_state.enabled
+    assert high.scheduler is scheduler and denoiser(high)[1]._lineardit_conversion.enabled
 
 
 @pytest.mark.parametrize("name", ["sd3", "cogview3-plus", "auraflow"])

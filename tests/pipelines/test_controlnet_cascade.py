@@ -60,8 +60,10 @@ def test_every_stage_is_steered_and_both_networks_see_its_positions(pipe: Any, a
     for name in NETWORKS:
 
         def look(network: Any, _: Any, given: dict[str, Any], name: str = name) -> None:
-            ids, base, state = given["img_ids"], network.pos_embed.theta, network._lineardit_state
-            seen[name].append((high.stage_number, ids.dtype, len(ids), base, state.enabled, state.logit_factor))
+            ids, base, conversion = given["img_ids"], network.pos_embed.theta, network._lineardit_conversion
+            seen[name].append(
+                (high.stage_number, ids.dtype, len(ids), base, conversion.enabled, conversion.logit_factor)
+            )
 
         getattr(pipe, name).register_forward_pre_hook(look, with_kwargs=True)
     own = pipe.transformer.pos_embed.theta

@@ -113,11 +113,15 @@ def test_settings_of_a_call_are_those_of_its_plan(high: Any) -> None:
 
 def test_model_is_as_it_was_afterwards_and_after_an_error(high: Any) -> None:
     plan = high.plan(48, 48, num_inference_steps=1, settings=Settings(steps=1, proportional=1.0))
-    theta, scheduler, state = high.transformer.pos_embed.theta, high.scheduler, high.transformer._lineardit_state
+    theta, scheduler, conversion = (
+        high.transformer.pos_embed.theta,
+        high.scheduler,
+        high.transformer._lineardit_conversion,
+    )
     inside: list[tuple[float, float, bool]] = []
 
     def note(*_: Any) -> dict[str, Any]:
-        inside.append((high.transformer.pos_embed.theta / theta, state.logit_factor, state.enabled))
+        inside.append((high.transformer.pos_embed.theta / theta, conversion.logit_factor, conversion.enabled))
         return {}
 
     def fail(*_: Any) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def test_model_is_as_it_was_afterwards_and_after_an_error(high: Any) -> None:
 
         with pytest.raises(RuntimeError, match="stop"):
             high(PROMPT, **call, callback_on_step_end=stop)
-        assert (high.transformer.pos_embed.theta, state.logit_factor, state.enabled) == (theta, 1.0, True)
+        assert (high.transformer.pos_embed.theta, conversion.logit_factor, conversion.enabled) == (theta, 1.0, True)
         assert high.scheduler is scheduler
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
+from .conversion import conversion_of, overlays_of
 from .grouping import grouped
 from .manifest import Entry
 from .methods import config_to_dict
 from .overlays import Overlay
-from .seam import overlays_of, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,10 @@ class _Saved(dict[str, Any]):
         return dict(self)
 
 
-def record_(model: Any) -> None:
+def write_entry_(model: Any) -> None:
     """Notes in the config of a converted model how it was converted and what was trained: call it after each change."""
-    state = state_of(model)
-    if state is None or not hasattr(model, "register_to_config"):
+    conversion = conversion_of(model)
+    if conversion is None or not hasattr(model, "register_to_config"):
         return
     changed = [name for overlay in overlays_of(model).items for name in overlay.changed()]
     entry = _Saved(entry_of(model, changed=changed).to_dict())
@@ -46,13 +46,13 @@ def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
         model: A converted denoiser.
         changed: Names of the base's parameters that hold other numbers than in the base.
     """
-    state = state_of(model)
-    assert state is not None, "only a converted model has an entry"
+    conversion = conversion_of(model)
+    assert conversion is not None, "only a converted model has an entry"
     told = [overlay.describe() for overlay in overlays_of(model).items if not _is_fused(overlay)]
     names = [name for name, _ in model.named_parameters()]
     return Entry(
-        methods={pattern: config_to_dict(config) for pattern, config in state.patterns.items()},
-        dense_below=state.dense_below,
+        methods={pattern: config_to_dict(config) for pattern, config in conversion.patterns.items()},
+        dense_below=conversion.dense_below,
         trained=tuple(dict.fromkeys(told)),
         changed=tuple(grouped(dict.fromkeys(changed, 0), names)),
     )
@@ -63,7 +63,7 @@ def _is_fused(overlay: Overlay) -> bool:
     return overlay.describe().kind == "lora" and bool(overlay.changed())
 
 
-def forget_(model: Any) -> None:
+def remove_entry_(model: Any) -> None:
     """Takes the entry out of the config."""
     if CONFIG_KEY in getattr(model, "_internal_dict", {}):
         entries = {key: value for key, value in model.config.items() if key != CONFIG_KEY}

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .conversion import conversion_of
 from .convert import swapped
 from .families import family_of
 from .layout import Grid, Layout
@@ -15,7 +16,6 @@ from .matching import attention_modules
 from .networks import denoiser
 from .original import COVERED, below
 from .report import SwapReport
-from .seam import state_of
 
 
 def swap_report(pipe_or_model: Any) -> SwapReport | None:
@@ -42,9 +42,9 @@ def describe_attention(pipe_or_model: Any) -> str:
 
 def dense_below_of(model: nn.Module) -> int:
     """Image tokens of a call below which the converted modules of a model make their original call; 0: none."""
-    state, modules = state_of(model), swapped(model).values()
+    conversion, modules = conversion_of(model), swapped(model).values()
     forced = any(cast(Any, module).linear_kernel.impl != "auto" for module in modules)
-    return 0 if state is None or forced else state.dense_tokens
+    return 0 if conversion is None or forced else conversion.dense_tokens
 
 
 def advice_on(model: nn.Module, grids: Sequence[Grid]) -> tuple[str, ...]:
@@ -88,6 +88,6 @@ def describe_implementations(seen: Counter[str], model: nn.Module) -> str:
     modules: list[Any] = list(swapped(model).values())
     swaps, dense_below = len(modules), dense_below_of(model)
     if original := swaps - seen.total():
-        small = sum(prod(module._lineardit_site.grid) < dense_below for module in modules) if dense_below else 0
+        small = sum(prod(module._lineardit_level.grid) < dense_below for module in modules) if dense_below else 0
         seen = seen + Counter({below(dense_below): small, COVERED: original - small})
     return ", ".join(name if count == swaps else f"{count} x {name}" for name, count in seen.most_common())
