@@ -49,7 +49,9 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")] = None,
     count: Annotated[
         int,
-        typer.Option(min=1, help="Pictures of each prompt, into a folder: the prompts, then all again, and so on."),
+        typer.Option(
+            min=1, max=10_000, help="Pictures of each prompt, into a folder: the prompts, then all again, and so on."
+        ),
     ] = 1,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be done, and make nothing; this reads no weights.")

@@ -98,6 +98,8 @@ def test_more_pictures_of_each_prompt_leave_the_first_as_they_are(
     capsys.readouterr()
     assert lineardit(*generate, tmp_path / "out.png", "--count", "2") == 2
     assert "output must be a folder for 4 pictures, got the file" in capsys.readouterr().err
+    assert lineardit(*generate, out, "--count", "100000000") == 2
+    assert "less than or equal to 10000" in capsys.readouterr().err
 
 
 def test_parts_of_the_pictures_are_made_by_option_or_by_launcher(
