@@ -1,5 +1,8 @@
 """What autocast makes of the inputs of attention."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,12 @@ def autocast_enabled(tensor: Tensor) -> bool:
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Inside, autocast is off for the device of a tensor; the meta device has none."""
+    device_type = tensor.device.type
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from ...kernels.linear.features import feature_map, wide
+from ...kernels.pieces.autocast import without_autocast
 from ..errors import LayoutError
 from ..layout import Grid, Layout
 from .method import Method
@@ -88,7 +88,7 @@ class LinFusionAttention(Method):
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The formula above after the projections; all [B, H, N, D]. Sums are in float32, or float64 for float64."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         phi_query, phi_key = feature_map(query), feature_map(key)
         state = phi_key.mT @ wide(value) / key.shape[2]  # [B, H, D, D]
         normalizer = phi_query @ phi_key.mean(dim=2, keepdim=True).mT + EPSILON  # [B, H, N, 1]
