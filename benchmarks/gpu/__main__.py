@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .compile_ahead import compile_ahead
 from .environment import ROOT, describe, file_name
 from .marks import marks
 from .records import PARTS, SETTLED, STATUSES, Results, Row, load, open_results
@@ -23,9 +24,15 @@ GRACE = 45  # seconds: a row that has not ended by then is given up
 NAMED_LINES = 30  # of what a process says
 
 
-def run_parts(path: Path, parts: Sequence[str], seconds: float) -> Results:
-    """In one process; goes on after a row that ends it, and says so in the file."""
+def run_parts(path: Path, parts: Sequence[str], seconds: float, *, ahead: bool = False) -> Results:
+    """In one process; goes on after a row that ends it, and says so in the file.
+
+    Args:
+        ahead: Compile kernels before, on all cores.
+    """
     deadline = time.monotonic() + seconds
+    if ahead:
+        compile_ahead(path, deadline)
     while True:
         command = [sys.executable, "-m", f"{__package__}.worker", str(path), f"{deadline:.0f}", *parts]
         code, said = run_process(command, max(deadline - time.monotonic(), 0) + GRACE)
@@ -94,7 +101,8 @@ def main() -> int:
     # What one part leaves on the card is gone before the next; loading torch four times is too much for a smoke run.
     groups = [parts] if arguments.smoke else [[part] for part in parts]
     for group in groups:
-        results = run_parts(path, group, SMOKE_SECONDS if arguments.smoke else arguments.seconds)
+        ahead = group == ["correctness"] and not arguments.smoke and head.impl == "triton"
+        results = run_parts(path, group, SMOKE_SECONDS if arguments.smoke else arguments.seconds, ahead=ahead)
         results.marks = marks(results)  # after each: the next may be cut off
         results.save()
     for part in parts:

@@ -39,12 +39,7 @@ SANITIZER_ERROR = 86
 
 
 def tasks(bench: Bench) -> Tasks:
-    for case in FEW if bench.scale.few_cases else GENERAL:
-        yield _task(f"{case}", bench.impl, partial(against_reference, bench, case, bench.impl))
-    for case in PORTABLE:
-        if bench.impl != "tiled" and not bench.scale.few_cases:
-            yield _task(f"{case}", "tiled", partial(against_reference, bench, case, "tiled"))
-    yield from focus_tasks(bench)
+    yield from case_tasks(bench)
     for name in (CLEARS_WAY, "flex tiles"):
         yield _task("same function", name, partial(competitor_against_reference, bench, name))
     yield _task("torch.library.opcheck", bench.impl, partial(operators, bench))
@@ -55,6 +50,16 @@ def tasks(bench: Bench) -> Tasks:
     yield _task(f"{long_side**2} tokens, forward and backward", bench.impl, partial(long_run, bench))
     yield _task("compiled, as the first call of a process", "auto", partial(compiled_first, bench))
     yield _task(SANITIZER, bench.impl, partial(sanitizer, bench))
+
+
+def case_tasks(bench: Bench) -> Tasks:
+    """Small calls, which between them take every kernel that is compared."""
+    for case in FEW if bench.scale.few_cases else GENERAL:
+        yield _task(f"{case}", bench.impl, partial(against_reference, bench, case, bench.impl))
+    for case in PORTABLE:
+        if bench.impl != "tiled" and not bench.scale.few_cases:
+            yield _task(f"{case}", "tiled", partial(against_reference, bench, case, "tiled"))
+    yield from focus_tasks(bench)
 
 
 def _task(case: str, impl: str, measure: Callable[[], Measured]) -> Task:
