@@ -274,9 +274,9 @@ def test_forward_without_the_model_is_refused() -> None:
 
 @torch.no_grad()
 def test_another_model_that_shares_layers_gets_no_earlier_grid() -> None:
-    model, arguments = build("z-image"), inputs_of("z-image")
     if not hasattr(diffusers, "ZImageControlNetModel"):
         pytest.skip("this diffusers has no ZImageControlNetModel")
+    model, arguments = build("z-image"), inputs_of("z-image")
     config = {"dim": 32, "n_heads": 2, "n_kv_heads": 2, "n_refiner_layers": 1, "control_in_dim": 4}
     places = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
     control = diffusers.ZImageControlNetModel(**config, **places).eval()
