@@ -92,8 +92,7 @@ def next_commands(report: DemoReport) -> list[str]:
     return [
         f"{lineardit} inspect {adapter}",
         f'{lineardit} generate {adapter} "{caption}" --size 256x192 --max-sequence-length 64 -o cross.png',
-        f"{lineardit} convert black-forest-labs/FLUX.1-dev --method hybrid --local clear:radius=16 "
-        "--global proxytokens:num_proxies=1024 --gate 1 --focus-tokens 1024 -o flux-hybrid",
+        f"{lineardit} convert black-forest-labs/FLUX.1-dev -o flux-hybrid",
     ]
 
 

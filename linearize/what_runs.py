@@ -1,4 +1,4 @@
-"""How a loaded model stands: which of its attention is swapped, and which implementations a forward really runs."""
+"""What a loaded model runs: which of its attention is swapped, and which implementations a forward really takes."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -227,7 +227,8 @@ class HybridAttention(Method):
             log_near = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, in cells of n/C tokens
             if self.config.is_one_softmax:
                 image = (image_query, image_key, image_value)
-                far = self._one_softmax(*image, near, log_near, layout.grid, scale)  # s_i is in it
+                far, of_far = self._one_softmax(*image, near, log_near, layout.grid, scale)
+                share = share * of_far
             else:
                 log_weights = log_rest(image_value, layout.grid, self.local.window, num_cells)  # of r_ic over n/C
                 cells = cell_means(image_key, *layout.grid[-2:], num_cells).to(key.dtype)
@@ -240,22 +241,24 @@ class HybridAttention(Method):
 
     def _one_softmax(
         self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, log_near: Tensor, grid: Grid, scale: float
-    ) -> Tensor:
-        """(1 - s_i) L_i + s_i G_i, where G has the weights of softmax.
+    ) -> tuple[Tensor, Tensor]:
+        """What lies beyond the window gives, and its share, which `forward` mixes into `near` in one pass.
+
+        With tokens in focus that is G_i and s_i; else one call gives (1 - s_i) L_i + s_i G_i, and its share is 1.
 
         Args:
             query, key, value: [B, H, n, D], the image's tokens.
             near: [B, H, n, D], L: what text and window give.
             log_near: [B, H, n], the logarithm of their part of the denominator, counted in n/C tokens.
         Returns:
-            [B, H, n, D], in the dtype of near.
+            [B, H, n, D], and [B, H, n, 1] or a scalar.
         """
         proxies = self.global_.proxies(query, key, value, grid, scale)
         config, window = self.config, self.local.window
         if cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
             log_weights = log_rest(value, grid, window, config.num_cells)
             tensors = (query, *proxies, log_near, near)
-            return attend_with_extra_key(*tensors, bias=log_weights, scale=scale).to(near.dtype)
+            return attend_with_extra_key(*tensors, bias=log_weights, scale=scale), log_near.new_ones(())
         far, log_far = focus_attention(
             *(query, key, value, *proxies),
             grid=grid,
@@ -265,7 +268,7 @@ class HybridAttention(Method):
             scale=scale,
             impl=self.impl if self.impl in ("auto", "triton") else "plain",
         )
-        return _mixed(near, far.to(near.dtype), torch.sigmoid(log_far - log_near)[..., None])
+        return far, torch.sigmoid(log_far - log_near)[..., None]
 
 
 def _mixed(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
