@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written by the main process into a hidden folder, synced, listed, renamed.
 
-`step-00000100/` holds the trained tensors, AdamW's state, and an adapter of the student as it stands. The order of the
-data, the noise and the learning rate are functions of the step, so that the step's number is their state.
+`step-00000100/` holds the trained tensors, AdamW's state, their moving average if there is one, and an adapter of the
+student as it would be saved. The order of the data, the noise and the learning rate are functions of the step, so that
+the step's number is their state.
 """
 
 import json
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from ..linearize.adapters.adapter import save_adapter
 from ..linearize.adapters.fitting import check_shapes, shapes_of
 from ..linearize.folders import sync, write_whole
+from .average import Average
 from .files import write_json
 
 logger = logging.getLogger(__name__)
@@ -31,14 +33,17 @@ Resume = Literal["latest"] | int  # after the newest whole checkpoint, or that o
 MANIFEST = "checkpoint.json"
 TRAINED = "trained.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 ADAPTER = "adapter"
 
 
 def save_checkpoint(
-    root: Path, step: int, pipe: Any, trained: Mapping[str, nn.Parameter], optimizer: Optimizer
+    root: Path, step: int, pipe: Any, trained: Mapping[str, nn.Parameter], optimizer: Optimizer, average: Average
 ) -> Path:
     """Write the checkpoint of a step, with the adapter of this pipeline; the main process calls it.
 
+    Args:
+        average: Of the trained weights; the adapter has it.
     Raises:
         OSError: it cannot be written, for example because the disk is full; the checkpoints before it are as they were.
     """
@@ -49,7 +54,10 @@ def save_checkpoint(
         weights = {name: one.detach().contiguous() for name, one in trained.items()}
         write_whole(temporary / TRAINED, partial(save_file, weights))
         write_whole(temporary / OPTIMIZER, partial(save_file, optimizer_tensors(optimizer, trained)))
-        save_adapter(pipe, temporary / ADAPTER)  # for people: nothing here reads it
+        if averaged := average.tensors():
+            write_whole(temporary / AVERAGE, partial(save_file, averaged))
+        with average.acting():
+            save_adapter(pipe, temporary / ADAPTER)  # for people: nothing here reads it
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
         write_json(temporary / MANIFEST, {"step": step, "files": files})
     except (OSError, SafetensorError) as error:
@@ -62,14 +70,18 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, trained: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint by file: `TRAINED` by parameter, `OPTIMIZER` as `optimizer_tensors` names them.
+def load_checkpoint(
+    path: Path, trained: Mapping[str, nn.Parameter], *, averaged: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by file: `TRAINED`, `AVERAGE` by parameter, `OPTIMIZER` as `optimizer_tensors` does.
 
+    Args:
+        averaged: Whether it has an `AVERAGE`.
     Raises:
         ValueError: a file is damaged, or of a model with other trained tensors.
     """
     try:
-        files = {name: load_file(path / name) for name in (TRAINED, OPTIMIZER)}
+        files = {name: load_file(path / name) for name in (TRAINED, OPTIMIZER, *([AVERAGE] if averaged else []))}
     except FileNotFoundError as error:
         raise ValueError(f"{path} is of an earlier version of lineardit: go on with that one, or train anew") from error
     except SafetensorError as error:
@@ -77,7 +89,8 @@ def load_checkpoint(path: Path, trained: Mapping[str, nn.Parameter]) -> dict[str
             f"{path} is damaged ({error}): remove it, and the run goes on after the checkpoint before it"
         ) from error
     shapes = shapes_of(trained)
-    check_shapes(shapes_of(files[TRAINED]), shapes, what=f"the tensors of {path}")
+    for name in files.keys() - {OPTIMIZER}:
+        check_shapes(shapes_of(files[name]), shapes, what=f"the tensors of {path}")
     for name, tensor in files[OPTIMIZER].items():
         parameter, _, key = name.rpartition(".")
         if shapes.get(parameter) != tuple(tensor.shape) and (parameter not in shapes or key != "step"):

@@ -43,27 +43,33 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
+class Weights:
+    """What both kinds of trained weights say."""
+
+    projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/training.py
+    ema: float = 0.0  # decay of the moving average that is judged and saved; 0: there is none
+
+    def __post_init__(self) -> None:
+        require(self.projections != (), "trained.projections", "left out, or name at least one layer", self.projections)
+        require(0 <= self.ema < 1, "trained.ema", "in [0, 1), 0 for no average", self.ema)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Weights):
     """Low-rank updates beside the projections of the swapped attention modules, and the kernels' own weights."""
 
     rank: int = 16
     alpha: float | None = None  # None: the rank, so that the update is not scaled
-    projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/training.py
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.rank >= 1, "trained.rank", ">= 1", self.rank)
         require(self.alpha is None or 0 < self.alpha < math.inf, "trained.alpha", "> 0 and finite", self.alpha)
-        require(self.projections != (), "trained.projections", "left out, or name at least one layer", self.projections)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
+class Attention(Weights):
     """The projections of the swapped attention modules themselves, as in CLEAR, and the kernels' own weights."""
-
-    projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/training.py
-
-    def __post_init__(self) -> None:
-        require(self.projections != (), "trained.projections", "left out, or name at least one layer", self.projections)
 
 
 PRECISIONS = ("no", "bf16", "auto")

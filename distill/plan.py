@@ -31,6 +31,8 @@ def describe_plan(
     kernel = sum(parameter.numel() for name, parameter in trained.items() if KERNEL in name)
     total = sum(parameter.numel() for parameter in model.parameters())
     what = f"LoRA of rank {config.trained.rank}" if isinstance(config.trained, Lora) else "attention projections"
+    ema = config.trained.ema
+    what += f", judged and saved as their moving average of decay {ema:g}" if ema else ""
     loss = " + ".join(f"{weight:g} {name}" for name, weight in config_to_tables(config)["loss"].items() if weight)
     grids = sorted({sample.grid for sample in samples.samples if sample.grid})
     sizes = sorted({(sample.width, sample.height) for sample in samples.samples})
@@ -73,8 +75,10 @@ def _memory(
 ) -> str:
     """Activations are told for one width of all blocks and known grids only."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    state = 3 * sum(parameter.nbytes for parameter in trained_parameters(model).values())  # gradient, two moments
-    parts = {"weights": weights, "gradients and AdamW": state}
+    trained = sum(parameter.nbytes for parameter in trained_parameters(model).values())
+    parts = {"weights": weights, "gradients and AdamW": 3 * trained}  # AdamW has two moments
+    if config.trained.ema:
+        parts["moving average"] = trained
     if grids:
         settings: Any = model.config
         width = settings.num_attention_heads * settings.attention_head_dim

@@ -88,7 +88,8 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
         logger.info("which is the last: nothing is left to train")
     trainer.fit(start)
     adapter = config.run.folder / "adapter"
-    on_main(accelerator, lambda: save_adapter(pipe, adapter, overwrite=True))
+    with trainer.average.acting():
+        on_main(accelerator, lambda: save_adapter(pipe, adapter, overwrite=True))
     if accelerator.is_main_process:
         judge = f"lineardit evaluate {config.base.model} {adapter} --prompts FILE --seed 100000"
         logger.info("the adapter is in %s; how near it comes to its teacher: %s", adapter, judge)

@@ -18,8 +18,10 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ..linearize.networks import denoiser
+from .average import Average
 from .batches import Batches
 from .checkpoint import (
+    AVERAGE,
     OPTIMIZER,
     TRAINED,
     load_checkpoint,
@@ -75,12 +77,14 @@ class Trainer:
         self.batches = Batches(accelerator, config, pipe, samples)
         self.validation = Validation(accelerator, config, pipe, samples, self.pair)
         self._train_from(self.trained)
+        self.average = Average(self.trained, config.trained.ema)
 
     def fit(self, start: int) -> None:
         """Train from step `start` to the last one, with checkpoints, curve and validation on the way."""
         save = self.config.save
         self.started = start
-        self.validation.start(start)
+        with self.average.acting():
+            self.validation.start(start)
         log = main_has(self.accelerator, lambda: self._log(start))
         began = time.perf_counter() - (log.rows[-1].get("seconds", 0.0) if log and log.rows else 0.0)
         with tqdm(total=self.last_step, initial=start, desc="distill", unit="step", disable=log is None) as progress:
@@ -97,13 +101,15 @@ class Trainer:
                 if last or step % save.every == 0:
                     self._save(step)
                 if self.validation.is_due(step):
-                    self.validation.run(step)
+                    with self.average.acting():
+                        self.validation.run(step)
                 progress.unpause()  # the time left is that of steps
 
     def step(self, step: int) -> dict[str, float]:
         """One update; the loss terms over the whole batch, and the learning rate."""
         if step == self.first_stage + 1:
             self.optimizer.state.clear()  # what AdamW remembers is of another loss
+            self.average.begin()
         rate = learning_rate(self.config, step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -114,6 +120,7 @@ class Trainer:
         self._check_finite({"gradient": float(norm)}, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.average.step()
         return row | {"loss": sum(self.weights.get(name, 1) * value for name, value in row.items()), "lr": rate}
 
     def _layer_by_layer(self, step: int) -> dict[str, float]:
@@ -148,18 +155,20 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         def write() -> None:
-            save_checkpoint(self.directory, step, self.pipe, self.trained, self.optimizer)
+            save_checkpoint(self.directory, step, self.pipe, self.trained, self.optimizer, self.average)
             prune_checkpoints(self.directory, self.config.save.keep_last)
 
         on_main(self.accelerator, write)
 
     def restore(self, step: int) -> None:
         """Go back to the checkpoint of this step, which the main process reads; 0: none. Later ones are removed."""
-        files: dict[str, dict[str, Tensor]] = {TRAINED: {}, OPTIMIZER: {}}
+        files: dict[str, dict[str, Tensor]] = {TRAINED: {}, OPTIMIZER: {}, AVERAGE: {}}
+        averaged = self.average.ema is not None
 
         def read() -> None:
             if step:
-                files.update(load_checkpoint(whole_checkpoints(self.directory)[step], self.trained))
+                folder = whole_checkpoints(self.directory)[step]
+                files.update(load_checkpoint(folder, self.trained, averaged=averaged))
             remove_later(self.directory, step)
 
         on_main(self.accelerator, read)
@@ -167,6 +176,8 @@ class Trainer:
             return
         self._train_from(files[TRAINED])
         remember_(self.optimizer, self.trained, dict(tensors_of_main(self.accelerator, files[OPTIMIZER])))
+        averages = dict(tensors_of_main(self.accelerator, files[AVERAGE]))
+        self.average.remember_(averages, steps=step - self.first_stage if step > self.first_stage else step)
         logger.info("going on after step %d", step)
 
     def _train_from(self, tensors: Mapping[str, Tensor]) -> None:

@@ -63,6 +63,7 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_end_in_the_same_weights(make_config: MakeConfig, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"layerwise": {"steps": 2, "lr": 1e-2}, "save": {"every": 3}}
+    settings["trained"] = {"kind": "lora", "rank": 2, "ema": 0.9}
     steps = {"steps": 40, "batch_size": 2}
     config, whole = (
         make_config(**settings, run=steps | {"directory": str(tmp_path / name)}) for name in ("killed", "whole")

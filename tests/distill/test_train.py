@@ -38,10 +38,11 @@ POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
 def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> None:
     """The same ten losses at the same global batch, with two parts per process on one side, in both stages.
 
-    And the same validation, of which each process has drawn some pictures.
+    And the same validation, by the same average, of which each process has drawn some pictures.
     """
     run = {"steps": 7, "batch_size": 4}
     settings: dict[str, Any] = {"layerwise": {"steps": 3, "lr": 1e-2}, "validate": {"samples": 3}}
+    settings["trained"] = {"kind": "lora", "rank": 2, "ema": 0.9}
     alone = make_config(**settings, run=run | {"directory": str(tmp_path / "one"), "gradient_accumulation": 2})
     together = make_config(**settings, run=run | {"directory": str(tmp_path / "two")})
     process = launch_run(write_config(together, tmp_path / "two.toml"), processes=2)

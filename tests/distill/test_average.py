@@ -1,0 +1,106 @@
+"""The moving average of what is trained: what it holds, who uses it, and that an interruption loses none of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_distill import trained_weights
+
+from lineardit import from_pretrained
+from lineardit.distill.config import DistillConfig
+from lineardit.distill.train import distill
+from lineardit.distill.validation import Validation
+
+MakeConfig = Callable[..., DistillConfig]
+POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
+FIRST, LAST = 2, 7  # steps, of the first stage and of both
+
+
+def _config(make_config: MakeConfig, ema: float = 0.6, **tables: Any) -> DistillConfig:
+    return make_config(
+        method=POOLED,
+        trained={"kind": "lora", "rank": 2, "ema": ema},
+        layerwise={"steps": FIRST, "lr": 1e-2},
+        run={"steps": LAST - FIRST},
+        save={"every": 1, "keep_last": LAST},
+        **tables,
+    )
+
+
+def _stored(run: Path, step: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def _by_pefts_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    parts = {"lineardit_lora.down": "lora_A.weight", "lineardit_lora.up": "lora_B.weight"}
+    for ours, pefts in parts.items():
+        weights = {name.replace(ours, pefts): one for name, one in weights.items()}
+    return weights
+
+
+def test_the_average_is_judged_and_saved_and_survives_an_interruption(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    judged: dict[int, dict[str, torch.Tensor]] = {}
+    monkeypatch.setattr(
+        Validation,
+        "run",
+        lambda self, step: judged.update(
+            {step: {name: one.detach().clone() for name, one in self.pair.trained.items()}}
+        ),
+    )
+    config = _config(make_config, validate={"samples": 2, "every": 4})
+    run = config.run.folder
+    with caplog.at_level("INFO"):
+        distill(config)
+    assert "judged and saved as their moving average of decay 0.6" in caplog.text
+
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(1, LAST + 1):
+        weights, averages = _stored(run, step, "trained"), _stored(run, step, "average")
+        taken_in = step if step <= FIRST else step - FIRST  # each stage has an average of its own
+        decay = 0 if taken_in == 1 else min(0.6, taken_in / (taken_in + 9))
+        expected = {name: decay * expected.get(name, one) + (1 - decay) * one for name, one in weights.items()}
+        assert all(one.dtype == torch.float32 for one in averages.values())
+        assert all(torch.allclose(averages[name], one, atol=1e-6) for name, one in expected.items())
+        assert taken_in == 1 or not all(torch.equal(averages[name], one) for name, one in weights.items())
+        adapter = load_file(run / f"step-{step:08d}" / "adapter" / "lineardit.safetensors")
+        assert all(torch.equal(adapter[name], one) for name, one in _by_pefts_names(averages).items())
+    last = _stored(run, LAST, "average")
+    assert judged.keys() == {4, LAST}
+    for step, weights in judged.items():
+        assert all(torch.equal(weights[name], one) for name, one in _stored(run, step, "average").items())
+    assert all(torch.equal(trained_weights(run)[name], one) for name, one in _by_pefts_names(last).items())
+    from_pretrained(run / "adapter")
+
+    of_optimizer = _stored(run, LAST, "trained")
+    for step in (1, FIRST, 4):
+        distill(config, resume=step)
+        for name, tensors in (("trained", of_optimizer), ("average", last)):
+            resumed = _stored(run, LAST, name)
+            assert all(torch.equal(resumed[key], one) for key, one in tensors.items()), (step, name)
+
+
+def test_an_average_trains_the_same_weights_as_none(make_config: MakeConfig, tmp_path: Path) -> None:
+    """And a run without one keeps no file of it, nor goes on with one."""
+    made = {ema: make_config(
+        trained={"kind": "lora", "rank": 2, "ema": ema}, run={"directory": str(tmp_path / str(ema)), "steps": 2}
+    ) for ema in (0.0, 0.9)}  # fmt: skip
+    for config in made.values():
+        distill(config)
+    without, averaged = (_stored(config.run.folder, 2, "trained") for config in made.values())
+    assert all(torch.equal(averaged[name], one) for name, one in without.items())
+    assert not list(made[0.0].run.folder.rglob("average*"))
+    changed = make_config(
+        trained=made[0.9].trained.__dict__ | {"kind": "lora"}, run={"directory": str(tmp_path / "0.0")}
+    )
+    with pytest.raises(ValueError, match=r"trained.ema was 0.0, now 0.9"):
+        distill(changed, resume="latest")
+
+
+def test_an_average_that_would_never_move_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"^trained.ema must be in \[0, 1\), 0 for no average, got 1.0"):
+        make_config(trained={"kind": "attention", "ema": 1.0})
