@@ -4,6 +4,7 @@
     [data]      what prepare made      [optimizer]  AdamW                          [save]      checkpoints, log
     [method]    the new attention      [schedule]   of the learning rate           [validate]  how near on the way
     [trained]   which weights learn    [noise]      of the training inputs    [layerwise] an optional first stage
+    [start]     an adapter to go on from
 
 `[method]` is one method (`method = "clear"`, `radius = 16`), or one table per pattern of module names.
 """
@@ -40,6 +41,18 @@ class Data:
     def folder(self) -> Path:
         """With a `~` as the shell has it."""
         return Path(self.directory).expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """An adapter whose student learns on; `load_config` takes from it what nothing else says of method and weights."""
+
+    adapter: str | None = None  # a folder, a file, or a repository id; None: the student begins as converted
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        alone = self.revision is not None and self.adapter is None
+        require(not alone, "start.revision", "left out where no start.adapter is named", self.revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +215,7 @@ class DistillConfig:
     data: Data
     run: Run
     method: Any  # a method's config, or {pattern: config}
+    start: Start = field(default_factory=Start)
     trained: Lora | Attention = field(default_factory=Lora)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)

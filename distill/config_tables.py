@@ -10,14 +10,18 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..linearize.methods import config_from_dict, config_to_dict
-from .config import TRAINED, DistillConfig, require
+from .config import TRAINED, DistillConfig, Start, require
+from .start import filled
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
     """Read a TOML file; each override is `table.key=value`, the value as in TOML, or bare text.
 
+    What is not said of method and trained weights comes from the adapter of `[start]`, if there is one.
+
     Raises:
-        ValueError: the file is no TOML, or a table, key or value is not known; the nearest name is suggested.
+        ValueError: the file is no TOML, or a table, key or value is not known; the nearest name is suggested. Or the
+            adapter cannot be read.
         OSError: the file cannot be read.
     """
     try:
@@ -26,7 +30,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
         raise ValueError(f"{path} is not TOML: {error}") from error
     for override in overrides:
         _override(tables, override)
-    return config_from_tables(tables)
+    start = tables.get("start", {})
+    require(isinstance(start, Mapping), "start", "a table", start)
+    return config_from_tables(filled(tables, _build(Start, start, "start")))
 
 
 def config_from_tables(tables: Mapping[str, Any]) -> DistillConfig:

@@ -39,7 +39,7 @@ def describe_plan(
     kept = f"{samples.calls} calls of each kept" if samples.calls else "final latents"
     micro = config.run.batch_size // (processes * config.run.gradient_accumulation)
     lines = {
-        "base": config.base.model,
+        "base": config.base.model + (f", from {config.start.adapter} on" if config.start.adapter else ""),
         "trained": f"{what}: {len(trained)} tensors, {count:,} of {total:,} parameters ({kernel:,} in kernels)",
         "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}; "
         f"{'bfloat16' if mixed else 'float32'} for the student",

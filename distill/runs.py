@@ -13,16 +13,19 @@ from .checkpoint import Resume, step_to_resume
 from .config import DistillConfig
 from .config_tables import config_from_tables, config_to_tables
 from .files import write_json
+from .start import fingerprint_of
 
 logger = logging.getLogger(__name__)
 
 FILE = "run.json"
 # In it, beside the settings:
 SAMPLES = "samples"  # fingerprint of the data
+START = "start_adapter"  # fingerprint of what the student began with
 HISTORY = "history"  # what was changed on the way
 AUTOCAST = "bfloat16"  # whether the student computes in it, which `run.mixed_precision = "auto"` leaves to the machine
 
-# These move files or trade memory for time; what is learnt does not depend on them. (Of the data, the content counts.)
+# These move files or trade memory for time; what is learnt does not depend on them. (Of samples and adapters, the
+# content counts.)
 _MAY_CHANGE = {
     "data.directory",
     "run.directory",
@@ -33,6 +36,8 @@ _MAY_CHANGE = {
     "save.keep_last",
     "save.log_every",
     "save.report_to",
+    "start.adapter",
+    "start.revision",
     "validate.every",
 }
 # What follows depends on these, what was learnt does not: a run that diverged goes on with a lower rate, for example.
@@ -107,7 +112,9 @@ def write_run(config: DistillConfig, data: str, *, start: int = 0, mixed: bool) 
 
 
 def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
-    return json.loads(json.dumps(config_to_tables(config) | {SAMPLES: data}))
+    started = fingerprint_of(config.start)
+    contents = config_to_tables(config) | {SAMPLES: data} | ({START: started} if started else {})
+    return json.loads(json.dumps(contents))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _read(file: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{file} is damaged: {name} must be {what}, got {stored[name]!r}: mend it, or take that entry out"
             )
-    others = {name: stored[name] for name in (SAMPLES, HISTORY, AUTOCAST) if name in stored}
+    others = {name: stored[name] for name in (SAMPLES, START, HISTORY, AUTOCAST) if name in stored}
     tables = {name: table for name, table in stored.items() if name not in others}
     try:
         config = config_from_tables(tables)

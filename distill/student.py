@@ -20,15 +20,17 @@ from ..linearize.networks import denoiser
 from ..linearize.report import SwapReport
 from ..linearize.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
+from .start import start_
 
 KERNEL = ".linear_kernel."
 
 
 def build_student_(pipe: Any, config: DistillConfig) -> SwapReport:
-    """Convert the pipeline's model, add what is trained, freeze the rest.
+    """Convert the pipeline's model, add what is trained, with the values to start from, freeze the rest.
 
     Raises:
-        ValueError: the model cannot be converted so, or a projection to train is not there.
+        ValueError: the model cannot be converted so, a projection to train is not there, or the adapter to start from
+            does not fit.
     """
     report = linearize_(pipe, config.method, min_tokens=config.run.min_tokens, impl=config.run.impl)
     _, model = denoiser(pipe)
@@ -42,6 +44,7 @@ def build_student_(pipe: Any, config: DistillConfig) -> SwapReport:
         if name in overlay or KERNEL in name:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
+    start_(model, config)
     return report
 
 

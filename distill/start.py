@@ -1,0 +1,122 @@
+"""A student that begins as another run left one: `[start]` names its adapter."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..linearize.adapters.adapter import adapter_file, read_adapter
+from ..linearize.adapters.base import find_place
+from ..linearize.adapters.fitting import Parts, check_fit, listed, sorted_tensors
+from ..linearize.convert import swapped
+from ..linearize.families import family_of
+from ..linearize.folders import sha256
+from ..linearize.low_rank import LORA_NAME
+from ..linearize.manifest import Manifest
+from ..linearize.matching import attention_modules, choose
+from .config import DistillConfig, Lora, Start
+
+logger = logging.getLogger(__name__)
+
+
+def filled(tables: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
+    """The tables of a config, with the adapter's method and kind of weights where they say nothing of these.
+
+    Raises:
+        ValueError: the adapter is missing, damaged or out of reach, or has weights of both kinds.
+    """
+    if start.adapter is None:
+        return tables
+    manifest, _ = read_adapter(start.adapter, revision=start.revision, weights=False)
+    theirs, ours = _trained_settings(manifest, start), tables.get("trained", {})
+    if isinstance(ours, dict) and ours.get("kind", theirs.get("kind")) == theirs.get("kind"):
+        ours = theirs | ours
+    return {"method": manifest.methods, **tables, "trained": ours}
+
+
+def fingerprint_of(start: Start) -> str | None:
+    """Changes with anything that the adapter holds; None: there is none."""
+    if start.adapter is None:
+        return None
+    file = adapter_file(find_place(start.adapter, revision=start.revision))
+    return None if file is None else sha256(file)[:16]  # where weights have a file of their own, this names its sha256
+
+
+def start_(model: nn.Module, config: DistillConfig) -> None:
+    """Give the weights of a student the values that the adapter has; a layer that it did not train begins untrained.
+
+    Raises:
+        ValueError: the adapter is missing, damaged, of another model, method or kind of weights, or has trained a layer
+            that is left out here.
+    """
+    start = config.start
+    if start.adapter is None:
+        return
+    manifest, tensors = read_adapter(start.adapter, revision=start.revision)
+    family = family_of(model)
+    check_fit(manifest, model, family)
+    candidates = list(attention_modules(model, family)[0])
+    _check_methods(start, choose(candidates, manifest.configs(), None), model)
+    _check_trained(start, manifest, config)
+    parts = sorted_tensors(manifest, tensors, model, family)
+    parameters, values = dict(model.named_parameters()), dict(_values(parts))
+    if others := [name for name in values if name not in parameters or not parameters[name].requires_grad]:
+        raise ValueError(
+            f"start.adapter {start.adapter} has trained what trained.projections leaves out: {listed(others)}; leave "
+            "trained.projections out, or name those layers as well"
+        )
+    for name, module in swapped(model).items():
+        cast(Any, module).linear_kernel.load_state_dict(parts.kernels.get(name, {}))
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    there = len(values) + sum(map(len, parts.kernels.values()))
+    trained = sum(parameter.requires_grad for parameter in parameters.values())
+    logger.info("%s: %d of %d trained tensors begin as they are there", start.adapter, there, trained)
+
+
+def _values(parts: Parts) -> Iterator[tuple[str, Tensor]]:
+    """What was trained on the base's weights, by the names of a student's parameters."""
+    yield from parts.full.items()
+    for layer, (down, up) in parts.lora.items():
+        yield f"{layer}.{LORA_NAME}.down", down
+        yield f"{layer}.{LORA_NAME}.up", up
+
+
+def _trained_settings(manifest: Manifest, start: Start) -> dict[str, Any]:
+    """What `[trained]` would say of an adapter; empty where nothing but kernels has weights."""
+    if len(manifest.trained) > 1:
+        raise ValueError(
+            f"start.adapter {start.adapter} has a LoRA and changed projections, and a run trains one of them: start "
+            "from an adapter with one"
+        )
+    for one in manifest.trained:
+        return {"kind": "lora", "rank": one.rank, "alpha": one.alpha} if one.kind == "lora" else {"kind": "attention"}
+    return {}
+
+
+def _check_trained(start: Start, manifest: Manifest, config: DistillConfig) -> None:
+    lora = config.trained
+    ours: dict[str, Any] = {"kind": "attention"}
+    if isinstance(lora, Lora):
+        ours = {"kind": "lora", "rank": lora.rank, "alpha": lora.rank if lora.alpha is None else lora.alpha}
+    theirs = _trained_settings(manifest, start)
+    for name, value in theirs.items():
+        if ours.get(name) != value:
+            raise ValueError(
+                f"trained.{name} must be {value!r} as in start.adapter {start.adapter}, got {ours.get(name)!r}; where "
+                "it is left out it is the adapter's"
+            )
+
+
+def _check_methods(start: Start, theirs: Mapping[str, Any], model: nn.Module) -> None:
+    ours = {name: cast(Any, module).linear_kernel.config for name, module in swapped(model).items()}
+    for name in {**theirs, **ours}:
+        there, here = theirs.get(name, "full attention"), ours.get(name, "full attention")
+        if there != here:
+            raise ValueError(
+                f"start.adapter {start.adapter} has {there} in {name}, and the settings {here}: leave [method] and "
+                "run.min_tokens out, or start from an adapter of that method"
+            )
