@@ -21,6 +21,21 @@ def require(right: bool, name: str, rule: str, value: object) -> None:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
+BACKENDS = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}  # packages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """As diffusers' PipelineQuantizationConfig is told it; `quantized.py` says what TOML has for it."""
+
+    quant_backend: str
+    quant_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = self.quant_backend in BACKENDS
+        require(known, "base.quantization.quant_backend", " or ".join(BACKENDS), self.quant_backend)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Base:
     """The pipeline that is teacher and, converted, student."""
@@ -28,6 +43,7 @@ class Base:
     model: str  # a folder, or a repository id
     revision: str | None = None
     dtype: str = "float32"  # of the frozen weights; trained weights are always float32
+    quantization: Quantization | None = None  # of the frozen weights that Linear layers of the denoiser have
 
     def __post_init__(self) -> None:
         require(self.dtype in ("float32", "bfloat16"), "base.dtype", "float32 or bfloat16", self.dtype)
@@ -228,3 +244,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.base.dtype == "bfloat16" and self.run.mixed_precision == "no":
             raise ValueError("run.mixed_precision must be bf16 or auto where base.dtype is bfloat16, got 'no'")
+        if self.base.quantization is not None and not isinstance(self.trained, Lora):
+            raise ValueError(
+                "trained.kind must be lora where base.quantization is set, got 'attention': projections in 8 or 4 bits "
+                "cannot learn themselves, a LoRA beside them can"
+            )

@@ -3,7 +3,7 @@
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -129,6 +129,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if get_origin(hint) is UnionType:
         hints = [one for one in get_args(hint) if one is not type(None)]
         return None if value is None else _convert(value, hints[0], where)
+    if is_dataclass(hint) or get_origin(hint) is dict:
+        require(isinstance(value, Mapping), where, "a table", value)
+        return dict(value) if get_origin(hint) is dict else _build(hint, value, where)
     if get_origin(hint) is tuple:
         inner, rest = get_args(hint)
         long_enough = isinstance(value, list | tuple) and (rest is Ellipsis or len(value) == len(get_args(hint)))

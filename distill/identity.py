@@ -6,6 +6,8 @@ from collections import Counter
 import torch
 from torch import nn
 
+from .quantized import is_quantized, stored_tensors
+
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Differs between models of other names, shapes or (where they are in memory) weights.
@@ -16,15 +18,15 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if not parameter.is_meta:
-            first = parameter.detach().flatten()[:8].to(dtype or parameter.dtype)
+        for stored in [] if parameter.is_meta else stored_tensors(parameter):
+            first = stored.flatten()[:8].to(dtype or stored.dtype)
             digest.update(first.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def architecture(model: nn.Module) -> str | None:
     """Differs between models whose parameters have other names or shapes; None: some are quantized, in other shapes."""
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+    if any(map(is_quantized, model.parameters())):
         return None
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from ..linearize.report import SwapReport
 from .config import DistillConfig, Lora
 from .config_tables import config_to_tables
 from .data import TeacherSamples
+from .quantized import count_of, is_quantized, stored_tensors
 from .student import KERNEL, trained_parameters
 
 GIB = 2**30
@@ -29,7 +30,10 @@ def describe_plan(
     trained = trained_parameters(model)
     count = sum(parameter.numel() for parameter in trained.values())
     kernel = sum(parameter.numel() for name, parameter in trained.items() if KERNEL in name)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(count_of, model.parameters()))
+    base = config.base.model + (f", from {config.start.adapter} on" if config.start.adapter else "")
+    if any(map(is_quantized, model.parameters())):
+        base += ", quantized"
     what = f"LoRA of rank {config.trained.rank}" if isinstance(config.trained, Lora) else "attention projections"
     ema = config.trained.ema
     what += f", judged and saved as their moving average of decay {ema:g}" if ema else ""
@@ -39,7 +43,7 @@ def describe_plan(
     kept = f"{samples.calls} calls of each kept" if samples.calls else "final latents"
     micro = config.run.batch_size // (processes * config.run.gradient_accumulation)
     lines = {
-        "base": config.base.model + (f", from {config.start.adapter} on" if config.start.adapter else ""),
+        "base": base,
         "trained": f"{what}: {len(trained)} tensors, {count:,} of {total:,} parameters ({kernel:,} in kernels)",
         "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}; "
         f"{'bfloat16' if mixed else 'float32'} for the student",
@@ -74,7 +78,7 @@ def _memory(
     mixed: bool,
 ) -> str:
     """Activations are told for one width of all blocks and known grids only."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(stored.nbytes for parameter in model.parameters() for stored in stored_tensors(parameter))
     trained = sum(parameter.nbytes for parameter in trained_parameters(model).values())
     parts = {"weights": weights, "gradients and AdamW": 3 * trained}  # AdamW has two moments
     if config.trained.ema:

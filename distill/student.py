@@ -20,6 +20,7 @@ from ..linearize.networks import denoiser
 from ..linearize.report import SwapReport
 from ..linearize.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
+from .quantized import is_quantized
 from .start import start_
 
 KERNEL = ".linear_kernel."
@@ -89,12 +90,18 @@ def add_twins_(model: nn.Module, projections: Sequence[str] | None) -> dict[str,
     """
     found = {name: model.get_submodule(name) for name in projection_names(model, projections)}
     for name, module in found.items():
-        if type(module) is not nn.Linear:
-            raise ValueError(f"{name} must be an nn.Linear to be trained, got a {type(module).__name__}; train a lora")
+        if type(module) is not nn.Linear or is_quantized(module.weight):
+            raise ValueError(f"{name} must be an nn.Linear to be trained, got a {_kind(module)}; train a lora")
     twins = Twins({name: _add_twin_(cast(nn.Linear, module)) for name, module in found.items()})
     put_on(model, twins)
     write_entry_(model)
     return twins.parameters()
+
+
+def _kind(module: nn.Module) -> str:
+    name = type(module).__name__
+    weight = getattr(module, "weight", None)
+    return f"{name} with a {type(weight).__name__}" if weight is not None and is_quantized(weight) else name
 
 
 def _add_twin_(layer: nn.Linear) -> TwinLinear:

@@ -24,6 +24,7 @@ from .identity import architecture, dtype_name, fingerprint, main_dtype
 from .plan import describe_plan
 from .precision import autocasts
 from .processes import all_or_none, on_main, start_accelerator
+from .quantized import check_gradients, is_quantized, quantization_options
 from .runs import check_run, write_run
 from .student import build_student_
 from .trackers import available, check_trackers, start_trackers
@@ -72,6 +73,7 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
         taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # nothing is drawn from calls
         taught.to(accelerator.device)
         _check_teacher(accelerator, denoiser(pipe)[1], samples)
+        check_gradients(denoiser(pipe)[1], getattr(torch, config.base.dtype))
         report = build_student_(pipe, config)
 
     def write() -> bool:  # of a measurement, so that all do as the first found
@@ -100,7 +102,7 @@ def load_teacher(base: Base) -> Any:
     """The pipeline without its text encoders: the samples hold what they said.
 
     Raises:
-        ValueError: it is not there, out of reach, damaged or of no class that can be converted.
+        ValueError: it is not there, out of reach, damaged, of no class that can be converted, or cannot be quantized.
     """
     found = read_base(base.model, revision=base.revision)
     parts = DiffusionPipeline.load_config(found.source.name, revision=found.source.revision)
@@ -108,7 +110,13 @@ def load_teacher(base: Base) -> Any:
     if (parts.get("safety_checker") or [None, None])[1] == "StableDiffusionSafetyChecker":
         unused += ("safety_checker",)  # which wants the feature extractor
     without: dict[str, Any] = {name: None for name in parts if name.startswith(unused)}
-    return load_base(found, dtype=getattr(torch, base.dtype), **without)
+    options = without | quantization_options(base, found.component)
+    try:
+        return load_base(found, dtype=getattr(torch, base.dtype), **options)
+    except (ImportError, AssertionError, NotImplementedError) as error:  # of what quantizes
+        if base.quantization is None:
+            raise
+        raise ValueError(f"base.quantization cannot be done: {error}") from error
 
 
 @contextmanager
@@ -171,6 +179,8 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
     dtype = samples.settings["dtype"]
     if dtype_name(main_dtype(model)) not in (dtype, "float32"):
         return  # these weights are rounded otherwise than those that made the samples
+    if any(map(is_quantized, model.parameters())):
+        return  # and so are these
     if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model, torch.bfloat16):
         logger.warning(
             "%s was made by a %s of other weights than base.model has: it says what those would draw; if that is not "

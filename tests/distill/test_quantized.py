@@ -1,0 +1,240 @@
+"""A frozen base in 8 or 4 bits: what is read and refused, and that LoRA trains beside it as beside any other."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import FluxPipeline
+from tiny_distill import PROMPTS, SIZES, build_tiny, launch_run, loss_rows, table, trained_weights, write_config
+from torch import nn
+
+from lineardit import from_pretrained
+from lineardit.distill import quantized, train
+from lineardit.distill.config import DistillConfig, Quantization
+from lineardit.distill.config_tables import config_from_tables, config_to_tables, load_config
+from lineardit.distill.evaluate import Source, evaluate
+from lineardit.distill.identity import fingerprint
+from lineardit.distill.pictures import PictureSettings
+from lineardit.distill.prepare import prepare
+from lineardit.distill.student import build_student_
+from lineardit.distill.train import distill, load_teacher
+
+MakeConfig = Callable[..., DistillConfig]
+INT8 = {"quant_backend": "torchao", "quant_kwargs": {"quant_type": "Int8WeightOnlyConfig"}}
+
+
+def _torchao() -> None:
+    pytest.importorskip("torchao.quantization")
+
+
+def test_a_run_on_a_quantized_base_goes_on_and_is_judged(
+    make_config: MakeConfig, tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _torchao()
+    settings: dict[str, Any] = {"base": {"quantization": INT8}, "validate": {"samples": 2, "every": 4}}
+    config = make_config(**settings, run={"gradient_checkpointing": True})
+    with caplog.at_level(logging.INFO):
+        distill(config)
+    assert "quantized" in caplog.text
+    assert "other weights" not in caplog.text
+    run, expected = config.run.folder, trained_weights(config.run.folder)
+    assert loss_rows(run)[-1]["attention"] < loss_rows(run)[0]["attention"]
+    assert [row["step"] for row in table(run / "validation.csv")] == [4, 6]
+    distill(config, resume=4)
+    assert all(torch.equal(one, expected[name]) for name, one in trained_weights(run).items())
+    with pytest.raises(ValueError, match=r"base.quantization.quant_backend was 'torchao', now None"):
+        distill(make_config(validate=settings["validate"]), resume="latest")
+
+    saved = FluxPipeline.from_pretrained(base, torch_dtype=torch.float32, quantization_config=_int8()).transformer
+    assert fingerprint(saved) == fingerprint(load_teacher(config.base).transformer) != fingerprint(_plain(base))
+    loaded = from_pretrained(run / "adapter", quantization_config=_int8())  # and beside the whole weights:
+    drawn = PictureSettings(height=32, width=24, steps=1, max_sequence_length=8)
+    whole = Source(name=str(run / "adapter"))
+    report = evaluate(loaded, whole, PROMPTS[:1], tmp_path / "report", settings=drawn, memory=False)
+    assert 0 < report.latent_mse < 0.01
+
+
+def _int8() -> diffusers.PipelineQuantizationConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return diffusers.PipelineQuantizationConfig(
+        quant_mapping={"transformer": diffusers.TorchAoConfig(Int8WeightOnlyConfig())}
+    )
+
+
+def _plain(base: Path) -> nn.Module:
+    return FluxPipeline.from_pretrained(base).transformer
+
+
+@pytest.mark.slow
+def test_two_processes_train_beside_a_quantized_base(make_config: MakeConfig, tmp_path: Path) -> None:
+    _torchao()
+    made = [
+        make_config(base={"quantization": INT8}, run={"steps": 3, "directory": str(tmp_path / name)}) for name in "ab"
+    ]
+    process = launch_run(write_config(made[1], tmp_path / "b.toml"), processes=2)
+    distill(made[0])
+    assert process.wait() == 0, process.stderr.read().decode()
+    rows = [[row["loss"] for row in loss_rows(one.run.folder)] for one in made]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+
+
+def test_a_base_that_was_saved_quantized_needs_no_setting(make_config: MakeConfig, tmp_path: Path, base: Path) -> None:
+    """It makes its samples, teaches by them, and takes the adapter."""
+    _torchao()
+    pipe = FluxPipeline.from_pretrained(base, torch_dtype=torch.float32, quantization_config=_int8())
+    pipe.save_pretrained(tmp_path / "base")
+    samples = prepare(pipe, PROMPTS[:4], tmp_path / "samples", sizes=SIZES[:1], steps=1, max_sequence_length=8)
+    named: dict[str, Any] = {"base": {"model": str(tmp_path / "base")}, "data": {"directory": str(samples)}}
+    adapter = distill(make_config(**named, run={"steps": 1}))
+    assert type(from_pretrained(adapter).transformer.proj_out.weight) is not nn.Parameter
+    with pytest.raises(ValueError, match=r"to_q must be an nn.Linear to be trained, got a Linear with a Int8Tensor"):
+        build_student_(load_teacher(make_config(**named).base), make_config(**named, trained={"kind": "attention"}))
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_lora_trains_beside_layers_of_bitsandbytes(
+    kind: str,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Which diffusers loads on a GPU alone; the layers themselves compute on a CPU too."""
+    layers = pytest.importorskip("bitsandbytes.nn")
+    pipe = build_tiny()
+    wide = {**pipe.transformer.config, "attention_head_dim": 32, "axes_dims_rope": (8, 8, 16)}  # packed 64 by 64
+    pipe.register_modules(transformer=diffusers.FluxTransformer2DModel.from_config(wide).eval())
+    pipe.save_pretrained(tmp_path / "base")
+    samples = prepare(pipe, PROMPTS[:4], tmp_path / "samples", sizes=SIZES[:1], steps=1, max_sequence_length=8)
+    load = train.load_base
+
+    def packed(*arguments: Any, **options: Any) -> Any:
+        pipe = load(*arguments, **options)
+        for name, layer in list(pipe.transformer.named_modules()):
+            if type(layer) is nn.Linear and name.rpartition(".")[2] in ("to_q", "to_k", "to_v"):
+                kinds: dict[str, Any] = {"quant_type": "nf4"} if kind == "Linear4bit" else {"has_fp16_weights": False}
+                quantized = getattr(layers, kind)(layer.in_features, layer.out_features, **kinds)
+                quantized.load_state_dict(layer.state_dict())
+                quantized.support_avx512bf16_for_cpu = False  # else they are packed for inference alone
+                parent, _, attribute = name.rpartition(".")
+                setattr(pipe.transformer.get_submodule(parent), attribute, quantized.to("cpu"))
+        return pipe
+
+    monkeypatch.setattr(train, "load_base", packed)
+    named: dict[str, Any] = {"base": {"model": str(tmp_path / "base")}, "data": {"directory": str(samples)}}
+    config = make_config(**named, loss={"flow": 0.0}, run={"batch_size": 2})
+    with caplog.at_level(logging.INFO):
+        adapter = distill(config)
+    total = sum(one.numel() for one in pipe.transformer.parameters())
+    trained = sum(one.numel() for one in trained_weights(config.run.folder).values())
+    assert f"{trained:,} of {total + trained:,} parameters" in caplog.text
+    rows = loss_rows(config.run.folder)
+    assert rows[-1]["attention"] < rows[0]["attention"]
+    from_pretrained(adapter)
+    with pytest.raises(ValueError, match=rf"to_q must be an nn.Linear to be trained, got a {kind}"):
+        build_student_(load_teacher(config.base), make_config(**named, trained={"kind": "attention"}))
+
+
+def test_a_quantization_without_gradients_is_refused(make_config: MakeConfig) -> None:
+    _torchao()
+    dynamic = INT8 | {"quant_kwargs": {"quant_type": "Int8DynamicActivationInt8WeightConfig"}}
+    with pytest.raises(
+        ValueError, match=r"no gradient passes through .*, whose weight is a Int8Tensor: take a kind of"
+    ):
+        distill(make_config(base={"quantization": dynamic}))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, r"quant_kwargs.quant_type must be one of .*Int8WeightOnlyConfig.*; got None"),
+        ({"quant_type": "Int8WeightOnly"}, r"got 'Int8WeightOnly' \(did you mean Int8WeightOnlyConfig"),
+        (
+            {"quant_type": "Float8WeightOnlyConfig", "weight_dtyp": "x"},
+            r"unknown setting base.quantization.quant_kwargs.weight_dtyp \(did you mean weight_dtype\?\); a Float8W",
+        ),
+        ({"quant_type": "Float8WeightOnlyConfig", "weight_dtype": "float9"}, r"quant_kwargs: .*float9"),
+        ({"quant_type": "Int8WeightOnlyConfig", "version": 7}, r"base.quantization.quant_kwargs: |cannot be done: "),
+    ],
+)
+def test_arguments_of_torchao_are_checked(kwargs: dict[str, Any], message: str, make_config: MakeConfig) -> None:
+    _torchao()
+    with pytest.raises(ValueError, match=message):
+        load_teacher(make_config(base={"quantization": INT8 | {"quant_kwargs": kwargs}}).base)
+
+
+def test_what_a_backend_lacks_is_told(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    _torchao()
+
+    def lacking(*_: Any, **__: Any) -> None:
+        raise ImportError("Requires mslk >= 1.0.0")
+
+    monkeypatch.setattr(train, "load_base", lacking)
+    with pytest.raises(ValueError, match=r"^base.quantization cannot be done: Requires mslk >= 1.0.0"):
+        load_teacher(make_config(base={"quantization": INT8}).base)
+
+
+def test_arguments_of_torchao_name_dtypes(make_config: MakeConfig) -> None:
+    _torchao()
+    kwargs = {
+        "quant_type": "Float8WeightOnlyConfig",
+        "weight_dtype": "float8_e5m2",
+        "modules_to_not_convert": ["proj_out"],
+    }
+    model = load_teacher(make_config(base={"quantization": INT8 | {"quant_kwargs": kwargs}}).base).transformer
+    assert model.transformer_blocks[0].attn.to_q.weight.qdata.dtype == torch.float8_e5m2
+    assert type(model.proj_out.weight) is nn.Parameter
+
+
+def test_arguments_of_bitsandbytes_are_checked(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def options(backend: str, **kwargs: Any) -> Any:
+        base = make_config(base={"quantization": {"quant_backend": backend, "quant_kwargs": kwargs}}).base
+        return quantized.quantization_options(base, "transformer")["quantization_config"].quant_mapping["transformer"]
+
+    monkeypatch.setattr(quantized, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"asks for bitsandbytes, which is not installed: pip install bitsandbytes$"):
+        options("bitsandbytes_4bit")
+    monkeypatch.setattr(quantized, "find_spec", lambda _: True)
+    with pytest.raises(ValueError, match="diffusers quantizes with bitsandbytes on a GPU alone; torchao"):
+        options("bitsandbytes_4bit")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(diffusers.BitsAndBytesConfig, "post_init", lambda _: None)  # which wants the package
+    four, eight = options("bitsandbytes_4bit", bnb_4bit_use_double_quant=True), options("bitsandbytes_8bit")
+    assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == (True, "nf4", torch.float32)
+    assert four.bnb_4bit_use_double_quant
+    assert (eight.load_in_8bit, eight.load_in_4bit) == (True, False)
+    with pytest.raises(ValueError, match=r"quant_kwargs.bnb_quant_type \(did you mean bnb_4bit_quant_type"):
+        options("bitsandbytes_4bit", bnb_quant_type="nf4")
+    with pytest.raises(ValueError, match=r"quant_kwargs: .*bfloat61"):
+        options("bitsandbytes_4bit", bnb_4bit_compute_dtype="bfloat61")
+
+
+def test_the_settings_of_a_quantization_round_trip(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(base={"quantization": INT8})
+    assert config.base.quantization == Quantization(**INT8)
+    assert config_from_tables(config_to_tables(config)) == config
+    assert load_config(write_config(config, tmp_path / "config.toml")) == config
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ("torchao", "base.quantization must be a table, got 'torchao'"),
+        ({"quant_backend": "gguf"}, "base.quantization.quant_backend must be bitsandbytes_4bit or .*, got 'gguf'"),
+        ({"backend": "torchao"}, r"unknown setting base.quantization.backend; did you mean .*quant_backend\?"),
+        (INT8 | {"quant_kwargs": 3}, "base.quantization.quant_kwargs must be a table, got 3"),
+    ],
+)
+def test_settings_of_a_quantization_are_checked(quantization: Any, message: str, make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_config(base={"quantization": quantization})
+
+
+def test_quantized_projections_are_not_trained(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"^trained.kind must be lora where base.quantization is set, got 'attention'"):
+        make_config(base={"quantization": INT8}, trained={"kind": "attention"})
