@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
     with trainer.average.acting():
         on_main(accelerator, lambda: save_adapter(pipe, adapter, overwrite=True))
     if accelerator.is_main_process:
-        judge = f"lineardit evaluate {config.base.model} {adapter} --prompts FILE --seed 100000"
+        judge = f"lineardit evaluate {quote(config.base.model)} {quote(str(adapter))} --prompts FILE --seed 100000"
         logger.info("the adapter is in %s; how near it comes to its teacher: %s", adapter, judge)
     return adapter
 

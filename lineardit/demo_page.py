@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from shlex import quote
 
 from .demo import HYBRID, LARGE, RUN, SHEET, DemoReport, DemoSettings
 from .linearize.folders import write_whole
@@ -86,7 +87,7 @@ def table_rows(report: DemoReport) -> list[tuple[str, ...]]:
 
 def next_commands(report: DemoReport) -> list[str]:
     """Three things to try."""
-    adapter = report.directory / HYBRID
+    adapter = quote(str(report.directory / HYBRID))
     lineardit = _command()
     caption = "a green cross at the middle center on shaded sky"
     return [
@@ -101,7 +102,7 @@ def _command() -> str:
     if shutil.which("lineardit"):
         return "lineardit"
     script = Path(sys.executable).with_name("lineardit")
-    return os.path.relpath(script) if script.exists() else "python -m lineardit"
+    return quote(os.path.relpath(script)) if script.exists() else "python -m lineardit"
 
 
 def took(report: DemoReport) -> str:

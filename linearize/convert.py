@@ -111,23 +111,21 @@ def restore_(pipe_or_model: Any) -> None:
     """Undo `linearize_`, and take away what was trained: the base model again, bit for bit.
 
     Args:
-        pipe_or_model: A pipeline, whose denoiser is restored, as `linearize_` converts it; other networks that stay
-            converted are named in the log. Or one model.
+        pipe_or_model: A pipeline, with all of its converted networks (ControlNets as well), or one model.
     Raises:
-        ValueError: it is not converted.
-        UnsupportedModelError: the model was sharded or wrapped since.
+        ValueError: nothing is converted.
+        UnsupportedModelError: a model was sharded or wrapped since; nothing is changed.
     """
-    _, model = denoiser(pipe_or_model)
-    _refuse_sharded(model, "restore_")
-    conversion = _converted(model)[model]
-    _check_ours(model)
-    conversion.overlays.remove()
-    _remove_seam(model)
-    remove_entry_(model)
+    _refuse_sharded(denoiser(pipe_or_model)[1], "restore_")
+    conversions = _converted(pipe_or_model)
+    for model in conversions:
+        _refuse_sharded(model, "restore_")
+        _check_ours(model)
+    for model, conversion in conversions.items():
+        conversion.overlays.remove()
+        _remove_seam(model)
+        remove_entry_(model)
     release_tables()
-    for name, other in networks(pipe_or_model):
-        if conversion_of(other) is not None:
-            logger.warning("the pipeline's %s stays converted: restore_(pipe.%s) restores it as well", name, name)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from ..kernels.pieces.autocast import as_autocast
 from ..kernels.pieces.text import key_mask
@@ -22,9 +22,8 @@ from .layout import Layout, num_tokens, reorder, text_mask_of
 from .matching import head_shape
 from .original import runs_original
 from .parallel import join_shares, refuse_gradients, share_out, share_sizes, ulysses_degree
+from .perturbed import refuse_perturbed, skips_scores
 from .seam import Level, rewind_before_backward
-
-_SKIPS_SCORES = "AttentionScoreSkipFunctionMode"  # diffusers.hooks.layer_skip
 
 
 class LinearAttention:
@@ -41,7 +40,9 @@ class LinearAttention:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             conversion.refuse_earlier_grids()
-        degree = ulysses_degree(getattr(self, "processor", None))
+        processor = getattr(self, "processor", None)
+        refuse_perturbed(self._lineardit_name, processor)
+        degree = ulysses_degree(processor)
         intercept = _Intercept(self)
         with intercept:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -128,8 +129,7 @@ class _Intercept(TorchFunctionMode):
             _refuse_dense(self.attention, query, key)
             return func(*args, **kwargs)
         self.hits += 1
-        if any(type(mode).__name__ == _SKIPS_SCORES for mode in _get_current_function_mode_stack()):
-            # the layers that guidance perturbs (LayerSkipConfig): the values are the answer, and no score is computed
+        if skips_scores():
             return func(*args, **kwargs)
         _check_heads(self.attention, query)
         return _attend(self.attention, *args, **kwargs)

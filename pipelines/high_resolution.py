@@ -89,10 +89,10 @@ class HighResolutionPipeline(StagedPipeline):
     def from_pretrained(
         cls, name: Any, *, native_size: int | None = None, dtype: torch.dtype | None = None, **options: Any
     ) -> Any:
-        """`from_pipe` of an adapter with its base, or of a whole pipeline.
+        """`from_pipe` of an adapter with its base, or of a whole pipeline, converted or not.
 
         Args:
-            name: Folder or Hub id.
+            name: Folder or Hub id. What is not converted has full attention in every stage, as the plan says.
             native_size: As of `from_pipe`.
             dtype: Of the weights; None: float32.
             options: `base`, `revision`, `variant`, `quantization_config` and so on, as of `lineardit.from_pretrained`.

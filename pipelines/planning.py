@@ -98,7 +98,7 @@ def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, .
             f"{width}x{height}"
         )
     if limits.attention == "original":
-        notes.append("the model is not converted, so every size has its full attention: linearize_ it first")
+        notes.append("the model is not converted: every size has full attention (linearize_, `lineardit convert`)")
     elif limits.attention == "converted":
         notes.append("the base cannot come back (`with dense(pipe):` says why): every size has its converted attention")
     if max(height, width) > limits.known and last.follow == 0:

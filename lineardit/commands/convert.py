@@ -1,6 +1,7 @@
 """`lineardit convert`: give a pretrained model attention of linear cost and write that: an adapter, or merged."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -119,14 +120,14 @@ def convert(
         config = RECOMMENDED
     if merge:
         convert_and_merge(base, config, dtype="auto" if dtype == "auto" else named_dtype(dtype), **conversion, **places)
-        print(f"Wrote {output}; generate with: lineardit generate {output} PROMPT")
+        print(f"Wrote {output}; generate with: lineardit generate {quote(str(output))} PROMPT")
         return
     if config is None and importer is None:
         refuse_choices(layers, min_tokens, dense_below)
         repack_adapter(base, **places)
     else:
         convert_base(base, config, **conversion, **places)
-    print(f"Wrote {output}; see what it does with: lineardit inspect {output}")
+    print(f"Wrote {output}; see what it does with: lineardit inspect {quote(str(output))}")
 
 
 def _config(method: str | None, settings: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from statistics import mean
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Annotated
@@ -88,7 +89,9 @@ def profile(
     draw_profile(found, picture)
     show(found)
     print(f"Wrote {figures} and {picture.name}; {time.perf_counter() - began:.0f} s")
-    print(f"Convert with: lineardit convert {base} --from-profile {figures} --budget radius:8 -o DIR")
+    print(
+        f"Convert with: lineardit convert {quote(base)} --from-profile {quote(str(figures))} --budget radius:8 -o DIR"
+    )
 
 
 def show(profile: "Profile") -> None:

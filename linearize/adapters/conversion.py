@@ -168,9 +168,8 @@ def _check_settings(
         return
     kind, _, path = importer.partition(":")
     if kind not in ("clear", "linfusion") or not path:
-        raise ValueError(
-            f"importer must be {' or '.join(IMPORTERS)}, got {importer!r}{nearest(kind, ['clear', 'linfusion'])}"
-        )
+        near = nearest(kind, ("clear", "linfusion"))
+        raise ValueError(f"importer (--import) must be {' or '.join(IMPORTERS)}, got {importer!r}{near}")
     if layers is not None or min_tokens > 0:
         raise ValueError(f"checkpoints to import are for all layers that they name, got {layers=} and {min_tokens=}")
     if dense_below != 0:

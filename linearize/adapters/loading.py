@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, cast
 
 import diffusers
@@ -52,7 +53,8 @@ def from_pretrained(
 
     Args:
         directory_or_repo: Folder, `.safetensors` file or Hub id of an adapter; folder or Hub id of a saved converted
-            pipeline, merged (`save_merged`) or not.
+            pipeline, merged (`save_merged`) or not. diffusers loads an unconverted base, and `linearize_` converts
+            it then.
         dtype: Of the weights; None: float32; "auto": the one that the denoiser's are stored in.
         base: Folder or Hub id to load in place of the base that the adapter names, such as a moved copy or a fine-tune.
         revision: Branch, tag or commit of `directory_or_repo` on the Hub.
@@ -66,8 +68,8 @@ def from_pretrained(
     Returns:
         The pipeline, on the CPU without a `device_map`; the denoiser where the adapter's base is a bare denoiser.
     Raises:
-        ValueError: the adapter or its base is missing, out of reach, damaged, or they do not fit; or an option would
-            unpickle or run code.
+        ValueError: the adapter or its base is missing, out of reach, damaged, or they do not fit; nothing is converted;
+            or an option would unpickle or run code.
     """
     if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
@@ -162,12 +164,13 @@ def _restored(
         saved = read_base(place.name, revision=place.revision, offline=place.offline)
     if saved is None and place.folder is None and place.offline:
         raise ValueError(f"{place.name} is not in the local cache, and offline=True (--offline, HF_HUB_OFFLINE=1)")
-    if saved is None or CONFIG_KEY not in saved.config:
-        no_model = f"it has no {PIPELINE_FILE} either, as every pipeline of diffusers has"
+    if saved is None:
         raise ValueError(
-            f"{place.name} is neither an adapter (no {MANIFEST_FILE}) nor a saved converted pipeline: "
-            + (no_model if saved is None else "`lineardit convert` makes an adapter of a base")
+            f"{place.name} is neither an adapter (no {MANIFEST_FILE}) nor a saved converted pipeline: it has no "
+            f"{PIPELINE_FILE} either, as every pipeline of diffusers has"
         )
+    if CONFIG_KEY not in saved.config:
+        raise ValueError(_not_converted(place.name, saved))
     entry = read_entry(saved.config[CONFIG_KEY])
     if base is not None:
         raise ValueError(f"{place.name} is a whole pipeline, base must be None, got {base}")
@@ -181,6 +184,18 @@ def _restored(
     _, model = denoiser(pipe)
     _restore_conversion_(model, entry, impl, _folder_of(model, place), options.get("weights", True))
     return pipe
+
+
+def _not_converted(name: str, base: Base) -> str:
+    """That this is a base, and the lines to type."""
+    loader = base.source.pipeline_class or base.model_class
+    also = "; HighResolutionPipeline.from_pretrained and `lineardit generate` take it as it is, with full attention"
+    return (
+        f"{name} is a base and not converted (it has no {MANIFEST_FILE}). In memory: "
+        f"pipe = diffusers.{loader}.from_pretrained({name!r}); lineardit.linearize_(pipe). Or `lineardit convert "
+        f"{quote(name)} -o DIR` makes an adapter, and lineardit.from_pretrained('DIR') loads both"
+        + (also if base.source.pipeline_class else "")
+    )
 
 
 def _folder_of(model: Any, place: Place) -> Path:

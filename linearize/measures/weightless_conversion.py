@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self
 
 import psutil
@@ -193,7 +194,7 @@ class WeightlessConversion:
 def _saved_pipeline(name: str | Path, offline: bool) -> Base:
     found = read_base(name, offline=offline)
     if CONFIG_KEY not in found.config:
-        raise ValueError(f"{name} is not converted: `lineardit convert {name} --method ...` makes an adapter")
+        raise ValueError(f"{name} is not converted: `lineardit convert {quote(str(name))} -o DIR` makes an adapter")
     if read_entry(found.config[CONFIG_KEY]).trained:
         raise ValueError(
             f"{name} holds what was trained among its weights, which are not read: time the adapter itself "

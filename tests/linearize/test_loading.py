@@ -1,8 +1,10 @@
 """A pipeline by the name of its adapter, or from a plain save_pretrained."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -14,7 +16,9 @@ from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 from torch import Tensor
 from whole_projections import train_full_
 
+import lineardit
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize import swapped
 from lineardit.linearize.adapters import base as linearize_base
 from lineardit.linearize.adapters import loading
 from lineardit.linearize.adapters.base import read_base
@@ -209,8 +213,14 @@ def test_from_pretrained_hands_options_to_diffusers(base: Path, tmp_path: Path) 
 
 
 def test_from_pretrained_says_what_a_folder_is_not(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither an adapter .* nor a saved converted pipeline: `lineardit convert`"):
+    with pytest.raises(ValueError, match=r"is a base .*: pipe = diffusers.FluxPipeline.from_pretrained.*generate"):
         from_pretrained(base)
+    with pytest.raises(ValueError, match=r"is a base and not converted") as caught:
+        from_pretrained(base / "transformer")
+    typed: dict[str, Any] = {"diffusers": diffusers, "lineardit": lineardit}
+    lines = re.findall(r"In memory: (pipe = .*); (lineardit\.linearize_\(pipe\))\. Or ", str(caught.value))
+    exec("\n".join(lines[0]), typed)
+    assert swapped(typed["pipe"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"neither an adapter .* nor .*: it has no model_index.json either"):
         from_pretrained(tmp_path / "empty")

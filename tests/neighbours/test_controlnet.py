@@ -1,6 +1,5 @@
 """ControlNets beside a converted model: their residuals are added, and their own attention is converted apart."""
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lineardit import Clear, dense, linearize_, restore_
+from lineardit import Clear, UnsupportedModelError, dense, linearize_, restore_
 from lineardit.linearize import swapped
 from tiny_models import build
 
@@ -90,8 +89,8 @@ def test_several_controlnets_steer_a_converted_model(pipe: Any, family: str, ste
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_dense_of_a_pipeline_holds_for_its_controlnets_and_restore_names_them(
-    pipe: Any, family: str, steer: Callable[..., Tensor], count: int, caplog: pytest.LogCaptureFixture
+def test_dense_and_restore_of_a_pipeline_hold_for_its_controlnets(
+    pipe: Any, family: str, steer: Callable[..., Tensor], count: int
 ) -> None:
     controlnets = [build(f"{family}-controlnet") for _ in range(count)]
     other, scales = _steered(pipe, family, *controlnets), [1.0] * count
@@ -102,10 +101,33 @@ def test_dense_of_a_pipeline_holds_for_its_controlnets_and_restore_names_them(
     with dense(other):
         assert torch.equal(steer(other, *scales), base)
     assert torch.equal(steer(other, *scales), windowed)
-    with caplog.at_level(logging.WARNING, logger="lineardit"):
-        restore_(other)
-    names = ["controlnet"] if count == 1 else ["controlnet.nets[0]", "controlnet.nets[1]"]
-    assert all(f"{name} stays converted: restore_(pipe.{name})" in caplog.text for name in names)
-    for network in controlnets:
-        restore_(network)
+    restore_(other)
+    assert not any(swapped(network) for network in controlnets)
     assert torch.equal(steer(other, *scales), base)
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_restore_of_a_pipeline_whose_controlnet_alone_is_converted(
+    pipe: Any, family: str, steer: Callable[..., Tensor]
+) -> None:
+    controlnet = build("flux-controlnet")
+    other = _steered(pipe, family, controlnet)
+    base = steer(other, 1.0)
+    linearize_(controlnet, SMALL)
+    assert not torch.equal(steer(other, 1.0), base)
+    restore_(other)
+    assert torch.equal(steer(other, 1.0), base)
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_restore_of_a_pipeline_changes_nothing_where_a_network_was_wrapped_since(pipe: Any, family: str) -> None:
+    controlnet = build("flux-controlnet")
+    other = _steered(pipe, family, controlnet)
+    for network in (other, controlnet):
+        linearize_(network, SMALL)
+    attention = controlnet.transformer_blocks[0].attn
+    attention.__class__ = type("Wrapped", (type(attention),), {})
+    with pytest.raises(UnsupportedModelError, match=r"attn became a Wrapped after linearize_"):
+        restore_(other)
+    assert swapped(other.transformer)
+    assert swapped(controlnet)

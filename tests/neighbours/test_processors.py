@@ -1,11 +1,12 @@
 """Other attention processors, backends and guidance: they keep the window, or the next forward says what is wrong."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import attention_backend
+from diffusers import StableDiffusion3PAGPipeline, attention_backend
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import (
     AttnProcessor2_0,
@@ -17,6 +18,7 @@ from torch import nn
 
 from lineardit import Clear, KernelNotReachedError, LayoutError, dense, linearize_
 from tiny_models import build, inputs_of, run
+from tiny_stock.joint_latents import sd3, sd3_arguments
 
 SMALL = Clear(radius=1.5)
 
@@ -110,8 +112,29 @@ def test_perturbed_attention_guidance_of_joint_attention_is_refused() -> None:
     model, arguments = build("sd3"), inputs_of("sd3")
     linearize_(model, SMALL)
     model.transformer_blocks[1].attn.set_processor(PAGJointAttnProcessor2_0())
-    with pytest.raises(LayoutError, match=r"attn_mask must hide text tokens only.*dense\(model\)"):
+    with pytest.raises(LayoutError, match=r"^transformer_blocks\.1\.attn has PAGJoint.*skip_guidance_layers.*dense"):
         run(model, arguments)
+
+
+def test_perturbed_attention_guidance_of_sd3_does_what_its_refusal_says() -> None:
+    pipe, arguments = sd3(), {**sd3_arguments(), "num_inference_steps": 2}
+    perturbed = StableDiffusion3PAGPipeline.from_pipe(pipe, pag_applied_layers=["blocks.1"])
+
+    def paint(pipe: Any, **call: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        return pipe(**arguments, **call, output_type="pt").images
+
+    base = paint(perturbed)
+    linearize_(perturbed, Clear(radius=20))
+    with pytest.raises(LayoutError, match=r"^transformer_blocks\.1\.attn has PAGCFGJoint.*set_attn_processor"):
+        paint(perturbed)
+    perturbed.transformer.set_attn_processor(JointAttnProcessor2_0())
+    with dense(perturbed):
+        assert torch.equal(paint(perturbed), base)
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    assert not torch.equal(paint(pipe, **skip), paint(pipe))
+    linearize_(perturbed, Clear(radius=20), layers="transformer_blocks.0.*")
+    assert torch.equal(paint(perturbed), base)
 
 
 @pytest.mark.parametrize("impl", ["auto", "tiled", "reference"])

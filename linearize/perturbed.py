@@ -1,0 +1,28 @@
+"""Guidance by a perturbed prediction: what of it runs beside linear attention, and what is refused."""
+
+from typing import Any
+
+from torch.overrides import _get_current_function_mode_stack
+
+from .errors import LayoutError
+
+_SKIPS_SCORES = "AttentionScoreSkipFunctionMode"  # diffusers.hooks.layer_skip
+# SD3's, of diffusers' PAG pipelines; those of a UNet and of Hunyuan-DiT take the values as they are, and run
+_MASKS_TOKENS = ("PAGJointAttnProcessor2_0", "PAGCFGJointAttnProcessor2_0")
+
+
+def skips_scores() -> bool:
+    """Whether a layer is perturbed (LayerSkipConfig): the values are the answer, and no score is computed."""
+    return any(type(mode).__name__ == _SKIPS_SCORES for mode in _get_current_function_mode_stack())
+
+
+def refuse_perturbed(name: str, processor: Any) -> None:
+    """Raise a LayoutError where a processor perturbs by a mask of tokens x tokens."""
+    if type(processor).__name__ in _MASKS_TOKENS:
+        raise LayoutError(
+            f"{name} has {type(processor).__name__}: SD3's perturbed attention guidance masks tokens x tokens, which "
+            "linear attention does not. Leave layers that it perturbs dense (linearize_(..., layers=[the others])), or "
+            "call StableDiffusion3Pipeline with skip_guidance_layers=[...] in place of it, or make this call inside "
+            "`with dense(pipe):`. After such an error diffusers leaves its processors in the model: "
+            "pipe.transformer.set_attn_processor(JointAttnProcessor2_0()) takes them out"
+        )
