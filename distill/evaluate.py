@@ -243,6 +243,7 @@ def _judged(
     attention = describe_attention(pipe)
     logger.info("%s: %s", role, attention)
     pictures = make_pictures(pipe, prompts, directory / PICTURES, settings, name=role)
+    logger.info("%s: seconds of a step%s", role, ", and memory (a while on a CPU; --no-memory)" if memory else "")
     scores = [judge(*pair) for pair in zip(prompts, pictures.images, strict=True)] if judge else []
     side = Side(
         model=_name(source),

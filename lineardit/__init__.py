@@ -1,10 +1,21 @@
 """Attention of linear cost for pretrained diffusion models.
 
-The public names load on first use: `import lineardit` costs nothing, and one part does not need the others.
+    pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)
+    lineardit.linearize_(pipe)  # or a method of your own choice: linearize_(pipe, lineardit.Clear(radius=16))
+    with lineardit.dense(pipe):  # the original attention, for as long as the block lasts
+        ...
+    lineardit.restore_(pipe)
+    high = lineardit.HighResolutionPipeline.from_pipe(pipe)  # pictures of 4K to 8K, in stages
+
+Names that end in an underscore change the pipeline in place. `save_adapter` keeps a conversion, `from_pretrained` loads
+it with its base. The public names load on first use: `import lineardit` costs nothing, and one part does not need the
+others.
 """
 
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,9 +78,11 @@ if (_root / "pyproject.toml").is_file():  # a checkout: the package's folders st
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # name and obj: Python says which name may be meant
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     return getattr(import_module(_MODULE_OF[name], __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    loaded = {name for name, value in globals().items() if isinstance(value, ModuleType) and value is not sys}
+    return sorted({*_MODULE_OF, *loaded, *(name for name in globals() if name.startswith("__"))})

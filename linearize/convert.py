@@ -60,6 +60,8 @@ def linearize_(
     _, model = denoiser(pipe_or_model)
     _refuse_sharded(model, "linearize_")
     check_count("dense_below", dense_below, least=0)
+    if not isinstance(family, Family | None):
+        raise ValueError(f"family must be a lineardit.linearize.Family or None, got {family!r}")
     family = family or family_of(model)
     warn_untested()
     patterns = dict(config) if isinstance(config, Mapping) else {"*": config}

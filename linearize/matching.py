@@ -10,6 +10,7 @@ from torch import nn
 from .errors import UnsupportedModelError
 from .families import Family
 from .methods import METHODS
+from .methods.settings import check_count
 from .report import CROSS_ATTENTION, NOT_IMAGE_SELF_ATTENTION
 
 
@@ -55,10 +56,9 @@ def levels_below(model: nn.Module, family: Family, names: Sequence[str], min_tok
     """Why modules with fewer than `min_tokens` image tokens, at the size that the model was trained for, are left.
 
     Raises:
-        ValueError: `min_tokens` is negative or leaves none, or the modules of this family do not differ in that.
+        ValueError: `min_tokens` is no count or leaves none, or the modules of this family do not differ in that.
     """
-    if min_tokens < 0:
-        raise ValueError(f"min_tokens must be >= 0, got {min_tokens}")
+    check_count("min_tokens", min_tokens, least=0)
     if min_tokens == 0:
         return {}
     if family.native_tokens is None:
@@ -94,10 +94,12 @@ def choose(names: Sequence[str], patterns: Mapping[str, Any], layers: Sequence[s
     """Module name -> config, for the names that `layers` (None: all) and one pattern match.
 
     Raises:
-        ValueError: a pattern matches nothing, or two match one layer.
+        ValueError: a pattern matches nothing, two match one layer, or `layers` are no globs.
     """
     allowed = list(names)
     if layers is not None:
+        if not (isinstance(layers, Sequence) and layers and all(isinstance(glob, str) for glob in layers)):
+            raise ValueError(f"layers must be None (all), a glob of module names, or a list of them, got {layers!r}")
         chosen = {name for glob in layers for name in _matches(glob, names, "layers")}
         allowed = [name for name in names if name in chosen]
     configs: dict[str, Any] = {}

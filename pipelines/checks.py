@@ -16,6 +16,8 @@ from .stage_schedule import most_steps
 
 def check_plan(plan: Plan, height: int | None, width: int | None, steps: int | None, settings: object) -> None:
     """Raise a ValueError where a call asks for something else than its plan; None asks for nothing."""
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan must be what `plan(height, width)` returns, or None, got {plan!r}")
     if settings is not None:
         raise ValueError("settings must be left out where there is a plan: `plan(..., settings=...)` makes another one")
     if (height or plan.height, width or plan.width) != (plan.height, plan.width):

@@ -41,8 +41,10 @@ def decode_file(
         OSError: a file cannot be read, or the base is not there.
     """
     check_tile(tile)
-    latents, text = read_latents(file)
     own = file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
+    if not file.exists() and own.exists():
+        raise ValueError(f"{file} is not there and {own} is: that picture was decoded, and its latents went")
+    latents, text = read_latents(file)
     path = output or own
     if path.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {path}")

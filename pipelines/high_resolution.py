@@ -147,7 +147,7 @@ class HighResolutionPipeline(StagedPipeline):
             limits.native if height is None else height,
             limits.native if width is None else width,
             limits,
-            settings or Settings(),
+            Settings() if settings is None else settings,
             first_steps=num_inference_steps,
             enlarge=enlarge,
             text_len=text_len or said or 77,

@@ -47,6 +47,8 @@ def cascade(
     """
     if not all(isinstance(side, Integral) and side >= 1 for side in (height, width)):
         raise ValueError(f"height and width must be integers >= 1, got {height!r} and {width!r}")
+    if not isinstance(settings, Settings):
+        raise ValueError(f"settings must be lineardit.pipelines.Settings(...) or None, got {settings!r}")
     if enlarge and settings.strength == 1 and limits.largest_shift is None:
         raise ValueError("strength must be below 1 where a picture is enlarged: at 1 it is forgotten")
     if isinstance(enlarge, tuple):

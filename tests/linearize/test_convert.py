@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def test_linearize_layers_and_patterns_choose_modules() -> None:
         ({"*": SMALL, "single_*": SMALL}, None, "two patterns match single_transformer_blocks.0.attn"),
         ({}, None, "no module is swapped"),
         ({"single_*": SMALL}, "transformer_blocks.*", "matches no self-attention module"),
-        (SMALL, [], "matches no self-attention module"),
+        (SMALL, [], r"layers must be None \(all\), a glob of module names, or a list of them, got \[\]"),
+        (SMALL, 3, "layers must be None"),
         (4, None, "expected a config of a method"),
         ({"*": {"radius": 4}}, None, "expected a config of a method"),
         (Clear, None, "expected a config of a method"),
@@ -83,6 +85,21 @@ def test_linearize_refuses_bad_choices_and_changes_nothing(config: object, layer
         linearize_(model, config, layers=layers)
     assert torch.equal(run(model, arguments), out)
     assert len(swapped(model)) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"family": "flux"}, r"family must be a lineardit\.linearize\.Family or None, got 'flux'"),
+        ({"min_tokens": "64"}, "min_tokens must be an integer >= 0, got '64'"),
+        ({"dense_below": 0.5}, "dense_below must be an integer >= 0, got 0.5"),
+    ],
+)
+def test_linearize_says_which_argument_is_of_a_wrong_kind(wrong: dict[str, Any], told: str) -> None:
+    model = build("flux")
+    with pytest.raises(ValueError, match=told):
+        linearize_(model, SMALL, **wrong)
+    assert not swapped(model)
 
 
 def test_linearize_takes_pipelines_compiled_models_and_subclasses() -> None:

@@ -107,6 +107,10 @@ def test_settings_of_a_call_are_those_of_its_plan(high: Any) -> None:
     plan = high.plan(32, 32, enlarge=(16, 16), settings=settings)
     planned = high(PROMPT, plan=plan, generator=seeded(), **call).images
     assert torch.equal(high(PROMPT, height=32, width=32, settings=settings, generator=seeded(), **call).images, planned)
+    with pytest.raises(ValueError, match=r"settings must be lineardit\.pipelines\.Settings.* or None, got \{\}"):
+        high("x", height=16, width=24, settings={})
+    with pytest.raises(ValueError, match=r"plan must be what `plan\(height, width\)` returns, or None, got '32x48'"):
+        high("x", plan="32x48")
     with pytest.raises(ValueError, match="settings must be left out where there is a plan"):
         high(PROMPT, plan=plan, settings=settings, **call)
 
