@@ -24,7 +24,8 @@ class _Saved(dict[str, Any]):
     def to_dict(self) -> dict[str, Any]:
         logger.warning(
             "saving a converted model with save_pretrained: plain diffusers loads it with its full attention; "
-            "lineardit.from_pretrained restores the conversion, and lineardit.save_adapter is the smaller way"
+            "lineardit.from_pretrained restores the conversion (unload a LoRA of your own before), and "
+            "lineardit.save_adapter is the smaller way"
         )
         return dict(self)
 

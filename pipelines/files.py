@@ -90,7 +90,9 @@ def check_text(words: str) -> None:
     try:
         words.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"prompts and arguments must be text in UTF-8, got {words!r}: type it anew") from error
+        raise ValueError(
+            f"prompts and arguments must be text in UTF-8, got {words!r}: type it anew, in a locale of UTF-8"
+        ) from error
 
 
 def said_of(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -17,6 +17,9 @@ from .model_card import CARD_FILE, adapter_card, merged_card
 
 logger = logging.getLogger(__name__)
 
+# of the library that sends requests for huggingface_hub, whose versions take different ones
+_FAILED_REQUEST: Any = HfHubHTTPError.__bases__[0]
+
 
 def push_to_hub(
     pipe_or_model: Any,
@@ -41,7 +44,7 @@ def push_to_hub(
     Returns:
         The address of the repository.
     Raises:
-        ValueError: nothing is converted, `repo_id` has another form, or the Hub refused.
+        ValueError: nothing is converted, `repo_id` has another form, or the Hub refused or is out of reach.
     """
     if not is_repository(repo_id):
         raise ValueError(f"repo_id must have the form owner/name, got {repo_id!r}")
@@ -66,5 +69,10 @@ def push_to_hub(
         except HfHubHTTPError as error:
             raise ValueError(
                 f"the Hub refused {repo_id}: {error}; log in with `hf auth login` to an account that may write there"
+            ) from error
+        except (_FAILED_REQUEST, OSError) as error:
+            raise ValueError(
+                f"the Hub cannot be reached: {error}; check the network, or write a folder with "
+                f"lineardit.{'save_merged' if merged else 'save_adapter'} and upload that elsewhere"
             ) from error
     return f"https://huggingface.co/{repo_id}"

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import diffusers
 import huggingface_hub
@@ -300,6 +301,15 @@ def test_push_to_hub_refuses_in_one_sentence(base: Path, hub: FakeHub, monkeypat
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     with pytest.raises(ValueError, match="the Hub refused me/x: 403"):
+        push_to_hub(student_of(base, "kernels"), "me/x")
+
+
+@pytest.mark.parametrize("kind", [HfHubHTTPError.__bases__[0], ConnectionError])
+def test_push_to_hub_says_that_the_hub_is_out_of_reach(
+    base: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", Mock(side_effect=kind("Name or service not known")))
+    with pytest.raises(ValueError, match=r"the Hub cannot be reached: Name or service not known; .*save_adapter"):
         push_to_hub(student_of(base, "kernels"), "me/x")
 
 
