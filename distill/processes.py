@@ -22,6 +22,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
+from ..linearize.errors import told
 from .diverged import DivergedError
 
 SENTENCES = (ValueError, OSError, DivergedError)  # that end a run with their message alone
@@ -112,7 +113,7 @@ def all_or_none(accelerator: Accelerator) -> Iterator[None]:
 
 def _plain(error: Exception) -> Exception:
     """The same as one of `SENTENCES` that other processes can read."""
-    return next(kind for kind in SENTENCES if isinstance(error, kind))(str(error))
+    return next(kind for kind in SENTENCES if isinstance(error, kind))(told(error))
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:

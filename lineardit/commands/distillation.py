@@ -17,6 +17,9 @@ def distill(
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
 ) -> None:
     """Teach a student what its teacher does. For several machines use accelerate launch itself."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
     from ..distill.__main__ import main
     from ..distill.config_tables import load_config
     from ..distill.launch import launch

@@ -24,7 +24,7 @@ from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, find_place, read_base
 from .fitting import check_shapes, shapes_of
 from .outline import parts_on_meta
-from .stored_weights import stored_dtype, variant_of
+from .stored_weights import check_has_weights, stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,8 @@ def load_base(
         raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
     if "variant" not in options:
         options["variant"] = variant_of(base)
+    if weights and base.component not in options:
+        check_has_weights(base)
     # None would leave text encoders in the dtype of their files
     named = dtype or torch.float32
     if named == "auto":

@@ -46,6 +46,16 @@ def variant_of(base: Base) -> str | None:
     return found[0]
 
 
+def check_has_weights(base: Base) -> None:
+    """Raise a ValueError where the folder of a denoiser holds its config alone; of a Hub id nothing is asked."""
+    folder = Path(str(base.source.name), base.component or "")
+    if folder.is_dir() and not any(file.suffix == ".safetensors" for file in folder.iterdir()):
+        raise ValueError(
+            f"{folder} has a config and no weights, enough to convert, inspect and bench: to draw or train, give "
+            "a folder or Hub id that has them, or that as base= (--base) of an adapter"
+        )
+
+
 def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = False) -> torch.dtype:
     """The dtype of the denoiser's weights in their file, by its header; of several, the one with the most bytes.
 

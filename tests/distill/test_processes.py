@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -74,6 +75,8 @@ def test_all_processes_get_what_the_main_one_has(tmp_path: Path) -> None:
             with pytest.raises(error, match="process 0 says no"):
                 on_main(accelerator, partial(_refuse, accelerator.process_index, raised))
 
+        with pytest.raises(OSError, match=r"^runs: Permission denied"):
+            on_main(accelerator, Mock(side_effect=PermissionError(13, "Permission denied", "runs")))
         for who, told in (({0, 1}, "^process [01] says no"), ({1}, "^process 1 of 2: process 1 says no")):
             with pytest.raises(ValueError, match=told), all_or_none(accelerator):
                 if accelerator.process_index in who:

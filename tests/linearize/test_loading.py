@@ -212,6 +212,16 @@ def test_from_pretrained_hands_options_to_diffusers(base: Path, tmp_path: Path) 
     assert from_pretrained(tmp_path / "adapter", scheduler=scheduler).scheduler is scheduler
 
 
+def test_from_pretrained_says_that_a_base_has_no_weights(base: Path, tmp_path: Path) -> None:
+    student = student_of(base, "kernels")
+    save_adapter(student, tmp_path / "adapter")
+    (base / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"base/transformer has a config and no weights, .*--base"):
+        from_pretrained(tmp_path / "adapter")
+    assert from_pretrained(tmp_path / "adapter", weights=False).transformer.device.type == "meta"
+    assert swapped(from_pretrained(tmp_path / "adapter", transformer=build("flux")).transformer)
+
+
 def test_from_pretrained_says_what_a_folder_is_not(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is a base .*: pipe = diffusers.FluxPipeline.from_pretrained.*generate"):
         from_pretrained(base)
