@@ -14,6 +14,7 @@ from .errors import LayoutError
 from .families import Family, Sight
 from .input_terms import InputTerms
 from .overlays import Overlay, Overlays
+from .tables import keep_tables_for
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Conversion:
         self.kept_sights: dict[Any, Sight] | None = None
         self._thread: int | None = None
         self._dense_thread: int | None = None
+        keep_tables_for(self)
 
     @property
     def dense_tokens(self) -> int:
@@ -97,6 +99,10 @@ class Conversion:
     def __getstate__(self) -> dict[str, Any]:
         """Of copies and pickles: no thread is inside. Made inside `dense`, they are the base in every thread."""
         return vars(self) | {"_thread": None, "_dense_thread": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        keep_tables_for(self)
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:

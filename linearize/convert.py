@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..kernels.pieces.kept_tables import release_tables
 from .advice import warn_of_others, warn_untested
 from .config_entry import remove_entry_, write_entry_
 from .conversion import Conversion, conversion_of, tell_unused_dense_below
@@ -22,7 +23,6 @@ from .networks import denoiser, networks
 from .overlays import refuse_fused
 from .report import SwapReport
 from .seam import Level, install
-from .tables import release_tables
 
 logger = logging.getLogger(__name__)
 

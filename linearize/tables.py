@@ -1,15 +1,19 @@
-"""What windows keep on the device from call to call, and its release."""
+"""How long what windows keep on the device lives: as long as any converted model."""
 
-from ..kernels.focus.rest_of_cells import kept_log_rest
-from ..kernels.focus.tables import focus_tables
-from ..kernels.window.kept_bias import kept_bias
-from ..kernels.window.tiled import window_groups
+import weakref
+from typing import Any
 
-# The kernels' lists, not here, take 5 MiB at most at a grid of 512 x 512.
-KEPT = (kept_log_rest, focus_tables, kept_bias, window_groups)
+from ..kernels.pieces.kept_tables import release_tables
+
+_USERS: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def release_tables() -> None:
-    """Give the memory back; a call that needs them, of another converted model too, makes them anew."""
-    for kept in KEPT:
-        kept.cache_clear()
+def keep_tables_for(user: Any) -> None:
+    """Free the tables when this and every other user is gone."""
+    _USERS.add(user)
+    weakref.finalize(user, _release_if_last).atexit = False
+
+
+def _release_if_last() -> None:
+    if next(iter(_USERS), None) is None:  # len counts the one that has just gone
+        release_tables()

@@ -1,5 +1,6 @@
 """Which cells the queries of a tile see token by token: those that their mean weighs most (attention.py)."""
 
+import torch
 from torch import Tensor
 
 from .tables import FocusTables
@@ -14,6 +15,7 @@ def choose(query: Tensor, proxy_key: Tensor, tables: FocusTables, tiles: slice, 
         count: k.
     """
     real = tables.real[tiles][:, :, None]
-    mean = (query * real).sum(3, dtype=tables.log_rest_of_tiles.dtype) / real.sum(1)
-    logits = scale * mean @ proxy_key.to(mean.dtype).mT + tables.log_rest_of_tiles[tiles]
+    log_rest = tables.log_rest_of_tiles.at(torch.arange(len(tables.tiles), device=real.device)[tiles])
+    mean = (query * real).sum(3, dtype=log_rest.dtype) / real.sum(1)
+    logits = scale * mean @ proxy_key.to(mean.dtype).mT + log_rest
     return logits.topk(count, dim=-1).indices

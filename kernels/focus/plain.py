@@ -115,7 +115,7 @@ def _gather(
     queries = q.shape[:4]  # B, H, g, Q
     of_proxies, of_tokens = (space[: math.prod(queries)] for space in (spaces.of_proxies, spaces.of_tokens))
     of_proxies = of_proxies.view(*queries, num_cells)
-    torch.add(tables.log_rest[tokens], hidden[:, :, :, None], out=of_proxies)
+    torch.add(tables.log_rest.at(tokens), hidden[:, :, :, None], out=of_proxies)
     of_tokens = of_tokens.view(*queries, chosen.shape[3], -1)  # [B, H, g, Q, k, L]
     _fill_of_tokens(of_tokens, chosen, tables, tiles)
     first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells
@@ -137,9 +137,8 @@ def _fill_of_tokens(of_tokens: Tensor, chosen: Tensor, tables: FocusTables, tile
     """Biases [B, H, g, Q, k, L] of the tokens of the chosen cells [B, H, g, k]: UNSEEN in a query's own window."""
     shares = tables.shares[chosen]
     of_tokens.copy_(shares[:, :, :, None])
-    within = torch.arange(chosen.shape[2], device=chosen.device)[:, None]
     # Most chosen cells lie beyond all windows of their tile.
-    batch, head, tile, place = tables.reached[tiles][within, chosen].nonzero(as_tuple=True)
+    batch, head, tile, place = tables.reached_of(chosen, tiles).nonzero(as_tuple=True)
     if len(tile) > 0:
         near = _near(tables.cells[chosen[batch, head, tile, place]], tables, tiles.start + tile)
         of_tokens[batch, head, tile, :, place] = torch.where(near, UNSEEN, shares[batch, head, tile, place][:, None])

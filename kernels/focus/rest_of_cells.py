@@ -5,21 +5,24 @@
 Cells are those of kernels/pieces/cells.py, which overlap where a side does not divide. Over all cells, rest_i adds up
 to the number of tokens outside of the window. With a cell for each token, rest is 1 outside and 0 inside.
 
-Windows are counted along each axis: a box is a product of its axes, and of a circle every row is one. Some rows of the
-image are counted at a time, which takes several times the memory of their result.
+A window reaches few of the cells, and all others lie outside of it as a whole: of each query the cells in its reach are
+counted and kept, `RestOfCells`, which is a few MiB where [n, C] numbers would be hundreds.
 
-n = frames * height * width tokens, C cells.
+Windows are counted along each axis: a box is a product of its axes, and of a circle every row is one.
+
+n = frames * height * width tokens, C cells, k of them in reach of a window.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..pieces.cells import Grid, cell_grid, cells_of_axis, sizes_of
-from ..pieces.kept_tables import KEEPS_TABLES
+from ..pieces.kept_tables import KEEPS_TABLES, kept
 from ..window import Box, Circle
 from ..window.windows import Window, from_arguments, to_arguments
 
@@ -27,7 +30,46 @@ from ..window.windows import Window, from_arguments, to_arguments
 # which a query sees none gives weight 0, never NaN.
 UNSEEN = -1e4
 
-PARTS = 8  # of the image's rows, counted one after the other
+ALIGNED = 16  # numbers, at multiples of which PyTorch's kernels want rows of a bias to begin, or copy it
+PARTS = 8  # of the image's rows or tokens, treated one after the other
+
+
+class RestOfCells(NamedTuple):
+    """A number for each place and cell, [places, C]: of most cells the same at all places.
+
+    Places stand on a grid (frames, height, width): those of the image's tokens, or of tiles of them.
+    """
+
+    whole: Tensor  # [C], of a cell beyond the reach of the window
+    near: Tensor  # [places, k], of those in reach: a box of cells
+    axes: tuple[Tensor, Tensor, Tensor]  # which these are: [frames, deep], [height, rows], [width, columns] of the box
+    counts: tuple[int, int, int]  # frames, rows and columns of all cells
+
+    def cells(self, places: Tensor) -> Tensor:
+        """The cells in reach, [...] -> [..., k]."""
+        frames, rows, columns = self.axes
+        line = places // len(columns)
+        deep, row, column = frames[line // len(rows)], rows[line % len(rows)], columns[places % len(columns)]
+        row = deep[..., :, None] * self.counts[1] + row[..., None, :]
+        return (row[..., None] * self.counts[2] + column[..., None, None, :]).flatten(-3)
+
+    def at(self, places: Tensor) -> Tensor:
+        """The numbers of some places and all cells, [...] -> [..., C], in memory of their own."""
+        return self.whole.repeat(*places.shape, 1).scatter_(-1, self.cells(places), self.near[places])
+
+    def everywhere(self, *, multiple: int = 1) -> Tensor:
+        """The same of all places, [places, C]; rows begin at multiples of so many numbers."""
+        num_places, num_cells = len(self.near), len(self.whole)
+        out = self.whole.new_empty(num_places, -(-num_cells // multiple) * multiple)[:, :num_cells].copy_(self.whole)
+        step = -(-num_places // PARTS)
+        for start in range(0, num_places, step):
+            places = torch.arange(start, min(start + step, num_places), device=out.device)
+            out[start : start + step].scatter_(1, self.cells(places), self.near[start : start + step])
+        return out
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "RestOfCells":
+        """Each number changed alike."""
+        return self._replace(whole=function(self.whole), near=function(self.near))
 
 
 def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor:
@@ -36,12 +78,12 @@ def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor
     Args:
         like: Whose dtype and device it gets.
     Returns:
-        [n, C], to be read only: it is kept for the windows that were used last.
+        [n, C + 1], the last 0: what is added to the logits of the cells and of an extra key (pieces/extra_key.py).
     """
     if torch.compiler.is_compiling() or type(like) is not Tensor:  # a fake one would be kept, and served to real ones
         radius, frame_radius, box = to_arguments(window)
         return log_rest_op(like.detach(), grid, radius, num_cells, frame_radius, box)
-    return kept_log_rest(tuple(grid), window, num_cells, like.dtype, like.device)
+    return _log_rest(like, grid, window, num_cells)
 
 
 @torch.library.custom_op(
@@ -59,60 +101,68 @@ def log_rest_op(
     frame_radius: int | None = None,
     box: Sequence[int] | None = None,
 ) -> Tensor:
-    """A copy, since an operator owns what it returns."""
-    return kept_log_rest(
-        tuple(grid), from_arguments(radius, frame_radius, box), num_cells, like.dtype, like.device
-    ).clone()
+    """`log_rest`; an operator since tables depend on the grid, so that tracing would compile anew for each one."""
+    return _log_rest(like, grid, from_arguments(radius, frame_radius, box), num_cells)
 
 
 @log_rest_op.register_fake
 def _(like, grid, radius, num_cells, *_):  # type: ignore[no-untyped-def]
-    return like.new_empty(math.prod(grid), num_cells)
+    return like.new_empty(math.prod(grid), (num_cells + ALIGNED) // ALIGNED * ALIGNED)[:, : num_cells + 1]
 
 
-def new_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`log_rest` computed anew, in this dtype and on this device."""
+def _log_rest(like: Tensor, grid: Sequence[int], window: Window, num_cells: int) -> Tensor:
+    rest = kept_log_rest(tuple(grid), window, num_cells, like.dtype, like.device)
+    return rest._replace(whole=pad(rest.whole, (0, 1))).everywhere(multiple=ALIGNED)
+
+
+@kept(maxsize=8)
+def kept_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> RestOfCells:
+    """The numbers of `log_rest`, to be read only."""
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # serves training as well
-        log = torch.empty(*sizes_of(grid), num_cells, dtype=dtype, device=device)
-        for rows, rest in _by_rows(grid, window, num_cells, device):
-            log[:, rows] = rest.mul_(num_cells / math.prod(grid)).log_().clamp_(min=UNSEEN)
-        return log.flatten(0, 2)
+        share = num_cells / math.prod(grid)
+        rest = rest_of_cells(grid, window, num_cells, device)
+        return rest.map(lambda numbers: numbers.mul_(share).log_().clamp_(min=UNSEEN).to(dtype))
 
 
-# Of 1,024 cells in half precision 128 MiB at a grid of 256 x 256 (4096 pixels on a side), 512 MiB at 512 x 512.
-kept_log_rest = lru_cache(maxsize=4)(new_log_rest)
-
-
-def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> Tensor:
-    """rest above, [n, C], float32."""
-    out = torch.empty(*sizes_of(grid), num_cells, device=device)
-    for rows, rest in _by_rows(grid, window, num_cells, device):
-        out[:, rows] = rest
-    return out.flatten(0, 2)
-
-
-def _by_rows(grid: Grid, window: Window, num_cells: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """`rest_of_cells` for some rows of the image at a time: (the rows, [frames, rows, width, C]), to be overwritten."""
-    frames, height, width = sizes = sizes_of(grid)
+def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> RestOfCells:
+    """rest above, in float32."""
+    frames, height, _ = sizes = sizes_of(grid)
+    counts = cell_grid(*sizes, num_cells)
     holds = [  # [places of an axis, cells along it], along frames, height and width
-        _holds(size, count, device) for size, count in zip(sizes, cell_grid(*sizes, num_cells), strict=True)
+        _holds(size, count, device) for size, count in zip(sizes, counts, strict=True)
     ]
-    of_frames, of_rows, of_columns = (one.sum(0) for one in holds)
+    deep, rows, columns = (one.sum(0) for one in holds)
     frame = torch.arange(frames, device=device)
     distance = (frame[:, None] - frame).abs()
-    near_frames = (distance < (window.frame_radius or frames)).float() @ holds[0]  # [frames, deep]
+    near_frames = (distance < (window.frame_radius or frames)).float() @ holds[0]  # [frames, cells along them]
     if isinstance(window, Circle):
         by_row, by_column = _near_circle(window, *holds[1:])
     else:
         by_row, by_column = _near_box(window, *holds[1:])
-    whole = of_frames[:, None] * torch.outer(of_rows, of_columns).flatten()  # [deep, cells of a frame]
+    axes = in_reach(near_frames > 0), in_reach((by_row > 0).any(0)), in_reach((by_column > 0).any(0))
+    near_frames = near_frames.gather(1, axes[0])[:, None, None, :, None, None]
+    by_row = by_row.gather(2, axes[1].expand(len(by_row), -1, -1))
+    by_column = by_column.gather(2, axes[2].expand(len(by_column), -1, -1))
+    of_frames = deep[axes[0]][:, None, None, :, None, None]
+
+    rest = torch.empty(*sizes, math.prod(cells.shape[1] for cells in axes), device=device)
     step = math.ceil(height / PARTS)
     for start in range(0, height, step):
-        near = _product(by_row[:, start : start + step], by_column)
-        rest = near_frames[:, None, :, None] * near[None, :, None]  # [frames, rows * width, deep, cells of a frame]
-        torch.sub(whole, rest, out=rest)
-        rest.masked_fill_(rest < 1e-3, 0)  # less than any share of a token
-        yield slice(start, start + step), rest.reshape(frames, -1, width, num_cells)  # a copy if one column
+        part = slice(start, start + step)
+        near = near_frames * _product(by_row[:, part], by_column)[:, :, None]  # [frames, part, width, *box]
+        of_part = rows[axes[1][part]][:, None, None, :, None] * columns[axes[2]][:, None, None]
+        torch.sub(of_frames * of_part, near, out=near)
+        rest[:, part] = near.masked_fill_(near < 1e-3, 0).flatten(3)  # less than any share of a token
+    whole = deep[:, None] * torch.outer(rows, columns).flatten()
+    return RestOfCells(whole.flatten(), rest.flatten(0, 2), axes, counts)
+
+
+def in_reach(seen: Tensor) -> Tensor:
+    """From which cell along an axis to which each place sees any, [places, cells] bool -> [places, as many for all]."""
+    count = seen.shape[1]
+    first, last = seen.int().argmax(1), count - 1 - seen.flip(1).int().argmax(1)
+    most = int((last - first).max()) + 1
+    return first.clamp(max=count - most)[:, None] + torch.arange(most, device=seen.device)
 
 
 def _holds(size: int, count: int, device: torch.device) -> Tensor:
@@ -148,7 +198,6 @@ def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> tuple[Tensor,
 
 
 def _product(by_row: Tensor, by_column: Tensor) -> Tensor:
-    """sum_s of [s, height, rows of cells] times [s, width, columns of cells], [height * width, cells of a frame]."""
+    """sum_s of [s, height, rows of cells] times [s, width, columns of cells], [height, width, rows, columns]."""
     sums = by_row.flatten(1).T @ by_column.flatten(1)  # [height * rows, width * columns]
-    sums = sums.unflatten(1, by_column.shape[1:]).unflatten(0, by_row.shape[1:])  # [height, rows, width, columns]
-    return sums.transpose(1, 2).flatten(2).flatten(0, 1)
+    return sums.unflatten(1, by_column.shape[1:]).unflatten(0, by_row.shape[1:]).transpose(1, 2)

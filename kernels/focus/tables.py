@@ -5,16 +5,16 @@ window (rest_of_cells.py), G tiles of Q = side * side queries.
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid, cell_grid, cells_of_axis, sizes_of
+from ..pieces.kept_tables import kept
 from ..window import Circle
 from ..window.windows import Window
-from .rest_of_cells import UNSEEN, rest_of_cells
+from .rest_of_cells import UNSEEN, RestOfCells, in_reach, rest_of_cells
 
 
 class FocusTables(NamedTuple):
@@ -28,15 +28,19 @@ class FocusTables(NamedTuple):
     cells: Tensor  # [C, L] tokens
     shares: Tensor  # [C, L], -log (m n/C) of a token, UNSEEN beyond the last
     places: Tensor  # [n, largest m] of a token in the flat `cells`, -1 beyond the last
-    log_rest: Tensor  # [n, C], log (r / (n/C)), in a dtype of its own
-    log_rest_of_tiles: Tensor  # [G, C], log of the mean of r / (n/C) over the tile
-    reached: Tensor  # [G, C] bool: a window of the tile holds tokens of the cell
+    log_rest: RestOfCells  # [n, C], log (r / (n/C)), in a dtype of its own
+    log_rest_of_tiles: RestOfCells  # [G, C], log of the mean of r / (n/C) over the tile
+    reached: RestOfCells  # [G, C] bool: a window of the tile holds tokens of the cell
     distances: list[Tensor]  # [size, size] along frames, rows, columns:
     limit: int  # a token lies in a window where they add up to less
 
+    def reached_of(self, chosen: Tensor, tiles: slice) -> Tensor:
+        """`reached` of the cells [B, H, g, k] that these tiles chose, alike."""
+        place = torch.arange(len(self.tiles), device=chosen.device)[tiles]
+        return self.reached.at(place).expand(*chosen.shape[:2], -1, -1).gather(3, chosen)
 
-# Of 1,024 cells in half precision 151 MiB at a grid of 256 x 256 (4096 pixels on a side), 602 MiB at 512 x 512.
-@lru_cache(maxsize=4)
+
+@kept(maxsize=8)
 def focus_tables(
     grid: Grid,
     window: Window,
@@ -58,14 +62,9 @@ def focus_tables(
         tiles = ((frames[:, None] * height + rows)[:, :, None] * width + columns[:, None]).flatten(1)
         real = real.flatten(1)
         cells, shares = _tokens_of_cells(sizes, num_cells, dtype)
-        rest = rest_of_cells(grid, window, num_cells, device).to(dtype).mul_(num_cells / math.prod(sizes))
-        sums = rest.new_zeros(len(tiles), num_cells)
-        least_rest = torch.full_like(sums, math.inf)
-        for tokens, exists in zip(tiles.to(device).unbind(1), real.to(device).unbind(1), strict=True):
-            one = rest[tokens]
-            sums += one * exists[:, None]
-            least_rest = torch.minimum(least_rest, one)
-        sums /= real.sum(1, keepdim=True).to(device)
+        rest = rest_of_cells(grid, window, num_cells, device)
+        rest = rest.map(lambda numbers: numbers.to(dtype).mul_(num_cells / math.prod(sizes)))
+        of_tiles, least = _of_tiles(rest, tiles.to(device), real.to(device), side)
         places = _places_of_tokens(cells[shares > UNSEEN], shares > UNSEEN, math.prod(sizes))
         shares -= math.log(math.prod(sizes) / num_cells)
         whole = shares.exp().sum(1).to(device)
@@ -79,12 +78,40 @@ def focus_tables(
             cells=cells.to(device),
             shares=shares.to(device),
             places=places.to(device),
-            log_rest=rest.log_().clamp_(min=UNSEEN).to(rest_dtype),
-            log_rest_of_tiles=sums.log().clamp(min=UNSEEN),
-            reached=least_rest < (1 - 1e-5) * whole,  # a token is more of a cell
+            log_rest=rest.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN).to(rest_dtype)),
+            log_rest_of_tiles=of_tiles.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN)),
+            reached=least._replace(
+                whole=torch.zeros_like(whole, dtype=torch.bool),
+                near=least.near < (1 - 1e-5) * whole[least.cells(torch.arange(len(tiles), device=device))],
+            ),  # a token is more of a cell
             distances=[one.to(device) for one in distances],
             limit=limit,
         )
+
+
+def _of_tiles(rest: RestOfCells, tiles: Tensor, real: Tensor, side: int) -> tuple[RestOfCells, RestOfCells]:
+    """The mean of `rest` over the queries of each tile, and the least."""
+    frames, rows, columns = rest.axes
+    _, num_rows, num_columns = rest.counts
+    axes = frames, _in_reach_of_tiles(rows, num_rows, side), _in_reach_of_tiles(columns, num_columns, side)
+    box = math.prod(cells.shape[1] for cells in axes)
+    mean = RestOfCells(rest.whole.clone(), rest.near.new_zeros(len(tiles), box), axes, rest.counts)
+    least = mean._replace(near=torch.full_like(mean.near, math.inf))
+    cells = mean.cells(torch.arange(len(tiles), device=tiles.device))
+    for tokens, exists in zip(tiles.unbind(1), real.unbind(1), strict=True):
+        one = rest.at(tokens).gather(1, cells)
+        mean.near.add_(one * exists[:, None])
+        torch.minimum(least.near, one, out=least.near)
+    mean.near.div_(real.sum(1, keepdim=True))
+    return mean, least
+
+
+def _in_reach_of_tiles(cells: Tensor, count: int, side: int) -> Tensor:
+    """Of `RestOfCells.axes` of an axis the same for every `side` places together."""
+    seen = torch.zeros(-(-len(cells) // side), count, dtype=torch.bool, device=cells.device)
+    tile = torch.arange(len(cells), device=cells.device) // side
+    seen[tile[:, None], cells] = True
+    return in_reach(seen)
 
 
 def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..pieces.cells import Grid, sizes_of
+from ..pieces.kept_tables import kept
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..window.windows import Window
 from . import triton_kernels as kernels
@@ -90,7 +91,7 @@ class PackedTables:
     distances: tuple[Tensor, ...]  # of rows, columns, frames, int32
 
 
-@lru_cache(maxsize=4)
+@kept(maxsize=8)
 def _packed(
     grid: Grid, window: Window, num_cells: int, side: int, device: torch.device, rest_dtype: torch.dtype
 ) -> PackedTables:
@@ -120,8 +121,13 @@ class _Call:
     def lists(self) -> tuple[Tensor, ...]:
         """Arguments of the kernels of tiles of queries, TILES to FRAMES."""
         packed = self.packed
-        of_cells = packed.cells, self.tables.shares, self.tables.log_rest
+        of_cells = packed.cells, self.tables.shares, self.log_rest
         return packed.tiles, *of_cells, self.chosen.int(), self.hidden, self.num_unmasked, *packed.distances
+
+    @cached_property
+    def log_rest(self) -> Tensor:
+        """[n, C], for this call alone."""
+        return self.tables.log_rest.everywhere()
 
     @cached_property
     def hidden(self) -> Tensor:
@@ -163,7 +169,7 @@ def _prepare(
     query, num_cells = inputs[0], inputs[3].shape[2]
     tables = focus_tables(grid, window, num_cells, side, torch.float32, query.device, query.dtype)
     chosen = choice if isinstance(choice, Tensor) else _choose(query, inputs[3], tables, choice, scale)
-    reached = tables.reached[torch.arange(len(tables.tiles), device=chosen.device)[:, None], chosen]  # [B, H, G, k]
+    reached = tables.reached_of(chosen, slice(None))
     return _Call(
         inputs=[dense_rows(one.to(query.dtype)) for one in inputs],
         tables=tables,
@@ -297,7 +303,7 @@ def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, 
     kernels.focus_grad_proxy[num_blocks, batch * num_heads, splits](
         *strided,
         *(*partial, lse, delta),
-        *(call.packed.tiles, call.tables.log_rest, call.hidden),
+        *(call.packed.tiles, call.log_rest, call.hidden),
         *(num_heads, call.chosen.shape[2], query.shape[2], num_cells, split_len),
         call.scale,
         UNIT=unit,

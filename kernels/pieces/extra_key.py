@@ -36,13 +36,14 @@ def attend_with_extra_key(
         extra_logit: [B, H, N], m above, float32 or float64.
         extra_value: [B, H, N, D], x above.
         mask: [B, T] bool, True = attend; None attends to all. Where all is masked, out is extra_value.
-        bias: [N, T], added to the logits, in place of a mask; far below them where a query does not attend.
+        bias: [N, T + 1], added to the logits, in place of a mask; far below them where a query does not attend. Last
+            is that of the extra key, 0.
         scale: of the logits, > 0.
     Returns:
         [B, H, N, D], dtype of value.
     """
     assert bias is None or mask is None
-    seen = bias if mask is None else mask[:, None, None, :]
+    seen = bias if mask is None else pad(mask, (0, 1), value=True)[:, None, None, :]
     from_keys, extra_share = _attend(query, key, value, extra_logit, seen, scale)
     return from_keys + extra_share * extra_value.to(value.dtype)
 
@@ -56,7 +57,7 @@ def share_of_keys(
         query: [B, H, N, D].
         key: [B, H, T, D].
         extra_logit: [B, H, N], m above, float32 or float64.
-        bias: [N, T], added to the logits of the keys; far below them where a query does not attend.
+        bias: [N, T + 1], as in `attend_with_extra_key`.
         scale: of the logits, > 0.
     Returns:
         [B, H, N], dtype of key.
@@ -67,7 +68,7 @@ def share_of_keys(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, extra_logit: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What the keys give, [B, H, N, D], and the share of the extra one, [B, H, N, 1], which `mask` leaves out."""
+    """What the keys give, [B, H, N, D], and the share of the extra one, [B, H, N, 1], which is the last of `mask`."""
     dtype, head_dim = value.dtype, query.shape[-1]
     query, key = query.to(dtype), key.to(dtype)
     high = (extra_logit / scale).to(dtype)
@@ -78,8 +79,8 @@ def _attend(
     extra_value[..., head_dim] = 1
     key = torch.cat([pad(key, (0, MORE)), extra_key], 2)
     value = torch.cat([pad(value, (0, MORE)), extra_value], 2)
-    if mask is not None:
-        mask = pad(mask, (0, 1), value=True) if mask.dtype == torch.bool else pad(mask.to(dtype), (0, 1))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out[..., :head_dim], out[..., head_dim : head_dim + 1]

@@ -1,6 +1,8 @@
-"""Operators that keep tables of a window from call to call, on the device."""
+"""Tables of a window that are kept on the device from call to call."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import _lru_cache_wrapper, lru_cache
+from typing import Any, TypeVar
 
 import torch
 
@@ -9,3 +11,23 @@ import torch
 KEEPS_TABLES: dict[str, Any] = (
     {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}  # from torch 2.8 on
 )
+
+Table = TypeVar("Table")
+_KEPT: list["_lru_cache_wrapper[Any]"] = []
+
+
+def kept(*, maxsize: int) -> Callable[[Callable[..., Table]], "_lru_cache_wrapper[Table]"]:
+    """A decorator of functions that make tables: an `lru_cache` that `release_tables` empties."""
+
+    def decorate(make: Callable[..., Table]) -> "_lru_cache_wrapper[Table]":
+        cached = lru_cache(maxsize=maxsize)(make)
+        _KEPT.append(cached)
+        return cached
+
+    return decorate
+
+
+def release_tables() -> None:
+    """Free all tables; a call that needs some makes them anew."""
+    for cached in _KEPT:
+        cached.cache_clear()

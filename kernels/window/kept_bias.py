@@ -7,13 +7,12 @@ hands out copies.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid
-from ..pieces.kept_tables import KEEPS_TABLES
+from ..pieces.kept_tables import KEEPS_TABLES, kept
 from .reference import window_bias
 from .windows import Window, from_arguments, to_arguments
 
@@ -53,7 +52,7 @@ def _(like, grid, radius, text_len, *_):  # type: ignore[no-untyped-def]
     return like.new_empty(num_tokens, num_tokens)
 
 
-@lru_cache(maxsize=4)
+@kept(maxsize=4)
 def kept_bias(
     grid: Grid, window: Window, text_len: int, text_first: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

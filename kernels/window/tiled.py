@@ -9,13 +9,13 @@ Inside, tensors are rows of tokens, [B, N, H * D]: a token is one piece of memor
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid
+from ..pieces.kept_tables import kept
 from ..pieces.results import sum_dtype
 from .inputs import Inputs
 from .lists import TileLists, box_lists, circle_lists
@@ -189,7 +189,7 @@ def _groups_and_partial(inputs: Inputs, grid: Sequence[int], window: Window) -> 
     return window_groups(tuple(grid), window, query.device), partial
 
 
-@lru_cache(maxsize=8)
+@kept(maxsize=8)
 def window_groups(grid: Grid, window: Window, device: torch.device) -> tuple[TileGroup, ...]:
     """The groups of a window, on the device."""
     tile = query_tile(window, grid[-2], grid[-1])

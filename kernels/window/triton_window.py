@@ -7,7 +7,6 @@ reads (at most 64 tokens, the bits of a mask word). Those of the backward may be
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import triton
 from torch import Tensor
 
 from ..pieces.cells import Grid
+from ..pieces.kept_tables import kept
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..pieces.results import token_major
 from . import triton_kernels as kernels
@@ -89,7 +89,7 @@ class TiledWindow:
     words: Tensor  # [masks, owned tokens] int64, a bit for each token that is read
 
 
-@lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _window(
     grid: Grid, window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
@@ -100,7 +100,7 @@ def _window(
     return _on_device(device, owned, lists.query_tokens[:, 0], listed, lists.mask_ids, *lengths, lists.masks)
 
 
-@lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _window_of_keys(
     grid: Grid, window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
@@ -173,7 +173,7 @@ def _shared_words(mask: Tensor, block: int) -> Tensor:
     return mask_words(F.pad(mask, (0, -mask.shape[1] % block)).unflatten(1, (-1, block)))
 
 
-@lru_cache(maxsize=8)
+@kept(maxsize=8)
 def _words_of_all(batch: int, num_shared: int, block: int, device: torch.device) -> Tensor:
     """`_shared_words` of keys without a mask, which are the same in every layer and step."""
     return _shared_words(torch.ones(batch, num_shared, dtype=torch.bool, device=device), block)

@@ -234,10 +234,12 @@ class HybridAttention(Method):
                 cells = cell_means(image_key, *layout.grid[-2:], num_cells).to(key.dtype)
                 share = share * share_of_keys(image_query, cells, log_near, bias=log_weights, scale=scale)[..., None]
                 far = self.global_.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
-        joined = _mixed(near, far.to(near.dtype), share)
+        mixed = _mixed(near, far.to(near.dtype), share)
+        if mixed is near:
+            return out
         if text_len == 0:
-            return joined
-        return torch.cat([text_out, joined] if text_first else [joined, text_out], dim=2)
+            return mixed
+        return torch.cat([text_out, mixed] if text_first else [mixed, text_out], dim=2)
 
     def _one_softmax(
         self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, log_near: Tensor, grid: Grid, scale: float
@@ -272,7 +274,13 @@ class HybridAttention(Method):
 
 
 def _mixed(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
-    """(1 - share) near + share far, [B, H, n, D]; the share may be more exact than the two."""
+    """(1 - share) near + share far, [B, H, n, D], where no gradient is wanted in the memory of `near`.
+
+    The share may be more exact than the two.
+    """
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())  # a copy takes GiB in large pictures
     if share.dtype == near.dtype:
-        return torch.lerp(near, far, share)
-    return near + (share * (far - near)).to(near.dtype)
+        return near.lerp_(far, share) if in_place else torch.lerp(near, far, share)
+    if in_place:
+        return near.addcmul_(far - near, share)
+    return torch.addcmul(near, far - near, share).to(near.dtype)

@@ -9,7 +9,7 @@ from focus_case import SCALE, SHAPES, WINDOWS, by_hand, clear_choice, inputs_of
 from tolerance import assert_matches_reference
 from torch.nn.functional import scaled_dot_product_attention
 
-from lineardit.kernels.focus import plain, rest_of_cells
+from lineardit.kernels.focus import plain, tables
 from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, focus_op, focus_pairs
 from lineardit.kernels.window import Window
 from lineardit.linearize.layout import Layout
@@ -100,8 +100,8 @@ def test_a_far_token_that_outweighs_all_others_is_found() -> None:
 
 
 def test_what_lies_beyond_windows_is_counted_once_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted, count = [], rest_of_cells._by_rows
-    monkeypatch.setattr(rest_of_cells, "_by_rows", lambda *shapes: counted.append(shapes) or count(*shapes))
+    counted, count = [], tables.rest_of_cells
+    monkeypatch.setattr(tables, "rest_of_cells", lambda *shapes: counted.append(shapes) or count(*shapes))
     config = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=6), gate=1.0, focus_tokens=30)
     kernel, grid = METHODS[Hybrid](config, num_heads=2, head_dim=8), (7, 17)  # no other test has this grid
     inputs = [torch.randn(1, 2, 119, 8, requires_grad=True) for _ in range(3)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lineardit.kernels.focus.rest_of_cells import UNSEEN, log_rest, new_log_rest, rest_of_cells
+from lineardit.kernels.focus.rest_of_cells import ALIGNED, UNSEEN, log_rest, rest_of_cells
 from lineardit.kernels.pieces.cells import cell_grid, cells_of_axis
 from lineardit.kernels.window import Box, Circle
 from lineardit.kernels.window.reference import window_mask
@@ -40,7 +40,7 @@ def counted(grid: tuple[int, ...], window: Circle | Box, num_cells: int) -> torc
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize(("grid", "num_cells"), [((7, 10), 6), ((7, 10), 70), ((6, 8), 4), ((3, 5), 64)])
 def test_rest_of_cells_is_counted(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
-    rest = rest_of_cells(grid, window, num_cells, CPU)
+    rest = rest_of_cells(grid, window, num_cells, CPU).everywhere()
     assert torch.allclose(rest.double(), counted(grid, window, num_cells), atol=1e-5)
     outside = (~window_mask(grid, window, 0, True, CPU)).sum(1)
     assert torch.allclose(rest.sum(1), outside.float(), atol=1e-4)
@@ -49,9 +49,11 @@ def test_rest_of_cells_is_counted(grid: tuple[int, ...], num_cells: int, window:
 @pytest.mark.parametrize("window", [Circle(radius=2, frame_radius=1), Circle(radius=2), Box(window=(3, 3))], ids=str)
 @pytest.mark.parametrize(("grid", "num_cells"), [((3, 4, 6), 8), ((3, 5, 2), 4)], ids=["cubes", "one-column"])
 def test_rest_of_cells_is_counted_in_videos(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
-    assert torch.allclose(
-        rest_of_cells(grid, window, num_cells, CPU).double(), counted(grid, window, num_cells), atol=1e-5
-    )
+    rest = rest_of_cells(grid, window, num_cells, CPU)
+    expected = counted(grid, window, num_cells)
+    assert torch.allclose(rest.everywhere().double(), expected, atol=1e-5)
+    some = torch.tensor([[7, 0, 11], [3, 3, len(expected) - 1]])
+    assert torch.equal(rest.at(some), rest.everywhere()[some])
 
 
 def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
@@ -59,8 +61,9 @@ def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
     assert log.dtype == torch.float64
     assert log[0, 15] == 0  # the far corner
     assert log[0, 0] == UNSEEN  # 2 x 2 tokens, all nearer than 4
-    rest = rest_of_cells((8, 8), Circle(radius=4), 16, CPU)
-    assert torch.allclose(log.exp(), rest.double() / 4)
+    rest = rest_of_cells((8, 8), Circle(radius=4), 16, CPU).everywhere()
+    assert torch.allclose(log[:, :16].exp(), rest.double() / 4)
+    assert log.shape == (64, 17) and (log[:, 16] == 0).all() and log.stride(0) % ALIGNED == 0
     assert ((rest > 0) & (rest < 4)).any()
     halves = log_rest(torch.zeros(1, dtype=torch.float16), (8, 8), Circle(radius=4), 16)
     assert halves.dtype == torch.float16 and halves.isfinite().all()
@@ -68,7 +71,7 @@ def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
 
 def test_log_rest_of_a_tensor_in_training_compiles() -> None:
     def loss(value: torch.Tensor) -> torch.Tensor:
-        return (value.mT @ log_rest(value, (4, 5), Circle(radius=2), 4).softmax(0)).square().sum()
+        return (value.mT @ log_rest(value, (4, 5), Circle(radius=2), 4)[:, :4].softmax(0)).square().sum()
 
     value = torch.randn(1, 2, 20, 8, requires_grad=True)
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -83,9 +86,10 @@ def test_log_rest_of_fake_tensors_is_none_of_real_ones() -> None:
     assert type(log_rest(torch.zeros(1), *arguments)) is torch.Tensor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [Circle(radius=4), Box(window=(5, 5))], ids=str)
-def test_new_log_rest_holds_little_more_than_its_result(window: Circle | Box, dtype: torch.dtype) -> None:
+def test_of_each_query_the_cells_in_reach_are_counted_and_kept(window: Circle | Box) -> None:
+    """Of cells of 6 x 8 tokens a window that reaches 3 or 2 tokens touches 2 x 2."""
     with LiveBytes(nn.Module()) as live:
-        log = new_log_rest((48, 64), window, 64, dtype, CPU)
-    assert live.peak < 2.5 * log.nbytes
+        rest = rest_of_cells((48, 64), window, 64, CPU)
+    assert rest.near.shape == (48 * 64, 4)
+    assert live.peak < 3 * rest.near.nbytes

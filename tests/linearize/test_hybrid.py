@@ -16,7 +16,7 @@ from lineardit.kernels.agent import agent_attention_reference
 from lineardit.kernels.focus.rest_of_cells import rest_of_cells
 from lineardit.kernels.linear import mala_attention_reference
 from lineardit.kernels.window import Circle
-from lineardit.linearize import linearize_, restore_
+from lineardit.linearize import linearize_
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.methods import (
     METHODS,
@@ -33,8 +33,7 @@ from lineardit.linearize.methods import (
     config_to_dict,
 )
 from lineardit.linearize.methods.hybrid import HybridAttention
-from lineardit.linearize.tables import KEPT
-from tiny_models import build, inputs_of, run
+from tiny_models import build
 
 GRID, TEXT_LEN, SCALE = (5, 6), 3, 0.6
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
@@ -105,7 +104,7 @@ def test_hybrid_is_the_formula(global_: Any, text_first: bool, join: str) -> Non
         far = mala_attention_reference(query, key, value)
     share = kernel.gate[:, None, None]
     if join == "mass":
-        rest = rest_of_cells(GRID, Circle(radius=2), 4, torch.device("cpu"))
+        rest = rest_of_cells(GRID, Circle(radius=2), 4, torch.device("cpu")).everywhere()
         of_image = ((query @ _means(key).mT * SCALE).exp() * rest).sum(-1, keepdim=True)
         of_image = of_image * kernel.balance.exp()[:, None, None]
         share = share * of_image / (of_image + logits.exp().sum(-1, keepdim=True))
@@ -147,7 +146,7 @@ def test_proxies_that_weigh_themselves_are_one_softmax(text_len: int) -> None:
     query, key, value = (x[:, :, text_len:] for x in inputs)
     heard = (_means(query) @ _means(key).mT * SCALE).softmax(-1) @ _means(value)
     told = _means(value) + kernel.global_.gate[:, None, None] * (heard - _means(value))
-    rest = rest_of_cells(GRID, Circle(radius=2), 4, torch.device("cpu"))
+    rest = rest_of_cells(GRID, Circle(radius=2), 4, torch.device("cpu")).everywhere()
     weights = (query @ _means(key).mT * SCALE + kernel.balance[:, None, None]).exp() * rest
     mass = lse.exp()[..., None]
     joined = (weights @ told + mass * near[:, :, text_len:]) / (weights.sum(-1, keepdim=True) + mass)
@@ -359,14 +358,3 @@ def test_a_grid_without_focus_is_told_once(caplog: pytest.LogCaptureFixture) -> 
         kernel.observe((250, 260))
         kernel.observe((40, 40))
     assert [record.message.count("set focus_tokens to 254 or more") for record in caplog.records] == [1]
-
-
-@pytest.mark.parametrize("focus_tokens", [0, 30])
-def test_restore_gives_the_memory_of_tables_back(focus_tokens: int) -> None:
-    proxies = ProxyTokens(num_proxies=4)
-    model = build("flux", num_layers=1)
-    linearize_(model, Hybrid(local=Clear(radius=2), global_=proxies, focus_tokens=focus_tokens), impl="tiled")
-    run(model, inputs_of("flux", grid=(6, 7)))
-    assert sum(kept.cache_info().currsize for kept in KEPT) >= 2
-    restore_(model)
-    assert sum(kept.cache_info().currsize for kept in KEPT) == 0
