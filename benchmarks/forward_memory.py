@@ -1,14 +1,21 @@
-"""What a forward of FLUX.1 holds beside its weights: `python benchmarks/forward_memory.py`, seconds on a CPU.
+"""What a forward of FLUX.1 holds beside its weights: `python benchmarks/forward_memory.py`, a minute on a CPU.
 
-In FLUX.1-dev's shape, without numbers (meta device), as `high.plan` counts it; for docs/high_resolution.md.
+In FLUX.1-dev's shape, without numbers (meta device), as `high.plan` counts it; and the tables that the hybrid of
+`lineardit convert` keeps from call to call, as on a GPU. For docs/high_resolution.md.
 """
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from lineardit.pipelines.estimate import CHUNK_TOKENS, GIB, Shape, forward, peak_in_chunks
+from lineardit import Hybrid
+from lineardit.kernels.focus.tables import focus_tables
+from lineardit.linearize.measures.held_bytes import peak_with
+from lineardit.linearize.methods import RECOMMENDED
+from lineardit.pipelines.estimate import CHUNK_TOKENS, GIB, Shape, forward, step_in_chunks
 
 CONFIG = Path(__file__).parents[1] / "tests/data/flux1-dev/transformer/config.json"
 SIDES = (1024, 4096, 8192)  # pixels
@@ -16,8 +23,8 @@ PIXELS_PER_LATENT = 8
 TEXT_LEN = 512
 
 
-def peak_bytes(side: int, chunk_tokens: int | None) -> tuple[int, int]:
-    """Of a square picture in bfloat16; and bytes of one copy of all tokens at the model's width."""
+def peak_bytes(side: int, chunk_tokens: int | None, methods: tuple[Any, ...] = ()) -> tuple[int, int]:
+    """Of a square picture in bfloat16, converted to these; and bytes of one copy of all tokens at the model's width."""
     text, latents = CONFIG.read_text(), (side // PIXELS_PER_LATENT,) * 2
     shape = Shape(
         model_class="FluxTransformer2DModel", config=text, dtype=torch.bfloat16, latents=latents, text_len=TEXT_LEN
@@ -26,18 +33,32 @@ def peak_bytes(side: int, chunk_tokens: int | None) -> tuple[int, int]:
     if step is None:
         raise ValueError(f"{CONFIG} has no positions for {side} pixels")
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    peak = step.peak if chunk_tokens is None else peak_in_chunks(shape, chunk_tokens)
-    return peak, (step.grid[0] * step.grid[1] + TEXT_LEN) * width * torch.bfloat16.itemsize
+    counted = step if chunk_tokens is None else step_in_chunks(shape, chunk_tokens)
+    return peak_with(counted, methods, torch.bfloat16), (
+        step.grid[0] * step.grid[1] + TEXT_LEN
+    ) * width * torch.bfloat16.itemsize
+
+
+def table_bytes(side: int) -> int:
+    """Of the tables that the recommended hybrid keeps of a square picture."""
+    hybrid, tokens = cast(Hybrid, RECOMMENDED), side // PIXELS_PER_LATENT // 2
+    grid, window, device = (tokens, tokens), hybrid.local.shape, torch.device("cpu")
+    tables = focus_tables(
+        grid, window, hybrid.num_cells, hybrid.focus_side, torch.float32, device, rest_dtype=torch.bfloat16
+    )
+    return sum(leaf.nbytes for leaf in tree_leaves(tables) if isinstance(leaf, torch.Tensor))
 
 
 def main() -> None:
-    print(f"| | at once | in chunks of {CHUNK_TOKENS} |\n| --- | --- | --- |")
+    columns = [(None, ()), (None, (RECOMMENDED,)), (CHUNK_TOKENS, ()), (CHUNK_TOKENS, (RECOMMENDED,))]
+    chunks = f"in chunks of {CHUNK_TOKENS}"
+    print(f"| | at once | hybrid | {chunks} | hybrid, {chunks} | tables of the hybrid |\n|{' --- |' * 6}")
     for side in SIDES:
         cells = []
-        for chunk_tokens in (None, CHUNK_TOKENS):
-            peak, copy = peak_bytes(side, chunk_tokens)
+        for chunk_tokens, methods in columns:
+            peak, copy = peak_bytes(side, chunk_tokens, methods)
             cells.append(f"{peak / copy:.1f} copies, {peak / GIB:.1f} GiB")
-        print(f"| {side} x {side} | {' | '.join(cells)} |")
+        print(f"| {side} x {side} | {' | '.join(cells)} | {table_bytes(side) / 2**20:.1f} MiB |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The denoiser runs without numbers (meta device) at the stage's size. Seconds are operations over half of what a matrix
 product reaches on this device. Memory is the weights and the most that a forward holds at once, counted tensor by
-tensor; attention stands for any that holds its output alone.
+tensor; of attention what it makes outside of its operators, of the original its output alone.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from ..linearize.adapters.base import Base, Source, build_on_meta
 from ..linearize.convert import swapped
 from ..linearize.families import FAMILIES
 from ..linearize.measures.flops import Step, count_step
+from ..linearize.measures.held_bytes import peak_with
 from ..linearize.measures.step_inputs import can_make_inputs, token_side
 from ..linearize.networks import denoiser
 from ..linearize.what_runs import dense_below_of
@@ -98,10 +99,13 @@ class Estimator:
         configs = {name: cast(Any, module).linear_kernel.config for name, module in kernels.items()}
         flops = step.flops(configs, dense_below=dense_below_of(self.model))
         operations = stage.steps * self.forwards * self.batch * flops.after
-        gib = self._gib(step.peak if stage.chunk_tokens is None else peak_in_chunks(shape, stage.chunk_tokens))
+        in_use = set(configs.values())
+        counted = step if stage.chunk_tokens is None else step_in_chunks(shape, stage.chunk_tokens)
+        gib = self._gib(peak_with(counted, in_use, self.dtype))
         too_large = self.limit is not None and gib > self.limit
         if too_large and chunks and stage.chunk_tokens is None and prod(step.grid) > CHUNK_TOKENS:
-            stage, gib = replace(stage, chunk_tokens=CHUNK_TOKENS), self._gib(peak_in_chunks(shape, CHUNK_TOKENS))
+            stage, counted = replace(stage, chunk_tokens=CHUNK_TOKENS), step_in_chunks(shape, CHUNK_TOKENS)
+            gib = self._gib(peak_with(counted, in_use, self.dtype))
         return replace(stage, seconds=operations / self.speed, gib=gib)
 
     def _tokens(self, stage: Stage) -> int:
@@ -161,12 +165,12 @@ def forward(shape: Shape) -> Step | None:
 
 
 @lru_cache(maxsize=64)
-def peak_in_chunks(shape: Shape, chunk_tokens: int) -> int:
-    """Bytes that a forward of FLUX.1 holds at once, its token-wise layers on so many tokens at a time."""
+def step_in_chunks(shape: Shape, chunk_tokens: int) -> Step:
+    """A forward of FLUX.1 with one block of each kind, its token-wise layers on so many tokens at a time."""
     model = shape.model(num_layers=1, num_single_layers=1)  # more blocks hold no more
     most = prod(shape.latents) // token_side(model) ** 2 // _CHUNKS  # smaller ones hold hardly less, and take long
     with in_token_chunks(model, max(chunk_tokens, most)):
-        return cast(Step, shape.step(model)).peak
+        return cast(Step, shape.step(model))
 
 
 def forwards_of(pipe: Any) -> tuple[int, int]:

@@ -80,7 +80,8 @@ def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor
     Returns:
         [n, C + 1], the last 0: what is added to the logits of the cells and of an extra key (pieces/extra_key.py).
     """
-    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a fake one would be kept, and served to real ones
+    # what a fake tensor gets would be kept, and served to real ones
+    if torch.compiler.is_compiling() or like.is_meta or type(like) is not Tensor:
         radius, frame_radius, box = to_arguments(window)
         return log_rest_op(like.detach(), grid, radius, num_cells, frame_radius, box)
     return _log_rest(like, grid, window, num_cells)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from .autocast import without_autocast
+
 MORE = 8  # coordinates: 2 are used, and GPU kernels like multiples of 8
 
 
@@ -81,6 +83,6 @@ def _attend(
     value = torch.cat([pad(value, (0, MORE)), extra_value], 2)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out[..., :head_dim], out[..., head_dim : head_dim + 1]

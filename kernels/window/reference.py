@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pieces.autocast import without_autocast
 from ..pieces.cells import Grid, sizes_of
 from ..pieces.results import sum_dtype
 from ..pieces.text import key_mask
@@ -143,7 +144,7 @@ def biased_lse(
     dtype, bias = sum_dtype(query), bias[image]
     if text_mask is not None:
         bias = bias.masked_fill(~key_mask(text_mask, num_image, text_first), -torch.inf)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         logits = query[:, :, image].to(dtype) @ key.to(dtype).mT * scale
     return (logits + bias).logsumexp(-1)
 

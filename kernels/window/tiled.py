@@ -30,8 +30,8 @@ CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 class TileGroup:
     """Query tiles that share a mask: only real queries, only keys that some query of the tile sees."""
 
-    queries: Tensor  # [tiles, Q] image tokens
-    keys: Tensor  # [tiles, K] image tokens
+    queries: Tensor  # [tiles, Q] image tokens, int32
+    keys: Tensor  # [tiles, K] image tokens, int32
     mask: Tensor | None  # [Q, K] bool, None if every pair attends
 
 
@@ -47,8 +47,8 @@ def tile_groups(lists: TileLists, device: torch.device) -> tuple[TileGroup, ...]
         mask = mask[real][:, seen]
         groups.append(
             TileGroup(
-                queries=lists.query_tokens[tiles][:, real].to(device),
-                keys=lists.key_tokens[lists.key_tiles[tiles, :count]].flatten(1)[:, seen].to(device),
+                queries=lists.query_tokens[tiles][:, real].int().to(device),
+                keys=lists.key_tokens[lists.key_tiles[tiles, :count]].flatten(1)[:, seen].int().to(device),
                 mask=None if mask.all() else mask.to(device),
             )
         )
@@ -158,7 +158,7 @@ def _chunks(groups: tuple[TileGroup, ...], key: Tensor, dtype: torch.dtype) -> I
         bias = None if group.mask is None else attention_bias(group.mask, dtype)
         step = max(1, budget // (token_bytes * group.keys.shape[1]))
         for queries, keys in zip(group.queries.split(step), group.keys.split(step), strict=True):
-            yield _Chunk(len(queries), queries.flatten(), keys.flatten(), bias)
+            yield _Chunk(len(queries), queries.flatten().long(), keys.flatten().long(), bias)
 
 
 def _rows(tensor: Tensor) -> Tensor:

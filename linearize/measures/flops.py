@@ -55,7 +55,11 @@ class StepFlops:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One attention call: query [batch, heads, queries, head_dim], keys many."""
+    """One attention call: query [batch, heads, queries, head_dim], keys many.
+
+    Attributes:
+        live: Bytes that the forward holds by then, the call's inputs included.
+    """
 
     module: str
     batch: int
@@ -63,6 +67,7 @@ class Call:
     queries: int
     keys: int
     head_dim: int
+    live: int = 0
 
     def flops(self, pairs: int) -> int:
         return 4 * pairs * self.batch * self.heads * self.head_dim
@@ -188,8 +193,9 @@ def count_step(model: Any, latents: tuple[int, int], size: str, *, text_len: int
 class _Counter(TorchFunctionMode):
     """Counts products and convolutions as they run; notes attention calls and skips them."""
 
-    def __init__(self) -> None:
+    def __init__(self, live: LiveBytes) -> None:
         super().__init__()
+        self.live = live
         self.layers = 0
         self.calls: list[Call] = []
         self.module = ""
@@ -223,9 +229,8 @@ class _Counter(TorchFunctionMode):
         """Notes an attention call; [B, H, N, D] without numbers."""
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]
-        self.calls.append(
-            Call(module=self.module, batch=batch, heads=heads, queries=queries, keys=keys, head_dim=head_dim)
-        )
+        shape = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
+        self.calls.append(Call(module=self.module, **shape, live=self.live.now))
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
@@ -271,7 +276,8 @@ def _run(
     model: Any, inputs: Mapping[str, Any], modules: tuple[Mapping[str, nn.Module], Mapping[str, str]]
 ) -> tuple[_Counter, LiveBytes]:
     """What a forward does and holds; calls are of the swappable and the other attention modules."""
-    counter, live = _Counter(), LiveBytes(model)
+    live = LiveBytes(model)
+    counter = _Counter(live)
     handles: list[torch.utils.hooks.RemovableHandle] = []
     for name in (*modules[0], *modules[1]):
         module = model.get_submodule(name)

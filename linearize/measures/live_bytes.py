@@ -1,6 +1,7 @@
 """Bytes that a computation holds at once, counted tensor by tensor; on the meta device it takes no memory."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +14,15 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: Its parameters and buffers do not count.
+        given: Nor do these tensors.
     Attributes:
         peak: The most bytes that were there at once.
     """
 
-    def __init__(self, known: nn.Module) -> None:
+    def __init__(self, known: nn.Module, given: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.known = {one.untyped_storage()._cdata for one in (*known.parameters(), *known.buffers())}
+        tensors = (*known.parameters(), *known.buffers(), *given)
+        self.known = {one.untyped_storage()._cdata for one in tensors}
         self.bytes: dict[int, int] = {}
         self.now = self.peak = 0
 

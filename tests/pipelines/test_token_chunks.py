@@ -16,11 +16,13 @@ from tiny_distill import build_tiny
 from tolerance import assert_close
 from torch import Tensor, nn
 
-from benchmarks.forward_memory import peak_bytes
-from lineardit import Clear, HighResolutionPipeline, UnsupportedModelError, dense, linearize_
+from benchmarks.forward_memory import peak_bytes, table_bytes
+from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, UnsupportedModelError, dense, linearize_
 from lineardit.linearize.compiling import compile_
+from lineardit.linearize.measures.held_bytes import peak_with
 from lineardit.linearize.measures.live_bytes import LiveBytes
-from lineardit.pipelines.estimate import Shape, forward, peak_in_chunks
+from lineardit.linearize.methods import RECOMMENDED
+from lineardit.pipelines.estimate import Shape, forward, step_in_chunks
 from lineardit.pipelines.plan import Settings, Stage
 from lineardit.pipelines.token_chunks import in_token_chunks
 from tiny_models import build, cast, inputs_of, run
@@ -184,8 +186,28 @@ def test_estimate_of_memory_is_what_a_forward_holds() -> None:
         )
         step = forward(shape)
         assert step is not None
-        counted = step.peak if chunk_tokens is None else peak_in_chunks(shape, chunk_tokens)
+        counted = step.peak if chunk_tokens is None else step_in_chunks(shape, chunk_tokens).peak
         assert counted == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 48])
+def test_peak_with_a_hybrid_is_what_a_converted_forward_holds(chunk_tokens: int | None) -> None:
+    method = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=16), focus_tokens=32, gate=1.0)
+    shape = Shape(
+        model_class="FluxTransformer2DModel",
+        config=json.dumps(dict(build("flux").config)),
+        dtype=torch.bfloat16,
+        latents=(48, 48),
+        text_len=3,
+    )
+    step = forward(shape) if chunk_tokens is None else step_in_chunks(shape, chunk_tokens)
+    model = build("flux", num_layers=1).bfloat16()
+    linearize_(model, method, impl="tiled")
+    chunks = nullcontext() if chunk_tokens is None else in_token_chunks(model, chunk_tokens)
+    with torch.no_grad(), chunks, LiveBytes(model) as live:
+        run(model, cast(inputs_of("flux", grid=(24, 24), batch=1), torch.bfloat16))
+    assert step is not None
+    assert peak_with(step, [method], torch.bfloat16) == pytest.approx(live.peak, rel=0.05)
 
 
 def test_what_a_forward_holds_leaves_tables_of_positions_out() -> None:
@@ -201,10 +223,19 @@ def test_what_a_forward_holds_leaves_tables_of_positions_out() -> None:
     assert len(peaks) == 1
 
 
-@pytest.mark.parametrize(("side", "chunk_tokens", "copies"), [(4096, None, 17.2), (4096, 8192, 8.4), (8192, 8192, 8.2)])
-def test_peak_bytes_is_what_the_documentation_says(side: int, chunk_tokens: int | None, copies: float) -> None:
-    peak, copy = peak_bytes(side, chunk_tokens)
+@pytest.mark.parametrize(
+    ("side", "chunk_tokens", "methods", "copies"),
+    [(4096, None, (), 17.2), (4096, 8192, (), 8.4), (8192, 8192, (), 8.2), (4096, 8192, (RECOMMENDED,), 9.2)],
+)
+def test_peak_bytes_is_what_the_documentation_says(
+    side: int, chunk_tokens: int | None, methods: tuple[Any, ...], copies: float
+) -> None:
+    peak, copy = peak_bytes(side, chunk_tokens, methods)
     assert round(peak / copy, 1) == copies
+
+
+def test_table_bytes_is_what_the_documentation_says() -> None:
+    assert round(table_bytes(4096) / 2**20, 1) == 6.5
 
 
 def test_plan_takes_chunks_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
