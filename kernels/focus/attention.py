@@ -119,6 +119,8 @@ def focus_op(
     on the grid, so that tracing would compile anew for each one.
     """
     given = (query, key, value, proxy_key, proxy_value)
+    if query.numel() == 0:  # an empty batch, of which PyTorch's own kernels divide by zero
+        return _outputs(*given, grid, count, side)
     window = from_arguments(radius, frame_radius, box)
     out = token_major(query, query.shape[2])
     with torch.autocast(query.device.type, enabled=False):
@@ -133,7 +135,8 @@ def focus_op(
 
 
 @focus_op.register_fake
-def _(query, key, value, proxy_key, proxy_value, grid, count, side, *_):  # type: ignore[no-untyped-def]
+def _outputs(query, key, value, proxy_key, proxy_value, grid, count, side, *_):  # type: ignore[no-untyped-def]
+    """The results of `focus_op`, with no numbers yet."""
     frames, height, width = sizes_of(grid)
     tiles = frames * ((height + side - 1) // side) * ((width + side - 1) // side)
     return (
@@ -172,6 +175,8 @@ def focus_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the inputs; `out`, `lse` and `chosen` as `focus_op` gave them."""
     given = (query, key, value, proxy_key, proxy_value)
+    if query.numel() == 0:
+        return _gradients(grad_out, grad_lse, *given)
     window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
         made = (grad_out, grad_lse, given, out, lse, chosen.long(), tuple(grid), window, side, scale)
@@ -186,7 +191,7 @@ def focus_backward_op(
 
 
 @focus_backward_op.register_fake
-def _(grad_out, grad_lse, query, key, value, proxy_key, proxy_value, *_):  # type: ignore[no-untyped-def]
+def _gradients(grad_out, grad_lse, query, key, value, proxy_key, proxy_value, *_):  # type: ignore[no-untyped-def]
     return tuple(one.new_empty(one.shape) for one in (query, key, value, proxy_key, proxy_value))
 
 

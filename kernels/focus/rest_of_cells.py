@@ -119,7 +119,7 @@ def _log_rest(like: Tensor, grid: Sequence[int], window: Window, num_cells: int)
 @kept(maxsize=8)
 def kept_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> RestOfCells:
     """The numbers of `log_rest`, to be read only."""
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # serves training as well
+    with torch.autocast(device.type, enabled=False):
         share = num_cells / math.prod(grid)
         rest = rest_of_cells(grid, window, num_cells, device)
         return rest.map(lambda numbers: numbers.mul_(share).log_().clamp_(min=UNSEEN).to(dtype))

@@ -52,41 +52,40 @@ def focus_tables(
 ) -> FocusTables:
     """The tables of tiles of `side` x `side` queries and `num_cells` cells; kept for what was used last."""
     num_frames, height, width = sizes = sizes_of(grid)
-    with torch.inference_mode(False):  # serves training as well
-        starts = [torch.arange(size) for size in (num_frames, -(-height // side), -(-width // side))]
-        frames, rows, columns = (axis.flatten() for axis in torch.meshgrid(*starts, indexing="ij"))
-        step = torch.arange(side)
-        rows, columns = rows[:, None] * side + step, columns[:, None] * side + step  # [G, side]
-        real = (rows < height)[:, :, None] & (columns < width)[:, None]
-        rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
-        tiles = ((frames[:, None] * height + rows)[:, :, None] * width + columns[:, None]).flatten(1)
-        real = real.flatten(1)
-        cells, shares = _tokens_of_cells(sizes, num_cells, dtype)
-        rest = rest_of_cells(grid, window, num_cells, device)
-        rest = rest.map(lambda numbers: numbers.to(dtype).mul_(num_cells / math.prod(sizes)))
-        of_tiles, least = _of_tiles(rest, tiles.to(device), real.to(device), side)
-        places = _places_of_tokens(cells[shares > UNSEEN], shares > UNSEEN, math.prod(sizes))
-        shares -= math.log(math.prod(sizes) / num_cells)
-        whole = shares.exp().sum(1).to(device)
-        distances, limit = _distances(window, sizes)
-        return FocusTables(
-            tiles=tiles.to(device),
-            real=real.to(device),
-            rows=rows.to(device),
-            columns=columns.to(device),
-            frames=frames.to(device),
-            cells=cells.to(device),
-            shares=shares.to(device),
-            places=places.to(device),
-            log_rest=rest.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN).to(rest_dtype)),
-            log_rest_of_tiles=of_tiles.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN)),
-            reached=least._replace(
-                whole=torch.zeros_like(whole, dtype=torch.bool),
-                near=least.near < (1 - 1e-5) * whole[least.cells(torch.arange(len(tiles), device=device))],
-            ),  # a token is more of a cell
-            distances=[one.to(device) for one in distances],
-            limit=limit,
-        )
+    starts = [torch.arange(size) for size in (num_frames, -(-height // side), -(-width // side))]
+    frames, rows, columns = (axis.flatten() for axis in torch.meshgrid(*starts, indexing="ij"))
+    step = torch.arange(side)
+    rows, columns = rows[:, None] * side + step, columns[:, None] * side + step  # [G, side]
+    real = (rows < height)[:, :, None] & (columns < width)[:, None]
+    rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
+    tiles = ((frames[:, None] * height + rows)[:, :, None] * width + columns[:, None]).flatten(1)
+    real = real.flatten(1)
+    cells, shares = _tokens_of_cells(sizes, num_cells, dtype)
+    rest = rest_of_cells(grid, window, num_cells, device)
+    rest = rest.map(lambda numbers: numbers.to(dtype).mul_(num_cells / math.prod(sizes)))
+    of_tiles, least = _of_tiles(rest, tiles.to(device), real.to(device), side)
+    places = _places_of_tokens(cells[shares > UNSEEN], shares > UNSEEN, math.prod(sizes))
+    shares -= math.log(math.prod(sizes) / num_cells)
+    whole = shares.exp().sum(1).to(device)
+    distances, limit = _distances(window, sizes)
+    return FocusTables(
+        tiles=tiles.to(device),
+        real=real.to(device),
+        rows=rows.to(device),
+        columns=columns.to(device),
+        frames=frames.to(device),
+        cells=cells.to(device),
+        shares=shares.to(device),
+        places=places.to(device),
+        log_rest=rest.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN).to(rest_dtype)),
+        log_rest_of_tiles=of_tiles.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN)),
+        reached=least._replace(
+            whole=torch.zeros_like(whole, dtype=torch.bool),
+            near=least.near < (1 - 1e-5) * whole[least.cells(torch.arange(len(tiles), device=device))],
+        ),  # a token is more of a cell
+        distances=[one.to(device) for one in distances],
+        limit=limit,
+    )
 
 
 def _of_tiles(rest: RestOfCells, tiles: Tensor, real: Tensor, side: int) -> tuple[RestOfCells, RestOfCells]:

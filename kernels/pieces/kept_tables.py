@@ -1,7 +1,7 @@
 """Tables of a window that are kept on the device from call to call."""
 
 from collections.abc import Callable
-from functools import _lru_cache_wrapper, lru_cache
+from functools import _lru_cache_wrapper, lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +17,18 @@ _KEPT: list["_lru_cache_wrapper[Any]"] = []
 
 
 def kept(*, maxsize: int) -> Callable[[Callable[..., Table]], "_lru_cache_wrapper[Table]"]:
-    """A decorator of functions that make tables: an `lru_cache` that `release_tables` empties."""
+    """A decorator of functions that make tables: an `lru_cache` that `release_tables` empties.
+
+    Whatever mode the first call comes from, tables serve training as well, and tensors without a device are on the CPU.
+    """
 
     def decorate(make: Callable[..., Table]) -> "_lru_cache_wrapper[Table]":
-        cached = lru_cache(maxsize=maxsize)(make)
+        @lru_cache(maxsize=maxsize)
+        @wraps(make)
+        def cached(*arguments: Any, **named: Any) -> Table:
+            with torch.inference_mode(False), torch.device("cpu"):
+                return make(*arguments, **named)
+
         _KEPT.append(cached)
         return cached
 

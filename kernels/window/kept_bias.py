@@ -56,5 +56,4 @@ def _(like, grid, radius, text_len, *_):  # type: ignore[no-untyped-def]
 def kept_bias(
     grid: Grid, window: Window, text_len: int, text_first: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    with torch.inference_mode(False):  # one first made for inference serves training as well
-        return window_bias(torch.empty((), dtype=dtype, device=device), grid, window, text_len, text_first)
+    return window_bias(torch.empty((), dtype=dtype, device=device), grid, window, text_len, text_first)

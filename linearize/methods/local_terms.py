@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.pieces.results import token_major
 from ..layout import Grid
 
 
@@ -59,7 +60,7 @@ def conv_tokens(tokens: Tensor, weight: Tensor, height: int, width: int) -> Tens
 
 @conv_tokens.register_fake
 def _(tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    return _token_major(tokens)
+    return token_major(tokens, tokens.shape[2])
 
 
 @torch.library.custom_op("lineardit::conv_tokens_backward", mutates_args=())
@@ -83,7 +84,7 @@ def _conv_backward(grad_out: Tensor, tokens: Tensor, weight: Tensor, height: int
 
 @_conv_backward.register_fake
 def _(grad_out: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    return _token_major(tokens), weight.new_empty(weight.shape)
+    return token_major(tokens, tokens.shape[2]), weight.new_empty(weight.shape)
 
 
 def _as_picture(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -98,11 +99,6 @@ def _as_tokens(picture: Tensor, like: Tensor) -> Tensor:
     batch, num_heads, num_tokens, head_dim = like.shape
     rows = picture.permute(0, 2, 3, 1).reshape(batch, num_tokens, num_heads, head_dim)
     return rows.contiguous().transpose(1, 2)
-
-
-def _token_major(like: Tensor) -> Tensor:
-    batch, num_heads, num_tokens, head_dim = like.shape
-    return like.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

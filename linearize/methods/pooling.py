@@ -98,10 +98,9 @@ def _tokens_backward(gradient: Tensor, tokens: Tensor, weight: Tensor, height: i
     """[B, H, C, D] -> [B, H, n, D]: to each token its cell's gradient times its weight."""
     side = weight.shape[0]
     rows, cols = -(-height // side), -(-width // side)
-    batch, num_heads, _, head_dim = tokens.shape
-    per_cell = gradient.to(tokens.dtype).reshape(batch, num_heads, -1, rows, 1, cols, 1, head_dim)
+    per_cell = gradient.to(tokens.dtype).unflatten(2, (-1, rows, 1, cols, 1))
     spread = per_cell * weight.to(tokens.dtype)[:, None, :, None]  # [B, H, frames, rows, p, cols, p, D]
-    whole = spread.reshape(batch, num_heads, -1, rows * side, cols * side, head_dim)
+    whole = spread.flatten(5, 6).flatten(3, 4)
     return whole[:, :, :, :height, :width].reshape(tokens.shape).contiguous()
 
 
@@ -126,10 +125,9 @@ def _(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int)
 
 def _in_cells(tokens: Tensor, side: int, height: int, width: int) -> Tensor:
     """[B, H, n, D] -> [B, H, frames, rows, p, cols, p, D], zero beyond the border."""
-    batch, num_heads, _, head_dim = tokens.shape
-    image = tokens.reshape(batch, num_heads, -1, height, width, head_dim)
+    image = tokens.unflatten(2, (-1, height, width))
     padded = functional.pad(image, (0, 0, 0, -width % side, 0, -height % side))
-    return padded.reshape(batch, num_heads, -1, -(-height // side), side, -(-width // side), side, head_dim)
+    return padded.unflatten(4, (-1, side)).unflatten(3, (-1, side))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

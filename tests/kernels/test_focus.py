@@ -110,6 +110,15 @@ def test_what_lies_beyond_windows_is_counted_once_for_a_grid(monkeypatch: pytest
     assert len(counted) == 1
 
 
+@pytest.mark.parametrize(("batch", "num_heads"), [(0, 2), (2, 0)])
+def test_focus_of_an_empty_batch_is_empty(batch: int, num_heads: int) -> None:
+    inputs = [x.new_zeros(batch, num_heads, *x.shape[2:]).requires_grad_() for x in inputs_of((5, 6), 8)]
+    out, lse = focus_attention(*inputs, grid=(5, 6), window=WINDOWS[0], num_tokens=12, side=2, scale=SCALE)
+    assert out.shape == inputs[0].shape and lse.shape == out.shape[:3]
+    for grad, given in zip(torch.autograd.grad(out.sum() + lse.sum(), inputs), inputs, strict=True):
+        assert grad.shape == given.shape
+
+
 def test_focus_ends_where_one_cell_holds_more_tokens() -> None:
     assert [cells_in_focus(64, 16, (side, side)) for side in (4, 8, 16, 32, 64)] == [16, 16, 4, 1, 0]
     config = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), gate=1.0, focus_tokens=9)

@@ -235,6 +235,27 @@ def test_bfloat16_is_near_float32(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_an_empty_batch_stays_empty(config: Any) -> None:
+    grid, text_len = (3, 5), 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    kernel, inputs = kernel_of(config), [x[:0].requires_grad_() for x in tokens(grid, text_len)]
+    out = attend(kernel, inputs, Layout(grid, text_len, True, None))
+    assert [one.shape for one in (out, *torch.autograd.grad(out.sum(), inputs))] == [inputs[0].shape] * 4
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_the_default_device_is_of_no_account(config: Any) -> None:
+    """Nor what it was when tables were made: no other test has this grid."""
+    grid, text_len = (3, 11), 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    kernel, inputs = kernel_of(config, moved=True), [x.requires_grad_() for x in tokens(grid, text_len)]
+    layout = Layout(grid, text_len, True, None)
+    with torch.device("meta"):
+        out = attend(kernel, inputs, layout)
+        out.sum().backward()
+    assert torch.equal(out, attend(kernel, inputs, layout))
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_float32_meets_no_float64(config: Any) -> None:
     """Apple's GPUs have none. No other test has this grid, whose tables would be there already."""
     kernel, grid = kernel_of(config, moved=True), (2, 13)
