@@ -14,26 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..linearize.adapters.quantization import Quantization
+
 
 def require(right: bool, name: str, rule: str, value: object) -> None:
     """Raise a ValueError that says what a setting must be."""
     if not right:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
-
-
-BACKENDS = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}  # packages
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """As diffusers' PipelineQuantizationConfig is told it; `quantized.py` says what TOML has for it."""
-
-    quant_backend: str
-    quant_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        known = self.quant_backend in BACKENDS
-        require(known, "base.quantization.quant_backend", " or ".join(BACKENDS), self.quant_backend)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,10 +154,13 @@ def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> fl
 
 
 def open_named(opening: Mapping[str, Any]) -> Any:
-    """`open_pipeline` with arguments as JSON has them: the dtype by its name."""
+    """`open_pipeline` with arguments as JSON has them: the dtype by its name, the quantization as a table."""
     from ..linearize.adapters.opening import named_dtype, open_pipeline
+    from ..linearize.adapters.quantization import Quantization
 
-    return open_pipeline(**{**opening, "dtype": named_dtype(opening["dtype"])})
+    named = opening.get("quantization")
+    made = {"dtype": named_dtype(opening["dtype"]), "quantization": named and Quantization(**named)}
+    return open_pipeline(**{**opening, **made})
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..linearize.adapters.adapter import adapter_file
 from ..linearize.adapters.base import find_place, read_json
+from ..linearize.adapters.quantization import Quantization
 from ..linearize.folders import check_writable
 from ..linearize.locks import held, remove_leftovers
 from ..linearize.what_runs import describe_attention
@@ -41,6 +42,7 @@ class Source:
     impl: str = "auto"
     offline: bool = False
     device: str = "cpu"
+    quantization: Quantization | None = None
 
     def opening(self) -> dict[str, Any]:
         """Arguments of `open_named`."""
@@ -268,12 +270,13 @@ def _name(source: Any) -> str:
 
 def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: PictureSettings) -> dict[str, Any]:
     """What a report answers: another question in the same folder would overwrite it."""
-    return {
-        "teacher": _name(teacher),
-        "student": _name(student),
-        "prompts": list(prompts),
-        "settings": {name: value for name, value in asdict(settings).items() if name != "batch_size"},
-    }
+    asked: dict[str, Any] = {"prompts": list(prompts)}
+    for role, source in (("teacher", teacher), ("student", student)):
+        asked[role] = _name(source)
+        if isinstance(source, Source):
+            how = {"base": source.base, "dtype": source.dtype, "quantization": source.quantization}
+            asked |= {f"{role}_{name}": value and str(value) for name, value in how.items()}
+    return asked | {"settings": {name: value for name, value in asdict(settings).items() if name != "batch_size"}}
 
 
 def _check_contents(directory: Path, question: Mapping[str, Any], overwrite: bool) -> None:

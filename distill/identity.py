@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from .quantized import is_quantized, stored_tensors
+from ..linearize.adapters.quantization import is_quantized, stored_tensors
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -30,6 +30,11 @@ def architecture(model: nn.Module) -> str | None:
         return None
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
+
+
+def quantized_in(model: nn.Module) -> str | None:
+    """What its quantized weights are, as their backend calls them, such as "Params4bit"; None: there are none."""
+    return ", ".join(sorted({type(one).__name__ for one in model.parameters() if is_quantized(one)})) or None
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..linearize.adapters.quantization import is_quantized, stored_tensors
 from ..linearize.report import SwapReport
 from .config import DistillConfig, Lora
 from .config_tables import config_to_tables
 from .data import TeacherSamples
-from .quantized import count_of, is_quantized, stored_tensors
+from .quantized import count_of
 from .student import KERNEL, trained_parameters
 
 GIB = 2**30

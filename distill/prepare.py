@@ -24,7 +24,7 @@ from ..linearize.locks import held, remove_leftovers
 from ..linearize.networks import denoiser
 from ..pipelines.sizes import check_size, default_size
 from .data import Sample, index_name
-from .identity import architecture, dtype_name, fingerprint, main_dtype
+from .identity import architecture, dtype_name, fingerprint, main_dtype, quantized_in
 from .latent_functions import has_row, latent_functions
 from .samples import call_of_teacher
 from .shards import write_shards
@@ -122,6 +122,7 @@ def _settings(
         "model": type(model).__name__,
         "architecture": architecture(model),
         "dtype": dtype_name(main_dtype(model)),
+        "quantized": quantized_in(model),
         "num_prompts": len(prompts),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],
         "sizes": [list(size) for size in (sizes if sizes is not None else [default_size(pipe)])],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..linearize.adapters.quantization import is_quantized
 from ..linearize.config_entry import write_entry_
 from ..linearize.conversion import put_on
 from ..linearize.convert import dense, linearize_
@@ -20,7 +21,6 @@ from ..linearize.networks import denoiser
 from ..linearize.report import SwapReport
 from ..linearize.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
-from .quantized import is_quantized
 from .start import start_
 
 KERNEL = ".linear_kernel."

@@ -21,11 +21,11 @@ from .checkpoint import Resume
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
 from .figures import require_matplotlib
-from .identity import architecture, dtype_name, fingerprint, main_dtype
+from .identity import architecture, dtype_name, fingerprint, main_dtype, quantized_in
 from .plan import describe_plan
 from .precision import autocasts
 from .processes import all_or_none, on_main, start_accelerator
-from .quantized import check_gradients, is_quantized, quantization_options
+from .quantized import check_gradients
 from .runs import check_run, write_run
 from .student import build_student_
 from .trackers import available, check_trackers, start_trackers
@@ -111,13 +111,7 @@ def load_teacher(base: Base) -> Any:
     if (parts.get("safety_checker") or [None, None])[1] == "StableDiffusionSafetyChecker":
         unused += ("safety_checker",)  # which wants the feature extractor
     without: dict[str, Any] = {name: None for name in parts if name.startswith(unused)}
-    options = without | quantization_options(base, found.component)
-    try:
-        return load_base(found, dtype=getattr(torch, base.dtype), **options)
-    except (ImportError, AssertionError, NotImplementedError) as error:  # of what quantizes
-        if base.quantization is None:
-            raise
-        raise ValueError(f"base.quantization cannot be done: {error}") from error
+    return load_base(found, dtype=getattr(torch, base.dtype), quantization=base.quantization, **without)
 
 
 @contextmanager
@@ -180,14 +174,16 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
     dtype = samples.settings["dtype"]
     if dtype_name(main_dtype(model)) not in (dtype, "float32"):
         return  # these weights are rounded otherwise than those that made the samples
-    if any(map(is_quantized, model.parameters())):
+    if quantized_in(model):
         return  # and so are these
     if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model, torch.bfloat16):
+        others = "quantized weights" if samples.settings.get("quantized") else "other weights than base.model has"
         logger.warning(
-            "%s was made by a %s of other weights than base.model has: it says what those would draw; if that is not "
-            "meant, make samples with base.model",
+            "%s was made by a %s of %s: it says what those would draw; if that is not meant, make samples with "
+            "base.model",
             samples.directory,
             here,
+            others,
         )
 
 

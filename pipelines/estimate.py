@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..linearize.adapters.base import Base, Source, build_on_meta
+from ..linearize.adapters.quantization import stored_tensors
 from ..linearize.convert import swapped
 from ..linearize.families import FAMILIES
 from ..linearize.measures.flops import Step, count_step
@@ -227,8 +228,9 @@ def free_gib(device: torch.device) -> float | None:
 def weights_on_device(pipe: Any) -> int:
     """Bytes of a pipeline's weights that are on its device at once."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    whole = [_bytes(part, None) for part in parts]
-    place = noted_place(pipe)
+    place, model = noted_place(pipe), denoiser(pipe)[1]
+    bits = None if place is None or place.quantization is None else place.quantization.bits
+    whole = [_bytes(part, None, bits=bits if part is model else None) for part in parts]
     # offloading keeps one part on the device, or a few layers
     if getattr(pipe, "_all_hooks", None) or (place is not None and place.offload == "model"):
         return max(whole)
@@ -237,8 +239,16 @@ def weights_on_device(pipe: Any) -> int:
     return sum(_bytes(part, pipe._execution_device) for part in parts)
 
 
-def _bytes(part: nn.Module, device: torch.device | None) -> int:
-    """Bytes of a part's weights on a device; None: of all of them."""
+def _bytes(part: nn.Module, device: torch.device | None, *, bits: float | None = None) -> int:
+    """Bytes of a part's weights on a device; None: of all of them.
+
+    Args:
+        bits: That those of its Linear layers shall take; None: what they do.
+    """
     held = (*part.parameters(), *part.buffers())
-    there = (weight for weight in held if device is None or weight.device.type == device.type)
-    return sum(weight.numel() * weight.element_size() for weight in there)
+    there = [weight for weight in held if device is None or weight.device.type == device.type]
+    total = sum(stored.nbytes for weight in there for stored in stored_tensors(weight))
+    if bits is None:
+        return total
+    linear = [layer.weight for layer in part.modules() if isinstance(layer, nn.Linear)]
+    return total - sum(weight.nbytes - round(weight.numel() * bits / 8) for weight in linear)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..linearize.adapters.quantization import Quantization
+
 OFFLOADS = ("none", "model", "sequential", "group")
 
 NOTED = "_lineardit_place"  # attribute of a pipeline
@@ -12,10 +14,11 @@ NOTED = "_lineardit_place"  # attribute of a pipeline
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pipeline without weights would be put: a device, and one of `OFFLOADS`."""
+    """Where a pipeline without weights would be put: a device, and one of `OFFLOADS`; and what would quantize it."""
 
     device: torch.device
     offload: str
+    quantization: Quantization | None = None
 
 
 def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
@@ -38,14 +41,19 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
 
 
-def note_place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
+def note_place_(
+    pipe: Any, device: torch.device, offload: str = "none", quantization: Quantization | None = None
+) -> None:
     """Say of a pipeline without weights (`from_pretrained(weights=False)`) where `place_` would put it, for estimates.
+
+    Args:
+        quantization: Of the denoiser's weights.
 
     Raises:
         ValueError: as of `place_`.
     """
     _check_offload(device, offload)
-    setattr(pipe, NOTED, Place(device, offload))
+    setattr(pipe, NOTED, Place(device, offload, quantization))
 
 
 def noted_place(pipe: Any) -> Place | None:

@@ -24,6 +24,13 @@ def offloads(incomplete: str) -> list[str]:
     return _that_begin(incomplete, OFFLOADS)
 
 
+def backends(incomplete: str) -> list[str]:
+    """What quantizes."""
+    from ..linearize.adapters.quantization import BACKENDS
+
+    return _that_begin(incomplete, BACKENDS)
+
+
 def dtypes(incomplete: str) -> list[str]:
     """Types of weights."""
     from ..linearize.adapters.opening import DTYPES

@@ -18,10 +18,11 @@ from .options import (
     Impl,
     MaxSequenceLength,
     Offline,
+    Quantize,
     Seed,
     Steps,
 )
-from .prompts import parse_arguments, parse_size, read_prompts
+from .prompts import parse_arguments, parse_quantization, parse_size, read_prompts
 from .tables import print_titled, wide_console
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def evaluate(
     offline: Offline = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     batch_size: BatchSize = 4,
     memory: Annotated[
         bool, typer.Option(rich_help_panel=MACHINE, help="Measure peak memory; on a CPU in processes of its own.")
@@ -78,6 +80,7 @@ def evaluate(
         "device": str(target),
         "impl": impl,
         "offline": offline,
+        "quantization": parse_quantization(quantize),
     }
     sources = Source(name=teacher, **common), Source(name=student, base=base, **common)
     report = compare(

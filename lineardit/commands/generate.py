@@ -22,6 +22,7 @@ from .options import (
     MaxSequenceLength,
     Offline,
     Offload,
+    Quantize,
     Revision,
     Seed,
     Sharpen,
@@ -30,7 +31,7 @@ from .options import (
     Strength,
     Tile,
 )
-from .prompts import parse_arguments, parse_part, parse_size, read_prompts
+from .prompts import parse_arguments, parse_part, parse_quantization, parse_size, read_prompts
 
 if TYPE_CHECKING:
     from ..pipelines.plan import Settings
@@ -79,6 +80,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = "none",
+    quantize: Quantize = None,
     chunk_tokens: ChunkTokens = None,
     batch_size: BatchSize = 1,
     part: Annotated[
@@ -109,11 +111,12 @@ def generate(
         "settings": _stage_settings(strength, stage_steps, sharpen),
         "tile": Plan.tile if tile is None else tile,
     }
+    placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
+    placing["quantization"] = parse_quantization(quantize)
     weights = not plan
     if weights:
         said = {"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length, **more}
         weights = _check_files(texts, output, seed, share, said, overwrite=overwrite)
-    placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
     where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
     pipe, about = load(source, **where, **placing, loras=loras, with_weights=weights)
     if plan:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from ..linearize.adapters.quantization import Quantization
     from .loras import Lora
 
 
@@ -19,6 +20,7 @@ def load(
     device: str,
     dtype: str,
     offload: str,
+    quantization: "Quantization | None" = None,
     loras: "Sequence[Lora]" = (),
     with_weights: bool = True,
 ) -> tuple[Any, dict[str, str]]:
@@ -36,15 +38,20 @@ def load(
 
     target = find_device(device)
     weights = find_dtype(dtype, target)
-    pipe = open_pipeline(
-        source, dtype=weights, base=base, revision=revision, offline=offline, impl=impl, weights=with_weights
-    )
+    opening: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
+    opening |= {"dtype": weights, "quantization": quantization, "weights": with_weights}
+    pipe = open_pipeline(source, **opening)
     load_loras_(pipe, loras, offline=offline)
-    (place_ if with_weights else note_place_)(pipe, target, offload)
+    if with_weights:
+        place_(pipe, target, offload)
+    else:
+        note_place_(pipe, target, offload, quantization)
     if swap_report(pipe) is None:  # else the conversion has said what it swapped
         print(f"{source} runs with its original attention")
     model = source_of(pipe, denoiser(pipe)[1]).name or source
     about = {"model": model, "dtype": str(weights).removeprefix("torch."), "lineardit": __version__}
+    if quantization is not None:
+        about["quantize"] = str(quantization)
     if loras:
         about["lora"] = ", ".join(map(str, loras))
     manifest = adapter_file(find_place(source, revision=revision, offline=offline))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..pipelines.plan import MOST_STEPS
-from .completion import devices, dtypes, implementations, offloads
+from .completion import backends, devices, dtypes, implementations, offloads
 
 DRAWING = "Drawing"
 STAGES = "Pictures in stages"
@@ -102,6 +102,15 @@ Dtype = Annotated[
         help="Of the weights: float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.",
         rich_help_panel=MACHINE,
         autocompletion=dtypes,
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BACKEND[:NAME=VALUE,...]",
+        help="The denoiser's weights in fewer bits: bitsandbytes_4bit, bitsandbytes_8bit, torchao, and settings of it.",
+        rich_help_panel=MACHINE,
+        autocompletion=backends,
     ),
 ]
 Offload = Annotated[

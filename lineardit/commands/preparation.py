@@ -1,12 +1,24 @@
 """`lineardit prepare`: the teacher makes the samples that its student learns from."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import MACHINE, Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Revision, Seed, Steps
-from .prompts import parse_arguments, parse_part, parse_size, read_prompts
+from .options import (
+    MACHINE,
+    Arguments,
+    Device,
+    Dtype,
+    Guidance,
+    MaxSequenceLength,
+    Offline,
+    Quantize,
+    Revision,
+    Seed,
+    Steps,
+)
+from .prompts import parse_arguments, parse_part, parse_quantization, parse_size, read_prompts
 
 
 def prepare(
@@ -36,6 +48,7 @@ def prepare(
     offline: Offline = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     batch_size: Annotated[
         int,
         typer.Option(
@@ -76,9 +89,11 @@ def prepare(
     from ..linearize.folders import check_writable
     from .devices import find_device, find_dtype
 
+    weights: dict[str, Any] = {"quantization": parse_quantization(quantize)}
     check_writable(output)  # before a large model is loaded
     place = find_device(device)
-    pipe = open_pipeline(base, dtype=find_dtype(dtype, place), revision=revision, offline=offline).to(place)
+    weights |= {"dtype": find_dtype(dtype, place), "revision": revision, "offline": offline}
+    pipe = open_pipeline(base, **weights).to(place)
     make_samples(
         pipe,
         texts,

@@ -5,7 +5,10 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..linearize.adapters.quantization import Quantization
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -56,6 +59,26 @@ def _value(text: str) -> Any:
         return text
     plain = len(read) == 1 and "#" not in text and isinstance(read["value"], bool | int | float | str | list)
     return read["value"] if plain else text  # not the date, comment or second line that TOML sees in it
+
+
+def parse_quantization(text: str | None) -> "Quantization | None":
+    """What `--quantize BACKEND[:NAME=VALUE,...]` asks for; values as of `parse_arguments`.
+
+    Raises:
+        ValueError: not of this form, or no such backend.
+    """
+    if text is None:
+        return None
+    from ..linearize.adapters.quantization import Quantization
+
+    backend, colon, named = text.partition(":")
+    pairs = [one.partition("=") for one in named.split(",")] if colon else []
+    if not all(name and equals for name, equals, _ in pairs):
+        raise ValueError(
+            "--quantize must be BACKEND[:NAME=VALUE,...], such as bitsandbytes_4bit:bnb_4bit_use_double_quant=true, "
+            f"got {text!r}"
+        )
+    return Quantization(quant_backend=backend, quant_kwargs={name: _value(value) for name, _, value in pairs})
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

@@ -21,10 +21,11 @@ from .options import (
     MaxSequenceLength,
     Offline,
     Offload,
+    Quantize,
     Revision,
     finite,
 )
-from .prompts import parse_arguments, parse_size
+from .prompts import parse_arguments, parse_quantization, parse_size
 
 # Further arguments of the call that a picture says, and that a larger one needs to show the same.
 _TAKEN_OVER = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "true_cfg_scale")
@@ -59,6 +60,7 @@ def upscale(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = "none",
+    quantize: Quantize = None,
     tile: Annotated[int, typer.Option(help="Side in pixels of the VAE's tiles.", rich_help_panel=MACHINE)] = 1024,
     chunk_tokens: ChunkTokens = None,
 ) -> None:
@@ -90,6 +92,7 @@ def upscale(
     if base is None and source == said.get("adapter"):
         base = base_said(source, said.get("model"), revision, offline)
     placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
+    placing["quantization"] = parse_quantization(quantize)
     where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
     to_make = overwrite or not output.exists()
     pipe, about = load(source, **where, **placing, loras=loras, with_weights=to_make)

@@ -24,6 +24,7 @@ from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, find_place, read_base
 from .fitting import check_shapes, shapes_of
 from .outline import parts_on_meta
+from .quantization import Quantization, quantization_options, quantization_told
 from .stored_weights import check_has_weights, stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def load_base(
     dtype: torch.dtype | Literal["auto"] | None = None,
     offline: bool = False,
     weights: bool = True,
+    quantization: Quantization | None = None,
     **options: Any,
 ) -> Any:
     """The pipeline of a base, or the bare denoiser, with its weights; from safetensors files only.
@@ -113,9 +115,11 @@ def load_base(
         dtype: As in `from_pretrained`.
         offline: Never touch the network.
         weights: As in `from_pretrained`.
+        quantization: Of the denoiser's weights; without weights it is not looked at.
         options: As in `from_pretrained`.
     Raises:
-        ValueError: the base is a config without weights or has pickles alone, or an option is refused.
+        ValueError: the base is a config without weights or has pickles alone, it cannot be quantized so, or an option
+            is refused.
     """
     source = base.source
     for name, why in _REFUSED.items():
@@ -137,8 +141,10 @@ def load_base(
         return model
     if not weights:
         options = parts_on_meta(base, dtype=named, offline=offline) | options
+    elif quantization is not None:
+        options |= quantization_options(quantization, base, named)
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quantization_told(quantization):
         # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         return loader.from_pretrained(

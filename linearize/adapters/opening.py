@@ -35,7 +35,7 @@ def open_pipeline(
         revision: Branch, tag or commit of `name` on the Hub.
         offline: Never touch the network.
         impl: The implementation that converted modules run.
-        options: As of `lineardit.from_pretrained`, `weights=False` as well.
+        options: As of `lineardit.from_pretrained`, `weights=False` as well; or `quantization`, as of `load_base`.
     Returns:
         The pipeline, on the CPU without a `device_map`.
     Raises:

@@ -13,8 +13,8 @@ from tiny_distill import PROMPTS, SIZES, build_tiny, launch_run, loss_rows, tabl
 from torch import nn
 
 from lineardit import from_pretrained
-from lineardit.distill import quantized, train
-from lineardit.distill.config import DistillConfig, Quantization
+from lineardit.distill import train
+from lineardit.distill.config import DistillConfig
 from lineardit.distill.config_tables import config_from_tables, config_to_tables, load_config
 from lineardit.distill.evaluate import Source, evaluate
 from lineardit.distill.identity import fingerprint
@@ -22,6 +22,9 @@ from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.prepare import prepare
 from lineardit.distill.student import build_student_
 from lineardit.distill.train import distill, load_teacher
+from lineardit.linearize.adapters import quantization as quantizing
+from lineardit.linearize.adapters.base import read_base
+from lineardit.linearize.adapters.quantization import Quantization, quantization_options
 
 MakeConfig = Callable[..., DistillConfig]
 INT8 = {"quant_backend": "torchao", "quant_kwargs": {"quant_type": "Int8WeightOnlyConfig"}}
@@ -152,14 +155,17 @@ def test_a_quantization_without_gradients_is_refused(make_config: MakeConfig) ->
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, r"quant_kwargs.quant_type must be one of .*Int8WeightOnlyConfig.*; got None"),
+        ({"quant_type": None}, r"quant_type must be one of .*Int8WeightOnlyConfig.*; got None"),
         ({"quant_type": "Int8WeightOnly"}, r"got 'Int8WeightOnly' \(did you mean Int8WeightOnlyConfig"),
         (
             {"quant_type": "Float8WeightOnlyConfig", "weight_dtyp": "x"},
-            r"unknown setting base.quantization.quant_kwargs.weight_dtyp \(did you mean weight_dtype\?\); a Float8W",
+            r"base.quantization .*: unknown quant_kwargs weight_dtyp \(did you mean weight_dtype\?\); Float8W",
         ),
         ({"quant_type": "Float8WeightOnlyConfig", "weight_dtype": "float9"}, r"quant_kwargs: .*float9"),
-        ({"quant_type": "Int8WeightOnlyConfig", "version": 7}, r"base.quantization.quant_kwargs: |cannot be done: "),
+        (
+            {"quant_type": "Int8WeightOnlyConfig", "version": 7},
+            r"base.quantization .*: quant_kwargs: |cannot be done: ",
+        ),
     ],
 )
 def test_arguments_of_torchao_are_checked(kwargs: dict[str, Any], message: str, make_config: MakeConfig) -> None:
@@ -174,8 +180,8 @@ def test_what_a_backend_lacks_is_told(make_config: MakeConfig, monkeypatch: pyte
     def lacking(*_: Any, **__: Any) -> None:
         raise ImportError("Requires mslk >= 1.0.0")
 
-    monkeypatch.setattr(train, "load_base", lacking)
-    with pytest.raises(ValueError, match=r"^base.quantization cannot be done: Requires mslk >= 1.0.0"):
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lacking)
+    with pytest.raises(ValueError, match=r"^base.quantization \(--quantize\) cannot be done: Requires mslk >= 1.0.0"):
         load_teacher(make_config(base={"quantization": INT8}).base)
 
 
@@ -191,15 +197,16 @@ def test_arguments_of_torchao_name_dtypes(make_config: MakeConfig) -> None:
     assert type(model.proj_out.weight) is nn.Parameter
 
 
-def test_arguments_of_bitsandbytes_are_checked(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_bitsandbytes_are_checked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def options(backend: str, **kwargs: Any) -> Any:
-        base = make_config(base={"quantization": {"quant_backend": backend, "quant_kwargs": kwargs}}).base
-        return quantized.quantization_options(base, "transformer")["quantization_config"].quant_mapping["transformer"]
+        settings = Quantization(quant_backend=backend, quant_kwargs=kwargs)
+        made = quantization_options(settings, read_base(base), torch.float32)["quantization_config"]
+        return made.quant_mapping["transformer"]
 
-    monkeypatch.setattr(quantized, "find_spec", lambda _: None)
+    monkeypatch.setattr(quantizing, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"asks for bitsandbytes, which is not installed: pip install bitsandbytes$"):
         options("bitsandbytes_4bit")
-    monkeypatch.setattr(quantized, "find_spec", lambda _: True)
+    monkeypatch.setattr(quantizing, "find_spec", lambda _: True)
     with pytest.raises(ValueError, match="diffusers quantizes with bitsandbytes on a GPU alone; torchao"):
         options("bitsandbytes_4bit")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -208,7 +215,7 @@ def test_arguments_of_bitsandbytes_are_checked(make_config: MakeConfig, monkeypa
     assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == (True, "nf4", torch.float32)
     assert four.bnb_4bit_use_double_quant
     assert (eight.load_in_8bit, eight.load_in_4bit) == (True, False)
-    with pytest.raises(ValueError, match=r"quant_kwargs.bnb_quant_type \(did you mean bnb_4bit_quant_type"):
+    with pytest.raises(ValueError, match=r"quant_kwargs bnb_quant_type \(did you mean bnb_4bit_quant_type"):
         options("bitsandbytes_4bit", bnb_quant_type="nf4")
     with pytest.raises(ValueError, match=r"quant_kwargs: .*bfloat61"):
         options("bitsandbytes_4bit", bnb_4bit_compute_dtype="bfloat61")
@@ -225,7 +232,7 @@ def test_the_settings_of_a_quantization_round_trip(make_config: MakeConfig, tmp_
     ("quantization", "message"),
     [
         ("torchao", "base.quantization must be a table, got 'torchao'"),
-        ({"quant_backend": "gguf"}, "base.quantization.quant_backend must be bitsandbytes_4bit or .*, got 'gguf'"),
+        ({"quant_backend": "gguf"}, "base.quantization .*: quant_backend must be bitsandbytes_4bit or .*, got 'gguf'"),
         ({"backend": "torchao"}, r"unknown setting base.quantization.backend; did you mean .*quant_backend\?"),
         (INT8 | {"quant_kwargs": 3}, "base.quantization.quant_kwargs must be a table, got 3"),
     ],

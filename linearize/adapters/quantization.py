@@ -1,0 +1,146 @@
+"""The weights of a base in 8 or 4 bits, in the terms of diffusers' PipelineQuantizationConfig.
+
+    quant_backend         quant_kwargs
+    "bitsandbytes_4bit"   of diffusers' BitsAndBytesConfig; nf4, computed in the base's dtype, where nothing is said
+    "bitsandbytes_8bit"   of the same
+    "torchao"             `quant_type`, the name of a config of torchao.quantization (Int8WeightOnlyConfig where nothing
+                          is said), and what that takes
+
+What is quantized are the Linear layers of the denoiser: the settings say it in `[base.quantization]`, the command line
+as `--quantize BACKEND` or `--quantize BACKEND:NAME=VALUE,...`.
+"""
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from ..errors import nearest
+from .base import Base
+
+SETTING = "base.quantization (--quantize)"
+BACKENDS = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}  # packages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    quant_backend: str
+    quant_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.quant_backend not in BACKENDS:
+            raise ValueError(
+                f"{SETTING}: quant_backend must be {' or '.join(BACKENDS)}, got {self.quant_backend!r}"
+                + nearest(self.quant_backend, BACKENDS)
+            )
+
+    @property
+    def bits(self) -> float:
+        """That a weight takes with its scales, roughly."""
+        is_small = self.quant_backend == "bitsandbytes_4bit" or "4" in str(self.quant_kwargs.get("quant_type"))
+        return 4.5 if is_small else 8
+
+    def __str__(self) -> str:
+        """As the command line has it."""
+        named = ",".join(
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in self.quant_kwargs.items()
+        )
+        return f"{self.quant_backend}:{named}" if named else self.quant_backend
+
+
+def quantization_options(settings: Quantization, base: Base, dtype: torch.dtype) -> dict[str, Any]:
+    """Options of diffusers' `from_pretrained` that quantize the denoiser.
+
+    Raises:
+        ValueError: the base is quantized already, the backend's package is not here, it cannot run here, or an argument
+            of it is none or wrong.
+    """
+    if "quantization_config" in base.config:
+        raise ValueError(f"{base.source.name} is quantized already, as its config says: leave {SETTING} out")
+    package = BACKENDS[settings.quant_backend]
+    if find_spec(package) is None:
+        raise ValueError(f"{SETTING} asks for {package}, which is not installed: pip install {package}")
+    if package == "bitsandbytes" and not torch.cuda.is_available():
+        raise ValueError(
+            f"{SETTING}: diffusers quantizes with bitsandbytes on a GPU alone; torchao does it on CPUs too"
+        )
+    try:
+        config = _torchao(settings) if package == "torchao" else _bitsandbytes(settings, dtype)
+    except (TypeError, AttributeError, AssertionError) as error:  # of their constructors
+        raise ValueError(f"{SETTING}: quant_kwargs: {error}") from error
+    if base.component is not None:
+        config = diffusers.PipelineQuantizationConfig(quant_mapping={base.component: config})
+    return {"quantization_config": config}
+
+
+@contextmanager
+def quantization_told(settings: Quantization | None) -> Iterator[None]:
+    """Inside, what a backend raises because it lacks something is a ValueError that says so.
+
+    Raises:
+        ValueError: that.
+    """
+    try:
+        yield
+    except (ImportError, AssertionError, NotImplementedError) as error:
+        if settings is None:
+            raise
+        raise ValueError(f"{SETTING} cannot be done: {error}") from error
+
+
+def _bitsandbytes(settings: Quantization, dtype: torch.dtype) -> Any:
+    bits = settings.quant_backend.removeprefix("bitsandbytes_")
+    usual: dict[str, Any] = {f"load_in_{bits}": True}
+    if bits == "4bit":
+        usual |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    given = usual | settings.quant_kwargs
+    _check_names(given, diffusers.BitsAndBytesConfig)
+    return diffusers.BitsAndBytesConfig(**given)
+
+
+def _torchao(settings: Quantization) -> Any:
+    from torchao import quantization
+
+    kinds = [name for name in dir(quantization) if name.endswith("Config") and not name.startswith("AOBase")]
+    given = {"quant_type": "Int8WeightOnlyConfig"} | settings.quant_kwargs
+    kind, kept = given.pop("quant_type"), given.pop("modules_to_not_convert", None)
+    if kind not in kinds:
+        known = ", ".join(kinds)
+        raise ValueError(f"{SETTING}: quant_type must be one of {known}; got {kind!r}{nearest(kind, kinds)}")
+    config_class = getattr(quantization, kind)
+    _check_names(given, config_class)
+    usual = {name: one.default for name, one in inspect.signature(config_class).parameters.items()}
+    dtypes = {name: getattr(torch, str(one)) for name, one in given.items() if isinstance(usual[name], torch.dtype)}
+    return diffusers.TorchAoConfig(config_class(**given | dtypes), modules_to_not_convert=kept)
+
+
+def _check_names(given: Mapping[str, Any], config_class: Any) -> None:
+    """Some of these classes take names that they do not know, and leave them out."""
+    known = [name for name in inspect.signature(config_class).parameters if name not in ("self", "kwargs")]
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"{SETTING}: unknown quant_kwargs {name}{nearest(name, known)}; {config_class.__name__} takes "
+                + ", ".join(known)
+            )
+
+
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether it is packed in fewer bits than its layer computes in; torchao's claim a floating dtype."""
+    return not parameter.is_floating_point() or type(parameter) is not nn.Parameter
+
+
+def stored_tensors(parameter: Tensor) -> list[Tensor]:
+    """The plain tensors that a parameter keeps in memory: itself, or the parts of one of torchao's."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter.detach()]
+    names, _ = parameter.__tensor_flatten__()
+    return [one for name in names for one in stored_tensors(getattr(parameter, name))]

@@ -1,0 +1,139 @@
+"""`--quantize`: a base in 8 or 4 bits, in the commands that draw."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_distill import build_tiny
+from torch import nn
+
+from lineardit import Clear, linearize_, save_adapter
+from lineardit.cli import run
+from lineardit.commands.prompts import parse_quantization
+from lineardit.linearize.adapters.opening import open_pipeline
+from lineardit.linearize.adapters.quantization import Quantization
+from lineardit.pipelines.estimate import weights_on_device
+from lineardit.pipelines.placement import note_place_
+
+SCENE = "a red circle at the top left on striped sand"
+SMALL = ("--steps", "1", "--max-sequence-length", "8", "--offline")
+INT8 = ("--quantize", "torchao")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    build_tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe = open_pipeline(base)
+    linearize_(pipe, Clear(radius=2))
+    return save_adapter(pipe, tmp_path_factory.mktemp("adapters") / "clear")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{SCENE}\n")
+    return file
+
+
+def lineardit(*arguments: str | Path) -> int:
+    return run([str(argument) for argument in arguments])
+
+
+def told(picture: Path) -> dict[str, str]:
+    with Image.open(picture) as image:
+        return dict(image.info)
+
+
+def test_pictures_say_what_quantized_their_model(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    out, large = tmp_path / "out.png", tmp_path / "large.png"
+    command = ("generate", adapter, SCENE, "--size", "32x24", *SMALL, "-o", out)
+    assert lineardit(*command, *INT8) == 0
+    assert told(out)["quantize"] == "torchao"
+    assert lineardit(*command) == 2
+    assert "made with other settings" in capsys.readouterr().err
+    assert lineardit("upscale", out, *SMALL, "--quantize", "torchao:quant_type=Int8WeightOnlyConfig", "-o", large) == 0
+    assert told(large)["quantize"] == "torchao:quant_type=Int8WeightOnlyConfig"
+
+
+def test_samples_say_what_quantized_their_teacher(
+    base: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    command = ("prepare", base, "--prompts", prompts, "--size", "32x24", *SMALL, "-o", tmp_path / "samples")
+    assert lineardit(*command, *INT8) == 0
+    assert json.loads((tmp_path / "samples/index.json").read_text())["settings"]["quantized"] == "Int8Tensor"
+    assert lineardit(*command) == 2
+    assert "quantized was 'Int8Tensor', now None" in capsys.readouterr().err
+
+
+def test_both_sides_of_an_evaluation_are_quantized(
+    base: Path, adapter: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    command = ("evaluate", base, adapter, "--prompts", prompts, "--size", "32x24", *SMALL, "-o", tmp_path / "report")
+    with caplog.at_level(logging.INFO):
+        assert lineardit(*command, *INT8) == 0
+    asked = json.loads((tmp_path / "report/report.json").read_text())["question"]
+    assert (asked["teacher_quantization"], asked["student_quantization"]) == ("torchao", "torchao")
+    assert lineardit(*command, "--no-memory") == 2  # other weights: another question
+
+
+def test_a_base_that_is_quantized_already_is_not_quantized_again(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    open_pipeline(base, quantization=Quantization(quant_backend="torchao")).save_pretrained(tmp_path / "base")
+    assert lineardit("generate", tmp_path / "base", SCENE, *SMALL, *INT8, "-o", tmp_path / "out.png") == 2
+    assert "is quantized already, as its config says: leave" in capsys.readouterr().err
+
+
+def test_the_weights_of_a_loaded_quantized_model_count_what_they_take(base: Path) -> None:
+    pytest.importorskip("torchao.quantization")
+    whole, packed = open_pipeline(base), open_pipeline(base, quantization=Quantization(quant_backend="torchao"))
+    linear = sum(layer.weight.numel() for layer in whole.transformer.modules() if isinstance(layer, nn.Linear))
+    saved = weights_on_device(whole) - weights_on_device(packed)
+    assert 2.8 * linear < saved < 3 * linear  # of 4 bytes each; some remain for scales
+
+
+def test_a_plan_counts_the_quantized_weights(base: Path) -> None:
+    pipe, plain = open_pipeline(base, weights=False), open_pipeline(base, weights=False)
+    linear = sum(layer.weight.numel() for layer in pipe.transformer.modules() if isinstance(layer, nn.Linear))
+    note_place_(plain, torch.device("cpu"))
+    note_place_(pipe, torch.device("cpu"), quantization=Quantization(quant_backend="bitsandbytes_8bit"))
+    assert weights_on_device(plain) - weights_on_device(pipe) == 3 * linear
+
+
+def test_a_quantization_is_spelled_as_it_is_told() -> None:
+    text = "bitsandbytes_4bit:bnb_4bit_use_double_quant=true,bnb_4bit_quant_type=fp4"
+    asked = parse_quantization(text)
+    assert asked == Quantization(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs={"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "fp4"},
+    )
+    assert str(asked) == text
+    assert parse_quantization(None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("torchao:", r"must be BACKEND\[:NAME=VALUE,\.\.\.\].*got 'torchao:'"),
+        ("torchao:quant_type", "got 'torchao:quant_type'"),
+        ("torchaoo", r"quant_backend must be .*got 'torchaoo' \(did you mean torchao\?\)"),
+    ],
+)
+def test_a_quantization_that_is_misspelled_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_quantization(text)
