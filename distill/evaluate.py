@@ -270,13 +270,14 @@ def _name(source: Any) -> str:
 
 def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: PictureSettings) -> dict[str, Any]:
     """What a report answers: another question in the same folder would overwrite it."""
-    asked: dict[str, Any] = {"prompts": list(prompts)}
+    asked: dict[str, Any] = {}
     for role, source in (("teacher", teacher), ("student", student)):
         asked[role] = _name(source)
         if isinstance(source, Source):
             how = {"base": source.base, "dtype": source.dtype, "quantization": source.quantization}
             asked |= {f"{role}_{name}": value and str(value) for name, value in how.items()}
-    return asked | {"settings": {name: value for name, value in asdict(settings).items() if name != "batch_size"}}
+    drawn = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
+    return asked | {"prompts": list(prompts), "settings": drawn}
 
 
 def _check_contents(directory: Path, question: Mapping[str, Any], overwrite: bool) -> None:

@@ -93,7 +93,9 @@ def evaluate(
 def show(report: "Report") -> None:
     """Print the table."""
     settings = report.settings
-    told = f"{report.pictures} pictures of {settings.width}x{settings.height}, {settings.steps} steps"
+    pictures = f"{report.pictures} picture{'s' * (report.pictures != 1)}"
+    steps = f"{settings.steps} step{'s' * (settings.steps != 1)}"
+    told = f"{pictures} of {settings.width}x{settings.height}, {steps}"
     table = Table("", "teacher", "student", box=SIMPLE_HEAD)
     for name, values in _rows(report):
         table.add_row(name, *values)

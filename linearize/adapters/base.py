@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,9 +92,10 @@ def find_place(name: str | Path, *, revision: str | None = None, offline: bool =
     """Where a base or an adapter is; the environment's HF_HUB_OFFLINE=1 is `offline` as well.
 
     Raises:
-        ValueError: neither a folder nor the form of a Hub id, or a revision of a folder.
+        ValueError: neither a folder nor the form of a Hub id, a revision of a folder, or no path in this locale.
     """
     offline = offline or constants.HF_HUB_OFFLINE
+    check_spelling(str(name))
     path = Path(name).expanduser()
     if path.exists():
         if revision is not None:
@@ -101,6 +104,18 @@ def find_place(name: str | Path, *, revision: str | None = None, offline: bool =
     if not is_repository(str(name)):
         raise ValueError(f"no folder {name} here, and it is not a Hub id, which has the form owner/name")
     return Place(name=str(name), folder=None, revision=revision, offline=offline)
+
+
+def check_spelling(path: str) -> None:
+    """Raise a ValueError for a path with letters that this locale lacks, or that is no UTF-8."""
+    try:
+        os.fsencode(path)
+        path.encode("utf-8")
+    except UnicodeEncodeError as error:
+        here = sys.getfilesystemencoding()
+        raise ValueError(
+            f"{path!a} is no path here, where they are in {here}: set PYTHONUTF8=1, or rename it"
+        ) from error
 
 
 def read_base(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Base:

@@ -1,6 +1,10 @@
 """Single files of a Hub repository, and a sentence that says what to do where one cannot be had."""
 
+import logging
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -12,6 +16,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 3  # seconds until it is told what is waited for; where there is no network, huggingface_hub tries for 25
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -31,13 +39,14 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
     """
     at = f" at revision {revision}" if revision else ""
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=offline))
+        with _told_if_slow(repository, file):
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=offline))
     except LocalEntryNotFoundError as error:
         if offline:
             return None
         raise ValueError(
-            f"the Hub cannot be reached and {repository}{at} is not in the local cache: check the network, or give the "
-            "folder of a copy that you have"
+            f"the Hub cannot be reached and {file} of {repository}{at} is not in the local cache: check the network, "
+            "go by what is there with offline=True (--offline, HF_HUB_OFFLINE=1), or give the folder of a copy"
         ) from error
     except EntryNotFoundError:
         return None
@@ -58,6 +67,18 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub answered for {repository}{at}: {error}; try again later") from error
+
+
+@contextmanager
+def _told_if_slow(repository: str, file: str) -> Iterator[None]:
+    """Inside, what is waited for is told where it takes long."""
+    timer = threading.Timer(PATIENCE, logger.info, ["waiting for the Hub: %s of %s", file, repository])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_repository(name: str) -> bool:

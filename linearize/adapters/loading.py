@@ -21,7 +21,7 @@ from ..low_rank import LORA_NAME, LowRank, like_layer
 from ..manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from ..networks import denoiser
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, find_place, read_base
+from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, check_spelling, find_place, read_base
 from .fitting import check_shapes, shapes_of
 from .outline import parts_on_meta
 from .quantization import Quantization, quantization_options, quantization_told
@@ -94,6 +94,7 @@ def base_of(manifest: Manifest, adapter: str, base: str | Path | None = None, *,
         return read_base(base, offline=offline)
     if manifest.base is None:
         raise ValueError(f"{adapter} does not name its base (it was made in memory): pass base= (--base)")
+    check_spelling(manifest.base)
     if Path(manifest.base).is_absolute() and not Path(manifest.base).exists():
         raise ValueError(f"the base of {adapter} is no longer at {manifest.base}: pass base= (--base) with its place")
     return read_base(manifest.base, revision=manifest.base_revision, offline=offline)

@@ -64,6 +64,7 @@ def test_further_arguments_reach_the_pipeline(
     prompts.write_text(SCENE)
     evaluate = ("evaluate", base, adapter, "--prompts", prompts, *SMALL, "--no-memory", "-o")
     assert lineardit(*evaluate, report, *more) == 0
+    assert "1 picture of 32x24, 1 step\n" in capsys.readouterr().out
     with Image.open(next((report / "pictures").rglob("*.png"))) as drawn, Image.open(tmp_path / "guided.png") as guided:
         assert drawn.tobytes() == guided.tobytes()
     assert lineardit(*evaluate, tmp_path / "no", "--argument", "negativ_prompt=x") == 2

@@ -1,8 +1,11 @@
 """Finding a base and reading its config files; no network."""
 
 import json
+import logging
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -22,8 +25,11 @@ from huggingface_hub.errors import (
 )
 from tiny_pipelines import saved_flux_pipeline
 
+from lineardit import Clear, linearize_, save_adapter
+from lineardit.linearize.adapters import hub
 from lineardit.linearize.adapters.base import build_on_meta, find_place, read_base, source_of
 from lineardit.linearize.adapters.hub import fetch, is_repository, snapshot_of
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.adapters.stored_weights import stored_dtype
 from lineardit.linearize.errors import UnsupportedModelError
 from tiny_models import FAMILIES, build
@@ -123,7 +129,7 @@ def response(status: int) -> Any:
         (GatedRepoError("", response=response(403)), "is gated: accept its terms at https://huggingface.co/some/model"),
         (RepositoryNotFoundError("", response=response(401)), "neither a folder here nor a public Hub repository"),
         (RevisionNotFoundError("", response=response(404)), "some/model has no revision 'v2'"),
-        (LocalEntryNotFoundError(""), "cannot be reached and some/model at revision v2 is not in the local cache"),
+        (LocalEntryNotFoundError(""), "cannot be reached and model_index.json of some/model at revision v2 is not in"),
         (HfHubHTTPError("busy", response=response(503)), "the Hub answered for some/model at revision v2: busy"),
     ],
     ids=lambda value: type(value).__name__,
@@ -137,6 +143,40 @@ def test_fetch_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception
     with pytest.raises(ValueError, match=text) as caught:
         read_base("some/model", revision="v2")
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    told, messages = threading.Event(), list[str]()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+            told.set()
+
+    def download(*_: object, **__: object) -> str:
+        assert told.wait(30)
+        return "/file"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "PATIENCE", 0.01)
+    monkeypatch.setattr(hub.logger, "handlers", [Handler()])
+    with caplog.at_level(logging.INFO):
+        assert hub.fetch("some/model", "config.json") == Path("/file")
+    assert messages == ["waiting for the Hub: config.json of some/model"]
+
+
+def test_a_path_that_the_locale_lacks_is_told(tmp_path: Path) -> None:
+    base = saved_flux_pipeline(tmp_path / "b\xe9" / "base")
+    pipe = open_pipeline(base)
+    linearize_(pipe, Clear(radius=2))
+    save_adapter(pipe, tmp_path / "adapter")
+    code = "import sys, lineardit; lineardit.from_pretrained(sys.argv[1])"
+    in_ascii = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    for source in (tmp_path / "adapter", base):
+        done = subprocess.run(
+            [sys.executable, "-c", code, source], env=in_ascii, capture_output=True, text=True, check=False
+        )
+        assert "is no path here, where they are in ascii: set PYTHONUTF8=1, or rename it" in done.stderr
 
 
 def test_hf_hub_offline_is_offline_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
