@@ -25,8 +25,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
         OSError: the file cannot be read.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as error:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     for override in overrides:
         _override(tables, override)

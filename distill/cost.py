@@ -36,8 +36,8 @@ def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
     def step() -> None:
         with torch.no_grad():
             predict(model, arguments)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if pipe.device.type != "cpu":
+            torch.accelerator.synchronize(pipe.device)  # which need not be the current one
 
     return step
 
@@ -74,9 +74,9 @@ def picture_peak(pipe: Any, settings: PictureSettings) -> float:
     small = min(4 * size_multiple(pipe), settings.size[0])
     _draw(pipe, replace(settings, height=small, width=small))
     if pipe.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(pipe.device)
         _draw(pipe, settings)
-        return torch.cuda.max_memory_allocated() / GIB
+        return torch.cuda.max_memory_allocated(pipe.device) / GIB
     with resident_peak() as peak:
         _draw(pipe, settings)
     return peak[0] / GIB

@@ -2,15 +2,16 @@
 
 import hashlib
 from collections import Counter
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..linearize.adapters.quantization import is_quantized, stored_tensors
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Differs between models of other names, shapes or (where they are in memory) weights.
+    """Differs between models of other names, shapes or (where they are not on the meta device) weights.
 
     Args:
         dtype: In which weights are compared; None: their own.
@@ -18,10 +19,19 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        for stored in [] if parameter.is_meta else stored_tensors(parameter):
+        weight = _offloaded(model, name) if parameter.is_meta else parameter
+        for stored in [] if weight is None else stored_tensors(weight):
             first = stored.flatten()[:8].to(dtype or stored.dtype)
             digest.update(first.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _offloaded(model: nn.Module, name: str) -> Tensor | None:
+    """A weight that accelerate keeps elsewhere between forwards, as in sequential offload; None: there is none."""
+    owner, _, leaf = name.rpartition(".")
+    hook: Any = getattr(model.get_submodule(owner), "_hf_hook", None)
+    kept = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
+    return next((weights[leaf] for weights in kept if weights is not None), None)
 
 
 def architecture(model: nn.Module) -> str | None:

@@ -46,7 +46,7 @@ def describe_plan(
     lines = {
         "base": base,
         "trained": f"{what}: {len(trained)} tensors, {count:,} of {total:,} parameters ({kernel:,} in kernels)",
-        "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}; "
+        "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}{warmup_told(config)}; "
         f"{'bfloat16' if mixed else 'float32'} for the student",
         "data": f"{len(samples)} samples ({config.validate.samples} held out), {kept}, "
         + ", ".join(f"{width}x{height}" for width, height in sizes)
@@ -63,6 +63,13 @@ def _at_once(config: DistillConfig, processes: int, micro: int, calls: int) -> s
     accumulated = config.run.gradient_accumulation
     accumulated, micro = (accumulated * micro, 1) if calls else (accumulated, micro)
     return f"{processes} processes x {accumulated} accumulated x {micro}"
+
+
+def warmup_told(config: DistillConfig) -> str:
+    """What comes before the rate's course, and whether the run gets beyond it."""
+    warmup, steps = config.schedule.warmup, config.run.steps
+    short = f", and the run has {steps}: it comes to {min(steps / max(1, warmup), 1):.0%} of the rate"
+    return (f" after {warmup} steps of warm-up" if warmup else "") + (short if warmup > steps else "")
 
 
 def _first_stage(config: DistillConfig) -> str:

@@ -39,7 +39,7 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
     """
     at = f" at revision {revision}" if revision else ""
     try:
-        with _told_if_slow(repository, file):
+        with told_if_slow("waiting for the Hub: %s of %s", file, repository):
             return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=offline))
     except LocalEntryNotFoundError as error:
         if offline:
@@ -70,9 +70,9 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
 
 
 @contextmanager
-def _told_if_slow(repository: str, file: str) -> Iterator[None]:
-    """Inside, what is waited for is told where it takes long."""
-    timer = threading.Timer(PATIENCE, logger.info, ["waiting for the Hub: %s of %s", file, repository])
+def told_if_slow(*message: str) -> Iterator[None]:
+    """Where what is inside takes long, a message is logged."""
+    timer = threading.Timer(PATIENCE, logger.info, message)
     timer.daemon = True
     timer.start()
     try:

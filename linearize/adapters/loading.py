@@ -23,6 +23,7 @@ from ..networks import denoiser
 from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, check_spelling, find_place, read_base
 from .fitting import check_shapes, shapes_of
+from .hub import told_if_slow
 from .outline import parts_on_meta
 from .quantization import Quantization, quantization_options, quantization_told
 from .stored_weights import check_has_weights, stored_dtype, variant_of
@@ -145,7 +146,8 @@ def load_base(
     elif quantization is not None:
         options |= quantization_options(quantization, base, named)
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
-    with warnings.catch_warnings(), quantization_told(quantization):
+    told = told_if_slow("loading %s", str(source.name))
+    with warnings.catch_warnings(), quantization_told(quantization), told:
         # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         return loader.from_pretrained(

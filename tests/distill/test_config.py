@@ -1,6 +1,9 @@
 """Settings: what is read, what is refused, and that they survive a round trip."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 from lineardit import Clear
 from lineardit.distill.config import Attention, DistillConfig, Lora
 from lineardit.distill.config_tables import config_from_tables, config_to_tables, load_config
+from lineardit.distill.plan import warmup_told
 
 TEXT = """
 base.model = "some/model"
@@ -31,6 +35,19 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "config.toml"
     path.write_text(TEXT)
     return path
+
+
+def test_load_config_reads_utf8_in_any_locale(file: Path) -> None:
+    """And the mark that some editors put before it."""
+    file.write_text("\ufeff" + TEXT.replace('"samples"', '"b\xe9"'), encoding="utf-8")
+    code = "import sys; from lineardit.distill.config_tables import load_config; print(load_config(sys.argv[1]).data)"
+    command = [sys.executable, "-c", code, str(file)]
+    in_ascii = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, env=in_ascii, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout == "Data(directory='b\xe9')\n"
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is not TOML: 'utf-8' codec can't decode"):
+        load_config(file)
 
 
 def test_load_config_reads_tables_and_overrides(file: Path) -> None:
@@ -117,3 +134,11 @@ def test_load_config_refuses_a_file_that_is_not_toml(tmp_path: Path) -> None:
 def test_config_refuses_a_missing_table() -> None:
     with pytest.raises(ValueError, match="the setting base is missing"):
         config_from_tables({"data": {"directory": "samples"}})
+
+
+def test_the_plan_says_how_far_a_long_warm_up_gets(file: Path) -> None:
+    assert (
+        warmup_told(load_config(file)) == " after 100 steps of warm-up, and the run has 10: it comes to 10% of the rate"
+    )
+    assert warmup_told(load_config(file, ["run.steps=100"])) == " after 100 steps of warm-up"
+    assert warmup_told(load_config(file, ["schedule.warmup=0"])) == ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import FluxPipeline
 from peft import LoraConfig
 from PIL import Image
@@ -232,6 +233,33 @@ def test_evaluate_holds_its_folder(pipe: FluxPipeline, tmp_path: Path) -> None:
 def test_picture_settings_refuse_no_steps() -> None:
     with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         PictureSettings(height=8, width=8, steps=0)
+
+
+def test_weights_that_accelerate_keeps_elsewhere_count_in_a_digest() -> None:
+    """As in sequential offload, between whose forwards all parameters are on the meta device."""
+    one, other = build_tiny(), build_tiny()
+    in_memory = digest(one, SETTINGS.of(one))
+    with torch.no_grad():
+        other.transformer.proj_out.weight.add_(1)
+    for pipe in (one, other):
+        cpu_offload(pipe.transformer, torch.device("cpu"))
+        assert pipe.transformer.proj_out.weight.is_meta
+    assert digest(one, SETTINGS.of(one)) == in_memory != digest(other, SETTINGS.of(other))
+
+
+def test_costs_are_those_of_the_pipelines_own_gpu(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current one, which would be cuda:0 whatever is asked for."""
+    device, asked = torch.device("cuda:1"), []
+    monkeypatch.setattr(FluxPipeline, "device", device)
+    monkeypatch.setattr(cost, "_draw", lambda *_: None)
+    monkeypatch.setattr(cost, "first_call", lambda *_, **__: {})
+    monkeypatch.setattr(cost, "predict", lambda *_: None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", asked.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 2**30)
+    cost.step_call(pipe, SETTINGS)()
+    assert cost.picture_peak(pipe, SETTINGS) == 1
+    assert asked == 3 * [device]
 
 
 def test_paired_step_seconds_runs_both_in_turn(pipe: FluxPipeline, student: FluxPipeline) -> None:
