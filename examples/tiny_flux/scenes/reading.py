@@ -6,6 +6,7 @@ picture with what the drawing code would have drawn.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -99,28 +100,35 @@ def _chroma(pixels: Array) -> Array:
 
 def _find_object(pixels: Array, cell: str) -> _Found | None:
     height, width = pixels.shape[:2]
-    row, col = divmod(CELLS.index(cell), 3)
-    window = (
-        slice(row * height // 3, (row + 1) * height // 3),
-        slice(col * width // 3, (col + 1) * width // 3),
-    )
-    chroma = _chroma(pixels)[window]
+    window = _window(cell, width, height)
+    chroma = _chroma(pixels[window])
     if (chroma > COLOURFUL).sum() < 40:  # the smallest template covers about 150 pixels
         return None
     peak = float(np.median(chroma[chroma > COLOURFUL]))
     region = (chroma > max(COLOURFUL, 0.65 * peak)).astype(np.float32)
     overlap, shape, move = max(
-        (_overlap(coverage(shape, cell, width, height, *move)[window], region), shape, move)
+        (_overlap(_template(shape, cell, width, height, *move), region), shape, move)
         for shape in SHAPES
         for move in product((-0.02, 0.0, 0.02), (-0.02, 0.0, 0.02))
     )
     if overlap < MIN_OVERLAP:
         return None
-    inside = coverage(shape, cell, width, height, *move)[window] > 0.99
+    inside = _template(shape, cell, width, height, *move) > 0.99
     rgb = np.median(pixels[window][inside], axis=0) * 255
     colour, tint = min(product(COLOURS, TINTS), key=lambda pair: float(np.abs(rgb - tinted(*pair)).sum()))
     item = Object(colour=colour, shape=shape, cell=cell)
     return _Found(item, tint, _read_shadow(pixels, item, move))
+
+
+def _window(cell: str, width: int, height: int) -> tuple[slice, slice]:
+    row, col = divmod(CELLS.index(cell), 3)
+    return slice(row * height // 3, (row + 1) * height // 3), slice(col * width // 3, (col + 1) * width // 3)
+
+
+@lru_cache(maxsize=1024)
+def _template(shape: str, cell: str, width: int, height: int, move_row: float, move_col: float) -> Array:
+    """How much the object covers of each pixel of its cell; the same few for every picture of a size."""
+    return coverage(shape, cell, width, height, move_row, move_col)[_window(cell, width, height)].copy()
 
 
 def _overlap(template: Array, region: Array) -> float:
