@@ -209,11 +209,13 @@ def test_save_adapter_refuses_what_is_not_converted(tmp_path: Path) -> None:
 
 def refused(folder: Path, model: nn.Module, text: str) -> None:
     """Loading fails with `text`, and the model is as it was."""
-    state, classes = model.state_dict(), [type(module) for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=text) as caught:
         load_adapter_(model, folder)
     assert "\n" not in str(caught.value)
     assert [type(module) for module in model.modules()] == classes
+    assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
