@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 # One thread a process: two test processes share two cores, and sums do not depend on the machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+# In the order of tests/conftest.py: files that take long first, or one process waits for the other in the end.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .PHONY: help install demo test test-all test-oldest lint marks ablations nearness methods high-resolution bench-cpu support clean
@@ -28,10 +30,10 @@ demo: $(STAMP)  ## convert, distill and generate with the small model; pictures 
 	$(BIN)/python -m lineardit demo
 
 test: $(STAMP)  ## everything that a change must pass, in minutes
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE)
 
 test-all: $(STAMP)  ## the slow tests as well
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m ''
 
 $(OLDEST)/.installed: constraints-oldest.txt
 	@echo "Installing the oldest supported versions into $(OLDEST)"

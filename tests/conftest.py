@@ -1,5 +1,6 @@
 """What holds for every test: offline, one thread and seed, Triton interpreted, fresh memory full of NaN."""
 
+import gc
 import logging
 import os
 
@@ -9,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -34,6 +36,32 @@ hypothesis.register_random(TORCH_RANDOM)
 
 if find_spec("triton"):
     hasten_interpreter()
+
+
+# They take longest of those with few tests.
+FIRST_FILES = (
+    "kernels/test_kernel_resources.py",
+    "benchmarks/test_gpu_smoke.py",
+    "neighbours/test_compile.py",
+    "linearize/test_compiling.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes take these files first, so that none is left with one of them in the end."""
+    places = {Path(__file__).parent / file: place for place, file in enumerate(FIRST_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collections of garbage need not look through it, which takes long."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
