@@ -82,10 +82,38 @@ def write_config(config: DistillConfig, path: Path) -> Path:
 def launch_run(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[bytes]:
     """A distillation in processes of its own, which are a group that can be killed as one."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "lineardit.distill", str(config), *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, start_new_session=True
-    )
+    return _start([sys.executable, *launcher, "-m", "lineardit.distill", str(config), *arguments])
+
+
+# Workers that share their imports, forks of one process that has done nothing yet; all end with the first that fails.
+FORKED = """
+import os, signal, socket, sys
+import lineardit.distill.train
+from lineardit.distill.__main__ import main
+
+processes = int(sys.argv.pop(1))
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+for rank in range(processes):
+    if not os.fork():
+        os.environ.update({name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+        sys.exit(main())
+for _ in range(processes):
+    if os.wait()[1]:
+        os.killpg(0, signal.SIGKILL)
+"""
+
+
+def fork_run(config: Path, *, processes: int) -> subprocess.Popen[bytes]:
+    """A distillation in several processes without a launcher, in half of its time."""
+    return _start([sys.executable, "-c", FORKED, str(processes), str(config)])
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def loss_rows(run: Path) -> list[dict[str, float]]:

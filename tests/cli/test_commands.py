@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 from typer.main import get_command
 
-from lineardit.cli import app, run
+from lineardit.cli import app, main, run
 from lineardit.commands.method_options import split_arguments, told_of_fields
 from lineardit.linearize.methods import METHODS
 
@@ -144,12 +145,19 @@ def test_help_cuts_no_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert not any(line.endswith("...") for line in capsys.readouterr().out.split("Commands:")[1].splitlines())
 
 
-def test_a_shell_completes_commands_options_and_names() -> None:
+def test_a_shell_completes_commands_options_and_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lineardit"])
+    monkeypatch.setenv("_LINEARDIT_COMPLETE", "complete_bash")
+
     def offered(words: str) -> list[str]:
-        environment = {"_LINEARDIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        command = [sys.executable, "-m", "lineardit"]
-        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-        return done.stdout.split()
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out.split()
 
     assert offered("lineardit gen") == ["generate"]
     assert offered("lineardit generate --offl") == ["--offline", "--offload"]
@@ -158,6 +166,16 @@ def test_a_shell_completes_commands_options_and_names() -> None:
 
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
+
+
+@pytest.fixture(scope="module")
+def short_flux(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """FLUX.1-dev's configuration with one block of each kind, whose operations are counted in a moment."""
+    folder = tmp_path_factory.mktemp("short") / "flux"
+    shutil.copytree(FLUX_DEV, folder)
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 1, "num_single_layers": 1}))
+    return str(folder)
 
 
 def test_convert_and_inspect_tell_every_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,15 +187,25 @@ def test_convert_and_inspect_tell_every_module(tmp_path: Path, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     assert sum("radius=8" in line for line in lines) == 57
     assert len(json.loads(told.read_text())["rows"]) == 57
-    assert run(["inspect", str(adapter), "--offline", "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(told.read_text())
+
+
+def test_inspect_prints_the_json_that_it_writes(
+    short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, told = str(tmp_path / "adapter"), tmp_path / "told.json"
+    assert run(["convert", short_flux, "--method", "clear", "--radius", "8", "--offline", "-o", adapter]) == 0
+    assert run(["inspect", adapter, "--offline", "--json", str(told)]) == 0
+    capsys.readouterr()
+    assert run(["inspect", adapter, "--offline", "--json", "-"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(told.read_text()) and len(printed["rows"]) == 2
 
 
 def test_convert_takes_the_tokens_below_which_the_original_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter, words = str(tmp_path / "adapter"), ["--method", "clear", "--radius", "8", "--offline"]
-    assert run(["convert", str(FLUX_DEV), *words, "--dense-below", "16384", "-o", adapter]) == 0
+    assert run(["convert", short_flux, *words, "--dense-below", "16384", "-o", adapter]) == 0
     assert json.loads((tmp_path / "adapter" / "lineardit.json").read_text())["dense_below"] == 16384
     capsys.readouterr()
     assert run(["inspect", adapter, "--offline"]) == 0
@@ -186,30 +214,31 @@ def test_convert_takes_the_tokens_below_which_the_original_runs(
     assert "original (fewer than 16,384 image tokens) at 1K, tiled at 2K 4K 8K" in out
     assert run(["convert", adapter, "--dense-below", "9", "--offline", "-o", str(tmp_path / "other")]) == 2
     assert "an adapter keeps the dense_below that it has" in capsys.readouterr().err
-    assert run(["convert", str(FLUX_DEV), *words, "--dense-below", "-1", "-o", str(tmp_path / "other")]) == 2
+    assert run(["convert", short_flux, *words, "--dense-below", "-1", "-o", str(tmp_path / "other")]) == 2
     assert "dense_below must be an integer >= 0, got -1" in capsys.readouterr().err
 
 
-def test_inspect_cuts_nothing_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_cuts_nothing_in_a_pipe(short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--method", "hybrid", "--local", "clear:radius=16", "--global", "proxytokens:num_proxies=1024"]
     words += ["--gate", "1", "--focus-tokens", "1024", "--offline", "-o", str(tmp_path / "a")]
-    assert run(["convert", str(FLUX_DEV), *words]) == 0
+    assert run(["convert", short_flux, *words]) == 0
     capsys.readouterr()
     assert run(["inspect", str(tmp_path / "a"), "--offline"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    row = next(line for line in lines if "single_transformer_blocks.37.attn" in line)
+    row = next(line for line in lines if "single_transformer_blocks.0.attn" in line)
     assert "proxytokens" in row and "focus_tokens=1024" in row and "…" not in "".join(lines)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["inspect", "tests/data/flux1-dev/transformer"], ["nosuch"]])
-def test_a_pipe_that_nobody_reads_ends_a_command_quietly(words: list[str]) -> None:
+@pytest.mark.parametrize("words", [["--version"], ["inspect", "transformer"], ["nosuch"]])
+def test_a_pipe_that_nobody_reads_ends_a_command_quietly(words: list[str], short_flux: str) -> None:
     """What typer prints, what rich prints, and what goes to standard error."""
     reader, writer = os.pipe()
     os.close(reader)
     stream = "stderr" if words == ["nosuch"] else "stdout"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-m", "lineardit", *words], cwd=root, **streams)  # type: ignore[call-overload]
+    command = [sys.executable, "-m", "lineardit", *words]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=short_flux, env=environment, **streams)  # type: ignore[call-overload]
     os.close(writer)
     assert (done.returncode, done.stdout or b"", done.stderr or b"") == (141, b"", b"")
 

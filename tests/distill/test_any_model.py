@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from kept_case import config_of, kept
 from peft import LoraConfig
 from prompted import prompted, size_of
-from tiny_distill import PROMPTS, SIZES, launch_run, loss_rows, write_config
+from tiny_distill import PROMPTS, SIZES, fork_run, loss_rows, write_config
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor
 from whole_pipelines import WHOLE
@@ -114,7 +114,7 @@ def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
         config_of(tmp_path, str(tmp_path / "base"), run={"directory": str(tmp_path / name)}, **settings)
         for name in ("one", "two")
     ]
-    process = launch_run(write_config(configs[1], tmp_path / "two.toml"), processes=2)
+    process = fork_run(write_config(configs[1], tmp_path / "two.toml"), processes=2)
     train.distill(configs[0])
     assert process.wait() == 0, process.stderr.read().decode()
     for one, two in zip(loss_rows(tmp_path / "one"), loss_rows(tmp_path / "two"), strict=True):

@@ -15,7 +15,7 @@ from accelerate.utils import DynamoBackend
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_distill import PROMPTS, launch_run, loss_rows, table, trained_weights, write_config
+from tiny_distill import PROMPTS, fork_run, launch_run, loss_rows, table, trained_weights, write_config
 
 from lineardit import Clear, Hybrid, ProxyTokens, dense, from_pretrained
 from lineardit.distill import figures
@@ -172,7 +172,7 @@ def test_two_processes_train_a_hybrid_whose_window_covers_pictures(
     prepare(FluxPipeline.from_pretrained(base), PROMPTS, samples, sizes=sizes, steps=1, max_sequence_length=8)
     method = config_to_dict(Hybrid(local=Clear(radius=5), global_=ProxyTokens(num_proxies=4), gate=1.0))
     config = make_config(method=method, data={"directory": str(samples)}, run={"steps": 4, "batch_size": 2})
-    process = launch_run(write_config(config, tmp_path / "config.toml"), processes=2)
+    process = fork_run(write_config(config, tmp_path / "config.toml"), processes=2)
     assert process.wait() == 0, process.stderr.read().decode()
     assert len(loss_rows(Path(config.run.directory))) == 4
 

@@ -19,15 +19,16 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
 
 
 @pytest.mark.parametrize(
-    "arch", [80, 86, 90, pytest.param(100, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
+    "archs", [["86", "90"], pytest.param(["80", "100", "120"], marks=pytest.mark.slow)], ids=" ".join
 )
-def test_kernels_compile_within_the_committed_resources(arch):
+def test_kernels_compile_within_the_committed_resources(archs):
+    """80 has the instructions of 86 and more memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, SCRIPT, "--archs", str(arch)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, SCRIPT, "--archs", *archs], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert f"sm_{arch} window_forward" in run.stdout
+    assert all(f"sm_{arch} window_forward" in run.stdout for arch in archs)
     assert "nothing grew" in run.stdout  # and not: another version of Triton, nothing compared
 
 
