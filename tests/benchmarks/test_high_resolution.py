@@ -16,10 +16,10 @@ from lineardit.pipelines.plan import Settings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 AMOUNT: dict[str, Any] = {
-    "native": 128,
-    "side": 192,
+    "native": 64,
+    "side": 128,
     "captions": 2,
-    "largest": 224,
+    "largest": 160,
     "few_captions": 1,
     "steps": 1,
     "text_tokens": 32,
@@ -43,18 +43,18 @@ def test_run_has_every_row_and_goes_on(high_resolution: Any, tmp_path: Path) -> 
     reports: list[str] = []
     run.run(lambda: reports.append(high_resolution.write_results(tmp_path / "results", run)))
     assert [(row.name, row.side, row.pictures) for row in run.rows] == [
-        ("teacher", 128, 2),
-        ("Lanczos", 192, 2),
-        ("Lanczos, sharpened", 192, 2),
-        ("oracle", 192, 2),
-        ("cascade, student", 192, 2),
-        ("Lanczos", 224, 1),
-        ("Lanczos, sharpened", 224, 1),
-        ("oracle", 224, 1),
-        ("cascade, student", 224, 1),
-        ("direct, student", 192, 1),
-        ("direct, student", 224, 1),
-        ("direct, teacher", 192, 1),
+        ("teacher", 64, 2),
+        ("Lanczos", 128, 2),
+        ("Lanczos, sharpened", 128, 2),
+        ("oracle", 128, 2),
+        ("cascade, student", 128, 2),
+        ("Lanczos", 160, 1),
+        ("Lanczos, sharpened", 160, 1),
+        ("oracle", 160, 1),
+        ("cascade, student", 160, 1),
+        ("direct, student", 128, 1),
+        ("direct, student", 160, 1),
+        ("direct, teacher", 128, 1),
     ]
     assert next(row for row in run.rows if row.name == "oracle").objects == 1
     marks = [text.count("**no**") + text.count("| yes |") for text in reports]

@@ -25,15 +25,20 @@ from lineardit.kernels.focus.triton_focus import Blocks, backward_candidates, ca
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-# each shape with two windows, each window with two shapes
-PAIRS = [(*shape, WINDOWS[(index + step) % len(WINDOWS)]) for step in (0, 2) for index, shape in enumerate(SHAPES)]
+# each shape with two windows, each window with two shapes; of two samples and of one
+PAIRS = [
+    (*shape, WINDOWS[(index + step) % len(WINDOWS)], batch)
+    for step, batch in ((0, 2), (2, 1))
+    for index, shape in enumerate(SHAPES)
+]
+SMALLER = {"GRID": (12, 14), "WINDOW": Circle(radius=4), "COUNT": 6, "NUM_SMALL_CELLS": 42}  # a picture for the trial
 
 
-@pytest.mark.parametrize(("grid", "num_cells", "num_tokens", "side", "window"), PAIRS, ids=str)
+@pytest.mark.parametrize(("grid", "num_cells", "num_tokens", "side", "window", "batch"), PAIRS, ids=str)
 def test_triton_is_the_formula(
-    grid: tuple[int, int], num_cells: int, num_tokens: int, side: int, window: Window
+    grid: tuple[int, int], num_cells: int, num_tokens: int, side: int, window: Window, batch: int
 ) -> None:
-    inputs = [x.requires_grad_() for x in inputs_of(grid, num_cells, FP32)]
+    inputs = [x[:batch].requires_grad_() for x in inputs_of(grid, num_cells, FP32)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     shape = {"grid": grid, "window": window, "num_tokens": num_tokens, "side": side}
     out, lse = focus_attention(*inputs, **shape, scale=SCALE, impl="triton")
@@ -205,8 +210,7 @@ def test_a_query_that_sees_nothing_has_the_log_sum_exp_of_plain() -> None:
 @pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, with the plain formula that a GPU takes, on a smaller picture."""
-    smaller = {"GRID": (12, 14), "WINDOW": Circle(radius=4), "COUNT": 6, "NUM_SMALL_CELLS": 42}
-    for name, value in smaller.items():
+    for name, value in SMALLER.items():
         monkeypatch.setattr(triton_probe, name, value)
     monkeypatch.setattr(plain, "fastest_partial", lambda *_: PLAIN)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -234,6 +238,8 @@ def test_the_trial_of_a_device_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPa
         lse, chosen = triton_focus.triton_forward(inputs, out, *_)
         return lse + 1, chosen
 
+    for name, value in SMALLER.items():
+        monkeypatch.setattr(triton_probe, name, value)
     monkeypatch.setattr(triton_probe, "triton_forward", wrong)
     with pytest.raises(RuntimeError, match="a trial differs from the reference by"):
         triton_probe.try_blocks(CPU, FP32, 8, 8)

@@ -109,9 +109,9 @@ def test_circles_have_one_border_everywhere(radius):
     assert lists.masks.sum((1, 2))[lists.mask_ids[listed]].sum() == pairs
 
     tables = focus_tables(grid, window, 1, 4, torch.float32, cpu, torch.float32)
-    rows, columns = (axis.flatten().bincount() for axis in tables.distances[1:])
-    squares = torch.arange(len(rows))[:, None] + torch.arange(len(columns))
-    assert (rows[:, None] * columns)[squares < tables.limit].sum() == pairs
+    axes = (axis.flatten().unique(return_counts=True) for axis in tables.distances[1:])
+    (rows, of_row), (columns, of_column) = axes
+    assert (of_row[:, None] * of_column)[rows[:, None] + columns < tables.limit].sum() == pairs
     assert (height * width) ** 2 - rest_of_cells(grid, window, 1, cpu).everywhere().double().sum() == pairs
 
 

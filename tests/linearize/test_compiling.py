@@ -93,10 +93,10 @@ def test_compile_tells_where_no_block_is_named_so() -> None:
 
 
 def test_compile_takes_a_config_for_each_layer() -> None:
-    model = build("flux", num_layers=4)
+    model = build("pixart", num_layers=4)
     radii = (1.5, 2.3, 3.1, 4.2)
-    linearize_(model, {f"*.{i}.attn": Clear(radius=radius) for i, radius in enumerate(radii)}, impl="tiled")
-    graphs = _graphs_per_size(model, "flux", backend="eager", tolerance=1e-6)
+    linearize_(model, {f"*.{i}.attn1": Clear(radius=radius) for i, radius in enumerate(radii)}, impl="tiled")
+    graphs = _graphs_per_size(model, "pixart", backend="eager", tolerance=1e-6)
     assert graphs[2] == graphs[-1]
 
 

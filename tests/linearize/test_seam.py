@@ -58,7 +58,7 @@ def test_linearize_covering_window_forced_is_close(family: str, impl: str) -> No
 
 @pytest.mark.parametrize(("family", "impl"), PAIRS)
 def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None:
-    grid = (5, 7)
+    grid = (3, 5) if impl == "triton" else (5, 7)  # a sample for each token: the interpreter's time is their square
     model = build(family)
     linearize_(model, SMALL, impl=impl)
     calls = attention_calls(model, inputs_of(family, grid=grid, batch=1))
