@@ -16,7 +16,13 @@ from lineardit.linearize.networks import denoiser
 FINISH = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"
 
 
-@pytest.mark.parametrize("name", WHOLE)
+# Of the two UNets one runs in each test, the other in `make test-all`.
+DISTILLED, LARGE = (
+    [pytest.param(name, marks=pytest.mark.slow if name == other else ()) for name in WHOLE] for other in ("sdxl", "sd")
+)
+
+
+@pytest.mark.parametrize("name", DISTILLED)
 def test_a_model_is_distilled_judged_and_used(name: str, tmp_path: Path) -> None:
     make, size = WHOLE[name]
     base, samples, config = tmp_path / "base", tmp_path / "samples", tmp_path / "config.toml"
@@ -42,7 +48,7 @@ def test_a_model_is_distilled_judged_and_used(name: str, tmp_path: Path) -> None
     assert any(Image.open(file).tobytes() == drawn[0].tobytes() for file in made)  # `evaluate` draws the same
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", LARGE)
 def test_large_pictures_come_in_stages_and_go_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, size = WHOLE[name]
     pipe = make()
