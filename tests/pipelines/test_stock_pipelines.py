@@ -51,8 +51,7 @@ def test_stock_pipeline_is_equal_where_the_window_covers_and_after_restoring(nam
     _linearize(pipe, stock, SMALL)
     out = paint(pipe, arguments)
     assert out.isfinite().all() and not torch.allclose(out, base, atol=tolerance)
-    for network in _networks(pipe, stock):
-        restore_(network)
+    restore_(pipe)
     assert torch.equal(paint(pipe, arguments), base)
 
 
