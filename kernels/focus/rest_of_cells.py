@@ -31,7 +31,8 @@ from ..window.windows import Window, from_arguments, to_arguments
 UNSEEN = -1e4
 
 ALIGNED = 16  # numbers, at multiples of which PyTorch's kernels want rows of a bias to begin, or copy it
-PARTS = 8  # of the image's rows or tokens, treated one after the other
+PARTS = 8  # of the image's rows, counted one after the other
+PLACED = 2**22  # numbers of `RestOfCells.near` that go to their cells at a time, with indices of 32 MiB
 
 
 class RestOfCells(NamedTuple):
@@ -61,7 +62,7 @@ class RestOfCells(NamedTuple):
         """The same of all places, [places, C]; rows begin at multiples of so many numbers."""
         num_places, num_cells = len(self.near), len(self.whole)
         out = self.whole.new_empty(num_places, -(-num_cells // multiple) * multiple)[:, :num_cells].copy_(self.whole)
-        step = -(-num_places // PARTS)
+        step = max(1, PLACED // self.near.shape[1])
         for start in range(0, num_places, step):
             places = torch.arange(start, min(start + step, num_places), device=out.device)
             out[start : start + step].scatter_(1, self.cells(places), self.near[start : start + step])

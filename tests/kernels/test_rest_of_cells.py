@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lineardit.kernels.focus import rest_of_cells as rest_of_cells_module
 from lineardit.kernels.focus.rest_of_cells import ALIGNED, UNSEEN, log_rest, rest_of_cells
 from lineardit.kernels.pieces.cells import cell_grid, cells_of_axis
 from lineardit.kernels.window import Box, Circle
@@ -54,6 +55,14 @@ def test_rest_of_cells_is_counted_in_videos(grid: tuple[int, ...], num_cells: in
     assert torch.allclose(rest.everywhere().double(), expected, atol=1e-5)
     some = torch.tensor([[7, 0, 11], [3, 3, len(expected) - 1]])
     assert torch.equal(rest.at(some), rest.everywhere()[some])
+
+
+@pytest.mark.parametrize("placed", [1, 20, 10**9])
+def test_rest_everywhere_does_not_depend_on_its_parts(placed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = rest_of_cells((7, 10), Circle(radius=2.5), 70, CPU)
+    expected = rest.everywhere()
+    monkeypatch.setattr(rest_of_cells_module, "PLACED", placed)
+    assert torch.equal(rest.everywhere(), expected)
 
 
 def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
