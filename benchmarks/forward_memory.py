@@ -34,9 +34,8 @@ def peak_bytes(side: int, chunk_tokens: int | None, methods: tuple[Any, ...] = (
         raise ValueError(f"{CONFIG} has no positions for {side} pixels")
     width = config["num_attention_heads"] * config["attention_head_dim"]
     counted = step if chunk_tokens is None else step_in_chunks(shape, chunk_tokens)
-    return peak_with(counted, methods, torch.bfloat16), (
-        step.grid[0] * step.grid[1] + TEXT_LEN
-    ) * width * torch.bfloat16.itemsize
+    num_tokens = step.grid[0] * step.grid[1] + TEXT_LEN
+    return peak_with(counted, methods, torch.bfloat16), num_tokens * width * torch.bfloat16.itemsize
 
 
 def table_bytes(side: int) -> int:

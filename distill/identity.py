@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linearize.adapters.quantization import is_quantized, stored_tensors
+from ..linearize.quantized import quantized_in, stored_tensors
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -36,15 +36,10 @@ def _offloaded(model: nn.Module, name: str) -> Tensor | None:
 
 def architecture(model: nn.Module) -> str | None:
     """Differs between models whose parameters have other names or shapes; None: some are quantized, in other shapes."""
-    if any(map(is_quantized, model.parameters())):
+    if quantized_in(model):
         return None
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
-
-
-def quantized_in(model: nn.Module) -> str | None:
-    """What its quantized weights are, as their backend calls them, such as "Params4bit"; None: there are none."""
-    return ", ".join(sorted({type(one).__name__ for one in model.parameters() if is_quantized(one)})) or None
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:

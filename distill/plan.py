@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..linearize.adapters.quantization import is_quantized, stored_tensors
+from ..linearize.quantized import count_of, quantized_in, stored_tensors
 from ..linearize.report import SwapReport
 from .config import DistillConfig, Lora
 from .config_tables import config_to_tables
 from .data import TeacherSamples
-from .quantized import count_of
 from .student import KERNEL, trained_parameters
 
 GIB = 2**30
@@ -33,7 +32,7 @@ def describe_plan(
     kernel = sum(parameter.numel() for name, parameter in trained.items() if KERNEL in name)
     total = sum(map(count_of, model.parameters()))
     base = config.base.model + (f", from {config.start.adapter} on" if config.start.adapter else "")
-    if any(map(is_quantized, model.parameters())):
+    if quantized_in(model):
         base += ", quantized"
     what = f"LoRA of rank {config.trained.rank}" if isinstance(config.trained, Lora) else "attention projections"
     ema = config.trained.ema

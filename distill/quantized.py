@@ -1,21 +1,10 @@
-"""Training beside frozen weights in 8 or 4 bits (`linearize/adapters/quantization.py`): a LoRA learns, as in QLoRA.
-
-(arXiv:2305.14314)
-"""
-
-import math
-from typing import Any
+"""Training beside frozen weights in 8 or 4 bits: a LoRA learns, as in QLoRA (arXiv:2305.14314)."""
 
 import torch
 from torch import nn
 
-from ..linearize.adapters.quantization import SETTING, is_quantized
-
-
-def count_of(parameter: nn.Parameter) -> int:
-    """How many numbers it stands for; bitsandbytes packs two into one."""
-    packed: Any = getattr(parameter, "quant_state", None)
-    return parameter.numel() if packed is None else math.prod(packed.shape)
+from ..linearize.adapters.quantization import SETTING
+from ..linearize.quantized import is_quantized
 
 
 def check_gradients(model: nn.Module, dtype: torch.dtype) -> None:

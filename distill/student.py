@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..linearize.adapters.quantization import is_quantized
 from ..linearize.config_entry import write_entry_
 from ..linearize.conversion import put_on
 from ..linearize.convert import dense, linearize_
 from ..linearize.manifest import Trained
 from ..linearize.networks import denoiser
+from ..linearize.quantized import is_quantized
 from ..linearize.report import SwapReport
 from ..linearize.training import add_lora_, projection_names
 from .config import DistillConfig, Lora

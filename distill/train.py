@@ -17,11 +17,12 @@ from ..linearize.adapters.base import read_base
 from ..linearize.adapters.loading import load_base
 from ..linearize.locks import held, remove_leftovers
 from ..linearize.networks import denoiser
+from ..linearize.quantized import quantized_in
 from .checkpoint import Resume
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
 from .figures import require_matplotlib
-from .identity import architecture, dtype_name, fingerprint, main_dtype, quantized_in
+from .identity import architecture, dtype_name, fingerprint, main_dtype
 from .plan import describe_plan
 from .precision import autocasts
 from .processes import all_or_none, on_main, start_accelerator

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .conversion import put_on
 from .manifest import Trained
 from .overlays import NO_WAY_BACK, check_unmerged, plain_layer
+from .quantized import is_quantized
 
 
 class FullWeights:
@@ -83,7 +84,7 @@ def _check_writable(name: str, layer: nn.Module, attribute: str) -> None:
     parameter = getattr(layer, attribute)
     if parameter.is_meta and hasattr(layer, "_hf_hook"):  # accelerate's; without it the model was built without memory
         raise ValueError(f"{name} is not in memory (sequential offload?): do this before enabling offload")
-    if not parameter.is_floating_point() or type(parameter.data) is not Tensor:  # torchao's tensors claim a float dtype
+    if is_quantized(parameter):
         kind = parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
         raise ValueError(
             f"{name} must be in floating point to be changed, got {kind}: quantized bases take LoRA adapters"

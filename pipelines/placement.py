@@ -48,7 +48,6 @@ def note_place_(
 
     Args:
         quantization: Of the denoiser's weights.
-
     Raises:
         ValueError: as of `place_`.
     """

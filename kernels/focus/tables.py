@@ -81,8 +81,9 @@ def focus_tables(
         log_rest_of_tiles=of_tiles.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN)),
         reached=least._replace(
             whole=torch.zeros_like(whole, dtype=torch.bool),
+            # a token is more of a cell than this leaves
             near=least.near < (1 - 1e-5) * whole[least.cells(torch.arange(len(tiles), device=device))],
-        ),  # a token is more of a cell
+        ),
         distances=[one.to(device) for one in distances],
         limit=limit,
     )

@@ -20,7 +20,6 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
 
 from ..errors import nearest
 from .base import Base
@@ -131,16 +130,3 @@ def _check_names(given: Mapping[str, Any], config_class: Any) -> None:
                 f"{SETTING}: unknown quant_kwargs {name}{nearest(name, known)}; {config_class.__name__} takes "
                 + ", ".join(known)
             )
-
-
-def is_quantized(parameter: Tensor) -> bool:
-    """Whether it is packed in fewer bits than its layer computes in; torchao's claim a floating dtype."""
-    return not parameter.is_floating_point() or type(parameter) is not nn.Parameter
-
-
-def stored_tensors(parameter: Tensor) -> list[Tensor]:
-    """The plain tensors that a parameter keeps in memory: itself, or the parts of one of torchao's."""
-    if not hasattr(parameter, "__tensor_flatten__"):
-        return [parameter.detach()]
-    names, _ = parameter.__tensor_flatten__()
-    return [one for name in names for one in stored_tensors(getattr(parameter, name))]

@@ -5,31 +5,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_distill import build_tiny
 
-from lineardit import Clear, __version__, linearize_, save_adapter
+from lineardit import __version__
 from lineardit.cli import run
 
 SCENE = "a red circle at the top left on striped sand"
 SMALL = ("--size", "32x24", "--steps", "1", "--max-sequence-length", "8", "--offline")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    build_tiny().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffusers import FluxPipeline
-
-    folder = tmp_path_factory.mktemp("adapters") / "clear"
-    pipe = FluxPipeline.from_pretrained(base)
-    linearize_(pipe, Clear(radius=2))
-    save_adapter(pipe, folder)
-    return folder
 
 
 def lineardit(*arguments: str | Path) -> int:

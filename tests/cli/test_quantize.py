@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_distill import build_tiny
 from torch import nn
 
-from lineardit import Clear, linearize_, save_adapter
 from lineardit.cli import run
 from lineardit.commands.prompts import parse_quantization
 from lineardit.linearize.adapters.opening import open_pipeline
@@ -21,20 +19,6 @@ from lineardit.pipelines.placement import note_place_
 SCENE = "a red circle at the top left on striped sand"
 SMALL = ("--steps", "1", "--max-sequence-length", "8", "--offline")
 INT8 = ("--quantize", "torchao")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    build_tiny().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipe = open_pipeline(base)
-    linearize_(pipe, Clear(radius=2))
-    return save_adapter(pipe, tmp_path_factory.mktemp("adapters") / "clear")
 
 
 @pytest.fixture

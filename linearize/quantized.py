@@ -1,0 +1,30 @@
+"""Which weights of a model are quantized, and what these take."""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether it is packed in fewer bits than its layer computes in; torchao's claim a floating dtype."""
+    return not parameter.is_floating_point() or type(parameter) is not nn.Parameter
+
+
+def quantized_in(model: nn.Module) -> str | None:
+    """What its quantized weights are, as their backend calls them, such as "Params4bit"; None: there are none."""
+    return ", ".join(sorted({type(one).__name__ for one in model.parameters() if is_quantized(one)})) or None
+
+
+def stored_tensors(parameter: Tensor) -> list[Tensor]:
+    """The plain tensors that a parameter keeps in memory: itself, or the parts of one of torchao's."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter.detach()]
+    names, _ = parameter.__tensor_flatten__()
+    return [one for name in names for one in stored_tensors(getattr(parameter, name))]
+
+
+def count_of(parameter: nn.Parameter) -> int:
+    """How many numbers it stands for; bitsandbytes packs two into one."""
+    packed: Any = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
