@@ -62,7 +62,7 @@ class Start:
 class Weights:
     """What both kinds of trained weights say."""
 
-    projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/training.py
+    projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/weights/training.py
     ema: float = 0.0  # decay of the moving average that is judged and saved; 0: there is none
 
     def __post_init__(self) -> None:

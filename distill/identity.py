@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linearize.quantized import quantized_in, stored_tensors
+from ..linearize.weights.quantized import quantized_in, stored_tensors
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:

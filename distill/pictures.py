@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
-from ..linearize.conversion import conversion_of
 from ..linearize.convert import swapped
 from ..linearize.folders import read_header, read_tensors, write_whole
 from ..linearize.methods import config_to_dict
 from ..linearize.networks import denoiser
+from ..linearize.seam.conversion import conversion_of
 from ..linearize.what_runs import dense_below_of
 from ..pipelines.files import check_finite
 from ..pipelines.sizes import check_size, default_size

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..linearize.quantized import count_of, quantized_in, stored_tensors
 from ..linearize.report import SwapReport
+from ..linearize.weights.quantized import count_of, quantized_in, stored_tensors
 from .config import DistillConfig, Lora
 from .config_tables import config_to_tables
 from .data import TeacherSamples

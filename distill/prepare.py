@@ -22,7 +22,7 @@ from ..linearize.calling import own_settings
 from ..linearize.convert import swapped
 from ..linearize.locks import held, remove_leftovers
 from ..linearize.networks import denoiser
-from ..linearize.quantized import quantized_in
+from ..linearize.weights.quantized import quantized_in
 from ..pipelines.sizes import check_size, default_size
 from .data import Sample, index_name
 from .identity import architecture, dtype_name, fingerprint, main_dtype

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..linearize.adapters.quantization import SETTING
-from ..linearize.quantized import is_quantized
+from ..linearize.weights.quantized import is_quantized
 
 
 def check_gradients(model: nn.Module, dtype: torch.dtype) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..linearize.adapters.adapter import adapter_file, read_adapter
 from ..linearize.adapters.base import find_place
 from ..linearize.adapters.fitting import Parts, check_fit, listed, sorted_tensors
+from ..linearize.adapters.manifest import Manifest
 from ..linearize.convert import swapped
 from ..linearize.families import family_of
 from ..linearize.folders import sha256
-from ..linearize.low_rank import LORA_NAME
-from ..linearize.manifest import Manifest
 from ..linearize.matching import attention_modules, choose
+from ..linearize.weights.low_rank import LORA_NAME
 from .config import DistillConfig, Lora, Start
 
 logger = logging.getLogger(__name__)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..linearize.config_entry import write_entry_
-from ..linearize.conversion import put_on
+from ..linearize.adapters.config_entry import write_entry_
+from ..linearize.adapters.manifest import Trained
 from ..linearize.convert import dense, linearize_
-from ..linearize.manifest import Trained
 from ..linearize.networks import denoiser
-from ..linearize.quantized import is_quantized
 from ..linearize.report import SwapReport
-from ..linearize.training import add_lora_, projection_names
+from ..linearize.seam.conversion import put_on
+from ..linearize.weights.quantized import is_quantized
+from ..linearize.weights.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
 from .start import start_
 

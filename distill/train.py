@@ -17,7 +17,7 @@ from ..linearize.adapters.base import read_base
 from ..linearize.adapters.loading import load_base
 from ..linearize.locks import held, remove_leftovers
 from ..linearize.networks import denoiser
-from ..linearize.quantized import quantized_in
+from ..linearize.weights.quantized import quantized_in
 from .checkpoint import Resume
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples

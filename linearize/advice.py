@@ -7,9 +7,9 @@ import diffusers
 from packaging.version import Version
 from torch import nn
 
-from .conversion import conversion_of
 from .families import FAMILIES
 from .networks import networks
+from .seam.conversion import conversion_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .conversion import conversion_of
 from .errors import NO_FAULT_OF_ARGUMENTS, is_out_of_memory
 from .networks import denoiser
+from .seam.conversion import conversion_of
 
 logger = logging.getLogger(__name__)
 

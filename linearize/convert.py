@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 from ..kernels.pieces.kept_tables import release_tables
+from .adapters.config_entry import remove_entry_, write_entry_
 from .advice import warn_of_others, warn_untested
-from .config_entry import remove_entry_, write_entry_
-from .conversion import Conversion, conversion_of, tell_unused_dense_below
 from .errors import UnsupportedModelError, nearest
 from .families import Family, family_of
-from .input_terms import InputTerms, check_inputs
-from .intercept import LinearAttention, change_class, check_forward, linear_class
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, RECOMMENDED, config_to_dict
 from .methods.settings import check_count
 from .networks import denoiser, networks
-from .overlays import refuse_fused
 from .report import SwapReport
-from .seam import Level, install
+from .seam.conversion import Conversion, conversion_of, tell_unused_dense_below
+from .seam.hooks import Level, install
+from .seam.input_terms import InputTerms, check_inputs
+from .seam.intercept import LinearAttention, change_class, check_forward, linear_class
+from .weights.overlays import refuse_fused
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .conversion import conversion_of
 from .convert import swapped
 from .families import family_of
 from .layout import Grid, Layout
 from .matching import attention_modules
 from .networks import denoiser
-from .original import COVERED, below
 from .report import SwapReport
+from .seam.conversion import conversion_of
+from .seam.original import COVERED, below
 
 
 def swap_report(pipe_or_model: Any) -> SwapReport | None:

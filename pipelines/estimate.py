@@ -23,7 +23,7 @@ from ..linearize.measures.flops import Step, count_step
 from ..linearize.measures.held_bytes import peak_with
 from ..linearize.measures.step_inputs import can_make_inputs, token_side
 from ..linearize.networks import denoiser
-from ..linearize.quantized import stored_tensors
+from ..linearize.weights.quantized import stored_tensors
 from ..linearize.what_runs import dense_below_of
 from .placement import noted_place
 from .plan import Plan, Stage

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linearize.intercept import change_class
+from ..linearize.seam.intercept import change_class
 
 
 @contextmanager

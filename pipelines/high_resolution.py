@@ -22,9 +22,9 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from ..linearize.adapters.opening import open_pipeline
-from ..linearize.conversion import conversion_of
 from ..linearize.convert import check_dense
 from ..linearize.networks import denoiser
+from ..linearize.seam.conversion import conversion_of
 from ..linearize.what_runs import advice_on
 from .cascade_class import cascade_class, made_of
 from .checks import (

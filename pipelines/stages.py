@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..linearize.calling import BINNING, for_batch
-from ..linearize.conversion import conversion_of
 from ..linearize.convert import dense
-from ..linearize.logits import scaled_logits
 from ..linearize.networks import denoiser
+from ..linearize.seam.conversion import conversion_of
+from ..linearize.seam.logits import scaled_logits
 from .encoded_once import text_encoded_once
 from .latents import unpack_latents
 from .low_frequencies import Following

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from lineardit.linearize.config_entry import write_entry_
-from lineardit.linearize.full_weights import replace_weights_
+from lineardit.linearize.adapters.config_entry import write_entry_
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.overlays import plain_layer
-from lineardit.linearize.training import projection_names
+from lineardit.linearize.weights.full_weights import replace_weights_
+from lineardit.linearize.weights.overlays import plain_layer
+from lineardit.linearize.weights.training import projection_names
 
 
 def train_full_(pipe_or_model: Any, *, targets: Sequence[str] | None = None) -> dict[str, nn.Parameter]:

@@ -79,7 +79,7 @@ def base_said(adapter: str, model: str | None, revision: str | None, offline: bo
     """The base that a picture says it is of, where that is another than its adapter names; else None."""
     from ..linearize.adapters.adapter import adapter_file
     from ..linearize.adapters.base import find_place
-    from ..linearize.manifest import read_manifest
+    from ..linearize.adapters.manifest import read_manifest
 
     file = adapter_file(find_place(adapter, revision=revision, offline=offline))
     if file is None or model is None or read_manifest(file).base == model:

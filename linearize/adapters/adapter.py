@@ -11,15 +11,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ... import __version__
-from ..config_entry import write_entry_
-from ..conversion import overlays_of, put_on
 from ..convert import check_convertible, linearize_, restore_, swapped
 from ..families import Family, family_of
 from ..folders import check_output, check_output_file, new_folder, read_shapes, read_tensors, sha256, write_whole
-from ..full_weights import check_writable, replace_weights_
-from ..grouping import grouped
-from ..low_rank import FusedLowRank, LowRank, like_layer
-from ..manifest import (
+from ..matching import attention_modules, choose
+from ..methods import config_to_dict
+from ..networks import denoiser
+from ..report import SwapReport
+from ..seam.conversion import overlays_of, put_on
+from ..weights.full_weights import check_writable, replace_weights_
+from ..weights.low_rank import FusedLowRank, LowRank, like_layer
+from ..weights.overlays import check_unmerged, refuse_fused
+from .base import Place, Source, find_place, source_of
+from .config_entry import write_entry_
+from .fitting import attention_shapes, check_fit, sorted_tensors
+from .grouping import grouped
+from .manifest import (
     MANIFEST_FILE,
     SINGLE_FILE_SUFFIX,
     TENSORS_FILE,
@@ -28,13 +35,6 @@ from ..manifest import (
     Trained,
     read_manifest,
 )
-from ..matching import attention_modules, choose
-from ..methods import config_to_dict
-from ..networks import denoiser
-from ..overlays import check_unmerged, refuse_fused
-from ..report import SwapReport
-from .base import Place, Source, find_place, source_of
-from .fitting import attention_shapes, check_fit, sorted_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from accelerate import init_empty_weights
 from huggingface_hub import constants, metadata_load
 from torch import nn
 
-from ..config_entry import CONFIG_KEY
 from ..errors import UnsupportedModelError
 from ..families import FAMILIES, unsupported
-from ..manifest import MANIFEST_FILE
+from .config_entry import CONFIG_KEY
 from .hub import fetch, is_repository, snapshot_of
+from .manifest import MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
 

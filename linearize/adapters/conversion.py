@@ -10,7 +10,6 @@ from ..convert import linearize_
 from ..errors import nearest
 from ..folders import check_output
 from ..importers import load_clear_checkpoint_, load_linfusion_checkpoint_
-from ..manifest import SINGLE_FILE_SUFFIX
 from ..methods import METHODS
 from ..methods.clear import Clear
 from ..methods.linfusion import LinFusion
@@ -18,6 +17,7 @@ from ..report import SwapReport
 from .adapter import adapter_file, check_adapter_output, is_single_file, read_adapter, write_adapter, write_parts
 from .base import build_on_meta, find_place, read_base
 from .loading import from_pretrained, load_base
+from .manifest import SINGLE_FILE_SUFFIX
 from .merging import save_merged
 
 IMPORTERS = ("clear:FILE", "linfusion:DIR")

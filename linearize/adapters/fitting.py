@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from ..manifest import Manifest
 from ..matching import attention_modules, head_shape
 from ..methods import METHODS
-from ..overlays import plain_layer
+from ..weights.overlays import plain_layer
+from .manifest import Manifest
 
 MAX_LISTED = 5  # names in an error message
 

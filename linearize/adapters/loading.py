@@ -12,18 +12,18 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from ..config_entry import CONFIG_KEY, write_entry_
-from ..conversion import put_on
 from ..convert import linearize_
 from ..folders import read_tensors
-from ..full_weights import FullWeights
-from ..low_rank import LORA_NAME, LowRank, like_layer
-from ..manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from ..networks import denoiser
+from ..seam.conversion import put_on
+from ..weights.full_weights import FullWeights
+from ..weights.low_rank import LORA_NAME, LowRank, like_layer
 from .adapter import adapter_file, mount_adapter_, read_adapter
 from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, check_spelling, find_place, read_base
+from .config_entry import CONFIG_KEY, write_entry_
 from .fitting import check_shapes, shapes_of
 from .hub import told_if_slow
+from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from .outline import parts_on_meta
 from .quantization import Quantization, quantization_options, quantization_told
 from .stored_weights import check_has_weights, stored_dtype, variant_of

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from ..config_entry import CONFIG_KEY, entry_of, write_entry_
-from ..conversion import conversion_of, overlays_of
 from ..convert import swapped
 from ..folders import new_folder
-from ..full_weights import check_writable
-from ..low_rank import LORA_NAME, LowRank
-from ..manifest import Manifest
 from ..networks import denoiser
-from ..overlays import refuse_fused
+from ..seam.conversion import conversion_of, overlays_of
+from ..weights.full_weights import check_writable
+from ..weights.low_rank import LORA_NAME, LowRank
+from ..weights.overlays import refuse_fused
 from .adapter import manifest_of
 from .base import source_of
+from .config_entry import CONFIG_KEY, entry_of, write_entry_
+from .manifest import Manifest
 from .model_card import CARD_FILE, merged_card, merged_warning
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from ..manifest import Manifest, Trained
 from .hub import is_repository
+from .manifest import Manifest, Trained
 
 CARD_FILE = "README.md"
 # names that the Hub takes as `license:`; any other is "other", with its own name beside it

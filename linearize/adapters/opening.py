@@ -6,11 +6,11 @@ from typing import Any
 import diffusers
 import torch
 
-from ..config_entry import CONFIG_KEY
 from ..errors import nearest
 from ..methods import check_impl_known
 from .adapter import adapter_file
 from .base import find_place, read_base
+from .config_entry import CONFIG_KEY
 from .loading import from_pretrained, load_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..layout import Grid, Layout
-from ..original import runs_original
+from ..seam.original import runs_original
 from .family import CACHED_REFERENCES, Sight
 
 

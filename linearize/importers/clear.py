@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters.config_entry import write_entry_
 from ..adapters.fitting import check_shapes, shapes_of
-from ..config_entry import write_entry_
 from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
 from ..folders import read_tensors
-from ..full_weights import check_writable, replace_weights_
 from ..matching import attention_modules
 from ..methods.clear import Clear
 from ..networks import denoiser
-from ..overlays import check_unmerged, plain_layer, refuse_fused
 from ..report import SwapReport
+from ..weights.full_weights import check_writable, replace_weights_
+from ..weights.overlays import check_unmerged, plain_layer, refuse_fused
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _POOLING = ".processor.spatial_weight"

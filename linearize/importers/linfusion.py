@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import CONFIG_FILE, Place, find_place, read_json
+from ..adapters.config_entry import write_entry_
 from ..adapters.fitting import check_shapes, listed, shapes_of
-from ..config_entry import write_entry_
+from ..adapters.grouping import grouped
 from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of
 from ..folders import read_tensors
-from ..full_weights import check_writable, replace_weights_
-from ..grouping import grouped
 from ..matching import attention_modules, head_shape
 from ..methods.linfusion import LinFusion, LinFusionAttention
 from ..networks import denoiser
-from ..overlays import check_unmerged, plain_layer, refuse_fused
 from ..report import SwapReport
+from ..weights.full_weights import check_writable, replace_weights_
+from ..weights.overlays import check_unmerged, plain_layer, refuse_fused
 
 _MODEL_CLASS = "UNet2DConditionModel"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..adapters.base import Base, build_on_meta
+from ..adapters.grouping import grouped
 from ..families import FAMILIES, family_of
-from ..grouping import grouped
 from ..layout import Grid
 from ..matching import attention_modules, head_shape
 from ..methods import METHODS, config_to_dict, spelled

@@ -22,7 +22,7 @@ from ..families import family_of
 from ..layout import Grid, Layout
 from ..matching import attention_modules
 from ..methods import METHODS
-from ..original import COVERED, below
+from ..seam.original import COVERED, below
 from .live_bytes import LiveBytes
 from .step_inputs import can_make_inputs, step_inputs
 

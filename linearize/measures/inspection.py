@@ -9,11 +9,11 @@ import torch
 
 from ..adapters.adapter import adapter_file
 from ..adapters.base import Base, build_on_meta, find_place, read_base
+from ..adapters.config_entry import CONFIG_KEY
 from ..adapters.loading import base_of
-from ..config_entry import CONFIG_KEY
+from ..adapters.manifest import read_entry, read_manifest
 from ..convert import check_impl
 from ..families import family_of
-from ..manifest import read_entry, read_manifest
 from ..matching import attention_modules, choose
 from ..methods import check_impl_known, config_to_dict
 from .flops import Step, StepFlops, count_steps

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from ... import __version__
 from ..adapters.base import source_of
 from ..calling import call_of_original, check_counts, draw_latents
-from ..conversion import Conversion
 from ..convert import restore_, swap_
 from ..families import family_of
 from ..matching import attention_modules, head_shape
 from ..methods import METHODS, config_to_dict
 from ..methods.clear import Clear
 from ..networks import denoiser
+from ..seam.conversion import Conversion
 from .attention_profile import LayerProfile, Profile, is_window
 from .probe import Probe
 

@@ -22,7 +22,7 @@ from ..compiling import compile_
 from ..convert import dense
 from ..errors import is_out_of_memory
 from ..families import family_of
-from ..original import ORIGINAL
+from ..seam.original import ORIGINAL
 from .flops import StepFlops
 from .named_inputs import with_numbers
 from .recording import with_own_lists

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import adapter_file, mount_adapter_, read_adapter
 from ..adapters.base import Base, build_on_meta, find_place, read_base
+from ..adapters.config_entry import CONFIG_KEY
 from ..adapters.fitting import check_fit
 from ..adapters.loading import base_of
-from ..config_entry import CONFIG_KEY
+from ..adapters.manifest import Manifest, read_entry
 from ..convert import check_impl, linearize_
 from ..families import family_of
-from ..manifest import Manifest, read_entry
 from ..matching import attention_modules, choose
-from ..original import ORIGINAL
+from ..seam.original import ORIGINAL
 from .flops import Step, StepFlops, count_step
 from .random_weights import random_model
 from .step_inputs import can_make_inputs, token_side

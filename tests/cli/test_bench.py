@@ -17,7 +17,7 @@ from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.measures.flops import StepFlops
 from lineardit.linearize.measures.step_times import StepTime
 from lineardit.linearize.measures.weightless_conversion import Conditions, WeightlessConversion
-from lineardit.linearize.original import COVERED, below
+from lineardit.linearize.seam.original import COVERED, below
 from tiny_models import build
 
 

@@ -29,7 +29,7 @@ from lineardit.distill.pictures import PictureSettings
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.measures.recording import Prediction, predict, prediction_of, recording
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.training import projection_names
+from lineardit.linearize.weights.training import projection_names
 from tiny_models import MODELS, build
 from tiny_stock import STOCK
 

@@ -101,7 +101,7 @@ def test_a_conversion_alone_is_a_start(make_config: MakeConfig, tmp_path: Path) 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of rank 2 beside to_q and to_k."""
-    from lineardit.linearize.training import add_lora_
+    from lineardit.linearize.weights.training import add_lora_
 
     pipe = FluxPipeline.from_pretrained(base)
     linearize_(pipe, Clear(radius=2))

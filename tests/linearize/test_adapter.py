@@ -14,7 +14,7 @@ from whole_projections import train_full_
 
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.convert import swapped
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import FAMILIES, build, inputs_of, run
 
 CLEAR = Clear(radius=2, pool_size=2)

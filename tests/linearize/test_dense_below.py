@@ -26,11 +26,11 @@ from lineardit import (
     set_impl_,
 )
 from lineardit.linearize.adapters.conversion import convert_and_merge, convert_base
+from lineardit.linearize.adapters.manifest import read_entry, read_manifest
 from lineardit.linearize.adapters.model_card import adapter_card
 from lineardit.linearize.convert import swapped
-from lineardit.linearize.manifest import read_entry, read_manifest
 from lineardit.linearize.measures.inspection import inspect_base
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 from lineardit.linearize.what_runs import (
     describe_attention,
     describe_implementations,

@@ -32,9 +32,9 @@ from lineardit import (
 )
 from lineardit.cli import run as run_command
 from lineardit.linearize.adapters.hub import is_repository
-from lineardit.linearize.manifest import MANIFEST_FILE, read_manifest
+from lineardit.linearize.adapters.manifest import MANIFEST_FILE, read_manifest
 from lineardit.linearize.methods import RECOMMENDED
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))

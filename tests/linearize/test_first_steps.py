@@ -11,7 +11,7 @@ from tiny_pipelines import flux_pipeline
 from torch import Tensor
 
 from lineardit import Agent, dense, first_steps, linearize_
-from lineardit.linearize.full_weights import replace_weights_
+from lineardit.linearize.weights.full_weights import replace_weights_
 
 STEPS = 3
 

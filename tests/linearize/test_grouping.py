@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lineardit.linearize.grouping import grouped
+from lineardit.linearize.adapters.grouping import grouped
 
 NAMES = [f"{kind}.{index}.attn{part}" for kind in ("blocks", "single") for index in range(12) for part in ("", "2")]
 

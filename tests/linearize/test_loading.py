@@ -23,7 +23,7 @@ from lineardit.linearize.adapters import base as linearize_base
 from lineardit.linearize.adapters import loading
 from lineardit.linearize.adapters.base import read_base
 from lineardit.linearize.adapters.stored_weights import stored_dtype
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from lineardit.linearize.manifest import MANIFEST_FILE, Manifest, TensorsFile, Trained, read_entry, read_manifest
+from lineardit.linearize.adapters.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    TensorsFile,
+    Trained,
+    read_entry,
+    read_manifest,
+)
 
 MANIFEST = Manifest(
     base="somebody/model",

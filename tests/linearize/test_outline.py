@@ -12,9 +12,9 @@ from whole_pipelines import WHOLE
 
 from lineardit import Agent, Clear, from_pretrained, linearize_, save_adapter, save_merged
 from lineardit.linearize.adapters.opening import open_pipeline
-from lineardit.linearize.conversion import overlays_of
-from lineardit.linearize.full_weights import replace_weights_
-from lineardit.linearize.low_rank import LowRank
+from lineardit.linearize.seam.conversion import overlays_of
+from lineardit.linearize.weights.full_weights import replace_weights_
+from lineardit.linearize.weights.low_rank import LowRank
 from lineardit.pipelines.estimate import weights_on_device
 from lineardit.pipelines.high_resolution import HighResolutionPipeline
 from lineardit.pipelines.placement import note_place_

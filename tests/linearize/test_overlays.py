@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from whole_projections import train_full_
 
 from lineardit import Clear, dense, linearize_, restore_
-from lineardit.linearize.conversion import overlays_of
-from lineardit.linearize.full_weights import replace_weights_
-from lineardit.linearize.low_rank import FusedLowRank, LowRank
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.seam.conversion import overlays_of
+from lineardit.linearize.weights.full_weights import replace_weights_
+from lineardit.linearize.weights.low_rank import FusedLowRank, LowRank
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of
 
 CLEAR = Clear(radius=2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from impls import ALL
 from lineardit.linearize import Clear, LayoutError, dense, linearize_, restore_, set_impl_, swapped
-from lineardit.linearize.conversion import conversion_of
+from lineardit.linearize.seam.conversion import conversion_of
 from tiny_models import FAMILIES, FIRST, MODELS, build, cast, inputs_of, output, position_ids, run
 
 IMPLS = (*ALL, "auto")

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lineardit import Clear, linearize_, save_adapter
 from lineardit.linearize.adapters.conversion import convert_base
+from lineardit.linearize.adapters.manifest import Manifest
 from lineardit.linearize.compiling import compile_
-from lineardit.linearize.conversion import conversion_of
-from lineardit.linearize.low_rank import LowRankTerm
-from lineardit.linearize.manifest import Manifest
 from lineardit.linearize.measures import step_times, weightless_conversion
 from lineardit.linearize.measures.step_inputs import can_make_inputs, token_side
 from lineardit.linearize.measures.step_times import StepTime, time_steps
 from lineardit.linearize.measures.weightless_conversion import Conditions, WeightlessConversion
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.seam.conversion import conversion_of
+from lineardit.linearize.weights.low_rank import LowRankTerm
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import FAMILIES, build
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lineardit import Clear, dense, linearize_
-from lineardit.linearize.conversion import conversion_of
+from lineardit.linearize.seam.conversion import conversion_of
 from tiny_models import build, inputs_of, run
 
 SMALL = Clear(radius=2.3)

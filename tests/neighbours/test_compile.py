@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from lineardit import Clear, dense, linearize_
 from lineardit.linearize import compile_
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of, run
 
 SIZES = [(6, 6), (8, 8), (8, 11), (11, 8), (5, 13), (9, 7)]

@@ -22,7 +22,7 @@ from lineardit import (
     dense,
     linearize_,
 )
-from lineardit.linearize.parallel import join_shares, share_out, share_sizes
+from lineardit.linearize.seam.parallel import join_shares, share_out, share_sizes
 from tiny_models import FAMILIES, build, inputs_of, run
 
 diffusers = pytest.importorskip("diffusers", minversion="0.36", reason="context parallelism came with diffusers 0.36")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lineardit import Clear, dense, linearize_, restore_
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of, run
 
 SMALL = Clear(radius=2.3)

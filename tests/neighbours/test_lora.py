@@ -13,7 +13,7 @@ from whole_projections import train_full_
 
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 
 CONFIG = Clear(radius=1.5, pool_size=2)
 ATTENTION = ("attn.to_q", "attn.to_out.0", "attn1.to_q", "attn1.to_out.0")

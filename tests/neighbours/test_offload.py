@@ -31,7 +31,7 @@ from lineardit import (
 )
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import nn
 from whole_projections import train_full_
 
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
-from lineardit.linearize.training import add_lora_
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of, run
 
 SMALL = Clear(radius=1.5)

@@ -22,8 +22,8 @@ from tiny_distill import build_tiny
 import lineardit
 from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, dense, linearize_
 from lineardit.linearize.convert import swapped
-from lineardit.linearize.full_weights import FullWeights, replace_weights_
 from lineardit.linearize.networks import denoiser
+from lineardit.linearize.weights.full_weights import FullWeights, replace_weights_
 from lineardit.pipelines.plan import Plan, Settings
 
 CALL: dict[str, Any] = {"max_sequence_length": 8, "num_inference_steps": 2}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .layout import Layout
+from ..layout import Layout
 
 ORIGINAL = "original"
 COVERED = f"{ORIGINAL} (the window covers the picture)"

@@ -15,8 +15,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .intercept import change_class, check_forward
-from .manifest import Trained
+from ..adapters.manifest import Trained
+from ..seam.intercept import change_class, check_forward
 from .overlays import NO_WAY_BACK, plain_layer
 
 LORA_NAME = "lineardit_lora"  # the child of a Linear layer that holds its low-rank term

@@ -8,11 +8,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .config_entry import write_entry_
-from .conversion import overlays_of, put_on
-from .convert import swapped
+from ..adapters.config_entry import write_entry_
+from ..convert import swapped
+from ..networks import denoiser
+from ..seam.conversion import overlays_of, put_on
 from .low_rank import LORA_NAME, LowRank
-from .networks import denoiser
 from .overlays import plain_layer, refuse_fused
 
 # Layers of an attention module that see the text or a picture beside the image, or are the kernel's own.

@@ -3,7 +3,7 @@
 import weakref
 from typing import Any
 
-from ..kernels.pieces.kept_tables import release_tables
+from ...kernels.pieces.kept_tables import release_tables
 
 _USERS: "weakref.WeakSet[Any]" = weakref.WeakSet()
 

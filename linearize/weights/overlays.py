@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
-from .manifest import Trained
+from ..adapters.manifest import Trained
+from ..errors import UnsupportedModelError
 
 NO_WAY_BACK = (
     "the originals of this model's trained weights were not kept, so the base cannot be restored: load the base again, "

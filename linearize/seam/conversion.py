@@ -10,10 +10,10 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from .errors import LayoutError
-from .families import Family, Sight
+from ..errors import LayoutError
+from ..families import Family, Sight
+from ..weights.overlays import Overlay, Overlays
 from .input_terms import InputTerms
-from .overlays import Overlay, Overlays
 from .tables import keep_tables_for
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from typing import Any
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from .conversion import conversion_of, overlays_of
+from ..methods import config_to_dict
+from ..seam.conversion import conversion_of, overlays_of
+from ..weights.overlays import Overlay
 from .grouping import grouped
 from .manifest import Entry
-from .methods import config_to_dict
-from .overlays import Overlay
 
 logger = logging.getLogger(__name__)
 

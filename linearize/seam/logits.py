@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..networks import networks
 from .conversion import conversion_of
-from .networks import networks
 
 
 @contextmanager

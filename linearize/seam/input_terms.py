@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
+from ..layout import Layout
+from ..matching import head_shape
+from ..methods import METHODS, Method
 from .beside_input import call_beside
-from .errors import UnsupportedModelError
-from .layout import Layout
-from .matching import head_shape
-from .methods import METHODS, Method
 from .original import runs_original
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import LayoutError
+from ..errors import LayoutError
 
 
 def ulysses_degree(processor: Any) -> int:

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.pieces.autocast import as_autocast
-from ..kernels.pieces.text import key_mask
+from ...kernels.pieces.autocast import as_autocast
+from ...kernels.pieces.text import key_mask
+from ..errors import KernelNotReachedError, LayoutError, UnsupportedModelError
+from ..layout import Layout, num_tokens, reorder, text_mask_of
+from ..matching import head_shape
 from .beside_input import call_beside
-from .errors import KernelNotReachedError, LayoutError, UnsupportedModelError
-from .layout import Layout, num_tokens, reorder, text_mask_of
-from .matching import head_shape
+from .hooks import Level, rewind_before_backward
 from .original import runs_original
 from .parallel import join_shares, refuse_gradients, share_out, share_sizes, ulysses_degree
 from .perturbed import refuse_perturbed, skips_scores
-from .seam import Level, rewind_before_backward
 
 
 class LinearAttention:

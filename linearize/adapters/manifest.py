@@ -19,10 +19,10 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import nearest
-from .folders import read_header
-from .methods import config_from_dict
-from .methods.settings import check_count
+from ..errors import nearest
+from ..folders import read_header
+from ..methods import config_from_dict
+from ..methods.settings import check_count
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "lineardit.json"

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.overrides import _get_current_function_mode_stack
 
-from .errors import LayoutError
+from ..errors import LayoutError
 
 _SKIPS_SCORES = "AttentionScoreSkipFunctionMode"  # diffusers.hooks.layer_skip
 # SD3's, of diffusers' PAG pipelines; those of a UNet and of Hunyuan-DiT take the values as they are, and run

@@ -5,8 +5,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from .conversion import put_on
-from .manifest import Trained
+from ..adapters.manifest import Trained
+from ..seam.conversion import put_on
 from .overlays import NO_WAY_BACK, check_unmerged, plain_layer
 from .quantized import is_quantized
 

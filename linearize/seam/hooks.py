@@ -16,11 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import LayoutError
+from ..families import Sight
+from ..layout import Grid, as_shape, image_first
+from ..methods import Method
 from .conversion import Conversion
-from .errors import LayoutError
-from .families import Sight
-from .layout import Grid, as_shape, image_first
-from .methods import Method
 
 
 class Level:

@@ -1,0 +1,1 @@
+"""How attention is replaced inside a model whose own forward stays as it is."""

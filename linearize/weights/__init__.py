@@ -1,0 +1,1 @@
+"""What training adds to a base's weights, and how it comes off again."""
