@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from ..linearize.adapters.adapter import adapter_file
-from ..linearize.adapters.base import find_place, read_json
+from ..linearize.adapters.base import read_json
+from ..linearize.adapters.place import find_place
 from ..linearize.adapters.quantization import Quantization
 from ..linearize.folders import check_writable
 from ..linearize.locks import held, remove_leftovers

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..linearize.adapters.adapter import adapter_file, read_adapter
-from ..linearize.adapters.base import find_place
 from ..linearize.adapters.fitting import Parts, check_fit, listed, sorted_tensors
 from ..linearize.adapters.manifest import Manifest
+from ..linearize.adapters.place import find_place
 from ..linearize.convert import swapped
 from ..linearize.families import family_of
 from ..linearize.folders import sha256

@@ -27,8 +27,9 @@ def load(
     """The pipeline in its place, and what its pictures say of it; without weights, in its shape, for a plan."""
     from .. import __version__
     from ..linearize.adapters.adapter import adapter_file
-    from ..linearize.adapters.base import find_place, source_of
+    from ..linearize.adapters.base import source_of
     from ..linearize.adapters.opening import open_pipeline
+    from ..linearize.adapters.place import find_place
     from ..linearize.folders import sha256
     from ..linearize.networks import denoiser
     from ..linearize.what_runs import swap_report
@@ -78,8 +79,8 @@ def load_at_size(
 def base_said(adapter: str, model: str | None, revision: str | None, offline: bool) -> str | None:
     """The base that a picture says it is of, where that is another than its adapter names; else None."""
     from ..linearize.adapters.adapter import adapter_file
-    from ..linearize.adapters.base import find_place
     from ..linearize.adapters.manifest import read_manifest
+    from ..linearize.adapters.place import find_place
 
     file = adapter_file(find_place(adapter, revision=revision, offline=offline))
     if file is None or model is None or read_manifest(file).base == model:

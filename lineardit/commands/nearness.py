@@ -84,7 +84,8 @@ def nearness(
 def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
     """What a student is opened with; one that is missing is told before the base is loaded."""
     from ..linearize.adapters.adapter import adapter_file
-    from ..linearize.adapters.base import find_place, read_base
+    from ..linearize.adapters.base import read_base
+    from ..linearize.adapters.place import find_place
 
     if adapter_file(find_place(student, offline=offline)) is None:
         read_base(student, offline=offline)

@@ -22,7 +22,7 @@ from ..seam.conversion import overlays_of, put_on
 from ..weights.full_weights import check_writable, replace_weights_
 from ..weights.low_rank import FusedLowRank, LowRank, like_layer
 from ..weights.overlays import check_unmerged, refuse_fused
-from .base import Place, Source, find_place, source_of
+from .base import Source, source_of
 from .config_entry import write_entry_
 from .fitting import attention_shapes, check_fit, sorted_tensors
 from .grouping import grouped
@@ -35,6 +35,7 @@ from .manifest import (
     Trained,
     read_manifest,
 )
+from .place import Place, find_place
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,21 +9,19 @@ from typing import Any, cast
 
 import diffusers
 import torch
-import yaml  # type: ignore[import-untyped]
 from accelerate import init_empty_weights
-from huggingface_hub import constants, metadata_load
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..families import FAMILIES, unsupported
 from .config_entry import CONFIG_KEY
-from .hub import fetch, is_repository, snapshot_of
+from .hub import is_repository, snapshot_of
+from .license import license_of
 from .manifest import MANIFEST_FILE
+from .place import CONFIG_FILE, PIPELINE_FILE, Place, find_place
 
 logger = logging.getLogger(__name__)
 
-PIPELINE_FILE = "model_index.json"
-CONFIG_FILE = "config.json"
 COMPONENTS = ("transformer", "unet")  # where a pipeline has its denoiser
 
 
@@ -67,57 +63,6 @@ class Base:
     absent: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A folder, a config file or a Hub repository, and how to get single files from it."""
-
-    name: str
-    folder: Path | None
-    revision: str | None = None
-    offline: bool = False
-
-    def file(self, path: str) -> Path | None:
-        """A file of the folder or repository, None where it has none of that name."""
-        if self.folder is None:
-            return fetch(self.name, path, revision=self.revision, offline=self.offline)
-        file = self.folder / path
-        return file if file.is_file() else None
-
-    def holds_a_model(self) -> bool:
-        """Whether a pipeline or a denoiser in diffusers' format lies there."""
-        return any(self.file(name) is not None for name in (PIPELINE_FILE, CONFIG_FILE))
-
-
-def find_place(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Place:
-    """Where a base or an adapter is; the environment's HF_HUB_OFFLINE=1 is `offline` as well.
-
-    Raises:
-        ValueError: neither a folder nor the form of a Hub id, a revision of a folder, or no path in this locale.
-    """
-    offline = offline or constants.HF_HUB_OFFLINE
-    check_spelling(str(name))
-    path = Path(name).expanduser()
-    if path.exists():
-        if revision is not None:
-            raise ValueError(f"revision is for Hub repositories, got {revision!r} for the folder {path}")
-        return Place(name=str(path.resolve()), folder=path.resolve())
-    if not is_repository(str(name)):
-        raise ValueError(f"no folder {name} here, and it is not a Hub id, which has the form owner/name")
-    return Place(name=str(name), folder=None, revision=revision, offline=offline)
-
-
-def check_spelling(path: str) -> None:
-    """Raise a ValueError for a path with letters that this locale lacks, or that is no UTF-8."""
-    try:
-        os.fsencode(path)
-        path.encode("utf-8")
-    except UnicodeEncodeError as error:
-        here = sys.getfilesystemencoding()
-        raise ValueError(
-            f"{path!a} is no path here, where they are in {here}: set PYTHONUTF8=1, or rename it"
-        ) from error
-
-
 def read_base(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Base:
     """Reads the config files of a pipeline, a denoiser's folder, or a bare config.json; of a Hub id nothing but these.
 
@@ -150,7 +95,7 @@ def read_base(name: str | Path, *, revision: str | None = None, offline: bool = 
         raise ValueError(f"{config_file} names no _class_name: it is not a config of diffusers")
     snapshot = snapshot_of(config_file)
     revision = snapshot[1] if place.folder is None and snapshot else None
-    source = Source(name=place.name, revision=revision, license=_license(place), pipeline_class=pipeline_class)
+    source = Source(name=place.name, revision=revision, license=license_of(place), pipeline_class=pipeline_class)
     vae_file = None if index_file is None else place.file(f"vae/{CONFIG_FILE}")
     vae_scale = _vae_scale(read_json(vae_file) if vae_file is not None else {})
     return Base(
@@ -184,7 +129,7 @@ def source_of(pipe_or_model: Any, model: Any) -> Source:
         place = _cached(name) if is_repository(name) else None
     if place is None:
         return Source(pipeline_class=pipeline_class)
-    return Source(name=place.name, revision=place.revision, license=_license(place), pipeline_class=pipeline_class)
+    return Source(name=place.name, revision=place.revision, license=license_of(place), pipeline_class=pipeline_class)
 
 
 def _cached(repository: str) -> Place | None:
@@ -269,33 +214,3 @@ def _nothing_found(place: Place, component: str | None) -> str:
     if place.file(MANIFEST_FILE) is not None:
         return f"{place.name} is an adapter, not a base: give the base that its {MANIFEST_FILE} names"
     return f"{place.name} has no {PIPELINE_FILE} or {CONFIG_FILE}: give a pipeline or a denoiser in diffusers' format"
-
-
-def _license(place: Place) -> str | None:
-    if place.folder is not None and place.folder.is_file():
-        return None
-    try:
-        return _license_in(place)
-    except ValueError as error:  # a network that fails here must not stop what has all it needs
-        logger.warning("the license of %s is not known: %s", place.name, error)
-        return None
-
-
-def _license_in(place: Place) -> str | None:
-    card = place.file("README.md")
-    entries = _metadata(card) if card is not None else {}
-    if isinstance(entries.get("license"), str):
-        name = entries.get("license_name")
-        return str(name) if entries["license"] == "other" and name else entries["license"]
-    for name in ("LICENSE", "LICENSE.md", "LICENSE.txt"):
-        if (file := place.file(name)) is not None:
-            lines = [line.strip("# \t") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
-            return next((line for line in lines if line), None)
-    return None
-
-
-def _metadata(card: Path) -> dict[str, Any]:
-    try:
-        return metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError):
-        return {}  # a damaged card is not the model's fault

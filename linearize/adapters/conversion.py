@@ -15,10 +15,11 @@ from ..methods.clear import Clear
 from ..methods.linfusion import LinFusion
 from ..report import SwapReport
 from .adapter import adapter_file, check_adapter_output, is_single_file, read_adapter, write_adapter, write_parts
-from .base import build_on_meta, find_place, read_base
+from .base import build_on_meta, read_base
 from .loading import from_pretrained, load_base
 from .manifest import SINGLE_FILE_SUFFIX
 from .merging import save_merged
+from .place import find_place
 
 IMPORTERS = ("clear:FILE", "linfusion:DIR")
 

@@ -1,4 +1,4 @@
-"""Single files of a Hub repository, and a sentence that says what to do where one cannot be had."""
+"""Single files of a Hub repository and their names, and a sentence that says what to do where one cannot be had."""
 
 import logging
 import re
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -20,6 +21,9 @@ from huggingface_hub.errors import (
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3  # seconds until it is told what is waited for; where there is no network, huggingface_hub tries for 25
+
+# of the library that sends requests for huggingface_hub, whose versions take different ones
+FAILED_REQUEST: Any = HfHubHTTPError.__bases__[0]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -67,6 +71,29 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub answered for {repository}{at}: {error}; try again later") from error
+
+
+def names_in(repository: str, folder: str, *, revision: str | None = None, offline: bool = False) -> list[str] | None:
+    """Names of the files in one folder of a Hub repository; none is downloaded.
+
+    Args:
+        repository: "owner/name".
+        folder: "": the files that lie in none.
+        revision: As in `fetch`.
+        offline: The names that the cache has.
+    Returns:
+        None: the Hub did not tell, or nothing of the repository is in the cache.
+    """
+    try:
+        if offline:
+            root = Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
+            paths = [file.relative_to(root) for file in root.rglob("*")]
+        else:
+            with told_if_slow("waiting for the Hub: the files of %s", repository):
+                paths = [Path(name) for name in huggingface_hub.list_repo_files(repository, revision=revision)]
+    except (FAILED_REQUEST, OSError):
+        return None
+    return sorted(path.name for path in paths if path.parent == Path(folder))
 
 
 @contextmanager

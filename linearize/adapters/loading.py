@@ -19,14 +19,15 @@ from ..seam.conversion import put_on
 from ..weights.full_weights import FullWeights
 from ..weights.low_rank import LORA_NAME, LowRank, like_layer
 from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import CONFIG_FILE, PIPELINE_FILE, Base, Place, build_on_meta, check_spelling, find_place, read_base
-from .config_entry import CONFIG_KEY, write_entry_
+from .base import Base, build_on_meta, read_base
+from .config_entry import CONFIG_KEY, entry_expected, write_entry_
 from .fitting import check_shapes, shapes_of
 from .hub import told_if_slow
 from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from .outline import parts_on_meta
+from .place import CONFIG_FILE, PIPELINE_FILE, Place, check_spelling, find_place
 from .quantization import Quantization, quantization_options, quantization_told
-from .stored_weights import check_has_weights, stored_dtype, variant_of
+from .stored_weights import check_has_weights, files_of_denoiser, stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)
 
@@ -129,10 +130,11 @@ def load_base(
             raise ValueError(f"{name} is refused: {why}")
     if source.name is None or Path(source.name).is_file():
         raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
+    files = files_of_denoiser(base, offline=offline) if weights else None
     if "variant" not in options:
-        options["variant"] = variant_of(base)
-    if weights and base.component not in options:
-        check_has_weights(base)
+        options["variant"] = None if files is None else variant_of(base, files)
+    if files is not None and base.component not in options:
+        check_has_weights(base, files, offline=offline)
     # None would leave text encoders in the dtype of their files
     named = dtype or torch.float32
     if named == "auto":
@@ -147,7 +149,7 @@ def load_base(
         options |= quantization_options(quantization, base, named)
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
     told = told_if_slow("loading %s", str(source.name))
-    with warnings.catch_warnings(), quantization_told(quantization), told:
+    with warnings.catch_warnings(), quantization_told(quantization), entry_expected(), told:
         # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         return loader.from_pretrained(

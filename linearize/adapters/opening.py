@@ -9,9 +9,10 @@ import torch
 from ..errors import nearest
 from ..methods import check_impl_known
 from .adapter import adapter_file
-from .base import find_place, read_base
+from .base import read_base
 from .config_entry import CONFIG_KEY
 from .loading import from_pretrained, load_base
+from .place import find_place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

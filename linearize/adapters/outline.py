@@ -12,7 +12,8 @@ from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from torch import nn
 
-from .base import CONFIG_FILE, PIPELINE_FILE, Base, build_on_meta, cast_as_loaded_, find_place, read_json
+from .base import Base, build_on_meta, cast_as_loaded_, read_json
+from .place import CONFIG_FILE, PIPELINE_FILE, find_place
 
 
 def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> dict[str, nn.Module | None]:

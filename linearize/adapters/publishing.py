@@ -11,14 +11,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..networks import denoiser
 from .adapter import manifest_of, save_adapter
 from .base import source_of
-from .hub import is_repository
+from .hub import FAILED_REQUEST, is_repository
+from .license import license_of
 from .merging import save_merged
 from .model_card import CARD_FILE, adapter_card, merged_card
+from .place import find_place
 
 logger = logging.getLogger(__name__)
-
-# of the library that sends requests for huggingface_hub, whose versions take different ones
-_FAILED_REQUEST: Any = HfHubHTTPError.__bases__[0]
 
 
 def push_to_hub(
@@ -49,6 +48,9 @@ def push_to_hub(
     if not is_repository(repo_id):
         raise ValueError(f"repo_id must have the form owner/name, got {repo_id!r}")
     _, model = denoiser(pipe_or_model)
+    source = source_of(pipe_or_model, model)
+    if source.license is None and source.name is not None and is_repository(source.name):
+        license_of(find_place(source.name, revision=source.revision))  # what this fetches, all below finds in the cache
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "student"
         (save_merged if merged else save_adapter)(pipe_or_model, folder)
@@ -70,7 +72,7 @@ def push_to_hub(
             raise ValueError(
                 f"the Hub refused {repo_id}: {error}; log in with `hf auth login` to an account that may write there"
             ) from error
-        except (_FAILED_REQUEST, OSError) as error:
+        except (FAILED_REQUEST, OSError) as error:
             raise ValueError(
                 f"the Hub cannot be reached: {error}; check the network, or write a folder with "
                 f"lineardit.{'save_merged' if merged else 'save_adapter'} and upload that elsewhere"

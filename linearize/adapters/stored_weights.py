@@ -1,32 +1,36 @@
-"""The weights of a base on disk, before they are loaded: in which files they are, and in which dtype."""
+"""The weights of a base before they are loaded: in which files they are, and in which dtype."""
 
 import logging
 import re
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..folders import main_dtype
-from .base import Base, find_place, read_json
+from .base import Base, read_json
+from .place import Place, find_place
 
 logger = logging.getLogger(__name__)
 
 _OF_A_VARIANT = re.compile(r"diffusion_pytorch_model(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
 
 
-def variant_of(base: Base) -> str | None:
-    """The variant that a folder's denoiser was saved as, such as "fp16", where nothing else is there; else None.
+def files_of_denoiser(base: Base, *, offline: bool = False) -> list[str] | None:
+    """Names of the files of a base's denoiser, from `read_base`; None: not known. The Hub is asked for names alone."""
+    return _place(base, offline).names(base.component or "")
+
+
+def variant_of(base: Base, names: Sequence[str]) -> str | None:
+    """The variant that a denoiser was saved as, such as "fp16", where nothing else is there; else None.
 
     Args:
-        base: From `read_base`; of a Hub id nothing is asked.
+        base: From `read_base`.
+        names: Of its denoiser's files.
     Raises:
-        ValueError: it holds several variants, or pickles alone, which are never loaded.
+        ValueError: it has several variants, or pickles alone, which are never loaded.
     """
-    folder = Path(str(base.source.name), base.component or "")
-    if not folder.is_dir():
-        return None
-    names = sorted(file.name for file in folder.iterdir())
+    folder = _folder(base)
     if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
             f"{folder} holds pickles (.bin), and only safetensors files are loaded: load it with diffusers, and "
@@ -46,14 +50,29 @@ def variant_of(base: Base) -> str | None:
     return found[0]
 
 
-def check_has_weights(base: Base) -> None:
-    """Raise a ValueError where the folder of a denoiser holds its config alone; of a Hub id nothing is asked."""
-    folder = Path(str(base.source.name), base.component or "")
-    if folder.is_dir() and not any(file.suffix == ".safetensors" for file in folder.iterdir()):
+def check_has_weights(base: Base, names: Sequence[str], *, offline: bool = False) -> None:
+    """Raise a ValueError where the files of a denoiser, `names`, are no weights."""
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    place = _place(base, offline)
+    if place.folder is None and place.offline:
         raise ValueError(
-            f"{folder} has a config and no weights, enough to convert, inspect and bench: to draw or train, give "
-            "a folder or Hub id that has them, or that as base= (--base) of an adapter"
+            f"the weights of {_folder(base)} are not in the local cache, and offline=True (--offline, "
+            "HF_HUB_OFFLINE=1): drop that once, or give a folder that has them as base= (--base)"
         )
+    raise ValueError(
+        f"{_folder(base)} has a config and no weights, enough to convert, inspect and bench: to draw or train, give "
+        "a folder or Hub id that has them, or that as base= (--base) of an adapter"
+    )
+
+
+def _place(base: Base, offline: bool) -> Place:
+    return find_place(str(base.source.name), revision=base.source.revision, offline=offline)
+
+
+def _folder(base: Base) -> str:
+    """Where the files of a base's denoiser are."""
+    return "/".join(filter(None, (base.source.name, base.component)))
 
 
 def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = False) -> torch.dtype:
@@ -66,8 +85,7 @@ def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = Fals
     Raises:
         ValueError: there are no weights in safetensors files of the usual name.
     """
-    source = base.source
-    place = find_place(str(source.name), revision=source.revision, offline=offline)
+    place = _place(base, offline)
     folder, of_variant = f"{base.component}/" if base.component else "", f".{variant}" if variant else ""
     stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
     index = place.file(f"{folder}{SAFETENSORS_WEIGHTS_NAME}.index{of_variant}.json")
@@ -76,5 +94,5 @@ def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = Fals
         name = next(iter(read_json(index)["weight_map"].values()))
     file = place.file(f"{folder}{name}")
     if file is None:
-        raise ValueError(f"{source.name} has no {folder}{name}, whose dtype was asked for: give a dtype (--dtype)")
+        raise ValueError(f"{place.name} has no {folder}{name}, whose dtype was asked for: give a dtype (--dtype)")
     return main_dtype(file)

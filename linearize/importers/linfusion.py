@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import CONFIG_FILE, Place, find_place, read_json
+from ..adapters.base import read_json
 from ..adapters.config_entry import write_entry_
 from ..adapters.fitting import check_shapes, listed, shapes_of
 from ..adapters.grouping import grouped
+from ..adapters.place import CONFIG_FILE, Place, find_place
 from ..convert import linearize_, restore_, swapped
 from ..errors import UnsupportedModelError
 from ..families import family_of

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import adapter_file
-from ..adapters.base import Base, build_on_meta, find_place, read_base
+from ..adapters.base import Base, build_on_meta, read_base
 from ..adapters.config_entry import CONFIG_KEY
 from ..adapters.loading import base_of
 from ..adapters.manifest import read_entry, read_manifest
+from ..adapters.place import find_place
 from ..convert import check_impl
 from ..families import family_of
 from ..matching import attention_modules, choose

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import adapter_file, mount_adapter_, read_adapter
-from ..adapters.base import Base, build_on_meta, find_place, read_base
+from ..adapters.base import Base, build_on_meta, read_base
 from ..adapters.config_entry import CONFIG_KEY
 from ..adapters.fitting import check_fit
 from ..adapters.loading import base_of
 from ..adapters.manifest import Manifest, read_entry
+from ..adapters.place import find_place
 from ..convert import check_impl, linearize_
 from ..families import family_of
 from ..matching import attention_modules, choose

@@ -27,9 +27,10 @@ from tiny_pipelines import saved_flux_pipeline
 
 from lineardit import Clear, linearize_, save_adapter
 from lineardit.linearize.adapters import hub
-from lineardit.linearize.adapters.base import build_on_meta, find_place, read_base, source_of
+from lineardit.linearize.adapters.base import build_on_meta, read_base, source_of
 from lineardit.linearize.adapters.hub import fetch, is_repository, snapshot_of
 from lineardit.linearize.adapters.opening import open_pipeline
+from lineardit.linearize.adapters.place import find_place
 from lineardit.linearize.adapters.stored_weights import stored_dtype
 from lineardit.linearize.errors import UnsupportedModelError
 from tiny_models import FAMILIES, build

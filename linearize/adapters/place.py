@@ -1,0 +1,71 @@
+"""Where a base or an adapter is: a folder, a config file, or a repository of the Hub."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from .hub import fetch, is_repository, names_in
+
+PIPELINE_FILE = "model_index.json"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A folder, a config file or a Hub repository, and how to get single files from it."""
+
+    name: str
+    folder: Path | None
+    revision: str | None = None
+    offline: bool = False
+
+    def file(self, path: str) -> Path | None:
+        """A file of the folder or repository, None where it has none of that name."""
+        if self.folder is None:
+            return fetch(self.name, path, revision=self.revision, offline=self.offline)
+        file = self.folder / path
+        return file if file.is_file() else None
+
+    def names(self, path: str = "") -> list[str] | None:
+        """Of the files in a folder of it, sorted; None: there is no such folder, or the Hub does not tell."""
+        if self.folder is None:
+            return names_in(self.name, path, revision=self.revision, offline=self.offline)
+        folder = self.folder / path
+        return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else None
+
+    def holds_a_model(self) -> bool:
+        """Whether a pipeline or a denoiser in diffusers' format lies there."""
+        return any(self.file(name) is not None for name in (PIPELINE_FILE, CONFIG_FILE))
+
+
+def find_place(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Place:
+    """Where a base or an adapter is; the environment's HF_HUB_OFFLINE=1 is `offline` as well.
+
+    Raises:
+        ValueError: neither a folder nor the form of a Hub id, a revision of a folder, or no path in this locale.
+    """
+    offline = offline or constants.HF_HUB_OFFLINE
+    check_spelling(str(name))
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision is for Hub repositories, got {revision!r} for the folder {path}")
+        return Place(name=str(path.resolve()), folder=path.resolve())
+    if not is_repository(str(name)):
+        raise ValueError(f"no folder {name} here, and it is not a Hub id, which has the form owner/name")
+    return Place(name=str(name), folder=None, revision=revision, offline=offline)
+
+
+def check_spelling(path: str) -> None:
+    """Raise a ValueError for a path with letters that this locale lacks, or that is no UTF-8."""
+    try:
+        os.fsencode(path)
+        path.encode("utf-8")
+    except UnicodeEncodeError as error:
+        here = sys.getfilesystemencoding()
+        raise ValueError(
+            f"{path!a} is no path here, where they are in {here}: set PYTHONUTF8=1, or rename it"
+        ) from error
