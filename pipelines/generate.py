@@ -33,6 +33,7 @@ from .files import (
     unkept_told,
     write_picture,
 )
+from .fresh_noise import noise_drawn_from
 from .plan import MOST_STEPS, Plan, Settings
 from .running_kernels import kernels_told
 from .sizes import check_size, default_size
@@ -231,7 +232,7 @@ def _make(
 
         prompts = [one.prompt for one in batch]
         given = for_batch(call, len(prompts)) | _callback(pipe, after_step)
-        with arguments_named(pipe, arguments):
+        with arguments_named(pipe, arguments), noise_drawn_from(pipe.scheduler, generators):
             images = pipe(prompt=prompts, generator=generators, **given).images
         for one, image in zip(batch, images, strict=True):
             write_picture(one, image)

@@ -265,9 +265,7 @@ class HighResolutionPipeline(StagedPipeline):
             largest_shift=largest_shift(self.scheduler) if flows else None,
             rope_dim=rope_dim(model),
             attention=self._attention(),
-            follows=flows
-            and not self.scheduler.config.get("stochastic_sampling")  # whose steps are none of Euler's
-            and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
+            follows=flows and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
             largest=None if most is None else most * multiple,
             table=None if table is None else table * multiple,
             counts_tokens="UNet" not in type(model).__name__,

@@ -113,7 +113,9 @@ def _unshifted(sigmas: list[float], mu: float | None, scheduler: Any) -> list[fl
 def _plain(scheduler: Any) -> Any:
     """A scheduler of its own for one stage."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which would shift the levels once more
-        return type(scheduler).from_config(scheduler.config, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+        unshifted = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+        # fresh noise is for the first stage: later ones keep to the picture that is there
+        return type(scheduler).from_config(scheduler.config, **unshifted, stochastic_sampling=False)
     if isinstance(scheduler, PNDMScheduler):  # its first steps are special, and it cannot begin at others
         last = scheduler.config.set_alpha_to_one  # which from_config leaves out where it is PNDM's default
         return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=last)

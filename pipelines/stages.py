@@ -23,6 +23,7 @@ from ..linearize.networks import denoiser
 from ..linearize.seam.conversion import conversion_of
 from ..linearize.seam.logits import scaled_logits
 from .encoded_once import text_encoded_once
+from .fresh_noise import noise_drawn_from
 from .latents import unpack_latents
 from .low_frequencies import Following
 from .pictures import enlarged, resized
@@ -150,7 +151,8 @@ class StagedPipeline(DiffusionPipeline):
     def _stock_call(self, call: Mapping[str, Any], on_step_end: Any) -> Tensor:
         if on_step_end is not None:
             call = {**call, "callback_on_step_end": on_step_end}
-        latents = as_given(self, self.stock.__call__(self, **call).images)
+        with noise_drawn_from(self.scheduler, call["generator"]):
+            latents = as_given(self, self.stock.__call__(self, **call).images)
         scale = pixels_per_latent(self.vae)
         places = call["height"] * call["width"] // scale**2
         if latents[0].numel() != places * latent_channels(self.vae):

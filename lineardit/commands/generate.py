@@ -8,6 +8,7 @@ import typer
 
 from .loras import parse_loras
 from .options import (
+    DRAWING,
     MACHINE,
     STAGES,
     Arguments,
@@ -59,6 +60,14 @@ def generate(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     max_sequence_length: MaxSequenceLength = None,
+    stochastic: Annotated[
+        bool,
+        typer.Option(
+            "--stochastic",
+            help="Fresh noise in each step, of the first stage in a cascade; models of flow matching.",
+            rich_help_panel=DRAWING,
+        ),
+    ] = False,
     arguments: Arguments = None,
     lora: Loras = None,
     cascade: Annotated[
@@ -100,9 +109,11 @@ def generate(
     texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])] * count
     planned: dict[str, Any] = {"size": None if size is None else parse_size(size), "steps": steps, "cascade": cascade}
     planned |= {"max_sequence_length": max_sequence_length, "chunk_tokens": chunk_tokens}
+    fresh = {"stochastic": "True"} if stochastic else {}
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    from ..pipelines.fresh_noise import with_fresh_noise
     from ..pipelines.generate import generate as generate_pictures
     from ..pipelines.plan import Plan
     from .loading import load
@@ -116,15 +127,20 @@ def generate(
     weights = not plan
     if weights:
         said = {"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length, **more}
+        said |= fresh
         weights = _check_files(texts, output, seed, share, said, overwrite=overwrite)
     where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
     pipe, about = load(source, **where, **placing, loras=loras, with_weights=weights)
+    if stochastic:
+        pipe.scheduler = with_fresh_noise(pipe.scheduler)
     if plan:
         _print_plan(pipe, planned)
         return
     began = time.perf_counter()
     drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "batch_size": batch_size, "arguments": more}
-    files = generate_pictures(pipe, texts, output, **planned, **drawing, part=share, about=about, overwrite=overwrite)
+    files = generate_pictures(
+        pipe, texts, output, **planned, **drawing, part=share, about=about | fresh, overwrite=overwrite
+    )
     _print_files(files, output, time.perf_counter() - began)
 
 

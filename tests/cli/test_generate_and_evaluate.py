@@ -52,6 +52,19 @@ def test_further_arguments_reach_the_pipeline(
     assert "FluxPipeline takes no negativ_prompt; did you mean negative_prompt?" in capsys.readouterr().err
 
 
+def test_stochastic_steps_make_the_same_picture_again(base: Path, adapter: Path, tmp_path: Path) -> None:
+    made = {}
+    for name, more in {"plain": (), "one": ("--stochastic",), "two": ("--stochastic",)}.items():
+        out = tmp_path / f"{name}.png"
+        assert lineardit("generate", adapter, SCENE, *SMALL, "--steps", "2", *more, "-o", out) == 0
+        with Image.open(out) as image:
+            assert image.info.get("stochastic") == ("True" if more else None)
+            made[name] = image.tobytes()
+    assert made["one"] == made["two"] != made["plain"]
+    kept = ("generate", adapter, SCENE, *SMALL, "--steps", "2", "--stochastic", "-o", tmp_path / "plain.png")
+    assert lineardit(*kept) == 2
+
+
 def test_generate_with_a_base_and_a_file_of_prompts(base: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n# two\nthree\n")

@@ -131,7 +131,9 @@ def test_pndm_saved_and_loaded_makes_the_same_steps(tmp_path: Path) -> None:
     assert ours.final_alpha_cumprod == loaded.final_alpha_cumprod == made.final_alpha_cumprod
 
 
-def test_steps_that_are_none_of_eulers_are_not_followed() -> None:
+def test_later_stages_take_no_fresh_noise_and_follow() -> None:
     high, _, side = cascade_of("sd3")
     high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    assert high.plan(2 * side, 2 * side).stages[1].follow == 0
+    stage = high.plan(2 * side, 2 * side).stages[1]
+    assert stage.follow == 1
+    assert not scheduler_of(stage, high.scheduler, torch.device("cpu")).config.stochastic_sampling

@@ -1,0 +1,61 @@
+"""Steps of flow matching with fresh noise, drawn from the generators of the pictures.
+
+    x0 = x - sigma v,   x' = (1 - sigma') x0 + sigma' n,   sigma > sigma' the noise levels around the step
+
+That is diffusers' `stochastic_sampling`. But its pipelines do not hand the generators of their call to the scheduler,
+which draws n from PyTorch's global one: the same seed makes another picture each time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .low_frequencies import noise_levels
+
+
+def with_fresh_noise(scheduler: Any) -> Any:
+    """A scheduler like this one whose steps add fresh noise.
+
+    Raises:
+        ValueError: it is none of flow matching.
+    """
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            "stochastic steps (--stochastic) need a FlowMatchEulerDiscreteScheduler, this pipeline has a "
+            f"{type(scheduler).__name__}: leave them out"
+        )
+    return type(scheduler).from_config(scheduler.config, stochastic_sampling=True)
+
+
+@contextmanager
+def noise_drawn_from(scheduler: Any, generators: Any) -> Iterator[None]:
+    """Inside, fresh noise comes from the call's generator, or list of one for each picture."""
+    flows = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    if generators is None or not flows or not scheduler.config.get("stochastic_sampling"):
+        yield
+        return
+    step, replaced = scheduler.step, vars(scheduler).get("step")  # by the user
+
+    @wraps(step)
+    def seeded(
+        model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **more: Any
+    ) -> Any:
+        made = step(model_output, timestep, sample, *args, return_dict=True, **more)
+        before, after = noise_levels(scheduler)
+        noise = randn_tensor(sample.shape, generator=generators, device=sample.device, dtype=sample.dtype)
+        clean = sample.float() - before * model_output
+        made.prev_sample = ((1 - after) * clean + after * noise).to(model_output.dtype)
+        return made if return_dict else (made.prev_sample,)
+
+    scheduler.step = seeded
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if replaced is not None:
+            scheduler.step = replaced
