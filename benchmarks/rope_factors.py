@@ -1,0 +1,93 @@
+"""How `rope_factor` shows in the small model's predictions: `python benchmarks/rope_factors.py`, tens of minutes.
+
+Held-out drawings get the noise that a stage of the cascade begins with, and the student of `make high-resolution`
+predicts the velocity in one forward. Prints the mean squared error for each size and rule:
+
+    one     factor 1, as trained
+    ramp    NTK scaling for a ratio that rises from 1 at the largest side known, k, as min(r, (r / k)^2)
+    known   NTK scaling for r / k
+    native  NTK scaling for r, the longest side over the native one; the default, beyond k
+
+The noise of a drawing is the same for all rules. The last numbers of a row: mean difference to native, and its
+standard error.
+"""
+
+import argparse
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from high_resolution import open_student
+from torch import Tensor
+from tqdm import tqdm
+
+from lineardit.commands.prompts import parse_size
+from lineardit.commands.quiet import quiet_libraries
+from lineardit.examples.tiny_flux import path, scenes
+from lineardit.pipelines.latents import pack_latents
+from lineardit.pipelines.plan import KNOWN, STRENGTH
+from lineardit.pipelines.planning import ntk_factor
+from lineardit.pipelines.positions import exact_positions, rope_scaled
+from lineardit.pipelines.stock import rope_dim
+from lineardit.pipelines.vae import encode
+
+NATIVE = 128  # pixels
+TEXT_TOKENS = 64
+SIZES = ("256x256", "288x288", "320x320", "320x192", "384x384", "512x512")
+
+
+def factors(ratio: float, dim: int) -> dict[str, float]:
+    """Of each rule, for a longest side `ratio` times the native one."""
+    ratios = {"one": 1.0, "ramp": min(ratio, max(1.0, (ratio / KNOWN) ** 2)), "known": ratio / KNOWN, "native": ratio}
+    return {name: ntk_factor(of, dim) for name, of in ratios.items()}
+
+
+def errors(pipe: Any, number: int, size: tuple[int, int]) -> dict[str, float]:
+    """Of one held-out drawing of `size` = (height, width) pixels, by rule."""
+    scene = scenes.sample(number, split="held_out")
+    pixels = pipe.image_processor.preprocess(scenes.draw(scene, size[::-1]))
+    clean = encode(pipe.vae, pixels, tile=None)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
+    embeds, pooled, text_ids = pipe.encode_prompt(scene.caption, None, max_sequence_length=TEXT_TOKENS)
+    rows, columns = (side // 2 for side in clean.shape[-2:])
+    call = {
+        "hidden_states": pack_latents((1 - STRENGTH) * clean + STRENGTH * noise),
+        "timestep": torch.tensor([STRENGTH]),
+        "encoder_hidden_states": embeds,
+        "pooled_projections": pooled,
+        "img_ids": pipe._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32),
+        "txt_ids": text_ids,
+        "return_dict": False,
+    }
+    wanted = pack_latents(noise - clean)
+    dim = rope_dim(pipe.transformer)
+    assert dim is not None, "FLUX's positions are rotary"
+    by_rule = factors(max(size) / NATIVE, dim)
+    by_factor = {factor: _error(pipe, call, wanted, factor) for factor in set(by_rule.values())}
+    return {name: by_factor[factor] for name, factor in by_rule.items()}
+
+
+@torch.no_grad()
+def _error(pipe: Any, call: dict[str, Any], wanted: Tensor, factor: float) -> float:
+    with exact_positions(pipe), rope_scaled(pipe, factor):
+        return float((pipe.transformer(**call)[0] - wanted).square().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--captions", type=int, default=4, help="held-out ones")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="WIDTHxHEIGHT")
+    options = parser.parse_args()
+    quiet_libraries()
+    pipe = open_student(path(), None)
+    for size in map(parse_size, options.sizes):
+        made = [errors(pipe, number, size) for number in tqdm(range(options.captions), unit="drawing")]
+        print(f"{size[1]}x{size[0]}")
+        for name in made[0]:
+            apart = [one[name] - one["native"] for one in made]
+            spread = stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
+            print(f"  {name:6}  {mean(one[name] for one in made):.4f}  {mean(apart):+.4f} +- {spread:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

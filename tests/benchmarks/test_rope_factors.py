@@ -1,0 +1,31 @@
+"""The benchmark of rope factors: its rules, and one small drawing."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lineardit.examples.tiny_flux import path
+from lineardit.linearize.adapters.opening import open_pipeline
+from lineardit.pipelines.planning import ntk_factor
+
+
+@pytest.fixture
+def rope_factors(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("rope_factors")
+
+
+def test_ramp_rises_from_the_known_sides_to_ntks_factor(rope_factors: Any) -> None:
+    known, between, far = (rope_factors.factors(ratio, 12) for ratio in (2.0, 3.0, 4.0))
+    assert known["ramp"] == known["one"] == known["known"] == 1
+    assert 1 < between["ramp"] < between["native"] == ntk_factor(3.0, 12)
+    assert far["ramp"] == far["native"]
+
+
+def test_errors_differ_where_factors_do(rope_factors: Any) -> None:
+    made = rope_factors.errors(open_pipeline(path()), 0, (32, 288))
+    assert len(set(made.values())) == len(made) == 4
+    assert 0 < max(made.values()) < 1
