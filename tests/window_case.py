@@ -1,19 +1,44 @@
-"""A problem of window attention: sizes, masks and layout, and random tensors for it."""
+"""A problem of window attention: window, sizes, masks and layout, and random tensors; and windows pair by pair."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from tolerance import assert_matches_reference
 from torch import Tensor
 
-from lineardit.kernels.window import window_attention, window_attention_reference
+from lineardit.kernels.window import Box, Circle, Window, windowed_attention, windowed_attention_reference
+
+BOXES = [
+    Box(window=(3, 3)),
+    Box(window=(1, 5)),
+    Box(window=(99, 3)),
+    Box(window=(3, 3), dilation=(2, 3)),
+    Box(window=(5, 1), dilation=(3, 7)),
+    Box(window=(3, 3), cell=(2, 2)),
+    Box(window=(1, 3), cell=(4, 3)),
+    Box(window=(3, 3), dilation=(1, 2), cell=(2, 2)),
+]
+odd = st.integers(0, 3).map(lambda half: 2 * half + 1)
+any_boxes = st.builds(
+    Box,
+    window=st.tuples(odd, odd),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    cell=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    frame_radius=st.none() | st.integers(1, 3),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
+    """The window is a circle of this radius, or the box."""
+
     grid: tuple[int, ...]
-    radius: float
+    radius: float = 0
+    frame_radius: int | None = None
+    box: Box | None = None
     text_len: int = 0
     text_first: bool = True
     num_pooled: int = 0
@@ -25,14 +50,25 @@ class Case:
 
     def __str__(self) -> str:
         grid = "x".join(str(size) for size in self.grid)
-        extras = [f"pooled{self.num_pooled}"] * bool(self.num_pooled) + ["masked"] * self.masked
-        extras += ["textlast"] * (not self.text_first) + ["strided"] * (not self.contiguous)
-        name = f"B{self.batch}-H{self.num_heads}-grid{grid}-r{self.radius}-text{self.text_len}"
-        return "-".join([name, *extras])
+        window = f"r{self.radius}" if self.box is None else f"w{self.box.window}-d{self.box.dilation}-c{self.box.cell}"
+        reach = self.window.frame_radius
+        extras = [f"frames{reach}"] * (reach is not None) + [f"pooled{self.num_pooled}"] * bool(self.num_pooled)
+        extras += ["masked"] * self.masked + ["textlast"] * (not self.text_first) + ["strided"] * (not self.contiguous)
+        return "-".join([f"B{self.batch}-H{self.num_heads}-grid{grid}-{window}-text{self.text_len}", *extras])
+
+    @property
+    def window(self) -> Window:
+        return self.box or Circle(radius=self.radius, frame_radius=self.frame_radius)
 
     @property
     def num_tokens(self) -> int:
         return self.text_len + math.prod(self.grid)
+
+    @property
+    def image(self) -> slice:
+        """Where the image's tokens stand."""
+        start = self.text_len if self.text_first else 0
+        return slice(start, start + math.prod(self.grid))
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """Query, key, value and, where there are any, pooled key and value."""
@@ -54,11 +90,11 @@ class Case:
         mask[-1] = False
         return mask
 
-    def run(self, attention, *tensors: Tensor, **options) -> Tensor:
+    def run(self, *tensors: Tensor, attention=windowed_attention, **options) -> Tensor:
         return attention(
             *tensors[:3],
             grid=self.grid,
-            radius=self.radius,
+            window=self.window,
             text_len=self.text_len,
             text_first=self.text_first,
             text_mask=self.text_mask(),
@@ -66,10 +102,39 @@ class Case:
             **options,
         )
 
+    def reference(self, *tensors: Tensor, **options) -> Tensor:
+        return self.run(*tensors, attention=windowed_attention_reference, **options)
+
     def matches_reference(self, dtype: torch.dtype, **options) -> None:
-        assert_matches_reference(
-            lambda *tensors: self.run(window_attention, *tensors, **options),
-            lambda *tensors: self.run(window_attention_reference, *tensors),
-            self.tensors(),
-            dtype,
-        )
+        """Outputs and all gradients."""
+        assert_matches_reference(lambda *tensors: self.run(*tensors, **options), self.reference, self.tensors(), dtype)
+
+
+def pairs_by_hand(grid: tuple[int, ...], window: Window) -> Tensor:
+    """[image tokens, image tokens] bool, by the definition: whether the first sees the second."""
+    frames, *sides = (1, *grid)[-3:]
+    if isinstance(window, Box):
+        settings = zip(sides, window.window, window.dilation, window.cell, strict=True)
+        rows, columns = ([_seen(place, size, *rest) for place in range(size)] for size, *rest in settings)
+
+    def sees(here: tuple[int, ...], there: tuple[int, ...]) -> bool:
+        if window.frame_radius is not None and abs(here[0] - there[0]) >= window.frame_radius:
+            return False
+        if isinstance(window, Box):
+            return there[1] in rows[here[1]] and there[2] in columns[here[2]]
+        return (here[1] - there[1]) ** 2 + (here[2] - there[2]) ** 2 < window.radius * window.radius
+
+    places = list(itertools.product(range(frames), range(sides[0]), range(sides[1])))
+    return torch.tensor([[sees(here, there) for there in places] for here in places])
+
+
+def _seen(place: int, size: int, window: int, dilation: int, cell: int) -> set[int]:
+    """What a place sees of its axis under a box."""
+    fellows = [other for other in range(size) if other % dilation == place % dilation]
+    cells = [set(fellows[start : start + cell]) for start in range(0, len(fellows), cell)]
+    own = next(index for index, members in enumerate(cells) if place in members)
+    first = own - window // 2
+    while first + window > len(cells):  # slides inside, and stays at the front of a short axis
+        first -= 1
+    first = max(first, 0)
+    return set().union(*cells[first : first + window])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from window_case import Case
 
-from lineardit.kernels.window import Circle, choose, choose_impl, window_attention
+from lineardit.kernels.window import Box, Circle, choose, choose_impl, window_attention
 
 pytest.importorskip("triton")
 
@@ -36,6 +36,12 @@ CASES = [
     (Case(grid=(1, 40), radius=4, text_len=77, num_heads=1, head_dim=72), BF16),
     (Case(grid=(20, 9), radius=4, text_len=64, num_heads=1, head_dim=128, contiguous=False), BF16),
     (Case(grid=(5, 9), radius=3.3, text_len=5, num_heads=1, head_dim=256), FP16),
+    (Case(grid=(3, 2, 4), radius=2.5, frame_radius=1, text_len=5, num_heads=1, head_dim=16), FP32),
+    (Case(grid=(3, 2, 4), radius=2.5, frame_radius=2, num_heads=1, head_dim=16), FP32),
+    (Case(grid=(3, 11), box=Box(window=(3, 3)), num_heads=1, head_dim=16), FP32),
+    (Case(grid=(9, 5), box=Box(window=(3, 3), dilation=(2, 3)), text_len=5, num_heads=1, head_dim=16), FP32),
+    (Case(grid=(9, 17), box=Box(window=(1, 1), cell=(8, 8)), num_heads=1, head_dim=16), FP32),  # ragged tiles as well
+    (Case(grid=(2, 3, 5), box=Box(window=(1, 3), frame_radius=1), text_len=5, num_heads=1, head_dim=16), FP32),
 ]
 
 
@@ -80,7 +86,7 @@ def test_text_that_is_masked_has_no_gradient_whatever_it_is():
     grads = []
     for impl in ("triton", "reference"):
         leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-        out = case.run(window_attention, *leaves, impl=impl)[:, :, 140:]  # masked text attends itself
+        out = case.run(*leaves, impl=impl)[:, :, 140:]  # masked text attends itself
         grads.append(torch.autograd.grad(out.square().sum(), leaves))
     torch.testing.assert_close(*grads)
     assert all(grad.masked_select(masked).eq(0).all() for grad in grads[0][1:])
@@ -112,7 +118,7 @@ def test_window_attention_triton_compiles_whole_and_is_deterministic():
     leaves = [tensor.requires_grad_() for tensor in case.tensors(FP32)]
 
     def attend(*tensors: Tensor) -> Tensor:
-        return case.run(window_attention, *tensors, impl="triton")
+        return case.run(*tensors, impl="triton")
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     results = [

@@ -1,6 +1,5 @@
 """Window attention: every implementation against the reference, its window, its errors, autograd."""
 
-import itertools
 import math
 
 import efficient_stand_in
@@ -11,14 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_matches_reference
 from torch.utils.checkpoint import checkpoint
-from window_case import Case
+from window_case import BOXES, Case, any_boxes
 
 from impls import PORTABLE
-from lineardit.kernels.window import (
-    tiled,
-    window_attention,
-)
+from lineardit.kernels.window import Box, tiled, window_attention, windowed_attention
 from lineardit.kernels.window.partial import EFFICIENT, FLASH, PLAIN
+from lineardit.kernels.window.reference import window_mask
 
 CASES = [
     Case(grid=(3, 5), radius=1.5, text_len=4, masked=True, batch=2),
@@ -28,6 +25,10 @@ CASES = [
     Case(grid=(13, 37), radius=5, text_len=7, text_first=False, masked=True, batch=2, num_pooled=3),
     Case(grid=(37, 11), radius=3.3, text_len=77, num_pooled=6, contiguous=False),
     Case(grid=(2, 9, 20), radius=2.5, text_len=5, batch=2),
+    Case(grid=(3, 5, 9), radius=2.5, frame_radius=1, text_len=5),
+    Case(grid=(3, 5, 9), radius=2.5, frame_radius=2),
+    *(Case(grid=(7, 10), box=box, text_len=5, text_first=False, masked=True, batch=2) for box in BOXES),
+    Case(grid=(7, 10), box=BOXES[-1]),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 on_cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -79,7 +80,7 @@ def test_window_attention_takes_rows_that_are_not_one_piece_of_memory(rows, fast
     results = []
     for tensors in (odd, given):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        out = case.run(window_attention, *leaves, impl=fast_impl)
+        out = case.run(*leaves, impl=fast_impl)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -89,17 +90,19 @@ def test_window_attention_takes_rows_that_are_not_one_piece_of_memory(rows, fast
 def test_window_attention_of_an_empty_batch_is_empty(batch, num_heads, fast_impl):
     case = Case(grid=(20, 23), radius=3, text_len=7, batch=batch, num_heads=num_heads)
     leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
-    out = case.run(window_attention, *leaves, impl=fast_impl)
+    out = case.run(*leaves, impl=fast_impl)
     grads = torch.autograd.grad(out.sum(), leaves)
     assert [one.shape for one in (out, *grads)] == [leaves[0].shape] * 4
 
 
-@settings(max_examples=15)
+@settings(max_examples=30)
 @given(
     case=st.builds(
         Case,
-        grid=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+        grid=st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20)),
         radius=st.floats(0.5, 12),
+        frame_radius=st.none() | st.integers(1, 6),
+        box=st.none() | any_boxes,
         text_len=st.integers(1, 9),
         text_first=st.booleans(),
         masked=st.booleans(),
@@ -108,16 +111,28 @@ def test_window_attention_of_an_empty_batch_is_empty(batch, num_heads, fast_impl
         head_dim=st.sampled_from([1, 4, 24]),
     ),
     dtype=st.sampled_from(DTYPES),
+    impl=st.sampled_from(["masked", "tiled", "auto"]),
 )
-def test_window_attention_auto_matches_reference_anywhere(case, dtype):
-    case.matches_reference(dtype)
+def test_window_attention_matches_reference_anywhere(case, dtype, impl):
+    case.matches_reference(dtype, impl=impl)
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+def test_window_attention_is_that_of_a_circle_and_of_one_frame_that_of_an_image(impl):
+    image, frame = (Case(grid=grid, radius=3, text_len=2) for grid in ((5, 9), (1, 5, 9)))
+    tensors = image.tensors()
+    expected = image.run(*tensors, impl=impl)
+    assert torch.equal(window_attention(*tensors, grid=(5, 9), radius=3, text_len=2, impl=impl), expected)
+    for frame_radius in (1, 2, None):
+        options = {"grid": frame.grid, "radius": 3, "frame_radius": frame_radius, "text_len": 2, "impl": impl}
+        assert torch.equal(window_attention(*tensors, **options), expected)
 
 
 @pytest.mark.parametrize("impl", PORTABLE)
 def test_window_attention_beyond_the_diagonal_is_dense_attention(impl):
     case = Case(grid=(6, 9), radius=math.hypot(5, 8) + 1e-6, text_len=4)
     assert_matches_reference(
-        lambda *tensors: case.run(window_attention, *tensors, impl=impl, scale=0.3),
+        lambda *tensors: case.run(*tensors, impl=impl, scale=0.3),
         lambda *tensors: F.scaled_dot_product_attention(*tensors, scale=0.3),
         case.tensors(),
         torch.float32,
@@ -125,27 +140,31 @@ def test_window_attention_beyond_the_diagonal_is_dense_attention(impl):
 
 
 @pytest.mark.parametrize("impl", PORTABLE)
-@pytest.mark.parametrize("text_first", [True, False])
-def test_window_attention_changes_where_a_token_is_seen_and_nowhere_else(impl, text_first):
-    case = Case(grid=(9, 40), radius=3, text_len=2, text_first=text_first, num_pooled=1)
-    tensors = case.tensors()
-    start = 2 if text_first else 0
-    text = slice(0, 2) if text_first else slice(360, 362)
-    out = case.run(window_attention, *tensors, impl=impl)
-
-    row, column = 4, 17
-    query, key, value, pooled_key, pooled_value = tensors
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(grid=(9, 40), radius=3, text_len=2, num_pooled=1),
+        Case(grid=(9, 40), radius=3, text_len=2, num_pooled=1, text_first=False),
+        Case(grid=(5, 4, 9), radius=3, frame_radius=2, text_len=2, num_pooled=1),
+        Case(grid=(9, 20), box=Box(window=(3, 5), dilation=(2, 1)), text_len=2, num_pooled=1),
+    ],
+    ids=str,
+)
+def test_window_attention_changes_where_a_token_is_seen_and_nowhere_else(case, impl):
+    query, key, value, pooled_key, pooled_value = case.tensors()
+    out = case.run(query, key, value, pooled_key, pooled_value, impl=impl)
+    seen = window_mask(case.grid, case.window, 0, True, torch.device("cpu"))  # [image, image]
+    token = 2 * len(seen) // 5
     moved = value.clone()
-    moved[:, :, start + row * 40 + column] += 1
-    changed = (case.run(window_attention, query, key, moved, pooled_key, pooled_value, impl=impl) != out).all(dim=3)
-    expected = torch.ones(362, dtype=torch.bool)
-    distance = [(row - y) ** 2 + (column - x) ** 2 for y, x in itertools.product(range(9), range(40))]
-    expected[start : start + 360] = torch.tensor(distance) < 9
+    moved[:, :, case.image.start + token] += 1
+    changed = (case.run(query, key, moved, pooled_key, pooled_value, impl=impl) != out).all(dim=3)
+    expected = torch.ones(case.num_tokens, dtype=torch.bool)
+    expected[case.image] = seen[:, token]
     assert torch.equal(changed, expected.expand_as(changed))
 
-    changed = (case.run(window_attention, query, key, value, pooled_key, pooled_value + 1, impl=impl) != out).all(dim=3)
-    expected = torch.ones(362, dtype=torch.bool)
-    expected[text] = False
+    changed = (case.run(query, key, value, pooled_key, pooled_value + 1, impl=impl) != out).all(dim=3)
+    expected = torch.zeros(case.num_tokens, dtype=torch.bool)
+    expected[case.image] = True
     assert torch.equal(changed, expected.expand_as(changed))
 
 
@@ -153,7 +172,7 @@ def test_window_attention_changes_where_a_token_is_seen_and_nowhere_else(impl, t
 def test_window_attention_ignores_masked_text(impl):
     case = Case(grid=(4, 30), radius=3, text_len=4, masked=True, batch=2)
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
-    out = case.run(window_attention, *tensors, impl=impl)
+    out = case.run(*tensors, impl=impl)
     assert out.isfinite().all()
     grads = torch.autograd.grad(out.square().sum(), tensors)
     assert all(grad.isfinite().all() for grad in grads)
@@ -168,7 +187,7 @@ def test_window_attention_ignores_masked_text(impl):
 def test_window_attention_stays_finite_for_extreme_logits(impl, size):
     case = Case(grid=(5, 40), radius=3, text_len=4, masked=True)
     query, key, value = case.tensors(torch.float32)
-    assert case.run(window_attention, query * size, key * size, value, impl=impl).isfinite().all()
+    assert case.run(query * size, key * size, value, impl=impl).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -181,7 +200,7 @@ def test_window_attention_stays_finite_for_extreme_logits(impl, size):
 )
 def test_window_attention_passes_gradcheck(case, fast_impl):
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
-    assert torch.autograd.gradcheck(lambda *t: case.run(window_attention, *t, impl=fast_impl), tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *t: case.run(*t, impl=fast_impl), tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2, 3, 4])
@@ -189,9 +208,9 @@ def test_window_attention_gives_the_gradient_of_one_input_alone(needed, fast_imp
     case = CASES[4]
     tensors = case.tensors()
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    every = torch.autograd.grad(case.run(window_attention, *leaves, impl=fast_impl).square().sum(), leaves)
+    every = torch.autograd.grad(case.run(*leaves, impl=fast_impl).square().sum(), leaves)
     alone = tensors[needed].detach().requires_grad_()
-    out = case.run(window_attention, *tensors[:needed], alone, *tensors[needed + 1 :], impl=fast_impl)
+    out = case.run(*tensors[:needed], alone, *tensors[needed + 1 :], impl=fast_impl)
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), alone)[0], every[needed])
 
 
@@ -199,12 +218,12 @@ def test_window_attention_is_the_same_without_gradients(fast_impl):
     case = CASES[4]
     tensors = case.tensors(torch.float32)
     with torch.no_grad():
-        out = case.run(window_attention, *tensors, impl=fast_impl)
+        out = case.run(*tensors, impl=fast_impl)
     with torch.inference_mode():
-        inferred = case.run(window_attention, *tensors, impl=fast_impl)
+        inferred = case.run(*tensors, impl=fast_impl)
     assert not out.requires_grad and torch.equal(out, inferred)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    assert torch.equal(out, case.run(window_attention, *leaves, impl=fast_impl))
+    assert torch.equal(out, case.run(*leaves, impl=fast_impl))
 
 
 def test_window_attention_trains_on_a_grid_first_met_in_inference_mode(fast_impl):
@@ -212,14 +231,14 @@ def test_window_attention_trains_on_a_grid_first_met_in_inference_mode(fast_impl
     tiled.window_groups.cache_clear()
     tensors = case.tensors(torch.float32)
     with torch.inference_mode():
-        case.run(window_attention, *tensors, impl=fast_impl)
+        case.run(*tensors, impl=fast_impl)
     case.matches_reference(torch.float32, impl=fast_impl)
 
 
 def test_window_attention_refuses_a_second_derivative(fast_impl):
     case = Case(grid=(3, 5), radius=1.5)
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
-    out = case.run(window_attention, *tensors, impl=fast_impl).square().sum()
+    out = case.run(*tensors, impl=fast_impl).square().sum()
     (grad,) = torch.autograd.grad(out, tensors[0], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(grad.sum(), tensors[1])
@@ -228,8 +247,8 @@ def test_window_attention_refuses_a_second_derivative(fast_impl):
 def test_window_attention_works_under_gradient_checkpointing(fast_impl):
     case = CASES[5]
     tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
-    expected = torch.autograd.grad(case.run(window_attention, *tensors, impl=fast_impl).square().sum(), tensors)
-    out = checkpoint(lambda *t: case.run(window_attention, *t, impl=fast_impl), *tensors, use_reentrant=False)
+    expected = torch.autograd.grad(case.run(*tensors, impl=fast_impl).square().sum(), tensors)
+    out = checkpoint(lambda *t: case.run(*t, impl=fast_impl), *tensors, use_reentrant=False)
     for grad, other in zip(torch.autograd.grad(out.square().sum(), tensors), expected, strict=True):
         assert torch.equal(grad, other)
 
@@ -238,10 +257,10 @@ def test_window_attention_under_autocast_casts_as_sdpa_does(fast_impl):
     case = CASES[4]
     leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = case.run(window_attention, leaves[0], leaves[1].bfloat16(), *leaves[2:], impl=fast_impl)
+        out = case.run(leaves[0], leaves[1].bfloat16(), *leaves[2:], impl=fast_impl)
         assert out.dtype == F.scaled_dot_product_attention(*leaves[:3]).dtype
         grads = torch.autograd.grad(out.float().square().sum(), leaves)
-    expected = case.run(window_attention, *(tensor.bfloat16() for tensor in leaves), impl=fast_impl)
+    expected = case.run(*(tensor.bfloat16() for tensor in leaves), impl=fast_impl)
     assert torch.equal(out, expected)
     for grad, other in zip(grads, torch.autograd.grad(expected.float().square().sum(), leaves), strict=True):
         assert torch.equal(grad, other)
@@ -251,8 +270,8 @@ def test_window_attention_under_autocast_leaves_float64():
     case = CASES[0]
     tensors = case.tensors()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = case.run(window_attention, *tensors, impl="tiled")
-    assert torch.equal(out, case.run(window_attention, *tensors, impl="tiled"))
+        out = case.run(*tensors, impl="tiled")
+    assert torch.equal(out, case.run(*tensors, impl="tiled"))
 
 
 TENSOR = torch.zeros(2, 3, 11, 4)
@@ -269,6 +288,11 @@ TENSOR = torch.zeros(2, 3, 11, 4)
         ({"grid": (8,)}, "grid must be .*got .8,"),
         ({"grid": (0, 8)}, r"integers >= 1, got \(0, 8\)"),
         ({"grid": (2.0, 4.0)}, r"integers >= 1, got \(2.0, 4.0\)"),
+        ({"grid": (2, 1, 5), "frame_radius": 1}, r"frames \* height \* width must equal N, got 3 \+ 2 \* 1 \* 5 != 11"),
+        ({"frame_radius": 1}, r"frame_radius=1 needs grid = \(frames, height, width\), got \(2, 4\)"),
+        ({"frame_radius": 0}, "frame_radius must be an integer >= 1 or None, got 0"),
+        ({"frame_radius": 1.0}, "frame_radius must be an integer >= 1 or None, got 1.0"),
+        ({"frame_radius": True}, "frame_radius must be an integer >= 1 or None, got True"),
         ({"radius": 0}, "radius must be a finite number > 0, got 0"),
         ({"radius": math.nan}, "radius must be a finite number > 0, got nan"),
         ({"text_len": -1}, "text_len must be >= 0, got -1"),
@@ -286,6 +310,11 @@ def test_window_attention_says_what_is_wrong(change, message):
     arguments = {"query": TENSOR, "key": TENSOR, "value": TENSOR, "grid": (2, 4), "radius": 2, "text_len": 3}
     with pytest.raises(ValueError, match=message):
         window_attention(**(arguments | change))
+
+
+def test_windowed_attention_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"window must be a Circle or a Box, got \(3, 3\)"):
+        windowed_attention(TENSOR, TENSOR, TENSOR, grid=(1, 11), window=(3, 3))
 
 
 def test_window_attention_masked_refuses_a_mask_beyond_2_to_31_entries():

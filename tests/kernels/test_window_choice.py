@@ -1,5 +1,6 @@
 """Which implementation of window attention runs, what it allocates, and its operators under the compiler."""
 
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -13,16 +14,11 @@ from window_case import Case
 
 from impls import PORTABLE
 from lineardit.kernels import focus  # noqa: F401  registers operators
-from lineardit.kernels.window import (
-    Circle,
-    choose_impl,
-    operator,
-    tiled,
-    window_attention,
-)
+from lineardit.kernels.window import Box, Circle, choose_impl, operator, tiled, windowed_attention
 from lineardit.kernels.window.kept_bias import kept_bias, kept_window_bias, window_bias_op
 from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
 from lineardit.kernels.window.reference import window_mask
+from lineardit.kernels.window.windows import to_arguments
 
 
 def test_fastest_partial_is_flash_on_this_cpu():
@@ -43,20 +39,37 @@ def test_fastest_partial_falls_back_where_flash_does_not_work(broken, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "grid, radius, text_len, expected",
+    "grid, window, text_len, expected",
     [
-        ((24, 24), 2, 0, "masked"),
-        ((25, 24), 2, 0, "tiled"),
-        ((32, 32), 4, 64, "tiled"),
-        ((48, 48), 32, 512, "masked"),
-        ((65, 64), 64, 512, "tiled"),
-        ((2, 12, 12), 12, 0, "masked"),
-        ((2, 128, 128), 8, 512, "tiled"),
+        ((24, 24), Circle(radius=2), 0, "masked"),
+        ((25, 24), Circle(radius=2), 0, "tiled"),
+        ((32, 32), Circle(radius=4), 64, "tiled"),
+        ((48, 48), Circle(radius=32), 512, "masked"),
+        ((65, 64), Circle(radius=64), 512, "tiled"),
+        ((2, 12, 12), Circle(radius=12), 0, "masked"),
+        ((2, 128, 128), Circle(radius=8), 512, "tiled"),
+        ((8, 16, 16), Circle(radius=16), 0, "masked"),
+        ((8, 16, 16), Circle(radius=16, frame_radius=8), 0, "masked"),
+        ((8, 16, 16), Circle(radius=16, frame_radius=1), 0, "tiled"),
+        ((8, 16, 16), Circle(radius=16, frame_radius=2), 0, "tiled"),
+        ((3, 16, 16), Circle(radius=16, frame_radius=1), 0, "tiled"),
+        ((3, 16, 16), Circle(radius=16, frame_radius=3), 0, "masked"),
+        ((2, 16, 16), Circle(radius=16, frame_radius=1), 0, "masked"),
+        ((16, 4, 4), Circle(radius=16, frame_radius=1), 0, "masked"),
+        ((24, 24), Box(window=(3, 3)), 0, "masked"),
+        ((25, 24), Box(window=(3, 3)), 0, "tiled"),
+        ((32, 32), Box(window=(25, 25)), 0, "masked"),
+        ((32, 32), Box(window=(25, 25), dilation=(2, 2)), 0, "tiled"),
+        ((32, 32), Box(window=(3, 3), cell=(8, 8)), 0, "masked"),
+        ((64, 64), Box(window=(3, 3), cell=(8, 8)), 0, "tiled"),
+        ((8, 16, 16), Box(window=(15, 15)), 0, "masked"),
+        ((8, 16, 16), Box(window=(15, 15), frame_radius=1), 0, "tiled"),
+        ((65, 64), Box(window=(99, 99)), 0, "tiled"),
     ],
+    ids=str,
 )
-def test_choose_impl_follows_its_cascade(grid, radius, text_len, expected):
+def test_choose_impl_counts_what_tiles_read(grid, window, text_len, expected):
     query = torch.empty(1, 1, 1, 1)
-    window = Circle(radius=radius)
     assert choose_impl(query, grid=grid, window=window, text_len=text_len) == expected
     assert choose_impl(query.to("meta"), grid=grid, window=window, text_len=text_len) == "tiled"
 
@@ -67,9 +80,9 @@ def test_window_attention_auto_runs_what_choose_impl_tells(grid):
     tensors = case.tensors(torch.float32)
     chosen = choose_impl(tensors[0], grid=grid, window=Circle(radius=3), text_len=2)
     (other,) = {"masked", "tiled"} - {chosen}
-    out = case.run(window_attention, *tensors)
-    assert torch.equal(out, case.run(window_attention, *tensors, impl=chosen))
-    assert not torch.equal(out, case.run(window_attention, *tensors, impl=other))
+    out = case.run(*tensors)
+    assert torch.equal(out, case.run(*tensors, impl=chosen))
+    assert not torch.equal(out, case.run(*tensors, impl=other))
 
 
 class Allocations(TorchDispatchMode):
@@ -102,7 +115,7 @@ def allocations(case: Case, monkeypatch) -> list[int]:
         for name in ("tiled_forward", "tiled_backward"):
             patch.setattr(operator, name, recorded(getattr(operator, name)))
         tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
-        case.run(window_attention, *tensors, impl="tiled").sum().backward()
+        case.run(*tensors, impl="tiled").sum().backward()
     return mode.sizes
 
 
@@ -119,20 +132,29 @@ def test_window_attention_tiled_allocates_in_proportion_to_the_image(monkeypatch
     assert sum(allocations(large, monkeypatch)) <= 4.2 * sum(allocations(small, monkeypatch))
 
 
-def test_window_attention_op_passes_opcheck():
-    case = Case(grid=(9, 40), radius=3, text_len=4, masked=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(grid=(9, 40), radius=3, text_len=4, masked=True),
+        Case(grid=(2, 2, 3), radius=2, frame_radius=1, text_len=3, num_heads=1),
+        Case(grid=(3, 5), box=Box(window=(3, 1), dilation=(1, 2)), text_len=3, num_heads=1),
+    ],
+    ids=str,
+)
+def test_operators_pass_opcheck(case):
     tensors = case.tensors(torch.float32)
-    text, image = zip(*(tensor.split([4, 360], dim=2) for tensor in tensors), strict=True)
-    text_out, shared_key, shared_value = (tensor.detach().requires_grad_() for tensor in text)
-    image = [tensor.detach().requires_grad_() for tensor in image]
-    arguments = (text_out, True, *image, shared_key, shared_value, case.text_mask(), case.grid, 3.0, 0.5, "tiled")
+    text, image = (
+        [tensor[:, :, part].detach().requires_grad_() for tensor in tensors]
+        for part in (slice(case.text_len), case.image)
+    )
+    radius, *others = to_arguments(case.window)
+    arguments = (text[0], True, *image, *text[1:], case.text_mask(), case.grid, radius, 0.5, "tiled", *others)
     torch.library.opcheck(operator.window_attention_op, arguments)
+    torch.library.opcheck(window_bias_op, (torch.zeros(1), case.grid, radius, 4, True, *others))
 
 
-def test_window_bias_op_passes_opcheck_and_is_never_shared():
-    arguments = (torch.zeros(1), (3, 5), 2.0, 4, True)
-    torch.library.opcheck(window_bias_op, arguments)
-    window_bias_op(*arguments).fill_(1)
+def test_what_the_bias_operator_gives_is_never_shared():
+    window_bias_op(torch.zeros(1), (3, 5), 2.0, 4, True).fill_(1)
     window = Circle(radius=2.0)
     kept = kept_window_bias(torch.zeros(1), (3, 5), window, 4, True)
     assert torch.equal(kept == 0, window_mask((3, 5), window, 4, True, torch.device("cpu")))
@@ -164,20 +186,27 @@ def test_kept_window_bias_of_fake_tensors_is_none_of_real_ones():
                 assert isinstance(kept_window_bias(torch.zeros(1), *arguments), FakeTensor) == fake
 
 
-@pytest.mark.parametrize("impl", ["auto", *PORTABLE])
-def test_window_attention_compiles_once_for_all_grids(impl):
+CIRCLE = Circle(radius=3), [(5, 30), (7, 20), (40, 3), (13, 14)]
+FRAMES = Circle(radius=3, frame_radius=2), [(3, 5, 8), (4, 7, 6), (2, 9, 3), (5, 4, 11)]
+BOX = Box(window=(3, 5), dilation=(2, 1), cell=(1, 2)), [(5, 8), (7, 6), (9, 3), (4, 11)]
+COMPILED = [("auto", CIRCLE), ("masked", FRAMES), ("tiled", FRAMES), *itertools.product(PORTABLE, (CIRCLE, BOX))]
+
+
+@pytest.mark.parametrize(("impl", "window_and_grids"), COMPILED, ids=str)
+def test_windowed_attention_compiles_once_for_all_grids(impl, window_and_grids):
     counter = CompileCounterWithBackend("aot_eager")
     project = torch.nn.Linear(16, 48)
+    window, grids = window_and_grids
 
     def block(tokens: Tensor, grid: Tensor) -> Tensor:
         query, key, value = project(tokens).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
         # The shape of a tensor is symbolic to the compiler from the second size on.
-        out = window_attention(query, key, value, grid=tuple(grid.shape), radius=3, text_len=4, impl=impl)
+        out = windowed_attention(query, key, value, grid=tuple(grid.shape), window=window, text_len=4, impl=impl)
         return tokens + out.transpose(1, 2).flatten(2)
 
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=counter)
-    for expected_graphs, grid in [(1, (5, 30)), (1, (5, 30)), (2, (7, 20)), (2, (40, 3)), (2, (13, 14))]:
+    for expected_graphs, grid in zip((1, 1, 2, 2, 2), (grids[0], *grids), strict=True):
         tokens = torch.randn(1, 4 + math.prod(grid), 16, requires_grad=True)
         results = [function(tokens, torch.empty(grid, device="meta")) for function in (block, compiled)]
         grads = [torch.autograd.grad(out.square().sum(), tokens)[0] for out in results]
