@@ -100,6 +100,28 @@ def test_configs_round_trip(config: Any) -> None:
     assert hash(loaded) == hash(config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "claer", "radius": 4}, r"unknown method 'claer' \(did you mean clear\?\)"),
+        ({"method": "clear", "raduis": 4}, r"unknown setting 'raduis' of clear \(did you mean radius\?\)"),
+        ({"method": "clear"}, "not given: radius"),
+        ({"radius": 4}, "must look like"),
+        ({"method": ["clear"]}, "must look like"),
+        ("clear", "must look like"),
+    ],
+)
+def test_config_from_dict_refuses_and_suggests(settings: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        config_from_dict(settings)
+
+
+def test_methods_have_configs_that_cannot_change() -> None:
+    for cls in METHODS:
+        assert cls.__dataclass_params__.frozen
+        assert all(field.kw_only for field in cls.__dataclass_fields__.values())
+
+
 @pytest.mark.parametrize("text_first", [True, False], ids=["text-first", "text-last"])
 @pytest.mark.parametrize("text_len", [0, TEXT_LEN])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
