@@ -11,6 +11,7 @@ The implementations:
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..pieces.checks import check_attention
 from .reference import agent_attention_reference
 
 
@@ -48,34 +49,19 @@ def agent_attention(
     Raises:
         ValueError: shapes or impl do not fit.
     """
-    _validate(query, key, value, agents, impl)
+    check_attention(query, key, value, impl, implementations())
+    _check_agents(query, agents)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     second_scale = scale if second_scale is None else second_scale
     if impl == "reference":
-        return agent_attention_reference(
-            query,
-            key,
-            value,
-            agents,
-            scale=scale,
-            second_scale=second_scale,
-            shortcut=shortcut,
-            key_bias=key_bias,
-            query_bias=query_bias,
-        )
+        scales = {"scale": scale, "second_scale": second_scale, "shortcut": shortcut}
+        return agent_attention_reference(query, key, value, agents, **scales, key_bias=key_bias, query_bias=query_bias)
     gathered = scaled_dot_product_attention(agents, key, value, attn_mask=key_bias, scale=scale)
     out = scaled_dot_product_attention(query, agents, gathered, attn_mask=query_bias, scale=second_scale)
     return out if shortcut == 0 else out + shortcut * value
 
 
-def _validate(query: Tensor, key: Tensor, value: Tensor, agents: Tensor, impl: str) -> None:
-    if impl not in ("auto", *implementations()):
-        raise ValueError(f"impl must be one of {('auto', *implementations())}, got {impl!r}")
-    if query.ndim != 4 or not query.is_floating_point():
-        raise ValueError(f"query must be floating point [B, H, N, D], got {query.dtype} {tuple(query.shape)}")
-    if not query.shape == key.shape == value.shape:
-        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        raise ValueError(f"query, key and value must have one shape [B, H, N, D], got {shapes}")
+def _check_agents(query: Tensor, agents: Tensor) -> None:
     batch, num_heads, _, head_dim = query.shape
     wanted = (batch, num_heads, agents.shape[-2] if agents.ndim > 1 else 0, head_dim)
     if agents.shape != wanted or agents.shape[2] == 0:

@@ -11,6 +11,7 @@ Both: phi(x) = elu(x) + 1. The implementations:
 
 from torch import Tensor
 
+from ..pieces.checks import check_attention
 from .mala import mala_op
 from .rala import rala_op
 from .reference import mala_attention_reference, rala_attention_reference
@@ -59,12 +60,6 @@ def rala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e
 
 
 def _validate(query: Tensor, key: Tensor, value: Tensor, eps: float, impl: str) -> None:
-    if impl not in ("auto", *implementations()):
-        raise ValueError(f"impl must be one of {('auto', *implementations())}, got {impl!r}")
-    if query.ndim != 4 or not query.is_floating_point():
-        raise ValueError(f"query must be floating point [B, H, N, D], got {query.dtype} {tuple(query.shape)}")
-    if not query.shape == key.shape == value.shape:
-        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        raise ValueError(f"query, key and value must have one shape [B, H, N, D], got {shapes}")
+    check_attention(query, key, value, impl, implementations())
     if not 0 < eps < 1:
         raise ValueError(f"eps must be > 0 and < 1, got {eps}")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..pieces.autocast import as_autocast, autocast_enabled
 from ..pieces.cells import Grid
+from ..pieces.checks import check_attention
 from ..pieces.text import key_mask, split_text
 from .choose import choose_impl, implementations, require_triton
 from .kept_bias import kept_window_bias
@@ -97,17 +98,8 @@ def windowed_attention(
 
     The other arguments, the result and the errors are those of `window_attention`.
     """
-    _validate(query, key, value, grid, window, text_len, text_mask, pooled, impl)
-    query, key, value = as_autocast(query, key, value)
-    if pooled is not None:
-        pooled_key, pooled_value = as_autocast(*pooled)
-        pooled = pooled_key, pooled_value
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    impl = _chosen(query, grid, window, text_len, scale, impl)
-    if impl in ("tiled", "triton"):
-        return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)[0]
-    bias = _bias(query, grid, window, text_len, text_first, text_mask, pooled, impl)
-    return biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)
+    text = (text_len, text_first, text_mask)
+    return _attend(query, key, value, grid, window, *text, pooled, scale, impl, wants_lse=False)[0]
 
 
 def windowed_attention_and_lse(
@@ -129,31 +121,42 @@ def windowed_attention_and_lse(
     Returns:
         out [B, H, N, D], lse [B, H, image tokens] in float32, or float64 for float64; both have gradients.
     """
-    _validate(query, key, value, grid, window, text_len, text_mask, None, impl)
-    query, key, value = as_autocast(query, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    impl = _chosen(query, grid, window, text_len, scale, impl)
-    if impl in ("tiled", "triton"):
-        return _linear(query, key, value, text_len, text_first, text_mask, None, grid, window, scale, impl)
-    bias = _bias(query, grid, window, text_len, text_first, text_mask, None, impl)
-    out = biased_attention(query, key, value, bias, text_len, text_first, text_mask, None, scale)
-    return out, biased_lse(query, key, bias, text_len, text_first, text_mask, scale)
+    text = (text_len, text_first, text_mask)
+    out, lse = _attend(query, key, value, grid, window, *text, None, scale, impl, wants_lse=True)
+    assert lse is not None, "it was asked for"
+    return out, lse
 
 
-def _bias(
+def _attend(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     grid: Grid,
     window: Window,
     text_len: int,
     text_first: bool,
     text_mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
+    scale: float | None,
     impl: str,
-) -> Tensor:
-    """What the dense implementations add to the logits, [N, N]; "masked" keeps it."""
+    *,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out [B, H, N, D] and lse [B, H, image tokens]; None where it is not wanted and costs something."""
+    _validate(query, key, value, grid, window, text_len, text_mask, pooled, impl)
+    query, key, value = as_autocast(query, key, value)
+    if pooled is not None:
+        pooled_key, pooled_value = as_autocast(*pooled)
+        pooled = pooled_key, pooled_value
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    impl = _chosen(query, grid, window, text_len, scale, impl)
+    if impl in ("tiled", "triton"):
+        return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)
     check_mask_size(query, text_mask, pooled)
     bias_of = kept_window_bias if impl == "masked" else window_bias
-    return bias_of(query, grid, window, text_len, text_first)
+    bias = bias_of(query, grid, window, text_len, text_first)  # [N, N]
+    out = biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)
+    return out, biased_lse(query, key, bias, text_len, text_first, text_mask, scale) if wants_lse else None
 
 
 def _linear(
@@ -209,13 +212,7 @@ def _validate(
     pooled: tuple[Tensor, Tensor] | None,
     impl: str,
 ) -> None:
-    if impl != "auto" and impl not in implementations():
-        raise ValueError(f"impl must be one of {('auto', *implementations())}, got {impl!r}")
-    if query.ndim != 4 or not query.is_floating_point():
-        raise ValueError(f"query must be floating point [B, H, N, D], got {query.dtype} {tuple(query.shape)}")
-    if not query.shape == key.shape == value.shape:
-        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        raise ValueError(f"query, key and value must have one shape [B, H, N, D], got {shapes}")
+    check_attention(query, key, value, impl, implementations())
     batch, num_heads, num_tokens, head_dim = query.shape
     if len(grid) not in (2, 3) or any(not isinstance(size, int | torch.SymInt) or size < 1 for size in grid):
         raise ValueError(f"grid must be (height, width) or (frames, height, width), integers >= 1, got {tuple(grid)}")

@@ -1,0 +1,16 @@
+"""What every public attention of these folders refuses, in one wording."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor, impl: str, implementations: Sequence[str]) -> None:
+    """Raise a ValueError for tensors that are not [B, H, N, D] alike, in floating point, or an unknown `impl`."""
+    if impl not in ("auto", *implementations):
+        raise ValueError(f"impl must be one of {('auto', *implementations)}, got {impl!r}")
+    if query.ndim != 4 or not query.is_floating_point():
+        raise ValueError(f"query must be floating point [B, H, N, D], got {query.dtype} {tuple(query.shape)}")
+    if not query.shape == key.shape == value.shape:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        raise ValueError(f"query, key and value must have one shape [B, H, N, D], got {shapes}")
