@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from ...kernels.agent import agent_attention, implementations
 from ...kernels.agent.agent_bias import agent_bias
 from ...kernels.pieces.cell_means import cell_means
-from ..layout import Grid, Layout
-from .joint import joint_attention, joint_pairs
+from ..layout import Grid
+from .joint import JointMethod, joint_pairs
 from .local_terms import LocalConv
-from .method import Method
 from .settings import check_count, check_finite, check_switch
 
 
@@ -65,14 +64,13 @@ class Agent:
         check_switch("balance", self.balance)
 
 
-class AgentAttention(Method):
+class AgentAttention(JointMethod):
     """Agent attention as the kernel of one attention module; `key_bias` and `query_bias` [H, R, R] are B_1 and B_2."""
 
     def __init__(self, config: Agent, *, num_heads: int, head_dim: int) -> None:
         super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         shape = {"num_heads": num_heads, "head_dim": head_dim}
         self.conv = LocalConv(config.conv_size, **shape) if config.conv_size is not None else None
-        self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
         if config.bias_size is not None:
             self.key_bias = nn.Parameter(torch.zeros(num_heads, config.bias_size, config.bias_size))
             self.query_bias = nn.Parameter(torch.zeros(num_heads, config.bias_size, config.bias_size))
@@ -88,12 +86,6 @@ class AgentAttention(Method):
         num_image = math.prod(grid)
         per_token = 4 * config.num_agents + (config.conv_size or 0) ** 2
         return joint_pairs(num_image * per_token // 2, num_image, text_len, head_dim)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
-    ) -> Tensor:
-        """[B, H, N, D] -> [B, H, N, D]."""
-        return joint_attention(query, key, value, layout, self.attend_to_image, scale=scale, balance=self.balance)
 
     @apply_forward_hook  # sequential offload loads its weights for a hybrid, too, which calls this alone
     def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:

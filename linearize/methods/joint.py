@@ -9,60 +9,55 @@ x_i, out_i would be the base's. So text and image share a query about as the bas
 of weights sum to 1 as those of x do; and without text, or where all of it is masked, out is x.
 
 `balance`, a learned number for each head that starts at 0, is added to m.
+
+B batch, H heads, N tokens, n of them of the image, D head dimension.
 """
 
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...kernels.linear import log_mass
 from ...kernels.pieces.extra_key import attend_with_extra_key
 from ...kernels.pieces.text import key_mask, split_text
 from ..layout import Grid, Layout
+from .method import Method
 
 
-class ImageAttention(Protocol):
-    """Attention of the image's tokens [B, H, n, D] to each other."""
+class JointMethod(Method):
+    """A method with an attention of its own for the image, `attend_to_image`; its config says whether it has `balance`.
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor: ...
-
-
-def joint_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    attend_to_image: ImageAttention,
-    *,
-    scale: float | None,
-    balance: Tensor | None,
-) -> Tensor:
-    """The formula above.
-
-    Args:
-        query, key, value: [B, H, N, D], of all tokens.
-        attend_to_image: gives x.
-        scale: of the logits, D**-0.5 if None.
-        balance: [H], None for 0.
-    Returns:
-        [B, H, N, D].
+    `balance` is [H], None for 0.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if layout.text_len == 0:
-        return attend_to_image(query, key, value, layout.grid, scale)
-    _, image_query = split_text(query, layout.text_len, layout.text_first)
-    text_key, image_key = split_text(key, layout.text_len, layout.text_first)
-    text_value, image_value = split_text(value, layout.text_len, layout.text_first)
-    image_out = attend_to_image(image_query, image_key, image_value, layout.grid, scale)
-    log_of_image = log_mass(image_query, image_key, scale=scale)
-    if balance is not None:
-        log_of_image = log_of_image + balance[:, None]
-    image = (log_of_image, image_out)
-    out = attend_with_extra_key(image_query, text_key, text_value, *image, mask=layout.text_mask, scale=scale)
-    text_out = _attend_to_all(query, key, value, layout, scale)
-    return torch.cat([text_out, out] if layout.text_first else [out, text_out], dim=2)
+
+    def __init__(self, config: Any, *, num_heads: int, head_dim: int) -> None:
+        super().__init__(config, num_heads=num_heads, head_dim=head_dim)
+        self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
+
+    def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        """x above, of the image's tokens [B, H, n, D] -> [B, H, n, D]; `scale` is of logits, where there are some."""
+        raise NotImplementedError
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
+    ) -> Tensor:
+        """out above, of all tokens, [B, H, N, D] -> [B, H, N, D]."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if layout.text_len == 0:
+            return self.attend_to_image(query, key, value, layout.grid, scale)
+        _, image_query = split_text(query, layout.text_len, layout.text_first)
+        text_key, image_key = split_text(key, layout.text_len, layout.text_first)
+        text_value, image_value = split_text(value, layout.text_len, layout.text_first)
+        image_out = self.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
+        log_of_image = log_mass(image_query, image_key, scale=scale)
+        if self.balance is not None:
+            log_of_image = log_of_image + self.balance[:, None]
+        image = (log_of_image, image_out)
+        out = attend_with_extra_key(image_query, text_key, text_value, *image, mask=layout.text_mask, scale=scale)
+        text_out = _attend_to_all(query, key, value, layout, scale)
+        return torch.cat([text_out, out] if layout.text_first else [out, text_out], dim=2)
 
 
 def joint_pairs(image_pairs: int, num_image: int, text_len: int, head_dim: int) -> int:

@@ -10,14 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels.linear import implementations
-from ..layout import Grid, Layout
-from .joint import joint_attention, joint_pairs
+from ..layout import Grid
+from .joint import JointMethod, joint_pairs
 from .local_terms import LocalConv, ValueGate
-from .method import Method
 from .settings import check_count, check_switch
 
 
@@ -42,7 +40,7 @@ class LinearImage:
         check_switch("balance", self.balance)
 
 
-class LinearImageAttention(Method):
+class LinearImageAttention(JointMethod):
     """The kernel of one attention module; `kernel(query, key, value, impl=...)` is linear attention of the image."""
 
     kernel: ClassVar[Callable[..., Tensor]]
@@ -52,7 +50,6 @@ class LinearImageAttention(Method):
         shape = {"num_heads": num_heads, "head_dim": head_dim}
         self.conv = LocalConv(config.conv_size, **shape) if config.conv_size is not None else None
         self.gate = ValueGate(**shape) if config.gate else None
-        self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
 
     @staticmethod
     def implementations() -> tuple[str, ...]:
@@ -65,12 +62,6 @@ class LinearImageAttention(Method):
         num_image = math.prod(grid)
         per_token = 2 * head_dim + (config.conv_size or 0) ** 2 + (head_dim if config.gate else 0)
         return joint_pairs(num_image * per_token // 2, num_image, text_len, head_dim)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
-    ) -> Tensor:
-        """[B, H, N, D] -> [B, H, N, D]; a scale of logits is that of text, and has no place in the linear part."""
-        return joint_attention(query, key, value, layout, self.attend_to_image, scale=scale, balance=self.balance)
 
     def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
         """x above, of the image's tokens [B, H, n, D] -> [B, H, n, D]."""

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...kernels.pieces.cell_means import cell_means
-from ..layout import Grid, Layout
-from .joint import joint_attention, joint_pairs
-from .method import Method
+from ..layout import Grid
+from .joint import JointMethod, joint_pairs
 from .settings import check_count, check_switch
 
 
@@ -49,25 +48,18 @@ class ProxyTokens:
         check_switch("balance", self.balance)
 
 
-class ProxyTokensAttention(Method):
+class ProxyTokensAttention(JointMethod):
     """Attention through proxy tokens as the kernel of one attention module; `gate` [H] is g."""
 
     def __init__(self, config: ProxyTokens, *, num_heads: int, head_dim: int) -> None:
         super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         self.gate = nn.Parameter(torch.zeros(num_heads))
-        self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
 
     @staticmethod
     def pairs(config: ProxyTokens, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """Pairs of query and key: proxies with each other, each token with the proxies."""
         num_image = math.prod(grid)
         return joint_pairs((num_image + config.num_proxies) * config.num_proxies, num_image, text_len, head_dim)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
-    ) -> Tensor:
-        """[B, H, N, D] -> [B, H, N, D]."""
-        return joint_attention(query, key, value, layout, self.attend_to_image, scale=scale, balance=self.balance)
 
     def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
         """x above, [B, H, n, D] -> [B, H, n, D]."""
