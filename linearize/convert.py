@@ -119,7 +119,7 @@ def restore_(pipe_or_model: Any) -> None:
         UnsupportedModelError: a model was sharded or wrapped since; nothing is changed.
     """
     _refuse_sharded(denoiser(pipe_or_model)[1], "restore_")
-    conversions = _converted(pipe_or_model)
+    conversions = converted_networks(pipe_or_model)
     for model in conversions:
         _refuse_sharded(model, "restore_")
         _check_ours(model)
@@ -141,7 +141,7 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
         RuntimeError: another thread is inside the model, or inside `dense` of it.
     """
     with ExitStack() as undo:
-        for conversion in _converted(pipe_or_model).values():
+        for conversion in converted_networks(pipe_or_model).values():
             conversion.refuse_other_threads()
             if not conversion.enabled:
                 continue
@@ -155,7 +155,7 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
 
 def check_dense(pipe_or_model: Any) -> None:
     """Raise the ValueError of `dense` where nothing is converted or the base cannot come back; nothing is changed."""
-    for conversion in _converted(pipe_or_model).values():
+    for conversion in converted_networks(pipe_or_model).values():
         if conversion.enabled:
             conversion.overlays.check_reversible()
 
@@ -166,7 +166,7 @@ def set_impl_(pipe_or_model: Any, impl: str) -> None:
     Raises:
         ValueError: nothing is converted, or a method has no such implementation (lists those it has).
     """
-    modules = [module for model in _converted(pipe_or_model) for module in swapped(model).values()]
+    modules = [module for model in converted_networks(pipe_or_model) for module in swapped(model).values()]
     kernels = [cast(Any, module).linear_kernel for module in modules]
     for kernel in kernels:
         check_impl(impl, type(kernel.config))
@@ -188,8 +188,12 @@ def check_impl(impl: str, config_class: type) -> None:
         )
 
 
-def _converted(pipe_or_model: Any) -> dict[nn.Module, Conversion]:
-    """The converted networks: of a pipeline, all of them."""
+def converted_networks(pipe_or_model: Any) -> dict[nn.Module, Conversion]:
+    """The converted networks: of a pipeline, all of them.
+
+    Raises:
+        ValueError: there is none.
+    """
     conversions = {model: conversion_of(model) for _, model in networks(pipe_or_model)}
     converted = {model: conversion for model, conversion in conversions.items() if conversion is not None}
     if not converted:

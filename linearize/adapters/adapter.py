@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ... import __version__
-from ..convert import check_convertible, linearize_, restore_, swapped
+from ..convert import check_convertible, converted_networks, linearize_, restore_, swapped
 from ..families import Family, family_of
 from ..folders import check_output, check_output_file, new_folder, read_shapes, read_tensors, sha256, write_whole
 from ..matching import attention_modules, choose
@@ -57,8 +57,7 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
         ValueError: nothing is converted, the output exists, or a tensor is not in memory (sharded or offloaded).
     """
     _, model = denoiser(pipe_or_model)
-    if not swapped(model):
-        raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+    converted_networks(model)  # raises where it is none
     _tell_of_styles(pipe_or_model, model)
     return write_adapter(model, source_of(pipe_or_model, model), Path(directory), overwrite=overwrite)
 

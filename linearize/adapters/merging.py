@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..convert import swapped
+from ..convert import converted_networks
 from ..folders import new_folder
 from ..networks import denoiser
-from ..seam.conversion import conversion_of, overlays_of
+from ..seam.conversion import overlays_of
 from ..weights.full_weights import check_writable
 from ..weights.low_rank import LORA_NAME, LowRank
 from ..weights.overlays import refuse_fused
@@ -50,10 +50,7 @@ def save_merged(pipe_or_model: Any, directory: str | Path, *, overwrite: bool = 
 
 
 def _check_mergeable(model: nn.Module) -> None:
-    conversion = conversion_of(model)
-    if not swapped(model) or conversion is None:
-        raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
-    if not conversion.enabled:
+    if not converted_networks(model)[model].enabled:
         raise ValueError("inside `with dense(model):` the trained weights are off: save outside of it")
     refuse_fused(model)
     for name, module in model.named_modules():

@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from ...kernels.pieces.kept_tables import release_tables
 from ..errors import LayoutError
 from ..families import Family, Sight
 from ..weights.overlays import Overlay, Overlays
 from .input_terms import InputTerms
-from .tables import keep_tables_for
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Conversion:
         self.kept_sights: dict[Any, Sight] | None = None
         self._thread: int | None = None
         self._dense_thread: int | None = None
-        keep_tables_for(self)
+        _keep_tables_for(self)
 
     @property
     def dense_tokens(self) -> int:
@@ -102,7 +103,7 @@ class Conversion:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        keep_tables_for(self)
+        _keep_tables_for(self)
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:
@@ -134,6 +135,20 @@ def tell_unused_dense_below(model: nn.Module) -> None:
             "linear attention runs at every size",
             conversion.dense_below,
         )
+
+
+_WITH_TABLES: "weakref.WeakSet[Conversion]" = weakref.WeakSet()
+
+
+def _keep_tables_for(conversion: Conversion) -> None:
+    """What windows keep on the device is freed when this and every other conversion is gone."""
+    _WITH_TABLES.add(conversion)
+    weakref.finalize(conversion, _release_if_last).atexit = False
+
+
+def _release_if_last() -> None:
+    if next(iter(_WITH_TABLES), None) is None:  # len counts the one that has just gone
+        release_tables()
 
 
 _APART = "hold a lock around the call or give each thread its own copy.deepcopy of the model"

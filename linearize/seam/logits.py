@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..networks import networks
-from .conversion import conversion_of
+from ..convert import converted_networks
 
 
 @contextmanager
@@ -17,13 +16,7 @@ def scaled_logits(pipe_or_model: Any, factor: float) -> Iterator[None]:
     Raises:
         ValueError: nothing is converted.
     """
-    conversions = [
-        conversion for _, model in networks(pipe_or_model) if (conversion := conversion_of(model)) is not None
-    ]
-    if not conversions:
-        raise ValueError(
-            f"this {type(pipe_or_model).__name__} is not converted: call linearize_ first, or leave logits alone"
-        )
+    conversions = list(converted_networks(pipe_or_model).values())
     before = [conversion.logit_factor for conversion in conversions]
     for conversion in conversions:
         conversion.logit_factor = factor

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..adapters.config_entry import write_entry_
-from ..convert import swapped
+from ..convert import converted_networks, swapped
 from ..networks import denoiser
 from ..seam.conversion import overlays_of, put_on
 from .low_rank import LORA_NAME, LowRank
@@ -65,8 +65,7 @@ def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[st
     Raises:
         ValueError: Nothing is converted, or a target that no swapped module has.
     """
-    if not swapped(model):
-        raise ValueError(f"this {type(model).__name__} is not converted: call linearize_ first")
+    converted_networks(model)  # raises where it is none
     refuse_fused(model)
     if targets is None:
         modules = swapped(model).items()
