@@ -14,6 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import Tensor
 
+from ..pipelines.latents import unpack_latents
 from ..pipelines.vae import decode
 
 Conditions = dict[str, Tensor]  # what the model is told beside the picture, each [B, ...]
@@ -67,9 +68,7 @@ def _flux_generate(
 
 
 def _flux_decode(pipe: Any, latents: Tensor, grid: Grid) -> list[Image.Image]:
-    batch, _, channels = latents.shape
-    patches = latents.view(batch, *grid, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)  # [B, C/4, rows, 2, columns, 2]
-    planes = patches.reshape(batch, channels // 4, 2 * grid[0], 2 * grid[1]).to(pipe.vae.dtype)
+    planes = unpack_latents(latents, 2 * grid[0], 2 * grid[1]).to(pipe.vae.dtype)
     pixels = decode(pipe.vae, planes, tile=None)  # in tiles where memory runs out
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 

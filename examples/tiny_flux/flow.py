@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from lineardit.distill.precision import bfloat16_is_faster
+from lineardit.pipelines.latents import pack_latents, unpack_latents
 
 from ..tiny_flux import scenes
 from .train_vae import pictures
@@ -94,7 +95,7 @@ class TinyFlux(nn.Module):
         height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
         img_ids = image_positions(height, width, stride).to(noisy)
         out = self.transformer(
-            hidden_states=pack(noisy),
+            hidden_states=pack_latents(noisy),
             timestep=times,
             encoder_hidden_states=self.t5(t5_ids)[0],
             pooled_projections=self.clip(clip_ids).pooler_output,
@@ -102,7 +103,7 @@ class TinyFlux(nn.Module):
             txt_ids=noisy.new_zeros(t5_ids.shape[1], 3),
             return_dict=False,
         )[0]
-        return unpack(out, height, width)
+        return unpack_latents(out, *noisy.shape[-2:])
 
 
 def image_positions(height: int, width: int, stride: int) -> Tensor:
@@ -111,20 +112,6 @@ def image_positions(height: int, width: int, stride: int) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, cols], -1).reshape(-1, 3) * stride + torch.tensor(
         [0, (stride - 1) / 2, (stride - 1) / 2]
     )
-
-
-def pack(latents: Tensor) -> Tensor:
-    """[B, C, 2h, 2w] -> [B, h * w, 4 C], FLUX's tokens."""
-    batch, channels, height, width = latents.shape
-    cells = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[B, h * w, 4 C] -> [B, C, 2h, 2w]."""
-    batch, _, channels = tokens.shape
-    cells = tokens.reshape(batch, height, width, channels // 4, 2, 2)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * height, 2 * width)
 
 
 @dataclass(frozen=True)
