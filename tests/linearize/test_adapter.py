@@ -10,11 +10,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
-from whole_projections import train_full_
+from trained import trained_
 
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.convert import swapped
-from lineardit.linearize.weights.training import add_lora_
 from tiny_models import FAMILIES, build, inputs_of, run
 
 CLEAR = Clear(radius=2, pool_size=2)
@@ -29,14 +28,7 @@ def trained(kind: str, family: str = "flux") -> nn.Module:
     """A model with kernels, and LoRA or changed projections, all moved away from where they started."""
     model = base(family)
     linearize_(model, CLEAR)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if ".linear_kernel." in name}
-    if kind in ("full", "both"):
-        parameters |= train_full_(model, targets=("to_q", "to_out.0"))
-    if kind in ("lora", "both"):
-        parameters |= add_lora_(model, rank=3, alpha=2)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    trained_(model, kind, rank=3, alpha=2)
     return model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 from torch import Tensor, nn
-from whole_projections import train_full_
+from trained import train_full_
 
 from lineardit import (
     Clear,

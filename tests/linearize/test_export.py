@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import saved_flux_pipeline
 from torch import Tensor
-from whole_projections import train_full_
+from trained import trained_
 
 from lineardit import (
     Clear,
@@ -34,7 +34,6 @@ from lineardit.cli import run as run_command
 from lineardit.linearize.adapters.hub import is_repository
 from lineardit.linearize.adapters.manifest import MANIFEST_FILE, read_manifest
 from lineardit.linearize.methods import RECOMMENDED
-from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
@@ -62,14 +61,7 @@ def plain(folder: Path) -> diffusers.FluxPipeline:
 def student_of(base: Path, kind: str) -> diffusers.FluxPipeline:
     pipe = plain(base)
     linearize_(pipe, Clear(radius=2, pool_size=2))
-    trained = {name: weight for name, weight in pipe.transformer.named_parameters() if ".linear_kernel." in name}
-    if kind == "lora":
-        trained |= add_lora_(pipe, rank=2, alpha=5)
-    if kind == "full":
-        trained |= train_full_(pipe, targets=["to_q"])
-    with torch.no_grad():
-        for weight in trained.values():
-            weight.add_(torch.randn_like(weight) * 0.2)
+    trained_(pipe, kind, alpha=5, targets=["to_q"])
     return pipe
 
 

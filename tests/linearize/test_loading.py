@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_distill import build_tiny
 from tiny_pipelines import flux_pipeline, saved_flux_pipeline
 from torch import Tensor
-from whole_projections import train_full_
+from trained import trained_
 
 import lineardit
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize import swapped
 from lineardit.linearize.adapters.base import read_base
 from lineardit.linearize.adapters.stored_weights import stored_dtype
-from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
@@ -45,14 +44,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def student_of(base: Path, kind: str) -> diffusers.DiffusionPipeline:
     pipe = diffusers.DiffusionPipeline.from_pretrained(base, **NO_TEXT)
     linearize_(pipe, Clear(radius=2, pool_size=2))
-    trained = {name: weight for name, weight in pipe.transformer.named_parameters() if ".linear_kernel." in name}
-    if kind == "lora":
-        trained |= add_lora_(pipe, rank=2, alpha=5)
-    if kind == "full":
-        trained |= train_full_(pipe, targets=["to_q"])
-    with torch.no_grad():
-        for weight in trained.values():
-            weight.add_(torch.randn_like(weight) * 0.2)
+    trained_(pipe, kind, alpha=5, targets=["to_q"])
     return pipe
 
 

@@ -9,21 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from whole_projections import train_full_
+from trained import train_full_, trained_
 
 from lineardit import Clear, dense, linearize_, restore_
 from lineardit.linearize.seam.conversion import overlays_of
 from lineardit.linearize.weights.full_weights import replace_weights_
 from lineardit.linearize.weights.low_rank import FusedLowRank, LowRank
 from lineardit.linearize.weights.training import add_lora_
-from tiny_models import build, inputs_of
+from tiny_models import build, inputs_of, run
 
 CLEAR = Clear(radius=2)
-
-
-def run(model: nn.Module, arguments: dict) -> Tensor:
-    with torch.no_grad():
-        return model(**arguments)[0]
 
 
 def disturb(parameters: dict[str, nn.Parameter]) -> None:
@@ -38,10 +33,7 @@ def student(request: pytest.FixtureRequest) -> tuple[nn.Module, dict, Tensor, Te
     model, arguments = build("flux"), inputs_of("flux")
     base = run(model, arguments)
     linearize_(model, CLEAR)
-    if request.param != "lora":
-        disturb(train_full_(model, targets=("to_q", "to_out.0")))
-    if request.param != "full":
-        disturb(add_lora_(model, rank=2, alpha=3))
+    trained_(model, request.param, alpha=3)
     return model, arguments, base, run(model, arguments)
 
 

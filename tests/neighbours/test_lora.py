@@ -9,11 +9,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from whole_projections import train_full_
+from trained import trained_
 
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.weights.training import add_lora_
 
 CONFIG = Clear(radius=1.5, pool_size=2)
 ATTENTION = ("attn.to_q", "attn.to_out.0", "attn1.to_q", "attn1.to_out.0")
@@ -29,13 +28,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def adapter(request: pytest.FixtureRequest, pipe: Any, tmp_path: Path) -> Path:
     """An adapter of trained weights for `pipe`, which is left as it was."""
     linearize_(pipe, CONFIG)
-    trained = add_lora_(pipe, rank=2) if request.param == "lora" else train_full_(pipe, targets=("to_q", "to_v"))
-    with torch.no_grad():
-        for parameter in trained.values():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-        for name, parameter in denoiser(pipe)[1].named_parameters():
-            if name.endswith("pool_weight"):
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+    trained_(pipe, request.param)
     save_adapter(pipe, tmp_path / "adapter")
     restore_(pipe)
     return tmp_path / "adapter"

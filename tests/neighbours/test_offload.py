@@ -15,7 +15,7 @@ from accelerate.hooks import remove_hook_from_module
 from packaging.version import Version
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from whole_projections import train_full_
+from trained import trained_
 
 from lineardit import (
     Agent,
@@ -31,7 +31,6 @@ from lineardit import (
 )
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.networks import denoiser
-from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of
 
 CPU = torch.device("cpu")
@@ -46,10 +45,7 @@ group_offload = pytest.mark.skipif(
 def adapter(request: pytest.FixtureRequest, pipe: Any, tmp_path: Path) -> Path:
     """Trained weights for `pipe`, which is left as it was."""
     linearize_(pipe, Clear(radius=1.5, pool_size=2))
-    trained = add_lora_(pipe, rank=2) if request.param == "lora" else train_full_(pipe, targets=("to_q", "to_v"))
-    with torch.no_grad():
-        for parameter in trained.values():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+    trained_(pipe, request.param)
     save_adapter(pipe, tmp_path / "adapter")
     restore_(pipe)
     return tmp_path / "adapter"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_pipelines import flux_pipeline
 from torch import nn
-from whole_projections import train_full_
+from trained import train_full_
 
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize.weights.training import add_lora_

@@ -1,15 +1,36 @@
-"""Whole projections as trained weights, without a run that trains them."""
+"""What training leaves on a converted model, without a run that trains."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lineardit.linearize.adapters.config_entry import write_entry_
 from lineardit.linearize.networks import denoiser
 from lineardit.linearize.weights.full_weights import replace_weights_
 from lineardit.linearize.weights.overlays import plain_layer
-from lineardit.linearize.weights.training import projection_names
+from lineardit.linearize.weights.training import add_lora_, projection_names
+
+
+def trained_(
+    pipe_or_model: Any,
+    kind: str,
+    *,
+    rank: int = 2,
+    alpha: float | None = None,
+    targets: Sequence[str] = ("to_q", "to_out.0"),
+) -> None:
+    """Kernels ("kernels"), and LoRA ("lora"), whole projections ("full") or "both", away from where they start."""
+    _, model = denoiser(pipe_or_model)
+    parameters = {name: weight for name, weight in model.named_parameters() if ".linear_kernel." in name}
+    if kind in ("full", "both"):
+        parameters |= train_full_(model, targets=targets)
+    if kind in ("lora", "both"):
+        parameters |= add_lora_(model, rank=rank, alpha=alpha)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
 def train_full_(pipe_or_model: Any, *, targets: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
