@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import diffusers
+from trained import trained_
 
+from lineardit import Clear, linearize_
 from tiny_models import build
+
+NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
 def flux_pipeline() -> diffusers.FluxPipeline:
@@ -28,3 +32,16 @@ def saved_flux_pipeline(folder: Path) -> Path:
     flux_pipeline().save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-license\n---\n# A tiny pipeline\n")
     return folder
+
+
+def plain(folder: Path) -> diffusers.FluxPipeline:
+    """As diffusers loads it."""
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **NO_TEXT)
+
+
+def student_of(base: Path, kind: str) -> diffusers.FluxPipeline:
+    """Converted, with trained weights of this kind."""
+    pipe = plain(base)
+    linearize_(pipe, Clear(radius=2, pool_size=2))
+    trained_(pipe, kind, alpha=5, targets=["to_q"])
+    return pipe

@@ -3,13 +3,12 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from safetensors import safe_open
+from golden_parts import golden_parts, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,9 +18,8 @@ from lineardit.cli import run as run_command
 from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.importers import load_clear_checkpoint_
-from tiny_models import build, position_ids
+from tiny_models import build, position_ids, run
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"clear_flux_r4": None, "clear_flux_r4_down4": 4}  # file -> pool size
 IMPLS = ALL
 
@@ -30,13 +28,8 @@ class Case:
     """A golden file: what the authors' code got and gave."""
 
     def __init__(self, name: str) -> None:
-        with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-            parts: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118
-                part, _, rest = key.partition(".")
-                parts.setdefault(part, {})[rest] = file.get_tensor(key)
-        self.config, self.grid, self.radius = metadata["config"], metadata["grid"], metadata["radius"]
+        metadata, parts = golden_parts(name)
+        self.config, self.grid, self.radius = (json.loads(metadata[key]) for key in ("config", "grid", "radius"))
         self.base, self.checkpoint, self.inputs = parts["base"], parts["checkpoint"], parts["input"]
         self.output = parts["output"]["sample"]
         self.pool_size = CASES[name]
@@ -50,15 +43,6 @@ class Case:
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
-
-
-def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs)[0]
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.std())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import diffusers
 import huggingface_hub
 import pytest
 import torch
@@ -15,9 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import saved_flux_pipeline
+from tiny_pipelines import plain, saved_flux_pipeline, student_of
 from torch import Tensor
-from trained import trained_
 
 from lineardit import (
     Clear,
@@ -36,8 +34,6 @@ from lineardit.linearize.adapters.manifest import MANIFEST_FILE, read_manifest
 from lineardit.linearize.methods import RECOMMENDED
 from tiny_models import build, inputs_of
 
-NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-
 
 def run(pipe: Any, arguments: dict[str, Any]) -> Tensor:
     with torch.no_grad():
@@ -52,17 +48,6 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture(params=["kernels", "lora", "full"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def plain(folder: Path) -> diffusers.FluxPipeline:
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **NO_TEXT)
-
-
-def student_of(base: Path, kind: str) -> diffusers.FluxPipeline:
-    pipe = plain(base)
-    linearize_(pipe, Clear(radius=2, pool_size=2))
-    trained_(pipe, kind, alpha=5, targets=["to_q"])
-    return pipe
 
 
 def test_save_adapter_as_one_file_is_the_same_adapter(base: Path, kind: str, tmp_path: Path) -> None:

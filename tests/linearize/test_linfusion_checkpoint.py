@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors import safe_open
+from golden_parts import golden_parts, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,9 +18,8 @@ from lineardit.cli import run as run_command
 from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.errors import UnsupportedModelError
 from lineardit.linearize.importers import load_linfusion_checkpoint_
-from tiny_models import build
+from tiny_models import build, run
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "linfusion_unet.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -28,12 +27,7 @@ class Case:
     """The golden file: what the authors' code got and gave."""
 
     def __init__(self) -> None:
-        parts: dict[str, dict[str, Tensor]] = {}
-        with safe_open(GOLDEN, framework="pt") as file:
-            metadata = file.metadata()
-            for key in file.keys():  # noqa: SIM118
-                part, _, rest = key.partition(".")
-                parts.setdefault(part, {})[rest] = file.get_tensor(key)
+        metadata, parts = golden_parts("linfusion_unet")
         self.config = json.loads(metadata["config"])
         self.modules = json.loads(metadata["checkpoint_config"])["modules_list"]
         self.base, self.tensors, self.inputs = parts["base"], parts["checkpoint"], parts["input"]
@@ -60,15 +54,6 @@ def case() -> Case:
 @pytest.fixture
 def folder(case: Case, tmp_path: Path) -> Path:
     return case.folder(tmp_path / "linfusion")
-
-
-def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs)[0]
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.std())
 
 
 def test_load_linfusion_checkpoint_gives_the_authors_output(case: Case, folder: Path) -> None:

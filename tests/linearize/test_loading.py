@@ -12,9 +12,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_distill import build_tiny
-from tiny_pipelines import flux_pipeline, saved_flux_pipeline
+from tiny_pipelines import flux_pipeline, plain, saved_flux_pipeline, student_of
 from torch import Tensor
-from trained import trained_
 
 import lineardit
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
@@ -22,8 +21,6 @@ from lineardit.linearize import swapped
 from lineardit.linearize.adapters.base import read_base
 from lineardit.linearize.adapters.stored_weights import stored_dtype
 from tiny_models import build, inputs_of
-
-NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
 def run(pipe: diffusers.DiffusionPipeline, arguments: dict) -> Tensor:
@@ -41,13 +38,6 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def student_of(base: Path, kind: str) -> diffusers.DiffusionPipeline:
-    pipe = diffusers.DiffusionPipeline.from_pretrained(base, **NO_TEXT)
-    linearize_(pipe, Clear(radius=2, pool_size=2))
-    trained_(pipe, kind, alpha=5, targets=["to_q"])
-    return pipe
-
-
 def test_from_pretrained_gives_the_student_on_the_base_that_the_adapter_names(
     base: Path, kind: str, tmp_path: Path
 ) -> None:
@@ -57,11 +47,7 @@ def test_from_pretrained_gives_the_student_on_the_base_that_the_adapter_names(
     assert type(pipe) is diffusers.FluxPipeline
     assert torch.equal(run(pipe, arguments), run(student, arguments))
     restore_(pipe)
-    assert torch.equal(run(pipe, arguments), run(flux_base(base), arguments))
-
-
-def flux_base(base: Path) -> diffusers.DiffusionPipeline:
-    return diffusers.DiffusionPipeline.from_pretrained(base, **NO_TEXT)
+    assert torch.equal(run(pipe, arguments), run(plain(base), arguments))
 
 
 def test_from_pretrained_loads_in_the_dtype_asked_for(base: Path, tmp_path: Path) -> None:
@@ -130,7 +116,7 @@ def test_save_pretrained_is_restored_with_one_warning(
             restore_(pipe)
     else:
         with dense(pipe):
-            assert torch.equal(run(pipe, arguments), run(flux_base(base), arguments))
+            assert torch.equal(run(pipe, arguments), run(plain(base), arguments))
     adapters = [save_adapter(one, tmp_path / name) for one, name in ((student, "first"), (pipe, "second"))]
     first, second = (load_file(folder / "lineardit.safetensors") for folder in adapters)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -172,19 +158,19 @@ def test_a_folder_of_one_variant_is_loaded(
     student.save_pretrained(tmp_path / "saved", variant="fp16", **shards)
     save_adapter(student, tmp_path / "adapter")
     moved = tmp_path / "base of a variant"
-    flux_base(base).save_pretrained(moved, variant="fp16", **shards)
+    plain(base).save_pretrained(moved, variant="fp16", **shards)
     with caplog.at_level(logging.INFO, logger="lineardit"):
         for pipe in (from_pretrained(tmp_path / "saved"), from_pretrained(tmp_path / "adapter", base=moved)):
             assert torch.equal(run(pipe, arguments), run(student, arguments))
     assert "weights of the variant fp16, the only ones there" in caplog.text
-    flux_base(base).save_pretrained(moved, variant="bf16", **shards)
+    plain(base).save_pretrained(moved, variant="bf16", **shards)
     with pytest.raises(ValueError, match="several variants, bf16, fp16: pass variant="):
         from_pretrained(tmp_path / "adapter", base=moved)
     assert torch.equal(
         run(from_pretrained(tmp_path / "adapter", base=moved, variant="fp16"), arguments), run(student, arguments)
     )
     shutil.rmtree(moved)
-    flux_base(base).save_pretrained(moved, variant="fp16", **shards)
+    plain(base).save_pretrained(moved, variant="fp16", **shards)
     assert stored_dtype(read_base(moved), variant="fp16") == torch.float32
     assert from_pretrained(tmp_path / "adapter", base=moved, dtype="auto").transformer.dtype == torch.float32
 
@@ -193,9 +179,9 @@ def test_from_pretrained_hands_options_to_diffusers(base: Path, tmp_path: Path) 
     student = student_of(base, "kernels")
     save_adapter(student, tmp_path / "adapter")
     for option in ({"variant": "fp16"}, {"variant": None}):
-        flux_base(base).save_pretrained(base, **option)
+        plain(base).save_pretrained(base, **option)
     with torch.no_grad():
-        changed = flux_base(base)
+        changed = plain(base)
         changed.transformer.proj_out.weight.zero_()
         changed.save_pretrained(base, variant="fp16")
     assert from_pretrained(tmp_path / "adapter").transformer.proj_out.weight.any()
@@ -278,6 +264,6 @@ def test_a_load_that_fails_leaves_the_conversion_that_was_there(base: Path, tmp_
 def test_load_adapter_takes_a_pipeline(base: Path, tmp_path: Path) -> None:
     student, arguments = student_of(base, "full"), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
-    pipe = flux_base(base)
+    pipe = plain(base)
     load_adapter_(pipe, tmp_path / "adapter")
     assert torch.equal(run(pipe, arguments), run(student, arguments))
