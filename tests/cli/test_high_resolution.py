@@ -13,9 +13,9 @@ from diffusers import FluxPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiny_distill import build_tiny
+from typed import lineardit
 
 from lineardit import Clear, HighResolutionPipeline, from_pretrained, linearize_, save_adapter
-from lineardit.cli import run
 
 PROMPT = "a red circle"
 FEW = ("--steps", "1", "--max-sequence-length", "8", "--offline")
@@ -31,10 +31,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     linearize_(pipe, Clear(radius=2))
     save_adapter(pipe, folder / "adapter")
     return folder / "adapter"
-
-
-def lineardit(*arguments: Any) -> int:
-    return run([str(argument) for argument in arguments])
 
 
 def test_generate_keeps_the_pictures_of_its_stages(adapter: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_distill import build_tiny
+from typed import lineardit
 
 from lineardit import Clear, linearize_, save_adapter
-from lineardit.cli import run
 
 SMALL = ("--size", "32x24", "--steps", "1", "--max-sequence-length", "8", "--offline")
 
@@ -30,10 +30,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors = {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
         save_file(tensors, folder / f"{name}.safetensors")
     return folder
-
-
-def lineardit(*arguments: str | Path) -> int:
-    return run([str(argument) for argument in arguments])
 
 
 def drawn(made: Path, out: Path, *more: str) -> Image.Image:

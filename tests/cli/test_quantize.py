@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from typed import lineardit
 
-from lineardit.cli import run
 from lineardit.commands.prompts import parse_quantization
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.adapters.quantization import Quantization
@@ -26,10 +26,6 @@ def prompts(tmp_path: Path) -> Path:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{SCENE}\n")
     return file
-
-
-def lineardit(*arguments: str | Path) -> int:
-    return run([str(argument) for argument in arguments])
 
 
 def told(picture: Path) -> dict[str, str]:
