@@ -42,7 +42,6 @@ if find_spec("triton"):
 FIRST_FILES = (
     "kernels/test_kernel_resources.py",
     "benchmarks/test_gpu_smoke.py",
-    "neighbours/test_compile.py",
     "linearize/test_compiling.py",
 )
 

@@ -1,10 +1,10 @@
 """What training leaves on a converted model, without a run that trains."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lineardit.linearize.adapters.config_entry import write_entry_
 from lineardit.linearize.networks import denoiser
@@ -28,8 +28,13 @@ def trained_(
         parameters |= train_full_(model, targets=targets)
     if kind in ("lora", "both"):
         parameters |= add_lora_(model, rank=rank, alpha=alpha)
+    move_(parameters.values())
+
+
+def move_(parameters: Iterable[Tensor]) -> None:
+    """Each away from where it starts, as training would."""
     with torch.no_grad():
-        for parameter in parameters.values():
+        for parameter in parameters:
             parameter.add_(torch.randn_like(parameter) * 0.3)
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from tolerance import assert_matches_reference
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from trained import trained_
 
 from lineardit import (
     Clear,
@@ -57,19 +58,11 @@ def test_linear_attention_stays_in_the_range_of_float16() -> None:
     assert torch.allclose(linear_attention(query, key, value), value, rtol=2e-3)
 
 
-def moved(model: nn.Module) -> nn.Module:
-    """The converted model, its kernels' parameters away from where they start."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".linear_kernel." in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
-
-
 def student(config: LinFusion | None = None) -> nn.Module:
     model = build("unet")
     linearize_(model, config or LinFusion())
-    return moved(model)
+    trained_(model, "kernels")
+    return model
 
 
 class WrittenOut:
@@ -110,7 +103,7 @@ def test_dense_and_restore_give_the_base_bit_for_bit() -> None:
     model, arguments = build("unet"), inputs_of("unet")
     before = run(model, arguments)
     linearize_(model, LinFusion())
-    moved(model)
+    trained_(model, "kernels")
     after = run(model, arguments)
     assert not torch.allclose(after, before, atol=1e-3)
     with dense(model):
@@ -132,13 +125,13 @@ def test_a_style_sees_the_same_input_before_and_after_conversion() -> None:
     first.add_adapter(style)
     torch.manual_seed(3)
     linearize_(first, LinFusion())
-    moved(first)
+    trained_(first, "kernels")
 
     torch.manual_seed(1)
     second = build("unet")
     torch.manual_seed(3)
     linearize_(second, LinFusion())
-    moved(second)
+    trained_(second, "kernels")
     plain = run(second, arguments)
     torch.manual_seed(2)
     second.add_adapter(style)
@@ -153,7 +146,7 @@ def test_copies_have_networks_of_their_own(copied) -> None:
     model, arguments = student(), inputs_of("unet")
     other, before = copied(model), run(model, arguments)
     assert torch.equal(run(other, arguments), before)
-    moved(other)
+    trained_(other, "kernels")
     assert not torch.allclose(run(other, arguments), before, atol=1e-3)
     assert torch.equal(run(model, arguments), before)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from no_float64 import NoFloat64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
+from trained import move_, trained_
 
 from lineardit.linearize import dense, linearize_, restore_, swapped
 from lineardit.linearize.adapters.adapter import load_adapter_, save_adapter
@@ -67,14 +68,8 @@ def kernel_of(config: Any, *, moved: bool = False) -> Any:
     """The module of one attention module with 2 heads of 8, its parameters where they start or away from there."""
     kernel = METHODS[type(config)](config, num_heads=2, head_dim=8)
     if moved:
-        move(kernel)
+        move_(kernel.parameters())
     return kernel
-
-
-def move(module: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
 def tokens(grid: tuple[int, ...], text_len: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -344,8 +339,7 @@ def test_models_convert_save_load_and_restore(config: Any, family: str, tmp_path
     base = run(model, arguments)
     other = copy.deepcopy(model)
     linearize_(model, config)
-    for module in swapped(model).values():
-        move(module.linear_kernel)
+    trained_(model, "kernels")
     student = run(model, arguments)
     assert student.isfinite().all()
     assert not torch.allclose(student, base, atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from trained import train_full_, trained_
+from trained import move_, train_full_, trained_
 
 from lineardit import Clear, dense, linearize_, restore_
 from lineardit.linearize.seam.conversion import overlays_of
@@ -19,12 +19,6 @@ from lineardit.linearize.weights.training import add_lora_
 from tiny_models import build, inputs_of, run
 
 CLEAR = Clear(radius=2)
-
-
-def disturb(parameters: dict[str, nn.Parameter]) -> None:
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
 @pytest.fixture(params=["lora", "full", "both"])
@@ -52,7 +46,7 @@ def test_an_interrupted_dense_leaves_the_student_whole(before: int, monkeypatch:
     base = run(model, arguments)
     linearize_(model, CLEAR)
     changed = train_full_(model, targets=("to_q", "to_out.0"))
-    disturb(changed)
+    move_(changed.values())
     trained, copy_ = run(model, arguments), Tensor.copy_
     count = itertools.count()
 
@@ -125,8 +119,8 @@ def test_ours_goes_below_a_style_that_was_there_first() -> None:
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style")
     styled = run(model, arguments)
     linearize_(model, CLEAR)
-    disturb(train_full_(model))
-    disturb(add_lora_(model, rank=2))
+    move_(train_full_(model).values())
+    move_(add_lora_(model, rank=2).values())
     with dense(model):
         assert torch.equal(run(model, arguments), styled)
     restore_(model)
@@ -158,7 +152,7 @@ def test_lora_is_the_low_rank_term(seed: int) -> None:
     plain = layer(x)
     parameters = add_lora_(model, rank=3, alpha=6, targets=["to_q"], dtype=torch.float64)
     assert torch.equal(layer(x), plain)
-    disturb(parameters)
+    move_(parameters.values())
     down, up = (parameters[f"transformer_blocks.0.attn.to_q.lineardit_lora.{end}"] for end in ("down", "up"))
     torch.testing.assert_close(layer(x), plain + 2 * x @ down.T @ up.T, rtol=0, atol=1e-12)
 
@@ -168,7 +162,7 @@ def test_lora_gradients_reach_only_its_factors() -> None:
     linearize_(model, CLEAR)
     model.requires_grad_(False)
     parameters = add_lora_(model, rank=2)
-    disturb(parameters)
+    move_(parameters.values())
     model(**arguments)[0].square().mean().backward()
     assert all(parameter.grad is not None for parameter in parameters.values())
     assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == list(parameters)
@@ -221,7 +215,7 @@ def test_stacked_changes_come_off_in_reverse() -> None:
     base = run(model, arguments)
     linearize_(model, CLEAR)
     for _ in range(2):
-        disturb(train_full_(model, targets=["to_q"]))
+        move_(train_full_(model, targets=["to_q"]).values())
     trained = run(model, arguments)
     with dense(model):
         assert torch.equal(run(model, arguments), base)
@@ -235,7 +229,7 @@ def test_lora_computes_in_the_dtype_of_its_input(dtype: torch.dtype) -> None:
     model = build("flux")
     linearize_(model, CLEAR)
     model.to(dtype)
-    disturb(add_lora_(model, rank=2, dtype=torch.float32))
+    move_(add_lora_(model, rank=2, dtype=torch.float32).values())
     assert model.transformer_blocks[0].attn.to_q(torch.randn(2, 32, dtype=dtype)).dtype == dtype
 
 
@@ -245,7 +239,7 @@ def test_a_compiled_layer_with_lora_follows_dense() -> None:
     compiled = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)
     base = compiled(x)
     linearize_(model, CLEAR)
-    disturb(add_lora_(model, rank=2, targets=["to_q"]))
+    move_(add_lora_(model, rank=2, targets=["to_q"]).values())
     trained = layer(x)
     for _ in range(2):
         assert torch.equal(compiled(x), trained)

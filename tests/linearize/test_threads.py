@@ -2,6 +2,8 @@
 
 import copy
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,51 +17,61 @@ from tiny_models import build, inputs_of, run
 SMALL = Clear(radius=2.3)
 
 
-def test_second_thread_in_one_model_is_refused() -> None:
-    model, arguments = build("flux"), inputs_of("flux")
-    linearize_(model, SMALL)
-    out, inside, go_on = run(model, arguments), threading.Event(), threading.Event()
+def in_a_thread(call: Callable[[], Tensor]) -> Tensor:
+    """What `call` returns in a thread of its own."""
     results: list[Tensor] = []
+    worker = threading.Thread(target=lambda: results.append(call()))
+    worker.start()
+    worker.join()
+    return results[0]
 
+
+@contextmanager
+def held_inside(model: Any, call: Callable[[], Tensor]) -> Iterator[list[Tensor]]:
+    """A second thread stays inside `call` of the model for the block; what it returned is in the list afterwards."""
+    inside, go_on, results = threading.Event(), threading.Event(), []
+
+    @torch.compiler.disable
     def wait(*_: object) -> None:
         if threading.current_thread() is worker:
             inside.set()
-            go_on.wait(10)
+            go_on.wait(60)
 
     model.single_transformer_blocks[0].register_forward_pre_hook(wait)
-    worker = threading.Thread(target=lambda: results.append(run(model, arguments)))
+    worker = threading.Thread(target=lambda: results.append(call()))
     worker.start()
-    assert inside.wait(10)
-    conversion_of(model).kept_sights = sights = {}  # as with gradient checkpointing
-    with pytest.raises(RuntimeError, match="another thread"):
-        run(model, inputs_of("flux", grid=(4, 4)))
-    assert conversion_of(model).kept_sights is sights
+    assert inside.wait(60)
+    yield results
     go_on.set()
     worker.join()
+
+
+def test_second_thread_in_one_model_is_refused() -> None:
+    model, arguments = build("flux"), inputs_of("flux")
+    linearize_(model, SMALL)
+    out = run(model, arguments)
+    with held_inside(model, lambda: run(model, arguments)) as results:
+        conversion_of(model).kept_sights = sights = {}  # as with gradient checkpointing
+        with pytest.raises(RuntimeError, match="another thread"):
+            run(model, inputs_of("flux", grid=(4, 4)))
+        assert conversion_of(model).kept_sights is sights
     assert torch.equal(results[0], out)
     assert torch.equal(run(model, arguments), out)
 
 
-def test_a_replica_in_a_second_thread_is_refused() -> None:
+@pytest.mark.parametrize("second", ["replica", "compiled"])
+def test_a_second_form_of_the_model_is_refused_while_another_thread_is_inside(second: str) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
-    replica: Any = copy.copy(model)  # as nn.DataParallel makes them: one conversion
-    replica.__dict__ = {**vars(model)}
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait(*_: object) -> None:
-        if threading.current_thread() is worker:
-            inside.set()
-            go_on.wait(10)
-
-    model.single_transformer_blocks[0].register_forward_pre_hook(wait)
-    worker = threading.Thread(target=lambda: run(model, arguments))
-    worker.start()
-    assert inside.wait(10)
-    with pytest.raises(RuntimeError, match="another thread is inside this converted model"):
-        run(replica, inputs_of("flux", grid=(4, 4)))
-    go_on.set()
-    worker.join()
+    other: Any = torch.compile(model, backend="eager") if second == "compiled" else copy.copy(model)
+    if second == "replica":
+        other.__dict__ = {**vars(model)}  # as nn.DataParallel makes them: one conversion
+    first, then = (other, model) if second == "compiled" else (model, other)
+    with (
+        held_inside(model, lambda: run(first, arguments)),
+        pytest.raises(RuntimeError, match="another thread is inside this converted model"),
+    ):
+        run(then, inputs_of("flux", grid=(4, 4)))
 
 
 def test_a_copy_that_is_made_inside_dense_serves_every_thread() -> None:
@@ -68,11 +80,7 @@ def test_a_copy_that_is_made_inside_dense_serves_every_thread() -> None:
     linearize_(model, SMALL)
     with dense(model):
         copied = copy.deepcopy(model)
-    results: list[Tensor] = []
-    worker = threading.Thread(target=lambda: results.append(run(copied, arguments)))
-    worker.start()
-    worker.join()
-    assert torch.equal(results[0], base)
+    assert torch.equal(in_a_thread(lambda: run(copied, arguments)), base)
     assert not torch.allclose(run(model, arguments), base, atol=1e-4)
 
 
@@ -112,30 +120,4 @@ def test_a_forward_that_is_interrupted_leaves_the_model_to_others(compiled: bool
     with pytest.raises(KeyboardInterrupt):
         run(called, arguments)
     handle.remove()
-    results: list[Tensor] = []
-    worker = threading.Thread(target=lambda: results.append(run(model, arguments)))
-    worker.start()
-    worker.join()
-    assert torch.equal(results[0], out)
-
-
-def test_a_second_thread_in_a_compiled_model_is_refused() -> None:
-    model, arguments = build("flux"), inputs_of("flux")
-    linearize_(model, SMALL)
-    inside, go_on = threading.Event(), threading.Event()
-
-    @torch.compiler.disable
-    def wait(*_: object) -> None:
-        if threading.current_thread() is worker:
-            inside.set()
-            go_on.wait(60)
-
-    model.single_transformer_blocks[0].register_forward_pre_hook(wait)
-    compiled: Any = torch.compile(model, backend="eager")
-    worker = threading.Thread(target=lambda: run(compiled, arguments))
-    worker.start()
-    assert inside.wait(60)
-    with pytest.raises(RuntimeError, match="another thread"):
-        run(model, inputs_of("flux", grid=(4, 4)))
-    go_on.set()
-    worker.join()
+    assert torch.equal(in_a_thread(lambda: run(model, arguments)), out)

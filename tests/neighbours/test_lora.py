@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from trained import trained_
 
 from lineardit import Clear, dense, linearize_, load_adapter_, restore_, save_adapter
+from lineardit.linearize import compile_
 from lineardit.linearize.networks import denoiser
+from tiny_models import build, inputs_of, run
 
 CONFIG = Clear(radius=1.5, pool_size=2)
 ATTENTION = ("attn.to_q", "attn.to_out.0", "attn1.to_q", "attn1.to_out.0")
@@ -175,3 +178,23 @@ def test_saving_a_style_saves_nothing_of_ours(pipe: Any, adapter: Path, tmp_path
     pipe.unload_lora_weights()
     assert not [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     assert [name for name, _ in model.named_parameters() if "lineardit_lora" in name]
+
+
+def test_compiled_blocks_follow_styles_and_dense() -> None:
+    torch._dynamo.reset()
+    model, arguments = build("sd3", num_layers=1), inputs_of("sd3")
+    base = run(model, arguments)
+    linearize_(model, Clear(radius=1.5))
+    trained_(model, "lora")
+    student = run(model, arguments)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), adapter_name="style")
+    styled = run(model, arguments)
+    compile_(model, backend="eager")
+    assert torch.allclose(run(model, arguments), styled, atol=1e-6)
+    model.disable_adapters()
+    assert torch.allclose(run(model, arguments), student, atol=1e-6)
+    with dense(model):
+        assert torch.allclose(run(model, arguments), base, atol=1e-6)
+    model.enable_adapters()
+    assert torch.allclose(run(model, arguments), styled, atol=1e-6)
+    torch._dynamo.reset()
