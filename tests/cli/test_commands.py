@@ -199,6 +199,8 @@ def test_inspect_prints_the_json_that_it_writes(
     assert run(["inspect", adapter, "--offline", "--json", "-"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(told.read_text()) and len(printed["rows"]) == 2
+    assert all(row["settings"] == {"radius": 8} for row in printed["rows"])
+    assert all(step["after"] < step["before"] for step in printed["flops"])
 
 
 def test_convert_takes_the_tokens_below_which_the_original_runs(

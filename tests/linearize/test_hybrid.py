@@ -323,10 +323,7 @@ def test_advice_is_given_where_proxies_stand_for_what_is_near(
 ) -> None:
     advice = HybridAttention.advice(Hybrid(local=local, global_=ProxyTokens(num_proxies=num_proxies)), grid)
     assert advice is None if told is None else advice is not None and told in advice
-
-
-def test_advice_is_about_proxies_alone() -> None:
-    assert HybridAttention.advice(Hybrid(local=Clear(radius=4), global_=Mala()), (128, 128)) is None
+    assert HybridAttention.advice(Hybrid(local=local, global_=Mala()), grid) is None
 
 
 NO_FOCUS = Hybrid(local=Clear(radius=64), global_=ProxyTokens(num_proxies=256), gate=1.0, focus_tokens=200)

@@ -131,18 +131,3 @@ def test_inspect_base_names_the_implementation_by_size_where_it_differs(
         staticmethod(lambda config, query, grid, text_len: "reference" if grid[0] < 1000 else "tiled"),
     )
     assert inspect_base(tmp_path / "adapter").rows[0].impl == "reference at 1K 2K, tiled at 4K 8K"
-
-
-def test_inspection_is_json(base: Path, tmp_path: Path) -> None:
-    convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
-    found = inspect_base(tmp_path / "adapter")
-    entries = json.loads(json.dumps(found.to_dict()))
-    assert entries["flops"][0]["after"] == found.flops[0].after
-    assert entries["rows"][0]["settings"] == {"radius": 2}
-
-
-def test_inspect_base_needs_no_weights_and_no_network(base: Path, tmp_path: Path) -> None:
-    convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
-    for file in base.rglob("*.safetensors"):
-        file.unlink()
-    assert len(inspect_base(tmp_path / "adapter", offline=True).rows) == 2

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +18,7 @@ from lineardit import (
     UnsupportedModelError,
     dense,
     linearize_,
-    load_adapter_,
     restore_,
-    save_adapter,
-    set_impl_,
 )
 from lineardit.linearize.convert import swapped
 from lineardit.linearize.layout import Layout
@@ -192,16 +188,6 @@ def test_float8_storage_keeps_the_output_near() -> None:
     assert (run(model, arguments) - before).abs().max() < 0.3 * before.std()
 
 
-def test_adapters_hold_the_networks(tmp_path: Path) -> None:
-    model, arguments = student(), inputs_of("unet")
-    save_adapter(model, tmp_path / "adapter")
-    torch.manual_seed(0)
-    other = build("unet")
-    other.load_state_dict({key: x for key, x in model.state_dict().items() if "linear_kernel" not in key})
-    load_adapter_(other, tmp_path / "adapter")
-    assert torch.equal(run(other, arguments), run(model, arguments))
-
-
 def test_fused_projections_are_refused_in_either_order() -> None:
     model = student()
     with pytest.raises(UnsupportedModelError, match="inputs differ in this method"):
@@ -237,11 +223,6 @@ def test_another_processor_is_never_silent() -> None:
 def test_linfusion_refuses_bad_channels(value: object) -> None:
     with pytest.raises(ValueError, match=r"projection_channels must be an integer >= 0 or None, got"):
         LinFusion(projection_channels=value)  # type: ignore[arg-type]
-
-
-def test_set_impl_lists_the_implementations() -> None:
-    with pytest.raises(ValueError, match="there are: auto, torch"):
-        set_impl_(student(), "triton")
 
 
 @pytest.mark.parametrize("hidden", [None, 5, 0])

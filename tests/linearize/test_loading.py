@@ -226,12 +226,6 @@ def test_from_pretrained_needs_a_base_with_weights(base: Path, tmp_path: Path) -
         from_pretrained(tmp_path / "adapter", base=base / "transformer" / "config.json")
 
 
-def test_from_pretrained_of_a_copied_adapter_folder_is_the_same(base: Path, tmp_path: Path) -> None:
-    student, arguments = student_of(base, "lora"), inputs_of("flux")
-    shutil.copytree(save_adapter(student, tmp_path / "adapter"), tmp_path / "copy")
-    assert torch.equal(run(from_pretrained(tmp_path / "copy"), arguments), run(student, arguments))
-
-
 def test_a_saved_conversion_that_lacks_what_was_trained_is_refused(base: Path, kind: str, tmp_path: Path) -> None:
     student_of(base, kind).save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -259,11 +253,3 @@ def test_a_load_that_fails_leaves_the_conversion_that_was_there(base: Path, tmp_
     with pytest.raises(ValueError, match="no impl 'bogus'"):
         load_adapter_(pipe, tmp_path / "adapter", impl="bogus")
     assert torch.equal(run(pipe, arguments), before)
-
-
-def test_load_adapter_takes_a_pipeline(base: Path, tmp_path: Path) -> None:
-    student, arguments = student_of(base, "full"), inputs_of("flux")
-    save_adapter(student, tmp_path / "adapter")
-    pipe = plain(base)
-    load_adapter_(pipe, tmp_path / "adapter")
-    assert torch.equal(run(pipe, arguments), run(student, arguments))
