@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -130,3 +131,14 @@ def table(path: Path) -> list[dict[str, float]]:
 def trained_weights(run: Path) -> dict[str, Tensor]:
     """Those of a run's adapter."""
     return load_file(run / "adapter" / "lineardit.safetensors")
+
+
+def steps_of(rows: list[dict[str, float]]) -> list[float]:
+    return [row["step"] for row in rows]
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    """The adapters of both runs are equal, bit for bit."""
+    one, two = trained_weights(run), trained_weights(other)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())

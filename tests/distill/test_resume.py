@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_distill import launch_run, loss_rows, table, trained_weights, write_config
+from tiny_distill import assert_same_weights, launch_run, loss_rows, steps_of, table, write_config
 
 from lineardit import from_pretrained
 from lineardit.distill import checkpoint, precision, trainer
@@ -30,6 +30,19 @@ from lineardit.linearize.locks import held
 MakeConfig = Callable[..., DistillConfig]
 
 
+def kill(config: DistillConfig, file: Path, *, before: int, processes: int = 1) -> None:
+    """Start this run, and kill it with all that it started, at a step that the clock draws."""
+    csv_file = config.run.folder / "loss.csv"
+    process = launch_run(file, processes=processes)
+    kill_after = random.Random(time.time_ns()).randrange(4, before)
+    while process.poll() is None and not (csv_file.is_file() and len(csv_file.read_text().splitlines()) > kill_after):
+        time.sleep(0.002)
+    assert process.poll() is None, f"finished before it could be killed after step {kill_after}"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (config.run.folder / "adapter").exists(), f"finished before it could be killed after step {kill_after}"
+
+
 @pytest.mark.parametrize(
     "trained",
     [
@@ -42,22 +55,12 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
 ) -> None:
     steps = {"steps": 60, "batch_size": 2}
     config = make_config(trained=trained, run=steps, save={"every": 3})
-    file = write_config(config, tmp_path / "config.toml")
-    run, csv_file = Path(config.run.directory), Path(config.run.directory) / "loss.csv"
-    process = launch_run(file)
-    kill_after = random.Random(time.time_ns()).randrange(4, 50)
-    while process.poll() is None and not (csv_file.is_file() and len(csv_file.read_text().splitlines()) > kill_after):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "adapter").exists(), f"finished before it could be killed after step {kill_after}"
-    distill(config, resume="latest")
     whole = make_config(trained=trained, run=steps | {"directory": str(tmp_path / "whole")}, save={"every": 1000})
+    kill(config, write_config(config, tmp_path / "config.toml"), before=50)
+    distill(config, resume="latest")
     distill(whole)
-    assert [row["step"] for row in loss_rows(run)] == list(range(1, 61))
-    expected = trained_weights(tmp_path / "whole")
-    assert trained_weights(run).keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(run).items())
+    assert steps_of(loss_rows(config.run.folder)) == list(range(1, 61))
+    assert_same_weights(config.run.folder, whole.run.folder)
 
 
 @pytest.mark.slow
@@ -68,24 +71,15 @@ def test_two_processes_killed_and_resumed_end_in_the_same_weights(make_config: M
     config, whole = (
         make_config(**settings, run=steps | {"directory": str(tmp_path / name)}) for name in ("killed", "whole")
     )
-    file, csv_file = write_config(config, tmp_path / "killed.toml"), Path(config.run.directory) / "loss.csv"
-    process = launch_run(file, processes=2)
-    kill_after = random.Random(time.time_ns()).randrange(4, 30)
-    while process.poll() is None and not (csv_file.is_file() and len(csv_file.read_text().splitlines()) > kill_after):
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)  # the launcher and what it has launched
-    process.wait()
-    assert not Path(config.run.directory, "adapter").exists(), f"finished before it could be killed after {kill_after}"
+    file = write_config(config, tmp_path / "killed.toml")
+    kill(config, file, before=30, processes=2)
     for one in (
         launch_run(file, "--resume", "latest", processes=2),
         launch_run(write_config(whole, tmp_path / "whole.toml"), processes=2),
     ):
         assert one.wait() == 0, one.stderr.read().decode()
-    assert [row["step"] for row in loss_rows(tmp_path / "killed")] == list(range(1, 43))
-    expected = trained_weights(tmp_path / "whole")
-    resumed = trained_weights(tmp_path / "killed")
-    assert resumed.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
+    assert steps_of(loss_rows(config.run.folder)) == list(range(1, 43))
+    assert_same_weights(config.run.folder, whole.run.folder)
 
 
 def test_a_run_goes_on_that_was_started_before_a_setting_came(make_config: MakeConfig) -> None:
@@ -112,21 +106,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkey
     told = r"prediction is nan at step 5; go on after the last checkpoint, .*step-00000004, .* --set optimizer.lr=0.003"
     with pytest.raises(DivergedError, match=told):
         distill(config)
-    assert [row["step"] for row in loss_rows(run)] == [1, 2, 3, 4]
+    assert steps_of(loss_rows(run)) == [1, 2, 3, 4]
     assert all(tensor.isfinite().all() for tensor in load_file(run / "step-00000004" / "trained.safetensors").values())
     assert not (run / "adapter").exists()
     monkeypatch.undo()
     from_pretrained(run / "step-00000004" / "adapter")
     lower = make_config(optimizer={"lr": 3e-3, "betas": [0.8, 0.9]}, run={"steps": 5})
     distill(lower, resume="latest")
-    assert [row["step"] for row in loss_rows(run)] == [1, 2, 3, 4, 5]
+    assert steps_of(loss_rows(run)) == [1, 2, 3, 4, 5]
     assert loss_rows(run)[4]["lr"] < 3e-3 < loss_rows(run)[1]["lr"]
 
 
 def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> None:
     config = make_config(schedule={"kind": "constant", "warmup": 0}, save={"every": 2, "keep_last": 3})
     distill(config)
-    run = Path(config.run.directory)
+    run = config.run.folder
     (run / "step-00000006" / "optimizer.safetensors").write_bytes(b"short")
     (run / ".step-00000007.tmp").mkdir()
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
@@ -170,7 +164,7 @@ def test_resume_tells_and_keeps_what_counts_from_there_on(
     assert [record.getMessage() for record in caplog.records] == [
         f"{config.run.directory} goes on after step 0 with other settings: {told}"
     ]
-    record = json.loads((Path(config.run.directory) / "run.json").read_text())
+    record = json.loads((config.run.folder / "run.json").read_text())
     assert record["history"] == [{"after_step": 0, "changed": [told]}]
     check_run(config, "samples", resume="latest")
 
@@ -208,11 +202,11 @@ def test_a_full_disk_costs_no_checkpoint(
         OSError, match=r"step-00000004 cannot be written \(.*No space left.*\): make room, and go on with"
     ):
         distill(config)
-    run = Path(config.run.directory)
+    run = config.run.folder
     assert sorted(path.name for path in run.iterdir()) == ["loss.csv", "run.json", "step-00000002"]
     monkeypatch.undo()
     distill(config, resume="latest")
-    assert [row["step"] for row in loss_rows(run)] == [1, 2, 3, 4, 5, 6]
+    assert steps_of(loss_rows(run)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_validation_that_was_interrupted_comes_with_the_next_call(
@@ -230,11 +224,11 @@ def test_a_validation_that_was_interrupted_comes_with_the_next_call(
     with pytest.raises(KeyboardInterrupt):
         distill(config)
     monkeypatch.undo()
-    file = Path(config.run.directory) / "validation.csv"
-    assert [row["step"] for row in table(file)] == [2, 4]
+    file = config.run.folder / "validation.csv"
+    assert steps_of(table(file)) == [2, 4]
     for _ in range(2):
         distill(config, resume="latest")
-        assert [row["step"] for row in table(file)] == [2, 4, 6]
+        assert steps_of(table(file)) == [2, 4, 6]
     assert (file.parent / "validation-00000006.png").is_file()
 
 
@@ -264,7 +258,7 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(
     config = make_config(**settings)
     run, step = config.run.folder, Trainer.step
     distill(config)
-    expected = trained_weights(run)
+    shutil.copytree(run, run.with_name("as it was"))
     with pytest.raises(ValueError, match=r"--resume must be latest or .* whole checkpoint in .*run \(2, 4, 6\), got 3"):
         distill(config, resume=3)
 
@@ -279,11 +273,11 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(
     monkeypatch.undo()
     assert sorted(path.name for path in run.glob("step-*")) == ["step-00000002"]
     assert [path.name for path in run.glob("validation*.png")] == ["validation-00000003.png"]
-    assert [[row["step"] for row in table(run / name)] for name in ("loss.csv", "validation.csv")] == [[1, 2, 3], [3]]
+    assert [steps_of(table(run / name)) for name in ("loss.csv", "validation.csv")] == [[1, 2, 3], [3]]
     assert f"{run / 'step-00000006'} is removed: the run goes on after step 2" in caplog.text
     assert json.loads((run / "run.json").read_text())["history"][0]["after_step"] == 2
     distill(config, resume="latest")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(run).items())
+    assert_same_weights(run, run.with_name("as it was"))
 
 
 def test_two_runs_in_one_folder_are_refused(make_config: MakeConfig) -> None:
@@ -302,7 +296,7 @@ def test_two_runs_in_one_folder_are_refused(make_config: MakeConfig) -> None:
 def test_a_checkpoint_without_its_adapter_is_whole(make_config: MakeConfig) -> None:
     """People publish adapters."""
     distill(make_config(run={"steps": 4}))
-    run = Path(make_config().run.directory)
+    run = make_config().run.folder
     shutil.move(run / "step-00000004" / "adapter", run.parent / "mine")
     from_pretrained(run.parent / "mine")
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
@@ -313,7 +307,7 @@ def test_resume_tells_what_is_not_whole_and_writes_it_anew(
 ) -> None:
     config = make_config(run={"steps": 4})
     distill(config)
-    run = Path(config.run.directory)
+    run = config.run.folder
     (run / "step-00000004" / "checkpoint.json").write_text('{"files": {"trai')
     shutil.copytree(run / "step-00000002", run / "step-00000002.kept")
     distill(config, resume="latest")
@@ -326,7 +320,7 @@ def test_resume_tells_what_is_not_whole_and_writes_it_anew(
 def test_a_damaged_checkpoint_is_told(name: str, make_config: MakeConfig) -> None:
     config = make_config(run={"steps": 2})
     distill(config)
-    file = Path(config.run.directory) / "step-00000002" / name
+    file = config.run.folder / "step-00000002" / name
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(ValueError, match=r"step-00000002 is damaged .*: remove it, and the run goes on after"):
         distill(make_config(run={"steps": 3}), resume="latest")
@@ -336,7 +330,7 @@ def test_a_checkpoint_with_other_tensors_is_refused(make_config: MakeConfig) -> 
     """As another version may name them."""
     config = make_config(run={"steps": 2})
     distill(config)
-    folder = Path(config.run.directory) / "step-00000002"
+    folder = config.run.folder / "step-00000002"
     tensors = load_file(folder / "trained.safetensors")
     save_file({f"old.{name}": one for name, one in tensors.items()}, folder / "trained.safetensors")
     manifest = json.loads((folder / "checkpoint.json").read_text())
@@ -390,7 +384,7 @@ def test_a_call_that_was_killed_before_its_record_was_written_can_be_repeated(
 
 def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:
     config = make_config()
-    run = Path(config.run.directory)
+    run = config.run.folder
     run.mkdir()
     (run / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty; add --resume latest to go on with its run"):

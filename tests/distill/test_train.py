@@ -15,7 +15,7 @@ from accelerate.utils import DynamoBackend
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_distill import PROMPTS, fork_run, launch_run, loss_rows, table, trained_weights, write_config
+from tiny_distill import PROMPTS, assert_same_weights, fork_run, launch_run, loss_rows, table, write_config
 
 from lineardit import Clear, Hybrid, ProxyTokens, dense, from_pretrained
 from lineardit.distill import figures
@@ -65,7 +65,7 @@ def test_distill_leaves_figures_and_the_last_checkpoints(
     with caplog.at_level("INFO"):
         distill(config)
     assert caplog.text.count("self-attention modules") == 1
-    run = Path(config.run.directory)
+    run = config.run.folder
     names = {path.name for path in run.iterdir()}
     assert names == {
         "adapter", "loss.csv", "loss.png", "run.json", "step-00000004", "step-00000006",
@@ -83,7 +83,7 @@ def test_distill_leaves_figures_and_the_last_checkpoints(
 def test_distill_leaves_an_adapter_of_the_student(trained: dict[str, Any], make_config: MakeConfig, data: Path) -> None:
     config = make_config(method=POOLED, trained=trained, run={"steps": 2})
     adapter = distill(config)
-    stored = load_file(Path(config.run.directory) / "step-00000002" / "trained.safetensors")
+    stored = load_file(config.run.folder / "step-00000002" / "trained.safetensors")
     student = load_teacher(config.base)
     build_student_(student, config)
     student.transformer.load_state_dict(stored, strict=False)
@@ -103,7 +103,7 @@ def test_a_term_of_weight_zero_is_not_computed(terms: list[str], make_config: Ma
     weights = {name: float(name in terms) for name in ("flow", "prediction", "attention")}
     config = make_config(loss=weights, run={"steps": 1})
     distill(config)
-    assert list(loss_rows(Path(config.run.directory))[0]) == ["step", *terms, "loss", "lr", "seconds"]
+    assert list(loss_rows(config.run.folder)[0]) == ["step", *terms, "loss", "lr", "seconds"]
 
 
 def test_gradient_checkpointing_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_mixed_precision_trains_a_bfloat16_base(make_config: MakeConfig, tmp_pat
     half = make_config(base={"dtype": "bfloat16"}, run={"steps": 2, "mixed_precision": "bf16"})
     distill(full)
     distill(half)
-    pairs = zip(loss_rows(tmp_path / "full"), loss_rows(Path(half.run.directory)), strict=True)
+    pairs = zip(loss_rows(tmp_path / "full"), loss_rows(half.run.folder), strict=True)
     assert all(one["flow"] == pytest.approx(two["flow"], rel=0.05) for one, two in pairs)
 
 
@@ -159,8 +159,7 @@ def test_what_accelerate_reads_from_its_environment_changes_nothing(
     AcceleratorState._reset_state(True)  # which reads it once in a process
     assert start_accelerator().state.dynamo_plugin.backend == DynamoBackend.NO
     distill(make_config(run={"steps": 2, "directory": str(tmp_path / "other")}))
-    plain, other = trained_weights(tmp_path / "plain"), trained_weights(tmp_path / "other")
-    assert all(torch.equal(tensor, other[name]) for name, tensor in plain.items())
+    assert_same_weights(tmp_path / "plain", tmp_path / "other")
 
 
 @pytest.mark.parametrize("sizes", [((16, 16), (32, 24)), pytest.param(((16, 16),), marks=pytest.mark.slow)])
@@ -174,7 +173,7 @@ def test_two_processes_train_a_hybrid_whose_window_covers_pictures(
     config = make_config(method=method, data={"directory": str(samples)}, run={"steps": 4, "batch_size": 2})
     process = fork_run(write_config(config, tmp_path / "config.toml"), processes=2)
     assert process.wait() == 0, process.stderr.read().decode()
-    assert len(loss_rows(Path(config.run.directory))) == 4
+    assert len(loss_rows(config.run.folder)) == 4
 
 
 @pytest.mark.parametrize(
@@ -197,7 +196,7 @@ def test_main_tells_bad_input_in_one_sentence(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("lineardit.distill: ")
     assert message in last
-    assert not Path(config.run.directory).exists()
+    assert not config.run.folder.exists()
 
 
 def test_missing_matplotlib_is_told_before_the_training(
@@ -207,7 +206,7 @@ def test_missing_matplotlib_is_told_before_the_training(
     config = make_config()
     assert main([str(write_config(config, tmp_path / "config.toml"))]) == 2
     assert "is drawn with matplotlib, which is not here: pip install matplotlib" in capsys.readouterr().err
-    assert not Path(config.run.directory).exists()
+    assert not config.run.folder.exists()
 
 
 def test_start_accelerator_counts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +245,7 @@ def test_validation_of_a_window_over_everything_finds_the_teachers_pictures(
         method={"method": "clear", "radius": 100}, optimizer={"lr": 1e-30}, run={"steps": 1}, validate={"samples": 2}
     )
     distill(config)
-    run = Path(config.run.directory)
+    run = config.run.folder
     with (run / "validation.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["latent_mse"]) < 1e-9
