@@ -9,12 +9,13 @@ mean value u is not 0. With values centred by u the same sum has none (r = 1 + 1
 Opaque to the compiler, so that one graph serves every number of tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pieces.results import sum_dtype, token_major
+from .backward import register_backward
 from .features import chunks, feature_map, feature_slope, wide
 
 
@@ -76,11 +77,6 @@ def _mala_backward(
         return grad_query, *_backward_of_keys(key, value, state, grad_state)
 
 
-@_mala_backward.register_fake
-def _(grad_out, query, key, value, *_):  # type: ignore[no-untyped-def]
-    return tuple(token_major(x, x.shape[2]) for x in (query, key, value))
-
-
 def _backward_of_queries(grad_out: Tensor, query: Tensor, state: State, eps: float) -> tuple[Tensor, State]:
     """Gradients of the queries, and of the state as three independent tensors."""
     grad_query = token_major(query, query.shape[2])
@@ -116,15 +112,4 @@ def _backward_of_keys(key: Tensor, value: Tensor, state: State, grad_state: Stat
     return grad_key, grad_value
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, ctx.eps = inputs
-    _, *state = output
-    ctx.mark_non_differentiable(*state)
-    ctx.save_for_backward(query, key, value, *state)
-
-
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *_mala_backward(grad_out, *ctx.saved_tensors, ctx.eps), None
-
-
-mala_op.register_autograd(_backward, setup_context=_setup_context)
+register_backward(mala_op, _mala_backward, 3)

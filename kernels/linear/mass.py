@@ -14,12 +14,12 @@ where they meet. B batch, H heads, N keys and queries, D head dimension.
 
 import math
 from statistics import NormalDist
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..pieces.results import sum_dtype, token_major
+from .backward import register_backward
 from .features import chunks, wide
 
 
@@ -96,20 +96,4 @@ def _log_mass_backward(
     return grad_query, grad_key
 
 
-@_log_mass_backward.register_fake
-def _(grad_out, query, key, *_):  # type: ignore[no-untyped-def]
-    return tuple(token_major(x, x.shape[2]) for x in (query, key))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, ctx.scale = inputs
-    _, mean, covariance = output
-    ctx.mark_non_differentiable(mean, covariance)
-    ctx.save_for_backward(query, key, mean, covariance)
-
-
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *_log_mass_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
-
-
-_log_mass_op.register_autograd(_backward, setup_context=_setup_context)
+register_backward(_log_mass_op, _log_mass_backward, 2)

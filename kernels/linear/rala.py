@@ -7,12 +7,13 @@ One pass over the queries for g, two over the keys (the logits of a, then S and 
 Opaque to the compiler, so that one graph serves every number of tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pieces.results import sum_dtype, token_major
+from .backward import register_backward
 from .features import chunks, feature_map, feature_slope, wide
 
 
@@ -93,11 +94,6 @@ def _rala_backward(
     return grad_query, grad_key, grad_value
 
 
-@_rala_backward.register_fake
-def _(grad_out, query, key, value, *_):  # type: ignore[no-untyped-def]
-    return tuple(token_major(x, x.shape[2]) for x in (query, key, value))
-
-
 def _backward_of_quotient(features: Tensor, grad_out: Tensor, state: State, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of phi(q) S [B, H, n, D] and of phi(q) . m [B, H, n, 1]."""
     normalizer = features @ state.key_sum.mT + eps
@@ -127,15 +123,4 @@ def _backward_of_keys(
     return grad_key, grad_value, grad_mean * (head_dim**-0.5 / num_tokens)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, ctx.eps = inputs
-    _, *state = output
-    ctx.mark_non_differentiable(*state)
-    ctx.save_for_backward(query, key, value, *state)
-
-
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *_rala_backward(grad_out, *ctx.saved_tensors, ctx.eps), None
-
-
-rala_op.register_autograd(_backward, setup_context=_setup_context)
+register_backward(rala_op, _rala_backward, 3)
