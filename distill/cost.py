@@ -30,14 +30,15 @@ PROMPT = "a red circle at the top left on striped sand"  # cost does not depend 
 def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
     """The denoiser's first call for one picture of this size, to be called again and again."""
     _, model = denoiser(pipe)
+    device = pipe._execution_device  # that of the pipeline itself is the CPU where it is offloaded
     pipe.set_progress_bar_config(disable=True)
     arguments = first_call(pipe, prompt=PROMPT, generator=torch.Generator("cpu").manual_seed(0), **settings.call(pipe))
 
     def step() -> None:
         with torch.no_grad():
             predict(model, arguments)
-        if pipe.device.type != "cpu":
-            torch.accelerator.synchronize(pipe.device)  # which need not be the current one
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)  # which need not be the current one
 
     return step
 
@@ -72,11 +73,12 @@ def picture_peak(pipe: Any, settings: PictureSettings) -> float:
     and does not count. A smallest picture goes before, so that weights and libraries are in memory.
     """
     small = min(4 * size_multiple(pipe), settings.size[0])
+    device = pipe._execution_device
     _draw(pipe, replace(settings, height=small, width=small))
-    if pipe.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(pipe.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         _draw(pipe, settings)
-        return torch.cuda.max_memory_allocated(pipe.device) / GIB
+        return torch.cuda.max_memory_allocated(device) / GIB
     with resident_peak() as peak:
         _draw(pipe, settings)
     return peak[0] / GIB

@@ -1,5 +1,6 @@
 """Judges a student against its teacher: the same prompts and noise on both, pictures compared, costs measured."""
 
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,19 +11,18 @@ from typing import Any
 
 from PIL import Image
 
-from ..linearize.adapters.adapter import adapter_file
 from ..linearize.adapters.base import read_json
-from ..linearize.adapters.place import find_place
-from ..linearize.adapters.quantization import Quantization
 from ..linearize.folders import check_writable
 from ..linearize.locks import held, remove_leftovers
 from ..linearize.what_runs import describe_attention
 from ..pipelines.cut_prompts import tell_cut_prompts
-from .cost import fresh_picture_peak, open_named, picture_peak, step_seconds
+from .cost import fresh_picture_peak, picture_peak, step_seconds
 from .files import write_json
 from .metrics import Count, Interval, latent_mse, paired_bootstrap, psnr, ssim
 from .pictures import Pictures, PictureSettings, make_pictures
 from .sheet import GAIN, difference, write_sheet
+from .source import Source as Source
+from .source import check_place, opened
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +31,6 @@ REPORT, SHEET, PICTURES = "report.json", "teacher-student-difference.png", "pict
 Scores = Mapping[str, Count]  # name -> (right, of), of one picture
 # what a prompt and its picture get; empty for a prompt that the judge does not understand
 Judge = Callable[[str, Image.Image], Scores]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A model by its name, as `open_named` takes it, and the device it runs on."""
-
-    name: str
-    base: str | None = None
-    dtype: str = "float32"
-    impl: str = "auto"
-    offline: bool = False
-    device: str = "cpu"
-    quantization: Quantization | None = None
-
-    def opening(self) -> dict[str, Any]:
-        """Arguments of `open_named`."""
-        return {key: value for key, value in asdict(self).items() if key != "device"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +139,8 @@ def evaluate(
         question = _question(teacher, student, prompts, settings)
         _check_contents(directory, question, overwrite)
         for source in (teacher, student):
-            _check_place(source)  # before the teacher's pictures are made
-        pipe = _opened(teacher)
+            check_place(source)  # before the teacher's pictures are made
+        pipe = opened(teacher)
         of_teacher = settings.of(pipe)
         tell_cut_prompts(pipe, prompts, of_teacher.max_sequence_length)
         # of both; what else is left open is each pipeline's own
@@ -165,7 +148,8 @@ def evaluate(
         judged = partial(_judged, prompts=prompts, directory=directory, settings=settings, judge=judge, memory=memory)
         teacher_side, reference, expected = judged("teacher", teacher, pipe)
         del pipe  # one model at a time
-        student_side, pictures, scores = judged("student", student, _opened(student))
+        gc.collect()  # offloading and conversions tie a model to itself
+        student_side, pictures, scores = judged("student", student, opened(student))
         _write_sheet(reference, pictures, shown, directory / SHEET)
         report = Report(
             settings=settings,
@@ -221,17 +205,6 @@ def _counts(name: str, scores: Sequence[Scores]) -> list[Count]:
     return [one[name] for one in scores if name in one]
 
 
-def _check_place(source: Any) -> None:
-    """Raise what opening it would, where there is nothing of that name."""
-    if isinstance(source, Source):
-        adapter_file(find_place(source.name, offline=source.offline))
-
-
-def _opened(source: Any) -> Any:
-    """The pipeline."""
-    return open_named(source.opening()).to(source.device) if isinstance(source, Source) else source
-
-
 def _judged(
     role: str,
     source: Any,
@@ -260,7 +233,7 @@ def _judged(
 
 
 def _peak(pipe: Any, source: Any, settings: PictureSettings) -> float | None:
-    if pipe.device.type == "cuda":
+    if pipe._execution_device.type == "cuda":
         return picture_peak(pipe, settings)
     return fresh_picture_peak(source.opening(), settings) if isinstance(source, Source) else None
 
@@ -275,7 +248,8 @@ def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: Pict
     for role, source in (("teacher", teacher), ("student", student)):
         asked[role] = _name(source)
         if isinstance(source, Source):
-            how = {"base": source.base, "dtype": source.dtype, "quantization": source.quantization}
+            how: dict[str, Any] = {"base": source.base, "dtype": source.dtype, "quantization": source.quantization}
+            how["offload"] = None if source.offload == "none" else source.offload  # seconds and memory are of it
             asked |= {f"{role}_{name}": value and str(value) for name, value in how.items()}
     drawn = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     return asked | {"prompts": list(prompts), "settings": drawn}

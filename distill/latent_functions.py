@@ -70,6 +70,7 @@ def _flux_generate(
 def _flux_decode(pipe: Any, latents: Tensor, grid: Grid) -> list[Image.Image]:
     planes = unpack_latents(latents, 2 * grid[0], 2 * grid[1]).to(pipe.vae.dtype)
     pixels = decode(pipe.vae, planes, tile=None)  # in tiles where memory runs out
+    pipe.maybe_free_model_hooks()  # offloaded, the VAE leaves the card before the next picture
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 

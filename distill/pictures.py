@@ -219,7 +219,7 @@ def _decode(pipe: Any, folder: Path, indices: Sequence[int], settings: PictureSe
     for index in indices:
         began = time.perf_counter()
         latents = read_tensors(_files(folder, index)[0])["latents"][None]
-        (image,) = functions.decode(pipe, latents.to(pipe.vae.device), grid)
+        (image,) = functions.decode(pipe, latents.to(pipe._execution_device), grid)
         _keep_picture(folder, index, image, time.perf_counter() - began)
         progress.update()
 

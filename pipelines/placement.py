@@ -4,12 +4,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..linearize.adapters.quantization import Quantization
+from ..linearize.weights.quantized import quantized_in
 
 OFFLOADS = ("none", "model", "sequential", "group")
 
 NOTED = "_lineardit_place"  # attribute of a pipeline
+
+_NO_LAYERS_OF_4_BITS = (
+    "offload 'sequential' cannot move weights that bitsandbytes packs in 4 bits: use --offload model or group, or "
+    "another quantization"
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,12 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
         offload: "none": all of it; "model": one part at a time; "group": a few layers at a time; "sequential": one
             layer at a time. Less memory on the device in this order, and slower.
     Raises:
-        ValueError: no such offload, or there is no accelerator to offload from.
+        ValueError: no such offload, there is no accelerator to offload from, or the weights cannot be offloaded so.
     """
-    _check_offload(device, offload)
+    check_offload(device, offload)
+    kinds = " ".join(quantized_in(part) or "" for part in pipe.components.values() if isinstance(part, nn.Module))
+    if offload == "sequential" and "Params4bit" in kinds:
+        raise ValueError(_NO_LAYERS_OF_4_BITS)
     if offload == "none":
         pipe.to(device)
     elif offload == "model":
@@ -38,7 +48,9 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
-        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+        # diffusers' streams leave weights of torchao behind (huggingface/diffusers#13281)
+        streams = device.type == "cuda" and "Tensor" not in kinds
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=streams)
 
 
 def note_place_(
@@ -51,7 +63,7 @@ def note_place_(
     Raises:
         ValueError: as of `place_`.
     """
-    _check_offload(device, offload)
+    check_offload(device, offload, quantization)
     setattr(pipe, NOTED, Place(device, offload, quantization))
 
 
@@ -60,8 +72,15 @@ def noted_place(pipe: Any) -> Place | None:
     return getattr(pipe, NOTED, None)
 
 
-def _check_offload(device: torch.device, offload: str) -> None:
+def check_offload(device: torch.device, offload: str, quantization: Quantization | None = None) -> None:
+    """Raise the ValueError of `place_` where it can be told before a pipeline is loaded.
+
+    Args:
+        quantization: Of the denoiser's weights, as they will be loaded.
+    """
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     if offload != "none" and device.type == "cpu":
         raise ValueError(f"offload {offload!r} needs an accelerator, and the device is the CPU: use --offload none")
+    if offload == "sequential" and quantization is not None and quantization.quant_backend == "bitsandbytes_4bit":
+        raise ValueError(_NO_LAYERS_OF_4_BITS)

@@ -18,12 +18,13 @@ from .options import (
     Impl,
     MaxSequenceLength,
     Offline,
+    Offload,
     Quantize,
     Seed,
     Steps,
 )
 from .prompts import parse_arguments, parse_quantization, parse_size, read_prompts
-from .tables import print_titled, wide_console
+from .tables import how_told, print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..distill.evaluate import Report
@@ -53,6 +54,7 @@ def evaluate(
     offline: Offline = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    offload: Offload = "none",
     quantize: Quantize = None,
     batch_size: BatchSize = 4,
     memory: Annotated[
@@ -80,22 +82,23 @@ def evaluate(
         "device": str(target),
         "impl": impl,
         "offline": offline,
+        "offload": offload,
         "quantization": parse_quantization(quantize),
     }
     sources = Source(name=teacher, **common), Source(name=student, base=base, **common)
     report = compare(
         *sources, texts, output, settings=settings, judge=judge_scene, memory=memory, shown=shown, overwrite=overwrite
     )
-    show(report)
+    show(report, how_told(common["quantization"], offload))
     print(f"Report and pictures: {output}")
 
 
-def show(report: "Report") -> None:
-    """Print the table."""
+def show(report: "Report", how: str = "") -> None:
+    """Print the table; `how` is of `how_told`."""
     settings = report.settings
     pictures = f"{report.pictures} picture{'s' * (report.pictures != 1)}"
     steps = f"{settings.steps} step{'s' * (settings.steps != 1)}"
-    told = f"{pictures} of {settings.width}x{settings.height}, {steps}"
+    told = f"{pictures} of {settings.width}x{settings.height}, {steps}{how}"
     table = Table("", "teacher", "student", box=SIMPLE_HEAD)
     for name, values in _rows(report):
         table.add_row(name, *values)

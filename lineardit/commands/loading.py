@@ -33,12 +33,13 @@ def load(
     from ..linearize.folders import sha256
     from ..linearize.networks import denoiser
     from ..linearize.what_runs import swap_report
-    from ..pipelines.placement import note_place_, place_
+    from ..pipelines.placement import check_offload, note_place_, place_
     from .devices import find_device, find_dtype
     from .loras import load_loras_
 
     target = find_device(device)
     weights = find_dtype(dtype, target)
+    check_offload(target, offload, quantization)
     opening: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
     opening |= {"dtype": weights, "quantization": quantization, "weights": with_weights}
     pipe = open_pipeline(source, **opening)
@@ -61,16 +62,24 @@ def load(
     return pipe, about
 
 
+def open_in_place(name: str, *, device: "torch.device", offload: str, **opening: Any) -> Any:
+    """What `open_pipeline` opens, in its place; a place that it cannot have is told before it is loaded."""
+    from ..linearize.adapters.opening import open_pipeline
+    from ..pipelines.placement import check_offload, place_
+
+    check_offload(device, offload, opening.get("quantization"))
+    pipe = open_pipeline(name, **opening)
+    place_(pipe, device, offload)
+    return pipe
+
+
 def load_at_size(
     base: str, size: tuple[int, int] | None, *, device: "torch.device", offload: str, **opening: Any
 ) -> tuple[Any, tuple[int, int]]:
     """An unconverted pipeline in its place, and the (height, width) that it is asked for, or its own."""
-    from ..linearize.adapters.opening import open_pipeline
-    from ..pipelines.placement import place_
     from ..pipelines.sizes import check_size, default_size
 
-    pipe = open_pipeline(base, **opening)
-    place_(pipe, device, offload)
+    pipe = open_in_place(base, device=device, offload=offload, **opening)
     height, width = size or default_size(pipe)
     check_size(pipe, height, width)
     return pipe, (height, width)

@@ -44,14 +44,12 @@ def nearness(
     from ..distill.figures import require_matplotlib
 
     require_matplotlib("nearness.png")
-    from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import check_output_file, write_whole
     from ..linearize.measures.nearness import nearness as measure
     from ..linearize.measures.nearness import record_predictions
     from ..nearness_plot import draw_nearness
-    from ..pipelines.placement import place_
     from .devices import find_device, find_dtype
-    from .loading import load_at_size
+    from .loading import load_at_size, open_in_place
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -69,8 +67,7 @@ def nearness(
     for student in students:
         del pipe  # one model at a time
         gc.collect()
-        pipe = open_pipeline(student, impl=impl, **weights, **opening[student])
-        place_(pipe, target, offload)
+        pipe = open_in_place(student, device=target, offload=offload, impl=impl, **weights, **opening[student])
         found[student] = measure(pipe, predictions, name=student)
     output.mkdir(parents=True, exist_ok=True)
     rows = {name: asdict(one) | {"mean": one.mean} for name, one in found.items()}

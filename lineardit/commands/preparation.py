@@ -13,6 +13,7 @@ from .options import (
     Guidance,
     MaxSequenceLength,
     Offline,
+    Offload,
     Quantize,
     Revision,
     Seed,
@@ -48,6 +49,7 @@ def prepare(
     offline: Offline = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    offload: Offload = "none",
     quantize: Quantize = None,
     batch_size: Annotated[
         int,
@@ -85,15 +87,15 @@ def prepare(
 
     quiet_libraries()
     from ..distill.prepare import prepare as make_samples
-    from ..linearize.adapters.opening import open_pipeline
     from ..linearize.folders import check_writable
     from .devices import find_device, find_dtype
+    from .loading import open_in_place
 
     weights: dict[str, Any] = {"quantization": parse_quantization(quantize)}
     check_writable(output)  # before a large model is loaded
     place = find_device(device)
     weights |= {"dtype": find_dtype(dtype, place), "revision": revision, "offline": offline}
-    pipe = open_pipeline(base, **weights).to(place)
+    pipe = open_in_place(base, device=place, offload=offload, **weights)
     make_samples(
         pipe,
         texts,
