@@ -11,6 +11,7 @@ import re
 from typing import Any, get_args, get_origin
 
 from .help_text import SectionedCommand
+from .prompts import outside_brackets
 
 
 def option_name(field: str) -> str:
@@ -64,7 +65,7 @@ def parse_method(text: str) -> Any:
     if text.startswith("{"):
         return _value(text)
     method, _, settings = text.partition(":")
-    pairs = [part.partition("=") for part in _outside_brackets(settings)]
+    pairs = [part.partition("=") for part in outside_brackets(settings)]
     if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"a method is spelled METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")
     found = {key.replace("-", "_"): value for key, _, value in pairs}
@@ -76,18 +77,6 @@ def nested_settings() -> frozenset[str]:
     """The settings that hold a method."""
     fields = [field for fields in fields_of_methods().values() for field in fields]
     return frozenset(field.name.rstrip("_") for field in fields if field.metadata.get("of_method"))
-
-
-def _outside_brackets(text: str) -> list[str]:
-    """What stands between the commas that no bracket holds; nothing of an empty text."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts if text else []
 
 
 def _value(text: str) -> Any:

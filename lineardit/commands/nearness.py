@@ -10,9 +10,20 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .options import Arguments, Device, Dtype, Guidance, Impl, MaxSequenceLength, Offline, Offload, Seed
-from .prompts import parse_arguments, parse_size, read_prompts
-from .tables import print_titled, wide_console
+from .options import (
+    Arguments,
+    Device,
+    Dtype,
+    Guidance,
+    Impl,
+    MaxSequenceLength,
+    Offline,
+    Offload,
+    Quantize,
+    Seed,
+)
+from .prompts import parse_arguments, parse_quantization, parse_size, read_prompts
+from .tables import how_told, print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.nearness import Nearness
@@ -37,6 +48,7 @@ def nearness(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = "none",
+    quantize: Quantize = None,
 ) -> None:
     """Compare conversions by single predictions. Before any training or picture."""
     texts, more = read_prompts(prompts), parse_arguments(arguments)
@@ -59,6 +71,7 @@ def nearness(
     target = find_device(device)
     opening = {student: _opening(student, base, offline=offline) for student in students}
     weights: dict[str, Any] = {"dtype": find_dtype(dtype, target), "offline": offline}
+    weights |= {"quantization": (quantization := parse_quantization(quantize))}
     pipe, height_width = load_at_size(base, height_width, device=target, offload=offload, **weights)
     settings: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed}
     settings |= {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": more}
@@ -71,10 +84,11 @@ def nearness(
         found[student] = measure(pipe, predictions, name=student)
     output.mkdir(parents=True, exist_ok=True)
     rows = {name: asdict(one) | {"mean": one.mean} for name, one in found.items()}
-    content = {"base": base, "prompts": len(texts), **settings, "models": rows}
+    how = {"quantization": quantization and str(quantization), "offload": offload}
+    content = {"base": base, "prompts": len(texts), **settings, **how, "models": rows}
     write_whole(figures, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
     draw_nearness({name: one for name, one in found.items() if name != base}, picture)
-    show(found)
+    show(found, how_told(quantization, offload))
     print(f"Wrote {figures} and {picture.name}")
 
 
@@ -90,8 +104,8 @@ def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
     return {"base": base}  # not the one that it names
 
 
-def show(found: "dict[str, Nearness]") -> None:
-    """Print a row for each model."""
+def show(found: "dict[str, Nearness]", how: str = "") -> None:
+    """Print a row for each model; `how` is of `how_told`."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     for header in ("first", "last", "mean", "seconds a prediction"):
@@ -99,4 +113,4 @@ def show(found: "dict[str, Nearness]") -> None:
     for name, one in found.items():
         values = one.errors[0], one.errors[-1], one.mean
         table.add_row(name, *(f"{value:.2g}" for value in values), f"{one.seconds:.3g}")
-    print_titled(wide_console(), "Relative error of one prediction", table)
+    print_titled(wide_console(), f"Relative error of one prediction{how}", table)

@@ -6,16 +6,16 @@ from pathlib import Path
 from shlex import quote
 from statistics import mean
 from string import ascii_lowercase
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .method_options import parse_method
-from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Offload, Revision, Seed
-from .prompts import parse_arguments, parse_numbers, parse_size, read_prompts
-from .tables import print_titled, wide_console
+from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Offload, Quantize, Revision, Seed
+from .prompts import parse_arguments, parse_numbers, parse_quantization, parse_size, read_prompts
+from .tables import how_told, print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.attention_profile import Profile
@@ -45,6 +45,7 @@ def profile(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = "none",
+    quantize: Quantize = None,
 ) -> None:
     """Measure where attention goes, by layer and head. And what a window or method changes there: for convert."""
     texts, more = read_prompts(prompts), parse_arguments(arguments)
@@ -68,7 +69,8 @@ def profile(
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)
     target = find_device(device)
-    opening = {"dtype": find_dtype(dtype, target), "revision": revision, "offline": offline}
+    opening: dict[str, Any] = {"dtype": find_dtype(dtype, target), "revision": revision, "offline": offline}
+    opening |= {"quantization": (quantization := parse_quantization(quantize))}
     pipe, height_width = load_at_size(base, height_width, device=target, offload=offload, **opening)
     began = time.perf_counter()
     found = profile_attention(
@@ -87,15 +89,15 @@ def profile(
     output.mkdir(parents=True, exist_ok=True)
     found.write(figures)
     draw_profile(found, picture)
-    show(found)
+    show(found, how_told(quantization, offload))
     print(f"Wrote {figures} and {picture.name}; {time.perf_counter() - began:.0f} s")
     print(
         f"Convert with: lineardit convert {quote(base)} --from-profile {quote(str(figures))} --budget radius:8 -o DIR"
     )
 
 
-def show(profile: "Profile") -> None:
-    """Print where attention goes and what each candidate changes, a row for each layer."""
+def show(profile: "Profile", how: str = "") -> None:
+    """Print where attention goes and what each candidate changes, a row for each layer; `how` is of `how_told`."""
     from ..linearize.measures.budget import name_of
 
     console = wide_console()
@@ -106,7 +108,7 @@ def show(profile: "Profile") -> None:
         masses = [f"{mean(column):.0%}" for column in zip(*layer.mass, strict=True)]
         where.add_row(layer.module, *masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}")
         error.add_row(layer.module, *(f"{one:.2g}" for one in layer.output_error))
-    print_titled(console, "Attention of image tokens, mean over heads", where)
+    print_titled(console, f"Attention of image tokens, mean over heads{how}", where)
     print_titled(console, "|converted - original|^2 / |original|^2 of a layer's attention", error)
     for letter, method in zip(letters, profile.methods, strict=True):
         console.print(f"{letter}: {name_of(method)}")

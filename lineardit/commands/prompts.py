@@ -61,6 +61,18 @@ def _value(text: str) -> Any:
     return read["value"] if plain else text  # not the date, comment or second line that TOML sees in it
 
 
+def outside_brackets(text: str) -> list[str]:
+    """What stands between the commas that no bracket holds; nothing of an empty text."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts if text else []
+
+
 def parse_quantization(text: str | None) -> "Quantization | None":
     """What `--quantize BACKEND[:NAME=VALUE,...]` asks for; values as of `parse_arguments`.
 
@@ -72,13 +84,16 @@ def parse_quantization(text: str | None) -> "Quantization | None":
     from ..linearize.adapters.quantization import Quantization
 
     backend, colon, named = text.partition(":")
-    pairs = [one.partition("=") for one in named.split(",")] if colon else []
-    if not all(name and equals for name, equals, _ in pairs):
+    pairs = [one.partition("=") for one in outside_brackets(named)] if colon else []
+    settings = {name: _value(value) for name, _, value in pairs}
+    lists = [name for name, value in settings.items() if isinstance(value, str) and value.startswith(("[", "{"))]
+    if (colon and not named) or lists or len(settings) < len(pairs) or not all(one[0] and one[1] for one in pairs):
         raise ValueError(
-            "--quantize must be BACKEND[:NAME=VALUE,...], such as bitsandbytes_4bit:bnb_4bit_use_double_quant=true, "
-            f"got {text!r}"
+            "--quantize must be BACKEND[:NAME=VALUE,...], each name once, such as "
+            "bitsandbytes_4bit:bnb_4bit_use_double_quant=true, and a list as in TOML, such as "
+            f"""torchao:modules_to_not_convert=["proj_out","norm_out"], got {text!r}"""
         )
-    return Quantization(quant_backend=backend, quant_kwargs={name: _value(value) for name, _, value in pairs})
+    return Quantization(quant_backend=backend, quant_kwargs=settings)
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

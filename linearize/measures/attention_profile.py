@@ -59,6 +59,7 @@ class Profile:
         steps: Denoising steps of each picture.
         queries: Image queries looked at in each call of a layer.
         seed: Of noise and sample.
+        quantized: What its quantized weights are, as their backend calls them; None: there are none.
         layers: In the order of the forward.
         versions: Of lineardit, diffusers and torch.
     """
@@ -73,6 +74,7 @@ class Profile:
     steps: int
     queries: int
     seed: int
+    quantized: str | None = None
     layers: tuple[LayerProfile, ...]
     versions: Mapping[str, str]
 
@@ -107,7 +109,7 @@ def read_profile(path: str | Path) -> Profile:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no profile {path}: make one with `lineardit profile`")
-    entries = read_json(path)
+    entries = {"quantized": None} | read_json(path)
     if entries.pop("format", None) != FORMAT or set(entries) != {field.name for field in fields(Profile)}:
         raise ValueError(f"{path} is not a profile of format {FORMAT}: make it with this version's `lineardit profile`")
     try:

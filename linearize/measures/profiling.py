@@ -20,6 +20,7 @@ from ..methods import METHODS, config_to_dict
 from ..methods.clear import Clear
 from ..networks import denoiser
 from ..seam.conversion import Conversion
+from ..weights.quantized import quantized_in
 from .attention_profile import LayerProfile, Profile, is_window
 from .probe import Probe
 
@@ -95,6 +96,7 @@ def profile_attention(
         steps=steps,
         queries=queries,
         seed=seed,
+        quantized=quantized_in(model),
         layers=tuple(_layer(name, probes[name]) for name in sorted(probes, key=lambda name: probes[name].turn)),
         versions={"lineardit": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
     )

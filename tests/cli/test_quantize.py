@@ -13,6 +13,7 @@ from typed import lineardit
 from lineardit.commands.prompts import parse_quantization
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.adapters.quantization import Quantization
+from lineardit.linearize.measures.attention_profile import read_profile
 from lineardit.pipelines.estimate import weights_on_device
 from lineardit.pipelines.placement import note_place_
 
@@ -106,11 +107,37 @@ def test_a_quantization_is_spelled_as_it_is_told() -> None:
     assert parse_quantization(None) is None
 
 
+def test_a_setting_of_a_quantization_can_be_a_list() -> None:
+    text = 'bitsandbytes_8bit:llm_int8_skip_modules=["proj_out", "norm_out"],llm_int8_threshold=5.0'
+    asked = parse_quantization(text)
+    assert asked is not None
+    assert asked.quant_kwargs == {"llm_int8_skip_modules": ["proj_out", "norm_out"], "llm_int8_threshold": 5.0}
+    assert parse_quantization(str(asked)) == asked
+
+
+def test_figures_of_a_quantized_model_say_so(
+    base: Path, adapter: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    out, common = tmp_path / "out", ("--prompts", prompts, "--size", "32x24", *SMALL, *INT8)
+    assert lineardit("nearness", base, adapter, *common, "-o", out) == 0
+    assert "of one prediction; weights by torchao\n" in capsys.readouterr().out
+    found = json.loads((out / "nearness.json").read_text())
+    assert found["quantization"] == "torchao"
+    assert found["models"][str(base)]["mean"] == 0 < found["models"][str(adapter)]["mean"]
+    assert lineardit("profile", base, *common, "--radii", "2", "-o", out) == 0
+    assert "mean over heads; weights by torchao\n" in capsys.readouterr().out
+    assert read_profile(out / "profile.json").quantized == "Int8Tensor"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("torchao:", r"must be BACKEND\[:NAME=VALUE,\.\.\.\].*got 'torchao:'"),
         ("torchao:quant_type", "got 'torchao:quant_type'"),
+        ("bitsandbytes_8bit:llm_int8_skip_modules=proj_out,norm_out", r"a list as in TOML, such as .*\[.*got 'bits"),
+        ("bitsandbytes_8bit:llm_int8_skip_modules=[proj_out,norm_out]", r"a list as in TOML, such as .*\[.*got 'bits"),
+        ("torchao:group_size=32,group_size=64", "each name once"),
         ("torchaoo", r"quant_backend must be .*got 'torchaoo' \(did you mean torchao\?\)"),
     ],
 )
