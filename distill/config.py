@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..linearize.adapters.quantization import Quantization
+from ..linearize.adapters.quantization import CASTING, Quantization
 
 
 def require(right: bool, name: str, rule: str, value: object) -> None:
@@ -235,4 +235,10 @@ class DistillConfig:
             raise ValueError(
                 "trained.kind must be lora where base.quantization is set, got 'attention': projections in 8 or 4 bits "
                 "cannot learn themselves, a LoRA beside them can"
+            )
+        casts = self.base.quantization is not None and self.base.quantization.quant_backend == CASTING
+        if casts and not self.run.gradient_checkpointing:
+            raise ValueError(
+                f"run.gradient_checkpointing must be true where base.quantization is {CASTING}: without it the weights "
+                "that each layer was cast to stay in memory until the backward"
             )

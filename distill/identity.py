@@ -46,7 +46,7 @@ def main_dtype(model: nn.Module) -> torch.dtype:
     """That of the most weights, quantized ones aside: some models keep a few in float32 whatever is asked for."""
     numbers: Counter[torch.dtype] = Counter({torch.float32: 0})
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter.itemsize > 1:
             numbers[parameter.dtype] += parameter.numel()
     return numbers.most_common(1)[0][0]
 

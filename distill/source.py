@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..linearize.adapters.adapter import adapter_file
-from ..linearize.adapters.base import find_place
+from ..linearize.adapters.place import find_place
 from ..linearize.adapters.quantization import Quantization
 from ..pipelines.placement import check_offload, place_
 from .cost import open_named

@@ -108,7 +108,8 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         metavar="BACKEND[:NAME=VALUE,...]",
-        help="The denoiser's weights in fewer bits: bitsandbytes_4bit, bitsandbytes_8bit, torchao, and settings of it.",
+        help="The denoiser's weights in fewer bits: bitsandbytes_4bit, bitsandbytes_8bit, torchao or "
+        "layerwise_casting, and settings of it.",
         rich_help_panel=MACHINE,
         autocompletion=backends,
     ),

@@ -26,7 +26,7 @@ from .hub import told_if_slow
 from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
 from .outline import parts_on_meta
 from .place import CONFIG_FILE, PIPELINE_FILE, Place, check_spelling, find_place
-from .quantization import Quantization, quantization_options, quantization_told
+from .quantization import Quantization, cast_layerwise_, quantization_options, quantization_told
 from .stored_weights import check_has_weights, files_of_denoiser, stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def load_base(
         dtype: As in `from_pretrained`.
         offline: Never touch the network.
         weights: As in `from_pretrained`.
-        quantization: Of the denoiser's weights; without weights it is not looked at.
+        quantization: Of the denoiser's weights; without weights, casts of layers alone are looked at.
         options: As in `from_pretrained`.
     Raises:
         ValueError: the base is a config without weights or has pickles alone, it cannot be quantized so, or an option
@@ -152,7 +152,7 @@ def load_base(
     with warnings.catch_warnings(), quantization_told(quantization), entry_expected(), told:
         # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-        return loader.from_pretrained(
+        pipe = loader.from_pretrained(
             source.name,
             torch_dtype=named,
             revision=source.revision,
@@ -161,6 +161,8 @@ def load_base(
             # diffusers wants a component that was saved as None passed as None again
             **dict.fromkeys(base.absent) | options,
         )
+    cast_layerwise_(denoiser(pipe)[1], quantization, named)
+    return pipe
 
 
 def _restored(

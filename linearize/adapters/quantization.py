@@ -5,6 +5,8 @@
     "bitsandbytes_8bit"   of the same
     "torchao"             `quant_type`, the name of a config of torchao.quantization (Int8WeightOnlyConfig where nothing
                           is said), and what that takes
+    "layerwise_casting"   `storage_dtype`, float8_e4m3fn where nothing is said, or float8_e5m2: diffusers' own, which
+                          needs no other package and casts the weights of each layer for its forward
 
 What is quantized are the Linear layers of the denoiser: the settings say it in `[base.quantization]`, the command line
 as `--quantize BACKEND` or `--quantize BACKEND:NAME=VALUE,...`.
@@ -25,7 +27,14 @@ from ..errors import nearest
 from .base import Base
 
 SETTING = "base.quantization (--quantize)"
-BACKENDS = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}  # packages
+CASTING = "layerwise_casting"
+BACKENDS = {  # and their packages
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "torchao": "torchao",
+    CASTING: "diffusers",
+}
+_STORED = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +50,10 @@ class Quantization:
             )
 
     @property
-    def bits(self) -> float:
-        """That a weight takes with its scales, roughly."""
+    def bits(self) -> float | None:
+        """That a weight takes with its scales, roughly; None: it is cast in a model without weights as well."""
+        if self.quant_backend == CASTING:
+            return None
         is_small = self.quant_backend == "bitsandbytes_4bit" or "4" in str(self.quant_kwargs.get("quant_type"))
         return 4.5 if is_small else 8
 
@@ -64,6 +75,9 @@ def quantization_options(settings: Quantization, base: Base, dtype: torch.dtype)
     """
     if "quantization_config" in base.config:
         raise ValueError(f"{base.source.name} is quantized already, as its config says: leave {SETTING} out")
+    if settings.quant_backend == CASTING:
+        _check_casting(settings.quant_kwargs)
+        return {}
     package = BACKENDS[settings.quant_backend]
     if find_spec(package) is None:
         raise ValueError(f"{SETTING} asks for {package}, which is not installed: pip install {package}")
@@ -78,6 +92,14 @@ def quantization_options(settings: Quantization, base: Base, dtype: torch.dtype)
     if base.component is not None:
         config = diffusers.PipelineQuantizationConfig(quant_mapping={base.component: config})
     return {"quantization_config": config}
+
+
+def cast_layerwise_(model: Any, settings: Quantization | None, dtype: torch.dtype) -> None:
+    """Store the weights of a denoiser in 8 bits, and compute in `dtype`, if that is what quantizes it."""
+    if settings is not None and settings.quant_backend == CASTING:
+        _check_casting(settings.quant_kwargs)
+        stored = settings.quant_kwargs.get("storage_dtype", _STORED[0])
+        model.enable_layerwise_casting(storage_dtype=getattr(torch, stored), compute_dtype=dtype)
 
 
 @contextmanager
@@ -119,6 +141,14 @@ def _torchao(settings: Quantization) -> Any:
     usual = {name: one.default for name, one in inspect.signature(config_class).parameters.items()}
     dtypes = {name: getattr(torch, str(one)) for name, one in given.items() if isinstance(usual[name], torch.dtype)}
     return diffusers.TorchAoConfig(config_class(**given | dtypes), modules_to_not_convert=kept)
+
+
+def _check_casting(given: Mapping[str, Any]) -> None:
+    for name in given:
+        if name != "storage_dtype":
+            raise ValueError(f"{SETTING}: unknown quant_kwargs {name}; {CASTING} takes storage_dtype")
+    if given.get("storage_dtype", _STORED[0]) not in _STORED:
+        raise ValueError(f"{SETTING}: storage_dtype must be {' or '.join(_STORED)}, got {given['storage_dtype']!r}")
 
 
 def _check_names(given: Mapping[str, Any], config_class: Any) -> None:

@@ -31,18 +31,18 @@ class LowRankTerm(nn.Module):
         self.up = nn.Parameter(up)  # [out, rank]
         self.scale = scale
         self.enabled = True
+        self.keeps_dtype = False  # while the layer around it is stored in 8 bits
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return functional.linear(functional.linear(x, self.down.to(x)), self.up.to(x)) * self.scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # layerwise casting stores the layer around this in 8 bits between calls, which would round what was trained
-        return super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)
+        # layerwise casting takes the layer around this from 8 bits to the dtype of a forward and back, and would round
+        # what was trained to both
+        return super()._apply(lambda tensor: self._moved(tensor, fn(tensor)), recurse)
 
-
-def _moved(tensor: Tensor, converted: Tensor) -> Tensor:
-    """`converted`, but in the dtype of `tensor` where its own has 8 bits, too few to compute in."""
-    return converted if converted.itemsize > 1 else tensor.to(converted.device)
+    def _moved(self, tensor: Tensor, converted: Tensor) -> Tensor:
+        return tensor.to(converted.device) if self.keeps_dtype or converted.itemsize == 1 else converted
 
 
 class LowRankLayer:
@@ -54,6 +54,10 @@ class LowRankLayer:
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         out = super().forward(x)  # type: ignore[misc]
         return out + self.lineardit_lora(x) if self.lineardit_lora.enabled else out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.lineardit_lora.keeps_dtype = cast(Any, self).weight.itemsize == 1
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the plain class: ours is made on demand and has no address."""

@@ -7,13 +7,17 @@ from torch import Tensor, nn
 
 
 def is_quantized(parameter: Tensor) -> bool:
-    """Whether it is packed in fewer bits than its layer computes in; torchao's claim a floating dtype."""
-    return not parameter.is_floating_point() or type(parameter) is not nn.Parameter
+    """Whether it takes fewer bits than its layer computes in; torchao's claim a floating dtype of more."""
+    return not parameter.is_floating_point() or type(parameter) is not nn.Parameter or parameter.itemsize == 1
 
 
 def quantized_in(model: nn.Module) -> str | None:
     """What its quantized weights are, as their backend calls them, such as "Params4bit"; None: there are none."""
-    return ", ".join(sorted({type(one).__name__ for one in model.parameters() if is_quantized(one)})) or None
+    return ", ".join(sorted({_kind(one) for one in model.parameters() if is_quantized(one)})) or None
+
+
+def _kind(parameter: Tensor) -> str:
+    return str(parameter.dtype).removeprefix("torch.") if type(parameter) is nn.Parameter else type(parameter).__name__
 
 
 def stored_tensors(parameter: Tensor) -> list[Tensor]:

@@ -11,10 +11,12 @@ from torch import nn
 from typed import lineardit
 
 from lineardit.commands.prompts import parse_quantization
+from lineardit.linearize.adapters.base import build_on_meta, read_base
 from lineardit.linearize.adapters.opening import open_pipeline
-from lineardit.linearize.adapters.quantization import Quantization
+from lineardit.linearize.adapters.quantization import BACKENDS, Quantization, cast_layerwise_
 from lineardit.linearize.measures.attention_profile import read_profile
-from lineardit.pipelines.estimate import weights_on_device
+from lineardit.linearize.weights.quantized import quantized_in
+from lineardit.pipelines.estimate import _bytes, weights_on_device
 from lineardit.pipelines.placement import note_place_
 
 SCENE = "a red circle at the top left on striped sand"
@@ -94,6 +96,41 @@ def test_a_plan_counts_the_quantized_weights(base: Path) -> None:
     note_place_(plain, torch.device("cpu"))
     note_place_(pipe, torch.device("cpu"), quantization=Quantization(quant_backend="bitsandbytes_8bit"))
     assert weights_on_device(plain) - weights_on_device(pipe) == 3 * linear
+
+
+def test_flux_takes_the_memory_that_the_documentation_says() -> None:
+    base = read_base(Path(__file__).parents[1] / "data/flux1-dev")
+    model = build_on_meta(base, dtype=torch.bfloat16)
+    in_bits = {kind: _bytes(model, None, bits=Quantization(quant_backend=kind).bits) for kind in BACKENDS}
+    cast_layerwise_(model, Quantization(quant_backend="layerwise_casting"), torch.bfloat16)
+    found = {kind: round(count / 2**30, 1) for kind, count in in_bits.items()} | {
+        "cast": round(_bytes(model, None) / 2**30, 1)
+    }
+    assert found == {
+        "bitsandbytes_4bit": 6.2,
+        "bitsandbytes_8bit": 11.1,
+        "torchao": 11.1,
+        "layerwise_casting": 22.2,  # until it is cast
+        "cast": 14.1,
+    }
+
+
+def test_weights_can_be_cast_layer_by_layer(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.png"
+    command = ("generate", adapter, SCENE, "--size", "32x24", *SMALL, "-o", out)
+    assert lineardit(*command, "--quantize", "layerwise_casting:storage_dtype=float8_e5m2") == 0
+    assert told(out)["quantize"] == "layerwise_casting:storage_dtype=float8_e5m2"
+    whole, packed = (
+        open_pipeline(base),
+        open_pipeline(base, quantization=Quantization(quant_backend="layerwise_casting")),
+    )
+    planned = open_pipeline(base, weights=False, quantization=Quantization(quant_backend="layerwise_casting"))
+    assert quantized_in(packed.transformer) == "float8_e4m3fn"
+    assert weights_on_device(planned) == weights_on_device(packed) < weights_on_device(whole)
+    assert lineardit(*command, "--quantize", "layerwise_casting:storage=float8_e5m2", "--overwrite") == 2
+    assert "layerwise_casting takes storage_dtype" in capsys.readouterr().err
 
 
 def test_a_quantization_is_spelled_as_it_is_told() -> None:

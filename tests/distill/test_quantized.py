@@ -24,6 +24,7 @@ from lineardit.distill.student import build_student_
 from lineardit.distill.train import distill, load_teacher
 from lineardit.linearize.adapters import quantization as quantizing
 from lineardit.linearize.adapters.base import read_base
+from lineardit.linearize.adapters.loading import load_base
 from lineardit.linearize.adapters.quantization import Quantization, quantization_options
 
 MakeConfig = Callable[..., DistillConfig]
@@ -141,6 +142,34 @@ def test_lora_trains_beside_layers_of_bitsandbytes(
     from_pretrained(adapter)
     with pytest.raises(ValueError, match=rf"to_q must be an nn.Linear to be trained, got a {kind}"):
         build_student_(load_teacher(config.base), make_config(**named, trained={"kind": "attention"}))
+
+
+def test_a_run_beside_weights_that_are_cast_layer_by_layer(make_config: MakeConfig, tmp_path: Path, base: Path) -> None:
+    """No package of its own; trained weights stay in float32, gradients are those of the rounded weights."""
+    casting = {"quant_backend": "layerwise_casting"}
+    samples = tmp_path / "samples"
+    pipe = load_base(read_base(base), dtype=torch.bfloat16, quantization=Quantization(**casting))
+    prepare(pipe, PROMPTS[:4], samples, sizes=SIZES[:1], steps=1, max_sequence_length=8, calls=1)
+    settings: dict[str, Any] = {"data": {"directory": str(samples)}, "loss": {"flow": 0.0}}
+    run = {"gradient_checkpointing": True, "mixed_precision": "bf16", "batch_size": 2}
+    distill(make_config(**settings, base={"dtype": "bfloat16", "quantization": casting}, run=run))
+    trained = trained_weights(tmp_path / "run")
+    assert all(one.dtype == torch.float32 for one in trained.values())
+    assert not all(torch.equal(one, one.bfloat16().float()) for one in trained.values())
+    with pytest.raises(ValueError, match=r"^run.gradient_checkpointing must be true where base.quantization is layer"):
+        make_config(base={"quantization": casting})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"storage_dtype": "int8"}, r"storage_dtype must be float8_e4m3fn or float8_e5m2, got 'int8'"),
+        ({"dtype": "float8_e5m2"}, r"unknown quant_kwargs dtype; layerwise_casting takes storage_dtype"),
+    ],
+)
+def test_arguments_of_layerwise_casting_are_checked(kwargs: dict[str, Any], message: str, base: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_base(read_base(base), quantization=Quantization(quant_backend="layerwise_casting", quant_kwargs=kwargs))
 
 
 def test_a_quantization_without_gradients_is_refused(make_config: MakeConfig) -> None:
