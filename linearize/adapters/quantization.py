@@ -22,9 +22,11 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 
 from ..errors import nearest
-from .base import Base
+from ..families import FAMILIES
+from .base import Base, build_on_meta
 
 SETTING = "base.quantization (--quantize)"
 CASTING = "layerwise_casting"
@@ -34,6 +36,7 @@ BACKENDS = {  # and their packages
     "torchao": "torchao",
     CASTING: "diffusers",
 }
+_KEPT = ("modules_to_not_convert", "llm_int8_skip_modules")  # settings that name layers
 _STORED = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -81,6 +84,8 @@ def quantization_options(settings: Quantization, base: Base, dtype: torch.dtype)
     package = BACKENDS[settings.quant_backend]
     if find_spec(package) is None:
         raise ValueError(f"{SETTING} asks for {package}, which is not installed: pip install {package}")
+    for name in _KEPT:
+        _check_kept(name, settings.quant_kwargs.get(name), base)
     if package == "bitsandbytes" and not torch.cuda.is_available():
         raise ValueError(
             f"{SETTING}: diffusers quantizes with bitsandbytes on a GPU alone; torchao does it on CPUs too"
@@ -149,6 +154,25 @@ def _check_casting(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{SETTING}: unknown quant_kwargs {name}; {CASTING} takes storage_dtype")
     if given.get("storage_dtype", _STORED[0]) not in _STORED:
         raise ValueError(f"{SETTING}: storage_dtype must be {' or '.join(_STORED)}, got {given['storage_dtype']!r}")
+
+
+def _check_kept(setting: str, given: Any, base: Base) -> None:
+    """Raise a ValueError where layers are named that the model has not; a backend looks for the end of their names."""
+    if given is None:
+        return
+    names = given if isinstance(given, list) else [given]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{SETTING}: {setting} must be names of modules, got {given!r}")
+    if base.model_class not in FAMILIES:
+        return
+    layers = [name for name, layer in build_on_meta(base).named_modules() if isinstance(layer, nn.Linear)]
+    for name in names:
+        if not any(f"{name}." in f"{layer}." for layer in layers):
+            known = dict.fromkeys(part for layer in layers for part in layer.split(".") if not part.isdigit())
+            raise ValueError(
+                f"{SETTING}: {setting} names {name!r}, and no Linear layer of this {base.model_class} is, or is in, a "
+                f"module of that name{nearest(name, known)}; its layers are {', '.join(known)}"
+            )
 
 
 def _check_names(given: Mapping[str, Any], config_class: Any) -> None:

@@ -184,6 +184,11 @@ def test_a_quantization_without_gradients_is_refused(make_config: MakeConfig) ->
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"modules_to_not_convert": 3}, r"modules_to_not_convert must be names of modules, got 3"),
+        (
+            {"modules_to_not_convert": ["proj_out", "to_qq"]},
+            r"names 'to_qq', and no Linear layer of this Flux.* .did you mean to_q, .*; its layers are",
+        ),
         ({"quant_type": None}, r"quant_type must be one of .*Int8WeightOnlyConfig.*; got None"),
         ({"quant_type": "Int8WeightOnly"}, r"got 'Int8WeightOnly' \(did you mean Int8WeightOnlyConfig"),
         (
