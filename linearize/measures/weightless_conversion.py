@@ -132,7 +132,7 @@ class WeightlessConversion:
             raise ValueError(
                 f"the weights of this {self.base.model_class} are {needed / GIB:.1f} GiB in "
                 f"{str(conditions.dtype).removeprefix('torch.')}, {free / GIB:.1f} are free on {conditions.device}: "
-                "take a smaller dtype or another device"
+                "take a smaller dtype or another device, or time fewer bits with `lineardit evaluate --quantize ...`"
             )
         return made
 
