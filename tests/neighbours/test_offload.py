@@ -13,7 +13,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from trained import trained_
 
@@ -139,6 +139,18 @@ def test_weights_that_offloading_does_not_move_follow_their_input(config: Any) -
     assert weights and all(weight.device == CPU for weight in weights)
     assert model(**arguments)[0].is_meta
     assert all(weight.device == CPU for weight in weights)
+
+
+def test_weights_of_a_hybrids_parts_follow_their_input_where_its_own_are_there() -> None:
+    """As group offload leaves them: it moves a part's as the part's forward runs, and a hybrid calls another method."""
+    model = build("pixart").to("meta")  # the device that computes
+    arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs_of("pixart"))
+    linearize_(model, Hybrid(local=Clear(radius=1.5), global_=ProxyTokens(num_proxies=4), gate=1))
+    for module in swapped(model).values():
+        kernel: Any = module.linear_kernel
+        kernel.gate, kernel.balance = (nn.Parameter(weight.to("meta")) for weight in (kernel.gate, kernel.balance))
+        assert kernel.global_.gate.device == CPU
+    assert model(**arguments)[0].is_meta
 
 
 @flux
