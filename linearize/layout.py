@@ -12,6 +12,10 @@ from torch import Tensor
 from ..kernels.pieces.cells import Grid as Grid
 from .errors import LayoutError
 
+_OF_TEXT_ALONE = (
+    "attn_mask must hide text tokens only, alike in every head (True/False, or 0/-inf): a mask on image tokens or "
+    "a bias has no linear form here; drop it, or run this call inside `with dense(model):`"
+)
 _BLOCKED = -9e3  # an additive mask at or below this blocks; diffusers writes -inf or -10000, -9984 in bfloat16
 
 
@@ -83,7 +87,9 @@ def reorder(x: Tensor, order: Tensor, dim: int) -> Tensor:
     return torch.take_along_dim(x, order.view(shape), dim)
 
 
-def text_mask_of(attn_mask: Tensor, query: Tensor, layout: Layout) -> Tensor | None:
+def text_mask_of(
+    attn_mask: Tensor, query: Tensor, layout: Layout, *, asked: list[Tensor] | None = None
+) -> Tensor | None:
     """The mask that upstream hands to attention, as a mask of the text alone.
 
     Args:
@@ -91,6 +97,8 @@ def text_mask_of(attn_mask: Tensor, query: Tensor, layout: Layout) -> Tensor | N
             queries and keys, [B or 1, H or 1, N, N], if every token that is seen sees the same ones.
         query: [B, H, N, D].
         layout: Of these tokens.
+        asked: Gets whether the mask is one of text alone, for `require_text_masks`; None: that is asked at once, which
+            waits for the device.
     Returns:
         [B, text_len] bool, None without text.
     Raises:
@@ -118,17 +126,16 @@ def text_mask_of(attn_mask: Tensor, query: Tensor, layout: Layout) -> Tensor | N
     allowed = seen[..., image].all() & ((attend == seen) | unread).all()
     if mask.dtype != torch.bool:
         allowed = allowed & (attend | (mask <= _BLOCKED)).all()
-    _require(
-        allowed,
-        "attn_mask must hide text tokens only, alike in every head (True/False, or 0/-inf): a mask on image tokens or "
-        "a bias has no linear form here; drop it, or run this call inside `with dense(model):`",
-    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(allowed, _OF_TEXT_ALONE)
+    elif asked is not None:
+        asked.append(allowed)
+    else:
+        require_text_masks([allowed])
     return seen[:, 0, 0, text].expand(batch, -1) if text_len > 0 else None
 
 
-def _require(allowed: Tensor, message: str) -> None:
-    """Raise a LayoutError where `allowed` is false; in traced code the device asserts it."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(allowed, message)
-    elif not allowed:
-        raise LayoutError(message)
+def require_text_masks(asked: list[Tensor]) -> None:
+    """Raise a LayoutError where one of these is false, on whatever devices they are: it waits for them once."""
+    if not torch.stack([allowed.to(asked[0].device) for allowed in asked]).all():
+        raise LayoutError(_OF_TEXT_ALONE)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..errors import LayoutError
 from ..layout import Grid, Layout
@@ -73,7 +74,7 @@ def image_and_references(ids: Tensor) -> tuple[Grid, int, Tensor]:
 
 def _first(mask: Tensor) -> int:
     """Index of the first True in [N], N where there is none."""
-    return int(mask.to(torch.uint8).argmax()) if mask.any() else mask.shape[0]
+    return int(pad(mask.to(torch.uint8), (0, 1), value=1).argmax())  # asked once: each answer waits for the device
 
 
 def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from ...kernels.pieces.kept_tables import release_tables
 from ..errors import LayoutError
@@ -31,6 +31,7 @@ class Conversion:
         input_terms: What methods add to the inputs of layers, for each module whose method does.
         logit_factor: What `scaled_logits` multiplies the logits of attention by.
         kept_sights: Of the running forward, by level, where gradient checkpointing will run parts of it again.
+        masks_asked: Of the running forward, whether each mask that came is of text alone; None outside of one.
     """
 
     def __init__(self, family: Family, patterns: dict[str, Any], dense_below: int = 0) -> None:
@@ -43,6 +44,7 @@ class Conversion:
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.logit_factor = 1.0
         self.kept_sights: dict[Any, Sight] | None = None
+        self.masks_asked: list[Tensor] | None = None
         self._thread: int | None = None
         self._dense_thread: int | None = None
         _keep_tables_for(self)
@@ -64,7 +66,7 @@ class Conversion:
     def leave(self) -> None:
         """Give the model back, if it is this thread's."""
         if self._thread == threading.get_ident():
-            self._thread = self.kept_sights = None
+            self._thread = self.kept_sights = self.masks_asked = None
 
     def disable(self) -> None:
         """The model's own attention, for this thread, until `enable`."""
@@ -99,7 +101,7 @@ class Conversion:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of copies and pickles: no thread is inside. Made inside `dense`, they are the base in every thread."""
-        return vars(self) | {"_thread": None, "_dense_thread": None}
+        return vars(self) | {"_thread": None, "_dense_thread": None, "masks_asked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..families import Sight
-from ..layout import Grid, as_shape, image_first
+from ..layout import Grid, as_shape, image_first, require_text_masks
 from ..methods import Method
 from .conversion import Conversion
 
@@ -105,6 +105,7 @@ def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         terms.follow()
     recomputes = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
     conversion.kept_sights = {} if recomputes else None
+    conversion.masks_asked = []
 
 
 @torch.compiler.disable
@@ -135,7 +136,10 @@ def _publish(
 def _leave(model: Any, args: tuple[Any, ...], output: Any) -> None:
     conversion: Conversion = model._lineardit_conversion
     rewind_before_backward(conversion, output)
+    asked = conversion.masks_asked
     conversion.leave()
+    if asked and output is not None:
+        require_text_masks(asked)
 
 
 def rewind_before_backward(conversion: Conversion, output: Any) -> None:

@@ -1,14 +1,18 @@
 """Grids out of position ids, and masks of text out of masks of keys."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lineardit import Clear, linearize_
 from lineardit.linearize import LayoutError
 from lineardit.linearize.families.positions import rectangle
 from lineardit.linearize.layout import Layout, text_mask_of
-from tiny_models import position_ids
+from tiny_models import build, inputs_of, position_ids, run
 
 SIDES = st.integers(1, 40)
 
@@ -75,3 +79,25 @@ def test_text_mask_takes_a_square_for_queries_by_keys() -> None:
 
 def test_layout_counts_image_tokens() -> None:
     assert Layout((2, 5, 7), 3, True).num_image_tokens == 70
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that are read from the device: each waits for all that it has to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "lumina2", "hunyuan-image"])
+def test_converted_model_asks_the_device_as_often_with_more_layers(family: str) -> None:
+    counts = []
+    for num_layers in (1, 3):
+        model = build(family, num_layers=num_layers)
+        linearize_(model, Clear(radius=1.5))
+        with Waits() as waits:
+            run(model, inputs_of(family))
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0
