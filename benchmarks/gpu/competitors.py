@@ -83,14 +83,14 @@ def check_ours(bench: Bench, dtype: torch.dtype) -> None:
 
 def tiled(shape: Shape, bench: Bench, *, backward: bool) -> Attention:
     """What users without Triton get."""
-    grid, device = (shape.side, shape.side), bench.device.type
+    grid = (shape.side, shape.side)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         return (
             window_attention(query, key, value, grid=grid, radius=shape.radius, text_len=shape.text_len, impl="tiled"),
         )
 
-    in_half = fastest_partial(device, shape.dtype, shape.head_dim).takes_half
+    in_half = fastest_partial(bench.device, shape.dtype, shape.head_dim).takes_half
     note = "PyTorch's memory-efficient kernel" if in_half else "products in float32"
     return Attention(call=call, pairs=None, note=note)
 

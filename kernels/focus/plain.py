@@ -193,7 +193,7 @@ def _prepare(inputs: Sequence[Tensor], grid: Grid, window: Window, count: int, s
         (query, *by_cell, proxy_key, proxy_value),
         tables,
         _Spaces(key_space, value_space, of_proxies, of_tokens),
-        fastest_partial(device.type, dtype),
+        fastest_partial(device, dtype),
         tuple(slice(start, start + step) for start in range(0, len(tables.tiles), step)),
     )
 

@@ -165,7 +165,7 @@ EFFICIENT = Partial(_efficient_forward, _efficient_backward, takes_half=True)
 
 
 @lru_cache  # one trial, and one warning, for each device, dtype and head dimension
-def fastest_partial(device_type: str, dtype: torch.dtype, head_dim: int = 64) -> Partial:
+def fastest_partial(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> Partial:
     """FLASH on a CPU, EFFICIENT in half precision on CUDA, where they run and agree with PLAIN on a small example.
 
     Args:
@@ -173,21 +173,21 @@ def fastest_partial(device_type: str, dtype: torch.dtype, head_dim: int = 64) ->
         head_dim: EFFICIENT wants multiples of `READ_AT_ONCE`.
     """
     half = dtype in (torch.float16, torch.bfloat16)
-    if device_type == "cuda" and half and head_dim % READ_AT_ONCE == 0:
+    if device.type == "cuda" and half and head_dim % READ_AT_ONCE == 0:
         fast, shapes = EFFICIENT, (35, 77, head_dim)
-    elif device_type == "cpu":
+    elif device.type == "cpu":
         fast, shapes, dtype = FLASH, (5, 7, 8), torch.float32 if half else dtype
     else:
         return PLAIN
     try:
-        agree = _agree(fast, *shapes, dtype, torch.device(device_type))
+        agree = _agree(fast, *shapes, dtype, device)
     except torch.OutOfMemoryError:
         raise  # of this moment: tried anew next time
     except (AttributeError, RuntimeError):
         agree = False
     if not agree:
         logger.warning(
-            "PyTorch's %s attention does not work here in %s; using slower public operations", device_type, dtype
+            "PyTorch's %s attention does not work here in %s; using slower public operations", device.type, dtype
         )
     return fast if agree else PLAIN
 

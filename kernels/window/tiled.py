@@ -185,7 +185,7 @@ def _untile(tensor: Tensor, batch: int) -> Tensor:
 
 def _groups_and_partial(inputs: Inputs, grid: Sequence[int], window: Window) -> tuple[tuple[TileGroup, ...], Partial]:
     query = inputs.query
-    partial = fastest_partial(query.device.type, query.dtype, query.shape[3])
+    partial = fastest_partial(query.device, query.dtype, query.shape[3])
     return window_groups(tuple(grid), window, query.device), partial
 
 

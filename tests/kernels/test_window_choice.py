@@ -15,15 +15,16 @@ from window_case import Case
 from impls import PORTABLE
 from lineardit.kernels import focus  # noqa: F401  registers operators
 from lineardit.kernels.window import Box, Circle, choose_impl, operator, tiled, windowed_attention
+from lineardit.kernels.window import partial as partials
 from lineardit.kernels.window.kept_bias import kept_bias, kept_window_bias, window_bias_op
-from lineardit.kernels.window.partial import FLASH, PLAIN, fastest_partial
+from lineardit.kernels.window.partial import EFFICIENT, FLASH, PLAIN, fastest_partial
 from lineardit.kernels.window.reference import window_mask
 from lineardit.kernels.window.windows import to_arguments
 
 
 def test_fastest_partial_is_flash_on_this_cpu():
-    assert fastest_partial("cpu", torch.float32) is FLASH
-    assert fastest_partial("cpu", torch.float64) is FLASH
+    assert fastest_partial(torch.device("cpu"), torch.float32) is FLASH
+    assert fastest_partial(torch.device("cpu"), torch.float64) is FLASH
 
 
 @pytest.mark.parametrize("broken", ["raises", "wrong"])
@@ -34,8 +35,15 @@ def test_fastest_partial_falls_back_where_flash_does_not_work(broken, monkeypatc
         return query, query[..., 0]
 
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", flash)
-    assert fastest_partial.__wrapped__("cpu", torch.float32) is PLAIN
+    assert fastest_partial.__wrapped__(torch.device("cpu"), torch.float32) is PLAIN
     assert "slower public operations" in caplog.text
+
+
+def test_fastest_partial_tries_on_the_card_of_the_call(monkeypatch):
+    tried = []
+    monkeypatch.setattr(partials, "_agree", lambda *given: tried.append(given[-1]) or True)
+    assert fastest_partial.__wrapped__(torch.device("cuda:1"), torch.bfloat16) is EFFICIENT
+    assert tried == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize(
