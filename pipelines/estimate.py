@@ -32,7 +32,8 @@ from .token_chunks import in_token_chunks
 from .vae import pixels_per_latent
 
 GIB = 2**30
-LONG_SECONDS = 0.02  # of a product; some CPUs take 40 s for the larger one in bfloat16
+LONG_SECONDS = 0.02  # of the smallest product; some CPUs take 40 s for the next one in bfloat16
+ENOUGH_SECONDS = 0.002  # of the others: what a launch takes is little beside it
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
 _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TOKENS = 2**24  # of a stage whose cost is counted: their positions are real numbers, a second's work by then
@@ -199,21 +200,28 @@ def _text_len(pipe: Any, text_len: int | None) -> int | None:
 
 @lru_cache
 def half_of_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second, from a matrix product of a few milliseconds; a small one where that takes long already."""
+    """Operations a second, from matrix products of a few milliseconds; a small one where that takes long already."""
     side = 2048
     right = torch.randn(side, side, device=device, dtype=dtype)
-    for rows in (8, 512):
+    for rows, times, enough in (
+        (8, 1, LONG_SECONDS),
+        (512, 1, ENOUGH_SECONDS),
+        (4096, 8, ENOUGH_SECONDS),
+        (4096, 64, 0),
+    ):
         left = torch.randn(rows, side, device=device, dtype=dtype)
-        seconds = min(_seconds(left, right) for _ in range(3))
-        if seconds > LONG_SECONDS:
+        seconds = min(_seconds(left, right, times) for _ in range(3))
+        if seconds > enough:
             break
-    return 0.5 * 2 * rows * side * side / seconds
+    return 0.5 * 2 * rows * side * side * times / seconds
 
 
-def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
-    """How long one matrix product takes."""
+def _seconds(left: torch.Tensor, right: torch.Tensor, times: int) -> float:
+    """How long so many matrix products take, one after the other."""
     began = time.perf_counter()
-    float((left @ right).float().sum())  # waits for the device
+    for _ in range(times):
+        product = left @ right
+    float(product[0, 0])  # waits for the device
     return time.perf_counter() - began
 
 

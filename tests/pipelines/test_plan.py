@@ -179,18 +179,25 @@ def test_plan_refuses_what_does_not_fit() -> None:
         cascade(0, 16, FLUX, Settings(), **CALL)
 
 
-@pytest.mark.parametrize(("seconds", "rows"), [(1.0, [8] * 3), (0.001, [8] * 3 + [512] * 3)])
+@pytest.mark.parametrize(
+    ("seconds", "products"),
+    [
+        (1.0, [(8, 1)] * 3),
+        (0.01, [(8, 1)] * 3 + [(512, 1)] * 3),
+        (0.0001, [(8, 1)] * 3 + [(512, 1)] * 3 + [(4096, 8)] * 3 + [(4096, 64)] * 3),
+    ],
+)
 def test_half_of_peak_is_not_measured_for_long(
-    seconds: float, rows: list[int], monkeypatch: pytest.MonkeyPatch
+    seconds: float, products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow device is judged by the small product alone."""
-    seen: list[int] = []
+    """A slow device is judged by the small product alone, a fast one by many: one is over before it is measured."""
+    seen: list[tuple[int, int]] = []
 
-    def product(left: torch.Tensor, right: torch.Tensor) -> float:
-        seen.append(left.shape[0])
+    def product(left: torch.Tensor, right: torch.Tensor, times: int) -> float:
+        seen.append((left.shape[0], times))
         return seconds
 
     monkeypatch.setattr(estimate, "_seconds", product)
     speed = estimate.half_of_peak.__wrapped__(torch.device("cpu"), torch.float32)
-    assert seen == rows
-    assert speed == pytest.approx(0.5 * 2 * rows[-1] * 2048**2 / seconds)
+    assert seen == products
+    assert speed == pytest.approx(0.5 * 2 * math.prod(products[-1]) * 2048**2 / seconds)
