@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linearize.errors import why_too_large
+
 logger = logging.getLogger(__name__)
 
 
@@ -30,7 +32,7 @@ def last_step(pipe: Any) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def decoding_in_tiles_at_need(pipe: Any) -> Iterator[None]:
-    """Inside, a VAE that runs out of memory decodes once more: one picture at a time, in upstream's tiles."""
+    """Inside, a VAE for which pictures are too large decodes once more: one at a time, in upstream's tiles."""
     vae: Any = getattr(pipe, "vae", None)
     if not hasattr(vae, "enable_tiling"):
         yield
@@ -40,10 +42,11 @@ def decoding_in_tiles_at_need(pipe: Any) -> Iterator[None]:
         def decoded(*args: Any, **kwargs: Any) -> Any:
             try:
                 return decode(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                if vae.use_tiling:
+            except RuntimeError as error:
+                why = why_too_large(error)
+                if vae.use_tiling or why is None:
                     raise
-                logger.warning("out of memory: the VAE decodes one picture at a time, in tiles")
+                logger.warning("%s: the VAE decodes one picture at a time, in tiles", why)
             torch.cuda.empty_cache()
             vae.enable_tiling()
             if hasattr(vae, "enable_slicing"):

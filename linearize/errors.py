@@ -22,6 +22,7 @@ class NotFiniteError(ValueError):
 
 NO_FAULT_OF_ARGUMENTS = (UnsupportedModelError, LayoutError, KernelNotReachedError, NotFiniteError)
 
+_TOO_MANY_NUMBERS = ("less than INT_MAX elements", "canUse32BitIndexMath")  # 2^31, as in a VAE at 4096 x 4096 pixels
 _NO_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator: can't allocate")
 
 
@@ -33,6 +34,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         if error.__cause__ is None:
             return False
         error = error.__cause__
+
+
+def why_too_large(error: BaseException) -> str | None:
+    """Why less at a time would do, in words; None for an error of another kind."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    return "a tensor is too large for CUDA's kernels" if any(one in str(error) for one in _TOO_MANY_NUMBERS) else None
 
 
 def told(error: Exception) -> str:

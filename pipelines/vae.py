@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from ..linearize.errors import is_out_of_memory
+from ..linearize.errors import why_too_large
 from .group_statistics import whole_statistics
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ SMALLEST_TILE = 256  # pixels; below it, a tile is mostly border
 
 
 def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
-    """Pictures of latents, in smaller tiles where memory runs out.
+    """Pictures of latents, in smaller tiles where memory runs out, or a tensor is too large for CUDA's kernels.
 
     Args:
         vae: An `AutoencoderKL` of diffusers, or Qwen-Image's (of videos), FLUX.2's, HunyuanImage's.
@@ -188,13 +188,14 @@ def _in_tiles(
             with _without_own_tiles(vae):
                 return _blended(vae, run, values, side, gain, what, progress, align)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            why = why_too_large(error)
+            if why is None:
                 raise
             largest = max(values.shape[-2:]) if side is None else min(side, max(values.shape[-2:]))
             smaller = largest // 2 // align * align
             if smaller * step < SMALLEST_TILE:
                 raise
-            logger.warning("out of memory: the VAE goes on in tiles of %d pixels", smaller * step)
+            logger.warning("%s: the VAE goes on in tiles of %d pixels", why, smaller * step)
             side = smaller
         torch.cuda.empty_cache()
 

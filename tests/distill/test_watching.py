@@ -26,8 +26,17 @@ def test_last_step_is_the_final_latents() -> None:
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_a_decoder_without_memory_goes_on_in_tiles(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+TOO_LARGE = {
+    "out of memory": torch.OutOfMemoryError(),
+    "a tensor is too large for CUDA's kernels": RuntimeError(
+        "Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false."
+    ),
+}
+
+
+@pytest.mark.parametrize("why", TOO_LARGE)
+def test_a_decoder_for_which_pictures_are_too_large_goes_on_in_tiles(
+    why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = prompted("sd3")
     whole = draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
@@ -35,16 +44,16 @@ def test_a_decoder_without_memory_goes_on_in_tiles(
 
     def runs_out(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.use_tiling:
-            raise torch.OutOfMemoryError
+            raise TOO_LARGE[why]
         return decode(self, latents, *args, **kwargs)
 
     monkeypatch.setattr(type(pipe.vae), "decode", runs_out)
     tiled = draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
-    assert "out of memory: the VAE decodes one picture at a time, in tiles" in caplog.text
+    assert f"{why}: the VAE decodes one picture at a time, in tiles" in caplog.text
     assert [one.tobytes() for one in tiled] == [one.tobytes() for one in whole]  # each is smaller than a tile
     assert "decode" not in vars(pipe.vae)
-    monkeypatch.setattr(type(pipe.vae), "decode", Mock(side_effect=torch.OutOfMemoryError))
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(type(pipe.vae), "decode", Mock(side_effect=TOO_LARGE[why]))
+    with pytest.raises(type(TOO_LARGE[why])):
         draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))
 
 

@@ -149,8 +149,17 @@ def test_tiles_cover_every_size(vae: Any, size: tuple[int, int]) -> None:
     assert pixels_per_latent(vae) == 2
 
 
-def test_decode_goes_on_in_smaller_tiles_when_memory_runs_out(
-    vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+TOO_LARGE = {
+    "out of memory": torch.OutOfMemoryError("decoder"),
+    "a tensor is too large for CUDA's kernels": RuntimeError(
+        "upsample_nearest_nhwc only supports output tensors with less than INT_MAX elements, but got ..."
+    ),
+}
+
+
+@pytest.mark.parametrize("why", TOO_LARGE)
+def test_decode_goes_on_in_smaller_tiles_when_a_picture_is_too_large(
+    why: str, vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     latents = torch.randn(1, 4, 150, 260, generator=torch.Generator().manual_seed(0))
     wanted = decode(vae, latents, tile=260)
@@ -159,13 +168,13 @@ def test_decode_goes_on_in_smaller_tiles_when_memory_runs_out(
     def small_memory(part: Tensor, return_dict: bool) -> Any:
         sizes.append(part.shape[-2:].numel())
         if sizes[-1] > 160**2:
-            raise torch.OutOfMemoryError("decoder")
+            raise TOO_LARGE[why]
         return own(part, return_dict=return_dict)
 
     monkeypatch.setattr(vae, "decode", small_memory)
     assert torch.equal(decode(vae, latents, tile=640), wanted)
     assert sizes[0] == 150 * 260 and max(sizes[1:]) == 130**2
-    assert "the VAE goes on in tiles of 260 pixels" in caplog.text
-    monkeypatch.setattr(vae, "decode", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
-    with pytest.raises(torch.OutOfMemoryError):
+    assert f"{why}: the VAE goes on in tiles of 260 pixels" in caplog.text
+    monkeypatch.setattr(vae, "decode", lambda *_, **__: (_ for _ in ()).throw(TOO_LARGE[why]))
+    with pytest.raises(type(TOO_LARGE[why])):
         decode(vae, latents, tile=None)
