@@ -10,6 +10,8 @@ m_i, and the share it gets comes back in one more of the value.
 B batch, H heads, N queries, T keys, D head dimension.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -73,11 +75,14 @@ def _attend(
     """What the keys give, [B, H, N, D], and the share of the extra one, [B, H, N, 1], which is the last of `mask`."""
     dtype, head_dim = value.dtype, query.shape[-1]
     query, key = query.to(dtype), key.to(dtype)
-    high = (extra_logit / scale).to(dtype)
-    low = (extra_logit / scale - high).to(dtype)  # to twice the digits of a half precision
+    # near the common 1 / scale, and exact: extra_logit / scale alone is beyond float16 where logits are far from it
+    of_key = 2.0 ** round(math.log2(head_dim) / 2)
+    exact = extra_logit / (scale * of_key)
+    high = exact.to(dtype)
+    low = (exact - high).to(dtype)  # to twice the digits of a half precision
     query = torch.cat([query, pad(torch.stack([high, low], -1), (0, MORE - 2))], -1)
     extra_key, extra_value = query.new_zeros(2, *key.shape[:2], 1, head_dim + MORE)
-    extra_key[..., head_dim : head_dim + 2] = 1
+    extra_key[..., head_dim : head_dim + 2] = of_key
     extra_value[..., head_dim] = 1
     key = torch.cat([pad(key, (0, MORE)), extra_key], 2)
     value = torch.cat([pad(value, (0, MORE)), extra_value], 2)

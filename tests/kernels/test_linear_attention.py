@@ -192,3 +192,13 @@ def test_attend_with_extra_key_is_one_softmax(masked: bool, dtype: torch.dtype) 
     assert_matches_reference(joined, by_hand, inputs, dtype)
     if masked:
         assert torch.equal(joined(*inputs)[1], image_out[1])
+
+
+def test_attend_with_extra_key_takes_products_beyond_float16() -> None:
+    """As softmax attention does: queries and keys without a norm have such products, in Stable Diffusion 2 for one."""
+    query = key = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)  # 102,400, of which a logit is an eighth
+    value, extra = torch.randn(2, 1, 1, 1, 64).half()
+    logit = torch.tensor([[[12_801.0]]])
+    out = attend_with_extra_key(query, key, value, logit, extra, scale=64**-0.5)
+    share = torch.sigmoid(torch.tensor(1.0))
+    torch.testing.assert_close(out.float(), torch.lerp(value.float(), extra.float(), share), atol=2e-3, rtol=2e-3)
