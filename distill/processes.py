@@ -8,6 +8,7 @@ lesson of `layerwise.py` ends in its layer and some losses reach a weight in one
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     broadcast,
     broadcast_object_list,
     gather_object,
@@ -28,6 +30,7 @@ from .diverged import DivergedError
 SENTENCES = (ValueError, OSError, DivergedError)  # that end a run with their message alone
 OF_ALL = "All processes of the launch raise this."  # a note that an error has
 BUCKET = 2**25  # elements that are exchanged at once
+WAIT = timedelta(hours=1)  # while the main process writes tens of GB to a slow disk; NCCL by itself waits ten minutes
 
 Result = TypeVar("Result")
 
@@ -52,6 +55,7 @@ def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = Non
         mixed_precision="no",  # autocast is ours: the teacher must not always have it
         # what accelerate would else read from its environment:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         dynamo_backend="no",
         log_with=list(trackers) or None,
         project_dir=folder,

@@ -118,3 +118,11 @@ def test_other_samples_in_one_process_are_refused_by_all(tmp_path: Path) -> None
         _check_same_samples(accelerator, cast(TeacherSamples, mine))
 
     _in_processes(work, tmp_path)
+
+
+def test_start_accelerator_waits_while_a_large_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Mock(return_value=SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(processes, "Accelerator", make)
+    start_accelerator()
+    (handler,) = make.call_args.kwargs["kwargs_handlers"]
+    assert handler.to_kwargs()["timeout"] == processes.WAIT
