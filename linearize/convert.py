@@ -19,6 +19,7 @@ from .methods.settings import check_count
 from .networks import denoiser, networks
 from .report import SwapReport
 from .seam.conversion import Conversion, conversion_of, tell_unused_dense_below
+from .seam.group_offload import regroup_offload_
 from .seam.hooks import Level, install
 from .seam.input_terms import InputTerms, check_inputs
 from .seam.intercept import LinearAttention, change_class, check_forward, linear_class
@@ -80,6 +81,7 @@ def linearize_(
         conversion.overlays = before.overlays
     kernels = {name: _kernel(candidates[name], one, impl) for name, one in configs.items()}
     swap_(model, conversion, {name: candidates[name] for name in configs}, kernels)
+    regroup_offload_(model)
     write_entry_(model)
     if conversion.overlays.items:
         logger.warning("what was trained on the base for the conversion before stays: restore_ first to begin anew")

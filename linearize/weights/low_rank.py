@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..adapters.manifest import Trained
+from ..seam.group_offload import regroup_offload_
 from ..seam.intercept import change_class, check_forward
 from .overlays import NO_WAY_BACK, plain_layer
 
@@ -105,6 +106,7 @@ class LowRank:
             layer.add_module(LORA_NAME, LowRankTerm(*factors[name], scale=alpha / self.rank))
             plain_class: Any = type(layer)
             change_class(layer, low_rank_class(plain_class))
+        regroup_offload_(model)
         _forget_graphs()
 
     def terms(self) -> dict[str, LowRankTerm]:

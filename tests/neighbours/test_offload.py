@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
+from diffusers.hooks import group_offloading
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -173,6 +174,30 @@ def test_group_offload_keeps_the_student(
         assert torch.equal(forward(pipe), base)
     restore_(pipe)
     assert torch.equal(forward(pipe), base)
+
+
+@flux
+@group_offload
+@pytest.mark.parametrize("adapter", ["lora"], indirect=True)
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offload_is_told_of_weights_that_come_later(
+    pipe: Any, forward: Callable[[Any], Tensor], adapter: Path, offload_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With streams a group copies the weights that there are when it is made, and looks for no other."""
+    load_adapter_(pipe, adapter)
+    student, model, seen = forward(pipe), denoiser(pipe)[1], set()
+    restore_(pipe)
+    make = group_offloading.ModuleGroup.__init__
+
+    def made(group: Any, *args: Any, **kwargs: Any) -> None:
+        make(group, *args, **kwargs)
+        seen.update(group.parameters, *(module.parameters() for module in group.modules))
+
+    monkeypatch.setattr(group_offloading.ModuleGroup, "__init__", made)
+    model.enable_group_offload(CPU, offload_type=offload_type, num_blocks_per_group=1)
+    load_adapter_(pipe, adapter)
+    assert seen >= set(model.parameters())
+    assert torch.equal(forward(pipe), student)
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"], indirect=True)
