@@ -224,7 +224,9 @@ def _attend(
         attn_mask = None if attn_mask is None else reorder(attn_mask, order, dim=-1)
         layout = replace(layout, text_first=False)
     if attn_mask is not None:
-        text_mask = text_mask_of(attn_mask, query, layout, asked=level.conversion.masks_asked)
+        # a list that grows would be traced anew
+        asked = None if torch.compiler.is_compiling() else level.conversion.masks_asked
+        text_mask = text_mask_of(attn_mask, query, layout, asked=asked)
         layout = replace(layout, text_mask=text_mask)
     out = call_beside(kernel, query, key, value, layout, scale=scale)
     if order is not None:

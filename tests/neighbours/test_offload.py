@@ -30,6 +30,7 @@ from lineardit import (
     restore_,
     save_adapter,
 )
+from lineardit.linearize import swapped
 from lineardit.linearize.networks import denoiser
 from tiny_models import build, inputs_of
 
