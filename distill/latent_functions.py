@@ -14,6 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import Tensor
 
+from ..pipelines.fresh_noise import noise_drawn_from
 from ..pipelines.latents import unpack_latents
 from ..pipelines.vae import decode
 
@@ -55,16 +56,17 @@ def _flux_generate(
     guidance: float,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    return pipe(
-        prompt_embeds=conditions["prompt_embeds"],
-        pooled_prompt_embeds=conditions["pooled_prompt_embeds"],
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=list(generators),
-        output_type="latent",
-    ).images
+    with noise_drawn_from(pipe.scheduler, list(generators)):
+        return pipe(
+            prompt_embeds=conditions["prompt_embeds"],
+            pooled_prompt_embeds=conditions["pooled_prompt_embeds"],
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=list(generators),
+            output_type="latent",
+        ).images
 
 
 def _flux_decode(pipe: Any, latents: Tensor, grid: Grid) -> list[Image.Image]:

@@ -32,6 +32,7 @@ from ..linearize.networks import denoiser
 from ..linearize.seam.conversion import conversion_of
 from ..linearize.what_runs import dense_below_of
 from ..pipelines.files import check_finite
+from ..pipelines.fresh_noise import noise_drawn_from
 from ..pipelines.sizes import check_size, default_size
 from .identity import fingerprint, main_dtype
 from .latent_functions import has_row, latent_functions
@@ -154,7 +155,9 @@ def draw_whole(
         call |= {"prompt": prompts[0], "generator": generators[0]}
     else:
         call = for_batch(call, len(prompts)) | {"prompt": prompts, "generator": generators}
-    with last_step(pipe) as made, decoding_in_tiles_at_need(pipe), arguments_named(pipe, settings.arguments):
+    fresh_noise = noise_drawn_from(getattr(pipe, "scheduler", None), generators)
+    named = arguments_named(pipe, settings.arguments)
+    with fresh_noise, last_step(pipe) as made, decoding_in_tiles_at_need(pipe), named:
         output = pipe(**call)
     images = output[0]
     if not made or not all(isinstance(image, Image.Image) for image in images) or len(images) != len(prompts):

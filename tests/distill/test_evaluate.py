@@ -151,7 +151,9 @@ def test_make_pictures_makes_another_prompts_picture_anew(pipe: FluxPipeline, tm
     assert len(calls) == SETTINGS.steps
 
 
-def test_make_pictures_does_not_depend_on_the_batch(pipe: FluxPipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_make_pictures_does_not_depend_on_the_batch(pipe: FluxPipeline, tmp_path: Path, stochastic: bool) -> None:
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=stochastic)
     one = PictureSettings(**vars(SETTINGS) | {"batch_size": 1})
     singly, together = (make_pictures(pipe, THREE, tmp_path / str(how), how) for how in (one, SETTINGS))
     for a, b in zip(singly.latents, together.latents, strict=True):
