@@ -94,14 +94,13 @@ def nearness(
 
 def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
     """What a student is opened with; one that is missing is told before the base is loaded."""
-    from ..linearize.adapters.adapter import adapter_file
     from ..linearize.adapters.base import read_base
-    from ..linearize.adapters.place import find_place
+    from ..linearize.adapters.conversion import is_adapter
 
-    if adapter_file(find_place(student, offline=offline)) is None:
-        read_base(student, offline=offline)
-        return {}
-    return {"base": base}  # not the one that it names
+    if is_adapter(student, offline=offline):
+        return {"base": base}  # not the one that it names
+    read_base(student, offline=offline)
+    return {}
 
 
 def show(found: "dict[str, Nearness]", how: str = "") -> None:

@@ -120,9 +120,7 @@ def read_adapter(
             + (", or, offline, it is not in the local cache" if place.offline else "")
         )
     manifest = read_manifest(file)
-    if file == place.folder:
-        return manifest, _tensors_of(file, weights)
-    return manifest, {} if manifest.tensors is None else _checked_tensors(place, manifest.tensors, weights)
+    return manifest, adapter_tensors(place, manifest, weights=weights)
 
 
 def adapter_file(place: Place) -> Path | None:
@@ -147,6 +145,13 @@ def check_adapter_output(path: Path, *, overwrite: bool) -> None:
         check_output_file(path, overwrite=overwrite)
     else:
         check_output(path, overwrite=overwrite)
+
+
+def adapter_tensors(place: Place, manifest: Manifest, *, weights: bool = True) -> dict[str, Tensor]:
+    """The checked tensors of an adapter whose manifest has been read; arguments and errors as of `read_adapter`."""
+    if place.folder is not None and is_single_file(place.folder):
+        return _tensors_of(place.folder, weights)
+    return {} if manifest.tensors is None else _checked_tensors(place, manifest.tensors, weights)
 
 
 def _tensors_of(file: Path, weights: bool) -> dict[str, Tensor]:

@@ -213,4 +213,7 @@ def _nothing_found(place: Place, component: str | None) -> str:
         )
     if place.file(MANIFEST_FILE) is not None:
         return f"{place.name} is an adapter, not a base: give the base that its {MANIFEST_FILE} names"
-    return f"{place.name} has no {PIPELINE_FILE} or {CONFIG_FILE}: give a pipeline or a denoiser in diffusers' format"
+    return (
+        f"{place.name} has no {PIPELINE_FILE} or {CONFIG_FILE}, and no {MANIFEST_FILE} as an adapter has: give a "
+        "pipeline or a denoiser in diffusers' format"
+    )

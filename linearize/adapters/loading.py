@@ -18,14 +18,15 @@ from ..networks import denoiser
 from ..seam.conversion import put_on
 from ..weights.full_weights import FullWeights
 from ..weights.low_rank import LORA_NAME, LowRank, like_layer
-from .adapter import adapter_file, mount_adapter_, read_adapter
-from .base import Base, build_on_meta, read_base
-from .config_entry import CONFIG_KEY, entry_expected, write_entry_
+from .adapter import adapter_tensors, mount_adapter_
+from .base import Base, build_on_meta
+from .config_entry import entry_expected, write_entry_
 from .fitting import check_shapes, shapes_of
 from .hub import told_if_slow
-from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry
+from .manifest import MANIFEST_FILE, Entry, Manifest
+from .named import Named, find_named
 from .outline import parts_on_meta
-from .place import CONFIG_FILE, PIPELINE_FILE, Place, check_spelling, find_place
+from .place import CONFIG_FILE, Place
 from .quantization import Quantization, cast_layerwise_, quantization_options, quantization_told
 from .stored_weights import check_has_weights, files_of_denoiser, stored_dtype, variant_of
 
@@ -76,30 +77,40 @@ def from_pretrained(
     """
     if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
-    place = find_place(directory_or_repo, revision=revision, offline=offline)
-    if adapter_file(place) is None:
-        return _restored(place, dtype=dtype, base=base, impl=impl, options=options | {"weights": weights})
-    manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline, weights=weights)
-    found = base_of(manifest, place.name, base, offline=offline)
-    pipe = load_base(found, dtype=dtype, offline=offline, weights=weights, **options)
-    mount_adapter_(pipe, manifest, tensors, keep_original=keep_original, impl=impl)
+    named = find_named(directory_or_repo, base=base, revision=revision, offline=offline)
+    if named.conversion is None:
+        raise ValueError(_not_converted(named.place.name, named.base))
+    return load_converted(named, dtype=dtype, impl=impl, keep_original=keep_original, weights=weights, **options)
+
+
+def load_converted(
+    named: Named,
+    *,
+    dtype: torch.dtype | Literal["auto"] | None,
+    impl: str,
+    keep_original: bool = True,
+    weights: bool = True,
+    **options: Any,
+) -> Any:
+    """`from_pretrained` for an adapter or a saved converted model that was found."""
+    place, conversion = named.place, named.conversion
+    opening: dict[str, Any] = {"dtype": dtype, "offline": place.offline, "weights": weights, **options}
+    if isinstance(conversion, Manifest):
+        tensors = adapter_tensors(place, conversion, weights=weights)
+        pipe = load_base(named.base, **opening)
+        mount_adapter_(pipe, conversion, tensors, keep_original=keep_original, impl=impl)
+        return pipe
+    assert conversion is not None, "a plain base is no conversion"
+    if conversion.warning is None:
+        logger.warning(
+            "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full "
+            "attention; use lineardit.save_adapter to keep a student",
+            place.name,
+        )
+    pipe = load_base(named.base, **opening)
+    _, model = denoiser(pipe)
+    _restore_conversion_(model, conversion, impl, _folder_of(model, place), weights)
     return pipe
-
-
-def base_of(manifest: Manifest, adapter: str, base: str | Path | None = None, *, offline: bool = False) -> Base:
-    """What the config files of `base` say; None: of the one that an adapter names, at the revision that it names.
-
-    Raises:
-        ValueError: the adapter names none, or it is missing, out of reach or damaged.
-    """
-    if base is not None:
-        return read_base(base, offline=offline)
-    if manifest.base is None:
-        raise ValueError(f"{adapter} does not name its base (it was made in memory): pass base= (--base)")
-    check_spelling(manifest.base)
-    if Path(manifest.base).is_absolute() and not Path(manifest.base).exists():
-        raise ValueError(f"the base of {adapter} is no longer at {manifest.base}: pass base= (--base) with its place")
-    return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
 
 
 def load_base(
@@ -162,42 +173,6 @@ def load_base(
             **dict.fromkeys(base.absent) | options,
         )
     cast_layerwise_(denoiser(pipe)[1], quantization, named)
-    return pipe
-
-
-def _restored(
-    place: Place,
-    *,
-    dtype: torch.dtype | Literal["auto"] | None,
-    base: str | Path | None,
-    impl: str,
-    options: Mapping[str, Any],
-) -> Any:
-    """What a plain save_pretrained of a converted pipeline or denoiser wrote."""
-    saved = None
-    if place.holds_a_model():
-        saved = read_base(place.name, revision=place.revision, offline=place.offline)
-    if saved is None and place.folder is None and place.offline:
-        raise ValueError(f"{place.name} is not in the local cache, and offline=True (--offline, HF_HUB_OFFLINE=1)")
-    if saved is None:
-        raise ValueError(
-            f"{place.name} is neither an adapter (no {MANIFEST_FILE}) nor a saved converted pipeline: it has no "
-            f"{PIPELINE_FILE} either, as every pipeline of diffusers has"
-        )
-    if CONFIG_KEY not in saved.config:
-        raise ValueError(_not_converted(place.name, saved))
-    entry = read_entry(saved.config[CONFIG_KEY])
-    if base is not None:
-        raise ValueError(f"{place.name} is a whole pipeline, base must be None, got {base}")
-    if entry.warning is None:
-        logger.warning(
-            "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full "
-            "attention; use lineardit.save_adapter to keep a student",
-            place.name,
-        )
-    pipe = load_base(saved, dtype=dtype, offline=place.offline, **options)
-    _, model = denoiser(pipe)
-    _restore_conversion_(model, entry, impl, _folder_of(model, place), options.get("weights", True))
     return pipe
 
 

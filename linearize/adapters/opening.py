@@ -3,16 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from ..errors import nearest
 from ..methods import check_impl_known
-from .adapter import adapter_file
-from .base import read_base
-from .config_entry import CONFIG_KEY
-from .loading import from_pretrained, load_base
-from .place import find_place
+from .loading import load_base, load_converted
+from .named import find_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,21 +40,15 @@ def open_pipeline(
             adapter.
     """
     check_impl_known(impl)
-    place = find_place(name, revision=revision, offline=offline)
-    is_adapter = adapter_file(place) is not None
-    plain = None if is_adapter or not place.holds_a_model() else read_base(name, revision=revision, offline=offline)
-    if plain is None or CONFIG_KEY in plain.config:
-        placed: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, **options}
-        pipe = from_pretrained(name, dtype=dtype, impl=impl, **placed)
-    elif base is not None:
-        raise ValueError(f"base is for adapters, and {name} is a whole model: leave base out")
-    elif plain.source.pipeline_class is None:
-        raise ValueError(f"{name} is a denoiser alone: give the folder or Hub id of the pipeline it belongs to")
-    else:
-        pipe = load_base(plain, dtype=dtype, offline=offline, **options)
-    if not isinstance(pipe, diffusers.DiffusionPipeline):
-        raise ValueError(f"{name} belongs to a denoiser alone, which makes no pictures: pass a pipeline as base")
-    return pipe
+    named = find_named(name, base=base, revision=revision, offline=offline)
+    if named.base.source.pipeline_class is None:
+        raise ValueError(
+            f"{named.base.source.name} is a denoiser alone, which makes no pictures: give the folder or Hub id of the "
+            "pipeline that it belongs to; of an adapter, as base (--base)"
+        )
+    if named.conversion is None:
+        return load_base(named.base, dtype=dtype, offline=offline, **options)
+    return load_converted(named, dtype=dtype, impl=impl, **options)
 
 
 def named_dtype(name: str) -> torch.dtype:

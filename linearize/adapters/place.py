@@ -36,10 +36,6 @@ class Place:
         folder = self.folder / path
         return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else None
 
-    def holds_a_model(self) -> bool:
-        """Whether a pipeline or a denoiser in diffusers' format lies there."""
-        return any(self.file(name) is not None for name in (PIPELINE_FILE, CONFIG_FILE))
-
 
 def find_place(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Place:
     """Where a base or an adapter is; the environment's HF_HUB_OFFLINE=1 is `offline` as well.

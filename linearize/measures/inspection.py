@@ -7,12 +7,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter import adapter_file
-from ..adapters.base import Base, build_on_meta, read_base
-from ..adapters.config_entry import CONFIG_KEY
-from ..adapters.loading import base_of
-from ..adapters.manifest import read_entry, read_manifest
-from ..adapters.place import find_place
+from ..adapters.base import Base, build_on_meta
+from ..adapters.named import find_named
 from ..convert import check_impl
 from ..families import family_of
 from ..matching import attention_modules, choose
@@ -88,19 +84,11 @@ def inspect_base(
             that is no adapter.
     """
     check_impl_known(impl)
-    place = find_place(base_or_adapter, revision=revision, offline=offline)
-    file = adapter_file(place)
-    if file is None:
-        if base is not None:
-            raise ValueError(f"base is for adapters, and {base_or_adapter} is a whole model: leave base out")
-        found = read_base(base_or_adapter, revision=revision, offline=offline)
-        saved: Any = read_entry(found.config[CONFIG_KEY]) if CONFIG_KEY in found.config else None
-    else:
-        saved = manifest = read_manifest(file)
-        found = base_of(manifest, place.name, base, offline=offline)
-    if saved is None:
-        return _inspect(found, {}, impl, 0)
-    return _inspect(found, saved.configs(), impl, saved.dense_tokens if impl == "auto" else 0)
+    named = find_named(base_or_adapter, base=base, revision=revision, offline=offline)
+    if named.conversion is None:
+        return _inspect(named.base, {}, impl, 0)
+    dense_below = named.conversion.dense_tokens if impl == "auto" else 0
+    return _inspect(named.base, named.conversion.configs(), impl, dense_below)
 
 
 def _inspect(base: Base, patterns: Mapping[str, Any], impl: str, dense_below: int) -> Inspection:

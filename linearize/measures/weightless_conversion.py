@@ -12,13 +12,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import adapter_file, mount_adapter_, read_adapter
-from ..adapters.base import Base, build_on_meta, read_base
+from ..adapters.adapter import adapter_tensors, mount_adapter_
+from ..adapters.base import Base, build_on_meta
 from ..adapters.config_entry import CONFIG_KEY
 from ..adapters.fitting import check_fit
-from ..adapters.loading import base_of
-from ..adapters.manifest import Manifest, read_entry
-from ..adapters.place import find_place
+from ..adapters.manifest import Manifest
+from ..adapters.named import find_named
 from ..convert import check_impl, linearize_
 from ..families import family_of
 from ..matching import attention_modules, choose
@@ -87,20 +86,28 @@ class WeightlessConversion:
             base: To read in place of the base that an adapter names.
             offline: Never touch the network.
         Raises:
-            ValueError: missing, damaged, not converted, or of a model whose inputs are not known by name.
+            ValueError: missing, damaged, not converted, of a model whose inputs are not known by name, or `base` beside
+                something that is no adapter.
         """
-        place = find_place(name, offline=offline)
-        if adapter_file(place) is None:
-            found, adapter = _saved_pipeline(name, offline), None
-            saved: Any = read_entry(found.config[CONFIG_KEY])
+        named = find_named(name, base=base, offline=offline)
+        found, conversion = named.base, named.conversion
+        if conversion is None:
+            raise ValueError(f"{name} is not converted: `lineardit convert {quote(str(name))} -o DIR` makes an adapter")
+        if isinstance(conversion, Manifest):
+            adapter = conversion, adapter_tensors(named.place, conversion)
+        elif conversion.trained:
+            raise ValueError(
+                f"{name} holds what was trained among its weights, which are not read: time the adapter itself "
+                "(lineardit.save_adapter of the loaded pipeline makes one)"
+            )
         else:
-            adapter = read_adapter(name, offline=offline)
-            found, saved = base_of(adapter[0], place.name, base, offline=offline), adapter[0]
+            adapter = None
         if not can_make_inputs(build_on_meta(found)):
             raise ValueError(
                 f"the inputs of a {found.model_class} cannot be made up: `lineardit evaluate` times whole pictures"
             )
-        return cls(name=str(name), base=found, configs=saved.configs(), dense_below=saved.dense_tokens, adapter=adapter)
+        configs, dense_below = conversion.configs(), conversion.dense_tokens
+        return cls(name=str(name), base=found, configs=configs, dense_below=dense_below, adapter=adapter)
 
     def fitting(self, sizes: Sequence[Size], conditions: Conditions, *, all_of: bool = True) -> list[Size]:
         """The sizes that the model can make.
@@ -190,18 +197,6 @@ class WeightlessConversion:
     def latents(self, size: Size) -> Size:
         """(height, width) in the VAE's latents."""
         return size[0] // self.base.vae_scale, size[1] // self.base.vae_scale
-
-
-def _saved_pipeline(name: str | Path, offline: bool) -> Base:
-    found = read_base(name, offline=offline)
-    if CONFIG_KEY not in found.config:
-        raise ValueError(f"{name} is not converted: `lineardit convert {quote(str(name))} -o DIR` makes an adapter")
-    if read_entry(found.config[CONFIG_KEY]).trained:
-        raise ValueError(
-            f"{name} holds what was trained among its weights, which are not read: time the adapter itself "
-            "(lineardit.save_adapter of the loaded pipeline makes one)"
-        )
-    return found
 
 
 def failed(model_class: str, width_height: str, error: Exception) -> str:

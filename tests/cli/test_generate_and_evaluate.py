@@ -151,7 +151,7 @@ def test_evaluate_writes_table_report_and_sheet(
         (["generate", "{base}", "a", "--dtype", "float64"], "float32, bfloat16, float16"),
         (["generate", "{base}", "a", "--device", "gpu"], "cpu"),
         (["generate", "{base}", "a", "--offload", "some"], "none, model, sequential, group"),
-        (["generate", "{base}", "a", "--base", "{base}"], "base is for adapters"),
+        (["generate", "{base}", "a", "--base", "{base}"], "base (--base) is for adapters"),
         (["generate", "{base}", "a", "-o", "out.gif"], ".png"),
         (["generate", "{base}", "a", "--max-sequence-length", "9999", "-o", "new/out.png"], "cannot be greater"),
         (["generate", "{base}", "a", "--impl", "tield"], "impl must be one of auto, reference, masked, tiled, triton"),

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ import lineardit
 from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize import swapped
 from lineardit.linearize.adapters.base import read_base
+from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.adapters.stored_weights import stored_dtype
+from lineardit.linearize.measures.inspection import inspect_base
+from lineardit.linearize.measures.weightless_conversion import WeightlessConversion
 from tiny_models import build, inputs_of
 
 
@@ -210,10 +214,36 @@ def test_from_pretrained_says_what_a_folder_is_not(base: Path, tmp_path: Path) -
     exec("\n".join(lines[0]), typed)
     assert swapped(typed["pipe"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"neither an adapter .* nor .*: it has no model_index.json either"):
+    with pytest.raises(
+        ValueError, match=r"has no model_index.json or config.json, and no lineardit.json as an adapter"
+    ):
         from_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="it is not a Hub id"):
         from_pretrained(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("read", [from_pretrained, open_pipeline, inspect_base, WeightlessConversion.read])
+@pytest.mark.parametrize("conversion", [None, Clear(radius=2)], ids=["base", "saved"])
+def test_a_base_is_refused_beside_what_is_no_adapter(
+    base: Path, conversion: Clear | None, read: Callable[..., Any], tmp_path: Path
+) -> None:
+    pipe = flux_pipeline()
+    if conversion is not None:
+        linearize_(pipe, conversion)
+    pipe.save_pretrained(tmp_path / "whole")
+    with pytest.raises(
+        ValueError, match=r"base \(--base\) is for adapters, and .*/whole is a whole model: leave it out"
+    ):
+        read(tmp_path / "whole", base=base)
+
+
+def test_open_pipeline_refuses_a_denoiser_alone(base: Path, tmp_path: Path) -> None:
+    denoiser = base / "transformer"
+    save_adapter(student_of(base, "kernels"), tmp_path / "adapter")
+    for source, options in ((denoiser, {}), (tmp_path / "adapter", {"base": denoiser})):
+        with pytest.raises(ValueError, match=r"base/transformer is a denoiser alone, which makes no pictures: give"):
+            open_pipeline(source, **options)
+    assert swapped(from_pretrained(tmp_path / "adapter", base=denoiser))
 
 
 def test_from_pretrained_needs_a_base_with_weights(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What a name stands for, by config files alone: an adapter with its base, a saved converted model, or a plain base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .adapter import adapter_file
+from .base import Base, read_base
+from .config_entry import CONFIG_KEY
+from .manifest import Entry, Manifest, read_entry, read_manifest
+from .place import Place, check_spelling, find_place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What a folder, file or Hub id is.
+
+    Attributes:
+        place: Where it lies.
+        base: The model: of an adapter the one that it goes on, else what lies there itself.
+        conversion: An adapter's manifest, or the entry of a saved converted model; None: a plain base.
+    """
+
+    place: Place
+    base: Base
+    conversion: Manifest | Entry | None
+
+
+def find_named(
+    name: str | Path, *, base: str | Path | None = None, revision: str | None = None, offline: bool = False
+) -> Named:
+    """What a name stands for.
+
+    Args:
+        name: Folder, file or Hub id.
+        base: In place of the base that an adapter names.
+        revision: Branch, tag or commit of `name` on the Hub.
+        offline: Never touch the network.
+    Raises:
+        ValueError: it or the base of an adapter is missing, out of reach or damaged, or `base` beside something that
+            is no adapter.
+    """
+    place = find_place(name, revision=revision, offline=offline)
+    file = adapter_file(place)
+    if file is not None:
+        manifest = read_manifest(file)
+        found = _base_of(manifest, place.name, base, offline=offline)
+        return Named(place=place, base=found, conversion=manifest)
+    found = read_base(place.name, revision=revision, offline=offline)
+    if base is not None:
+        raise ValueError(f"base (--base) is for adapters, and {place.name} is a whole model: leave it out")
+    entry = read_entry(found.config[CONFIG_KEY]) if CONFIG_KEY in found.config else None
+    return Named(place=place, base=found, conversion=entry)
+
+
+def _base_of(manifest: Manifest, adapter: str, base: str | Path | None, *, offline: bool) -> Base:
+    if base is not None:
+        return read_base(base, offline=offline)
+    if manifest.base is None:
+        raise ValueError(f"{adapter} does not name its base (it was made in memory): pass base= (--base)")
+    check_spelling(manifest.base)
+    if Path(manifest.base).is_absolute() and not Path(manifest.base).exists():
+        raise ValueError(f"the base of {adapter} is no longer at {manifest.base}: pass base= (--base) with its place")
+    return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
