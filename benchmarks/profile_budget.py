@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineardit.attention_map import draw_profile
 from lineardit.commands.quiet import quiet_libraries
 from lineardit.distill.files import write_json
 from lineardit.examples.tiny_flux import path, scenes
@@ -27,6 +26,7 @@ from lineardit.linearize import Agent, Clear, Profile, linearize_, profile_atten
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.measures.attention_profile import LayerProfile
 from lineardit.linearize.measures.budget import name_of
+from lineardit.plots import draw_profile
 
 logger = logging.getLogger(__name__)
 

@@ -49,8 +49,3 @@ def main_dtype(model: nn.Module) -> torch.dtype:
         if parameter.is_floating_point() and parameter.itemsize > 1:
             numbers[parameter.dtype] += parameter.numel()
     return numbers.most_common(1)[0][0]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as settings name it: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")

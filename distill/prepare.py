@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.pieces.results import dtype_name
 from ..linearize import families as conversions
 from ..linearize.calling import own_settings
 from ..linearize.convert import swapped
@@ -25,7 +26,7 @@ from ..linearize.networks import denoiser
 from ..linearize.weights.quantized import quantized_in
 from ..pipelines.sizes import check_size, default_size
 from .data import Sample, index_name
-from .identity import architecture, dtype_name, fingerprint, main_dtype
+from .identity import architecture, fingerprint, main_dtype
 from .latent_functions import has_row, latent_functions
 from .samples import call_of_teacher
 from .shards import write_shards

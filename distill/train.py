@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
+from ..kernels.pieces.results import dtype_name
 from ..linearize.adapters.adapter import save_adapter
 from ..linearize.adapters.base import read_base
 from ..linearize.adapters.loading import load_base
@@ -22,7 +23,7 @@ from .checkpoint import Resume
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
 from .figures import require_matplotlib
-from .identity import architecture, dtype_name, fingerprint, main_dtype
+from .identity import architecture, fingerprint, main_dtype
 from .plan import describe_plan
 from .precision import autocasts
 from .processes import all_or_none, on_main, start_accelerator

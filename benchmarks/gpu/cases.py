@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineardit.kernels.pieces.results import dtype_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -30,9 +32,8 @@ class Case:
     token_major: bool = False
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
         parts = [f"{self.grid[0]}x{self.grid[1]}", f"radius {self.radius:g}", f"text {self.text_len}"]
-        parts += [f"{self.num_heads} heads of {self.head_dim}", dtype]
+        parts += [f"{self.num_heads} heads of {self.head_dim}", dtype_name(self.dtype)]
         flags = {"masked": self.masked, "text last": not self.text_first, "token-major": self.token_major}
         parts += [f"batch {self.batch}"] * (self.batch > 1) + [f"{self.num_pooled} pooled"] * (self.num_pooled > 0)
         return ", ".join([*parts, *(name for name, given in flags.items() if given)])

@@ -12,6 +12,7 @@ from lineardit.kernels.focus.attention import cells_in_focus, focus_attention, f
 from lineardit.kernels.focus.choose import backward_blocks, choose_impl
 from lineardit.kernels.focus.tables import focus_tables
 from lineardit.kernels.pieces.cell_means import cell_means
+from lineardit.kernels.pieces.results import dtype_name
 from lineardit.kernels.window import Circle
 from lineardit.kernels.window.windows import from_arguments, to_arguments
 
@@ -40,7 +41,7 @@ class Case:
     batch: int = 1
 
     def __str__(self) -> str:
-        grid, dtype = "x".join(map(str, self.grid)), str(self.dtype).removeprefix("torch.")
+        grid, dtype = "x".join(map(str, self.grid)), dtype_name(self.dtype)
         tokens = f"{self.num_tokens} tokens of {self.num_cells} cells in focus"
         return f"{grid}, radius {self.radius:g}, {tokens}, tiles of {self.side}, {self.head_dim}, {dtype}"
 

@@ -1,4 +1,4 @@
-"""What results of attention are: the dtype that sums are in, and the order of memory."""
+"""What results of attention are: the dtype that sums are in, a dtype's name, and the order of memory."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,11 @@ from torch import Tensor
 def sum_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of logits, sums and log-sum-exp: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as configs and files name it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def token_major(like: Tensor, num_tokens: int) -> Tensor:

@@ -74,12 +74,13 @@ def bench(
 
 def _time(fitting: "Mapping[WeightlessConversion, Sequence[Size]]", conditions: "Conditions", output: Path) -> None:
     """Every conversion at its sizes; figures are written as they come, and told if the run is interrupted."""
-    from ..bench_plot import draw_step_times
     from ..distill.files import write_json
+    from ..kernels.pieces.results import dtype_name
     from ..linearize.measures.step_times import time_steps
+    from ..plots import draw_step_times
     from ..stages import that_device
 
-    settings = {"device": that_device(conditions.device), "dtype": str(conditions.dtype).removeprefix("torch.")}
+    settings = {"device": that_device(conditions.device), "dtype": dtype_name(conditions.dtype)}
     about = settings | {name: getattr(conditions, name) for name in ("pairs", "text_len", "impl", "compiled")}
     found: dict[str, list[StepTime]] = {}
     for conversion, sizes in fitting.items():

@@ -68,6 +68,7 @@ def evaluate(
     from ..distill.evaluate import Source
     from ..distill.evaluate import evaluate as compare
     from ..distill.pictures import PictureSettings
+    from ..kernels.pieces.results import dtype_name
     from ..scene_judge import judge_scene
     from .devices import find_device, find_dtype
 
@@ -78,7 +79,7 @@ def evaluate(
     settings = PictureSettings(height=height, width=width, max_sequence_length=max_sequence_length, **drawing)
     target = find_device(device)
     common: dict[str, Any] = {
-        "dtype": str(find_dtype(dtype, target)).removeprefix("torch."),
+        "dtype": dtype_name(find_dtype(dtype, target)),
         "device": str(target),
         "impl": impl,
         "offline": offline,

@@ -26,6 +26,7 @@ def load(
 ) -> tuple[Any, dict[str, str]]:
     """The pipeline in its place, and what its pictures say of it; without weights, in its shape, for a plan."""
     from .. import __version__
+    from ..kernels.pieces.results import dtype_name
     from ..linearize.adapters.adapter import adapter_file
     from ..linearize.adapters.base import source_of
     from ..linearize.adapters.opening import open_pipeline
@@ -51,7 +52,7 @@ def load(
     if swap_report(pipe) is None:  # else the conversion has said what it swapped
         print(f"{source} runs with its original attention")
     model = source_of(pipe, denoiser(pipe)[1]).name or source
-    about = {"model": model, "dtype": str(weights).removeprefix("torch."), "lineardit": __version__}
+    about = {"model": model, "dtype": dtype_name(weights), "lineardit": __version__}
     if quantization is not None:
         about["quantize"] = str(quantization)
     if loras:

@@ -59,7 +59,7 @@ def nearness(
     from ..linearize.folders import check_output_file, write_whole
     from ..linearize.measures.nearness import nearness as measure
     from ..linearize.measures.nearness import record_predictions
-    from ..nearness_plot import draw_nearness
+    from ..plots import draw_nearness
     from .devices import find_device, find_dtype
     from .loading import load_at_size, open_in_place
     from .quiet import quiet_libraries

@@ -55,10 +55,10 @@ def profile(
     from ..distill.figures import require_matplotlib
 
     require_matplotlib("profile.png")
-    from ..attention_map import draw_profile
     from ..linearize.folders import check_output_file
     from ..linearize.measures.profiling import profile_attention
     from ..linearize.methods import config_from_dict
+    from ..plots import draw_profile
     from .devices import find_device, find_dtype
     from .loading import load_at_size
     from .quiet import quiet_libraries

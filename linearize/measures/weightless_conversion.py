@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ...kernels.pieces.results import dtype_name
 from ..adapters.adapter import adapter_tensors, mount_adapter_
 from ..adapters.base import Base, build_on_meta
 from ..adapters.config_entry import CONFIG_KEY
@@ -138,7 +139,7 @@ class WeightlessConversion:
         if needed > free:
             raise ValueError(
                 f"the weights of this {self.base.model_class} are {needed / GIB:.1f} GiB in "
-                f"{str(conditions.dtype).removeprefix('torch.')}, {free / GIB:.1f} are free on {conditions.device}: "
+                f"{dtype_name(conditions.dtype)}, {free / GIB:.1f} are free on {conditions.device}: "
                 "take a smaller dtype or another device, or time fewer bits with `lineardit evaluate --quantize ...`"
             )
         return made

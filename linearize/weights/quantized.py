@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...kernels.pieces.results import dtype_name
+
 
 def is_quantized(parameter: Tensor) -> bool:
     """Whether it takes fewer bits than its layer computes in; torchao's claim a floating dtype of more."""
@@ -17,7 +19,7 @@ def quantized_in(model: nn.Module) -> str | None:
 
 
 def _kind(parameter: Tensor) -> str:
-    return str(parameter.dtype).removeprefix("torch.") if type(parameter) is nn.Parameter else type(parameter).__name__
+    return dtype_name(parameter.dtype) if type(parameter) is nn.Parameter else type(parameter).__name__
 
 
 def stored_tensors(parameter: Tensor) -> list[Tensor]:

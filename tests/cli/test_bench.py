@@ -10,7 +10,6 @@ from PIL import Image
 from two_conversions import convert_twice
 
 from lineardit import Clear
-from lineardit.bench_plot import draw_step_times
 from lineardit.cli import run
 from lineardit.commands.bench import verdict
 from lineardit.linearize.adapters.conversion import convert_base
@@ -18,6 +17,7 @@ from lineardit.linearize.measures.flops import StepFlops
 from lineardit.linearize.measures.step_times import StepTime
 from lineardit.linearize.measures.weightless_conversion import Conditions, WeightlessConversion
 from lineardit.linearize.seam.original import COVERED, below
+from lineardit.plots import draw_step_times
 from tiny_models import build
 
 

@@ -10,7 +10,7 @@ from two_conversions import convert_twice
 
 from lineardit.cli import run
 from lineardit.linearize.measures.nearness import Nearness
-from lineardit.nearness_plot import draw_nearness
+from lineardit.plots import draw_nearness
 
 
 @pytest.fixture(scope="module")
