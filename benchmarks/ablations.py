@@ -71,11 +71,11 @@ class Ablations(SceneStudents):
             self.draw(UNTRAINED, self.swapped(self.method, Path("converted")), self.plan.captions)
         for name, changes in rows.items():
             with self.stages.stage(name):
-                self.draw(name, self.taught(self.settings(name, changes)), self.plan.captions)
+                self.draw(name, self.taught(self.config(name, changes)), self.plan.captions)
             self.write(results)
         return [self.row(name) for name in self.made]
 
-    def settings(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> DistillConfig:
+    def config(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> DistillConfig:
         """The baseline's, but for these."""
         tables = self.tables(name.replace(" ", "-"), self.plan.seed) | {
             "method": config_to_dict(self.method),

@@ -100,7 +100,7 @@ class HighResolution:
         self.scenes = [scenes.sample(index, split="held_out") for index in range(amount.captions)]
         self.cascade = HighResolutionPipeline.from_pipe(self.student, native_size=amount.native)
         content = {"steps": amount.steps, "text_tokens": amount.text_tokens, "weights": weights}
-        plans = [self.plan(side).settings() for side in (amount.side, amount.largest)]
+        plans = [self.plan(side).recipe() for side in (amount.side, amount.largest)]
         self.stages = Stages(directory, content | {"attention": self.attention, "plans": plans})
         for pipe in (self.teacher, self.cascade, self.student):
             pipe.set_progress_bar_config(disable=True)

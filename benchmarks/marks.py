@@ -62,7 +62,7 @@ class Student(NamedTuple):
     steps: int
     untrained_captions: int
     captions: int
-    settings: tuple[str, ...]
+    changes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Marks(SceneStudents):
             self.draw(UNTRAINED[name], self.converted(name, one.method), one.untrained_captions)
         report()
         with self.stages.stage(f"distill: {name}"):
-            self.distill(name, one.method, one.steps, *one.settings)
+            self.distill(name, one.method, one.steps, *one.changes)
         with self.stages.stage(f"pictures: {name}"):
             self.draw(name, self.adapter(name), one.captions)
         report()
@@ -129,7 +129,7 @@ class Marks(SceneStudents):
         """The same student from other noise and another order of the samples."""
         one, row = self.students[name], of_seed(name, seed)
         with self.stages.stage(row):
-            self.distill(row, one.method, one.steps, *one.settings, f"run.seed={seed}")
+            self.distill(row, one.method, one.steps, *one.changes, f"run.seed={seed}")
             self.draw(row, self.adapter(row), self.plan.few_captions)
 
     @property
@@ -196,7 +196,7 @@ class Marks(SceneStudents):
         plan, adapter = self.plan, self.adapter(name)
         if adapter.exists():
             return
-        settings = [
+        overrides = [
             f"base.model={json.dumps(str(self.base))}",
             f"data.directory={json.dumps(str(self.directory / 'samples'))}",
             *(f"method.{key}={as_toml(value)}" for key, value in method_table(method).items()),
@@ -205,7 +205,7 @@ class Marks(SceneStudents):
             f"run.batch_size={plan.batch_size}",
             *changes,
         ]
-        options = [word for setting in settings for word in ("--set", setting)]
+        options = [word for pair in overrides for word in ("--set", pair)]
         if launch(Path(__file__).with_name("marks.toml"), ["--resume", "latest", *options]):
             raise RuntimeError(f"the distillation {name!r} stopped; what it said stands above")
 

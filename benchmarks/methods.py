@@ -182,7 +182,7 @@ class MethodTable(SceneStudents):
         for seed in seeds:
             student = f"{name}, seed {seed}"
             with self.stages.stage(student):
-                adapter = self.taught(self.settings(method, fit.rank, seed))
+                adapter = self.taught(self.config(method, fit.rank, seed))
                 self.draw(student, adapter, self.plan.captions)
             rows.append(self.row(student))
         return tuple(rows)
@@ -209,7 +209,7 @@ class MethodTable(SceneStudents):
         Raises:
             ValueError: no rank brings the trained parameters within 5% of the plan's number.
         """
-        config, wanted = self.settings(method, 1, 0), self.plan.trained
+        config, wanted = self.config(method, 1, 0), self.plan.trained
         pipe = load_teacher(config.base)
         modules, _ = attention_modules(pipe.transformer, family_of(pipe.transformer))
         swapped = build_student_(pipe, config).swapped
@@ -222,7 +222,7 @@ class MethodTable(SceneStudents):
             raise ValueError(f"{title(method)}: {trained} trained parameters, not within 5% of {wanted}")
         return Fit(rank=rank, trained=trained, layers=tuple(swapped.get(name) for name in modules))
 
-    def settings(self, method: Any, rank: int, seed: int) -> DistillConfig:
+    def config(self, method: Any, rank: int, seed: int) -> DistillConfig:
         """Of one student's training; alike for all but method, rank and seed."""
         plan = self.plan
         patterns = method if isinstance(method, Mapping) else {"*": method}

@@ -60,8 +60,8 @@ class SceneStudents:
     def __init__(self, base: Path, directory: Path, plan: ScenePlan, *, calls: int = 0) -> None:
         weights = [sha256(file)[:8] for file in sorted(base.rglob("*.safetensors"))]
         self.base, self.directory, self.plan, self.calls = base, directory, plan, calls
-        settings = json.loads(json.dumps(asdict(plan))) | {"base": weights} | ({"calls": calls} if calls else {})
-        self.stages = Stages(directory, settings)
+        asked = json.loads(json.dumps(asdict(plan))) | {"base": weights} | ({"calls": calls} if calls else {})
+        self.stages = Stages(directory, asked)
         self.captions = [scenes.sample(index, split="held_out").caption for index in range(plan.captions)]
         self.made: dict[str, Made] = {}
 

@@ -91,8 +91,8 @@ def _memory(
     if config.trained.ema:
         parts["moving average"] = trained
     if grids:
-        settings: Any = model.config
-        width = settings.num_attention_heads * settings.attention_head_dim
+        shape: Any = model.config
+        width = shape.num_attention_heads * shape.attention_head_dim
         vector = micro * max(rows * columns for rows, columns in grids) * width * (2 if mixed else 4)
         blocks = len(report.swapped)
         saved = blocks + _SAVED if config.run.gradient_checkpointing else blocks * _SAVED

@@ -56,7 +56,7 @@ _MAY_CHANGE_FROM_HERE = (
 )
 
 
-def settings_of(config: DistillConfig) -> dict[str, Any]:
+def flat_tables(config: DistillConfig) -> dict[str, Any]:
     """Every setting by its full name: "loss.flow"."""
     return dict(_flat(config_to_tables(config)))
 

@@ -30,7 +30,7 @@ def filled(tables: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
     if start.adapter is None:
         return tables
     manifest, _ = read_adapter(start.adapter, revision=start.revision, weights=False)
-    theirs, ours = _trained_settings(manifest, start), tables.get("trained", {})
+    theirs, ours = _trained_table(manifest, start), tables.get("trained", {})
     if isinstance(ours, dict) and ours.get("kind", theirs.get("kind")) == theirs.get("kind"):
         ours = theirs | ours
     return {"method": manifest.methods, **tables, "trained": ours}
@@ -85,7 +85,7 @@ def _values(parts: Parts) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.{LORA_NAME}.up", up
 
 
-def _trained_settings(manifest: Manifest, start: Start) -> dict[str, Any]:
+def _trained_table(manifest: Manifest, start: Start) -> dict[str, Any]:
     """What `[trained]` would say of an adapter; empty where nothing but kernels has weights."""
     if len(manifest.trained) > 1:
         raise ValueError(
@@ -102,7 +102,7 @@ def _check_trained(start: Start, manifest: Manifest, config: DistillConfig) -> N
     ours: dict[str, Any] = {"kind": "attention"}
     if isinstance(lora, Lora):
         ours = {"kind": "lora", "rank": lora.rank, "alpha": lora.rank if lora.alpha is None else lora.alpha}
-    theirs = _trained_settings(manifest, start)
+    theirs = _trained_table(manifest, start)
     for name, value in theirs.items():
         if ours.get(name) != value:
             raise ValueError(

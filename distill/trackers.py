@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .config import DistillConfig
-from .runs import settings_of
+from .runs import flat_tables
 
 PROJECT = "lineardit"  # as trackers show it; TensorBoard's events are in a folder of this name in the run's
 
@@ -30,7 +30,7 @@ def check_trackers(names: Iterable[str]) -> None:
 def start_trackers(accelerator: Accelerator, config: DistillConfig) -> None:
     """Tell the accelerator's trackers, if it has any, of a run and its settings; all processes call it."""
     if accelerator.log_with:
-        accelerator.init_trackers(PROJECT, config={name: _plain(value) for name, value in settings_of(config).items()})
+        accelerator.init_trackers(PROJECT, config={name: _plain(value) for name, value in flat_tables(config).items()})
 
 
 def _plain(value: Any) -> Any:

@@ -58,7 +58,7 @@ def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
         require_matplotlib("the curve of the losses")
         check_trackers(trackers)
         samples = TeacherSamples(config.data.folder)
-        _check_settings(config, samples, accelerator.num_processes)
+        _check_config(config, samples, accelerator.num_processes)
     with ExitStack() as while_held:  # by the main process, which alone reads and writes the folder
         on_main(accelerator, lambda: while_held.enter_context(_held_and_tidy(config.run.folder)))
         _check_same_samples(accelerator, samples)
@@ -123,7 +123,7 @@ def _held_and_tidy(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_settings(config: DistillConfig, samples: TeacherSamples, processes: int) -> None:
+def _check_config(config: DistillConfig, samples: TeacherSamples, processes: int) -> None:
     parts = processes * config.run.gradient_accumulation
     if config.run.batch_size % parts:
         raise ValueError(

@@ -71,8 +71,8 @@ class Trainer:
         self.pair = Pair(model, device=accelerator.device, dtype=getattr(torch, config.base.dtype), mixed=mixed)
         self.trained = self.pair.trained
         self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
-        settings = config.optimizer
-        adamw: dict[str, Any] = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+        table = config.optimizer
+        adamw: dict[str, Any] = {name: getattr(table, name) for name in ("lr", "betas", "eps", "weight_decay")}
         self.optimizer = torch.optim.AdamW(self.trained.values(), **adamw, fused=True)
         self.batches = Batches(accelerator, config, pipe, samples)
         self.validation = Validation(accelerator, config, pipe, samples, self.pair)

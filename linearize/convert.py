@@ -15,7 +15,7 @@ from .errors import UnsupportedModelError, nearest
 from .families import Family, family_of
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, RECOMMENDED, config_to_dict
-from .methods.settings import check_count
+from .methods.field_checks import check_count
 from .networks import denoiser, networks
 from .report import SwapReport
 from .seam.conversion import Conversion, conversion_of, tell_unused_dense_below

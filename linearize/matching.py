@@ -10,7 +10,7 @@ from torch import nn
 from .errors import UnsupportedModelError
 from .families import Family
 from .methods import METHODS
-from .methods.settings import check_count
+from .methods.field_checks import check_count
 from .report import CROSS_ATTENTION, NOT_IMAGE_SELF_ATTENTION
 
 

@@ -43,8 +43,8 @@ class SwapReport:
 
 def _short(config: Any) -> str:
     """`Clear(radius=16)`: without the fields left at their defaults."""
-    settings = [f"{key}={spelled(value)}" for key, value in config_to_dict(config).items() if key != "method"]
-    return f"{type(config).__name__}({', '.join(settings)})"
+    entries = [f"{key}={spelled(value)}" for key, value in config_to_dict(config).items() if key != "method"]
+    return f"{type(config).__name__}({', '.join(entries)})"
 
 
 def _could_be_swapped(reason: str) -> bool:

@@ -114,7 +114,7 @@ def enlarge(
     plan = high.plan(*size, settings=settings, enlarge=shape, tile=tile, text_len=max_sequence_length)
     drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
     said = said_of({**drawing, **(arguments or {})})
-    one = replace(one, text={**one.text, **said, "stages": plan.settings(), "picture": _fingerprint(picture)})
+    one = replace(one, text={**one.text, **said, "stages": plan.recipe(), "picture": _fingerprint(picture)})
     if not overwrite:
         if not not_there([one]):
             return

@@ -110,7 +110,7 @@ def generate(
         tile=tile,
     )
     if staged is not None:
-        text |= {"stages": staged.plan.settings()}
+        text |= {"stages": staged.plan.recipe()}
     wanted = plan_files(prompts, Path(output), seed=seed, text=text)[part[0] - 1 :: part[1]]
     missing = wanted if overwrite else not_there(wanted)
     tell_cut_prompts(pipe, [one.prompt for one in missing], max_sequence_length)

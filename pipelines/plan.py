@@ -146,7 +146,7 @@ class Plan:
                 f"got {last.width}x{last.height}"
             )
 
-    def settings(self) -> str:
+    def recipe(self) -> str:
         """JSON of what makes the picture, without what differs between machines: the same text, the same picture."""
         stages = [asdict(stage) for stage in self.stages]
         for stage in stages:

@@ -72,8 +72,8 @@ def write_config(config: DistillConfig, path: Path) -> Path:
     tables = config_to_tables(config)
     lines = [
         f"{table}.{key} = {as_toml(value)}"
-        for table, settings in tables.items()
-        for key, value in settings.items()
+        for table, entries in tables.items()
+        for key, value in entries.items()
         if value is not None
     ]
     path.write_text("\n".join(lines))

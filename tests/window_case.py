@@ -114,8 +114,8 @@ def pairs_by_hand(grid: tuple[int, ...], window: Window) -> Tensor:
     """[image tokens, image tokens] bool, by the definition: whether the first sees the second."""
     frames, *sides = (1, *grid)[-3:]
     if isinstance(window, Box):
-        settings = zip(sides, window.window, window.dilation, window.cell, strict=True)
-        rows, columns = ([_seen(place, size, *rest) for place in range(size)] for size, *rest in settings)
+        along = zip(sides, window.window, window.dilation, window.cell, strict=True)
+        rows, columns = ([_seen(place, size, *rest) for place in range(size)] for size, *rest in along)
 
     def sees(here: tuple[int, ...], there: tuple[int, ...]) -> bool:
         if window.frame_radius is not None and abs(here[0] - there[0]) >= window.frame_radius:

@@ -47,7 +47,7 @@ EXTRA_SHIFTS = (1.2, 1.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TrainConfig:
     steps: int
     learning_rate: float = 8e-4  # of AdamW
     matrix_learning_rate: float = 1.6e-3  # of Muon
@@ -60,21 +60,21 @@ class Settings:
     device: str = "cpu"
 
 
-def size_of_step(step: int, settings: Settings) -> tuple[int, int]:
+def size_of_step(step: int, config: TrainConfig) -> tuple[int, int]:
     """The (width, height) of one step's pictures: a function of the step, so that a resumed run goes on alike."""
-    phase = phase_of_step(step, settings)
-    rng = random.Random(f"size-{settings.seed}-{step}")
+    phase = phase_of_step(step, config)
+    rng = random.Random(f"size-{config.seed}-{step}")
     return rng.choices(list(SIZES), [shares[phase] for shares in SIZES.values()])[0]
 
 
-def phase_of_step(step: int, settings: Settings) -> int:
+def phase_of_step(step: int, config: TrainConfig) -> int:
     """Index into PHASES."""
-    return next(i for i, end in enumerate(PHASES) if step < end * settings.steps)
+    return next(i for i, end in enumerate(PHASES) if step < end * config.steps)
 
 
-def text_len_of_step(step: int, num_tokens: int, settings: Settings) -> int:
+def text_len_of_step(step: int, num_tokens: int, config: TrainConfig) -> int:
     """Mostly short texts; long ones, which pad much, beside few large pictures."""
-    rng = random.Random(f"text-{settings.seed}-{step}")
+    rng = random.Random(f"text-{config.seed}-{step}")
     return rng.choices((32, 64, 128, 512), (0.5, 0.4, 0.05, 0.05) if num_tokens >= 1024 else (0.8, 0.2, 0, 0))[0]
 
 
@@ -123,25 +123,25 @@ class Batch:
     extra_shift: float  # of the times
 
 
-def make_batch(pipe: FluxPipeline, seen: int, step: int, settings: Settings, rank: int = 0) -> Batch:
+def make_batch(pipe: FluxPipeline, seen: int, step: int, config: TrainConfig, rank: int = 0) -> Batch:
     """The scenes after `seen`, drawn, encoded, and told with their objects in either order; the next to each rank."""
-    width, height = size_of_step(step, settings)
+    width, height = size_of_step(step, config)
     num_tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
     count = TOKENS_PER_STEP // num_tokens
     first = seen + rank * count
     with torch.no_grad():
-        drawn = pictures(first, count, width, height).to(settings.device)
+        drawn = pictures(first, count, width, height).to(config.device)
         latents = pipe.vae.encode(drawn).latent_dist.mode()
     latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    phase = phase_of_step(step, settings)
-    weight = object_weights(first, count, width, height, settings.object_weight if phase < 2 else 1)
+    phase = phase_of_step(step, config)
+    weight = object_weights(first, count, width, height, config.object_weight if phase < 2 else 1)
     captions = [scenes.sample(i).say(reverse=i % 3 == 0) for i in range(first, first + count)]
-    text_len = text_len_of_step(step, num_tokens, settings)
+    text_len = text_len_of_step(step, num_tokens, config)
     ids = token_ids(pipe.tokenizer, captions, 77), token_ids(pipe.tokenizer_2, captions, text_len)
     return Batch(
         latents,
         weight.to(latents),
-        (ids[0].to(settings.device), ids[1].to(settings.device)),
+        (ids[0].to(config.device), ids[1].to(config.device)),
         STRIDES[phase],
         EXTRA_SHIFTS[phase],
     )

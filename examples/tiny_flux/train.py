@@ -23,14 +23,14 @@ from lineardit.distill.figures import StepLog
 from lineardit.distill.precision import bfloat16_is_faster
 
 from ..tiny_flux import scenes
-from .flow import STRIDES, Settings, TinyFlux, flow_loss, image_positions, make_batch, phase_of_step
+from .flow import STRIDES, TinyFlux, TrainConfig, flow_loss, image_positions, make_batch, phase_of_step
 from .model import build_pipeline
 from .train_text import train_text_encoder
 
 EVALUATED = 16  # held-out captions
 
 
-def optimizers(model: TinyFlux, settings: Settings) -> list[torch.optim.Optimizer]:
+def optimizers(model: TinyFlux, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for all else."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inner = [p for name, p in trained if "block" in name and p.ndim == 2]
@@ -38,25 +38,25 @@ def optimizers(model: TinyFlux, settings: Settings) -> list[torch.optim.Optimize
     outer = [p for _, p in trained if id(p) not in chosen]
     return [
         torch.optim.Muon(
-            inner, lr=settings.matrix_learning_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            inner, lr=config.matrix_learning_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
         ),
-        torch.optim.AdamW(outer, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(outer, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
-def rate(step: int, settings: Settings) -> float:
+def rate(step: int, config: TrainConfig) -> float:
     """Warm-up, constant, then linear to zero over the last quarter; `steps` may change while the rate is constant."""
-    return min(1.0, (step + 1) / settings.warmup, 4 * (1 - step / settings.steps) + 0.01)
+    return min(1.0, (step + 1) / config.warmup, 4 * (1 - step / config.steps) + 0.01)
 
 
 class Run:
     """A training that can be stopped at any time and goes on from its last checkpoint."""
 
-    def __init__(self, folder: Path, pipe: FluxPipeline, settings: Settings):
-        self.folder, self.pipe, self.settings = folder, pipe.to(settings.device), settings
+    def __init__(self, folder: Path, pipe: FluxPipeline, config: TrainConfig):
+        self.folder, self.pipe, self.config = folder, pipe.to(config.device), config
         self.model = TinyFlux(pipe).train()
-        self.optimizers = optimizers(self.model, settings)
-        self.ema = EMAModel(self.model.parameters(), decay=settings.ema_decay)
+        self.optimizers = optimizers(self.model, config)
+        self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay)
         self.step = self.seen = 0
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ class Run:
 
     def load(self) -> None:
         """Goes back to the last checkpoint."""
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.settings.device)
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.config.device)
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -96,27 +96,27 @@ class Run:
             log.append({"step": self.step, "loss": round(loss, 5)})
             if self.step % 50 == 0:
                 speed = (time.monotonic() - start) / (self.step - first)
-                left = speed * (self.settings.steps - self.step) / 60
+                left = speed * (self.config.steps - self.step) / 60
                 print(f"step {self.step}  loss {loss:.4f}  {speed:.2f} s/step  {left:.0f} min left", flush=True)
-            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
+            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                 self.save()
                 log.draw(self.folder / "loss.png")
-            if self.step % self.settings.evaluate_every == 0:
+            if self.step % self.config.evaluate_every == 0:
                 print(f"step {self.step}  {self.evaluate()}", flush=True)
 
     def losses(self) -> Iterator[float]:
         """One optimizer step each; yields its loss."""
-        while self.step < self.settings.steps:
-            torch.manual_seed((self.settings.seed * 1_000_003 + self.step) * 1_009 + self.rank)
-            batch = make_batch(self.pipe, self.seen, self.step, self.settings, self.rank)
+        while self.step < self.config.steps:
+            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 1_009 + self.rank)
+            batch = make_batch(self.pipe, self.seen, self.step, self.config, self.rank)
             loss = flow_loss(self.model, batch)
             loss.backward()
             self.average_gradients()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            peaks = self.settings.matrix_learning_rate, self.settings.learning_rate
+            peaks = self.config.matrix_learning_rate, self.config.learning_rate
             for optimizer, peak in zip(self.optimizers, peaks, strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = peak * rate(self.step, self.settings)
+                    group["lr"] = peak * rate(self.step, self.config)
                 optimizer.step()
                 optimizer.zero_grad()
             self.ema.step(self.model.parameters())
@@ -137,14 +137,14 @@ class Run:
     @torch.no_grad()
     def evaluate(self) -> str:
         """Object score and coherence of the averaged weights on a few held-out captions, 12 steps."""
-        stride = STRIDES[phase_of_step(self.step - 1, self.settings)]
+        stride = STRIDES[phase_of_step(self.step - 1, self.config)]
         self.ema.store(self.model.parameters())
         self.ema.copy_to(self.model.parameters())
         self.model.eval()
         self.pipe.set_progress_bar_config(disable=True)
         captions = [scenes.sample(i, split="held_out").caption for i in range(EVALUATED)]
         size = 128 // stride
-        mixed = torch.autocast(self.settings.device, torch.bfloat16, enabled=bfloat16_is_faster(self.settings.device))
+        mixed = torch.autocast(self.config.device, torch.bfloat16, enabled=bfloat16_is_faster(self.config.device))
         with mixed, positions(self.pipe, stride):
             images = self.pipe(
                 captions,
@@ -216,13 +216,13 @@ def main() -> None:
         if not (arguments.run / "checkpoint.pt").exists():
             told = train_text_encoder(pipe, device=arguments.device)
             print(f"text encoder: {told:.1%} of the words tell their object whole", flush=True)
-    plain = Settings(steps=arguments.steps, device=arguments.device)
-    settings = replace(
+    plain = TrainConfig(steps=arguments.steps, device=arguments.device)
+    config = replace(
         plain,
         learning_rate=plain.learning_rate * arguments.learning_rate,
         matrix_learning_rate=plain.matrix_learning_rate * arguments.learning_rate,
     )
-    run = Run(arguments.run, pipe, settings)
+    run = Run(arguments.run, pipe, config)
     if arguments.export:
         export(run, arguments.export)
     else:

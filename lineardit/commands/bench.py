@@ -80,8 +80,8 @@ def _time(fitting: "Mapping[WeightlessConversion, Sequence[Size]]", conditions: 
     from ..plots import draw_step_times
     from ..stages import that_device
 
-    settings = {"device": that_device(conditions.device), "dtype": dtype_name(conditions.dtype)}
-    about = settings | {name: getattr(conditions, name) for name in ("pairs", "text_len", "impl", "compiled")}
+    where = {"device": that_device(conditions.device), "dtype": dtype_name(conditions.dtype)}
+    about = where | {name: getattr(conditions, name) for name in ("pairs", "text_len", "impl", "compiled")}
     found: dict[str, list[StepTime]] = {}
     for conversion, sizes in fitting.items():
         rows = found.setdefault(conversion.name, [])
@@ -95,7 +95,7 @@ def _time(fitting: "Mapping[WeightlessConversion, Sequence[Size]]", conditions: 
             if rows:
                 show(conversion.name, rows)
                 draw_step_times(found, output / PICTURE)
-    print(f"On {settings['device']}, weights in {settings['dtype']}. Wrote {output / FIGURES} and {PICTURE}")
+    print(f"On {where['device']}, weights in {where['dtype']}. Wrote {output / FIGURES} and {PICTURE}")
 
 
 def entry(row: "StepTime") -> dict[str, Any]:

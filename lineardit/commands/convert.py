@@ -130,14 +130,14 @@ def convert(
     print(f"Wrote {output}; see what it does with: lineardit inspect {quote(str(output))}")
 
 
-def _config(method: str | None, settings: dict[str, Any]) -> Any:
+def _config(method: str | None, entries: dict[str, Any]) -> Any:
     """The method's config; None without a method."""
     from ..linearize.methods import config_from_dict
 
     if method is not None:
-        return config_from_dict({"method": method, **settings})
-    if settings:
-        raise ValueError(f"{', '.join(settings)} is a setting of a method: say which with --method")
+        return config_from_dict({"method": method, **entries})
+    if entries:
+        raise ValueError(f"{', '.join(entries)} is a setting of a method: say which with --method")
     return None
 
 

@@ -11,7 +11,7 @@ def distill(
     resume: Annotated[
         str | None, typer.Option(metavar="latest|STEP", help="Go on after the newest checkpoint, or that of a step.")
     ] = None,
-    settings: Annotated[
+    changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; repeatable.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
@@ -26,9 +26,9 @@ def distill(
 
     options = [
         *(["--resume", resume] if resume else []),
-        *(word for pair in settings or [] for word in ("--set", pair)),
+        *(word for pair in changes or [] for word in ("--set", pair)),
     ]
     if processes == 1:
         raise typer.Exit(main([str(config), *options]))
-    load_config(config, settings or [])  # bad settings are told once, not by every process
+    load_config(config, changes or [])  # bad settings are told once, not by every process
     raise typer.Exit(launch(config, options, processes=processes))

@@ -64,17 +64,17 @@ def parse_method(text: str) -> Any:
     """
     if text.startswith("{"):
         return _value(text)
-    method, _, settings = text.partition(":")
-    pairs = [part.partition("=") for part in outside_brackets(settings)]
+    method, _, entries = text.partition(":")
+    pairs = [part.partition("=") for part in outside_brackets(entries)]
     if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"a method is spelled METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")
     found = {key.replace("-", "_"): value for key, _, value in pairs}
-    nested = nested_settings()
+    nested = nested_fields()
     return {"method": method} | {key: (parse_method if key in nested else _value)(found[key]) for key in found}
 
 
-def nested_settings() -> frozenset[str]:
-    """The settings that hold a method."""
+def nested_fields() -> frozenset[str]:
+    """The fields that hold a method."""
     fields = [field for fields in fields_of_methods().values() for field in fields]
     return frozenset(field.name.rstrip("_") for field in fields if field.metadata.get("of_method"))
 
@@ -96,7 +96,7 @@ class MethodCommand(SectionedCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         fields = [field for fields in fields_of_methods().values() for field in fields]
         names = {field.name.rstrip("_") for field in fields}
-        ctx.obj, args = split_arguments(args, names, nested_settings())
+        ctx.obj, args = split_arguments(args, names, nested_fields())
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

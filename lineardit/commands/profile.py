@@ -64,7 +64,7 @@ def profile(
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    tried = [config_from_dict(settings) for settings in named]
+    tried = [config_from_dict(entries) for entries in named]
     figures, picture = output / "profile.json", output / "profile.png"
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)

@@ -85,15 +85,15 @@ def parse_quantization(text: str | None) -> "Quantization | None":
 
     backend, colon, named = text.partition(":")
     pairs = [one.partition("=") for one in outside_brackets(named)] if colon else []
-    settings = {name: _value(value) for name, _, value in pairs}
-    lists = [name for name, value in settings.items() if isinstance(value, str) and value.startswith(("[", "{"))]
-    if (colon and not named) or lists or len(settings) < len(pairs) or not all(one[0] and one[1] for one in pairs):
+    arguments = {name: _value(value) for name, _, value in pairs}
+    lists = [name for name, value in arguments.items() if isinstance(value, str) and value.startswith(("[", "{"))]
+    if (colon and not named) or lists or len(arguments) < len(pairs) or not all(one[0] and one[1] for one in pairs):
         raise ValueError(
             "--quantize must be BACKEND[:NAME=VALUE,...], each name once, such as "
             "bitsandbytes_4bit:bnb_4bit_use_double_quant=true, and a list as in TOML, such as "
             f"""torchao:modules_to_not_convert=["proj_out","norm_out"], got {text!r}"""
         )
-    return Quantization(quant_backend=backend, quant_kwargs=settings)
+    return Quantization(quant_backend=backend, quant_kwargs=arguments)
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

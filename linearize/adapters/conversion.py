@@ -55,7 +55,7 @@ def convert_base(
         ValueError: the base cannot be had, nothing matches, or the output exists; nothing is written.
     """
     check_adapter_output(Path(output), overwrite=overwrite)
-    _check_settings(config, importer, layers, min_tokens, dense_below)
+    _check_together(config, importer, layers, min_tokens, dense_below)
     _refuse_adapter(base, revision=revision, offline=offline)
     found = read_base(base, revision=revision, offline=offline)
     model = build_on_meta(found)
@@ -131,7 +131,7 @@ def convert_and_merge(
         refuse_choices(layers, min_tokens, dense_below)
         pipe = from_pretrained(adapter_or_base, dtype=dtype, revision=revision, offline=offline, keep_original=False)
     else:
-        _check_settings(config, importer, layers, min_tokens, dense_below)
+        _check_together(config, importer, layers, min_tokens, dense_below)
         _refuse_adapter(adapter_or_base, revision=revision, offline=offline)
         pipe = load_base(read_base(adapter_or_base, revision=revision, offline=offline), dtype=dtype, offline=offline)
         _convert_(pipe, config, importer, layers, min_tokens, dense_below, offline=offline)
@@ -158,7 +158,7 @@ def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) ->
         )
 
 
-def _check_settings(
+def _check_together(
     config: Any, importer: str | None, layers: str | Sequence[str] | None, min_tokens: int, dense_below: int
 ) -> None:
     """Whether method, importer and the choice of layers and sizes go together."""

@@ -22,7 +22,7 @@ from typing import Any
 from ..errors import nearest
 from ..folders import read_header
 from ..methods import config_from_dict
-from ..methods.settings import check_count
+from ..methods.field_checks import check_count
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "lineardit.json"
@@ -83,7 +83,7 @@ class Manifest:
 
     def configs(self) -> dict[str, Any]:
         """{pattern: config}, as `linearize_` takes it."""
-        return {pattern: config_from_dict(settings) for pattern, settings in self.methods.items()}
+        return {pattern: config_from_dict(entries) for pattern, entries in self.methods.items()}
 
     @property
     def dense_tokens(self) -> int:
@@ -100,7 +100,7 @@ class Manifest:
         return {
             "format": "pt",
             HEADER_KEY: self.to_json(),
-            "method": ", ".join(sorted({settings["method"] for settings in self.methods.values()})),
+            "method": ", ".join(sorted({entries["method"] for entries in self.methods.values()})),
             "settings": json.dumps(self.methods),
             **{key: value for key, value in shown.items() if value is not None},
         }
@@ -126,7 +126,7 @@ class Entry:
 
     def configs(self) -> dict[str, Any]:
         """{pattern: config}, as `linearize_` takes it."""
-        return {pattern: config_from_dict(settings) for pattern, settings in self.methods.items()}
+        return {pattern: config_from_dict(entries) for pattern, entries in self.methods.items()}
 
     @property
     def dense_tokens(self) -> int:

@@ -97,9 +97,9 @@ def _base(manifest: Manifest) -> str:
 def _methods(manifest: Manifest) -> str:
     """`clear (radius 16)`, each kind once."""
     told = []
-    for settings in manifest.methods.values():
-        values = [f"{key} {json.dumps(value)}" for key, value in settings.items() if key != "method"]
-        told.append(settings["method"] + (f" ({', '.join(values)})" if values else ""))
+    for entries in manifest.methods.values():
+        values = [f"{key} {json.dumps(value)}" for key, value in entries.items() if key != "method"]
+        told.append(entries["method"] + (f" ({', '.join(values)})" if values else ""))
     return " and ".join(dict.fromkeys(told))
 
 
@@ -109,7 +109,7 @@ def _dense(manifest: Manifest) -> str:
 
 
 def _names(manifest: Manifest) -> list[str]:
-    return sorted({settings["method"] for settings in manifest.methods.values()})
+    return sorted({entries["method"] for entries in manifest.methods.values()})
 
 
 def _trained(trained: Trained) -> str:

@@ -69,7 +69,7 @@ class Quantization:
         return f"{self.quant_backend}:{named}" if named else self.quant_backend
 
 
-def quantization_options(settings: Quantization, base: Base, dtype: torch.dtype) -> dict[str, Any]:
+def quantization_options(quantization: Quantization, base: Base, dtype: torch.dtype) -> dict[str, Any]:
     """Options of diffusers' `from_pretrained` that quantize the denoiser.
 
     Raises:
@@ -78,20 +78,20 @@ def quantization_options(settings: Quantization, base: Base, dtype: torch.dtype)
     """
     if "quantization_config" in base.config:
         raise ValueError(f"{base.source.name} is quantized already, as its config says: leave {SETTING} out")
-    if settings.quant_backend == CASTING:
-        _check_casting(settings.quant_kwargs)
+    if quantization.quant_backend == CASTING:
+        _check_casting(quantization.quant_kwargs)
         return {}
-    package = BACKENDS[settings.quant_backend]
+    package = BACKENDS[quantization.quant_backend]
     if find_spec(package) is None:
         raise ValueError(f"{SETTING} asks for {package}, which is not installed: pip install {package}")
     for name in _KEPT:
-        _check_kept(name, settings.quant_kwargs.get(name), base)
+        _check_kept(name, quantization.quant_kwargs.get(name), base)
     if package == "bitsandbytes" and not torch.cuda.is_available():
         raise ValueError(
             f"{SETTING}: diffusers quantizes with bitsandbytes on a GPU alone; torchao does it on CPUs too"
         )
     try:
-        config = _torchao(settings) if package == "torchao" else _bitsandbytes(settings, dtype)
+        config = _torchao(quantization) if package == "torchao" else _bitsandbytes(quantization, dtype)
     except (TypeError, AttributeError, AssertionError) as error:  # of their constructors
         raise ValueError(f"{SETTING}: quant_kwargs: {error}") from error
     if base.component is not None:
@@ -99,16 +99,16 @@ def quantization_options(settings: Quantization, base: Base, dtype: torch.dtype)
     return {"quantization_config": config}
 
 
-def cast_layerwise_(model: Any, settings: Quantization | None, dtype: torch.dtype) -> None:
+def cast_layerwise_(model: Any, quantization: Quantization | None, dtype: torch.dtype) -> None:
     """Store the weights of a denoiser in 8 bits, and compute in `dtype`, if that is what quantizes it."""
-    if settings is not None and settings.quant_backend == CASTING:
-        _check_casting(settings.quant_kwargs)
-        stored = settings.quant_kwargs.get("storage_dtype", _STORED[0])
+    if quantization is not None and quantization.quant_backend == CASTING:
+        _check_casting(quantization.quant_kwargs)
+        stored = quantization.quant_kwargs.get("storage_dtype", _STORED[0])
         model.enable_layerwise_casting(storage_dtype=getattr(torch, stored), compute_dtype=dtype)
 
 
 @contextmanager
-def quantization_told(settings: Quantization | None) -> Iterator[None]:
+def quantization_told(quantization: Quantization | None) -> Iterator[None]:
     """Inside, what a backend raises because it lacks something is a ValueError that says so.
 
     Raises:
@@ -117,31 +117,31 @@ def quantization_told(settings: Quantization | None) -> Iterator[None]:
     try:
         yield
     except (ImportError, AssertionError, NotImplementedError) as error:
-        if settings is None:
+        if quantization is None:
             raise
         raise ValueError(f"{SETTING} cannot be done: {error}") from error
 
 
-def _bitsandbytes(settings: Quantization, dtype: torch.dtype) -> Any:
-    bits = settings.quant_backend.removeprefix("bitsandbytes_")
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
+    bits = quantization.quant_backend.removeprefix("bitsandbytes_")
     usual: dict[str, Any] = {f"load_in_{bits}": True}
     if bits == "4bit":
         usual |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    given = usual | settings.quant_kwargs
+    given = usual | quantization.quant_kwargs
     _check_names(given, diffusers.BitsAndBytesConfig)
     return diffusers.BitsAndBytesConfig(**given)
 
 
-def _torchao(settings: Quantization) -> Any:
-    from torchao import quantization
+def _torchao(quantization: Quantization) -> Any:
+    from torchao import quantization as library
 
-    kinds = [name for name in dir(quantization) if name.endswith("Config") and not name.startswith("AOBase")]
-    given = {"quant_type": "Int8WeightOnlyConfig"} | settings.quant_kwargs
+    kinds = [name for name in dir(library) if name.endswith("Config") and not name.startswith("AOBase")]
+    given = {"quant_type": "Int8WeightOnlyConfig"} | quantization.quant_kwargs
     kind, kept = given.pop("quant_type"), given.pop("modules_to_not_convert", None)
     if kind not in kinds:
         known = ", ".join(kinds)
         raise ValueError(f"{SETTING}: quant_type must be one of {known}; got {kind!r}{nearest(kind, kinds)}")
-    config_class = getattr(quantization, kind)
+    config_class = getattr(library, kind)
     _check_names(given, config_class)
     usual = {name: one.default for name, one in inspect.signature(config_class).parameters.items()}
     dtypes = {name: getattr(torch, str(one)) for name, one in given.items() if isinstance(usual[name], torch.dtype)}

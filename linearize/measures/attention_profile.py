@@ -10,7 +10,7 @@ from ..adapters.base import read_json
 from ..folders import write_whole
 from ..methods import config_from_dict, config_to_dict
 from ..methods.clear import Clear
-from ..methods.settings import as_tuples
+from ..methods.field_checks import as_tuples
 
 FORMAT = 2
 

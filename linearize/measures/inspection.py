@@ -114,9 +114,9 @@ def _inspect(base: Base, patterns: Mapping[str, Any], impl: str, dense_below: in
 
 
 def _row(name: str, config: Any, impl: str) -> Row:
-    settings = config_to_dict(config)
-    method = settings.pop("method")
-    return Row(module=name, swapped=True, reason="", method=method, settings=settings, impl=impl)
+    entries = config_to_dict(config)
+    method = entries.pop("method")
+    return Row(module=name, swapped=True, reason="", method=method, settings=entries, impl=impl)
 
 
 def _left(name: str, reason: str) -> Row:

@@ -10,6 +10,7 @@ from .agent import Agent as Agent
 from .agent import AgentAttention
 from .clear import Clear as Clear
 from .clear import ClearAttention
+from .field_checks import as_tuples
 from .hybrid import Hybrid as Hybrid
 from .hybrid import HybridAttention
 from .linfusion import LinFusion as LinFusion
@@ -22,7 +23,6 @@ from .proxy_tokens import ProxyTokens as ProxyTokens
 from .proxy_tokens import ProxyTokensAttention
 from .rala import Rala as Rala
 from .rala import RalaAttention
-from .settings import as_tuples
 from .sliding_tile import SlidingTile as SlidingTile
 from .windows import WindowAttention
 
@@ -55,7 +55,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
             f"expected a config of a method ({', '.join(_names())}), such as Clear(radius=16), got {config!r}; a "
             "dict is {pattern of module names: config}"
         )
-    values = {setting_name(field): (getattr(config, field.name), field.default) for field in fields(config)}
+    values = {field_name(field): (getattr(config, field.name), field.default) for field in fields(config)}
     changed = {name: _plain(value) for name, (value, default) in values.items() if value != default}
     return {"method": type(config).__name__.lower(), **changed}
 
@@ -66,21 +66,21 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def config_from_dict(settings: Mapping[str, Any]) -> Any:
+def config_from_dict(entries: Mapping[str, Any]) -> Any:
     """The config that `config_to_dict` wrote.
 
     Raises:
-        ValueError: an unknown method or setting (the nearest is named), a missing one, or a value out of range.
+        ValueError: an unknown method or field (the nearest is named), a missing one, or a value out of range.
     """
-    if not isinstance(settings, Mapping) or not isinstance(settings.get("method"), str):
-        raise ValueError(f'settings must look like {{"method": "clear", "radius": 16}}, got {settings!r}')
+    if not isinstance(entries, Mapping) or not isinstance(entries.get("method"), str):
+        raise ValueError(f'a method must look like {{"method": "clear", "radius": 16}}, got {entries!r}')
     classes = {cls.__name__.lower(): cls for cls in METHODS}
-    method = settings["method"]
+    method = entries["method"]
     if method not in classes:
         raise ValueError(f"unknown method {method!r}{nearest(method, classes)}; there are: {', '.join(classes)}")
     cls = classes[method]
-    known = {setting_name(field): field for field in fields(cls)}
-    given = {key: value for key, value in settings.items() if key != "method"}
+    known = {field_name(field): field for field in fields(cls)}
+    given = {key: value for key, value in entries.items() if key != "method"}
     for key in given:
         if key not in known:
             raise ValueError(f"unknown setting {key!r} of {method}{nearest(key, known)}; there are: {', '.join(known)}")
@@ -93,19 +93,19 @@ def config_from_dict(settings: Mapping[str, Any]) -> Any:
         raise ValueError(f"method {method} needs more settings; not given: {', '.join(missing)}") from error
 
 
-def setting_name(field: Field[Any]) -> str:
+def field_name(field: Field[Any]) -> str:
     """A field of a config as files and commands call it: `global`, which no name in Python can be, for `global_`."""
     return field.name.rstrip("_")
 
 
 def spelled(value: Any) -> str:
-    """A setting in a line of text; one that is a method as the command takes it, `clear:radius=8`."""
+    """A field's value in a line of text; one that is a method as the command takes it, `clear:radius=8`."""
     if not isinstance(value, Mapping):
         return str(value)
-    settings = ",".join(
+    entries = ",".join(
         f"{key}={json.dumps(one, separators=(',', ':'))}" for key, one in value.items() if key != "method"
     )
-    return f"{value['method']}:{settings}" if settings else value["method"]
+    return f"{value['method']}:{entries}" if entries else value["method"]
 
 
 def implementations() -> list[str]:

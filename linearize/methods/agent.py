@@ -29,14 +29,14 @@ from ...kernels.agent import agent_attention, implementations
 from ...kernels.agent.agent_bias import agent_bias
 from ...kernels.pieces.cell_means import cell_means
 from ..layout import Grid
+from .field_checks import check_count, check_finite, check_switch
 from .joint import JointMethod, joint_pairs
 from .local_terms import LocalConv
-from .settings import check_count, check_finite, check_switch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agent:
-    """Settings of agent attention; what is trained beside the base's weights starts without effect.
+    """Config of agent attention; what is trained beside the base's weights starts without effect.
 
     Attributes:
         num_agents: At any size of the image; a number with many divisors, such as 64, fits most shapes.

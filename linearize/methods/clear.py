@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from ...kernels.window import Circle
 from ..layout import Grid, Layout, as_shape
+from .field_checks import check_count
 from .pooling import cell_side, count_cells, mean_pool, weighted_pool
-from .settings import check_count
 from .windows import WindowAttention
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clear:
-    """Settings of local attention.
+    """Config of local attention.
 
     Attributes:
         radius: In image tokens, Euclidean, strict: distance < radius (CLEAR's `window_size`).

@@ -51,13 +51,13 @@ from ...kernels.pieces.text import split_text
 from ..layout import Grid, Layout
 from .agent import Agent, AgentAttention
 from .clear import Clear, ClearAttention
+from .field_checks import check_count, check_finite
 from .hybrid_advice import focus_advice, proxy_advice, warn_once
 from .mala import Mala, MalaAttention
 from .method import Method
 from .neighborhood import Neighborhood
 from .proxy_tokens import ProxyTokens, ProxyTokensAttention
 from .rala import Rala, RalaAttention
-from .settings import check_count, check_finite
 from .sliding_tile import SlidingTile
 from .windows import WindowAttention
 
@@ -75,7 +75,7 @@ STATE_CELLS = 64  # that weigh a state, which has no keys of its own
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid:
-    """Settings of a hybrid.
+    """Config of a hybrid.
 
     Attributes:
         local: Config of a window: `Clear` without pooling, `Neighborhood` or `SlidingTile`.

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ...kernels.linear import implementations
 from ..layout import Grid
+from .field_checks import check_count, check_switch
 from .joint import JointMethod, joint_pairs
 from .local_terms import LocalConv, ValueGate
-from .settings import check_count, check_switch
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearImage:
-    """Settings; what is trained beside the base's weights starts without effect.
+    """Config; what is trained beside the base's weights starts without effect.
 
     Attributes:
         conv_size: Side in tokens of the depth-wise convolution of values, odd; None: none.

@@ -20,15 +20,15 @@ from ...kernels.linear.features import feature_map, wide
 from ...kernels.pieces.autocast import without_autocast
 from ..errors import LayoutError
 from ..layout import Grid, Layout
+from .field_checks import check_count
 from .method import Method
-from .settings import check_count
 
 EPSILON = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinFusion:
-    """Settings of generalized linear attention.
+    """Config of generalized linear attention.
 
     Attributes:
         projection_channels: Hidden channels of f_q and f_k; None: C. 0: no networks, f(x) = x.

@@ -20,7 +20,7 @@ from .linear_image import LinearImage, LinearImageAttention
 
 @dataclass(frozen=True, kw_only=True)
 class Mala(LinearImage):
-    """Settings of magnitude-aware linear attention, those of `LinearImage`."""
+    """Config of magnitude-aware linear attention, those of `LinearImage`."""
 
 
 class MalaAttention(LinearImageAttention):

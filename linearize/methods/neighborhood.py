@@ -12,13 +12,13 @@ module is `WindowAttention` (windows.py).
 from dataclasses import dataclass
 
 from ...kernels.window import Box
-from .settings import as_tuples
+from .field_checks import as_tuples
 from .windows import Pair, both_axes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighborhood:
-    """Settings of neighborhood attention. A pair is (along the height, along the width), one number is for both.
+    """Config of neighborhood attention. A pair is (along the height, along the width), one number is for both.
 
     Attributes:
         window: Full sides in tokens, odd (NATTEN's `kernel_size`).

@@ -26,13 +26,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...kernels.pieces.cell_means import cell_means
 from ..layout import Grid
+from .field_checks import check_count, check_switch
 from .joint import JointMethod, joint_pairs
-from .settings import check_count, check_switch
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyTokens:
-    """Settings of attention through proxy tokens; what is trained beside the base's weights starts without effect.
+    """Config of attention through proxy tokens; what is trained beside the base's weights starts without effect.
 
     Attributes:
         num_proxies: At any size of the image; a number with many divisors, such as 64, fits most shapes.

@@ -19,7 +19,7 @@ from .linear_image import LinearImage, LinearImageAttention
 
 @dataclass(frozen=True, kw_only=True)
 class Rala(LinearImage):
-    """Settings of rank-augmented linear attention, those of `LinearImage`."""
+    """Config of rank-augmented linear attention, those of `LinearImage`."""
 
 
 class RalaAttention(LinearImageAttention):

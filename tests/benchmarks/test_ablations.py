@@ -35,12 +35,12 @@ def test_every_row_is_made_and_told(ablations: Any, tmp_path: Path) -> None:
 
 def test_rows_differ_from_the_baseline_in_what_they_say_alone(ablations: Any, tmp_path: Path) -> None:
     run = ablations.Ablations(build(tmp_path), tmp_path / "work", ablations.Plan())
-    settings = {name: run.settings(name, changes) for name, changes in ablations.ROWS.items()}
-    baseline = settings[ablations.BASELINE]
+    configs = {name: run.config(name, changes) for name, changes in ablations.ROWS.items()}
+    baseline = configs[ablations.BASELINE]
     assert (baseline.loss.flow, baseline.loss.prediction, baseline.loss.attention) == (0.1, 1.0, 1.0)
-    assert settings["no attention loss"].loss.attention == 0 and settings["400 steps"].run.steps == 400
-    assert {one.data.directory for one in settings.values()} == {baseline.data.directory}
-    assert len({one.run.directory for one in settings.values()}) == len(settings)
+    assert configs["no attention loss"].loss.attention == 0 and configs["400 steps"].run.steps == 400
+    assert {one.data.directory for one in configs.values()} == {baseline.data.directory}
+    assert len({one.run.directory for one in configs.values()}) == len(configs)
 
 
 def build(folder: Path) -> Path:

@@ -39,7 +39,7 @@ def make_config(base: Path, data: Path, tmp_path: Path) -> Callable[..., Distill
     """`make_config(run={...}, loss={...})` replaces settings of a run of six steps; method and trained as a whole."""
 
     def make(**tables: dict[str, Any]) -> DistillConfig:
-        settings = {
+        usual = {
             "base": {"model": str(base)},
             "data": {"directory": str(data)},
             "method": {"method": "clear", "radius": 2},
@@ -51,7 +51,7 @@ def make_config(base: Path, data: Path, tmp_path: Path) -> Callable[..., Distill
             "validate": {"samples": 0},
         }
         whole = {name: table for name, table in tables.items() if name in ("method", "trained")}
-        merged = {name: settings.get(name, {}) | tables.get(name, {}) for name in settings | tables}
+        merged = {name: usual.get(name, {}) | tables.get(name, {}) for name in usual | tables}
         return config_from_tables(merged | whole)
 
     return make

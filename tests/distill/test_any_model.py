@@ -109,9 +109,9 @@ def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
     pipe = prompted("qwen-image")
     kept(pipe, tmp_path / "samples", size_of("qwen-image"))
     pipe.save_pretrained(tmp_path / "base")
-    settings: dict[str, Any] = {"trained": {"rank": 2, "projections": ["to_q", "add_q_proj", "to_add_out"]}}
+    tables: dict[str, Any] = {"trained": {"rank": 2, "projections": ["to_q", "add_q_proj", "to_add_out"]}}
     configs = [
-        config_of(tmp_path, str(tmp_path / "base"), run={"directory": str(tmp_path / name)}, **settings)
+        config_of(tmp_path, str(tmp_path / "base"), run={"directory": str(tmp_path / name)}, **tables)
         for name in ("one", "two")
     ]
     process = fork_run(write_config(configs[1], tmp_path / "two.toml"), processes=2)

@@ -39,8 +39,8 @@ def test_a_run_on_a_quantized_base_goes_on_and_is_judged(
     make_config: MakeConfig, tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _torchao()
-    settings: dict[str, Any] = {"base": {"quantization": INT8}, "validate": {"samples": 2, "every": 4}}
-    config = make_config(**settings, run={"gradient_checkpointing": True})
+    tables: dict[str, Any] = {"base": {"quantization": INT8}, "validate": {"samples": 2, "every": 4}}
+    config = make_config(**tables, run={"gradient_checkpointing": True})
     with caplog.at_level(logging.INFO):
         distill(config)
     assert "quantized" in caplog.text
@@ -51,7 +51,7 @@ def test_a_run_on_a_quantized_base_goes_on_and_is_judged(
     distill(config, resume=4)
     assert all(torch.equal(one, expected[name]) for name, one in trained_weights(run).items())
     with pytest.raises(ValueError, match=r"base.quantization.quant_backend was 'torchao', now None"):
-        distill(make_config(validate=settings["validate"]), resume="latest")
+        distill(make_config(validate=tables["validate"]), resume="latest")
 
     saved = FluxPipeline.from_pretrained(base, torch_dtype=torch.float32, quantization_config=_int8()).transformer
     assert fingerprint(saved) == fingerprint(load_teacher(config.base).transformer) != fingerprint(_plain(base))
@@ -150,9 +150,9 @@ def test_a_run_beside_weights_that_are_cast_layer_by_layer(make_config: MakeConf
     samples = tmp_path / "samples"
     pipe = load_base(read_base(base), dtype=torch.bfloat16, quantization=Quantization(**casting))
     prepare(pipe, PROMPTS[:4], samples, sizes=SIZES[:1], steps=1, max_sequence_length=8, calls=1)
-    settings: dict[str, Any] = {"data": {"directory": str(samples)}, "loss": {"flow": 0.0}}
+    tables: dict[str, Any] = {"data": {"directory": str(samples)}, "loss": {"flow": 0.0}}
     run = {"gradient_checkpointing": True, "mixed_precision": "bf16", "batch_size": 2}
-    distill(make_config(**settings, base={"dtype": "bfloat16", "quantization": casting}, run=run))
+    distill(make_config(**tables, base={"dtype": "bfloat16", "quantization": casting}, run=run))
     trained = trained_weights(tmp_path / "run")
     assert all(one.dtype == torch.float32 for one in trained.values())
     assert not all(torch.equal(one, one.bfloat16().float()) for one in trained.values())
@@ -233,8 +233,8 @@ def test_arguments_of_torchao_name_dtypes(make_config: MakeConfig) -> None:
 
 def test_arguments_of_bitsandbytes_are_checked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def options(backend: str, **kwargs: Any) -> Any:
-        settings = Quantization(quant_backend=backend, quant_kwargs=kwargs)
-        made = quantization_options(settings, read_base(base), torch.float32)["quantization_config"]
+        quantization = Quantization(quant_backend=backend, quant_kwargs=kwargs)
+        made = quantization_options(quantization, read_base(base), torch.float32)["quantization_config"]
         return made.quant_mapping["transformer"]
 
     monkeypatch.setattr(quantizing, "find_spec", lambda _: None)

@@ -65,11 +65,11 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_end_in_the_same_weights(make_config: MakeConfig, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"layerwise": {"steps": 2, "lr": 1e-2}, "save": {"every": 3}}
-    settings["trained"] = {"kind": "lora", "rank": 2, "ema": 0.9}
+    tables: dict[str, Any] = {"layerwise": {"steps": 2, "lr": 1e-2}, "save": {"every": 3}}
+    tables["trained"] = {"kind": "lora", "rank": 2, "ema": 0.9}
     steps = {"steps": 40, "batch_size": 2}
     config, whole = (
-        make_config(**settings, run=steps | {"directory": str(tmp_path / name)}) for name in ("killed", "whole")
+        make_config(**tables, run=steps | {"directory": str(tmp_path / name)}) for name in ("killed", "whole")
     )
     file = write_config(config, tmp_path / "killed.toml")
     kill(config, file, before=30, processes=2)
@@ -86,12 +86,12 @@ def test_a_run_goes_on_that_was_started_before_a_setting_came(make_config: MakeC
     config = make_config(run={"steps": 2})
     distill(config)
     record = config.run.folder / "run.json"
-    settings = json.loads(record.read_text())
-    del settings["run"]["min_tokens"], settings["layerwise"]
-    record.write_text(json.dumps(settings))
-    check_run(config, settings["samples"], resume="latest")
+    stored = json.loads(record.read_text())
+    del stored["run"]["min_tokens"], stored["layerwise"]
+    record.write_text(json.dumps(stored))
+    check_run(config, stored["samples"], resume="latest")
     with pytest.raises(ValueError, match=r"run.min_tokens was 0, now 7"):
-        check_run(make_config(run={"steps": 2, "min_tokens": 7}), settings["samples"], resume="latest")
+        check_run(make_config(run={"steps": 2, "min_tokens": 7}), stored["samples"], resume="latest")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,10 +192,10 @@ def test_a_full_disk_costs_no_checkpoint(
 ) -> None:
     config, write = make_config(), getattr(checkpoint, unwritable)
 
-    def full(*arguments: Any, **settings: Any) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
         if "step-00000004" in str(arguments[1]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*arguments, **settings)
+        write(*arguments, **options)
 
     monkeypatch.setattr(checkpoint, unwritable, full)
     with pytest.raises(
@@ -254,8 +254,8 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As if what came after it had not been; killed on the way, it goes on there."""
-    settings: dict[str, Any] = {"save": {"every": 2, "keep_last": 3}, "validate": {"samples": 2, "every": 3}}
-    config = make_config(**settings)
+    tables: dict[str, Any] = {"save": {"every": 2, "keep_last": 3}, "validate": {"samples": 2, "every": 3}}
+    config = make_config(**tables)
     run, step = config.run.folder, Trainer.step
     distill(config)
     shutil.copytree(run, run.with_name("as it was"))
@@ -269,7 +269,7 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        distill(make_config(**settings, optimizer={"lr": 1e-3}), resume=2)
+        distill(make_config(**tables, optimizer={"lr": 1e-3}), resume=2)
     monkeypatch.undo()
     assert sorted(path.name for path in run.glob("step-*")) == ["step-00000002"]
     assert [path.name for path in run.glob("validation*.png")] == ["validation-00000003.png"]

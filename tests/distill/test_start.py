@@ -28,8 +28,8 @@ PATTERNS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 def _adapter(make_config: MakeConfig, folder: Path, **tables: Any) -> Path:
     """Of a run of two steps."""
     trained = {"kind": "lora", "rank": 2, "alpha": 3.0}
-    settings: dict[str, Any] = {"method": POOLED, "trained": trained, "run": {"steps": 2, "directory": str(folder)}}
-    return distill(make_config(**settings | tables))
+    usual: dict[str, Any] = {"method": POOLED, "trained": trained, "run": {"steps": 2, "directory": str(folder)}}
+    return distill(make_config(**usual | tables))
 
 
 def _without(config: DistillConfig, file: Path, *tables: str) -> Path:
@@ -110,7 +110,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("tables", "message"),
     [
         ({"method": {"method": "clear", "radius": 3}}, r"has Clear\(radius=2.*\) in transformer_blocks.0.attn, and the "
          r"settings Clear\(radius=3.*\): leave \[method\]"),
@@ -125,9 +125,9 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["method", "layers", "rank", "alpha", "kind", "projections"],
 )  # fmt: skip
 def test_a_start_that_contradicts_the_settings_is_refused(
-    settings: dict[str, Any], message: str, adapter: Path, make_config: MakeConfig
+    tables: dict[str, Any], message: str, adapter: Path, make_config: MakeConfig
 ) -> None:
-    config = make_config(**settings, start={"adapter": str(adapter)})
+    config = make_config(**tables, start={"adapter": str(adapter)})
     with pytest.raises(ValueError, match=message):
         build_student_(load_teacher(config.base), config)
 

@@ -41,10 +41,10 @@ def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> Non
     And the same validation, by the same average, of which each process has drawn some pictures.
     """
     run = {"steps": 7, "batch_size": 4}
-    settings: dict[str, Any] = {"layerwise": {"steps": 3, "lr": 1e-2}, "validate": {"samples": 3}}
-    settings["trained"] = {"kind": "lora", "rank": 2, "ema": 0.9}
-    alone = make_config(**settings, run=run | {"directory": str(tmp_path / "one"), "gradient_accumulation": 2})
-    together = make_config(**settings, run=run | {"directory": str(tmp_path / "two")})
+    tables: dict[str, Any] = {"layerwise": {"steps": 3, "lr": 1e-2}, "validate": {"samples": 3}}
+    tables["trained"] = {"kind": "lora", "rank": 2, "ema": 0.9}
+    alone = make_config(**tables, run=run | {"directory": str(tmp_path / "one"), "gradient_accumulation": 2})
+    together = make_config(**tables, run=run | {"directory": str(tmp_path / "two")})
     process = launch_run(write_config(together, tmp_path / "two.toml"), processes=2)
     distill(alone)
     assert process.wait() == 0, process.stderr.read().decode()

@@ -70,13 +70,13 @@ def test_save_adapter_as_one_file_tells_everything_in_its_header(base: Path, tmp
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
     assert header["family"] == "flux" and header["method"] == "clear" and header["base"] == str(base.resolve())
-    assert all(settings == {"method": "clear", "radius": 2, "pool_size": 2} for settings in _settings(header))
+    assert all(entries == {"method": "clear", "radius": 2, "pool_size": 2} for entries in _methods(header))
     told, folder = json.loads(header["lineardit"]), json.loads((tmp_path / "folder" / "lineardit.json").read_text())
     assert told == folder | {"tensors": None}
     assert read_manifest(file).base_license == "tiny-license"
 
 
-def _settings(header: dict[str, str]) -> list[dict[str, Any]]:
+def _methods(header: dict[str, str]) -> list[dict[str, Any]]:
     return list(json.loads(header["settings"]).values())
 
 
@@ -303,7 +303,7 @@ def command(*words: str | Path) -> int:
 def test_convert_writes_one_file_and_inspect_reads_it(base: Path, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "x.safetensors"
     assert command("convert", base, "--method", "clear", "--radius", "3", "--offline", "-o", file) == 0
-    assert {settings["radius"] for settings in read_manifest(file).methods.values()} == {3}
+    assert {entries["radius"] for entries in read_manifest(file).methods.values()} == {3}
     assert command("inspect", file, "--offline") == 0
     assert "radius=3" in capsys.readouterr().out
 

@@ -223,10 +223,10 @@ def test_several_frames_pass_through_both_branches() -> None:
 
 @pytest.mark.parametrize("config", BRANCHES, ids=str)
 def test_config_round_trips_through_json(config: Hybrid) -> None:
-    settings = config_to_dict(config)
-    assert settings["local"]["method"] == type(config.local).__name__.lower()
-    assert "global_" not in settings
-    assert config_from_dict(json.loads(json.dumps(settings))) == config
+    entries = config_to_dict(config)
+    assert entries["local"]["method"] == type(config.local).__name__.lower()
+    assert "global_" not in entries
+    assert config_from_dict(json.loads(json.dumps(entries))) == config
 
 
 @pytest.mark.parametrize(
@@ -250,17 +250,17 @@ def test_settings_are_checked(change: dict[str, Any], told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("entries", "told"),
     [
         ({"local": {"method": "clear", "radius": 2}}, "needs more settings; not given: global$"),
-        ({"local": "clear", "global": {"method": "mala"}}, "settings must look like"),
+        ({"local": "clear", "global": {"method": "mala"}}, "a method must look like"),
         ({"local": {"method": "clear", "raduis": 2}, "global": {"method": "mala"}}, r"did you mean radius\?"),
         ({"local": {"method": "clear", "radius": 2}, "globol": {"method": "mala"}}, r"did you mean global\?"),
     ],
 )
-def test_config_from_dict_names_what_is_wrong_in_a_branch(settings: dict[str, Any], told: str) -> None:
+def test_config_from_dict_names_what_is_wrong_in_a_branch(entries: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        config_from_dict({"method": "hybrid", **settings})
+        config_from_dict({"method": "hybrid", **entries})
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_pairs_agrees_with_pytorchs_counter(config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "told"),
+    ("method", "entries", "told"),
     [
         (Mala, {"conv_size": 4}, "conv_size must be an odd integer >= 3 or None, got 4"),
         (Rala, {"conv_size": 1}, "conv_size must be an odd integer"),
@@ -185,6 +185,6 @@ def test_pairs_agrees_with_pytorchs_counter(config: Any) -> None:
         (Agent, {"num_agents": 4, "second_scale_exponent": float("nan")}, "second_scale_exponent must be a finite"),
     ],
 )
-def test_settings_are_checked(method: Any, settings: dict[str, Any], told: str) -> None:
+def test_settings_are_checked(method: Any, entries: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        method(**settings)
+        method(**entries)

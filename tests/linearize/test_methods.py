@@ -96,7 +96,7 @@ def test_configs_round_trip(config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("entries", "told"),
     [
         ({"method": "claer", "radius": 4}, r"unknown method 'claer' \(did you mean clear\?\)"),
         ({"method": "clear", "raduis": 4}, r"unknown setting 'raduis' of clear \(did you mean radius\?\)"),
@@ -106,9 +106,9 @@ def test_configs_round_trip(config: Any) -> None:
         ("clear", "must look like"),
     ],
 )
-def test_config_from_dict_refuses_and_suggests(settings: Any, told: str) -> None:
+def test_config_from_dict_refuses_and_suggests(entries: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        config_from_dict(settings)
+        config_from_dict(entries)
 
 
 def test_methods_have_configs_that_cannot_change() -> None:

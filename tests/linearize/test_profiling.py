@@ -130,9 +130,9 @@ def _probe() -> probe_module.Probe:
     return probe_module.Probe(RADII, generator=torch.Generator(), turns=itertools.count(), **shape)
 
 
-def _profile(**settings: Any) -> Profile:
+def _profile(**changes: Any) -> Profile:
     call: dict[str, Any] = {"size": (24, 32), "radii": RADII, "steps": 2, "max_sequence_length": 8}
-    return profile_attention(build_tiny(), ["a red circle", "a blue cross"], **{**call, **settings})
+    return profile_attention(build_tiny(), ["a red circle", "a blue cross"], **{**call, **changes})
 
 
 METHODS = (
@@ -199,7 +199,7 @@ def test_profile_attention_repeats_by_seed_and_is_read_back(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("changes", "said"),
     [
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"radii": ()}, "radii must hold at least one"),
@@ -207,9 +207,9 @@ def test_profile_attention_repeats_by_seed_and_is_read_back(tmp_path: Path) -> N
         ({"queries": 0}, "queries must be >= 1"),
     ],
 )
-def test_profile_attention_refuses(settings: dict[str, Any], said: str) -> None:
+def test_profile_attention_refuses(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        _profile(**settings)
+        _profile(**changes)
 
 
 def test_profile_attention_refuses_a_converted_pipeline() -> None:

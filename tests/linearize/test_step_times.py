@@ -44,8 +44,8 @@ def manifest_of(conversion: WeightlessConversion) -> Manifest:
     return conversion.adapter[0]
 
 
-def timed(conversion: WeightlessConversion, sizes: Sequence[tuple[int, int]], **settings: Any) -> list[StepTime]:
-    conditions = Conditions(**{"device": CPU, "dtype": torch.float32, "pairs": 1} | settings)
+def timed(conversion: WeightlessConversion, sizes: Sequence[tuple[int, int]], **conditions: Any) -> list[StepTime]:
+    conditions = Conditions(**{"device": CPU, "dtype": torch.float32, "pairs": 1} | conditions)
     return list(time_steps(conversion, sizes, conditions))
 
 

@@ -43,7 +43,7 @@ def kernel_of(config: Any, *, num_heads: int = 1) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "told"),
+    ("method", "entries", "told"),
     [
         ("clear", {"radius": 0}, "radius must be > 0"),
         ("clear", {"radius": -1.5}, "radius must be > 0"),
@@ -72,9 +72,9 @@ def kernel_of(config: Any, *, num_heads: int = 1) -> Any:
         ("slidingtile", {"tile": 8}, "not given: window"),
     ],
 )
-def test_bad_settings_are_refused(method: str, settings: dict[str, Any], told: str) -> None:
+def test_bad_settings_are_refused(method: str, entries: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        config_from_dict({"method": method, **settings})
+        config_from_dict({"method": method, **entries})
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)

@@ -40,12 +40,12 @@ class _Steps:
         return outs
 
     def cache(self, model: Any, name: str) -> None:
-        config, settings = CACHES[name]
+        config, arguments = CACHES[name]
         if not hasattr(hooks, config):
             pytest.skip(f"this diffusers has no {config}")
         if name in ("pyramid_attention_broadcast", "faster_cache"):
-            settings = settings | {"current_timestep_callback": lambda: self.time}
-        made = getattr(hooks, config)(**settings)
+            arguments = arguments | {"current_timestep_callback": lambda: self.time}
+        made = getattr(hooks, config)(**arguments)
         if hasattr(model, "enable_cache"):
             model.enable_cache(made)
         else:

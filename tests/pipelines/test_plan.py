@@ -142,8 +142,8 @@ def test_a_small_stage_says_what_it_is_less_than() -> None:
 def test_plan_settings_leave_out_what_differs_between_machines() -> None:
     plan = cascade(2048, 2048, FLUX, Settings(), **CALL)
     timed = replace(plan, stages=tuple(replace(stage, seconds=1.0, gib=2.0) for stage in plan.stages))
-    assert timed.settings() == plan.settings()
-    assert cascade(2048, 2048, FLUX, Settings(strength=0.5), **CALL).settings() != plan.settings()
+    assert timed.recipe() == plan.recipe()
+    assert cascade(2048, 2048, FLUX, Settings(strength=0.5), **CALL).recipe() != plan.recipe()
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_plan_takes_chunks_where_memory_is_short(monkeypatch: pytest.MonkeyPatch
     short = high.plan(512, 512, settings=settings)
     assert [stage.chunk_tokens for stage in short.stages] == [None, None, None, 8192]
     assert short.stages[-1].gib < whole and not any("are free" in note for note in short.notes)
-    assert "token-wise layers in chunks of 8192" in str(short) and short.settings() == free.settings()
+    assert "token-wise layers in chunks of 8192" in str(short) and short.recipe() == free.recipe()
     monkeypatch.setattr("lineardit.pipelines.estimate.free_gib", lambda _: 0.001)
     assert "GiB where 0.0 are free: offload" in high.plan(512, 512, settings=settings).notes[-1]
 

@@ -1,11 +1,11 @@
-"""Checks of what a method's config is given: a ValueError names the setting, its rule and the value."""
+"""Checks of what a method's config is given: a ValueError names the field, its rule and the value."""
 
 import math
 from typing import Any
 
 
 def check_count(name: str, value: Any, *, least: int = 1, odd: bool = False, optional: bool = False) -> None:
-    """An integer >= `least`; where the setting is optional, None as well."""
+    """An integer >= `least`; where the field is optional, None as well."""
     if value is None and optional:
         return
     is_integer = isinstance(value, int) and not isinstance(value, bool)
