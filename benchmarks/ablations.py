@@ -22,7 +22,7 @@ from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path
 from lineardit.linearize.folders import write_whole
 from lineardit.linearize.methods import Clear, config_to_dict
-from lineardit.stages import this_machine
+from lineardit.work_log import this_machine
 
 RESULTS = Path(__file__).with_name("results")
 UNTRAINED = "0 steps"
@@ -63,14 +63,14 @@ class Ablations(SceneStudents):
 
     def run(self, results: Path, rows: Mapping[str, Mapping[str, Mapping[str, Any]]] = ROWS) -> list[Row]:
         """The teacher, the swap alone, and a student for each entry of `rows`."""
-        with self.stages.stage("teacher's pictures"):
+        with self.work.timed("teacher's pictures"):
             self.draw("teacher", self.base, self.plan.captions)
-        with self.stages.stage("samples"):
+        with self.work.timed("samples"):
             self.prepare()
-        with self.stages.stage(UNTRAINED):
+        with self.work.timed(UNTRAINED):
             self.draw(UNTRAINED, self.swapped(self.method, Path("converted")), self.plan.captions)
         for name, changes in rows.items():
-            with self.stages.stage(name):
+            with self.work.timed(name):
                 self.draw(name, self.taught(self.config(name, changes)), self.plan.captions)
             self.write(results)
         return [self.row(name) for name in self.made]
@@ -92,7 +92,7 @@ class Ablations(SceneStudents):
         write_sheet(list(self.made), list(zip(*shown, strict=True)), results / "ablations.png")
         write_json(
             results / "ablations.json",
-            {"plan": asdict(plan), "rows": [asdict(row) for row in rows], "stages": self.stages.record},
+            {"plan": asdict(plan), "rows": [asdict(row) for row in rows], "stages": self.work.record},
         )
         weights = " + ".join(f"{weight:g} x {name}" for name, weight in LOSS.items())
         report = "\n".join(

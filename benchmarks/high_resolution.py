@@ -39,7 +39,7 @@ from lineardit.pipelines.pictures import enlarged
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import decode, encode
 from lineardit.scene_judge import judge_scene
-from lineardit.stages import Stages, this_machine
+from lineardit.work_log import WorkLog, this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class HighResolution:
         self.cascade = HighResolutionPipeline.from_pipe(self.student, native_size=amount.native)
         content = {"steps": amount.steps, "text_tokens": amount.text_tokens, "weights": weights}
         plans = [self.plan(side).recipe() for side in (amount.side, amount.largest)]
-        self.stages = Stages(directory, content | {"attention": self.attention, "plans": plans})
+        self.work = WorkLog(directory, content | {"attention": self.attention, "plans": plans})
         for pipe in (self.teacher, self.cascade, self.student):
             pipe.set_progress_bar_config(disable=True)
         self.made: dict[tuple[str, int], list[Image.Image]] = {}  # by row and pixels
@@ -113,7 +113,7 @@ class HighResolution:
         folder = self.directory / f"{name} {side}".replace(" ", "-").replace(",", "")
         folder.mkdir(parents=True, exist_ok=True)
         made = []
-        with self.stages.stage(f"{name}, {side} px"):
+        with self.work.timed(f"{name}, {side} px"):
             for index in tqdm(range(count), desc=f"{name}, {side} px", unit="picture"):
                 file = folder / f"{index:03d}.png"
                 if not file.exists():
@@ -266,7 +266,7 @@ class HighResolution:
         """What is measured, or was in an earlier run in this folder."""
         file = self.directory / f"{name.replace(' ', '_')}.json"
         if not file.exists():
-            with self.stages.stage(name):
+            with self.work.timed(name):
                 write_json(file, measure())
         return json.loads(file.read_text())
 

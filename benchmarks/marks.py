@@ -32,7 +32,7 @@ from lineardit.linearize.measures.attention_profile import read_profile
 from lineardit.linearize.measures.budget import propose
 from lineardit.linearize.measures.profiling import profile_attention
 from lineardit.linearize.methods import Agent, Clear, Hybrid, Mala, ProxyTokens, config_to_dict
-from lineardit.stages import this_machine
+from lineardit.work_log import this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -91,16 +91,16 @@ def of_seed(name: str, seed: int) -> str:
 
 
 class Marks(SceneStudents):
-    """One run of all stages, in a folder of its own."""
+    """One run of everything, in a folder of its own."""
 
     plan: Plan
 
     def run(self, report: Callable[[], None]) -> None:
         """All rows, the hybrid's first and the window's late; `report` is called when a row is done."""
         plan = self.plan
-        with self.stages.stage("teacher's pictures"):
+        with self.work.timed("teacher's pictures"):
             self.draw("teacher", self.base, plan.captions)
-        with self.stages.stage("samples"):
+        with self.work.timed("samples"):
             self.prepare()
         for name in ("hybrid", "proxies alone", WIDER, *FOLLOWERS):
             self.student(name, report)
@@ -109,26 +109,26 @@ class Marks(SceneStudents):
                 self.another_seed(name, seed)
                 report()
         self.student("default", report)
-        with self.stages.stage("teacher with 512 text positions"):
+        with self.work.timed("teacher with 512 text positions"):
             self.draw(LONG, self.base, plan.few_captions, text_tokens=512)
         report()
 
     def student(self, name: str, report: Callable[[], None]) -> None:
         """A row of the swap alone, and one of the student."""
         one = self.students[name]
-        with self.stages.stage(f"pictures: {name} without training"):
+        with self.work.timed(f"pictures: {name} without training"):
             self.draw(UNTRAINED[name], self.converted(name, one.method), one.untrained_captions)
         report()
-        with self.stages.stage(f"distill: {name}"):
+        with self.work.timed(f"distill: {name}"):
             self.distill(name, one.method, one.steps, *one.changes)
-        with self.stages.stage(f"pictures: {name}"):
+        with self.work.timed(f"pictures: {name}"):
             self.draw(name, self.adapter(name), one.captions)
         report()
 
     def another_seed(self, name: str, seed: int) -> None:
         """The same student from other noise and another order of the samples."""
         one, row = self.students[name], of_seed(name, seed)
-        with self.stages.stage(row):
+        with self.work.timed(row):
             self.distill(row, one.method, one.steps, *one.changes, f"run.seed={seed}")
             self.draw(row, self.adapter(row), self.plan.few_captions)
 
@@ -174,7 +174,7 @@ class Marks(SceneStudents):
             captions = [scenes.sample(index).caption for index in range(plan.profiled)]
             drawing = {"size": (plan.side, plan.side), "max_sequence_length": plan.text_tokens}
             choices = (MALA, self.hybrid)
-            with self.stages.stage("profile"):
+            with self.work.timed("profile"):
                 profile_attention(open_pipeline(self.base), captions, methods=choices, steps=8, **drawing).write(file)
         profile = read_profile(file)
         return propose(profile, plan.some_budget, choices=profile.methods).configs
@@ -248,7 +248,7 @@ def write_results(results: Path, run: Marks) -> str:
     columns = [name for name in SHOWN if name in run.made]
     shown = [run.made[name].pictures.images[: run.plan.shown] for name in columns]
     write_sheet(columns, list(zip(*shown, strict=True)), results / "marks.png")
-    taken = run.stages.total()
+    taken = run.work.total()
     machine = (
         f"Took {taken['seconds'] / 60:.0f} minutes, {taken['cpu_seconds'] / 60:.0f} CPU-minutes; {this_machine()}."
     )
@@ -256,7 +256,7 @@ def write_results(results: Path, run: Marks) -> str:
         "plan": asdict(run.plan),
         "marks": [asdict(mark) for mark in marks],
         "rows": [asdict(row) for row in rows],
-        "stages": run.stages.record,
+        "stages": run.work.record,
     }
     write_json(results / "marks.json", content)
     plan = run.plan

@@ -52,7 +52,7 @@ from lineardit.linearize.methods import (
     SlidingTile,
     config_to_dict,
 )
-from lineardit.stages import this_machine
+from lineardit.work_log import this_machine
 
 RESULTS = Path(__file__).with_name("results")
 SINGLE = "single_transformer_blocks.*.attn"  # five of the small model's eight attention modules
@@ -87,7 +87,7 @@ class Plan(ScenePlan):
 
     steps: int = 20
     train_steps: int = 200
-    layer_steps: int = 40  # of the first stage, before those
+    layer_steps: int = 40  # of the first phase, before those
     layer_rate: float = 1e-3
     seeds: tuple[int, ...] = (0, 1, 2)
     trained: int = 220_000  # parameters of each student, to be met within 5%
@@ -124,14 +124,14 @@ class MethodTable(SceneStudents):
         only: Callable[[str], bool] = lambda _: True,
     ) -> Table:
         """Every row whose title passes `only` with students of these seeds, beside those that `results` has."""
-        with self.stages.stage("teacher's pictures"):
+        with self.work.timed("teacher's pictures"):
             self.draw("teacher", self.base, self.plan.captions)
-        with self.stages.stage("samples"):
+        with self.work.timed("samples"):
             self.prepare()
         rivals = {title(one): local_of_equal_flops(one) for one in methods if type(one) is Hybrid}
         entries = {title(one): one for one in (*methods, *rivals.values())}
         table = Table(
-            plan=self.stages.record["settings"] | {"seeds": list(self.plan.seeds)},
+            plan=self.work.record["settings"] | {"seeds": list(self.plan.seeds)},
             teacher=self.row("teacher"),
             order=tuple(entries),
             rivals={name: title(rival) for name, rival in rivals.items()},
@@ -155,7 +155,7 @@ class MethodTable(SceneStudents):
         """One row: untrained, and a student from each seed."""
         plan = self.plan
         untrained = self.converted(name, method)
-        with self.stages.stage(f"{name}, untrained"):
+        with self.work.timed(f"{name}, untrained"):
             self.draw(f"{name}, untrained", untrained, plan.few_captions)
             seconds, of_teacher = self.seconds(name, untrained)
         fit = self.fit(method)
@@ -181,7 +181,7 @@ class MethodTable(SceneStudents):
         rows = []
         for seed in seeds:
             student = f"{name}, seed {seed}"
-            with self.stages.stage(student):
+            with self.work.timed(student):
                 adapter = self.taught(self.config(method, fit.rank, seed))
                 self.draw(student, adapter, self.plan.captions)
             rows.append(self.row(student))
@@ -237,7 +237,7 @@ class MethodTable(SceneStudents):
     def proposals(self) -> tuple[tuple[Row, Row], ...]:
         """One radius for all layers, and the profile's proposal of equal FLOPs at this size, without training."""
         pairs = []
-        with self.stages.stage("proposals of the profile"):
+        with self.work.timed("proposals of the profile"):
             profile = self.profile()
             for radius in self.plan.budgets:
                 uniform = Clear(radius=radius)

@@ -17,7 +17,7 @@ from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.folders import sha256
 from lineardit.scene_judge import judge_scene
-from lineardit.stages import Stages
+from lineardit.work_log import WorkLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class SceneStudents:
         weights = [sha256(file)[:8] for file in sorted(base.rglob("*.safetensors"))]
         self.base, self.directory, self.plan, self.calls = base, directory, plan, calls
         asked = json.loads(json.dumps(asdict(plan))) | {"base": weights} | ({"calls": calls} if calls else {})
-        self.stages = Stages(directory, asked)
+        self.work = WorkLog(directory, asked)
         self.captions = [scenes.sample(index, split="held_out").caption for index in range(plan.captions)]
         self.made: dict[str, Made] = {}
 

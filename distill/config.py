@@ -3,7 +3,7 @@
     [base]      the teacher            [loss]       weights of the three terms     [run]       steps, batch, precision
     [data]      what prepare made      [optimizer]  AdamW                          [save]      checkpoints, log
     [method]    the new attention      [schedule]   of the learning rate           [validate]  how near on the way
-    [trained]   which weights learn    [noise]      of the training inputs    [layerwise] an optional first stage
+    [trained]   which weights learn    [noise]      of the training inputs    [layerwise] an optional first phase
     [start]     an adapter to go on from
 
 `[method]` is one method (`method = "clear"`, `radius = 16`), or one table per pattern of module names.
@@ -138,9 +138,9 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Layerwise:
-    """A first stage (`layerwise.py`), before `run.steps` end to end; the schedule's kind, with a warm-up of its own."""
+    """A first phase (`layerwise.py`), before `run.steps` end to end; the schedule's kind, with a warm-up of its own."""
 
-    steps: int = 0  # 0: no such stage
+    steps: int = 0  # 0: no such phase
     lr: float = 1e-3
     warmup: int = 10  # steps
 

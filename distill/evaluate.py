@@ -16,13 +16,13 @@ from ..linearize.folders import check_writable
 from ..linearize.locks import held, remove_leftovers
 from ..linearize.what_runs import describe_attention
 from ..pipelines.cut_prompts import tell_cut_prompts
+from .by_name import ByName as ByName
+from .by_name import check_place, opened
 from .cost import fresh_picture_peak, picture_peak, step_seconds
 from .files import write_json
 from .metrics import Count, Interval, latent_mse, paired_bootstrap, psnr, ssim
 from .pictures import Pictures, PictureSettings, make_pictures
 from .sheet import GAIN, difference, write_sheet
-from .source import Source as Source
-from .source import check_place, opened
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +113,13 @@ def evaluate(
     """Make the same pictures with both models and compare them; called again, go on where it stopped.
 
     Args:
-        teacher: A pipeline, or a `Source`, which is loaded when its turn comes.
+        teacher: A pipeline, or a `ByName`, which is loaded when its turn comes.
         student: The same.
         prompts: One for each picture.
         directory: Gets report.json, the sheet, and the pictures of both.
         settings: Of the pictures; picture i starts from the noise of `settings.seed + i` on both sides.
         judge: Scores pictures by what their prompts say.
-        memory: Measure peaks: on a GPU here, on a CPU in a fresh process (for a `Source` only).
+        memory: Measure peaks: on a GPU here, on a CPU in a fresh process (for a `ByName` only).
         shown: Pictures in the sheet.
         overwrite: Replace a report that was made of other models, prompts or settings.
     Raises:
@@ -235,11 +235,11 @@ def _judged(
 def _peak(pipe: Any, source: Any, settings: PictureSettings) -> float | None:
     if pipe._execution_device.type == "cuda":
         return picture_peak(pipe, settings)
-    return fresh_picture_peak(source.opening(), settings) if isinstance(source, Source) else None
+    return fresh_picture_peak(source.opening(), settings) if isinstance(source, ByName) else None
 
 
 def _name(source: Any) -> str:
-    return source.name if isinstance(source, Source) else type(source).__name__
+    return source.name if isinstance(source, ByName) else type(source).__name__
 
 
 def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: PictureSettings) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: Pict
     asked: dict[str, Any] = {}
     for role, source in (("teacher", teacher), ("student", student)):
         asked[role] = _name(source)
-        if isinstance(source, Source):
+        if isinstance(source, ByName):
             how: dict[str, Any] = {"base": source.base, "dtype": source.dtype, "quantization": source.quantization}
             how["offload"] = None if source.offload == "none" else source.offload  # seconds and memory are of it
             asked |= {f"{role}_{name}": value and str(value) for name, value in how.items()}

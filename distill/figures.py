@@ -73,27 +73,27 @@ class StepLog:
             )
         self.told = True
 
-    def draw(self, path: Path, *, first_stage: int = 0) -> None:
+    def draw(self, path: Path, *, layerwise: int = 0) -> None:
         """A line per term over the steps, faint as measured and strong as running mean.
 
         Args:
-            first_stage: Steps of another loss before; a vertical line ends them.
+            layerwise: Steps of another loss before; a vertical line ends them.
         """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        before = sum(row["step"] <= first_stage for row in self.rows)
-        stages = self.rows[:before], self.rows[before:]
+        before = sum(row["step"] <= layerwise for row in self.rows)
+        phases = self.rows[:before], self.rows[before:]
         for number, name in enumerate(name for name in self.columns if name not in ("step", "lr", "seconds")):
             axes.plot([], [], color=f"C{number}", label=name)
-            for rows in stages:
+            for rows in phases:
                 steps = [row["step"] for row in rows if name in row]
                 values = [row[name] for row in rows if name in row]
                 axes.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
                 axes.plot(steps, _running_mean(values, 0.98), color=f"C{number}")
-        if first_stage:
-            axes.axvline(first_stage + 0.5, color="black", linewidth=0.8, linestyle="--")
+        if layerwise:
+            axes.axvline(layerwise + 0.5, color="black", linewidth=0.8, linestyle="--")
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The optional first stage: each swapped layer learns the teacher's attention output on the teacher's own inputs.
+"""The optional first phase: each swapped layer learns the teacher's attention output on the teacher's own inputs.
 
     L = sum_layers mean_samples |a_s - a_t|^2 / |a_t|^2
 

@@ -10,7 +10,7 @@ from .config import DistillConfig
 
 
 def learning_rate(config: DistillConfig, step: int) -> float:
-    """The rate of a step, counted from 0; each of the two stages has a whole schedule."""
+    """The rate of a step, counted from 0; each of the two phases has a whole schedule."""
     schedule, first = config.schedule, config.layerwise
     if step < first.steps:
         rate, steps, warmup = first.lr, first.steps, first.warmup

@@ -22,9 +22,9 @@ from ..linearize.weights.quantized import quantized_in
 from .checkpoint import Resume
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
+from .description import describe_run
 from .figures import require_matplotlib
 from .identity import architecture, fingerprint, main_dtype
-from .plan import describe_plan
 from .precision import autocasts
 from .processes import all_or_none, on_main, start_accelerator
 from .quantized import check_gradients
@@ -85,7 +85,7 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
     mixed = on_main(accelerator, write)
     if accelerator.is_main_process:
         processes = accelerator.num_processes
-        logger.info("%s", describe_plan(config, denoiser(pipe)[1], report, samples, processes, mixed=mixed))
+        logger.info("%s", describe_run(config, denoiser(pipe)[1], report, samples, processes, mixed=mixed))
     start_trackers(accelerator, config)
     trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
     trainer.restore(start)

@@ -1,6 +1,6 @@
 """The loop: a student learns, step by step, on any number of processes.
 
-What it learns from is in `batches.py`, the objective in `losses.py`. Steps are counted from 1 over both stages: first
+What it learns from is in `batches.py`, the objective in `losses.py`. Steps are counted from 1 over both phases: first
 those layer by layer (`layerwise.py`), if any, then those end to end.
 """
 
@@ -60,7 +60,7 @@ class Trainer:
         self.config = config
         self.pipe = pipe
         self.directory = config.run.folder
-        self.first_stage = config.layerwise.steps
+        self.layerwise_steps = config.layerwise.steps
         self.last_step = config.layerwise.steps + config.run.steps
         self.started = 0  # the step behind which this process began
         model: Any = denoiser(pipe)[1]
@@ -97,7 +97,7 @@ class Trainer:
                 if log:
                     log.append({"step": step, **row, "seconds": round(time.perf_counter() - began, 3)})
                     if last or step % save.log_every == 0:
-                        log.draw(self.directory / "loss.png", first_stage=self.first_stage)
+                        log.draw(self.directory / "loss.png", layerwise=self.layerwise_steps)
                 if last or step % save.every == 0:
                     self._save(step)
                 if self.validation.is_due(step):
@@ -107,13 +107,13 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, float]:
         """One update; the loss terms over the whole batch, and the learning rate."""
-        if step == self.first_stage + 1:
+        if step == self.layerwise_steps + 1:
             self.optimizer.state.clear()  # what AdamW remembers is of another loss
             self.average.begin()
         rate = learning_rate(self.config, step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        row = self._layer_by_layer(step) if step <= self.first_stage else self._end_to_end(step)
+        row = self._layer_by_layer(step) if step <= self.layerwise_steps else self._end_to_end(step)
         self._check_finite(row, step)
         average_gradients(self.accelerator, self.trained.values())
         norm = clip_grad_norm_(self.trained.values(), self.config.optimizer.max_grad_norm)
@@ -124,7 +124,7 @@ class Trainer:
         return row | {"loss": sum(self.weights.get(name, 1) * value for name, value in row.items()), "lr": rate}
 
     def _layer_by_layer(self, step: int) -> dict[str, float]:
-        """Gradients of the first stage's loss, and its mean over layers."""
+        """Gradients of the first phase's loss, and its mean over layers."""
         pair, parts = self.pair, list(self.batches.parts(step))
         sums = torch.zeros(len(pair.layers), device=pair.device)
         for part in parts:
@@ -150,7 +150,7 @@ class Trainer:
             on_main(self.accelerator, lambda: check_finite(values, step, self.config, self.started))
 
     def _log(self, start: int) -> StepLog:
-        terms = [*(["layerwise"] if self.first_stage else []), *self.weights]
+        terms = [*(["layerwise"] if self.layerwise_steps else []), *self.weights]
         return StepLog(self.directory / "loss.csv", [*terms, "loss", "lr", "seconds"], last_step=start)
 
     def _save(self, step: int) -> None:
@@ -177,7 +177,7 @@ class Trainer:
         self._train_from(files[TRAINED])
         remember_(self.optimizer, self.trained, dict(tensors_of_main(self.accelerator, files[OPTIMIZER])))
         averages = dict(tensors_of_main(self.accelerator, files[AVERAGE]))
-        self.average.remember_(averages, steps=step - self.first_stage if step > self.first_stage else step)
+        self.average.remember_(averages, steps=step - self.layerwise_steps if step > self.layerwise_steps else step)
         logger.info("going on after step %d", step)
 
     def _train_from(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """The whole way on the small model that comes with the repository: convert, distill, judge, generate.
 
-Every stage can be interrupted; called again, a demonstration goes on where it stopped.
+It can be interrupted; called again, it goes on where it stopped.
 """
 
 import json
@@ -26,7 +26,7 @@ from .linearize.folders import sha256
 from .linearize.methods import Clear, Hybrid, ProxyTokens, config_to_dict
 from .pipelines.generate import generate
 from .scene_judge import judge_scene
-from .stages import Stages, matmul_gflops
+from .work_log import WorkLog, matmul_gflops
 
 TEXT_TOKENS = 64
 REPORT, SHEET, LARGE, SPEED = "report.json", "teacher-converted-distilled.png", "512x512.png", "speed.json"
@@ -149,25 +149,25 @@ def demo(
     base, directory, settings = Path(base or path()), Path(directory), settings or DemoSettings()
     if not (base / "model_index.json").is_file():
         raise ValueError(f"no pipeline in {base}: the demonstration needs the one that comes with a clone")
-    stages = Stages(directory, asdict(settings) | {"base": _digest(base)})
+    work = WorkLog(directory, asdict(settings) | {"base": _digest(base)})
     local, proxies = Clear(radius=settings.radius), ProxyTokens(num_proxies=settings.proxies)
     hybrid = Hybrid(local=local, global_=proxies, gate=1.0, focus_tokens=settings.focus_tokens)
     sources = {"teacher": base}
-    with stages.stage("convert"):
+    with work.timed("convert"):
         sources["converted"] = _convert(base, directory / CONVERTED, local)
         untrained = _convert(base, directory / HYBRID, hybrid)
-    with stages.stage("prepare: the teacher makes samples"):
+    with work.timed("prepare: the teacher makes samples"):
         _prepare(base, directory, settings)
-    with stages.stage("distill"):
+    with work.timed("distill"):
         sources["distilled"] = _distill(base, directory, local, settings)
         sources["hybrid"] = untrained
-    with stages.stage("judge"):
+    with work.timed("judge"):
         rows = _judge(sources, directory, settings)
-    with stages.stage("generate"):
+    with work.timed("generate"):
         _large_picture(untrained, directory, settings)
-    with stages.stage("time the steps"):
+    with work.timed("time the steps"):
         speed = _speed(base, sources["distilled"], directory, settings)
-    report = DemoReport(directory=directory, rows=rows, speed=speed, **stages.total())
+    report = DemoReport(directory=directory, rows=rows, speed=speed, **work.total())
     write_json(directory / REPORT, asdict(report) | {"directory": str(directory), "ratio": speed.ratio})
     return report
 

@@ -78,7 +78,7 @@ def _time(fitting: "Mapping[WeightlessConversion, Sequence[Size]]", conditions: 
     from ..kernels.pieces.results import dtype_name
     from ..linearize.measures.step_times import time_steps
     from ..plots import draw_step_times
-    from ..stages import that_device
+    from ..work_log import that_device
 
     where = {"device": that_device(conditions.device), "dtype": dtype_name(conditions.dtype)}
     about = where | {name: getattr(conditions, name) for name in ("pairs", "text_len", "impl", "compiled")}

@@ -65,7 +65,7 @@ def evaluate(
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    from ..distill.evaluate import Source
+    from ..distill.evaluate import ByName
     from ..distill.evaluate import evaluate as compare
     from ..distill.pictures import PictureSettings
     from ..kernels.pieces.results import dtype_name
@@ -86,9 +86,9 @@ def evaluate(
         "offload": offload,
         "quantization": parse_quantization(quantize),
     }
-    sources = Source(name=teacher, **common), Source(name=student, base=base, **common)
+    models = ByName(name=teacher, **common), ByName(name=student, base=base, **common)
     report = compare(
-        *sources, texts, output, settings=settings, judge=judge_scene, memory=memory, shown=shown, overwrite=overwrite
+        *models, texts, output, settings=settings, judge=judge_scene, memory=memory, shown=shown, overwrite=overwrite
     )
     show(report, how_told(common["quantization"], offload))
     print(f"Report and pictures: {output}")

@@ -16,9 +16,9 @@ from diffusers import FluxPipeline
 from torch import nn
 
 from lineardit.cli import run
+from lineardit.distill import by_name
 from lineardit.distill import evaluate as evaluating
-from lineardit.distill import source as sources
-from lineardit.distill.evaluate import Source, evaluate
+from lineardit.distill.evaluate import ByName, evaluate
 from lineardit.distill.pictures import PictureSettings
 from lineardit.linearize.adapters.quantization import Quantization
 from lineardit.pipelines import placement
@@ -37,7 +37,7 @@ def cpu_for_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
                 cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
 
     monkeypatch.setattr(FluxPipeline, "enable_sequential_cpu_offload", sequential)
-    for module in (placement, sources):
+    for module in (placement, by_name):
         monkeypatch.setattr(module, "check_offload", lambda *_: None)
 
 
@@ -97,11 +97,11 @@ def test_the_teacher_is_gone_when_the_student_is_loaded(
         loaded.append(weakref.ref(pipe.transformer))
         return pipe
 
-    opened = sources.open_named
-    monkeypatch.setattr(sources, "open_named", watched)
+    opened = by_name.open_named
+    monkeypatch.setattr(by_name, "open_named", watched)
     gc.disable()  # it must not be chance
     try:
-        both = [Source(name=str(name), offload="model") for name in (adapter, adapter)]
+        both = [ByName(name=str(name), offload="model") for name in (adapter, adapter)]
         evaluate(*both, ["a red circle"], tmp_path / "out", settings=SETTINGS, memory=False)
     finally:
         gc.enable()
@@ -109,11 +109,11 @@ def test_the_teacher_is_gone_when_the_student_is_loaded(
 
 
 def test_memory_is_measured_on_the_device_that_computes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = sources.opened(Source(name=str(base)))
+    pipe = by_name.opened(ByName(name=str(base)))
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))  # offloaded: the weights are on the CPU
     monkeypatch.setattr(evaluating, "picture_peak", lambda *_: 3.0)
     monkeypatch.setattr(evaluating, "fresh_picture_peak", lambda *_: pytest.fail("drawn on the CPU"))
-    assert evaluating._peak(pipe, Source(name=str(base), offload="model"), SETTINGS) == 3.0
+    assert evaluating._peak(pipe, ByName(name=str(base), offload="model"), SETTINGS) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_weights_of_4_bits_are_not_offloaded_layer_by_layer(base: Path, monkeypa
         ValueError, match=r"offload .sequential. cannot move weights that .* 4 bits: use .* model or gro"
     ):
         check_offload(cuda, "sequential", Quantization(quant_backend="bitsandbytes_4bit"))
-    pipe = sources.opened(Source(name=str(base)))
+    pipe = by_name.opened(ByName(name=str(base)))
     monkeypatch.setattr(placement, "quantized_in", lambda _: "Params4bit")  # of a base that was saved so
     with pytest.raises(ValueError, match="offload 'sequential' cannot move weights"):
         place_(pipe, cuda, "sequential")
@@ -162,7 +162,7 @@ def test_weights_of_4_bits_are_not_offloaded_layer_by_layer(base: Path, monkeypa
 def test_group_offload_has_no_streams_for_weights_of_torchao(
     kind: str | None, streams: bool, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = sources.opened(Source(name=str(base)))
+    pipe = by_name.opened(ByName(name=str(base)))
     given: dict[str, Any] = {}
     monkeypatch.setattr(type(pipe), "enable_group_offload", lambda _self, **options: given.update(options))
     monkeypatch.setattr(placement, "quantized_in", lambda _: kind)

@@ -16,7 +16,7 @@ from lineardit.distill.validation import Validation
 
 MakeConfig = Callable[..., DistillConfig]
 POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
-FIRST, LAST = 2, 7  # steps, of the first stage and of both
+FIRST, LAST = 2, 7  # steps, of the first phase and of both
 
 
 def _config(make_config: MakeConfig, ema: float = 0.6, **tables: Any) -> DistillConfig:
@@ -61,7 +61,7 @@ def test_the_average_is_judged_and_saved_and_survives_an_interruption(
     expected: dict[str, torch.Tensor] = {}
     for step in range(1, LAST + 1):
         weights, averages = _stored(run, step, "trained"), _stored(run, step, "average")
-        taken_in = step if step <= FIRST else step - FIRST  # each stage has an average of its own
+        taken_in = step if step <= FIRST else step - FIRST  # each phase has an average of its own
         decay = 0 if taken_in == 1 else min(0.6, taken_in / (taken_in + 9))
         expected = {name: decay * expected.get(name, one) + (1 - decay) * one for name, one in weights.items()}
         assert all(one.dtype == torch.float32 for one in averages.values())

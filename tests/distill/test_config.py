@@ -12,7 +12,7 @@ import pytest
 from lineardit import Clear
 from lineardit.distill.config import Attention, DistillConfig, Lora
 from lineardit.distill.config_tables import config_from_tables, config_to_tables, load_config
-from lineardit.distill.plan import warmup_told
+from lineardit.distill.description import warmup_told
 
 TEXT = """
 base.model = "some/model"

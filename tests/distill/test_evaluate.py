@@ -19,7 +19,7 @@ from lineardit import Clear, dense, linearize_, set_impl_
 from lineardit.distill import cost
 from lineardit.distill.cost import PROMPT, fresh_picture_peak, paired_step_seconds, resident_peak
 from lineardit.distill.data import TeacherSamples
-from lineardit.distill.evaluate import Source, evaluate
+from lineardit.distill.evaluate import ByName, evaluate
 from lineardit.distill.pictures import PictureSettings, digest, make_pictures
 from lineardit.distill.prepare import prepare
 from lineardit.linearize.locks import held
@@ -291,7 +291,7 @@ def test_resident_peak_sees_memory_that_is_freed_again(kernel_counts: bool, monk
 
 @pytest.mark.slow
 def test_fresh_picture_peak_grows_with_the_picture(base: Path) -> None:
-    source = Source(name=str(base)).opening()
+    source = ByName(name=str(base)).opening()
     small, large = (
         fresh_picture_peak(source, PictureSettings(height=side, width=side, max_sequence_length=8))
         for side in (32, 256)

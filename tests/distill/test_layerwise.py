@@ -1,4 +1,4 @@
-"""The first stage: each layer's own gradient on the teacher's activations, and runs that stop and go on in it."""
+"""The first phase: each layer's own gradient on the teacher's activations, and runs that stop and go on in it."""
 
 import csv
 from collections.abc import Callable
@@ -189,7 +189,7 @@ def test_each_stage_has_its_terms_rate_and_part_of_the_curve(
     assert [list(line.get_xdata()) for line in boundary] == [[30.5, 30.5]]
 
 
-def test_the_first_stage_starts_the_second_nearer_to_the_teacher(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_first_phase_starts_the_second_nearer_to_the_teacher(make_config: MakeConfig, tmp_path: Path) -> None:
     terms = {}
     for steps in (0, 30):
         directory = tmp_path / str(steps)

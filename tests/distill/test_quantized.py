@@ -16,7 +16,7 @@ from lineardit import from_pretrained
 from lineardit.distill import train
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.config_tables import config_from_tables, config_to_tables, load_config
-from lineardit.distill.evaluate import Source, evaluate
+from lineardit.distill.evaluate import ByName, evaluate
 from lineardit.distill.identity import fingerprint
 from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.prepare import prepare
@@ -57,7 +57,7 @@ def test_a_run_on_a_quantized_base_goes_on_and_is_judged(
     assert fingerprint(saved) == fingerprint(load_teacher(config.base).transformer) != fingerprint(_plain(base))
     loaded = from_pretrained(run / "adapter", quantization_config=_int8())  # and beside the whole weights:
     drawn = PictureSettings(height=32, width=24, steps=1, max_sequence_length=8)
-    whole = Source(name=str(run / "adapter"))
+    whole = ByName(name=str(run / "adapter"))
     report = evaluate(loaded, whole, PROMPTS[:1], tmp_path / "report", settings=drawn, memory=False)
     assert 0 < report.latent_mse < 0.01
 

@@ -36,7 +36,7 @@ POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
 
 
 def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    """The same ten losses at the same global batch, with two parts per process on one side, in both stages.
+    """The same ten losses at the same global batch, with two parts per process on one side, in both phases.
 
     And the same validation, by the same average, of which each process has drawn some pictures.
     """

@@ -1,4 +1,4 @@
-"""Long work in stages that can be interrupted: which one runs, what each took, and how fast this machine is."""
+"""Long work that can be interrupted: which piece of it runs, what each took, and how fast this machine is."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 FILE = "stages.json"
 
 
-class Stages:
-    """Says which stage runs, and keeps in a folder what each took over all calls.
+class WorkLog:
+    """Says which piece runs, and keeps in a folder what each took over all calls.
 
     Args:
         directory: New, or that of an interrupted call with the same settings.
@@ -46,7 +46,7 @@ class Stages:
         self._add("start", cpu_seconds=cpu_seconds())  # the libraries are loaded by now
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         logger.info("%s", name)
         began, worked = time.perf_counter(), cpu_seconds()
         try:
@@ -60,7 +60,7 @@ class Stages:
         write_json(self.file, self.record)
 
     def total(self) -> dict[str, float]:
-        """{"seconds": of the clock, "cpu_seconds": user and system} over all stages and calls."""
+        """{"seconds": of the clock, "cpu_seconds": user and system} over all pieces and calls."""
         return {key: sum(self.record[key].values()) for key in ("seconds", "cpu_seconds")}
 
 

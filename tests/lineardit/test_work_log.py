@@ -1,21 +1,21 @@
-"""Long work in stages: what is kept of it, and what is refused."""
+"""Long work: what is kept of it, and what is refused."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from lineardit import stages
-from lineardit.stages import Stages, matmul_gflops, this_machine
+from lineardit import work_log
+from lineardit.work_log import WorkLog, matmul_gflops, this_machine
 
 
 def test_stages_add_up_over_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"wall": 100.0, "cpu": 1.5}
-    monkeypatch.setattr(stages.time, "perf_counter", lambda: clock["wall"])
-    monkeypatch.setattr(stages, "cpu_seconds", lambda: clock["cpu"])
+    monkeypatch.setattr(work_log.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(work_log, "cpu_seconds", lambda: clock["cpu"])
     for call in (1, 2):
-        work = Stages(tmp_path / "work", {"steps": 3})
-        with pytest.raises(KeyboardInterrupt), work.stage("first"):
+        work = WorkLog(tmp_path / "work", {"steps": 3})
+        with pytest.raises(KeyboardInterrupt), work.timed("first"):
             clock["wall"] += 3
             clock["cpu"] += 5
             raise KeyboardInterrupt
@@ -26,13 +26,13 @@ def test_stages_add_up_over_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert work.total() == {"seconds": 6, "cpu_seconds": 10 + 8}
 
 
-def test_stages_refuse_other_settings_and_other_folders(tmp_path: Path) -> None:
-    Stages(tmp_path / "work", {"steps": 3, "radius": 4})
+def test_a_work_log_refuses_other_settings_and_other_folders(tmp_path: Path) -> None:
+    WorkLog(tmp_path / "work", {"steps": 3, "radius": 4})
     with pytest.raises(ValueError, match=r"work was begun with other radius: remove it"):
-        Stages(tmp_path / "work", {"steps": 3, "radius": 5})
+        WorkLog(tmp_path / "work", {"steps": 3, "radius": 5})
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and was not begun here"):
-        Stages(tmp_path, {})
+        WorkLog(tmp_path, {})
 
 
 def test_machine_is_told_by_its_speed() -> None:

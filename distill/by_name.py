@@ -13,7 +13,7 @@ from .cost import open_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ByName:
     """A model by its name, as `open_named` takes it, the device it runs on, and how it is offloaded (`place_`)."""
 
     name: str
@@ -30,17 +30,17 @@ class Source:
         return {key: value for key, value in asdict(self).items() if key not in ("device", "offload")}
 
 
-def check_place(source: Any) -> None:
-    """Raise what opening a `Source` would, where there is nothing of that name, or it cannot be offloaded so."""
-    if isinstance(source, Source):
-        check_offload(torch.device(source.device), source.offload, source.quantization)
-        adapter_file(find_place(source.name, offline=source.offline))
+def check_place(model: Any) -> None:
+    """Raise what opening a `ByName` would, where there is nothing of that name, or it cannot be offloaded so."""
+    if isinstance(model, ByName):
+        check_offload(torch.device(model.device), model.offload, model.quantization)
+        adapter_file(find_place(model.name, offline=model.offline))
 
 
-def opened(source: Any) -> Any:
-    """The pipeline of a `Source` in its place, or what was handed over in memory."""
-    if not isinstance(source, Source):
-        return source
-    pipe = open_named(source.opening())
-    place_(pipe, torch.device(source.device), source.offload)
+def opened(model: Any) -> Any:
+    """The pipeline of a `ByName` in its place, or what was handed over in memory."""
+    if not isinstance(model, ByName):
+        return model
+    pipe = open_named(model.opening())
+    place_(pipe, torch.device(model.device), model.offload)
     return pipe

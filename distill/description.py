@@ -19,7 +19,7 @@ GIB = 2**30
 _SAVED, _OUTPUTS = 14, 2
 
 
-def describe_plan(
+def describe_run(
     config: DistillConfig, model: nn.Module, report: SwapReport, samples: TeacherSamples, processes: int, *, mixed: bool
 ) -> str:
     """A few lines of text: what is trained on what, for how long, and about how much memory a process needs.
@@ -50,7 +50,7 @@ def describe_plan(
         "data": f"{len(samples)} samples ({config.validate.samples} held out), {kept}, "
         + ", ".join(f"{width}x{height}" for width, height in sizes)
         + "".join(f", {rows}x{columns} = {rows * columns} image tokens" for rows, columns in grids),
-        "steps": f"{_first_stage(config)}{config.run.steps} of {config.run.batch_size} samples = "
+        "steps": f"{_layerwise(config)}{config.run.steps} of {config.run.batch_size} samples = "
         + _at_once(config, processes, micro, samples.calls),
         "memory": _memory(config, model, report, grids, micro, mixed),
     }
@@ -71,7 +71,7 @@ def warmup_told(config: DistillConfig) -> str:
     return (f" after {warmup} steps of warm-up" if warmup else "") + (short if warmup > steps else "")
 
 
-def _first_stage(config: DistillConfig) -> str:
+def _layerwise(config: DistillConfig) -> str:
     first = config.layerwise
     return f"{first.steps} layer by layer at rate {first.lr:g}, then " if first.steps else ""
 
