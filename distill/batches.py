@@ -59,11 +59,11 @@ class Batches:
                 noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=one) for one in generators])
                 yield self._noised(batch, noise, noise_levels(self.config, places, uniform))
 
-    def _noised(self, batch: Batch, noise: Tensor, levels: Tensor) -> Part:
-        """These samples with this noise, [B, N, C] and [B]."""
+    def _noised(self, batch: Batch, noise: Tensor, unshifted: Tensor) -> Part:
+        """These samples with this noise [B, N, C], at noise levels [B] before their shift."""
         device, model = self.accelerator.device, denoiser(self.pipe)[1]
         functions = latent_functions(model)
-        sigma = functions.shift(self.pipe.scheduler, levels, batch.grid).to(device)
+        sigma = functions.shift(self.pipe.scheduler, unshifted, batch.grid).to(device)
         batch, noise = batch.to(device, self.dtype), noise.to(device)
         share = sigma[:, None, None]
         noisy = ((1 - share) * batch.latents.float() + share * noise).to(self.dtype)
@@ -71,8 +71,8 @@ class Batches:
         arguments = functions.inputs(model, noisy, sigma, batch.conditions, grid=batch.grid, guidance=guidance)
         return Part(arguments, batch.latents, noise)
 
-    def _kept_calls(self, indices: Sequence[int], levels: Tensor) -> Iterator[Part]:
-        """A call of each of these samples; levels in [0, 1) say which, in the order of denoising."""
-        for index, level in zip(indices, levels.tolist(), strict=True):
-            number = min(int(level * self.samples.calls), self.samples.calls - 1)  # a level may be rounded to 1
+    def _kept_calls(self, indices: Sequence[int], shares: Tensor) -> Iterator[Part]:
+        """A call of each of these samples; shares in [0, 1) of the denoising say which."""
+        for index, share in zip(indices, shares.tolist(), strict=True):
+            number = min(int(share * self.samples.calls), self.samples.calls - 1)  # a share may be rounded to 1
             yield Part(self.samples.call(index, number))

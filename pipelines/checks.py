@@ -54,7 +54,7 @@ def check_stages(plan: Plan, limits: Limits, scheduler: Any) -> None:
             raise ValueError(
                 f"a stage asks for {stage.attention} attention, and this model has {limits.attention} only"
             )
-        _check_levels(stage, limits, scheduler)
+        _check_sigmas(stage, limits, scheduler)
         if limits.rope_dim is None and stage.rope_factor != 1:
             raise ValueError(
                 f"this model has no rotary base to scale, so rope_factor must be 1, got {stage.rope_factor}"
@@ -67,7 +67,7 @@ def check_stages(plan: Plan, limits: Limits, scheduler: Any) -> None:
             )
 
 
-def _check_levels(stage: Stage, limits: Limits, scheduler: Any) -> None:
+def _check_sigmas(stage: Stage, limits: Limits, scheduler: Any) -> None:
     """Raise a ValueError where the scheduler cannot have a stage's noise levels, or what goes with them."""
     flows, name = limits.largest_shift is not None, type(scheduler).__name__
     if flows and stage.shift is None and stage.strength < 1:

@@ -33,8 +33,8 @@ def as_pictures(given: Any) -> list[Image.Image]:
 def as_rgb(picture: Image.Image) -> Image.Image:
     """A picture as it is shown: turned as its camera says, what is transparent on white, 16 bits a pixel as 8."""
     turned = ImageOps.exif_transpose(picture)
-    if turned.mode.startswith("I"):  # levels up to 65,535
-        turned = turned.convert("I").point(lambda level: level / 257).convert("L")
+    if turned.mode.startswith("I"):  # values up to 65,535
+        turned = turned.convert("I").point(lambda value: value / 257).convert("L")
     if not turned.has_transparency_data:
         return turned.convert("RGB")
     turned = turned.convert("RGBA")
@@ -54,7 +54,7 @@ def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> I
         y = min(max(x + sharpen (x - G x), low), high)
 
     x the enlarged picture; G a Gaussian whose standard deviation is one pixel of the picture before; low and high the
-    least and the largest level of its 3 x 3 pixels around, between which edges have no halo.
+    least and the largest value of its 3 x 3 pixels around, between which edges have no halo.
     """
     large = picture.resize((width, height), Image.Resampling.LANCZOS)
     ratio = math.sqrt(width * height / (picture.width * picture.height))
@@ -69,10 +69,10 @@ def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> I
 
 
 def _around(picture: Image.Image, choose: numpy.ufunc) -> Image.Image:
-    """For each pixel the level that `choose` prefers of the 3 x 3 around it; Pillow's filters sort them: slow."""
-    levels = numpy.pad(numpy.asarray(picture), ((1, 1), (1, 1), (0, 0)), mode="edge")
-    levels = choose(choose(levels[:-2], levels[1:-1]), levels[2:])
-    return Image.fromarray(choose(choose(levels[:, :-2], levels[:, 1:-1]), levels[:, 2:]))
+    """For each pixel the value that `choose` prefers of the 3 x 3 around it; Pillow's filters sort them: slow."""
+    values = numpy.pad(numpy.asarray(picture), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    values = choose(choose(values[:-2], values[1:-1]), values[2:])
+    return Image.fromarray(choose(choose(values[:, :-2], values[:, 1:-1]), values[:, 2:]))
 
 
 def _pictures_of(one: Any) -> list[Image.Image]:
@@ -80,19 +80,19 @@ def _pictures_of(one: Any) -> list[Image.Image]:
         case Image.Image():
             return [as_rgb(one)]
         case Tensor(ndim=3 | 4) if one.shape[-3] == 3:
-            return _from_levels(one.detach().float().movedim(-3, -1).cpu().numpy(), one.shape)
+            return _from_values(one.detach().float().movedim(-3, -1).cpu().numpy(), one.shape)
         case numpy.ndarray(ndim=3 | 4) if one.shape[-1] == 3:
-            return _from_levels(one, one.shape)
+            return _from_values(one, one.shape)
     got = f"{type(one).__name__} {list(one.shape)}" if hasattr(one, "shape") else type(one).__name__
     raise ValueError(f"image must be PIL pictures, tensors [B, 3, h, w] or arrays [B, h, w, 3], got {got}")
 
 
-def _from_levels(levels: numpy.ndarray, shape: Sequence[int]) -> list[Image.Image]:
-    """Pictures from levels in [0, 1], an array [h, w, 3] or [B, h, w, 3]."""
-    if levels.size == 0 or not (levels.min() >= 0 and levels.max() <= 1):  # neither holds of NaN
-        got = "none" if levels.size == 0 else f"{levels.min():g} to {levels.max():g}"
+def _from_values(values: numpy.ndarray, shape: Sequence[int]) -> list[Image.Image]:
+    """Pictures from values in [0, 1], an array [h, w, 3] or [B, h, w, 3]."""
+    if values.size == 0 or not (values.min() >= 0 and values.max() <= 1):  # neither holds of NaN
+        got = "none" if values.size == 0 else f"{values.min():g} to {values.max():g}"
         raise ValueError(f"numbers of image {list(shape)} must lie in [0, 1], got {got}")
-    whole = (levels * 255).round().astype(numpy.uint8)
+    whole = (values * 255).round().astype(numpy.uint8)
     return [Image.fromarray(picture) for picture in whole.reshape(-1, *whole.shape[-3:])]
 
 

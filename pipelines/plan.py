@@ -28,7 +28,7 @@ class Stage:
         steps: Forwards of the model.
         strength: Noise level that the enlarged picture gets, in (0, 1]; 1, as in the first stage: it is forgotten.
             Where the scheduler is none of flow matching, the share of its steps, as in diffusers' image-to-image.
-        shift: Of the noise levels, sigma = shift t / (1 + (shift - 1) t), t in even steps to 0; None: levels are as the
+        shift: Of the noise levels, sigma = shift t / (1 + (shift - 1) t), t in even steps to 0; None: they are as the
             pipeline's scheduler has them.
         attention: "original" or "converted".
         rope_factor: What multiplies the base of rotary positions; 1: as trained.

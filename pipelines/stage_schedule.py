@@ -27,7 +27,7 @@ def matches_flows(scheduler: Any) -> bool:
     """Whether its noise levels can be set one by one.
 
     Raises:
-        ValueError: they cannot, nor can pictures be noised to a level of the scheduler's own.
+        ValueError: they cannot, nor can pictures be noised to a noise level of the scheduler's own.
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return True
@@ -86,8 +86,8 @@ def scheduler_of(stage: Stage, scheduler: Any, device: torch.device) -> Any:
 def noised(scheduler: Any, clean: Tensor, noise: Tensor) -> Tensor:
     """Clean latents [B, C, h, w] and noise of the same shape, at the first noise level of `scheduler_of`."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        level = float(scheduler.sigmas[0])
-        return (1 - level) * clean + level * noise
+        sigma = float(scheduler.sigmas[0])
+        return (1 - sigma) * clean + sigma * noise
     return scheduler.add_noise(clean, noise, scheduler.timesteps[:1].repeat(len(clean)))
 
 
@@ -112,7 +112,7 @@ def _unshifted(sigmas: list[float], mu: float | None, scheduler: Any) -> list[fl
 
 def _plain(scheduler: Any) -> Any:
     """A scheduler of its own for one stage."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which would shift the levels once more
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which would shift them once more
         unshifted = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
         # fresh noise is for the first stage: later ones keep to the picture that is there
         return type(scheduler).from_config(scheduler.config, **unshifted, stochastic_sampling=False)

@@ -199,8 +199,8 @@ def _component(index: Mapping[str, Any], index_file: Path) -> str:
 def _vae_scale(config: Mapping[str, Any]) -> int:
     """Pixels per latent position, along one side, from a VAE's config.json."""
     told = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
-    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    return int(told or (2 ** (len(levels) - 1) if levels else 8))
+    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return int(told or (2 ** (len(widths) - 1) if widths else 8))
 
 
 def _nothing_found(place: Place, component: str | None) -> str:

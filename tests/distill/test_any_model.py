@@ -141,7 +141,7 @@ def test_flux_can_be_taught_by_calls(base: Path, pipe: FluxPipeline, tmp_path: P
     assert rows[-1]["attention"] < rows[2]["attention"]
 
 
-def test_the_last_call_is_learnt_from_where_a_level_is_rounded_up(tmp_path: Path) -> None:
+def test_the_last_call_is_learnt_from_where_a_share_is_rounded_up(tmp_path: Path) -> None:
     samples = kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
     batches = SimpleNamespace(samples=samples)
     (part,) = Batches._kept_calls(batches, [0], torch.tensor([1.0]))  # type: ignore[arg-type]

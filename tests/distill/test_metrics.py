@@ -30,7 +30,7 @@ def test_latent_mse_is_in_float32() -> None:
     assert latent_mse(ours, reference) == pytest.approx(2**-12, rel=1e-6)
 
 
-def test_psnr_of_one_level() -> None:
+def test_psnr_of_one_value() -> None:
     assert psnr(plain(100), plain(101)) == pytest.approx(20 * math.log10(255))
     assert psnr(plain(100), plain(100)) == math.inf
 

@@ -19,9 +19,9 @@ def test_as_rgb_turns_a_photo_as_its_camera_says(tmp_path: Path) -> None:
         assert as_rgb(opened).size == (2, 4)
 
 
-def test_as_rgb_keeps_levels_and_shows_what_is_transparent_on_white() -> None:
-    levels = numpy.array([[0, 257, 25_700, 65_535]], dtype=numpy.uint16)
-    assert numpy.asarray(as_rgb(Image.fromarray(levels)))[0, :, 0].tolist() == [0, 1, 100, 255]
+def test_as_rgb_keeps_values_and_shows_what_is_transparent_on_white() -> None:
+    values = numpy.array([[0, 257, 25_700, 65_535]], dtype=numpy.uint16)
+    assert numpy.asarray(as_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 1, 100, 255]
     clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     clear.putpixel((1, 0), (255, 0, 0, 255))
     assert numpy.asarray(as_rgb(clear)).tolist() == [[[255, 255, 255], [255, 0, 0]]]
@@ -30,10 +30,10 @@ def test_as_rgb_keeps_levels_and_shows_what_is_transparent_on_white() -> None:
 
 def edge(width: int = 32) -> Image.Image:
     """Dark on the left, bright on the right, with one pixel between."""
-    levels = numpy.full((8, width, 3), 60, numpy.uint8)
-    levels[:, width // 2] = 130
-    levels[:, width // 2 + 1 :] = 200
-    return Image.fromarray(levels)
+    values = numpy.full((8, width, 3), 60, numpy.uint8)
+    values[:, width // 2] = 130
+    values[:, width // 2 + 1 :] = 200
+    return Image.fromarray(values)
 
 
 def test_enlarged_edges_are_sharp_and_have_no_halo() -> None:
@@ -56,9 +56,9 @@ def test_enlarged_sharpens_only_what_grows(size: tuple[int, int]) -> None:
 
 def test_every_form_gives_the_same_pictures() -> None:
     whole = numpy.arange(2 * 4 * 6 * 3, dtype=numpy.uint8).reshape(2, 4, 6, 3)
-    levels = whole / numpy.float32(255)
-    tensor = torch.from_numpy(levels).movedim(-1, 1)
-    forms: list[Any] = [levels, tensor, [*levels], [*tensor], [Image.fromarray(one) for one in whole], tensor.double()]
+    values = whole / numpy.float32(255)
+    tensor = torch.from_numpy(values).movedim(-1, 1)
+    forms: list[Any] = [values, tensor, [*values], [*tensor], [Image.fromarray(one) for one in whole], tensor.double()]
     for form in forms:
         assert numpy.array_equal(numpy.stack(as_pictures(form)), whole)
     assert numpy.array_equal(numpy.stack(as_pictures(tensor[0])), whole[:1])

@@ -75,10 +75,10 @@ def test_stage_noise_is_bounded_at_every_size() -> None:
     """Stock image-to-image starts from sigma 0.999995 at 4K, whatever the strength."""
     for side in (2048, 4096, 8192):
         stage = cascade(side, side, FLUX, Settings(), **CALL).stages[-1]
-        levels = stage.sigmas()
-        assert levels is not None and len(levels) == stage.steps
-        assert levels[0] == pytest.approx(0.3)
-        assert levels == sorted(levels, reverse=True) and levels[-1] > 0
+        sigmas = stage.sigmas()
+        assert sigmas is not None and len(sigmas) == stage.steps
+        assert sigmas[0] == pytest.approx(0.3)
+        assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] > 0
 
 
 def test_cascade_uses_linear_attention_where_it_pays() -> None:

@@ -78,7 +78,7 @@ def test_later_stage_of_sdxl_is_diffusers_image_to_image() -> None:
 
 def test_later_stage_of_sd3_is_diffusers_image_to_image() -> None:
     high, arguments, side = cascade_of("sd3")
-    high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # else stock shifts the levels once more
+    high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # else stock shifts them once more
     settings = Settings(steps=3, strength=0.6, shift=3.0, follow=0, sharpen=0)
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=settings)
     how = {"strength": 1.0, "num_inference_steps": 3, "sigmas": plan.stages[1].sigmas()}
@@ -98,7 +98,7 @@ def test_steps_of_consistency_models_lie_below_the_strength() -> None:
         high.plan(2 * side, 2 * side, settings=Settings(steps=26, strength=0.5))
 
 
-def test_a_model_that_is_told_levels_before_their_shift_is_told_so() -> None:
+def test_a_model_that_is_told_noise_levels_before_their_shift_is_told_so() -> None:
     """CogView4: its timesteps are not shifted, and its noise levels are."""
     high, arguments, side = cascade_of("cogview4")
     dynamic = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}

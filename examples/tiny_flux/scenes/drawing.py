@@ -130,5 +130,5 @@ def _distance(shape: str, rows: Array, cols: Array) -> Array:
         return np.maximum(rows - 0.6 * RADIUS, slope * np.abs(cols) - 0.5 * rows - 0.6 * RADIUS)
     bar = 0.36 * RADIUS
     upright = np.maximum(np.abs(rows) - 1.05 * RADIUS, np.abs(cols) - bar)
-    level = np.maximum(np.abs(cols) - 1.05 * RADIUS, np.abs(rows) - bar)
-    return np.minimum(upright, level)
+    lying = np.maximum(np.abs(cols) - 1.05 * RADIUS, np.abs(rows) - bar)
+    return np.minimum(upright, lying)
