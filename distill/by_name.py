@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from ..linearize.adapters.adapter import adapter_file
-from ..linearize.adapters.place import find_place
+from ..linearize.adapters.adapter import find_adapter
 from ..linearize.adapters.quantization import Quantization
 from ..pipelines.placement import check_offload, place_
 from .cost import open_named
@@ -34,7 +33,7 @@ def check_place(model: Any) -> None:
     """Raise what opening a `ByName` would, where there is nothing of that name, or it cannot be offloaded so."""
     if isinstance(model, ByName):
         check_offload(torch.device(model.device), model.offload, model.quantization)
-        adapter_file(find_place(model.name, offline=model.offline))
+        find_adapter(model.name, offline=model.offline)
 
 
 def opened(model: Any) -> Any:

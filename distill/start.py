@@ -7,10 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..linearize.adapters.adapter import adapter_file, read_adapter
+from ..linearize.adapters.adapter import find_adapter, read_adapter
 from ..linearize.adapters.fitting import Parts, check_fit, listed, sorted_tensors
 from ..linearize.adapters.manifest import Manifest
-from ..linearize.adapters.place import find_place
 from ..linearize.convert import swapped
 from ..linearize.families import family_of
 from ..linearize.folders import sha256
@@ -40,7 +39,7 @@ def fingerprint_of(start: Start) -> str | None:
     """Changes with anything that the adapter holds; None: there is none."""
     if start.adapter is None:
         return None
-    file = adapter_file(find_place(start.adapter, revision=start.revision))
+    file = find_adapter(start.adapter, revision=start.revision)
     return None if file is None else sha256(file)[:16]  # where weights have a file of their own, this names its sha256
 
 

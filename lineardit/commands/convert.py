@@ -92,13 +92,8 @@ def convert(
     offline: Offline = False,
 ) -> None:
     """Convert a model to an adapter, from its configs alone. Or rewrite or merge an adapter."""
-    from ..linearize.adapters.conversion import (
-        convert_and_merge,
-        convert_base,
-        is_adapter,
-        refuse_choices,
-        repack_adapter,
-    )
+    from ..linearize.adapters.adapter import find_adapter
+    from ..linearize.adapters.conversion import convert_and_merge, convert_base, refuse_choices, repack_adapter
     from ..linearize.adapters.opening import named_dtype
     from ..linearize.methods import RECOMMENDED
     from .quiet import quiet_libraries
@@ -116,7 +111,7 @@ def convert(
         "dense_below": dense_below,
         "importer": importer,
     }
-    if config is None and importer is None and not is_adapter(base, revision=revision, offline=offline):
+    if config is None and importer is None and find_adapter(base, revision=revision, offline=offline) is None:
         config = RECOMMENDED
     if merge:
         convert_and_merge(base, config, dtype="auto" if dtype == "auto" else named_dtype(dtype), **conversion, **places)

@@ -27,10 +27,9 @@ def load(
     """The pipeline in its place, and what its pictures say of it; without weights, in its shape, for a plan."""
     from .. import __version__
     from ..kernels.pieces.results import dtype_name
-    from ..linearize.adapters.adapter import adapter_file
+    from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.base import source_of
     from ..linearize.adapters.opening import open_pipeline
-    from ..linearize.adapters.place import find_place
     from ..linearize.folders import sha256
     from ..linearize.networks import denoiser
     from ..linearize.what_runs import swap_report
@@ -57,7 +56,7 @@ def load(
         about["quantize"] = str(quantization)
     if loras:
         about["lora"] = ", ".join(map(str, loras))
-    manifest = adapter_file(find_place(source, revision=revision, offline=offline))
+    manifest = find_adapter(source, revision=revision, offline=offline)
     if manifest is not None:
         about |= {"adapter": source, "adapter_sha256": sha256(manifest)}
     return pipe, about
@@ -88,11 +87,10 @@ def load_at_size(
 
 def base_said(adapter: str, model: str | None, revision: str | None, offline: bool) -> str | None:
     """The base that a picture says it is of, where that is another than its adapter names; else None."""
-    from ..linearize.adapters.adapter import adapter_file
+    from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.manifest import read_manifest
-    from ..linearize.adapters.place import find_place
 
-    file = adapter_file(find_place(adapter, revision=revision, offline=offline))
+    file = find_adapter(adapter, revision=revision, offline=offline)
     if file is None or model is None or read_manifest(file).base == model:
         return None
     print(f"with the base {model}, as the picture says")

@@ -94,10 +94,10 @@ def nearness(
 
 def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
     """What a student is opened with; one that is missing is told before the base is loaded."""
+    from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.base import read_base
-    from ..linearize.adapters.conversion import is_adapter
 
-    if is_adapter(student, offline=offline):
+    if find_adapter(student, offline=offline) is not None:
         return {"base": base}  # not the one that it names
     read_base(student, offline=offline)
     return {}

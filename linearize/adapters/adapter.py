@@ -123,6 +123,11 @@ def read_adapter(
     return manifest, adapter_tensors(place, manifest, weights=weights)
 
 
+def find_adapter(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Path | None:
+    """`adapter_file` of a folder, file or Hub id."""
+    return adapter_file(find_place(name, revision=revision, offline=offline))
+
+
 def adapter_file(place: Place) -> Path | None:
     """Where an adapter says what it is: its `lineardit.json`, or the single file itself; None: it is no adapter."""
     if place.folder is not None and is_single_file(place.folder):

@@ -14,12 +14,11 @@ from ..methods import METHODS
 from ..methods.clear import Clear
 from ..methods.linfusion import LinFusion
 from ..report import SwapReport
-from .adapter import adapter_file, check_adapter_output, is_single_file, read_adapter, write_adapter, write_parts
+from .adapter import check_adapter_output, find_adapter, is_single_file, read_adapter, write_adapter, write_parts
 from .base import build_on_meta, read_base
 from .loading import from_pretrained, load_base
 from .manifest import SINGLE_FILE_SUFFIX
 from .merging import save_merged
-from .place import find_place
 
 IMPORTERS = ("clear:FILE", "linfusion:DIR")
 
@@ -138,11 +137,6 @@ def convert_and_merge(
     return save_merged(pipe, output, overwrite=overwrite)
 
 
-def is_adapter(name: str | Path, *, revision: str | None = None, offline: bool = False) -> bool:
-    """Whether a folder, file or Hub id is an adapter."""
-    return adapter_file(find_place(name, revision=revision, offline=offline)) is not None
-
-
 def refuse_choices(layers: str | Sequence[str] | None, min_tokens: int, dense_below: int) -> None:
     """Raise a ValueError where an adapter comes with a choice of layers or sizes: it has its own."""
     if dense_below != 0:
@@ -152,7 +146,7 @@ def refuse_choices(layers: str | Sequence[str] | None, min_tokens: int, dense_be
 
 
 def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) -> None:
-    if is_adapter(base, revision=revision, offline=offline):
+    if find_adapter(base, revision=revision, offline=offline) is not None:
         raise ValueError(
             f"{base} is an adapter, which has its method already: give the base that it names, or no method"
         )

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from shlex import quote
 from typing import Any, Literal, cast
 
 import diffusers
@@ -23,7 +22,7 @@ from .base import Base, build_on_meta
 from .config_entry import entry_expected, write_entry_
 from .fitting import check_shapes, shapes_of
 from .hub import told_if_slow
-from .manifest import MANIFEST_FILE, Entry, Manifest
+from .manifest import Entry, Manifest
 from .named import Named, find_named
 from .outline import parts_on_meta
 from .place import CONFIG_FILE, Place
@@ -78,8 +77,6 @@ def from_pretrained(
     if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
     named = find_named(directory_or_repo, base=base, revision=revision, offline=offline)
-    if named.conversion is None:
-        raise ValueError(_not_converted(named.place.name, named.base))
     return load_converted(named, dtype=dtype, impl=impl, keep_original=keep_original, weights=weights, **options)
 
 
@@ -92,15 +89,14 @@ def load_converted(
     weights: bool = True,
     **options: Any,
 ) -> Any:
-    """`from_pretrained` for an adapter or a saved converted model that was found."""
-    place, conversion = named.place, named.conversion
+    """`from_pretrained` for what was found."""
+    place, conversion = named.place, named.converted()
     opening: dict[str, Any] = {"dtype": dtype, "offline": place.offline, "weights": weights, **options}
     if isinstance(conversion, Manifest):
         tensors = adapter_tensors(place, conversion, weights=weights)
         pipe = load_base(named.base, **opening)
         mount_adapter_(pipe, conversion, tensors, keep_original=keep_original, impl=impl)
         return pipe
-    assert conversion is not None, "a plain base is no conversion"
     if conversion.warning is None:
         logger.warning(
             "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full "
@@ -174,18 +170,6 @@ def load_base(
         )
     cast_layerwise_(denoiser(pipe)[1], quantization, named)
     return pipe
-
-
-def _not_converted(name: str, base: Base) -> str:
-    """That this is a base, and the lines to type."""
-    loader = base.source.pipeline_class or base.model_class
-    also = "; HighResolutionPipeline.from_pretrained and `lineardit generate` take it as it is, with full attention"
-    return (
-        f"{name} is a base and not converted (it has no {MANIFEST_FILE}). In memory: "
-        f"pipe = diffusers.{loader}.from_pretrained({name!r}); lineardit.linearize_(pipe). Or `lineardit convert "
-        f"{quote(name)} -o DIR` makes an adapter, and lineardit.from_pretrained('DIR') loads both"
-        + (also if base.source.pipeline_class else "")
-    )
 
 
 def _folder_of(model: Any, place: Place) -> Path:

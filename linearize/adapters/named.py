@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from .adapter import adapter_file
 from .base import Base, read_base
 from .config_entry import CONFIG_KEY
-from .manifest import Entry, Manifest, read_entry, read_manifest
+from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry, read_manifest
 from .place import Place, check_spelling, find_place
 
 
@@ -23,6 +24,23 @@ class Named:
     place: Place
     base: Base
     conversion: Manifest | Entry | None
+
+    def converted(self) -> Manifest | Entry:
+        """The conversion.
+
+        Raises:
+            ValueError: there is none; says what to type.
+        """
+        if self.conversion is not None:
+            return self.conversion
+        name, pipeline = self.place.name, self.base.source.pipeline_class
+        also = "; HighResolutionPipeline.from_pretrained and `lineardit generate` take it as it is, with full attention"
+        raise ValueError(
+            f"{name} is a base and not converted (it has no {MANIFEST_FILE}). In memory: "
+            f"pipe = diffusers.{pipeline or self.base.model_class}.from_pretrained({name!r}); "
+            f"lineardit.linearize_(pipe). Or `lineardit convert {quote(name)} -o DIR` makes an adapter, and "
+            f"lineardit.from_pretrained('DIR') loads both{also if pipeline else ''}"
+        )
 
 
 def find_named(

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from shlex import quote
 from typing import Any, Self
 
 import psutil
@@ -91,9 +90,7 @@ class WeightlessConversion:
                 something that is no adapter.
         """
         named = find_named(name, base=base, offline=offline)
-        found, conversion = named.base, named.conversion
-        if conversion is None:
-            raise ValueError(f"{name} is not converted: `lineardit convert {quote(str(name))} -o DIR` makes an adapter")
+        found, conversion, adapter = named.base, named.converted(), None
         if isinstance(conversion, Manifest):
             adapter = conversion, adapter_tensors(named.place, conversion)
         elif conversion.trained:
@@ -101,8 +98,6 @@ class WeightlessConversion:
                 f"{name} holds what was trained among its weights, which are not read: time the adapter itself "
                 "(lineardit.save_adapter of the loaded pipeline makes one)"
             )
-        else:
-            adapter = None
         if not can_make_inputs(build_on_meta(found)):
             raise ValueError(
                 f"the inputs of a {found.model_class} cannot be made up: `lineardit evaluate` times whole pictures"

@@ -64,7 +64,7 @@ def test_bench_tells_what_is_wrong_before_it_runs(made: Path, capsys: pytest.Cap
         assert not (made / "other").exists()
         return capsys.readouterr().err
 
-    assert "is not converted: `lineardit convert" in told(str(made / "base"))
+    assert "is a base and not converted" in told(str(made / "base"))
     assert "multiples of 16 pixels" in told("--size", "64x64", "--size", "65x64")
     assert "WIDTHxHEIGHT" in told("--size", "64")
     assert "got 'tield' (did you mean tiled?)" in told("--impl", "tield")

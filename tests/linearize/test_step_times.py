@@ -178,7 +178,9 @@ def test_sizes_that_were_not_asked_for_are_left_out_with_a_word(
 
 def test_what_cannot_be_timed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved(build("sd3"), tmp_path / "base")
-    with pytest.raises(ValueError, match=r"is not converted: `lineardit convert .* -o DIR` makes an adapter"):
+    with pytest.raises(
+        ValueError, match=r"is a base and not converted .*`lineardit convert .* -o DIR` makes an adapter"
+    ):
         WeightlessConversion.read(base)
     convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
     conversion = WeightlessConversion.read(tmp_path / "adapter")
