@@ -72,7 +72,7 @@ def from_pretrained(
         The pipeline, on the CPU without a `device_map`; the denoiser where the adapter's base is a bare denoiser.
     Raises:
         ValueError: the adapter or its base is missing, out of reach, damaged, or they do not fit; nothing is converted;
-            or an option would unpickle or run code.
+            an option would unpickle or run code; or `base` beside what is no adapter.
     """
     if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
