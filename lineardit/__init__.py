@@ -1,15 +1,14 @@
 """Attention of linear cost for pretrained diffusion models.
 
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)
-    lineardit.linearize_(pipe)  # or a method of your own choice: linearize_(pipe, lineardit.Clear(radius=16))
-    with lineardit.dense(pipe):  # the original attention, for as long as the block lasts
+    lineardit.linearize_(pipe)  # the recommended hybrid, or a method: linearize_(pipe, lineardit.Clear(radius=16))
+    with lineardit.dense(pipe):  # the original attention inside the block
         ...
+    high = lineardit.HighResolutionPipeline.from_pipe(pipe)  # 4K to 8K, in stages
     lineardit.restore_(pipe)
-    high = lineardit.HighResolutionPipeline.from_pipe(pipe)  # pictures of 4K to 8K, in stages
 
-Names that end in an underscore change the pipeline in place. `save_adapter` keeps a conversion, `from_pretrained` loads
-it with its base. The public names load on first use: `import lineardit` costs nothing, and one part does not need the
-others.
+Functions whose name ends in an underscore modify the pipeline in place. `save_adapter` saves a conversion,
+`from_pretrained` loads it with its base. Public names are imported on first use, so `import lineardit` is cheap.
 """
 
 import sys

@@ -13,14 +13,15 @@ from .networks import denoiser
 
 
 def compile_(pipe_or_model: Any, *, backend: str = "inductor", family: Family | None = None) -> int:
-    """Compile each repeated block, in place, as one whole graph.
+    """Compile each repeated block in place, as one full graph.
 
-    Blocks of one class share graphs where their configs agree, and resolutions share them from the second on. torch's
-    limit on graphs is raised for several configs, where it can be (torch 2.13); else it raises at the limit of 8.
+    Blocks of one class share a graph if their configs are equal, and resolutions share one from the second on. With
+    several configs, torch's recompile limit is raised where torch allows it (2.13); older versions raise at the limit
+    of 8.
 
     Args:
-        backend: Of `torch.compile`.
-        family: Of a model of your own; None: as it was converted, or found by the model's class.
+        backend: Backend of `torch.compile`.
+        family: Family of a model of your own; None: the one it was converted with, or the one of the model's class.
     Returns:
         The number of blocks.
     Raises:

@@ -40,23 +40,24 @@ def linearize_(
     impl: str = "auto",
     family: Family | None = None,
 ) -> SwapReport:
-    """Swap the self-attention of a model, in place; a converted one is converted anew and keeps what was trained.
+    """Swap a model's self-attention in place; a converted model is converted again and keeps its trained weights.
 
     Args:
         pipe_or_model: A pipeline (its `transformer` or `unet` is converted) or such a model.
-        config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}. Where nothing is said, the
-            hybrid that docs/methods.md recommends.
+        config: Config of a method, such as `Clear(radius=16)`, or {glob of module names: config}. Default: the hybrid
+            that docs/methods.md recommends.
         layers: Globs of module names to restrict the swap to; None: every self-attention module of the image.
-        min_tokens: Leave the levels of a UNet that have fewer image tokens at its native size, where full attention is
-            cheap.
-        dense_below: Image tokens of a call below which, with `impl` "auto", the model's own call runs instead, where
-            nothing was trained for the new attention; of a UNet, level by level.
-        impl: The implementation to run; "auto" picks, and makes the original call where the method covers everything.
-        family: How to convert a model of your own; None: as it was converted before, or found by the model's class.
+        min_tokens: Keep full attention in the levels of a UNet that have fewer image tokens at its native size, where
+            it is cheap.
+        dense_below: Run the model's own attention in calls with fewer image tokens than this; in a UNet, level by
+            level. Applies with `impl` "auto", and only while nothing has been trained for the new attention.
+        impl: The implementation to run. "auto" picks one, and runs the original call where the method covers
+            everything.
+        family: How to convert a model of your own; None: its previous family, or the one of the model's class.
     Raises:
-        UnsupportedModelError: the model's class is unknown, it is sharded, or a hook of another tool is in the way.
+        UnsupportedModelError: the model's class is unknown, it is sharded, or a hook of another tool interferes.
         ValueError: a pattern matches nothing or the same layer as another, a config or `impl` is unknown, or
-            `dense_below` is no count of tokens.
+            `dense_below` is not an integer >= 0.
     """
     _, model = denoiser(pipe_or_model)
     _refuse_sharded(model, "linearize_")
@@ -96,7 +97,7 @@ def linearize_(
 
 
 def check_convertible(model: nn.Module, family: Family, configs: Mapping[str, Any], impl: str) -> None:
-    """Raise as `linearize_` does where these modules cannot get these methods; nothing is changed."""
+    """Raise like `linearize_` if these modules cannot get these methods; changes nothing."""
     _refuse_sharded(model, "linearize_")
     if not configs:
         raise ValueError("no module is swapped: the mapping of patterns is empty")
@@ -112,13 +113,13 @@ def check_convertible(model: nn.Module, family: Family, configs: Mapping[str, An
 
 
 def restore_(pipe_or_model: Any) -> None:
-    """Undo `linearize_`, and take away what was trained: the base model again, bit for bit.
+    """Undo `linearize_` and remove trained weights: the model equals its base again, bit for bit.
 
     Args:
         pipe_or_model: A pipeline, with all of its converted networks (ControlNets as well), or one model.
     Raises:
         ValueError: nothing is converted.
-        UnsupportedModelError: a model was sharded or wrapped since; nothing is changed.
+        UnsupportedModelError: a model has been sharded or wrapped since; nothing is changed.
     """
     _refuse_sharded(denoiser(pipe_or_model)[1], "restore_")
     conversions = converted_networks(pipe_or_model)
@@ -134,7 +135,7 @@ def restore_(pipe_or_model: Any) -> None:
 
 @contextmanager
 def dense(pipe_or_model: Any) -> Iterator[None]:
-    """Inside, the model is the base: its own attention, without what was trained; for the thread that entered it.
+    """Context manager in which the model equals its base, without trained weights, for the thread that enters it.
 
     Args:
         pipe_or_model: A pipeline, with all of its converted networks, or one model.
@@ -156,17 +157,17 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
 
 
 def check_dense(pipe_or_model: Any) -> None:
-    """Raise the ValueError of `dense` where nothing is converted or the base cannot come back; nothing is changed."""
+    """Raise the ValueError of `dense` if nothing is converted or the base cannot be restored; changes nothing."""
     for conversion in converted_networks(pipe_or_model).values():
         if conversion.enabled:
             conversion.overlays.check_reversible()
 
 
 def set_impl_(pipe_or_model: Any, impl: str) -> None:
-    """Choose the implementation that converted modules run; never saved.
+    """Choose the implementation that converted modules run; it is not saved with the model.
 
     Raises:
-        ValueError: nothing is converted, or a method has no such implementation (lists those it has).
+        ValueError: nothing is converted, or a method has no such implementation (the error lists those it has).
     """
     modules = [module for model in converted_networks(pipe_or_model) for module in swapped(model).values()]
     kernels = [cast(Any, module).linear_kernel for module in modules]

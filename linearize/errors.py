@@ -5,15 +5,15 @@ from difflib import get_close_matches
 
 
 class UnsupportedModelError(ValueError):
-    """This model, or the state it is in, cannot be converted."""
+    """The model cannot be converted, because of its class or its current state."""
 
 
 class LayoutError(ValueError):
-    """The image tokens of this call are not laid out in a way that a window can be right on."""
+    """The layout of the image tokens in this call is unknown or not supported by the method."""
 
 
 class KernelNotReachedError(RuntimeError):
-    """A converted attention module ran without its linear kernel, or with two of them."""
+    """A converted attention module ran without calling its linear kernel exactly once."""
 
 
 class NotFiniteError(ValueError):

@@ -12,20 +12,20 @@ OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 @contextmanager
 def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
-    """Inside, a pipeline that is called with the given callback is the base from step `count` on, as under `dense`.
+    """Context manager whose callback switches a pipeline to the base, as `dense` does, from step `count` on.
 
         with first_steps(pipe, 20) as on_step_end:
             pipe(prompt, num_inference_steps=50, callback_on_step_end=on_step_end)
 
-    The pipeline itself counts the steps: each call begins with linear attention again, and so does what comes after.
+    The pipeline counts the steps, so every call starts with linear attention again.
 
     Args:
         pipe: A pipeline after `linearize_`.
-        count: Steps with linear attention, >= 1.
+        count: Number of steps with linear attention, >= 1.
     Yields:
-        The pipeline's `callback_on_step_end`; one of your own can call it with its arguments.
+        A `callback_on_step_end` for the pipeline; a callback of your own can call it with its arguments.
     Raises:
-        ValueError: count < 1, nothing is converted, or the base cannot come back.
+        ValueError: count < 1, nothing is converted, or the base cannot be restored.
     """
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}: for no linear attention at all, use `dense`")

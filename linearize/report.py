@@ -12,15 +12,14 @@ NOT_IMAGE_SELF_ATTENTION = "not an image self-attention of this family"
 
 @dataclass(frozen=True, kw_only=True)
 class SwapReport:
-    """Every attention module of a model, swapped or not; `str()` tells it in one line.
+    """Every attention module of a model, swapped or not; `str()` summarizes it in one line.
 
     Attributes:
         swapped: Module name -> config of the method that replaced its attention.
         skipped: Module name -> why it keeps its attention.
         family: Name of the model's family.
-        impl: The implementation asked for.
-        dense_below: Image tokens of a call below which the model's own call runs, as in `linearize_`; 0 where
-            something was trained for the new attention.
+        impl: The requested implementation.
+        dense_below: As in `linearize_`; 0 if something has been trained for the new attention.
     """
 
     swapped: dict[str, Any]

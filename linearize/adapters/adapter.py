@@ -1,4 +1,4 @@
-"""Adapters: what makes a linear student of a base: a folder of one JSON and one safetensors file, or a single file."""
+"""Adapters turn a base into its student: a folder of one JSON and one safetensors file, or a single file."""
 
 import logging
 from dataclasses import replace
@@ -41,16 +41,16 @@ logger = logging.getLogger(__name__)
 
 
 def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes what `linearize_` and training added to a base, and nothing of the base or of the user's own LoRA.
+    """Write what `linearize_` and training added to a base, without the base and without LoRA loaded by the user.
 
-    The folder appears whole or not at all. It holds `lineardit.json` and, where there are tensors,
-    `lineardit.safetensors`: the kernels' parameters, LoRA factors under peft's names, changed tensors under the base's
-    names. A name that ends in `.safetensors` makes one file of it, with the JSON in its header.
+    The folder is written atomically. It holds `lineardit.json` and, if there are tensors, `lineardit.safetensors`: the
+    kernels' parameters, LoRA factors under peft's names, changed tensors under the base's names. If `directory` ends in
+    `.safetensors`, both go into that one file, with the JSON in its header.
 
     Args:
         pipe_or_model: A pipeline or denoiser after `linearize_`.
         directory: The folder to write, or the `.safetensors` file.
-        overwrite: Replace what is there.
+        overwrite: Replace existing output.
     Returns:
         The folder or file.
     Raises:
@@ -80,23 +80,23 @@ def load_adapter_(
     offline: bool = False,
     family: Family | None = None,
 ) -> SwapReport:
-    """Converts a model as an adapter says and puts its trained weights on, in place.
+    """Convert a model in place as an adapter specifies, and load the adapter's trained weights.
 
-    An earlier conversion is undone first. `restore_` and `dense` then give the base's output bit for bit. A LoRA of the
-    adapter is no peft adapter of the model: choosing or unloading styles does not touch it.
+    An earlier conversion is undone first. `restore_` and `dense` then give the base's output bit for bit. The adapter's
+    LoRA is not a peft adapter of the model: `set_adapters` and `unload_lora_weights` do not affect it.
 
     Args:
         pipe_or_model: A pipeline or denoiser of the class and shape that the adapter was made for.
         directory_or_repo: The adapter's folder, `.safetensors` file or Hub id.
-        keep_original: Keep the tensors that the adapter changes, on the CPU. False: LoRA is added into the weights, and
-            `restore_` and `dense` raise.
+        keep_original: Keep a copy of the tensors that the adapter changes, on the CPU. False: fuse LoRA into the
+            weights; `restore_` and `dense` then raise.
         impl: The implementation to run, as in `linearize_`.
         revision: Branch, tag or commit of the adapter's Hub id.
-        offline: Never touch the network.
-        family: How a model of your own is converted, as in `linearize_`.
+        offline: Do not access the network.
+        family: How to convert a model of your own, as in `linearize_`.
     Raises:
-        ValueError: the adapter is missing, damaged, or for another class, shape or number of layers; the model is as
-            it was.
+        ValueError: the adapter is missing, damaged, or for another class, shape or number of layers; the model is
+            unchanged.
     """
     manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
     return mount_adapter_(pipe_or_model, manifest, tensors, keep_original=keep_original, impl=impl, family=family)
@@ -108,7 +108,7 @@ def read_adapter(
     """The checked contents of an adapter: a folder, a single file or a Hub id.
 
     Args:
-        weights: False: those of the base, which training changed, in their shape, by the header of their file.
+        weights: False: read only the shapes of trained base weights, from the header of their file.
     Raises:
         ValueError: it is missing, damaged, mixed from two adapters, or of a newer format.
     """
@@ -129,7 +129,7 @@ def find_adapter(name: str | Path, *, revision: str | None = None, offline: bool
 
 
 def adapter_file(place: Place) -> Path | None:
-    """Where an adapter says what it is: its `lineardit.json`, or the single file itself; None: it is no adapter."""
+    """The file that describes an adapter: its `lineardit.json`, or the single file itself; None: not an adapter."""
     if place.folder is not None and is_single_file(place.folder):
         return place.folder
     return place.file(MANIFEST_FILE)
@@ -141,10 +141,10 @@ def is_single_file(path: Path) -> bool:
 
 
 def check_adapter_output(path: Path, *, overwrite: bool) -> None:
-    """Whether an adapter may be written at `path`.
+    """Check that an adapter may be written to `path`.
 
     Raises:
-        ValueError: something is there and overwrite is False, or it is a folder for a file or the other way round.
+        ValueError: `path` exists and overwrite is False, or it is a folder where a file is due, or the reverse.
     """
     if is_single_file(path):
         check_output_file(path, overwrite=overwrite)

@@ -69,7 +69,7 @@ def read_base(name: str | Path, *, revision: str | None = None, offline: bool = 
     Args:
         name: Folder, config file or Hub id.
         revision: Branch, tag or commit of a Hub id.
-        offline: Never touch the network.
+        offline: Do not access the network.
     Raises:
         UnsupportedModelError: the denoiser is of no class that can be converted.
         ValueError: not found, out of reach, damaged, or no model in diffusers' format; says what to do.

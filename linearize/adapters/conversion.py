@@ -1,4 +1,4 @@
-"""From a base to a student on the disk: what `lineardit convert` runs."""
+"""From a base to a student on disk: what `lineardit convert` runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,22 +36,22 @@ def convert_base(
     overwrite: bool = False,
     importer: str | None = None,
 ) -> SwapReport:
-    """Converts a model by its config files alone and writes an adapter: untrained, or with published weights.
+    """Convert a model from its config files only and write an adapter, untrained or with published weights.
 
     Args:
         base: Folder, config.json or Hub id of a pipeline or denoiser in diffusers' format.
-        config: Of a method, such as `Clear(radius=16)`; or {glob of module names: config}; None: the importer knows.
+        config: Config of a method, such as `Clear(radius=16)`, or {glob of module names: config}; None: the importer's.
         output: The adapter folder to write, or one file if it ends in `.safetensors`.
         layers: Globs of module names to restrict the swap to.
-        min_tokens: Leave the levels of a UNet with fewer image tokens, as in `linearize_`.
+        min_tokens: As in `linearize_`.
         dense_below: As in `linearize_`.
         revision: Branch, tag or commit of a Hub id.
-        offline: Never touch the network.
+        offline: Do not access the network.
         overwrite: Replace what is at `output`.
         importer: "clear:FILE" loads a checkpoint of CLEAR, trained for `config`; "linfusion:DIR" one of LinFusion.
     Raises:
         UnsupportedModelError: the base's class cannot be converted.
-        ValueError: the base cannot be had, nothing matches, or the output exists; nothing is written.
+        ValueError: the base cannot be read, nothing matches, or the output exists; nothing is written.
     """
     check_adapter_output(Path(output), overwrite=overwrite)
     _check_together(config, importer, layers, min_tokens, dense_below)
@@ -71,13 +71,13 @@ def repack_adapter(
     offline: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Writes an adapter anew: a folder as one `.safetensors` file, or a file as a folder.
+    """Rewrite an adapter: a folder as one `.safetensors` file, or a file as a folder.
 
     Args:
         adapter: Folder, file or Hub id.
         output: The folder to write, or the file.
         revision: Branch, tag or commit of a Hub id.
-        offline: Never touch the network.
+        offline: Do not access the network.
         overwrite: Replace what is at `output`.
     Returns:
         The output.
@@ -103,17 +103,17 @@ def convert_and_merge(
     importer: str | None = None,
     dtype: torch.dtype | Literal["auto"] | None = None,
 ) -> Path:
-    """Loads a student with the weights of its base and writes the whole pipeline, merged, as `save_merged` does.
+    """Load a student with the weights of its base and write the merged pipeline, as `save_merged` does.
 
     Args:
-        adapter_or_base: An adapter, where neither config nor importer is given; else a base.
+        adapter_or_base: An adapter if neither config nor importer is given, otherwise a base.
         config: As in `convert_base`.
         output: The folder to write.
         layers: As in `convert_base`.
         min_tokens: As in `convert_base`.
         dense_below: As in `linearize_`.
         revision: Branch, tag or commit of a Hub id.
-        offline: Never touch the network.
+        offline: Do not access the network.
         overwrite: Replace an existing folder.
         importer: As in `convert_base`.
         dtype: As in `from_pretrained`.
@@ -121,7 +121,7 @@ def convert_and_merge(
         The folder.
     Raises:
         UnsupportedModelError: the base's class cannot be converted.
-        ValueError: something cannot be had or does not fit, or the output exists; nothing is written.
+        ValueError: something cannot be read or does not match, or the output exists; nothing is written.
     """
     if is_single_file(Path(output)):
         raise ValueError(f"a merged pipeline is a folder, got the output {output}: leave {SINGLE_FILE_SUFFIX} out")

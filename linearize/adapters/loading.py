@@ -49,30 +49,30 @@ def from_pretrained(
     weights: bool = True,
     **options: Any,
 ) -> Any:
-    """Loads the base that an adapter names, at the revision it names, and puts the adapter on it.
+    """Load the base that an adapter names, at the revision it names, and apply the adapter.
 
-    A folder that a plain `save_pretrained` wrote of a converted pipeline is restored too. Weights come from safetensors
-    files, never from pickles; no code of a repository runs.
+    A converted pipeline saved with plain `save_pretrained` is restored as well. Weights are read from safetensors
+    files, never from pickles, and no code from a repository is run.
 
     Args:
-        directory_or_repo: Folder, `.safetensors` file or Hub id of an adapter; folder or Hub id of a saved converted
-            pipeline, merged (`save_merged`) or not. diffusers loads an unconverted base, and `linearize_` converts
-            it then.
-        dtype: Of the weights; None: float32; "auto": the one that the denoiser's are stored in.
+        directory_or_repo: Folder, `.safetensors` file or Hub id of an adapter, or folder or Hub id of a saved converted
+            pipeline, merged (`save_merged`) or not. Load an unconverted base with diffusers, and convert it with
+            `linearize_`.
+        dtype: Dtype of the weights; None: float32; "auto": the dtype in which the denoiser is stored.
         base: Folder or Hub id to load in place of the base that the adapter names, such as a moved copy or a fine-tune.
         revision: Branch, tag or commit of `directory_or_repo` on the Hub.
-        offline: Never touch the network.
+        offline: Do not access the network.
         impl: The implementation to run, as in `linearize_`.
         keep_original: As in `load_adapter_`.
-        weights: False: the pipeline in its shape, to plan with. Its parts are on the meta device, in this dtype, and
-            of its base config files alone are read.
-        options: Of diffusers' `from_pretrained`, for the base: `variant`, `quantization_config`, `device_map`, parts in
-            place of its own (`text_encoder=None`), and so on.
+        weights: False: build the pipeline on the meta device, in this dtype, for planning; only the config files of the
+            base are read.
+        options: Options of diffusers' `from_pretrained` for the base: `variant`, `quantization_config`, `device_map`,
+            components to use in place of its own (`text_encoder=None`), and so on.
     Returns:
-        The pipeline, on the CPU without a `device_map`; the denoiser where the adapter's base is a bare denoiser.
+        The pipeline, on the CPU unless `device_map` is given; the denoiser if the adapter's base is a bare denoiser.
     Raises:
-        ValueError: the adapter or its base is missing, out of reach, damaged, or they do not fit; nothing is converted;
-            an option would unpickle or run code; or `base` beside what is no adapter.
+        ValueError: the adapter or its base is missing, unreachable or damaged, or they do not match; nothing is
+            converted; an option would unpickle or run code; or `base` is given beside something that is no adapter.
     """
     if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
@@ -118,18 +118,18 @@ def load_base(
     quantization: Quantization | None = None,
     **options: Any,
 ) -> Any:
-    """The pipeline of a base, or the bare denoiser, with its weights; from safetensors files only.
+    """Load the pipeline of a base, or the bare denoiser; from safetensors files only.
 
     Args:
         base: From `read_base`.
         dtype: As in `from_pretrained`.
-        offline: Never touch the network.
+        offline: Do not access the network.
         weights: As in `from_pretrained`.
-        quantization: Of the denoiser's weights; without weights, casts of layers alone are looked at.
+        quantization: How to quantize the denoiser; with weights=False, only layerwise casting is applied.
         options: As in `from_pretrained`.
     Raises:
-        ValueError: the base is a config without weights or has pickles alone, it cannot be quantized so, or an option
-            is refused.
+        ValueError: the base is a config without weights or has only pickles, it cannot be quantized like this, or an
+            option is refused.
     """
     source = base.source
     for name, why in _REFUSED.items():

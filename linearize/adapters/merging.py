@@ -1,4 +1,4 @@
-"""A student as a plain folder of diffusers: the whole pipeline, with what was trained merged into its weights."""
+"""A student as a plain diffusers folder: the whole pipeline, with trained weights merged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,20 +23,20 @@ from .model_card import CARD_FILE, merged_card, merged_warning
 
 
 def save_merged(pipe_or_model: Any, directory: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes the whole pipeline with what was trained merged into its weights; the one in memory stays as it is.
+    """Write the whole pipeline with trained weights merged; the pipeline in memory is unchanged.
 
-    `lineardit.from_pretrained` loads the folder converted. Plain diffusers loads it as well, with full attention, which
-    these weights were not trained for: config.json and the model card (README.md) say so.
+    Load the folder with `lineardit.from_pretrained`, which converts it. Plain diffusers would load it with full
+    attention, for which these weights were not trained; config.json and the model card (README.md) warn about it.
 
     Args:
         pipe_or_model: A pipeline or denoiser after `linearize_`.
-        directory: The folder to write; it appears whole or not at all.
+        directory: The folder to write, atomically.
         overwrite: Replace an existing folder.
     Returns:
         The folder.
     Raises:
-        ValueError: nothing is converted, the folder exists, a LoRA of the user's is loaded, or weights are quantized
-            or not in memory.
+        ValueError: nothing is converted, the folder exists, a LoRA of your own is loaded, or weights are
+            quantized or not in memory.
     """
     _, model = denoiser(pipe_or_model)
     _check_mergeable(model)

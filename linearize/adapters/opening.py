@@ -1,4 +1,4 @@
-"""A pipeline by its name, whatever that names: an adapter, a saved converted pipeline, or a plain base."""
+"""Open a pipeline by name: an adapter, a saved converted pipeline, or a plain base."""
 
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,17 @@ def open_pipeline(
 
     Args:
         name: Folder or Hub id.
-        dtype: Of the weights.
-        base: To load in place of the base that an adapter names.
+        dtype: Dtype of the weights.
+        base: Folder or Hub id to load in place of the base that an adapter names.
         revision: Branch, tag or commit of `name` on the Hub.
-        offline: Never touch the network.
+        offline: Do not access the network.
         impl: The implementation that converted modules run.
-        options: As of `lineardit.from_pretrained`, `weights=False` as well; or `quantization`, as of `load_base`.
+        options: Those of `lineardit.from_pretrained`, including `weights=False`, or `quantization` as in `load_base`.
     Returns:
-        The pipeline, on the CPU without a `device_map`.
+        The pipeline, on the CPU unless `device_map` is given.
     Raises:
-        ValueError: missing, out of reach, damaged, no pipeline, no such `impl`, or `base` beside something that is no
-            adapter.
+        ValueError: missing, unreachable, damaged, not a pipeline, an unknown `impl`, or `base` given for something that
+            is not an adapter.
     """
     check_impl_known(impl)
     named = find_named(name, base=base, revision=revision, offline=offline)

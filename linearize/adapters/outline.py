@@ -24,7 +24,7 @@ def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> d
     Args:
         base: Of a pipeline, from `read_base`.
         dtype: Of the weights; as when they are loaded, some stay float32.
-        offline: Never touch the network.
+        offline: Do not access the network.
     Raises:
         ValueError: parts have no config, or one that does not fit its class.
     """

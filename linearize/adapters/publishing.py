@@ -30,20 +30,21 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Uploads a student with a model card, as one commit; `lineardit.from_pretrained(repo_id)` loads it.
+    """Upload a student with a model card in one commit; `lineardit.from_pretrained(repo_id)` loads it.
 
     Args:
         pipe_or_model: A pipeline or denoiser after `linearize_`.
-        repo_id: "owner/name"; made where there is none.
-        merged: The whole pipeline (`save_merged`) rather than the adapter (`save_adapter`).
-        private: Of a repository that is made; None: the owner's default.
+        repo_id: "owner/name"; created if it does not exist.
+        merged: Upload the whole pipeline (`save_merged`) instead of the adapter (`save_adapter`).
+        private: Visibility of a repository that is created; None: the owner's default.
         revision: The branch to commit to; None: the default branch.
-        commit_message: None: says what is uploaded.
-        token: None: that of `hf auth login`.
+        commit_message: None: a message that names what is uploaded.
+        token: Access token; None: the one of `hf auth login`.
     Returns:
-        The address of the repository.
+        The URL of the repository.
     Raises:
-        ValueError: nothing is converted, `repo_id` has another form, or the Hub refused or is out of reach.
+        ValueError: nothing is converted, `repo_id` is not of the form owner/name, or the Hub refuses or cannot be
+            reached.
     """
     if not is_repository(repo_id):
         raise ValueError(f"repo_id must have the form owner/name, got {repo_id!r}")

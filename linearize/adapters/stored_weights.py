@@ -81,7 +81,7 @@ def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = Fals
     Args:
         base: From `read_base`; of a Hub id, one file of weights is fetched, which loading needs as well.
         variant: As of diffusers' `from_pretrained`.
-        offline: Never touch the network.
+        offline: Do not access the network.
     Raises:
         ValueError: there are no weights in safetensors files of the usual name.
     """

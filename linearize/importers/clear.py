@@ -36,18 +36,18 @@ def load_clear_checkpoint_(
     pool_size: int | None = None,
     keep_original: bool = True,
 ) -> SwapReport:
-    """Converts a FLUX transformer with `Clear` and loads a checkpoint that CLEAR's authors published, in place.
+    """Convert a FLUX transformer to `Clear` in place and load a checkpoint published by CLEAR's authors.
 
     Args:
         model: A FluxTransformer2DModel, or a pipeline of one; an earlier conversion is undone first.
         path_or_state_dict: The `.safetensors` file, or its tensors.
         radius: CLEAR's `window_size`, such as 16 for clear_local_16.safetensors.
         pool_size: CLEAR's `down_factor`; None for checkpoints without one.
-        keep_original: Keep the projections that are overwritten, on the CPU, so that `restore_` and `dense` work.
+        keep_original: Keep the overwritten projections on the CPU, so that `restore_` and `dense` work.
     Raises:
-        UnsupportedModelError: another class of model.
-        ValueError: tensors are missing, left over or of another shape (they are listed), pool_size is not the
-            checkpoint's, or the file is damaged; the model is as it was.
+        UnsupportedModelError: the model has another class.
+        ValueError: tensors are missing, unexpected or of another shape (the error lists them), pool_size is not the
+            checkpoint's, or the file is damaged; the model is unchanged.
     """
     config = Clear(radius=radius, pool_size=pool_size)
     _, transformer = denoiser(model)

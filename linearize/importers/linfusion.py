@@ -53,18 +53,18 @@ def load_linfusion_checkpoint_(
     revision: str | None = None,
     offline: bool = False,
 ) -> SwapReport:
-    """Converts a UNet with `LinFusion` and loads a checkpoint that LinFusion's authors published, in place.
+    """Convert a UNet to `LinFusion` in place and load a checkpoint published by LinFusion's authors.
 
     Args:
         unet: A UNet2DConditionModel (SD 1.5, 2.1, SDXL), or a pipeline of one; an earlier conversion is undone first.
         directory: The folder or Hub id, with config.json and diffusion_pytorch_model.safetensors, whole or in shards.
-        keep_original: Keep the projections that are overwritten, on the CPU, so that `restore_` and `dense` work.
+        keep_original: Keep the overwritten projections on the CPU, so that `restore_` and `dense` work.
         revision: Branch, tag or commit of a Hub id.
-        offline: Never touch the network.
+        offline: Do not access the network.
     Raises:
-        UnsupportedModelError: another class of model.
-        ValueError: the folder is incomplete or damaged, or modules or tensors are missing, left over or of another
-            shape (they are listed); the model is as it was.
+        UnsupportedModelError: the model has another class.
+        ValueError: the folder is incomplete or damaged, or modules or tensors are missing, unexpected or of another
+            shape (the error lists them); the model is unchanged.
     """
     _, model = denoiser(unet)
     if type(model).__name__ != _MODEL_CLASS:

@@ -76,7 +76,7 @@ def inspect_base(
         base_or_adapter: Folder, config.json or Hub id.
         base: To read in place of the base that an adapter names.
         revision: Branch, tag or commit of a Hub id.
-        offline: Never touch the network.
+        offline: Do not access the network.
         impl: The implementation to ask about.
     Raises:
         UnsupportedModelError: the model's class cannot be converted.

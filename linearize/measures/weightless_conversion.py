@@ -84,7 +84,7 @@ class WeightlessConversion:
         Args:
             name: Folder, `.safetensors` file or Hub id.
             base: To read in place of the base that an adapter names.
-            offline: Never touch the network.
+            offline: Do not access the network.
         Raises:
             ValueError: missing, damaged, not converted, of a model whose inputs are not known by name, or `base` beside
                 something that is no adapter.
