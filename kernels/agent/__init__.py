@@ -1,4 +1,4 @@
-"""Attention through a few agent tokens."""
+"""Agent attention."""
 
 from .attention import agent_attention, implementations
 from .reference import agent_attention_reference

@@ -1,11 +1,11 @@
-"""Agent attention (arXiv:2312.08874): agents attend to all tokens, and every query to the agents.
+"""Agent attention (arXiv:2312.08874): agents attend to all tokens, and every query attends to the agents.
 
     out = softmax(second_scale Q A^T + query_bias) softmax(scale A K^T + key_bias) V + shortcut V
 
 The implementations:
 
-    reference   both arrays of weights in memory
-    torch       two calls of PyTorch's attention; cost and memory linear in N for a fixed number of agents
+    reference   both weight matrices in memory
+    torch       two calls of PyTorch's attention; time and memory linear in N for a fixed number of agents
 """
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from .reference import agent_attention_reference
 
 
 def implementations() -> tuple[str, ...]:
-    """Names that `impl` takes beside "auto", which is "torch"."""
+    """Values of `impl` other than "auto", which is "torch"."""
     return ("reference", "torch")
 
 
@@ -38,16 +38,16 @@ def agent_attention(
     Args:
         query, key, value: [B, H, N, D].
         agents: [B, H, A, D], A > 0.
-        scale: of the logits of agents and keys, D**-0.5 if None.
-        second_scale: of the logits of queries and agents, `scale` if None.
-        shortcut: how much of its own value every token gets besides.
-        key_bias: added to the logits of agents and keys, broadcasts to [B, H, A, N].
-        query_bias: added to the logits of queries and agents, broadcasts to [B, H, N, A].
+        scale: Scale of the logits of agents and keys; None: D**-0.5.
+        second_scale: Scale of the logits of queries and agents; None: `scale`.
+        shortcut: Factor of the token's own value that is added to its output.
+        key_bias: Added to the logits of agents and keys; broadcasts to [B, H, A, N].
+        query_bias: Added to the logits of queries and agents; broadcasts to [B, H, N, A].
         impl: "auto" or one of `implementations()`.
     Returns:
-        [B, H, N, D], dtype of value (under autocast, of autocast).
+        [B, H, N, D], dtype of value (under autocast, the autocast dtype).
     Raises:
-        ValueError: shapes or impl do not fit.
+        ValueError: invalid shapes or impl.
     """
     check_attention(query, key, value, impl, implementations())
     _check_agents(query, agents)

@@ -1,4 +1,4 @@
-"""What lies beyond a window, by cells: chosen ones token by token, the others by a proxy each."""
+"""Attention to the image outside a window: chosen cells token by token, the others by one proxy each."""
 
 from ..pieces.cells import sides_of_cells
 from .attention import cells_in_focus, focus_attention, focus_pairs

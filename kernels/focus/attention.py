@@ -1,4 +1,4 @@
-"""Focus: of the image beyond a window, the cells that weigh most are seen token by token, the others by their proxies.
+"""Focus: outside a window, cells with the largest weights are read token by token, the others through proxies.
 
     far_i = sum_c exp(s_ic - lse_i) v_c + sum_j exp(s_ij - lse_i) v_j      c not chosen, j a token of a chosen cell
     lse_i = log (sum_c exp(s_ic) + sum_j exp(s_ij))
@@ -40,7 +40,7 @@ from .plain import plain_backward, plain_forward
 
 
 def cells_in_focus(num_tokens: int, num_cells: int, grid: Grid) -> int:
-    """k: the cells that hold `num_tokens` tokens together; 0 where the image is so large that one cell holds more."""
+    """k: the number of cells that hold `num_tokens` tokens in total; 0 if a single cell holds more."""
     return min(num_cells, num_tokens * num_cells // math.prod(grid))
 
 
@@ -73,14 +73,14 @@ def focus_attention(
     Args:
         query, key, value: [B, H, n, D], the image's tokens.
         proxy_key, proxy_value: [B, H, C, D].
-        grid: of the image; `cells_in_focus` must give at least 1 on it.
-        window: what is left out.
-        num_tokens: seen one by one, by each query.
-        side: of the tiles, in tokens.
-        scale: of the logits.
-        impl: "plain", "triton" or "auto": the kernels where they run, else "plain".
+        grid: Size of the image in tokens; `cells_in_focus` must be at least 1 for it.
+        window: The window whose tokens are excluded.
+        num_tokens: Number of tokens that each query reads individually.
+        side: Side of the tiles in tokens.
+        scale: Scale of the logits.
+        impl: "plain", "triton", or "auto": the Triton kernels if they run, otherwise "plain".
     Returns:
-        [B, H, n, D], and [B, H, n] in float32, or float64 for float64; lse counts in n / C tokens.
+        [B, H, n, D], and [B, H, n] in float32, or float64 for float64; lse counts in units of n / C tokens.
     """
     count = cells_in_focus(num_tokens, proxy_key.shape[2], grid)
     impl = choose_impl(query, side, impl)

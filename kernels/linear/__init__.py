@@ -1,4 +1,4 @@
-"""Attention whose tokens meet in one D x D state per head, and how much softmax over the same keys would weigh."""
+"""Linear attention with one D x D state per head, and an estimate of the softmax mass of the same keys."""
 
 from .attention import implementations, mala_attention, rala_attention
 from .mass import log_mass

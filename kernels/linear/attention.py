@@ -1,12 +1,12 @@
-"""Linear attention with weights that are not those of plain linear attention, where every query sees a mixture alike.
+"""Variants of linear attention that avoid its nearly uniform weights.
 
-    mala   magnitude-aware (arXiv:2507.00698): weights scale with |phi(q)|, as those of softmax do; rows sum to 1
-    rala   rank-augmented (arXiv:2411.07635): keys weighted by how much the mean query attends to them; rows sum to 1
+    mala   magnitude-aware (arXiv:2507.00698): weights scale with |phi(q)|, as in softmax; rows sum to 1
+    rala   rank-augmented (arXiv:2411.07635): keys are weighted by their attention from the mean query; rows sum to 1
 
 Both: phi(x) = elu(x) + 1. The implementations:
 
-    reference   all pairs in one N x N array; any device
-    torch       two passes over the tokens, in chunks; any device; cost and memory linear in N
+    reference   all pairs in one N x N matrix; any device
+    torch       two passes over the tokens, in chunks; any device; time and memory linear in N
 """
 
 from torch import Tensor
@@ -18,12 +18,12 @@ from .reference import mala_attention_reference, rala_attention_reference
 
 
 def implementations() -> tuple[str, ...]:
-    """Names that `impl` takes beside "auto", which is "torch"."""
+    """Values of `impl` other than "auto", which is "torch"."""
     return ("reference", "torch")
 
 
 def mala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
-    """Magnitude-aware linear attention of every token to every token.
+    """Magnitude-aware linear attention over all tokens.
 
         out_i = sum_j ((1 + 1 / (z_i + eps)) s_ij - z_i) v_j / N,
         s_ij = D**-0.5 phi(q_i) . phi(k_j),   z_i = mean_j s_ij
@@ -32,12 +32,12 @@ def mala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e
 
     Args:
         query, key, value: [B, H, N, D], any strides; float16, bfloat16, float32 or float64.
-        eps: > 0, keeps 1 / z finite; a row of weights sums to z / (z + eps).
+        eps: Keeps 1 / z finite, > 0; a row of weights sums to z / (z + eps).
         impl: "auto" or one of `implementations()`.
     Returns:
         [B, H, N, D], dtype of value; sums are in float32, or float64 for float64, under autocast too.
     Raises:
-        ValueError: shapes, eps or impl do not fit.
+        ValueError: invalid shapes, eps or impl.
     """
     _validate(query, key, value, eps, impl)
     if impl == "reference":
@@ -46,12 +46,12 @@ def mala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e
 
 
 def rala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
-    """Rank-augmented linear attention of every token to every token.
+    """Rank-augmented linear attention over all tokens.
 
         out_i = phi(q_i) (sum_j a_j phi(k_j)^T v_j) / (phi(q_i) . sum_j a_j phi(k_j) + eps),
         a = softmax_j(D**-0.5 g . phi(k_j)),   g = mean_i phi(q_i)
 
-    Arguments, result and errors as of `mala_attention`.
+    Arguments, result and errors are those of `mala_attention`.
     """
     _validate(query, key, value, eps, impl)
     if impl == "reference":

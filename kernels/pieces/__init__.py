@@ -1,1 +1,1 @@
-"""What kernels share, of whichever operation."""
+"""Code shared by the kernels of all operations."""

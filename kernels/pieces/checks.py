@@ -1,4 +1,4 @@
-"""What every public attention of these folders refuses, in one wording."""
+"""Argument checks shared by all public attention functions."""
 
 from collections.abc import Sequence
 

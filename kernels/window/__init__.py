@@ -1,4 +1,4 @@
-"""Attention of image tokens to the text and to the image tokens near them."""
+"""Window attention: image tokens attend to the text and to nearby image tokens."""
 
 from .attention import window_attention, windowed_attention, windowed_attention_and_lse
 from .choose import choose_impl, implementations

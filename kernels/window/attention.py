@@ -1,4 +1,4 @@
-"""Window attention: image queries attend to text and to the image tokens near them, text queries to everything.
+"""Window attention: image queries attend to text and to nearby image tokens, text queries to everything.
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  pos_j in window(pos_i)
 
@@ -6,9 +6,9 @@ In a video, pos is the place within a frame, and |frame_i - frame_j| < frame_rad
 windows.py: `window_attention` takes CLEAR's circle, |pos_i - pos_j| < radius, and `windowed_attention` any of them.
 The implementations:
 
-    reference   one dense call through a mask, made anew; any device and dtype; memory tokens x tokens
-    masked      the same with what the mask adds to the logits kept from call to call; the fastest for small images
-    tiled       tile by tile, in plain PyTorch; any device and dtype; cost and memory linear in the image
+    reference   one dense call with a mask, rebuilt in each call; any device and dtype; memory tokens x tokens
+    masked      the same with the mask cached as a bias; the fastest for small images
+    tiled       tile by tile, in plain PyTorch; any device and dtype; time and memory linear in the image
     triton      the same in one kernel; CUDA; float16, bfloat16, float32; head dimensions up to 256
 """
 
@@ -44,26 +44,27 @@ def window_attention(
     impl: str = "auto",
     frame_radius: int | None = None,
 ) -> Tensor:
-    """Softmax attention of image tokens over the text and a circular window, of text tokens over everything.
+    """Softmax attention: image queries over the text and a circular window, text queries over everything.
 
     Differentiable once. Under autocast, inputs are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         query, key, value: [B, H, N, D], any strides; float16, bfloat16, float32 or float64.
-        grid: (height, width), or (frames, height, width) for a video or images of one size, the window at the same
-            place in each; in tokens, row-major; text_len + their product == N.
+        grid: (height, width), or (frames, height, width) for a video or several images of one size, with the window at
+            the same position in each; in tokens, row-major; text_len + their product == N.
         radius: Euclidean, in tokens, strict: dy**2 + dx**2 < radius**2.
-        text_len: tokens that are not of the image, before it or (text_first=False) after it.
-        text_mask: [B, text_len] bool, True = attend; a masked text token is seen by nobody and attends itself.
-        pooled: (pooled_key, pooled_value), [B, H, P, D] each: more keys that image queries see and text queries do not.
-        scale: of the logits, D**-0.5 if None.
+        text_len: Number of tokens outside the image, before it or (text_first=False) after it.
+        text_mask: [B, text_len] bool, True = attend. No query attends to a masked text token; as a query, it attends
+            like any other text token.
+        pooled: (pooled_key, pooled_value), [B, H, P, D] each: additional keys for image queries only.
+        scale: Scale of the logits; None: D**-0.5.
         impl: "auto" (see `choose_impl`) or one of `implementations()`.
-        frame_radius: in frames, strict: image queries see frames with |df| < frame_radius; None: all frames.
+        frame_radius: In frames, strict: image queries see frames with |df| < frame_radius; None: all frames.
     Returns:
-        [B, H, N, D], dtype of query (under autocast, of autocast); sums are in float32, or float64 for float64.
+        [B, H, N, D], dtype of query (under autocast, the autocast dtype); sums are in float32, or float64 for float64.
     Raises:
-        ValueError: shapes, grid, radius, frame_radius or impl do not fit; "triton" cannot run here, or scale <= 0 for
-            it; a mask of "reference" or "masked" beyond 2**31 entries.
+        ValueError: invalid shapes, grid, radius, frame_radius or impl; "triton" cannot run here or scale <= 0 for it;
+            the mask of "reference" or "masked" has more than 2**31 entries.
     """
     return windowed_attention(
         query,
@@ -94,9 +95,9 @@ def windowed_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The same with any window, `Circle(radius=8)` or `Box(window=(13, 13))`.
+    """`window_attention` with any window, such as `Circle(radius=8)` or `Box(window=(13, 13))`.
 
-    The other arguments, the result and the errors are those of `window_attention`.
+    Other arguments, result and errors are those of `window_attention`.
     """
     text = (text_len, text_first, text_mask)
     return _attend(query, key, value, grid, window, *text, pooled, scale, impl, wants_lse=False)[0]
@@ -115,7 +116,7 @@ def windowed_attention_and_lse(
     scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """What `windowed_attention` gives, and the log-sum-exp of the logits of each image query: the weight of this part.
+    """Like `windowed_attention`, and return the log-sum-exp of the logits of each image query as well.
 
     Args and errors are those of `windowed_attention`.
     Returns:

@@ -24,18 +24,18 @@ MAX_TRITON_HEAD_DIM = 256
 
 
 def implementations() -> tuple[str, ...]:
-    """Names that `impl` takes beside "auto"."""
+    """Values of `impl` other than "auto"."""
     return ("reference", "masked", "tiled", "triton")
 
 
 def choose_impl(query: Tensor, *, grid: Grid, window: Window, text_len: int) -> str:
     """The implementation that impl="auto" runs, for a query [..., head_dim] on its device.
 
-    1. On a CUDA device "triton", where its kernels run and agree with the reference; else "tiled", with a warning.
-    2. On another device than a CPU, or traced by `torch.compile`, so that one graph serves all grids: "tiled".
-    3. "masked" where tiles would save too little for the work they make: up to 576 image tokens, and up to 4096 of them
-       where a tile reads more than 45% of all keys. Measured on a CPU, 4 to 32 heads, radius 4 to 32.
-    4. Else "tiled".
+    1. On CUDA: "triton" if its kernels run and agree with the reference; otherwise "tiled", with a warning.
+    2. On other devices than the CPU, and when traced by `torch.compile` (one graph for all grids): "tiled".
+    3. "masked" where tiles save less than their overhead: up to 576 image tokens, and up to 4096 if a tile reads more
+       than 45% of all keys. Measured on a CPU, 4 to 32 heads, radius 4 to 32.
+    4. Otherwise "tiled".
     """
     if query.device.type == "cuda":
         return "tiled" if why_not_triton(query.device, query.dtype, query.shape[-1]) else "triton"
@@ -57,7 +57,7 @@ def _on_cpu(grid: Grid, window: Window, text_len: int) -> str:
 
 
 def require_triton(query: Tensor) -> None:
-    """Raise ValueError where impl="triton" cannot run."""
+    """Raise a ValueError if impl="triton" cannot run."""
     reason = why_not_triton(query.device, query.dtype, query.shape[-1])
     if reason:
         others = ", ".join(name for name in implementations() if name != "triton")

@@ -1,4 +1,4 @@
-"""What window attention computes, with the whole mask in memory. Every implementation is judged by this file.
+"""Window attention with the whole mask in memory, the reference for all implementations.
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j    over the j that i attends to:
 
@@ -43,12 +43,12 @@ def window_attention_reference(
     Args:
         query, key, value: [B, H, N, D], any floating dtype up to float64.
         grid: (height, width) or (frames, height, width) of the image in tokens, row-major.
-        radius: Euclidean, in tokens, strict; the same place in every frame is at distance 0.
-        text_len: tokens that are not of the image, before it or (text_first=False) after it.
-        text_mask: [B, text_len] bool, True = attend; None attends to all.
-        pooled: (pooled_key, pooled_value), [B, H, P, D] each, seen by image queries only.
-        scale: of the logits, D**-0.5 if None.
-        frame_radius: in frames, strict; None: all frames.
+        radius: Euclidean, in tokens, strict; the same position in every frame is at distance 0.
+        text_len: Number of tokens outside the image, before it or (text_first=False) after it.
+        text_mask: [B, text_len] bool, True = attend; None: attend to all.
+        pooled: (pooled_key, pooled_value), [B, H, P, D] each, for image queries only.
+        scale: Scale of the logits; None: D**-0.5.
+        frame_radius: In frames, strict; None: all frames.
     Returns:
         [B, H, N, D], dtype of query.
     Raises:
@@ -81,7 +81,7 @@ def windowed_attention_reference(
     pooled: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The same with any window: arguments, result and errors of `window_attention_reference`."""
+    """`window_attention_reference` with any window."""
     check_mask_size(query, text_mask, pooled)
     bias = window_bias(query, grid, window, text_len, text_first)
     return biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)

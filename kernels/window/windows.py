@@ -1,4 +1,4 @@
-"""Windows: which image tokens an image query sees within a frame, and in which frames. Text and pooled tokens aside.
+"""Windows: which image tokens an image query sees within a frame, and in which frames.
 
     Circle    dy**2 + dx**2 < radius**2                                             CLEAR, arXiv:2412.16112
     Box       on each axis by itself, `window` places around the query's own        NAT, arXiv:2204.07143
@@ -31,9 +31,9 @@ class Circle:
 
     Attributes:
         radius: Euclidean, in tokens, strict: dy**2 + dx**2 < radius**2.
-        frame_radius: in frames, strict: |df| < frame_radius; None: all frames.
+        frame_radius: In frames, strict: |df| < frame_radius; None: all frames.
     Raises:
-        ValueError: radius is not a finite number > 0, or frame_radius no integer >= 1.
+        ValueError: radius is not a finite number > 0, or frame_radius is not an integer >= 1.
     """
 
     radius: float
@@ -102,19 +102,19 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """The cells around the query's own, as many on either side; at the border the window slides inside.
+    """The cells around the query's own, equally many on both sides; at the border the window is shifted inward.
 
-    Each is (along the height, along the width). Every `dilation`-th token of an axis makes a class of its own, and a
-    query sees its class only; the class is cut into cells of `cell` tokens, the last of which may be shorter.
+    Each setting is (height, width). On an axis, a query sees only tokens at multiples of `dilation` from its own; these
+    are divided into cells of `cell` tokens, the last of which may be shorter.
 
     Attributes:
-        window: in cells, odd; an axis of fewer cells is seen whole.
-        dilation: in tokens.
-        cell: in tokens of a class.
-        frame_radius: in frames, strict: |df| < frame_radius; None: all frames.
+        window: In cells, odd; on an axis of fewer cells, all are seen.
+        dilation: In tokens.
+        cell: In tokens, counted in steps of `dilation`.
+        frame_radius: In frames, strict: |df| < frame_radius; None: all frames.
     Raises:
-        ValueError: window is not a pair of odd integers >= 1, dilation or cell no pair of integers >= 1, or
-            frame_radius no integer >= 1.
+        ValueError: window is not a pair of odd integers >= 1, dilation or cell is not a pair of integers >= 1, or
+            frame_radius is not an integer >= 1.
     """
 
     window: tuple[int, int]
