@@ -1,4 +1,4 @@
-"""What the seam knows of a kind of model, and what it reads from the arguments of one forward."""
+"""What the seam needs to know about a model class, and what it reads from the arguments of a forward."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ CACHED_REFERENCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
-    """What the arguments of one forward say.
+    """The layout of tokens that the arguments of one forward determine.
 
     Attributes:
         grid: Size of the image in tokens.
-        text_lens: How many other tokens (text, registers, padding, reference images) an attention call of the image
-            may have beside it; a call with none needs no entry.
-        image_starts: Where the image begins, in each sample of the batch or once for all; None: the other tokens all
-            stand on the family's side of it. Only for the calls with the most other tokens.
-        text_mask: [B, text_len] bool, True = attend, for models that would make a tokens x tokens mask of it.
-        replaced: Arguments to hand on in place of those that came, by name.
+        text_lens: Possible numbers of other tokens (text, registers, padding, reference images) in an attention call of
+            the image; a call without any needs no entry.
+        image_starts: Index of the first image token, for each sample of the batch or once for all; None: all other
+            tokens are on the family's side of the image. Applies only to the calls with the most other tokens.
+        text_mask: [B, text_len] bool, True = attend, for models that would expand it to a tokens x tokens mask.
+        replaced: Arguments, by name, to pass on instead of the original ones.
     """
 
     grid: Grid
@@ -37,22 +37,22 @@ class Sight:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one kind of model is converted. Pass your own to `linearize_(..., family=...)`.
+    """How a model class is converted. Pass your own to `linearize_(..., family=...)`.
 
     Attributes:
-        name: For reports.
-        attention: Globs of module names; those of them that are not cross-attention are the image's self-attention.
-            Such a module calls `scaled_dot_product_attention` once.
+        name: Name in reports.
+        attention: Globs of module names that match the image's self-attention (cross-attention among them is ignored).
+            Each such module calls `scaled_dot_product_attention` once.
         see: (module, arguments by name) -> Sight. A module-level function, so that models can be copied and pickled.
-        text_first: In joint attention the text stands before the image.
-        text_queries: In joint attention the text's tokens attend as well; False: they are attended to only.
-        image_alone: Globs of those of the modules whose calls never have text or other tokens beside the image.
-        seen_at: Class name of the modules whose arguments tell the grid; None: the model itself.
+        text_first: Text comes before the image in joint attention.
+        text_queries: Text tokens are queries in joint attention; False: they are keys only.
+        image_alone: Globs of those modules whose calls never contain text or other tokens beside the image.
+        seen_at: Class name of the modules whose arguments determine the grid; None: the model itself.
         blocks: Class names of the repeated blocks, for `compile_`.
-        masked_at: Class names of the modules that would make a tokens x tokens mask of their `attention_mask`: those
-            with a converted attention get None for it where there is a `Sight.text_mask`, which stands in.
-        native_tokens: (model, name of an attention module) -> image tokens at the size that the model was trained
-            for, where modules differ in that (the levels of a UNet).
+        masked_at: Class names of the modules that would expand their `attention_mask` to tokens x tokens. Those with
+            converted attention receive None instead if there is a `Sight.text_mask`, which replaces it.
+        native_tokens: (model, name of an attention module) -> image tokens at the size the model was trained for, if
+            modules differ in it (the levels of a UNet).
     """
 
     name: str

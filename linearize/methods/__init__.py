@@ -38,17 +38,17 @@ METHODS: dict[type, type[Method]] = {
     Hybrid: HybridAttention,
 }
 
-# What is put in where no method is named: docs/methods.md says why
+# The default method: docs/methods.md says why
 RECOMMENDED = Hybrid(local=Clear(radius=16), global_=ProxyTokens(num_proxies=1024), gate=1.0, focus_tokens=1024)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """A config as JSON has it: `{"method": "clear", "radius": 16}`, without the fields left at their defaults.
+    """A config as a JSON object, `{"method": "clear", "radius": 16}`, without fields at their defaults.
 
-    A field that holds the config of another method has such a dictionary in turn.
+    A field that holds the config of another method becomes a nested object.
 
     Raises:
-        ValueError: `config` is of no method.
+        ValueError: `config` is not the config of a method.
     """
     if type(config) not in METHODS:
         raise ValueError(
@@ -67,7 +67,7 @@ def _plain(value: Any) -> Any:
 
 
 def config_from_dict(entries: Mapping[str, Any]) -> Any:
-    """The config that `config_to_dict` wrote.
+    """The config that `config_to_dict` converted.
 
     Raises:
         ValueError: an unknown method or field (the nearest is named), a missing one, or a value out of range.

@@ -1,4 +1,4 @@
-"""Agent attention (arXiv:2312.08874): a fixed number of agents ask all tokens, and every token asks the agents.
+"""Agent attention (arXiv:2312.08874): a fixed number of agents attend to all tokens, every token to the agents.
 
     x = softmax(second_scale Q A^T + B_2) softmax(scale A K^T + B_1) V + shortcut V + LocalConv(V)
 
@@ -36,16 +36,17 @@ from .local_terms import LocalConv
 
 @dataclass(frozen=True, kw_only=True)
 class Agent:
-    """Config of agent attention; what is trained beside the base's weights starts without effect.
+    """Config of agent attention; additional parameters are initialized to have no effect.
 
     Attributes:
-        num_agents: At any size of the image; a number with many divisors, such as 64, fits most shapes.
+        num_agents: Number of agents, at any image size; one with many divisors, such as 64, fits most shapes.
         conv_size: Side in tokens of the depth-wise convolution of values, odd; None: none.
-        bias_size: Side of each head's two tables of position bias, odd; None: none.
-        second_scale_exponent: 1: queries ask agents at the scale at which agents ask keys; less is sharper.
-        shortcut: How much of its own value every token gets besides.
-        balance: Whether each head learns to shift weight between text and image; for models that attend to both at
-            once (elsewhere it has no gradient).
+        bias_size: Side of the two position bias tables of each head, odd; None: none.
+        second_scale_exponent: Exponent of the scale of queries against agents; 1: the scale of agents against keys;
+            lower is sharper.
+        shortcut: Factor of the token's own value that is added to its output.
+        balance: Learn, for each head, to shift weight between text and image. For models that attend to both in one
+            call; elsewhere it has no gradient.
     """
 
     num_agents: int

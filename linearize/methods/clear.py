@@ -31,8 +31,8 @@ class Clear:
 
     Attributes:
         radius: In image tokens, Euclidean, strict: distance < radius (CLEAR's `window_size`).
-        pool_size: Side of the pooled cells, weights learned (CLEAR's `down_factor`); cost N^2 / pool_size^2.
-        pool_tokens: Most cells there may be; their side grows with the image, so cost stays linear; plain mean.
+        pool_size: Side of the pooled cells, with learned weights (CLEAR's `down_factor`); cost N^2 / pool_size^2.
+        pool_tokens: Maximum number of cells, pooled by their mean; their side grows with the image, so cost is linear.
         frame_radius: In frames of a video, strict: |frame_i - frame_j| < frame_radius; None: all frames.
     """
 

@@ -1,4 +1,4 @@
-"""A hybrid: softmax over text and a window, and for all that lies beyond the window a global branch of linear cost.
+"""A hybrid: softmax over text and a window, and a global branch of linear cost for the rest of the image.
 
     text query i    softmax over every token, once, in the local branch
     image query i   out_i = L_i + g s_i (G_i - L_i)
@@ -78,16 +78,18 @@ class Hybrid:
     """Config of a hybrid.
 
     Attributes:
-        local: Config of a window: `Clear` without pooling, `Neighborhood` or `SlidingTile`.
+        local: Config of the window: `Clear` without pooling, `Neighborhood` or `SlidingTile`.
         global_: Config of the global branch: `Agent`, `Mala`, `Rala` or `ProxyTokens`; "global" in files and commands.
-        join: How the two are weighed, "mass" or "gate".
-        gate: Where g starts, for every head: 0 at the local branch, 1 at the whole share, nearer to the base untrained.
-        mass_cells: Of join="mass", at any size of the image; None: as many as the global branch has proxies or agents,
-            and 64 for a state.
-        focus_tokens: How many tokens beyond the window each query sees one by one, those of the cells that weigh most
-            (kernels/focus/attention.py); 0: none. Whole cells are seen: where the image is so large that one holds
-            more, none is.
-        focus_side: Of the tiles of queries that choose together, in tokens; smaller is nearer to the base, and slower.
+        join: How the branches are weighted: "mass", by their shares of softmax, or "gate", by the gate only.
+        gate: Initial value of g for every head. 0: the local branch only; 1: the full share of the global branch, which
+            is closer to the base before training.
+        mass_cells: Number of cells that estimate the share for join="mass", at any image size; None: the number of
+            proxies or agents of the global branch, or 64 for a state.
+        focus_tokens: Number of tokens outside the window that each query attends to individually, those of the cells
+            with the largest weights (kernels/focus/attention.py); 0: none. Cells are read whole: if the image is so
+            large that one cell holds more tokens, none is read.
+        focus_side: Side in tokens of the tiles of queries that choose cells together; smaller is closer to the base
+            and slower.
     """
 
     local: Any = field(metadata={"of_method": True})

@@ -21,13 +21,13 @@ from .local_terms import LocalConv, ValueGate
 
 @dataclass(frozen=True, kw_only=True)
 class LinearImage:
-    """Config; what is trained beside the base's weights starts without effect.
+    """Config; additional parameters are initialized to have no effect.
 
     Attributes:
         conv_size: Side in tokens of the depth-wise convolution of values, odd; None: none.
-        gate: Whether values modulate the result, by a learned factor for each number.
-        balance: Whether each head learns to shift weight between text and image; for models that attend to both at
-            once (elsewhere it has no gradient).
+        gate: Multiply the result elementwise by a learned gate of the values.
+        balance: Learn, for each head, to shift weight between text and image. For models that attend to both in one
+            call; elsewhere it has no gradient.
     """
 
     conv_size: int | None = None

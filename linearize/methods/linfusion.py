@@ -1,4 +1,4 @@
-"""Generalized linear attention (LinFusion, arXiv:2409.02097): all tokens meet in one D x D state per head.
+"""Generalized linear attention (LinFusion, arXiv:2409.02097): one D x D state per head for all tokens.
 
     out_i = phi(q_i) S / (phi(q_i) . z + eps),   S = 1/N sum_j phi(k_j) v_j^T,   z = 1/N sum_j phi(k_j)
     phi(x) = elu(x) + 1,   q = W_q (x + f_q(x)),   k = W_k (x + f_k(x)),   v = W_v x
@@ -31,7 +31,7 @@ class LinFusion:
     """Config of generalized linear attention.
 
     Attributes:
-        projection_channels: Hidden channels of f_q and f_k; None: C. 0: no networks, f(x) = x.
+        projection_channels: Hidden channels of f_q and f_k; None: C; 0: no networks, f(x) = x.
     """
 
     projection_channels: int | None = None

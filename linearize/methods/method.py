@@ -1,4 +1,4 @@
-"""What every method is to the models that it is put into."""
+"""The interface of every method."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from ..layout import Grid, Layout
 class Method(nn.Module):
     """The kernel of one attention module, made as `METHODS[type(config)](config, num_heads=H, head_dim=D)`.
 
-    A method has `forward` and `pairs`. The rest says what is so of most of them, and is overridden where it is not.
+    A method implements `forward` and `pairs`; the other members are defaults that fit most methods.
     """
 
     # {layer of the attention module: child of this module}: that layer's input x becomes x + child(x) (linfusion.py)
@@ -38,22 +38,22 @@ class Method(nn.Module):
 
     @staticmethod
     def pairs(config: Any, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """How many pairs of a query and a key of one head cost as much under softmax: 4 D operations each.
+        """Cost of one head in pairs of a query and a key under softmax, 4 D operations each.
 
-        Budgets and counts of operations are made of it; text_len and grid are those of one call.
+        Budgets and operation counts use it; text_len and grid are those of one call.
         """
         raise NotImplementedError
 
     @staticmethod
     def advice(config: Any, grid: Grid) -> str | None:
-        """What pictures of this grid may suffer from, in a sentence for the notes of a plan; None: nothing known."""
+        """A known weakness at this grid, in a sentence for the notes of a plan; None: none known."""
         return None
 
     def observe(self, grid: Grid) -> None:
-        """Called with each new grid before `forward` is, outside of traced code: to refuse it, or to prepare for it."""
+        """Called with each new grid before `forward`, outside traced code, to reject it or to prepare for it."""
 
     def covers(self, layout: Layout) -> bool:
-        """Whether the method is softmax over all pairs there, so that impl="auto" runs the base's own call instead."""
+        """Whether the method equals softmax over all pairs here, so that impl="auto" runs the original call instead."""
         return False
 
     def forward(
@@ -62,7 +62,7 @@ class Method(nn.Module):
         """[B, H, N, D] each -> [B, H, N, D].
 
         Args:
-            layout: Which of the N tokens are the image's, and which text may be attended to.
-            scale: Of the logits; None: D**-0.5.
+            layout: Which of the N tokens belong to the image, and which text tokens may be attended to.
+            scale: Scale of the logits; None: D**-0.5.
         """
         raise NotImplementedError

@@ -18,11 +18,11 @@ from .windows import Pair, both_axes
 
 @dataclass(frozen=True, kw_only=True)
 class Neighborhood:
-    """Config of neighborhood attention. A pair is (along the height, along the width), one number is for both.
+    """Config of neighborhood attention. A pair is (height, width); a single number applies to both.
 
     Attributes:
-        window: Full sides in tokens, odd (NATTEN's `kernel_size`).
-        dilation: In tokens; a query sees only tokens of its own residue modulo this, `window` of them.
+        window: Full side lengths in tokens, odd (NATTEN's `kernel_size`).
+        dilation: Step in tokens between the keys of a window; a query sees `window` keys per axis.
         frame_radius: In frames of a video, strict: |frame_i - frame_j| < frame_radius; None: all frames.
     """
 

@@ -1,4 +1,4 @@
-"""Proxy tokens (PT-DiT, arXiv:2409.04005): one token for each cell of the image speaks for it to all the others.
+"""Proxy tokens (PT-DiT, arXiv:2409.04005): every token attends to one proxy for each cell of the image.
 
     x_i = sum_c softmax_c(scale q_i . k_c) (v_c + g (y_c - v_c)),   y_c = sum_d softmax_d(scale q_c . k_d) v_d
 
@@ -32,12 +32,12 @@ from .joint import JointMethod, joint_pairs
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyTokens:
-    """Config of attention through proxy tokens; what is trained beside the base's weights starts without effect.
+    """Config of attention through proxy tokens; additional parameters are initialized to have no effect.
 
     Attributes:
-        num_proxies: At any size of the image; a number with many divisors, such as 64, fits most shapes.
-        balance: Whether each head learns to shift weight between text and image; for models that attend to both at
-            once (elsewhere it has no gradient).
+        num_proxies: Number of proxies, at any image size; one with many divisors, such as 64, fits most shapes.
+        balance: Learn, for each head, to shift weight between text and image. For models that attend to both in one
+            call; elsewhere it has no gradient.
     """
 
     num_proxies: int

@@ -18,11 +18,11 @@ from .windows import Pair, both_axes
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingTile:
-    """Config of sliding tile attention. A pair is (along the height, along the width), one number is for both.
+    """Config of sliding tile attention. A pair is (height, width); a single number applies to both.
 
     Attributes:
-        tile: Sides in tokens.
-        window: Full sides in tiles, odd.
+        tile: Side lengths in tokens.
+        window: Full side lengths in tiles, odd.
         frame_radius: In frames of a video, strict: |frame_i - frame_j| < frame_radius; None: all frames.
     """
 
