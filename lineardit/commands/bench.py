@@ -1,4 +1,4 @@
-"""`lineardit bench`: seconds of a step before and after conversion, on this machine, size by size."""
+"""`lineardit bench`: seconds of a step before and after conversion, on this machine, by size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,24 +26,26 @@ def bench(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Conversions, trained or not.")],
     sizes: Annotated[
         list[str] | None,
-        typer.Option("--size", metavar="WIDTHxHEIGHT", help=f"Pixels; repeatable. Else {', '.join(SIZES)}."),
+        typer.Option(
+            "--size", metavar="WIDTHxHEIGHT", help=f"Size in pixels; repeatable. Default: {', '.join(SIZES)}."
+        ),
     ] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Steps of each that count, after one that warms up.")] = 3,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks of both.")] = False,
+    pairs: Annotated[int, typer.Option(min=1, help="Timed steps of each, after one warm-up step.")] = 3,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks of both models.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")] = Path(
         "bench"
     ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing figures.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     base: Annotated[
-        str | None, typer.Option(rich_help_panel=MODEL, help="In place of the bases that the adapters name.")
+        str | None, typer.Option(rich_help_panel=MODEL, help="Base to use in place of those that the adapters name.")
     ] = None,
     impl: Impl = "auto",
     offline: Offline = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Time a step of the original and of conversions, in turn. This reads no weights of the base."""
+    """Time a step of the original and of conversions, alternating. Reads no weights of the base."""
     asked = [parse_size(size) for size in sizes or SIZES]
     from .quiet import quiet_libraries
 

@@ -1,4 +1,4 @@
-"""`lineardit convert`: give a pretrained model attention of linear cost and write that: an adapter, or merged."""
+"""`lineardit convert`: convert a pretrained model to linear attention; write an adapter or a merged pipeline."""
 
 from pathlib import Path
 from shlex import quote
@@ -16,7 +16,7 @@ WEIGHTS = "With weights"
 FromProfile = Annotated[
     Path | None,
     typer.Option(
-        "--from-profile", rich_help_panel=PROFILE, metavar="FILE", help="Attention by layer, from `lineardit profile`."
+        "--from-profile", rich_help_panel=PROFILE, metavar="FILE", help="Profile written by `lineardit profile`."
     ),
 ]
 Budget = Annotated[
@@ -24,21 +24,19 @@ Budget = Annotated[
     typer.Option(
         rich_help_panel=PROFILE,
         metavar="SHARE|radius:R",
-        help="Of full attention's operations; or what radius R everywhere costs.",
+        help="Share of full attention's operations, or the cost of radius R in every layer.",
     ),
 ]
 BudgetSize = Annotated[
     str,
-    typer.Option(
-        rich_help_panel=PROFILE, metavar="WIDTHxHEIGHT", help="The picture whose operations the budget counts."
-    ),
+    typer.Option(rich_help_panel=PROFILE, metavar="WIDTHxHEIGHT", help="Picture size at which operations are counted."),
 ]
 Choices = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=PROFILE,
         metavar="R,...,METHOD,...,full",
-        help="To choose from; else all windows that were profiled, and full.",
+        help="Choices for each layer; default: all profiled windows, and full.",
     ),
 ]
 
@@ -47,23 +45,26 @@ def convert(
     ctx: typer.Context,
     base: Annotated[
         str,
-        typer.Argument(metavar="ADAPTER_OR_BASE", help="A pipeline in diffusers' format, or an adapter to rewrite."),
+        typer.Argument(metavar="ADAPTER_OR_BASE", help="Pipeline in diffusers' format, or an adapter to rewrite."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; X.safetensors: one file.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write, or one file if it ends in .safetensors.")
+    ],
     method: Annotated[
-        str | None, typer.Option(help="The attention to put in, settings below; else a hybrid.", autocompletion=methods)
+        str | None, typer.Option(help="Method, with its settings below; default: a hybrid.", autocompletion=methods)
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Only modules whose name matches this pattern.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Convert only modules whose name matches this pattern.")] = None,
     min_tokens: Annotated[
-        int, typer.Option(help="Leave the levels of a UNet that have fewer image tokens at its native size.")
+        int, typer.Option(help="Keep full attention in UNet levels with fewer image tokens at the native size.")
     ] = 0,
     dense_below: Annotated[
         int,
         typer.Option(
-            metavar="TOKENS", help="Original attention in calls with fewer image tokens, where nothing was trained."
+            metavar="TOKENS",
+            help="Run the original attention in calls with fewer image tokens, while nothing is trained.",
         ),
     ] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
     from_profile: FromProfile = None,
     budget: Budget = None,
     budget_size: BudgetSize = "4096x4096",
@@ -74,24 +75,25 @@ def convert(
             "--import",
             rich_help_panel=WEIGHTS,
             metavar="KIND:PATH",
-            help="Published weights: clear:FILE, linfusion:DIR.",
+            help="Import published weights: clear:FILE or linfusion:DIR.",
         ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", rich_help_panel=WEIGHTS, help="Write the whole pipeline, trained weights merged.")
+        bool,
+        typer.Option("--merge", rich_help_panel=WEIGHTS, help="Write the whole pipeline with trained weights merged."),
     ] = False,
     dtype: Annotated[
         str,
         typer.Option(
             rich_help_panel=WEIGHTS,
             autocompletion=dtypes,
-            help="Of all weights that --merge writes; auto: that of the base's denoiser in its file.",
+            help="Dtype of the weights that --merge writes; auto: the dtype of the base's denoiser.",
         ),
     ] = "auto",
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
-    """Convert a model to an adapter, from its configs alone. Or rewrite or merge an adapter."""
+    """Convert a model to an adapter, from its configs. Also rewrites or merges an adapter."""
     from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.conversion import convert_and_merge, convert_base, refuse_choices, repack_adapter
     from ..linearize.adapters.opening import named_dtype

@@ -1,4 +1,4 @@
-"""`lineardit decode`: pictures from latents that `generate` has left."""
+"""`lineardit decode`: decode latents saved by `generate`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,24 +9,23 @@ from .options import MACHINE, MODEL, Device, Dtype, Offline, Revision
 
 
 def decode(
-    latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="X.latents.safetensors, as generate leaves it.")],
+    latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="X.latents.safetensors, saved by generate.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG file; else X.png beside it.", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="PNG file; default: X.png beside the latents.", show_default=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
     base: Annotated[
         str | None,
-        typer.Option(rich_help_panel=MODEL, help="The pipeline whose VAE decodes; else the one named inside."),
+        typer.Option(rich_help_panel=MODEL, help="Pipeline whose VAE decodes; default: the one named in the file."),
     ] = None,
     revision: Revision = None,
     offline: Offline = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    tile: Annotated[
-        int, typer.Option(rich_help_panel=MACHINE, help="Side in pixels of the tiles that are decoded at a time.")
-    ] = 1024,
+    tile: Annotated[int, typer.Option(rich_help_panel=MACHINE, help="Side in pixels of the tiles to decode.")] = 1024,
 ) -> None:
-    """Finish a picture whose decoding was interrupted. This loads the VAE alone."""
+    """Finish a picture whose decoding was interrupted. Loads only the VAE."""
     from ..pipelines.decoding import decode_file
     from .devices import find_device, find_dtype
     from .quiet import quiet_libraries

@@ -1,4 +1,4 @@
-"""`lineardit demo`: the whole way on the small model, with pictures at its end."""
+"""`lineardit demo`: convert, distill and generate with the small model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +11,9 @@ from .tables import wide_console
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; an interrupted one is gone on with.")] = Path(
-        "demo"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; resumed if it exists.")] = Path("demo"),
 ) -> None:
-    """Convert, distill and generate with a small model. About ten minutes on two idle cores; ends with a page."""
+    """Convert, distill and generate with a small model. Takes about ten minutes on two cores; writes a page."""
     from .quiet import quiet_libraries
 
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""`lineardit distill`: one process runs here, several beside it."""
+"""`lineardit distill`: train in this process, or launch several."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,16 +7,17 @@ import typer
 
 
 def distill(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's settings, a TOML file.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings of the run, a TOML file.")],
     resume: Annotated[
-        str | None, typer.Option(metavar="latest|STEP", help="Go on after the newest checkpoint, or that of a step.")
+        str | None,
+        typer.Option(metavar="latest|STEP", help="Continue after the newest checkpoint, or after that of a step."),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; repeatable.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
 ) -> None:
-    """Teach a student what its teacher does. For several machines use accelerate launch itself."""
+    """Train a student to match its teacher. For several machines, use accelerate launch."""
     from .quiet import quiet_libraries
 
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""`lineardit evaluate`: a student against its teacher, same prompts, same noise."""
+"""`lineardit evaluate`: compare a student with its teacher on the same prompts and noise."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,18 +37,20 @@ def evaluate(
     student: Annotated[
         str, typer.Argument(metavar="STUDENT", help="The adapter to judge (or any other): Hub id or folder.")
     ],
-    prompts: Annotated[Path, typer.Option("--prompts", help="A file with one prompt a line.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for report, sheet and pictures.")],
-    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the teacher's own.")] = None,
+    prompts: Annotated[Path, typer.Option("--prompts", help="Text file with one prompt per line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report, sheet and pictures.")],
+    size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels; default: the teacher's.")
+    ] = None,
     steps: Steps = None,
     seed: Seed = 0,
     guidance: Guidance = None,
     shown: Annotated[int, typer.Option(min=1, help="Pictures in the sheet.")] = 16,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report of something else.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report with other settings.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
     base: Annotated[
-        str | None, typer.Option(rich_help_panel=MODEL, help="Base of the student, in place of the one that it names.")
+        str | None, typer.Option(rich_help_panel=MODEL, help="Base of the student, in place of the one it names.")
     ] = None,
     impl: Impl = "auto",
     offline: Offline = False,
@@ -58,10 +60,10 @@ def evaluate(
     quantize: Quantize = None,
     batch_size: BatchSize = 4,
     memory: Annotated[
-        bool, typer.Option(rich_help_panel=MACHINE, help="Measure peak memory; on a CPU in processes of its own.")
+        bool, typer.Option(rich_help_panel=MACHINE, help="Measure peak memory; on a CPU, in separate processes.")
     ] = True,
 ) -> None:
-    """Compare the pictures of a student and its teacher. Latents, seconds and memory too; called again, it goes on."""
+    """Compare the pictures of a student and its teacher. Also latents, seconds and memory; resumable."""
     from .quiet import quiet_libraries
 
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""`lineardit generate`: pictures from prompts, with an adapter or with a base as it is."""
+"""`lineardit generate`: pictures from prompts, with an adapter or an unconverted base."""
 
 import time
 from pathlib import Path
@@ -40,31 +40,31 @@ if TYPE_CHECKING:
 
 def generate(
     source: Annotated[str, typer.Argument(metavar="ADAPTER_OR_BASE", help="Adapter or pipeline: Hub id or folder.")],
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One picture each.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file, or a folder for several.")] = Path(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts, one picture each.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file, or a folder for several pictures.")] = Path(
         "out.png"
     ),
-    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels; default: the model's.")
+    ] = None,
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompts", help="Text file with one prompt per line.")] = None,
     count: Annotated[
         int,
         typer.Option(
-            min=1, max=10_000, help="Pictures of each prompt, into a folder: the prompts, then all again, and so on."
+            min=1, max=10_000, help="Pictures per prompt, written to a folder; the list of prompts is repeated."
         ),
     ] = 1,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would be done, and make nothing; this reads no weights.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the plan without generating; reads no weights.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing pictures.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     stochastic: Annotated[
         bool,
         typer.Option(
             "--stochastic",
-            help="Fresh noise in each step, of the first stage in a cascade; models of flow matching.",
+            help="Fresh noise in each step (in a cascade, of the first stage); for flow-matching models.",
             rich_help_panel=DRAWING,
         ),
     ] = False,
@@ -74,7 +74,7 @@ def generate(
         bool | None,
         typer.Option(
             "--cascade/--direct",
-            help="In stages from the native size; else where the size takes several.",
+            help="Generate in stages from the native size, or directly; default: in stages if the size needs them.",
             rich_help_panel=STAGES,
         ),
     ] = None,
@@ -96,14 +96,15 @@ def generate(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Only every N-th picture, from the I-th on; the processes of a launcher share it.",
+            help="Only every N-th picture, starting at the I-th; processes of a launcher share the part.",
             rich_help_panel=MACHINE,
         ),
     ] = None,
 ) -> None:
-    """Make pictures. Each PNG says how it was made; noise of picture i comes from seed + i whatever the batch.
+    """Generate pictures. Each PNG records how it was made; the noise of picture i depends only on seed + i.
 
-    On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit generate ...; on several machines --part.
+    On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit generate ...
+    On several machines, use --part.
     """
     share, more, loras = parse_part(part), parse_arguments(arguments), parse_loras(lora)
     texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])] * count

@@ -1,4 +1,4 @@
-"""`lineardit inspect`: which attention a model or an adapter has, module by module, and what a step costs."""
+"""`lineardit inspect`: the attention of a model or adapter, module by module, and the cost of a step."""
 
 import json
 from functools import partial
@@ -20,13 +20,13 @@ def inspect(
     source: Annotated[str, typer.Argument(metavar="ADAPTER_OR_BASE", help="Adapter or model: Hub id or folder.")],
     base: Base = None,
     revision: Revision = None,
-    impl: Annotated[str, typer.Option(help="The implementation to ask about.")] = "auto",
+    impl: Annotated[str, typer.Option(help="Implementation to report.")] = "auto",
     offline: Offline = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON; - prints it instead.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write JSON; - prints JSON instead.")
     ] = None,
 ) -> None:
-    """Show every attention module and what a step costs. Swapped or why not, its method, and FLOPs before and after."""
+    """Show every attention module and the cost of a step. Swapped or the reason why not, method, and FLOPs."""
     from ..linearize.folders import write_whole
     from ..linearize.measures.inspection import inspect_base
     from .quiet import quiet_libraries

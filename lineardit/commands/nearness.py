@@ -1,4 +1,4 @@
-"""`lineardit nearness`: how near conversions are to their base, in a few forward passes."""
+"""`lineardit nearness`: how close conversions are to their base, in a few forward passes."""
 
 import gc
 import json
@@ -32,15 +32,17 @@ if TYPE_CHECKING:
 def nearness(
     base: Annotated[str, typer.Argument(metavar="BASE", help="An unconverted pipeline: Hub id or folder.")],
     students: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Conversions of it, trained or not.")],
-    prompts: Annotated[Path, typer.Option("--prompts", help="Text file, one prompt a line; a few tell much.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="Text file with one prompt per line; a few suffice.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for nearness.json and nearness.png.")] = Path(
         "nearness"
     ),
-    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the base; every one is looked at.")] = 8,
+    size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels; default: the model's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the base; every one is measured.")] = 8,
     seed: Seed = 0,
     guidance: Guidance = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing figures.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
     impl: Impl = "auto",
@@ -50,7 +52,7 @@ def nearness(
     offload: Offload = "none",
     quantize: Quantize = None,
 ) -> None:
-    """Compare conversions by single predictions. Before any training or picture."""
+    """Compare conversions with their base by single predictions. Needs no training and draws no picture."""
     texts, more = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     from ..distill.figures import require_matplotlib

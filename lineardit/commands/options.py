@@ -38,19 +38,19 @@ def known(impl: str) -> str:
     return impl
 
 
-Steps = Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; else the pipeline's own.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; default: the pipeline's.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
-Guidance = Annotated[float | None, typer.Option(callback=finite, help="guidance_scale; else the pipeline's own.")]
+Guidance = Annotated[float | None, typer.Option(callback=finite, help="guidance_scale; default: the pipeline's.")]
 
 MaxSequenceLength = Annotated[
-    int | None, typer.Option(min=1, help="Text tokens; else the pipeline's own.", rich_help_panel=DRAWING)
+    int | None, typer.Option(min=1, help="Number of text tokens; default: the pipeline's.", rich_help_panel=DRAWING)
 ]
 Arguments = Annotated[
     list[str] | None,
     typer.Option(
         "--argument",
         metavar="NAME=VALUE",
-        help="Another argument of the pipeline's call, such as negative_prompt=blurry; repeatable.",
+        help="A further argument of the pipeline's call, such as negative_prompt=blurry; repeatable.",
         rich_help_panel=DRAWING,
     ),
 ]
@@ -59,31 +59,37 @@ Loras = Annotated[
     typer.Option(
         "--lora",
         metavar="FILE[:WEIGHT]",
-        help="A style to draw in, a LoRA: safetensors, folder or Hub id, and its weight, else 1; repeatable.",
+        help="LoRA to load (safetensors file, folder or Hub id) and its weight, by default 1; repeatable.",
         rich_help_panel=DRAWING,
     ),
 ]
 
 Strength = Annotated[
     float | None,
-    typer.Option(help="Noise level that an enlarged picture gets, in (0, 1]; else 0.3.", rich_help_panel=STAGES),
+    typer.Option(help="Noise level of enlarged pictures, in (0, 1]; default: 0.3.", rich_help_panel=STAGES),
 ]
 StageSteps = Annotated[
-    int | None, typer.Option(help="Denoising steps of each stage after the first; else 8.", rich_help_panel=STAGES)
+    int | None, typer.Option(help="Denoising steps of each stage after the first; default: 8.", rich_help_panel=STAGES)
 ]
 Sharpen = Annotated[
     float | None,
-    typer.Option(help="How much sharper enlarged edges are made, 0: none; else 1.", rich_help_panel=STAGES),
+    typer.Option(help="Strength of sharpening of enlarged pictures; 0: none; default: 1.", rich_help_panel=STAGES),
 ]
-Tile = Annotated[int | None, typer.Option(help="Side in pixels of the VAE's tiles; else 1024.", rich_help_panel=STAGES)]
+Tile = Annotated[
+    int | None, typer.Option(help="Side of the VAE's tiles in pixels; default: 1024.", rich_help_panel=STAGES)
+]
 
-Base = Annotated[str | None, typer.Option(help="In place of the base that the adapter names.", rich_help_panel=MODEL)]
+Base = Annotated[
+    str | None, typer.Option(help="Base to use in place of the one that the adapter names.", rich_help_panel=MODEL)
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=MODEL)]
-Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.", rich_help_panel=MODEL)]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Do not access the network; use the local cache.", rich_help_panel=MODEL)
+]
 Impl = Annotated[
     str,
     typer.Option(
-        help="The implementation that converted attention runs.",
+        help="Implementation of converted attention.",
         rich_help_panel=MODEL,
         callback=known,
         autocompletion=implementations,
@@ -92,14 +98,12 @@ Impl = Annotated[
 
 Device = Annotated[
     str,
-    typer.Option(
-        help="Where to compute; auto is a GPU if there is one.", rich_help_panel=MACHINE, autocompletion=devices
-    ),
+    typer.Option(help="Device; auto: a GPU if there is one.", rich_help_panel=MACHINE, autocompletion=devices),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Of the weights: float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.",
+        help="Dtype of the weights: float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.",
         rich_help_panel=MACHINE,
         autocompletion=dtypes,
     ),
@@ -108,8 +112,8 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         metavar="BACKEND[:NAME=VALUE,...]",
-        help="The denoiser's weights in fewer bits: bitsandbytes_4bit, bitsandbytes_8bit, torchao or "
-        "layerwise_casting, and settings of it.",
+        help="Quantize the denoiser with bitsandbytes_4bit, bitsandbytes_8bit, torchao or layerwise_casting, and "
+        "settings of the backend.",
         rich_help_panel=MACHINE,
         autocompletion=backends,
     ),
@@ -117,20 +121,20 @@ Quantize = Annotated[
 Offload = Annotated[
     str,
     typer.Option(
-        help="Less GPU memory, slower: none, model, group or sequential.",
+        help="Offload weights to save GPU memory, at a cost in time: none, model, group or sequential.",
         rich_help_panel=MACHINE,
         autocompletion=offloads,
     ),
 ]
 BatchSize = Annotated[
     int,
-    typer.Option(min=1, help="Pictures at a time; changes speed and memory only.", rich_help_panel=MACHINE),
+    typer.Option(min=1, help="Pictures per batch; affects speed and memory only.", rich_help_panel=MACHINE),
 ]
 ChunkTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="FLUX.1: so many tokens at a time but in attention, for less memory; else where it is needed.",
+        help="FLUX.1: run token-wise layers on this many tokens at a time; default: if memory is short.",
         rich_help_panel=MACHINE,
     ),
 ]

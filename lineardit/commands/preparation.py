@@ -1,4 +1,4 @@
-"""`lineardit prepare`: the teacher makes the samples that its student learns from."""
+"""`lineardit prepare`: record the teacher's samples for training a student."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,11 +26,13 @@ def prepare(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The teacher, a pipeline in diffusers' format: Hub id or folder.")
     ],
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, one sample each.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of samples; an interrupted one is resumed.")],
+    prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line, one sample each.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of samples; resumed if it exists.")],
     size: Annotated[
         list[str] | None,
-        typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; repeat it to go round several sizes. Else the model's own."),
+        typer.Option(
+            metavar="WIDTHxHEIGHT", help="Size in pixels; repeat to cycle through several. Default: the model's."
+        ),
     ] = None,
     seed: Seed = 0,
     steps: Steps = None,
@@ -39,8 +41,8 @@ def prepare(
         int | None,
         typer.Option(
             min=0,
-            help="Keep so many calls of the denoiser of each picture, for any model; 0: its final latents, for FLUX.1. "
-            "Else 0 for FLUX.1 and 4 for others.",
+            help="Number of calls of the denoiser to record per picture, for any model; 0: its final latents, for "
+            "FLUX.1. Default: 0 for FLUX.1, 4 for others.",
         ),
     ] = None,
     max_sequence_length: MaxSequenceLength = None,
@@ -56,7 +58,7 @@ def prepare(
         typer.Option(
             rich_help_panel=MACHINE,
             min=1,
-            help="Pictures at a time, of final latents; with calls, one. Changes speed only.",
+            help="Pictures per batch, for final latents (calls: one at a time). Affects speed only.",
         ),
     ] = 4,
     shard_size: Annotated[
@@ -64,7 +66,7 @@ def prepare(
         typer.Option(
             rich_help_panel=MACHINE,
             min=1,
-            help="Samples a file, in memory until it is written; else 64, or 8 where calls are kept.",
+            help="Samples per file, kept in memory until written; default: 64, or 8 with calls.",
         ),
     ] = None,
     part: Annotated[
@@ -72,13 +74,14 @@ def prepare(
         typer.Option(
             rich_help_panel=MACHINE,
             metavar="I/N",
-            help="Only every N-th shard, from the I-th on; the processes of a launcher share it.",
+            help="Only every N-th shard, starting at the I-th; processes of a launcher share the part.",
         ),
     ] = None,
 ) -> None:
-    """Let the teacher make training samples. Final latents, or calls of its denoiser, in shards; resumable.
+    """Record training samples of the teacher. Final latents, or calls of its denoiser, in shards; resumable.
 
-    On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit prepare ...; on several machines --part.
+    On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit prepare ...
+    On several machines, use --part.
     """
     share = parse_part(part)
     sizes = [parse_size(text) for text in size] if size else None

@@ -1,4 +1,4 @@
-"""`lineardit profile`: where the attention of a model goes, and how much a window or method changes each layer."""
+"""`lineardit profile`: where a model's attention goes, and how much a window or method changes each layer."""
 
 import time
 from collections.abc import Iterable
@@ -23,21 +23,25 @@ if TYPE_CHECKING:
 
 def profile(
     base: Annotated[str, typer.Argument(metavar="BASE", help="An unconverted pipeline: Hub id or folder.")],
-    prompts: Annotated[Path, typer.Option("--prompts", help="Text file, one prompt a line, one picture each.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="Text file with one prompt per line, one picture each.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for profile.json and profile.png.")] = Path(
         "profile"
     ),
-    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else the model's own.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels; default: the model's.")
+    ] = None,
     radii: Annotated[str, typer.Option(metavar="R,R,...", help="Windows to measure, in tokens.")] = "4,8,16,32",
     methods: Annotated[
         list[str] | None,
-        typer.Option("--method", metavar="METHOD:SETTING=VALUE,...", help="To try in every layer as well; repeatable."),
+        typer.Option(
+            "--method", metavar="METHOD:SETTING=VALUE,...", help="A method to try in every layer as well; repeatable."
+        ),
     ] = None,
-    queries: Annotated[int, typer.Option(help="Image tokens to look at in each call of a layer, drawn anew.")] = 64,
-    steps: Annotated[int, typer.Option(help="Denoising steps; every one is looked at.")] = 8,
+    queries: Annotated[int, typer.Option(help="Image tokens to sample in each call of a layer.")] = 64,
+    steps: Annotated[int, typer.Option(help="Denoising steps; every one is measured.")] = 8,
     seed: Seed = 0,
     guidance: Guidance = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a profile that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing profile.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
     revision: Revision = None,
@@ -47,7 +51,7 @@ def profile(
     offload: Offload = "none",
     quantize: Quantize = None,
 ) -> None:
-    """Measure where attention goes, by layer and head. And what a window or method changes there: for convert."""
+    """Measure where attention goes, by layer and head. Also what windows and methods change, for convert."""
     texts, more = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     windows = parse_numbers("--radii", radii)

@@ -1,4 +1,4 @@
-"""`lineardit upscale`: a picture, larger, with details that the model adds."""
+"""`lineardit upscale`: enlarge a picture, with details added by the model."""
 
 import time
 from collections.abc import Mapping
@@ -34,22 +34,25 @@ _TAKEN_OVER = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "tru
 def upscale(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="The picture to enlarge.")],
     source: Annotated[
-        str | None, typer.Argument(metavar="ADAPTER_OR_BASE", help="Hub id or folder; else what made the picture.")
+        str | None, typer.Argument(metavar="ADAPTER_OR_BASE", help="Hub id or folder; default: what made the picture.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("upscaled.png"),
     size: Annotated[
-        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels; else twice the picture's.", show_default=False)
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels; default: twice the picture's.", show_default=False),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the picture shows; else what the PNG says.")] = None,
-    strength: Annotated[float, typer.Option(help="Noise level the picture gets, in (0, 1]: how much is new.")] = 0.3,
+    prompt: Annotated[str | None, typer.Option(help="What the picture shows; default: the prompt in the PNG.")] = None,
+    strength: Annotated[float, typer.Option(help="Noise level in (0, 1]: how much the model may change.")] = 0.3,
     steps: Annotated[int, typer.Option(help="Denoising steps of each stage.")] = 8,
-    sharpen: Annotated[float, typer.Option(help="How much sharper its enlarged edges are made; 0: none.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise; another seed, other details.")] = 0,
+    sharpen: Annotated[float, typer.Option(help="Strength of sharpening of the enlarged picture; 0: none.")] = 1.0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise; another seed gives other details.")
+    ] = 0,
     guidance: Annotated[
         float | None,
-        typer.Option(callback=finite, help="guidance_scale; else what the PNG says, or the pipeline's own."),
+        typer.Option(callback=finite, help="guidance_scale; default: the PNG's or the pipeline's."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     arguments: Arguments = None,
     lora: Loras = None,
@@ -61,13 +64,13 @@ def upscale(
     dtype: Dtype = "auto",
     offload: Offload = "none",
     quantize: Quantize = None,
-    tile: Annotated[int, typer.Option(help="Side in pixels of the VAE's tiles.", rich_help_panel=MACHINE)] = 1024,
+    tile: Annotated[int, typer.Option(help="Side of the VAE's tiles in pixels.", rich_help_panel=MACHINE)] = 1024,
     chunk_tokens: ChunkTokens = None,
 ) -> None:
-    """Enlarge a picture in stages. Sharper, more detail, at the cost of linear attention.
+    """Enlarge a picture in stages. Adds detail, with attention of linear cost.
 
-    What is not given comes from a PNG that was made here: prompt and model; guidance, negative prompt and text tokens
-    as well where a model of the same base made it.
+    From a PNG made by lineardit, defaults are read: prompt and model, and, if a model of the same base made it,
+    guidance, negative prompt and number of text tokens.
     """
     more, loras = parse_arguments(arguments), parse_loras(lora)
     from .quiet import quiet_libraries

@@ -91,7 +91,7 @@ def test_convert_help_lists_the_options_of_every_method(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "Options of --method clear" in out
     assert "--pool-tokens <int>" in out
-    assert "--window <int>|[<int>,<int>]" in out and "Full sides in tokens, odd" in out
+    assert "--window <int>|[<int>,<int>]" in out and "Full side lengths in tokens, odd" in out
     assert "--global METHOD[:SETTING=VALUE,...]" in out
 
 
