@@ -1,11 +1,12 @@
-"""Pictures of 4K to 8K from a pipeline after `linearize_`: a cascade of calls of diffusers' own pipeline.
+"""Pictures of 4K to 8K: a cascade of calls of diffusers' own pipeline.
 
-    native size          the original attention, as the stock pipeline has it, bit for bit
+    native size          the stock pipeline's call with the original attention, bit for bit
     each larger stage    decode, enlarge (`pictures.py`), encode, add noise, denoise with linear attention: `plan.py`
-    the end              decode in tiles (`vae.py`), crop to the size asked for
+    the end              decode in tiles (`vae.py`), crop to the requested size
 
-The weights are those of the pipeline that it is made from: LoRA, offloading and adapters hold for both. `stock.py` says
-which pipelines there is a cascade of, `stage_schedule.py` how a stage begins from a picture, `stages.py` runs them.
+The cascade shares its weights with the pipeline it is made from; LoRA, offloading and adapters apply to both.
+`stock.py` defines which pipelines are supported and `stage_schedule.py` how a stage starts from a picture; `stages.py`
+runs the stages.
 
 B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's tokens.
 """
@@ -57,7 +58,7 @@ _REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_ma
 
 
 class HighResolutionPipeline(StagedPipeline):
-    """A cascade around a pipeline's parts; `from_pipe` gives the class of its model.
+    """A cascade around the components of a pipeline; `from_pipe` returns the subclass for its model.
 
     Attributes:
         native_size: Side in pixels of the square pictures that the model was trained on.
@@ -67,15 +68,15 @@ class HighResolutionPipeline(StagedPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, *, native_size: int | None = None) -> Any:
-        """The high-resolution pipeline around the parts of another; nothing is copied or cast.
+        """Make a high-resolution pipeline from the components of another; nothing is copied or cast.
 
         Args:
-            pipeline: Text-to-image, converted or not, on its device, offloaded or not.
-            native_size: Side in pixels of the square pictures that the model was trained on; None: what the pipeline's
-                default and the configs of model and VAE say (1024 for FLUX.1).
+            pipeline: A text-to-image pipeline, converted or not, on its device, offloaded or not.
+            native_size: Side in pixels of the square pictures that the model was trained on; None: from the defaults of
+                the pipeline and the configs of model and VAE (1024 for FLUX.1).
         Raises:
-            UnsupportedModelError: there is no high-resolution pipeline for this model.
-            ValueError: the native size is none.
+            UnsupportedModelError: there is no cascade for this model.
+            ValueError: native_size is not an integer >= 1.
         """
         if native_size is not None and (type(native_size) is not int or native_size < 1):
             raise ValueError(f"native_size must be an integer >= 1 or None, got {native_size!r}")
@@ -89,17 +90,17 @@ class HighResolutionPipeline(StagedPipeline):
     def from_pretrained(
         cls, name: Any, *, native_size: int | None = None, dtype: torch.dtype | None = None, **options: Any
     ) -> Any:
-        """`from_pipe` of an adapter with its base, or of a whole pipeline, converted or not.
+        """Load an adapter with its base, or a whole pipeline, converted or not, and call `from_pipe`.
 
         Args:
-            name: Folder or Hub id. What is not converted has full attention in every stage, as the plan says.
-            native_size: As of `from_pipe`.
-            dtype: Of the weights; None: float32.
-            options: `base`, `revision`, `variant`, `quantization_config` and so on, as of `lineardit.from_pretrained`.
+            name: Folder or Hub id. An unconverted pipeline uses full attention in every stage; the plan notes it.
+            native_size: As in `from_pipe`.
+            dtype: Dtype of the weights; None: float32.
+            options: `base`, `revision`, `variant`, `quantization_config` and so on, as in `lineardit.from_pretrained`.
         Returns:
-            The cascade, on the CPU without a `device_map`.
+            The cascade, on the CPU unless `device_map` is given.
         Raises:
-            ValueError: what `lineardit.from_pretrained` and `from_pipe` refuse.
+            ValueError: as in `lineardit.from_pretrained` and `from_pipe`.
         """
         return cls.from_pipe(open_pipeline(name, dtype=dtype or torch.float32, **options), native_size=native_size)
 
@@ -108,7 +109,7 @@ class HighResolutionPipeline(StagedPipeline):
         return _blank, (self.stock,), self.__dict__.copy()
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """The parts, as the stock pipeline that `from_pretrained` makes a cascade of."""
+        """Save the components as the stock pipeline, which `from_pretrained` loads as a cascade."""
         made_of(self.stock, self).save_pretrained(save_directory, **options)
 
     def plan(
@@ -123,18 +124,19 @@ class HighResolutionPipeline(StagedPipeline):
         text_len: int | None = None,
         batch: int = 1,
     ) -> Plan:
-        """What a call at this size will do: print it, change it, give it to the call.
+        """The plan of a call at this size, to print, change, and pass to the call.
 
         Args:
-            height, width: In pixels; None: the native size. What the model cannot make is rounded up and cropped.
-            num_inference_steps: Of the first stage, or where a picture is enlarged, and there are no settings, of each;
-                None: the pipeline's own.
-            settings: Of the later stages.
-            enlarge: For a picture that is there, of native size or of this (height, width): no stage makes it anew.
+            height, width: In pixels; None: the native size. A size the model cannot make is rounded up and cropped.
+            num_inference_steps: Steps of the first stage, or, if a picture is enlarged without settings, of each stage;
+                None: the pipeline's default.
+            settings: Settings of the later stages.
+            enlarge: Plan the enlargement of an existing picture, of native size (True) or of this (height, width).
             tile: Side in pixels of the VAE's tiles; None: in one piece.
-            text_len, batch: Tokens (None: the pipeline's own) and pictures, for the estimates of time and memory.
+            text_len, batch: Text tokens (None: the pipeline's default) and pictures, for the estimates of time and
+                memory.
         Raises:
-            ValueError: a setting is out of range, or the model or its scheduler does not have it.
+            ValueError: a setting is out of range, or the model or its scheduler does not support it.
         """
         check_counts(batch, text_len)
         limits, own = self._limits(), inspect.signature(self.stock.__call__).parameters
@@ -182,27 +184,27 @@ class HighResolutionPipeline(StagedPipeline):
         start_stage: int = 0,
         **call: Any,
     ) -> Any:
-        """Make pictures; what is not named here is as in the call of diffusers' own pipeline, `stock`.
+        """Generate pictures. Other arguments are those of the stock pipeline's call (`stock`).
 
         Args:
-            height, width: In pixels, any; None: the plan's, else the native size.
-            image: Pictures to enlarge, in place of the first stage (`as_pictures`), as many as come out or fewer: each
-                serves as many of them.
-            plan: From `plan()`, perhaps changed; None: what `plan()` says for this size, with these `settings`.
-            num_inference_steps: Of the first stage; None: the pipeline's own.
-            callback_on_step_end: Called after each step of each stage, as in diffusers; steps count within a stage,
-                which is `pipe.stage`, number `pipe.stage_number`.
-            callback_on_stage_end: Called as callback(pipe, stage, {"latents": tensor}) once a stage is denoised, and
-                as callback(pipe, stage, {"images": [PIL]}) once it is decoded, `start_latents` as well; the last
-                stage's pictures are returned.
-            start_latents, start_stage: Go on after stage `start_stage` - 1, with the latents the callback got of it,
-                and with a generator as it was before the whole call: seeded anew.
+            height, width: In pixels, any; None: those of the plan, or the native size.
+            image: Pictures to enlarge, in place of the first stage (`as_pictures`); if fewer than the outputs, each is
+                used for an equal number of them.
+            plan: From `plan()`, possibly changed; None: the plan for this size and these `settings`.
+            num_inference_steps: Steps of the first stage; None: the pipeline's default.
+            callback_on_step_end: Called after each step of each stage, as in diffusers. Steps are counted within a
+                stage; `pipe.stage` and `pipe.stage_number` identify it.
+            callback_on_stage_end: Called as callback(pipe, stage, {"latents": tensor}) when a stage is denoised, and as
+                callback(pipe, stage, {"images": [PIL]}) when it is decoded (also for `start_latents`); the pictures of
+                the last stage are returned instead.
+            start_latents, start_stage: Continue after stage `start_stage` - 1 from the latents that the callback
+                received for it, with a generator in its state before the whole call, that is, seeded again.
         Returns:
-            `ImagePipelineOutput`, or Stable Diffusion's own, which tells what its safety checker found; with
-            output_type="latent" the last stage's latents as the model has them, uncropped.
+            `ImagePipelineOutput`, or Stable Diffusion's output class with the result of its safety checker; with
+            output_type="latent", the latents of the last stage in the model's format, uncropped.
         Raises:
-            TypeError: the stock pipeline takes no such argument.
-            ValueError: the arguments do not fit together, or are those that diffusers refuses.
+            TypeError: the stock pipeline does not take an argument.
+            ValueError: arguments contradict each other, or diffusers rejects them.
         """
         check_output_type(output_type)
         pictures = None if image is None else as_pictures(image)

@@ -1,6 +1,6 @@
-"""What a high-resolution call will do, as data: stages of a cascade, their settings and their cost.
+"""The plan of a high-resolution call: the stages of a cascade, their settings and their cost.
 
-`planning.py` says how a plan comes about by itself.
+`planning.py` makes the default plan.
 """
 
 import json
@@ -26,19 +26,18 @@ class Stage:
     Attributes:
         height, width: In pixels.
         steps: Forwards of the model.
-        strength: Noise level that the enlarged picture gets, in (0, 1]; 1, as in the first stage: it is forgotten.
-            Where the scheduler is none of flow matching, the share of its steps, as in diffusers' image-to-image.
-        shift: Of the noise levels, sigma = shift t / (1 + (shift - 1) t), t in even steps to 0; None: they are as the
-            pipeline's scheduler has them.
+        strength: Noise level of the enlarged picture, in (0, 1]; 1, as in the first stage, starts from pure noise. For
+            schedulers other than flow matching, the share of their steps, as in diffusers' image-to-image.
+        shift: Shift of the noise levels, sigma = shift t / (1 + (shift - 1) t), t in even steps to 0; None: the levels
+            of the pipeline's scheduler.
         attention: "original" or "converted".
-        rope_factor: What multiplies the base of rotary positions; 1: as trained.
-        logit_factor: What multiplies the logits of converted attention (`proportional_factor`); 1: as trained.
-        follow: Weight in [0, 1] by which low frequencies follow the stage before; 0: they are free.
-        sharpen: How much sharper the edges of the enlarged picture are made (`pictures.enlarged`); 0: as Lanczos leaves
-            them.
-        chunk_tokens: Token-wise layers run on so many tokens at a time, for less memory (`token_chunks.py`); None: on
-            all of them.
-        seconds, gib: Rough estimates of time and peak memory; None where nothing is known.
+        rope_factor: Factor of the base of rotary positions; 1: as trained.
+        logit_factor: Factor of the logits of converted attention (`proportional_factor`); 1: as trained.
+        follow: Weight in [0, 1] with which low frequencies follow the previous stage; 0: they are free.
+        sharpen: Strength of sharpening of the enlarged picture (`pictures.enlarged`); 0: none.
+        chunk_tokens: Number of tokens on which token-wise layers run at a time, to save memory (`token_chunks.py`);
+            None: all tokens.
+        seconds, gib: Rough estimates of time and peak memory; None: unknown.
     """
 
     height: int
@@ -81,11 +80,11 @@ class Stage:
 
     @property
     def is_stock(self) -> bool:
-        """Whether it is the stock pipeline's call, from noise alone."""
+        """Whether it is the stock pipeline's call, from pure noise."""
         return self.strength == 1 and self.shift is None
 
     def sigmas(self) -> list[float] | None:
-        """Noise levels of the steps, before the last one goes to 0; None: the scheduler's own."""
+        """Noise levels of the steps, without the final 0; None: the scheduler's."""
         if self.shift is None:
             return None
         first = self.strength / (self.shift - (self.shift - 1) * self.strength)
@@ -120,13 +119,13 @@ def _about(amount: float, digits: int, unit: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The stages of one call, to be read, changed (`dataclasses.replace`) and handed back as `pipe(plan=...)`.
+    """The stages of one call, to read, change (`dataclasses.replace`) and pass as `pipe(plan=...)`.
 
     Attributes:
-        height, width: Of the picture that comes out, in pixels; the last stage is at least as large, and is cropped.
-        stages: In order, each larger than the one before.
-        tile: Side in pixels of the tiles in which the VAE works on pictures that are larger; None: in one piece.
-        notes: What the user should know.
+        height, width: Size of the output in pixels; the last stage is at least as large, and is cropped.
+        stages: In order, each larger than the previous one.
+        tile: Side in pixels of the VAE's tiles for larger pictures; None: in one piece.
+        notes: Warnings and advice for the user.
     """
 
     height: int
@@ -163,22 +162,22 @@ class Plan:
 
 
 def check_tile(tile: int | None) -> None:
-    """Raise a ValueError where this is no side of a tile."""
+    """Raise a ValueError if this is not a valid side of a tile."""
     if tile is not None and (type(tile) is not int or tile < LEAST_TILE):
         raise ValueError(f"tile must be an integer >= {LEAST_TILE} pixels or None, got {tile!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the stages after the first have in common.
+    """Settings of all stages after the first.
 
     Attributes:
         strength, steps, sharpen: As in `Stage`.
-        follow: As in `Stage`; None: 1 where the scheduler is of flow matching, else 0.
-        shift: As in `Stage`; None: what the scheduler takes at its largest size.
-        rope_factor: As in `Stage`; None: NTK scaling beyond the positions that the model knows, where it has a base.
-        proportional: N of CLEAR's proportional attention counts this many times; None: logits as trained.
-        chunk_tokens: As in `Stage`; None: chunks where the estimate is more than the GPU's memory.
+        follow: As in `Stage`; None: 1 for flow-matching schedulers, else 0.
+        shift: As in `Stage`; None: the scheduler's at its largest size.
+        rope_factor: As in `Stage`; None: NTK scaling beyond the positions the model knows, if it has rotary positions.
+        proportional: c in CLEAR's proportional attention, sqrt(log(c N) / log(N_trained)); None: logits as trained.
+        chunk_tokens: As in `Stage`; None: chunks if the estimate exceeds the GPU's free memory.
     """
 
     strength: float = STRENGTH
@@ -193,20 +192,19 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a pipeline is, as far as a plan must know.
+    """The properties of a pipeline that a plan depends on.
 
     Attributes:
         native: Side in pixels of the square pictures that the model was trained on.
-        multiple: Sides in pixels are multiples of it; a transformer's token is as large.
-        largest_shift: Of the scheduler; None: its noise levels are its own.
-        rope_dim: Numbers of a head that one axis of the picture turns; None: there is no base to scale.
-        attention: What the model can run.
-        follows: Whether low frequencies can follow the stage before.
-        largest: Pixels of the longest side that it has positions for at all; None: any.
-        table: Pixels of the longest side that its table of positions is made for, which is stretched beyond; None: it
-            has no table.
-        counts_tokens: Whether it attends to every token of the picture and the text at once, as a UNet does not.
-        chunks: Whether its token-wise layers run in chunks.
+        multiple: Sides in pixels are multiples of it; the side of a transformer's token.
+        largest_shift: The scheduler's shift at its largest size; None: it has its own noise levels.
+        rope_dim: Dimensions of a head that are rotated by one axis of the picture; None: there is no base to scale.
+        attention: The attention that the model can run.
+        follows: Whether low frequencies can follow the previous stage.
+        largest: Longest side in pixels for which it has positions; None: any.
+        table: Longest side in pixels of its table of positions, which is stretched beyond; None: it has no table.
+        counts_tokens: Whether it attends to all tokens of picture and text at once, unlike a UNet.
+        chunks: Whether its token-wise layers can run in chunks.
     """
 
     native: int
@@ -222,5 +220,5 @@ class Limits:
 
     @property
     def known(self) -> int:
-        """Pixels of the longest side whose positions the model knows."""
+        """Longest side in pixels whose positions the model knows."""
         return KNOWN * self.native

@@ -134,7 +134,7 @@ ChunkTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="FLUX.1: run token-wise layers on this many tokens at a time; default: if memory is short.",
+        help="FLUX.1: run token-wise layers on this many tokens at a time; default: only if memory is short.",
         rich_help_panel=MACHINE,
     ),
 ]
