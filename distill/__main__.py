@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            _tell("interrupted; --resume latest goes on after the newest checkpoint")
+            _tell("interrupted; --resume latest continues after the newest checkpoint")
         return 130
     return 0
 

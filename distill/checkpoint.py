@@ -62,7 +62,7 @@ def save_checkpoint(
         write_json(temporary / MANIFEST, {"step": step, "files": files})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{final} cannot be written ({error}): make room, and go on with --resume latest") from error
+        raise OSError(f"{final} cannot be written ({error}): make room, and continue with --resume latest") from error
     if final.exists():  # one that was not whole
         shutil.rmtree(final)
     os.rename(temporary, final)
@@ -83,11 +83,11 @@ def load_checkpoint(
     try:
         files = {name: load_file(path / name) for name in (TRAINED, OPTIMIZER, *([AVERAGE] if averaged else []))}
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is of an earlier version of lineardit: go on with that one, or train anew") from error
-    except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged ({error}): remove it, and the run goes on after the checkpoint before it"
+            f"{path} is of an earlier version of lineardit: continue with that one, or train again"
         ) from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to continue after the previous checkpoint") from error
     shapes = shapes_of(trained)
     for name in files.keys() - {OPTIMIZER}:
         check_shapes(shapes_of(files[name]), shapes, what=f"the tensors of {path}")
@@ -147,7 +147,7 @@ def remove_later(root: Path, step: int) -> None:
     """
     for path in _checkpoints(root):
         if _step(path) > step:
-            why = f"the run goes on after step {step}" if _is_whole(path) else "it is not whole"
+            why = f"the run continues after step {step}" if _is_whole(path) else "it is incomplete"
             logger.warning("%s is removed: %s", path, why)
             _remove(path)
 

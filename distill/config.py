@@ -234,7 +234,7 @@ class DistillConfig:
         if self.base.quantization is not None and not isinstance(self.trained, Lora):
             raise ValueError(
                 "trained.kind must be lora where base.quantization is set, got 'attention': projections in 8 or 4 bits "
-                "cannot learn themselves, a LoRA beside them can"
+                "cannot be trained, a LoRA beside them can"
             )
         casts = self.base.quantization is not None and self.base.quantization.quant_backend == CASTING
         if casts and not self.run.gradient_checkpointing:

@@ -165,7 +165,7 @@ def read_index(directory: Path) -> dict[str, Any] | None:
     for name, other in others:
         if other["settings"] != index["settings"]:
             raise ValueError(
-                f"{directory}: {name} and {first} were made with different settings; make one of them anew"
+                f"{directory}: {name} and {first} were made with different settings; make one of them again"
             )
     shards: dict[str, Mapping[str, Any]] = {}
     for shard in (shard for one in indexes.values() for shard in one["shards"]):
@@ -180,7 +180,7 @@ def _read_one(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it, and call `lineardit prepare` again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT or not {"settings", "shards"} <= index.keys():
-        raise ValueError(f"{path} is not an index of format {FORMAT}, that of this version: make the samples anew")
+        raise ValueError(f"{path} is not an index of format {FORMAT}, that of this version: make the samples again")
     if not _is_sound(index):
         raise ValueError(f"{path} is damaged: remove it, and call `lineardit prepare` again")
     return index

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def require_matplotlib(picture: str) -> None:
     """Raise ValueError where it is missing: before long work, not when `picture` is drawn."""
     if find_spec("matplotlib") is None:
-        raise ValueError(f"{picture} is drawn with matplotlib, which is not here: pip install matplotlib")
+        raise ValueError(f"{picture} is drawn with matplotlib, which is not installed: pip install matplotlib")
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def worth_no_run(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.warning("%s cannot be written (%s), and the run goes on without it", path, error.strerror or error)
+        logger.warning("%s cannot be written (%s); the run continues without it", path, error.strerror or error)
 
 
 class StepLog:
@@ -69,7 +69,7 @@ class StepLog:
         if not self.told:
             reason = error.strerror or error
             logger.warning(
-                "%s cannot be written (%s): its rows are kept till it can, and the run goes on", path, reason
+                "%s cannot be written (%s): its rows are kept until it can, and the run continues", path, reason
             )
         self.told = True
 
@@ -129,7 +129,7 @@ def _read(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
             if row["step"]
         ]
     except (ValueError, TypeError, csv.Error) as error:  # a TypeError: more cells than columns
-        raise ValueError(f"{path} is damaged ({error}): mend it, or move it away, and a new one is begun") from error
+        raise ValueError(f"{path} is damaged ({error}): repair it, or move it away to start a new one") from error
 
 
 def _running_mean(values: Sequence[float], decay: float) -> list[float]:

@@ -78,7 +78,7 @@ def _first_failure(workers: Sequence[Worker], signals: Sequence[int]) -> int:
             if code is not None and code < 0:
                 name = signal.Signals(-code).name
                 logger.error(
-                    "process %d was ended by %s; --resume latest goes on after the newest checkpoint", rank, name
+                    "process %d was ended by %s; --resume latest continues after the newest checkpoint", rank, name
                 )
                 return 128 - code
             if code:
@@ -132,7 +132,7 @@ def end_with(launcher: int) -> None:
         while os.getppid() == launcher:
             time.sleep(1)
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write("lineardit.distill: the launcher was killed; --resume latest goes on\n")
+            sys.stderr.write("lineardit.distill: the launcher was killed; --resume latest continues\n")
             sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGTERM)
 

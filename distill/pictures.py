@@ -161,7 +161,9 @@ def draw_whole(
         output = pipe(**call)
     images = output[0]
     if not made or not all(isinstance(image, Image.Image) for image in images) or len(images) != len(prompts):
-        raise ValueError(f"{type(pipe).__name__} makes no picture for each prompt, and nothing else can be judged")
+        raise ValueError(
+            f"{type(pipe).__name__} does not make a picture for each prompt, and only pictures can be evaluated"
+        )
     for prompt, blackened in zip(prompts, getattr(output, "nsfw_content_detected", None) or (), strict=False):
         if blackened:
             logger.warning("the pipeline's safety checker has made the picture of %r black, and so it counts", prompt)

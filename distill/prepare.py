@@ -118,7 +118,7 @@ def _settings(
     try:
         arguments = json.loads(json.dumps(dict(arguments or {}))) or None
     except TypeError as error:
-        raise ValueError(f"arguments must be what JSON has, to be written down with the samples: {error}") from error
+        raise ValueError(f"arguments must be JSON values, since they are saved with the samples: {error}") from error
     return {
         "teacher": fingerprint(model, torch.bfloat16),
         "model": type(model).__name__,
@@ -169,7 +169,7 @@ def _check_calls(model: torch.nn.Module, calls: int, arguments: Mapping[str, Any
     dtype = main_dtype(model)
     if calls and dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"calls must be made in float32 or bfloat16, in which they will be learnt from, got {dtype}: load the "
+            f"calls must be made in float32 or bfloat16, the dtypes of training, got {dtype}: load the "
             "pipeline in another dtype (--dtype)"
         )
 

@@ -48,7 +48,7 @@ def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = Non
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"the launcher asks for {name}, and a distillation holds the whole model in each process: launch with "
-                "`accelerate launch --multi_gpu --num_processes N`, which overrules what accelerate was configured for"
+                "`accelerate launch --multi_gpu --num_processes N`, which overrides accelerate's configuration"
             )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),

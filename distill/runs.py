@@ -78,14 +78,14 @@ def check_run(config: DistillConfig, data: str, *, resume: Resume | None) -> int
         step = step_to_resume(directory, resume)
         _check_steps(config, step)
         if not step:
-            logger.info("%s holds no whole checkpoint; starting at step 0", directory)
+            logger.info("%s holds no complete checkpoint; starting at step 0", directory)
         return step
     free = not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir())
     if free and resume in (None, "latest"):
         return 0  # a lock, or what a call left that was killed before it had written the file
     if resume is not None:
-        raise ValueError(f"{directory} holds no run (no {FILE}) to go on with: name another folder")
-    raise ValueError(f"{directory} is not empty; add --resume latest to go on with its run, or name another folder")
+        raise ValueError(f"{directory} holds no run (no {FILE}) to continue: name another folder")
+    raise ValueError(f"{directory} is not empty; add --resume latest to continue its run, or name another folder")
 
 
 def write_run(config: DistillConfig, data: str, *, start: int = 0, mixed: bool) -> bool:
@@ -105,7 +105,7 @@ def write_run(config: DistillConfig, data: str, *, start: int = 0, mixed: bool) 
     history, mixed = before.get(HISTORY, []), before.get(AUTOCAST, mixed)
     changed = _differences(before, contents, _MAY_CHANGE_FROM_HERE)
     if changed:
-        logger.warning("%s goes on after step %d with other settings: %s", directory, start, "; ".join(changed))
+        logger.warning("%s continues after step %d with other settings: %s", directory, start, "; ".join(changed))
         history = [*history, {"after_step": start, "changed": changed}]
     write_json(file, contents | {AUTOCAST: mixed} | ({HISTORY: history} if history else {}))
     return mixed
@@ -127,7 +127,7 @@ def _read(file: Path) -> dict[str, Any]:
     for name, kind, what in ((HISTORY, list, "a list"), (AUTOCAST, bool, "true or false")):
         if not isinstance(stored.get(name, kind()), kind):
             raise ValueError(
-                f"{file} is damaged: {name} must be {what}, got {stored[name]!r}: mend it, or take that entry out"
+                f"{file} is damaged: {name} must be {what}, got {stored[name]!r}: repair it, or remove that entry"
             )
     others = {name: stored[name] for name in (SAMPLES, START, HISTORY, AUTOCAST) if name in stored}
     tables = {name: table for name, table in stored.items() if name not in others}
@@ -152,8 +152,8 @@ def _check_steps(config: DistillConfig, start: int) -> None:
     first = config.layerwise.steps
     if start > first + config.run.steps:
         raise ValueError(
-            f"run.steps must be >= {start - first}, the step after which the run goes on, got {config.run.steps}; each "
-            "checkpoint holds an adapter, and --resume STEP goes on after an earlier one"
+            f"run.steps must be >= {start - first}, the step after which the run continues, got {config.run.steps}; "
+            "each checkpoint holds an adapter, and --resume STEP continues after an earlier one"
         )
 
 

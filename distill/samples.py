@@ -63,7 +63,7 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
                 draw_latents(pipe, sample.prompt, sample.seed, call)
         except (TypeError, AttributeError) as error:  # what diffusers makes of an argument that is missing
             raise ValueError(
-                f"{type(pipe).__name__} does not draw from a prompt and a size ({error}): give it what else it takes"
+                f"{type(pipe).__name__} does not draw from a prompt and a size ({error}): pass its other arguments"
             ) from error
     if len(made) < settings["calls"]:
         raise ValueError(f"calls must be <= {len(made)}, as many as a picture of {settings['steps']} steps takes")

@@ -178,7 +178,7 @@ class Trainer:
         remember_(self.optimizer, self.trained, dict(tensors_of_main(self.accelerator, files[OPTIMIZER])))
         averages = dict(tensors_of_main(self.accelerator, files[AVERAGE]))
         self.average.remember_(averages, steps=step - self.layerwise_steps if step > self.layerwise_steps else step)
-        logger.info("going on after step %d", step)
+        logger.info("continuing after step %d", step)
 
     def _train_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Give every process the main one's."""

@@ -59,7 +59,7 @@ def test_missing_matplotlib_is_told_before_the_measuring(
     monkeypatch.setattr(figures, "find_spec", lambda _: None)
     base, prompts, out = (str(path) for path in (made / "base", made / "prompts.txt", tmp_path / "out"))
     assert run([command, base, *([base] if command == "nearness" else []), "--prompts", prompts, "-o", out]) == 2
-    assert f"{command}.png is drawn with matplotlib, which is not here" in capsys.readouterr().err
+    assert f"{command}.png is drawn with matplotlib, which is not installed" in capsys.readouterr().err
 
 
 def test_convert_from_profile_writes_an_adapter_within_the_budget(

@@ -190,7 +190,7 @@ def test_arguments_of_python_are_kept_as_json_has_them(tmp_path: Path) -> None:
     pairs = {"original_size": (64, 48)}
     assert kept(pipe, tmp_path / "samples", size, arguments=pairs).settings["arguments"] == {"original_size": [64, 48]}
     kept(pipe, tmp_path / "samples", size, arguments=pairs)  # nothing is left to do
-    with pytest.raises(ValueError, match="arguments must be what JSON has"):
+    with pytest.raises(ValueError, match="arguments must be JSON values"):
         kept(pipe, tmp_path / "more", size, arguments={"original_size": torch.ones(2)})
 
 
@@ -253,5 +253,5 @@ def test_evaluate_draws_with_any_pipeline(tmp_path: Path) -> None:
 def test_evaluate_refuses_what_makes_no_pictures(tmp_path: Path) -> None:
     pipe, (height, width) = prompted("chronoedit"), size_of("chronoedit")
     settings = PictureSettings(height=height, width=width, steps=2)
-    with pytest.raises(ValueError, match="makes no picture for each prompt"):
+    with pytest.raises(ValueError, match="does not make a picture for each prompt"):
         evaluate(pipe, pipe, PROMPTS[:2], tmp_path, settings=settings)

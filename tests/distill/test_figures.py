@@ -48,8 +48,6 @@ def test_a_full_disk_costs_the_curve_and_not_the_run(
 def test_a_table_that_is_damaged_is_told(content: str, tmp_path: Path) -> None:
     path = tmp_path / "loss.csv"
     path.write_text(content)
-    with pytest.raises(
-        ValueError, match=r"loss.csv is damaged \(.*\): mend it, or move it away, and a new one is begun"
-    ):
+    with pytest.raises(ValueError, match=r"loss.csv is damaged \(.*\): repair it, or move it away to start a new one"):
         StepLog(path, ["loss"])
     assert path.read_text() == content

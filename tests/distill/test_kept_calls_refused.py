@@ -130,7 +130,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=KeyboardInterrupt))
     assert main([str(write_config(config_of(tmp_path), tmp_path / "config.toml"))]) == 130
-    assert "interrupted; --resume latest goes on" in capsys.readouterr().err
+    assert "interrupted; --resume latest continues" in capsys.readouterr().err
 
 
 def test_a_run_without_enough_memory_says_what_needs_less(

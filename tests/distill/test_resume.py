@@ -162,7 +162,7 @@ def test_resume_tells_and_keeps_what_counts_from_there_on(
     write_run(config, "samples", mixed=False)
     told = "optimizer.lr was 0.01, now 0.001"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{config.run.directory} goes on after step 0 with other settings: {told}"
+        f"{config.run.directory} continues after step 0 with other settings: {told}"
     ]
     record = json.loads((config.run.folder / "run.json").read_text())
     assert record["history"] == [{"after_step": 0, "changed": [told]}]
@@ -175,14 +175,14 @@ def test_a_damaged_record_is_told(name: str, value: Any, make_config: MakeConfig
     record = make_config().run.folder / "run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {name: value}))
     with pytest.raises(
-        ValueError, match=rf"run.json is damaged: {name} must be .*, got .*: mend it, or take that entry"
+        ValueError, match=rf"run.json is damaged: {name} must be .*, got .*: repair it, or remove that entry"
     ):
         check_run(make_config(), "samples", resume="latest")
 
 
 def test_resume_refuses_fewer_steps_than_there_are(make_config: MakeConfig) -> None:
     distill(make_config(run={"steps": 4}))
-    with pytest.raises(ValueError, match=r"run.steps must be >= 4, the step after which the run goes on, got 3"):
+    with pytest.raises(ValueError, match=r"run.steps must be >= 4, the step after which the run continues, got 3"):
         distill(make_config(run={"steps": 3}), resume="latest")
 
 
@@ -199,7 +199,7 @@ def test_a_full_disk_costs_no_checkpoint(
 
     monkeypatch.setattr(checkpoint, unwritable, full)
     with pytest.raises(
-        OSError, match=r"step-00000004 cannot be written \(.*No space left.*\): make room, and go on with"
+        OSError, match=r"step-00000004 cannot be written \(.*No space left.*\): make room, and continue with"
     ):
         distill(config)
     run = config.run.folder
@@ -274,7 +274,7 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(
     assert sorted(path.name for path in run.glob("step-*")) == ["step-00000002"]
     assert [path.name for path in run.glob("validation*.png")] == ["validation-00000003.png"]
     assert [steps_of(table(run / name)) for name in ("loss.csv", "validation.csv")] == [[1, 2, 3], [3]]
-    assert f"{run / 'step-00000006'} is removed: the run goes on after step 2" in caplog.text
+    assert f"{run / 'step-00000006'} is removed: the run continues after step 2" in caplog.text
     assert json.loads((run / "run.json").read_text())["history"][0]["after_step"] == 2
     distill(config, resume="latest")
     assert_same_weights(run, run.with_name("as it was"))
@@ -311,7 +311,7 @@ def test_resume_tells_what_is_not_whole_and_writes_it_anew(
     (run / "step-00000004" / "checkpoint.json").write_text('{"files": {"trai')
     shutil.copytree(run / "step-00000002", run / "step-00000002.kept")
     distill(config, resume="latest")
-    assert f"{run / 'step-00000004'} is removed: it is not whole" in caplog.text
+    assert f"{run / 'step-00000004'} is removed: it is incomplete" in caplog.text
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
     assert (run / "step-00000002.kept").is_dir()
 
@@ -322,7 +322,7 @@ def test_a_damaged_checkpoint_is_told(name: str, make_config: MakeConfig) -> Non
     distill(config)
     file = config.run.folder / "step-00000002" / name
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(ValueError, match=r"step-00000002 is damaged .*: remove it, and the run goes on after"):
+    with pytest.raises(ValueError, match=r"step-00000002 is damaged .*: remove it to continue after"):
         distill(make_config(run={"steps": 3}), resume="latest")
 
 
@@ -387,8 +387,8 @@ def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:
     run = config.run.folder
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty; add --resume latest to go on with its run"):
+    with pytest.raises(ValueError, match="is not empty; add --resume latest to continue its run"):
         distill(config)
-    with pytest.raises(ValueError, match=r"holds no run \(no run.json\) to go on with: name another folder"):
+    with pytest.raises(ValueError, match=r"holds no run \(no run.json\) to continue: name another folder"):
         distill(config, resume="latest")
     assert [path.name for path in run.iterdir()] == ["notes.txt"]

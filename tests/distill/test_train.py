@@ -205,7 +205,7 @@ def test_missing_matplotlib_is_told_before_the_training(
     monkeypatch.setattr(figures, "find_spec", lambda _: None)
     config = make_config()
     assert main([str(write_config(config, tmp_path / "config.toml"))]) == 2
-    assert "is drawn with matplotlib, which is not here: pip install matplotlib" in capsys.readouterr().err
+    assert "is drawn with matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
     assert not config.run.folder.exists()
 
 
