@@ -207,7 +207,7 @@ class Marks(SceneStudents):
         ]
         options = [word for pair in overrides for word in ("--set", pair)]
         if launch(Path(__file__).with_name("marks.toml"), ["--resume", "latest", *options]):
-            raise RuntimeError(f"the distillation {name!r} stopped; what it said stands above")
+            raise RuntimeError(f"the distillation {name!r} failed; its error is above")
 
     def rows(self) -> list[Row]:
         return [self.row(name) for name in self.made]

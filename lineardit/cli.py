@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
         command = next((word for word in words if not word.startswith("-")), "")
         if exit_code != INTERRUPTED or command == "distill":  # which has told itself how it goes on
             return exit_code
-        message = "interrupted" + ("; the same command goes on with what is there" if command in GO_ON else "")
+        message = "interrupted" + ("; run the same command again to continue" if command in GO_ON else "")
     except typer.TyperException as error:
         message, exit_code = _with_what_is_allowed(error), error.exit_code
     except SystemExit as error:

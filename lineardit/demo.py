@@ -209,7 +209,7 @@ def _distill(base: Path, directory: Path, method: Any, settings: DemoSettings) -
         )
     )
     if launch(config, ("--resume", "latest")):
-        raise RuntimeError("the distillation stopped; what it said stands above")
+        raise RuntimeError("the distillation failed; its error is above")
     return adapter
 
 

@@ -28,7 +28,7 @@ class WorkLog:
         directory: New, or that of an interrupted call with the same settings.
         settings: Whatever changes results, as JSON has it.
     Raises:
-        ValueError: the folder holds something else, or was begun with other settings.
+        ValueError: the folder holds something else, or was started with other settings.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
@@ -38,10 +38,10 @@ class WorkLog:
             self.record = json.loads(self.file.read_text())
             if changed := [name for name, value in settings.items() if self.record["settings"].get(name) != value]:
                 raise ValueError(
-                    f"{directory} was begun with other {', '.join(changed)}: remove it, or name another folder"
+                    f"{directory} was started with other {', '.join(changed)}: remove it, or name another folder"
                 )
         elif directory.exists() and any(directory.iterdir()):
-            raise ValueError(f"{directory} is not empty and was not begun here: name another folder")
+            raise ValueError(f"{directory} is not empty and was not started by this command: name another folder")
         directory.mkdir(parents=True, exist_ok=True)
         self._add("start", cpu_seconds=cpu_seconds())  # the libraries are loaded by now
 

@@ -68,7 +68,7 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
         call[BINNING] = False
     for name, value in more.items():
         if name in _TAKEN or name in _NAMES.values() or name.startswith("callback"):
-            raise ValueError(f"{name} is no further argument: it has a setting of its own, or is not to be set")
+            raise ValueError(f"{name} is not a further argument: it has its own setting, or must not be set")
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise ValueError(f"{type(pipe).__name__} takes no {name}" + (f"; did you mean {near[0]}?" if near else ""))

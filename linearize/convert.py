@@ -51,8 +51,7 @@ def linearize_(
             it is cheap.
         dense_below: Run the model's own attention in calls with fewer image tokens than this; in a UNet, level by
             level. Applies with `impl` "auto", and only while nothing has been trained for the new attention.
-        impl: The implementation to run. "auto" picks one, and runs the original call where the method covers
-            everything.
+        impl: The implementation; "auto" picks one, and runs the original call where the method covers everything.
         family: How to convert a model of your own; None: its previous family, or the one of the model's class.
     Raises:
         UnsupportedModelError: the model's class is unknown, it is sharded, or a hook of another tool interferes.
@@ -85,7 +84,7 @@ def linearize_(
     regroup_offload_(model)
     write_entry_(model)
     if conversion.overlays.items:
-        logger.warning("what was trained on the base for the conversion before stays: restore_ first to begin anew")
+        logger.warning("weights trained for the previous conversion are kept: call restore_ first to start over")
         tell_unused_dense_below(model)
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
     report = SwapReport(

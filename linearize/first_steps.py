@@ -28,7 +28,7 @@ def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
         ValueError: count < 1, nothing is converted, or the base cannot be restored.
     """
     if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}: for no linear attention at all, use `dense`")
+        raise ValueError(f"count must be >= 1, got {count}: to use no linear attention, use `dense`")
     check_dense(pipe)
     with ExitStack() as base, _before_each_schedule(pipe.scheduler, base.close):
 

@@ -81,7 +81,7 @@ def _locked(file: Path) -> Iterator[IO[bytes]]:
                 yield lock
                 return
         time.sleep(PAUSE)
-    raise ValueError(f"{file} is removed by others again and again: look who is at work in {file.parent}")
+    raise ValueError(f"{file} is repeatedly removed by other processes: check which are at work in {file.parent}")
 
 
 def _make(path: str, flags: int) -> int:

@@ -140,7 +140,7 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
     for file in other_stages(one):
         file.unlink()
     if (latents := _latents_of(one.latents, one)) is not None:
-        logger.info("%s: its stages are all there already, and it is decoded", one.path)
+        logger.info("%s: all stages exist; decoding", one.path)
         with latents_kept([one]):
             write_picture(one, staged.pipe.decode_last(latents, staged.plan)[0])
         remove_stage_latents(one.path, one.text)

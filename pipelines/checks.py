@@ -109,7 +109,7 @@ def check_start(plan: Plan, image: Sequence[Any] | None, start_latents: Tensor |
     if image is not None and start_stage > 0:
         raise ValueError("give image or start_latents, not both")
     if image is not None and plan.stages[0].is_stock:
-        raise ValueError("this plan begins with noise, and image would not be looked at: plan(..., enlarge=True)")
+        raise ValueError("this plan begins with noise, and image would be ignored: plan(..., enlarge=True)")
     if image is None and start_stage == 0 and plan.stages[0].strength < 1:
         raise ValueError("a plan without a stage of strength 1 enlarges a picture: give image")
 

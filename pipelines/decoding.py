@@ -51,7 +51,7 @@ def decode_file(
     check_output_file(path, overwrite=overwrite)
     name, size = base or text.get("model"), re.fullmatch(r"(\d+)x(\d+)", text.get("size", ""))
     if name is None or size is None:
-        raise ValueError(f"{file} does not say whose latents it holds and of what size: were they left by generate?")
+        raise ValueError(f"{file} does not say whose latents it holds and of what size: was it written by generate?")
     vae = _vae(name, revision=revision, offline=offline).to(device, dtype)
     pixels = decode(vae, _planes(latents, vae, int(size[2]), int(size[1])).to(device), tile=tile, progress=True)
     pixels = pixels[..., : int(size[2]), : int(size[1])]

@@ -91,7 +91,7 @@ def check_text(words: str) -> None:
         words.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"prompts and arguments must be text in UTF-8, got {words!r}: type it anew, in a locale of UTF-8"
+            f"prompts and arguments must be text in UTF-8, got {words!r}: type it again in a UTF-8 locale"
         ) from error
 
 
@@ -180,7 +180,7 @@ def check_finite(latents: Tensor) -> None:
     if not latents.isfinite().all():
         raise NotFiniteError(
             f"the model made latents that are not finite, in {latents.dtype}: load it in another dtype "
-            "(--dtype float32), or look whether its weights are whole"
+            "(--dtype float32), or check that its weights are intact"
         )
 
 
@@ -219,7 +219,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as content:
             yield content
     except SafetensorError as error:
-        raise ValueError(f"{file} is no whole file of latents, as generate leaves them: {error}") from error
+        raise ValueError(f"{file} is not a complete file of latents as written by generate: {error}") from error
 
 
 def write_picture(one: Wanted, image: Image.Image) -> None:
@@ -243,7 +243,7 @@ def unkept_told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.warning("not kept, and the picture is made all the same: %s", error)
+        logger.warning("cannot be kept, but the picture is made: %s", error)
 
 
 @contextmanager

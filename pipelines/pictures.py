@@ -45,7 +45,11 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 def tell_stretched(picture: tuple[int, int], size: tuple[int, int]) -> None:
     """Warn where a picture's sides (height, width) are to each other not as those of the size that it gets."""
     if abs(math.log(size[0] * picture[1] / (size[1] * picture[0]))) > STRETCHED:
-        logger.warning("%dx%d has another shape than the picture's %dx%d: it is stretched", *size[::-1], *picture[::-1])
+        logger.warning(
+            "the picture is stretched: %dx%d has another aspect ratio than its %dx%d",
+            *size[::-1],
+            *picture[::-1],
+        )
 
 
 def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> Image.Image:

@@ -255,4 +255,4 @@ def _tell_interrupted(plan: Plan, number: int) -> None:
     """A callback has set `_interrupt`, as diffusers has it: the pictures are of the stage that it was set in."""
     stage = plan.stages[number]
     size = f"{stage.width}x{stage.height}"
-    logger.warning("interrupted in stage %d of %d: what comes back is %s pixels", number + 1, len(plan.stages), size)
+    logger.warning("interrupted in stage %d of %d: the result has %s pixels", number + 1, len(plan.stages), size)

@@ -195,7 +195,7 @@ def _in_tiles(
             smaller = largest // 2 // align * align
             if smaller * step < SMALLEST_TILE:
                 raise
-            logger.warning("%s: the VAE goes on in tiles of %d pixels", why, smaller * step)
+            logger.warning("%s: the VAE continues in tiles of %d pixels", why, smaller * step)
             side = smaller
         torch.cuda.empty_cache()
 

@@ -31,7 +31,7 @@ def demo(
     console = wide_console()
     console.print(table)
     side, ratio = settings.large_side, report.speed.ratio
-    print(f"A step at {side}x{side}: the student is {ratio:.1f} times as fast as the teacher (at least 3 are wanted).")
+    print(f"A step at {side}x{side}: the student is {ratio:.1f} times as fast as the teacher (target: at least 3).")
     print(took(report))
     print(f"Pictures: {page}")
     print("Next:\n  " + "\n  ".join(next_commands(report)))

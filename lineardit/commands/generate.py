@@ -175,7 +175,7 @@ def _print_plan(pipe: Any, planned: dict[str, Any]) -> None:
 
 def _print_files(files: list[Path], output: Path, seconds: float) -> None:
     if not files:
-        print("no picture is in this part")
+        print("this part has no pictures")
         return
     where = str(files[0]) if len(files) == 1 else f"{len(files)} pictures in {output}"
     print(f"{where}; {seconds:.1f} s")

@@ -93,5 +93,5 @@ def base_said(adapter: str, model: str | None, revision: str | None, offline: bo
     file = find_adapter(adapter, revision=revision, offline=offline)
     if file is None or model is None or read_manifest(file).base == model:
         return None
-    print(f"with the base {model}, as the picture says")
+    print(f"using the base {model}, as recorded in the picture")
     return model

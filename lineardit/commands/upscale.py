@@ -122,7 +122,7 @@ def _read(picture: Path) -> Any:
         with Image.open(picture) as opened:
             return as_rgb(opened)
     except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture} is no picture that Pillow can read whole: {error}") from error
+        raise ValueError(f"{picture} is not a picture that Pillow can read completely: {error}") from error
 
 
 def _prompt_and_model(
@@ -133,7 +133,7 @@ def _prompt_and_model(
     source = source or said.get("adapter") or said.get("model")
     if prompt is None or source is None:
         missing = "--prompt" if source else "the model, after the picture"
-        raise ValueError(f"{picture} does not say how it was made: give {missing}")
+        raise ValueError(f"{picture} does not record how it was made: give {missing}")
     return prompt, source
 
 
@@ -161,10 +161,10 @@ def drawn_as_said(
                 taken[name] = float(said[name]) if name == "true_cfg_scale" else said[name]
     except ValueError as error:
         raise ValueError(
-            f"{picture} does not say well how it was made ({error}): give --guidance, --max-sequence-length and, with "
-            "--argument, true_cfg_scale"
+            f"{picture} does not record correctly how it was made ({error}): give --guidance, --max-sequence-length "
+            "and, with --argument, true_cfg_scale"
         ) from error
     if taken:
-        print(f"as the picture says: {', '.join(f'{name}={value!r}' for name, value in taken.items())}")
+        print(f"as recorded in the picture: {', '.join(f'{name}={value!r}' for name, value in taken.items())}")
     more = {name: value for name, value in taken.items() if name in _TAKEN_OVER}
     return {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": {**more, **arguments}}

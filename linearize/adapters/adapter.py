@@ -65,9 +65,9 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
 def _tell_of_styles(pipe_or_model: Any, model: nn.Module) -> None:
     """Warn of LoRA that is the user's own and no part of the student."""
     if getattr(pipe_or_model, "num_fused_loras", 0):
-        logger.warning("LoRA that was fused into the base's weights is no part of an adapter: save_merged keeps it")
+        logger.warning("LoRA that was fused into the base's weights is not saved in an adapter; save_merged keeps it")
     if any(hasattr(module, "get_base_layer") for module in model.modules()):
-        logger.warning("a LoRA of your own is loaded, which is no part of an adapter: load it beside the adapter again")
+        logger.warning("a LoRA of your own is loaded and not saved in the adapter: load it again beside the adapter")
 
 
 def load_adapter_(
@@ -220,7 +220,7 @@ def _warn_of_other_base(manifest: Manifest, source: Source) -> None:
     if None in (manifest.base, source.name):
         return
     if manifest.base != source.name:
-        logger.info("the adapter was made for %s, it is put on %s", manifest.base, source.name)
+        logger.info("the adapter was made for %s and is applied to %s", manifest.base, source.name)
     elif None not in (manifest.base_revision, source.revision) and manifest.base_revision != source.revision:
         logger.warning(
             "the adapter was made for revision %s of %s, this pipeline is revision %s: if pictures are off, load that "

@@ -140,16 +140,14 @@ def convert_and_merge(
 def refuse_choices(layers: str | Sequence[str] | None, min_tokens: int, dense_below: int) -> None:
     """Raise a ValueError where an adapter comes with a choice of layers or sizes: it has its own."""
     if dense_below != 0:
-        raise ValueError(f"an adapter keeps the dense_below that it has, got {dense_below=}: give its base")
+        raise ValueError(f"an adapter keeps its dense_below, got {dense_below=}: give its base")
     if layers is not None or min_tokens > 0:
-        raise ValueError(f"an adapter keeps the layers that it has, got {layers=} and {min_tokens=}: give its base")
+        raise ValueError(f"an adapter keeps its layers, got {layers=} and {min_tokens=}: give its base")
 
 
 def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) -> None:
     if find_adapter(base, revision=revision, offline=offline) is not None:
-        raise ValueError(
-            f"{base} is an adapter, which has its method already: give the base that it names, or no method"
-        )
+        raise ValueError(f"{base} is an adapter, which already has a method: give the base that it names, or no method")
 
 
 def _check_together(

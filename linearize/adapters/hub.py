@@ -50,7 +50,7 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
             return None
         raise ValueError(
             f"the Hub cannot be reached and {file} of {repository}{at} is not in the local cache: check the network, "
-            "go by what is there with offline=True (--offline, HF_HUB_OFFLINE=1), or give the folder of a copy"
+            "use the cache with offline=True (--offline, HF_HUB_OFFLINE=1), or give the folder of a copy"
         ) from error
     except EntryNotFoundError:
         return None

@@ -181,8 +181,8 @@ def _text(path: Path) -> str:
     header = read_header(path)
     if HEADER_KEY not in header:
         raise ValueError(
-            f"{path} has no {HEADER_KEY!r} in its header, so it is no adapter; checkpoints of other projects go in by "
-            "`lineardit convert BASE --import clear:FILE`"
+            f"{path} has no {HEADER_KEY!r} in its header, so it is not an adapter; import checkpoints of other "
+            "projects with `lineardit convert BASE --import clear:FILE`"
         )
     return header[HEADER_KEY]
 

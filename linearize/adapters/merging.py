@@ -55,7 +55,7 @@ def _check_mergeable(model: nn.Module) -> None:
     refuse_fused(model)
     for name, module in model.named_modules():
         if hasattr(module, "get_base_layer"):
-            raise ValueError(f"{name} carries a LoRA of your own, which is no part of the student: unload it first")
+            raise ValueError(f"{name} carries a LoRA of your own, which is not part of the student: unload it first")
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{missing[0]} is not in memory (sequential offload?): save before enabling offload")
     check_writable(model, _merged_names(model))

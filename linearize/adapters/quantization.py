@@ -87,9 +87,7 @@ def quantization_options(quantization: Quantization, base: Base, dtype: torch.dt
     for name in _KEPT:
         _check_kept(name, quantization.quant_kwargs.get(name), base)
     if package == "bitsandbytes" and not torch.cuda.is_available():
-        raise ValueError(
-            f"{SETTING}: diffusers quantizes with bitsandbytes on a GPU alone; torchao does it on CPUs too"
-        )
+        raise ValueError(f"{SETTING}: diffusers quantizes with bitsandbytes on GPUs only; torchao works on CPUs too")
     try:
         config = _torchao(quantization) if package == "torchao" else _bitsandbytes(quantization, dtype)
     except (TypeError, AttributeError, AssertionError) as error:  # of their constructors
@@ -119,7 +117,7 @@ def quantization_told(quantization: Quantization | None) -> Iterator[None]:
     except (ImportError, AssertionError, NotImplementedError) as error:
         if quantization is None:
             raise
-        raise ValueError(f"{SETTING} cannot be done: {error}") from error
+        raise ValueError(f"{SETTING} failed: {error}") from error
 
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:

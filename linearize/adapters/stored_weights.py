@@ -46,7 +46,7 @@ def variant_of(base: Base, names: Sequence[str]) -> str | None:
         )
     if not found:
         return None
-    logger.info("%s: weights of the variant %s, the only ones there", folder, found[0])
+    logger.info("%s: loading the variant %s, the only one available", folder, found[0])
     return found[0]
 
 
@@ -94,5 +94,5 @@ def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = Fals
         name = next(iter(read_json(index)["weight_map"].values()))
     file = place.file(f"{folder}{name}")
     if file is None:
-        raise ValueError(f"{place.name} has no {folder}{name}, whose dtype was asked for: give a dtype (--dtype)")
+        raise ValueError(f"{place.name} has no {folder}{name}, to read the dtype from: give a dtype (--dtype)")
     return main_dtype(file)

@@ -75,7 +75,7 @@ def see_auraflow(model: Any, arguments: Mapping[str, Any]) -> Sight:
     if max(sight.grid) > limit:
         raise LayoutError(
             f"this {type(model).__name__} knows positions up to {limit} tokens a side, and takes wrong ones beyond "
-            f"without a word, got {sight.grid}: {_SMALLER}"
+            f"without an error, got {sight.grid}: {_SMALLER}"
         )
     return Sight(grid=sight.grid, text_lens=(sight.text_lens[0] + model.register_tokens.shape[1],))
 

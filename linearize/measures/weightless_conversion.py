@@ -100,7 +100,7 @@ class WeightlessConversion:
             )
         if not can_make_inputs(build_on_meta(found)):
             raise ValueError(
-                f"the inputs of a {found.model_class} cannot be made up: `lineardit evaluate` times whole pictures"
+                f"the inputs of a {found.model_class} cannot be generated: `lineardit evaluate` times whole pictures"
             )
         configs, dense_below = conversion.configs(), conversion.dense_tokens
         return cls(name=str(name), base=found, configs=configs, dense_below=dense_below, adapter=adapter)

@@ -90,7 +90,7 @@ def config_from_dict(entries: Mapping[str, Any]) -> Any:
         return cls(**{known[key].name: value for key, value in (given | nested).items()})
     except TypeError as error:
         missing = [key for key, field in known.items() if key not in given and field.default is MISSING]
-        raise ValueError(f"method {method} needs more settings; not given: {', '.join(missing)}") from error
+        raise ValueError(f"method {method} lacks required settings: {', '.join(missing)}") from error
 
 
 def field_name(field: Field[Any]) -> str:

@@ -104,9 +104,9 @@ class Hybrid:
         _check_branch("local", self.local, LOCAL)
         _check_branch("global", self.global_, GLOBAL)
         if isinstance(self.local, Clear) and (self.local.pool_size is not None or self.local.pool_tokens is not None):
-            raise ValueError(f"local must have no pooled tokens, the global branch is there for them, got {self.local}")
+            raise ValueError(f"local must have no pooled tokens, the global branch replaces them, got {self.local}")
         if self.global_.balance:
-            raise ValueError(f"global must have no balance of its own, there is the hybrid's gate, got {self.global_}")
+            raise ValueError(f"global must not have balance, since the hybrid has a gate, got {self.global_}")
         if self.join not in JOINS:
             raise ValueError(f"join must be one of {', '.join(JOINS)}, got {self.join!r}")
         check_finite("gate", self.gate)

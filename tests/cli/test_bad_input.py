@@ -81,7 +81,7 @@ def test_convert_refuses_bad_options(
         (["generate", "BASE", "a", "b", "-o", "OUT.png"], "folder"),
         (["evaluate", "BASE", "BASE", "--prompts", "none.txt", "-o", "OUT"], "none.txt"),
         (["convert", "BASE", "--method", "clear", "--radius", "4"], "--output"),
-        (["convert", "BASE", "--method", "clear", "-o", "OUT"], "not given: radius\n"),
+        (["convert", "BASE", "--method", "clear", "-o", "OUT"], "lacks required settings: radius\n"),
         (["convert", "EMPTY", "--method", "clear", "--radius", "4", "-o", "OUT"], "config.json"),
         (
             ["convert", "nobody/nothing", "--method", "clear", "--radius", "4", "--offline", "-o", "OUT"],

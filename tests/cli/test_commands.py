@@ -56,7 +56,7 @@ def test_an_interrupted_command_says_that_it_can_go_on(
 ) -> None:
     monkeypatch.setattr("lineardit.commands.preparation.read_prompts", Mock(side_effect=KeyboardInterrupt))
     assert run(["prepare", "base", "--prompts", "none.txt", "-o", "samples"]) == 130
-    assert capsys.readouterr().err == "lineardit: interrupted; the same command goes on with what is there\n"
+    assert capsys.readouterr().err == "lineardit: interrupted; run the same command again to continue\n"
 
 
 def test_an_interrupted_distillation_has_told_how_it_goes_on(
@@ -215,7 +215,7 @@ def test_convert_takes_the_tokens_below_which_the_original_runs(
     assert "original attention in calls with fewer than 16,384 image tokens" in out
     assert "original (fewer than 16,384 image tokens) at 1K, tiled at 2K 4K 8K" in out
     assert run(["convert", adapter, "--dense-below", "9", "--offline", "-o", str(tmp_path / "other")]) == 2
-    assert "an adapter keeps the dense_below that it has" in capsys.readouterr().err
+    assert "an adapter keeps its dense_below" in capsys.readouterr().err
     assert run(["convert", short_flux, *words, "--dense-below", "-1", "-o", str(tmp_path / "other")]) == 2
     assert "dense_below must be an integer >= 0, got -1" in capsys.readouterr().err
 

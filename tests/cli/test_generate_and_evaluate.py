@@ -101,7 +101,7 @@ def test_parts_of_the_pictures_are_made_by_option_or_by_launcher(
     assert lineardit(*generate, "--part", "2/2") == 0
     assert [path.name for path in out.iterdir()] == ["001.png"]
     monkeypatch.setenv("WORLD_SIZE", "4")
-    for rank, said in enumerate((out / "000.png", out / "001.png", out / "002.png", "no picture is in this part")):
+    for rank, said in enumerate((out / "000.png", out / "001.png", out / "002.png", "this part has no pictures")):
         monkeypatch.setenv("RANK", str(rank))
         assert lineardit(*generate) == 0
         assert str(said) in capsys.readouterr().out.splitlines()[-1]

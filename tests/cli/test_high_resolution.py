@@ -104,7 +104,7 @@ def test_upscale_takes_prompt_and_model_from_the_picture(
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "-o", small) == 0
     words = ("--size", "36x32", "--chunk-tokens", "16", "--guidance", "2", *FEW, "-o", large)
     assert lineardit("upscale", small, *words) == 0
-    assert "36x32 has another shape than the picture's 16x16: it is stretched" in caplog.text
+    assert "the picture is stretched: 36x32 has another aspect ratio than its 16x16" in caplog.text
     with Image.open(large) as image:
         assert image.size == (36, 32) and image.info["prompt"] == PROMPT and image.info["adapter"] == str(adapter)
         assert (image.info["guidance"], image.info["max_sequence_length"]) == ("2.0", "8")  # a rerun asks for these
@@ -117,7 +117,7 @@ def test_upscale_draws_as_the_picture_says(adapter: Path, tmp_path: Path, capsys
     words = ("upscale", small, "--size", "32x32", "--steps", "1", "--offline", "-o", large)
     assert lineardit(*words) == 0
     told = "guidance=2.0, max_sequence_length=8, negative_prompt='blurred, ünsharp', true_cfg_scale=3.0"
-    assert f"as the picture says: {told}\n" in capsys.readouterr().out
+    assert f"as recorded in the picture: {told}\n" in capsys.readouterr().out
     with Image.open(large) as image:
         said = image.info
     names = ("guidance", "max_sequence_length", "negative_prompt", "true_cfg_scale")
@@ -132,7 +132,7 @@ def test_upscale_draws_as_the_picture_says(adapter: Path, tmp_path: Path, capsys
             info.add_text(name, text)
         image.save(small, pnginfo=info)
     assert lineardit(*words, "--overwrite") == 2
-    assert "small.png does not say well how it was made" in capsys.readouterr().err
+    assert "small.png does not record correctly how it was made" in capsys.readouterr().err
 
 
 def test_no_weights_are_read_for_pictures_that_are_there(
@@ -158,7 +158,7 @@ def test_upscale_with_another_model_takes_the_prompt_alone(adapter: Path, tmp_pa
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "--guidance", "2", "-o", small) == 0
     shutil.copytree(adapter.parent / "base", other)
     assert lineardit("upscale", small, other, "--size", "32x32", *FEW, "-o", tmp_path / "large.png") == 0
-    assert "as the picture says" not in capsys.readouterr().out
+    assert "as recorded in the picture" not in capsys.readouterr().out
     with Image.open(tmp_path / "large.png") as image:
         assert image.info["prompt"] == PROMPT and "guidance" not in image.info
 
@@ -185,27 +185,30 @@ def test_upscale_takes_the_base_that_made_the_picture(adapter: Path, tmp_path: P
     at = ("--size", "16x16", *FEW, "-o", small)
     assert lineardit("generate", adapter, PROMPT, *at, "--base", other) == 0
     assert lineardit("upscale", small, "--size", "32x32", *FEW, "-o", tmp_path / "large.png") == 0
-    assert f"with the base {other}, as the picture says" in capsys.readouterr().out
+    assert f"using the base {other}, as recorded in the picture" in capsys.readouterr().out
     with Image.open(tmp_path / "large.png") as image:
         assert image.info["model"] == str(other)
     assert lineardit("generate", adapter, PROMPT, *at, "--overwrite") == 0
     assert lineardit("upscale", small, "--size", "32x32", *FEW, "-o", tmp_path / "b.png") == 0
-    assert "as the picture says" not in capsys.readouterr().out
+    assert "as recorded in the picture" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["PLAIN", "MODEL"], "does not say how it was made: give --prompt"),
-        (["PLAIN", "--prompt", "a"], "does not say how it was made: give the model, after the picture"),
+        (["PLAIN", "MODEL"], "does not record how it was made: give --prompt"),
+        (["PLAIN", "--prompt", "a"], "does not record how it was made: give the model, after the picture"),
         (["PLAIN", "MODEL", "--prompt", "a", "--size", "16x99"], "must be larger than the picture on both sides"),
         (["PLAIN", "MODEL", "--prompt", "a", "--strength", "2"], "strength of a stage must be in (0, 1], got 2.0"),
         (["PLAIN", "MODEL", "--prompt", "a", "--seed", "-1"], "'--seed': Input should be greater than or equal to 0"),
         (["PLAIN", "MODEL", "--prompt", "a", "--steps", "0"], "steps of a stage must be an integer >= 1, got 0"),
         (["PLAIN", "MODEL", "--prompt", "a", "-o", "x.jpg"], "output must end in .png, got x.jpg"),
         (["NONE", "MODEL", "--prompt", "a"], "no such picture"),
-        (["TEXT", "MODEL", "--prompt", "a"], "is no picture"),
-        (["HALF", "MODEL", "--prompt", "a"], "d.png is no picture that Pillow can read whole: image file is truncated"),
+        (["TEXT", "MODEL", "--prompt", "a"], "is not a picture"),
+        (
+            ["HALF", "MODEL", "--prompt", "a"],
+            "d.png is not a picture that Pillow can read completely: image file is truncated",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -198,7 +198,7 @@ def test_a_quantization_without_gradients_is_refused(make_config: MakeConfig) ->
         ({"quant_type": "Float8WeightOnlyConfig", "weight_dtype": "float9"}, r"quant_kwargs: .*float9"),
         (
             {"quant_type": "Int8WeightOnlyConfig", "version": 7},
-            r"base.quantization .*: quant_kwargs: |cannot be done: ",
+            r"base.quantization .*: quant_kwargs: |failed: ",
         ),
     ],
 )
@@ -215,7 +215,7 @@ def test_what_a_backend_lacks_is_told(make_config: MakeConfig, monkeypatch: pyte
         raise ImportError("Requires mslk >= 1.0.0")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lacking)
-    with pytest.raises(ValueError, match=r"^base.quantization \(--quantize\) cannot be done: Requires mslk >= 1.0.0"):
+    with pytest.raises(ValueError, match=r"^base.quantization \(--quantize\) failed: Requires mslk >= 1.0.0"):
         load_teacher(make_config(base={"quantization": INT8}).base)
 
 
@@ -241,7 +241,7 @@ def test_arguments_of_bitsandbytes_are_checked(base: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"asks for bitsandbytes, which is not installed: pip install bitsandbytes$"):
         options("bitsandbytes_4bit")
     monkeypatch.setattr(quantizing, "find_spec", lambda _: True)
-    with pytest.raises(ValueError, match="diffusers quantizes with bitsandbytes on a GPU alone; torchao"):
+    with pytest.raises(ValueError, match="diffusers quantizes with bitsandbytes on GPUs only; torchao"):
         options("bitsandbytes_4bit")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(diffusers.BitsAndBytesConfig, "post_init", lambda _: None)  # which wants the package

@@ -28,10 +28,10 @@ def test_stages_add_up_over_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_work_log_refuses_other_settings_and_other_folders(tmp_path: Path) -> None:
     WorkLog(tmp_path / "work", {"steps": 3, "radius": 4})
-    with pytest.raises(ValueError, match=r"work was begun with other radius: remove it"):
+    with pytest.raises(ValueError, match=r"work was started with other radius: remove it"):
         WorkLog(tmp_path / "work", {"steps": 3, "radius": 5})
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and was not begun here"):
+    with pytest.raises(ValueError, match="is not empty and was not started by this command"):
         WorkLog(tmp_path, {})
 
 

@@ -269,7 +269,7 @@ def test_convert_refuses_what_does_not_go_together(options: dict, told: str, mer
 
 
 def test_merging_an_adapter_refuses_another_limit(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="an adapter keeps the dense_below that it has, got dense_below=9"):
+    with pytest.raises(ValueError, match="an adapter keeps its dense_below, got dense_below=9"):
         convert_and_merge(_plain_adapter(tmp_path), output=tmp_path / "merged", dense_below=9)
 
 

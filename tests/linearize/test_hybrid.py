@@ -237,7 +237,7 @@ def test_config_round_trips_through_json(config: Hybrid) -> None:
         ({"local": Clear(radius=2, pool_tokens=4)}, "local must have no pooled tokens"),
         ({"global_": Clear(radius=2)}, "global must be a config of Agent, Mala, Rala, ProxyTokens, got Clear"),
         ({"global_": LinFusion()}, "global must be a config of"),
-        ({"global_": Mala(balance=True)}, "global must have no balance of its own"),
+        ({"global_": Mala(balance=True)}, "global must not have balance"),
         ({"join": "sum"}, "join must be one of mass, gate, got 'sum'"),
         ({"gate": True}, "gate must be a finite number"),
         ({"gate": float("nan")}, "gate must be a finite number"),
@@ -252,7 +252,7 @@ def test_settings_are_checked(change: dict[str, Any], told: str) -> None:
 @pytest.mark.parametrize(
     ("entries", "told"),
     [
-        ({"local": {"method": "clear", "radius": 2}}, "needs more settings; not given: global$"),
+        ({"local": {"method": "clear", "radius": 2}}, "lacks required settings: global$"),
         ({"local": "clear", "global": {"method": "mala"}}, "a method must look like"),
         ({"local": {"method": "clear", "raduis": 2}, "global": {"method": "mala"}}, r"did you mean radius\?"),
         ({"local": {"method": "clear", "radius": 2}, "globol": {"method": "mala"}}, r"did you mean global\?"),

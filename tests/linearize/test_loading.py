@@ -86,7 +86,7 @@ def test_from_pretrained_takes_a_base_that_has_moved(base: Path, tmp_path: Path)
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"is no longer at .*base: pass base= \(--base\) with its place"):
+    with pytest.raises(ValueError, match=r"is no longer at .*base: pass its new place as base= \(--base\)"):
         from_pretrained(tmp_path / "adapter")
     assert torch.equal(run(from_pretrained(tmp_path / "adapter", base=moved), arguments), run(student, arguments))
 
@@ -166,7 +166,7 @@ def test_a_folder_of_one_variant_is_loaded(
     with caplog.at_level(logging.INFO, logger="lineardit"):
         for pipe in (from_pretrained(tmp_path / "saved"), from_pretrained(tmp_path / "adapter", base=moved)):
             assert torch.equal(run(pipe, arguments), run(student, arguments))
-    assert "weights of the variant fp16, the only ones there" in caplog.text
+    assert "loading the variant fp16, the only one available" in caplog.text
     plain(base).save_pretrained(moved, variant="bf16", **shards)
     with pytest.raises(ValueError, match="several variants, bf16, fp16: pass variant="):
         from_pretrained(tmp_path / "adapter", base=moved)

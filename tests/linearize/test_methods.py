@@ -100,7 +100,7 @@ def test_configs_round_trip(config: Any) -> None:
     [
         ({"method": "claer", "radius": 4}, r"unknown method 'claer' \(did you mean clear\?\)"),
         ({"method": "clear", "raduis": 4}, r"unknown setting 'raduis' of clear \(did you mean radius\?\)"),
-        ({"method": "clear"}, "not given: radius"),
+        ({"method": "clear"}, "lacks required settings: radius"),
         ({"radius": 4}, "must look like"),
         ({"method": ["clear"]}, "must look like"),
         ("clear", "must look like"),

@@ -132,7 +132,7 @@ def test_ours_goes_below_a_style_that_was_there_first() -> None:
 def test_linearize_again_keeps_what_was_trained(student, caplog: pytest.LogCaptureFixture) -> None:
     model, arguments, base, trained = student
     linearize_(model, Clear(radius=3))
-    assert "for the conversion before stays: restore_ first" in caplog.text
+    assert "for the previous conversion are kept: call restore_ first" in caplog.text
     assert not torch.equal(run(model, arguments), trained)
     linearize_(model, CLEAR)
     assert torch.equal(run(model, arguments), trained)
@@ -267,7 +267,7 @@ def test_add_lora_refuses_a_second_one() -> None:
     model = build("flux")
     linearize_(model, CLEAR)
     add_lora_(model, rank=2, targets=["to_q"])
-    with pytest.raises(ValueError, match="LoRA of ours already"):
+    with pytest.raises(ValueError, match="already has a LoRA to train"):
         add_lora_(model, rank=2, targets=["to_k"])
 
 

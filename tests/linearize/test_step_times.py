@@ -56,7 +56,7 @@ def timed(conversion: WeightlessConversion, sizes: Sequence[tuple[int, int]], **
 def test_every_model_whose_inputs_are_known_is_timed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(family)
     if not can_make_inputs(model):
-        with pytest.raises(ValueError, match=r"inputs of a .* cannot be made up: `lineardit evaluate`"):
+        with pytest.raises(ValueError, match=r"inputs of a .* cannot be generated: `lineardit evaluate`"):
             WeightlessConversion.read(adapter_of(model, tmp_path))
         return
     conversion = WeightlessConversion.read(adapter_of(model, tmp_path))
@@ -99,7 +99,7 @@ def test_original_and_conversion_run_in_turn(tmp_path: Path, monkeypatch: pytest
 def test_a_base_that_has_moved_is_named(tmp_path: Path) -> None:
     adapter = adapter_of(build("flux"), tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"is no longer at .*base: pass base= \(--base\) with its place"):
+    with pytest.raises(ValueError, match=r"is no longer at .*base: pass its new place as base= \(--base\)"):
         WeightlessConversion.read(adapter)
     assert timed(WeightlessConversion.read(adapter, base=tmp_path / "moved"), [(64, 64)])
 

@@ -69,7 +69,7 @@ def kernel_of(config: Any, *, num_heads: int = 1) -> Any:
         ("slidingtile", {"tile": 0, "window": 3}, "tile must be an integer >= 1"),
         ("slidingtile", {"tile": (8, 8, 8), "window": 3}, r"tile must be .*, got \(8, 8, 8\)"),
         ("slidingtile", {"tile": 8, "window": (3, 1.5)}, "window must be an integer >= 1"),
-        ("slidingtile", {"tile": 8}, "not given: window"),
+        ("slidingtile", {"tile": 8}, "lacks required settings: window"),
     ],
 )
 def test_bad_settings_are_refused(method: str, entries: dict[str, Any], told: str) -> None:

@@ -128,7 +128,7 @@ def test_a_fused_style_stays_with_ours(
     pipe.unload_lora_weights()
     assert torch.allclose(forward(pipe), styled, atol=1e-4)
     save_adapter(pipe, tmp_path / "without_the_style")
-    assert "LoRA that was fused into the base's weights is no part of an adapter" in caplog.text
+    assert "LoRA that was fused into the base's weights is not saved in an adapter" in caplog.text
     restore_(pipe)
     assert torch.allclose(forward(pipe), dense_style, atol=1e-4)
     load_adapter_(pipe, adapter)

@@ -105,7 +105,7 @@ def test_generate_makes_the_picture_where_nothing_else_can_be_kept(
     generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL | {"size": (48, 48)}, cascade=cascade)
     assert pixels(tmp_path / "out.png").shape == (48, 48, 3)
     assert not list(tmp_path.rglob("*.safetensors"))
-    told = "not kept, and the picture is made all the same: .*/out.latents.safetensors cannot be written: No space left"
+    told = "cannot be kept, but the picture is made: .*/out.latents.safetensors cannot be written: No space left"
     assert re.search(told, caplog.text)
 
 

@@ -214,7 +214,7 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
     ("change", "said"),
     [
         (lambda plan: {"plan": replace(plan, stages=plan.stages[1:])}, "enlarges a picture: give image"),
-        (lambda plan: {"plan": plan, "image": Image.new("RGB", (16, 16))}, "begins with noise, and image would not be"),
+        (lambda plan: {"plan": plan, "image": Image.new("RGB", (16, 16))}, "begins with noise, and image would be"),
         (lambda plan: {"plan": plan, "start_stage": 1}, "start_stage must be 1 to 2 with start_latents"),
         (lambda plan: {"plan": plan, "height": 16}, "height and width must be the plan's, 64 and 64, or left out"),
         (

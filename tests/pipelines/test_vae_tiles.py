@@ -174,7 +174,7 @@ def test_decode_goes_on_in_smaller_tiles_when_a_picture_is_too_large(
     monkeypatch.setattr(vae, "decode", small_memory)
     assert torch.equal(decode(vae, latents, tile=640), wanted)
     assert sizes[0] == 150 * 260 and max(sizes[1:]) == 130**2
-    assert f"{why}: the VAE goes on in tiles of 260 pixels" in caplog.text
+    assert f"{why}: the VAE continues in tiles of 260 pixels" in caplog.text
     monkeypatch.setattr(vae, "decode", lambda *_, **__: (_ for _ in ()).throw(TOO_LARGE[why]))
     with pytest.raises(type(TOO_LARGE[why])):
         decode(vae, latents, tile=None)
