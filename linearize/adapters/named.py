@@ -77,5 +77,5 @@ def _base_of(manifest: Manifest, adapter: str, base: str | Path | None, *, offli
         raise ValueError(f"{adapter} does not name its base (it was made in memory): pass base= (--base)")
     check_spelling(manifest.base)
     if Path(manifest.base).is_absolute() and not Path(manifest.base).exists():
-        raise ValueError(f"the base of {adapter} is no longer at {manifest.base}: pass base= (--base) with its place")
+        raise ValueError(f"the base of {adapter} is no longer at {manifest.base}: pass its new place as base= (--base)")
     return read_base(manifest.base, revision=manifest.base_revision, offline=offline)
