@@ -28,6 +28,7 @@ from .identity import architecture, fingerprint, main_dtype
 from .precision import autocasts
 from .processes import all_or_none, on_main, start_accelerator
 from .quantized import check_gradients
+from .recomputing import check_recomputes
 from .runs import check_run, write_run
 from .student import build_student_
 from .trackers import available, check_trackers, start_trackers
@@ -77,6 +78,8 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
         taught.to(accelerator.device)
         _check_teacher(accelerator, denoiser(pipe)[1], samples)
         check_gradients(denoiser(pipe)[1], getattr(torch, config.base.dtype))
+        if config.run.gradient_checkpointing:
+            check_recomputes(denoiser(pipe)[1])
         report = build_student_(pipe, config)
 
     def write() -> bool:  # of a measurement, so that all do as the first found

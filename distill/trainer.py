@@ -39,6 +39,7 @@ from .layerwise import lessons
 from .losses import loss_terms, weighted_sum
 from .pair import Pair
 from .processes import average_gradients, main_has, on_main, tensors_of_main
+from .recomputing import recompute_
 from .schedule import learning_rate
 from .validation import Validation
 
@@ -65,7 +66,7 @@ class Trainer:
         self.started = 0  # the step behind which this process began
         model: Any = denoiser(pipe)[1]
         if config.run.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            recompute_(model)
         model.eval()  # as the samples were made: HiDream in training returns its padding as well
         pipe.set_progress_bar_config(disable=True)
         self.pair = Pair(model, device=accelerator.device, dtype=getattr(torch, config.base.dtype), mixed=mixed)

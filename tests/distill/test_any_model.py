@@ -104,6 +104,31 @@ def test_a_student_learns_in_bfloat16_as_the_example_has_it(
     assert rows[-1]["attention"] < rows[2]["attention"]
 
 
+def test_gradient_checkpointing_of_blocks_that_are_called_by_keyword(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = prompted("hunyuan-image")
+    kept(pipe, tmp_path / "samples", size_of("hunyuan-image"))
+    for folder, on in (("plain", False), ("again", True)):
+        student = copy.deepcopy(pipe)
+        monkeypatch.setattr(train, "load_teacher", lambda _, student=student: student)
+        run = {"steps": 1, "gradient_checkpointing": on, "directory": str(tmp_path / folder)}
+        train.distill(config_of(tmp_path, layerwise={"steps": 0}, run=run))
+    plain, again = (loss_rows(tmp_path / folder)[0] for folder in ("plain", "again"))
+    assert {**again, "seconds": 0} == pytest.approx({**plain, "seconds": 0}, rel=1e-5)
+
+
+def test_gradient_checkpointing_that_diffusers_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = prompted("hunyuan-dit")
+    kept(pipe, tmp_path / "samples", size_of("hunyuan-dit"))
+    monkeypatch.setattr(train, "load_teacher", lambda _: pipe)
+    with pytest.raises(ValueError, match=r"^run.gradient_checkpointing must be false for a HunyuanDiT2DModel"):
+        train.distill(config_of(tmp_path, run={"gradient_checkpointing": True}))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
     """The text's projections too, of which the last block's are reached by the loss of attention outputs alone."""
     pipe = prompted("qwen-image")

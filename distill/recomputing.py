@@ -1,0 +1,20 @@
+"""Gradient checkpointing, diffusers' own: blocks run again in the backward, which takes less memory."""
+
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+
+
+def check_recomputes(model: Any) -> None:
+    """Raise a ValueError for a model that diffusers cannot run so."""
+    if not model._supports_gradient_checkpointing:
+        raise ValueError(
+            f"run.gradient_checkpointing must be false for a {type(model).__name__}, which diffusers has none for; a "
+            "smaller run.batch_size takes less memory"
+        )
+
+
+def recompute_(model: Any) -> None:
+    """Run its blocks again in the backward; diffusers' own function would refuse HunyuanImage's keywords."""
+    model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
