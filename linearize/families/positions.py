@@ -30,6 +30,7 @@ def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
     Raises:
         LayoutError: the ids are not exactly one rectangle in row-major order.
     """
+    device, ids = ids.device, ids.cpu()  # read once: each answer would wait for all that the device has to do
     rows, cols = ids[:, 1], ids[:, 2]
     num_tokens = ids.shape[0]
     widths = (_first(rows != rows[0]), 1 + _first(cols[1:] < cols[:-1]))
@@ -37,10 +38,10 @@ def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
         height, rest = divmod(num_tokens, width)
         exact = ids[:1].float().repeat(num_tokens, 1)
         if rest == 0:
-            exact[:, 1] += torch.arange(height, device=ids.device).repeat_interleave(width)
-            exact[:, 2] += torch.arange(width, device=ids.device).repeat(height)
+            exact[:, 1] += torch.arange(height).repeat_interleave(width)
+            exact[:, 2] += torch.arange(width).repeat(height)
             if torch.equal(exact.to(ids.dtype), ids):
-                return (height, width), exact
+                return (height, width), exact.to(device)
     raise LayoutError(
         f"the {num_tokens} image positions are not one full rectangle in row-major order, so there is no window on "
         "them (an image cropped or packed by hand, or references that share the image's first position column): run "
@@ -60,6 +61,7 @@ def image_and_references(ids: Tensor) -> tuple[Grid, int, Tensor]:
     Raises:
         LayoutError: one of the images is no rectangle.
     """
+    device, ids = ids.device, ids.cpu()
     others = [axis for axis in range(ids.shape[1]) if axis not in (1, 2)]
     grid, exact, start = None, [], 0
     while start < ids.shape[0]:
@@ -69,12 +71,12 @@ def image_and_references(ids: Tensor) -> tuple[Grid, int, Tensor]:
         exact.append(run)
         start += length
     assert grid is not None, "there is at least one image token"
-    return grid, ids.shape[0] - grid[0] * grid[1], torch.cat(exact)
+    return grid, ids.shape[0] - grid[0] * grid[1], torch.cat(exact).to(device)
 
 
 def _first(mask: Tensor) -> int:
     """Index of the first True in [N], N where there is none."""
-    return int(pad(mask.to(torch.uint8), (0, 1), value=1).argmax())  # asked once: each answer waits for the device
+    return int(pad(mask.to(torch.uint8), (0, 1), value=1).argmax())
 
 
 def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
@@ -135,9 +137,11 @@ def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
     Upstream makes a tokens x tokens mask of segment_ids [B, text + N], which set the padding before the text apart.
     Where every layer is converted it gets one segment instead; `text_mask` says what they said.
     """
-    is_image, segments = arguments["indicator"] == _OUTPUT_IMAGE, arguments["segment_ids"]
+    names = ("indicator", "segment_ids", "position_ids")
+    indicator, segments, positions = (arguments[name].cpu() for name in names)  # each read once, as in `rectangle`
+    is_image = indicator == _OUTPUT_IMAGE
     text_len = _first(is_image[0])
-    positions = arguments["position_ids"][:, text_len:]
+    positions = positions[:, text_len:]
     attend = segments == segments[:, -1:]
     alike = (is_image == is_image[:1]).all() and (positions == positions[:1]).all()
     if not alike or not is_image[:, text_len:].all() or not attend[:, text_len:].all():
@@ -150,7 +154,9 @@ def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
     if _is_original(model, grid):
         return sight
     whole = all(hasattr(layer.attention, "linear_kernel") for layer in model.layers)
-    return replace(sight, text_mask=attend[:, :text_len], replaced={"segment_ids": segments[:, -1:]} if whole else {})
+    text_mask = attend[:, :text_len].to(arguments["segment_ids"].device)
+    replaced = {"segment_ids": arguments["segment_ids"][:, -1:]} if whole else {}
+    return replace(sight, text_mask=text_mask, replaced=replaced)
 
 
 def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:

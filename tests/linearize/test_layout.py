@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lineardit import Clear, linearize_
 from lineardit.linearize import LayoutError
-from lineardit.linearize.families.positions import rectangle
+from lineardit.linearize.families.positions import image_and_references, rectangle
 from lineardit.linearize.layout import Layout, text_mask_of
 from tiny_models import build, inputs_of, position_ids, run
 
@@ -101,3 +101,25 @@ def test_converted_model_asks_the_device_as_often_with_more_layers(family: str) 
             run(model, inputs_of(family))
         counts.append(waits.count)
     assert counts[0] == counts[1] > 0
+
+
+class Far(torch.Tensor):
+    """As if on a device: counts what is read from it."""
+
+    waits = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.waits += func.__name__ in ("cpu", "__int__", "__bool__", "equal")
+        out = super().__torch_function__(func, types, args, kwargs)
+        return out.as_subclass(torch.Tensor) if func.__name__ == "cpu" else out
+
+
+def test_position_ids_are_read_from_the_device_once() -> None:
+    image = position_ids((5, 7))
+    reference = position_ids((3, 4)) + torch.tensor([1.0, 0.0, 0.0])
+    ids = torch.cat([image, reference])
+    for read, there in ((rectangle, image), (image_and_references, ids)):
+        Far.waits = 0
+        exact = read(there.as_subclass(Far))[-1]
+        assert Far.waits == 1 and torch.equal(exact, there.float())
