@@ -201,7 +201,8 @@ class StagedPipeline(DiffusionPipeline):
         scale = pixels_per_latent(self.vae)
         if latents.ndim == 3:
             latents = unpack_latents(latents, stage.height // scale, stage.width // scale)
-        return decode(self.vae, latents, tile=tile, progress=self._shows_progress())
+        # those of an interrupted cascade come from a file, or from a callback that keeps them elsewhere
+        return decode(self.vae, latents.to(self._execution_device), tile=tile, progress=self._shows_progress())
 
     def _enlarged(self, pictures: list[Image.Image], stage: Stage, tile: int | None, batch: int) -> Tensor:
         """Clean latents [B, C, h, w] of pictures at the stage's size; each serves as many of the batch."""
@@ -215,7 +216,7 @@ class StagedPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_last(self, latents: Tensor, plan: Plan) -> list[Image.Image]:
         """The pictures of a plan's last stage from its latents, as a callback got them."""
-        pictures, _ = self._finish(latents.to(self._execution_device), plan.stages[-1], plan, "pil")
+        pictures, _ = self._finish(latents, plan.stages[-1], plan, "pil")
         self.maybe_free_model_hooks()
         return pictures
 

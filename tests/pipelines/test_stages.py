@@ -36,6 +36,24 @@ def test_cascade_goes_on_at_a_later_stage(high: Any) -> None:
     assert len(plan.stages) == 3 and torch.equal(rest, whole)
 
 
+def test_latents_that_a_cascade_goes_on_from_come_to_its_device(high: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
+    seen: list[str] = []
+
+    def decode(_vae: Any, latents: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.append(latents.device.type)
+        raise InterruptedError
+
+    monkeypatch.setattr("lineardit.pipelines.stages.decode", decode)
+    monkeypatch.setattr(type(high), "_execution_device", torch.device("meta"))
+    latents = torch.zeros(1, *high._shape_of_latents(plan.stages[0]))
+    with pytest.raises(InterruptedError):
+        high(PROMPT, plan=plan, start_latents=latents, start_stage=1, max_sequence_length=8)
+    with pytest.raises(InterruptedError):
+        high.decode_last(torch.zeros(1, *high._shape_of_latents(plan.stages[-1])), plan)
+    assert seen == ["meta", "meta"]
+
+
 def test_a_cascade_that_goes_on_gives_the_pictures_it_goes_on_from(high: Any) -> None:
     """A call that was killed between latents and picture never gave them."""
     plan = high.plan(64, 64, num_inference_steps=1, settings=FEW)
