@@ -253,4 +253,4 @@ def latents_kept(batch: Sequence[Wanted]) -> Iterator[None]:
         yield
     finally:
         if left := [str(one.latents) for one in batch if one.latents.exists()]:
-            logger.warning("not decoded; the finished latents are kept in %s", ", ".join(left))
+            logger.warning("not decoded; the finished latents are kept in %s, for `lineardit decode`", ", ".join(left))

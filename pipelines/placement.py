@@ -38,9 +38,13 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
         ValueError: no such offload, there is no accelerator to offload from, or the weights cannot be offloaded so.
     """
     check_offload(device, offload)
-    kinds = " ".join(quantized_in(part) or "" for part in pipe.components.values() if isinstance(part, nn.Module))
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    kinds = " ".join(quantized_in(part) or "" for part in parts)
     if offload == "sequential" and "Params4bit" in kinds:
         raise ValueError(_NO_LAYERS_OF_4_BITS)
+    whole = [type(part).__name__ for part in parts if not getattr(part, "_supports_group_offloading", True)]
+    if offload == "group" and whole:
+        raise ValueError(f"offload 'group' is not for a {' or a '.join(whole)} in diffusers: use --offload model")
     if offload == "none":
         pipe.to(device)
     elif offload == "model":

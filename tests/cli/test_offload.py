@@ -23,6 +23,7 @@ from lineardit.distill.pictures import PictureSettings
 from lineardit.linearize.adapters.quantization import Quantization
 from lineardit.pipelines import placement
 from lineardit.pipelines.placement import OFFLOADS, check_offload, place_
+from tiny_stock import STOCK
 
 SMALL = ("--size", "32x24", "--steps", "1", "--max-sequence-length", "8", "--offline")
 SETTINGS = PictureSettings(height=24, width=32, steps=1, max_sequence_length=8)
@@ -156,6 +157,11 @@ def test_weights_of_4_bits_are_not_offloaded_layer_by_layer(base: Path, monkeypa
     monkeypatch.setattr(placement, "quantized_in", lambda _: "Params4bit")  # of a base that was saved so
     with pytest.raises(ValueError, match="offload 'sequential' cannot move weights"):
         place_(pipe, cuda, "sequential")
+
+
+def test_group_offload_of_a_model_that_has_none_in_diffusers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^offload 'group' is not for a HunyuanDiT2DModel .* use --offload model$"):
+        place_(STOCK["hunyuan-dit"].make(), torch.device("cuda"), "group")
 
 
 @pytest.mark.parametrize(("kind", "streams"), [(None, True), ("Params4bit", True), ("Int8Tensor", False)])

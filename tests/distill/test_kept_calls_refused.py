@@ -139,7 +139,9 @@ def test_a_run_without_enough_memory_says_what_needs_less(
     config = str(write_config(config_of(tmp_path), tmp_path / "config.toml"))
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
     assert main([config]) == 1
-    assert "out of memory: CUDA ...; raise run.gradient_accumulation" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "out of memory: CUDA ...; raise run.gradient_accumulation" in said
+    assert "base.dtype" not in said.partition("--resume latest")[0]  # which a run that goes on must keep
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main([config])
