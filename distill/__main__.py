@@ -11,7 +11,7 @@ from typing import NoReturn
 from .launch import QUIET, end_with
 
 LESS_MEMORY = (
-    "raise run.gradient_accumulation or set run.gradient_checkpointing = true, and go on with --resume latest; in "
+    "raise run.gradient_accumulation or set run.gradient_checkpointing = true, and continue with --resume latest; in "
     "another folder, a run with base.dtype = 'bfloat16' takes less too"
 )
 PATIENCE = 10  # seconds that a process waits for the one that tells what ended the run

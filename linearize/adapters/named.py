@@ -1,4 +1,4 @@
-"""What a name stands for, by config files alone: an adapter with its base, a saved converted model, or a plain base."""
+"""Resolve a name from config files only: an adapter with its base, a saved converted model, or a plain base."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,11 @@ from .place import Place, check_spelling, find_place
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """What a folder, file or Hub id is.
+    """What a folder, file or Hub id refers to.
 
     Attributes:
-        place: Where it lies.
-        base: The model: of an adapter the one that it goes on, else what lies there itself.
+        place: Where it is stored.
+        base: The model: the base of an adapter, otherwise the model itself.
         conversion: An adapter's manifest, or the entry of a saved converted model; None: a plain base.
     """
 
@@ -29,7 +29,7 @@ class Named:
         """The conversion.
 
         Raises:
-            ValueError: there is none; says what to type.
+            ValueError: there is none; the error says what to type.
         """
         if self.conversion is not None:
             return self.conversion
@@ -46,16 +46,16 @@ class Named:
 def find_named(
     name: str | Path, *, base: str | Path | None = None, revision: str | None = None, offline: bool = False
 ) -> Named:
-    """What a name stands for.
+    """Resolve a name.
 
     Args:
         name: Folder, file or Hub id.
-        base: In place of the base that an adapter names.
+        base: Folder or Hub id to use in place of the base that an adapter names.
         revision: Branch, tag or commit of `name` on the Hub.
-        offline: Never touch the network.
+        offline: Do not access the network.
     Raises:
-        ValueError: it or the base of an adapter is missing, out of reach or damaged, or `base` beside something that
-            is no adapter.
+        ValueError: it or the base of an adapter is missing, unreachable or damaged, or `base` is given for something
+            that is not an adapter.
     """
     place = find_place(name, revision=revision, offline=offline)
     file = adapter_file(place)
