@@ -77,7 +77,7 @@ def test_quick_run_makes_every_row_and_goes_on(methods: Any, report: Any, tmp_pa
     assert [row.students for row in again.ordered()] == [row.students for row in rows]
     elsewhere = methods.MethodTable(base, tmp_path / "elsewhere", plan).run(shown, plan.seeds, results)
     assert (elsewhere.rows, elsewhere.proposals) == (made.rows, made.proposals)  # nothing was left to do
-    with pytest.raises(ValueError, match="begun with other train_steps"):
+    with pytest.raises(ValueError, match="started with other train_steps"):
         methods.MethodTable(base, tmp_path / "work", replace(plan, train_steps=3))
     with pytest.raises(ValueError, match=r"json is of another plan \(train_steps\)"):
         methods.MethodTable(base, tmp_path / "new", replace(plan, train_steps=3)).run(shown, plan.seeds, results)

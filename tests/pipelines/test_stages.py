@@ -97,7 +97,7 @@ def test_text_is_encoded_once(high: Any) -> None:
     assert len(seen) == 4 and "encode_prompt" not in vars(high)
 
 
-def test_interrupt_stops_after_the_step_and_says_what_comes_back(high: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_interrupt_stops_after_the_step_and_says_what_results(high: Any, caplog: pytest.LogCaptureFixture) -> None:
     plan = high.plan(64, 64, num_inference_steps=2, settings=FEW)
     steps: list[int] = []
 
@@ -108,7 +108,7 @@ def test_interrupt_stops_after_the_step_and_says_what_comes_back(high: Any, capl
 
     out = high(PROMPT, plan=plan, generator=seeded(), max_sequence_length=8, callback_on_step_end=stop).images[0]
     assert steps == [0] and out.size == (16, 16)
-    assert "interrupted in stage 1 of 3: what comes back is 16x16 pixels" in caplog.text
+    assert "interrupted in stage 1 of 3: the result has 16x16 pixels" in caplog.text
 
 
 def test_steps_of_a_picture_that_is_enlarged_are_those_of_every_stage(high: Any) -> None:
