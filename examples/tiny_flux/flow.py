@@ -21,7 +21,7 @@ from torch.nn.functional import max_pool2d
 from lineardit.distill.precision import bfloat16_is_faster
 from lineardit.pipelines.latents import pack_latents, unpack_latents
 
-from ..tiny_flux import scenes
+from . import scenes
 from .train_vae import pictures
 
 PIXELS_PER_TOKEN = 4  # a side: the autoencoder halves, packing halves again

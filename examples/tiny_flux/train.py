@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from lineardit.distill.figures import StepLog
 from lineardit.distill.precision import bfloat16_is_faster
 
-from ..tiny_flux import scenes
+from . import scenes
 from .flow import STRIDES, TinyFlux, TrainConfig, flow_loss, image_positions, make_batch, phase_of_step
 from .model import build_pipeline
 from .train_text import train_text_encoder

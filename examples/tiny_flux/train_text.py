@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..tiny_flux import scenes
+from . import scenes
 from .flow import token_ids
 
 TOLD = (tuple(scenes.COLOURS), scenes.SHAPES, scenes.CELLS)

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..tiny_flux import scenes
+from . import scenes
 from .model import build_vae
 
 KL_WEIGHT = 1e-3  # of the mean over the latent's entries

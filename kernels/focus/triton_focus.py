@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..focus import triton_kernels as kernels
 from ..pieces.cells import Grid, sizes_of
 from ..pieces.kept_tables import kept
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..window.windows import Window
+from . import triton_kernels as kernels
 from .choose import EXACT
 from .chosen_cells import choose
 from .tables import FocusTables, focus_tables

@@ -21,7 +21,6 @@ the last axis has stride 1. Sums are float32.
 import triton
 import triton.language as tl
 
-from ..focus import rest_of_cells
 from ..pieces.triton_blocks import (
     EXCLUDED,
     FLOOR,
@@ -33,6 +32,7 @@ from ..pieces.triton_blocks import (
     query_gradient,
     store_rows,
 )
+from . import rest_of_cells
 
 # Added to the logit of what a query does not see. Not EXCLUDED: the log-sum-exp of a query that sees nothing is that of
 # plain.py, whose backward reads it.

@@ -18,7 +18,7 @@ from ..pieces.cells import Grid
 from ..pieces.kept_tables import kept
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..pieces.results import token_major
-from ..window import triton_kernels as kernels
+from . import triton_kernels as kernels
 from .inputs import Inputs
 from .lists import TileLists, mask_words, transposed, window_lists
 from .windows import Window
