@@ -3,6 +3,7 @@
 Of final latents the student draws the pictures beside the teacher's; of kept calls it predicts each of them.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
+from ..linearize.errors import is_out_of_memory
 from ..linearize.measures.recording import to_device
 from .config import DistillConfig
 from .data import TeacherSamples
@@ -22,6 +24,8 @@ from .latent_functions import latent_functions
 from .pair import Pair
 from .processes import main_has, on_main
 from .sheet import write_sheet
+
+logger = logging.getLogger(__name__)
 
 
 class _Judged(NamedTuple):
@@ -68,13 +72,31 @@ class Validation:
 
     @torch.no_grad()
     def run(self, step: int) -> None:
-        """Judge them; the mean error becomes a row of validation.csv, the pictures a sheet."""
+        """Judge them; the mean error becomes a row of validation.csv, the pictures a sheet.
+
+        A validation that runs out of memory in any process is reported and left out: the run continues.
+        """
+        shares = gather_object([self._judged()])
+        if None in shares:
+            if self.accelerator.is_main_process:
+                logger.warning("validation after step %d ran out of memory; the run continues without it", step)
+            return
+        judged = sorted((one for share in shares for one in share), key=lambda one: one.place)
+        on_main(self.accelerator, lambda: self._write(step, judged))
+
+    def _judged(self) -> list[_Judged] | None:
+        """This process's share of the samples; None: out of memory."""
         main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
         share = self.indices[self.accelerator.process_index :: processes]
         judge = self._predicted if self.samples.calls else self._drawn
-        mine = [judge(index) for index in tqdm(share, desc="validate", leave=False, disable=not main)]
-        judged = sorted(gather_object(mine), key=lambda one: one.place)
-        on_main(self.accelerator, lambda: self._write(step, judged))
+        try:
+            return [judge(index) for index in tqdm(share, desc="validate", leave=False, disable=not main)]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()  # here, where no traceback holds tensors any more
+        return None
 
     def _write(self, step: int, judged: Sequence[_Judged]) -> None:
         assert self.log is not None, "`start` comes first"

@@ -232,6 +232,25 @@ def test_a_validation_that_was_interrupted_comes_with_the_next_call(
     assert (file.parent / "validation-00000006.png").is_file()
 
 
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_validation_without_enough_memory_ends_no_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: int
+) -> None:
+    """It is left out, in the middle of the run or at its end; the next one is made."""
+    config = make_config(validate={"samples": 2, "every": 2})
+    drawn, decoded = Validation._drawn, iter(range(1, 100))
+
+    def short_of_memory(self: Validation, index: int) -> Any:
+        if next(decoded) == step:  # two samples each
+            raise torch.OutOfMemoryError("CUDA ...")
+        return drawn(self, index)
+
+    monkeypatch.setattr(Validation, "_drawn", short_of_memory)
+    assert distill(config).is_dir()
+    assert f"validation after step {step} ran out of memory; the run continues without it" in caplog.text
+    assert steps_of(table(config.run.folder / "validation.csv")) == [one for one in (2, 4, 6) if one != step]
+
+
 def test_a_run_goes_on_in_the_precision_in_which_it_began(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
