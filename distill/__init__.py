@@ -1,6 +1,6 @@
-"""Teach a converted model to behave like the original, on samples that the original makes itself.
+"""Train a converted model to match the original, on samples that the original generates.
 
-`prepare.py` makes the samples. Of the training, `losses.py` has the objective, `batches.py` what a step learns from,
-`trainer.py` the loop, and `train.py` a run from its settings to its adapter.
-`accelerate launch -m lineardit.distill CONFIG.toml` is the command.
+`prepare.py` makes the samples. `losses.py` holds the training objective, `batches.py` the inputs of each step,
+`trainer.py` the training loop, and `train.py` a run from its settings to its adapter.
+`accelerate launch -m lineardit.distill CONFIG.toml` starts a run.
 """

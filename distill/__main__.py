@@ -14,7 +14,7 @@ LESS_MEMORY = (
     "raise run.gradient_accumulation or set run.gradient_checkpointing = true, and continue with --resume latest; in "
     "another folder, a run with base.dtype = 'bfloat16' takes less too"
 )
-PATIENCE = 10  # seconds that a process waits for the one that tells what ended the run
+PATIENCE = 10  # seconds to wait for the process that reports why the run ended
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,8 +23,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or after one sentence 2 where the input is wrong, 1 where memory runs out."""
-    for name, value in QUIET.items():  # before the libraries are imported, which some of them remark upon
+    """The exit code: 0, or after a one-sentence message 1 (out of memory), 2 (`SENTENCES`) or 130 (interrupted)."""
+    for name, value in QUIET.items():  # before importing the libraries, some of which log on import
         os.environ.setdefault(name, value)
     from ..linearize.errors import is_out_of_memory, told
     from .config_tables import load_config
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .train import distill
 
     logging.basicConfig(format="%(message)s")
-    if os.environ.get("RANK", "0") == "0":  # one process speaks for all
+    if os.environ.get("RANK", "0") == "0":  # only one process logs
         logging.getLogger("lineardit").setLevel(logging.INFO)
     try:
         options = _parsed(arguments)
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except RuntimeError as error:
         if _is_of_another(error):
-            time.sleep(PATIENCE)  # it tells why it ended, and the launcher ends this one
+            time.sleep(PATIENCE)  # that process reports why it ended, and the launcher ends this one
         if not is_out_of_memory(error):
             raise
         sentence = f"out of memory: {' '.join(str(error).split())}; {LESS_MEMORY}"
@@ -58,11 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-        ValueError: it is none of ours.
-    """
+    """Parse the command line; raises ValueError if it is invalid."""
     parser = _Parser(prog="lineardit.distill", description="Distill a model into linear attention.")
     parser.add_argument("config", help="TOML file")
     parser.add_argument(
@@ -72,8 +68,8 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         help="go on after the newest whole checkpoint, or that of a step",
     )
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change a setting")
-    elastic = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # what torchrun and accelerate start
-    parser.add_argument("--launcher", type=int, default=elastic, help=argparse.SUPPRESS)  # the parent, to end with it
+    elastic = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # started by torchrun or accelerate
+    parser.add_argument("--launcher", type=int, default=elastic, help=argparse.SUPPRESS)  # to end with the parent
     return parser.parse_args(arguments)
 
 
@@ -84,7 +80,7 @@ def _resume(text: str) -> str | int:
 
 
 def _tell(sentence: str, *, elsewhere: bool = False) -> None:
-    """Say what ended the run; or wait for the process that does, which a launcher ends together with this one."""
+    """Print why the run ended; if `elsewhere`, wait: another process prints it, and the launcher ends both."""
     if elsewhere:
         with suppress(KeyboardInterrupt):
             time.sleep(PATIENCE)
@@ -93,10 +89,10 @@ def _tell(sentence: str, *, elsewhere: bool = False) -> None:
 
 
 def _is_of_another(error: RuntimeError) -> bool:
-    """Whether another process of the launch has ended, which this one finds when they exchange something."""
+    """Whether a collective operation failed because another process of the launch has ended."""
     from torch import distributed
 
-    lost = any(word in str(error) for word in ("closed by peer", "reset by peer"))  # what gloo says
+    lost = any(word in str(error) for word in ("closed by peer", "reset by peer"))  # gloo's messages
     return _has_joined() and (lost or isinstance(error, distributed.DistError))
 
 
@@ -107,7 +103,7 @@ def _has_joined() -> bool:
 
 
 def _is_told_elsewhere(error: Exception) -> bool:
-    """Whether another process says it: of those that have joined the main one, before that the first of a machine."""
+    """Whether another process reports it: rank 0 if all raise it; local rank 0 before the process group exists."""
     from torch import distributed
 
     from .processes import OF_ALL
@@ -118,7 +114,7 @@ def _is_told_elsewhere(error: Exception) -> bool:
 
 
 def _is_first_without_memory() -> bool:
-    """Whether no other process of the launch has run out of memory before: they count where they have met."""
+    """Whether this process is the first of the launch to run out of memory, counted in the group's store."""
     from torch import distributed
 
     if not _has_joined():

@@ -1,4 +1,4 @@
-"""The moving average of what is trained (`trained.ema`), in float32: with it a student is judged and saved."""
+"""The moving average of the trained weights (`trained.ema`), in float32; a student is validated and saved with it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Average:
-    """diffusers' EMAModel, whose step n has the decay min(`decay`, n / (n + 9)), so that it forgets where it began.
+    """diffusers' EMAModel; step n has the decay min(`decay`, n / (n + 9)), so that the initial weights fade quickly.
 
     Args:
-        trained: What the optimizer changes, by name.
-        decay: 0: there is no average, and the weights themselves stand for it.
+        trained: The trained parameters, by name.
+        decay: 0: no average; the weights themselves are used.
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -22,27 +22,27 @@ class Average:
         self.begin()
 
     def begin(self) -> None:
-        """Begin with the weights as they are."""
+        """Start the average from the current weights."""
         self.ema = EMAModel(self.trained.values(), decay=self.decay) if self.decay else None
 
     def remember_(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
-        """Go on after so many steps, where `tensors` gave this."""
+        """Restore the result of `tensors()` after this many steps."""
         if self.ema is not None:
             self.ema.shadow_params = [tensors[name] for name in self.trained]
             self.ema.optimization_step = steps
 
     def step(self) -> None:
-        """Take in the weights as the optimizer has left them."""
+        """Update the average with the current weights."""
         if self.ema is not None:
             self.ema.step(self.trained.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average by the names of the weights; empty where there is none."""
+        """The averaged weights by name; empty if there is no average."""
         return {} if self.ema is None else dict(zip(self.trained, self.ema.shadow_params, strict=True))
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """Inside, the weights hold their average; afterwards what they held before, to the last bit."""
+        """Inside, the weights hold their average; on exit the previous values are restored bit for bit."""
         if self.ema is None:
             yield
             return

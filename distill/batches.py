@@ -1,4 +1,4 @@
-"""What a student learns from in each step: arguments of the teacher's forwards, a function of seed and step alone."""
+"""The training inputs of each step: arguments of the model's forwards, determined by seed and step alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from .schedule import noise_levels
 
 
 class Part(NamedTuple):
-    """One forward to learn from: the model's arguments, and what made them, where that is known."""
+    """One training forward: the model's arguments, and the latents and noise behind them where they are known."""
 
     arguments: Mapping[str, Any]
     latents: Tensor | None = None  # [B, N, C]
@@ -23,10 +23,10 @@ class Part(NamedTuple):
 
 
 class Batches:
-    """The batches of all steps, of which each process takes its share.
+    """The batches of all steps; each process takes its share.
 
     Args:
-        samples: The last `validate.samples` of them are left out.
+        samples: The last `validate.samples` of them are held out.
     """
 
     def __init__(self, accelerator: Accelerator, config: DistillConfig, pipe: Any, samples: TeacherSamples) -> None:
@@ -42,7 +42,7 @@ class Batches:
         )
 
     def parts(self, step: int) -> Iterator[Part]:
-        """This process' share of the step's batch, in parts that fit the memory."""
+        """This process's share of the step's batch, split for gradient accumulation."""
         run, accelerator = self.config.run, self.accelerator
         size = run.batch_size // (accelerator.num_processes * run.gradient_accumulation)
         chosen = self.order.batch(step - 1)
@@ -60,7 +60,7 @@ class Batches:
                 yield self._noised(batch, noise, noise_levels(self.config, places, uniform))
 
     def _noised(self, batch: Batch, noise: Tensor, unshifted: Tensor) -> Part:
-        """These samples with this noise [B, N, C], at noise levels [B] before their shift."""
+        """The samples mixed with noise [B, N, C] at noise levels [B], which are given before the shift."""
         device, model = self.accelerator.device, denoiser(self.pipe)[1]
         functions = latent_functions(model)
         sigma = functions.shift(self.pipe.scheduler, unshifted, batch.grid).to(device)
@@ -72,7 +72,7 @@ class Batches:
         return Part(arguments, batch.latents, noise)
 
     def _kept_calls(self, indices: Sequence[int], shares: Tensor) -> Iterator[Part]:
-        """A call of each of these samples; shares in [0, 1) of the denoising say which."""
+        """One call of each sample, the one at this share in [0, 1) of its denoising."""
         for index, share in zip(indices, shares.tolist(), strict=True):
             number = min(int(share * self.samples.calls), self.samples.calls - 1)  # a share may be rounded to 1
             yield Part(self.samples.call(index, number))

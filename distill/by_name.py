@@ -1,4 +1,4 @@
-"""A model that is judged by its name, and loaded when its turn comes."""
+"""Models to evaluate that are given by name, and loaded when needed."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from .cost import open_named
 
 @dataclass(frozen=True, kw_only=True)
 class ByName:
-    """A model by its name, as `open_named` takes it, the device it runs on, and how it is offloaded (`place_`)."""
+    """The name and options of a model for `open_named`, the device it runs on, and how it is offloaded (`place_`)."""
 
     name: str
     base: str | None = None
@@ -30,14 +30,14 @@ class ByName:
 
 
 def check_place(model: Any) -> None:
-    """Raise what opening a `ByName` would, where there is nothing of that name, or it cannot be offloaded so."""
+    """Raise what opening a `ByName` would raise for an unknown name or an offload mode that is not possible."""
     if isinstance(model, ByName):
         check_offload(torch.device(model.device), model.offload, model.quantization)
         find_adapter(model.name, offline=model.offline)
 
 
 def opened(model: Any) -> Any:
-    """The pipeline of a `ByName` in its place, or what was handed over in memory."""
+    """The pipeline of a `ByName`, opened and placed; a pipeline in memory is returned as it is."""
     if not isinstance(model, ByName):
         return model
     pipe = open_named(model.opening())

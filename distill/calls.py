@@ -1,7 +1,7 @@
-"""Calls of a teacher's denoiser, on the disk: what is kept of models whose noise and time distillation does not know.
+"""Storage of a teacher's denoiser calls, for models whose noise and time conventions distillation does not know.
 
-Of one picture a shard holds tensors `INDEX.NUMBER`, each once however often it is used, and in its header, under
-`INDEX`, the arguments of every call as JSON: a tensor there is {"tensor": NUMBER}, a tuple {"tuple": [...]}, a
+For each picture a shard holds tensors `INDEX.NUMBER`, each stored once however often it is used. The shard's header
+holds, under `INDEX`, the arguments of every call as JSON: a tensor is {"tensor": NUMBER}, a tuple {"tuple": [...]}, a
 dictionary {"dict": {...}}.
 """
 
@@ -17,11 +17,11 @@ from ..linearize.measures.recording import Arguments, Prediction
 
 
 def chosen_calls(made: Sequence[Prediction], count: int, seed: int) -> list[Prediction]:
-    """`count` calls of a picture, one from each of as many equal parts of it; all where there are no more.
+    """Choose `count` calls of a picture, a random one from each of `count` equal parts; all if there are no more.
 
     Args:
         made: In the order of denoising.
-        seed: Says which of each part.
+        seed: Of the random choice.
     """
     if len(made) <= count:
         return list(made)
@@ -31,13 +31,13 @@ def chosen_calls(made: Sequence[Prediction], count: int, seed: int) -> list[Pred
 
 
 def pack(calls: Sequence[Arguments], prefix: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors by their name in the shard, and the JSON that says where they stand.
+    """The tensors by their name in the shard, and the JSON of the arguments, which refers to them.
 
     Raises:
-        ValueError: an argument is neither a tensor nor what JSON has.
+        ValueError: an argument holds something other than tensors and JSON values.
     """
     tensors: dict[str, Tensor] = {}
-    numbers: dict[int, int] = {}  # of tensors that were met, by id
+    numbers: dict[int, int] = {}  # of the tensors seen so far, by id
 
     def write(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
@@ -63,7 +63,7 @@ def unpack(written: str, call: int, tensor: Callable[[int], Tensor]) -> dict[str
 
     Args:
         written: The JSON of `pack`.
-        tensor: Gives the tensor of a number.
+        tensor: Returns the tensor of a number.
     """
 
     def read(value: Any) -> Any:

@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or not there: written by the main process into a hidden folder, synced, listed, renamed.
+"""Atomic checkpoints: the main process writes a hidden folder, syncs it, lists its files, and renames it.
 
 `step-00000100/` holds the trained tensors, AdamW's state, their moving average if there is one, and an adapter of the
-student as it would be saved. The order of the data, the noise and the learning rate are functions of the step, so that
-the step's number is their state.
+student. Data order, noise and learning rate are functions of the step, so they have no other state.
 """
 
 import json
@@ -28,7 +27,7 @@ from .files import write_json
 
 logger = logging.getLogger(__name__)
 
-Resume = Literal["latest"] | int  # after the newest whole checkpoint, or that of a step
+Resume = Literal["latest"] | int  # after the newest complete checkpoint, or that of a step
 
 MANIFEST = "checkpoint.json"
 TRAINED = "trained.safetensors"
@@ -40,12 +39,12 @@ ADAPTER = "adapter"
 def save_checkpoint(
     root: Path, step: int, pipe: Any, trained: Mapping[str, nn.Parameter], optimizer: Optimizer, average: Average
 ) -> Path:
-    """Write the checkpoint of a step, with the adapter of this pipeline; the main process calls it.
+    """Write the checkpoint of a step, with an adapter of the pipeline; called on the main process only.
 
     Args:
-        average: Of the trained weights; the adapter has it.
+        average: Of the trained weights; if there is one, the adapter holds it.
     Raises:
-        OSError: it cannot be written, for example because the disk is full; the checkpoints before it are as they were.
+        OSError: it cannot be written, for example because the disk is full; earlier checkpoints are unchanged.
     """
     final, temporary = root / f"step-{step:08d}", root / f".step-{step:08d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -57,13 +56,13 @@ def save_checkpoint(
         if averaged := average.tensors():
             write_whole(temporary / AVERAGE, partial(save_file, averaged))
         with average.acting():
-            save_adapter(pipe, temporary / ADAPTER)  # for people: nothing here reads it
+            save_adapter(pipe, temporary / ADAPTER)  # for users: resuming does not read it
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
         write_json(temporary / MANIFEST, {"step": step, "files": files})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{final} cannot be written ({error}): make room, and continue with --resume latest") from error
-    if final.exists():  # one that was not whole
+    if final.exists():  # an incomplete one
         shutil.rmtree(final)
     os.rename(temporary, final)
     sync(root)
@@ -73,10 +72,10 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, trained: Mapping[str, nn.Parameter], *, averaged: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint by file: `TRAINED`, `AVERAGE` by parameter, `OPTIMIZER` as `optimizer_tensors` does.
+    """The tensors of a checkpoint by file: `TRAINED` and `AVERAGE` by parameter, `OPTIMIZER` as `optimizer_tensors`.
 
     Args:
-        averaged: Whether it has an `AVERAGE`.
+        averaged: Whether to read `AVERAGE`.
     Raises:
         ValueError: a file is damaged, or of a model with other trained tensors.
     """
@@ -99,7 +98,7 @@ def load_checkpoint(
 
 
 def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """What AdamW remembers of each parameter, such as {"NAME.exp_avg": tensor}."""
+    """AdamW's state of each parameter, such as {"NAME.exp_avg": tensor}."""
     return {
         f"{name}.{key}": value.contiguous()
         for name, parameter in trained.items()
@@ -108,28 +107,28 @@ def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter])
 
 
 def remember_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Give AdamW what `optimizer_tensors` took from it."""
+    """Restore AdamW's state from the tensors of `optimizer_tensors`."""
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(".")
         optimizer.state[trained[parameter]][key] = tensor
 
 
 def latest_checkpoint(root: Path) -> tuple[Path, int] | None:
-    """Folder and step of the newest whole checkpoint; incomplete ones are passed over."""
+    """Folder and step of the newest complete checkpoint; None if there is none."""
     whole = whole_checkpoints(root)
     return (whole[max(whole)], max(whole)) if whole else None
 
 
 def whole_checkpoints(root: Path) -> dict[int, Path]:
-    """Those that a run can go on after, by their step."""
+    """The complete checkpoints, by step."""
     return {_step(path): path for path in _checkpoints(root) if _is_whole(path)}
 
 
 def step_to_resume(root: Path, resume: Resume) -> int:
-    """The step after which a run goes on; 0 where `"latest"` finds no whole checkpoint.
+    """The step after which a run continues; 0 if `"latest"` finds no complete checkpoint.
 
     Raises:
-        ValueError: there is no whole checkpoint of this step.
+        ValueError: there is no complete checkpoint of this step.
     """
     whole = whole_checkpoints(root)
     if resume == "latest":
@@ -141,9 +140,9 @@ def step_to_resume(root: Path, resume: Resume) -> int:
 
 
 def remove_later(root: Path, step: int) -> None:
-    """Remove checkpoints of later steps than this, after which a run goes on: what follows is another way.
+    """Remove, and log, the checkpoints after the step at which a run resumes: its later steps may differ from them.
 
-    They are told; where the newest is taken, they are not whole.
+    After the newest complete checkpoint there are only incomplete ones.
     """
     for path in _checkpoints(root):
         if _step(path) > step:
@@ -153,7 +152,7 @@ def remove_later(root: Path, step: int) -> None:
 
 
 def prune_checkpoints(root: Path, keep_last: int) -> None:
-    """Remove all but the newest whole ones, and what an interrupted write left."""
+    """Remove all but the newest complete checkpoints, and the leftovers of interrupted writes."""
     whole = [path for path in _checkpoints(root) if _is_whole(path)]
     for path in _checkpoints(root):
         if path not in whole[-keep_last:]:
@@ -163,7 +162,7 @@ def prune_checkpoints(root: Path, keep_last: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    (path / MANIFEST).unlink(missing_ok=True)  # no reader takes it from here on
+    (path / MANIFEST).unlink(missing_ok=True)  # incomplete from here on, even if the removal is interrupted
     shutil.rmtree(path)
 
 

@@ -1,10 +1,10 @@
 """The settings of a distillation run: a TOML file (`config_tables.py`) with one table per dataclass below.
 
     [base]      the teacher            [loss]       weights of the three terms     [run]       steps, batch, precision
-    [data]      what prepare made      [optimizer]  AdamW                          [save]      checkpoints, log
-    [method]    the new attention      [schedule]   of the learning rate           [validate]  how near on the way
-    [trained]   which weights learn    [noise]      of the training inputs    [layerwise] an optional first phase
-    [start]     an adapter to go on from
+    [data]      made by `prepare`      [optimizer]  AdamW                          [save]      checkpoints, log
+    [method]    the new attention      [schedule]   of the learning rate           [validate]  during training
+    [trained]   which weights learn    [noise]      of the training inputs         [layerwise] optional first phase
+    [start]     adapter to start from
 
 `[method]` is one method (`method = "clear"`, `radius = 16`), or one table per pattern of module names.
 """
@@ -25,12 +25,12 @@ def require(right: bool, name: str, rule: str, value: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The pipeline that is teacher and, converted, student."""
+    """The pipeline: the teacher and, once converted, the student."""
 
     model: str  # a folder, or a repository id
     revision: str | None = None
     dtype: str = "float32"  # of the frozen weights; trained weights are always float32
-    quantization: Quantization | None = None  # of the frozen weights that Linear layers of the denoiser have
+    quantization: Quantization | None = None  # of the frozen weights in the denoiser's Linear layers
 
     def __post_init__(self) -> None:
         require(self.dtype in ("float32", "bfloat16"), "base.dtype", "float32 or bfloat16", self.dtype)
@@ -42,15 +42,15 @@ class Data:
 
     @property
     def folder(self) -> Path:
-        """With a `~` as the shell has it."""
+        """`directory` with `~` expanded."""
         return Path(self.directory).expanduser()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """An adapter whose student learns on; `load_config` takes from it what nothing else says of method and weights."""
+    """An adapter to start from; unless set, `load_config` takes the method and the kind of weights from it."""
 
-    adapter: str | None = None  # a folder, a file, or a repository id; None: the student begins as converted
+    adapter: str | None = None  # a folder, a file, or a repository id; None: start as converted
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -60,10 +60,10 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What both kinds of trained weights say."""
+    """Settings of both kinds of trained weights."""
 
     projections: tuple[str, ...] | None = None  # None: all that see the image; see linearize/weights/training.py
-    ema: float = 0.0  # decay of the moving average that is judged and saved; 0: there is none
+    ema: float = 0.0  # decay of the moving average that is validated and saved; 0: none
 
     def __post_init__(self) -> None:
         require(self.projections != (), "trained.projections", "left out, or name at least one layer", self.projections)
@@ -72,7 +72,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Weights):
-    """Low-rank updates beside the projections of the swapped attention modules, and the kernels' own weights."""
+    """Low-rank updates of the projections of the swapped attention modules, and the kernels' own weights."""
 
     rank: int = 16
     alpha: float | None = None  # None: the rank, so that the update is not scaled
@@ -138,9 +138,9 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Layerwise:
-    """A first phase (`layerwise.py`), before `run.steps` end to end; the schedule's kind, with a warm-up of its own."""
+    """A first phase (`layerwise.py`) before `run.steps` end to end; follows [schedule], with its own warm-up."""
 
-    steps: int = 0  # 0: no such phase
+    steps: int = 0  # 0: skip this phase
     lr: float = 1e-3
     warmup: int = 10  # steps
 
@@ -176,7 +176,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """With a `~` as the shell has it."""
+        """`directory` with `~` expanded."""
         return Path(self.directory).expanduser()
 
     def __post_init__(self) -> None:
@@ -192,8 +192,8 @@ class Run:
 class Save:
     every: int = 500  # steps between checkpoints
     keep_last: int = 2
-    log_every: int = 100  # steps between drawings of the loss curve; the CSV has every step
-    report_to: tuple[str, ...] = ()  # experiment trackers beside the CSV, as accelerate calls them: ("wandb",)
+    log_every: int = 100  # steps between redraws of the loss curve; the CSV has every step
+    report_to: tuple[str, ...] = ()  # experiment trackers besides the CSV, by accelerate's names: ("wandb",)
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_last", "log_every"):
@@ -202,7 +202,7 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class Validate:
-    """The student redraws the last samples of the data, which training leaves out, or predicts their kept calls."""
+    """On the last samples, held out from training, the student redraws the pictures or predicts the kept calls."""
 
     samples: int = 4  # 0: no validation
     every: int = 500  # steps; and once at the end

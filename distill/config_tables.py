@@ -17,10 +17,10 @@ from .start import filled
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
     """Read a TOML file; each override is `table.key=value`, the value as in TOML, or bare text.
 
-    What is not said of method and trained weights comes from the adapter of `[start]`, if there is one.
+    If unset, the method and the trained weights default to those of the adapter in `[start]`, if there is one.
 
     Raises:
-        ValueError: the file is no TOML, or a table, key or value is not known; the nearest name is suggested. Or the
+        ValueError: the file is not TOML, a table, key or value is invalid (the nearest name is suggested), or the
             adapter cannot be read.
         OSError: the file cannot be read.
     """
@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
 
 
 def config_from_tables(tables: Mapping[str, Any]) -> DistillConfig:
-    """The config of nested dictionaries, as tomllib or `config_to_tables` gives them."""
+    """The config from nested dictionaries, as tomllib or `config_to_tables` returns them."""
     hints = get_type_hints(DistillConfig)
     _check_names(DistillConfig, tables, "")
     parts: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def config_to_tables(config: DistillConfig) -> dict[str, Any]:
 
 
 def as_toml(value: Any) -> str:
-    """A value as TOML has it on one line; dictionaries are inline tables, without what is None."""
+    """A value as one line of TOML; dictionaries become inline tables without their None entries."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {as_toml(one)}" for key, one in value.items() if one is not None) + "}"
     return json.dumps(value)
@@ -87,7 +87,7 @@ def _override(tables: dict[str, Any], text: str) -> None:
     require(isinstance(values, dict), table, "a table", values)
     values[key] = parsed
     of_kind = isinstance(parsed, str) and parsed in TRAINED
-    if (table, key) == ("trained", "kind") and of_kind:  # what the file says of the other kind is not meant
+    if (table, key) == ("trained", "kind") and of_kind:  # drop the file's settings of the other kind
         of_others = {item.name for kind in TRAINED.values() for item in fields(kind)}
         for name in of_others - {item.name for item in fields(TRAINED[parsed])}:
             values.pop(name, None)

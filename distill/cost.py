@@ -28,9 +28,9 @@ PROMPT = "a red circle at the top left on striped sand"  # cost does not depend 
 
 
 def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
-    """The denoiser's first call for one picture of this size, to be called again and again."""
+    """A function that repeats the denoiser's first call for one picture of this size."""
     _, model = denoiser(pipe)
-    device = pipe._execution_device  # that of the pipeline itself is the CPU where it is offloaded
+    device = pipe._execution_device  # `pipe.device` is the CPU if offloaded
     pipe.set_progress_bar_config(disable=True)
     arguments = first_call(pipe, prompt=PROMPT, generator=torch.Generator("cpu").manual_seed(0), **settings.call(pipe))
 
@@ -38,7 +38,7 @@ def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
         with torch.no_grad():
             predict(model, arguments)
         if device.type != "cpu":
-            torch.accelerator.synchronize(device)  # which need not be the current one
+            torch.accelerator.synchronize(device)  # not necessarily the current device
 
     return step
 
@@ -50,7 +50,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def step_seconds(pipe: Any, settings: PictureSettings) -> float:
-    """Median over five forwards, after one that warms up."""
+    """Median over five forwards, after one warm-up."""
     step = step_call(pipe, settings)
     step()
     return median(seconds_of(step) for _ in range(5))
@@ -59,7 +59,7 @@ def step_seconds(pipe: Any, settings: PictureSettings) -> float:
 def paired_step_seconds(
     first: Any, second: Any, settings: PictureSettings, *, pairs: int = 5
 ) -> list[tuple[float, float]]:
-    """Forwards of two pipelines in turn, so that both meet the same load of the machine; each warmed up once."""
+    """Seconds of alternating forwards of two pipelines, so that both see the same machine load; one warm-up each."""
     steps = step_call(first, settings), step_call(second, settings)
     for step in steps:
         step()
@@ -67,10 +67,10 @@ def paired_step_seconds(
 
 
 def picture_peak(pipe: Any, settings: PictureSettings) -> float:
-    """GiB that one picture takes at its peak: on a GPU all that torch holds, on a CPU the growth of resident memory.
+    """Peak memory of one picture in GiB: on a GPU all that torch allocates, on a CPU the growth of resident memory.
 
-    On a CPU call it in a fresh process (`fresh_picture_peak` does), or memory that earlier work has freed is used again
-    and does not count. A smallest picture goes before, so that weights and libraries are in memory.
+    On a CPU, call it in a fresh process (`fresh_picture_peak`): memory freed by earlier work would be reused and not
+    measured. A very small picture is drawn first, so that weights and libraries are loaded.
     """
     small = min(4 * size_multiple(pipe), settings.size[0])
     device = pipe._execution_device
@@ -85,7 +85,7 @@ def picture_peak(pipe: Any, settings: PictureSettings) -> float:
 
 
 def _draw(pipe: Any, settings: PictureSettings) -> None:
-    """One picture in two steps: the third needs no more memory than the second."""
+    """Draw one picture in two steps: a third needs no more memory."""
     settings = replace(settings, steps=2)
     pipe.set_progress_bar_config(disable=True)
     if not draws_in_parts(pipe, settings):
@@ -100,9 +100,9 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
 
 @contextmanager
 def resident_peak() -> Iterator[list[int]]:
-    """A list that holds, afterwards, by how many bytes this process grew at most.
+    """Yield a list that holds, on exit, the peak growth of this process's resident memory in bytes.
 
-    Linux keeps that mark itself and misses nothing; where it cannot be set back, a thread looks every 2 ms.
+    Linux's high-water mark is exact; where it cannot be reset, a thread samples every 2 ms.
     """
     process, done, peak = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss
@@ -127,7 +127,7 @@ def resident_peak() -> Iterator[list[int]]:
 
 
 def _forget_high_water() -> bool:
-    """Have the kernel count this process's peak from now on; False where it cannot."""
+    """Reset Linux's high-water mark of this process; False if that is not possible."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -136,13 +136,13 @@ def _forget_high_water() -> bool:
 
 
 def _high_water() -> int:
-    """Linux's mark of resident memory, in bytes."""
+    """Linux's high-water mark of resident memory, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     return 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0])
 
 
 def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> float:
-    """`picture_peak` in a process of its own.
+    """`picture_peak` in a fresh process.
 
     Args:
         opening: Arguments of `open_named`.
@@ -156,7 +156,7 @@ def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> fl
 
 
 def open_named(opening: Mapping[str, Any]) -> Any:
-    """`open_pipeline` with arguments as JSON has them: the dtype by its name, the quantization as a table."""
+    """`open_pipeline` with JSON arguments: the dtype by its name, the quantization as a dictionary."""
     from ..linearize.adapters.opening import named_dtype, open_pipeline
     from ..linearize.adapters.quantization import Quantization
 
@@ -166,7 +166,7 @@ def open_named(opening: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Print the peak of the pipeline and settings that the first argument tells."""
+    """Print the peak for the pipeline and settings in the first argument, which is JSON."""
     request = json.loads(sys.argv[1])
     pipe = open_named(request["opening"])
     sys.stdout.write(f"{picture_peak(pipe, PictureSettings(**request['settings']))}\n")

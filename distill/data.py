@@ -1,8 +1,8 @@
-"""What the teacher made, on the disk and in batches whose order depends on nothing but the seed.
+"""The teacher's samples on disk, and their order in batches, which is fixed by the seed.
 
 A folder holds `index.json` (settings, and per sample: prompt, seed, size), or one such file for each part, and
 `shard-*.safetensors` with, for each sample, either the tensors `INDEX.latents` and `INDEX.NAME` for every condition, or
-calls of the denoiser (`calls.py`). A batch has one size, because a model sees one grid per forward.
+calls of the denoiser (`calls.py`). A batch has one size, because a forward takes one grid.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Sample:
     seed: int
     height: int  # pixels
     width: int
-    grid: Grid | None  # None: calls are kept, whose arguments tell it
+    grid: Grid | None  # None if calls are kept, whose arguments hold it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,10 @@ class Batch:
 
 
 class TeacherSamples:
-    """The samples of a finished folder, read when asked for.
+    """The samples of a finished folder, read on demand.
 
     Raises:
-        ValueError: the folder holds no finished data, or a shard is not as long as the index says.
+        ValueError: the folder's samples are incomplete, or a shard does not have the size that the index says.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -85,7 +85,7 @@ class TeacherSamples:
 
     @property
     def calls(self) -> int:
-        """Calls of the denoiser that are kept of each picture; 0: its final latents are, and what it was told."""
+        """Denoiser calls kept per picture; 0: its final latents and conditions are kept instead."""
         return int(self.settings["calls"])
 
     @property
@@ -95,7 +95,7 @@ class TeacherSamples:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """The samples of these indices, all of one grid."""
+        """The samples at these indices, which must share one grid."""
         rows = [self._read(index) for index in indices]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         grid = self.samples[indices[0]].grid
@@ -119,7 +119,7 @@ class TeacherSamples:
 
     @contextmanager
     def _shard(self, index: int) -> Iterator[Any]:
-        """The file that holds this sample, left open."""
+        """The shard of this sample, which stays open; read errors inside become a ValueError."""
         name = shard_name(index // self.settings["shard_size"])
         try:
             if name not in self._shards:
@@ -141,21 +141,21 @@ def shard_number(shard: Mapping[str, Any]) -> int:
 
 
 def index_name(part: int, parts: int) -> str:
-    """The index that the maker of one part of the samples writes."""
+    """File name of the index of one part of the samples."""
     return INDEX if parts == 1 else f"index-{part}-of-{parts}.json"
 
 
 def shard_is_whole(directory: Path, shard: Mapping[str, Any]) -> bool:
-    """Whether the file of this entry of the index has the size that the index says."""
+    """Whether the file of this index entry has the size that the entry says."""
     path = directory / shard["file"]
     return path.is_file() and path.stat().st_size == shard["bytes"]
 
 
 def read_index(directory: Path) -> dict[str, Any] | None:
-    """The index of a folder, of all its parts together; None where there is none.
+    """The index of a folder, merged from all its parts; None if there is none.
 
     Raises:
-        ValueError: a file is no index of this format, or parts were made with different settings.
+        ValueError: a file is not an index of this format, or parts were made with different settings.
     """
     files = sorted([*directory.glob(INDEX), *directory.glob("index-*-of-*.json")])
     if not files:
@@ -169,7 +169,7 @@ def read_index(directory: Path) -> dict[str, Any] | None:
             )
     shards: dict[str, Mapping[str, Any]] = {}
     for shard in (shard for one in indexes.values() for shard in one["shards"]):
-        if shard["file"] not in shards or shard_is_whole(directory, shard):  # one that another part made anew
+        if shard["file"] not in shards or shard_is_whole(directory, shard):  # prefer the entry that fits the file
             shards[shard["file"]] = shard
     return index | {"shards": [shards[name] for name in sorted(shards)]}
 
@@ -187,7 +187,7 @@ def _read_one(path: Path) -> dict[str, Any]:
 
 
 def _is_sound(index: Mapping[str, Any]) -> bool:
-    """Whether the entries that are read are there, and what they must be."""
+    """Whether the entries that are read exist and have the right types and ranges."""
     settings, shards = index["settings"], index["shards"]
     if not isinstance(settings, dict) or not isinstance(shards, list):
         return False
@@ -206,7 +206,7 @@ def _is_sound(index: Mapping[str, Any]) -> bool:
 
 
 def counter_generator(seed: int, step: int, position: int) -> torch.Generator:
-    """Random numbers of one place in one step's batch, the same on every machine and number of processes."""
+    """The generator of one place in one step's batch, the same on every machine and for any number of processes."""
     (mixed,) = numpy.random.SeedSequence((seed, step, position)).generate_state(1, numpy.uint64)
     return torch.Generator("cpu").manual_seed(int(mixed))
 
@@ -214,10 +214,10 @@ def counter_generator(seed: int, step: int, position: int) -> torch.Generator:
 class Order:
     """Which samples each step sees: epochs of shuffled batches, one size per batch, a function of seed and step.
 
-    A size with fewer samples than a batch repeats them; what does not fill a batch waits for another epoch's shuffle.
+    A size with fewer samples than a batch repeats them; samples that do not fill a batch are left out of the epoch.
 
     Args:
-        samples: Those to train on; a batch names them by their place here.
+        samples: The training samples; batches hold indices into them.
         batch_size: Samples per step, over all processes.
     """
 
@@ -233,7 +233,7 @@ class Order:
         self._batches: list[list[int]] = []
 
     def batch(self, step: int) -> list[int]:
-        """The samples of a step, counted from 0."""
+        """Sample indices of a step, counted from 0."""
         epoch, place = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._shuffle(epoch)

@@ -1,4 +1,4 @@
-"""What a run is going to do, said before it starts."""
+"""A summary of a run, logged before it starts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from .data import TeacherSamples
 from .student import KERNEL, trained_parameters
 
 GIB = 2**30
-# Vectors of the model's width that a step keeps per token and block: what autograd saves, counted on FLUX's blocks,
-# and attention's outputs, the student's and the teacher's.
+# Vectors of the model's width that a step keeps per token and block: those saved by autograd (counted on FLUX's
+# blocks), and the attention outputs of student and teacher.
 _SAVED, _OUTPUTS = 14, 2
 
 
@@ -58,14 +58,14 @@ def describe_run(
 
 
 def _at_once(config: DistillConfig, processes: int, micro: int, calls: int) -> str:
-    """How a step's batch is shared out; of kept calls, each forward takes one."""
+    """How a step's batch is split; with kept calls, each forward takes one."""
     accumulated = config.run.gradient_accumulation
     accumulated, micro = (accumulated * micro, 1) if calls else (accumulated, micro)
     return f"{processes} processes x {accumulated} accumulated x {micro}"
 
 
 def warmup_told(config: DistillConfig) -> str:
-    """What comes before the rate's course, and whether the run gets beyond it."""
+    """The warm-up of the learning rate, and whether the run is too short for it."""
     warmup, steps = config.schedule.warmup, config.run.steps
     short = f", and the run has {steps}: it comes to {min(steps / max(1, warmup), 1):.0%} of the rate"
     return (f" after {warmup} steps of warm-up" if warmup else "") + (short if warmup > steps else "")
@@ -84,7 +84,7 @@ def _memory(
     micro: int,
     mixed: bool,
 ) -> str:
-    """Activations are told for one width of all blocks and known grids only."""
+    """Memory estimate; includes activations only if the grids are known, assuming one width for all blocks."""
     weights = sum(stored.nbytes for parameter in model.parameters() for stored in stored_tensors(parameter))
     trained = sum(parameter.nbytes for parameter in trained_parameters(model).values())
     parts = {"weights": weights, "gradients and AdamW": 3 * trained}  # AdamW has two moments

@@ -1,4 +1,4 @@
-"""A run whose numbers are no longer finite ends in a sentence that says how to go on."""
+"""Ends a run whose numbers are no longer finite with a message that says how to continue."""
 
 import math
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ class DivergedError(RuntimeError):
 
 
 def check_finite(values: Mapping[str, float], step: int, config: DistillConfig, started: int) -> None:
-    """Whether all values of this step are numbers.
+    """Check that all values of this step are finite.
 
     Args:
-        started: The step behind which this process began.
+        started: The step after which this process began.
     Raises:
-        DivergedError: one is not.
+        DivergedError: one is not finite.
     """
     for name, value in values.items():
         if not math.isfinite(value):

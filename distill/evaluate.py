@@ -1,4 +1,4 @@
-"""Judges a student against its teacher: the same prompts and noise on both, pictures compared, costs measured."""
+"""Evaluates a student against its teacher: same prompts and noise for both, pictures compared, costs measured."""
 
 import gc
 import logging
@@ -29,20 +29,20 @@ logger = logging.getLogger(__name__)
 REPORT, SHEET, PICTURES = "report.json", "teacher-student-difference.png", "pictures"
 
 Scores = Mapping[str, Count]  # name -> (right, of), of one picture
-# what a prompt and its picture get; empty for a prompt that the judge does not understand
+# the scores of a prompt's picture; empty for a prompt that the judge does not understand
 Judge = Callable[[str, Image.Image], Scores]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What was measured of one model.
+    """Measurements of one model.
 
     Attributes:
-        model: Its name, or its class if it was handed over in memory.
-        attention: What is swapped.
+        model: Its name, or its class if it was passed in memory.
+        attention: One line on what is swapped.
         seconds_per_picture: Text encoding, denoising and decoding; the median.
         seconds_per_step: One warm transformer forward for one picture; the median.
-        peak_gib: Of one picture, as `picture_peak` says; None: not measured.
+        peak_gib: Of one picture, as measured by `picture_peak`; None: not measured.
         scores: Name -> (right, of), over all prompts that the judge understands.
     """
 
@@ -56,14 +56,14 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far pictures are from the reference's, for the same prompts and noise.
+    """Differences between pictures and the reference's, for the same prompts and noise.
 
     Attributes:
-        pictures: How many.
-        latent_mse: Over final latents in float32: the mean of each picture, then over pictures.
-        psnr: Of the decoded pictures of 8 bits, in dB, the mean over pictures; infinite if one is equal.
+        pictures: Number of pictures.
+        latent_mse: Of final latents in float32: the mean of each picture, then over pictures.
+        psnr: Of the decoded 8-bit pictures, in dB, the mean over pictures; infinite if any pair is identical.
         ssim: The mean over pictures.
-        differences: Score -> ours minus the reference's share, with the paired bootstrap interval.
+        differences: Score -> our share minus the reference's, with the paired bootstrap interval.
     """
 
     pictures: int
@@ -73,7 +73,7 @@ class Comparison:
     differences: dict[str, Interval]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; an infinite PSNR is null."""
+        """As JSON values; an infinite PSNR is null."""
         return asdict(self) | {"psnr": self.psnr if isfinite(self.psnr) else None}
 
 
@@ -83,8 +83,8 @@ class Report(Comparison):
 
     Attributes:
         settings: How the pictures were made.
-        teacher: What was measured of it.
-        student: The same.
+        teacher: Measurements of the teacher.
+        student: Measurements of the student.
         sheet: The PNG with teacher, student and difference.
     """
 
@@ -94,7 +94,7 @@ class Report(Comparison):
     sheet: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As JSON values."""
         return super().to_dict() | {"sheet": self.sheet.name}
 
 
@@ -110,21 +110,20 @@ def evaluate(
     shown: int = 16,
     overwrite: bool = False,
 ) -> Report:
-    """Make the same pictures with both models and compare them; called again, go on where it stopped.
+    """Make the same pictures with both models and compare them; called again, resume where it stopped.
 
     Args:
-        teacher: A pipeline, or a `ByName`, which is loaded when its turn comes.
-        student: The same.
+        teacher: A pipeline, or a `ByName`, which is loaded when needed.
+        student: A pipeline, or a `ByName`.
         prompts: One for each picture.
-        directory: Gets report.json, the sheet, and the pictures of both.
-        settings: Of the pictures; picture i starts from the noise of `settings.seed + i` on both sides.
-        judge: Scores pictures by what their prompts say.
-        memory: Measure peaks: on a GPU here, on a CPU in a fresh process (for a `ByName` only).
-        shown: Pictures in the sheet.
-        overwrite: Replace a report that was made of other models, prompts or settings.
+        directory: Receives report.json, the sheet, and the pictures of both.
+        settings: Of the pictures; for both models, picture i starts from the noise of seed `settings.seed + i`.
+        judge: Scores pictures by their prompts.
+        memory: Measure peak memory: on a GPU in this process, on a CPU in a fresh one (for a `ByName` only).
+        shown: Number of pictures in the sheet.
+        overwrite: Replace a report of other models, prompts or settings.
     Raises:
-        ValueError: no prompt, none shown, a size or model that is not known, or a folder with something else in it or
-            in use.
+        ValueError: no prompt, none shown, an unknown size or model, or a folder that is in use or holds something else.
     """
     if not prompts:
         raise ValueError("prompts must not be empty")
@@ -143,12 +142,12 @@ def evaluate(
         pipe = opened(teacher)
         of_teacher = settings.of(pipe)
         tell_cut_prompts(pipe, prompts, of_teacher.max_sequence_length)
-        # of both; what else is left open is each pipeline's own
+        # shared by both; for other settings left at None each pipeline uses its own default
         settings = replace(settings, height=of_teacher.height, width=of_teacher.width, steps=of_teacher.steps)
         judged = partial(_judged, prompts=prompts, directory=directory, settings=settings, judge=judge, memory=memory)
         teacher_side, reference, expected = judged("teacher", teacher, pipe)
         del pipe  # one model at a time
-        gc.collect()  # offloading and conversions tie a model to itself
+        gc.collect()  # offloading and conversion create reference cycles
         student_side, pictures, scores = judged("student", student, opened(student))
         _write_sheet(reference, pictures, shown, directory / SHEET)
         report = Report(
@@ -174,9 +173,9 @@ def compare(
     """Compare pictures of the same prompts and noise.
 
     Args:
-        scores: What a judge says of each of our pictures, `reference_scores` of the reference's; () for no judge.
+        scores: A judge's scores of each of our pictures, `reference_scores` of the reference's; () without a judge.
     Raises:
-        ValueError: latents are of different shapes.
+        ValueError: latents have different shapes.
     """
     pairs = list(zip(ours.images, reference.images, strict=True))
     shapes = {tuple(one.shape) for one in (*ours.latents, *reference.latents)}
@@ -243,13 +242,13 @@ def _name(source: Any) -> str:
 
 
 def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: PictureSettings) -> dict[str, Any]:
-    """What a report answers: another question in the same folder would overwrite it."""
+    """What a report compares; a different comparison in the same folder would overwrite it."""
     asked: dict[str, Any] = {}
     for role, source in (("teacher", teacher), ("student", student)):
         asked[role] = _name(source)
         if isinstance(source, ByName):
             how: dict[str, Any] = {"base": source.base, "dtype": source.dtype, "quantization": source.quantization}
-            how["offload"] = None if source.offload == "none" else source.offload  # seconds and memory are of it
+            how["offload"] = None if source.offload == "none" else source.offload  # seconds and memory depend on it
             asked |= {f"{role}_{name}": value and str(value) for name, value in how.items()}
     drawn = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     return asked | {"prompts": list(prompts), "settings": drawn}
@@ -258,7 +257,7 @@ def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: Pict
 def _check_contents(directory: Path, question: Mapping[str, Any], overwrite: bool) -> None:
     report = directory / REPORT
     if overwrite or all(path.name.startswith(".") for path in directory.iterdir()):
-        return  # a lock, or what a call left that was killed before it had written the report
+        return  # a lock, or leftovers of a call that was killed before it wrote the report
     if not report.is_file():
         if not (directory / PICTURES).is_dir():
             raise ValueError(f"{directory} is not empty and holds no evaluation: name another folder")

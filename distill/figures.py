@@ -1,4 +1,4 @@
-"""The numbers of a run, step by step: a CSV, and a PNG of its curves."""
+"""The numbers of a run per step: a CSV, and a PNG of its curves."""
 
 import csv
 import logging
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 def require_matplotlib(picture: str) -> None:
-    """Raise ValueError where it is missing: before long work, not when `picture` is drawn."""
+    """Raise ValueError if matplotlib is missing: before long work, not when `picture` is drawn."""
     if find_spec("matplotlib") is None:
         raise ValueError(f"{picture} is drawn with matplotlib, which is not installed: pip install matplotlib")
 
 
 @contextmanager
 def worth_no_run(path: Path) -> Iterator[None]:
-    """Inside, a file that cannot be written is told, and work goes on without it."""
+    """Inside, a file that cannot be written is a warning, and the run continues without it."""
     try:
         yield
     except OSError as error:
@@ -28,13 +28,13 @@ def worth_no_run(path: Path) -> Iterator[None]:
 
 
 class StepLog:
-    """A CSV with one row per step, a cell of a term that the step has not left empty, and the curve drawn from it.
+    """A CSV with one row per step, and the curve drawn from it; terms that a step does not have are empty cells.
 
-    Where the disk is full that is told once; the rows are kept, and written as soon as there is room.
+    A full disk is logged once; rows are kept in memory, and written as soon as there is room.
 
     Args:
         path: The CSV; its first column is `step`.
-        columns: The others.
+        columns: The other columns.
         last_step: Rows after it are dropped: a resumed run writes them again.
     Raises:
         ValueError: the CSV holds something else.
@@ -53,7 +53,7 @@ class StepLog:
         self._write()
 
     def _write(self) -> None:
-        """The last row; all where the file lacks more."""
+        """Append the last row; write all rows if the file lacks more."""
         try:
             if self.whole:
                 self.whole = False
@@ -74,10 +74,10 @@ class StepLog:
         self.told = True
 
     def draw(self, path: Path, *, layerwise: int = 0) -> None:
-        """A line per term over the steps, faint as measured and strong as running mean.
+        """Plot each term over the steps: faint as measured, strong as a running mean.
 
         Args:
-            layerwise: Steps of another loss before; a vertical line ends them.
+            layerwise: Steps of the first phase, which has another loss; a vertical line marks its end.
         """
         from matplotlib.figure import Figure
 
@@ -110,11 +110,7 @@ class StepLog:
 
 
 def _read(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
-    """The rows; none where there is no such file.
-
-    Raises:
-        ValueError: it has other columns, or cells that are no numbers.
-    """
+    """The rows, none if there is no file; raises ValueError for other columns or cells that are not numbers."""
     if not path.is_file():
         return []
     try:

@@ -1,4 +1,4 @@
-"""JSON files that appear whole or not at all."""
+"""Atomic writes of JSON files."""
 
 import json
 from pathlib import Path

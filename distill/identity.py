@@ -1,4 +1,4 @@
-"""Which model it is: what tells one teacher from another, and the precision that it was loaded in."""
+"""Fingerprints that tell models apart, and the precision that a model was loaded in."""
 
 import hashlib
 from collections import Counter
@@ -11,10 +11,10 @@ from ..linearize.weights.quantized import quantized_in, stored_tensors
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Differs between models of other names, shapes or (where they are not on the meta device) weights.
+    """A digest of parameter names, shapes and the first 8 numbers of each weight (if not on the meta device).
 
     Args:
-        dtype: In which weights are compared; None: their own.
+        dtype: Weights are compared in this dtype; None: in their own.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -27,7 +27,7 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
 
 
 def _offloaded(model: nn.Module, name: str) -> Tensor | None:
-    """A weight that accelerate keeps elsewhere between forwards, as in sequential offload; None: there is none."""
+    """A weight that accelerate keeps elsewhere between forwards, as in sequential offload; None if there is none."""
     owner, _, leaf = name.rpartition(".")
     hook: Any = getattr(model.get_submodule(owner), "_hf_hook", None)
     kept = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
@@ -35,7 +35,7 @@ def _offloaded(model: nn.Module, name: str) -> Tensor | None:
 
 
 def architecture(model: nn.Module) -> str | None:
-    """Differs between models whose parameters have other names or shapes; None: some are quantized, in other shapes."""
+    """A digest of parameter names and shapes; None if some are quantized, which changes their shapes."""
     if quantized_in(model):
         return None
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
@@ -43,7 +43,7 @@ def architecture(model: nn.Module) -> str | None:
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """That of the most weights, quantized ones aside: some models keep a few in float32 whatever is asked for."""
+    """The dtype of most weights, quantized ones aside: some models keep a few in float32 whatever is requested."""
     numbers: Counter[torch.dtype] = Counter({torch.float32: 0})
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.itemsize > 1:

@@ -1,8 +1,8 @@
-"""What training on final latents must know of a class of models: one row, and six short functions.
+"""What training on final latents needs to know about a model class: one row of six short functions.
 
-Models without a row are taught by calls of their own denoiser (`calls.py`), which need none of this.
+Models without a row are trained on calls of their own denoiser (`calls.py`), which need none of this.
 
-B batch, T text tokens, N image tokens, C channels of a packed token (a 2x2 patch of latents for FLUX).
+B batch, N image tokens, C channels of a packed token (a 2x2 patch of latents for FLUX).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ from ..pipelines.fresh_noise import noise_drawn_from
 from ..pipelines.latents import unpack_latents
 from ..pipelines.vae import decode
 
-Conditions = dict[str, Tensor]  # what the model is told beside the picture, each [B, ...]
+Conditions = dict[str, Tensor]  # the model's conditioning inputs, each [B, ...]
 Grid = tuple[int, int]  # rows and columns of image tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentFunctions:
-    """Functions of a pipeline (or its parts) of one class."""
+    """Functions for the pipelines of one model class."""
 
     grid: Callable[[Any, int, int], Grid]  # (pipe, height, width in pixels)
     encode: Callable[[Any, list[str], int], Conditions]  # (pipe, prompts, text tokens)
@@ -71,8 +71,8 @@ def _flux_generate(
 
 def _flux_decode(pipe: Any, latents: Tensor, grid: Grid) -> list[Image.Image]:
     planes = unpack_latents(latents, 2 * grid[0], 2 * grid[1]).to(pipe.vae.dtype)
-    pixels = decode(pipe.vae, planes, tile=None)  # in tiles where memory runs out
-    pipe.maybe_free_model_hooks()  # offloaded, the VAE leaves the card before the next picture
+    pixels = decode(pipe.vae, planes, tile=None)  # in tiles if memory runs out
+    pipe.maybe_free_model_hooks()  # an offloaded VAE leaves the GPU before the next picture
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
@@ -116,7 +116,7 @@ LATENT_FUNCTIONS = {
 
 
 def has_row(model: torch.nn.Module) -> bool:
-    """Whether training on final latents knows this model's class."""
+    """Whether this model's class can be trained on final latents."""
     return type(model).__name__ in LATENT_FUNCTIONS
 
 

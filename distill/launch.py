@@ -1,6 +1,6 @@
-"""Starts a distillation in processes of its own on this machine, as `accelerate launch -m lineardit.distill` would.
+"""Starts a distillation in separate processes on this machine, as `accelerate launch -m lineardit.distill` would.
 
-A launcher of ours, because a run that ends in a sentence shall end in that: others add a traceback of their own.
+A run that ends with a one-sentence error prints that sentence only; other launchers add a traceback of their own.
 """
 
 import logging
@@ -21,19 +21,19 @@ import torch
 logger = logging.getLogger(__name__)
 
 PATIENCE = 30  # seconds for an interrupted process to end by itself
-POLL = 0.1  # seconds between two looks at the processes
+POLL = 0.1  # seconds between polls of the processes
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
 
 Worker = subprocess.Popen[bytes]
 
 
 def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> int:
-    """Run a distillation to its end; its exit code: where processes fail, that of the first that does.
+    """Run a distillation to its end; returns the exit code of the first process that fails, else 0.
 
     Args:
         config: The run's settings, a TOML file.
         options: For the distillation, such as ("--resume", "latest").
-        processes: On this machine; several on CPUs too.
+        processes: Number of processes on this machine; may be several on CPUs too.
     """
     words = ["-m", "lineardit.distill", str(config), *options]
     logger.info("%s%s", shlex.join(["python", *words]), f", in {processes} processes" if processes > 1 else "")
@@ -44,14 +44,14 @@ def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> 
             for environment in _environments(processes):
                 workers.append(subprocess.Popen(command, env=environment))
             return _first_failure(workers, signals)
-        except KeyboardInterrupt:  # of a terminal, which interrupts the workers as well
+        except KeyboardInterrupt:  # from a terminal, which interrupts the workers as well
             with suppress(subprocess.TimeoutExpired):
                 _wait(workers, PATIENCE)
             raise
 
 
 def _environments(processes: int) -> list[Mapping[str, str]]:
-    """For each process, what torch.distributed reads, and its share of the threads."""
+    """The environment of each process: variables that torch.distributed reads, and its share of the threads."""
     threads = str(max(1, torch.get_num_threads() // processes))
     environment = {**child_environment(), "OMP_NUM_THREADS": threads}
     if processes == 1:
@@ -65,11 +65,7 @@ def _environments(processes: int) -> list[Mapping[str, str]]:
 
 
 def _first_failure(workers: Sequence[Worker], signals: Sequence[int]) -> int:
-    """The exit code of the first process that fails, without which the others would wait for it; else 0.
-
-    Raises:
-        SystemExit: this process has been given a signal.
-    """
+    """Wait for all, or the first failure, which would hang the rest; its exit code or 0, SystemExit on a signal."""
     while True:
         if signals:
             raise SystemExit(128 + signals[0])
@@ -90,13 +86,13 @@ def _first_failure(workers: Sequence[Worker], signals: Sequence[int]) -> int:
 
 @contextmanager
 def _ended_with_this(workers: Sequence[Worker]) -> Iterator[list[int]]:
-    """Afterwards none is left; inside, a signal that ends this process (SIGTERM) is noted: it may come amid a start."""
+    """End all workers on exit; inside, SIGTERM is only recorded, since it may arrive while a worker starts."""
     signals: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
         signals.append(number)
 
-    main = threading.current_thread() is threading.main_thread()  # only there Python hears signals
+    main = threading.current_thread() is threading.main_thread()  # Python handles signals only there
     before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         yield signals
@@ -112,20 +108,20 @@ def _ended_with_this(workers: Sequence[Worker]) -> Iterator[list[int]]:
 
 def _signal(workers: Sequence[Worker], number: int) -> None:
     for one in workers:
-        one.send_signal(number)  # nothing to one that has ended
+        one.send_signal(number)  # no effect on one that has ended
 
 
 def _wait(workers: Sequence[Worker], seconds: float) -> None:
-    """Until all have ended, for so long at most."""
+    """Wait until all have ended, for this long in total at most."""
     last = time.monotonic() + seconds
     for one in workers:
         one.wait(timeout=max(0, last - time.monotonic()))
 
 
 def end_with(launcher: int) -> None:
-    """End this process soon after its parent, the launcher: it may be killed without a chance to say so.
+    """End this process soon after its parent, the launcher, which may be killed before it can end its workers.
 
-    The other processes of the launch, and the folder that this one holds, would else be kept by what nobody sees.
+    Orphaned workers would otherwise keep running unseen and hold the run's folder.
     """
 
     def watch() -> None:
@@ -140,7 +136,7 @@ def end_with(launcher: int) -> None:
 
 
 def child_environment() -> Mapping[str, str]:
-    """For a child that finds the same package as this process, installed or not, and keeps the libraries quiet."""
+    """The environment of a child: it finds the same package as this process, installed or not, with quiet libraries."""
     package = Path(str(sys.modules["lineardit"].__file__)).parent
     search_path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return QUIET | os.environ | {"PYTHONPATH": search_path}

@@ -2,15 +2,15 @@
 
     L = sum_layers mean_samples |a_s - a_t|^2 / |a_t|^2
 
-a_s and a_t what an attention module gives as student and as teacher for the same input, the one that it has in the
-teacher's forward; |.|^2 the sum over all elements of a sample, image and text, in float32. Methods that change the
-formula of attention begin far from the teacher: here a layer's error does not reach the next.
+a_s and a_t are an attention module's outputs as student and as teacher for the same input, that of the teacher's
+forward; |.|^2 is the sum over all elements of a sample, image and text, in float32. Methods that change the formula of
+attention start far from the teacher; in this phase a layer's error does not reach the next layer.
 
-One forward of the model, without gradients, teaches all layers. For the seam it is a student's, so that every grid is
-published as ever; but a swapped module answers as the teacher, and what follows sees the teacher's activations, bit for
-bit. Before it answers it runs as the student, with gradients and on the same arguments, and once the teacher's answer
-is there its error goes back through this one module. So there is no backward through the model, memory holds the graph
-of one layer at a time, and gradient checkpointing, which is for graphs, has nothing to do.
+One forward of the model without gradients trains all layers. It runs as a student's forward, so that the seam publishes
+every grid as usual; but each swapped module returns the teacher's output, and later layers see the teacher's
+activations bit for bit. Before that, the module runs as the student on the same arguments, with gradients, and its
+error is then backpropagated through this module alone. So there is no backward through the model, memory holds the
+graph of one layer at a time, and gradient checkpointing has no effect.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,9 +38,9 @@ def layer_error(student: Output, teacher: Output) -> Tensor:
 
 @contextmanager
 def lessons(model: nn.Module, precision: Precision, *, share: float = 1.0) -> Iterator[dict[str, Tensor]]:
-    """Make each forward of a student, called under no_grad, the teacher's, and a lesson for every swapped module.
+    """Make each forward of a student, called under no_grad, the teacher's, and add gradients to every swapped module.
 
-    Gradients are added to those that are there; no hook stays behind.
+    All hooks are removed on exit.
 
     Args:
         model: A student of `build_student_`.
@@ -60,7 +60,7 @@ def lessons(model: nn.Module, precision: Precision, *, share: float = 1.0) -> It
 
 
 class _Lesson:
-    """The hooks of one module: before its forward, which is the teacher's, and after."""
+    """The hooks of one module, before and after its forward, which runs as the teacher."""
 
     def __init__(self, model: nn.Module, precision: Precision, share: float, note: Callable[[Tensor], None]) -> None:
         self.model = model
@@ -72,7 +72,7 @@ class _Lesson:
 
     def ask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.enable_grad(), self.precision():
-            self.answer = module.forward(*args, **kwargs)  # not module(...), which would come back here
+            self.answer = module.forward(*args, **kwargs)  # not module(...), which would call this hook again
         self.as_teacher.enter_context(teacher(self.model))
 
     def learn(self, module: nn.Module, args: tuple[Any, ...], output: Output) -> None:

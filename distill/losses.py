@@ -2,7 +2,7 @@
 
     L = w_flow |s - (noise - x)|^2  +  w_prediction |s - t|^2  +  w_attention mean_layers |a_s - a_t|^2
 
-x final latents of the teacher's own sample, s and t the predictions of student and teacher for
+x are the final latents of a teacher's sample, s and t the predictions of student and teacher for
 (1 - sigma) x + sigma noise, a the output of an attention module. |.|^2 is the mean over all elements, in float32.
 """
 
@@ -25,10 +25,10 @@ Outputs = dict[str, tuple[Tensor, ...]]  # module name -> image output, or (imag
 
 
 def loss_terms(pair: Pair, part: Part, names: Collection[str]) -> dict[str, Tensor]:
-    """The terms of the objective that are asked for, with gradients of the student.
+    """The requested terms of the objective, differentiable in the student.
 
     Args:
-        names: Of "flow", "prediction" and "attention"; the teacher runs for the last two.
+        names: Any of "flow", "prediction" and "attention"; the teacher runs for the last two only.
     """
     arguments = to_device(part.arguments, pair.device)
     layers = pair.layers if "attention" in names else {}
@@ -47,18 +47,18 @@ def loss_terms(pair: Pair, part: Part, names: Collection[str]) -> dict[str, Tens
 
 
 def flow_loss(student: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """Flow matching: the velocity from the sample to the noise. All [B, N, C]; a float32 scalar."""
+    """Flow matching loss: the target is the velocity `noise - latents`. All [B, N, C]; a float32 scalar."""
     return mse_loss(student.float(), noise.float() - latents.float())
 
 
 def prediction_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance of the two predictions, of one shape; a float32 scalar."""
+    """Mean squared error between two predictions of the same shape; a float32 scalar."""
     return mse_loss(student.float(), teacher.float())
 
 
 def attention_loss(student: Outputs, teacher: Outputs) -> Tensor:
-    """Distance of the attention outputs: the mean over all tokens of a layer, then over layers."""
-    # a checkpoint each, or the graph would keep both outputs of every layer once more, in float32
+    """Mean squared error of the attention outputs: over all elements of a layer, then over layers."""
+    # checkpointed, or the graph would keep float32 copies of both outputs of every layer
     losses = [checkpoint(_layer_loss, student[name], teacher[name], use_reentrant=False) for name in teacher]
     return torch.stack(losses).mean()
 
@@ -69,15 +69,15 @@ def _layer_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Ten
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Loss) -> Tensor:
-    """The objective; `terms` holds those of weight above 0."""
+    """The objective; `terms` holds the terms with weight above 0."""
     return torch.stack([asdict(weights)[name] * term for name, term in terms.items()]).sum()
 
 
 @contextmanager
 def attention_outputs(modules: Mapping[str, nn.Module]) -> Iterator[Outputs]:
-    """Collect what these modules return while the context is open; no hook stays behind.
+    """Collect the outputs of these modules while the context is open.
 
-    Close it before the backward pass: gradient checkpointing runs the modules once more.
+    Close it before the backward pass: gradient checkpointing runs the modules again.
     """
     outputs: Outputs = {}
 

@@ -1,4 +1,4 @@
-"""How near one set of pictures is to another: latent MSE, PSNR, SSIM, and how sure a difference of scores is."""
+"""Similarity of two sets of pictures (latent MSE, PSNR, SSIM), and confidence intervals of score differences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ def latent_mse(latents: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of 8 bits, in dB; infinite where they are the same."""
+    """Peak signal-to-noise ratio of two 8-bit RGB pictures, in dB; infinite if they are identical."""
     error = (_pixels(image) - _pixels(reference)).square().mean()
     return float(-10 * error.log10())
 
 
 def ssim(image: Image.Image, reference: Image.Image) -> float:
-    """Structural similarity (Wang et al. 2004) of two RGB pictures: the mean over channels and whole windows.
+    """Structural similarity (Wang et al. 2004) of two RGB pictures: the mean over channels and full windows.
 
     Raises:
         ValueError: a side is shorter than the window of 11 pixels.
@@ -48,13 +48,13 @@ def ssim(image: Image.Image, reference: Image.Image) -> float:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """[3, 1, H, W] in [0, 1], float64: the channels stand in the batch."""
+    """[3, 1, H, W] in [0, 1], float64: the channels are the batch dimension."""
     pixels = numpy.asarray(image.convert("RGB"), numpy.float64) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)[:, None]
 
 
 def _blur(planes: Tensor) -> Tensor:
-    """Gaussian mean of every whole window."""
+    """Gaussian mean of every full window."""
     offset = torch.arange(SSIM_WINDOW, dtype=planes.dtype) - SSIM_WINDOW // 2
     weight = torch.exp(-(offset**2) / (2 * SSIM_SIGMA**2))
     weight = weight / weight.sum()
@@ -63,7 +63,7 @@ def _blur(planes: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A difference of two shares, and the interval that holds it with 95% confidence."""
+    """A difference of two shares, and its 95% confidence interval."""
 
     difference: float
     low: float
@@ -71,13 +71,13 @@ class Interval:
 
 
 def paired_bootstrap(ours: Sequence[Count], reference: Sequence[Count]) -> Interval:
-    """How far our share of right answers is from the reference's, over the same questions.
+    """The difference between our share of right answers and the reference's, over the same questions.
 
     Args:
         ours: (right, of) for each picture.
         reference: The same for the same captions and seeds.
     Raises:
-        ValueError: there is no picture, or the two are not as many.
+        ValueError: there is no picture, or the lengths differ.
     """
     if not ours or len(ours) != len(reference):
         raise ValueError(f"both sides need the same pictures, at least one, got {len(ours)} and {len(reference)}")

@@ -1,9 +1,9 @@
-"""Pictures of one model for many prompts, kept in a folder so that an interrupted evaluation goes on.
+"""Pictures of one model for many prompts, kept in a folder so that an interrupted evaluation can resume.
 
-A folder belongs to one model and one setting: its name holds their digest. Picture i is `00000i.safetensors` (final
-latents, packed where the model takes them so, and in the header its prompt) and `00000i.png`; each says what seconds it
-took. Latents are written before they are decoded where `latent_functions.py` has a row for the model; other pipelines
-are called as they stand, and what their scheduler gave last is kept.
+A folder belongs to one model and one setting; its name is their digest. Picture i is `00000i.safetensors` (final
+latents, packed if the model packs them, with the prompt in the header) and `00000i.png`; each records the seconds it
+took. Where `draws_in_parts`, latents are written before they are decoded; other pipelines are called once for both, and
+the last output of their scheduler is kept as latents.
 """
 
 import hashlib
@@ -45,16 +45,16 @@ SECONDS = "seconds"  # in a file's header: of denoising, or of decoding
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """How pictures are made: noise of picture i from `torch.Generator("cpu").manual_seed(seed + i)`."""
+    """How pictures are made; the noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`."""
 
-    height: int | None = None  # pixels; None, here and below: the pipeline's own
+    height: int | None = None  # pixels; None, here and below: the pipeline's default
     width: int | None = None
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
     max_sequence_length: int | None = None  # text tokens
     batch_size: int = 4  # changes nothing but speed
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline's call besides
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the pipeline's call
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_sequence_length", "batch_size"):
@@ -64,31 +64,31 @@ class PictureSettings:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width), which must be known."""
+        """(height, width), which must be set."""
         assert self.height is not None, "`of` fills in the pipeline's own"
         assert self.width is not None, "the same"
         return self.height, self.width
 
     def of(self, pipe: Any) -> "PictureSettings":
-        """The same with the pipeline's own in place of None."""
+        """A copy with the pipeline's defaults in place of None."""
         own = own_settings(pipe)._asdict()
         if self.height is None or self.width is None:
             own["height"], own["width"] = default_size(pipe)
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
     def call(self, pipe: Any) -> dict[str, Any]:
-        """What a pipeline is called with for these pictures, beside prompts and noise."""
+        """Arguments of the pipeline's call for these pictures, except prompts and generators."""
         names = ("height", "width", "steps", "guidance", "max_sequence_length")
         return call_arguments(pipe, {name: getattr(self, name) for name in names}, self.arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What one model made: for each prompt its latents, [N, C] where they are packed, and its picture."""
+    """The output of one model: for each prompt the latents, [N, C] if packed, and the picture."""
 
     latents: tuple[Tensor, ...]
     images: tuple[Image.Image, ...]
-    seconds: float  # a picture, median: text encoding, denoising, decoding
+    seconds: float  # per picture, median: text encoding, denoising, decoding
 
 
 def make_pictures(
@@ -97,15 +97,15 @@ def make_pictures(
     """Make one picture for each prompt, or read those that an earlier call with these settings left in the folder.
 
     Args:
-        pipe: On the device where it shall run.
+        pipe: On the device where it runs.
         directory: Holds a folder for each model and setting.
         name: The model's, for the progress bar.
     Raises:
-        ValueError: the pipeline cannot make this size, or makes no pictures.
+        ValueError: the pipeline cannot make this size, or does not return pictures.
     """
     settings = settings.of(pipe)
     check_size(pipe, *settings.size)
-    settings.call(pipe)  # raises for an argument that is none
+    settings.call(pipe)  # raises for an unknown argument
     folder = directory / digest(pipe, settings)
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
@@ -129,7 +129,7 @@ def make_pictures(
             for index, prompt, one in zip(batch, texts, latents.cpu(), strict=True):
                 _keep_latents(folder, index, one, {"prompt": prompt, SECONDS: f"{seconds:.4f}"})
             for index, image in zip(batch, images, strict=False):
-                _keep_picture(folder, index, image, 0.0)  # the seconds above are of both
+                _keep_picture(folder, index, image, 0.0)  # the seconds above include decoding
                 progress.update()
             if in_parts:
                 _decode(pipe, folder, batch, settings, progress)
@@ -144,10 +144,10 @@ def draws_in_parts(pipe: Any, settings: PictureSettings) -> bool:
 def draw_whole(
     pipe: Any, prompts: list[str], indices: Sequence[int], settings: PictureSettings
 ) -> tuple[Tensor, list[Image.Image]]:
-    """Final latents [B, ...] on the CPU, and pictures, by one call of the pipeline.
+    """Final latents [B, ...] on the CPU, and pictures, from one call of the pipeline.
 
     Raises:
-        ValueError: the pipeline makes no picture for each prompt.
+        ValueError: the pipeline does not return one picture per prompt.
     """
     generators = [torch.Generator("cpu").manual_seed(settings.seed + index) for index in indices]
     call = settings.call(pipe)
@@ -167,11 +167,11 @@ def draw_whole(
     for prompt, blackened in zip(prompts, getattr(output, "nsfw_content_detected", None) or (), strict=False):
         if blackened:
             logger.warning("the pipeline's safety checker has made the picture of %r black, and so it counts", prompt)
-    return made[0][: len(prompts)].cpu(), images  # guided pipelines may hold each twice
+    return made[0][: len(prompts)].cpu(), images  # with guidance the batch may hold each twice
 
 
 def digest(pipe: Any, settings: PictureSettings) -> str:
-    """Changes with the weights, the conversion and every setting that changes pictures."""
+    """A digest of the weights, the conversion and every setting that changes pictures."""
     _, model = denoiser(pipe)
     kernels: dict[str, Any] = {name: module.linear_kernel for name, module in swapped(model).items()}
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -192,7 +192,7 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
 
 
 def _styles_of(part: nn.Module) -> dict[str, Any]:
-    """How strong LoRA of the user's own is, layer by layer, which is no weight."""
+    """Per-layer strength of the user's own LoRA, which is not stored in weights."""
     return {
         name: [layer.scaling, list(layer.active_adapters), layer.disable_adapters]
         for name, module in part.named_modules()
@@ -202,7 +202,7 @@ def _styles_of(part: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def denoise(pipe: Any, prompts: list[str], indices: Sequence[int], settings: PictureSettings) -> Tensor:
-    """Final latents [B, N, C] of these pictures, where `latent_functions.py` has a row for the model."""
+    """Final latents [B, N, C] of these pictures; the model must have a row in `latent_functions.py`."""
     functions = latent_functions(denoiser(pipe)[1])
     return functions.generate(
         pipe,
@@ -216,7 +216,7 @@ def denoise(pipe: Any, prompts: list[str], indices: Sequence[int], settings: Pic
 
 
 def _decode(pipe: Any, folder: Path, indices: Sequence[int], settings: PictureSettings, progress: Any) -> None:
-    """Pictures of latents in the folder, one at a time."""
+    """Decode latents in the folder, one picture at a time."""
     if not indices:
         return
     functions = latent_functions(denoiser(pipe)[1])
@@ -234,7 +234,7 @@ def _files(folder: Path, index: int) -> tuple[Path, Path]:
 
 
 def _keep_latents(folder: Path, index: int, latents: Tensor, about: dict[str, str]) -> None:
-    """They replace those of another prompt, and its picture."""
+    """Write the latents of one picture, replacing those of another prompt and removing its picture."""
     tensors, picture = _files(folder, index)
     picture.unlink(missing_ok=True)
     write_whole(tensors, lambda temporary: save_file({"latents": latents.contiguous()}, temporary, metadata=about))
@@ -250,12 +250,12 @@ def _has_latents(folder: Path, index: int, prompt: str) -> bool:
     tensors, _ = _files(folder, index)
     try:
         return tensors.is_file() and read_header(tensors).get("prompt") == prompt
-    except ValueError:  # damaged: made anew
+    except ValueError:  # damaged: make it again
         return False
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether it is there, and can be read to its end."""
+    """Whether the file exists and can be read completely."""
     try:
         with Image.open(path) as image:
             image.load()

@@ -1,4 +1,4 @@
-"""Whether bfloat16 pays on this machine: a CPU without instructions for it is much slower in it than in float32."""
+"""Whether bfloat16 is faster on this machine: on a CPU without instructions for it, it is much slower than float32."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def autocasts(config: DistillConfig, device: torch.device) -> bool:
-    """Whether the student computes in bfloat16, by `run.mixed_precision`; a choice that is slow here is warned of."""
+    """Whether `run.mixed_precision` makes the student compute in bfloat16; warns if that is slow on this device."""
     wanted = config.run.mixed_precision
     if wanted == "auto":
         return config.base.dtype == "bfloat16" or bfloat16_is_faster(device.type)
@@ -26,7 +26,7 @@ def autocasts(config: DistillConfig, device: torch.device) -> bool:
 
 @lru_cache  # measured once for each kind of device
 def bfloat16_is_faster(device_type: str) -> bool:
-    """On a GPU, whether it has instructions for bfloat16; elsewhere, measured on a product of a layer's size."""
+    """On a GPU, whether it has bfloat16 instructions; elsewhere, measured on a matrix product of a layer's size."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}

@@ -1,10 +1,10 @@
-"""The teacher makes its own training samples, never decoded and encoded again.
+"""Generates training samples with the teacher, without a round trip through the VAE.
 
-Of FLUX.1, final latents and what it was told: training adds noise of its own. Of any other model, some of the calls of
-its denoiser on the way (`calls.py`), which need no knowledge of how it was trained; a guided model's are of both
-branches.
+For FLUX.1 a sample is its final latents and conditions, to which training adds noise. For any other model it is some of
+the denoiser's calls (`calls.py`), which require no knowledge of how the model was trained; with guidance they include
+both branches.
 
-Several processes may work at one set of samples, each on its part of the shards (`shards.py`).
+Several processes can work on one set of samples, each on its part of the shards (`shards.py`).
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from .latent_functions import has_row, latent_functions
 from .samples import call_of_teacher
 from .shards import write_shards
 
-CALLS = 4  # kept of a picture
+CALLS = 4  # kept per picture
 
 
 def prepare(
@@ -50,30 +50,30 @@ def prepare(
     shard_size: int | None = None,
     part: tuple[int, int] = (1, 1),
 ) -> Path:
-    """Generate one sample per prompt into a folder; called again, make the shards that are not there yet.
+    """Generate one sample per prompt into a folder; called again, make the missing shards.
 
-    The noise of sample i comes from `torch.Generator("cpu").manual_seed(seed + i)`: `batch_size`, of final latents, is
-    about speed only. Where calls are kept, pictures are made one at a time.
+    The noise of sample i comes from `torch.Generator("cpu").manual_seed(seed + i)`. For final latents `batch_size`
+    affects speed only; where calls are kept, pictures are made one at a time.
 
     Args:
-        pipe: The original pipeline, on the device where it shall run.
+        pipe: The original pipeline, on the device where it runs.
         prompts: One per sample; repeat a prompt to get it with several seeds.
-        directory: New, or that of an interrupted call with the same settings.
-        sizes: (height, width) in pixels; sample i has sizes[i % len(sizes)]. None: the pipeline's own, for all.
-        steps: Denoising steps; None: the pipeline's own.
-        guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
-        max_sequence_length: Text tokens; None: the pipeline's own.
-        calls: Keep so many calls of the denoiser of each picture; 0: its final latents, for FLUX.1 alone. None: 0 for
-            FLUX.1, else 4.
-        arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}, where calls are kept.
-        shard_size: Samples per file, which stay in memory until it is written; None: 64, or 8 where calls are kept.
-        part: (i, n), counted from 1: only every n-th shard, from the i-th on; calls for the others may run beside.
+        directory: A new folder, or that of an interrupted call with the same settings.
+        sizes: (height, width) in pixels; sample i has sizes[i % len(sizes)]. None: the pipeline's default.
+        steps: Denoising steps; None: the pipeline's default, or 28.
+        guidance: `guidance_scale` of the pipeline; None: the pipeline's default.
+        max_sequence_length: Text tokens; None: the pipeline's default.
+        calls: Number of denoiser calls to keep per picture; 0: its final latents, for FLUX.1 only. None: 0 for FLUX.1,
+            else 4.
+        arguments: Further ones of the pipeline's call, such as {"negative_prompt": "blurry"}, where calls are kept.
+        shard_size: Samples per file, held in memory until it is written; None: 64, or 8 where calls are kept.
+        part: (i, n), counted from 1: make every n-th shard from the i-th on; other parts may run at the same time.
     Returns:
         The folder, which `TeacherSamples` reads.
     Raises:
         UnsupportedModelError: the model's class is not known.
-        ValueError: a setting is out of range or not known to the pipeline, differs from those of the folder, the
-            pipeline is converted, another process makes this part, or it made numbers that are not finite.
+        ValueError: a setting is out of range, unknown to the pipeline or different from the folder's, the pipeline is
+            converted, another process is making this part, or the teacher's output is not finite.
     """
     settings = _settings(
         pipe,
@@ -109,7 +109,7 @@ def _settings(
     arguments: Mapping[str, Any] | None,
     shard_size: int | None,
 ) -> dict[str, Any]:
-    """What makes these samples and no others, as JSON has it: written down with them, and compared by later calls."""
+    """The settings that determine the samples, as JSON values: stored with them, and compared by later calls."""
     _, model = denoiser(pipe)
     conversions.family_of(model)  # raises where the class is not known
     own = own_settings(pipe)
@@ -158,7 +158,7 @@ def _check(
     for size in settings["sizes"]:
         check_size(pipe, *size)
     if settings["calls"]:
-        call_of_teacher(pipe, settings["sizes"][0], settings)  # raises for a setting that is none
+        call_of_teacher(pipe, settings["sizes"][0], settings)  # raises for an unknown setting
 
 
 def _check_calls(model: torch.nn.Module, calls: int, arguments: Mapping[str, Any] | None) -> None:

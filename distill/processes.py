@@ -1,8 +1,8 @@
-"""The processes of a launch: each holds the whole model and its share of a batch, and here they agree.
+"""Communication between the processes of a launch; each holds the whole model and its share of a batch.
 
-What is trained is small beside the model, so that gradients are exchanged once a step, after the last backward, and not
-by DistributedDataParallel: that one wants every gradient in every process, through the model's own output, while a
-lesson of `layerwise.py` ends in its layer and some losses reach a weight in one process alone.
+The trained weights are small compared with the model, so gradients are averaged once per step, after the last backward.
+DistributedDataParallel does not fit: it expects every gradient in every process, through the model's own output, while
+`layerwise.py` backpropagates within single layers, and some losses reach a weight in one process only.
 """
 
 import os
@@ -27,22 +27,22 @@ from torch import Tensor, nn
 from ..linearize.errors import told
 from .diverged import DivergedError
 
-SENTENCES = (ValueError, OSError, DivergedError)  # that end a run with their message alone
-OF_ALL = "All processes of the launch raise this."  # a note that an error has
-BUCKET = 2**25  # elements that are exchanged at once
-WAIT = timedelta(hours=1)  # while the main process writes tens of GB to a slow disk; NCCL by itself waits ten minutes
+SENTENCES = (ValueError, OSError, DivergedError)  # errors that end a run with their message alone
+OF_ALL = "All processes of the launch raise this."  # the note on such an error
+BUCKET = 2**25  # elements per exchange
+WAIT = timedelta(hours=1)  # while the main process writes tens of GB to a slow disk; NCCL's default is ten minutes
 
 Result = TypeVar("Result")
 
 
 def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
-    """The processes of this launch, on CUDA where there is some, else on the CPU.
+    """The accelerator of this launch, on CUDA if available, else on the CPU.
 
     Args:
-        trackers: Names of accelerate's that are here.
-        folder: For what they keep on this disk.
+        trackers: Installed trackers, by accelerate's names.
+        folder: For the trackers' local files.
     Raises:
-        ValueError: accelerate sees another number of processes than the launcher started, or shards the model.
+        ValueError: accelerate sees a different number of processes than were launched, or would shard the model.
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -52,8 +52,8 @@ def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = Non
             )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision="no",  # autocast is ours: the teacher must not always have it
-        # what accelerate would else read from its environment:
+        mixed_precision="no",  # `pair.py` applies autocast: the teacher does not always use it
+        # these accelerate would otherwise read from the environment:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         dynamo_backend="no",
@@ -70,7 +70,7 @@ def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = Non
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """Do it on the main process; all processes get what it returns, or raise its error, if it is one of `SENTENCES`."""
+    """Run `action` on the main process; all processes get its result, or raise its error if it is in `SENTENCES`."""
     said: list[Result | Exception | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -85,7 +85,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
 
 
 def main_has(accelerator: Accelerator, make: Callable[[], Result]) -> Result | None:
-    """What the main process alone makes and keeps; all raise its error, if it is one of `SENTENCES`."""
+    """Make an object on the main process only; None in others. All raise its error if it is in `SENTENCES`."""
     made: list[Result] = []
     on_main(accelerator, lambda: made.append(make()))
     return made[0] if made else None
@@ -93,9 +93,9 @@ def main_has(accelerator: Accelerator, make: Callable[[], Result]) -> Result | N
 
 @contextmanager
 def all_or_none(accelerator: Accelerator) -> Iterator[None]:
-    """What one process raises inside, if it is one of `SENTENCES`, all raise at the end, and none waits for it in vain.
+    """If a process raises one of `SENTENCES` inside, all raise it on exit, so that none waits for a failed process.
 
-    Inside, processes do not speak with one another.
+    Inside, processes must not communicate.
     """
     mine: Exception | None = None
     try:
@@ -116,15 +116,15 @@ def all_or_none(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _plain(error: Exception) -> Exception:
-    """The same as one of `SENTENCES` that other processes can read."""
+    """The error as an instance of its base type in `SENTENCES`, which other processes can unpickle."""
     return next(kind for kind in SENTENCES if isinstance(error, kind))(told(error))
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """The mean of each gradient over the processes, in place; in a process that has none it counts as 0.
+    """Average each gradient over the processes, in place; a missing gradient is treated as 0.
 
     Args:
-        parameters: The same in every process, of one dtype.
+        parameters: The same in every process, all of one dtype.
     """
     if accelerator.num_processes == 1:
         return
@@ -141,7 +141,7 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Paramete
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """In order, as many together as make `BUCKET` elements."""
+    """Groups of consecutive parameters, each closed once it has `BUCKET` elements."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
@@ -155,15 +155,15 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def tensors_of_main(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The main process' tensors by name, one after the other, in every process and on its device.
+    """Broadcast the main process's tensors one by one; yields name and tensor, on the process's device.
 
     Args:
-        tensors: Other processes' are not looked at.
+        tensors: Used on the main process only.
     """
     described = on_main(accelerator, lambda: {name: (one.shape, one.dtype) for name, one in tensors.items()})
     for name, (shape, dtype) in described.items():
         if accelerator.is_main_process:
-            one = tensors[name].detach().to(accelerator.device).contiguous()  # as what sends it wants it
+            one = tensors[name].detach().to(accelerator.device).contiguous()  # as broadcast requires
         else:
             one = torch.empty(shape, dtype=dtype, device=accelerator.device)
         yield name, broadcast(one)

@@ -1,4 +1,4 @@
-"""Training beside frozen weights in 8 or 4 bits: a LoRA learns, as in QLoRA (arXiv:2305.14314)."""
+"""Training a LoRA on frozen weights in 8 or 4 bits, as in QLoRA (arXiv:2305.14314)."""
 
 import torch
 from torch import nn
@@ -8,12 +8,12 @@ from ..linearize.weights.quantized import is_quantized
 
 
 def check_gradients(model: nn.Module, dtype: torch.dtype) -> None:
-    """Whether a gradient passes through quantized layers to what is trained before them; the first one is tried.
+    """Check on the first quantized layer that gradients pass through it to the trained weights before it.
 
-    As in a step: after a forward without gradients, for which bitsandbytes packs its layers anew on some CPUs.
+    As in a training step, a forward without gradients comes first: on some CPUs bitsandbytes then repacks its layers.
 
     Raises:
-        ValueError: it does not, as where activations are quantized as well.
+        ValueError: they do not, for example because activations are quantized as well.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and is_quantized(layer.weight):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing, diffusers' own: blocks run again in the backward, which takes less memory."""
+"""diffusers' gradient checkpointing: blocks are recomputed in the backward, which takes less memory."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def check_recomputes(model: Any) -> None:
-    """Raise a ValueError for a model that diffusers cannot run so."""
+    """Raise a ValueError if diffusers has no gradient checkpointing for the model."""
     if not model._supports_gradient_checkpointing:
         raise ValueError(
             f"run.gradient_checkpointing must be false for a {type(model).__name__}, which diffusers has none for; a "
@@ -16,5 +16,5 @@ def check_recomputes(model: Any) -> None:
 
 
 def recompute_(model: Any) -> None:
-    """Run its blocks again in the backward; diffusers' own function would refuse HunyuanImage's keywords."""
+    """Enable gradient checkpointing; diffusers' default function rejects keyword arguments, as of HunyuanImage."""
     model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))

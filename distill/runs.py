@@ -1,5 +1,5 @@
-"""The folder of a run: refused when it holds something else, and resumed with the settings that made it, or with others
-that count from there on, which are told and kept.
+"""The folder of a run: refused if it holds something else; resumed with its original settings, or with changes that
+affect later steps only, which are logged and recorded.
 """
 
 import json
@@ -18,14 +18,14 @@ from .start import fingerprint_of
 logger = logging.getLogger(__name__)
 
 FILE = "run.json"
-# In it, beside the settings:
+# Its entries besides the settings:
 SAMPLES = "samples"  # fingerprint of the data
-START = "start_adapter"  # fingerprint of what the student began with
-HISTORY = "history"  # what was changed on the way
+START = "start_adapter"  # fingerprint of the adapter that the student started from
+HISTORY = "history"  # settings changed on resuming
 AUTOCAST = "bfloat16"  # whether the student computes in it, which `run.mixed_precision = "auto"` leaves to the machine
 
-# These move files or trade memory for time; what is learnt does not depend on them. (Of samples and adapters, the
-# content counts.)
+# These move files or trade memory for time; training does not depend on them. (Samples and adapters are compared by
+# content.)
 _MAY_CHANGE = {
     "data.directory",
     "run.directory",
@@ -40,7 +40,7 @@ _MAY_CHANGE = {
     "start.revision",
     "validate.every",
 }
-# What follows depends on these, what was learnt does not: a run that diverged goes on with a lower rate, for example.
+# These affect later steps only: a run that diverged can continue with a lower rate, for example.
 _MAY_CHANGE_FROM_HERE = (
     "layerwise.lr",
     "layerwise.warmup",
@@ -57,19 +57,19 @@ _MAY_CHANGE_FROM_HERE = (
 
 
 def flat_tables(config: DistillConfig) -> dict[str, Any]:
-    """Every setting by its full name: "loss.flow"."""
+    """Every setting by its full name, such as "loss.flow"."""
     return dict(_flat(config_to_tables(config)))
 
 
 def check_run(config: DistillConfig, data: str, *, resume: Resume | None) -> int:
-    """The step after which the run begins: 0 in a folder that is free.
+    """The step after which the run begins; 0 in a free folder.
 
     Args:
         data: Fingerprint of the samples.
-        resume: Go on after this checkpoint.
+        resume: The checkpoint to continue after; None: a new run.
     Raises:
-        ValueError: the folder is in use, was started with settings (which are named) that made what it holds, holds no
-            such checkpoint, or is further than `run.steps`.
+        ValueError: the folder is not empty, was started with other settings (which are named), holds no such
+            checkpoint, or is further than `run.steps`.
     """
     directory = config.run.folder
     file = directory / FILE
@@ -82,21 +82,21 @@ def check_run(config: DistillConfig, data: str, *, resume: Resume | None) -> int
         return step
     free = not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir())
     if free and resume in (None, "latest"):
-        return 0  # a lock, or what a call left that was killed before it had written the file
+        return 0  # a lock, or leftovers of a call that was killed before it wrote the file
     if resume is not None:
         raise ValueError(f"{directory} holds no run (no {FILE}) to continue: name another folder")
     raise ValueError(f"{directory} is not empty; add --resume latest to continue its run, or name another folder")
 
 
 def write_run(config: DistillConfig, data: str, *, start: int = 0, mixed: bool) -> bool:
-    """Make the folder and write down what it is for, and which settings changed since it was last written down.
+    """Create the folder and record its settings, and which of them changed since they were last recorded.
 
     Args:
         data: Fingerprint of the samples.
         start: The step after which the run begins.
-        mixed: Whether the student shall compute in bfloat16.
+        mixed: Whether a new run's student computes in bfloat16.
     Returns:
-        Whether it shall: as it did where the run began.
+        Whether this run's does: as when it began.
     """
     directory = config.run.folder
     directory.mkdir(parents=True, exist_ok=True)
@@ -118,11 +118,7 @@ def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What is written down of a run, with what settings that came after it are where nothing is said.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """A run's recorded settings, with defaults for settings added since; raises ValueError if the file is damaged."""
     stored = read_json(file)
     for name, kind, what in ((HISTORY, list, "a list"), (AUTOCAST, bool, "true or false")):
         if not isinstance(stored.get(name, kind()), kind):
@@ -133,7 +129,7 @@ def _read(file: Path) -> dict[str, Any]:
     tables = {name: table for name, table in stored.items() if name not in others}
     try:
         config = config_from_tables(tables)
-    except ValueError:  # a setting is gone: it is told as a difference
+    except ValueError:  # a setting no longer exists: reported as a difference
         return stored
     return json.loads(json.dumps(config_to_tables(config))) | others
 

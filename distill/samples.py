@@ -1,6 +1,6 @@
-"""Samples of a teacher, as a shard holds them: tensors by name, and texts for its header.
+"""Samples of a teacher in the form of a shard: tensors by name, and texts for its header.
 
-Of FLUX.1 a sample is the final latents and what the model was told; of any other model, calls of its denoiser.
+For FLUX.1 a sample is its final latents and conditions; for any other model, calls of its denoiser.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class Made(NamedTuple):
 
 @torch.no_grad()
 def final_latents(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> Made:
-    """Latents and conditions of these samples of one size, by their index."""
+    """Latents and conditions of samples of one size, which are given by index."""
     functions = latent_functions(denoiser(pipe)[1])
     first = next(iter(batch.values()))
     conditions = functions.encode(pipe, [sample.prompt for sample in batch.values()], settings["max_sequence_length"])
@@ -49,11 +49,11 @@ def final_latents(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str,
 
 
 def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> Made:
-    """Calls of the denoiser in the picture of one sample.
+    """Calls of the denoiser that draw the picture of one sample.
 
     Raises:
-        ValueError: the pipeline needs more than is given, there are fewer calls, one cannot be kept, or predictions
-            are not finite.
+        ValueError: the pipeline needs other arguments or makes fewer calls, a call cannot be stored, or predictions are
+            not finite.
     """
     ((index, sample),) = batch.items()
     call = call_of_teacher(pipe, (sample.height, sample.width), settings)
@@ -61,7 +61,7 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
         try:
             with arguments_named(pipe, settings["arguments"]):
                 draw_latents(pipe, sample.prompt, sample.seed, call)
-        except (TypeError, AttributeError) as error:  # what diffusers makes of an argument that is missing
+        except (TypeError, AttributeError) as error:  # what diffusers raises for a missing argument
             raise ValueError(
                 f"{type(pipe).__name__} does not draw from a prompt and a size ({error}): pass its other arguments"
             ) from error
@@ -75,10 +75,10 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
 
 
 def call_of_teacher(pipe: Any, size: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the pipeline is called with for samples of this size, (height, width) in pixels.
+    """Arguments of the pipeline's call for samples of this size, (height, width) in pixels.
 
     Raises:
-        ValueError: a setting is not known to it.
+        ValueError: the pipeline does not know a setting.
     """
     named = {name: settings[name] for name in ("steps", "guidance", "max_sequence_length")}
     return call_arguments(pipe, {"height": size[0], "width": size[1], **named}, settings["arguments"])

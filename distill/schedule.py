@@ -1,4 +1,4 @@
-"""What changes from step to step: the learning rate, and the noise of the samples."""
+"""The learning rate and the noise levels of each step."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .config import DistillConfig
 
 
 def learning_rate(config: DistillConfig, step: int) -> float:
-    """The rate of a step, counted from 0; each of the two phases has a whole schedule."""
+    """The rate of a step, counted from 0; each of the two phases has a full schedule."""
     schedule, first = config.schedule, config.layerwise
     if step < first.steps:
         rate, steps, warmup = first.lr, first.steps, first.warmup
@@ -28,8 +28,8 @@ def learning_rate(config: DistillConfig, step: int) -> float:
 def noise_levels(config: DistillConfig, places: Sequence[int], uniform: Tensor) -> Tensor:
     """sigma of these places of a batch, before the shift; `uniform` [len(places)] are random numbers in [0, 1).
 
-    Each place takes its own of `run.batch_size` equal shares of the distribution, so that every step has as many noisy
-    samples as others, and the loss tells less of luck.
+    Stratified: each place samples its own of `run.batch_size` equal shares of the distribution, so that all steps have
+    the same mix of noise levels, and the loss varies less.
     """
-    share = ((torch.tensor(places) + uniform) / config.run.batch_size).clamp(1e-6, 1 - 1e-6)  # at 0 it is infinite
+    share = ((torch.tensor(places) + uniform) / config.run.batch_size).clamp(1e-6, 1 - 1e-6)  # infinite at 0
     return torch.sigmoid(config.noise.mean + config.noise.std * torch.special.ndtri(share))

@@ -1,7 +1,7 @@
-"""The shards of samples, made one after the other; those that are there in full are not made again.
+"""Makes the shards of samples one after the other; complete ones are not made again.
 
-Each part of the shards has an index of its own, which readers take together, so that parts can also be made on machines
-that share no disk, and copied into one folder.
+Each part of the shards has its own index, and readers merge them, so that parts can also be made on machines that share
+no disk, and copied into one folder.
 """
 
 import logging
@@ -26,7 +26,7 @@ from .samples import Made, final_latents, kept_calls
 
 logger = logging.getLogger(__name__)
 
-Shard = dict[int, Sample]  # by their index
+Shard = dict[int, Sample]  # by index
 
 
 def write_shards(
@@ -38,7 +38,7 @@ def write_shards(
     batch_size: int,
     part: tuple[int, int],
 ) -> None:
-    """Make the shards of this part that are not there in full, and list each as it is done."""
+    """Make the missing and incomplete shards of this part, adding each to the index when it is done."""
     whole = _whole_shards(directory, settings)
     shards = _of_part(samples, settings["shard_size"], part)
     if not shards:
@@ -69,7 +69,7 @@ def write_shards(
 
 
 def _of_part(samples: Sequence[Sample], size: int, part: tuple[int, int]) -> dict[int, Shard]:
-    """Every n-th shard from the i-th on, by its number."""
+    """Every n-th shard from the i-th on, by number."""
     numbered = list(enumerate(samples))
     return {
         number: dict(numbered[number * size : (number + 1) * size])
@@ -88,7 +88,7 @@ def _make(pipe: Any, shard: Shard, settings: Mapping[str, Any], batch_size: int,
 
 
 def _batches(shard: Shard, batch_size: int) -> Iterator[Shard]:
-    """So many of one size."""
+    """Batches of at most `batch_size` samples of one size."""
     buckets = defaultdict(list)
     for index, sample in shard.items():
         buckets[sample.height, sample.width].append(index)
@@ -98,7 +98,7 @@ def _batches(shard: Shard, batch_size: int) -> Iterator[Shard]:
 
 
 def _tell(directory: Path, settings: Mapping[str, Any], made: int, wanted: int, part: tuple[int, int]) -> None:
-    """How many there are; of a part its own, since others may be at work, and whether it was the last."""
+    """Log how many samples there are; for a part its own, since others may be running, and whether it was the last."""
     there = sum(len(shard["samples"]) for shard in _whole_shards(directory, settings).values())
     if part[1] == 1:
         logger.info("%s holds %d of %d samples", directory, there, wanted)
@@ -108,7 +108,7 @@ def _tell(directory: Path, settings: Mapping[str, Any], made: int, wanted: int, 
 
 
 def _whole_shards(directory: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The shards that are there in full, made with these settings, by their number."""
+    """The complete shards by number; raises ValueError if the folder has other settings or contents."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is not a folder")
     index = read_index(directory)
@@ -129,5 +129,5 @@ def _whole_shards(directory: Path, settings: Mapping[str, Any]) -> dict[int, dic
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether no part, of which some may have written their index meanwhile, has put this file there."""
+    """Whether the file is from no part; other parts may have written their index since it was read."""
     return re.fullmatch(r"\..*|shard-\d{5}\.safetensors|index(-\d+-of-\d+)?\.json", path.name) is None

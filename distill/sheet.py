@@ -9,7 +9,7 @@ from ..linearize.folders import write_whole
 
 GAP = 6  # pixels
 FONT_SIZE = 14  # pixels
-GAIN = 3  # of differences, which are dark
+GAIN = 3  # brightness of differences, which are dark
 
 
 def difference(image: Image.Image, reference: Image.Image) -> Image.Image:
@@ -18,7 +18,7 @@ def difference(image: Image.Image, reference: Image.Image) -> Image.Image:
 
 
 def write_sheet(columns: Sequence[str], rows: Sequence[Sequence[Image.Image]], path: Path) -> None:
-    """Write the rows as a PNG; the pictures of a column are as wide as its widest."""
+    """Write the rows as a PNG; each column is as wide as its widest picture or name."""
     font = ImageFont.load_default(FONT_SIZE)
     widths = [max(int(font.getlength(name)), *(row[place].width for row in rows)) for place, name in enumerate(columns)]
     heights = [max(picture.height for picture in row) for row in rows]

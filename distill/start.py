@@ -1,4 +1,4 @@
-"""A student that begins as another run left one: `[start]` names its adapter."""
+"""Starts a student from the adapter of another run, which `[start]` names."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def filled(tables: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
-    """The tables of a config, with the adapter's method and kind of weights where they say nothing of these.
+    """The tables of a config, with the adapter's method and kind of weights as defaults.
 
     Raises:
-        ValueError: the adapter is missing, damaged or out of reach, or has weights of both kinds.
+        ValueError: the adapter is missing, damaged or unreachable, or has weights of both kinds.
     """
     if start.adapter is None:
         return tables
@@ -36,19 +36,19 @@ def filled(tables: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
 
 
 def fingerprint_of(start: Start) -> str | None:
-    """Changes with anything that the adapter holds; None: there is none."""
+    """A digest of the adapter's content; None if there is no adapter."""
     if start.adapter is None:
         return None
     file = find_adapter(start.adapter, revision=start.revision)
-    return None if file is None else sha256(file)[:16]  # where weights have a file of their own, this names its sha256
+    return None if file is None else sha256(file)[:16]  # if weights have a separate file, this one holds its sha256
 
 
 def start_(model: nn.Module, config: DistillConfig) -> None:
-    """Give the weights of a student the values that the adapter has; a layer that it did not train begins untrained.
+    """Copy the adapter's weights into a student; a layer that the adapter did not train starts untrained.
 
     Raises:
         ValueError: the adapter is missing, damaged, of another model, method or kind of weights, or has trained a layer
-            that is left out here.
+            that this run does not train.
     """
     start = config.start
     if start.adapter is None:
@@ -77,7 +77,7 @@ def start_(model: nn.Module, config: DistillConfig) -> None:
 
 
 def _values(parts: Parts) -> Iterator[tuple[str, Tensor]]:
-    """What was trained on the base's weights, by the names of a student's parameters."""
+    """The trained weights and LoRA of the base's layers, under the student's parameter names."""
     yield from parts.full.items()
     for layer, (down, up) in parts.lora.items():
         yield f"{layer}.{LORA_NAME}.down", down
@@ -85,7 +85,7 @@ def _values(parts: Parts) -> Iterator[tuple[str, Tensor]]:
 
 
 def _trained_table(manifest: Manifest, start: Start) -> dict[str, Any]:
-    """What `[trained]` would say of an adapter; empty where nothing but kernels has weights."""
+    """The `[trained]` table of an adapter; empty if only kernels have weights."""
     if len(manifest.trained) > 1:
         raise ValueError(
             f"start.adapter {start.adapter} has a LoRA and changed projections, and a run trains one of them: start "

@@ -1,7 +1,7 @@
-"""The student inside the teacher: one copy of the frozen weights, and beside it what training changes.
+"""The student inside the teacher: one copy of the frozen weights, plus the trained ones.
 
-The student is the model as it stands; the teacher is the same model under `teacher(model)`: original attention, no
-LoRA, and where the projections themselves are trained, their frozen twins.
+The model itself is the student; under `teacher(model)` it is the teacher: original attention, no LoRA, and where the
+projections themselves are trained, their frozen twins.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,11 +27,11 @@ KERNEL = ".linear_kernel."
 
 
 def build_student_(pipe: Any, config: DistillConfig) -> SwapReport:
-    """Convert the pipeline's model, add what is trained, with the values to start from, freeze the rest.
+    """Convert the pipeline's model, add the trained weights with their initial values, and freeze the rest.
 
     Raises:
-        ValueError: the model cannot be converted so, a projection to train is not there, or the adapter to start from
-            does not fit.
+        ValueError: the model does not support the conversion, a projection to train does not exist, or the adapter to
+            start from does not fit.
     """
     report = linearize_(pipe, config.method, min_tokens=config.run.min_tokens, impl=config.run.impl)
     _, model = denoiser(pipe)
@@ -50,24 +50,24 @@ def build_student_(pipe: Any, config: DistillConfig) -> SwapReport:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer changes and a checkpoint holds."""
+    """The parameters that are optimized and held in checkpoints, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextmanager
 def teacher(model: nn.Module) -> Iterator[None]:
-    """Make `model` the original for a while, without gradients.
+    """Inside, `model` is the original, without gradients.
 
-    Never open it between the student's forward and its backward: gradient checkpointing would run the teacher again.
+    Do not enter it between the student's forward and its backward: gradient checkpointing would recompute the teacher.
     """
     with dense(model), torch.no_grad():
         yield
 
 
 class TwinLinear(nn.Linear):
-    """A linear layer that also holds the weights it started from, and computes with one or the other.
+    """A linear layer that also holds its original weights, and computes with one set or the other.
 
-    The twin lives in the same module, and moves with it.
+    Both are in the same module, so they move together.
     """
 
     twin_active: bool
@@ -81,12 +81,12 @@ class TwinLinear(nn.Linear):
 
 
 def add_twins_(model: nn.Module, projections: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Give these projections of every swapped attention module a frozen twin; the weights themselves may then train.
+    """Give these projections of every swapped attention module a frozen twin, so that the weights themselves can train.
 
     Returns:
         {parameter name: parameter} of the weights and biases to train.
     Raises:
-        ValueError: no swapped module has one of the names, or it is not a plain nn.Linear (quantized, wrapped).
+        ValueError: a name exists in no swapped module, or is not a plain nn.Linear (quantized, wrapped).
     """
     found = {name: model.get_submodule(name) for name in projection_names(model, projections)}
     for name, module in found.items():
@@ -115,7 +115,7 @@ def _add_twin_(layer: nn.Linear) -> TwinLinear:
 
 
 class Twins:
-    """The overlay of `add_twins_`: what `dense`, `restore_` and `save_adapter` ask of trained weights."""
+    """The overlay of `add_twins_`: the interface to trained weights of `dense`, `restore_` and `save_adapter`."""
 
     reversible = True
 
@@ -131,7 +131,7 @@ class Twins:
             layer.twin_active = False
 
     def check_reversible(self) -> None:
-        """A twin always leads back."""
+        """Never raises: the twin holds the original weights."""
 
     def remove(self) -> None:
         for layer in self.layers.values():
@@ -149,7 +149,7 @@ class Twins:
         }
 
     def changed(self) -> list[str]:
-        """Names of the base's parameters that hold other numbers now."""
+        """Names of the base's parameters whose values have changed."""
         return list(self.parameters())
 
     def tensors(self) -> dict[str, Tensor]:

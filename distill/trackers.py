@@ -1,4 +1,4 @@
-"""The numbers of a run for experiment trackers (TensorBoard, Weights & Biases and others), by accelerate's classes."""
+"""Logging to experiment trackers (TensorBoard, Weights & Biases and others) through accelerate."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,17 +9,17 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from .config import DistillConfig
 from .runs import flat_tables
 
-PROJECT = "lineardit"  # as trackers show it; TensorBoard's events are in a folder of this name in the run's
+PROJECT = "lineardit"  # shown by trackers; TensorBoard's events are in a subfolder of this name in the run's folder
 
 
 def available(names: Iterable[str]) -> list[str]:
-    """Those whose package is here."""
+    """The trackers whose package is installed."""
     here = [str(one) for one in get_available_trackers()]
     return [name for name in names if name in here]
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raise a ValueError for a tracker that accelerate does not know, or whose package is not here."""
+    """Raise a ValueError for a tracker that accelerate does not know, or whose package is not installed."""
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"save.report_to must be of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}; got {name!r}")
@@ -28,7 +28,7 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: DistillConfig) -> None:
-    """Tell the accelerator's trackers, if it has any, of a run and its settings; all processes call it."""
+    """Start the accelerator's trackers, if it has any, with the run's settings; called in all processes."""
     if accelerator.log_with:
         accelerator.init_trackers(PROJECT, config={name: _plain(value) for name, value in flat_tables(config).items()})
 

@@ -36,18 +36,18 @@ from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-# Of a run, with what is added to their names while they are written.
+# Patterns of a run's files, including the suffixes that they have while they are written.
 FILES = ("run.json.*", "loss.*", "validation*", "step-*", "adapter.*")
 
 
 def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
-    """Run a distillation to its end; every process of the launch calls it.
+    """Run a distillation to its end; called in every process of the launch.
 
     Args:
-        resume: Go on after the newest whole checkpoint of the run's folder, if there is one, or after that of a step;
+        resume: Continue after the newest complete checkpoint of the run's folder, if any, or after that of a step;
             later ones are removed.
     Returns:
-        The adapter's folder, `adapter` in the run's.
+        The adapter's folder, `adapter` in the run's folder.
     Raises:
         ValueError: settings, data and model do not fit, the folder holds another run or is in use, or matplotlib is
             missing.
@@ -60,7 +60,7 @@ def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
         check_trackers(trackers)
         samples = TeacherSamples(config.data.folder)
         _check_config(config, samples, accelerator.num_processes)
-    with ExitStack() as while_held:  # by the main process, which alone reads and writes the folder
+    with ExitStack() as while_held:  # by the main process, the only one that uses the folder
         on_main(accelerator, lambda: while_held.enter_context(_held_and_tidy(config.run.folder)))
         _check_same_samples(accelerator, samples)
         start = on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
@@ -74,7 +74,7 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
     torch.manual_seed(config.run.seed)
     with all_or_none(accelerator):
         pipe = load_teacher(config.base)
-        taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # nothing is drawn from calls
+        taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # training on calls draws no pictures
         taught.to(accelerator.device)
         _check_teacher(accelerator, denoiser(pipe)[1], samples)
         check_gradients(denoiser(pipe)[1], getattr(torch, config.base.dtype))
@@ -82,7 +82,7 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
             check_recomputes(denoiser(pipe)[1])
         report = build_student_(pipe, config)
 
-    def write() -> bool:  # of a measurement, so that all do as the first found
+    def write() -> bool:  # `autocasts` may measure: all use the main process's result
         return write_run(config, samples.fingerprint, start=start, mixed=autocasts(config, accelerator.device))
 
     mixed = on_main(accelerator, write)
@@ -105,16 +105,16 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
 
 
 def load_teacher(base: Base) -> Any:
-    """The pipeline without its text encoders: the samples hold what they said.
+    """The pipeline without its text encoders: the samples hold their outputs.
 
     Raises:
-        ValueError: it is not there, out of reach, damaged, of no class that can be converted, or cannot be quantized.
+        ValueError: it is missing, unreachable, damaged, of a class that cannot be converted, or cannot be quantized.
     """
     found = read_base(base.model, revision=base.revision)
     parts = DiffusionPipeline.load_config(found.source.name, revision=found.source.revision)
     unused: tuple[str, ...] = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "processor")
     if (parts.get("safety_checker") or [None, None])[1] == "StableDiffusionSafetyChecker":
-        unused += ("safety_checker",)  # which wants the feature extractor
+        unused += ("safety_checker",)  # which needs the feature extractor
     without: dict[str, Any] = {name: None for name in parts if name.startswith(unused)}
     return load_base(found, dtype=getattr(torch, base.dtype), quantization=base.quantization, **without)
 
@@ -155,7 +155,7 @@ def _check_config(config: DistillConfig, samples: TeacherSamples, processes: int
 
 
 def _check_same_samples(accelerator: Accelerator, samples: TeacherSamples) -> None:
-    """Machines that share no disk read their own."""
+    """Check that all processes have the same samples: machines that share no disk read their own copy."""
     found = gather_object([samples.fingerprint])
     others = [str(process) for process, one in enumerate(found) if one != found[0]]
     with all_or_none(accelerator):
@@ -167,7 +167,7 @@ def _check_same_samples(accelerator: Accelerator, samples: TeacherSamples) -> No
 
 
 def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: TeacherSamples) -> None:
-    """Whether this model made the samples: another class cannot be taught by them, other weights are warned of."""
+    """Check that this model made the samples: another class or shape raises, other weights cause a warning."""
     made_by, here = samples.settings["model"], type(model).__name__
     if made_by != here or _differ(samples.settings["architecture"], architecture(model)):
         which = f"a {made_by}" if made_by != here else f"another {made_by}"
@@ -178,9 +178,9 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
         )
     dtype = samples.settings["dtype"]
     if dtype_name(main_dtype(model)) not in (dtype, "float32"):
-        return  # these weights are rounded otherwise than those that made the samples
+        return  # these weights are rounded differently from those that made the samples
     if quantized_in(model):
-        return  # and so are these
+        return  # these too
     if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model, torch.bfloat16):
         others = "quantized weights" if samples.settings.get("quantized") else "other weights than base.model has"
         logger.warning(
@@ -193,5 +193,5 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
 
 
 def _differ(one: str | None, other: str | None) -> bool:
-    """Whether two are known, and not the same."""
+    """Whether both are known, and differ."""
     return None not in (one, other) and one != other

@@ -1,6 +1,6 @@
-"""The loop: a student learns, step by step, on any number of processes.
+"""The training loop of a student, on any number of processes.
 
-What it learns from is in `batches.py`, the objective in `losses.py`. Steps are counted from 1 over both phases: first
+The training inputs are in `batches.py`, the objective in `losses.py`. Steps are counted from 1 over both phases: first
 those layer by layer (`layerwise.py`), if any, then those end to end.
 """
 
@@ -50,7 +50,7 @@ class Trainer:
     """One student in training.
 
     Args:
-        pipe: Its model is a student of `build_student_`, on the accelerator's device; all of it where it draws.
+        pipe: Its model is a student of `build_student_`, on the accelerator's device; so are all parts if it draws.
         mixed: Whether the student computes in bfloat16.
     """
 
@@ -63,11 +63,11 @@ class Trainer:
         self.directory = config.run.folder
         self.layerwise_steps = config.layerwise.steps
         self.last_step = config.layerwise.steps + config.run.steps
-        self.started = 0  # the step behind which this process began
+        self.started = 0  # the step after which this process began
         model: Any = denoiser(pipe)[1]
         if config.run.gradient_checkpointing:
             recompute_(model)
-        model.eval()  # as the samples were made: HiDream in training returns its padding as well
+        model.eval()  # as when the samples were made: in training mode HiDream returns its padding as well
         pipe.set_progress_bar_config(disable=True)
         self.pair = Pair(model, device=accelerator.device, dtype=getattr(torch, config.base.dtype), mixed=mixed)
         self.trained = self.pair.trained
@@ -81,7 +81,7 @@ class Trainer:
         self.average = Average(self.trained, config.trained.ema)
 
     def fit(self, start: int) -> None:
-        """Train from step `start` to the last one, with checkpoints, curve and validation on the way."""
+        """Train the steps after `start` to the last one, with checkpoints, curve and validation on the way."""
         save = self.config.save
         self.started = start
         with self.average.acting():
@@ -104,12 +104,12 @@ class Trainer:
                 if self.validation.is_due(step):
                     with self.average.acting():
                         self.validation.run(step)
-                progress.unpause()  # the time left is that of steps
+                progress.unpause()  # the estimate of the time left is based on steps only
 
     def step(self, step: int) -> dict[str, float]:
-        """One update; the loss terms over the whole batch, and the learning rate."""
+        """Run one update; returns the loss terms over the whole batch, and the learning rate."""
         if step == self.layerwise_steps + 1:
-            self.optimizer.state.clear()  # what AdamW remembers is of another loss
+            self.optimizer.state.clear()  # AdamW's state comes from another loss
             self.average.begin()
         rate = learning_rate(self.config, step - 1)
         for group in self.optimizer.param_groups:
@@ -125,7 +125,7 @@ class Trainer:
         return row | {"loss": sum(self.weights.get(name, 1) * value for name, value in row.items()), "lr": rate}
 
     def _layer_by_layer(self, step: int) -> dict[str, float]:
-        """Gradients of the first phase's loss, and its mean over layers."""
+        """Accumulate gradients of the first phase's loss; returns its mean over layers."""
         pair, parts = self.pair, list(self.batches.parts(step))
         sums = torch.zeros(len(pair.layers), device=pair.device)
         for part in parts:
@@ -135,7 +135,7 @@ class Trainer:
         return {"layerwise": self.accelerator.reduce(sums / len(parts), "mean").mean().item()}
 
     def _end_to_end(self, step: int) -> dict[str, float]:
-        """Gradients of the objective, and its terms."""
+        """Accumulate gradients of the objective; returns its terms."""
         parts = list(self.batches.parts(step))
         sums = torch.zeros(len(self.weights), device=self.pair.device)
         for part in parts:
@@ -146,7 +146,7 @@ class Trainer:
         return dict(zip(self.weights, means, strict=True))
 
     def _check_finite(self, values: Mapping[str, float], step: int) -> None:
-        """Raise a DivergedError where a value that all processes share is no number; the main one words it."""
+        """Raise a DivergedError if a value, the same in all processes, is not finite; the main one words it."""
         if not all(map(math.isfinite, values.values())):
             on_main(self.accelerator, lambda: check_finite(values, step, self.config, self.started))
 
@@ -162,7 +162,7 @@ class Trainer:
         on_main(self.accelerator, write)
 
     def restore(self, step: int) -> None:
-        """Go back to the checkpoint of this step, which the main process reads; 0: none. Later ones are removed."""
+        """Restore the checkpoint of this step (0: none), read by the main process; later ones are removed."""
         files: dict[str, dict[str, Tensor]] = {TRAINED: {}, OPTIMIZER: {}, AVERAGE: {}}
         averaged = self.average.ema is not None
 
@@ -182,6 +182,6 @@ class Trainer:
         logger.info("continuing after step %d", step)
 
     def _train_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give every process the main one's."""
+        """Copy the main process's tensors into the trained weights of every process."""
         for name, tensor in tensors_of_main(self.accelerator, tensors):
             self.trained[name].data.copy_(tensor)

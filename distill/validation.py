@@ -1,6 +1,6 @@
-"""How near the student is on the samples that training leaves out; each process judges some of them.
+"""Compares student and teacher on the held-out samples; each process takes some of them.
 
-Of final latents the student draws the pictures beside the teacher's; of kept calls it predicts each of them.
+For final latents the student redraws the teacher's pictures; for kept calls it predicts each of them.
 """
 
 import logging
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 class _Judged(NamedTuple):
-    place: int  # of the sample
+    place: int  # index of the sample
     error: float
-    pictures: list[Image.Image]  # the teacher's and the student's; none of kept calls
+    pictures: list[Image.Image]  # the teacher's and the student's; none for kept calls
 
 
 class Validation:
-    """The samples left out, judged at some steps."""
+    """Validation on the held-out samples at regular steps."""
 
     def __init__(
         self, accelerator: Accelerator, config: DistillConfig, pipe: Any, samples: TeacherSamples, pair: Pair
@@ -49,20 +49,20 @@ class Validation:
         self.last = config.layerwise.steps + config.run.steps
         self.directory = config.run.folder
         self.column = "prediction_error" if samples.calls else "latent_mse"
-        self.log: StepLog | None = None  # the main process has one
+        self.log: StepLog | None = None  # on the main process only
 
     def is_due(self, step: int) -> bool:
         return len(self.indices) > 0 and (step == self.last or step % self.every == 0)
 
     def start(self, step: int) -> None:
-        """Go on after this step; judge it where it was due, and an interrupted run did not come to its end."""
+        """Continue after this step; validate it if that was due and an interrupted run did not finish it."""
         if not self.indices:
             return
 
         def read() -> StepLog:
             for sheet in self.directory.glob("validation-*.png"):
                 if sheet.stem.removeprefix("validation-").isdecimal() and sheet > self._sheet(step):
-                    sheet.unlink()  # drawn anew, or of a way that the run does not go
+                    sheet.unlink()  # of later steps, which the run repeats or does not reach
             return StepLog(self.directory / "validation.csv", [self.column], last_step=step)
 
         self.log = log = main_has(self.accelerator, read)
@@ -72,7 +72,7 @@ class Validation:
 
     @torch.no_grad()
     def run(self, step: int) -> None:
-        """Judge them; the mean error becomes a row of validation.csv, the pictures a sheet.
+        """Validate; the mean error becomes a row of validation.csv, the pictures a sheet.
 
         A validation that runs out of memory in any process is reported and left out: the run continues.
         """
@@ -112,7 +112,7 @@ class Validation:
         return self.directory / f"validation-{step:08d}.png"
 
     def _predicted(self, index: int) -> _Judged:
-        """The mean over all calls of the squared error of a prediction, relative to the teacher's."""
+        """The squared error of the predictions relative to the teacher's, averaged over a sample's calls."""
         errors = []
         for number in range(self.samples.calls):
             arguments = to_device(self.samples.call(index, number), self.pair.device)
@@ -124,7 +124,7 @@ class Validation:
         return _Judged(index, sum(errors) / len(errors), [])
 
     def _drawn(self, index: int) -> _Judged:
-        """Pictures of teacher and student, and the mean squared error of its latents."""
+        """Pictures of teacher and student, and the mean squared error of their latents."""
         functions, sample = latent_functions(self.pair.model), self.samples.samples[index]
         batch = self.samples.load([index]).to(self.pair.device, self.pair.dtype)
         with self.pair.as_student():

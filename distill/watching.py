@@ -1,4 +1,4 @@
-"""Looking on while a stock pipeline makes a picture, and helping where its memory runs out."""
+"""Hooks into a stock pipeline: keep the scheduler's last output, and decode in tiles when memory runs out."""
 
 import logging
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def last_step(pipe: Any) -> Iterator[list[Tensor]]:
-    """A list that holds, after a call of the pipeline, what its scheduler gave last."""
+    """Yield a list that holds, after a call of the pipeline, the last output of its scheduler."""
     made: list[Tensor] = []
 
     def keep(step: Any) -> Any:
@@ -32,7 +32,7 @@ def last_step(pipe: Any) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def decoding_in_tiles_at_need(pipe: Any) -> Iterator[None]:
-    """Inside, a VAE for which pictures are too large decodes once more: one at a time, in upstream's tiles."""
+    """Inside, if pictures are too large for the VAE, decode again, one at a time and with diffusers' tiling."""
     vae: Any = getattr(pipe, "vae", None)
     if not hasattr(vae, "enable_tiling"):
         yield
@@ -61,7 +61,7 @@ def decoding_in_tiles_at_need(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, change: Any) -> Iterator[None]:
-    """Inside, this method of one object is what `change` makes of it."""
+    """Inside, replace this method of one object by `change` of it."""
     before = vars(owner).get(name)
     setattr(owner, name, change(getattr(owner, name)))
     try:
