@@ -3,7 +3,7 @@
     python examples/bf16_positions.py
 
 bfloat16 has 8 significant bits: integers are exact up to 256, so that 257 becomes 256 and 259 becomes 260. A token of
-FLUX.1 is 16 pixels wide: beyond 4096 pixels a side, neighbours get one position, and rotary embeddings of it.
+FLUX.1 is 16 pixels wide: beyond 4096 pixels a side, neighbours share one position and its rotary embedding.
 """
 
 import torch

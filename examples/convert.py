@@ -14,7 +14,7 @@ print(report)
 
 settings = {"height": 128, "width": 128, "num_inference_steps": 28, "max_sequence_length": 64}
 student = pipe(prompt, generator=torch.Generator().manual_seed(0), **settings).images[0]
-with lineardit.dense(pipe):  # the original attention, for as long as the block lasts
+with lineardit.dense(pipe):  # the original attention inside the block
     teacher = pipe(prompt, generator=torch.Generator().manual_seed(0), **settings).images[0]
 student.save("student.png")
 teacher.save("teacher.png")

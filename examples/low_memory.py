@@ -1,4 +1,4 @@
-"""4K on a small card, one part of the model on it at a time: python examples/low_memory.py flux-hybrid "prompt" """
+"""4K on a small GPU, one part of the model on it at a time: python examples/low_memory.py flux-hybrid "prompt" """
 
 import sys
 
@@ -16,7 +16,7 @@ pipe = lineardit.from_pretrained(adapter, dtype=torch.bfloat16)
 if torch.cuda.is_available():
     pipe.enable_model_cpu_offload()  # or enable_sequential_cpu_offload: least memory, slowest
 high = lineardit.HighResolutionPipeline.from_pipe(pipe)
-settings = Settings(chunk_tokens=4096)  # by itself, 8192 where the estimate is more than the card's free memory
-plan = high.plan(height, width, settings=settings, tile=512)  # tiles of the VAE, in pixels
+settings = Settings(chunk_tokens=4096)  # default: 8192 if the estimate exceeds the GPU's free memory
+plan = high.plan(height, width, settings=settings, tile=512)  # the VAE's tiles, in pixels
 print(plan)
 high(prompt, plan=plan, generator=torch.Generator("cpu").manual_seed(0)).images[0].save("low_memory.png")

@@ -1,4 +1,4 @@
-"""A style LoRA at 4K, beside the adapter: python examples/style_lora_4k.py flux-hybrid LORA "a prompt" """
+"""A style LoRA at 4K, on top of the adapter: python examples/style_lora_4k.py flux-hybrid LORA "a prompt" """
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A picture of yours, four times as wide: python examples/upscale.py flux-hybrid photo.jpg "what it shows" """
+"""Enlarge a picture four times per side: python examples/upscale.py flux-hybrid photo.jpg "what it shows" """
 
 import sys
 
@@ -21,7 +21,7 @@ large = high(
     image=picture,
     height=4 * picture.height,
     width=4 * picture.width,
-    settings=Settings(strength=0.4),  # less is nearer to the picture
+    settings=Settings(strength=0.4),  # lower stays closer to the picture
     generator=torch.Generator("cpu").manual_seed(0),
 )
 large.images[0].save("upscaled.png")

@@ -1,7 +1,7 @@
-"""A cascade as files: every stage's picture to look at, its latents to go on from, and one PNG at the end.
+"""A cascade as files: every stage's picture for viewing, its latents for resuming, and one PNG at the end.
 
-Of `out.png`, the folder `out.stages` holds `1-1024x1024.png` and so on. The latents beside them go once the PNG is
-there.
+For `out.png`, the folder `out.stages` holds `1-1024x1024.png` and so on. The latents in it are removed once the PNG is
+written.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Staged:
-    """A pipeline and what it will do; `picture`: what it enlarges, None: a prompt alone."""
+    """A pipeline and its plan; `picture`: the picture to enlarge, None: a prompt alone."""
 
     pipe: Any
     plan: Plan
@@ -59,11 +59,11 @@ def cascade_of(
     wanted: bool | None,
     tile: int | None = 1024,
 ) -> Staged | None:
-    """The cascade that makes this size, None where one call of the pipeline does.
+    """The cascade that makes this size; None if one call of the pipeline is enough.
 
     Args:
-        steps: Of the first stage, None: the pipeline's own; the settings are of the others.
-        wanted: None: a cascade where the size takes several stages and the pipeline has one.
+        steps: Of the first stage; None: the pipeline's default. The settings are for the others.
+        wanted: None: a cascade if the size takes several stages and the pipeline supports one.
         tile: Side in pixels of the VAE's tiles; None: in one piece.
     Raises:
         UnsupportedModelError: a cascade is wanted, and there is none for this model.
@@ -77,7 +77,7 @@ def cascade_of(
             raise
         return None
     if not wanted and height * width <= 2 * high.native_size**2:
-        return None  # one stage, which the pipeline makes with whatever scheduler it has
+        return None  # one stage, which the pipeline makes with any scheduler
     plan = high.plan(height, width, num_inference_steps=steps, settings=settings, tile=tile, text_len=text_len)
     return Staged(high, plan)
 
@@ -95,18 +95,18 @@ def enlarge(
     arguments: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """A picture, larger, as `make_in_stages` writes it; one that is there already, made just so, is kept.
+    """Enlarge a picture and write it as `make_in_stages` does; an existing one made with the same settings is kept.
 
     Args:
         size: (height, width) in pixels.
         tile: Side in pixels of the VAE's tiles; None: in one piece.
-        guidance, max_sequence_length: Of the pipeline; None: its own.
-        arguments: Of its call besides, such as {"negative_prompt": "blurry"}.
-        overwrite: Replace what is kept of another picture under this name.
+        guidance, max_sequence_length: Of the pipeline; None: its default.
+        arguments: Further ones of its call, such as {"negative_prompt": "blurry"}.
+        overwrite: Replace the files of another picture under this name.
     Raises:
         UnsupportedModelError: there is no cascade for this model.
-        ValueError: the size is not larger than the picture, a setting is out of range, or another picture is there, or
-            its latents or stages.
+        ValueError: the size is not larger than the picture, a setting is out of range, or another picture, its latents
+            or its stages exist under this name.
     """
     check_larger(picture, size)
     high = HighResolutionPipeline.from_pipe(pipe)
@@ -133,9 +133,9 @@ def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:
 
 
 def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None:
-    """One picture from the stage after the last one that is on disk; where that was the last, it is decoded.
+    """Make one picture, resuming after the last stage on disk; if all stages exist, only decode.
 
-    Stages of another picture under its name go.
+    Stages of another picture under its name are removed.
     """
     for file in other_stages(one):
         file.unlink()
@@ -179,7 +179,7 @@ def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None
 
 
 def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, int]:
-    """The latents of the last stage that was made just so, and its number; (None, 0) where there is none."""
+    """The latents of the last stage made with the same settings, and its number; (None, 0) if there is none."""
     for number in range(most, 0, -1):
         if (latents := _latents_of(folder / f"{number}.latents.safetensors", one)) is not None:
             return latents, number
@@ -187,7 +187,7 @@ def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, 
 
 
 def _latents_of(file: Path, one: Wanted) -> Tensor | None:
-    """What a file holds if it was made just so, and well."""
+    """The latents in a file if made with the same settings, and finite."""
     if not file.exists():
         return None
     latents, text = read_latents(file)

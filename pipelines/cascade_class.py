@@ -1,11 +1,11 @@
-"""Classes of cascades, made on demand: ours before diffusers' own, with the arguments of both."""
+"""Cascade classes, made on demand: subclasses of ours and a diffusers pipeline, with the arguments of both."""
 
 import inspect
 from typing import Any
 
 from .checks import check_misplaced
 
-# Of a stock call, what the stages set.
+# Arguments of a stock call that the stages set.
 _OF_STAGES = ("latents", "sigmas", "timesteps", "denoising_end")
 
 
@@ -17,12 +17,12 @@ def cascade_class(ours: Any, stock: Any) -> Any:
     parameters = []
     for name, one in theirs.items():
         if name in _OF_STAGES:
-            kind = inspect.Parameter.KEYWORD_ONLY  # as places no longer count
+            kind = inspect.Parameter.KEYWORD_ONLY  # later positions no longer match
         elif one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
             default = one.default if name == "self" or one.default is not one.empty else None
             parameters.append(own[name].replace(kind=kind) if name in own else one.replace(kind=kind, default=default))
     lacking = [one for name, one in own.items() if name not in theirs and one.kind == one.KEYWORD_ONLY]
-    parameters += [one for one in lacking if one.name != "callback_on_step_end"]  # which stages would hand on
+    parameters += [one for one in lacking if one.name != "callback_on_step_end"]  # passed on to the stock call
     signature = inspect.Signature(parameters)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -36,7 +36,7 @@ def cascade_class(ours: Any, stock: Any) -> Any:
 
 
 def made_of(cls: Any, pipeline: Any) -> Any:
-    """A pipeline of this class from the parts of another, and its flags, such as `requires_safety_checker`."""
+    """A pipeline of this class from the components and flags (such as `requires_safety_checker`) of another."""
     flags = {name: value for name, value in pipeline.config.items() if isinstance(value, bool | int | float)}
     expected = inspect.signature(cls.__init__).parameters
     return cls(**{name: one for name, one in {**flags, **pipeline.components}.items() if name in expected})

@@ -1,4 +1,4 @@
-"""Whether a call of a cascade fits together: said before the first step, not when its stage comes.
+"""Checks of a cascade's call, made before the first step and not when the stage in question runs.
 
 B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's tokens.
 """
@@ -15,7 +15,7 @@ from .stage_schedule import most_steps
 
 
 def check_plan(plan: Plan, height: int | None, width: int | None, steps: int | None, settings: object) -> None:
-    """Raise a ValueError where a call asks for something else than its plan; None asks for nothing."""
+    """Raise a ValueError if arguments of a call that are not None contradict its plan."""
     if not isinstance(plan, Plan):
         raise ValueError(f"plan must be what `plan(height, width)` returns, or None, got {plan!r}")
     if settings is not None:
@@ -68,7 +68,7 @@ def check_stages(plan: Plan, limits: Limits, scheduler: Any) -> None:
 
 
 def _check_sigmas(stage: Stage, limits: Limits, scheduler: Any) -> None:
-    """Raise a ValueError where the scheduler cannot have a stage's noise levels, or what goes with them."""
+    """Raise a ValueError if the scheduler does not support a stage's noise levels, or settings that depend on them."""
     flows, name = limits.largest_shift is not None, type(scheduler).__name__
     if flows and stage.shift is None and stage.strength < 1:
         raise ValueError("a stage of strength below 1 needs a shift of its own, got None")
@@ -87,7 +87,7 @@ def _check_sigmas(stage: Stage, limits: Limits, scheduler: Any) -> None:
 
 
 def check_counts(batch: int, text_len: int | None) -> None:
-    """Raise a ValueError where these are no numbers of pictures and of text tokens."""
+    """Raise a ValueError if these are not valid numbers of pictures and text tokens."""
     for name, number in (("batch", batch), ("text_len", text_len)):
         is_left_out = number is None and name == "text_len"
         if not is_left_out and (type(number) is not int or number < 1):
@@ -95,13 +95,13 @@ def check_counts(batch: int, text_len: int | None) -> None:
 
 
 def check_output_type(output_type: str) -> None:
-    """Raise a ValueError for a form that pictures do not come in."""
+    """Raise a ValueError for an unknown output type."""
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
 
 
 def check_start(plan: Plan, image: Sequence[Any] | None, start_latents: Tensor | None, start_stage: int) -> None:
-    """Raise a ValueError where plan, pictures and latents to begin with do not fit."""
+    """Raise a ValueError if plan, input pictures and initial latents do not fit."""
     if (start_latents is None) != (start_stage == 0) or not 0 <= start_stage < len(plan.stages):
         raise ValueError(
             f"start_stage must be 1 to {len(plan.stages) - 1} with start_latents and 0 without, got {start_stage}"
@@ -134,11 +134,11 @@ def count_pictures(prompt: Any, call: Mapping[str, Any]) -> int:
 def check_numbers(
     batch: int, image: Sequence[Any] | None, generator: Any, latents: Tensor | None, wanted: Sequence[int], stage: int
 ) -> None:
-    """Raise a ValueError where there are not as many of each as of the pictures that come out.
+    """Raise a ValueError if the numbers of input pictures, generators or latents do not fit that of the outputs.
 
     Args:
-        batch: How many that are.
-        latents: To go on with after stage `stage`, of shape [batch, *wanted].
+        batch: Number of output pictures.
+        latents: To continue with after stage `stage`, of shape [batch, *wanted].
     """
     generators = generator if isinstance(generator, list) else [generator]
     if not all(one is None or isinstance(one, torch.Generator) for one in generators):

@@ -1,6 +1,6 @@
-"""Prompts that are longer than what a pipeline's text encoders read.
+"""Warns about prompts that are longer than a pipeline's text encoders read.
 
-diffusers cuts them; some of its pipelines do not say so, and FLUX's and SD3's name other words than T5 has lost.
+diffusers truncates them; some of its pipelines do not say so, and FLUX's and SD3's name other words than T5 loses.
 """
 
 import logging
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def tell_cut_prompts(pipe: Any, prompts: Sequence[str], max_sequence_length: int | None) -> None:
-    """Tell of each prompt, once, the words that are cut; where CLIP is not the only text encoder, those of the others.
+    """Warn once per prompt about the words that are cut; if there are text encoders besides CLIP, those they lose.
 
-    What a pipeline writes around a prompt (the templates of Qwen-Image and others) is not counted.
+    Templates that a pipeline adds to a prompt (Qwen-Image and others) are not counted.
 
     Args:
-        max_sequence_length: Text tokens; None: the pipeline's own.
+        max_sequence_length: Text tokens; None: the pipeline's default.
     """
     tokenizers = {name: part for name, part in pipe.components.items() if isinstance(part, PreTrainedTokenizerBase)}
     others = [one for name, one in tokenizers.items() if not _is_of_clip(pipe, name)]
@@ -40,7 +40,7 @@ def tell_cut_prompts(pipe: Any, prompts: Sequence[str], max_sequence_length: int
 
 
 def _is_of_clip(pipe: Any, tokenizer: str) -> bool:
-    """Whether CLIP reads what it makes, whose 77 tokens no setting changes."""
+    """Whether the tokenizer is for CLIP, whose 77 tokens no setting changes."""
     return "CLIP" in type(getattr(pipe, tokenizer.replace("tokenizer", "text_encoder"), None)).__name__
 
 

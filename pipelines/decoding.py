@@ -1,4 +1,4 @@
-"""Pictures from files of latents, with nothing loaded but the VAE."""
+"""Decodes files of latents, loading only the VAE."""
 
 import re
 from pathlib import Path
@@ -29,16 +29,16 @@ def decode_file(
     offline: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """The PNG of latents that `generate` has saved and not decoded.
+    """Write the PNG of latents that `generate` saved but did not decode.
 
     Args:
-        output: None: the file's name with .png for .latents.safetensors, which go then, with those of its stages; else
-            they stay.
+        output: None: the file's name with .png in place of .latents.safetensors; its latents and those of its stages
+            are then removed, otherwise kept.
         base: The pipeline whose VAE decodes; None: the one that the file names.
-        tile: Side in pixels of the tiles that are decoded at a time; None: in one piece.
+        tile: Side in pixels of the VAE's tiles; None: in one piece.
     Raises:
-        ValueError: the file holds no latents or does not say whose, the output is there, or the tile is too small.
-        OSError: a file cannot be read, or the base is not there.
+        ValueError: the file holds no latents or names no model, the output exists, or the tile is too small.
+        OSError: a file cannot be read, or the base is not found.
     """
     check_tile(tile)
     own = file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
@@ -64,7 +64,7 @@ def decode_file(
 
 
 def _planes(latents: Tensor, vae: Any, height: int, width: int) -> Tensor:
-    """[1, C, h, w] of latents as pictures or as FLUX's tokens, for a picture of at least this size."""
+    """[1, C, h, w] from latents as such or as FLUX's tokens, for a picture of at least this size."""
     if latents.ndim == 4:
         return latents
     token = 2 * pixels_per_latent(vae)

@@ -9,19 +9,19 @@ from ..linearize.networks import denoiser
 
 @contextmanager
 def text_encoded_once(pipe: Any) -> Iterator[Callable[[], None]]:
-    """Inside, what `pipe.encode_prompt` gives before the first step of a call is kept for the calls after it.
+    """Inside, results of `pipe.encode_prompt` before the first step of a call are kept for later calls.
 
-    They must be calls with the same text: what the pipeline hands to `encode_prompt` is not looked at. Once a call
-    denoises, a callback that encodes text of its own gets that. Pipelines without the method encode in every call.
+    All calls must have the same text: arguments of `encode_prompt` are not compared. From the first step on nothing is
+    reused, so that callbacks can encode other text. Pipelines without the method encode in every call.
 
     Yields:
-        To be called before each call of the pipeline.
+        A function to call before each call of the pipeline.
     """
     own = getattr(pipe, "encode_prompt", None)
     if own is None:
         yield lambda: None
         return
-    replaced = vars(pipe).get("encode_prompt")  # by the user
+    replaced = vars(pipe).get("encode_prompt")  # set by the user
     kept: list[Any] = []  # of the first, second, ... encoding in a call
     number: int | None = 0
 

@@ -1,8 +1,8 @@
-"""Rough cost of a stage before it runs: operations and memory of a forward, counted in the model's shape.
+"""Rough cost of a stage before it runs: operations and memory of a forward, counted at the model's shape.
 
-The denoiser runs without numbers (meta device) at the stage's size. Seconds are operations over half of what a matrix
-product reaches on this device. Memory is the weights and the most that a forward holds at once, counted tensor by
-tensor; of attention what it makes outside of its operators, of the original its output alone.
+The denoiser runs on the meta device at the stage's size. Seconds are operations divided by half the rate that matrix
+products reach on this device. Memory is the weights plus the peak of a forward, counted tensor by tensor; of attention
+only the tensors made outside of its operators, of the original one its output alone.
 """
 
 import inspect
@@ -32,12 +32,12 @@ from .token_chunks import in_token_chunks
 from .vae import pixels_per_latent
 
 GIB = 2**30
-LONG_SECONDS = 0.02  # of the smallest product; some CPUs take 40 s for the next one in bfloat16
-ENOUGH_SECONDS = 0.002  # of the others: what a launch takes is little beside it
+LONG_SECONDS = 0.02  # of the smallest product; if slower, stop: some CPUs take 40 s for the next one in bfloat16
+ENOUGH_SECONDS = 0.002  # of the others; launch overhead is small against it
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
 _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_TOKENS = 2**24  # of a stage whose cost is counted: their positions are real numbers, a second's work by then
-_CHUNKS = 64  # that are counted at most
+_MOST_TOKENS = 2**24  # of a stage whose cost is counted: positions are not on the meta device and take a second by then
+_CHUNKS = 64  # counted at most
 _CLIP_TOKENS = 77
 # Pipelines whose guidance calls the model once with the prompt and once without; others give it both at once.
 _ONE_AFTER_THE_OTHER = (
@@ -47,11 +47,11 @@ _ONE_AFTER_THE_OTHER = (
 
 
 class Estimator:
-    """Cost of the stages of one pipeline, as it stands now."""
+    """Cost of the stages of one pipeline in its current state."""
 
     @staticmethod
     def knows(model: nn.Module) -> bool:
-        """Whether a forward of such a model can be made up from its config."""
+        """Whether the inputs of a forward can be made from the model's config."""
         return type(model).__name__ in FAMILIES and can_make_inputs(model)
 
     def __init__(self, pipe: Any, text_len: int | None, batch: int) -> None:
@@ -68,10 +68,10 @@ class Estimator:
         self.limit = free_gib(device)
 
     def with_costs(self, plan: Plan, *, chunks: bool) -> Plan:
-        """The plan with seconds and GiB beside each stage, and what to do where that is more than the GPU's memory.
+        """The plan with seconds and GiB for each stage, and advice if they exceed the GPU's free memory.
 
         Args:
-            chunks: The model can run in chunks of tokens, which such a stage gets.
+            chunks: Whether the model can run in chunks of tokens, which stages that exceed the memory then do.
         """
         try:
             stages = [self._with_cost(stage, chunks) for stage in plan.stages]
@@ -95,7 +95,7 @@ class Estimator:
             return stage
         shape = self._shape(stage)
         step = forward(shape)
-        if step is None:  # beyond the positions that the model has, which a plan is refused for
+        if step is None:  # beyond the model's positions; such a plan is rejected
             return stage
         kernels = swapped(self.model) if stage.attention == "converted" else {}
         configs = {name: cast(Any, module).linear_kernel.config for name, module in kernels.items()}
@@ -111,19 +111,19 @@ class Estimator:
         return replace(stage, seconds=operations / self.speed, gib=gib)
 
     def _tokens(self, stage: Stage) -> int:
-        """Of the picture; of a UNet, its latents."""
+        """Image tokens of a stage; for a UNet, latents."""
         pixels = self.scale * token_side(self.model)
         return (stage.height // pixels) * (stage.width // pixels)
 
     def _gib(self, peak: int) -> float:
-        """Weights, and activations at the peak of a forward, of so many bytes for one picture."""
+        """GiB of the weights and of the activations at a forward's peak, which is in bytes for one picture."""
         return (self.weights + self.batch * peak) / GIB
 
     def _shape(self, stage: Stage) -> "Shape":
         config = {name: one for name, one in cast(Any, self.model).config.items() if not name.startswith("_")}
         latents = (stage.height // self.scale, stage.width // self.scale)
         side, table = max(latents) // token_side(self.model), table_side(self.model)
-        if table is not None and side > table:  # it is stretched then
+        if table is not None and side > table:  # the table is then stretched
             config["pos_embed_max_size"] = side if config["pos_embed_max_size"] == table else side**2
         return Shape(
             model_class=type(self.model).__name__,
@@ -151,7 +151,7 @@ class Shape:
     text_len: int | None
 
     def model(self, **others: int) -> nn.Module:
-        """On the meta device; with other values in its config."""
+        """The model on the meta device; `others` replace values of its config."""
         config = json.loads(self.config) | others
         base = Base(source=Source(name="the pipeline"), model_class=self.model_class, config=config)
         return build_on_meta(base, dtype=self.dtype)
@@ -162,21 +162,21 @@ class Shape:
 
 @lru_cache(maxsize=64)
 def forward(shape: Shape) -> Step | None:
-    """What one forward does; None beyond the positions that the model has."""
+    """The operations of one forward; None beyond the model's positions."""
     return shape.step(shape.model())
 
 
 @lru_cache(maxsize=64)
 def step_in_chunks(shape: Shape, chunk_tokens: int) -> Step:
-    """A forward of FLUX.1 with one block of each kind, its token-wise layers on so many tokens at a time."""
-    model = shape.model(num_layers=1, num_single_layers=1)  # more blocks hold no more
-    most = prod(shape.latents) // token_side(model) ** 2 // _CHUNKS  # smaller ones hold hardly less, and take long
+    """A forward of FLUX.1 with one block of each kind, its token-wise layers on `chunk_tokens` tokens at a time."""
+    model = shape.model(num_layers=1, num_single_layers=1)  # more blocks do not raise the peak
+    most = prod(shape.latents) // token_side(model) ** 2 // _CHUNKS  # smaller ones save little, and take long
     with in_token_chunks(model, max(chunk_tokens, most)):
         return cast(Step, shape.step(model))
 
 
 def forwards_of(pipe: Any) -> tuple[int, int]:
-    """(forwards of a step, copies of each picture in them) by default: 2 for classifier-free guidance."""
+    """Default (forwards per step, copies of each picture in them); one of them is 2 for classifier-free guidance."""
     stock, own = pipe.stock.__name__, inspect.signature(pipe.stock.__call__).parameters
     if (guider := getattr(pipe, "guider", None)) is not None:  # HunyuanImage
         return guider.num_conditions, 1
@@ -189,7 +189,7 @@ def forwards_of(pipe: Any) -> tuple[int, int]:
 
 
 def _text_len(pipe: Any, text_len: int | None) -> int | None:
-    """Tokens of a prompt, as the pipeline takes them; None: it does not say."""
+    """Text tokens that the pipeline passes to the model; None: unknown."""
     own = inspect.signature(pipe.stock.__call__).parameters
     if text_len is None and "max_sequence_length" in own:
         text_len = own["max_sequence_length"].default
@@ -200,7 +200,7 @@ def _text_len(pipe: Any, text_len: int | None) -> int | None:
 
 @lru_cache
 def half_of_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second, from matrix products of a few milliseconds; a small one where that takes long already."""
+    """Half the operations per second of matrix products, of a few milliseconds or the smallest one if slow."""
     side = 2048
     right = torch.randn(side, side, device=device, dtype=dtype)
     for rows, times, enough in (
@@ -217,7 +217,7 @@ def half_of_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _seconds(left: torch.Tensor, right: torch.Tensor, times: int) -> float:
-    """How long so many matrix products take, one after the other."""
+    """Duration of `times` matrix products, one after the other."""
     began = time.perf_counter()
     for _ in range(times):
         product = left @ right
@@ -226,7 +226,7 @@ def _seconds(left: torch.Tensor, right: torch.Tensor, times: int) -> float:
 
 
 def free_gib(device: torch.device) -> float | None:
-    """Memory of a GPU that this process has or can get; None for other devices."""
+    """GiB of GPU memory that this process has reserved or can get; None for other devices."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -248,11 +248,7 @@ def weights_on_device(pipe: Any) -> int:
 
 
 def _bytes(part: nn.Module, device: torch.device | None, *, bits: float | None = None) -> int:
-    """Bytes of a part's weights on a device; None: of all of them.
-
-    Args:
-        bits: That those of its Linear layers shall take; None: what they do.
-    """
+    """Bytes of a part's weights on a device (None: on any), with Linear weights of `bits` each (None: as they are)."""
     held = (*part.parameters(), *part.buffers())
     there = [weight for weight in held if device is None or weight.device.type == device.type]
     total = sum(stored.nbytes for weight in there for stored in stored_tensors(weight))

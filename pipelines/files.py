@@ -1,4 +1,4 @@
-"""Files of pictures: their names, what they say of how they were made, and latents that wait to be decoded."""
+"""Picture files: their names, their metadata on how they were made, and latents that are not decoded yet."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,12 +33,12 @@ class Wanted:
 
     @property
     def latents(self) -> Path:
-        """Where its latents wait for the decoder."""
+        """The file of its latents until they are decoded."""
         return self.path.with_suffix(".latents.safetensors")
 
     @property
     def stages(self) -> Path:
-        """The folder of its stages, where it takes several."""
+        """The folder of its stages, if it takes several."""
         return stages_folder(self.path)
 
 
@@ -48,7 +48,7 @@ def stages_folder(picture: Path) -> Path:
 
 
 def remove_stage_latents(picture: Path, text: Text) -> None:
-    """The latents of this picture's stages, which the finished one is not made from again."""
+    """Remove the latents of this picture's stages, which are not needed once it is finished."""
     for file in stages_folder(picture).glob("*.latents.safetensors"):
         if read_text(file) == text:
             file.unlink()
@@ -58,7 +58,7 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
     """The files that `generate` makes.
 
     Raises:
-        ValueError: no prompt or an empty one, or a file name for several prompts, or another format than PNG.
+        ValueError: no prompt or an empty one, a file name for several prompts, or a format other than PNG.
         OSError: they cannot be written there.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -76,7 +76,7 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
     elif output.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"output must end in .png, or name a folder, got {output}")
     else:
-        # of its own number alone: more prompts leave the names of the first as they are
+        # padding does not depend on the number of prompts, so that adding prompts keeps earlier names
         paths = [output / f"{index:03d}.png" for index in range(len(prompts))]
     check_writable(paths[0].parent)
     return [
@@ -86,7 +86,7 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
 
 
 def check_text(words: str) -> None:
-    """Raise a ValueError for words that are no text: bytes of another encoding, as a shell may pass them on."""
+    """Raise a ValueError for words that are not UTF-8 text: bytes of another encoding, as a shell may pass on."""
     try:
         words.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -96,15 +96,15 @@ def check_text(words: str) -> None:
 
 
 def said_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What a picture says of settings: those that are given."""
+    """Metadata of a picture's settings: those that are not None."""
     return {name: str(value) for name, value in settings.items() if value is not None}
 
 
 def not_there(wanted: Sequence[Wanted]) -> list[Wanted]:
-    """The pictures that are still to be made; one that says it was made just so is kept.
+    """The pictures still to be made; existing ones with the same metadata are kept.
 
     Raises:
-        ValueError: one is there that says otherwise, or latents of another picture wait under its name.
+        ValueError: a picture exists with other metadata, or latents of another picture exist under its name.
     """
     missing = [one for one in wanted if not one.path.exists()]
     for one in wanted:
@@ -119,7 +119,7 @@ def not_there(wanted: Sequence[Wanted]) -> list[Wanted]:
 
 
 def check_there(wanted: Sequence[Wanted]) -> None:
-    """Raise a ValueError where a picture is there that does not say all that is to be said of the wanted one."""
+    """Raise a ValueError if an existing picture does not have all the metadata of the wanted one."""
     for one in wanted:
         if one.path.exists() and not one.text.items() <= text_of(one.path).items():
             raise ValueError(_kept(one.path))
@@ -133,7 +133,7 @@ def _kept(path: Path) -> str:
 
 
 def check_latents(one: Wanted) -> None:
-    """Raise a ValueError where latents of another picture wait for the decoder under this one's name."""
+    """Raise a ValueError if latents of another picture exist under this one's name, not decoded yet."""
     if not one.latents.exists():
         return
     text = read_text(one.latents)
@@ -154,29 +154,29 @@ def check_stages(one: Wanted) -> None:
 
 
 def other_stages(one: Wanted) -> list[Path]:
-    """What is kept of stages under this picture's name, and is of another one."""
+    """Files of stages under this picture's name that belong to another picture."""
     said = {file: read_text(file) for file in one.stages.glob("*.latents.safetensors")}
     said |= {file: dict(text_of(file)) for file in one.stages.glob("*-*x*.png")}
     return [file for file, text in said.items() if text != dict(one.text)]
 
 
 def text_of(path: Path) -> Text:
-    """What a PNG says of how it was made; nothing if it is none."""
+    """Metadata of a PNG; empty if the file is not a picture."""
     try:
         with Image.open(path) as image:
             return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, Image.DecompressionBombError):  # no picture at all, or too large for Pillow
+    except (OSError, Image.DecompressionBombError):  # not a picture, or too large for Pillow
         return {}
 
 
 def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
-    """Each picture's final latents, with what its PNG will say; errors as of `write_latents`."""
+    """Write each picture's final latents with the metadata of its PNG; errors as in `write_latents`."""
     for one, row in zip(batch, latents.split(1), strict=True):
         write_latents(one.latents, row, one.text)
 
 
 def check_finite(latents: Tensor) -> None:
-    """Raise a NotFiniteError for latents that no picture can come from."""
+    """Raise a NotFiniteError for latents that hold NaN or infinity."""
     if not latents.isfinite().all():
         raise NotFiniteError(
             f"the model made latents that are not finite, in {latents.dtype}: load it in another dtype "
@@ -185,7 +185,7 @@ def check_finite(latents: Tensor) -> None:
 
 
 def write_latents(file: Path, latents: Tensor, text: Text) -> None:
-    """One picture's latents, whole or not at all, and what is said of them; their folder is made.
+    """Write one picture's latents and metadata atomically; creates their folder.
 
     Raises:
         ValueError: they are not finite.
@@ -197,10 +197,10 @@ def write_latents(file: Path, latents: Tensor, text: Text) -> None:
 
 
 def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
-    """Latents as they were saved, and what their picture says.
+    """Latents as they were saved, and their picture's metadata.
 
     Raises:
-        ValueError: it is no file of latents.
+        ValueError: it is not a file of latents.
         OSError: it cannot be read.
     """
     with _opened(file) as content:
@@ -208,7 +208,7 @@ def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
 
 
 def read_text(file: Path) -> dict[str, str]:
-    """What the picture of these latents says; errors as of `read_latents`."""
+    """Metadata in a file of latents; errors as in `read_latents`."""
     with _opened(file) as content:
         return dict(content.metadata() or {})
 
@@ -223,13 +223,13 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def write_picture(one: Wanted, image: Image.Image) -> None:
-    """The PNG, in place of the latents."""
+    """Write the PNG and remove the latents."""
     write_png(one.path, image, one.text)
     one.latents.unlink(missing_ok=True)
 
 
 def write_png(path: Path, image: Image.Image, text: Text) -> None:
-    """A picture, whole or not at all, and what it says of itself; its folder is made."""
+    """Write a picture with its metadata atomically; creates its folder."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
@@ -239,7 +239,7 @@ def write_png(path: Path, image: Image.Image, text: Text) -> None:
 
 @contextmanager
 def unkept_told() -> Iterator[None]:
-    """What cannot be kept on the way to a picture, on a full disk, is told, and the picture made without."""
+    """Inside, intermediate files that cannot be written (full disk) cause a warning, and the picture is still made."""
     try:
         yield
     except OSError as error:
@@ -248,7 +248,7 @@ def unkept_told() -> Iterator[None]:
 
 @contextmanager
 def latents_kept(batch: Sequence[Wanted]) -> Iterator[None]:
-    """Say where the latents are if decoding does not come to its end."""
+    """On exit, log where the latents are if decoding did not finish."""
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
-"""Steps of flow matching with fresh noise, drawn from the generators of the pictures.
+"""Flow-matching steps with fresh noise, drawn from the generators of the pictures.
 
-    x0 = x - sigma v,   x' = (1 - sigma') x0 + sigma' n,   sigma > sigma' the noise levels around the step
+    x0 = x - sigma v,   x' = (1 - sigma') x0 + sigma' n,   sigma > sigma' the noise levels before and after the step
 
-That is diffusers' `stochastic_sampling`. But its pipelines do not hand the generators of their call to the scheduler,
-which draws n from PyTorch's global one: the same seed makes another picture each time.
+This is diffusers' `stochastic_sampling`. But its pipelines do not pass the generators of their call to the scheduler,
+which draws n from PyTorch's global one: the same seed gives another picture each time.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def with_fresh_noise(scheduler: Any) -> Any:
     """A scheduler like this one whose steps add fresh noise.
 
     Raises:
-        ValueError: it is none of flow matching.
+        ValueError: it is not one of flow matching.
     """
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(
@@ -39,7 +39,7 @@ def noise_drawn_from(scheduler: Any, generators: Any) -> Iterator[None]:
     if generators is None or not flows or not scheduler.config.get("stochastic_sampling"):
         yield
         return
-    step, replaced = scheduler.step, vars(scheduler).get("step")  # by the user
+    step, replaced = scheduler.step, vars(scheduler).get("step")  # set by the user
 
     @wraps(step)
     def seeded(

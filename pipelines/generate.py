@@ -1,4 +1,4 @@
-"""Pictures from prompts, as PNG files that say how they were made, whole or not at all.
+"""Pictures from prompts, written atomically as PNG files whose metadata say how they were made.
 
 The latents of a picture are saved before they are decoded, so that a decoder that runs out of memory loses no work.
 """
@@ -41,7 +41,7 @@ from .token_chunks import in_token_chunks
 
 logger = logging.getLogger(__name__)
 
-MAX_SEED = 2**63  # what a generator takes
+MAX_SEED = 2**63  # seeds of a generator are below it
 
 
 def generate(
@@ -68,30 +68,30 @@ def generate(
 
     Args:
         pipe: A text-to-image pipeline on its device, converted or not.
-        prompts: Several become numbered files in a folder; a prompt that comes again gets other noise.
-        output: A file that ends in .png for one prompt, else a folder; pictures that are there already, made just so,
-            are not made again, so that an interrupted call goes on.
-        size: (height, width) in pixels; None: the pipeline's own.
-        steps: Denoising steps; None: the pipeline's own.
+        prompts: Several become numbered files in a folder; a repeated prompt gets other noise.
+        output: A file that ends in .png for one prompt, else a folder. Existing pictures made with the same settings
+            are kept, so that an interrupted call can resume.
+        size: (height, width) in pixels; None: the pipeline's default.
+        steps: Denoising steps; None: the pipeline's default, or 28.
         seed: Noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
-        guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
-        max_sequence_length: Text tokens; None: the pipeline's own.
-        batch_size: Pictures at a time; it changes nothing but speed and memory. Cascades make one at a time.
-        cascade: By stages from the model's native size (`high_resolution.py`), any size; None: where the size is more
-            than twice the native area and the pipeline has a cascade. An interrupted one goes on at its last stage.
-        chunk_tokens: Token-wise layers run on so many tokens at a time, for less memory (FLUX.1); None: in a cascade
-            where the GPU's memory is too small, else never.
+        guidance: `guidance_scale` of the pipeline; None: the pipeline's default.
+        max_sequence_length: Text tokens; None: the pipeline's default.
+        batch_size: Pictures at a time; affects speed and memory only. Cascades make one at a time.
+        cascade: Make any size in stages from the model's native size (`high_resolution.py`); None: if the size is more
+            than twice the native area and the pipeline supports it. Interrupted ones resume after their last stage.
+        chunk_tokens: Run token-wise layers on this many tokens at a time, for less memory (FLUX.1); None: only in a
+            cascade that exceeds the GPU's free memory.
         settings: Of a cascade's later stages; None: the defaults.
-        tile: Side in pixels of the tiles that a cascade's VAE works in; None: in one piece.
-        arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}.
-        part: (i, n): only every n-th picture, from the i-th on; other processes make the others.
-        about: What else to write into the PNG, such as {"model": ...}.
-        overwrite: Replace what is there.
+        tile: Side in pixels of the VAE's tiles in a cascade; None: in one piece.
+        arguments: Further ones of the pipeline's call, such as {"negative_prompt": "blurry"}.
+        part: (i, n): make every n-th picture from the i-th on; other processes make the others.
+        about: Further metadata of the PNG, such as {"model": ...}.
+        overwrite: Replace existing files.
     Returns:
         The files of this part, in the order of the prompts.
     Raises:
-        ValueError: a setting is out of range or not known to this pipeline, the model cannot make this size, or a
-            file is there that was made otherwise.
+        ValueError: a setting is out of range or unknown to this pipeline, the model cannot make this size, or a file
+            exists that was made with other settings.
         OSError: the files cannot be written.
     """
     steps = (own_settings(pipe).steps or 28) if steps is None else steps
@@ -140,7 +140,7 @@ def _make_in_stages(
     *,
     overwrite: bool,
 ) -> None:
-    """A cascade for each picture, one after the other."""
+    """Run the cascade for one picture after the other."""
     call = call_arguments(staged.pipe, drawing, arguments)
     for one in () if overwrite else missing:
         check_stages(one)
@@ -158,7 +158,7 @@ def _make_at_once(
     steps: int,
     batch_size: int,
 ) -> None:
-    """A call of the pipeline for each batch of pictures."""
+    """Call the pipeline once for each batch of pictures."""
     progress = tqdm(total=len(missing) * steps, desc="generate", unit="step", disable=not missing)
     with progress, logging_redirect_tqdm():
         for start in range(0, len(missing), batch_size):
@@ -177,7 +177,7 @@ def in_stages(
     settings: Settings | None,
     tile: int | None,
 ) -> Staged | None:
-    """The cascade that `generate` runs with these arguments, with its plan; None where one call of the pipeline does.
+    """The cascade that `generate` runs with these arguments, with its plan; None if one call of the pipeline is enough.
 
     Raises:
         ValueError: the model cannot make this size, or settings of a cascade are out of range or given without one.
@@ -239,7 +239,7 @@ def _make(
 
 
 def _callback(pipe: Any, after_step: Callable[[int, Tensor], None]) -> dict[str, Any]:
-    """The arguments that make a pipeline call `after_step(step, latents)`; older pipelines know another form."""
+    """The arguments that make a pipeline call `after_step(step, latents)`; older pipelines take another form."""
 
     def on_step_end(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         after_step(step, tensors["latents"])

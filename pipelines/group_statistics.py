@@ -1,8 +1,8 @@
 """Group norms of tiles with the statistics of the whole picture, so that tiles agree in colour.
 
-A group norm takes mean and variance over all places of a picture; in a tile, over those of the tile. Here each gets
-those that it meets in one run on the whole picture, made small enough for one tile (nearest neighbours keep the
-variance). As in the fast mode of Tiled VAE (github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111).
+A group norm takes mean and variance over all positions of a picture; in a tile, over those of the tile. Here each norm
+uses the statistics of one run on the whole picture, downsampled to the size of a tile (nearest neighbours preserve the
+variance), as in the fast mode of Tiled VAE (github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111).
 
 B pictures, C channels, G groups.
 """
@@ -20,9 +20,9 @@ from ..linearize.seam.intercept import change_class
 
 @contextmanager
 def whole_statistics(module: nn.Module, run: Callable[[], object]) -> Iterator[None]:
-    """Inside, group norms of a module that run in `run` keep to the mean and variance that they met there.
+    """Inside, group norms of a module that were called in `run` use the mean and variance recorded there.
 
-    Other threads, and other pipelines with the same module, would get these statistics too: none may run it meanwhile.
+    Other threads and pipelines with the same module would use these statistics too: none may run it meanwhile.
     """
     met: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 

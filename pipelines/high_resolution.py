@@ -53,7 +53,7 @@ from .vae import latent_channels, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
-# What a pipeline has besides its parts and its config: of enable_model_cpu_offload, SDXL's watermark, and our own note.
+# Attributes of a pipeline besides components and config: of enable_model_cpu_offload, SDXL's watermark, and our note.
 _REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "watermark", NOTED)
 
 
@@ -105,7 +105,7 @@ class HighResolutionPipeline(StagedPipeline):
         return cls.from_pipe(open_pipeline(name, dtype=dtype or torch.float32, **options), native_size=native_size)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles name the stock class: ours is made on demand and has no address."""
+        """Pickles name the stock class: ours is made on demand and cannot be imported."""
         return _blank, (self.stock,), self.__dict__.copy()
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
@@ -234,7 +234,7 @@ class HighResolutionPipeline(StagedPipeline):
             callback_on_step_end,
             callback_on_stage_end,
         )
-        self.maybe_free_model_hooks()  # the denoiser leaves the card before the VAE comes
+        self.maybe_free_model_hooks()  # the denoiser leaves the GPU before the VAE runs
         images, unsafe = latents, None
         if output_type != "latent":
             images, unsafe = self._finish(latents, stage, plan, output_type)
@@ -246,7 +246,7 @@ class HighResolutionPipeline(StagedPipeline):
         return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
 
     def _attention(self) -> Attention:
-        """What the model can run."""
+        """The attention that the model can run."""
         _, model = denoiser(self)
         if conversion_of(model) is None:
             return "original"
@@ -257,7 +257,7 @@ class HighResolutionPipeline(StagedPipeline):
         return "both"
 
     def _limits(self) -> Limits:
-        """What a plan must know of the model and its scheduler, as they are now."""
+        """The properties of model and scheduler, in their current state, that a plan depends on."""
         model: Any = denoiser(self)[1]
         flows, multiple = matches_flows(self.scheduler), size_multiple(self)
         most, table = most_tokens(model), table_side(model)
@@ -275,7 +275,7 @@ class HighResolutionPipeline(StagedPipeline):
         )
 
     def _with_advice(self, plan: Plan, limits: Limits) -> Plan:
-        """The plan, with what the converted attention says about its sizes."""
+        """The plan, with the converted attention's advice on its sizes."""
         if plan.stages[-1].attention == "original" or not limits.counts_tokens:
             return plan
         side, converted = limits.multiple, [stage for stage in plan.stages if stage.attention == "converted"]
@@ -283,7 +283,7 @@ class HighResolutionPipeline(StagedPipeline):
         return replace(plan, notes=(*plan.notes, *advice))
 
     def _shape_of_latents(self, stage: Stage) -> list[int]:
-        """The shape of one picture's latents, as the model has them."""
+        """The shape of one picture's latents in the model's format."""
         scale, channels = pixels_per_latent(self.vae), latent_channels(self.vae)
         rows, columns = stage.height // scale, stage.width // scale
         return [rows * columns // 4, 4 * channels] if packs_latents(self) else [channels, rows, columns]

@@ -1,4 +1,4 @@
-"""Latents as FLUX's tokens and as pictures, with code of our own: the pipelines' helpers for it are private.
+"""Conversion of latents between pictures and FLUX's tokens; the pipelines' helpers for this are private.
 
 B batch, C channels of latents, h, w sides in latents (even).
 """

@@ -1,12 +1,12 @@
-"""Low frequencies that follow the stage before, while the details are free (after I-Max, arXiv:2410.07536).
+"""Low frequencies that follow the previous stage, while the details are free (after I-Max, arXiv:2410.07536).
 
-A flow-matching step of Euler goes from x_s to x_t, t < s, along one velocity, so that it also tells the picture that
-the model has in mind: x_0 = x_t - t (x_s - x_t) / (s - t). Its low frequencies are drawn towards those of the enlarged
+An Euler step of flow matching goes from x_s to x_t, t < s, along one velocity, which also gives the model's prediction
+of the clean picture: x_0 = x_t - t (x_s - x_t) / (s - t). Its low frequencies are pulled towards those of the enlarged
 picture r:
 
     x_t <- x_t + (1 - t) w_t (low(r) - low(x_0)),    w_t = follow * t
 
-low(x) is x sampled down by `CELL` and up again. w falls with the noise: when that is gone, the picture stands.
+low(x) is x downsampled by `CELL` and upsampled again. w falls with the noise level, down to 0.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from .latents import pack_latents, unpack_latents
 
 OnStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
-CELL = 4  # latents, along one side: what the stage before knows, twice as small and half as sharp
+CELL = 4  # latents, along one side: the previous stage is half as large, and half as sharp
 
 
 class LowFrequencies:
@@ -43,11 +43,11 @@ class LowFrequencies:
 
 
 class Following:
-    """`callback_on_step_end` of a stage whose low frequencies follow; the user's own callback comes after.
+    """`callback_on_step_end` of a stage whose low frequencies follow; then calls the user's own.
 
     Args:
-        clean: What they follow, latents [B, C, h, w].
-        latents: What the stage begins with, alike.
+        clean: Latents [B, C, h, w] to follow.
+        latents: Initial latents of the stage, of the same shape.
         then: The user's callback.
     """
 
@@ -62,7 +62,7 @@ class Following:
         self.before = self.low.after_step(self.before, after, *noise_levels(pipe.scheduler))
         tensors = {**tensors, "latents": pack_latents(self.before) if packed else self.before}
         if self.then is not None:
-            tensors |= self.then(pipe, step, timestep, dict(tensors))  # it need not return what it leaves alone
+            tensors |= self.then(pipe, step, timestep, dict(tensors))  # it may return changed tensors only
             self.before = self._planes(tensors["latents"])
         return tensors
 
@@ -71,7 +71,7 @@ class Following:
 
 
 def noise_levels(scheduler: Any) -> tuple[float, float]:
-    """Before and after the step that a flow-matching scheduler has just made."""
+    """Noise levels before and after the last step of a flow-matching scheduler."""
     return float(scheduler.sigmas[scheduler.step_index - 1]), float(scheduler.sigmas[scheduler.step_index])
 
 

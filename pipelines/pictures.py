@@ -1,4 +1,4 @@
-"""Pictures that are there already, to be enlarged or to steer."""
+"""Input pictures, to be enlarged or used as control images."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 logger = logging.getLogger(__name__)
 
-STRETCHED = 0.02  # more than this share of one side against the other is told; rounding of sizes is less
+STRETCHED = 0.02  # log ratio of aspect ratios above which a warning is logged; rounding of sizes stays below
 
 
 def as_pictures(given: Any) -> list[Image.Image]:
@@ -31,7 +31,7 @@ def as_pictures(given: Any) -> list[Image.Image]:
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture as it is shown: turned as its camera says, what is transparent on white, 16 bits a pixel as 8."""
+    """A picture as displayed: turned as its EXIF data say, transparent parts on white, 16 bits reduced to 8."""
     turned = ImageOps.exif_transpose(picture)
     if turned.mode.startswith("I"):  # values up to 65,535
         turned = turned.convert("I").point(lambda value: value / 257).convert("L")
@@ -43,7 +43,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def tell_stretched(picture: tuple[int, int], size: tuple[int, int]) -> None:
-    """Warn where a picture's sides (height, width) are to each other not as those of the size that it gets."""
+    """Warn if a picture (height, width) and its new size have different aspect ratios."""
     if abs(math.log(size[0] * picture[1] / (size[1] * picture[0]))) > STRETCHED:
         logger.warning(
             "the picture is stretched: %dx%d has another aspect ratio than its %dx%d",
@@ -53,12 +53,12 @@ def tell_stretched(picture: tuple[int, int], size: tuple[int, int]) -> None:
 
 
 def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> Image.Image:
-    """A picture in RGB at this size, by Lanczos; and its edges sharp again, lest a model take their blur for its own:
+    """Resize an RGB picture with Lanczos and sharpen its edges, since the model would keep their blur:
 
         y = min(max(x + sharpen (x - G x), low), high)
 
-    x the enlarged picture; G a Gaussian whose standard deviation is one pixel of the picture before; low and high the
-    least and the largest value of its 3 x 3 pixels around, between which edges have no halo.
+    x is the enlarged picture, G a Gaussian whose standard deviation is one pixel of the original, low and high are the
+    smallest and largest value of the 3 x 3 original pixels around; the limits prevent halos.
     """
     large = picture.resize((width, height), Image.Resampling.LANCZOS)
     ratio = math.sqrt(width * height / (picture.width * picture.height))
@@ -73,7 +73,7 @@ def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> I
 
 
 def _around(picture: Image.Image, choose: numpy.ufunc) -> Image.Image:
-    """For each pixel the value that `choose` prefers of the 3 x 3 around it; Pillow's filters sort them: slow."""
+    """The least or largest of the 3 x 3 values around each pixel; Pillow's filters sort them, which is slow."""
     values = numpy.pad(numpy.asarray(picture), ((1, 1), (1, 1), (0, 0)), mode="edge")
     values = choose(choose(values[:-2], values[1:-1]), values[2:])
     return Image.fromarray(choose(choose(values[:, :-2], values[:, 1:-1]), values[:, 2:]))
@@ -93,7 +93,7 @@ def _pictures_of(one: Any) -> list[Image.Image]:
 
 def _from_values(values: numpy.ndarray, shape: Sequence[int]) -> list[Image.Image]:
     """Pictures from values in [0, 1], an array [h, w, 3] or [B, h, w, 3]."""
-    if values.size == 0 or not (values.min() >= 0 and values.max() <= 1):  # neither holds of NaN
+    if values.size == 0 or not (values.min() >= 0 and values.max() <= 1):  # both are false for NaN
         got = "none" if values.size == 0 else f"{values.min():g} to {values.max():g}"
         raise ValueError(f"numbers of image {list(shape)} must lie in [0, 1], got {got}")
     whole = (values * 255).round().astype(numpy.uint8)
@@ -101,7 +101,7 @@ def _from_values(values: numpy.ndarray, shape: Sequence[int]) -> list[Image.Imag
 
 
 def resized(picture: Any, height: int, width: int) -> Any:
-    """A tensor [B, 3, h, w], or several, at this size; other pictures as they are, since pipelines resize these."""
+    """Resize a tensor [B, 3, h, w], or several; other pictures are left as they are, since pipelines resize these."""
     if isinstance(picture, list | tuple):
         return [resized(one, height, width) for one in picture]
     if not isinstance(picture, Tensor) or picture.shape[-2:] == (height, width):

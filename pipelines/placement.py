@@ -1,4 +1,4 @@
-"""Where a pipeline computes, and where its weights wait meanwhile."""
+"""The device that a pipeline runs on, and the offloading of its weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ _NO_LAYERS_OF_4_BITS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pipeline without weights would be put: a device, and one of `OFFLOADS`; and what would quantize it."""
+    """Where a pipeline without weights would be put (a device, and one of `OFFLOADS`), and its quantization."""
 
     device: torch.device
     offload: str
@@ -33,9 +33,9 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
 
     Args:
         offload: "none": all of it; "model": one part at a time; "group": a few layers at a time; "sequential": one
-            layer at a time. Less memory on the device in this order, and slower.
+            layer at a time. In this order, it takes less memory on the device and more time.
     Raises:
-        ValueError: no such offload, there is no accelerator to offload from, or the weights cannot be offloaded so.
+        ValueError: unknown offload, no accelerator to offload from, or weights that do not support this offload.
     """
     check_offload(device, offload)
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -60,24 +60,24 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
 def note_place_(
     pipe: Any, device: torch.device, offload: str = "none", quantization: Quantization | None = None
 ) -> None:
-    """Say of a pipeline without weights (`from_pretrained(weights=False)`) where `place_` would put it, for estimates.
+    """Record where `place_` would put a pipeline without weights (`from_pretrained(weights=False)`), for estimates.
 
     Args:
         quantization: Of the denoiser's weights.
     Raises:
-        ValueError: as of `place_`.
+        ValueError: as in `place_`.
     """
     check_offload(device, offload, quantization)
     setattr(pipe, NOTED, Place(device, offload, quantization))
 
 
 def noted_place(pipe: Any) -> Place | None:
-    """What `note_place_` has said."""
+    """The place recorded by `note_place_`, if any."""
     return getattr(pipe, NOTED, None)
 
 
 def check_offload(device: torch.device, offload: str, quantization: Quantization | None = None) -> None:
-    """Raise the ValueError of `place_` where it can be told before a pipeline is loaded.
+    """Raise the ValueError of `place_` if it can be known before a pipeline is loaded.
 
     Args:
         quantization: Of the denoiser's weights, as they will be loaded.

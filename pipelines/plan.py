@@ -15,8 +15,8 @@ STEPS = 8
 FOLLOW = 1.0
 SHARPEN = 1.0
 MOST_SHARPENING = 10
-MOST_STEPS = 10_000  # a list of noise levels is made of them
-LEAST_TILE = 64  # pixels, of what may be asked for
+MOST_STEPS = 10_000  # a list of noise levels has as many entries
+LEAST_TILE = 64  # pixels; the smallest that can be requested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Stage:
 
 
 def _about(amount: float, digits: int, unit: str) -> str:
-    """`about 3 s`; of what rounds to nothing, what it is less than."""
+    """`about 3 s`, or `less than 1 s` for an amount that rounds to 0."""
     told = f"{amount:.{digits}f}"
     return f"about {told} {unit}" if float(told) else f"less than {10**-digits:g} {unit}"
 

@@ -1,19 +1,19 @@
 """The default plan of a high-resolution call: sizes of the stages, and their settings.
 
 A cascade makes the picture at the size that the model was trained on, enlarges it, adds noise to it, and denoises
-again, until the size asked for. Where each default comes from:
+again, up to the requested size. Sources of the defaults:
 
-    stages          sides at most twice those of the stage before
+    stages          sides at most twice those of the previous stage
     attention       the original up to twice the native area (CLEAR's authors advise it at the native size), then linear
     strength, steps the small model of this repository, which loses its pictures above; CLEAR (arXiv:2412.16112) starts
                     FLUX at 2K and 4K from noise level 0.875, 14 steps
     sharpen         the small model: blurred edges stay blurred at the noise level of `strength`, stage after stage
-    shift           what the scheduler takes at its largest size; stock pipelines extrapolate it, up to pure noise
-    rope_factor     NTK scaling where a side is beyond the positions the model knows: r ** (d / (d - 2)), r times the
-                    native side; with r times the known side, half as much, the small model draws a frame around
+    shift           the scheduler's at its largest size; stock pipelines extrapolate it, up to pure noise
+    rope_factor     NTK scaling if a side is beyond the positions the model knows: r ** (d / (d - 2)), r relative to
+                    the native side; relative to the known side, half as much, the small model draws a frame around
                     pictures of 8 times its native side
-    follow          low frequencies follow the stage before (I-Max, arXiv:2410.07536), in flow matching: free, the
-                    small model lost half an object of a hard picture at twice its native side
+    follow          low frequencies follow the previous stage (I-Max, arXiv:2410.07536), in flow matching; without it,
+                    the small model lost half an object of a hard picture at twice its native side
 """
 
 import math
@@ -39,7 +39,7 @@ def cascade(
     Args:
         height, width: In pixels, any.
         first_steps: Of the first stage.
-        enlarge: There is a picture already, of native size or of this (height, width).
+        enlarge: Start from an existing picture, of native size (True) or of this (height, width).
         text_len: Tokens, for proportional attention.
         tile: Side in pixels of the VAE's tiles.
     Raises:
@@ -56,7 +56,7 @@ def cascade(
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
     stages: list[Stage] = []
     for rows, columns in sizes:
-        small = rows * columns <= 2 * limits.native**2  # there is little to gain
+        small = rows * columns <= 2 * limits.native**2  # converted attention gains little
         original = limits.attention == "original" or (limits.attention == "both" and small)
         attention = "original" if original else "converted"
         if not stages and not enlarge:
@@ -120,11 +120,11 @@ def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, .
 
 
 def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool | tuple[int, int]) -> list[tuple[int, int]]:
-    """(height, width) of each stage: of one shape, from the native area on, in even steps of at most a factor 2.
+    """(height, width) of each stage: of one aspect ratio, from the native area on, in even steps of at most a factor 2.
 
     The last one is rounded up to what the model can make, the others to the nearest. Up to sqrt(2) times the native
-    side there is one stage. Where a picture is there to enlarge, it takes the place of the one of native size, and a
-    larger one, of `enlarge` = (height, width), is not made smaller first; for a smaller one there is the native stage.
+    side there is one stage. A picture to enlarge replaces the native stage, unless its side, from `enlarge` = (height,
+    width), is below 1 / sqrt(2) of the native one; a larger picture is not reduced first.
     """
     last = tuple(-(-side // limits.multiple) * limits.multiple for side in (height, width))
     picture = math.sqrt(math.prod(enlarge)) if isinstance(enlarge, tuple) else limits.native
@@ -140,9 +140,9 @@ def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool | tupl
 
 
 def ntk_factor(ratio: float, rope_dim: int) -> float:
-    """What multiplies the base of rotary positions so that the slowest one spans `ratio` times as many of them.
+    """Factor of the base of rotary positions with which the slowest frequency spans `ratio` times as many positions.
 
-    Neural-tangent-kernel scaling: base * ratio ** (d / (d - 2)), d the numbers of a head that one axis turns.
+    NTK scaling (neural tangent kernel): base * ratio ** (d / (d - 2)), d the head dimensions that one axis rotates.
     """
     return max(1.0, ratio) ** (rope_dim / (rope_dim - 2))
 
@@ -151,7 +151,7 @@ def proportional_factor(num_tokens: int, trained_tokens: int, count: float = 1.0
     """CLEAR's proportional attention: logits times sqrt(log(count * N) / log(N_train)), text included in both.
 
     Raises:
-        ValueError: the count leaves no token.
+        ValueError: count * num_tokens is at most 1.
     """
     if not count * num_tokens > 1:
         raise ValueError(f"proportional must be more than 1 / {num_tokens} tokens, got {count!r}")

@@ -1,4 +1,4 @@
-"""Positions of image tokens: exact ones, and more of them than a model was trained on, by its own mechanism."""
+"""Positions of image tokens: in float32, and beyond those that a model was trained on, by its own mechanism."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from ..linearize.families.positions import rectangle
 from ..linearize.networks import denoiser, networks
 
-# Where these models have a table of positions, square, which is added to the tokens.
+# Modules that hold these models' square table of positions, which is added to the tokens.
 _TABLES = {
     "SD3Transformer2DModel": "pos_embed",
     "CogView3PlusTransformer2DModel": "patch_embed",
@@ -33,7 +33,7 @@ def computes_rotation(model: nn.Module) -> bool:
 
 @contextmanager
 def exact_positions(pipe_or_model: Any) -> Iterator[None]:
-    """Inside, a model that is told `img_ids`, as FLUX.1 is, gets them in float32, in any attention; its ControlNet too.
+    """Inside, a model that takes `img_ids`, such as FLUX.1, and its ControlNet get them in float32, in any attention.
 
     Its pipelines make them in the dtype of the text: in bfloat16 rows and columns share positions beyond 256 tokens.
     """
@@ -53,10 +53,10 @@ def exact_positions(pipe_or_model: Any) -> Iterator[None]:
 
 @contextmanager
 def rope_scaled(pipe_or_model: Any, factor: float) -> Iterator[None]:
-    """Inside, the base (theta) of the model's rotary positions, and of its ControlNet's, is `factor` times what it is.
+    """Inside, the base (theta) of the rotary positions of the model and its ControlNet is multiplied by `factor`.
 
     Raises:
-        ValueError: the model computes no rotary positions anew in each forward (FLUX.1, FLUX.2 and Chroma do).
+        ValueError: the model does not compute rotary positions in each forward (FLUX.1, FLUX.2 and Chroma do).
     """
     if factor == 1:
         yield
@@ -79,7 +79,7 @@ def rope_scaled(pipe_or_model: Any, factor: float) -> Iterator[None]:
 
 
 def table_side(model: nn.Module) -> int | None:
-    """Tokens along one side of a model's table of positions that is added to its tokens; None: it has none."""
+    """Positions along one side of the table that a model adds to its tokens; None: it has none."""
     if type(model).__name__ not in _TABLES:
         return None
     table: Tensor = _embedding_of(model).pos_embed
@@ -88,14 +88,14 @@ def table_side(model: nn.Module) -> int | None:
 
 @contextmanager
 def positions_stretched(pipe_or_model: Any, side: int, device: torch.device) -> Iterator[None]:
-    """Inside, a model with a table of positions has `side` of them along each side: bicubic between its own.
+    """Inside, a model's table of positions is interpolated bicubically to `side` positions along each side.
 
-    Where it has as many already, or no table, nothing changes.
+    If it has as many already, or there is no table, nothing changes.
 
     Args:
         device: Where the model will run.
     Raises:
-        ValueError: the table is out of reach, offloaded layer by layer.
+        ValueError: the table is not accessible, being offloaded layer by layer.
     """
     _, model = denoiser(pipe_or_model)
     own_side = table_side(model)
@@ -115,7 +115,7 @@ def positions_stretched(pipe_or_model: Any, side: int, device: torch.device) -> 
     try:
         yield
     finally:
-        own.data = own.data.to(embedding.proj.weight.device)  # where the model went meanwhile; the same tensor
+        own.data = own.data.to(embedding.proj.weight.device)  # the model may have moved; keeps the tensor object
         embedding.pos_embed, embedding.pos_embed_max_size = own, own_size
 
 

@@ -1,4 +1,4 @@
-"""Which kernels run, said while they run."""
+"""Logs which kernels run."""
 
 import logging
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def kernels_told(pipe_or_model: Any, what: str = "") -> Iterator[None]:
-    """Inside, the first forward of a converted model logs which implementations it ran, `what` in front."""
+    """Inside, the first forward of a converted model logs which implementations it ran, after `what`."""
     _, model = denoiser(pipe_or_model)
     with implementations_seen(model) as seen:
 

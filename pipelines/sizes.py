@@ -5,25 +5,25 @@ from typing import Any
 
 from ..linearize.networks import denoiser
 
-IN_PIXELS = 256  # a pipeline's default size that is no less is in pixels (PRX), else in latents
-_SAY_THE_SIZE = ("AutoencoderKL", "AutoencoderKLFlux2")  # VAEs in whose configs sample_size is the whole model's
-_LEFT_OUT = 32  # what a VAE's config that says nothing gets
-_IN_THE_CALL = 1024  # what the calls of Z-Image, Qwen-Image 2.1 and JoyImage Edit make, which nothing else says
+IN_PIXELS = 256  # a pipeline's default_sample_size from here on is in pixels (PRX), below it in latents
+_SAY_THE_SIZE = ("AutoencoderKL", "AutoencoderKLFlux2")  # VAEs whose sample_size in the config is the whole model's
+_LEFT_OUT = 32  # default of a VAE's config that does not set it
+_IN_THE_CALL = 1024  # set inside the calls of Z-Image, Qwen-Image 2.1 and JoyImage Edit, and nowhere else
 
 
 def size_multiple(pipe: Any) -> int:
-    """Both sides of a picture are multiples of this many pixels: latents per pixel times latents per token."""
+    """Both sides of a picture are multiples of this many pixels: pixels per latent times latents per token."""
     _, model = denoiser(pipe)
     config: Any = model.config
     patch = config.get("patch_size") or 1
     patch = patch[-1] if isinstance(patch, tuple | list) else patch
-    # FLUX packs 2 x 2 latents before its transformer, whose patch_size is then 1; its image processor knows
+    # FLUX packs 2 x 2 latents before its transformer, whose patch_size is then 1; its image processor has the product
     processor = getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
     return max(processor.config.vae_scale_factor if processor else 1, _pixels_of_a_latent(pipe) * patch)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:
-    """(height, width) in pixels of pictures for which no size is asked: what the call says, else the model's own."""
+    """Default (height, width) in pixels: that of the pipeline's call, else the model's own."""
     parameters = inspect.signature(pipe.__call__).parameters
     height, width = (parameters[side].default if side in parameters else None for side in ("height", "width"))
     if isinstance(height, int) and isinstance(width, int):  # AuraFlow, Kandinsky 5, Krea 2 and others
@@ -35,8 +35,8 @@ def default_size(pipe: Any) -> tuple[int, int]:
 def native_side(pipe: Any) -> int:
     """Side in pixels of the square pictures that the model was trained on, as far as pipeline and configs say.
 
-    A pipeline's own number counts latents of the VAE that its class was written for. So what the VAE's config says goes
-    before it: the small FLUX here draws 128 pixels, where the number of diffusers' FluxPipeline makes 256 of its VAE.
+    A pipeline's own number is in latents of the VAE that its class was written for. So the VAE's config takes
+    precedence: the small FLUX here draws 128 pixels, while FluxPipeline's number gives 256 with its VAE.
     """
     config: Any = denoiser(pipe)[1].config
     if isinstance(latents := config.get("sample_size"), int):
@@ -52,7 +52,7 @@ def native_side(pipe: Any) -> int:
 
 
 def _pixels_of_a_latent(pipe: Any) -> int:
-    """Pixels that a latent stands for, along one side."""
+    """Pixels per latent, along one side."""
     return getattr(pipe, "vae_scale_factor", 0) or getattr(pipe, "vae_scale_factor_spatial", 1)
 
 

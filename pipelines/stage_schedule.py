@@ -1,4 +1,4 @@
-"""How a stage's noise levels get into a stock pipeline: by a scheduler that begins midway, whatever it is asked for.
+"""Passes a stage's noise levels to a stock pipeline: a scheduler that starts midway, whatever timesteps are requested.
 
     flow matching       x = (1 - s) z + s e, s the stage's own noise levels (`Stage.sigmas`)
     other schedulers    x = add_noise(z, e, t) of the scheduler, t the last `steps` of steps / strength timesteps, as
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from .plan import Stage
 
-# What schedulers keep of every step, in its order.
+# Attributes of schedulers with one entry per step, in order.
 _OF_EACH_STEP = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "order_list")
 
 
 def matches_flows(scheduler: Any) -> bool:
-    """Whether its noise levels can be set one by one.
+    """Whether it is a scheduler of flow matching, whose noise levels can be set one by one.
 
     Raises:
-        ValueError: they cannot, nor can pictures be noised to a noise level of the scheduler's own.
+        ValueError: it is not, and cannot add noise to pictures at its own noise levels either.
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return True
@@ -41,25 +41,25 @@ def matches_flows(scheduler: Any) -> bool:
 
 
 def largest_shift(scheduler: Any) -> float:
-    """The shift of flow matching's noise levels at the scheduler's largest size; stock pipelines go on beyond it."""
+    """The shift of flow matching's noise levels at the scheduler's largest size; stock pipelines extrapolate it."""
     config = scheduler.config
     if not config.use_dynamic_shifting:
         return float(scheduler.shift)
-    if config.time_shift_type == "linear":  # CogView4's, by the root of the tokens
+    if config.time_shift_type == "linear":  # CogView4's, by the square root of the tokens
         root = math.sqrt(config.max_image_seq_len / config.base_image_seq_len)
         return float(root * config.max_shift + config.base_shift)
     return math.exp(config.max_shift)
 
 
 def most_steps(scheduler: Any, strength: float) -> int:
-    """How many steps a stage of this strength can have, where the scheduler is none of flow matching."""
+    """The most steps that a stage of this strength can have with a scheduler other than those of flow matching."""
     if _takes_strength(scheduler):
         return int(scheduler.config.original_inference_steps * strength)
     return int(scheduler.config.num_train_timesteps * strength)
 
 
 def scheduler_of(stage: Stage, scheduler: Any, device: torch.device) -> Any:
-    """A scheduler like the pipeline's that takes the steps of this stage, set to them."""
+    """A scheduler like the pipeline's, set to the steps of this stage, which its `set_timesteps` always uses."""
     made = _plain(scheduler)
     set_all, sigmas = made.set_timesteps, stage.sigmas()
 
@@ -92,31 +92,31 @@ def noised(scheduler: Any, clean: Tensor, noise: Tensor) -> Tensor:
 
 
 def _takes_strength(scheduler: Any) -> bool:
-    """Whether it spreads its steps below a strength by itself, as those of consistency models do (LCM, TCD)."""
+    """Whether `set_timesteps` takes a strength, as in schedulers of consistency models (LCM, TCD)."""
     return "strength" in inspect.signature(scheduler.set_timesteps).parameters
 
 
 def _cut(scheduler: Any, first: int) -> None:
-    """Leave the first entries of its steps out."""
+    """Drop the first entries of a scheduler's steps."""
     for name in _OF_EACH_STEP:
         if (values := getattr(scheduler, name, None)) is not None:
             setattr(scheduler, name, values[first:])
 
 
 def _unshifted(sigmas: list[float], mu: float | None, scheduler: Any) -> list[float]:
-    """What a model is told of its noise levels that is told them as they are before the shift: CogView4."""
+    """Timesteps of the noise levels before the shift, which CogView4 takes."""
     config = scheduler.config
     shift = 1.0 if mu is None else mu if config.time_shift_type == "linear" else math.exp(mu)
     return [config.num_train_timesteps * sigma / (shift - (shift - 1) * sigma) for sigma in sigmas]
 
 
 def _plain(scheduler: Any) -> Any:
-    """A scheduler of its own for one stage."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which would shift them once more
+    """A separate scheduler for one stage."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which would shift the noise levels again
         unshifted = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
-        # fresh noise is for the first stage: later ones keep to the picture that is there
+        # fresh noise is for the first stage: later ones keep the existing picture
         return type(scheduler).from_config(scheduler.config, **unshifted, stochastic_sampling=False)
-    if isinstance(scheduler, PNDMScheduler):  # its first steps are special, and it cannot begin at others
-        last = scheduler.config.set_alpha_to_one  # which from_config leaves out where it is PNDM's default
+    if isinstance(scheduler, PNDMScheduler):  # its first steps are special, so it cannot start midway
+        last = scheduler.config.set_alpha_to_one  # which from_config omits if it is PNDM's default
         return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=last)
     return deepcopy(scheduler)

@@ -1,4 +1,4 @@
-"""The stages of a cascade, one after the other: the model as each wants it, and what lies between two of them.
+"""Runs the stages of a cascade one after the other: prepares the model for each, and the transition to the next.
 
 B pictures; latents are [B, C, h, w], or [B, N, C] where the model takes FLUX's tokens.
 """
@@ -38,7 +38,7 @@ from .vae import decode, encode_faithfully, latent_channels, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
-# What is for the encoding of the text alone, and takes long: FLUX.2's prompts, written anew by a language model.
+# Slow options of the text encoding, which runs once: FLUX.2's prompts, rewritten by a language model.
 _OF_TEXT = ("caption_upsample_temperature",)
 
 OnStage = Callable[[Any, int, dict[str, Any]], None]
@@ -46,7 +46,7 @@ OnStage = Callable[[Any, int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Start:
-    """Where a cascade begins: with stage `stage`, from pictures to enlarge or from the stage before's latents."""
+    """Where a cascade begins: with stage `stage`, from pictures to enlarge or from the previous stage's latents."""
 
     stage: int = 0
     pictures: list[Image.Image] | None = None
@@ -54,12 +54,11 @@ class Start:
 
 
 class StagedPipeline(DiffusionPipeline):
-    """What runs the stages of a plan.
+    """Runs the stages of a plan.
 
     Attributes:
         stock: diffusers' text-to-image pipeline, whose call makes each stage.
-        stage, stage_number: The one that is denoised now, and its place in the plan from 0, for callbacks after steps;
-            None between calls.
+        stage, stage_number: The stage being denoised, and its index in the plan, for callbacks after steps; else None.
     """
 
     stock: Any
@@ -77,7 +76,7 @@ class StagedPipeline(DiffusionPipeline):
         on_step_end: Any,
         on_stage_end: OnStage | None,
     ) -> tuple[Tensor, Stage]:
-        """The latents of the last stage that ran, and which that was; `call` goes to the stock pipeline."""
+        """The latents of the last stage that ran, and that stage; `call` goes to the stock pipeline."""
         pictures, latents = start.pictures, start.latents
         self._interrupt = False
         with text_encoded_once(self) as begin:
@@ -107,7 +106,7 @@ class StagedPipeline(DiffusionPipeline):
         return latents, stage
 
     def _for_every_stage(self, prompt: Any, call: Mapping[str, Any], on_step_end: Any) -> dict[str, Any]:
-        """What the stock pipeline gets in each stage, from what the cascade was called with."""
+        """Arguments of the stock pipeline in each stage, from those of the cascade's call."""
         call = dict(for_batch(call, len(prompt)) if isinstance(prompt, list) else call)  # one negative prompt for all
         inputs = getattr(on_step_end, "tensor_inputs", None)  # of diffusers' own callbacks
         inputs = call.get("callback_on_step_end_tensor_inputs") if inputs is None else inputs
@@ -120,7 +119,7 @@ class StagedPipeline(DiffusionPipeline):
     def _denoise(
         self, stage: Stage, clean: Tensor | None, call: Mapping[str, Any], generator: Any, batch: int, on_step_end: Any
     ) -> Tensor:
-        """One stage by the stock pipeline, from clean latents [B, C, h, w]; None: from noise alone."""
+        """Run one stage with the stock pipeline, from clean latents [B, C, h, w]; None: from noise alone."""
         call = {
             **call,
             "height": stage.height,
@@ -164,7 +163,7 @@ class StagedPipeline(DiffusionPipeline):
 
     @contextmanager
     def _as_planned(self, stage: Stage) -> Iterator[None]:
-        """The model, and a ControlNet beside it, as this stage wants it."""
+        """Inside, the model and its ControlNet are set up for this stage."""
         _, model = denoiser(self)
         converted = conversion_of(model) is not None
         original = dense(self) if converted and stage.attention == "original" else nullcontext()
@@ -177,7 +176,7 @@ class StagedPipeline(DiffusionPipeline):
 
     @contextmanager
     def _told(self, number: int, plan: Plan) -> Iterator[None]:
-        """Progress of the steps of one stage, and the log of how long it took."""
+        """Show the progress of one stage's steps, and log how long it took."""
         stage = plan.stages[number]
         before = dict(getattr(self, "_progress_bar_config", {}))
         what = f"stage {number + 1} of {len(plan.stages)}, {stage.width}x{stage.height}, {stage.attention} attention"
@@ -201,11 +200,11 @@ class StagedPipeline(DiffusionPipeline):
         scale = pixels_per_latent(self.vae)
         if latents.ndim == 3:
             latents = unpack_latents(latents, stage.height // scale, stage.width // scale)
-        # those of an interrupted cascade come from a file, or from a callback that keeps them elsewhere
+        # latents of a resumed cascade come from a file, or from a callback that keeps them elsewhere
         return decode(self.vae, latents.to(self._execution_device), tile=tile, progress=self._shows_progress())
 
     def _enlarged(self, pictures: list[Image.Image], stage: Stage, tile: int | None, batch: int) -> Tensor:
-        """Clean latents [B, C, h, w] of pictures at the stage's size; each serves as many of the batch."""
+        """Clean latents [B, C, h, w] of pictures at the stage's size, each repeated to fill the batch."""
         size = {"height": stage.height, "width": stage.width}
         large = [enlarged(picture, **size, sharpen=stage.sharpen) for picture in pictures]
         pixels = self.image_processor.preprocess(large, **size)
@@ -215,23 +214,20 @@ class StagedPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode_last(self, latents: Tensor, plan: Plan) -> list[Image.Image]:
-        """The pictures of a plan's last stage from its latents, as a callback got them."""
+        """The pictures of a plan's last stage from its latents, as a callback received them."""
         pictures, _ = self._finish(latents, plan.stages[-1], plan, "pil")
         self.maybe_free_model_hooks()
         return pictures
 
     def _finish(self, latents: Tensor, stage: Stage, plan: Plan, output_type: str) -> tuple[Any, list[bool] | None]:
-        """The pictures at the size asked for, or smaller where the call was interrupted; and whether each is unsafe.
-
-        None in its place: no safety checker has looked.
-        """
+        """The pictures, at the requested size or smaller if interrupted, and which are unsafe (None: not checked)."""
         pixels = self._decoded(latents, stage, plan.tile)[..., : plan.height, : plan.width]
         if getattr(self, "watermark", None) is not None:  # SDXL's, where it is installed
             pixels = self.watermark.apply_watermark(pixels)
         found = None
         if getattr(self, "safety_checker", None) is not None:
             pixels, found = self.run_safety_checker(pixels, self._execution_device, self.vae.dtype)
-        shown = [not one for one in found or [False] * len(pixels)]  # what was found is 0 already, which is black
+        shown = [not one for one in found or [False] * len(pixels)]  # unsafe pictures are 0 already, which is black
         return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=shown), found
 
     def _shows_progress(self) -> bool:
@@ -239,10 +235,10 @@ class StagedPipeline(DiffusionPipeline):
 
 
 def stage_generators(generator: Any, count: int) -> list[Any]:
-    """One generator, or list of them, for each stage: the user's for the first, for the others new ones.
+    """One generator, or list of them, for each stage: the user's for the first, new ones for the others.
 
-    Their seeds come from a copy of the user's, so that a cascade that goes on at a later stage draws the same noise,
-    and the first stage is the stock pipeline's.
+    Their seeds come from a copy of the user's, so that a cascade resumed at a later stage draws the same noise, and the
+    first stage matches the stock pipeline.
     """
     if generator is None:
         return [None] * count
@@ -253,7 +249,7 @@ def stage_generators(generator: Any, count: int) -> list[Any]:
 
 
 def _tell_interrupted(plan: Plan, number: int) -> None:
-    """A callback has set `_interrupt`, as diffusers has it: the pictures are of the stage that it was set in."""
+    """Warn that a callback has set diffusers' `_interrupt`: the pictures are those of that stage."""
     stage = plan.stages[number]
     size = f"{stage.width}x{stage.height}"
     logger.warning("interrupted in stage %d of %d: the result has %s pixels", number + 1, len(plan.stages), size)

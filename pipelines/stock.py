@@ -1,7 +1,7 @@
-"""Around which of diffusers' pipelines a cascade can be made, and what it must know of their models.
+"""Which diffusers pipelines a cascade supports, and the properties of their models that it needs.
 
-A stage is a call of the text-to-image pipeline itself, given latents and a scheduler that begins midway
-(`stage_schedule.py`). So a pipeline must take `latents`, of a VAE that `vae.py` knows, and need no picture.
+A stage is a call of the text-to-image pipeline itself, given latents and a scheduler that starts midway
+(`stage_schedule.py`). So a pipeline must take `latents`, of a VAE that `vae.py` supports, and need no picture.
 """
 
 import inspect
@@ -18,13 +18,13 @@ from .positions import computes_rotation
 from .sizes import native_side
 from .vae import is_flux2, is_known, latent_channels, normalized
 
-# Whatever pipeline a transformer comes from, Kontext's or Fill's, its pictures from text are made by this one.
+# The text-to-image pipeline of a transformer, whichever pipeline it comes from, such as Kontext's or Fill's.
 _TEXT_TO_IMAGE: dict[str, type] = {"FluxTransformer2DModel": FluxPipeline}
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "latents", "output_type")
 _FOREIGN = ("image", "mask_image", "control_image", "num_frames", "class_labels")
-_STEERED = ("FluxControlNetPipeline",)  # whose picture that steers is resized to each stage by the pipeline
+_STEERED = ("FluxControlNetPipeline",)  # the control image is resized to each stage
 _FLUX2 = ("Flux2Pipeline", "Flux2KleinPipeline")  # take reference pictures, and need none
-_RESIZES = ("HiDreamImagePipeline",)  # draws the native area, whatever size is asked for
+_RESIZES = ("HiDreamImagePipeline",)  # draws the native area, whatever size is requested
 _OWN_PIPELINES = (
     "after linearize_ call its own pipelines, text-to-image at native size and image-to-image at larger ones"
 )
@@ -61,7 +61,7 @@ def stock_class(pipeline: Any) -> type:
 
 
 def _unsuitable(stock: Any, parts: Mapping[str, Any]) -> str | None:
-    """What a text-to-image pipeline does not do, None where this is one."""
+    """Why this is not a text-to-image pipeline for a cascade; None if it is."""
     if any(cls.__name__ == "ModularPipeline" for cls in stock.__mro__):
         return "is made of blocks (make diffusers' stock pipeline of its parts, and a cascade of that)"
     takes = inspect.signature(stock.__call__).parameters
@@ -74,7 +74,7 @@ def _unsuitable(stock: Any, parts: Mapping[str, Any]) -> str | None:
 
 
 def packs_latents(pipe: Any) -> bool:
-    """Whether the pipeline gives latents as FLUX's tokens, 2 x 2 each, and not as a picture."""
+    """Whether the pipeline returns latents as FLUX's tokens, 2 x 2 each, and not as a picture."""
     config: Any = denoiser(pipe)[1].config
     return bool(config.in_channels == 4 * latent_channels(pipe.vae))
 
@@ -87,7 +87,7 @@ def as_taken(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def as_given(pipe: Any, latents: Tensor) -> Tensor:
-    """Latents that the pipeline has made, as the denoiser has them: FLUX.2 klein's are the VAE's own."""
+    """Latents returned by the pipeline, in the denoiser's format: FLUX.2 klein returns the VAE's own."""
     if is_flux2(pipe.vae) and latents.ndim == 4:
         return pack_latents(normalized(pipe.vae, latents))
     return latents
@@ -102,13 +102,13 @@ def trained_size(pipe: Any) -> int:
 
 
 def rope_dim(model: nn.Module) -> int | None:
-    """Numbers of a head that one axis of the picture turns, where each forward computes the rotation anew."""
+    """Head dimensions rotated by one axis of the picture; None if the base of the rotation cannot be scaled."""
     axes = cast(Any, model.config).get("axes_dims_rope")
     return axes[-1] if axes and computes_rotation(model) else None
 
 
 def most_tokens(model: nn.Module) -> int | None:
-    """The most tokens that one side may have, where the model has rotary positions for no more; None: any number."""
+    """The most tokens along one side for which the model has rotary positions; None: any number."""
     config: Any = model.config
     match type(model).__name__:
         case "LuminaNextDiT2DModel":

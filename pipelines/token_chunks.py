@@ -1,15 +1,15 @@
-"""FLUX.1's token-wise layers on some tokens at a time, so that what lies between their input and output stays small.
+"""Runs FLUX.1's token-wise layers on some tokens at a time, so that their intermediate activations stay small.
 
-What such a layer gives for a token depends on that token alone: chunks change nothing but how a matrix product sums.
+Such a layer's output for a token depends on that token alone: chunks only change the summation order of products.
 
     double block      ff(x), chunk by chunk: it is 4 C wide inside
-    single block      proj_out([a, act_mlp(proj_mlp(x))]), chunk by chunk: until then proj_mlp and act_mlp hand x on
-    attention         norms of queries and keys, then RoPE, which is in float32: upstream's function, chunk by chunk
+    single block      proj_out([a, act_mlp(proj_mlp(x))]), chunk by chunk: before it, proj_mlp and act_mlp pass x on
+    attention         norms of queries and keys, then RoPE, which is in float32: diffusers' function, chunk by chunk
 
-At the peak is what attention itself needs: queries, keys and values of all tokens.
+The peak is then what attention itself needs: queries, keys and values of all tokens.
 
-For that time modules have a class of their own with another `__call__`: the hooks of offloading and casting, LoRA and
-quantized weights lie inside of it, and nothing is registered or copied.
+Meanwhile modules have a subclass with another `__call__`: the hooks of offloading and casting, LoRA and quantized
+weights run inside of it, and nothing is registered or copied.
 
 B pictures, N tokens, C numbers of a token, H heads, D numbers of a head.
 """
@@ -82,7 +82,7 @@ def _changes(model: nn.Module, chunk_tokens: int) -> Iterator[tuple[nn.Module, t
                 yield module, _with(_HandsOn, module, chunk_tokens)
         else:
             continue
-        # others, such as that of image prompts, use queries before they are turned
+        # other processors, such as that of image prompts, use queries before RoPE
         if type(block.attn.processor) is FluxAttnProcessor:
             yield from _attention_changes(block.attn, chunk_tokens)
 
@@ -96,13 +96,13 @@ def _attention_changes(attention: Any, chunk_tokens: int) -> Iterator[tuple[nn.M
 
 
 def _with(kind: type[Any], module: nn.Module, chunk_tokens: int, **known: Any) -> type[Any]:
-    """The class of a module with `kind` before it; what its calls must know are attributes of the class."""
+    """A subclass of a module's class with the mixin `kind`; what its calls need are attributes of the class."""
     own = type(module)
     return type(f"{own.__name__}{kind.__name__}", (kind, own), {"chunk_tokens": chunk_tokens, **known})
 
 
 def _joined(num_tokens: int, chunk_tokens: int, piece: Callable[[slice], Tensor]) -> Tensor:
-    """[B, N, ...] of pieces [B, n, ...]; `piece` makes that of some tokens."""
+    """[B, N, ...] from pieces [B, n, ...], which `piece` makes for a slice of tokens."""
     if num_tokens <= chunk_tokens:
         return piece(slice(0, num_tokens))
     first = piece(slice(0, chunk_tokens))
@@ -116,7 +116,7 @@ def _joined(num_tokens: int, chunk_tokens: int, piece: Callable[[slice], Tensor]
 
 @dataclass
 class _Positions:
-    """What the running call of one attention turns its tokens by: cosines and sines [N, D]; None outside of a call."""
+    """RoPE's cosines and sines [N, D] in the running call of one attention; None outside of a call."""
 
     cos_sin: tuple[Tensor, Tensor] | None = None
     text_len: int = 0
@@ -129,7 +129,7 @@ class _InChunks:
 
 
 class _Layer(_InChunks):
-    """A layer of tokens."""
+    """A token-wise layer."""
 
     def __call__(self, tokens: Tensor) -> Tensor:  # [B, N, C] -> [B, N, C]
         layer = super().__call__  # type: ignore[misc]
@@ -137,7 +137,7 @@ class _Layer(_InChunks):
 
 
 class _HandsOn(_InChunks):
-    """Stands for a single block's `proj_mlp` and `act_mlp`, whose work waits for `proj_out`."""
+    """A single block's `proj_mlp` or `act_mlp`, whose work is left to `proj_out`."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -147,7 +147,7 @@ class _HandsOn(_InChunks):
 
 
 class _Out(_InChunks):
-    """Stands for a single block's `proj_out`, which gets the input of `proj_mlp` beside what attention gave."""
+    """A single block's `proj_out`, whose input is attention's output joined with the input of `proj_mlp`."""
 
     mlp: tuple[Any, Any]
 
@@ -163,7 +163,7 @@ class _Out(_InChunks):
 
 
 class _Attention(_InChunks):
-    """An attention module whose norms of queries and keys turn them."""
+    """An attention module whose norms of queries and keys apply RoPE."""
 
     positions: _Positions
 
@@ -180,7 +180,7 @@ class _Attention(_InChunks):
 
 
 class _Norm(_InChunks):
-    """The norm of queries or keys, of the text's or of all others, and rotary positions after it."""
+    """The norm of queries or keys, of the text's or of all others, followed by RoPE."""
 
     positions: _Positions
     of_text: bool

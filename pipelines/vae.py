@@ -1,9 +1,9 @@
 """Encoding and decoding pictures of any size in the memory of one tile.
 
-Tiles of one size lie evenly over the picture and overlap by at least a quarter; where they overlap, weights go
-linearly from one to the other. All that grows with the picture is its sum, in float32 on the CPU. The VAE's attention
-sees the tile alone, so that memory is bounded by the tile; group norms take the statistics of the whole picture, from a
-run on it made as small as a tile (`group_statistics.py`).
+Tiles of one size are spaced evenly over the picture and overlap by at least a quarter, where they are blended linearly.
+Only the blended sum, in float32 on the CPU, grows with the picture. The VAE's attention sees one tile only, so that
+memory is bounded by the tile; group norms use the statistics of the whole picture, from a run on it downsampled to a
+tile (`group_statistics.py`).
 """
 
 import logging
@@ -24,17 +24,17 @@ from .group_statistics import whole_statistics
 logger = logging.getLogger(__name__)
 
 OVERLAP = 0.25  # of a tile, at least
-SDXL_SCALING = 0.13025  # of the one VAE that overflows in float16; other configs say force_upcast by default
+SDXL_SCALING = 0.13025  # of the only VAE that overflows in float16; other configs have force_upcast by default
 _KNOWN = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage")
 SMALLEST_TILE = 256  # pixels; below it, a tile is mostly border
 
 
 def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
-    """Pictures of latents, in smaller tiles where memory runs out, or a tensor is too large for CUDA's kernels.
+    """Decode latents to pictures, in smaller tiles if memory runs out or a tensor is too large for CUDA's kernels.
 
     Args:
         vae: An `AutoencoderKL` of diffusers, or Qwen-Image's (of videos), FLUX.2's, HunyuanImage's.
-        latents: [B, C, h, w], as the denoiser has them.
+        latents: [B, C, h, w], normalized as for the denoiser.
         tile: Side in pixels; None: in one piece.
     Returns:
         [B, 3, height, width] in [-1, 1], float32, on the CPU.
@@ -54,13 +54,13 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
 
 
 def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
-    """Latents of pictures, the mean of what the encoder gives.
+    """Encode pictures to latents: the mode of the encoder's distribution.
 
     Args:
         pictures: [B, 3, height, width] in [-1, 1], both sides multiples of `pixels_per_latent`.
         tile: As in `decode`.
     Returns:
-        [B, C, h, w] as the denoiser takes them, float32, on the CPU.
+        [B, C, h, w], normalized as for the denoiser, float32, on the CPU.
     """
     scale = pixels_per_latent(vae)
 
@@ -74,11 +74,11 @@ def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = Fal
 
 
 def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
-    """`encode`, corrected once by what decoding and encoding make of its latents, so that they decode nearer to x:
+    """`encode`, corrected once by the error of decoding and encoding again, so that the latents decode closer to x:
 
         z = E(x) + (E(x) - E(D(E(x))))
 
-    A VAE knows sharp pictures: of enlarged ones, which are soft, it shifts the colours. Two passes more than `encode`.
+    A VAE is trained on sharp pictures; it shifts the colours of enlarged, soft ones. Two passes more than `encode`.
     """
     latents = encode(vae, pictures, tile=tile, progress=progress)
     decoded = decode(vae, latents.to(pictures.device), tile=tile, progress=progress)
@@ -87,28 +87,24 @@ def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress:
 
 
 def is_known(vae: Any) -> bool:
-    """Whether it is one that this module decodes, compiled or not."""
+    """Whether this module supports the VAE, compiled or not."""
     names = {cls.__name__ for cls in type(getattr(vae, "_orig_mod", vae)).__mro__}
     return not names.isdisjoint(_KNOWN)
 
 
 def is_flux2(vae: Any) -> bool:
-    """Whether its latents are normalized by place in a patch of 2 x 2, as FLUX.2's are."""
+    """Whether its latents are normalized per position in a 2 x 2 patch, as FLUX.2's are."""
     return "batch_norm_eps" in vae.config
 
 
 def normalized(vae: Any, latents: Tensor) -> Tensor:
-    """The VAE's own latents [B, C, h, w] as the denoiser has them."""
+    """The VAE's own latents [B, C, h, w], normalized as for the denoiser."""
     mean, std = _statistics(vae, latents)
     return (latents - mean) * _scaling(vae) / std
 
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
-    """Mean of the VAE's own latents, and what they are divided by besides its scaling factor: numbers, or tensors.
-
-    Args:
-        latents: [B, C, h, w], which they are for.
-    """
+    """Mean of the VAE's own latents [B, C, h, w], and their divisor besides its scaling factor: numbers, or tensors."""
     config = vae.config
     if is_flux2(vae):
         squares = (vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).sqrt())
@@ -124,7 +120,7 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
 
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
-    """Inside, SDXL's VAE is in float32, where it is in float16 and its config does not say that it was mended."""
+    """Inside, SDXL's VAE is in float32 if it was in float16 and its config does not mark it as fixed."""
     config = vae.config
     overflows = config.get("scaling_factor") == SDXL_SCALING and config.get("force_upcast")
     if vae.dtype != torch.float16 or not overflows:
@@ -142,7 +138,7 @@ def _scaling(vae: Any) -> float:
 
 
 def _still(vae: Any, run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """`run` on pictures [B, C, h, w]; where the VAE takes videos, on videos of one frame."""
+    """`run` on pictures [B, C, h, w]; if the VAE takes videos, on videos of one frame."""
     return run(values[:, :, None])[:, :, 0] if _is_of_videos(vae) else run(values)
 
 
@@ -151,12 +147,12 @@ def _is_of_videos(vae: Any) -> bool:
 
 
 def latent_channels(vae: Any) -> int:
-    """C of its latents."""
+    """Channels of its latents."""
     return int(vae.config.z_dim if _is_of_videos(vae) else vae.config.latent_channels)
 
 
 def pixels_per_latent(vae: Any) -> int:
-    """Pixels that a latent stands for, along one side."""
+    """Pixels per latent, along one side."""
     if "spatial_compression_ratio" in vae.config:  # HunyuanImage's
         return int(vae.config.spatial_compression_ratio)
     return 2 ** (len(vae.config.dim_mult if _is_of_videos(vae) else vae.config.block_out_channels) - 1)
@@ -236,7 +232,7 @@ def _blended(
 
 @contextmanager
 def _without_own_tiles(vae: Any) -> Iterator[None]:
-    """Inside, `enable_tiling` is off: its tiles are small, and group norms would have statistics of each alone."""
+    """Inside, `enable_tiling` is off: its tiles are small, and group norms would use the statistics of each tile."""
     own = getattr(vae, "use_tiling", False)
     vae.use_tiling = False
     try:
@@ -246,14 +242,14 @@ def _without_own_tiles(vae: Any) -> Iterator[None]:
 
 
 def _as_small_as_a_tile(values: Tensor, side: int, align: int) -> Tensor:
-    """[B, C, rows, columns] of at most the area of a tile, rows and columns multiples of `align`."""
+    """[B, C, rows, columns] downsampled to at most the area of a tile, both sides multiples of `align`."""
     share = min(1, side / math.sqrt(math.prod(values.shape[-2:])))
     size = [max(1, int(length * share / align)) * align for length in values.shape[-2:]]
     return interpolate(values, size=size, mode="nearest-exact")
 
 
 def tile_spans(length: int, side: int | None, align: int) -> list[tuple[int, int]]:
-    """Where tiles begin and end: all of one size, evenly, from border to border, overlapping by `OVERLAP` or more."""
+    """Start and end of tiles: of one size, evenly spaced from border to border, overlapping by `OVERLAP` or more."""
     if side is None or length <= side:
         return [(0, length)]
     count = math.ceil((length - side) / (side * (1 - OVERLAP))) + 1
@@ -262,7 +258,7 @@ def tile_spans(length: int, side: int | None, align: int) -> list[tuple[int, int
 
 
 def _ramp(length: int, fades_in: bool, fades_out: bool) -> Tensor:
-    """Weights along one side of a tile: 1, falling linearly to a border that has a neighbour, over the overlap."""
+    """Weights along one side of a tile: 1, falling linearly over the overlap to a border that has a neighbour."""
     reach = round(length * OVERLAP)
     position = torch.arange(length) + 0.5
     weight = torch.ones(length)
