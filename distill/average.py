@@ -26,7 +26,7 @@ class Average:
         self.ema = EMAModel(self.trained.values(), decay=self.decay) if self.decay else None
 
     def remember_(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
-        """Restore the result of `tensors()` after this many steps."""
+        """Restore the average from its `tensors()` after this many steps."""
         if self.ema is not None:
             self.ema.shadow_params = [tensors[name] for name in self.trained]
             self.ema.optimization_step = steps

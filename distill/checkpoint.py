@@ -140,10 +140,7 @@ def step_to_resume(root: Path, resume: Resume) -> int:
 
 
 def remove_later(root: Path, step: int) -> None:
-    """Remove, and log, the checkpoints after the step at which a run resumes: its later steps may differ from them.
-
-    After the newest complete checkpoint there are only incomplete ones.
-    """
+    """Remove, and log, the checkpoints after the step at which a run resumes: its later steps may differ from them."""
     for path in _checkpoints(root):
         if _step(path) > step:
             why = f"the run continues after step {step}" if _is_whole(path) else "it is incomplete"

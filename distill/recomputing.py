@@ -16,5 +16,5 @@ def check_recomputes(model: Any) -> None:
 
 
 def recompute_(model: Any) -> None:
-    """Enable gradient checkpointing; diffusers' default function rejects keyword arguments, as of HunyuanImage."""
+    """Enable gradient checkpointing; diffusers' default function rejects HunyuanImage's keyword arguments."""
     model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))

@@ -96,7 +96,7 @@ def write_run(config: DistillConfig, data: str, *, start: int = 0, mixed: bool) 
         start: The step after which the run begins.
         mixed: Whether a new run's student computes in bfloat16.
     Returns:
-        Whether this run's does: as when it began.
+        Whether this run's student does, as when it began.
     """
     directory = config.run.folder
     directory.mkdir(parents=True, exist_ok=True)

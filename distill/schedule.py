@@ -31,5 +31,5 @@ def noise_levels(config: DistillConfig, places: Sequence[int], uniform: Tensor) 
     Stratified: each place samples its own of `run.batch_size` equal shares of the distribution, so that all steps have
     the same mix of noise levels, and the loss varies less.
     """
-    share = ((torch.tensor(places) + uniform) / config.run.batch_size).clamp(1e-6, 1 - 1e-6)  # infinite at 0
+    share = ((torch.tensor(places) + uniform) / config.run.batch_size).clamp(1e-6, 1 - 1e-6)  # ndtri(0) is infinite
     return torch.sigmoid(config.noise.mean + config.noise.std * torch.special.ndtri(share))

@@ -129,5 +129,5 @@ def _whole_shards(directory: Path, settings: Mapping[str, Any]) -> dict[int, dic
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether the file is from no part; other parts may have written their index since it was read."""
+    """Whether no part wrote this file; some may have written an index since `read_index` found none."""
     return re.fullmatch(r"\..*|shard-\d{5}\.safetensors|index(-\d+-of-\d+)?\.json", path.name) is None

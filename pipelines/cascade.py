@@ -187,7 +187,7 @@ def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, 
 
 
 def _latents_of(file: Path, one: Wanted) -> Tensor | None:
-    """The latents in a file if made with the same settings, and finite."""
+    """The latents in a file; None if made with other settings, or not finite."""
     if not file.exists():
         return None
     latents, text = read_latents(file)

@@ -22,7 +22,7 @@ def cascade_class(ours: Any, stock: Any) -> Any:
             default = one.default if name == "self" or one.default is not one.empty else None
             parameters.append(own[name].replace(kind=kind) if name in own else one.replace(kind=kind, default=default))
     lacking = [one for name, one in own.items() if name not in theirs and one.kind == one.KEYWORD_ONLY]
-    parameters += [one for one in lacking if one.name != "callback_on_step_end"]  # passed on to the stock call
+    parameters += [one for one in lacking if one.name != "callback_on_step_end"]  # the stock call lacks it
     signature = inspect.Signature(parameters)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -248,7 +248,7 @@ def weights_on_device(pipe: Any) -> int:
 
 
 def _bytes(part: nn.Module, device: torch.device | None, *, bits: float | None = None) -> int:
-    """Bytes of a part's weights on a device (None: on any), with Linear weights of `bits` each (None: as they are)."""
+    """Bytes of a part's weights on a device (None: any), with `bits` per Linear weight (None: as they are)."""
     held = (*part.parameters(), *part.buffers())
     there = [weight for weight in held if device is None or weight.device.type == device.type]
     total = sum(stored.nbytes for weight in there for stored in stored_tensors(weight))

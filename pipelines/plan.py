@@ -15,7 +15,7 @@ STEPS = 8
 FOLLOW = 1.0
 SHARPEN = 1.0
 MOST_SHARPENING = 10
-MOST_STEPS = 10_000  # a list of noise levels has as many entries
+MOST_STEPS = 10_000  # bounds the list of noise levels
 LEAST_TILE = 64  # pixels; the smallest that can be requested
 
 

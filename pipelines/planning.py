@@ -5,8 +5,8 @@ again, up to the requested size. Sources of the defaults:
 
     stages          sides at most twice those of the previous stage
     attention       the original up to twice the native area (CLEAR's authors advise it at the native size), then linear
-    strength, steps the small model of this repository, which loses its pictures above; CLEAR (arXiv:2412.16112) starts
-                    FLUX at 2K and 4K from noise level 0.875, 14 steps
+    strength, steps the small model of this repository, which loses the picture at higher values; CLEAR
+                    (arXiv:2412.16112) starts FLUX at 2K and 4K from noise level 0.875, 14 steps
     sharpen         the small model: blurred edges stay blurred at the noise level of `strength`, stage after stage
     shift           the scheduler's at its largest size; stock pipelines extrapolate it, up to pure noise
     rope_factor     NTK scaling if a side is beyond the positions the model knows: r ** (d / (d - 2)), r relative to

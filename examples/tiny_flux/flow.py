@@ -1,9 +1,9 @@
-"""What the tiny pipeline learns from: batches of drawn scenes in mixed sizes, and the loss on one of them.
+"""Training data and loss of the tiny pipeline: batches of drawn scenes in mixed sizes.
 
     x_t = (1 - t) x_0 + t noise,   loss = w |transformer(x_t, t, caption) - (noise - x_0)|^2
 
-Flow matching (arXiv:2210.02747) with FLUX's resolution-dependent shift of t. Objects are few of a picture's tokens and
-all of its caption, so their weight w is larger at first, and 1 later: else the optimum would be another.
+Flow matching (arXiv:2210.02747) with FLUX's resolution-dependent shift of t. Objects cover few of a picture's tokens
+and all of its caption, so their weight w is larger at first; later it is 1, since w shifts the optimum.
 
 B batch, H and W sides of the latents.
 """
@@ -27,8 +27,8 @@ from .train_vae import pictures
 PIXELS_PER_TOKEN = 4  # a side: the autoencoder halves, packing halves again
 TOKENS_PER_STEP = 4096  # of images, in each process
 # (width, height): share of the steps in the first, second and third phase of the training. FLUX's positions count
-# tokens, so where "right" is differs with the size; that is learned far sooner at one size than at several. The first
-# phase learns it from four times as many pictures: 64 px, a token standing where the middle of four stands at 128 px.
+# tokens, so the position of "right" depends on the size; it is learned far sooner at one size than at several. The
+# first phase sees four times as many pictures, of 64 px: each token is at the middle of four tokens' place at 128 px.
 SIZES = {
     (64, 64): (1.0, 0.0, 0.10),
     (128, 128): (0.0, 1.0, 0.60),
@@ -41,8 +41,8 @@ SIZES = {
 }
 PHASES = (0.3, 0.9, 1.0)  # where each one ends, as a share of all steps
 STRIDES = (2, 1, 1)  # of the positions, in each phase
-# Of the times towards noise. Which object has which colour, and on which side of it the shadow falls so that it points
-# away from the sun, is decided while noise hides them; with a shift of 0.3 in the second phase, shadows fell at random.
+# Extra shift of the times towards noise, in each phase. An object's colour and the side of its shadow, away from the
+# sun, are decided while noise hides them; with a shift of 0.3 in the second phase, shadows fell at random.
 EXTRA_SHIFTS = (1.2, 1.0, 0.0)
 
 
@@ -61,7 +61,7 @@ class TrainConfig:
 
 
 def size_of_step(step: int, config: TrainConfig) -> tuple[int, int]:
-    """The (width, height) of one step's pictures: a function of the step, so that a resumed run goes on alike."""
+    """The (width, height) of one step's pictures: a function of the step, so that a resumed run sees the same."""
     phase = phase_of_step(step, config)
     rng = random.Random(f"size-{config.seed}-{step}")
     return rng.choices(list(SIZES), [shares[phase] for shares in SIZES.values()])[0]
@@ -73,15 +73,15 @@ def phase_of_step(step: int, config: TrainConfig) -> int:
 
 
 def text_len_of_step(step: int, num_tokens: int, config: TrainConfig) -> int:
-    """Mostly short texts; long ones, which pad much, beside few large pictures."""
+    """Text tokens of a step: mostly few; many, which are mostly padding, only with large pictures."""
     rng = random.Random(f"text-{config.seed}-{step}")
     return rng.choices((32, 64, 128, 512), (0.5, 0.4, 0.05, 0.05) if num_tokens >= 1024 else (0.8, 0.2, 0, 0))[0]
 
 
 class TinyFlux(nn.Module):
-    """What is trained: the transformer and the CLIP encoder. T5 is frozen, as it is for the real FLUX.
+    """The trained parts, transformer and CLIP encoder, and T5, which is frozen, as it is for the real FLUX.
 
-    Trained along, it forgets which words belong together.
+    If trained as well, T5 forgets which words belong together.
     """
 
     def __init__(self, pipe: FluxPipeline):
@@ -107,7 +107,7 @@ class TinyFlux(nn.Module):
 
 
 def image_positions(height: int, width: int, stride: int) -> Tensor:
-    """[height * width, 3] as FLUX takes them: (0, row, column), in the middle of stride x stride of its own."""
+    """[height * width, 3] as FLUX takes them: (0, row, column), each the middle of stride x stride positions."""
     rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, cols], -1).reshape(-1, 3) * stride + torch.tensor(
         [0, (stride - 1) / 2, (stride - 1) / 2]
@@ -124,7 +124,7 @@ class Batch:
 
 
 def make_batch(pipe: FluxPipeline, seen: int, step: int, config: TrainConfig, rank: int = 0) -> Batch:
-    """The scenes after `seen`, drawn, encoded, and told with their objects in either order; the next to each rank."""
+    """The scenes after `seen`, drawn and encoded, with captions in either order; each rank takes the next ones."""
     width, height = size_of_step(step, config)
     num_tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
     count = TOKENS_PER_STEP // num_tokens
@@ -148,7 +148,7 @@ def make_batch(pipe: FluxPipeline, seen: int, step: int, config: TrainConfig, ra
 
 
 def object_weights(first: int, count: int, width: int, height: int, weight: float) -> Tensor:
-    """[count, 1, height / 2, width / 2], mean 1: `weight` to 1 where objects, shadows and the sun are, elsewhere."""
+    """[count, 1, height / 2, width / 2], mean 1: `weight` times larger on objects, shadows and the sun."""
     masks = []
     for scene in (scenes.sample(i) for i in range(first, first + count)):
         empty = scenes.render(replace(scene, objects=()), width, height)

@@ -1,4 +1,4 @@
-"""The parts of the tiny pipeline in their shapes, with random weights: FLUX's classes, a 10,000th of its parameters."""
+"""The parts of the tiny pipeline with random weights: FLUX's classes, 3.6 million parameters."""
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -23,7 +23,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """One token a word, "</s>" at the end."""
+    """One token per word, "</s>" at the end."""
     words = vocabulary()
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.normalizer = Lowercase()
@@ -87,10 +87,10 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
 
 
 def look_nearby_(encoder: T5EncoderModel) -> None:
-    """Start the heads with words nearby: before, after, on both sides; the last head with all.
+    """Initialize the heads to attend to words nearby: before, after, on both sides; the last head to all.
 
-    Which words belong to one object is told by their order alone, and order enters only through these biases. From T5's
-    own start, near zero, they hardly move in thousands of steps, and objects take each other's colours.
+    Only word order says which words belong to one object, and it enters only through these biases. From T5's own
+    initialization, near zero, they hardly move in thousands of steps, and objects take each other's colours.
     """
     bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]
     distance = torch.arange(16.0)  # exact below 8, then in growing steps
@@ -99,7 +99,7 @@ def look_nearby_(encoder: T5EncoderModel) -> None:
     heads = [torch.cat(sides) for sides in ((near, far), (far, near), (near, near), (0 * near, 0 * near))]
     with torch.no_grad():
         bias.copy_(torch.stack(heads, dim=1))
-        bias[0] = bias[1].clamp(min=0)  # a word and itself; bucket 0 counts as "before"
+        bias[0] = bias[1].clamp(min=0)  # a word and itself: bucket 0, of those for "before"
 
 
 def build_vae() -> AutoencoderKL:

@@ -1,9 +1,9 @@
 """Trains the tiny FLUX pipeline on drawn scenes: `python -m lineardit.examples.tiny_flux.train RUN --vae DIRECTORY`.
 
-First the T5 encoder alone learns which words belong together (train_text.py), and stays as it is; then transformer and
-CLIP encoder are trained together, on the loss of flow.py. The run goes on from its last
-checkpoint; the moving average of the weights is what is exported. Under `torchrun --nproc_per_node N -m ...` every
-process draws pictures of its own and the gradients are averaged.
+First the T5 encoder alone learns which words belong together (train_text.py), and is then frozen; transformer and CLIP
+encoder are trained together, on the loss of flow.py. A run resumes from its last checkpoint; the moving average of the
+weights is exported. Under `torchrun --nproc_per_node N -m ...` every process draws its own pictures, and the gradients
+are averaged.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def rate(step: int, config: TrainConfig) -> float:
 
 
 class Run:
-    """A training that can be stopped at any time and goes on from its last checkpoint."""
+    """A training run that can be stopped at any time and resumes from its last checkpoint."""
 
     def __init__(self, folder: Path, pipe: FluxPipeline, config: TrainConfig):
         self.folder, self.pipe, self.config = folder, pipe.to(config.device), config
@@ -73,7 +73,7 @@ class Run:
         self.step, self.seen = state["step"], state["seen"]
 
     def save(self) -> None:
-        """Replaces the checkpoint, whole."""
+        """Replaces the checkpoint atomically."""
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -125,7 +125,7 @@ class Run:
             yield loss.item()
 
     def average_gradients(self) -> None:
-        """Over all processes, in one call."""
+        """Averages over all processes, in one call."""
         if self.world_size == 1:
             return
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -164,7 +164,7 @@ class Run:
 
 @contextmanager
 def positions(pipe: FluxPipeline, stride: int) -> Iterator[None]:
-    """Inside, the pipeline's image tokens stand `stride` apart, as in the first phase of the training."""
+    """Inside, the pipeline's image tokens have positions `stride` apart, as in the first phase of the training."""
 
     def strided(batch_size: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         return image_positions(height, width, stride).to(device, dtype)
@@ -177,7 +177,7 @@ def positions(pipe: FluxPipeline, stride: int) -> Iterator[None]:
 
 
 def join(device: str) -> None:
-    """Join the processes of `torchrun`, if it started this one; each has the GPU of its number on this machine."""
+    """Join the processes of `torchrun`, if it started this one; each uses the GPU of its local rank."""
     if "WORLD_SIZE" not in os.environ:
         return
     if torch.device(device).type == "cuda":
@@ -186,7 +186,7 @@ def join(device: str) -> None:
 
 
 def export(run: Run, directory: Path) -> None:
-    """Writes the pipeline with the averaged weights; transformer and autoencoder in half precision, to be small."""
+    """Writes the pipeline with the averaged weights; transformer and autoencoder in 16 bits, to save space."""
     run.ema.copy_to(run.model.parameters())
     run.model.eval()
     run.pipe.save_pretrained(directory)

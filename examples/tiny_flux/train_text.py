@@ -1,7 +1,7 @@
 """Teaches the T5 encoder which words belong together, before any picture: from captions alone, in a minute or two.
 
-Every word of an object's phrase must tell, through a linear map, the colour, the shape and the cell of its object.
-FLUX gives text no positions, so the transformer cannot find out by itself; with an encoder that was never taught,
+Linear heads predict, from every word of an object's phrase, the colour, the shape and the cell of its object. FLUX
+gives text no positions, so the transformer cannot find out by itself; with an encoder that was not trained for this,
 objects take each other's colours for thousands of steps.
 """
 
@@ -17,7 +17,7 @@ TOLD = (tuple(scenes.COLOURS), scenes.SHAPES, scenes.CELLS)
 
 
 def words_and_objects(first: int, count: int) -> tuple[list[str], list[list[tuple[int, int, int] | None]]]:
-    """Captions, and for each word the indices of its object's colour, shape and cell; None if it is no object's."""
+    """Captions, and for each word the indices of its object's colour, shape and cell; None if it belongs to none."""
     captions, labels = [], []
     for index in range(first, first + count):
         scene, reverse = scenes.sample(index), index % 3 == 0
@@ -31,7 +31,7 @@ def words_and_objects(first: int, count: int) -> tuple[list[str], list[list[tupl
 
 
 def label_tensor(labels: list[list[tuple[int, int, int] | None]], length: int) -> Tensor:
-    """[captions, length, 3], -100 (which cross_entropy leaves out) where a word is no object's."""
+    """[captions, length, 3], -100 (which cross_entropy ignores) where a word belongs to no object."""
     out = torch.full((len(labels), length, 3), -100)
     for row, told in enumerate(labels):
         for column, item in enumerate(told):
@@ -41,7 +41,7 @@ def label_tensor(labels: list[list[tuple[int, int, int] | None]], length: int) -
 
 
 def train_text_encoder(pipe: FluxPipeline, *, steps: int = 300, batch_size: int = 128, device: str = "cpu") -> float:
-    """Trains `pipe.text_encoder_2`; returns the share of words of new captions that tell all of their object."""
+    """Trains `pipe.text_encoder_2`; returns the share of words in new captions that predict their object fully."""
     encoder = pipe.text_encoder_2.to(device).train().requires_grad_(True)
     heads = nn.ModuleList(nn.Linear(encoder.config.d_model, len(names)) for names in TOLD).to(device)
     parameters = [*encoder.parameters(), *heads.parameters()]

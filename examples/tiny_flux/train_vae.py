@@ -2,8 +2,8 @@
 
     loss = w |decoded - picture| + w (decoded - picture)^2 + KL_WEIGHT * KL(latent || normal)
 
-First encoder and decoder, w = 1. Then, with `--refine DIRECTORY`, the decoder alone, so that latents and whatever was
-trained on them stay as they are; objects weigh more: they are few of the pixels, and pale ones on a pale ground fade.
+First encoder and decoder, w = 1. Then, with `--refine DIRECTORY`, the decoder alone, so that latents and models trained
+on them stay valid; w is larger on objects: they cover few pixels, and pale ones on a pale background fade.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from . import scenes
 from .model import build_vae
 
 KL_WEIGHT = 1e-3  # of the mean over the latent's entries
-OBJECT_WEIGHT = 10.0  # of the pixels of objects and their shadows, to 1 elsewhere, while the decoder is refined
+OBJECT_WEIGHT = 10.0  # w of objects and their shadows, relative to 1 elsewhere, while the decoder is refined
 HELD_OUT_PICTURES = 64
 
 

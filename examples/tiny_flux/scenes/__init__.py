@@ -1,4 +1,4 @@
-"""Captioned scenes: sampled, drawn at any size, and read back, so that a picture's faults are numbers.
+"""Captioned scenes: sampled, drawn at any size, and read back, so that errors of a picture can be counted.
 
 >>> scene = sample(seed=7)
 >>> score(scene.caption, draw(scene, 128))

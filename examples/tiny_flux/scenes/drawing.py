@@ -1,4 +1,4 @@
-"""Draws a scene at any size: anti-aliased coverage from signed distances, so that no size is a resized other one.
+"""Draws a scene at any size: anti-aliased coverage from signed distances, so that no size is resized from another.
 
     background = tone * (1 - DEPTH * (1 - cos(2 pi (cycles * u + phase / 8))) / 2),   u along the wave's direction
     shadow     = the object's shape, moved away from the light, darkens what it covers
@@ -63,7 +63,7 @@ def tinted(colour: str, tint: str) -> tuple[float, float, float]:
 
 
 def wave(scene: Scene, rows: Array, cols: Array) -> Array:
-    """The background's brightness, between 1 - WAVE_DEPTH and 1, where `rows, cols` are."""
+    """The background's brightness, between 1 - WAVE_DEPTH and 1, at `rows, cols`."""
     angle = scene.direction * np.pi / 4
     along = rows * np.float32(np.sin(angle)) + cols * np.float32(np.cos(angle))
     turns = PATTERNS[scene.pattern] * along + scene.phase / NUM_PHASES
@@ -91,7 +91,7 @@ def light_corner(light: str, width: int, height: int) -> tuple[float, float]:
 
 
 def shadow_offset(light: str) -> tuple[float, float]:
-    """Where a shadow lies from its object (row, col): away from the light."""
+    """Offset (row, col) of a shadow from its object: away from the light."""
     return (
         -SHADOW_OFFSET if "bottom" in light else SHADOW_OFFSET,
         -SHADOW_OFFSET if "right" in light else SHADOW_OFFSET,
@@ -120,7 +120,7 @@ def _disc(rows: Array, cols: Array, radius: float) -> Array:
 
 
 def _distance(shape: str, rows: Array, cols: Array) -> Array:
-    """Signed distance (or a bound of it that is right near the border) to a shape of RADIUS at the origin."""
+    """Signed distance (or a bound on it that is exact near the border) to a shape of RADIUS at the origin."""
     if shape == "circle":
         return _disc(rows, cols, RADIUS)
     if shape == "square":

@@ -1,4 +1,4 @@
-"""Reads a picture back into a scene, and judges whether it hangs together.
+"""Reads a picture back into a scene, and judges whether it is coherent.
 
 A picture of any size is averaged down (or scaled up) to a shorter side of 96 pixels. Objects are the colourful regions
 of a cell, named by the template that overlaps them best. Light, shadows, wave and tints are each found by comparing the
@@ -44,8 +44,8 @@ Mask = NDArray[np.bool_]
 
 SIDE = 96  # pixels, of the shorter side while reading
 BLUR = 0.8  # pixels, against noise
-# max - min of a pixel's colour: backgrounds stay below 0.18, objects above 0.29. Divided by max, as saturation is, it
-# would make objects of the shadows that a model paints with a slight hue.
+# max - min of a pixel's colour: backgrounds stay below 0.18, objects above 0.29. Saturation, which divides by max,
+# would find objects in shadows that a model paints with a slight hue.
 COLOURFUL = 0.2
 MIN_OVERLAP = 0.6  # intersection over union with a shape's template, below which a region is no object
 MAX_WAVE_ERROR = 0.5  # of a cell's brightness, root mean square, as a share of the wave's own
@@ -81,7 +81,7 @@ def read(image: Image.Image) -> Scene:
 
 
 def score(caption: str, image: Image.Image) -> tuple[int, int]:
-    """How many objects of the caption the picture shows with the right colour, shape and cell, and of how many."""
+    """Number of the caption's objects that the picture shows with the right colour, shape and cell, and their total."""
     wanted = set(parse(caption).objects)
     return len(wanted & set(read(image).objects)), len(wanted)
 
@@ -127,7 +127,7 @@ def _window(cell: str, width: int, height: int) -> tuple[slice, slice]:
 
 @lru_cache(maxsize=1024)
 def _template(shape: str, cell: str, width: int, height: int, move_row: float, move_col: float) -> Array:
-    """How much the object covers of each pixel of its cell; the same few for every picture of a size."""
+    """How much the object covers of each pixel of its cell; the same for all pictures of a size."""
     return coverage(shape, cell, width, height, move_row, move_col)[_window(cell, width, height)].copy()
 
 
@@ -136,7 +136,7 @@ def _overlap(template: Array, region: Array) -> float:
 
 
 def _read_shadow(pixels: Array, item: Object, move: tuple[float, float]) -> str | None:
-    """The corner the light comes from, judged by where it is dark beside the object; None where no side is dark."""
+    """The corner the light comes from, judged by the dark side next to the object; None if no side is dark."""
     height, width = pixels.shape[:2]
     brightness = pixels.max(-1)
     body = coverage(item.shape, item.cell, width, height, *move)

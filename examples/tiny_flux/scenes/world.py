@@ -1,6 +1,6 @@
-"""What a scene is, how it is said, and which scenes no training picture may hold.
+"""What a scene is, its caption, and which scenes are held out from training.
 
-A caption tells the objects and the background. It does not tell four properties that must nevertheless agree across the
+A caption names the objects and the background. It leaves out four properties that must nevertheless agree across the
 whole picture: the corner the light comes from and with it every shadow, the direction and the phase of the background's
 wave, and one tint shared by all objects.
 """
@@ -66,7 +66,7 @@ class Scene:
 
     Attributes:
         objects: One or two, in different cells; a scene read from a picture may hold any number.
-        tone, pattern: The background, told by the caption.
+        tone, pattern: The background, named in the caption.
         light: The corner the light comes from; shadows point away from it.
         direction: Of the background's wave, in steps of 45 degrees.
         phase: Of the background's wave, in eighths of a cycle.
@@ -99,7 +99,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """What the picture's caption says: the objects in reading order, then the background."""
+        """The picture's caption: the objects in reading order, then the background."""
         return self.say()
 
     def say(self, *, reverse: bool = False) -> str:
@@ -109,7 +109,7 @@ class Scene:
 
 
 def parse(caption: str) -> Scene:
-    """The scene that a caption tells; properties that it does not tell take their defaults.
+    """The scene of a caption; properties that the caption does not name take their defaults.
 
     Raises:
         ValueError: The caption is not of the form "a COLOUR SHAPE at the CELL [and ...] on PATTERN TONE".
