@@ -53,7 +53,7 @@ class PictureSettings:
     guidance: float | None = None
     seed: int = 0
     max_sequence_length: int | None = None  # text tokens
-    batch_size: int = 4  # changes nothing but speed
+    batch_size: int = 4  # affects speed only
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the pipeline's call
 
     def __post_init__(self) -> None:

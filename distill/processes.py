@@ -28,7 +28,7 @@ from ..linearize.errors import told
 from .diverged import DivergedError
 
 SENTENCES = (ValueError, OSError, DivergedError)  # errors that end a run with their message alone
-OF_ALL = "All processes of the launch raise this."  # the note on such an error
+OF_ALL = "All processes of the launch raise this."  # note on an error that every process raises
 BUCKET = 2**25  # elements per exchange
 WAIT = timedelta(hours=1)  # while the main process writes tens of GB to a slow disk; NCCL's default is ten minutes
 
@@ -53,7 +53,7 @@ def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = Non
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # `pair.py` applies autocast: the teacher does not always use it
-        # these accelerate would otherwise read from the environment:
+        # accelerate would otherwise read these from the environment:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         dynamo_backend="no",

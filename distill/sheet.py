@@ -9,7 +9,7 @@ from ..linearize.folders import write_whole
 
 GAP = 6  # pixels
 FONT_SIZE = 14  # pixels
-GAIN = 3  # brightness of differences, which are dark
+GAIN = 3  # brightness factor of differences, which are dark
 
 
 def difference(image: Image.Image, reference: Image.Image) -> Image.Image:

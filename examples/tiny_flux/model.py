@@ -99,7 +99,7 @@ def look_nearby_(encoder: T5EncoderModel) -> None:
     heads = [torch.cat(sides) for sides in ((near, far), (far, near), (near, near), (0 * near, 0 * near))]
     with torch.no_grad():
         bias.copy_(torch.stack(heads, dim=1))
-        bias[0] = bias[1].clamp(min=0)  # a word and itself: bucket 0, of those for "before"
+        bias[0] = bias[1].clamp(min=0)  # a word and itself: in T5, bucket 0 of "before"
 
 
 def build_vae() -> AutoencoderKL:
