@@ -1,6 +1,6 @@
-"""Agent attention's position bias on any grid: by the distance of each token from each agent.
+"""Agent attention's position bias on any grid, by the offset of each token from each agent.
 
-Agents stand in the cells of kernels/pieces/cells.py.
+Agents are at the centres of the cells of kernels/pieces/cells.py.
 
 H heads, n = frames * height * width tokens, A agents, R side of a table of biases.
 """
@@ -13,14 +13,13 @@ from torch import Tensor
 from ..pieces.cells import cell_grid
 
 
-# An operator: cells and views depend on the grid, so tracing them would compile anew for each one.
+# An operator: cells and views depend on the grid, so tracing them would recompile for each grid.
 @torch.library.custom_op("lineardit::agent_bias", mutates_args=())
 def agent_bias(table: Tensor, num_tokens: int, height: int, width: int, num_agents: int) -> Tensor:
-    """A bias for each agent and token by the token's place seen from the agent, in shares of the picture.
+    """Bias of each agent and token by the token's offset from the agent, relative to the image size.
 
     Args:
-        table: [H, R, R], over row and column offsets from -1 to 1; between its points, linear. Frames are not told
-            apart.
+        table: [H, R, R], over row and column offsets from -1 to 1, interpolated linearly; the same for all frames.
         num_tokens: n.
     Returns:
         [H, A, n].
@@ -57,7 +56,7 @@ def _(grad_out: Tensor, table: Tensor, height: int, width: int) -> Tensor:
 
 
 def _hats(table: Tensor, size: int, count: int) -> Tensor:
-    """[count, size, R]: how much each point of a side of the table counts for each agent and token along an axis."""
+    """[count, size, R]: interpolation weights of the table's points for each agent and token along an axis."""
     points = table.shape[1]
     tokens, agents, point = (
         torch.arange(number, dtype=table.dtype, device=table.device) for number in (size, count, points)

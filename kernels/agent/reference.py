@@ -1,4 +1,4 @@
-"""What agent attention computes, with both arrays of weights in memory. The implementation is judged by this file."""
+"""Reference of agent attention, with both weight matrices in memory. The implementation is tested against it."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def agent_attention_reference(
     key_bias: Tensor | None = None,
     query_bias: Tensor | None = None,
 ) -> Tensor:
-    """Arguments and result as of `agent_attention`; sums in float32, or float64 for float64."""
+    """Arguments and result are those of `agent_attention`; sums in float32, or float64 for float64."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     second_scale = scale if second_scale is None else second_scale
     q, k, v, a = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value, agents))

@@ -32,7 +32,7 @@ def mala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e
 
     Args:
         query, key, value: [B, H, N, D], any strides; float16, bfloat16, float32 or float64.
-        eps: Keeps 1 / z finite, > 0; a row of weights sums to z / (z + eps).
+        eps: Keeps 1 / z finite, in (0, 1); a row of weights sums to z / (z + eps).
         impl: "auto" or one of `implementations()`.
     Returns:
         [B, H, N, D], dtype of value; sums are in float32, or float64 for float64, under autocast too.

@@ -1,4 +1,4 @@
-"""The backward of an operator of tokens whose queries share a state."""
+"""Autograd registration of operators whose queries share a state."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from ..pieces.results import token_major
 
 
 def register_backward(op: Any, backward_op: Any, num_inputs: int) -> None:
-    """Lets `backward_op` give the gradients of `op`'s `num_inputs` tensors [B, H, N, D].
+    """Register `backward_op` as the backward of `op`, which takes `num_inputs` tensors [B, H, N, D].
 
     Args:
-        op: Of these tensors and a number, to out and the state, which has no gradient.
-        backward_op: Of out's gradient, these tensors, the state and the number.
+        op: Takes these tensors and a number; returns out and the state, which has no gradient.
+        backward_op: Takes the gradient of out, these tensors, the state and the number.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What the linear operators share: the feature map, and the chunks of tokens that they read one after the other.
+"""Shared by the linear operators: the feature map, and the chunks of tokens that they process one at a time.
 
 phi(x) = elu(x) + 1 = max(x, 0) + exp(min(x, 0))        phi'(x) = exp(min(x, 0))
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..pieces.results import sum_dtype
 
-CHUNK_NUMBERS = 2**24  # of one tensor in float32 at a time: 64 MiB
+CHUNK_NUMBERS = 2**24  # elements of one tensor per chunk: 64 MiB in float32
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -24,12 +24,12 @@ def feature_slope(x: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the dtype that sums are in."""
+    """x in the dtype of sums."""
     return x.to(sum_dtype(x))
 
 
 def chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of the tokens of x [B, H, N, D] that together are all of them."""
+    """Slices that together cover the tokens of x [B, H, N, D]."""
     batch, num_heads, num_tokens, head_dim = x.shape
     size = max(1, CHUNK_NUMBERS // max(1, batch * num_heads * head_dim))
     for start in range(0, num_tokens, size):

@@ -1,7 +1,7 @@
 """`lineardit::mala_attention`: magnitude-aware linear attention in two passes, as an operator with its backward.
 
 Pass 1 reads keys and values, pass 2 queries. The published form, r q S - z u, subtracts two large terms wherever the
-mean value u is not 0. With values centred by u the same sum has none (r = 1 + 1 / (z + eps)):
+mean value u is not 0. Centring the values by u avoids that (r = 1 + 1 / (z + eps)):
 
     m = D**-0.5 / N sum_j phi(k_j),   u = 1/N sum_j v_j,   C = D**-0.5 / N sum_j phi(k_j)^T (v_j - u)
     z_i = phi(q_i) . m,   out_i = r_i phi(q_i) C + z_i / (z_i + eps) u

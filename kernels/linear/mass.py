@@ -1,4 +1,4 @@
-"""How much softmax attention would give to a set of keys, at linear cost: `lineardit::log_mass`.
+"""`lineardit::log_mass`: the softmax mass of a set of keys, estimated at linear cost.
 
     log sum_j exp(l_ij),   l_ij = scale q_i . k_j,   from the exact mean and variance of l_i over the N keys
 
@@ -6,10 +6,10 @@
     log_mass_i = mean_i + log N + var_i / 2                          where sqrt(var_i) <= b
                  mean_i + log N + b sqrt(var_i) - b**2 / 2           beyond
 
-The first line is exact, for many keys, where the logits of a query are normal. Beyond, their largest rules the sum
-(Derrida's random energy model, Phys. Rev. B 24, 2613, 1981) and grows as b, the expected largest of N standard normal
-numbers: b = inverse normal distribution at (N - 3/8) / (N + 1/4) (Blom, 1958). Value and slope of the two lines agree
-where they meet. B batch, H heads, N keys and queries, D head dimension.
+The first line is exact in the limit of many keys if a query's logits are normally distributed. Beyond b, the largest
+logit dominates the sum (Derrida's random energy model, Phys. Rev. B 24, 2613, 1981). b is the expected maximum of N
+standard normal samples: the inverse normal CDF at (N - 3/8) / (N + 1/4) (Blom, 1958). The two lines agree in value and
+slope where they meet. B batch, H heads, N keys and queries, D head dimension.
 """
 
 import math
@@ -24,11 +24,11 @@ from .features import chunks, wide
 
 
 def log_mass(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
-    """The logarithm of what the keys add to the denominator of softmax attention, estimated; differentiable once.
+    """Estimate the logarithm of the keys' part of the softmax denominator; differentiable once.
 
     Args:
         query, key: [B, H, N, D], any strides; float16, bfloat16, float32 or float64.
-        scale: of the logits.
+        scale: Scale of the logits.
     Returns:
         [B, H, N], float32, or float64 for float64.
     """
@@ -67,7 +67,7 @@ def _moments(key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_mean_of_exponentials(variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The lines of the formula after the mean, and their slope."""
+    """log_mass_i - mean_i, and its derivative with respect to var_i."""
     largest = NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
     spread = variance > largest**2
     deviation = torch.where(spread, variance, 1).sqrt()

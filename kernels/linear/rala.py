@@ -23,7 +23,7 @@ class State(NamedTuple):
     sums: Tensor  # S [B, H, D, D]
     key_sum: Tensor  # m [B, H, 1, D]
     mean_query: Tensor  # D**-0.5 g [B, H, 1, D]
-    log_sum: Tensor  # of the exponentials of the logits of a, [B, H, 1, 1]
+    log_sum: Tensor  # log-sum-exp of the logits of a, [B, H, 1, 1]
 
 
 @torch.library.custom_op("lineardit::rala_attention", mutates_args=())
@@ -105,11 +105,11 @@ def _backward_of_quotient(features: Tensor, grad_out: Tensor, state: State, eps:
 def _backward_of_keys(
     key: Tensor, value: Tensor, state: State, grad_sums: Tensor, grad_key_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of keys and values, and what the weights a give to phi(q) of each query, [B, H, 1, D]."""
+    """Gradients of keys and values, and of phi(q) through the weights a, [B, H, 1, D], the same for each query."""
     num_tokens, head_dim = key.shape[2:]
     grad_key, grad_value = (token_major(x, num_tokens) for x in (key, value))
     grad_mean = torch.zeros_like(state.mean_query)
-    # the mean over a of its gradient, which softmax subtracts
+    # sum_j a_j times the gradient of a_j, which the backward of softmax subtracts
     mean = (state.sums * grad_sums).sum((2, 3), keepdim=True) + (state.key_sum * grad_key_sum).sum(3, keepdim=True)
     for part in chunks(key):
         k, v = key[:, :, part], wide(value[:, :, part])

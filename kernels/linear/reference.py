@@ -1,4 +1,4 @@
-"""What linear attention computes, pair by pair: weights [N, N] in memory. Every implementation is judged by this file.
+"""Reference of linear attention, with the weights [N, N] in memory. Every implementation is tested against it.
 
 All functions take query, key, value [B, H, N, D] of any floating dtype and sum in float32, or in float64 for float64.
 """
@@ -39,7 +39,7 @@ def log_mass_reference(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
     count = torch.tensor(key.shape[2], dtype=torch.float64, device=logits.device)
     largest = torch.special.ndtri((count - 0.375) / (count + 0.25)).to(logits.dtype)
     spread = variance > largest**2
-    deviation = torch.where(spread, variance, 1).sqrt()  # no root of 0, whose slope is infinite
+    deviation = torch.where(spread, variance, 1).sqrt()  # the slope of sqrt is infinite at 0
     rise = torch.where(spread, largest * deviation - largest**2 / 2, variance / 2)
     return mean + math.log(key.shape[2]) + rise
 

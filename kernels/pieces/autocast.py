@@ -1,4 +1,4 @@
-"""What autocast makes of the inputs of attention."""
+"""Autocast for the inputs of attention."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,13 +13,13 @@ def autocast_enabled(tensor: Tensor) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace `is_autocast_available`
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Inside, autocast is off for the device of a tensor; the meta device has none."""
+    """A context without autocast for the device of a tensor; the meta device has none to turn off."""
     device_type = tensor.device.type
     return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
@@ -27,7 +27,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors of one device, cast as autocast casts the inputs of `scaled_dot_product_attention`.
 
-    Not at all where it is off, nor float64.
+    Unchanged if autocast is off; float64 stays float64.
     """
     if not autocast_enabled(tensors[0]):
         return tensors

@@ -1,4 +1,4 @@
-"""The mean of the tokens in each cell of an image (cells.py): what agents, proxies and cells to weigh are made of.
+"""Means of the tokens in each cell of an image (cells.py): agents, proxies, and the keys that stand for cells.
 
 B batch, H heads, n = frames * height * width tokens, D head dimension, C cells.
 """
@@ -11,11 +11,11 @@ from torch import Tensor
 from .cells import cell_grid, cells_of_axis
 from .results import sum_dtype
 
-# rows, columns, frames of [B, H, frames, height, width, D]: what is averaged first leaves less for the others
+# rows, columns, frames of [B, H, frames, height, width, D]: averaging one axis leaves less work for the next
 _AXES = (3, 4, 2)
 
 
-# An operator: cells and views depend on the grid, so tracing them would compile anew for each one.
+# An operator: cells and views depend on the grid, so tracing them would recompile for each grid.
 @torch.library.custom_op("lineardit::cell_means", mutates_args=())
 def cell_means(tokens: Tensor, height: int, width: int, num_cells: int) -> Tensor:
     """Means over the cells; [B, H, n, D] -> [B, H, C, D], float32, or float64 for float64."""

@@ -1,9 +1,9 @@
-"""Cells of an image: a fixed number of them, at any size.
+"""Cells of an image: a fixed number of them, for any image size.
 
-C cells stand on a grid of their own, (frames, rows, columns), whose sides divide C so that the cells are as near to
-cubes as C allows: 64 cells are 8 x 8 on a square picture, 4 x 16 on one four times as wide. Cell i of `count` along a
-side of `size` tokens goes from floor(i size / count) to ceil((i + 1) size / count), so that every cell has tokens, at
-any size (the cells of adaptive pooling).
+The C cells form a grid (frames, rows, columns) whose sides multiply to C, chosen so that cells are as close to cubes as
+C allows: 64 cells are 8 x 8 on a square image, 4 x 16 on one four times as wide. Cell i of `count` along a side of
+`size` tokens spans floor(i size / count) to ceil((i + 1) size / count), as in adaptive pooling, so that every cell has
+tokens at any size.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ Grid = tuple[int, ...]  # (height, width) or (frames, height, width), in tokens
 
 
 def sizes_of(grid: Grid) -> tuple[int, int, int]:
-    """(frames, height, width), of a picture one frame."""
+    """(frames, height, width), with one frame for an image."""
     frames, height, width = (1, *grid)[-3:]
     return frames, height, width
 
 
 def cell_grid(frames: int, height: int, width: int, num_cells: int) -> tuple[int, int, int]:
-    """(frames, rows, columns) of cells, their product num_cells; an image has one frame of cells."""
+    """(frames, rows, columns) of cells, whose product is num_cells; an image has one frame of cells."""
     grids = [
         (depth, rows, num_cells // (depth * rows))
         for depth in _divisors(num_cells)
@@ -35,7 +35,7 @@ def cell_grid(frames: int, height: int, width: int, num_cells: int) -> tuple[int
 
 
 def sides_of_cells(grid: Grid, num_cells: int) -> tuple[float, float]:
-    """(height, width) of a cell of mean size, in tokens."""
+    """Mean (height, width) of the cells, in tokens."""
     _, height, width = sizes = sizes_of(grid)
     _, rows, columns = cell_grid(*sizes, num_cells)
     return height / rows, width / columns

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, impl: str, implementations: Sequence[str]) -> None:
-    """Raise a ValueError for tensors that are not [B, H, N, D] alike, in floating point, or an unknown `impl`."""
+    """Raise a ValueError for tensors that are not floating point [B, H, N, D] of one shape, or an unknown `impl`."""
     if impl not in ("auto", *implementations):
         raise ValueError(f"impl must be one of {('auto', *implementations)}, got {impl!r}")
     if query.ndim != 4 or not query.is_floating_point():

@@ -1,11 +1,11 @@
-"""Softmax over keys and an extra one, whose logit each query brings itself, in one call of PyTorch's attention.
+"""Softmax over keys and an extra key, whose logit is given for each query, in one call of PyTorch's attention.
 
     out_i = (sum_t exp(scale q_i . k_t) v_t + exp(m_i) x_i) / (sum_t exp(scale q_i . k_t) + exp(m_i))
 
-The extra one stands for a set of keys that have been attended to elsewhere: x_i is what query i gets from them, m_i the
-logarithm of their mass. Where the T keys are the text's, these are the image's; in a hybrid, where they are proxies or
-cells, those of text and window. It has one more coordinate than the other keys: its logit is what the query has there,
-m_i, and the share it gets comes back in one more of the value.
+The extra key stands for a set of keys that are attended to elsewhere: x_i is the output of query i over that set, m_i
+its log-sum-exp. If the T keys are the text, the set is the image; in a hybrid, where they are proxies or cells, the set
+is text and window. Vectors get additional coordinates, in which only the extra key and value are not 0: the query holds
+m_i there, which becomes the extra key's logit, and the output returns the extra key's share.
 
 B batch, H heads, N queries, T keys, D head dimension.
 """
@@ -18,7 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .autocast import without_autocast
 
-MORE = 8  # coordinates: 2 are used, and GPU kernels like multiples of 8
+MORE = 8  # additional coordinates: 2 are used, and GPU kernels prefer multiples of 8
 
 
 def attend_with_extra_key(
@@ -32,17 +32,17 @@ def attend_with_extra_key(
     bias: Tensor | None = None,
     scale: float,
 ) -> Tensor:
-    """What queries get from the keys and the extra one together.
+    """Attention over the keys and the extra key together.
 
     Args:
         query: [B, H, N, D].
         key, value: [B, H, T, D].
         extra_logit: [B, H, N], m above, float32 or float64.
         extra_value: [B, H, N, D], x above.
-        mask: [B, T] bool, True = attend; None attends to all. Where all is masked, out is extra_value.
-        bias: [N, T + 1], added to the logits, in place of a mask; far below them where a query does not attend. Last
-            is that of the extra key, 0.
-        scale: of the logits, > 0.
+        mask: [B, T] bool, True = attend; None attends to all. If all keys are masked, out is extra_value.
+        bias: [N, T + 1], added to the logits, instead of a mask; far below them where a query does not attend. The
+            last column is the extra key's, 0.
+        scale: Scale of the logits, > 0.
     Returns:
         [B, H, N, D], dtype of value.
     """
@@ -55,14 +55,14 @@ def attend_with_extra_key(
 def share_of_keys(
     query: Tensor, key: Tensor, extra_logit: Tensor, *, bias: Tensor | None = None, scale: float
 ) -> Tensor:
-    """sum_t exp(scale q_i . k_t) / (sum_t exp(scale q_i . k_t) + exp(m_i)): what these keys take of a query.
+    """sum_t exp(scale q_i . k_t) / (sum_t exp(scale q_i . k_t) + exp(m_i)): the keys' share of the softmax.
 
     Args:
         query: [B, H, N, D].
         key: [B, H, T, D].
         extra_logit: [B, H, N], m above, float32 or float64.
         bias: [N, T + 1], as in `attend_with_extra_key`.
-        scale: of the logits, > 0.
+        scale: Scale of the logits, > 0.
     Returns:
         [B, H, N], dtype of key.
     """
@@ -72,14 +72,14 @@ def share_of_keys(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, extra_logit: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What the keys give, [B, H, N, D], and the share of the extra one, [B, H, N, 1], which is the last of `mask`."""
+    """Output of the keys [B, H, N, D], and share of the extra key [B, H, N, 1], which is the last in `mask`."""
     dtype, head_dim = value.dtype, query.shape[-1]
     query, key = query.to(dtype), key.to(dtype)
-    # near the common 1 / scale, and exact: extra_logit / scale alone is beyond float16 where logits are far from it
+    # a power of two, so exact, near the usual 1 / scale: extra_logit / scale alone overflows float16 for large logits
     of_key = 2.0 ** round(math.log2(head_dim) / 2)
     exact = extra_logit / (scale * of_key)
     high = exact.to(dtype)
-    low = (exact - high).to(dtype)  # to twice the digits of a half precision
+    low = (exact - high).to(dtype)  # high + low has twice the digits of half precision
     query = torch.cat([query, pad(torch.stack([high, low], -1), (0, MORE - 2))], -1)
     extra_key, extra_value = query.new_zeros(2, *key.shape[:2], 1, head_dim + MORE)
     extra_key[..., head_dim : head_dim + 2] = of_key

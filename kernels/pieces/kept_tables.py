@@ -1,4 +1,4 @@
-"""Tables of a window that are kept on the device from call to call."""
+"""Tables of a window that are cached on the device between calls."""
 
 from collections.abc import Callable
 from functools import _lru_cache_wrapper, lru_cache, wraps
@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import torch
 
-# For `torch.library.custom_op`. A CUDA graph would run such an operator again without asking for its tables: those of a
-# window that was not used for a while are freed, and their memory may hold something else by then.
+# Options of `torch.library.custom_op` for operators that read cached tables. A CUDA graph replays without looking them
+# up, and tables that have left the cache are freed: their memory may hold something else by then.
 KEEPS_TABLES: dict[str, Any] = (
     {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}  # from torch 2.8 on
 )
@@ -17,9 +17,9 @@ _KEPT: list["_lru_cache_wrapper[Any]"] = []
 
 
 def kept(*, maxsize: int) -> Callable[[Callable[..., Table]], "_lru_cache_wrapper[Table]"]:
-    """A decorator of functions that make tables: an `lru_cache` that `release_tables` empties.
+    """A decorator of functions that make tables: an `lru_cache` that `release_tables` clears.
 
-    Whatever mode the first call comes from, tables serve training as well, and tensors without a device are on the CPU.
+    Tables are made outside inference mode, so that they serve training too, and with the CPU as the default device.
     """
 
     def decorate(make: Callable[..., Table]) -> "_lru_cache_wrapper[Table]":
@@ -36,6 +36,6 @@ def kept(*, maxsize: int) -> Callable[[Callable[..., Table]], "_lru_cache_wrappe
 
 
 def release_tables() -> None:
-    """Free all tables; a call that needs some makes them anew."""
+    """Free all tables; calls that need them rebuild them."""
     for cached in _KEPT:
         cached.cache_clear()

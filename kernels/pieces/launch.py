@@ -1,4 +1,4 @@
-"""How tensors are handed to a Triton kernel."""
+"""Launch arguments of the Triton kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,21 +14,21 @@ def block_d(head_dim: int) -> int:
 
 
 def max_stages(dtype: torch.dtype) -> int:
-    """The most stages that loads may have, as Triton counts them: 1 loads nothing ahead.
+    """The largest `num_stages` of Triton's loads; 1 loads nothing ahead.
 
-    Products of float32 take no tensor cores and hold their operands in registers: with loads ahead they spill (compiled
-    for 9.0, 5 to 13 KB a thread), and take up to half a minute each to compile.
+    float32 products use no tensor cores and keep their operands in registers: with loads ahead, kernels spill (5 to
+    13 KB per thread, compiled for 9.0) and take up to half a minute each to compile.
     """
     return 1 if dtype == torch.float32 else 3
 
 
-STRIDE_UNIT = 8  # elements of half precision are 16 bytes, the most that a thread loads at once
+STRIDE_UNIT = 8  # half-precision elements are 16 bytes, the most that a thread loads at once
 
 
 def with_strides(*tensors: Tensor) -> tuple[list[Any], int]:
-    """Each tensor and its strides over batch, head and token, in units of the second: 8 elements if all are multiples.
+    """Each tensor and its strides over batch, head and token, and their unit in elements: 8 if it divides all, else 1.
 
-    Triton by itself asks whether a stride is a multiple of 16. That between heads of dimension 40 or 72 is not, and
+    Triton itself only detects strides that are multiples of 16. Between heads of dimension 40 or 72 they are not, and
     rows would be loaded 2 bytes at a time.
     """
     strides = [[step if size > 1 else 0 for step, size in zip(one.stride(), one.shape, strict=True)] for one in tensors]
@@ -43,12 +43,12 @@ def with_strides(*tensors: Tensor) -> tuple[list[Any], int]:
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where a token's row is one piece of memory, else a copy."""
+    """The tensor itself if each token's row is contiguous, else a copy."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
 def split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """(parts, length of a part in multiples of `block`), so that `programs` for each part keep the device busy."""
+    """(parts, length of a part, a multiple of `block`), such that `programs` per part keep the device busy."""
     blocks = triton.cdiv(length, block)
     parts = min(blocks, triton.cdiv(_programs_wanted(device), programs))
     part_len = triton.cdiv(blocks, parts) * block
@@ -56,10 +56,10 @@ def split(length: int, block: int, programs: int, device: torch.device) -> tuple
 
 
 def _programs_wanted(device: torch.device) -> int:
-    """Four for each multiprocessor, so that none idles long at the end."""
+    """Four per multiprocessor, so that none idles for long at the end."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels run on the tensor's card, whichever is current."""
+    """A context in which kernels run on the tensor's GPU, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,4 +1,4 @@
-"""What results of attention are: the dtype that sums are in, a dtype's name, and the order of memory."""
+"""Results of attention: the dtype of sums, names of dtypes, and the memory layout."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as configs and files name it: "bfloat16"."""
+    """The name of a dtype in configs and files, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

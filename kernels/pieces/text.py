@@ -1,4 +1,4 @@
-"""Text beside the image: how the two are told apart along the tokens.
+"""Sequences of text and image tokens: splitting them, and masking the text.
 
 B batch, H heads, T text tokens, N image tokens, D head dimension.
 """

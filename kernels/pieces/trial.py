@@ -1,4 +1,4 @@
-"""A trial of a Triton kernel on the device at hand: against the plain formula, and against the clock."""
+"""Trials of a Triton kernel on a device: its error against the plain formula, and its speed."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,18 +13,18 @@ from triton.errors import TritonError
 
 logger = logging.getLogger(__name__)
 
-# What a trial fails with where kernels cannot be had: none fits or is right, no C compiler or headers, no driver.
+# Raised by a trial if no kernel is usable: none fits or is correct, no C compiler or headers, no driver.
 NO_KERNEL = (RuntimeError, OSError, SubprocessError, AssertionError)
-MAX_ERROR = 0.05  # of the largest value; a wrong kernel is off by more than bfloat16 rounds
+MAX_ERROR = 0.05  # relative to the largest value: above bfloat16 rounding, below the error of a wrong kernel
 
-TIMED = 4  # candidates that run are raced; those after them are for devices on which these do not
-NOTABLY = 0.95  # of the time of an earlier one: what is less may be noise, which should not decide
+TIMED = 4  # candidates that run are raced; later ones are for devices on which the first do not run
+NOTABLY = 0.95  # of an earlier candidate's time, at most, for a later one to win: smaller differences may be noise
 
 Candidate = TypeVar("Candidate")
 
 
 def first_that_fits(candidates: Sequence[Candidate], error_of: Callable[[Candidate], float]) -> Candidate:
-    """The first with which a trial runs; its error is told by `error_of`.
+    """The first candidate that runs; `error_of` runs one and returns its error.
 
     Raises:
         RuntimeError: none runs, or the first that does is wrong.
@@ -40,11 +40,11 @@ def fastest_that_fits(
     error_of: Callable[[Candidate], float],
     race: Callable[[Sequence[Candidate]], Mapping[Candidate, float]],
 ) -> tuple[Candidate, str]:
-    """The fastest of the first `TIMED` with which a trial runs and is right, an earlier one where none is notably
-    faster; and in words, what it was raced against.
+    """The fastest of the first `TIMED` candidates that run, if correct, and a description of the race; a later one wins
+    only if it is notably faster.
 
     Args:
-        race: Seconds of each that runs at the race's shape, for which Triton may compile anew.
+        race: Seconds of each candidate that runs at the race's shape, for which Triton may recompile.
     Raises:
         RuntimeError: none runs, or all that do are wrong.
     """
@@ -74,11 +74,11 @@ def fastest_that_fits(
 
 
 def found_or_told(find: Callable[[], Candidate], what: str, where: str) -> Candidate | None:
-    """What a search for a candidate finds; None, with a warning, where plain PyTorch has to take the kernels' place."""
+    """The result of `find`; None, with a warning, if no kernel is usable and plain PyTorch takes over."""
     try:
         return find()
     except torch.OutOfMemoryError:
-        raise  # of this moment: tried anew next time
+        raise  # temporary: the next call tries again
     except NO_KERNEL as exception:
         logger.warning("%s fall back to plain PyTorch, which is slower: %s: %s", what, where, exception)
         return None
@@ -91,12 +91,12 @@ def _wrong(error: float) -> str:
 def _that_run(
     candidates: Sequence[Candidate], error_of: Callable[[Candidate], float]
 ) -> Iterator[tuple[Candidate, float]]:
-    """Each with its error; raises the RuntimeError of the last if none runs."""
+    """Each candidate that runs, with its error; raises a RuntimeError with the last one's reason if none runs."""
     none_ran, reason = True, ""
     for candidate in candidates:
         try:
             error = error_of(candidate)
-        except (TritonError, RuntimeError) as exception:  # it needs too much, or does not compile
+        except (TritonError, RuntimeError) as exception:  # needs too many resources, or does not compile
             if not _is_of_the_compiler(exception):
                 raise
             reason = str(exception)
@@ -108,13 +108,13 @@ def _that_run(
 
 
 def _is_of_the_compiler(exception: Exception) -> bool:
-    """A pass that gives up has no class of its own."""
+    """Whether the compiler failed; a failing pass raises a RuntimeError without a class of its own."""
     return isinstance(exception, TritonError) or "PassManager" in str(exception)
 
 
 def device_seconds(calls: Mapping[Candidate, Callable[[], object]], *, rounds: int = 10) -> dict[Candidate, float]:
-    """Median times of those calls that run, on the current CUDA device by its own clock, in turns: a load that changes
-    meets all.
+    """Median seconds of the calls that run, by CUDA events on the current device; calls take turns, so that a changing
+    load affects all of them.
     """
     running = {candidate: call for candidate, call in calls.items() if _runs(call)}
     events: dict[Candidate, list[list[Any]]] = {candidate: [] for candidate in running}
