@@ -6,19 +6,19 @@
     s_ic = scale q_i . k_c + log r_ic        k_c, v_c the proxy of cell c; r_ic its tokens outside of the window of i
     s_ij = scale q_i . k_j - log (m_j n/C)   j outside of the window of i; m_j the number of cells that hold token j
 
-r and m as in rest_of_cells.py, r counted in n / C tokens. With every cell chosen, far is softmax over the image
-beyond the window; with none, what its proxies give. Queries choose together, in tiles of `side` x `side`, the cells of
-the largest
+r and m are those of rest_of_cells.py, r in units of n / C tokens. If every cell is chosen, far is softmax over the
+image outside the window; if none is, softmax over the proxies. The queries of a tile of `side` x `side` choose
+together, by the largest
 
     scale q_t . k_c + log r_tc             q_t the mean of the tile's queries, r_tc that of its r_ic
 
-and as many cells as hold `num_tokens` tokens (`cells_in_focus`), so cost is linear; the choice has no gradient. Where a
-side does not divide, a token counts 1/m_j in each of the cells that hold it, chosen or not.
+as many cells as hold `num_tokens` tokens (`cells_in_focus`), so cost is linear; the choice has no gradient. Where cells
+overlap, a token counts 1/m_j in each of the cells that hold it, chosen or not.
 
-NSA (arXiv:2502.11089) has these three views of a sequence, near, compressed and selected, each under a softmax of its
-own, with learned gates and compression; MoBA (arXiv:2502.13189) chooses blocks by their mean key; SLA
-(arXiv:2509.24006) leaves to linear attention what is not chosen. Here all is one softmax with the base's own weights,
-near the base's attention before any training.
+NSA (arXiv:2502.11089) has the same three views of a sequence, near, compressed and selected, each with its own softmax,
+and learned gates and compression; MoBA (arXiv:2502.13189) chooses blocks by their mean key; SLA (arXiv:2509.24006)
+leaves the rest to linear attention. Here everything is in one softmax with the base model's weights, close to its
+attention before any training.
 
 B batch, H heads, n = frames * height * width tokens, C cells, k of them chosen, L tokens of the largest cell, K = k L,
 G tiles of Q = side * side queries, D head dimension.
@@ -115,11 +115,11 @@ def focus_op(
     frame_radius: int | None,
     box: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """far [B, H, n, D], lse [B, H, n], and the cells that the tiles chose [B, H, G, k]; an operator since tables depend
-    on the grid, so that tracing would compile anew for each one.
+    """far [B, H, n, D], lse [B, H, n], and the cells that the tiles chose [B, H, G, k]; an operator because tables
+    depend on the grid: tracing would recompile for each grid.
     """
     given = (query, key, value, proxy_key, proxy_value)
-    if query.numel() == 0:  # an empty batch, of which PyTorch's own kernels divide by zero
+    if query.numel() == 0:  # an empty batch: PyTorch's own kernels would divide by zero
         return _outputs(*given, grid, count, side)
     window = from_arguments(radius, frame_radius, box)
     out = token_major(query, query.shape[2])
@@ -136,7 +136,7 @@ def focus_op(
 
 @focus_op.register_fake
 def _outputs(query, key, value, proxy_key, proxy_value, grid, count, side, *_):  # type: ignore[no-untyped-def]
-    """The results of `focus_op`, with no numbers yet."""
+    """Uninitialized results of `focus_op`."""
     frames, height, width = sizes_of(grid)
     tiles = frames * ((height + side - 1) // side) * ((width + side - 1) // side)
     return (
@@ -173,7 +173,7 @@ def focus_backward_op(
     frame_radius: int | None,
     box: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the inputs; `out`, `lse` and `chosen` as `focus_op` gave them."""
+    """Gradients of the inputs; `out`, `lse` and `chosen` as returned by `focus_op`."""
     given = (query, key, value, proxy_key, proxy_value)
     if query.numel() == 0:
         return _gradients(grad_out, grad_lse, *given)

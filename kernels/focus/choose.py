@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The kernels divide by multiplying with an inverse, which is exact where dividend * divisor is less than this.
+# The kernels divide by multiplying with an inverse, which is exact if dividend * divisor is less than this.
 EXACT = 2**31
 
 
@@ -46,14 +46,14 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) 
     return why_not_triton(device, dtype, head_dim) or _why_not(device, dtype, head_dim, side)
 
 
-@lru_cache  # one trial, and one warning, for each
+@lru_cache  # one trial, and one warning, for each combination of arguments
 def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> str | None:
     from ..pieces.trial import NO_KERNEL
 
     try:
         blocks_for(device, dtype, head_dim, side)
     except torch.OutOfMemoryError:
-        raise  # of this moment: tried anew next time
+        raise  # temporary: the next call tries again
     except NO_KERNEL as exception:
         reason = f"{where(device)}: {exception}"
         logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
@@ -63,9 +63,9 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int)
 
 @lru_cache
 def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> "Blocks | None":
-    """The blocks that the backward's kernels take on a device, found when the first gradient is wanted there.
+    """The blocks of the backward's kernels on a device, found when the first gradient is needed there.
 
-    None, with a warning, where none can run: plain PyTorch computes the gradients.
+    None, with a warning, if none can run: plain PyTorch computes the gradients.
     """
     from ..pieces.trial import found_or_told
     from .triton_probe import backward_blocks_for
@@ -76,10 +76,9 @@ def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, sid
 
 @lru_cache
 def kernels_divide(grid: Grid, num_cells: int, count: int) -> bool:
-    """Whether numbers stay small enough for the kernels, which multiply where they would divide (`EXACT`).
+    """Whether the kernels can divide by multiplying (`EXACT`), for this grid and the tokens of `count` cells.
 
-    They find rows and columns of the grid so, and the tokens of `count` cells. Where they cannot, with a warning, plain
-    PyTorch computes the call.
+    If not, plain PyTorch computes the call, with a warning.
     """
     _, height, width = sizes = sizes_of(grid)
     cell_len = math.prod(-(-size // along) + 1 for size, along in zip(sizes, cell_grid(*sizes, num_cells), strict=True))
@@ -90,7 +89,7 @@ def kernels_divide(grid: Grid, num_cells: int, count: int) -> bool:
 
 
 def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> "Blocks":
-    """The blocks that the forward kernel takes on a device.
+    """The blocks of the forward kernel on a device.
 
     Raises:
         RuntimeError: none fit, or the kernel is wrong there.

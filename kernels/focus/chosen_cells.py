@@ -1,4 +1,4 @@
-"""Which cells the queries of a tile see token by token: those that their mean weighs most (attention.py)."""
+"""Choice of the cells that a tile's queries see token by token: those that their mean weighs most (attention.py)."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def choose(query: Tensor, proxy_key: Tensor, tables: FocusTables, tiles: slice, 
     """Cells [B, H, tiles, k].
 
     Args:
-        query: [B, H, tiles, Q, D], of the tiles of `tiles`; its mean is in the tables' dtype, as all that follows.
+        query: [B, H, tiles, Q, D], the queries of `tiles`; their mean and the logits are in the dtype of `tables`.
         proxy_key: [B, H, C, D].
         count: k.
     """

@@ -1,4 +1,4 @@
-"""Focus by public operations of PyTorch, in chunks of tiles, forward and backward: any device and dtype.
+"""Focus in plain PyTorch, in chunks of tiles, forward and backward: any device and dtype.
 
 Letters as in attention.py; g tiles of a chunk.
 """
@@ -18,7 +18,7 @@ from .chosen_cells import choose
 from .rest_of_cells import UNSEEN
 from .tables import FocusTables, focus_tables
 
-# What one chunk of tiles may hold in logits, biases and gathered tokens.
+# Memory of one chunk of tiles: logits, biases and gathered tokens.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
 
 
@@ -29,7 +29,7 @@ def plain_forward(
 
     Args:
         inputs: query, key, value [B, H, n, D], proxy_key, proxy_value [B, H, C, D].
-        count: k, of the cells that a tile chooses.
+        count: k, the number of cells that a tile chooses.
     Returns:
         The log-sum-exp [B, H, n], and the chosen cells [B, H, G, k].
     """
@@ -61,7 +61,7 @@ def plain_backward(
     side: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the inputs; `out`, `lse` and `chosen` as a forward left them."""
+    """Gradients of the inputs; `out`, `lse` and `chosen` are those of a forward, plain or Triton."""
     key, proxy_key = inputs[1], inputs[3]
     count = chosen.shape[3]
     prepared = _prepare(inputs, grid, window, count, side)
@@ -97,14 +97,14 @@ class _Chunk(NamedTuple):
     tokens: Tensor  # [tiles * Q] of the queries
     query: Tensor  # [B, H, tiles * Q, D]
     cells: Tensor  # [B * H * tiles * k] the chosen cells in [B * H * C, L * D]
-    proxies: Keys  # of [B, H, tiles * Q, D]
-    focus: Keys  # of [B * H, tiles, Q, D]
+    proxies: Keys  # for queries [B, H, tiles * Q, D]
+    focus: Keys  # for queries [B * H, tiles, Q, D]
 
 
 def _gather(
     tiles: slice, prepared: "_Prepared", chosen: Tensor | None, count: int, scale: float
 ) -> tuple[_Chunk, Tensor]:
-    """The tiles' chunk, and their choice, made here if it is None. The next chunk is written over it."""
+    """The tiles' chunk and their chosen cells, which are chosen here if None. The next call overwrites the chunk."""
     (query, key_cells, value_cells, proxy_key, proxy_value), tables, spaces = prepared[:3]
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     tokens = tables.tiles[tiles]  # [g, Q]
@@ -145,7 +145,7 @@ def _fill_of_tokens(of_tokens: Tensor, chosen: Tensor, tables: FocusTables, tile
 
 
 def _near(tokens: Tensor, tables: FocusTables, tile: Tensor) -> Tensor:
-    """Whether tokens [m, L] lie in the windows of the queries of tiles [m], [m, Q, L]."""
+    """[m, Q, L] bool: tokens [m, L] are in the windows of the queries of tiles [m]."""
     frames, rows, columns = tables.distances
     height, width = len(rows), len(columns)
     row, column = tokens // width % height, tokens % width
@@ -158,7 +158,7 @@ def _near(tokens: Tensor, tables: FocusTables, tile: Tensor) -> Tensor:
 
 
 class _Spaces(NamedTuple):
-    """What every chunk is written into: new memory would cost more than filling it."""
+    """Buffers that all chunks reuse: allocating them costs more than filling them."""
 
     key: Tensor  # [B * H * tiles * k, L * D]
     value: Tensor
@@ -167,7 +167,7 @@ class _Spaces(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What chunks are made of."""
+    """Inputs, tables and buffers of the chunks."""
 
     inputs: tuple[Tensor, ...]  # query, key and value by cells [B * H * C, L * D], proxy_key, proxy_value
     tables: FocusTables

@@ -1,14 +1,14 @@
-"""How much of each cell lies outside of each query's window: what proxies and cells weigh beside an exact window.
+"""How much of each cell is outside each query's window: the weight of proxies and cells next to an exact window.
 
     rest_ic = sum_j 1/m_j,   j in cell c, not in the window of i;   m_j the number of cells that hold token j
 
-Cells are those of kernels/pieces/cells.py, which overlap where a side does not divide. Over all cells, rest_i adds up
-to the number of tokens outside of the window. With a cell for each token, rest is 1 outside and 0 inside.
+Cells are those of kernels/pieces/cells.py, which overlap if their number does not divide a side. Over all cells, rest_i
+adds up to the number of tokens outside the window. With a cell for each token, rest is 1 outside and 0 inside.
 
-A window reaches few of the cells, and all others lie outside of it as a whole: of each query the cells in its reach are
-counted and kept, `RestOfCells`, which is a few MiB where [n, C] numbers would be hundreds.
+A window reaches few of the cells; all others are entirely outside it. `RestOfCells` holds only the cells in reach of
+each query: a few MiB instead of hundreds for [n, C] numbers.
 
-Windows are counted along each axis: a box is a product of its axes, and of a circle every row is one.
+Tokens in a window are counted along each axis: a box is a product over the axes, and so is each row of a circle.
 
 n = frames * height * width tokens, C cells, k of them in reach of a window.
 """
@@ -26,24 +26,24 @@ from ..pieces.kept_tables import KEEPS_TABLES, kept
 from ..window import Box, Circle
 from ..window.windows import Window, from_arguments, to_arguments
 
-# The logarithm of nothing, added to the logit of what a query does not see. Finite, also in float16: a block of keys of
-# which a query sees none gives weight 0, never NaN.
+# Stands for log(0), added to the logits of keys that a query does not see. Finite, also in float16, so that a block of
+# keys of which a query sees none gives weight 0, never NaN.
 UNSEEN = -1e4
 
-ALIGNED = 16  # numbers, at multiples of which PyTorch's kernels want rows of a bias to begin, or copy it
-PARTS = 8  # of the image's rows, counted one after the other
-PLACED = 2**22  # numbers of `RestOfCells.near` that go to their cells at a time, with indices of 32 MiB
+ALIGNED = 16  # PyTorch's kernels copy a bias unless its rows start at multiples of so many numbers
+PARTS = 8  # parts of the image's rows, counted one at a time
+PLACED = 2**22  # numbers of `RestOfCells.near` scattered to their cells at a time, with indices of 32 MiB
 
 
 class RestOfCells(NamedTuple):
-    """A number for each place and cell, [places, C]: of most cells the same at all places.
+    """A number for each place and cell, [places, C]; at each place, most cells have the number in `whole`.
 
-    Places stand on a grid (frames, height, width): those of the image's tokens, or of tiles of them.
+    Places form a grid (frames, height, width): the image's tokens, or tiles of them.
     """
 
-    whole: Tensor  # [C], of a cell beyond the reach of the window
-    near: Tensor  # [places, k], of those in reach: a box of cells
-    axes: tuple[Tensor, Tensor, Tensor]  # which these are: [frames, deep], [height, rows], [width, columns] of the box
+    whole: Tensor  # [C], for cells out of the window's reach
+    near: Tensor  # [places, k], for the cells in reach, which form a box
+    axes: tuple[Tensor, Tensor, Tensor]  # the box's cells by axis: [frames, deep], [height, rows], [width, columns]
     counts: tuple[int, int, int]  # frames, rows and columns of all cells
 
     def cells(self, places: Tensor) -> Tensor:
@@ -55,11 +55,11 @@ class RestOfCells(NamedTuple):
         return (row[..., None] * self.counts[2] + column[..., None, None, :]).flatten(-3)
 
     def at(self, places: Tensor) -> Tensor:
-        """The numbers of some places and all cells, [...] -> [..., C], in memory of their own."""
+        """The numbers of these places and all cells, [...] -> [..., C], in new memory."""
         return self.whole.repeat(*places.shape, 1).scatter_(-1, self.cells(places), self.near[places])
 
     def everywhere(self, *, multiple: int = 1) -> Tensor:
-        """The same of all places, [places, C]; rows begin at multiples of so many numbers."""
+        """The numbers of all places and cells, [places, C]; rows start at multiples of `multiple` numbers."""
         num_places, num_cells = len(self.near), len(self.whole)
         out = self.whole.new_empty(num_places, -(-num_cells // multiple) * multiple)[:, :num_cells].copy_(self.whole)
         step = max(1, PLACED // self.near.shape[1])
@@ -69,7 +69,7 @@ class RestOfCells(NamedTuple):
         return out
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RestOfCells":
-        """Each number changed alike."""
+        """Apply a function to all numbers."""
         return self._replace(whole=function(self.whole), near=function(self.near))
 
 
@@ -77,11 +77,11 @@ def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor
     """log(rest / (n / C)): 0 for a cell of mean size that lies outside, UNSEEN for one inside the window.
 
     Args:
-        like: Whose dtype and device it gets.
+        like: The result has its dtype and device.
     Returns:
-        [n, C + 1], the last 0: what is added to the logits of the cells and of an extra key (pieces/extra_key.py).
+        [n, C + 1], the last 0, to be added to the logits of the cells and of an extra key (pieces/extra_key.py).
     """
-    # what a fake tensor gets would be kept, and served to real ones
+    # the result for a fake tensor would be cached, and served to real ones
     if torch.compiler.is_compiling() or like.is_meta or type(like) is not Tensor:
         radius, frame_radius, box = to_arguments(window)
         return log_rest_op(like.detach(), grid, radius, num_cells, frame_radius, box)
@@ -103,7 +103,7 @@ def log_rest_op(
     frame_radius: int | None = None,
     box: Sequence[int] | None = None,
 ) -> Tensor:
-    """`log_rest`; an operator since tables depend on the grid, so that tracing would compile anew for each one."""
+    """`log_rest` as an operator: tables depend on the grid, so tracing would recompile for each grid."""
     return _log_rest(like, grid, from_arguments(radius, frame_radius, box), num_cells)
 
 
@@ -119,7 +119,7 @@ def _log_rest(like: Tensor, grid: Sequence[int], window: Window, num_cells: int)
 
 @kept(maxsize=8)
 def kept_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> RestOfCells:
-    """The numbers of `log_rest`, to be read only."""
+    """The numbers of `log_rest`, cached: read only."""
     with torch.autocast(device.type, enabled=False):
         share = num_cells / math.prod(grid)
         rest = rest_of_cells(grid, window, num_cells, device)
@@ -160,7 +160,7 @@ def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.devi
 
 
 def in_reach(seen: Tensor) -> Tensor:
-    """From which cell along an axis to which each place sees any, [places, cells] bool -> [places, as many for all]."""
+    """The range of cells that each place of an axis sees, [places, cells] bool -> [places, widest range]."""
     count = seen.shape[1]
     first, last = seen.int().argmax(1), count - 1 - seen.flip(1).int().argmax(1)
     most = int((last - first).max()) + 1
@@ -176,7 +176,7 @@ def _holds(size: int, count: int, device: torch.device) -> Tensor:
 
 
 def _near_box(window: Box, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of `_product`: what each row of a frame sees of the rows of cells, and each column of theirs."""
+    """Factors of `_product`: what each row of a frame sees of each row of cells, and likewise for columns."""
     by_row, by_column = (
         window.span(axis, len(one), one.device).near().float() @ one for axis, one in enumerate((rows, columns))
     )
@@ -184,7 +184,7 @@ def _near_box(window: Box, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
 
 
 def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The same factors of a circle, a sum over its rows: each row s is a stretch of columns."""
+    """Factors of `_product` for a circle, the sum of its rows s, each of which is a range of columns."""
     place = torch.arange(len(columns), device=columns.device)
     distance = (place[:, None] - place).abs()
     limit = window.squared_limit

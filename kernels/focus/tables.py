@@ -1,7 +1,7 @@
-"""What focus needs of the shapes alone: the tokens of each tile and each cell, and which of them a window holds.
+"""Tables of focus: the tokens of each tile and each cell, and which of them a window holds.
 
-n tokens of the image, C cells, L tokens of the largest, m cells that hold a token, r tokens of a cell outside of a
-window (rest_of_cells.py), G tiles of Q = side * side queries.
+n tokens of the image, C cells, L tokens of the largest, m cells that hold a token, r tokens of a cell outside a window
+(rest_of_cells.py), G tiles of Q = side * side queries.
 """
 
 import math
@@ -18,24 +18,24 @@ from .rest_of_cells import UNSEEN, RestOfCells, in_reach, rest_of_cells
 
 
 class FocusTables(NamedTuple):
-    """What depends on the shapes alone."""
+    """Tables that depend on the shapes alone."""
 
-    tiles: Tensor  # [G, Q] tokens; those of a tile that reaches over the border stand twice
-    real: Tensor  # [G, Q] bool: every token once
+    tiles: Tensor  # [G, Q] tokens; a tile that crosses the border repeats some
+    real: Tensor  # [G, Q] bool, True for every token once
     rows: Tensor  # [G, side] of the queries
     columns: Tensor  # [G, side]
     frames: Tensor  # [G]
     cells: Tensor  # [C, L] tokens
-    shares: Tensor  # [C, L], -log (m n/C) of a token, UNSEEN beyond the last
-    places: Tensor  # [n, largest m] of a token in the flat `cells`, -1 beyond the last
-    log_rest: RestOfCells  # [n, C], log (r / (n/C)), in a dtype of its own
+    shares: Tensor  # [C, L], -log (m n/C) of a token, UNSEEN or less beyond the last
+    places: Tensor  # [n, largest m], indices of a token in the flattened `cells`, -1 beyond the last
+    log_rest: RestOfCells  # [n, C], log (r / (n/C)), in `rest_dtype`
     log_rest_of_tiles: RestOfCells  # [G, C], log of the mean of r / (n/C) over the tile
     reached: RestOfCells  # [G, C] bool: a window of the tile holds tokens of the cell
-    distances: list[Tensor]  # [size, size] along frames, rows, columns:
-    limit: int  # a token lies in a window where they add up to less
+    distances: list[Tensor]  # [size, size] along frames, rows, columns
+    limit: int  # a token is in a window if its distances add up to less
 
     def reached_of(self, chosen: Tensor, tiles: slice) -> Tensor:
-        """`reached` of the cells [B, H, g, k] that these tiles chose, alike."""
+        """`reached` of the cells [B, H, g, k] that these tiles chose, in the same shape."""
         place = torch.arange(len(self.tiles), device=chosen.device)[tiles]
         return self.reached.at(place).expand(*chosen.shape[:2], -1, -1).gather(3, chosen)
 
@@ -50,7 +50,7 @@ def focus_tables(
     device: torch.device,
     rest_dtype: torch.dtype,
 ) -> FocusTables:
-    """The tables of tiles of `side` x `side` queries and `num_cells` cells; kept for what was used last."""
+    """The tables for tiles of `side` x `side` queries and `num_cells` cells; the last used are cached."""
     num_frames, height, width = sizes = sizes_of(grid)
     starts = [torch.arange(size) for size in (num_frames, -(-height // side), -(-width // side))]
     frames, rows, columns = (axis.flatten() for axis in torch.meshgrid(*starts, indexing="ij"))
@@ -81,7 +81,7 @@ def focus_tables(
         log_rest_of_tiles=of_tiles.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN)),
         reached=least._replace(
             whole=torch.zeros_like(whole, dtype=torch.bool),
-            # a token is more of a cell than this leaves
+            # the tolerance is less than any token's share of a cell
             near=least.near < (1 - 1e-5) * whole[least.cells(torch.arange(len(tiles), device=device))],
         ),
         distances=[one.to(device) for one in distances],
@@ -90,7 +90,7 @@ def focus_tables(
 
 
 def _of_tiles(rest: RestOfCells, tiles: Tensor, real: Tensor, side: int) -> tuple[RestOfCells, RestOfCells]:
-    """The mean of `rest` over the queries of each tile, and the least."""
+    """Mean and minimum of `rest` over the queries of each tile."""
     frames, rows, columns = rest.axes
     _, num_rows, num_columns = rest.counts
     axes = frames, _in_reach_of_tiles(rows, num_rows, side), _in_reach_of_tiles(columns, num_columns, side)
@@ -107,7 +107,7 @@ def _of_tiles(rest: RestOfCells, tiles: Tensor, real: Tensor, side: int) -> tupl
 
 
 def _in_reach_of_tiles(cells: Tensor, count: int, side: int) -> Tensor:
-    """Of `RestOfCells.axes` of an axis the same for every `side` places together."""
+    """One of `RestOfCells.axes`, merged over every `side` places."""
     seen = torch.zeros(-(-len(cells) // side), count, dtype=torch.bool, device=cells.device)
     tile = torch.arange(len(cells), device=cells.device) // side
     seen[tile[:, None], cells] = True
@@ -115,10 +115,10 @@ def _in_reach_of_tiles(cells: Tensor, count: int, side: int) -> Tensor:
 
 
 def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`FocusTables.cells` [C, L] and `FocusTables.shares` [C, L], the latter without their n/C: -log m."""
+    """`FocusTables.cells` [C, L] and `FocusTables.shares` [C, L], the latter without n/C: -log m."""
     counts = cell_grid(*sizes, num_cells)
     axes = [cells_of_axis(size, count) for size, count in zip(sizes, counts, strict=True)]
-    holders = [torch.zeros(size, dtype=dtype) for size in sizes]  # cells of an axis that hold a place
+    holders = [torch.zeros(size, dtype=dtype) for size in sizes]  # number of cells of an axis that hold a place
     for holds, axis in zip(holders, axes, strict=True):
         for start, length in axis:
             holds[start : start + length] += 1
@@ -137,7 +137,7 @@ def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int, dtype: torch.d
 
 
 def _places_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor:
-    """`FocusTables.places`; `tokens` are those of the cells in order, `exists` [C, L] where they stand."""
+    """`FocusTables.places`; `tokens` are the cells' tokens in order, `exists` [C, L] is True at their slots."""
     order = tokens.argsort(stable=True)
     flat = exists.flatten().nonzero().squeeze(1)[order]
     counts = tokens.bincount(minlength=num_tokens)
@@ -148,7 +148,7 @@ def _places_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor
 
 
 def _distances(window: Window, sizes: tuple[int, int, int]) -> tuple[list[Tensor], int]:
-    """`distances` and `limit` of `FocusTables`: squares for circles; for boxes and frames 0 near, else the limit."""
+    """`distances` and `limit` of `FocusTables`: squares for circles; for boxes and frames 0 if near, else the limit."""
     steps = [(place[:, None] - place).abs() for place in map(torch.arange, sizes)]
     if isinstance(window, Circle):
         limit = min(window.squared_limit, sizes[1] ** 2 + sizes[2] ** 2)

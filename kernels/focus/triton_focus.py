@@ -19,23 +19,23 @@ from .choose import EXACT
 from .chosen_cells import choose
 from .tables import FocusTables, focus_tables
 
-# What one chunk of the choice may hold in queries and float32 logits, of each about two copies.
+# Queries and float32 logits of one chunk of the choice of cells, each of which is in memory about twice.
 CHOICE_BYTES = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Keys that a program takes at once; its warps; stages of its loads."""
+    """Keys that a program reads per step, its warps, and the stages of its loads."""
 
     keys: int
     num_warps: int
     num_stages: int
 
 
-# float32 sums that fit the registers of a program: of one tile of queries, or of the two gradients of a block of keys;
-# of float32 inputs fewer (`max_stages` says why).
+# float32 accumulators that fit a program's registers: of one tile of queries, or of the two gradients of a block of
+# keys; fewer for float32 inputs (`max_stages` says why).
 MAX_SUMS, MAX_FLOAT_SUMS = 2**14, 2**12
-# Queries that a program of the gradients of keys takes at once; with 64, 3.2 KB a thread spill on 8.0.
+# Queries that a program of key gradients reads per step; with 64, 3.2 KB per thread spill on 8.0.
 BLOCK_ROWS = 32
 
 
@@ -50,12 +50,12 @@ def fits(side: int, head_dim: int) -> bool:
 
 
 def warps_of_queries(side: int) -> int:
-    """Warps of a program that owns a tile: with 4 for 64 queries, the forward spills 0.9 KB a thread."""
+    """Warps of a program that owns a tile: with 4 for 64 queries, the forward spills 0.9 KB per thread."""
     return 4 if queries_of_a_program(side) < 64 else 8
 
 
 def warps_of_keys(keys: int) -> int:
-    """Warps of a program that owns so many keys, and their two gradients."""
+    """Warps of a program that owns this many keys, and their two gradients."""
     return 8 if keys == 64 else 4
 
 
@@ -69,9 +69,9 @@ def candidates(side: int, dtype: torch.dtype) -> list[Blocks]:
 
 
 def backward_candidates(head_dim: int, dtype: torch.dtype) -> list[Blocks]:
-    """Blocks to try for the backward, the largest first: of its programs of keys, each of which holds two sums.
+    """Blocks to try for the backward's key programs, which hold two accumulators each; the largest first.
 
-    Its programs of queries have the warps of `warps_of_queries`.
+    Its query programs have the warps of `warps_of_queries`.
     """
     most = MAX_FLOAT_SUMS if dtype == torch.float32 else MAX_SUMS
     widest = max(16, most // (2 * block_d(head_dim)))
@@ -84,7 +84,7 @@ def backward_candidates(head_dim: int, dtype: torch.dtype) -> list[Blocks]:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTables:
-    """What of `FocusTables` (tables.py) the kernels read in a form of its own."""
+    """The tables of `FocusTables` (tables.py) that the kernels read in another form."""
 
     tiles: Tensor  # [G, BLOCK_Q] int32 tokens, -1 where there is none
     cells: Tensor  # [C, L] int32
@@ -107,26 +107,26 @@ def _packed(
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """What all kernels of one call are given."""
+    """Inputs and tables of all kernels of one call."""
 
     inputs: list[Tensor]  # query, key, value, proxy_key, proxy_value: of one dtype, rows dense
     tables: FocusTables
     packed: PackedTables
     chosen: Tensor  # [B, H, G, k], first those that no window of the tile reaches
-    num_unmasked: Tensor  # [B, H, G] int32, how many these are
+    num_unmasked: Tensor  # [B, H, G] int32, the number of these
     sizes: tuple[int, int, int]
     scale: float
 
     @property
     def lists(self) -> tuple[Tensor, ...]:
-        """Arguments of the kernels of tiles of queries, TILES to FRAMES."""
+        """Arguments TILES to FRAMES of the kernels that own tiles of queries."""
         packed = self.packed
         of_cells = packed.cells, self.tables.shares, self.log_rest
         return packed.tiles, *of_cells, self.chosen.int(), self.hidden, self.num_unmasked, *packed.distances
 
     @cached_property
     def log_rest(self) -> Tensor:
-        """[n, C], for this call alone."""
+        """[n, C], built once per call."""
         return self.tables.log_rest.everywhere()
 
     @cached_property
@@ -141,7 +141,7 @@ class _Call:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Arguments of the kernels that read cells, num_tiles to per_width."""
+        """Arguments num_tiles to per_width of the kernels that read cells."""
         num_tiles, count = self.chosen.shape[2:]
         _, cell_len = self.packed.cells.shape
         num_tokens = self.inputs[0].shape[2]
@@ -195,7 +195,7 @@ def triton_forward(
 
     Args:
         inputs: query, key, value [B, H, n, D], proxy_key, proxy_value [B, H, C, D].
-        count: k, of the cells that a tile chooses.
+        count: k, the number of cells that a tile chooses.
     Returns:
         The log-sum-exp [B, H, n], float32, and the chosen cells [B, H, G, k].
     """
@@ -229,13 +229,13 @@ def triton_backward(
     scale: float,
     blocks: Blocks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the inputs; `out`, `lse` and `chosen` as `triton_forward` left them."""
+    """Gradients of the inputs; `out`, `lse` and `chosen` are those of `triton_forward`."""
     call = _prepare(inputs, grid, window, side, scale, chosen)
     query = call.inputs[0]
     grad_out = dense_rows(grad_out)
     batch, num_heads, *_ = query.shape
     grad_query = query.new_empty(query.shape)
-    delta = torch.empty_like(lse)  # of the kernel of queries, for those of keys
+    delta = torch.empty_like(lse)  # written by the query kernel, read by the key kernels
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     strided, unit = with_strides(grad_out, *call.inputs, out, grad_query)
     with device_of(query):

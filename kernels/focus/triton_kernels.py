@@ -1,17 +1,17 @@
-"""What lies beyond a window, by cells, in Triton: chosen cells token by token, all others by their proxies; gradients.
+"""Attention outside a window in Triton: chosen cells token by token, all others by their proxies; and its gradients.
 
-A program of the forward, and of the gradient of the queries, owns one tile of queries, which chose together, in one
-head. It goes over
+A program of the forward, and of the query gradient, owns one tile of queries, which chose together, in one head. It
+iterates over
 
-    the proxies                   s = scale q . k_c + log r_ic, those of chosen cells left out
+    the proxies                   s = scale q . k_c + log r_ic, without those of chosen cells
     tokens of chosen cells        s = scale q . k_j - log (m_j n/C), in two loops, so that Triton can load ahead: first
-                                  the cells that no window of the tile reaches, then the others, token by token
+                                  the cells that no window of the tile reaches, then the others, masked by token
 
-in one running softmax (attention.py has the formula). Heads of one tile run beside each other: they read the same r.
-Loops stand in an `if` that they have a step (window/triton_kernels.py says why).
+in one running softmax (formula in attention.py). Heads of one tile run next to each other: they read the same r. Each
+loop is guarded by an `if` that it has a step (window/triton_kernels.py says why).
 
-The gradients of keys have programs that own proxies, and go over a part of all queries, and programs that own tokens of
-a cell, and go over the tiles that chose it. What several programs add up to is summed afterwards: no atomics.
+Key gradients have programs that own proxies and iterate over a part of all queries, and programs that own tokens of a
+cell and iterate over the tiles that chose it. Results of several programs are summed afterwards, without atomics.
 
 Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k.
 Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token, in units of UNIT elements;
@@ -34,10 +34,10 @@ from ..pieces.triton_blocks import (
 )
 from . import rest_of_cells
 
-# Added to the logit of what a query does not see. Not EXCLUDED: the log-sum-exp of a query that sees nothing is that of
-# plain.py, whose backward reads it.
+# Added to the logits of keys that a query does not see. Not EXCLUDED: the log-sum-exp of a query that sees nothing must
+# equal that of plain.py, whose backward reads it.
 UNSEEN = tl.constexpr(rest_of_cells.UNSEEN)
-# Arguments that Triton would else compile anew for where they are 1 or multiples of 16: with every size of a picture.
+# Arguments for which Triton would otherwise recompile if they are 1 or a multiple of 16, as image sizes change.
 UNSPECIALIZED = [
     *(f"{tensor}_{axis}" for tensor in ("do", "q", "k", "v", "pk", "pv", "out", "dq") for axis in "bhn"),
     *("num_heads", "num_batch_heads", "num_tiles", "num_tokens", "cell_len", "num_chosen", "limit"),
@@ -49,7 +49,7 @@ UNSPECIALIZED = [
 def _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells):
     """[queries, cells] added to the logits; `b_hidden`: 1 where the queries' tile chose a cell.
 
-    `i_cell` is not clamped, so that Triton sees neighbours in memory and loads several at once.
+    `i_cell` is not clamped, so that Triton sees contiguous addresses and loads several at once.
     """
     p_rest = REST + queries.to(tl.int64)[:, None] * num_cells + i_cell[None, :]
     return (tl.load(p_rest, mask=there[None, :], other=0.0).to(tl.float32) + UNSEEN * b_hidden) * LOG2_E
@@ -57,7 +57,7 @@ def _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells):
 
 @triton.jit
 def _over(number, inverse):
-    """number // d, for `inverse` = ceil(2**31 / d), number * d < 2**31. A division takes some twenty instructions."""
+    """number // d, for `inverse` = ceil(2**31 / d), number * d < 2**31. A division takes about twenty instructions."""
     return tl.umulhi((number + number).to(tl.uint32), inverse.to(tl.uint32)).to(tl.int32)
 
 
@@ -74,7 +74,7 @@ def _chosen_tokens(start, num_tokens, CELLS, SHARES, p_chosen, cell_len, per_cel
 
 @triton.jit
 def _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width, per_height, per_width):
-    """[queries, keys] bool: the key lies in the window of the query."""
+    """[queries, keys] bool: the key is in the query's window."""
     q_line, k_line = _over(queries, per_width), _over(keys, per_width)
     q_frame, k_frame = _over(q_line, per_height), _over(k_line, per_height)
     distance = tl.load(ROWS + (q_line - q_frame * height)[:, None] * height + (k_line - k_frame * height)[None, :])
@@ -97,7 +97,7 @@ def focus_forward(
     CELLS, SHARES,  # [C, cell_len] tokens, and -log (m_j n/C); UNSEEN or less beyond the last of a cell
     REST,  # [N, C], log r
     CHOSEN, HIDDEN,  # [B, H, tiles, num_chosen] cells; [B, H, tiles, C] int8, 1 for these
-    NUM_UNMASKED,  # [B, H, tiles] how many, at the front, no window of the tile reaches
+    NUM_UNMASKED,  # [B, H, tiles] number of leading chosen cells that no window of the tile reaches
     ROWS, COLUMNS, FRAMES,  # [size, size] distances: a key is in the window where they add up to less than `limit`
     num_heads, num_batch_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     per_cell, per_height, per_width,
@@ -257,7 +257,7 @@ def focus_grad_proxy(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of proxies, over `split_len` places of tiles: a multiple of BLOCK_ROWS."""
+    """dk and dv of one block of proxies, over `split_len` slots of TILES, a multiple of BLOCK_ROWS."""
     do_n, q_n, pk_n, pv_n = do_n * UNIT, q_n * UNIT, pk_n * UNIT, pv_n * UNIT
     i_block, i_both, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_batch, i_head = i_both // num_heads, i_both % num_heads
@@ -302,10 +302,10 @@ def focus_grad_cell(
     Q, q_b, q_h, q_n,
     K, k_b, k_h, k_n,
     V, v_b, v_h, v_n,
-    GRAD_K, GRAD_V,  # [B, H, N, HEAD_DIM] if DISJOINT: each token is in one cell; else of each cell,
+    GRAD_K, GRAD_V,  # [B, H, N, HEAD_DIM] if DISJOINT: each token is in one cell; else
     # [B, H, C, cell_len, HEAD_DIM] float32, to be summed over the cells that hold a token
     LSE, DELTA, TILES, CELLS, SHARES,
-    CHOOSERS, FIRST,  # [B, H, tiles * num_chosen] tiles, those that chose cell 0, cell 1, ...; [B, H, C + 1] where from
+    CHOOSERS, FIRST,  # [B, H, tiles * num_chosen] tiles that chose cell 0, cell 1, ...; [B, H, C + 1] their start
     ROWS, COLUMNS, FRAMES,
     num_heads, num_tiles, num_tokens, num_cells, cell_len, num_chosen, limit, frames, height, width,
     per_cell, per_height, per_width,

@@ -1,4 +1,4 @@
-"""Which blocks the kernel takes on a device: the largest that fit there, tried once against the plain formula."""
+"""Blocks of the kernels on a device: the largest that fit there, checked once against the plain formula."""
 
 import math
 from functools import lru_cache
@@ -11,16 +11,16 @@ from ..window.windows import Circle
 from .plain import plain_backward, plain_forward
 from .triton_focus import Blocks, backward_candidates, candidates, fits, triton_backward, triton_forward
 
-# Cells of 6 x 8 and fewer tokens, which overlap; a window reaches some of those that are chosen.
+# Overlapping cells of up to 6 x 8 tokens; a window reaches some of those that are chosen.
 GRID, WINDOW, NUM_CELLS, COUNT = (33, 48), Circle(radius=9.0), 49, 12
-# Of 3 x 3, which do not overlap: the backward has other programs for both. A multiple of 16, which Triton compiles for
-# anew: several numbers are loaded at once, and ahead, which takes more shared memory.
+# Disjoint cells of 3 x 3 tokens, for which the backward compiles differently. A multiple of 16, for which Triton
+# compiles separately: several numbers are loaded at once, and ahead, which takes more shared memory.
 NUM_SMALL_CELLS = 176
 
 
 @lru_cache
 def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
-    """The blocks that the forward takes, for tiles of side * side queries.
+    """The blocks of the forward, for tiles of side * side queries.
 
     Raises:
         RuntimeError: none fit, or the kernel is wrong there.
@@ -34,7 +34,7 @@ def blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: in
 
 def try_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
     """The largest blocks with which the forward runs and is right; raises as `blocks_for` does."""
-    with torch.autocast(device.type, enabled=False):  # the first call may come from inside of one
+    with torch.autocast(device.type, enabled=False):  # the first call may come from within autocast
         trials = [_Trial(device, dtype, head_dim, side, cells) for cells in (NUM_CELLS, NUM_SMALL_CELLS)]
         return first_that_fits(
             candidates(side, dtype), lambda blocks: max(trial.forward_error(blocks) for trial in trials)
@@ -43,14 +43,14 @@ def try_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: in
 
 @lru_cache
 def backward_blocks_for(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
-    """The blocks that the backward takes, where `blocks_for` has found some for the forward; raises as that does."""
+    """The blocks of the backward, if `blocks_for` has found some for the forward; raises as `blocks_for` does."""
     if device.type == "cpu":
         return backward_candidates(head_dim, torch.float16)[0]
     return try_backward_blocks(device, dtype, head_dim, side)
 
 
 def try_backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> Blocks:
-    """The same of the backward."""
+    """`try_blocks` for the backward."""
     with torch.autocast(device.type, enabled=False):
         trials = [_Trial(device, dtype, head_dim, side, cells) for cells in (NUM_CELLS, NUM_SMALL_CELLS)]
         return first_that_fits(
@@ -59,7 +59,7 @@ def try_backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int,
 
 
 class _Trial:
-    """A small picture, and what plain PyTorch makes of it in float32."""
+    """A small image, and its result from plain PyTorch in float32."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, side: int, num_cells: int):
         generator = torch.Generator("cpu").manual_seed(0)
