@@ -2,7 +2,7 @@
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  pos_j in window(pos_i)
 
-In a video, pos is the place within a frame, and |frame_i - frame_j| < frame_radius holds as well. The windows are in
+In a video, pos is the position within a frame, and |frame_i - frame_j| < frame_radius must hold too. The windows are in
 windows.py: `window_attention` takes CLEAR's circle, |pos_i - pos_j| < radius, and `windowed_attention` any of them.
 The implementations:
 
@@ -118,7 +118,7 @@ def windowed_attention_and_lse(
 ) -> tuple[Tensor, Tensor]:
     """Like `windowed_attention`, and return the log-sum-exp of the logits of each image query as well.
 
-    Args and errors are those of `windowed_attention`.
+    Other arguments and errors are those of `windowed_attention`.
     Returns:
         out [B, H, N, D], lse [B, H, image tokens] in float32, or float64 for float64; both have gradients.
     """
@@ -143,7 +143,7 @@ def _attend(
     *,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """out [B, H, N, D] and lse [B, H, image tokens]; None where it is not wanted and costs something."""
+    """out [B, H, N, D] and lse [B, H, image tokens], which is None if it is not wanted and would take extra work."""
     _validate(query, key, value, grid, window, text_len, text_mask, pooled, impl)
     query, key, value = as_autocast(query, key, value)
     if pooled is not None:

@@ -32,7 +32,7 @@ def choose_impl(query: Tensor, *, grid: Grid, window: Window, text_len: int) -> 
     """The implementation that impl="auto" runs, for a query [..., head_dim] on its device.
 
     1. On CUDA: "triton" if its kernels run and agree with the reference; otherwise "tiled", with a warning.
-    2. On other devices than the CPU, and when traced by `torch.compile` (one graph for all grids): "tiled".
+    2. On devices other than the CPU, and when traced by `torch.compile` (one graph for all grids): "tiled".
     3. "masked" where tiles save less than their overhead: up to 576 image tokens, and up to 4096 if a tile reads more
        than 45% of all keys. Measured on a CPU, 4 to 32 heads, radius 4 to 32.
     4. Otherwise "tiled".
@@ -88,7 +88,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         try:
             forward_tiles_for(device, dtype, head_dim)
         except torch.OutOfMemoryError:
-            raise  # of this moment: tried anew next time
+            raise  # temporary: the next call tries again
         except NO_KERNEL as exception:
             reason = f"{where(device)}: {exception}"
         else:
@@ -99,9 +99,9 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 @lru_cache
 def backward_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> "Tiles | None":
-    """The tiles that the backward's kernels take on a device, found when the first gradient is wanted there.
+    """The tiles of the backward's kernels on a device, found when the first gradient is needed there.
 
-    None, with a warning, where none can run: plain PyTorch computes the gradients.
+    None, with a warning, if none can run: plain PyTorch computes the gradients.
     """
     from ..pieces.trial import found_or_told
     from .triton_probe import backward_tiles_for
@@ -111,5 +111,5 @@ def backward_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> "
 
 
 def where(device: torch.device) -> str:
-    """Where kernels would run, in the words of warnings."""
+    """Where kernels would run, as warnings say it."""
     return "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"

@@ -1,4 +1,4 @@
-"""What the operator hands to an implementation."""
+"""Inputs of the implementations behind the operator."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """Image queries, and what they attend to: their windows, and the shared keys (text and pooled tokens)."""
+    """Image queries, and what they attend to: image keys in their windows, and shared keys (text, pooled tokens)."""
 
     query: Tensor  # [B, H, N, D]
     key: Tensor  # [B, H, N, D]

@@ -1,8 +1,8 @@
-"""What a window's mask adds to the logits of dense attention, kept for the windows that were used last.
+"""Logit biases of window masks for dense attention, cached for the windows that were used last.
 
-PyTorch makes it of a mask of bools in every call; without that work a small picture takes two thirds of the time. For
-the compiler and for fake tensors it comes from an operator, `lineardit::window_bias`, which takes symbolic sizes and
-hands out copies.
+From a bool mask, PyTorch would build the bias in every call; without that, a small image takes two thirds of the time.
+For the compiler and for fake tensors the bias comes from an operator, `lineardit::window_bias`, which takes symbolic
+sizes and returns copies.
 """
 
 import math
@@ -18,8 +18,8 @@ from .windows import Window, from_arguments, to_arguments
 
 
 def kept_window_bias(like: Tensor, grid: Sequence[int], window: Window, text_len: int, text_first: bool) -> Tensor:
-    """[N, N], dtype and device of `like`, to be read only."""
-    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a fake one would be kept, and served to real ones
+    """[N, N], dtype and device of `like`, cached: read only."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a fake one would be cached, and served to real ones
         radius, frame_radius, box = to_arguments(window)
         return window_bias_op(like.detach(), grid, radius, text_len, text_first, frame_radius, box)
     return kept_bias(tuple(grid), window, text_len, text_first, like.dtype, like.device)

@@ -1,7 +1,7 @@
-"""Which key tiles every query tile reads: all that an implementation needs to know about a window.
+"""Lists of the key tiles that every query tile reads: all that an implementation needs to know about a window.
 
-The image is cut in rectangular tiles. A builder turns the geometry of one window into `TileLists`; attention code
-reads only these lists. `circle_lists` and `box_lists` are the builders; another window is another one.
+The image is cut into rectangular tiles. A builder, `circle_lists` or `box_lists`, turns the geometry of one window into
+`TileLists`; attention code reads only these lists. A new kind of window needs a new builder.
 
     . . . . . . . .     a query tile (Q) and the key tiles of its circular window:
     . b b b b b . .         Q, i   every query of Q sees the whole tile: read without a mask
@@ -51,7 +51,7 @@ class TransposedLists:
 
 
 def transposed(lists: TileLists) -> TransposedLists:
-    """The same pairs with the roles of the tiles swapped: what the gradients of keys and values go over."""
+    """The same pairs with the roles of the tiles swapped, for the gradients of keys and values."""
     query_tiles, entries = (torch.arange(lists.key_tiles.shape[1]) < lists.counts[:, None]).nonzero().unbind(1)
     key_tiles = lists.key_tiles[query_tiles, entries]
     order = key_tiles.argsort(stable=True)
@@ -91,7 +91,7 @@ class _Pairs:
 def _in_frames(
     pairs: _Pairs, query_tokens: Tensor, key_tokens: Tensor, frames: int, frame_radius: int | None
 ) -> TileLists:
-    """Each query tile reads the same window in all frames in reach; tokens of the tiles of all frames."""
+    """Each query tile reads the same window in all frames in reach; the tokens given are those of all frames."""
     in_time = _axis(frames, 1, 1, min(frame_radius or frames, frames) ** 2)
     # [frames, query tiles, frames in reach, candidates]
     key_frame, exists = in_time.key[:, None, :, None], in_time.exists[:, None, :, None]
@@ -136,8 +136,8 @@ def circle_lists(
 
     Args:
         grid: (height, width) or (frames, height, width) in tokens.
-        radius: in tokens, strict, > 0.
-        frame_radius: in frames, strict, >= 1; None: all frames.
+        radius: In tokens, strict, > 0.
+        frame_radius: In frames, strict, >= 1; None: all frames.
         query_tile: (rows, columns) of a query tile; key_tile: of a key tile.
     """
     frames, height, width = sizes_of(grid)
@@ -208,8 +208,8 @@ class _BoxAxis:
     query_places: Tensor  # [query tiles, query tile]
     key_places: Tensor  # [key tiles, key tile]
     key: Tensor  # [query tiles, candidates]
-    touched: Tensor  # [query tiles, candidates] some pair attends
-    inside: Tensor  # [query tiles, candidates] all of them do
+    touched: Tensor  # [query tiles, candidates] some pairs attend
+    inside: Tensor  # [query tiles, candidates] all pairs attend
     mask_ids: Tensor  # [query tiles, candidates]
     masks: Tensor  # [distinct masks, query tile, key tile]
 
@@ -222,13 +222,13 @@ def box_lists(
     key_tile: tuple[int, int],
     step: tuple[int, int] = (1, 1),
 ) -> TileLists:
-    """Lists of a window that is a box: on each axis by itself, so that a mask is a product of two.
+    """Lists of a box, built for each axis by itself: a mask is a product of two.
 
     Args:
         grid: (height, width) or (frames, height, width) in tokens.
         query_tile: (rows, columns) of a query tile; key_tile: of a key tile.
-        step: between neighbours in a tile, per axis. 1: tiles are rectangles of the image. The box's dilation: tiles
-            hold tokens that see each other.
+        step: Distance of neighbours in a tile, per axis. 1: tiles are rectangles of the image. The box's dilation:
+            tiles hold tokens that see each other.
     """
     frames, height, width = sizes_of(grid)
     rows, columns = (

@@ -1,7 +1,8 @@
-"""`lineardit::window_attention`: the implementations of linear memory as an operator for autograd and the compiler.
+"""`lineardit::window_attention`: the implementations with linear memory as an operator for autograd and the compiler.
 
-The operator is opaque to the compiler: grid sizes may be symbolic outside of it and are numbers inside, where the lists
-of a window are kept. Saved for backward: inputs, output and log-sum-exp, both of which may be differentiated, once.
+The operator is opaque to the compiler: grid sizes may be symbolic outside it and are numbers inside, where the lists of
+a window are cached. It saves inputs, output and log-sum-exp for backward; output and log-sum-exp are differentiable
+once.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from .tiled import tiled_backward, tiled_forward
 from .windows import from_arguments
 
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor shared_key, Tensor shared_value, Tensor? shared_mask"
-# Of radius and box, one is None (windows.py).
+# Either radius or box is None (windows.py).
 WINDOW = "SymInt[] grid, float? radius, float scale, str impl, SymInt? frame_radius=None, SymInt[]? box=None"
 
 
@@ -45,15 +46,15 @@ def window_attention_op(
     frame_radius: int | None = None,
     box: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of image queries over their window and all shared keys, put beside the results for text.
+    """Softmax attention of image queries over their window and all shared keys, joined with the text's output.
 
     Args:
-        text_out: [B, H, T, D], what text queries get; T may be 0. Joined here, so that out is kept in memory only once.
+        text_out: [B, H, T, D], output of the text queries; T may be 0. Joined here, so that out is in memory only once.
         text_first: text_out goes before the image, else after it.
         query, key, value: [B, H, N, D], the image tokens of `grid`.
         shared_key, shared_value: [B, H, S, D], seen by every query; S may be 0.
         shared_mask: [B, S] bool, True = attend; None attends to all.
-        radius, frame_radius, box: the window, as `to_arguments` takes it apart.
+        radius, frame_radius, box: The window, as returned by `to_arguments`.
         impl: "tiled" or "triton".
     Returns:
         out [B, H, T + N, D], and the log-sum-exp of the logits of image queries, [B, H, N].
@@ -127,7 +128,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     text_out, text_first, *tensors, grid, radius, scale, impl, frame_radius, box = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
-    ctx.set_materialize_grads(False)  # most callers leave lse alone
+    ctx.set_materialize_grads(False)  # most callers do not use lse
     ctx.text = (text_out.shape[2], text_first)
     ctx.window = (grid, radius, scale, impl, frame_radius, box)
 

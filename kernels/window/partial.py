@@ -1,16 +1,16 @@
-"""Softmax attention over a part of the keys, in a form that can be put together with other parts.
+"""Softmax attention over a part of the keys, in a form that can be merged with other parts.
 
-With logits s_ij = scale * q_i . k_j + bias_ij, a part gives its own average and its log-sum-exp
+With logits s_ij = scale * q_i . k_j + bias_ij, a part returns its own average and its log-sum-exp
 
     out_i = sum_j exp(s_ij - lse_i) v_j        lse_i = log sum_j exp(s_ij)
 
-and two parts join, exactly, to the softmax over both (`merge`). In backward every part is given the joined `out`
+and two parts merge exactly into the softmax over both (`merge`). The backward of every part takes the merged `out`
 and `lse`: exp(s_ij - lse_i) is then the weight in the whole softmax, and the gradients of the parts add up. The
 gradient of lse itself, where it is used, adds exp(s_ij - lse_i) grad_lse_i to that of each logit.
 
-Three implementations of one interface. `PLAIN` is public operations, in float32 and float64. `FLASH`, for CPUs, and
-`EFFICIENT`, for half precision on CUDA, are PyTorch's own kernels, which keep no [query, key] array; these are private,
-so that `fastest_partial` tries them first. EFFICIENT has not yet run on a GPU.
+Three implementations of one interface. `PLAIN` uses public operations, in float32 and float64. `FLASH`, for CPUs, and
+`EFFICIENT`, for half precision on CUDA, are PyTorch's own kernels, which keep no [query, key] array; they are private,
+so `fastest_partial` tries them before use. EFFICIENT has not yet run on a GPU.
 """
 
 import logging
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 # Added to the logits of pairs that do not attend. Finite, so that a row without any key gives weight 0, never NaN.
 EXCLUDED, EXCLUDED_IN_FLOAT16 = -1e30, -6e4
 
-# Of PyTorch's memory-efficient kernel: it keeps the log-sum-exp of whole blocks of queries, reads 16 bytes at once, and
-# wants the rows of a bias to begin at multiples of 16 numbers.
+# PyTorch's memory-efficient kernel keeps the log-sum-exp of whole blocks of queries, reads 16 bytes at once, and needs
+# the rows of a bias to start at multiples of 16 numbers.
 EFFICIENT_BLOCK, READ_AT_ONCE, BIAS_ALIGNMENT = 32, 8, 16
 
 
@@ -38,7 +38,7 @@ class Keys(NamedTuple):
 
     key: Tensor  # [B, H, K, D]
     value: Tensor  # [B, H, K, D]
-    bias: Tensor | None  # added to the logits, broadcasts to [B, H, Q, K], of their dtype
+    bias: Tensor | None  # added to the logits, broadcasts to [B, H, Q, K], in their dtype
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
 
 
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool mask, True = attend -> what is added to the logits."""
+    """The logit bias of a bool mask, True = attend."""
     excluded = EXCLUDED_IN_FLOAT16 if dtype == torch.float16 else EXCLUDED
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, excluded)
 
@@ -95,7 +95,7 @@ def _flash_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Ten
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
-    """The kernels below the public functions read D numbers in a row, wherever the tensor has them."""
+    """The tensor with contiguous rows, which the kernels below the public functions assume."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -122,7 +122,7 @@ def _with_grad_lse(
     scale: float,
     grad_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`more` coordinates, 0 in query, key and value: out * grad_out, which kernels sum, has -grad_lse in the first."""
+    """`backward`, with `more` zero coordinates; in the first, out * grad_out, which kernels sum, is -grad_lse."""
     longer = Keys(pad(keys.key, (0, more)), pad(keys.value, (0, more)), keys.bias)
     out = torch.cat([out, pad(-grad_lse[..., None].to(out.dtype), (0, more - 1))], -1)
     grads = backward(pad(grad_out, (0, more), value=1), pad(query, (0, more)), longer, out, lse, scale, None)
@@ -133,7 +133,7 @@ def _efficient_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor,
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     query, key, value = map(_dense_rows, (query, keys.key, keys.value))
     out, lse, _, _ = efficient(query, key, value, _aligned_bias(query, keys), True, scale=scale)
-    return out.float(), lse[..., : query.shape[2]]  # it has some more, to a whole block
+    return out.float(), lse[..., : query.shape[2]]  # it is padded to a whole block
 
 
 def _efficient_backward(
@@ -142,7 +142,7 @@ def _efficient_backward(
     if grad_lse is not None:
         return _with_grad_lse(_efficient_backward, READ_AT_ONCE, grad_out, query, keys, out, lse, scale, grad_lse)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-    lse = pad(lse, (0, -lse.shape[2] % EFFICIENT_BLOCK), value=torch.inf).contiguous()  # queries that weigh nothing
+    lse = pad(lse, (0, -lse.shape[2] % EFFICIENT_BLOCK), value=torch.inf).contiguous()  # padded queries have weight 0
     no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
     dense = map(_dense_rows, (grad_out, query, keys.key, keys.value))
     tensors = (*dense, _aligned_bias(query, keys), _dense_rows(out), lse, no_dropout, no_dropout)
@@ -151,7 +151,7 @@ def _efficient_backward(
 
 
 def _aligned_bias(query: Tensor, keys: Keys) -> Tensor | None:
-    """The bias as the kernel wants it, [B, H, Q, K], with rows that begin at aligned places."""
+    """The bias [B, H, Q, K] with rows aligned as the kernel needs them."""
     if keys.bias is None:
         return None
     length = keys.bias.shape[-1]
@@ -170,7 +170,7 @@ def fastest_partial(device: torch.device, dtype: torch.dtype, head_dim: int = 64
 
     Args:
         dtype: Of the tensors of a call.
-        head_dim: EFFICIENT wants multiples of `READ_AT_ONCE`.
+        head_dim: EFFICIENT needs multiples of `READ_AT_ONCE`.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cuda" and half and head_dim % READ_AT_ONCE == 0:
@@ -182,7 +182,7 @@ def fastest_partial(device: torch.device, dtype: torch.dtype, head_dim: int = 64
     try:
         agree = _agree(fast, *shapes, dtype, device)
     except torch.OutOfMemoryError:
-        raise  # of this moment: tried anew next time
+        raise  # temporary: the next call tries again
     except (AttributeError, RuntimeError):
         agree = False
     if not agree:
@@ -195,7 +195,7 @@ def fastest_partial(device: torch.device, dtype: torch.dtype, head_dim: int = 64
 def _agree(
     fast: Partial, num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether it computes what PLAIN does, forward and backward."""
+    """Whether `fast` agrees with PLAIN, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad_out = (
         torch.randn(2, 2, length, head_dim, generator=generator).to(device, dtype)

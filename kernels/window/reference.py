@@ -98,7 +98,7 @@ def window_mask(grid: Grid, window: Window, text_len: int, text_first: bool, dev
 
 
 def window_bias(like: Tensor, grid: Grid, window: Window, text_len: int, text_first: bool) -> Tensor:
-    """What `window_mask` adds to the logits, [N, N], dtype and device of `like`: 0 where it is True, -inf elsewhere."""
+    """`window_mask` as a logit bias [N, N], dtype and device of `like`: 0 where it is True, -inf elsewhere."""
     mask = window_mask(grid, window, text_len, text_first, like.device)
     return like.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
 
@@ -114,7 +114,7 @@ def biased_attention(
     pooled: tuple[Tensor, Tensor] | None,
     scale: float | None,
 ) -> Tensor:
-    """One call of dense attention: `bias` [N, N] of the window, with text mask and pooled tokens, if any, put to it."""
+    """One call of dense attention with the window's `bias` [N, N], extended by text mask and pooled tokens, if any."""
     image_len = query.shape[2] - text_len
     bias = bias[None, None]  # [1, 1, query, key]
     if text_mask is not None:
@@ -150,7 +150,7 @@ def biased_lse(
 
 
 def check_mask_size(query: Tensor, text_mask: Tensor | None, pooled: tuple[Tensor, Tensor] | None) -> None:
-    """Refuse a dense mask, one for each sample if there is a text mask, of more than 2**31 entries."""
+    """Raise a ValueError for a dense mask, one per sample with a text mask, of more than 2**31 entries."""
     num_tokens = query.shape[2]
     num_keys = num_tokens + (pooled[0].shape[2] if pooled is not None else 0)
     entries = num_tokens * num_keys * (query.shape[0] if text_mask is not None else 1)

@@ -1,10 +1,10 @@
 """Window attention of image queries, tile by tile, in plain PyTorch: cost and memory linear in the image.
 
 Query tiles with the same mask form a group. The keys that a tile sees are gathered into one dense block, which is
-attended to with that mask; the shared keys (text, pooled tokens) are a second part for the same queries, joined by
-log-sum-exp. Only `window_groups` knows the form of the window.
+attended to with that mask; the shared keys (text, pooled tokens) are a second part for the same queries, merged by
+log-sum-exp. Only `window_groups` depends on the kind of window.
 
-Inside, tensors are rows of tokens, [B, N, H * D]: a token is one piece of memory, as diffusers' projections leave it.
+Internally, tensors are rows of tokens, [B, N, H * D]: a token is contiguous, as diffusers' projections return it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from .lists import TileLists, box_lists, circle_lists
 from .partial import Keys, Partial, attention_bias, fastest_partial, merge
 from .windows import Circle, Window
 
-# Gathered keys and values of one call, in bytes: larger leaves the caches of a CPU, smaller leaves a GPU idle.
+# Bytes of gathered keys and values per call: more exceeds a CPU's caches, less leaves a GPU idle.
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 
 
@@ -36,7 +36,7 @@ class TileGroup:
 
 
 def tile_groups(lists: TileLists, device: torch.device) -> tuple[TileGroup, ...]:
-    """Groups on the device whose queries are, together, every image token once."""
+    """Groups, on the device, whose queries together are every image token once."""
     patterns, members = torch.unique(lists.mask_ids, dim=0, return_inverse=True)
     groups = []
     for index, pattern in enumerate(patterns):
@@ -56,7 +56,7 @@ def tile_groups(lists: TileLists, device: torch.device) -> tuple[TileGroup, ...]
 
 
 class _Chunk(NamedTuple):
-    """Some tiles of one group, treated in one call."""
+    """Some tiles of one group, processed in one call."""
 
     tiles: int
     queries: Tensor  # [tiles * Q]
@@ -96,7 +96,7 @@ def tiled_backward(
     window: Window,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `tiled_forward` left them."""
+    """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` are those of the forward."""
     groups, partial = _groups_and_partial(inputs, grid, window)
     lse_rows = lse.transpose(1, 2).contiguous()  # [B, N, H]
     grad_lse_rows = None if grad_lse is None else grad_lse.to(lse.dtype).transpose(1, 2).contiguous()
@@ -134,7 +134,7 @@ def tiled_backward(
 
 
 def _products_dtype(query: Tensor, partial: Partial) -> torch.dtype:
-    """In which queries, keys and values are handed on; sums are wider."""
+    """The dtype in which `partial` gets queries, keys and values; sums are wider."""
     return query.dtype if partial.takes_half else sum_dtype(query)
 
 
@@ -149,7 +149,7 @@ def _shared_keys(inputs: Inputs, dtype: torch.dtype) -> Keys | None:
 
 
 def _chunks(groups: tuple[TileGroup, ...], key: Tensor, dtype: torch.dtype) -> Iterator[_Chunk]:
-    """Every group cut so that the gathered keys and values of a chunk have about CHUNK_BYTES."""
+    """Every group, cut such that the gathered keys and values of a chunk have about CHUNK_BYTES."""
     token_bytes = 2 * key.shape[0] * key.shape[2] * dtype.itemsize
     if token_bytes == 0:  # an empty batch
         return
@@ -162,13 +162,13 @@ def _chunks(groups: tuple[TileGroup, ...], key: Tensor, dtype: torch.dtype) -> I
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[B, H, N, D] -> [B, N, H * D], without a copy where memory lies so."""
+    """[B, H, N, D] -> [B, N, H * D], without a copy if memory is in that order."""
     return tensor.transpose(1, 2).flatten(2).contiguous()
 
 
 def _take(rows: Tensor, index: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     """[B, N, H * D] -> [B, len(index), H, D]."""
-    # Rows of a matrix are taken a third faster on a CPU than those of a batch of one.
+    # On a CPU, taking rows of a matrix is a third faster than of a batch of one.
     taken = rows[0].index_select(0, index)[None] if len(rows) == 1 else rows.index_select(1, index)
     return taken.to(dtype).unflatten(2, (num_heads, -1))
 
@@ -201,7 +201,7 @@ def window_groups(grid: Grid, window: Window, device: torch.device) -> tuple[Til
 
 
 def query_tile(window: Window, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of the tiles; under dilation, in tokens of a class."""
+    """(rows, columns) of the tiles; with dilation, in tokens of one class."""
     if isinstance(window, Circle):
         return tile_shape(height, width, window.radius)
     height, width = -(-height // window.dilation[0]), -(-width // window.dilation[1])
@@ -221,12 +221,12 @@ def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
 
 
 def _even(size: int, longest: int) -> int:
-    """Length of the longest of the fewest pieces, none longer than `longest`."""
+    """Length of the longest piece when `size` is cut evenly into the fewest pieces of at most `longest`."""
     return -(-size // -(-size // longest))
 
 
 def _of_whole_cells(cell: int) -> int:
-    """Side of a tile that divides a cell where it can, so that no mask is needed; of small cells, it holds several."""
+    """Side of a tile: a divisor of the cell if there is one, so that no mask is needed; several whole small cells."""
     if cell <= 8:
         return cell * (8 // cell)
     return next((side for side in range(16, 8, -1) if cell % side == 0), 8)

@@ -1,17 +1,17 @@
 """Window attention of image queries in Triton: forward, gradients of the queries, gradients of the keys.
 
-A program owns one tile of tokens and goes over the tiles that its list names (lists.py), in two flat loops: first the
-tiles that every query sees whole, then those read through a mask. Two things let Triton load ahead on 9.0, and let the
-tensor cores run on: a step reads where the next one's tile is, so that keys and values are all that it waits for; and
-each loop stands in an `if` that it has a step, since the way around an empty one would set the accumulators, and ptxas
+A program owns one tile of tokens and iterates over the tiles of its list (lists.py) in two flat loops: first the tiles
+that every query sees whole, then those read through a mask. Two things let Triton load ahead on 9.0 and keep the tensor
+cores busy: each step reads the position of the next step's tile, so that it waits for keys and values only; and each
+loop is guarded by an `if` that it has a step, since the path around an empty loop would set the accumulators, and ptxas
 then ends each product before the next (its warning C7515, with Triton 3.6).
 
-    tile    rectangle of the image, addressed in the row-major image itself: a corner token and a width; slots beyond
-            an edge are other tokens of the image, or clamped to its last one, and no mask lets them through
+    tile    rectangle of the row-major image: a corner token, and the image's width; slots beyond an edge are other
+            tokens of the image, or clamped to its last one, and every mask excludes them
     mask    one 64-bit word for each query of a tile: bit j is set if it sees key j of the key tile; where programs own
             keys, one for each key, with a bit for each query
     shared  keys that all queries see (text, pooled tokens), in blocks before (unmasked) and after (masked) the tiles;
-            one word for each block stands for all queries
+            one word for each block serves all queries
 
 Prefixes: i_ index, o_ offset, b_ block of data, p_ pointer. Logits are kept in base 2: s = scale * log2(e) * q . k,
 with scale > 0. Tensors [B, H, N, D] are followed in a signature by their strides over batch, head and token, in units
@@ -34,7 +34,7 @@ from ..pieces.triton_blocks import (
     store_rows,
 )
 
-# Arguments that Triton would else compile anew for where they are 1 or multiples of 16: with every size of a picture.
+# Arguments for which Triton would otherwise recompile if they are 1 or a multiple of 16, as image sizes change.
 UNSPECIALIZED = [
     *(f"{tensor}_{axis}" for tensor in ("do", "q", "k", "v", "sk", "sv", "out", "dq", "dk", "dv") for axis in "bhn"),
     *("num_heads", "height", "width", "num_tokens", "num_shared", "shared_whole", "list_len", "split_len"),
@@ -67,7 +67,7 @@ def _load_either(
 
 @triton.jit
 def _sees(words, BLOCK_K: tl.constexpr):
-    """[rows] words -> [rows, BLOCK_K] bool; of their halves, which take half the registers."""
+    """[rows] words -> [rows, BLOCK_K] bool; from 32-bit halves, which take half the registers."""
     i_key = tl.arange(0, BLOCK_K)[None, :]
     low, high = words.to(tl.int32)[:, None], (words >> 32).to(tl.int32)[:, None]
     return ((tl.where(i_key < 32, low, high) >> (i_key & 31)) & 1) != 0
@@ -75,7 +75,7 @@ def _sees(words, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _whole_tokens(n, corner, width, last, shared_whole, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Keys of step `n` of the unmasked loop, with a tile at `corner`: (are they shared ones, tokens)."""
+    """Keys of step `n` of the unmasked loop, with a tile at `corner`: (whether shared, tokens)."""
     is_shared = n < shared_whole
     shared_tokens = n * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS)
     return is_shared, tl.where(is_shared, shared_tokens, _tile_tokens(corner, width, last, ROWS, COLUMNS))
@@ -98,7 +98,7 @@ def _masked_tokens(
     COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Keys of step `n` of the masked loop, with a tile at `corner`: (are they shared ones, tokens, [BLOCK_Q] words)."""
+    """Keys of step `n` of the masked loop, with a tile at `corner`: (whether shared, tokens, [BLOCK_Q] words)."""
     BLOCK_K: tl.constexpr = ROWS * COLUMNS
     is_shared = n >= border
     i_block = shared_whole + n - border
@@ -328,7 +328,7 @@ def window_grad_shared(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WORD_LEN: tl.constexpr,  # WORD_LEN: keys of one word
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of shared keys, over `split_len` image queries: a multiple of BLOCK_Q."""
+    """dk and dv of one block of shared keys, over `split_len` image queries, a multiple of BLOCK_Q."""
     do_n, q_n, sk_n, sv_n = do_n * UNIT, q_n * UNIT, sk_n * UNIT, sv_n * UNIT
     i_block, i_split = tl.program_id(0), tl.program_id(2)
     i_batch, i_head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
@@ -361,7 +361,7 @@ def window_grad_shared(
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_shared * HEAD_DIM
     exists = slots < num_shared
-    b_dk = tl.where(seen[:, None], b_dk * scale, 0.0)  # here, once: a key's sums are its own, whatever they are
+    b_dk = tl.where(seen[:, None], b_dk * scale, 0.0)  # masked once, here: each key has sums of its own
     b_dv = tl.where(seen[:, None], b_dv, 0.0)
     store_rows(GRAD_K + o_out, keys, HEAD_DIM, b_dk, exists, HEAD_DIM, BLOCK_D)
     store_rows(GRAD_V + o_out, keys, HEAD_DIM, b_dv, exists, HEAD_DIM, BLOCK_D)

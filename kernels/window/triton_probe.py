@@ -1,5 +1,5 @@
-"""Which tiles the Triton kernels take on a device: the largest that fit there, tried once against the plain formula; in
-half precision, the fastest of those. The backward is tried when the first gradient is wanted.
+"""Tiles of the Triton kernels on a device: the largest that fit there, checked once against the plain formula; in half
+precision, the fastest of these. The backward is tried when the first gradient is needed.
 """
 
 import logging
@@ -22,14 +22,14 @@ from .windows import Circle
 logger = logging.getLogger(__name__)
 
 GRID, WINDOW, NUM_SHARED = (35, 40), Circle(radius=14.0), 77
-RACED = (torch.bfloat16, torch.float16)  # where speed is the point; each tile shape takes a second to compile
-# Of the race: FLUX.1 at 1024 x 1024 with CLEAR's window, and four times the heads: a call takes longer than its launch.
+RACED = (torch.bfloat16, torch.float16)  # where speed matters; each tile shape takes a second to compile
+# The race: FLUX.1 at 1024 x 1024 with CLEAR's window, and four times the heads: a call takes longer than its launch.
 RACE_GRID, RACE_WINDOW, RACE_SHARED, RACE_HEADS = (64, 64), Circle(radius=16.0), 512, 96
 
 
 @lru_cache
 def forward_tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """The tiles that the forward takes.
+    """The tiles of the forward.
 
     Raises:
         RuntimeError: no tiles fit, or the kernel is wrong there.
@@ -39,7 +39,7 @@ def forward_tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -
 
 @lru_cache
 def backward_tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """The tiles that the backward's three kernels take together; raises as `forward_tiles_for` does."""
+    """The tiles that the backward's three kernels share; raises as `forward_tiles_for` does."""
     return _tiles_for(device, dtype, head_dim, BACKWARD_TILES, _Trial.backward_error, _Race.backward_seconds)
 
 
@@ -67,7 +67,7 @@ def _tiles_for(
 
 
 class _Trial:
-    """A small window with tiles inside and on the border, whole blocks of shared keys and a rest."""
+    """A small window with tiles inside and on the border, whole blocks of shared keys and a partial one."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int):
         generator = torch.Generator("cpu").manual_seed(0)
@@ -104,14 +104,14 @@ class _Trial:
 
 
 class _Race:
-    """A picture of common size, for the clock alone; made when it is first needed."""
+    """Inputs of a common size, only for timing; made when first needed."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int):
         self.device, self.dtype, self.head_dim = device, dtype, head_dim
 
     @cached_property
     def inputs(self) -> Inputs:
-        generator = torch.Generator(self.device).manual_seed(0)  # not that of the user's pictures
+        generator = torch.Generator(self.device).manual_seed(0)  # leaves the user's generator alone
         num_tokens = RACE_GRID[0] * RACE_GRID[1]
         lengths = (num_tokens, num_tokens, num_tokens, RACE_SHARED, RACE_SHARED)
         like: dict[str, Any] = {"generator": generator, "device": self.device, "dtype": self.dtype}
@@ -127,6 +127,6 @@ class _Race:
 
     def backward_seconds(self, candidates: Sequence[Tiles]) -> Mapping[Tiles, float]:
         query = self.inputs.query
-        lse = query.new_zeros(query.shape[:3], dtype=torch.float32)  # not the queries': as long takes any
+        lse = query.new_zeros(query.shape[:3], dtype=torch.float32)  # not the true one: it does not affect the time
         given = (query, self.inputs, query, lse, None, RACE_GRID, RACE_WINDOW, self.head_dim**-0.5)
         return device_seconds({tiles: partial(triton_backward, *given, tiles) for tiles in candidates})

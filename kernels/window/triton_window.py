@@ -1,7 +1,7 @@
 """Window attention by the Triton kernels: tiles, lists on the device, launches.
 
-Two tile shapes: of what a program owns (longer along one axis, the one that makes fewer pairs of tiles) and of what it
-reads (at most 64 tokens, the bits of a mask word). Those of the backward may be smaller: its kernels need more memory.
+There are two tile shapes: the tile that a program owns (longer along the axis that makes fewer pairs of tiles) and the
+tiles that it reads (at most 64 tokens, the bits of a mask word). The backward's may be smaller: it needs more memory.
 """
 
 import math
@@ -26,9 +26,9 @@ from .windows import Window
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Tokens of the tile that a program owns and of one that it reads, (rows, columns); its warps; stages of its loads.
+    """The tile that a program owns and a tile that it reads, (rows, columns) of tokens; its warps; stages of its loads.
 
-    A program owns queries and reads keys; of the gradients of keys the other way round.
+    A program owns queries and reads keys; for the gradients of keys, the other way round.
     """
 
     owned: tuple[int, int]
@@ -44,28 +44,28 @@ SMALLER_TILES = (
     Tiles(owned=(8, 8), read=(4, 8), num_warps=4, num_stages=1),
     Tiles(owned=(4, 8), read=(4, 4), num_warps=4, num_stages=1),
 )
-# Twice the queries load keys half as often; half the queries compute a sixth fewer pairs beyond a window of radius 16,
-# and two programs fit a multiprocessor.
+# The first tile loads keys half as often; the second computes a sixth fewer pairs outside a window of radius 16, and
+# two programs fit on a multiprocessor.
 FORWARD_TILES = (
     Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=3),
     Tiles(owned=(8, 8), read=(8, 8), num_warps=4, num_stages=3),
     *SMALLER_TILES,
 )
-# The first two for tensor cores that read from shared memory alone; compiled for others they spill
-# (benchmarks/kernel_resources.py). Of the second, two programs fit a multiprocessor of 9.0: one multiplies while the
-# other makes its weights.
+# The first two are for tensor cores that read from shared memory alone; compiled for others they spill
+# (benchmarks/kernel_resources.py). Two programs of the second fit on a multiprocessor of 9.0: one multiplies while the
+# other computes its weights.
 BACKWARD_TILES = (
     Tiles(owned=(8, 16), read=(8, 8), num_warps=8, num_stages=2, archs=range(90, 120)),
     Tiles(owned=(8, 8), read=(8, 8), num_warps=4, num_stages=2, archs=range(90, 120)),
     *SMALLER_TILES,
 )
-# float32 sums of a thread that fit its registers: of an output; of gradients of keys there are two. Of float32 inputs
-# half of that, as `max_stages` has it.
+# float32 accumulators of one output that fit a thread's registers; gradients of keys have two outputs. Half of that for
+# float32 inputs (`max_stages` says why).
 SUMS_OF_A_THREAD, FLOAT_SUMS_OF_A_THREAD = 64, 32
 
 
 def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int, dtype: torch.dtype) -> list[Tiles]:
-    """The tiles to try: those whose sums stay in registers, the largest first; the smallest, where none does."""
+    """The tiles to try: those whose sums stay in registers, the largest first; the smallest if none do."""
     most = FLOAT_SUMS_OF_A_THREAD if dtype == torch.float32 else SUMS_OF_A_THREAD
     return [
         one
@@ -78,14 +78,14 @@ def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int, dtype: torch.
 
 @dataclass(frozen=True, kw_only=True)
 class TiledWindow:
-    """A window on one grid, cut into tiles, on the device; a tile is told by the token in its corner."""
+    """A window on one grid, cut into tiles, on the device; a tile is given by the token in its corner."""
 
     owned: tuple[int, int]
     corners: Tensor  # [owned tiles] int32
     listed: Tensor  # [owned tiles, longest list] int32, corners of the tiles to read
     mask_ids: Tensor  # [owned tiles, longest list] int32
     counts: Tensor  # [owned tiles] int32
-    inside: Tensor  # [owned tiles] int32, how many at the front of a list need no mask; 0 of keys, which all take one
+    inside: Tensor  # [owned tiles] int32, leading tiles of a list without a mask; 0 if keys are owned: all have one
     words: Tensor  # [masks, owned tokens] int64, a bit for each token that is read
 
 
@@ -116,7 +116,7 @@ def _window_of_keys(
 def _shorter(
     owned: tuple[int, int], lists_of: Callable[[tuple[int, int]], TileLists]
 ) -> tuple[tuple[int, int], TileLists]:
-    """Tiles with their longer side along the axis for which the lists are shorter."""
+    """The owned tile, turned so that lists are shorter, and the lists."""
     choices = [(tile, lists_of(tile)) for tile in dict.fromkeys((owned, owned[::-1]))]
     return min(choices, key=lambda choice: int(choice[1].counts.sum()))
 
@@ -137,7 +137,7 @@ def _on_device(device: torch.device, owned: tuple[int, int], *lists: Tensor) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class _Launch:
-    """What every kernel of one call is given."""
+    """Arguments of every kernel of one call."""
 
     window: TiledWindow
     shared_words: Tensor  # [B, blocks of shared keys] int64
@@ -169,13 +169,13 @@ def _prepare(inputs: Inputs, grid: Sequence[int], window: Window, tiles: Tiles) 
 
 
 def _shared_words(mask: Tensor, block: int) -> Tensor:
-    """[B, S] bool -> [B, blocks] words; the keys missing from the last block are not seen."""
+    """[B, S] bool -> [B, blocks] words; keys missing from the last block are not seen."""
     return mask_words(F.pad(mask, (0, -mask.shape[1] % block)).unflatten(1, (-1, block)))
 
 
 @kept(maxsize=8)
 def _words_of_all(batch: int, num_shared: int, block: int, device: torch.device) -> Tensor:
-    """`_shared_words` of keys without a mask, which are the same in every layer and step."""
+    """`_shared_words` of keys without a mask, cached: they are the same in every layer and step."""
     return _shared_words(torch.ones(batch, num_shared, dtype=torch.bool, device=device), block)
 
 
@@ -231,13 +231,13 @@ def triton_backward(
     scale: float,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` as `triton_forward` left them."""
+    """Gradients of query, key, value, shared_key and shared_value; `out` and `lse` are those of `triton_forward`."""
     launch = _prepare(inputs, grid, window, tiles)
     query, key, value, shared_key, shared_value = (dense_rows(tensor) for tensor in inputs[:5])
     grad_out = dense_rows(grad_out)
     batch, num_heads, num_tokens, _ = query.shape
     grads = [token_major(query, num_tokens) for _ in range(3)]
-    delta = torch.empty_like(lse)  # of the kernel of queries, for those of keys
+    delta = torch.empty_like(lse)  # written by the query kernel, read by the key kernels
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     tiled = launch.window
     of_keys = _window_of_keys(tuple(grid), window, tiles.owned, tiles.read, query.device)
@@ -282,7 +282,7 @@ def _shared_gradients(
     tiles: Tiles,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of shared_key and shared_value: partial sums over parts of the image, then their sum, no atomics."""
+    """Gradients of shared_key and shared_value: partial sums over parts of the image, then their sum; no atomics."""
     batch, num_heads, num_shared, head_dim = shared_key.shape
     if num_shared == 0:
         return torch.empty_like(shared_key), torch.empty_like(shared_value)

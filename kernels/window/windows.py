@@ -5,7 +5,7 @@
               in steps of `dilation`                                                DiNA, arXiv:2209.15001
               of whole cells of tokens                                              STA, arXiv:2502.04507
 
-A box slides inside at the border, so that every query sees as many cells. An axis of 9 tokens, what q sees (x):
+At the border a box is shifted inward, so that every query sees equally many cells. What q sees (x) on 9 tokens:
 
     window 3                 window 3, dilation 2          window 3 cells of 2
     q x x . . . . . .        q . x . x . . . .             q x|x x|x x|. .|.
@@ -46,10 +46,10 @@ class Circle:
 
     @property
     def squared_limit(self) -> int:
-        """The least integer L for which dy**2 + dx**2 < L is dy**2 + dx**2 < radius * radius, in float64.
+        """The least integer L for which dy**2 + dx**2 < L is equivalent to dy**2 + dx**2 < radius * radius in float64.
 
-        At least 1: a query sees itself. Nothing else decides what lies on the border: integers compare alike on every
-        device, also where there is no float64.
+        At least 1: a query sees itself. Only L decides what is inside: integers compare alike on every device, also
+        without float64.
         """
         return max(1, math.ceil(min(self.radius * self.radius, FARTHEST)))
 
@@ -74,11 +74,11 @@ class Circle:
         return pairs
 
     def reach(self, axis: int, size: int) -> float:
-        """How many tokens away, on either side, all are seen along an axis of this size; inf: all that there are."""
+        """Distance in tokens up to which a query sees all others along an axis of this size; inf: the whole axis."""
         return math.inf if self.radius >= size else self.radius
 
     def keys_read(self, axis: int, size: int, tile: int) -> float:
-        """Places of an axis of this size that its tiles of queries see together, on average over the tiles."""
+        """Number of places of an axis of this size that a tile of queries sees, on average over its tiles."""
         return mean_reach(size, tile, math.isqrt(self.squared_limit - 1))
 
 
@@ -158,13 +158,13 @@ class Box:
         return size <= self.window[axis] * self.cell[axis] and (self.dilation[axis] == 1 or size == 1)
 
     def reach(self, axis: int, size: int) -> float:
-        """As `Circle.reach`, for every query away from the border: 0 where dilation leaves out neighbours."""
+        """Like `Circle.reach`, for queries away from the border; 0 if dilation skips neighbours."""
         if self._covers_axis(axis, size):
             return math.inf
         return self.cell[axis] * (self.window[axis] // 2) if self.dilation[axis] == 1 else 0
 
     def keys_read(self, axis: int, size: int, tile: int) -> float:
-        """Places of an axis of this size that a tile of queries of one class sees, away from the border."""
+        """Number of places of an axis of this size that a tile of queries of one class sees, away from the border."""
         cells = math.ceil(tile / self.cell[axis]) + self.window[axis] - 1
         return min(math.ceil(size / self.dilation[axis]), cells * self.cell[axis])
 
@@ -173,14 +173,14 @@ Window = Circle | Box
 
 
 def to_arguments(window: Window) -> tuple[float | None, int | None, list[int] | None]:
-    """(radius, frame_radius, box) as operators take a window; of radius and box, one is None."""
+    """(radius, frame_radius, box), as operators take a window; either radius or box is None."""
     if isinstance(window, Circle):
         return window.radius, window.frame_radius, None
     return None, window.frame_radius, [*window.window, *window.dilation, *window.cell]
 
 
 def from_arguments(radius: float | None, frame_radius: int | None, box: Sequence[int] | None) -> Window:
-    """The window that `to_arguments` took apart."""
+    """The inverse of `to_arguments`."""
     if box is None:
         assert radius is not None
         return Circle(radius=radius, frame_radius=frame_radius)
@@ -189,7 +189,7 @@ def from_arguments(radius: float | None, frame_radius: int | None, box: Sequence
 
 
 def mean_reach(size: int, tile: int, reach: int) -> float:
-    """Places of an axis that are at most `reach` away from a tile, on average over the tiles."""
+    """Number of places of an axis at most `reach` away from a tile, on average over the tiles."""
     starts = range(0, size, tile)
     return sum(min(start + tile + reach, size) - max(start - reach, 0) for start in starts) / len(starts)
 
