@@ -71,13 +71,13 @@ _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name i
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605 names that load on first use
 
 _root = Path(__file__).parents[1]
-if (_root / "pyproject.toml").is_file():  # a checkout: the package's folders stand beside this one
+if (_root / "pyproject.toml").is_file():  # a checkout: the subpackages are next to this folder
     __path__.append(str(_root))
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        # name and obj: Python says which name may be meant
+        # with name and obj, Python suggests a similar name
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     return getattr(import_module(_MODULE_OF[name], __name__), name)
 

@@ -1,4 +1,4 @@
-"""The command `lineardit`: words around the Python API, and one sentence for bad input.
+"""The command `lineardit`: a command line for the Python API, with one sentence for bad input.
 
 Commands import what they need when they run, so that `--help` answers without loading torch.
 """
@@ -30,8 +30,8 @@ from .commands.profile import profile
 from .commands.upscale import upscale
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
-PIPE_CLOSED = 141  # as a shell tells of its other tools that nobody reads on from, 128 + SIGPIPE
-GO_ON = ("prepare", "generate", "upscale", "evaluate", "demo")  # commands that take up their own work
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as of other tools whose reader has gone
+GO_ON = ("prepare", "generate", "upscale", "evaluate", "demo")  # commands that resume their own work
 LESS_MEMORY = (
     "less is needed for a smaller size or batch, and, where the command has them, with --dtype bfloat16, "
     "--chunk-tokens or --offload"
@@ -76,7 +76,7 @@ def _before_each_command(
 
 
 def _with_what_is_allowed(error: typer.TyperException) -> str:
-    """The message, and for an option that does not exist the options that do."""
+    """The error's message; for an unknown option, with the options that exist."""
     message = error.format_message()
     context = getattr(error, "ctx", None)
     if context is None or not message.startswith("No such option"):
@@ -91,14 +91,14 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Bad input is one sentence on standard error, and 2.
 
     Raises:
-        BrokenPipeError: nobody reads on.
+        BrokenPipeError: the reader of the output has gone.
     """
     words = [_at_home(word) for word in arguments] or ["--help"]
     try:
         exit_code = app(args=words, prog_name="lineardit", standalone_mode=False) or 0
-        print(end="", flush=True)  # while what hinders it is told
+        print(end="", flush=True)  # here, where a failure is still handled
         command = next((word for word in words if not word.startswith("-")), "")
-        if exit_code != INTERRUPTED or command == "distill":  # which has told itself how it goes on
+        if exit_code != INTERRUPTED or command == "distill":  # distill says itself how to continue
             return exit_code
         message = "interrupted" + ("; run the same command again to continue" if command in GO_ON else "")
     except typer.TyperException as error:
@@ -106,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as error:
         if error.code != 1:
             raise
-        raise BrokenPipeError from error  # which typer and rich make that of
+        raise BrokenPipeError from error  # typer and rich turn a broken pipe into this
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
@@ -126,12 +126,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _at_home(word: str) -> str:
-    """An argument whose path begins with `~/`; shells leave those after an equals sign."""
+    """An argument with a leading `~/` expanded, also after an equals sign, where shells leave it."""
     return re.sub(r"^(--[\w-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{Path.home()}", word)
 
 
 def main() -> None:
-    """The entry point of the command; where nobody reads on, as of `lineardit inspect BASE | head -1`, it just ends."""
+    """The entry point; ends quietly if the reader of its output has gone, as in `lineardit inspect BASE | head -1`."""
     try:
         exit_code = run(sys.argv[1:])
     except BrokenPipeError:

@@ -1,6 +1,6 @@
-"""The whole way on the small model that comes with the repository: convert, distill, judge, generate.
+"""The whole workflow on the small model that comes with the repository: convert, distill, judge, generate.
 
-It can be interrupted; called again, it goes on where it stopped.
+It can be interrupted; when called again, it resumes where it stopped.
 """
 
 import json
@@ -77,9 +77,9 @@ class DemoSettings:
     """How much a demonstration does; the defaults take about ten minutes on two idle cores."""
 
     radius: float = 4
-    proxies: int = 256  # of the hybrid, for what lies beyond the radius
+    proxies: int = 256  # of the hybrid, for tokens outside the radius
     focus_tokens: int = 256
-    samples: int = 32  # that the teacher makes for its student
+    samples: int = 32  # made by the teacher for its student
     sample_steps: int = 16  # denoising steps of each
     train_steps: int = 80  # of local attention; the hybrid needs none here
     learning_rate: float = 1e-3
@@ -105,9 +105,9 @@ class Speed:
     """Warm transformer steps at the large side, and a figure to compare machines by.
 
     Attributes:
-        pairs: (teacher, student) in seconds, measured in turn.
-        gflops: Of a float32 product of 1024 x 1024 matrices.
-        threads: That torch uses.
+        pairs: (teacher, student) in seconds, measured alternately.
+        gflops: Speed of a float32 product of 1024 x 1024 matrices.
+        threads: Number that torch uses.
     """
 
     pairs: tuple[tuple[float, float], ...]
@@ -122,7 +122,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """What a demonstration found, and what it took: over all calls, in seconds."""
+    """Results of a demonstration, and the seconds that it took over all calls."""
 
     directory: Path
     rows: tuple[Row, ...]
@@ -140,11 +140,11 @@ def demo(
     """Convert the small pipeline to local attention and to a hybrid, distill the first, judge both, generate.
 
     Args:
-        directory: For everything that is made; that of an interrupted demonstration is gone on with.
+        directory: Folder for all output; an interrupted demonstration is resumed.
         base: The pipeline; None: the trained one of the repository.
         settings: None: the defaults.
     Raises:
-        ValueError: the trained pipeline is not here, or the folder holds something else.
+        ValueError: the pipeline does not exist, or the folder holds something else.
     """
     base, directory, settings = Path(base or path()), Path(directory), settings or DemoSettings()
     if not (base / "model_index.json").is_file():

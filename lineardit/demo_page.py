@@ -1,4 +1,4 @@
-"""The page of a demonstration: its pictures, its figures, and what to type next."""
+"""The page of a demonstration: its pictures, its figures, and commands to try next."""
 
 import html
 import os
@@ -49,7 +49,7 @@ and shadows, a window alone cannot see.</p>
 
 
 def write_page(report: DemoReport, settings: DemoSettings) -> Path:
-    """Write the page beside the pictures that it shows."""
+    """Write the page next to the pictures that it shows."""
     teacher, student = (sorted(one)[len(one) // 2] for one in zip(*report.speed.pairs, strict=True))
     text = TEMPLATE.format(
         radius=settings.radius,
@@ -86,7 +86,7 @@ def table_rows(report: DemoReport) -> list[tuple[str, ...]]:
 
 
 def next_commands(report: DemoReport) -> list[str]:
-    """Three things to try."""
+    """Three commands to try."""
     adapter = quote(str(report.directory / HYBRID))
     lineardit = _command()
     caption = "a green cross at the middle center on shaded sky"
@@ -98,7 +98,7 @@ def next_commands(report: DemoReport) -> list[str]:
 
 
 def _command() -> str:
-    """How this shell finds `lineardit`: on its path, or in an environment that is not activated."""
+    """How to call `lineardit` from this shell: by its path if its environment is not activated."""
     if shutil.which("lineardit"):
         return "lineardit"
     script = Path(sys.executable).with_name("lineardit")
@@ -106,7 +106,7 @@ def _command() -> str:
 
 
 def took(report: DemoReport) -> str:
-    """How long it took, and a figure of this machine to compare that by."""
+    """How long it took, and the speed of this machine for comparison."""
     speed = report.speed
     return (
         f"Took {report.seconds / 60:.1f} minutes, {report.cpu_seconds / 60:.1f} CPU-minutes. This machine: "

@@ -1,4 +1,4 @@
-"""The pictures that commands write beside their figures, as PNG; each whole or not at all."""
+"""Plots that commands write next to their figures, as PNG files; each is written completely or not at all."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ from .linearize.measures.nearness import Nearness
 from .linearize.measures.step_times import StepTime
 
 LONGEST = 40  # characters of a name
-MAP_RADIUS = 8  # of the mass that is drawn, or the profiled radius nearest to it
+MAP_RADIUS = 8  # the mass within this radius is drawn, or within the profiled radius nearest to it
 ROW_INCHES, COLUMN_INCHES = 0.22, 0.32
 
 
 def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None:
-    """Seconds of a step over image tokens: a line for each conversion, dashed for the original that ran in turn."""
+    """Plot seconds per step over image tokens: a line for each conversion, dashed for its original, timed in turn."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, rows) in enumerate(found.items()):
@@ -29,7 +29,7 @@ def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None
             if points:
                 fill = "none" if label == "original" else "full"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{number}", fillstyle=fill, label=told)
-    sizes: dict[int, dict[str, None]] = {}  # of one number of tokens, each once
+    sizes: dict[int, dict[str, None]] = {}  # distinct sizes by number of tokens
     for row in sorted((row for rows in found.values() for row in rows), key=lambda row: row.tokens):
         sizes.setdefault(row.tokens, {})[f"{row.width}x{row.height}"] = None
     axes.set(xlabel="pixels, image tokens", ylabel="seconds of a step")
@@ -43,7 +43,7 @@ def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None
 
 
 def draw_nearness(found: Mapping[str, Nearness], path: Path) -> None:
-    """The error over the steps of denoising: a line for each model, logarithmic, noise on the left."""
+    """Plot the error over denoising steps: a line for each model, on a log scale, pure noise on the left."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, one in found.items():
@@ -55,7 +55,7 @@ def draw_nearness(found: Mapping[str, Nearness], path: Path) -> None:
 
 
 def draw_profile(profile: Profile, path: Path) -> None:
-    """Heat maps of mass near the query, mean distance and mass on text: a row for a layer, a column for a head."""
+    """Heat maps of mass near the query, mean distance and mass on text: a row per layer, a column per head."""
     radius = min(profile.radii, key=lambda one: abs(one - MAP_RADIUS))
     column = profile.radii.index(radius)
     names = [layer.module for layer in profile.layers]
@@ -70,7 +70,7 @@ def draw_profile(profile: Profile, path: Path) -> None:
     figure = Figure(figsize=(label + len(panels) * (width + 0.9), height + 1.1), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-        values = np.full((len(names), num_heads), np.nan)  # a UNet's levels differ in heads
+        values = np.full((len(names), num_heads), np.nan)  # a UNet's levels differ in number of heads
         for index, row in enumerate(rows):
             values[index, : len(row)] = row
         top = None if title.startswith("mean") else 1
@@ -84,6 +84,6 @@ def draw_profile(profile: Profile, path: Path) -> None:
 
 
 def _label_of(name: str) -> str:
-    """The end of a name, without what matplotlib reads as mathematics or hides."""
+    """The end of a name, escaped where matplotlib would read mathematics or hide the label."""
     short = name if len(name) <= LONGEST else f"...{name[-LONGEST:]}"
     return (f"./{short}" if short.startswith("_") else short).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Scores pictures of the tiny pipeline's captions: did it follow the prompt, does the picture hang together?"""
+"""Scores of the tiny pipeline's pictures: does a picture follow its prompt, and is it coherent?"""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from .examples.tiny_flux import scenes
 
 
 def judge_scene(prompt: str, image: Image.Image) -> Mapping[str, tuple[int, int]]:
-    """{"objects": (right in colour, shape and cell, of), "coherence": (0 or 1, 1)}; empty for any other prompt."""
+    """{"objects": (right in colour, shape and cell, all), "coherence": (0 or 1, 1)}; empty for any other prompt."""
     try:
         scenes.parse(prompt)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Long work that can be interrupted: which piece of it runs, what each took, and how fast this machine is."""
+"""A log of long work that can be interrupted: the running piece, the time of each, and the machine's speed."""
 
 import json
 import logging
@@ -22,11 +22,11 @@ FILE = "stages.json"
 
 
 class WorkLog:
-    """Says which piece runs, and keeps in a folder what each took over all calls.
+    """Logs which piece runs, and records in a folder the time of each piece over all calls.
 
     Args:
         directory: New, or that of an interrupted call with the same settings.
-        settings: Whatever changes results, as JSON has it.
+        settings: All settings that change results, as JSON values.
     Raises:
         ValueError: the folder holds something else, or was started with other settings.
     """
@@ -71,7 +71,7 @@ def cpu_seconds() -> float:
 
 
 def this_machine() -> str:
-    """What times depend on, for a report."""
+    """What times on this machine depend on, for a report."""
     vectors = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     count = f"{threads} thread{'s' if threads > 1 else ''}"
@@ -79,7 +79,7 @@ def this_machine() -> str:
 
 
 def that_device(device: torch.device) -> str:
-    """A GPU by its name, with torch's version; the CPU as `this_machine` has it."""
+    """The GPU's name with torch's version; for the CPU, `this_machine`."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return this_machine() if device.type == "cpu" else str(device)
@@ -87,6 +87,6 @@ def that_device(device: torch.device) -> str:
 
 @lru_cache
 def matmul_gflops() -> float:
-    """Speed of a float32 product of 1024 x 1024 on the CPU, the median of 20, once a process: to compare machines."""
+    """CPU speed in a float32 product of 1024 x 1024 matrices, median of 20, cached: for comparing machines."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
     return 2 * 1024**3 / median(seconds_of(lambda: torch.mm(left, right)) for _ in range(20)) / 1e9

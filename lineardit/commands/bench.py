@@ -69,13 +69,13 @@ def bench(
         impl=impl,
         compiled=compiled,
     )
-    # what does not fit is told before any of them runs
+    # reports what does not fit before any of them runs
     fitting = {one: one.fitting(list(dict.fromkeys(asked)), conditions, all_of=bool(sizes)) for one in conversions}
     _time(fitting, conditions, output)
 
 
 def _time(fitting: "Mapping[WeightlessConversion, Sequence[Size]]", conditions: "Conditions", output: Path) -> None:
-    """Every conversion at its sizes; figures are written as they come, and told if the run is interrupted."""
+    """Time every conversion at its sizes; figures are written as they come, and shown even after an interruption."""
     from ..distill.files import write_json
     from ..kernels.pieces.results import dtype_name
     from ..linearize.measures.step_times import time_steps
@@ -101,12 +101,12 @@ def _time(fitting: "Mapping[WeightlessConversion, Sequence[Size]]", conditions: 
 
 
 def entry(row: "StepTime") -> dict[str, Any]:
-    """As JSON has it."""
+    """A row as a JSON object."""
     return asdict(row) | {"speedup": row.speedup, "flops": asdict(row.flops) | {"after": row.flops.after}}
 
 
 def show(name: str, rows: "Sequence[StepTime]") -> None:
-    """Print the table of one conversion, and from which size on it is worth it."""
+    """Print the table of one conversion, and the size from which it is faster."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("size", no_wrap=True)
     with_memory = any(row.original_gib or row.converted_gib for row in rows)
@@ -124,7 +124,7 @@ def show(name: str, rows: "Sequence[StepTime]") -> None:
 
 
 def verdict(rows: "Sequence[StepTime]") -> str:
-    """From which of the measured sizes on the conversion is the faster one."""
+    """A sentence on the measured size from which the conversion is faster."""
     fitting = [row for row in rows if row.converted is not None]
     if not fitting:
         return "No step of the conversion fits into memory: take smaller sizes, or a smaller dtype."

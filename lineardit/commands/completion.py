@@ -1,4 +1,4 @@
-"""What a shell offers for the value of an option (`lineardit --install-completion`)."""
+"""Completions that a shell offers for the value of an option (`lineardit --install-completion`)."""
 
 from collections.abc import Iterable
 
@@ -25,14 +25,14 @@ def offloads(incomplete: str) -> list[str]:
 
 
 def backends(incomplete: str) -> list[str]:
-    """What quantizes."""
+    """Backends of quantization."""
     from ..linearize.adapters.quantization import BACKENDS
 
     return _that_begin(incomplete, BACKENDS)
 
 
 def dtypes(incomplete: str) -> list[str]:
-    """Types of weights."""
+    """Dtypes of weights."""
     from ..linearize.adapters.opening import DTYPES
 
     return _that_begin(incomplete, ["auto", *DTYPES])

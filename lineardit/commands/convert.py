@@ -148,7 +148,7 @@ def _from_profile(
     revision: str | None,
     offline: bool,
 ) -> dict[str, Any]:
-    """Config by glob, as the budget allows."""
+    """Configs by glob, within the budget."""
     from ..linearize.adapters.base import read_base
     from ..linearize.measures.attention_profile import read_profile
     from ..linearize.measures.budget import check_profile, parse_budget, parse_choices, propose

@@ -1,4 +1,4 @@
-"""The device that a command runs on, and the type of weights that suits it."""
+"""The device that a command runs on, and the dtype of weights that suits it."""
 
 import os
 
@@ -30,10 +30,10 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of weights that has this name; for "auto", bfloat16 on a GPU and float32 on the CPU.
+    """The dtype of this name; "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no such dtype.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -31,5 +31,5 @@ def distill(
     ]
     if processes == 1:
         raise typer.Exit(main([str(config), *options]))
-    load_config(config, changes or [])  # bad settings are told once, not by every process
+    load_config(config, changes or [])  # reports bad settings once, not in every process
     raise typer.Exit(launch(config, options, processes=processes))

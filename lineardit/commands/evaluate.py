@@ -97,7 +97,7 @@ def evaluate(
 
 
 def show(report: "Report", how: str = "") -> None:
-    """Print the table; `how` is of `how_told`."""
+    """Print the table; `how` is from `how_told`."""
     settings = report.settings
     pictures = f"{report.pictures} picture{'s' * (report.pictures != 1)}"
     steps = f"{settings.steps} step{'s' * (settings.steps != 1)}"

@@ -146,7 +146,7 @@ def generate(
 
 
 def _stage_settings(strength: float | None, steps: int | None, sharpen: float | None) -> "Settings | None":
-    """Of a cascade's later stages; None where nothing is said."""
+    """Settings of a cascade's later stages; None if none is given."""
     from ..pipelines.plan import Settings
 
     stages: dict[str, Any] = {"strength": strength, "steps": steps, "sharpen": sharpen}
@@ -157,7 +157,7 @@ def _stage_settings(strength: float | None, steps: int | None, sharpen: float | 
 def _check_files(
     texts: list[str], output: Path, seed: int, share: tuple[int, int], said: dict[str, Any], *, overwrite: bool
 ) -> bool:
-    """What can be told of the files before a large model is loaded, and whether one is to be made."""
+    """Check the files before a large model is loaded; returns whether any has to be made."""
     from ..pipelines.files import check_there, plan_files, said_of
 
     wanted = plan_files(texts, output, seed=seed, text=said_of(said))[share[0] - 1 :: share[1]]

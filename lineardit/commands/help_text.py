@@ -5,13 +5,13 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-WIDTH = 120  # columns, where the terminal has as many
+WIDTH = 120  # columns, if the terminal has as many
 
 
 class SectionedCommand(TyperCommand):
-    """A command whose options stand under the headings that they name (`rich_help_panel`), in the order of the first.
+    """A command whose options are grouped by heading (`rich_help_panel`), headings in the order of their first option.
 
-    typer draws such panels as boxes of colour, which at 80 columns leave half of a line for words.
+    typer draws such panels as coloured boxes, which at 80 columns leave half of a line for words.
     """
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -36,12 +36,12 @@ def _is_argument(parameter: Any) -> bool:
 
 
 def _named(parameter: Any) -> str:
-    """`BASE`, or `[PROMPT...]` where it may be left out; typer has braces around the first, which mean a choice."""
+    """`BASE`, or `[PROMPT...]` if it is optional; typer puts the first in braces, which mean a choice."""
     return parameter.metavar if parameter.required else f"[{parameter.metavar}]"
 
 
 def _in_words(parameter: Any, name: str, told: str) -> tuple[str, str]:
-    """What typer says of an argument or option, without the types of Python and with bounds in words."""
+    """typer's help record of an argument or option, without Python's types and with bounds in words."""
     if _is_argument(parameter):
         name, told = _named(parameter), told.removesuffix("[required]").rstrip()
     bounds = parameter.min, parameter.max

@@ -1,4 +1,4 @@
-"""The pipeline that a command asks for, in its place."""
+"""Loading the pipeline that a command asks for, onto its device."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ def load(
     loras: "Sequence[Lora]" = (),
     with_weights: bool = True,
 ) -> tuple[Any, dict[str, str]]:
-    """The pipeline in its place, and what its pictures say of it; without weights, in its shape, for a plan."""
+    """The pipeline on its device, and what its pictures record of it; without weights, only its structure."""
     from .. import __version__
     from ..kernels.pieces.results import dtype_name
     from ..linearize.adapters.adapter import find_adapter
@@ -48,7 +48,7 @@ def load(
         place_(pipe, target, offload)
     else:
         note_place_(pipe, target, offload, quantization)
-    if swap_report(pipe) is None:  # else the conversion has said what it swapped
+    if swap_report(pipe) is None:  # otherwise the conversion has logged what it swapped
         print(f"{source} runs with its original attention")
     model = source_of(pipe, denoiser(pipe)[1]).name or source
     about = {"model": model, "dtype": dtype_name(weights), "lineardit": __version__}
@@ -63,7 +63,7 @@ def load(
 
 
 def open_in_place(name: str, *, device: "torch.device", offload: str, **opening: Any) -> Any:
-    """What `open_pipeline` opens, in its place; a place that it cannot have is told before it is loaded."""
+    """Open a pipeline and place it on its device; an impossible placement raises before anything is loaded."""
     from ..linearize.adapters.opening import open_pipeline
     from ..pipelines.placement import check_offload, place_
 
@@ -76,7 +76,7 @@ def open_in_place(name: str, *, device: "torch.device", offload: str, **opening:
 def load_at_size(
     base: str, size: tuple[int, int] | None, *, device: "torch.device", offload: str, **opening: Any
 ) -> tuple[Any, tuple[int, int]]:
-    """An unconverted pipeline in its place, and the (height, width) that it is asked for, or its own."""
+    """An unconverted pipeline on its device, and the (height, width) asked for, or its default."""
     from ..pipelines.sizes import check_size, default_size
 
     pipe = open_in_place(base, device=device, offload=offload, **opening)
@@ -86,7 +86,7 @@ def load_at_size(
 
 
 def base_said(adapter: str, model: str | None, revision: str | None, offline: bool) -> str | None:
-    """The base that a picture says it is of, where that is another than its adapter names; else None."""
+    """The base that a picture records, if its adapter names another; else None."""
     from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.manifest import read_manifest
 

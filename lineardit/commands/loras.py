@@ -1,4 +1,4 @@
-"""`--lora`: styles of other people beside a converted model."""
+"""`--lora`: LoRAs on top of a converted model."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Lora:
-    """A file of safetensors, a folder or a Hub id, and how much of it."""
+    """A LoRA (safetensors file, folder or Hub id) and its weight."""
 
     source: str
     weight: float
@@ -19,10 +19,10 @@ class Lora:
 
 
 def parse_loras(texts: Sequence[str] | None) -> list[Lora]:
-    """From FILE[:WEIGHT] each.
+    """Parse texts FILE[:WEIGHT].
 
     Raises:
-        ValueError: no such file, or one that is no safetensors.
+        ValueError: the file does not exist, or is not safetensors.
     """
     loras = []
     for text in texts or ():
@@ -46,10 +46,10 @@ def _parts(text: str) -> tuple[str, float]:
 
 
 def load_loras_(pipe: Any, loras: Sequence[Lora], *, offline: bool) -> None:
-    """Add them to a pipeline, as its own `load_lora_weights` does.
+    """Add LoRAs to a pipeline with its own `load_lora_weights`.
 
     Raises:
-        ValueError: the pipeline takes none, or one is of another model.
+        ValueError: the pipeline takes none, or one is for another model.
     """
     if not loras:
         return

@@ -1,7 +1,7 @@
-"""Options that methods bring: `--pool-size 4` sets `pool_size` in the config of the method that `--method` names.
+"""Options of methods: `--pool-size 4` sets `pool_size` in the config of the method that `--method` names.
 
-A setting that is a method in turn is spelled METHOD:SETTING=VALUE,..., as in `--local clear:radius=8 --global mala`, or
-in JSON where it has more settings within another: `hybrid:local={"method":"clear","radius":8},global=mala`.
+A setting that is itself a method is spelled METHOD:SETTING=VALUE,..., as in `--local clear:radius=8 --global mala`, or
+in JSON if it has settings within another method: `hybrid:local={"method":"clear","radius":8},global=mala`.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ def fields_of_methods() -> dict[str, tuple[dataclasses.Field[Any], ...]]:
 def split_arguments(
     arguments: list[str], fields: set[str], of_methods: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Any], list[str]]:
-    """Takes `--field value` and `--field=value` out of `arguments`.
+    """Separate `--field value` and `--field=value` from the other arguments.
 
     Args:
         fields: Names of all fields.
         of_methods: Names of those that hold a method.
     Returns:
-        ({field: value}, the other arguments). A value is what it is in JSON (`16` a number, `null` None), else text; a
-        method is a dictionary.
+        ({field: value}, the other arguments). A value is parsed as JSON (`16` a number, `null` None), else it is text;
+        a method is a dictionary.
     Raises:
         ValueError: an option has no value, or a method is misspelled.
     """
@@ -57,7 +57,7 @@ def split_arguments(
 
 
 def parse_method(text: str) -> Any:
-    """{"method": "clear", "radius": 8} of `clear:radius=8`, or of JSON.
+    """{"method": "clear", "radius": 8} from `clear:radius=8`, or from JSON.
 
     Raises:
         ValueError: it is misspelled.
@@ -90,7 +90,7 @@ class MethodCommand(SectionedCommand):
     """A command that takes the fields of every method as options and finds them in `ctx.obj`, {field: value}."""
 
     def method_options(self) -> list[str]:
-        """The names of the options that the methods bring."""
+        """The names of the methods' options."""
         return sorted({option_name(field.name) for fields in fields_of_methods().values() for field in fields})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -110,7 +110,7 @@ class MethodCommand(SectionedCommand):
 
 
 def told_of_fields(config: type) -> dict[str, str]:
-    """What the docstrings of a config and its bases say of its fields, under `Attributes:`."""
+    """{field: text} from `Attributes:` in the docstrings of a config and its bases."""
     told: dict[str, str] = {}
     for one in reversed(config.__mro__):
         _, _, attributes = inspect.cleandoc(one.__doc__ or "").partition("Attributes:\n")
@@ -129,7 +129,7 @@ def _holds_method(field: dataclasses.Field[Any]) -> bool:
 
 
 def _form(kind: Any) -> str:
-    """How a value of this type is typed in."""
+    """How a value of this type is written on the command line."""
     if get_origin(kind) is tuple:
         return f"[{','.join(map(_form, get_args(kind)))}]"
     if parts := [part for part in get_args(kind) if part is not type(None)]:
@@ -138,7 +138,7 @@ def _form(kind: Any) -> str:
 
 
 def _described(field: dataclasses.Field[Any], told: dict[str, str]) -> str:
-    """What the config says of it, and its default, as for other options."""
+    """The field's description and default, as for other options."""
     default = "required" if field.default is dataclasses.MISSING else f"default: {json.dumps(field.default)}"
     is_none = field.default is None
     return " ".join([told.get(field.name, ""), *([] if is_none else [f" [{default}]"])]).strip()

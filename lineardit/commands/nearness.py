@@ -95,18 +95,18 @@ def nearness(
 
 
 def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
-    """What a student is opened with; one that is missing is told before the base is loaded."""
+    """Arguments for opening a student; one that is missing is reported before the base is loaded."""
     from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.base import read_base
 
     if find_adapter(student, offline=offline) is not None:
-        return {"base": base}  # not the one that it names
+        return {"base": base}  # instead of the one that it names
     read_base(student, offline=offline)
     return {}
 
 
 def show(found: "dict[str, Nearness]", how: str = "") -> None:
-    """Print a row for each model; `how` is of `how_told`."""
+    """Print a row for each model; `how` is from `how_told`."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     for header in ("first", "last", "mean", "seconds a prediction"):

@@ -1,4 +1,4 @@
-"""Options that several commands share, with one wording, under one heading of `--help`."""
+"""Options that several commands share, with the same wording and heading in `--help`."""
 
 import math
 from typing import Annotated
@@ -15,7 +15,7 @@ MACHINE = "Device, memory and speed"
 
 
 def finite(number: float | None) -> float | None:
-    """The number of an option, as it is, if it is one.
+    """Return the number of an option, unchanged, if it is finite.
 
     Raises:
         typer.BadParameter: NaN or infinite.
@@ -26,10 +26,10 @@ def finite(number: float | None) -> float | None:
 
 
 def known(impl: str) -> str:
-    """The name of an implementation, as it is, if some method has one.
+    """Return the name of an implementation, unchanged, if some method has it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no method has it.
     """
     if impl != "auto":
         from ..linearize.methods import check_impl_known

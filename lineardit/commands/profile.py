@@ -101,7 +101,7 @@ def profile(
 
 
 def show(profile: "Profile", how: str = "") -> None:
-    """Print where attention goes and what each candidate changes, a row for each layer; `how` is of `how_told`."""
+    """Print where attention goes and what each candidate changes, a row for each layer; `how` is from `how_told`."""
     from ..linearize.measures.budget import name_of
 
     console = wide_console()
@@ -119,7 +119,7 @@ def show(profile: "Profile", how: str = "") -> None:
 
 
 def _table(headers: Iterable[str]) -> Table:
-    """Without rows, a column for the module and one for each header."""
+    """An empty table with a column for the module and one for each header."""
     table = Table("module", box=SIMPLE_HEAD)
     for header in headers:
         table.add_column(header, justify="right")

@@ -1,4 +1,4 @@
-"""What several commands read from the command line: sizes, lists of numbers, parts of the work, files of prompts."""
+"""Parsing shared by several commands: sizes, lists of numbers, arguments, parts of the work, files of prompts."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def parse_numbers(option: str, text: str) -> list[float]:
 
 
 def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
-    """{name: value} from NAME=VALUE each; the value a number, true, false, a list or a string as in TOML, or bare text.
+    """{name: value} from texts NAME=VALUE, the value a number, boolean, list or string as in TOML, or bare text.
 
     Raises:
         ValueError: not of this form, or one name twice.
@@ -58,11 +58,11 @@ def _value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     plain = len(read) == 1 and "#" not in text and isinstance(read["value"], bool | int | float | str | list)
-    return read["value"] if plain else text  # not the date, comment or second line that TOML sees in it
+    return read["value"] if plain else text  # dates, comments and second lines stay text
 
 
 def outside_brackets(text: str) -> list[str]:
-    """What stands between the commas that no bracket holds; nothing of an empty text."""
+    """Split at commas outside brackets; an empty text has no parts."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[{") - (letter in "]}")
@@ -74,7 +74,7 @@ def outside_brackets(text: str) -> list[str]:
 
 
 def parse_quantization(text: str | None) -> "Quantization | None":
-    """What `--quantize BACKEND[:NAME=VALUE,...]` asks for; values as of `parse_arguments`.
+    """What `--quantize BACKEND[:NAME=VALUE,...]` asks for; values as in `parse_arguments`.
 
     Raises:
         ValueError: not of this form, or no such backend.
@@ -97,10 +97,10 @@ def parse_quantization(text: str | None) -> "Quantization | None":
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
-    """(i, n) of "I/N"; under a launcher, of this process's share of that, or of everything without a text.
+    """(i, n) from "I/N", or (1, 1) without a text; under a launcher, this process's share of that part.
 
     Raises:
-        ValueError: the text is nothing of that kind.
+        ValueError: not of this form.
     """
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     rank = int(os.environ.get("RANK") or 0) if processes > 1 else 0
@@ -110,11 +110,11 @@ def parse_part(text: str | None) -> tuple[int, int]:
     if found is None or int(found[1]) > int(found[2]):
         raise ValueError(f"--part must be I/N with I from 1 to N, such as 2/8, got {text!r}")
     part, parts = int(found[1]), int(found[2])
-    return part + parts * rank, parts * processes  # every processes-th of this part: others may have fewer
+    return part + parts * rank, parts * processes  # every `processes`-th item of this part
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; empty lines, lines that start with # and the byte order mark of some editors are passed over.
+    """Read one prompt per line; empty lines, lines that start with # and a byte order mark are skipped.
 
     Raises:
         ValueError: the file holds no prompt.
@@ -124,7 +124,7 @@ def read_prompts(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} must be text in UTF-8, it is not ({error})") from error
-    prompts = [line.strip() for line in text.split("\n")]  # no more of what Unicode calls ends of lines
+    prompts = [line.strip() for line in text.split("\n")]  # `splitlines` also splits at other characters
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if not prompts:
         raise ValueError(f"{file} must hold one prompt a line, it holds none; lines that begin with # are comments")

@@ -1,4 +1,4 @@
-"""What a command says is its own: no loading bars and hints of the libraries below."""
+"""Silence the libraries, so that a command prints its own messages only."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ import transformers
 
 
 def quiet_libraries() -> None:
-    """Leave only errors of diffusers and transformers, and of the Hub not even each try: its last error is told."""
+    """Show only errors of diffusers and transformers, and none of the Hub's retries: its last error is reported."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

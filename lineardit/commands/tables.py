@@ -1,4 +1,4 @@
-"""Tables on a terminal, and whole ones in a pipe or a file."""
+"""Tables on a terminal, and uncut tables in a pipe or a file."""
 
 from typing import TYPE_CHECKING
 
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from ..linearize.adapters.quantization import Quantization
 
 MAX_WIDTH = 100  # columns, of a terminal
-WHOLE = 10_000  # columns, of what is no terminal: no cell is cut or wrapped
+WHOLE = 10_000  # columns, if it is not a terminal: no cell is cut or wrapped
 
 
 def wide_console() -> Console:
     """A console as wide as the terminal, but at most `MAX_WIDTH`; in a pipe or a file as wide as its tables are.
 
-    It prints what it is given: brackets and colons in the names of folders are no markup.
+    It prints text as given: brackets and colons in folder names are not markup.
     """
     console = Console(markup=False, emoji=False, highlight=False)
     console.width = min(console.width, MAX_WIDTH) if console.is_terminal else WHOLE
@@ -23,13 +23,13 @@ def wide_console() -> Console:
 
 
 def print_titled(console: Console, title: str, table: Table) -> None:
-    """A table under a title; one of the table's own is wrapped at the table's width."""
+    """Print a table under a title; rich would wrap the table's own title at the table's width."""
     console.print(title, style="italic", soft_wrap=True)
     console.print(table)
 
 
 def how_told(quantization: "Quantization | None", offload: str = "none") -> str:
-    """What is to be said of figures whose model is quantized or offloaded: `; weights by torchao, offload model`."""
+    """Suffix for the title of a quantized or offloaded model's figures: `; weights by torchao, offload model`."""
     told = [f"weights by {quantization}"] if quantization else []
     told += [f"offload {offload}"] if offload != "none" else []
     return f"; {', '.join(told)}" if told else ""

@@ -27,7 +27,7 @@ from .options import (
 )
 from .prompts import parse_arguments, parse_quantization, parse_size
 
-# Further arguments of the call that a picture says, and that a larger one needs to show the same.
+# Further arguments of the call that a picture records, and that an enlarged one needs to show the same.
 _TAKEN_OVER = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "true_cfg_scale")
 
 
@@ -87,7 +87,7 @@ def upscale(
         raise ValueError(f"output must end in .png, got {output}")
     settings = Settings(strength=strength, steps=steps, sharpen=sharpen, chunk_tokens=chunk_tokens)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
-    # what can be told before a large model is loaded
+    # everything that can be checked before a large model is loaded
     check_larger(image, (height, width))
     (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **said_of(more)})
     if not overwrite:
@@ -111,7 +111,7 @@ def upscale(
 
 
 def _read(picture: Path) -> Any:
-    """The picture, whole."""
+    """The picture, read completely."""
     from PIL import Image
 
     from ..pipelines.pictures import as_rgb
@@ -128,7 +128,7 @@ def _read(picture: Path) -> Any:
 def _prompt_and_model(
     picture: Path, said: Mapping[str, str], prompt: str | None, source: str | None
 ) -> tuple[str, str]:
-    """What the picture shows, and what is to enlarge it; where nothing is given, what the PNG says."""
+    """The prompt and the model, as given or else as recorded in the PNG."""
     prompt = prompt or said.get("prompt")
     source = source or said.get("adapter") or said.get("model")
     if prompt is None or source is None:
@@ -145,10 +145,10 @@ def drawn_as_said(
     max_sequence_length: int | None,
     arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Settings of the call; where one is not given, what the PNG says, which a model of the same base has made.
+    """Settings of the call, as given or else as recorded in the PNG, which a model of the same base has made.
 
     Raises:
-        ValueError: a number that it says is none.
+        ValueError: a recorded number is not a number.
     """
     taken: dict[str, Any] = {}
     try:
