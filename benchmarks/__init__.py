@@ -1,1 +1,1 @@
-"""Benchmarks, as `benchmarks/gpu.sh` and the tests import them."""
+"""Benchmarks, a package for `benchmarks/gpu.sh` and the tests."""

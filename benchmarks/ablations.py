@@ -1,7 +1,7 @@
-"""What each term of CLEAR's loss brings: `make ablations`, about 90 CPU-minutes, resumable.
+"""What each term of CLEAR's loss contributes: `make ablations`, about 90 CPU-minutes, resumable.
 
-Students of Clear(radius=4) on the small trained model, alike in all but the settings of their row. Writes
-benchmarks/results/ablations.json, ablations.md and ablations.png, anew with every row.
+Students of Clear(radius=4) on the small trained model, which differ only in the settings of their row. Writes
+benchmarks/results/ablations.json, ablations.md and ablations.png, again after every row.
 """
 
 import argparse
@@ -42,7 +42,7 @@ ROWS: dict[str, Mapping[str, Mapping[str, Any]]] = {  # settings that differ fro
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ScenePlan):
-    """How much is done."""
+    """The amount of work."""
 
     captions: int = 64
     train_steps: int = 200
@@ -53,7 +53,7 @@ class Plan(ScenePlan):
 
 
 class Ablations(SceneStudents):
-    """One run of all rows, in a folder of its own."""
+    """One run of all rows, in its own folder."""
 
     plan: Plan
 
@@ -76,7 +76,7 @@ class Ablations(SceneStudents):
         return [self.row(name) for name in self.made]
 
     def config(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> DistillConfig:
-        """The baseline's, but for these."""
+        """The baseline's config with these changes."""
         tables = self.tables(name.replace(" ", "-"), self.plan.seed) | {
             "method": config_to_dict(self.method),
             "trained": {"kind": "attention", "projections": ALL_PROJECTIONS},
@@ -85,7 +85,7 @@ class Ablations(SceneStudents):
         return config_from_tables({name: table | dict(changes.get(name, {})) for name, table in tables.items()})
 
     def write(self, results: Path) -> None:
-        """The report of what has been made."""
+        """Write the report of the rows made so far."""
         plan, rows = self.plan, [self.row(name) for name in self.made]
         results.mkdir(parents=True, exist_ok=True)
         shown = [one.pictures.images[: plan.shown] for one in self.made.values()]

@@ -1,7 +1,7 @@
-"""What merged positions do to a picture, on the small model: `python benchmarks/bf16_positions.py`, minutes.
+"""What rounded positions do to a picture, on the small model: `python benchmarks/bf16_positions.py`, minutes.
 
-A strip of sixteen times the same scene, 2048 x 128 pixels: 512 columns of tokens, whose numbers bfloat16 rounds from
-256 on, as in diffusers' FLUX pipelines. Noise is added, and it is denoised in bfloat16, with rounded and with exact
+A strip that repeats one scene sixteen times, 2048 x 128 pixels: 512 columns of tokens, whose positions bfloat16 rounds
+from 256 on, as in diffusers' FLUX pipelines. It is noised, and denoised in bfloat16, with rounded and with exact
 positions, and in float32; local attention of radius 16 keeps tokens to distances that the model knows. Writes
 docs/images/bf16_positions.png, the middle of the strip, and prints errors against float32 in both halves.
 """
@@ -32,7 +32,7 @@ TEXT_TOKENS = 64
 
 @contextmanager
 def rounded_positions(pipe: Any) -> Iterator[None]:
-    """Inside, the model gets the positions of diffusers' pipelines in bfloat16, rounded."""
+    """A context in which the model gets rounded positions, as of diffusers' pipelines in bfloat16."""
 
     def as_stock(_module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0].bfloat16().float(),)

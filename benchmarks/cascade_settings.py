@@ -1,8 +1,8 @@
 """What each setting of the cascade does, on the small model: `python benchmarks/cascade_settings.py`, tens of minutes.
 
-One picture of 128 pixels by the dense teacher is enlarged to 512 again and again, with one setting changed at a time;
-the noise is the same in all. For rope_factor, which matters most where positions are furthest, one of these is enlarged
-to 1024. Writes docs/images/settings_*.png; docs/high_resolution.md shows them.
+One picture of 128 pixels by the dense teacher is enlarged to 512 repeatedly, with one setting changed at a time; the
+noise is the same in all. For rope_factor, which matters most where positions are furthest, one of these is enlarged to
+1024. Writes docs/images/settings_*.png; docs/high_resolution.md shows them.
 
 The student is that of `make high-resolution`; --adapter names another.
 """
@@ -35,7 +35,7 @@ ROPE_STEPS = 4
 
 
 class Drawing:
-    """One caption's picture by the teacher, and what settings make of it."""
+    """One caption's picture by the teacher, and its enlargements by settings."""
 
     def __init__(self, adapter: Path | None, scene: int, seed: int) -> None:
         self.caption = scenes.sample(scene, split="held_out").caption
@@ -82,7 +82,7 @@ def stretching(rope_factor: float) -> Callable[[Drawing], Image.Image]:
 ROWS: dict[str, dict[str, Callable[[Drawing], Image.Image]]] = {
     "strength": {f"strength {value:g}": enlarging(strength=value) for value in (0.1, 0.3, 0.6, 0.88)},
     "sharpen": {f"strength 0.3, sharpen {value:g}": enlarging(sharpen=value) for value in (0, 1, 3)},
-    # Follow is 1, steps are 8 and the shift 3.16 where nothing is said.
+    # By default, follow is 1, steps are 8 and the shift is 3.16.
     "follow": {f"strength 0.3, follow {value:g}": enlarging(strength=0.3, follow=value) for value in (0.0, 0.5, 1.0)},
     "steps": {f"strength 0.6, {value} steps": enlarging(strength=0.6, steps=value) for value in (2, 8, 16)},
     "shift": {

@@ -3,8 +3,8 @@
     python benchmarks/cpu.py [--threads 2] [--repeats 7] [--clock wall|cpu] [--only pairs|growth|memory] [--json FILE]
 
 Prints one row per figure with the mark that it should reach, then the same as JSON.
-Times are medians in milliseconds; memory is the growth of peak resident memory, in MiB, of one forward and backward.
-On a busy machine, `--threads 1 --clock cpu` counts the time that the process really computed.
+Times are medians in milliseconds; memory is the growth of peak resident memory, in MiB, by one forward and backward.
+On a busy machine, `--threads 1 --clock cpu` counts only the CPU time of the process.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table; `ratio` should reach `mark` from the side that `better` tells."""
+    """One line of the table; `ratio` should be at least `mark`, or at most if `better` is "lower"."""
 
     what: str
     ours: float
@@ -72,7 +72,7 @@ class Row:
         return self.ratio >= self.mark if self.better == "higher" else self.ratio <= self.mark
 
 
-# What is measured: a shape, the mark forward, the mark forward + backward.
+# (shape, mark of the forward, mark of forward + backward)
 AGAINST_DENSE = [(Shape(side=64), 1.5, 1.5), (Shape(side=128), 5.5, 5.5)]
 AGAINST_MASKED = [Shape(side=side) for side in (4, 8, 16, 24, 32, 48)] + [
     Shape(side=16, text_len=0),
@@ -85,7 +85,7 @@ GROWTH = (256, 512)
 
 
 def step(shape: Shape, name: str, *, backward: bool) -> Callable[[], None]:
-    """One call of "window", "dense" or "masked" attention on tensors of its own."""
+    """One call of "window", "dense" or "masked" attention on its own tensors."""
     query, key, value, grad_out = shape.tensors()
     mask = shape.mask() if name == "masked" else None
 
@@ -119,7 +119,7 @@ class Timer:
         return 1e3 * (self.clock() - start)
 
     def medians(self, *runs: Callable[[], None]) -> list[float]:
-        """Of alternating runs, after one warm run of each."""
+        """Medians of alternating runs, after one warm-up run of each."""
         for run in runs:
             run()
         # Short calls are repeated, so that each measurement takes some milliseconds.
@@ -174,7 +174,7 @@ def memory_rows() -> list[Row]:
 
 
 def fresh_process_memory(side: int, name: str) -> float:
-    """MiB, measured by this script in a process of its own."""
+    """MiB, measured by this script in a process started for it."""
     command = [sys.executable, __file__, "--measure-memory", name, str(side), "--threads", str(torch.get_num_threads())]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -189,7 +189,7 @@ def measure_memory(name: str, side: int) -> float:
 
 
 def peak_resident_memory() -> float:
-    """MiB of this program; `getrusage` would tell its parent's peak where that was higher."""
+    """MiB of this process; `getrusage` would report its parent's peak if that was higher."""
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024

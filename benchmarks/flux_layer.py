@@ -10,7 +10,7 @@ GRID, TEXT_LEN, SHAPE = (256, 256), 512, {"num_heads": 24, "head_dim": 128}
 
 
 def title(method: Any) -> str:
-    """As it is written in Python, without the fields left at their defaults."""
+    """The method as Python code, without the fields left at their defaults."""
     if isinstance(method, Mapping):
         return ", ".join(f"{title(one)} in {pattern}" for pattern, one in method.items())
     told = [
@@ -28,14 +28,14 @@ def _told(value: Any) -> str:
 
 
 def flops(config: Any) -> int:
-    """Of one call at FLUX's 4K shape; None: softmax over everything."""
+    """FLOPs of one call at FLUX's 4K shape; None: softmax over everything."""
     tokens = GRID[0] * GRID[1] + TEXT_LEN
     pairs = tokens**2 if config is None else METHODS[type(config)].pairs(config, GRID, TEXT_LEN, **SHAPE)
     return 4 * pairs * SHAPE["num_heads"] * SHAPE["head_dim"]
 
 
 def local_of_equal_flops(config: Any) -> Clear:
-    """The smallest radius, in halves, that costs as much as this config or more."""
+    """The smallest radius, in steps of 0.5, that costs at least as much as this config."""
     radius = 1.0
     while flops(Clear(radius=radius)) < flops(config):
         radius += 0.5

@@ -1,7 +1,7 @@
-"""What a forward of FLUX.1 holds beside its weights: `python benchmarks/forward_memory.py`, a minute on a CPU.
+"""Memory of a forward of FLUX.1 besides its weights: `python benchmarks/forward_memory.py`, a minute on a CPU.
 
-In FLUX.1-dev's shape, without numbers (meta device), as `high.plan` counts it; and the tables that the hybrid of
-`lineardit convert` keeps from call to call, as on a GPU. For docs/high_resolution.md.
+In FLUX.1-dev's shape, on the meta device, as `high.plan` counts it; and the tables that the hybrid of `lineardit
+convert` caches between calls, as on a GPU. For docs/high_resolution.md.
 """
 
 import json
@@ -24,7 +24,7 @@ TEXT_LEN = 512
 
 
 def peak_bytes(side: int, chunk_tokens: int | None, methods: tuple[Any, ...] = ()) -> tuple[int, int]:
-    """Of a square picture in bfloat16, converted to these; and bytes of one copy of all tokens at the model's width."""
+    """Peak of a square picture in bfloat16 with these methods, and bytes of all tokens at the model's width."""
     text, latents = CONFIG.read_text(), (side // PIXELS_PER_LATENT,) * 2
     shape = Shape(
         model_class="FluxTransformer2DModel", config=text, dtype=torch.bfloat16, latents=latents, text_len=TEXT_LEN
@@ -39,7 +39,7 @@ def peak_bytes(side: int, chunk_tokens: int | None, methods: tuple[Any, ...] = (
 
 
 def table_bytes(side: int) -> int:
-    """Of the tables that the recommended hybrid keeps of a square picture."""
+    """Bytes of the tables that the recommended hybrid caches for a square picture."""
     hybrid, tokens = cast(Hybrid, RECOMMENDED), side // PIXELS_PER_LATENT // 2
     grid, window, device = (tokens, tokens), hybrid.local.shape, torch.device("cpu")
     tables = focus_tables(

@@ -1,9 +1,9 @@
 """Pictures larger than the small model's own: `make high-resolution`, hours on two idle cores, resumable.
 
 The cascade with a student against direct generation, against the 128 px picture enlarged by Lanczos, and against an
-oracle: the drawing itself, through the VAE. Does each picture still follow its caption and hang together, and how sharp
-are its objects? And what memory does the cascade take? Writes benchmarks/results/high_resolution.json, .md and .png,
-anew as rows are done.
+oracle: the drawing itself, through the VAE. Does each picture still follow its caption, is it coherent, and how sharp
+are its objects? And how much memory does the cascade take? Writes benchmarks/results/high_resolution.json, .md and
+.png, again after every row.
 
 The student is a hybrid without training; --adapter names another. Direct generation is for a few captions only.
 """
@@ -44,7 +44,7 @@ from lineardit.work_log import WorkLog, this_machine
 logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).with_name("results")
-# At 1024 px, 256 x 256 tokens, a proxy stands for 8 x 8, half as far as the window reaches: wider cells would show.
+# At 1024 px, 256 x 256 tokens, a proxy stands for 8 x 8, half the window's radius: wider cells would be visible.
 STUDENT = Hybrid(local=Clear(radius=16), global_=ProxyTokens(num_proxies=1024), gate=1.0, focus_tokens=256)
 SHOWN = 6  # captions on the sheet
 COLOURFUL = 0.2  # max - min of a pixel: objects are above, backgrounds below 0.18
@@ -53,7 +53,7 @@ Draw = Callable[[int], Image.Image]  # the picture of one caption
 
 @dataclass(frozen=True, kw_only=True)
 class Amount:
-    """How much is done."""
+    """The amount of work."""
 
     native: int = 128  # pixels
     side: int = 512
@@ -66,7 +66,7 @@ class Amount:
 
 
 def open_student(base: Path, adapter: Path | None) -> Any:
-    """The pipeline of this adapter; None: the base's with `STUDENT`."""
+    """The pipeline of this adapter; None: the base with `STUDENT`."""
     pipe = open_pipeline(adapter or base)
     if adapter is None:
         linearize_(pipe, STUDENT)
@@ -74,7 +74,7 @@ def open_student(base: Path, adapter: Path | None) -> Any:
 
 
 def sharpness(picture: Image.Image) -> float | None:
-    """Mean gradient, of 255 a pixel, where objects border on the background; None without objects."""
+    """Mean gradient per pixel, of 255, at the borders of objects; None without objects."""
     pixels = numpy.asarray(picture.convert("RGB"), numpy.float32)
     mask = pixels.max(-1) - pixels.min(-1) > 255 * COLOURFUL
     down, right = numpy.gradient(pixels, axis=(0, 1))
@@ -86,7 +86,7 @@ def sharpness(picture: Image.Image) -> float | None:
 
 
 class HighResolution:
-    """One run, in a folder of its own: every picture is a file, and what is there is not made again.
+    """One run, in its own folder: every picture is a file, and existing files are not made again.
 
     `adapter` is the student's; None: `STUDENT`.
     """
@@ -109,7 +109,7 @@ class HighResolution:
         self.beside: dict[str, Any] = {}
 
     def pictures(self, name: str, side: int, count: int, draw: Draw) -> list[Image.Image]:
-        """Of the first `count` captions, drawn or read."""
+        """Pictures of the first `count` captions, drawn or read."""
         folder = self.directory / f"{name} {side}".replace(" ", "-").replace(",", "")
         folder.mkdir(parents=True, exist_ok=True)
         made = []
@@ -142,7 +142,7 @@ class HighResolution:
         return self.cascade.plan(side, side, num_inference_steps=amount.steps, settings=amount.settings)
 
     def in_stages(self, side: int, index: int) -> Image.Image:
-        """The cascade; every stage's picture is kept beside."""
+        """The cascade's picture; every stage's picture is saved too."""
         folder = self.directory / "stages"
         folder.mkdir(exist_ok=True)
 
@@ -165,7 +165,7 @@ class HighResolution:
         return processor.postprocess(decode(vae, encode(vae, pixels, tile=None), tile=None))[0]
 
     def last_stage(self, attention: str, index: int) -> Image.Image:
-        """The last stage at `side` with "converted" or "original" attention, from the stage before's picture."""
+        """The last stage's picture with "converted" or "original" attention, from that of the stage before."""
         plan = self.plan(self.amount.side)
         with Image.open(self.directory / "stages" / f"{index:03d}-{plan.stages[-2].width}.png") as opened:
             before = opened.convert("RGB")
@@ -191,7 +191,7 @@ class HighResolution:
         )
 
     def run(self, tell: Callable[[], None]) -> None:
-        """All rows and what is measured beside them, the marks' first; `tell` is called when one is done."""
+        """All rows and other measurements, those of the marks first; `tell` is called after each."""
         amount = self.amount
         few = amount.few_captions
         self.add("teacher", amount.native, amount.captions, self.native)
@@ -210,14 +210,14 @@ class HighResolution:
         tell()
 
     def add_cascade(self, side: int, count: int) -> None:
-        """The cascade's row, and what it is held against."""
+        """The cascade's row, and those that it is compared with."""
         self.add("Lanczos", side, count, lambda index: self.enlarged(index, side))
         self.add("Lanczos, sharpened", side, count, lambda index: self.enlarged_sharply(index, side))
         self.add("oracle", side, count, lambda index: self.oracle(side, index))
         self.add("cascade, student", side, count, lambda index: self.in_stages(side, index))
 
     def add(self, name: str, side: int, count: int, draw: Draw) -> None:
-        """A row, of pictures drawn or read."""
+        """Add a row, its pictures drawn or read."""
         self.made[name, side] = self.pictures(name, side, count, draw)
         self.rows.append(self.row(name, side, self.made[name, side]))
         if (name, side) == ("cascade, student", self.amount.side):
@@ -227,14 +227,14 @@ class HighResolution:
         return self.made["teacher", self.amount.native][index].resize((side, side), Image.Resampling.LANCZOS)
 
     def enlarged_sharply(self, index: int, side: int) -> Image.Image:
-        """As every stage of the cascade enlarges, without the model."""
+        """Enlarged as by the cascade's stages, without the model."""
         picture = self.made["teacher", self.amount.native][index]
         for stage in self.plan(side).stages[1:]:
             picture = enlarged(picture, stage.width, stage.height, stage.sharpen)
         return picture
 
     def likeness(self) -> dict[str, float]:
-        """Of the last stage by the student to that by the dense teacher."""
+        """Similarity of the last stage by the student to that by the dense teacher."""
         side, few = self.amount.side, self.amount.few_captions
         made = [
             self.pictures(f"last stage, {name}", side, few, lambda index, of=attention: self.last_stage(of, index))
@@ -245,13 +245,13 @@ class HighResolution:
         return scores | {"captions": few}
 
     def step_seconds(self) -> dict[str, Any]:
-        """Medians: two of the teacher's, between three of the student's."""
+        """Medians of two steps of the teacher's and three of the student's, alternating."""
         side = self.amount.largest
         settings = PictureSettings(height=side, width=side, max_sequence_length=self.amount.text_tokens)
 
         def measure() -> dict[str, Any]:
             student, teacher = step_call(self.student, settings), step_call(self.teacher, settings)
-            student()  # tables of a size are made once; the teacher has none
+            student()  # builds the tables of this size; the teacher has none
             seconds = [seconds_of(step) for step in (student, teacher, student, teacher, student)]
             medians = {"student": median(seconds[::2]), "teacher": median(seconds[1::2])}
             return medians | {"seconds": seconds, "machine": this_machine()}
@@ -259,11 +259,11 @@ class HighResolution:
         return self.once("step seconds", measure)
 
     def memory(self) -> list[dict[str, Any]]:
-        """In fresh processes."""
+        """Peak memory, in fresh processes."""
         return self.once("memory", lambda: [asdict(one) for one in measure_fresh(SIDES)])
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What is measured, or was in an earlier run in this folder."""
+        """A measurement, made now or by an earlier run in this folder."""
         file = self.directory / f"{name.replace(' ', '_')}.json"
         if not file.exists():
             with self.work.timed(name):
@@ -285,7 +285,7 @@ class HighResolution:
 
 
 def write_results(results: Path, run: HighResolution) -> str:
-    """high_resolution.json, .md and .png, of what has been made; returns the report."""
+    """Write high_resolution.json, .md and .png of the rows made so far; returns the report."""
     amount = run.amount
     results.mkdir(parents=True, exist_ok=True)
     rows = [asdict(row) for row in run.rows]

@@ -1,8 +1,8 @@
 """Peak memory of the cascade on a CPU: `python benchmarks/high_resolution_memory.py`, minutes on two idle cores.
 
-Each size in a fresh process, one step a stage, with the small model and local attention: by how much the process grows
-over what it takes with the pipeline loaded and a smallest picture drawn. What training makes of the weights does not
-matter. Writes benchmarks/results/high_resolution_memory.json and .md; `make high-resolution` includes it.
+Each size in a fresh process, one step per stage, with the small model and local attention: the growth of the process
+over its size with the pipeline loaded and a smallest picture drawn. The values of the weights do not matter. Writes
+benchmarks/results/high_resolution_memory.json and .md; `make high-resolution` includes it.
 """
 
 import argparse
@@ -30,28 +30,28 @@ from lineardit.pipelines.plan import Settings
 
 RESULTS = Path(__file__).with_name("results")
 SIDES = (512, 1024, 2048)
-MOST = 4.2  # times, for four times the pixels
+MOST = 4.2  # largest growth factor for four times the pixels
 MIB = 2**20
 CAPTION = "a red circle at the top left and a blue cross at the middle right on striped sand"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Of one picture, square, in MiB of resident memory."""
+    """Resident memory for one square picture, in MiB."""
 
     side: int  # pixels
-    idle: float  # of the process before it
-    growth: float  # over that, at most
+    idle: float  # of the process before the picture
+    growth: float  # of the peak over that
     seconds: float
 
     @property
     def whole(self) -> float:
-        """Of the process at its peak; `getrusage` would tell its parent's where that was higher."""
+        """The process at its peak; `getrusage` would report its parent's peak if that was higher."""
         return self.idle + self.growth
 
 
 def measure(side: int) -> Memory:
-    """In this process, which should be fresh."""
+    """Measure in this process, which should be fresh."""
     pipe = open_pipeline(path())
     linearize_(pipe, Clear(radius=4))
     high = HighResolutionPipeline.from_pipe(pipe)
@@ -73,7 +73,7 @@ def measure(side: int) -> Memory:
 
 
 def measure_fresh(sides: Sequence[int]) -> list[Memory]:
-    """Each in a process of its own."""
+    """Measure each size in a fresh process."""
     made = []
     for side in sides:
         command = [sys.executable, __file__, "--one", str(side)]
@@ -83,12 +83,12 @@ def measure_fresh(sides: Sequence[int]) -> list[Memory]:
 
 
 def growths(memory: Sequence[Memory]) -> list[tuple[str, float]]:
-    """From each size to the next: how many times as much."""
+    """Growth factors from each size to the next."""
     return [(f"{one.side} to {two.side} px", two.growth / one.growth) for one, two in pairwise(memory)]
 
 
 def table(memory: Sequence[Memory]) -> str:
-    """As people read it."""
+    """The measurements as a Markdown table."""
     lines = ["| pixels | growth over idle, MiB | times | whole process, MiB | idle, MiB | seconds |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     times = ["", *(f"{ratio:.2f}" for _, ratio in growths(memory))]

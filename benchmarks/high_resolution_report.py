@@ -1,4 +1,4 @@
-"""What `high_resolution.py` measured, as people read it: marks and rows."""
+"""The report of `high_resolution.py`: marks and rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from high_resolution_memory import MOST, Memory, growths, table
 
-Mark = tuple[str, str, str, bool]  # what, the target, what was measured, whether it was met
+Mark = tuple[str, str, str, bool]  # what is measured, the target, the measurement, whether it was met
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +18,11 @@ class Row:
     pictures: int
     objects: float
     coherence: float
-    sharpness: float  # mean gradient at borders of objects, of 255 a pixel
+    sharpness: float  # mean gradient per pixel at borders of objects, of 255
 
 
 def quality_marks(side: int, rows: Sequence[Row], beside: dict[str, Any]) -> list[Mark]:
-    """Of the cascade at this size, and of its last stage; those that are measured."""
+    """Marks of the cascade at this size and of its last stage, as far as measured."""
     marks: list[Mark] = [
         (
             f"cascade at {side} px: {name}",
@@ -44,7 +44,7 @@ def quality_marks(side: int, rows: Sequence[Row], beside: dict[str, Any]) -> lis
 
 
 def sharpness_marks(side: int, rows: Sequence[Row]) -> list[Mark]:
-    """Of the cascade at this size, where it and what it is held against are measured."""
+    """Marks of the cascade at this size, if it and the rows it is compared with are measured."""
     edges = {row.name: row.sharpness for row in rows if row.side == side}
     if not {"cascade, student", "Lanczos", "oracle"} <= edges.keys():
         return []
@@ -57,7 +57,7 @@ def sharpness_marks(side: int, rows: Sequence[Row]) -> list[Mark]:
 
 
 def cost_marks(largest: int, beside: dict[str, Any]) -> list[Mark]:
-    """Time of a step at this size, and growth of memory; those that are measured."""
+    """Marks of a step's time at this size and of memory growth, as far as measured."""
     marks: list[Mark] = []
     if seconds := beside.get("step seconds"):
         student, teacher = seconds["student"], seconds["teacher"]
@@ -77,7 +77,7 @@ def cost_marks(largest: int, beside: dict[str, Any]) -> list[Mark]:
 
 
 def report(side: int, largest: int, rows: Sequence[Row], beside: dict[str, Any], told: str) -> str:
-    """Marks and rows; `beside`: what was measured beside them; `told`: of student and cascade."""
+    """Marks and rows; `beside`: other measurements; `told`: a description of student and cascade."""
     marks = [*quality_marks(side, rows, beside), *sharpness_marks(largest, rows), *cost_marks(largest, beside)]
     lines = ["# High resolution, on the small model", "", f"```\n{told}\n```", "", "| mark | target | measured | met |"]
     lines += ["| --- | --- | --- | --- |"]

@@ -1,12 +1,12 @@
-"""Registers, spills, shared memory and narrow loads of the Triton kernels, compiled for GPUs that need not be here.
+"""Registers, spills, shared memory and narrow loads of the Triton kernels, compiled for GPUs that need not be present.
 
     python benchmarks/kernel_resources.py            compare with the committed table; exit code 1 on growth
     python benchmarks/kernel_resources.py --write    write the table
     python benchmarks/kernel_resources.py --archs 80 86 90 100 120
 
-bfloat16, head dimension 128 (FLUX.1), the forward also 72 (PixArt), where heads do not lie at multiples of 16 elements.
-For each architecture the first tiles that fit into its shared memory, as at run time. The numbers depend on the version
-of Triton, which the table names; another version is compared with nothing.
+bfloat16, head dimension 128 (FLUX.1), the forward also 72 (PixArt), where heads are not at multiples of 16 elements.
+For each architecture, the first tiles that fit into its shared memory, as at run time. The numbers depend on the
+version of Triton, which the table records; under another version nothing is compared.
 """
 
 import argparse
@@ -64,21 +64,21 @@ POINTERS = {
     },
 }
 FOCUS_SIDES = (4, 8)
-# Their gradients are sums over programs, summed afterwards.
+# Programs write partial sums of the gradients, which are summed afterwards.
 PARTIAL_SUMS = (kernels.window_grad_shared, focus_kernels.focus_grad_proxy)
 
 
 def tile_constants(kernel: Any, tiles: Tiles) -> dict[str, int]:
-    """What a window kernel takes as fixed of its tiles."""
+    """The compile-time constants of a window kernel's tiles."""
     queries, keys = tiles.owned, tiles.read
-    if kernel in (kernels.window_grad_key, kernels.window_grad_shared):  # whose programs own keys
+    if kernel in (kernels.window_grad_key, kernels.window_grad_shared):  # their programs own keys
         queries, keys = keys, queries
     sides = {"Q_ROWS": queries[0], "Q_COLUMNS": queries[1], "K_ROWS": keys[0], "K_COLUMNS": keys[1]}
     return sides | {"BLOCK_Q": math.prod(queries), "BLOCK_K": math.prod(keys), "WORD_LEN": math.prod(tiles.read)}
 
 
 def argument_type(kernel: Any, name: str) -> str:
-    """As Triton writes it."""
+    """The type of an argument in Triton's notation."""
     if name.isupper():
         if kernel in PARTIAL_SUMS and name in ("GRAD_K", "GRAD_V"):
             return "*fp32"
@@ -89,7 +89,7 @@ def argument_type(kernel: Any, name: str) -> str:
 def compile_for(
     kernel: Any, blocks: dict[str, int], options: Tiles | Blocks, arch: int, head_dim: int = HEAD_DIM
 ) -> dict[str, int]:
-    """Registers a thread, bytes of stack (spills) a thread, bytes of shared memory a program, loads of 1 or 2 bytes."""
+    """Registers and bytes of stack (spills) per thread, bytes of shared memory per program, loads of 1 or 2 bytes."""
     names = kernel.arg_names
     every = {**blocks, "HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "PRECISION": "ieee", "UNIT": STRIDE_UNIT}
     fixed = {name: value for name, value in every.items() if name in names}
@@ -109,7 +109,7 @@ def compile_for(
 
 
 def cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack of the only kernel in it, by the cuobjdump that Triton brings."""
+    """Registers and stack of the cubin's only kernel, by the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -147,8 +147,8 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
 
 
 def focus_rows(side: int, arch: int, report: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """The kernels of cells in focus, each direction with the first blocks that fit; those of keys are of one size for
-    tiles of any side, and compiled once.
+    """The focus kernels, each direction with the first blocks that fit; key kernels are the same for all sides, and
+    compiled once.
     """
     of_keys = (focus_kernels.focus_grad_proxy, focus_kernels.focus_grad_cell) if side == FOCUS_SIDES[0] else ()
     directions: tuple[tuple[list[Blocks], tuple[Any, ...]], ...] = (
@@ -176,7 +176,7 @@ def focus_rows(side: int, arch: int, report: Callable[[str], None]) -> dict[str,
 
 
 def growth(rows: dict[str, dict[str, Any]], table: dict[str, dict[str, Any]]) -> list[str]:
-    """One sentence for each measure that is larger than in the table, and for other tiles."""
+    """One line for each measure that is larger than in the table, and for each change of tiles."""
     lines = [f"{name}: not in the table" for name in rows if name not in table]
     for name in rows.keys() & table.keys():
         if rows[name]["tiles"] != table[name]["tiles"]:

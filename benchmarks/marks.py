@@ -1,10 +1,10 @@
 """The marks of the main job, on the small trained model: `make marks`, resumable.
 
-Hours on two cores. Clear(radius=4), taught by the model itself: does the student still follow held-out captions, do its
-pictures still hang together, how near are its latents? The same for a hybrid, which adds 256 tokens in focus and 256
-proxies for all that lies beyond the window, and for a wider window that costs as much at FLUX.1's 4K shape (less here),
+Hours on two cores. Clear(radius=4), distilled from the model itself: does the student still follow held-out captions,
+are its pictures still coherent, how near are its latents? The same for a hybrid, which adds 256 tokens in focus and 256
+proxies for everything outside the window, and for a wider window that costs as much at FLUX.1's 4K shape (less here),
 each from three seeds. For agent attention and MALA in every layer, and MALA in the layers where a profile proposes it:
-do they follow captions? Writes benchmarks/results/marks.json, marks.md and marks.png, anew with every row.
+do they follow captions? Writes benchmarks/results/marks.json, marks.md and marks.png, again after every row.
 """
 
 import argparse
@@ -41,7 +41,7 @@ MALA = Mala(conv_size=5, balance=True)
 WIDER = "window of equal cost"
 SOME = "mala in some layers"
 FOLLOWERS = ("agent", "mala", SOME)  # held to their captions, not to coherence
-UNTRAINED = {  # the rows of the swaps alone
+UNTRAINED = {  # rows of conversions without training
     "default": "0 steps",
     "hybrid": "hybrid, 0 steps",
     "proxies alone": "proxies alone, 0 steps",
@@ -56,7 +56,7 @@ LONG = "teacher, 512 text tokens"
 
 
 class Student(NamedTuple):
-    """What is trained, how long, on how many captions it is judged before and after; settings beside marks.toml's."""
+    """What is trained, for how long, judged on how many captions before and after; changes to marks.toml's settings."""
 
     method: Any
     steps: int
@@ -67,20 +67,20 @@ class Student(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ScenePlan):
-    """How much is done."""
+    """The amount of work."""
 
     radius: float = 4
     proxies: int = 256  # of the hybrid
     focus_tokens: int = 256
-    few_train_steps: int = 200  # of the rows beside the marks
+    few_train_steps: int = 200  # of the secondary rows
     learning_rate: float = 3e-3
-    hybrid_train_steps: int = 100  # it starts nearest; as many for the window of equal cost
+    hybrid_train_steps: int = 100  # it starts nearest; the same for the window of equal cost
     hybrid_learning_rate: float = 1e-4
     hybrid_captions: int = 128  # of the hybrid without training
     rival_learning_rate: float = 1e-3  # of the window of equal cost; of proxies, agent and mala, with few_train_steps
-    layer_steps: int = 100  # of agent and mala, layer by layer before those, at the same rate
+    layer_steps: int = 100  # of agent and mala, layer by layer, before few_train_steps, at the same rate
     some_budget: Any = 0.35  # of full attention's operations, for mala where it errs least, and the hybrid elsewhere
-    profiled: int = 3  # pictures, for that
+    profiled: int = 3  # pictures, for some_budget
     seeds: tuple[int, ...] = (0, 1, 2)  # of the hybrid and the window of equal cost
     shown: int = 12  # rows of the sheet
 
@@ -91,12 +91,12 @@ def of_seed(name: str, seed: int) -> str:
 
 
 class Marks(SceneStudents):
-    """One run of everything, in a folder of its own."""
+    """One run of everything, in its own folder."""
 
     plan: Plan
 
     def run(self, report: Callable[[], None]) -> None:
-        """All rows, the hybrid's first and the window's late; `report` is called when a row is done."""
+        """All rows, the hybrid's first, the window's late; `report` is called after each."""
         plan = self.plan
         with self.work.timed("teacher's pictures"):
             self.draw("teacher", self.base, plan.captions)
@@ -114,7 +114,7 @@ class Marks(SceneStudents):
         report()
 
     def student(self, name: str, report: Callable[[], None]) -> None:
-        """A row of the swap alone, and one of the student."""
+        """A row of the conversion without training, and one of the student."""
         one = self.students[name]
         with self.work.timed(f"pictures: {name} without training"):
             self.draw(UNTRAINED[name], self.converted(name, one.method), one.untrained_captions)
@@ -126,7 +126,7 @@ class Marks(SceneStudents):
         report()
 
     def another_seed(self, name: str, seed: int) -> None:
-        """The same student from other noise and another order of the samples."""
+        """The same student with other noise and another order of the samples."""
         one, row = self.students[name], of_seed(name, seed)
         with self.work.timed(row):
             self.distill(row, one.method, one.steps, *one.changes, f"run.seed={seed}")
@@ -139,7 +139,7 @@ class Marks(SceneStudents):
         fast, medium, slow = (
             f"optimizer.lr={rate}" for rate in (plan.learning_rate, plan.rival_learning_rate, plan.hybrid_learning_rate)
         )
-        # The data's term draws a student away from a teacher that it matches already.
+        # The flow loss on the data pulls a student away from a teacher that it already matches.
         from_teacher = "loss.flow=0.0"
         by_layer = f"layerwise.steps={plan.layer_steps}", f"layerwise.lr={plan.rival_learning_rate}"
         follower = plan.few_train_steps, few, few, (medium, from_teacher, *by_layer)
@@ -159,7 +159,7 @@ class Marks(SceneStudents):
 
     @property
     def hybrid(self) -> Hybrid:
-        """The window, and proxies or chosen tokens for what lies beyond."""
+        """The window, and proxies or chosen tokens outside it."""
         return replace(self.unfocused, focus_tokens=self.plan.focus_tokens)
 
     @property
@@ -185,7 +185,7 @@ class Marks(SceneStudents):
         return local_of_equal_flops(self.hybrid)
 
     def converted(self, name: str, method: Any) -> Path:
-        """The folder of this swap, without training."""
+        """The folder of this conversion, without training."""
         return self.swapped(method, Path(name))
 
     def adapter(self, name: str) -> Path:
@@ -213,7 +213,7 @@ class Marks(SceneStudents):
         return [self.row(name) for name in self.made]
 
     def marks(self) -> list[Mark]:
-        """Of the rows that are made."""
+        """Marks of the rows made so far."""
         marks = teacher_marks(self.row("teacher"), self.row(LONG) if LONG in self.made else None)
         untrained = self.row(UNTRAINED["default"]) if UNTRAINED["default"] in self.made else None
         for name in ("default", "hybrid"):
@@ -227,14 +227,14 @@ class Marks(SceneStudents):
 
 
 def method_table(method: Any) -> dict[str, Any]:
-    """A config, or {pattern: config}, as the settings of a distillation have it."""
+    """A config, or {pattern: config}, as distillation settings write it."""
     if isinstance(method, Mapping):
         return {pattern: config_to_dict(one) for pattern, one in method.items()}
     return config_to_dict(method)
 
 
 def told(methods: Mapping[str, Any]) -> str:
-    """Which layers have which method."""
+    """Which layers have which method, in words."""
     names: dict[str, list[str]] = {}
     for pattern, method in methods.items():
         names.setdefault(type(method).__name__, []).append(pattern)
@@ -242,7 +242,7 @@ def told(methods: Mapping[str, Any]) -> str:
 
 
 def write_results(results: Path, run: Marks) -> str:
-    """marks.json, marks.md and marks.png, of what has been made; returns the report."""
+    """Write marks.json, marks.md and marks.png of the rows made so far; returns the report."""
     rows, marks = run.rows(), run.marks()
     results.mkdir(parents=True, exist_ok=True)
     columns = [name for name in SHOWN if name in run.made]

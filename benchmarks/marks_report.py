@@ -1,4 +1,4 @@
-"""What `marks.py` measured, held against the marks, and as a report."""
+"""The report of `marks.py`: its measurements compared with the marks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from lineardit.distill.metrics import Interval
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model over the first `pictures` held-out captions; `comparison` is with the teacher's same pictures."""
+    """One model on the first `pictures` held-out captions; `comparison` is with the teacher's pictures of these."""
 
     name: str
     pictures: int
@@ -24,7 +24,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A target and what was measured, in the unit that both texts name."""
+    """A target and a measurement, as text with units."""
 
     name: str
     target: str
@@ -51,7 +51,7 @@ def teacher_marks(teacher: Row, long: Row | None) -> list[Mark]:
 
 
 def student_marks(name: str, student: Row, untrained: Row | None) -> list[Mark]:
-    """The student against the teacher, and against the swap to a window without training, once that is made."""
+    """The student against the teacher, and against the window without training, once that is made."""
     assert student.comparison is not None
     marks = [
         _difference(f"{name}: objects", student.comparison.differences["objects"], -3),
@@ -68,13 +68,13 @@ def student_marks(name: str, student: Row, untrained: Row | None) -> list[Mark]:
 
 
 def follow_mark(name: str, student: Row) -> Mark:
-    """A student of a method that is held to its captions alone."""
+    """The mark of a student that only has to follow its captions."""
     assert student.comparison is not None
     return _difference(f"{name}: objects", student.comparison.differences["objects"], -5)
 
 
 def rival_marks(pairs: Sequence[tuple[Row, Row]]) -> list[Mark]:
-    """The hybrid against local attention of the same FLOPs, each pair from one seed, on the same captions."""
+    """The hybrid against local attention of equal FLOPs, each pair from one seed, on the same captions."""
     if not pairs:
         return []
     seeds = f"{len(pairs)} seed" + "s" * (len(pairs) > 1)
@@ -121,7 +121,7 @@ def _percent(share: float) -> str:
 
 
 def as_markdown(title: str, rows: Sequence[Row], marks: Sequence[Mark]) -> str:
-    """The report that people read."""
+    """The report in Markdown."""
     lines = [
         "# Marks of the main job",
         "",
@@ -140,7 +140,7 @@ def as_markdown(title: str, rows: Sequence[Row], marks: Sequence[Mark]) -> str:
 
 
 def rows_as_markdown(rows: Sequence[Row]) -> list[str]:
-    """A table of models, line by line."""
+    """The lines of a table of models."""
     lines = [
         "| model | captions | objects | coherence | objects against the teacher | latent MSE | PSNR, dB | SSIM |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -1,13 +1,13 @@
 """Methods side by side on the small trained model, equal training for all: `make methods`, many hours, resumable.
 
-Each method of `METHODS` becomes a student by the same number of steps on the same samples, with the same number of
-trained parameters (the rank of its LoRA makes up for what its kernels have), from three seeds. Beside every hybrid
-stands local attention of the same FLOPs.
+Each method of `METHODS` is distilled with the same number of steps on the same samples and the same number of trained
+parameters (the rank of its LoRA makes up for the parameters of its kernels), from three seeds. Every hybrid is paired
+with local attention of equal FLOPs.
 
 Writes benchmarks/results/methods.json, methods.md, methods.png, and in methods/ each row and a strip of its pictures,
-as rows are done: first all with one seed, then with two, then with three. Rows and students of the same plan that are
-there already are not made again: the table can be made in parts (`--only`), also on machines whose methods/ are copied
-into one.
+as rows are done: first all with one seed, then with two, then with three. Existing rows and students of the same plan
+are not made again: the table can be made in parts (`--only`), also on several machines whose methods/ are then copied
+together.
 """
 
 import argparse
@@ -83,11 +83,11 @@ QUICK = (Clear(radius=4), Mala())
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ScenePlan):
-    """How much is done."""
+    """The amount of work."""
 
     steps: int = 20
     train_steps: int = 200
-    layer_steps: int = 40  # of the first phase, before those
+    layer_steps: int = 40  # of the first phase, layer by layer
     layer_rate: float = 1e-3
     seeds: tuple[int, ...] = (0, 1, 2)
     trained: int = 220_000  # parameters of each student, to be met within 5%
@@ -99,10 +99,10 @@ class Plan(ScenePlan):
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A method on the base: the LoRA rank that makes the trained parameters as many as in every other row.
+    """A method on the base, with the LoRA rank that gives as many trained parameters as in every other row.
 
     Attributes:
-        trained: How many they are.
+        trained: Number of these parameters.
         layers: The config of each self-attention module of the image, None for one that keeps full attention.
     """
 
@@ -112,7 +112,7 @@ class Fit:
 
 
 class MethodTable(SceneStudents):
-    """One run of all rows, in a folder of its own."""
+    """One run of all rows, in its own folder."""
 
     plan: Plan
 
@@ -123,7 +123,7 @@ class MethodTable(SceneStudents):
         results: Path,
         only: Callable[[str], bool] = lambda _: True,
     ) -> Table:
-        """Every row whose title passes `only` with students of these seeds, beside those that `results` has."""
+        """Make the rows whose title passes `only` with students of these seeds, and add those that `results` has."""
         with self.work.timed("teacher's pictures"):
             self.draw("teacher", self.base, self.plan.captions)
         with self.work.timed("samples"):
@@ -152,7 +152,7 @@ class MethodTable(SceneStudents):
         return table
 
     def method(self, name: str, method: Any, seeds: tuple[int, ...]) -> MethodRow:
-        """One row: untrained, and a student from each seed."""
+        """One row: without training, and a student for each seed."""
         plan = self.plan
         untrained = self.converted(name, method)
         with self.work.timed(f"{name}, untrained"):
@@ -173,7 +173,7 @@ class MethodTable(SceneStudents):
         )
 
     def more_seeds(self, row: MethodRow, method: Any, seeds: tuple[int, ...]) -> MethodRow:
-        """A row that has students of the first of these seeds, with those of the others."""
+        """A row that has students of the first of these seeds, extended by those of the others."""
         further = self.students(row.name, method, self.fit(method), seeds[len(row.students) :])
         return replace(row, students=(*row.students, *further))
 
@@ -188,11 +188,11 @@ class MethodTable(SceneStudents):
         return tuple(rows)
 
     def converted(self, name: str, method: Any) -> Path:
-        """The folder of this swap, without training."""
+        """The folder of this conversion, without training."""
         return self.swapped(method, Path("converted", folder_name(name)))
 
     def seconds(self, name: str, source: Path) -> tuple[float, float]:
-        """Of a step, and of the teacher's in turn with it: medians of three, measured once."""
+        """Seconds of a step and of the teacher's, alternating: medians of three, measured once."""
         plan, file = self.plan, self.directory / "seconds of a step" / f"{folder_name(name)}.json"
         if not file.exists():
             length = plan.text_tokens
@@ -204,7 +204,7 @@ class MethodTable(SceneStudents):
         return float(ours), float(teachers)
 
     def fit(self, method: Any) -> Fit:
-        """What this method makes of the base, and how much of it is trained.
+        """The config of each layer with this method, and the rank that gives the plan's trained parameters.
 
         Raises:
             ValueError: no rank brings the trained parameters within 5% of the plan's number.
@@ -223,7 +223,7 @@ class MethodTable(SceneStudents):
         return Fit(rank=rank, trained=trained, layers=tuple(swapped.get(name) for name in modules))
 
     def config(self, method: Any, rank: int, seed: int) -> DistillConfig:
-        """Of one student's training; alike for all but method, rank and seed."""
+        """The config of one student's training, the same for all but method, rank and seed."""
         plan = self.plan
         patterns = method if isinstance(method, Mapping) else {"*": method}
         own = {
@@ -302,7 +302,7 @@ def main() -> None:
 
 
 def quick_plan() -> Plan:
-    """Minutes at most, and no figures worth a look."""
+    """A plan of minutes at most, whose figures mean nothing."""
     return Plan(
         side=64, steps=2, captions=2, few_captions=2, samples=4, train_steps=2, layer_steps=2, batch_size=2,
         seeds=(0,), step_side=64, budgets=(3,), profiled=1, shown=2,

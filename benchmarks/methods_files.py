@@ -1,4 +1,4 @@
-"""The table of `methods.py` in files: one for each row, so that rows made elsewhere can be copied beside them."""
+"""The table of `methods.py` in files: one for each row, so that rows made elsewhere can be copied in."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ PROPOSALS = "methods/proposals.json"
 
 
 def write_row(results: Path, table: Table, row: MethodRow, images: Sequence[Image.Image]) -> None:
-    """A row in a file of its own, and pictures of its first student side by side, where there are any."""
+    """Write a row to its own file, and its first student's pictures side by side, if there are any."""
     path = results / strip_name(row.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if images:
@@ -31,14 +31,14 @@ def write_row(results: Path, table: Table, row: MethodRow, images: Sequence[Imag
 
 
 def write_proposals(results: Path, table: Table, pairs: Sequence[tuple[Row, Row]]) -> None:
-    """In a file of their own as well."""
+    """Write the proposals to their own file."""
     path = results / PROPOSALS
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"plan": table.plan, "proposals": [[asdict(one) for one in pair] for pair in pairs]})
 
 
 def write_table(results: Path, table: Table) -> None:
-    """methods.json, methods.md and methods.png."""
+    """Write methods.json, methods.md and methods.png."""
     results.mkdir(parents=True, exist_ok=True)
     content = {
         "plan": table.plan,
@@ -52,10 +52,10 @@ def write_table(results: Path, table: Table) -> None:
 
 
 def read_table(results: Path, empty: Table) -> Table:
-    """`empty` with the rows that are there, made here or elsewhere, and the proposals of the last table.
+    """`empty` with the rows and proposals stored in `results`, made here or elsewhere.
 
     Raises:
-        ValueError: something there is of another plan.
+        ValueError: a stored file is of another plan.
     """
     rows: dict[str, MethodRow] = {}
     for file in sorted(set(results.glob("methods/*.json")) - {results / PROPOSALS}):

@@ -1,4 +1,4 @@
-"""What `methods.py` measured, held against the marks; as a table, as JSON and as a plot."""
+"""The report of `methods.py`: its measurements compared with the marks, as a table and as a plot."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ class MethodRow:
     """One method.
 
     Attributes:
-        flops: Of the attention in a layer of FLUX.1 at 4096 x 4096 pixels, the mean over all layers.
-        swapped: Of `layers`, how many have the method; the others keep full attention.
-        trained: Parameters.
-        seconds_per_step: One warm forward.
-        seconds_of_teacher: The teacher's, in turn with it.
-        machine: Where that was, in a few words.
-        untrained: The swap alone, over the first captions.
+        flops: FLOPs of attention in a layer of FLUX.1 at 4096 x 4096 pixels, mean over all layers.
+        swapped: Number of the `layers` that have the method; the others keep full attention.
+        trained: Number of trained parameters.
+        seconds_per_step: Seconds of a warm forward.
+        seconds_of_teacher: The teacher's, alternating with it.
+        machine: The machine of these times, in a few words.
+        untrained: The conversion without training, on the first captions.
         students: One for each seed.
     """
 
@@ -40,23 +40,23 @@ class MethodRow:
     students: tuple[Row, ...]
 
     def shares(self, score: str) -> list[float]:
-        """Of right answers, for each seed."""
+        """Share of right answers, for each seed."""
         return [student.share(score) for student in self.students]
 
     def latent_mses(self) -> list[float]:
-        """To the teacher, for each seed."""
+        """Latent MSE to the teacher, for each seed."""
         return [_latent_mse(student) for student in self.students]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """All rows that are made.
+    """All rows made so far.
 
     Attributes:
-        plan: What they have in common, as JSON has it.
+        plan: Settings of all rows, as JSON values.
         order: Names of all rows, made or not.
-        rivals: Hybrid -> local attention of the same FLOPs.
-        proposals: Without training: one radius for all layers, and the profile's proposal of the same FLOPs.
+        rivals: Hybrid -> local attention of equal FLOPs.
+        proposals: Without training: one radius for all layers, and the profile's proposal of equal FLOPs.
     """
 
     plan: dict[str, Any]
@@ -67,11 +67,11 @@ class Table:
     proposals: tuple[tuple[Row, Row], ...] | None = None
 
     def ordered(self) -> list[MethodRow]:
-        """The rows that are made."""
+        """The rows made so far, in order."""
         return [self.rows[name] for name in self.order if name in self.rows]
 
     def marks(self) -> list[Mark]:
-        """What they say; a hybrid's once its rival has as many seeds."""
+        """Marks of the rows; a hybrid's once its rival has as many seeds."""
         made = [(self.rows.get(name), self.rows.get(rival)) for name, rival in self.rivals.items()]
         pairs = [(one, other) for one, other in made if one and other and len(one.students) == len(other.students)]
         return [
@@ -82,7 +82,7 @@ class Table:
 
 
 def hybrid_marks(teacher: Row, pairs: Sequence[tuple[MethodRow, MethodRow]]) -> list[Mark]:
-    """Each hybrid against local attention of the same FLOPs, seed by seed, and in coherence against the teacher."""
+    """Each hybrid against local attention of equal FLOPs, seed by seed, and in coherence against the teacher."""
     return [_hybrid_mark(teacher, hybrid, local) for hybrid, local in pairs]
 
 
@@ -102,7 +102,7 @@ def _hybrid_mark(teacher: Row, hybrid: MethodRow, local: MethodRow) -> Mark:
 
 
 def follow_marks(teacher: Row, rows: Sequence[MethodRow]) -> list[Mark]:
-    """Objects of agent attention's and MALA's students against the teacher, each share of the layers by itself."""
+    """Objects of agent attention's and MALA's students against the teacher, a mark for each share of the layers."""
     marks = []
     for row in rows:
         if row.name.startswith(("Agent(", "Mala(")):
@@ -119,7 +119,7 @@ def follow_marks(teacher: Row, rows: Sequence[MethodRow]) -> list[Mark]:
 
 
 def proposal_mark(pairs: Sequence[tuple[Row, Row]]) -> Mark:
-    """Untrained: one radius for all layers, and the profile's proposal of the same FLOPs."""
+    """The profile's proposal against one radius for all layers of equal FLOPs, without training."""
     errors = [(_latent_mse(proposal), _latent_mse(uniform)) for uniform, proposal in pairs]
     names = [uniform.name for uniform, _ in pairs]
     told = [f"{name}: {_versus([pair], '{:.4f}'.format)}" for name, pair in zip(names, errors, strict=True)]
@@ -132,7 +132,7 @@ def proposal_mark(pairs: Sequence[tuple[Row, Row]]) -> Mark:
 
 
 def _points_below(teacher: Row, row: MethodRow, score: str) -> float:
-    """Of the mean over seeds; rounded, so that a difference of just as much as a target meets it."""
+    """Points of the mean over seeds below the teacher; rounded, so that a difference equal to the target meets it."""
     return round(100 * (teacher.share(score) - mean(row.shares(score))), 6)
 
 
@@ -155,17 +155,17 @@ def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
 
 
 def folder_name(name: str) -> str:
-    """A row's name as that of a file."""
+    """A row's name as a file name."""
     return re.sub(r"[^\w.=-]+", "-", name).strip("-")
 
 
 def strip_name(name: str) -> str:
-    """Where its pictures are, beside the table."""
+    """The path of a row's pictures, relative to the table."""
     return f"methods/{folder_name(name)}.jpg"
 
 
 def as_markdown(table: Table) -> str:
-    """The report that people read."""
+    """The report in Markdown."""
     plan, teacher, rows = table.plan, table.teacher, table.ordered()
     unfinished = [name for name in table.order if name not in table.rows]
     few_seeds = [row.name for row in rows if len(row.students) < len(plan["seeds"])]
@@ -221,7 +221,7 @@ def as_markdown(table: Table) -> str:
 
 
 def plot(teacher: Row, rows: Sequence[MethodRow], path: Path) -> None:
-    """Coherence and latent MSE over FLOPs; bars from the worst to the best seed."""
+    """Plot coherence and latent MSE over FLOPs, with bars from the worst to the best seed."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     series = ((panels[0], "coherence, %", _coherence), (panels[1], "latent MSE to the teacher", MethodRow.latent_mses))

@@ -1,8 +1,7 @@
 """How near each method is to the small trained model without training, by single predictions: `make nearness`, minutes.
 
-For the steps of a few held-out captions: the relative error of one prediction (linearize/measures/nearness.py), beside
-what the method costs there and at FLUX.1's 4K shape. Writes benchmarks/results/nearness.json, nearness.md and
-nearness.png.
+For the steps of a few held-out captions: the relative error of one prediction (linearize/measures/nearness.py), and the
+method's cost there and at FLUX.1's 4K shape. Writes benchmarks/results/nearness.json, nearness.md and nearness.png.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def hybrid(proxies: int, focus: int = 0, side: int = 4) -> Hybrid:
     return Hybrid(local=Clear(radius=4), global_=many, gate=1.0, focus_tokens=focus, focus_side=side)
 
 
-ROWS: dict[str, tuple[Any, ...]] = {  # kinds, in the picture a colour each
+ROWS: dict[str, tuple[Any, ...]] = {  # by kind; each has a colour in the plot
     "window": (
         *(Clear(radius=radius) for radius in (4, 6, 8, 10, 12, 14, 17, 20)),
         Neighborhood(window=7),
@@ -75,8 +74,8 @@ class Row:
     """One method.
 
     Attributes:
-        keys: That an image token looks at, on average, with the text's: pairs of the image's part over its tokens.
-        flux_gflops: Of one layer at FLUX.1's 4K shape; None where it has nothing in focus there.
+        keys: Mean number of keys that an image token attends to, text included.
+        flux_gflops: GFLOPs of one layer at FLUX.1's 4K shape; None if it has nothing in focus there.
         errors: By step.
     """
 
@@ -89,7 +88,7 @@ class Row:
 
 
 def measure(rows: Mapping[str, Sequence[Any]], captions: int, steps: int) -> list[Row]:
-    """The base first, which must come out at 0."""
+    """A row for each method; the base's is first, whose error must be 0."""
     pipe = open_pipeline(path())
     prompts = [scenes.sample(index, split="held_out").caption for index in range(captions)]
     settings: dict[str, Any] = {"size": (SIDE, SIDE), "steps": steps, "max_sequence_length": TEXT_LEN}
@@ -117,7 +116,7 @@ def measure(rows: Mapping[str, Sequence[Any]], captions: int, steps: int) -> lis
 
 
 def flux_gflops(method: Any) -> float | None:
-    """Of one layer; None where cells are so large there that none is in focus, so that it is another method."""
+    """GFLOPs of one layer; None if cells are so large there that none is in focus, which makes it another method."""
     focused = isinstance(method, Hybrid) and method.focus_tokens > 0
     if focused and cells_in_focus(method.focus_tokens, method.num_cells, flux_layer.GRID) == 0:
         return None
@@ -125,7 +124,7 @@ def flux_gflops(method: Any) -> float | None:
 
 
 def keys_of(method: Any) -> float:
-    """What every text token looks at is left out."""
+    """Mean number of keys of an image token; pairs of text queries are left out."""
     tokens = math.prod(GRID)
     if method is None:
         return TEXT_LEN + tokens
@@ -161,14 +160,14 @@ LABELS = {
 
 
 def label(row: Row) -> str:
-    """Its settings in words, of a hybrid without those of the window, which all share."""
+    """A row's settings in words; for a hybrid, without those of the window, which all share."""
     own = row.name.removeprefix("Hybrid(local=Clear(radius=4), global_=")
     words = [LABELS[name].format(value) for name, value in re.findall(r"(\w+)=([\d.]+)", own) if name in LABELS]
     return ", ".join(words) or own.split("(")[0]
 
 
 def draw(rows: Sequence[Row], picture: Path) -> None:
-    """Error against keys a token, both logarithmic; a colour for each kind."""
+    """Plot error against keys per token on log scales, a colour for each kind."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     everything, *others = rows

@@ -1,10 +1,10 @@
 """Do the windows that a profile proposes beat one radius everywhere of the same cost? On the small model, untrained.
 
-`python benchmarks/profile_budget.py` profiles examples/tiny_flux on a few training captions. Then, for budgets of what
-Clear(radius=R) costs in every layer, it converts the model as the knapsack says: by the error of each layer's output
-(what `propose` goes by), by the attention that falls outside, and by the error with agents to choose from as well.
-Measured on held-out captions: the prediction's relative squared error on the teacher's own trajectory, and latent MSE
-after sampling. Writes benchmarks/results/profile.json.
+`python benchmarks/profile_budget.py` profiles examples/tiny_flux on a few training captions. Then, with the cost of
+Clear(radius=R) in every layer as the budget, it converts the model as the knapsack proposes: by the error of each
+layer's output (what `propose` uses), by the attention outside the window, and by the error with agents as a further
+choice. Measured on held-out captions: the prediction's relative squared error on the teacher's own trajectory, and
+latent MSE after sampling. Writes benchmarks/results/profile.json.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Config = Clear | Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How much is done; the defaults take about five minutes on two idle cores."""
+    """The amount of work; the defaults take about five minutes on two idle cores."""
 
     side: int = 128  # pixels; 32 x 32 tokens
     text_tokens: int = 64
@@ -50,7 +50,7 @@ class Plan:
 
 
 def _lost(layer: LayerProfile) -> tuple[float, ...]:
-    """Attention outside of each window, mean over heads."""
+    """Attention outside each window, mean over heads."""
     text = mean(layer.text)
     return tuple(1 - text - mean(column) for column in zip(*layer.mass, strict=True))
 
@@ -62,7 +62,7 @@ VALUES: dict[str, Callable[[LayerProfile], tuple[float, ...]]] = {
 
 
 def valued_by(profile: Profile, value: Callable[[LayerProfile], tuple[float, ...]]) -> Profile:
-    """The profile with another figure in place of the error, which `propose` spends the budget by."""
+    """The profile with another figure in place of the error by which `propose` spends the budget."""
     return replace(profile, layers=tuple(replace(layer, output_error=value(layer)) for layer in profile.layers))
 
 
@@ -93,7 +93,7 @@ class Judge:
         ).images
 
     def judge(self, config: Config) -> dict[str, float]:
-        """Of the model with this conversion; the base is back afterwards."""
+        """Errors of the model with this conversion; the base is restored afterwards."""
         linearize_(self.pipe, config)
         latents = self._sample()
         errors = []
@@ -132,12 +132,12 @@ def run(pipe: Any, profile: Profile, plan: Plan) -> list[dict[str, Any]]:
 
 
 def named(chosen: Mapping[str, Any]) -> dict[str, str]:
-    """What each layer gets, in words."""
+    """The method of each layer, in words."""
     return {module: name_of(one) for module, one in chosen.items()}
 
 
 def error_of(profile: Profile, chosen: Mapping[str, Any]) -> list[float]:
-    """Of each layer's output, as it was profiled; full attention has none."""
+    """The profiled error of each layer's output; 0 for full attention."""
     candidates = profile.candidates
     pairs = ((layer, chosen[layer.module]) for layer in profile.layers)
     return [0.0 if one is None else layer.output_error[candidates.index(one)] for layer, one in pairs]

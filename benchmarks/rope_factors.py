@@ -1,12 +1,12 @@
-"""How `rope_factor` shows in the small model's predictions: `python benchmarks/rope_factors.py`, tens of minutes.
+"""The effect of `rope_factor` on the small model's predictions: `python benchmarks/rope_factors.py`, tens of minutes.
 
-Held-out drawings get the noise that a stage of the cascade begins with, and the student of `make high-resolution`
+Held-out drawings get the noise with which a stage of the cascade starts, and the student of `make high-resolution`
 predicts the velocity in one forward. Prints the mean squared error for each size and rule:
 
     one     factor 1, as trained
-    ramp    NTK scaling for a ratio that rises from 1 at the largest side known, k, as min(r, (r / k)^2)
+    ramp    NTK scaling for a ratio that rises from 1 at the largest known side, k, as min(r, (r / k)^2)
     known   NTK scaling for r / k
-    native  NTK scaling for r, the longest side over the native one; the default, beyond k
+    native  NTK scaling for r, the longest side over the native one; the default beyond k
 
 The noise of a drawing is the same for all rules. The last numbers of a row: mean difference to native, and its
 standard error.
@@ -37,13 +37,13 @@ SIZES = ("256x256", "288x288", "320x320", "320x192", "384x384", "512x512")
 
 
 def factors(ratio: float, dim: int) -> dict[str, float]:
-    """Of each rule, for a longest side `ratio` times the native one."""
+    """The factor of each rule, for a longest side `ratio` times the native one."""
     ratios = {"one": 1.0, "ramp": min(ratio, max(1.0, (ratio / KNOWN) ** 2)), "known": ratio / KNOWN, "native": ratio}
     return {name: ntk_factor(of, dim) for name, of in ratios.items()}
 
 
 def errors(pipe: Any, number: int, size: tuple[int, int]) -> dict[str, float]:
-    """Of one held-out drawing of `size` = (height, width) pixels, by rule."""
+    """Errors for one held-out drawing of `size` = (height, width) pixels, by rule."""
     scene = scenes.sample(number, split="held_out")
     pixels = pipe.image_processor.preprocess(scenes.draw(scene, size[::-1]))
     clean = encode(pipe.vae, pixels, tile=None)

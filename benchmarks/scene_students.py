@@ -1,4 +1,4 @@
-"""What benchmarks on the small trained model share: its pictures and its students', drawn once, judged, compared."""
+"""Shared by benchmarks on the small trained model: its pictures and its students', drawn once, judged, compared."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +22,12 @@ from lineardit.work_log import WorkLog
 
 @dataclass(frozen=True, kw_only=True)
 class ScenePlan:
-    """How much is done."""
+    """The amount of work."""
 
     side: int = 128  # pixels
     steps: int = 28  # denoising
     captions: int = 256  # held out
-    few_captions: int = 64  # for rows beside the marks
+    few_captions: int = 64  # for secondary rows
     text_tokens: int = 64
     samples: int = 192  # of the teacher, to train on
     train_steps: int = 400
@@ -37,7 +37,7 @@ class ScenePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """Pictures of one model, and what the judge says of each."""
+    """Pictures of one model, and the judge's scores of each."""
 
     pictures: Pictures
     scores: tuple[Scores, ...]
@@ -49,12 +49,12 @@ class Made:
 
 
 class SceneStudents:
-    """A teacher and its students in one folder; what an interrupted call has made is read again.
+    """A teacher and its students in one folder; results of an interrupted call are reused.
 
     Args:
         base: The teacher's pipeline.
         directory: New, or that of a call with the same plan.
-        calls: Kept of each sample, and learnt from; 0: final latents are.
+        calls: Number of calls recorded of each sample, to train on; 0: train on final latents.
     """
 
     def __init__(self, base: Path, directory: Path, plan: ScenePlan, *, calls: int = 0) -> None:
@@ -81,7 +81,7 @@ class SceneStudents:
         self.made[name] = Made(pictures=pictures, scores=scores)
 
     def prepare(self) -> Path:
-        """The teacher's samples, which all students learn from."""
+        """The teacher's samples, on which all students are trained."""
         plan = self.plan
         return prepare(
             open_pipeline(self.base),
@@ -95,14 +95,14 @@ class SceneStudents:
         )
 
     def swapped(self, method: Any, folder: Path) -> Path:
-        """The folder of a swap without training, relative to this run's."""
+        """The folder of a conversion without training; `folder` is relative to this run's."""
         folder = self.directory / folder
         if not folder.exists():
             convert_base(self.base, method, output=folder)
         return folder
 
     def tables(self, run: str, seed: int) -> dict[str, dict[str, Any]]:
-        """Settings of a student's training in runs/`run`: what rows have in common."""
+        """Settings of a student's training in runs/`run` that all rows share."""
         plan = self.plan
         return {
             "base": {"model": str(self.base)},
@@ -120,12 +120,12 @@ class SceneStudents:
         }
 
     def taught(self, config: DistillConfig) -> Path:
-        """The adapter of a student, trained if it is not there."""
+        """The adapter of a student, trained if it does not exist."""
         adapter = Path(config.run.directory) / "adapter"
         return adapter if adapter.exists() else distill(config, resume="latest")
 
     def row(self, name: str, count: int | None = None) -> Row:
-        """One model's figures, on the first `count` captions; all but the teacher's compared with its same pictures."""
+        """One model's figures on the first `count` captions; a student's pictures are compared with the teacher's."""
         made = self.made[name] if count is None else self.made[name].first(count)
         count = len(made.scores)
         teacher = self.made["teacher"].first(count)

@@ -1,6 +1,6 @@
-"""What is tested of each model family: runs those tests and writes the table of docs/models.md (`make support`).
+"""Runs the tests of each model family and writes the table of docs/models.md (`make support`).
 
-A cell is "yes" where every case of the test with this family ran and passed, "-" where there is no such test for it.
+A cell is "yes" if every case of the test with this family ran and passed, "-" if there is no such test for it.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""How far tiles of the VAE are from one piece: `python benchmarks/vae_tiles.py`, a minute; prints a table.
+"""How far the VAE's results in tiles are from those in one piece: `python benchmarks/vae_tiles.py`, a minute.
 
-Mean differences on the small model's VAE, with group norms that take the statistics of each tile and of the whole.
+Prints mean differences on the small model's VAE, with group norm statistics of each tile and of the whole image.
 """
 
 from contextlib import nullcontext
