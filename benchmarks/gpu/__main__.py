@@ -1,6 +1,6 @@
-"""The whole run: each part in a process of its own, a smoke run all in one; then tables and marks.
+"""The whole run: each part in its own process, a smoke run in one process; then tables and marks.
 
-Rows that are in the file already, for the same GPU, commit and versions, are not measured again.
+Rows already in the file for the same GPU, commit and versions are not measured again.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from .records import PARTS, SETTLED, STATUSES, Results, Row, load, open_results
 from .tables import failures, marks_table, part_tables
 
 PART_SECONDS = 165
-SMOKE_SECONDS = 3600  # which is not cut short
-GRACE = 45  # seconds: a row that has not ended by then is given up
-NAMED_LINES = 30  # of what a process says
+SMOKE_SECONDS = 3600  # a smoke run is not cut short
+GRACE = 45  # seconds after a part's time, after which its last row is given up
+NAMED_LINES = 30  # last lines of a process's stderr that are printed
 
 
 def run_parts(path: Path, parts: Sequence[str], seconds: float, *, ahead: bool = False) -> Results:
-    """In one process; goes on after a row that ends it, and says so in the file.
+    """Run parts in one process; if a row ends the process, record that in the file and continue in a new one.
 
     Args:
         ahead: Compile kernels before, on all cores.
@@ -37,7 +37,7 @@ def run_parts(path: Path, parts: Sequence[str], seconds: float, *, ahead: bool =
         command = [sys.executable, "-m", f"{__package__}.worker", str(path), f"{deadline:.0f}", *parts]
         code, said = run_process(command, max(deadline - time.monotonic(), 0) + GRACE)
         results = load(path)
-        # what it says when all goes well is of kernels that fell back
+        # if all goes well, stderr holds warnings about kernels that fell back
         if said.strip():
             print("\n".join(said.splitlines()[-NAMED_LINES:]), file=sys.stderr, flush=True)
         if code == 0:
@@ -49,9 +49,9 @@ def run_parts(path: Path, parts: Sequence[str], seconds: float, *, ahead: bool =
 
 
 def run_process(command: list[str], limit: float) -> tuple[int | None, str]:
-    """Exit code, None if it was ended after `limit` seconds; and what it wrote to stderr.
+    """Exit code, None if it was ended after `limit` seconds; and its stderr.
 
-    That goes to a file: a pipe would be kept open by processes that it leaves behind.
+    stderr goes to a file: processes left behind would keep a pipe open.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         try:
@@ -98,7 +98,7 @@ def main() -> int:
     parts = arguments.only or PARTS
     results.forget(parts, statuses=STATUSES if arguments.again else set(STATUSES) - set(SETTLED))
     print(f"{head.gpu}, {head.date}, commit {head.commit}, {head.versions}\n{path}", flush=True)
-    # What one part leaves on the card is gone before the next; loading torch four times is too much for a smoke run.
+    # A process for each part frees the GPU's memory; loading torch four times takes too long for a smoke run.
     groups = [parts] if arguments.smoke else [[part] for part in parts]
     for group in groups:
         ahead = group == ["correctness"] and not arguments.smoke and head.impl == "triton"

@@ -1,4 +1,4 @@
-"""What the parts share: the sizes of a run, a task, and the time that is left."""
+"""Shared by the parts: the sizes of a run, a task, and the time that is left."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from .records import Results
 
 
 class UnavailableError(Exception):
-    """This case cannot be measured here, which is nobody's fault; the text says why."""
+    """This case cannot be measured here, which is not an error; the message says why."""
 
 
 class TimeSpentError(Exception):
-    """This case did not end in the time of its part; the next run tries it again."""
+    """This case did not finish in the time of its part; the next run tries it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Scale:
     copy_bytes: int
     repeats: int  # of a timing, at most
     few_cases: bool  # of correctness and of tiles
-    focus_tokens: int  # of a hybrid, and as many proxies
+    focus_tokens: int  # of a hybrid, which has as many proxies
 
 
 FULL = Scale(
@@ -95,7 +95,7 @@ class Bench:
 
     @property
     def impl(self) -> str:
-        """Ours."""
+        """Our implementation."""
         return self.results.head.impl
 
     @property
@@ -150,7 +150,7 @@ class Shape:
         return self.text_len + self.image_len
 
     def tensors(self, device: torch.device, *, count: int = 3, requires_grad: bool = False) -> list[Tensor]:
-        """So many tensors [1, H, N, D] of fresh random numbers."""
+        """`count` tensors [1, H, N, D] of new random numbers."""
         size = (1, self.num_heads, self.num_tokens, self.head_dim)
         return [torch.randn(size, dtype=self.dtype, device=device, requires_grad=requires_grad) for _ in range(count)]
 

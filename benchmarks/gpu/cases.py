@@ -14,9 +14,9 @@ class Case:
     """One call.
 
     Attributes:
-        masked: Some text tokens are masked, others in each sample.
-        num_pooled: Pooled tokens that image queries see.
-        token_major: Memory in the order [B, N, H, D], as diffusers hands tensors over; else [B, H, N, D].
+        masked: Some text tokens are masked, different ones in each sample.
+        num_pooled: Number of pooled tokens that image queries see.
+        token_major: Memory in the order [B, N, H, D], as diffusers passes tensors; else [B, H, N, D].
     """
 
     grid: tuple[int, int]
@@ -43,13 +43,13 @@ class Case:
         return tensor.transpose(1, 2).contiguous().transpose(1, 2) if self.token_major else tensor
 
     def inputs(self, device: torch.device) -> list[Tensor]:
-        """query, key, value, and pooled key and value if there are any; fresh random numbers."""
+        """query, key, value, and pooled key and value if there are any; new random numbers."""
         lengths = [self.text_len + self.grid[0] * self.grid[1]] * 3 + [self.num_pooled] * (2 * (self.num_pooled > 0))
         sizes = [(self.batch, self.num_heads, length, self.head_dim) for length in lengths]
         return [self.spread(torch.randn(size, dtype=self.dtype, device=device)) for size in sizes]
 
     def options(self, device: torch.device) -> dict[str, Any]:
-        """Keyword arguments of `window_attention` but pooled and impl."""
+        """Keyword arguments of `window_attention` except pooled and impl."""
         options: dict[str, Any] = {"grid": self.grid, "radius": self.radius, "text_len": self.text_len}
         options |= {"text_first": self.text_first}
         if self.masked:
@@ -87,13 +87,13 @@ GENERAL = (
     Case(grid=(33, 50), radius=8, text_len=77, head_dim=256, dtype=FLOAT),
     Case(grid=(33, 50), radius=8, text_len=77, head_dim=80, dtype=HALF, num_heads=1),
 )
-# Of the implementation in plain PyTorch.
+# For the implementation in plain PyTorch.
 PORTABLE = (
     Case(grid=(64, 64), radius=8, text_len=512, head_dim=128, token_major=True),
     Case(grid=(37, 29), radius=16, text_len=77, head_dim=72, dtype=HALF, masked=True, batch=2),
     Case(grid=(45, 33), radius=8, text_len=77, head_dim=64, dtype=FLOAT, num_pooled=35),
 )
-# Of a smoke run.
+# For a smoke run.
 FEW = (
     Case(grid=(7, 19), radius=4, text_len=5, head_dim=16, dtype=FLOAT, batch=2, masked=True, token_major=True),
     Case(grid=(16, 24), radius=2.5, text_len=0, head_dim=40, dtype=HALF, num_heads=1, num_pooled=3),

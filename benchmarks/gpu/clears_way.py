@@ -1,4 +1,4 @@
-"""CLEAR's own way as a method of linearize: one FlexAttention call over row-major tokens, text included."""
+"""CLEAR's implementation as a method of linearize: one FlexAttention call over row-major tokens, text included."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,12 +22,12 @@ class RowMajorFlex:
 
 
 class RowMajorFlexAttention(Method):
-    """In the place of `linear_kernel`."""
+    """The module that `linearize_` installs as `linear_kernel`."""
 
     def __init__(self, config: RowMajorFlex, *, num_heads: int, head_dim: int) -> None:
         super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         self.block_mask: BlockMask | None = None
-        self.register_buffer("place", torch.empty(0), persistent=False)  # tells the device
+        self.register_buffer("place", torch.empty(0), persistent=False)  # holds the device
 
     @staticmethod
     def implementations() -> tuple[str, ...]:
@@ -43,7 +43,7 @@ class RowMajorFlexAttention(Method):
         return ClearAttention.pairs(clear, grid, text_len, num_heads=num_heads, head_dim=head_dim)
 
     def observe(self, grid: Grid) -> None:
-        """A new grid, outside of traced code."""
+        """Build the mask of a new grid, outside traced code."""
         place = self.get_buffer("place")
         self.block_mask = _block_mask(grid[-2:], self.config, place.device)
 
@@ -58,11 +58,11 @@ class RowMajorFlexAttention(Method):
 
 @lru_cache(maxsize=2)
 def _block_mask(grid: tuple[int, int], config: RowMajorFlex, device: torch.device) -> BlockMask:
-    """One for all layers."""
+    """The block mask, shared by all layers."""
     mask_mod = row_major_mask_mod(grid[1], config.radius, config.text_len)
     return analytic_block_mask(row_major(grid), config.radius, config.text_len, mask_mod, device, text_queries=True)
 
 
 def register() -> None:
-    """Makes `linearize_(model, RowMajorFlex(...))` work."""
+    """Register the method, so that `linearize_(model, RowMajorFlex(...))` works."""
     METHODS[RowMajorFlex] = RowMajorFlexAttention

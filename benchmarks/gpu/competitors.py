@@ -1,6 +1,6 @@
-"""Attention at one shape by ours and by others: each gives a call on tensors [1, H, text_len + side * side, D].
+"""Attention at one shape, ours and others', as calls on tensors [1, H, text_len + side * side, D].
 
-An entry of COMPETITORS takes a shape and gives `Attention`, or raises UnavailableError.
+An entry of COMPETITORS takes a shape and returns an `Attention`, or raises UnavailableError.
 """
 
 import importlib.util
@@ -38,14 +38,14 @@ Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """One way to compute it.
+    """One way to compute attention.
 
     Attributes:
-        call: query, key, value -> what it computes, all of it needing gradients.
-        pairs: of query and key that the kernel computes, for each head; None where that is not known.
-        backward_pairs: The same of the backward pass, None for as many.
-        backward_products: matrix products for each pair of the backward pass; the forward pass has 2.
-        note: In what it differs from the others.
+        call: query, key, value -> outputs, all of which need gradients.
+        pairs: Pairs of query and key that the kernel computes, for each head; None if unknown.
+        backward_pairs: The same for the backward pass; None: as many.
+        backward_products: Matrix products for each pair of the backward pass; the forward pass has 2.
+        note: How it differs from the others.
     """
 
     call: Call
@@ -74,7 +74,7 @@ def ours(shape: Shape, bench: Bench, *, backward: bool) -> Attention:
 
 
 def check_ours(bench: Bench, dtype: torch.dtype) -> None:
-    """Raises UnavailableError where our implementation cannot run at all."""
+    """Raise UnavailableError if our implementation cannot run at all."""
     if bench.impl not in implementations():
         raise UnavailableError(f"there is no implementation {bench.impl!r}, but {implementations()}")
     if bench.impl == "triton" and bench.device.type == "cpu" and dtype == torch.bfloat16:
@@ -114,7 +114,7 @@ def _dense(backend: SDPBackend, shape: Shape) -> Attention:
 
 
 def flex_row_major(shape: Shape, bench: Bench, *, backward: bool) -> Attention:
-    """As CLEAR does it: one call for text and image."""
+    """CLEAR's way: one call for text and image."""
     _check_flex(bench, backward=backward)
     order, text_len = row_major((shape.side, shape.side)), shape.text_len
     mask_mod = row_major_mask_mod(shape.side, shape.radius, text_len)
@@ -128,7 +128,7 @@ def flex_row_major(shape: Shape, bench: Bench, *, backward: bool) -> Attention:
 
 
 def flex_tiles(shape: Shape, bench: Bench, *, backward: bool) -> Attention:
-    """Image tokens in tile order; text queries by a call of their own."""
+    """Image tokens in tile order; text queries in a separate call."""
     _check_flex(bench, backward=backward)
     order = tile_order(shape.side, backward=backward)
     text_len = shape.text_len
@@ -147,7 +147,7 @@ def flex_tiles(shape: Shape, bench: Bench, *, backward: bool) -> Attention:
 
 
 def tile_order(side: int, *, backward: bool) -> TileOrder:
-    """Key tiles of 64 tokens, which FlexAttention's backward pass does not take."""
+    """Key tiles of 64 tokens; of 128 for FlexAttention's backward pass, which does not take 64."""
     return TileOrder(grid=(side, side), query_tile=TILE, key_tile=TILE if backward else SMALL_TILE)
 
 
@@ -174,7 +174,7 @@ def _check_flex(bench: Bench, *, backward: bool) -> None:
 
 
 def _smaller_loads(bench: Bench) -> dict[str, int]:
-    """FlexAttention's own choice needs more shared memory than the cards for games have."""
+    """Kernel options for GPUs with less shared memory than FlexAttention's defaults need, such as consumer cards."""
     if bench.device.type == "cpu":
         return {}
     shared = shared_memory(bench.device)
@@ -182,13 +182,13 @@ def _smaller_loads(bench: Bench) -> dict[str, int]:
 
 
 def _compiled_flex(bench: Bench) -> Callable[..., Tensor]:
-    """Compiled for one shape alone; graphs of others, which count towards a limit, are dropped."""
+    """FlexAttention compiled for one shape; graphs of others, which count towards a limit, are dropped."""
     torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False, backend=bench.scale.backend)
 
 
 def pairs_attending(shape: Shape) -> int:
-    """Pairs for each head: text and window for the image, everything for text."""
+    """Pairs that attend, for each head: text and window for the image, everything for text."""
     side, window = shape.side, 0
     for step in range(1 - side, side):  # rows from a query to its keys
         if (rest := shape.radius**2 - step**2) > 0:

@@ -1,8 +1,8 @@
-"""Triton's kernels compiled on all cores at once, into its cache on disk, before rows are measured one by one.
+"""Compiles the Triton kernels on all cores at once, into Triton's disk cache, before rows are measured one by one.
 
     python -m benchmarks.gpu.compile_ahead FILE DEADLINE PLACE COUNT
 
-is one of COUNT such processes: it goes through its share of correctness' cases, and keeps nothing of what it finds.
+is one of COUNT such processes: it runs its share of the correctness cases and discards the results.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from .correctness import case_tasks
 from .environment import ROOT
 from .records import load
 
-MOST_PROCESSES = 12  # each takes some hundred MiB of the card
+MOST_PROCESSES = 12  # each takes a few hundred MiB of the GPU's memory
 
 
 def compile_ahead(path: Path, deadline: float) -> None:
-    """Wait until the processes have gone through all cases, at most half of the time that is left."""
+    """Run the processes until all cases are done, for at most half of the time that is left."""
     start, count = time.monotonic(), min(len(os.sched_getaffinity(0)) - 1, MOST_PROCESSES)
     if count < 2:
         return
@@ -52,7 +52,7 @@ def main() -> None:
     torch.manual_seed(0)
     for task in islice(case_tasks(bench), int(place), None, int(count)):
         if bench.seconds_left() > 0 and results.find(*task.key) is None:
-            with contextlib.suppress(Exception):  # told where the row is measured
+            with contextlib.suppress(Exception):  # reported when the row is measured
                 task.measure()
 
 

@@ -1,6 +1,6 @@
 """A compiled forward and backward as the first call of a process: `python -m benchmarks.gpu.compiled_run DEVICE`.
 
-Which kernels run here is then found out while a graph is traced. Prints JSON: what ran, and how exact it was.
+The kernels to run are then chosen while a graph is traced. Prints JSON: what ran, and how exact it was.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Our implementations against float64: outputs and every gradient, operators, determinism, memory errors, a long run.
 
-The rule is that of the tests (judging.py). Every `torch.empty` is filled with NaN meanwhile.
+The tolerance is that of the tests (judging.py). `torch.empty` gives NaN during the calls that are judged.
 """
 
 import json
@@ -53,7 +53,7 @@ def tasks(bench: Bench) -> Tasks:
 
 
 def case_tasks(bench: Bench) -> Tasks:
-    """Small calls, which between them take every kernel that is compared."""
+    """Small calls that together run every kernel that is compared."""
     for case in FEW if bench.scale.few_cases else GENERAL:
         yield _task(f"{case}", bench.impl, partial(against_reference, bench, case, bench.impl))
     for case in PORTABLE:
@@ -83,7 +83,7 @@ def against_reference(bench: Bench, case: Case, impl: str) -> Measured:
 
 
 def _check(bench: Bench, case: Case) -> None:
-    """Raises as `check_ours` does; RuntimeError where plain PyTorch would take the place of the backward's kernels."""
+    """Raise as `check_ours` does, or RuntimeError if plain PyTorch would replace the backward's kernels."""
     check_ours(bench, case.dtype)
     if bench.impl == "triton" and backward_tiles(bench.device, case.dtype, case.head_dim) is None:
         raise RuntimeError("the kernels of the backward do not run here, or are wrong")
@@ -100,7 +100,7 @@ def outputs_and_gradients(
 
 
 def competitor_against_reference(bench: Bench, name: str) -> Measured:
-    """What is compared with ours computes the same, so its mask and its order are right; forward alone."""
+    """A competitor against the reference: whether its mask and its order are right; forward only."""
     shape = Shape(side=32, radius=5, text_len=128, num_heads=2, head_dim=64, dtype=bench.scale.dtype)
     attention = COMPETITORS[name](shape, bench, backward=False)
     query, key, value = shape.tensors(bench.device)
@@ -113,7 +113,7 @@ def competitor_against_reference(bench: Bench, name: str) -> Measured:
 
 
 def _reordered(name: str, shape: Shape, *tensors: Tensor) -> list[Tensor]:
-    """In the order of tiles, where a competitor takes its tokens so."""
+    """Tensors in tile order, if the competitor takes its tokens so."""
     if name == CLEARS_WAY:
         return list(tensors)
     row, column = tile_order(shape.side, backward=False).place(torch.arange(shape.image_len, device=tensors[0].device))
@@ -122,7 +122,7 @@ def _reordered(name: str, shape: Shape, *tensors: Tensor) -> list[Tensor]:
 
 
 class _Calls(TorchDispatchMode):
-    """Records one call of each operator of ours, whatever it is named and takes."""
+    """Records one call of each of our operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def operators(bench: Bench) -> Measured:
 
 
 def _fresh(value: Any) -> Any:
-    """A leaf of its own for every tensor."""
+    """A new leaf for a tensor; other values as they are."""
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone().requires_grad_(value.requires_grad)
@@ -162,7 +162,7 @@ def determinism(bench: Bench) -> Measured:
     inputs, options = case.inputs(bench.device), case.options(bench.device)
     grad_out = torch.randn_like(inputs[0])
     function = partial(window_attention, impl=bench.impl)
-    with sdpa_kernel(SDPBackend.MATH):  # of the text's queries: other backends of float32 add up with atomics
+    with sdpa_kernel(SDPBackend.MATH):  # for text queries: other float32 backends accumulate with atomics
         first, second = (outputs_and_gradients(function, inputs, options, grad_out) for _ in range(2))
     differing = [index for index, (a, b) in enumerate(zip(first, second, strict=True)) if not torch.equal(a, b)]
     note = f"these differ: {differing} of (out, gradients)" if differing else ""
@@ -170,8 +170,8 @@ def determinism(bench: Bench) -> Measured:
 
 
 def repetition(bench: Bench, repeats: int) -> Measured:
-    """In the precision and with the tiles that speed is measured with: a product that does not wait for its loads would
-    show in some passes alone. Pooled tokens take the place of text, whose queries are PyTorch's.
+    """Many passes in the precision and with the tiles of the speed rows: a product that does not wait for its loads
+    shows only in some. Pooled tokens replace text, whose queries PyTorch computes.
     """
     scale = bench.scale
     few = scale.few_cases
@@ -201,7 +201,7 @@ def repetition(bench: Bench, repeats: int) -> Measured:
 
 
 def long_run(bench: Bench) -> Measured:
-    """Everything finite; some queries against all keys, exactly."""
+    """Everything is finite; some queries are compared with exact attention over all keys."""
     scale = bench.scale
     side, radius = scale.long_side, 8
     dim = scale.head_dim
@@ -230,7 +230,7 @@ def _window_rows(tokens: Tensor, side: int, radius: int, text_len: int) -> Tenso
 
 
 def compiled_first(bench: Bench) -> Measured:
-    """What "auto" runs in a graph that is traced before anything has run, as a model's compiled blocks may be."""
+    """What "auto" runs in a graph traced before anything has run, as a model's compiled blocks may be."""
     lines, _ = _said([sys.executable, "-m", f"{__package__}.compiled_run", str(bench.device)], bench)
     try:
         found = json.loads(lines[-1])
@@ -247,7 +247,7 @@ def sanitizer(bench: Bench) -> Measured:
     if bench.device.type != "cuda" or shutil.which(SANITIZER) is None:
         raise UnavailableError(f"{SANITIZER} needs a GPU, and to be installed")
     check_ours(bench, torch.float16)
-    # what calls of the driver answer is no error of ours, and torch asks for what some machines lack
+    # errors of driver calls are not ours: torch asks for features that some machines lack
     command = [SANITIZER, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(SANITIZER_ERROR)]
     command += [sys.executable, "-m", f"{__package__}.small_run", bench.impl]
     lines, code = _said(command, bench, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -259,9 +259,9 @@ def sanitizer(bench: Bench) -> Measured:
 
 
 def _said(command: Sequence[str], bench: Bench, **environment: str) -> tuple[list[str], int]:
-    """What a process of its own says, line by line, and its exit code."""
+    """The output lines of a command, and its exit code."""
     limit = max(20.0, bench.seconds_left())
-    # In a session of its own, so that what it started ends with it.
+    # In a new session, so that the processes it started can be killed with it.
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Where a run takes place, without loading torch: the process that leads the others holds no GPU memory."""
+"""The environment of a run, found without loading torch: the parent process holds no GPU memory."""
 
 import hashlib
 import re
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "diffusers", "natten")
 
 
 def describe(*, smoke: bool, impl: str, arguments: list[str]) -> Head:
-    """Raises OSError where there is no NVIDIA GPU, and this is no smoke run."""
+    """The head of a run's file; raises OSError without an NVIDIA GPU, except for a smoke run."""
     gpu, driver = ("cpu smoke", "none") if smoke else _gpu()
     return Head(
         gpu=gpu,
@@ -37,7 +37,7 @@ def file_name(head: Head) -> str:
 
 
 def source_version() -> str:
-    """The commit; with a digest of the sources where they differ from it, or where there is no repository."""
+    """The commit, with a digest of the sources if they differ from it or there is no repository."""
     commit = _git("rev-parse", "--short", "HEAD")
     if commit and not _git("status", "--porcelain", "--", *SOURCES):
         return commit
@@ -71,7 +71,7 @@ def _gpu() -> tuple[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that are installed."""
+    """Versions of the packages that are installed."""
     found = {}
     for package in PACKAGES:
         try:

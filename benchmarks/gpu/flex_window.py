@@ -1,9 +1,9 @@
 """FlexAttention with a circular window: tokens in any tile order, the BlockMask from the geometry of the tiles.
 
 `create_block_mask` visits every pair of tokens: at 8K, 69 billion. Here only pairs of tiles are visited: two tiles
-touch where the gap between their rows and columns is shorter than the radius, and a tile is seen whole where the
-farthest corners are near enough. Row-major order, which CLEAR (arXiv:2412.16112) uses, is the tile order whose tiles
-are as wide as the picture, or lie within one row.
+touch if the gap between their rows and columns is shorter than the radius, and a tile is seen whole if the farthest
+corners are near enough. Row-major order, which CLEAR (arXiv:2412.16112) uses, is the tile order whose tiles are as wide
+as the picture, or parts of one row.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-BLOCK = 128  # FlexAttention's own
+BLOCK = 128  # FlexAttention's block size
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileOrder:
-    """Image tokens in the order of their query tiles, within those of their key tiles, within those row-major.
+    """Image tokens ordered by query tile, within it by key tile, within that row-major.
 
-    Tiles are (rows, columns); key tiles divide query tiles, and these the grid.
+    Tiles are (rows, columns); key tiles divide query tiles, and query tiles the grid.
     """
 
     grid: tuple[int, int]
@@ -51,7 +51,7 @@ class TileOrder:
 
 
 def row_major(grid: tuple[int, int]) -> TileOrder:
-    """The order of the picture's own rows as a tile order of FlexAttention's blocks."""
+    """Row-major order as a tile order of FlexAttention's blocks."""
     height, width = grid
     tile = (1, BLOCK) if width % BLOCK == 0 else (BLOCK // width, width)
     return TileOrder(grid=(height, width), query_tile=tile, key_tile=tile)
@@ -71,7 +71,7 @@ def tile_mask_mod(order: TileOrder, radius: int, text_len: int, *, text_queries:
 
 
 def row_major_mask_mod(width: int, radius: int, text_len: int) -> MaskMod:
-    """As CLEAR's: places by integer division, for every pair."""
+    """CLEAR's mask: rows and columns by integer division, for every pair."""
 
     def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         query_image, key_image = query - text_len, key - text_len
@@ -113,7 +113,7 @@ def pairs_computed(mask: BlockMask) -> int:
 
 
 def _image_blocks(order: TileOrder, radius: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[query tiles, key tiles] bool: some pair is near enough; all are."""
+    """Two [query tiles, key tiles] bool: whether some pair is near enough, whether all are."""
     query_size, key_size = order.block_size
     num_tokens = order.grid[0] * order.grid[1]
     query_places = order.place(torch.arange(0, num_tokens, query_size, device=device))
@@ -129,6 +129,6 @@ def _image_blocks(order: TileOrder, radius: int, device: torch.device) -> tuple[
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of blocks of every row, and their columns in front: [1, 1, rows], [1, 1, rows, columns]."""
+    """Number of blocks in every row, and the columns with these first: [1, 1, rows], [1, 1, rows, columns]."""
     columns = blocks.int().argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1).int()[None, None], columns.int()[None, None].contiguous()

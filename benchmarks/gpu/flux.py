@@ -1,4 +1,4 @@
-"""FLUX.1-dev's transformer in its true shape with random weights, whole or with its first blocks alone."""
+"""FLUX.1-dev's transformer in its true shape with random weights, whole or only its first blocks."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,14 +23,14 @@ def config_of(scale: Scale) -> dict[str, Any]:
 
 
 def sized(scale: Scale, units: int) -> dict[str, Any]:
-    """The config with `units` double blocks, and as many single ones for each as FLUX.1-dev has."""
+    """The config with `units` double blocks, and as many single blocks for each as FLUX.1-dev has."""
     config = config_of(scale)
     singles = config["num_single_layers"] // config["num_layers"]
     return config | {"num_layers": units, "num_single_layers": units * singles}
 
 
 def build(scale: Scale, units: int) -> nn.Module:
-    """On the device, in the dtype of this run."""
+    """The model on the device and in the dtype of this run."""
     device = torch.device(scale.device)
     return random_model("FluxTransformer2DModel", sized(scale, units), device, scale.dtype)
 
@@ -45,7 +45,7 @@ def units_that_fit(scale: Scale) -> tuple[int, int]:
 
 
 def unit_bytes(scale: Scale) -> int:
-    """Weights of one double block and its single ones."""
+    """Bytes of the weights of one double block and its single blocks."""
     with torch.device("meta"):
         models = [FluxTransformer2DModel.from_config(sized(scale, units)) for units in (1, 2)]
     one, two = (sum(weight.numel() for weight in model.parameters()) for model in models)
@@ -79,7 +79,7 @@ def step(model: nn.Module, scale: Scale, side: int) -> Callable[[], Tensor]:
 
 @contextmanager
 def first_units(model: Any, units: int) -> Iterator[None]:
-    """Inside, the model has its first blocks alone."""
+    """A context in which the model has only its first blocks."""
     doubles, singles = model.transformer_blocks, model.single_transformer_blocks
     model.transformer_blocks = doubles[:units]
     model.single_transformer_blocks = singles[: units * (len(singles) // len(doubles))]

@@ -23,7 +23,7 @@ from .timing import peak_gib, seconds
 
 RADIUS = 16
 TILE_SIDES = (4, 8)
-ALIKE = 0.99  # of the tiles choose the same cells in float64; near a tie, rounding decides
+ALIKE = 0.99  # of the tiles must choose the same cells as in float64; near a tie, rounding decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def impl_of(bench: Bench) -> str:
 
 
 def _check(bench: Bench, case: Case, *, backward: bool = False) -> None:
-    """Raises UnavailableError where our implementation cannot run, RuntimeError where plain PyTorch takes its place."""
+    """Raise UnavailableError if our implementation cannot run, RuntimeError if plain PyTorch replaces its backward."""
     query = torch.empty(1, 1, 1, case.head_dim, dtype=case.dtype, device=bench.device)
     try:
         choose_impl(query, case.side, impl_of(bench))
@@ -97,7 +97,7 @@ def _check(bench: Bench, case: Case, *, backward: bool = False) -> None:
 
 
 def against_plain(bench: Bench, case: Case) -> Measured:
-    """out and log-sum-exp, of the tiles that choose the same cells as in float64; plain PyTorch is tested on CPUs."""
+    """out and log-sum-exp of the tiles that choose the same cells as in float64; plain PyTorch is tested on CPUs."""
     _check(bench, case)
     inputs = case.inputs(bench.device)
     count = cells_in_focus(case.num_tokens, case.num_cells, case.grid)
@@ -123,7 +123,7 @@ def against_plain(bench: Bench, case: Case) -> Measured:
 
 
 def gradients_against_plain(bench: Bench, case: Case) -> Measured:
-    """Of all inputs, for the output, log-sum-exp and choice that float64 gives; and twice, bit for bit."""
+    """Gradients of all inputs, given float64's output, log-sum-exp and choice; the kernels' runs must be bit-equal."""
     _check(bench, case, backward=True)
     inputs = case.inputs(bench.device)
     doubles = [x.double() for x in inputs]
@@ -148,7 +148,7 @@ def gradients_against_plain(bench: Bench, case: Case) -> Measured:
 
 
 def speed(bench: Bench, picture: int, side: int, *, backward: bool) -> Measured:
-    """Of one call; the choice of cells is in it, the window and the pooling are not. With `backward`, both."""
+    """Speed of a forward, with `backward` of both; includes the choice of cells, but not the window and the pooling."""
     scale, grid = bench.scale, (picture, picture)
     num_cells = min(scale.focus_tokens, picture**2 // 4)
     case = Case(

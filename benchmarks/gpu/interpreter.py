@@ -1,11 +1,11 @@
-"""Triton's interpreter, three times as fast, for tests and smoke runs on a CPU."""
+"""Makes Triton's interpreter three times as fast, for tests and smoke runs on a CPU."""
 
 from dataclasses import replace
 from typing import Any
 
 
 def hasten_interpreter() -> None:
-    """Replaces its language once a launch, not at every call inside a kernel; leaves out its checks for overflow.
+    """Patch `triton.language` once per launch, not at every call inside a kernel, and skip overflow checks.
 
     Compiled kernels have no such checks either.
     """
@@ -25,7 +25,7 @@ def hasten_interpreter() -> None:
 
 
 class _Nothing:
-    """What there is to undo where nothing was patched."""
+    """Undoes a patch that was skipped."""
 
     def restore(self) -> None:
         pass

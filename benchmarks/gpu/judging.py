@@ -1,4 +1,4 @@
-"""How large an error may be: at most twice what the reference makes in the same precision, plus four roundings."""
+"""The error allowed: twice the reference's own error in the same precision, plus four roundings."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,10 @@ ROUNDINGS = 4
 def verdict(
     actual: list[Tensor], exact: list[Tensor], low: list[Tensor], names: Sequence[str] | None = None
 ) -> Measured:
-    """Of the tensor that uses most of what it is allowed; NaN never passes. Without names: out, then gradients."""
+    """The verdict on the tensor with the largest share of its allowed error; NaN never passes.
+
+    Without names, the tensors are out and its gradients.
+    """
     names = names or ["out", *(f"gradient {index}" for index in range(len(actual) - 1))]
     figures = [_errors(*tensors) for tensors in zip(actual, exact, low, strict=True)]
     name, worst = max(zip(names, figures, strict=True), key=lambda one: one[1]["share_of_allowed"])
@@ -38,7 +41,7 @@ def _errors(actual: Tensor, exact: Tensor, low: Tensor) -> dict[str, float]:
 
 @contextmanager
 def nan_filled_memory() -> Iterator[None]:
-    """`torch.empty` and its relatives give NaN, so that reading or returning what nobody wrote shows."""
+    """A context in which `torch.empty` and its relatives give NaN, so that uses of unwritten memory show."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:

@@ -1,4 +1,4 @@
-"""What was aimed at on an H200, and what others published: for their cards, versions and protocols."""
+"""Targets on an H200, and what others published, for their cards, versions and protocols."""
 
 from .names import ALL_WEIGHTS, CLEARS_WAY, IN_CHUNKS, OUR_STEPS, case_name, size_name
 from .records import Mark, Results
@@ -61,7 +61,7 @@ def _memory_marks(results: Results) -> list[Mark]:
         case = f"step, {size_name(side)}"
         row = results.find("memory", case, impl)
         if row is None or row.note != ALL_WEIGHTS:
-            return None  # with a part of the weights it tells nothing of the whole
+            return None  # with a part of the weights, it says nothing about the whole
         return results.figure("memory", case, impl, "peak_gib")
 
     return [

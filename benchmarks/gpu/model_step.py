@@ -21,7 +21,7 @@ PART = "model"
 LONGEST = 10.0  # seconds: steps expected to take longer are extrapolated from a few blocks
 CLEARS_RADIUS = 8
 FOCUS_SIDE = 8
-SIDES_BY_WORTH, SIDES_OF_16 = (256, 512, 64, 128), (64, 256, 512, 128)  # should time run out: what marks are of
+SIDES_BY_WORTH, SIDES_OF_16 = (256, 512, 64, 128), (64, 256, 512, 128)  # sides of marks first, should time run out
 REPEATS, ENOUGH = 15, 3.0  # steps of one timing, and seconds of them: a mark at 1K allows 2%
 
 
@@ -42,7 +42,7 @@ def _no_diffusers() -> Measured:
 
 
 class Models:
-    """The model, made when it is first needed, and as it was last converted and compiled."""
+    """The model, built when first needed, as last converted and compiled."""
 
     def __init__(self, bench: Bench, *, compiled: bool = True) -> None:
         self.bench = bench
@@ -52,7 +52,7 @@ class Models:
         self._impl = ""
 
     def converted(self, impl: str) -> Any:
-        """With DENSE_STEP attention, CLEARS_STEP or ours. CLEAR's way is compiled anew for every size."""
+        """The model with DENSE_STEP attention, CLEARS_STEP or ours. CLEAR's way is recompiled for every size."""
         from . import flux
 
         if self._model is None:
@@ -85,12 +85,12 @@ def _convert(model: Any, impl: str, bench: Bench) -> None:
             tokens = bench.scale.focus_tokens
             proxies = ProxyTokens(num_proxies=tokens)
             method = Hybrid(local=method, global_=proxies, gate=1.0, focus_tokens=tokens, focus_side=FOCUS_SIDE)
-        # What users get; the interpreter of a smoke run is never chosen by itself
+        # "auto" is what users get; it never chooses the interpreter of a smoke run
         linearize_(model, method, impl=bench.impl if bench.results.head.smoke else "auto")
 
 
 def _compile(model: Any, backend: str) -> None:
-    """The blocks anew, without the graphs of another attention."""
+    """Compile the blocks, after dropping the graphs of another attention."""
     from lineardit.linearize.compiling import compile_
 
     torch.compiler.reset()
@@ -98,7 +98,7 @@ def _compile(model: Any, backend: str) -> None:
 
 
 def measure_step(bench: Bench, models: Models, impl: str, side: int) -> Measured:
-    """One block of each kind first: that compiles, and tells whether the whole step can be waited for."""
+    """Measure one unit of blocks first, which compiles and tells whether there is time for the whole step."""
     from . import flux
 
     refuse_fallback(bench, impl)
@@ -126,7 +126,7 @@ def measure_step(bench: Bench, models: Models, impl: str, side: int) -> Measured
 
 
 def refuse_fallback(bench: Bench, impl: str) -> None:
-    """Raise a RuntimeError where a row of ours would time plain PyTorch."""
+    """Raise a RuntimeError if a row of ours would time plain PyTorch."""
     if bench.device.type != "cuda" or bench.impl != "triton" or impl in (DENSE_STEP, CLEARS_STEP):
         return
     kernel = bench.device, bench.scale.dtype, bench.scale.head_dim
@@ -136,7 +136,7 @@ def refuse_fallback(bench: Bench, impl: str) -> None:
 
 
 def fastest_dense(bench: Bench) -> AbstractContextManager[None]:
-    """Inside, dense attention is the one that was faster as an operator at 4K; cuDNN's where that was not measured."""
+    """A context in which dense attention is the faster operator at 4K, or cuDNN's if that was not measured."""
     case = case_name(256, None, backward=False)
     cudnn, flash = (bench.results.figure("operator", case, name, "milliseconds") for name in DENSE)
     if bench.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""How cases and implementations are called in the file; without torch, so that reading results needs none."""
+"""Names of cases and implementations in the file; without torch, so that reading results does not need it."""
 
 NAMES = {64: "1K", 128: "2K", 256: "4K", 512: "8K"}  # side in tokens -> picture of FLUX.1
 DENSE = ("dense cuDNN", "dense flash")

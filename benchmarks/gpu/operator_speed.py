@@ -15,7 +15,7 @@ from .timing import peak_gib, seconds, shared_memory
 
 PART = "operator"
 CARD = ("this card", "rates")  # the case and impl of the first row
-SLOW_SIDE = 512  # of two dense calls, only the one that was faster at half of it is timed here
+SLOW_SIDE = 512  # here, only the dense call that was faster at half this side is timed
 MARKED = ((256, 16), (512, 8))  # (side, radius): these first, should time run out
 
 
@@ -50,7 +50,7 @@ def _task(bench: Bench, side: int, radius: int | None, name: str, competitor: Co
 def speed(
     bench: Bench, side: int, radius: int | None, name: str, competitor: Competitor, *, backward: bool
 ) -> Measured:
-    """Of one call; `radius` None for dense attention."""
+    """Speed of one call; `radius` is None for dense attention."""
     if side >= SLOW_SIDE and name in DENSE:
         _check_fastest(bench, side // 2, name, backward=backward)
     shape = shape_of(bench.scale, side, radius or bench.scale.radii[0])
@@ -75,7 +75,7 @@ def speed(
 
 
 def dense_milliseconds(bench: Bench, side: int, *, backward: bool) -> float | None:
-    """Of the faster dense call, None where none was measured."""
+    """Milliseconds of the faster dense call; None if none was measured."""
     case = case_name(side, None, backward=backward)
     times = [bench.results.figure(PART, case, name, "milliseconds") for name in DENSE]
     return min((time for time in times if time is not None), default=None)
@@ -140,7 +140,7 @@ def card_rates(bench: Bench) -> Measured:
 
 
 def making_a_mask(bench: Bench, shape: Shape) -> Measured:
-    """What `create_block_mask`, compiled as CLEAR calls it, takes once for every size; the figures above spare it."""
+    """Time of `create_block_mask`, compiled as CLEAR calls it, once for every size; other figures exclude it."""
     mask_mod = row_major_mask_mod(shape.side, shape.radius, shape.text_len)
     compiled = bench.device.type == "cuda"
 

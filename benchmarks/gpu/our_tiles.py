@@ -1,4 +1,4 @@
-"""What our Triton kernels compute beyond the pairs that attend: the rest of the tiles that a window touches."""
+"""Pairs that our Triton kernels compute: all pairs of the tiles that a window touches."""
 
 from lineardit.kernels.window.lists import circle_lists
 from lineardit.kernels.window.triton_probe import backward_tiles_for, forward_tiles_for
@@ -8,7 +8,7 @@ from .bench import Bench, Shape
 
 
 def our_pairs(shape: Shape, bench: Bench, *, backward: bool) -> tuple[int, int, str]:
-    """Pairs for each head in whole tiles, of the forward and of the backward pass; and those tiles in words."""
+    """Pairs for each head in whole tiles, of the forward and of the backward pass; and the tiles in words."""
     forward_tiles = forward_tiles_for(bench.device, shape.dtype, shape.head_dim)
     pairs = _pairs(shape, forward_tiles)
     if not backward:

@@ -1,4 +1,4 @@
-"""Peak memory of the operator and of a model step, ours against dense; in eager mode, which is the larger one."""
+"""Peak memory of the operator and of a model step, ours against dense; in eager mode, which takes more."""
 
 import importlib.util
 from contextlib import nullcontext
@@ -37,7 +37,7 @@ def tasks(bench: Bench) -> Tasks:
 
 
 def of_operator(bench: Bench, side: int, radius: int, competitor: Competitor, *, backward: bool) -> Measured:
-    """With its inputs."""
+    """Peak memory of the operator, inputs included."""
     shape = shape_of(bench.scale, side, radius)
     attention = competitor(shape, bench, backward=backward)
     inputs = shape.tensors(bench.device, requires_grad=backward)
@@ -51,7 +51,7 @@ def of_operator(bench: Bench, side: int, radius: int, competitor: Competitor, *,
 
 
 def of_step(bench: Bench, models: Models, impl: str, side: int) -> Measured:
-    """Blocks free what they allocate, so the first of each kind tell the peak; the weights are all there."""
+    """Blocks free what they allocate, so the first of each kind show the peak; all weights are in memory."""
     from lineardit.pipelines.estimate import CHUNK_TOKENS
     from lineardit.pipelines.token_chunks import in_token_chunks
 

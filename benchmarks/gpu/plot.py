@@ -28,7 +28,7 @@ Series = dict[int, float]  # side in tokens -> figure
 
 
 def operator_series(results: Results, radius: int) -> dict[str, Series]:
-    """Milliseconds of one forward call, by implementation; of the two dense calls the faster."""
+    """Milliseconds of one forward call, by implementation; "dense" is the faster of two."""
     series = {}
     for impl in (results.head.impl, CLEARS_WAY, "flex tiles", "natten"):
         series[impl] = _measured(results, "operator", impl, "milliseconds", radius)

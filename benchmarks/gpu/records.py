@@ -1,6 +1,6 @@
-"""What a run writes: one JSON file for a GPU and a day, saved whole after every row.
+"""The results of a run: one JSON file for a GPU and a day, saved as a whole after every row.
 
-A row is one measurement: (part, case, impl) name it, `figures` hold its numbers, each under a name of FIGURES.
+A row is one measurement: its key is (part, case, impl), its `figures` are numbers under names of FIGURES.
 """
 
 import json
@@ -19,7 +19,7 @@ STATUSES = (
     "not available",  # cannot run here; the note says why
     "left out",  # the part's time was spent; the next run goes on with it
 )
-SETTLED = ("measured", "not available")  # not done again
+SETTLED = ("measured", "not available")  # not measured again
 FIGURES = {
     "milliseconds": "of one call, median",
     "seconds": "of one step of the model",
@@ -46,7 +46,7 @@ class Row:
     status: str
     took: float  # seconds, setup and compilation included
     figures: dict[str, float] = field(default_factory=dict)
-    note: str = ""  # why not, how the figure came about, or the error
+    note: str = ""  # why it is missing, how it was measured, or the error
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A figure that was aimed at; `value` is None where it was not measured."""
+    """A target and its figure; `value` is None if it was not measured."""
 
     what: str
     value: float | None
@@ -76,7 +76,7 @@ class Mark:
         return self.value >= self.target if self.better == "higher" else self.value <= self.target
 
 
-OPTIONAL = ("diffusers", "natten")  # packages that only some rows need: a run may have them and the next one not
+OPTIONAL = ("diffusers", "natten")  # packages that only some rows need: runs with and without them may share a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Results:
     path: Path
     head: Head
     rows: list[Row] = field(default_factory=list)
-    running: tuple[str, str, str] | None = None  # the row being measured: whose fault it is if the process ends
+    running: tuple[str, str, str] | None = None  # the row being measured, which failed if the process ends
     marks: list[Mark] = field(default_factory=list)
 
     def find(self, part: str, case: str, impl: str) -> Row | None:
@@ -122,7 +122,7 @@ class Results:
         self.save()
 
     def add(self, row: Row) -> None:
-        """In place of the row of the same name, if there is one."""
+        """Add a row, in place of the row with the same key, if there is one."""
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
         self.running = None
         self.save()
@@ -132,7 +132,7 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        """Never leaves half a file, whenever the process ends."""
+        """Write the file atomically: it is complete whenever the process ends."""
         data = {
             "format": FORMAT,
             **asdict(self.head),
@@ -146,7 +146,7 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """Raises ValueError where the file is not of this format."""
+    """Read a file; raises ValueError if it is not of this format."""
     data = json.loads(path.read_text())
     if data.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}")
@@ -163,7 +163,7 @@ def load(path: Path) -> Results:
 
 
 def open_results(path: Path, head: Head) -> Results:
-    """The rows there are, if they were measured with this head; a file with another is kept under a longer name."""
+    """Existing rows, if measured with this head; a file with another head is kept under a longer name."""
     results = Results(path=path, head=head)
     if path.exists():
         old = load(path)
@@ -178,7 +178,7 @@ def open_results(path: Path, head: Head) -> Results:
 
 
 def finite(figures: dict[str, float]) -> dict[str, float]:
-    """JSON has no infinity and no NaN: left away."""
+    """The finite figures: JSON has no infinity and no NaN."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 

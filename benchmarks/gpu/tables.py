@@ -14,14 +14,14 @@ FIGURES_OF_PART = {
 
 
 def line(row: Row) -> str:
-    """One row while it runs."""
+    """One line for a row, printed when it is done."""
     figures = "  ".join(f"{name} {_number(value)}" for name, value in row.figures.items())
     status = "" if row.status == "measured" else row.status.upper()
     return "  ".join(part for part in (f"{row.case:60} {row.impl:24}", status, figures, row.note) if part)
 
 
 def part_tables(results: Results, part: str) -> str:
-    """For each figure a table of cases and implementations; of what is missing, why."""
+    """A table of cases and implementations for each figure, and notes, also on why rows are missing."""
     rows = results.of_part(part)
     lines = [f"== {part}: {len(rows)} rows"]
     for name in FIGURES_OF_PART[part]:

@@ -13,10 +13,11 @@ ENOUGH = 0.3  # seconds of measuring
 
 
 def seconds(run: Callable[[], object], device: torch.device, *, repeats: int, enough: float = ENOUGH) -> float:
-    """Median time of a call that ran before. Caches are cold: other memory is written before each run.
+    """Median time of a call that ran before.
 
-    On a GPU the time of the device is taken, by events; that writing also gives the host a head start. Three runs or
-    more, up to `repeats`, until they take `enough` seconds; one where it takes three times as long.
+    On a GPU, the device's time by events, with cold caches: other memory is written before each run, which also gives
+    the host a head start. At least three runs, up to `repeats`, until they take `enough` seconds; one run if it takes
+    more than three times as long.
     """
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     first = measure(run, 1)
@@ -26,7 +27,7 @@ def seconds(run: Callable[[], object], device: torch.device, *, repeats: int, en
 
 
 def peak_gib(run: Callable[[], object], device: torch.device) -> float:
-    """GiB allocated at most during the call, with all that was allocated before it; on a CPU, of the process so far."""
+    """Peak GiB allocated during the call, earlier allocations included; on a CPU, the process's peak so far."""
     if device.type != "cuda":
         run()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -38,7 +39,7 @@ def peak_gib(run: Callable[[], object], device: torch.device) -> float:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may take at most on this GPU."""
+    """Largest number of bytes that a program may take on this GPU."""
     from triton.runtime import driver
 
     return int(driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])

@@ -1,7 +1,7 @@
-"""Parts in a process of their own: `python -m benchmarks.gpu.worker FILE DEADLINE PART...`.
+"""Runs parts in one process: `python -m benchmarks.gpu.worker FILE DEADLINE PART...`.
 
-Measures the rows that the file does not have yet. An error costs its row; one that leaves the GPU unusable ends the
-process as well. Who started it knows the row from the file, and starts again after it.
+Measures the rows that the file does not have yet. An error fails its row; one that leaves the GPU unusable ends the
+process as well. The parent process reads the row from the file, and restarts after it.
 """
 
 import gc
@@ -23,7 +23,7 @@ MODULES = {"correctness": "correctness", "operator": "operator_speed", "model": 
 
 
 def measure(task: Task, bench: Bench) -> None:
-    """One row, in the file and on the terminal."""
+    """Measure one row, and write it to the file and the terminal."""
     results = bench.results
     if results.find(*task.key) is not None:
         return
@@ -54,9 +54,9 @@ def measure(task: Task, bench: Bench) -> None:
         done = row("left out", Measured(figures={}, note=str(reason)))
     except torch.OutOfMemoryError:
         done = row("not available", Measured(figures={}, note="out of memory on this card"))
-    except Exception as error:  # noqa: BLE001 whatever it is, the other rows can be had
+    except Exception as error:  # noqa: BLE001 the other rows can still be measured
         if bench.device.type == "cuda":
-            torch.cuda.synchronize()  # raises where the context is broken
+            torch.cuda.synchronize()  # raises if the context is broken
         traceback.print_exc()
         done = row("failed", Measured(figures={}, note=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]))
     results.add(done)
