@@ -1,4 +1,4 @@
-"""A small FLUX pipeline to make a cascade of, and what every test asks of it."""
+"""A small converted FLUX pipeline for cascades, and the prompt and settings of the tests."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What holds for every test: offline, one thread and seed, Triton interpreted, fresh memory full of NaN."""
+"""Settings of every test: offline, one thread and seed, Triton interpreted, new memory filled with NaN."""
 
 import gc
 import logging
@@ -38,7 +38,7 @@ if find_spec("triton"):
     hasten_interpreter()
 
 
-# They take longest of those with few tests.
+# The files that take longest among those with few tests.
 FIRST_FILES = (
     "kernels/test_kernel_resources.py",
     "benchmarks/test_gpu_smoke.py",
@@ -48,13 +48,13 @@ FIRST_FILES = (
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several processes take these files first, so that none is left with one of them in the end."""
+    """Run these files first, so that no process is left with one of them at the end."""
     places = {Path(__file__).parent / file: place for place, file in enumerate(FIRST_FILES)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: collections of garbage need not look through it, which takes long."""
+    """Freeze what is imported by now, so that garbage collections do not traverse it, which takes long."""
     gc.collect()
     gc.freeze()
 
@@ -72,7 +72,7 @@ def seed() -> int:
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory() -> Iterator[None]:
-    """`torch.empty` and its relatives give NaN (integers: their maximum), so that reading what nobody wrote shows."""
+    """`torch.empty` and its relatives give NaN (integers: their maximum), so that reads of unwritten memory show."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -81,7 +81,7 @@ def nan_filled_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def logging_levels() -> Iterator[None]:
-    """Levels that a command sets for its process, a module's fixture before the test included, do not reach a test."""
+    """Reset the levels that a command sets for its process, also in a module's fixture before the test."""
     known = logging.root.manager.loggerDict
     for name, logger in list(known.items()):
         if isinstance(logger, logging.Logger) and name.split(".")[0] == "lineardit":
@@ -93,5 +93,5 @@ def logging_levels() -> Iterator[None]:
 
 
 def _set_level(logger: logging.Logger, level: int) -> None:
-    if logger.level != level:  # setting one costs a walk over all
+    if logger.level != level:  # setting one walks over all loggers
         logger.setLevel(level)

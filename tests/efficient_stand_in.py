@@ -1,4 +1,4 @@
-"""PyTorch's memory-efficient attention, which runs on CUDA alone: what it wants of its inputs, and what it computes."""
+"""A stand-in for PyTorch's memory-efficient attention, which needs CUDA: its input requirements and results."""
 
 import torch
 from torch import Tensor

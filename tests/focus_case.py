@@ -1,4 +1,4 @@
-"""Cells in focus written out over dense masks, and shapes to compare with."""
+"""Cells in focus computed with dense masks, and shapes to compare on."""
 
 import math
 from itertools import product
@@ -29,7 +29,7 @@ SHAPES = [((8, 8), 16, 16, 4), ((7, 10), 6, 25, 3), ((5, 6), 8, 12, 2), ((1, 30)
 def inputs_of(
     grid: tuple[int, ...], num_cells: int, dtype: torch.dtype = torch.float64, head_dim: int = 8
 ) -> list[Tensor]:
-    """query, key and value [2, 2, n, head_dim], a proxy's key and value [2, 2, C, head_dim]."""
+    """query, key and value [2, 2, n, head_dim], the proxies' key and value [2, 2, C, head_dim]."""
     query, key, value = (torch.randn(2, 2, math.prod(grid), head_dim).to(dtype) for _ in range(3))
     return [query, key, value, *(cell_means(x, *grid[-2:], num_cells).to(dtype) for x in (key, value))]
 
@@ -78,7 +78,7 @@ def by_hand(
 
 
 def clear_choice(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
-    """Inputs, and keyword arguments: one tile of queries that chooses clearly, so that rounding changes no choice."""
+    """Inputs and keyword arguments for one tile of queries whose choice is clear enough for any rounding."""
     grid = (8, 8)
     query, key, value, *_ = inputs_of(grid, 4, torch.float32)
     key[:, :, :4] += 8 * query.mean(2, keepdim=True)

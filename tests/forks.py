@@ -1,4 +1,4 @@
-"""Processes of one group as forks of this one, which have everything imported already."""
+"""A process group of forks of this process, which have everything imported already."""
 
 import traceback
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 
 def run_forks(count: int, enter: Callable[[int], None], folder: Path) -> None:
-    """Call `enter(rank)` in so many forks; what one raises fails the test, and is told by way of the folder."""
+    """Call `enter(rank)` in `count` forks; an exception fails the test, and is reported through the folder."""
     context = torch.multiprocessing.get_context("fork")
     forks = [context.Process(target=_told, args=(rank, enter, folder)) for rank in range(count)]
     for fork in forks:

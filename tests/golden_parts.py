@@ -1,4 +1,4 @@
-"""Golden files: what a published code got and gave (golden/README.md)."""
+"""Golden files: inputs and outputs of published code (golden/README.md)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A Hub on this machine: folders as repositories, over the part of the HTTP interface that its client uses here."""
+"""A local Hub: folders as repositories, with the part of the HTTP API that its client uses here."""
 
 import base64
 import hashlib
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every repository, which has the branch main alone
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every repository; main is the only branch
 
 
 class HubServer(ThreadingHTTPServer):
     """Serves `root`/owner/name as the repository owner/name.
 
     Attributes:
-        gated: Repositories whose files nobody may have.
+        gated: Repositories that refuse access to their files.
     """
 
     daemon_threads = True

@@ -1,4 +1,4 @@
-"""Samples that are calls of a tiny model's denoiser, and settings of a run that learns from them."""
+"""Samples that are recorded calls of a tiny model's denoiser, and settings of a run that trains on them."""
 
 from pathlib import Path
 from typing import Any

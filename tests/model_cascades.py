@@ -1,4 +1,4 @@
-"""Cascades of models other than FLUX.1, as small as can be, with random weights."""
+"""Cascades of many models, as small as possible, with random weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +41,7 @@ def hunyuan_vae() -> Any:
     ).eval()
 
 
-# Those that have a cascade, and the VAE where the tiny pipeline has none.
+# Pipelines that have a cascade, with a VAE if the tiny pipeline has none.
 CASCADES: dict[str, Callable[[], Any] | None] = {
     **dict.fromkeys(("flux", "chroma", "ovis-image", "bria")),
     **dict.fromkeys(("sd", "sdxl", "hunyuan-dit", "pixart-alpha", "pixart-sigma", "lumina-next", "sd3", "auraflow")),
@@ -58,7 +58,7 @@ NEITHER = ("height", "width", "output_type", "use_resolution_binning")
 
 
 def made(name: str) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and what it is called with besides a size."""
+    """The pipeline, and the arguments of its call besides a size."""
     stock = STOCK[name]
     try:
         getattr(diffusers, stock.needs)

@@ -1,4 +1,4 @@
-"""What a device without float64 would refuse, told on a CPU."""
+"""Finds on a CPU what a device without float64 would refuse."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from torch.utils._pytree import tree_iter
 
 
 class NoFloat64(TorchDispatchMode):
-    """Raises where an operation, in our operators too, takes or makes a tensor of float64."""
+    """Raises if an operation, also inside our operators, takes or makes a float64 tensor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "lineardit":
-            with self:  # so that what the operator calls comes here as well
+            with self:  # so that the operator's own calls are checked as well
                 out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         else:
             out = func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Stock pipelines that are called with a prompt, as users do: what they draw depends on the noise alone."""
+"""Stock pipelines that are called with a prompt, as by users; their pictures depend on the noise only."""
 
 import inspect
 from typing import Any
@@ -13,11 +13,11 @@ from tiny_stock import STOCK
 
 
 def prompted(name: str) -> Any:
-    """A new pipeline of this line of `tiny_stock`; each prompt makes the two pictures of its arguments."""
+    """A new pipeline of this line of `tiny_stock`; any prompt makes the two pictures of the line's arguments."""
     stock = STOCK[name]
     try:
         getattr(diffusers, stock.needs)
-    except (AttributeError, RuntimeError) as error:  # it is not there, or needs a newer transformers
+    except (AttributeError, RuntimeError) as error:  # it is missing, or needs a newer transformers
         pytest.skip(f"this diffusers has no {stock.needs}: {error}")
     pipe, arguments = stock.make(), stock.arguments()
     draw = type(pipe).__call__
@@ -25,7 +25,7 @@ def prompted(name: str) -> Any:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
-        prompt = given.pop("prompt")  # here stand embeddings for it
+        prompt = given.pop("prompt")  # embeddings replace it
         assert isinstance(prompt, str) or all(isinstance(one, str) for one in prompt)
         dtype = main_dtype(denoiser(self)[1])
         return draw(**{**given, **{name: _in(dtype, value) for name, value in arguments.items()}})

@@ -81,12 +81,12 @@ def write_config(config: DistillConfig, path: Path) -> Path:
 
 
 def launch_run(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[bytes]:
-    """A distillation in processes of its own, which are a group that can be killed as one."""
+    """A distillation in a new group of processes, which can be killed together."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     return _start([sys.executable, *launcher, "-m", "lineardit.distill", str(config), *arguments])
 
 
-# Workers that share their imports, forks of one process that has done nothing yet; all end with the first that fails.
+# Workers forked from one process right after its imports; all are killed when the first fails.
 FORKED = """
 import os, signal, socket, sys
 import lineardit.distill.train
@@ -108,7 +108,7 @@ for _ in range(processes):
 
 
 def fork_run(config: Path, *, processes: int) -> subprocess.Popen[bytes]:
-    """A distillation in several processes without a launcher, in half of its time."""
+    """A distillation in several processes without a launcher, which halves its time."""
     return _start([sys.executable, "-c", FORKED, str(processes), str(config)])
 
 
@@ -129,7 +129,7 @@ def table(path: Path) -> list[dict[str, float]]:
 
 
 def trained_weights(run: Path) -> dict[str, Tensor]:
-    """Those of a run's adapter."""
+    """The weights of a run's adapter."""
     return load_file(run / "adapter" / "lineardit.safetensors")
 
 

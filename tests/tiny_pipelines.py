@@ -1,4 +1,4 @@
-"""A tiny FluxPipeline without text encoders, for what is saved to and loaded from folders."""
+"""A tiny FluxPipeline without text encoders, for tests of saving to and loading from folders."""
 
 from pathlib import Path
 
@@ -35,12 +35,12 @@ def saved_flux_pipeline(folder: Path) -> Path:
 
 
 def plain(folder: Path) -> diffusers.FluxPipeline:
-    """As diffusers loads it."""
+    """The pipeline as diffusers loads it."""
     return diffusers.DiffusionPipeline.from_pretrained(folder, **NO_TEXT)
 
 
 def student_of(base: Path, kind: str) -> diffusers.FluxPipeline:
-    """Converted, with trained weights of this kind."""
+    """The pipeline converted, with trained weights of this kind."""
     pipe = plain(base)
     linearize_(pipe, Clear(radius=2, pool_size=2))
     trained_(pipe, kind, alpha=5, targets=["to_q"])

@@ -1,4 +1,4 @@
-"""What training leaves on a converted model, without a run that trains."""
+"""Converted models as training leaves them, without a training run."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def trained_(
     alpha: float | None = None,
     targets: Sequence[str] = ("to_q", "to_out.0"),
 ) -> None:
-    """Kernels ("kernels"), and LoRA ("lora"), whole projections ("full") or "both", away from where they start."""
+    """Move kernels ("kernels"), and LoRA ("lora"), whole projections ("full") or "both", from their initial values."""
     _, model = denoiser(pipe_or_model)
     parameters = {name: weight for name, weight in model.named_parameters() if ".linear_kernel." in name}
     if kind in ("full", "both"):
@@ -32,14 +32,14 @@ def trained_(
 
 
 def move_(parameters: Iterable[Tensor]) -> None:
-    """Each away from where it starts, as training would."""
+    """Move parameters from their initial values, as training would."""
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
 def train_full_(pipe_or_model: Any, *, targets: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Note the projections of every swapped attention module as changed, to be changed now; as `add_lora_`."""
+    """Mark the projections of every swapped attention module as trained, and return them, like `add_lora_`."""
     _, model = denoiser(pipe_or_model)
     parameters = {
         f"{name}.{attribute}": parameter

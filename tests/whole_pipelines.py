@@ -1,4 +1,4 @@
-"""Pipelines of other models whole, with text encoders and tokenizers, as small as can be, with random weights."""
+"""Complete pipelines of other models, with text encoders and tokenizers, as small as possible, with random weights."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A problem of window attention: window, sizes, masks and layout, and random tensors; and windows pair by pair."""
+"""Cases of window attention: window, sizes, masks, layout and random tensors; and windows computed pair by pair."""
 
 import itertools
 import math
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def image(self) -> slice:
-        """Where the image's tokens stand."""
+        """The positions of the image's tokens."""
         start = self.text_len if self.text_first else 0
         return slice(start, start + math.prod(self.grid))
 
@@ -75,7 +75,7 @@ class Case:
         shape = (self.batch, self.num_heads, self.num_tokens, self.head_dim)
         if self.contiguous:
             tensors = list(torch.randn(3, *shape, dtype=dtype))
-        else:  # as one projection leaves them
+        else:  # as a fused projection returns them
             fused = torch.randn(self.batch, self.num_tokens, 3, self.num_heads, self.head_dim, dtype=dtype)
             tensors = list(fused.permute(2, 0, 3, 1, 4))
         if self.num_pooled:
@@ -83,7 +83,7 @@ class Case:
         return tensors
 
     def text_mask(self) -> Tensor | None:
-        """The last sample's text is masked whole, the others' in part."""
+        """The last sample's text is masked completely, the others' in part."""
         if not self.masked:
             return None
         mask = torch.arange(self.text_len).repeat(self.batch, 1) % 3 > 0
@@ -106,7 +106,7 @@ class Case:
         return self.run(*tensors, attention=windowed_attention_reference, **options)
 
     def matches_reference(self, dtype: torch.dtype, **options) -> None:
-        """Outputs and all gradients."""
+        """Compare outputs and all gradients with the reference."""
         assert_matches_reference(lambda *tensors: self.run(*tensors, **options), self.reference, self.tensors(), dtype)
 
 
@@ -129,12 +129,12 @@ def pairs_by_hand(grid: tuple[int, ...], window: Window) -> Tensor:
 
 
 def _seen(place: int, size: int, window: int, dilation: int, cell: int) -> set[int]:
-    """What a place sees of its axis under a box."""
+    """The places of its axis that a place sees under a box."""
     fellows = [other for other in range(size) if other % dilation == place % dilation]
     cells = [set(fellows[start : start + cell]) for start in range(0, len(fellows), cell)]
     own = next(index for index, members in enumerate(cells) if place in members)
     first = own - window // 2
-    while first + window > len(cells):  # slides inside, and stays at the front of a short axis
+    while first + window > len(cells):  # shifted inward; on a short axis, from the front
         first -= 1
     first = max(first, 0)
     return set().union(*cells[first : first + window])

@@ -1,4 +1,4 @@
-"""A small pipeline, samples that it made, and settings for a run of seconds."""
+"""A small pipeline, samples made by it, and settings of a run that takes seconds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(base: Path, data: Path, tmp_path: Path) -> Callable[..., DistillConfig]:
-    """`make_config(run={...}, loss={...})` replaces settings of a run of six steps; method and trained as a whole."""
+    """`make_config(run={...}, loss={...})` changes settings of a run of six steps; method and trained are replaced."""
 
     def make(**tables: dict[str, Any]) -> DistillConfig:
         usual = {

@@ -1,4 +1,4 @@
-"""The Triton interpreter, mended for tests."""
+"""A fix of the Triton interpreter for tests."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def bf16_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`tl.dot` of bfloat16, which Triton's interpreter takes for uint16: wrong, without a word."""
+    """Fix `tl.dot` of bfloat16, which Triton's interpreter silently treats as uint16."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -1,8 +1,8 @@
-"""Every launch of a few calls, compiled for sm_90 as Triton specializes it for the tensors at hand.
+"""Compiles every launch of a few calls for sm_90, as Triton specializes it for their tensors.
 
-A process of its own, where kernels are not interpreted; nor are they run. Lists, strides and launches are those of a
-call. Prints a line of JSON for each launch: the kernel, its grid, types and constants, which arguments are specialized,
-and its shared memory.
+Runs in its own process, where kernels are neither interpreted nor run. Lists, strides and launches are those of a call.
+Prints a line of JSON for each launch: the kernel, its grid, types and constants, which arguments are specialized, and
+its shared memory.
 """
 
 import json
@@ -24,7 +24,7 @@ ARCH = 90
 
 
 class Utils:
-    """What Triton asks the CUDA driver for, of a card that need not be here."""
+    """What Triton asks of the CUDA driver, for a GPU that need not be present."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED_MEMORY[ARCH]}
@@ -34,7 +34,7 @@ class Utils:
 
 
 class Launcher:
-    """In the place of a launch."""
+    """Prints a launch instead of running it."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.source, self.metadata = source, metadata
@@ -88,13 +88,13 @@ def focus(side: int, num_cells: int) -> None:
 
 def main() -> None:
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    os.environ["TRITON_INTERPRET"] = "1"  # now that the kernels are made: what is asked before "triton" runs on a CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # after the kernels are defined: a condition of "triton" on a CPU
     driver.set_active(Driver())
     window(128, 77, torch.bfloat16, masked=True)
     window(40, 0, torch.float16, num_pooled=70)
     window(20, 5, torch.bfloat16)
     focus(4, 49)  # cells that overlap
-    focus(8, 120)  # of 2 x 2: they do not
+    focus(8, 120)  # cells of 2 x 2, which do not overlap
 
 
 if __name__ == "__main__":

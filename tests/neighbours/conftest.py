@@ -82,7 +82,7 @@ def pipe(family: str) -> diffusers.DiffusionPipeline:
 
 @pytest.fixture
 def prompt(family: str) -> dict[str, Tensor]:
-    """The prompt's embeddings, and in their place those of the negative prompt where the pipeline takes one."""
+    """The prompt's embeddings, and those of a negative prompt if the pipeline takes one."""
     kinds = ("prompt_embeds",) if family == "unet" else ("prompt_embeds", "pooled_prompt_embeds")
     if family != "flux":
         kinds = (*kinds, *(f"negative_{kind}" for kind in kinds))
@@ -91,7 +91,7 @@ def prompt(family: str) -> dict[str, Tensor]:
 
 @pytest.fixture
 def paint(prompt: dict[str, Tensor]) -> Callable[..., Tensor]:
-    """Call a pipeline for two steps from one seed; gives final latents."""
+    """Call a pipeline for two steps from one seed; returns final latents."""
 
     def call(pipe: Any, **arguments: Any) -> Tensor:
         pipe.set_progress_bar_config(disable=True)
@@ -103,7 +103,7 @@ def paint(prompt: dict[str, Tensor]) -> Callable[..., Tensor]:
 
 @pytest.fixture
 def arguments(family: str) -> dict[str, Any]:
-    """Of one forward of the denoiser."""
+    """Arguments of one forward of the denoiser."""
     return inputs_of(family)
 
 

@@ -1,7 +1,7 @@
 """Tiny models with random weights, a line for each class, with the arguments of a forward.
 
-A new family is a line in a table: `config` has what `SMALL` in tiny.py lacks or has otherwise, and `inputs` makes the
-arguments that `inputs_by_name` does not know or makes otherwise.
+A new family is a line in a table: `config` has the values that `SMALL` in tiny.py lacks or sets differently, and
+`inputs` makes the arguments that `inputs_by_name` does not know or makes differently.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ FAMILIES = tuple(name for name, tiny in MODELS.items() if hasattr(diffusers, tin
 
 
 def build(family: str, *, num_layers: int | None = None, **config: Any) -> nn.Module:
-    """A model in eval mode, the same weights for the same global seed; `config`: other values than its line has."""
+    """A model in eval mode, the same weights for the same global seed; `config` overrides the values of its line."""
     return MODELS[family].make(num_layers, **config).eval()
 
 

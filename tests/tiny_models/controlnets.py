@@ -1,4 +1,4 @@
-"""ControlNets, whose own attention is as costly as that of the model they steer."""
+"""ControlNets, whose own attention is as costly as that of the model they control."""
 
 import torch
 
@@ -8,7 +8,7 @@ from .tiny import Arguments, Grid, Tiny
 
 
 def unet_controlnet_xs_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    """Even sides, which upstream halves and doubles again; a picture of two pixels for each latent."""
+    """Even sides, which upstream halves and doubles again; a control image of 2 x 2 pixels for each latent."""
     height, width = (side + side % 2 for side in grid)
     return unet_inputs(grid, text_len, batch) | {
         "sample": torch.randn(batch, 4, height, width),

@@ -6,17 +6,17 @@ from .tiny import Arguments, Grid, Tiny
 
 
 def latents(grid: Grid, batch: int) -> torch.Tensor:
-    """Two by two for each token."""
+    """Two by two latents for each token."""
     return torch.randn(batch, 4, 2 * grid[0], 2 * grid[1])
 
 
 def dit_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    """Square, as DiT has it: the longer side of the grid."""
+    """A square of the grid's longer side: DiT takes no other shape."""
     return {"hidden_states": latents((max(grid), max(grid)), batch)}
 
 
 def unet_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    """One time for all samples."""
+    """One timestep for all samples."""
     return {"timestep": torch.tensor(5)}
 
 

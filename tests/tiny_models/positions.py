@@ -1,4 +1,4 @@
-"""Models that are told the position of every token."""
+"""Models that take the position of every token as input."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def chroma_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
 
 
 def bria_fibo_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
-    """The last text token of the second sample is padding, told by queries and by keys, as its pipeline does."""
+    """The last text token of the second sample is padding, masked as query and as key, as its pipeline does."""
     attend = chroma_inputs(grid, text_len, batch)["attention_mask"]
     pairs = attend[:, None, :, None] & attend[:, None, None, :]
     return {"joint_attention_kwargs": {"attention_mask": torch.where(pairs, 0.0, -torch.inf)}}

@@ -48,7 +48,7 @@ def joy_image_plus_inputs(grid: Grid, text_len: int, batch: int) -> Arguments:
     }
 
 
-QWEN_IMAGE = {"in_channels": 16}  # four of latents, two by two
+QWEN_IMAGE = {"in_channels": 16}  # four channels of two by two latents
 
 SEQUENCES = {
     "lumina2": Tiny(

@@ -1,4 +1,4 @@
-"""What a line of the table of tiny models holds, and how a model and its arguments are made of it."""
+"""The lines of the table of tiny models, and how a model and its arguments are made from one."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from lineardit.linearize.measures.named_inputs import inputs_by_name, with_numbe
 Grid = tuple[int, int]
 Arguments = dict[str, Any]
 
-# Values of a config by their names: diffusers' models call alike things alike
+# Config values by name: diffusers' models use the same names for the same things
 SMALL = {
     "attention_head_dim": 16,
     "axes_dim_rope": (4, 4, 8),
@@ -56,7 +56,7 @@ SMALL = {
     "text_len_t5": 4,
     "time_embed_dim": 8,
 }
-# What configs call the numbers of their blocks: one each where there are two kinds, else two
+# Config names for numbers of blocks: one each if there are several kinds, else two
 LAYERS = (
     "depth",
     "layers_per_block",
@@ -80,10 +80,10 @@ class Tiny:
     """A class of models.
 
     Attributes:
-        needs: Its name in diffusers; where the installed diffusers has none, it is left out.
-        config: What differs from `SMALL` and from diffusers' own values.
-        inputs: (token grid, length of the text, batch) -> what differs from `inputs_by_name` in a forward's arguments.
-        num_attention: Self-attention modules of the image at the default number of layers.
+        needs: Its name in diffusers; left out if the installed diffusers has no such class.
+        config: Values that differ from `SMALL` and from diffusers' defaults.
+        inputs: (token grid, length of the text, batch) -> forward arguments that differ from `inputs_by_name`.
+        num_attention: Number of the image's self-attention modules at the default number of layers.
     """
 
     needs: str
@@ -95,13 +95,13 @@ class Tiny:
         """A model with random weights.
 
         Args:
-            num_layers: Of each kind of block.
-            config: Other values than the table has.
+            num_layers: Number of each kind of block.
+            config: Overrides of the table's values.
         """
         return awake(self._class(**self._config(num_layers) | config))
 
     def arguments(self, grid: Grid, text_len: int, batch: int) -> Arguments:
-        """Of one forward, with random numbers."""
+        """Arguments of one forward, with random numbers."""
         others = self.inputs(grid, text_len, batch)
         parameters = inspect.signature(self._class.__init__).parameters
         config = {name: parameter.default for name, parameter in parameters.items()} | self._config(None)
@@ -123,7 +123,7 @@ class Tiny:
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """With numbers in place of the zeros that outputs or modulations start from, which would hide the attention."""
+    """Replace weights that are initialized to 0 (outputs, modulations), which would hide the attention."""
     for weight in model.parameters():
         if not weight.is_meta and not weight.any():
             nn.init.normal_(weight, std=0.1)

@@ -1,6 +1,6 @@
 """diffusers' own pipelines around the tiny models, a line for each, with the arguments of a call.
 
-They take embeddings in place of text encoders, which no test needs.
+They are called with embeddings and have no text encoders, which no test needs.
 """
 
 from typing import Any
@@ -20,9 +20,9 @@ STOCK: dict[str, Stock] = {**POSITIONS, **LATENTS, **JOINT_LATENTS, **SEQUENCES,
 
 
 def paint(pipe: Any, arguments: Arguments) -> Tensor:
-    """Two steps from one seed; gives final latents, or pictures where a pipeline has no others to give."""
+    """Two steps from one seed; returns final latents, or pictures if a pipeline returns no latents."""
     pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)  # some draw a reference picture's latents from torch's own generator
+    torch.manual_seed(0)  # some draw a reference picture's latents from torch's global generator
     options = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     out = pipe(**{**options, **arguments}, return_dict=False)[0]
     if isinstance(out, list):

@@ -109,7 +109,7 @@ def qwen_image_control_arguments() -> Arguments:
 def wan_vace() -> Any:
     """Its control blocks take 4 latents of the video, 4 of what is to be changed, and 2 x 2 pixels of the mask.
 
-    Old versions take no embeddings, so the method that makes them gives random ones.
+    Old versions take no embeddings, so the method that makes them returns random ones.
     """
     vae = diffusers.AutoencoderKLWan(
         base_dim=4,

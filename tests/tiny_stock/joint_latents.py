@@ -63,7 +63,7 @@ def glm_image() -> Any:
 
 
 def glm_image_arguments() -> Arguments:
-    """The tokens that its language model would sketch are given."""
+    """With given prior tokens, which its language model would otherwise generate."""
     prior = torch.randint(8, (2, 4 * 6))
     return {**size(4), **prompts(32), "prior_token_ids": prior, "guidance_scale": 2.0}
 
@@ -79,7 +79,7 @@ def ernie_image_arguments() -> Arguments:
 
 
 def hidream() -> Any:
-    """It scales every size to as many pixels as its own, here 112 x 64."""
+    """It scales every size to its own number of pixels, here to 112 x 64."""
     pipe = pipeline("HiDreamImagePipeline", scheduler=euler(), transformer=build("hidream"))
     pipe.default_sample_size = 12
     return pipe

@@ -31,13 +31,13 @@ def pixart_arguments() -> Arguments:
 
 
 def dit() -> Any:
-    """The class of no class is number 1000."""
+    """Class 1000 stands for no class."""
     transformer = build("dit", num_embeds_ada_norm=1000)
     return pipeline("DiTPipeline", scheduler=ddim(), vae=vae(4), transformer=transformer)
 
 
 def dit_arguments() -> Arguments:
-    """DiT makes squares, and gives no latents."""
+    """DiT makes squares, and returns no latents."""
     return {"class_labels": [1, 2], "output_type": "np"}
 
 
@@ -128,7 +128,7 @@ def kandinsky5() -> Any:
 
 
 def kandinsky5_arguments() -> Arguments:
-    """Its texts are as long as the longest, without a mask."""
+    """All texts are as long as the longest, without a mask."""
     arguments: Arguments = size(16)
     for sign, text_len in (("", 6), ("negative_", 5)):
         arguments[f"{sign}prompt_embeds_qwen"] = padded(sign, 16, text_len=text_len)
@@ -144,7 +144,7 @@ def cosmos() -> Any:
 
 
 def chronoedit() -> Any:
-    """Its transformer takes 4 latents of the video, 2 of the mask, 4 of the picture; this sees the picture as well."""
+    """Its transformer takes 4 latents of the video, 2 of the mask, 4 of the picture, and the picture's features."""
     vae = diffusers.AutoencoderKLWan(
         base_dim=4,
         z_dim=4,

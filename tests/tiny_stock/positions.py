@@ -114,7 +114,7 @@ def bria_arguments() -> Arguments:
 
 
 def bria_fibo() -> Any:
-    """Its embeddings cannot be handed over, so the method that makes them gives random ones."""
+    """Embeddings cannot be passed, so the method that makes them returns random ones."""
     pipe = pipeline("BriaFiboPipeline", scheduler=euler(), text_encoder=TextEncoder(), transformer=build("bria-fibo"))
 
     def get_prompt_embeds(prompt: list[str], **_: Any) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -133,7 +133,7 @@ def words_arguments() -> Arguments:
 
 
 def longcat() -> Any:
-    """Its embeddings and prompts cannot be handed over together, so the method that makes them gives random ones."""
+    """Embeddings and prompts cannot be passed together, so the method that makes them returns random ones."""
     transformer = build("longcat-image", in_channels=64)
     pipe = pipeline("LongCatImagePipeline", scheduler=euler(), transformer=transformer)
 
@@ -172,13 +172,13 @@ def chroma() -> Any:
 
 
 def chroma_arguments() -> Arguments:
-    """The mask is of 0.0 and 1.0, as the pipeline makes it of words."""
+    """The mask holds 0.0 and 1.0, as when the pipeline makes it from a prompt."""
     arguments = prompts(32, masks="prompt_attention_mask", negative_len=5)
     return {**size(4), **{name: value.float() if "mask" in name else value for name, value in arguments.items()}}
 
 
 def ideogram4() -> Any:
-    """A second transformer sees the image alone. Embeddings cannot be handed over: the method gives random ones."""
+    """A second transformer sees only the image. Embeddings cannot be passed: the method returns random ones."""
     parts = {"transformer": build("ideogram4"), "unconditional_transformer": build("ideogram4")}
     pipe = pipeline("Ideogram4Pipeline", scheduler=euler(), vae=flux2_vae(), **parts)
 

@@ -42,7 +42,7 @@ def qwen_vae() -> Any:
 
 
 def _with_few_latents(pipe: Any) -> Any:
-    """Pictures to edit are scaled to about 1024 x 1024 pixels: they come as few latents, and without a VAE."""
+    """Pictures to edit are scaled to about 1024 x 1024 pixels; here they become few latents, without a VAE."""
     pipe.vae_scale_factor, pipe.latent_channels = 64, 4
     pipe._encode_vae_image = lambda image, generator: torch.randn(
         image.shape[0], 4, 1, image.shape[-2] // 64, image.shape[-1] // 64, generator=generator
@@ -80,9 +80,9 @@ def qwen_image_layered() -> Any:
 
 
 def qwen_image_layered_arguments() -> Arguments:
-    """A picture taken apart into itself and two layers, all of 4 x 6 tokens; it gives no latents.
+    """A picture split into itself and two layers, all of 4 x 6 tokens; it returns no latents.
 
-    The prompts as words only save it from writing a caption.
+    The text prompts only keep it from generating a caption.
     """
     text = prompts(32, masks="prompt_embeds_mask", negative_len=5)
     return {**text, "prompt": ["six", "four"], "image": _picture(24, 16), "layers": 2, "output_type": "pt"}
@@ -108,7 +108,7 @@ def z_image_arguments() -> Arguments:
 
 
 def z_image_omni() -> Any:
-    """Z-Image's model for texts and pictures in turn, here a text alone."""
+    """Z-Image's model for alternating texts and pictures, here for a text only."""
     return pipeline("ZImageOmniPipeline", scheduler=euler(), transformer=build("z-image", siglip_feat_dim=16))
 
 
@@ -118,7 +118,7 @@ def z_image_omni_arguments() -> Arguments:
 
 
 class Processor:
-    """What Qwen-Image 2.1's pipeline asks of its processor when it is made."""
+    """What Qwen-Image 2.1's pipeline asks of its processor when it is constructed."""
 
     def __init__(self) -> None:
         self.tokenizer = self
@@ -131,7 +131,7 @@ class Processor:
 
 
 def qwen_image_21() -> Any:
-    """What is before the image is run once, and its keys and values kept for the second step."""
+    """Tokens before the image are run once, and their keys and values cached for the second step."""
     parts = {"transformer": build("qwen-image-21"), "processor": Processor()}
     return pipeline("QwenImage21Pipeline", scheduler=euler(), **parts)
 
@@ -156,7 +156,7 @@ def bria_fibo2_arguments() -> Arguments:
 
 
 def joy_image_plus() -> Any:
-    """Embeddings and prompts cannot be handed over together, so the method that makes them gives random ones."""
+    """Embeddings and prompts cannot be passed together, so the method that makes them returns random ones."""
     pipe = pipeline("JoyImageEditPlusPipeline", scheduler=euler(), transformer=build("joy-image-plus"))
 
     def encode(prompt: list[str], **_: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a line of the table of stock pipelines holds, and the parts that they share.
+"""The lines of the table of stock pipelines, and the parts that they share.
 
 Two prompts of 6 and 4 tokens, for a picture of 4 x 6 tokens: the shorter prompt is padded, and masked where a pipeline
 takes a mask.
@@ -22,11 +22,11 @@ class Stock:
     """A pipeline of diffusers.
 
     Attributes:
-        needs: Its class in diffusers; where the installed diffusers has none, it is left out.
+        needs: Its class in diffusers; left out if the installed diffusers has no such class.
         make: -> the pipeline, with random weights.
-        arguments: -> what it is called with, besides steps and generator.
-        others: Networks of the pipeline that are converted beside its denoiser.
-        biased: Full attention adds its mask to the scores, where a forced implementation hides with it.
+        arguments: -> arguments of its call, besides steps and generator.
+        others: Networks of the pipeline that are converted besides its denoiser.
+        biased: Full attention adds the mask to the scores, whereas a forced implementation hides tokens with it.
     """
 
     needs: str
@@ -37,7 +37,7 @@ class Stock:
 
 
 class TextEncoder(nn.Module):
-    """Stands where a pipeline asks for the precision and the place of its text encoder."""
+    """A stand-in for pipelines that ask for the dtype and the device of their text encoder."""
 
     dtype = torch.float32
     device = torch.device("cpu")
@@ -69,12 +69,12 @@ def vae(channels: int, *, blocks: int = 2) -> Any:
 
 
 def size(pixels: int) -> Arguments:
-    """4 x 6 tokens of so many pixels a side."""
+    """4 x 6 tokens with a side of `pixels`."""
     return {"height": 4 * pixels, "width": 6 * pixels}
 
 
 def padded(sign: str, *shape: int, text_len: int = TEXT_LEN) -> Tensor:
-    """Embeddings [2, text_len, *shape] of two prompts, zero where the prompt is over."""
+    """Embeddings [2, text_len, *shape] of two prompts, zero beyond the end of a prompt."""
     return torch.randn(2, text_len, *shape) * mask(sign, text_len).view(2, text_len, *[1] * len(shape))
 
 
@@ -89,7 +89,7 @@ def prompts(*shape: int, masks: str | None = None, negative_len: int = TEXT_LEN,
     Args:
         shape: What follows [2, tokens]: the width.
         masks: Name of the argument for the mask; None: the pipeline has none.
-        negative_len: Length of the negative prompts, as some pipelines join them with the others.
+        negative_len: Length of the negative prompts; some pipelines join them with the others.
         pooled: Width of the pooled embeddings; 0: none.
     """
     arguments: Arguments = {}
