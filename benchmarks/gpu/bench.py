@@ -95,7 +95,7 @@ class Bench:
 
     @property
     def impl(self) -> str:
-        """Our implementation."""
+        """The implementation under test."""
         return self.results.head.impl
 
     @property

@@ -247,7 +247,7 @@ def sanitizer(bench: Bench) -> Measured:
     if bench.device.type != "cuda" or shutil.which(SANITIZER) is None:
         raise UnavailableError(f"{SANITIZER} needs a GPU, and to be installed")
     check_ours(bench, torch.float16)
-    # errors of driver calls are not ours: torch asks for features that some machines lack
+    # driver calls may fail without a bug here: torch asks for features that some machines lack
     command = [SANITIZER, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(SANITIZER_ERROR)]
     command += [sys.executable, "-m", f"{__package__}.small_run", bench.impl]
     lines, code = _said(command, bench, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

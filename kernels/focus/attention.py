@@ -68,7 +68,7 @@ def focus_attention(
     scale: float,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """far and lse above, differentiable once.
+    """`far` and `lse` of the module's formula; differentiable once.
 
     Args:
         query, key, value: [B, H, n, D], the image's tokens.

@@ -137,7 +137,7 @@ def _fill_of_tokens(of_tokens: Tensor, chosen: Tensor, tables: FocusTables, tile
     """Biases [B, H, g, Q, k, L] of the tokens of the chosen cells [B, H, g, k]: UNSEEN in a query's own window."""
     shares = tables.shares[chosen]
     of_tokens.copy_(shares[:, :, :, None])
-    # Most chosen cells lie beyond all windows of their tile.
+    # Most chosen cells are outside all windows of their tile.
     batch, head, tile, place = tables.reached_of(chosen, tiles).nonzero(as_tuple=True)
     if len(tile) > 0:
         near = _near(tables.cells[chosen[batch, head, tile, place]], tables, tiles.start + tile)

@@ -30,7 +30,7 @@ from ..window.windows import Window, from_arguments, to_arguments
 # keys of which a query sees none gives weight 0, never NaN.
 UNSEEN = -1e4
 
-ALIGNED = 16  # PyTorch's kernels copy a bias unless its rows start at multiples of so many numbers
+ALIGNED = 16  # PyTorch's kernels copy a bias unless its rows start at multiples of this
 PARTS = 8  # parts of the image's rows, counted one at a time
 PLACED = 2**22  # numbers of `RestOfCells.near` scattered to their cells at a time, with indices of 32 MiB
 
@@ -74,7 +74,7 @@ class RestOfCells(NamedTuple):
 
 
 def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor:
-    """log(rest / (n / C)): 0 for a cell of mean size that lies outside, UNSEEN for one inside the window.
+    """log(rest / (n / C)): 0 for a cell of mean size outside the window, UNSEEN for one inside.
 
     Args:
         like: The result has its dtype and device.
@@ -127,7 +127,7 @@ def kept_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype
 
 
 def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> RestOfCells:
-    """rest above, in float32."""
+    """`rest` of the module's formula, in float32."""
     frames, height, _ = sizes = sizes_of(grid)
     counts = cell_grid(*sizes, num_cells)
     holds = [  # [places of an axis, cells along it], along frames, height and width

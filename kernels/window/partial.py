@@ -122,7 +122,7 @@ def _with_grad_lse(
     scale: float,
     grad_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward`, with `more` zero coordinates; in the first, out * grad_out, which kernels sum, is -grad_lse."""
+    """`backward` with `more` coordinates, 0 in query, key, value, which add -grad_lse to the sum of out * grad_out."""
     longer = Keys(pad(keys.key, (0, more)), pad(keys.value, (0, more)), keys.bias)
     out = torch.cat([out, pad(-grad_lse[..., None].to(out.dtype), (0, more - 1))], -1)
     grads = backward(pad(grad_out, (0, more), value=1), pad(query, (0, more)), longer, out, lse, scale, None)

@@ -162,7 +162,7 @@ def check_mask_size(query: Tensor, text_mask: Tensor | None, pooled: tuple[Tenso
 
 
 def _near(grid: Grid, window: Window, device: torch.device) -> Tensor:
-    """[image tokens, image tokens] bool: the key lies in the query's window."""
+    """[image tokens, image tokens] bool: the key is in the query's window."""
     frames, height, width = sizes_of(grid)
     frame = torch.arange(frames, device=device)
     distance = (frame[:, None] - frame).abs()

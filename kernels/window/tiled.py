@@ -226,7 +226,7 @@ def _even(size: int, longest: int) -> int:
 
 
 def _of_whole_cells(cell: int) -> int:
-    """Side of a tile: a divisor of the cell if there is one, so that no mask is needed; several whole small cells."""
+    """Side of a tile: a divisor of the cell if there is one, so that no mask is needed; a multiple of small cells."""
     if cell <= 8:
         return cell * (8 // cell)
     return next((side for side in range(16, 8, -1) if cell % side == 0), 8)

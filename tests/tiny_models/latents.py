@@ -1,4 +1,4 @@
-"""Models that take latents as an image or a video, with attention of the image alone."""
+"""Models that take latents as an image or a video, with self-attention of the image only."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Pipelines of models that take latents as an image or a video, with attention of the image alone."""
+"""Pipelines of models that take latents as an image or a video, with self-attention of the image only."""
 
 from typing import Any
 
