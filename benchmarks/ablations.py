@@ -62,7 +62,7 @@ class Ablations(SceneStudents):
         return Clear(radius=self.plan.radius)
 
     def run(self, results: Path, rows: Mapping[str, Mapping[str, Mapping[str, Any]]] = ROWS) -> list[Row]:
-        """The teacher, the conversion without training, and a student for each entry of `rows`."""
+        """The teacher, the untrained conversion, and a student for each entry of `rows`."""
         with self.work.timed("teacher's pictures"):
             self.draw("teacher", self.base, self.plan.captions)
         with self.work.timed("samples"):

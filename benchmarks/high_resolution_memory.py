@@ -88,7 +88,7 @@ def growths(memory: Sequence[Memory]) -> list[tuple[str, float]]:
 
 
 def table(memory: Sequence[Memory]) -> str:
-    """The measurements as a Markdown table."""
+    """A Markdown table."""
     lines = ["| pixels | growth over idle, MiB | times | whole process, MiB | idle, MiB | seconds |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     times = ["", *(f"{ratio:.2f}" for _, ratio in growths(memory))]

@@ -44,7 +44,7 @@ def quality_marks(side: int, rows: Sequence[Row], beside: dict[str, Any]) -> lis
 
 
 def sharpness_marks(side: int, rows: Sequence[Row]) -> list[Mark]:
-    """Marks of the cascade at this size, if it and the rows it is compared with are measured."""
+    """Marks of the cascade at this size, once it and its rivals are measured."""
     edges = {row.name: row.sharpness for row in rows if row.side == side}
     if not {"cascade, student", "Lanczos", "oracle"} <= edges.keys():
         return []

@@ -78,7 +78,7 @@ def tile_constants(kernel: Any, tiles: Tiles) -> dict[str, int]:
 
 
 def argument_type(kernel: Any, name: str) -> str:
-    """The type of an argument in Triton's notation."""
+    """An argument's type for Triton."""
     if name.isupper():
         if kernel in PARTIAL_SUMS and name in ("GRAD_K", "GRAD_V"):
             return "*fp32"

@@ -41,7 +41,7 @@ MALA = Mala(conv_size=5, balance=True)
 WIDER = "window of equal cost"
 SOME = "mala in some layers"
 FOLLOWERS = ("agent", "mala", SOME)  # held to their captions, not to coherence
-UNTRAINED = {  # rows of conversions without training
+UNTRAINED = {  # rows of untrained conversions
     "default": "0 steps",
     "hybrid": "hybrid, 0 steps",
     "proxies alone": "proxies alone, 0 steps",
@@ -114,7 +114,7 @@ class Marks(SceneStudents):
         report()
 
     def student(self, name: str, report: Callable[[], None]) -> None:
-        """A row of the conversion without training, and one of the student."""
+        """A row of the untrained conversion, and one of the student."""
         one = self.students[name]
         with self.work.timed(f"pictures: {name} without training"):
             self.draw(UNTRAINED[name], self.converted(name, one.method), one.untrained_captions)
@@ -185,7 +185,7 @@ class Marks(SceneStudents):
         return local_of_equal_flops(self.hybrid)
 
     def converted(self, name: str, method: Any) -> Path:
-        """The folder of this conversion, without training."""
+        """The folder of the untrained conversion."""
         return self.swapped(method, Path(name))
 
     def adapter(self, name: str) -> Path:

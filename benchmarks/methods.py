@@ -123,7 +123,7 @@ class MethodTable(SceneStudents):
         results: Path,
         only: Callable[[str], bool] = lambda _: True,
     ) -> Table:
-        """Make the rows whose title passes `only` with students of these seeds, and add those that `results` has."""
+        """Make rows whose title passes `only` with students of these seeds; add those in `results`."""
         with self.work.timed("teacher's pictures"):
             self.draw("teacher", self.base, self.plan.captions)
         with self.work.timed("samples"):
@@ -152,7 +152,7 @@ class MethodTable(SceneStudents):
         return table
 
     def method(self, name: str, method: Any, seeds: tuple[int, ...]) -> MethodRow:
-        """One row: without training, and a student for each seed."""
+        """One row: untrained, and a student for each seed."""
         plan = self.plan
         untrained = self.converted(name, method)
         with self.work.timed(f"{name}, untrained"):
@@ -188,7 +188,7 @@ class MethodTable(SceneStudents):
         return tuple(rows)
 
     def converted(self, name: str, method: Any) -> Path:
-        """The folder of this conversion, without training."""
+        """The folder of the untrained conversion."""
         return self.swapped(method, Path("converted", folder_name(name)))
 
     def seconds(self, name: str, source: Path) -> tuple[float, float]:
@@ -204,7 +204,7 @@ class MethodTable(SceneStudents):
         return float(ours), float(teachers)
 
     def fit(self, method: Any) -> Fit:
-        """The config of each layer with this method, and the rank that gives the plan's trained parameters.
+        """The layers' configs with this method, and the rank for the plan's trained parameters.
 
         Raises:
             ValueError: no rank brings the trained parameters within 5% of the plan's number.

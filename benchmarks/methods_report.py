@@ -18,13 +18,13 @@ class MethodRow:
     """One method.
 
     Attributes:
-        flops: FLOPs of attention in a layer of FLUX.1 at 4096 x 4096 pixels, mean over all layers.
-        swapped: Number of the `layers` that have the method; the others keep full attention.
+        flops: Of attention in a layer of FLUX.1 at 4096 x 4096 pixels, mean over all layers.
+        swapped: Number of `layers` with the method; the others keep full attention.
         trained: Number of trained parameters.
-        seconds_per_step: Seconds of a warm forward.
+        seconds_per_step: Of a warm forward.
         seconds_of_teacher: The teacher's, alternating with it.
         machine: The machine of these times, in a few words.
-        untrained: The conversion without training, on the first captions.
+        untrained: Without training, on the first captions.
         students: One for each seed.
     """
 

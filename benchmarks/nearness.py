@@ -88,7 +88,7 @@ class Row:
 
 
 def measure(rows: Mapping[str, Sequence[Any]], captions: int, steps: int) -> list[Row]:
-    """A row for each method; the base's is first, whose error must be 0."""
+    """A row per method; the base is first, with an error of 0."""
     pipe = open_pipeline(path())
     prompts = [scenes.sample(index, split="held_out").caption for index in range(captions)]
     settings: dict[str, Any] = {"size": (SIDE, SIDE), "steps": steps, "max_sequence_length": TEXT_LEN}
@@ -124,7 +124,7 @@ def flux_gflops(method: Any) -> float | None:
 
 
 def keys_of(method: Any) -> float:
-    """Mean number of keys of an image token; pairs of text queries are left out."""
+    """Mean number of keys of an image token, without text queries."""
     tokens = math.prod(GRID)
     if method is None:
         return TEXT_LEN + tokens

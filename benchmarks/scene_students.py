@@ -54,7 +54,7 @@ class SceneStudents:
     Args:
         base: The teacher's pipeline.
         directory: New, or that of a call with the same plan.
-        calls: Number of calls recorded of each sample, to train on; 0: train on final latents.
+        calls: Calls recorded per sample to train on; 0: train on final latents.
     """
 
     def __init__(self, base: Path, directory: Path, plan: ScenePlan, *, calls: int = 0) -> None:
@@ -95,7 +95,7 @@ class SceneStudents:
         )
 
     def swapped(self, method: Any, folder: Path) -> Path:
-        """The folder of a conversion without training; `folder` is relative to this run's."""
+        """The folder of an untrained conversion, relative to this run's."""
         folder = self.directory / folder
         if not folder.exists():
             convert_base(self.base, method, output=folder)

@@ -1,4 +1,4 @@
-"""Plots that commands write next to their figures, as PNG files; each is written completely or not at all."""
+"""Plots that commands write next to their figures, as PNG files, each written atomically."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from .linearize.measures.nearness import Nearness
 from .linearize.measures.step_times import StepTime
 
 LONGEST = 40  # characters of a name
-MAP_RADIUS = 8  # the mass within this radius is drawn, or within the profiled radius nearest to it
+MAP_RADIUS = 8  # of the mass that is drawn, or the nearest profiled radius
 ROW_INCHES, COLUMN_INCHES = 0.22, 0.32
 
 

@@ -31,7 +31,7 @@ def changed_by_each_image_token(module: nn.Module, args: tuple, kwargs: dict, nu
     arguments = dict(zip(names, args, strict=False)) | kwargs
     prefix = "norm_" if "norm_hidden_states" in arguments else ""  # HiDream's names
     hidden, text = arguments[f"{prefix}hidden_states"], arguments.get(f"{prefix}encoder_hidden_states")
-    # start of the image if a module gets text and image in one sequence, as FLUX's single blocks do
+    # start of the image where a module gets one sequence, as FLUX's single blocks do
     level = module._lineardit_level
     start = hidden.shape[1] - num_image if level.conversion.family.text_first else 0
     if level.order is not None and level.order.shape[1] == hidden.shape[1]:

@@ -106,7 +106,7 @@ class Case:
         return self.run(*tensors, attention=windowed_attention_reference, **options)
 
     def matches_reference(self, dtype: torch.dtype, **options) -> None:
-        """Compare outputs and all gradients with the reference."""
+        """Compare outputs and all gradients."""
         assert_matches_reference(lambda *tensors: self.run(*tensors, **options), self.reference, self.tensors(), dtype)
 
 

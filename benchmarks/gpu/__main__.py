@@ -20,12 +20,12 @@ from .tables import failures, marks_table, part_tables
 
 PART_SECONDS = 165
 SMOKE_SECONDS = 3600  # a smoke run is not cut short
-GRACE = 45  # seconds after a part's time, after which its last row is given up
-NAMED_LINES = 30  # last lines of a process's stderr that are printed
+GRACE = 45  # seconds past a part's time at which its last row is given up
+NAMED_LINES = 30  # of a process's stderr, the last ones
 
 
 def run_parts(path: Path, parts: Sequence[str], seconds: float, *, ahead: bool = False) -> Results:
-    """Run parts in one process; if a row ends the process, record that in the file and continue in a new one.
+    """Run parts in one process; if a row ends it, record that in the file and continue in a new one.
 
     Args:
         ahead: Compile kernels before, on all cores.

@@ -13,7 +13,7 @@ from .records import Results
 
 
 class UnavailableError(Exception):
-    """This case cannot be measured here, which is not an error; the message says why."""
+    """This case cannot be measured here; the message says why."""
 
 
 class TimeSpentError(Exception):

@@ -22,7 +22,7 @@ class RowMajorFlex:
 
 
 class RowMajorFlexAttention(Method):
-    """The module that `linearize_` installs as `linear_kernel`."""
+    """A converted module's `linear_kernel`."""
 
     def __init__(self, config: RowMajorFlex, *, num_heads: int, head_dim: int) -> None:
         super().__init__(config, num_heads=num_heads, head_dim=head_dim)
@@ -64,5 +64,5 @@ def _block_mask(grid: tuple[int, int], config: RowMajorFlex, device: torch.devic
 
 
 def register() -> None:
-    """Register the method, so that `linearize_(model, RowMajorFlex(...))` works."""
+    """Make `linearize_(model, RowMajorFlex(...))` work."""
     METHODS[RowMajorFlex] = RowMajorFlexAttention

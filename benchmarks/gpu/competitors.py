@@ -174,7 +174,7 @@ def _check_flex(bench: Bench, *, backward: bool) -> None:
 
 
 def _smaller_loads(bench: Bench) -> dict[str, int]:
-    """Kernel options for GPUs with less shared memory than FlexAttention's defaults need, such as consumer cards."""
+    """Options for GPUs with less shared memory than FlexAttention's defaults need, as consumer cards."""
     if bench.device.type == "cpu":
         return {}
     shared = shared_memory(bench.device)

@@ -201,7 +201,7 @@ def repetition(bench: Bench, repeats: int) -> Measured:
 
 
 def long_run(bench: Bench) -> Measured:
-    """Everything is finite; some queries are compared with exact attention over all keys."""
+    """All is finite, and some queries match exact attention over all keys."""
     scale = bench.scale
     side, radius = scale.long_side, 8
     dim = scale.head_dim
@@ -247,7 +247,7 @@ def sanitizer(bench: Bench) -> Measured:
     if bench.device.type != "cuda" or shutil.which(SANITIZER) is None:
         raise UnavailableError(f"{SANITIZER} needs a GPU, and to be installed")
     check_ours(bench, torch.float16)
-    # driver calls may fail without a bug here: torch asks for features that some machines lack
+    # driver calls may fail: torch asks for features that some machines lack
     command = [SANITIZER, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(SANITIZER_ERROR)]
     command += [sys.executable, "-m", f"{__package__}.small_run", bench.impl]
     lines, code = _said(command, bench, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

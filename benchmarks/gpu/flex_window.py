@@ -113,7 +113,7 @@ def pairs_computed(mask: BlockMask) -> int:
 
 
 def _image_blocks(order: TileOrder, radius: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two [query tiles, key tiles] bool: whether some pair is near enough, whether all are."""
+    """[query tiles, key tiles] bool each: some pair is near enough; all pairs are."""
     query_size, key_size = order.block_size
     num_tokens = order.grid[0] * order.grid[1]
     query_places = order.place(torch.arange(0, num_tokens, query_size, device=device))

@@ -15,10 +15,7 @@ ROUNDINGS = 4
 def verdict(
     actual: list[Tensor], exact: list[Tensor], low: list[Tensor], names: Sequence[str] | None = None
 ) -> Measured:
-    """The verdict on the tensor with the largest share of its allowed error; NaN never passes.
-
-    Without names, the tensors are out and its gradients.
-    """
+    """Verdict on the tensor closest to its allowed error; NaN never passes. Default names: out, then gradients."""
     names = names or ["out", *(f"gradient {index}" for index in range(len(actual) - 1))]
     figures = [_errors(*tensors) for tensors in zip(actual, exact, low, strict=True)]
     name, worst = max(zip(names, figures, strict=True), key=lambda one: one[1]["share_of_allowed"])

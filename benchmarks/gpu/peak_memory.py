@@ -37,7 +37,7 @@ def tasks(bench: Bench) -> Tasks:
 
 
 def of_operator(bench: Bench, side: int, radius: int, competitor: Competitor, *, backward: bool) -> Measured:
-    """Peak memory of the operator, inputs included."""
+    """Peak memory, inputs included."""
     shape = shape_of(bench.scale, side, radius)
     attention = competitor(shape, bench, backward=backward)
     inputs = shape.tensors(bench.device, requires_grad=backward)

@@ -122,7 +122,7 @@ class Results:
         self.save()
 
     def add(self, row: Row) -> None:
-        """Add a row, in place of the row with the same key, if there is one."""
+        """Add a row, replacing one with the same key."""
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
         self.running = None
         self.save()
@@ -132,7 +132,7 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        """Write the file atomically: it is complete whenever the process ends."""
+        """Write the file atomically, whenever the process may end."""
         data = {
             "format": FORMAT,
             **asdict(self.head),

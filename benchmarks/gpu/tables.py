@@ -14,7 +14,7 @@ FIGURES_OF_PART = {
 
 
 def line(row: Row) -> str:
-    """One line for a row, printed when it is done."""
+    """One row as a line of text."""
     figures = "  ".join(f"{name} {_number(value)}" for name, value in row.figures.items())
     status = "" if row.status == "measured" else row.status.upper()
     return "  ".join(part for part in (f"{row.case:60} {row.impl:24}", status, figures, row.note) if part)

@@ -15,9 +15,8 @@ ENOUGH = 0.3  # seconds of measuring
 def seconds(run: Callable[[], object], device: torch.device, *, repeats: int, enough: float = ENOUGH) -> float:
     """Median time of a call that ran before.
 
-    On a GPU, the device's time by events, with cold caches: other memory is written before each run, which also gives
-    the host a head start. At least three runs, up to `repeats`, until they take `enough` seconds; one run if it takes
-    more than three times as long.
+    On a GPU, device time by events, with cold caches: other memory is written before each run, which also gives the
+    host a head start. Three to `repeats` runs, for about `enough` seconds; one if it takes over three times as long.
     """
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     first = measure(run, 1)

@@ -23,7 +23,7 @@ MODULES = {"correctness": "correctness", "operator": "operator_speed", "model": 
 
 
 def measure(task: Task, bench: Bench) -> None:
-    """Measure one row, and write it to the file and the terminal."""
+    """Measure one row; write it to the file and the terminal."""
     results = bench.results
     if results.find(*task.key) is not None:
         return

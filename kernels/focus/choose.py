@@ -46,7 +46,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) 
     return why_not_triton(device, dtype, head_dim) or _why_not(device, dtype, head_dim, side)
 
 
-@lru_cache  # one trial, and one warning, for each combination of arguments
+@lru_cache  # one trial, and one warning, for the same arguments
 def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int) -> str | None:
     from ..pieces.trial import NO_KERNEL
 

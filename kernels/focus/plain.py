@@ -61,7 +61,7 @@ def plain_backward(
     side: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the inputs; `out`, `lse` and `chosen` are those of a forward, plain or Triton."""
+    """Gradients of the inputs; `out`, `lse` and `chosen` are those of any forward."""
     key, proxy_key = inputs[1], inputs[3]
     count = chosen.shape[3]
     prepared = _prepare(inputs, grid, window, count, side)

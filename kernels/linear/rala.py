@@ -109,7 +109,7 @@ def _backward_of_keys(
     num_tokens, head_dim = key.shape[2:]
     grad_key, grad_value = (token_major(x, num_tokens) for x in (key, value))
     grad_mean = torch.zeros_like(state.mean_query)
-    # sum_j a_j times the gradient of a_j, which the backward of softmax subtracts
+    # sum_j a_j grad_a_j, which the backward of softmax subtracts
     mean = (state.sums * grad_sums).sum((2, 3), keepdim=True) + (state.key_sum * grad_key_sum).sum(3, keepdim=True)
     for part in chunks(key):
         k, v = key[:, :, part], wide(value[:, :, part])

@@ -1,4 +1,4 @@
-"""Means of the tokens in each cell of an image (cells.py): agents, proxies, and the keys that stand for cells.
+"""Means of the tokens in each cell of an image (cells.py): agents, proxies, and keys of cells.
 
 B batch, H heads, n = frames * height * width tokens, D head dimension, C cells.
 """

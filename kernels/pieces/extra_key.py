@@ -2,10 +2,10 @@
 
     out_i = (sum_t exp(scale q_i . k_t) v_t + exp(m_i) x_i) / (sum_t exp(scale q_i . k_t) + exp(m_i))
 
-The extra key stands for a set of keys that are attended to elsewhere: x_i is the output of query i over that set, m_i
-its log-sum-exp. If the T keys are the text, the set is the image; in a hybrid, where they are proxies or cells, the set
-is text and window. Vectors get additional coordinates, in which only the extra key and value are not 0: the query holds
-m_i there, which becomes the extra key's logit, and the output returns the extra key's share.
+The extra key stands for keys that are attended to elsewhere: x_i is the output of query i over them, m_i its
+log-sum-exp. If the T keys are the text, these are the image; in a hybrid, where the T keys are proxies or cells, these
+are text and window. Vectors get more coordinates, 0 in the T keys and values: the query holds m_i there, which becomes
+the extra key's logit, and the output returns the extra key's share.
 
 B batch, H heads, N queries, T keys, D head dimension.
 """

@@ -61,5 +61,5 @@ def _programs_wanted(device: torch.device) -> int:
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context in which kernels run on the tensor's GPU, whichever is current."""
+    """A context to run kernels on the tensor's GPU, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

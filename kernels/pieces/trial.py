@@ -18,7 +18,7 @@ NO_KERNEL = (RuntimeError, OSError, SubprocessError, AssertionError)
 MAX_ERROR = 0.05  # relative to the largest value: above bfloat16 rounding, below the error of a wrong kernel
 
 TIMED = 4  # candidates that run are raced; later ones are for devices on which the first do not run
-NOTABLY = 0.95  # of an earlier candidate's time, at most, for a later one to win: smaller differences may be noise
+NOTABLY = 0.95  # a later candidate wins below this share of an earlier one's time; a smaller gain may be noise
 
 Candidate = TypeVar("Candidate")
 
@@ -91,7 +91,7 @@ def _wrong(error: float) -> str:
 def _that_run(
     candidates: Sequence[Candidate], error_of: Callable[[Candidate], float]
 ) -> Iterator[tuple[Candidate, float]]:
-    """Each candidate that runs, with its error; raises a RuntimeError with the last one's reason if none runs."""
+    """Each candidate that runs, with its error; raises a RuntimeError with the last reason if none runs."""
     none_ran, reason = True, ""
     for candidate in candidates:
         try:
@@ -108,7 +108,7 @@ def _that_run(
 
 
 def _is_of_the_compiler(exception: Exception) -> bool:
-    """Whether the compiler failed; a failing pass raises a RuntimeError without a class of its own."""
+    """Whether the compiler failed; a failing pass raises a plain RuntimeError."""
     return isinstance(exception, TritonError) or "PassManager" in str(exception)
 
 

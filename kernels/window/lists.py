@@ -91,7 +91,7 @@ class _Pairs:
 def _in_frames(
     pairs: _Pairs, query_tokens: Tensor, key_tokens: Tensor, frames: int, frame_radius: int | None
 ) -> TileLists:
-    """Each query tile reads the same window in all frames in reach; the tokens given are those of all frames."""
+    """Each query tile reads the same window in all frames in reach; tokens are those of all frames."""
     in_time = _axis(frames, 1, 1, min(frame_radius or frames, frames) ** 2)
     # [frames, query tiles, frames in reach, candidates]
     key_frame, exists = in_time.key[:, None, :, None], in_time.exists[:, None, :, None]

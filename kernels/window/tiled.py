@@ -221,7 +221,7 @@ def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
 
 
 def _even(size: int, longest: int) -> int:
-    """Length of the longest piece when `size` is cut evenly into the fewest pieces of at most `longest`."""
+    """Longest piece when `size` is cut evenly into the fewest pieces of at most `longest`."""
     return -(-size // -(-size // longest))
 
 

@@ -1,4 +1,4 @@
-"""Completions that a shell offers for the value of an option (`lineardit --install-completion`)."""
+"""A shell's completions of option values (`lineardit --install-completion`)."""
 
 from collections.abc import Iterable
 

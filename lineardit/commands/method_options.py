@@ -129,7 +129,7 @@ def _holds_method(field: dataclasses.Field[Any]) -> bool:
 
 
 def _form(kind: Any) -> str:
-    """How a value of this type is written on the command line."""
+    """How a value of this type is written."""
     if get_origin(kind) is tuple:
         return f"[{','.join(map(_form, get_args(kind)))}]"
     if parts := [part for part in get_args(kind) if part is not type(None)]:

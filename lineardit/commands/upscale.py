@@ -87,7 +87,7 @@ def upscale(
         raise ValueError(f"output must end in .png, got {output}")
     settings = Settings(strength=strength, steps=steps, sharpen=sharpen, chunk_tokens=chunk_tokens)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
-    # everything that can be checked before a large model is loaded
+    # checks before a large model is loaded
     check_larger(image, (height, width))
     (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **said_of(more)})
     if not overwrite:

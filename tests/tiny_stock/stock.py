@@ -37,7 +37,7 @@ class Stock:
 
 
 class TextEncoder(nn.Module):
-    """A stand-in for pipelines that ask for the dtype and the device of their text encoder."""
+    """A stand-in where pipelines ask for dtype and device of their text encoder."""
 
     dtype = torch.float32
     device = torch.device("cpu")
