@@ -12,7 +12,7 @@ from pathlib import Path
 from .records import Head
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("kernels", "linearize", "lineardit", "benchmarks/gpu")  # what the figures depend on
+SOURCES = ("kernels", "linearize", "pipelines", "lineardit", "benchmarks/gpu")  # what the figures depend on
 PACKAGES = ("torch", "triton", "diffusers", "natten")
 
 
