@@ -1,6 +1,6 @@
-"""A method's weights beside their input: offloading that was enabled before `linearize_` moves none of them.
+"""Runs a module on its input's device: offloading enabled before `linearize_` does not move a method's weights.
 
-Offloading in groups moves them as `forward` runs, and so not those of a part that a hybrid calls by another name.
+Group offloading moves weights when `forward` runs, so it misses the parts of a hybrid whose other methods are called.
 """
 
 from typing import Any
@@ -10,9 +10,9 @@ from torch.func import functional_call
 
 
 def call_beside(module: nn.Module, x: Tensor, *args: Any, **options: Any) -> Any:
-    """module(x, ...), with copies of those weights that lie on another device than x."""
+    """module(x, ...), with weights on another device copied to the device of x."""
     away = [weight for weight in module.parameters() if weight.device != x.device]
-    if not away or any(weight.is_meta for weight in away):  # offloaded with a hook of its own
+    if not away or any(weight.is_meta for weight in away):  # offloaded: its own hook loads the weights
         return module(x, *args, **options)
     weights = {name: weight.to(x.device) for name, weight in module.named_parameters()}
     return functional_call(module, weights, (x, *args), options)

@@ -1,4 +1,4 @@
-"""A conversion: what a model, its hooks and its attention modules share while it is converted."""
+"""The state that a converted model, its hooks and its attention modules share."""
 
 import logging
 import sys
@@ -21,17 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 class Conversion:
-    """What the hooks and attention modules of one converted model share.
+    """State shared by the hooks and attention modules of one converted model.
 
     Attributes:
-        enabled: False inside `dense`: the attention modules then run as upstream wrote them.
-        patterns: Glob of module names -> config, as the conversion is saved.
+        enabled: False inside `dense`, where the attention modules run upstream's forward unchanged.
+        patterns: {glob of module names: config}, as saved.
         dense_below: As in `linearize_`.
         overlays: What was trained on the base.
-        input_terms: What methods add to the inputs of layers, for each module whose method does.
-        logit_factor: What `scaled_logits` multiplies the logits of attention by.
-        kept_sights: Of the running forward, by level, where gradient checkpointing will run parts of it again.
-        masks_asked: Of the running forward, whether each mask that came is of text alone; None outside of one.
+        input_terms: One for each converted module whose method changes the inputs of layers.
+        logit_factor: Factor of the attention logits, set by `scaled_logits`.
+        kept_sights: Sights of the running forward by level, if gradient checkpointing will recompute parts of it.
+        masks_asked: Whether each mask of the running forward hides text only; None outside a forward.
     """
 
     def __init__(self, family: Family, patterns: dict[str, Any], dense_below: int = 0) -> None:
@@ -51,7 +51,7 @@ class Conversion:
 
     @property
     def dense_tokens(self) -> int:
-        """`dense_below`, 0 where something was trained for the new attention."""
+        """`dense_below`, or 0 if weights were trained for the new attention."""
         return 0 if self.overlays.items else self.dense_below
 
     def enter(self) -> None:
@@ -64,20 +64,20 @@ class Conversion:
         self._thread = threading.get_ident()
 
     def leave(self) -> None:
-        """Give the model back, if it is this thread's."""
+        """Release the model if this thread holds it."""
         if self._thread == threading.get_ident():
             self._thread = self.kept_sights = self.masks_asked = None
 
     def disable(self) -> None:
-        """The model's own attention, for this thread, until `enable`."""
+        """Run the model's own attention until `enable`; only this thread may call the model."""
         self.enabled, self._dense_thread = False, threading.get_ident()
 
     def enable(self) -> None:
-        """Linear attention again."""
+        """Run linear attention again."""
         self.enabled, self._dense_thread = True, None
 
     def refuse_other_threads(self) -> None:
-        """Raise a RuntimeError where another thread is inside a forward of the model, or inside `dense` of it."""
+        """Raise a RuntimeError if another thread is inside a forward of the model or inside `dense` of it."""
         me = threading.get_ident()
         if self._thread not in (None, me) and _is_inside(self._thread, self):
             raise RuntimeError(f"another thread is inside this converted model: one forward at a time, {_APART}")
@@ -88,7 +88,7 @@ class Conversion:
             )
 
     def refuse_earlier_grids(self) -> None:
-        """Raise a LayoutError where a model runs these modules without our hooks: their grid is of an earlier call."""
+        """Raise a LayoutError if a model runs these modules without our hooks: their grid is from an earlier call."""
         if self._thread is not None or self.family.seen_at is not None:
             return
         for running in _modules_at_work(threading.get_ident()):
@@ -100,7 +100,7 @@ class Conversion:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of copies and pickles: no thread is inside. Made inside `dense`, they are the base in every thread."""
+        """State for copies and pickles: no thread is inside; made inside `dense`, they run the base in every thread."""
         return vars(self) | {"_thread": None, "_dense_thread": None, "masks_asked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ class Conversion:
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:
-    """What `install` left on a model, None where it is not converted."""
+    """The conversion that `install` stored on a model; None if it is not converted."""
     return vars(model).get("_lineardit_conversion")
 
 
@@ -121,7 +121,7 @@ def overlays_of(model: nn.Module) -> Overlays:
 
 
 def put_on(model: nn.Module, overlay: Overlay) -> None:
-    """One more overlay of a converted model; with the first, small pictures lose their original attention."""
+    """Add an overlay to a converted model; from the first one on, `dense_below` has no effect."""
     overlays = overlays_of(model)
     overlays.items.append(overlay)
     if len(overlays.items) == 1:
@@ -129,7 +129,7 @@ def put_on(model: nn.Module, overlay: Overlay) -> None:
 
 
 def tell_unused_dense_below(model: nn.Module) -> None:
-    """Log that `dense_below` is of no use to a model on which something was trained."""
+    """Warn if `dense_below` has no effect because the model has trained weights."""
     conversion = conversion_of(model)
     if conversion is not None and conversion.dense_below > conversion.dense_tokens:
         logger.warning(
@@ -143,13 +143,13 @@ _WITH_TABLES: "weakref.WeakSet[Conversion]" = weakref.WeakSet()
 
 
 def _keep_tables_for(conversion: Conversion) -> None:
-    """What windows keep on the device is freed when this and every other conversion is gone."""
+    """Free the window tables kept on the device once this and every other conversion is gone."""
     _WITH_TABLES.add(conversion)
     weakref.finalize(conversion, _release_if_last).atexit = False
 
 
 def _release_if_last() -> None:
-    if next(iter(_WITH_TABLES), None) is None:  # len counts the one that has just gone
+    if next(iter(_WITH_TABLES), None) is None:  # len() still counts the one that has just gone
         release_tables()
 
 
@@ -157,14 +157,14 @@ _APART = "hold a lock around the call or give each thread its own copy.deepcopy 
 
 
 def _is_inside(thread: int | None, conversion: Conversion) -> bool:
-    """Whether a thread runs a forward of the model, or of a replica; a claim outlives one that Ctrl-C has ended."""
-    # a compiled model's own frames are gone, not those of its wrapper
+    """Whether a thread is in a forward of the model or a replica; its claim outlives a forward ended by Ctrl-C."""
+    # a compiled model's own frames are not on the stack, those of its wrapper are
     at_work = ((one, vars(one).get("_modules", {}).get("_orig_mod")) for one in _modules_at_work(thread))
     return any(one is not None and conversion_of(one) is conversion for pair in at_work for one in pair)
 
 
 def _modules_at_work(thread: int | None) -> Iterator[nn.Module]:
-    """The modules in whose methods a thread is, the innermost first."""
+    """The modules whose methods are on a thread's stack, innermost first."""
     frame = None if thread is None else sys._current_frames().get(thread)
     while frame is not None:
         running = frame.f_locals.get("self")

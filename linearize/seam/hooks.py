@@ -30,8 +30,7 @@ class Level:
         kernels: Of the attention modules at this level.
         text_lens: As in the `Sight` of the running forward.
         text_mask: As there, [B, text_len] bool or None.
-        order: [B or 1, N], the order of tokens that brings the image before all others; None: the image stands as the
-            family has it.
+        order: [B or 1, N] token order that puts the image first; None: the image is where the family has it.
     """
 
     def __init__(self, conversion: Conversion) -> None:
@@ -57,7 +56,7 @@ class Level:
             self.order = image_first(sight.grid, sight.image_starts, max(sight.text_lens), text_first=text_first)
         if self._shape is not None and tuple(self._shape.shape) == sight.grid:
             return
-        self._shape = None  # a grid that a kernel refuses is refused again the next time
+        self._shape = None  # the next call must check a rejected grid again
         for kernel in self.kernels:
             kernel.observe(sight.grid)
         self._shape = as_shape(*sight.grid)
@@ -81,7 +80,7 @@ def install(model: nn.Module, conversion: Conversion, levels: dict[nn.Module, Le
 
 
 class _Unmask:
-    """Hook of a module that would make a tokens x tokens mask of its `attention_mask`: `Level.text_mask` stands in."""
+    """Drops the `attention_mask` that a module would expand to tokens x tokens: `Level.text_mask` replaces it."""
 
     def __init__(self, module: nn.Module, level: Level) -> None:
         self.level = level
@@ -143,7 +142,7 @@ def _leave(model: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def rewind_before_backward(conversion: Conversion, output: Any) -> None:
-    """Gradient checkpointing runs blocks again in the backward pass: by then the grids of their forward are back."""
+    """Restore this forward's grids at the start of its backward: gradient checkpointing reruns blocks there."""
     if conversion.kept_sights is None or output is None:
         return
     rewind: Callable[[Tensor], None] = partial(_rewind, conversion, conversion.kept_sights, conversion.enabled)
@@ -153,7 +152,7 @@ def rewind_before_backward(conversion: Conversion, output: Any) -> None:
 
 
 def _values(output: Any) -> tuple[Any, ...]:
-    """What a forward returned: a tensor, several, or diffusers' output with names."""
+    """The values of a forward's output: a tensor, a tuple, or a diffusers output class."""
     if isinstance(output, Tensor):
         return (output,)
     return tuple(output.values() if isinstance(output, Mapping) else output)

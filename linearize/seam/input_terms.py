@@ -1,4 +1,4 @@
-"""Networks of a method that change the input of layers inside an attention module: `to_q(x)` is `to_q(x + term(x))`."""
+"""Networks of a method that change the inputs of layers in an attention module: `to_q(x + term(x))`, not `to_q(x)`."""
 
 from math import prod
 from typing import Any
@@ -19,8 +19,8 @@ class InputTerms:
 
     Args:
         attention: The attention module.
-        kernel: Its linear kernel, whose class says which child of it belongs to which layer of the module.
-        level: Where its token grid is published.
+        kernel: Its linear kernel, whose `input_terms` map layers of the module to children of the kernel.
+        level: The `Level` that holds its token grid.
     """
 
     def __init__(self, attention: nn.Module, kernel: Method, level: Any) -> None:
@@ -35,7 +35,7 @@ class InputTerms:
         self.follow()
 
     def follow(self) -> None:
-        """Hook what stands at each layer's place now: loading a style wraps a layer in peft's, unloading unwraps it."""
+        """Move the hooks to the current layers: loading a style wraps a layer in peft's, unloading unwraps it."""
         for name, hook in self.hooks.items():
             layer = getattr(self.attention, name)
             old, handle = self.hooked.get(name, (None, None))
@@ -46,16 +46,16 @@ class InputTerms:
             self.hooked[name] = layer, layer.register_forward_pre_hook(hook)
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for _, handle in self.hooked.values():
             handle.remove()
         self.hooked.clear()
 
     def check_fusable(self) -> None:
-        """Whether upstream may copy the projections into one.
+        """Refuse to fuse the projections.
 
         Raises:
-            UnsupportedModelError: always; the copy would be called with the input that these terms change.
+            UnsupportedModelError: always; the fused layer would get its input without these terms.
         """
         raise UnsupportedModelError(
             "fuse_qkv_projections would put one layer in the place of to_q, to_k and to_v, whose inputs differ in this "
@@ -64,7 +64,7 @@ class InputTerms:
 
 
 class _AddTerm:
-    """Hook of one layer."""
+    """Pre-hook that adds a term to one layer's input."""
 
     def __init__(self, term: nn.Module, kernel: Method, level: Any) -> None:
         self.term = term
@@ -81,10 +81,10 @@ class _AddTerm:
 
 
 def check_inputs(name: str, attention: Any, config: Any) -> None:
-    """Whether a module has the layers whose inputs a method changes.
+    """Check that a module has the layers whose inputs a method changes.
 
     Raises:
-        UnsupportedModelError: it lacks one, or it takes another number of channels.
+        UnsupportedModelError: a layer is missing, or takes another number of channels.
     """
     for layer in METHODS[type(config)].input_terms:
         channels = prod(head_shape(attention))

@@ -1,4 +1,4 @@
-"""One attention module under the seam: its class with another forward, and the call that is replaced.
+"""One converted attention module: the class that replaces its own, and the attention call that is intercepted.
 
 B batch, H heads, N tokens, D head dimension.
 """
@@ -27,7 +27,7 @@ from .perturbed import refuse_perturbed, skips_scores
 
 
 class LinearAttention:
-    """Mixed in before an attention module's own class: upstream's forward, its self-attention by `linear_kernel`."""
+    """Mixin before an attention module's own class: runs upstream's forward, with self-attention by `linear_kernel`."""
 
     _dense_class: type[nn.Module]
     _lineardit_level: Level
@@ -54,7 +54,7 @@ class LinearAttention:
         return output
 
     def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
-        """Upstream copies the projections into one, where no trained weights would be lost by that."""
+        """Fuse the projections as upstream does, unless that would lose trained weights or input terms."""
         conversion = self._lineardit_level.conversion
         conversion.overlays.check_fusable()
         for terms in conversion.input_terms:
@@ -62,7 +62,7 @@ class LinearAttention:
         super().fuse_projections(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the upstream class: ours is made on demand and has no address."""
+        """Copy and pickle by upstream's class: this one is created on demand and cannot be imported."""
         return _blank, (self._dense_class,), self.__dict__.copy()
 
 
@@ -79,7 +79,7 @@ def _blank(dense_class: Any) -> nn.Module:
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class; a forward that hooks have stored (offloading, caches) follows it."""
+    """Change a module's class, and the bound forward that hooks have stored (offloading, caches) with it."""
     stored = list(_stored_forwards(module))
     module.__class__ = cls
     for holder, attribute in stored:
@@ -87,7 +87,7 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def check_forward(name: str, module: nn.Module) -> None:
-    """Raise an UnsupportedModelError where the instance owns a forward that would still lead to the old one."""
+    """Raise an UnsupportedModelError if the instance has a forward of its own that would bypass a new class."""
     if "forward" in vars(module) and not list(_stored_forwards(module)):
         owner = getattr(vars(module)["forward"], "__qualname__", repr(vars(module)["forward"]))
         raise UnsupportedModelError(
@@ -109,7 +109,7 @@ def _stored_forwards(module: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 class _Intercept(TorchFunctionMode):
-    """Sends the image's self-attention to the module's `linear_kernel`, and counts how often that happened."""
+    """Redirects the image's self-attention to the module's `linear_kernel` and counts the calls."""
 
     def __init__(self, attention: LinearAttention) -> None:
         super().__init__()
@@ -119,13 +119,13 @@ class _Intercept(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.unflatten:
-            # Dynamo cannot trace the super() call in this method under a mode
+            # Dynamo cannot trace the super() call inside Tensor.unflatten under a function mode
             func = torch.unflatten
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, key = _query_and_key(*args, **kwargs)
         if not _is_of_the_image(self.attention, query, key):
-            # cross-attention, or an image prompt beside the text
+            # cross-attention, or attention to an image prompt
             _refuse_dense(self.attention, query, key)
             return func(*args, **kwargs)
         self.hits += 1
@@ -140,20 +140,20 @@ def _query_and_key(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tens
 
 
 def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> bool:
-    """Whether a call is the image's self-attention: every token asks, or the image's do where text only answers."""
+    """Whether a call is the image's self-attention: all tokens are queries, or only the image's if text has none."""
     level = attention._lineardit_level
     if level.conversion.family.text_queries:
         return query.shape[2] == key.shape[2]
     image = num_tokens(level.grid)
     if query.shape[2] != image:
         return False
-    if torch.compiler.is_compiling():  # text_lens are numbers, of which a trace would be made for each
+    if torch.compiler.is_compiling():  # text_lens are integers, and each would need its own trace
         return key.shape[2] >= image
-    return key.shape[2] - image in (level.text_lens or (0,))  # a reference may have as many tokens, and sees fewer
+    return key.shape[2] - image in (level.text_lens or (0,))  # a reference as large sees fewer
 
 
 def _check_heads(attention: LinearAttention, query: Tensor) -> None:
-    """Raise a LayoutError where this process has some of the heads, and a method's weights are for all of them."""
+    """Raise a LayoutError if this process has only some of the heads and the method has weights for each head."""
     kernel, num_heads = attention.linear_kernel, head_shape(attention)[0]
     alike = kernel.heads_alike or not list(kernel.parameters())
     if query.shape[1] != num_heads and not alike:
@@ -165,7 +165,7 @@ def _check_heads(attention: LinearAttention, query: Tensor) -> None:
 
 
 def _refuse_dense(attention: LinearAttention, query: Tensor, key: Tensor) -> None:
-    """Raise a LayoutError for a call beside the self-attention that costs as much as the one that was replaced."""
+    """Raise a LayoutError for another call that costs as much as the self-attention that was replaced."""
     level, kernel = attention._lineardit_level, attention.linear_kernel
     if query.shape[2] != num_tokens(level.grid) or key.shape[2] <= query.shape[2]:
         return
@@ -191,7 +191,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `scaled_dot_product_attention` of the image's tokens becomes; [B, H, N, D] -> [B, H, N, D]."""
+    """Replaces `scaled_dot_product_attention` in the image's self-attention; [B, H, N, D] -> [B, H, N, D]."""
     level, kernel = attention._lineardit_level, attention.linear_kernel
     layout = _layout_of(attention, key)
     if level.conversion.logit_factor != 1:
@@ -204,12 +204,12 @@ def _attend(
         )
     if is_causal or dropout_p > 0:
         raise LayoutError(f"{attention._lineardit_name}: linear attention has no {is_causal=} or {dropout_p=}")
-    # under autocast norms give float32 queries and keys beside half values; it is on torch's list, and casts all three
+    # norms under autocast return float32 queries and keys, values are half: cast all three, as autocast does for SDPA
     query, key, value = as_autocast(query, key, value)
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    no_queries = key.shape[2] - query.shape[2]  # text that only answers: its queries are made up, and dropped
+    no_queries = key.shape[2] - query.shape[2]  # text without queries: pad with zeros, drop their outputs
     if no_queries > 0:
         padding = (0, 0, no_queries, 0) if layout.text_first else (0, 0, 0, no_queries)
         query = pad(query, padding)
@@ -224,7 +224,7 @@ def _attend(
         attn_mask = None if attn_mask is None else reorder(attn_mask, order, dim=-1)
         layout = replace(layout, text_first=False)
     if attn_mask is not None:
-        # a list that grows would be traced anew
+        # a growing list would be traced again each time
         asked = None if torch.compiler.is_compiling() else level.conversion.masks_asked
         text_mask = text_mask_of(attn_mask, query, layout, asked=asked)
         layout = replace(layout, text_mask=text_mask)
@@ -237,16 +237,16 @@ def _attend(
 
 
 def _order_of(level: Level, query: Tensor) -> Tensor | None:
-    """The order [B or 1, N] that brings the image before all others; None where it stands as the family has it."""
+    """[B or 1, N] token order that puts the image first; None if the image is where the family has it."""
     if level.order is None or level.order.shape[1] != query.shape[2]:  # a call of the image alone
         return None
     if level.order.device != query.device and not torch.compiler.is_compiling():
-        level.order = level.order.to(query.device)  # the layers after this one find it there
+        level.order = level.order.to(query.device)  # for the layers after this one
     return level.order.to(query.device)
 
 
 def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
-    """Where the image is among the keys [B, H, N, D] of a call, as the family has it."""
+    """The layout of a call's keys [B, H, N, D] in the family's token order."""
     level = attention._lineardit_level
     text_first = level.conversion.family.text_first
     text_len = key.shape[2] - num_tokens(level.grid)
@@ -259,15 +259,12 @@ def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
         )
     mask = None
     if level.text_mask is not None and text_len > 0:
-        mask = level.text_mask.to(key.device).expand(key.shape[0], -1)  # layers may lie on several cards
+        mask = level.text_mask.to(key.device).expand(key.shape[0], -1)  # layers may be on different devices
     return Layout(level.grid, text_len, text_first, mask)
 
 
 def _share_sizes(attention: LinearAttention, layout: Layout) -> list[int]:
-    """Sizes of the shares that context parallelism hands the tokens over in (`parallel.share_sizes`).
-
-    Empty without context parallelism, and of the image alone: then the tokens are in order.
-    """
+    """Sizes of context parallelism's token shares (`parallel.share_sizes`); empty where the tokens are in order."""
     degree = ulysses_degree(getattr(attention, "processor", None))
     if degree == 1 or layout.text_len == 0:
         return []

@@ -9,7 +9,7 @@ from ..convert import converted_networks
 
 @contextmanager
 def scaled_logits(pipe_or_model: Any, factor: float) -> Iterator[None]:
-    """Inside, the logits of the converted attention modules are `factor` times what they would be.
+    """Context manager that multiplies the attention logits of converted modules by `factor`.
 
     Args:
         pipe_or_model: A pipeline, with all of its converted networks, or one model.

@@ -1,4 +1,4 @@
-"""Where a converted module makes the model's own call in place of its kernel's, and how that is told."""
+"""When a converted module runs the model's own attention call instead of its kernel, and how reports say so."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ def runs_original(kernel: Any, layout: Layout, dense_below: int) -> bool:
     """Whether the model's own call runs for these tokens.
 
     Args:
-        kernel: A `Method`; one whose `impl` is forced always runs.
-        dense_below: Image tokens from which on the kernel runs, even where the model's own call would be faster.
+        kernel: A `Method`; it always runs if its `impl` is not "auto".
+        dense_below: Number of image tokens below which the model's own call runs.
     """
-    # in this order: a trace of small pictures does not depend on the window
+    # in this order, a trace of small pictures does not depend on the window
     return kernel.impl == "auto" and (layout.num_image_tokens < dense_below or kernel.covers(layout))
 
 
 def below(dense_below: int) -> str:
-    """How the model's own call is told where it runs for so few tokens."""
+    """What reports say where the model's own call runs because of `dense_below`."""
     return f"{ORIGINAL} (fewer than {dense_below:,} image tokens)"

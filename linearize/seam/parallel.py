@@ -1,8 +1,8 @@
-"""Context parallelism: where the tokens of an attention call stand when several processes share one image.
+"""Context parallelism: the order of an attention call's tokens when several processes share one image.
 
-In Ulysses (arXiv:2309.14509) every process holds a share of the tokens outside of attention, and all tokens of some
-heads inside it. diffusers shares out the text and the image apart, each in order, so that inside attention the tokens
-are [text 0, image 0, text 1, image 1, ...]. A window needs each of the two in one piece.
+In Ulysses (arXiv:2309.14509) every process holds a share of the tokens outside attention, and all tokens of some heads
+inside it. diffusers splits the text and the image separately, each in order, so that inside attention the tokens are
+[text 0, image 0, text 1, image 1, ...]. A window needs text and image each in one piece.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def ulysses_degree(processor: Any) -> int:
     """How many processes share the tokens of an attention processor; 1 without context parallelism.
 
     Raises:
-        LayoutError: ring attention, which never has all the keys at once, or parallelism of an unknown kind.
+        LayoutError: ring attention, which never has all keys at once, or an unknown kind of parallelism.
     """
     parallelism = getattr(processor, "_parallel_config", None)
     if parallelism is None:
@@ -34,10 +34,10 @@ def ulysses_degree(processor: Any) -> int:
 
 
 def refuse_gradients(degree: int, output: Any) -> None:
-    """Upstream's backward pass of Ulysses computes dense attention anew, where nothing of ours can take its place.
+    """Refuse gradients under Ulysses: upstream's backward recomputes dense attention, which cannot be intercepted.
 
     Raises:
-        LayoutError: the output of an attention module would be differentiated.
+        LayoutError: an output of the attention module requires gradients.
     """
     outputs = output if isinstance(output, tuple) else (output,)
     if degree > 1 and any(out.requires_grad for out in outputs):

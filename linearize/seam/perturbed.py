@@ -1,4 +1,4 @@
-"""Guidance by a perturbed prediction: what of it runs beside linear attention, and what is refused."""
+"""Guidance by perturbed attention: which kinds work with linear attention, and which are refused."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from torch.overrides import _get_current_function_mode_stack
 from ..errors import LayoutError
 
 _SKIPS_SCORES = "AttentionScoreSkipFunctionMode"  # diffusers.hooks.layer_skip
-# SD3's, of diffusers' PAG pipelines; those of a UNet and of Hunyuan-DiT take the values as they are, and run
+# SD3's processors in diffusers' PAG pipelines; those of UNets and Hunyuan-DiT return the values unweighted, and work
 _MASKS_TOKENS = ("PAGJointAttnProcessor2_0", "PAGCFGJointAttnProcessor2_0")
 
 
 def skips_scores() -> bool:
-    """Whether a layer is perturbed (LayerSkipConfig): the values are the answer, and no score is computed."""
+    """Whether a LayerSkipConfig perturbs this layer: attention returns the values and computes no scores."""
     return any(type(mode).__name__ == _SKIPS_SCORES for mode in _get_current_function_mode_stack())
 
 
 def refuse_perturbed(name: str, processor: Any) -> None:
-    """Raise a LayoutError where a processor perturbs by a mask of tokens x tokens."""
+    """Raise a LayoutError if a processor perturbs attention with a tokens x tokens mask."""
     if type(processor).__name__ in _MASKS_TOKENS:
         raise LayoutError(
             f"{name} has {type(processor).__name__}: SD3's perturbed attention guidance masks tokens x tokens, which "
