@@ -1,4 +1,4 @@
-"""Where the attention of a model goes, layer by layer and head by head, as `profile.json` has it."""
+"""Where a model's attention goes, layer by layer and head by head: the contents of `profile.json`."""
 
 import json
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ class LayerProfile:
 
     Attributes:
         module: Its name.
-        grid: Of its image tokens, at the profiled size.
-        text_len: Its other tokens.
+        grid: Size of the image in tokens, at the profiled size.
+        text_len: Number of other tokens.
         head_dim: Channels of a head.
-        mass: For each head and radius, the attention on image tokens nearer than that; the query's own counts.
+        mass: For each head and radius, the attention on image tokens nearer than that, the query's own included.
         text: For each head, the attention on text.
-        distance: For each head, the mean distance in tokens of what it sees in the image, weighted by attention.
+        distance: For each head, the mean distance in tokens to image tokens, weighted by attention.
         output_error: For each of the profile's candidates, |out_c - out|^2 / |out|^2 of the attention's output.
     """
 
@@ -51,17 +51,17 @@ class Profile:
     Attributes:
         base: Hub id or folder.
         revision: Commit of a Hub id.
-        model_class: The denoiser's.
+        model_class: Class of the denoiser.
         size: (height, width) of the pictures in pixels.
-        radii: Of windows, ascending, in tokens, strict: distance < radius.
-        methods: Configs of what else was tried in every layer, untrained.
-        prompts: How many.
+        radii: Radii of the windows in tokens, ascending; strict: distance < radius.
+        methods: Configs of the other methods tried in every layer, untrained.
+        prompts: Number of prompts.
         steps: Denoising steps of each picture.
-        queries: Image queries looked at in each call of a layer.
-        seed: Of noise and sample.
-        quantized: What its quantized weights are, as their backend calls them; None: there are none.
+        queries: Image queries sampled in each call of a layer.
+        seed: Seed of the noise and of the sampled queries.
+        quantized: Its backend's name for the type of quantized weights; None: no weights are quantized.
         layers: In the order of the forward.
-        versions: Of lineardit, diffusers and torch.
+        versions: Versions of lineardit, diffusers and torch.
     """
 
     base: str | None
@@ -85,26 +85,26 @@ class Profile:
 
     @property
     def candidates(self) -> tuple[Any, ...]:
-        """What each layer's `output_error` is of: the windows, then the methods."""
+        """The configs of each layer's `output_error`: the windows, then the methods."""
         return (*self.windows, *self.methods)
 
     def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
+        """Write JSON atomically."""
         methods = [config_to_dict(method) for method in self.methods]
         text = json.dumps({"format": FORMAT, **asdict(self), "methods": methods}, indent=1) + "\n"
         write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def is_window(config: Any) -> bool:
-    """Whether a config is a window of some radius and nothing more, as `Profile.radii` tells it."""
+    """Whether a config is a window with a radius and no other setting, as in `Profile.radii`."""
     return type(config) is Clear and config == Clear(radius=config.radius)
 
 
 def read_profile(path: str | Path) -> Profile:
-    """What `Profile.write` wrote.
+    """Read what `Profile.write` wrote.
 
     Raises:
-        ValueError: there is no such file, it is damaged or of another format, or a method in it is not known.
+        ValueError: the file is missing, damaged or of another format, or a method in it is unknown.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,16 +1,16 @@
-"""Which attention each layer gets under a budget of operations: a knapsack over what a profile measured.
+"""Chooses the attention of each layer under a budget of operations: a knapsack over a profile's measurements.
 
-    least  sum_l error_l(c_l)    with    sum_l flops_l(c_l) <= budget,
+    minimize  sum_l error_l(c_l)    subject to    sum_l flops_l(c_l) <= budget,
     c_l a window of a profiled radius, another profiled method, or full attention (error 0)
 
-error_l(c) = |out_c - out|^2 / |out|^2 of the layer's own attention output. Compared with two other figures on
-examples/tiny_flux (benchmarks/profile_budget.py): the attention that falls outside of the window says too little, since
-what is far may add up to what is near; and the error of the model's prediction with that layer alone in a window, which
-costs a forward for each layer and radius, chose worse, since layers that stand in for each other look harmless alone.
+error_l(c) = |out_c - out|^2 / |out|^2 of the layer's own attention output. Two other criteria were compared with it on
+examples/tiny_flux (benchmarks/profile_budget.py). The attention outside the window says too little: distant values may
+add up to the same as near ones. The error of the model's prediction with only that layer in a window costs a forward
+for each layer and radius and chose worse: layers that can compensate for each other look harmless alone.
 
-Errors of unlike methods do not compare. There (same script), windows and agents mixed have less error in sum than
-windows alone, and predictions further off. So methods are chosen among only where they are named, and `nearness` tells
-what a mix is worth.
+Errors of different methods are not comparable. In the same script, a mix of windows and agents has a smaller sum of
+errors than windows alone, but worse predictions. So other methods are chosen only if they are named, and `nearness`
+measures what a mix is worth.
 """
 
 import math
@@ -36,15 +36,15 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A method, or full attention, for each layer; `str()` tells it in one line.
+    """A method, or full attention, for each layer; `str()` summarizes it in one line.
 
     Attributes:
         configs: {glob of module names: config}, for `linearize_`; layers that it leaves out keep full attention.
-        chosen: For each module its config, None: full attention.
+        chosen: {module name: config}; None: full attention.
         size: (height, width) in pixels that the operations are counted at.
-        flops: Of the attention of all these layers in one step, batch 1.
-        budget: What they were allowed.
-        dense_flops: The same with full attention everywhere.
+        flops: Attention operations of all these layers in one step, batch 1.
+        budget: Upper limit of `flops`.
+        dense_flops: `flops` with full attention everywhere.
         error: Sum of the layers' errors.
     """
 
@@ -71,13 +71,13 @@ def propose(
     size: Size | None = None,
     choices: Sequence[Any] | None = None,
 ) -> Proposal:
-    """The attention that changes the layers' outputs least for so many operations.
+    """Choose the attention that changes the layers' outputs least within a budget of operations.
 
     Args:
-        profile: Of the model that is to be converted.
+        profile: Profile of the model to convert.
         budget: A share of the operations of full attention, in (0, 1); or a config, for what it costs in every layer.
         size: (height, width) in pixels that the operations are counted at; None: the profile's.
-        choices: Of the profile's candidates, and None for full attention; None: its windows and full attention.
+        choices: Candidates of the profile, and None for full attention; default: its windows and full attention.
     Raises:
         ValueError: the budget is out of range, not enough for the cheapest choices, or enough for full attention in
             every layer; or a choice was not profiled.
@@ -115,10 +115,10 @@ def propose(
 
 
 def parse_budget(text: str) -> float | Clear:
-    """What `propose` takes, from "0.25" or "radius:8".
+    """Parse a budget for `propose`, such as "0.25" or "radius:8".
 
     Raises:
-        ValueError: neither.
+        ValueError: it is neither a number nor a radius.
     """
     name, colon, number = text.rpartition(":")
     value = _number(number)
@@ -128,10 +128,10 @@ def parse_budget(text: str) -> float | Clear:
 
 
 def parse_choices(profile: Profile, text: str) -> list[Any]:
-    """What `propose` chooses from, from "4,8,mala,full": radii, names of methods (all that have it), full attention.
+    """Parse choices for `propose`, such as "4,8,mala,full": radii, methods (all their configs), full attention.
 
     Raises:
-        ValueError: one was not profiled.
+        ValueError: a choice was not profiled.
     """
     names: dict[str, list[Any]] = {f"{window.radius:g}": [window] for window in profile.windows}
     for method in profile.methods:
@@ -154,7 +154,7 @@ def name_of(choice: Any) -> str:
 
 
 def _number(text: str) -> float:
-    """The number that a text spells; NaN where it spells none."""
+    """The text as a float; NaN if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -162,18 +162,18 @@ def _number(text: str) -> float:
 
 
 def knapsack(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], limit: int) -> list[int]:
-    """One option for each item, with the least sum of errors among those whose costs sum up to `limit` at most.
+    """Choose one option for each item, with the least total error at a total cost of at most `limit`.
 
-    Exact: after each item it keeps every sum of costs that no cheaper or equal one beats.
+    Exact: after each item it keeps every total that no other total of lower or equal cost beats in error.
 
     Args:
         costs, errors: [items][options]; the cheapest options together cost no more than `limit`.
     Returns:
-        [items], the options.
+        [items], indices of the options.
     """
     spare = limit - sum(map(min, costs))
     cost, error = np.zeros(1, np.int64), np.zeros(1)
-    steps: list[npt.NDArray[np.int64]] = []  # what was kept: row * options + option
+    steps: list[npt.NDArray[np.int64]] = []  # totals that were kept, as row * options + option
     for one_costs, one_errors in zip(costs, errors, strict=True):
         extra = np.array(one_costs, np.int64) - min(one_costs)
         all_costs = (cost[:, None] + extra).ravel()
@@ -192,7 +192,7 @@ def knapsack(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], 
 
 
 def check_profile(profile: Profile, base: Base) -> None:
-    """Raise a ValueError where a profile is of another model than this base."""
+    """Raise a ValueError if a profile is of another model than this base."""
     model = build_on_meta(base)
     modules, _ = attention_modules(model, family_of(model))
     shapes = {name: head_shape(module) for name, module in modules.items()}
@@ -222,7 +222,7 @@ def _check_choices(profile: Profile, choices: Sequence[Any]) -> None:
 
 
 def _grid_at(layer: LayerProfile, profiled: Size, size: Size) -> Grid:
-    """The layer's image tokens in a picture of another size."""
+    """The layer's token grid in a picture of another size."""
     *frames, height, width = layer.grid
     return (*frames, -(-height * size[0] // profiled[0]), -(-width * size[1] // profiled[1]))
 

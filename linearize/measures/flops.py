@@ -1,8 +1,8 @@
 """Floating-point operations of one denoising step before and after conversion, counted from a model's shape.
 
-The model runs without memory (meta device) while its products and convolutions are counted. An attention call costs
-4 * pairs * channels: pairs of query and key, times heads * head_dim, two products, multiply and add (as in CLEAR's
-tables, arXiv:2412.16112). A linear kernel's method tells its pairs exactly, text and pooled tokens included.
+The model runs on the meta device, without memory, while its products and convolutions are counted. An attention call
+costs 4 * pairs * channels: pairs of query and key, times heads * head_dim, for two products of multiply and add (as in
+CLEAR's tables, arXiv:2412.16112). Each method gives its exact number of pairs, text and pooled tokens included.
 """
 
 from collections.abc import Mapping
@@ -31,12 +31,12 @@ SIZES = {"1K": 1024, "2K": 2048, "4K": 4096, "8K": 8192}  # side of a square pic
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """One forward of the denoiser on one picture.
+    """Operations of one forward of the denoiser on one picture.
 
     Attributes:
-        size: In words: "1K" for 1024 x 1024 pixels, and so on.
-        grid: The picture in tokens; of a UNet, its latent positions.
-        attention_before: Operations of the swapped modules' attention itself, as softmax over everything.
+        size: Its name: "1K" for 1024 x 1024 pixels, and so on.
+        grid: Size of the picture in tokens; for a UNet, in latent positions.
+        attention_before: Operations of the swapped modules' attention itself, with full softmax.
         attention_after: The same with their linear kernels.
         before: Operations of the whole step before conversion.
     """
@@ -55,10 +55,10 @@ class StepFlops:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One attention call: query [batch, heads, queries, head_dim], keys many.
+    """One attention call: query [batch, heads, queries, head_dim], key [batch, heads, keys, head_dim].
 
     Attributes:
-        live: Bytes that the forward holds by then, the call's inputs included.
+        live: Bytes that the forward holds at this call, its inputs included.
     """
 
     module: str
@@ -78,13 +78,12 @@ class Step:
     """What one forward of an unconverted denoiser does on one picture.
 
     Attributes:
-        size: In words: "1K" for 1024 x 1024 pixels, and so on.
-        grid: The picture in tokens; of a UNet, in latent positions.
-        text_queries: As the family has it.
-        layers: Operations of all layers but attention.
+        size: Its name: "1K" for 1024 x 1024 pixels, and so on.
+        grid: Size of the picture in tokens; for a UNet, in latent positions.
+        text_queries: As in `Family`.
+        layers: Operations of everything but attention.
         calls: Every attention call.
-        peak: Bytes that a forward holds at once at most, weights left out, in the model's dtype; attention counts as
-            its output alone.
+        peak: Peak bytes of a forward, without weights, in the model's dtype; attention counts only its output.
     """
 
     size: str
@@ -98,7 +97,7 @@ class Step:
         """Operations before and after conversion.
 
         Args:
-            configs: Config of the method by the name of the attention module that it replaces.
+            configs: {name of a converted attention module: config of its method}.
             dense_below: Image tokens of a call below which the original attention runs.
         """
         before = after = 0
@@ -126,7 +125,7 @@ class Step:
         return call.queries == (call.keys if self.text_queries else prod(self.grid))
 
     def picked(self, module: str, config: Any, like: Tensor, *, dense_below: int = 0) -> str:
-        """The implementation that "auto" picks for a converted module, on the device and in the dtype of a tensor.
+        """The implementation that "auto" picks for a converted module, on the device and in the dtype of `like`.
 
         Args:
             dense_below: Image tokens of a call below which the original attention runs.
@@ -140,12 +139,12 @@ class Step:
             kernel = method(config, num_heads=call.heads, head_dim=call.head_dim)
         if kernel.covers(Layout(grid, text_len, text_first=True)):
             return COVERED
-        query = like.new_empty(1).expand(1, call.heads, call.keys, call.head_dim)  # no memory
+        query = like.new_empty(1).expand(1, call.heads, call.keys, call.head_dim)  # takes no memory
         chosen: str = method.chosen(config, query, grid, text_len)
         return chosen
 
     def layout(self, call: Call) -> tuple[Grid, int]:
-        """Grid and text length of a self-attention call, at the level of a UNet whose grid fits in."""
+        """Grid and text length of a self-attention call; in a UNet, the grid of the call's level."""
         grid = self.grid
         while prod(grid) > call.queries:
             grid = tuple((side + 1) // 2 for side in grid)
@@ -153,7 +152,7 @@ class Step:
 
 
 def count_steps(model: Any, *, vae_scale: int) -> tuple[Step, ...]:
-    """A step at each of `SIZES` that the model can make; none for a class whose inputs are not known by name.
+    """Count a step at each of `SIZES` that the model supports; none for a class whose inputs cannot be generated.
 
     Args:
         model: An unconverted denoiser on the meta device, of a class that can be converted.
@@ -166,11 +165,11 @@ def count_steps(model: Any, *, vae_scale: int) -> tuple[Step, ...]:
 
 
 def count_step(model: Any, latents: tuple[int, int], size: str, *, text_len: int | None = None) -> Step | None:
-    """A step on one picture of (height, width) latents; None for more than the model has positions for.
+    """Count a step on one picture of (height, width) latents; None if the model has too few positions for it.
 
     Args:
         model: As in `count_steps`, of a class that `can_make_inputs` knows.
-        size: In words.
+        size: Name of the size.
         text_len: As in `step_inputs`.
     """
     family = family_of(model)
@@ -191,7 +190,7 @@ def count_step(model: Any, latents: tuple[int, int], size: str, *, text_len: int
 
 
 class _Counter(TorchFunctionMode):
-    """Counts products and convolutions as they run; notes attention calls and skips them."""
+    """Counts products and convolutions as they run; records attention calls without running them."""
 
     def __init__(self, live: LiveBytes) -> None:
         super().__init__()
@@ -226,7 +225,7 @@ class _Counter(TorchFunctionMode):
         return out
 
     def skip(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-        """Notes an attention call; [B, H, N, D] without numbers."""
+        """Record an attention call and return an empty output, [B, H, N, D]."""
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]
         shape = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
@@ -239,7 +238,7 @@ _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul
 
 
 def _without_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Where a tensor of a call has no numbers, none has; a mask that picks entries becomes their indices before."""
+    """Move all tensors of a call to meta if one is there; a boolean index becomes integer indices first."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if len({tensor.is_meta for tensor in tensors}) < 2:
         return args, kwargs
@@ -258,11 +257,7 @@ def _as_indices(index: Any) -> Any:
 
 
 def _as_upstream_takes(name: str, value: Any, dtype: torch.dtype) -> Any:
-    """Masks, lengths and indices with their numbers, which models read; of all else the shape alone.
-
-    Args:
-        dtype: The model's.
-    """
+    """Move floats and `segment_ids` to meta, in the model's dtype; models read the values of masks and indices."""
 
     def taken(tensor: Tensor) -> Tensor:
         if tensor.is_meta and tensor.is_floating_point():
@@ -275,7 +270,7 @@ def _as_upstream_takes(name: str, value: Any, dtype: torch.dtype) -> Any:
 def _run(
     model: Any, inputs: Mapping[str, Any], modules: tuple[Mapping[str, nn.Module], Mapping[str, str]]
 ) -> tuple[_Counter, LiveBytes]:
-    """What a forward does and holds; calls are of the swappable and the other attention modules."""
+    """Count what a forward does and holds; `modules` are the swappable and the other attention modules."""
     live = LiveBytes(model)
     counter = _Counter(live)
     handles: list[torch.utils.hooks.RemovableHandle] = []

@@ -1,6 +1,6 @@
-"""Bytes that a forward of a converted denoiser holds at once: what attention makes of its inputs counts as well.
+"""Peak bytes of a forward of a converted denoiser, including what attention allocates.
 
-The kernel of an attention module runs on the meta device while its tensors are counted; what is made inside of an
+The kernel of an attention module runs on the meta device while its tensors are counted. Memory allocated inside an
 operator does not count, nor do the tables of windows, a few MiB for a grid.
 
 B batch, H heads, N tokens, D head dimension.
@@ -22,7 +22,7 @@ from .live_bytes import LiveBytes
 
 
 def peak_with(step: Step, configs: Collection[Any], dtype: torch.dtype) -> int:
-    """`step.peak` where the calls of the image run under whichever of these configs holds most; dtype of the model."""
+    """`step.peak` if the image's calls run under the config that holds most; `dtype` is the model's."""
     calls = {replace(call, module="") for call in step.calls if step.is_of_the_image(call)}
     held = [
         call.live + _held_by(config, replace(call, live=0), *step.layout(call), dtype)
@@ -34,7 +34,7 @@ def peak_with(step: Step, configs: Collection[Any], dtype: torch.dtype) -> int:
 
 @lru_cache(maxsize=256)
 def _held_by(config: Any, call: Call, grid: Grid, text_len: int, dtype: torch.dtype) -> int:
-    """Bytes that the kernel of one attention module holds at once, its inputs left out."""
+    """Peak bytes of one attention module's kernel, without its inputs."""
     size = (call.batch, call.heads, call.keys, call.head_dim)
     with torch.device("meta"):
         kernel = METHODS[type(config)](config, num_heads=call.heads, head_dim=call.head_dim)
@@ -46,7 +46,7 @@ def _held_by(config: Any, call: Call, grid: Grid, text_len: int, dtype: torch.dt
 
 
 class _OutputAlone(TorchFunctionMode):
-    """Softmax attention makes its output, as fast kernels do; on the meta device it would make all logits."""
+    """Softmax attention allocates only its output, as fused kernels do; on meta it would allocate all logits."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention:

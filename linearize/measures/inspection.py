@@ -1,4 +1,4 @@
-"""What a conversion does to a model, module by module, and what a step then costs: what `lineardit inspect` shows."""
+"""What `lineardit inspect` shows: what a conversion does to each module of a model, and what a step then costs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -45,9 +45,9 @@ class Inspection:
         base: Hub id or folder of the model.
         model_class: Class of the denoiser.
         family: Name of the model's family.
-        dense_below: Image tokens of a call below which swapped modules make their original call; 0: none.
+        dense_below: Image tokens of a call below which swapped modules make their original call; 0: never.
         rows: One for each attention module, in the model's order.
-        flops: One for each size that the model can make; empty for classes whose operations are not counted.
+        flops: One for each size that the model supports; empty for classes whose operations are not counted.
     """
 
     base: str
@@ -58,7 +58,7 @@ class Inspection:
     flops: tuple[StepFlops, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a JSON object."""
         return asdict(self) | {"flops": [asdict(step) | {"after": step.after} for step in self.flops]}
 
 
@@ -70,18 +70,18 @@ def inspect_base(
     offline: bool = False,
     impl: str = "auto",
 ) -> Inspection:
-    """Looks at a base, an adapter or a saved converted pipeline; reads config files, never the base's weights.
+    """Inspect a base, an adapter or a saved converted pipeline; reads config files, never the base's weights.
 
     Args:
         base_or_adapter: Folder, config.json or Hub id.
-        base: To read in place of the base that an adapter names.
+        base: Base to read instead of the one that an adapter names.
         revision: Branch, tag or commit of a Hub id.
         offline: Do not access the network.
         impl: The implementation to ask about.
     Raises:
         UnsupportedModelError: the model's class cannot be converted.
-        ValueError: something is missing, damaged or out of reach, there is no such `impl`, or `base` beside something
-            that is no adapter.
+        ValueError: something is missing, damaged or out of reach, `impl` is unknown, or `base` is given for something
+            other than an adapter.
     """
     check_impl_known(impl)
     named = find_named(base_or_adapter, base=base, revision=revision, offline=offline)

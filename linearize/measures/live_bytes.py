@@ -1,4 +1,4 @@
-"""Bytes that a computation holds at once, counted tensor by tensor; on the meta device it takes no memory."""
+"""Peak bytes of a computation, counted tensor by tensor; on the meta device it takes no memory."""
 
 import weakref
 from collections.abc import Iterable
@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, counts tensors from when they are made until nothing refers to them.
+    """Mode that counts the bytes of tensors from their creation until nothing refers to them.
 
     Args:
-        known: Its parameters and buffers do not count.
-        given: Nor do these tensors.
+        known: Module whose parameters and buffers do not count.
+        given: Tensors that do not count either.
     Attributes:
-        peak: The most bytes that were there at once.
+        peak: The most bytes held at once.
     """
 
     def __init__(self, known: nn.Module, given: Iterable[Tensor] = ()) -> None:

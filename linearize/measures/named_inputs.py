@@ -1,6 +1,6 @@
-"""Arguments of one forward of a denoiser, made by their names: diffusers' models call alike things alike.
+"""Generates the arguments of a denoiser's forward by their names, which diffusers' models share.
 
-B batch, N image tokens. Floats have no numbers (meta device); position ids, masks and lengths do.
+B batch, N image tokens. Floats are meta tensors; position ids, masks and lengths have values.
 """
 
 import inspect
@@ -32,8 +32,8 @@ class Picture:
 
     Attributes:
         config: The model's.
-        names: Arguments of the model's forward.
-        grid: (height, width) in tokens; of a UNet, in latents.
+        names: Names of the arguments of the model's forward.
+        grid: (height, width) in tokens; for a UNet, in latents.
         text: Number of text tokens.
         batch: Number of pictures.
     """
@@ -55,7 +55,7 @@ class Picture:
         return self.grid[0] * patch, self.grid[1] * patch
 
     def first(self, *keys: str) -> Any:
-        """The first of these in the config that is not None."""
+        """The first of these config entries that is not None."""
         return next((self.config[key] for key in keys if self.config.get(key) is not None), None)
 
     @property
@@ -83,12 +83,12 @@ def inputs_by_name(
     batch: int = 1,
     leave: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The arguments of a forward that are known by their names.
+    """Generate those arguments of a forward whose names are known.
 
     Args:
-        grid: (height, width) of the picture in tokens; of a UNet, in latents.
-        text_len: Number of text tokens, where the config does not say it.
-        leave: Arguments that are made elsewhere.
+        grid: (height, width) of the picture in tokens; for a UNet, in latents.
+        text_len: Number of text tokens, unless the config sets it.
+        leave: Names of arguments to omit.
     """
     names = argument_names(model_class)
     text = config.get("text_len") or text_len
@@ -98,11 +98,11 @@ def inputs_by_name(
 
 
 def with_numbers(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One of these on a device; floats without numbers get random ones of this dtype."""
+    """One of these arguments on a device; meta floats get values of this dtype: 0.5 in vectors, else random."""
     if not value.is_meta:
         return value.to(device)
     dtype = value.dtype if value.is_complex() else dtype
-    if value.ndim == 1:  # a time, or the strength of guidance, that bfloat16 has as well
+    if value.ndim == 1:  # a timestep or guidance scale; 0.5 is exact in bfloat16
         return torch.full(value.shape, 0.5, dtype=dtype, device=device)
     return torch.randn(value.shape, dtype=dtype, device=device)
 
@@ -156,7 +156,7 @@ def _pooled(picture: Picture) -> Tensor | None:
 
 
 def _control(picture: Picture) -> Tensor:
-    """Latents as the image's, or for a UNet pixels."""
+    """Latents like the image's; for a UNet, pixels."""
     if "sample" in picture.names:
         scale = 2 ** (len(picture.config["conditioning_embedding_out_channels"]) - 1)
         return picture.floats(picture.config["conditioning_channels"], *(scale * side for side in picture.latents))
@@ -191,7 +191,7 @@ def _rotary(picture: Picture) -> Any:
 
 
 def _text_mask(picture: Picture) -> Tensor:
-    """Beside another, a text ends with a token of padding."""
+    """All texts but the first of a batch end with a token of padding."""
     mask = torch.ones(picture.batch, picture.text, dtype=torch.bool)
     mask[1:, -1] = False
     return mask
@@ -202,7 +202,7 @@ def _second_text_mask(picture: Picture) -> Tensor:
 
 
 def _image_slots(picture: Picture) -> Tensor:
-    """Every one of an image is 2 x 2 tokens."""
+    """Each slot of the image stands for 2 x 2 tokens."""
     slots = torch.arange(picture.text + picture.tokens // 4) >= picture.text
     return slots.repeat(picture.batch, 1)
 
@@ -249,7 +249,7 @@ _MAKERS: dict[str, Callable[[Picture], Any]] = {
     "img_ids": lambda picture: picture.ids(len(picture.config["axes_dims_rope"])),
     "txt_ids": lambda picture: torch.zeros(picture.text, len(picture.config["axes_dims_rope"])),
     "position_ids": _position_ids,
-    "txt_seq_lens": lambda picture: [picture.text] * picture.batch,  # older versions of Qwen-Image ask for them
+    "txt_seq_lens": lambda picture: [picture.text] * picture.batch,  # required by older versions of Qwen-Image
     "segment_ids": lambda picture: torch.ones(picture.batch, picture.text + picture.tokens, dtype=torch.long),
     "indicator": _indicator,
     "img_shapes": _shapes,
@@ -279,4 +279,4 @@ _MAKERS: dict[str, Callable[[Picture], Any]] = {
     "prior_token_id": lambda picture: torch.zeros(picture.batch, picture.tokens, dtype=torch.long),
     "prior_token_drop": lambda picture: torch.zeros(picture.batch, dtype=torch.bool),
 }
-KNOWN = frozenset(_MAKERS)  # arguments that are made
+KNOWN = frozenset(_MAKERS)  # names of the arguments that can be generated

@@ -1,11 +1,11 @@
-"""How near a conversion is to its base, prediction by prediction: what `lineardit nearness` does.
+"""How near a conversion's predictions are to its base's: what `lineardit nearness` measures.
 
     error_i = sum |s(x_i) - b(x_i)|^2 / sum |b(x_i)|^2         over prompts and elements
 b the base's prediction, s the converted model's, for the latents x_i that the base is given in call i of a picture
 
-One number for each denoising step (two where a pipeline calls its model twice in a step, for guidance), and no picture
-of the converted model: a few forward passes tell methods and settings apart that need hundreds of pictures to be judged
-by. It says nothing of how errors add up over the steps, nor of what training repairs.
+One number for each denoising step (two where guidance calls the model twice in a step), without a picture of the
+converted model: a few forward passes distinguish methods and settings where comparing pictures takes hundreds of them.
+It does not show how errors add up over the steps, or what training repairs.
 """
 
 import time
@@ -28,8 +28,8 @@ class Nearness:
     """How far a model's predictions are from its base's.
 
     Attributes:
-        errors: By call of a picture, in the order of denoising; 0 for the base itself.
-        seconds: Of one prediction, median.
+        errors: One for each call in a picture, in denoising order; 0 for the base itself.
+        seconds: Median time of one prediction.
     """
 
     errors: tuple[float, ...]
@@ -52,15 +52,15 @@ def record_predictions(
     max_sequence_length: int | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> list[Prediction]:
-    """What the base predicts in every step of a picture for each prompt.
+    """Record the base's predictions in every step of one picture for each prompt.
 
     Args:
-        pipe: The original text-to-image pipeline, on the device where it shall run.
+        pipe: The original text-to-image pipeline, on the device to run on.
         size: (height, width) of the pictures in pixels.
         seed: Noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
         guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
         max_sequence_length: Text tokens; None: the pipeline's own.
-        arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}.
+        arguments: Further arguments of the pipeline's call, such as {"negative_prompt": "blurry"}.
     Raises:
         UnsupportedModelError: the model's class is not known.
         ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
@@ -86,14 +86,14 @@ def record_predictions(
 
 @torch.no_grad()
 def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearness") -> Nearness:
-    """The error of this pipeline's denoiser against what its base predicted.
+    """The error of this pipeline's denoiser against its base's predictions.
 
     Args:
-        pipe: The converted pipeline, on the device where it shall run.
-        predictions: Of its base.
-        name: For the progress bar.
+        pipe: The converted pipeline, on the device to run on.
+        predictions: Predictions of its base.
+        name: Label of the progress bar.
     Raises:
-        ValueError: the model gives something of another shape.
+        ValueError: the model's predictions have another shape.
     """
     _, model = denoiser(pipe)
     device = pipe._execution_device

@@ -1,10 +1,10 @@
-"""The base's attention as the kernel of one attention module, and a note of where a sample of its queries looks.
+"""A kernel that runs the base's attention in one module and records where a sample of its queries attends.
 
     p_ij = softmax_j(scale * q_i . k_j),   i a sampled image query, j any key
     mass_r    sum of p_ij over image keys with |pos_i - pos_j| < r         distance    sum of p_ij |pos_i - pos_j|
     text      sum of p_ij over text keys                                               over image keys / their mass
     error_r   |out_r - out|^2 / |out|^2, out_r with softmax over text and the keys nearer than r, as `Clear` has it
-    error_m   the same with what the kernel of a method makes of the layer's queries, keys and values
+    error_m   the same with out_m, the output of a method's kernel for the layer's queries, keys and values
 
 B batch, H heads, N tokens, D head dimension, R radii, M methods, S sampled queries.
 """
@@ -27,15 +27,15 @@ MAX_ENTRIES = 2**24  # of queries x keys at a time: 64 MiB in float32
 
 @dataclass
 class Sums:
-    """Over all queries that were noted, in float64 on the CPU.
+    """Sums over all recorded queries, in float64 on the CPU.
 
     Attributes:
-        queries: How many of each head.
+        queries: Number of queries of each head.
         mass: [H, R].
         text: [H].
         distance: [H], in tokens, weighted by attention.
-        error: [R + M], squares summed over heads.
-        norm: [], the same of the outputs.
+        error: [R + M], squared errors of the outputs, summed over heads.
+        norm: [], squared outputs, summed over heads.
     """
 
     queries: int
@@ -47,14 +47,14 @@ class Sums:
 
 
 class Probe(Method):
-    """Attention over everything, looked at.
+    """Full attention that is measured.
 
     Args:
-        radii: Of the windows, in tokens, strict.
-        kernels: Of methods, made for this module.
-        num_queries: Image queries to note in each call, all of them in a smaller image.
-        generator: Draws them, on the CPU.
-        turns: Numbers the probes of a model in the order in which they first note something.
+        radii: Radii of the windows in tokens, strict.
+        kernels: Kernels of the methods to try, made for this module.
+        num_queries: Image queries to sample in each call; all of them if the image has fewer.
+        generator: CPU generator of the sample.
+        turns: Numbers the probes of a model in the order of their first calls.
     """
 
     def __init__(
@@ -131,11 +131,7 @@ class Probe(Method):
             self._add(logits, values, _distances(part, layout.grid).to(query.device), [out[index] for out in others])
 
     def _add(self, logits: Tensor, value: Tensor, distance: Tensor, others: Sequence[Tensor]) -> None:
-        """Adds the figures of logits [B, H, S, N] with distances [S, image tokens] to the sums.
-
-        Args:
-            others: What each kernel makes, [B, H, S, D].
-        """
+        """Add to the sums: logits [B, H, S, N], distances [S, image tokens], the kernels' outputs [B, H, S, D]."""
         sums = self.sums
         num_image = distance.shape[1]
         weights = logits.softmax(-1)
@@ -155,7 +151,7 @@ class Probe(Method):
 
 
 def _distances(queries: Tensor, grid: Grid) -> Tensor:
-    """[S, image tokens], from each of these image tokens to all, within a frame."""
+    """[S, image tokens] distances by row and column, in any frame, from each of these image tokens to all."""
     frames, height, width = sizes_of(grid)
     index = torch.arange(frames * height * width)
     row, column = index // width % height, index % width

@@ -41,25 +41,25 @@ def profile_attention(
     max_sequence_length: int | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> Profile:
-    """Where each self-attention module of the image looks, and how much a window or method changes its output.
+    """Measure where each self-attention module of the image attends, and how much windows and methods change it.
 
     Args:
-        pipe: The original text-to-image pipeline, on the device where it shall run.
+        pipe: The original text-to-image pipeline, on the device to run on.
         prompts: One picture each.
         size: (height, width) of the pictures in pixels.
-        radii: Of the windows, in tokens, strict: distance < radius.
-        methods: Configs of what else to try in every layer, untrained and in the model's precision, such as `Mala()`;
-            a window of one more radius counts among the radii.
-        steps: Denoising steps of each picture; every one is looked at.
-        queries: Image queries that each call of a layer is looked at for, drawn anew each time.
-        seed: Of the queries; and noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
+        radii: Radii of the windows in tokens, strict: distance < radius.
+        methods: Configs of other methods to try in every layer, untrained and in the model's precision, such as
+            `Mala()`; the radius of a window is added to the radii.
+        steps: Denoising steps of each picture; all are measured.
+        queries: Image queries sampled in each call of a layer, new ones in each.
+        seed: Seed of the sample; noise of picture i comes from `torch.Generator("cpu").manual_seed(seed + i)`.
         guidance: `guidance_scale` of the pipeline; None: the pipeline's own.
         max_sequence_length: Text tokens; None: the pipeline's own.
-        arguments: Of the pipeline's call besides, such as {"negative_prompt": "blurry"}.
+        arguments: Further arguments of the pipeline's call, such as {"negative_prompt": "blurry"}.
     Raises:
         UnsupportedModelError: the model's class is not known.
-        ValueError: a setting is out of range or not known to this pipeline, a method is none or cannot be tried layer
-            by layer, or the pipeline is converted.
+        ValueError: a setting is out of range or not known to this pipeline, `methods` has something that is no config
+            or cannot be tried layer by layer, or the pipeline is converted.
     """
     _, model = denoiser(pipe)
     for method in methods:
@@ -69,7 +69,7 @@ def profile_attention(
     if not radii:
         raise ValueError("radii must hold at least one, got none")
     for radius in radii:
-        Clear(radius=radius)  # raises where it is no radius
+        Clear(radius=radius)  # raises if it is no radius
     check_counts(prompts, {"queries": queries})
     call = call_of_original(
         pipe,
@@ -111,7 +111,7 @@ def probed(
     num_queries: int,
     generator: torch.Generator,
 ) -> Iterator[dict[str, Probe]]:
-    """Inside, each self-attention module of the image runs a `Probe`; yields them by module name."""
+    """Context manager that runs a `Probe` in each self-attention module of the image; yields them by module name."""
     family = family_of(model)
     modules, _ = attention_modules(model, family)
     shared: dict[str, Any] = {"num_queries": num_queries, "generator": generator, "turns": itertools.count()}
@@ -128,7 +128,7 @@ def probed(
 
 
 def _check_method(method: Any) -> None:
-    """Raise a ValueError where this is no method, or one that cannot be tried by its kernel alone."""
+    """Raise a ValueError if this is no config, or its method cannot be tried by its kernel alone."""
     config_to_dict(method)
     if METHODS[type(method)].input_terms:
         raise ValueError(f"{method} cannot be tried layer by layer: it changes the layers before attention as well")

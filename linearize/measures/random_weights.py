@@ -1,4 +1,4 @@
-"""A denoiser in its true shape with random weights: for what does not depend on their values, such as time."""
+"""A denoiser of full size with random weights, to measure what does not depend on their values, such as time."""
 
 from typing import Any, cast
 
@@ -10,9 +10,9 @@ from ..adapters.base import cast_as_loaded_
 
 
 def random_model(model_class: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The weights that a class of diffusers begins with, in the dtypes of a loaded model, frozen."""
+    """A freshly initialized diffusers model, in the dtypes of a loaded one, frozen."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # at once, or float32 would need twice the memory
+    torch.set_default_dtype(dtype)  # casting from float32 would need twice the memory
     try:
         with torch.device(device):
             model = cast(nn.Module, getattr(diffusers, model_class).from_config(config))

@@ -1,8 +1,8 @@
-"""What a denoiser is called with while its pipeline makes a picture, kept on the CPU and called again.
+"""Records the calls of a denoiser on the CPU while its pipeline makes a picture, and repeats them.
 
-The arguments of one call are all that a forward needs, whatever the pipeline: noisy latents, time, text, masks,
-guidance, residuals of a ControlNet. So a base and its conversion can be compared, or one teach the other, without
-knowing how this kind of model is trained.
+The arguments of one call are all that a forward needs in any pipeline: noisy latents, timestep, text, masks, guidance,
+residuals of a ControlNet. So a base and its conversion can be compared, or one teach the other, without knowing how
+this kind of model is trained.
 """
 
 import inspect
@@ -26,9 +26,9 @@ class Prediction:
     """One call of a denoiser.
 
     Attributes:
-        index: Of the call, in its picture.
-        arguments: By name; tensors, the noisy latents among them, on the CPU.
-        output: What it predicts, in the shape of the model's output, on the CPU.
+        index: Index of the call in its picture.
+        arguments: By name; tensors, including the noisy latents, are on the CPU.
+        output: The prediction, as `prediction_of` returns it, on the CPU.
     """
 
     index: int
@@ -38,14 +38,14 @@ class Prediction:
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[Prediction]]:
-    """Inside, every call of this denoiser for one picture is kept.
+    """Context manager that records every call of this denoiser while one picture is made.
 
-    A tensor that comes again unchanged in the next call or the one after it, as the text's embeddings do (guided and
-    not in turn), is copied once.
+    A tensor that returns unchanged in one of the next two calls is copied once, such as the text embeddings, which
+    alternate between guided and unguided calls.
     """
     predictions: list[Prediction] = []
     called: list[dict[str, Any]] = []
-    copies: deque[dict[int, tuple[Tensor, int, Tensor]]] = deque(maxlen=3)  # of this call and two before: by id
+    copies: deque[dict[int, tuple[Tensor, int, Tensor]]] = deque(maxlen=3)  # by id, of this call and the two before
 
     def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         earlier = {number: copy for call in copies for number, copy in call.items()}
@@ -54,7 +54,7 @@ def recording(model: nn.Module) -> Iterator[list[Prediction]]:
         def on_cpu(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            if value.is_inference():  # counts no changes
+            if value.is_inference():  # has no version counter
                 return value.to("cpu", copy=True)
             original, version, copy = earlier.get(id(value), (None, 0, value))
             if original is None or version != value._version:
@@ -62,7 +62,7 @@ def recording(model: nn.Module) -> Iterator[list[Prediction]]:
             kept[id(value)] = value, value._version, copy
             return copy
 
-        called.append(tree_map(on_cpu, _by_name(model, args, kwargs)))  # the model may empty its lists
+        called.append(tree_map(on_cpu, _by_name(model, args, kwargs)))  # copies lists, which the model may empty
 
     def after(_model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         output = prediction_of(model, output).detach().to("cpu", copy=True)
@@ -80,7 +80,7 @@ def recording(model: nn.Module) -> Iterator[list[Prediction]]:
 
 
 def first_call(pipe: Any, **call: Any) -> Arguments:
-    """What the denoiser is first called with when the pipeline is called so; nothing is denoised."""
+    """Arguments of the denoiser's first call when the pipeline is called like this; nothing is denoised."""
     _, model = denoiser(pipe)
     caught: list[dict[str, Any]] = []
 
@@ -88,7 +88,7 @@ def first_call(pipe: Any, **call: Any) -> Arguments:
         caught.append(_by_name(model, args, kwargs))
         raise _Enough
 
-    handle = model.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)  # before a conversion's own
+    handle = model.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)  # before a conversion's hooks
     try:
         pipe(**call)
     except _Enough:
@@ -121,10 +121,10 @@ def to_device(arguments: Arguments, device: torch.device) -> dict[str, Any]:
 
 
 def prediction_of(model: nn.Module, output: Any) -> Tensor:
-    """The prediction, of a tuple or of diffusers' output class; where each sample has one of its own, all flattened.
+    """The prediction in a tuple or diffusers output class; a list of one per sample is flattened and concatenated.
 
-    Models that were trained to predict a variance as well (PixArt, DiT, HunyuanDiT, Lumina-Next) give it after the
-    rest, and pipelines leave it.
+    Models that were trained to predict a variance as well (PixArt, DiT, HunyuanDiT, Lumina-Next) return it in the
+    last channels; it is dropped here, as in pipelines.
     """
     prediction = output[0]
     if isinstance(prediction, Tensor):

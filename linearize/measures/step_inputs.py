@@ -7,7 +7,7 @@ from torch import nn
 
 from .named_inputs import KNOWN, argument_names, inputs_by_name, patch_of
 
-# Text tokens of a prompt as a family's pipeline takes it; in all others 512, or what the config says.
+# Text tokens of a prompt in a family's pipelines; in all others 512, or what the config says.
 _TEXT = {
     "sd3": 77 + 256,
     "pixart": 300,
@@ -26,8 +26,8 @@ _TEXT = {
     "joy-image": 1024,
     "joy-image-plus": 1024,
 }
-# Their experts are chosen by numbers; ERNIE asks autocast for its device, which cannot be "meta"; the config of
-# ControlNet-XS does not say how many channels it takes.
+# HiDream and NucleusMoE route experts by values; ERNIE calls autocast for its device, which cannot be "meta"; the
+# config of ControlNet-XS does not give its input channels.
 _UNCOUNTED = (
     "HiDreamImageTransformer2DModel",
     "NucleusMoEImageTransformer2DModel",
@@ -37,19 +37,19 @@ _UNCOUNTED = (
 
 
 def can_make_inputs(model: nn.Module) -> bool:
-    """Whether `step_inputs` knows every argument that this model needs, and its forward runs without numbers."""
+    """Whether `step_inputs` knows every argument that this model needs, and its forward runs on the meta device."""
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     return type(model).__name__ not in _UNCOUNTED and KNOWN.issuperset(needed)
 
 
 def step_inputs(model: Any, family: str, latents: tuple[int, int], *, text_len: int | None = None) -> dict[str, Any]:
-    """Arguments of a forward for one picture; floats have no numbers.
+    """Arguments of a forward for one picture; floats are meta tensors.
 
     Args:
         family: Name of the model's family.
-        latents: (height, width) of the picture in the VAE's latents; some are packed before the model.
-        text_len: Text tokens, where the config does not say it; None: as the family's pipelines take them.
+        latents: (height, width) of the picture in the VAE's latents, before any packing into tokens.
+        text_len: Text tokens, unless the config sets it; None: as in the family's pipelines.
     """
     token = token_side(model)
     grid = (latents[0] // token, latents[1] // token)
@@ -57,7 +57,7 @@ def step_inputs(model: Any, family: str, latents: tuple[int, int], *, text_len: 
 
 
 def token_side(model: Any) -> int:
-    """The VAE's latents in a token, along one side; 1 for a UNet, which takes them as they are."""
+    """VAE latents per token, along one side; 1 for a UNet."""
     names = argument_names(type(model))
     if "sample" in names:
         return 1

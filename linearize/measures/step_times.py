@@ -1,8 +1,8 @@
-"""How long one denoising step takes on this machine before and after conversion: what `lineardit bench` does.
+"""Times one denoising step on this machine before and after conversion: what `lineardit bench` does.
 
-The denoiser stands alone, in its true shape and with random weights: what a step takes does not depend on their values.
-So configs and adapters are all that is read, and neither text encoders nor a VAE take memory. The original and the
-conversion run in turn, on one copy of the weights, so that both meet the same load of the machine.
+The denoiser runs alone, at full size and with random weights, whose values do not affect the time. So only configs and
+adapters are read, and neither text encoders nor a VAE take memory. The original and the conversion alternate, on one
+copy of the weights, so that both see the same load of the machine.
 """
 
 import gc
@@ -31,22 +31,22 @@ from .weightless_conversion import GIB, Conditions, Size, WeightlessConversion, 
 
 
 def _untimed(device_type: str) -> int:
-    """Forwards before those that count; on a GPU one more."""
+    """Number of warm-up forwards, on a GPU plus one that measures memory."""
     return 2 if device_type == "cuda" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """What a step takes at one size, before and after conversion.
+    """Time and memory of a step at one size, before and after conversion.
 
     Attributes:
         height, width: In pixels.
-        tokens: Of the image.
+        tokens: Number of image tokens.
         flops: Operations before and after.
-        runs: Implementations that the converted modules pick, as "tiled" or "masked, tiled"; "auto" where they are
-            compiled; "original (...)" where that call is made.
-        original, converted: Seconds of each forward in turn; None: it did not fit into memory.
-        original_gib, converted_gib: Peak memory, weights included; None where the device does not count it.
+        runs: Implementations that the converted modules run, such as "tiled" or "masked, tiled"; "auto" if compiled;
+            "original (...)" for the original call.
+        original, converted: Seconds of each timed forward; None: out of memory.
+        original_gib, converted_gib: Peak memory in GiB, weights included; None: not counted on this device.
     """
 
     height: int
@@ -66,26 +66,26 @@ class StepTime:
 
     @property
     def speedup(self) -> float | None:
-        """The median over pairs of the original's seconds to the converted model's; None without both."""
+        """Median over pairs of original / converted seconds; None without both."""
         if self.original is None or self.converted is None:
             return None
         return median(one / other for one, other in zip(self.original, self.converted, strict=True))
 
 
 def time_steps(conversion: WeightlessConversion, sizes: Sequence[Size], conditions: Conditions) -> Iterator[StepTime]:
-    """Time a step of the original and of the conversion in turn, size by size.
+    """Time a step of the original and of the conversion alternately, size by size.
 
     Args:
         sizes: (height, width) in pixels.
     Raises:
-        ValueError: the model cannot make a size, its weights do not fit into memory, or a forward fails.
+        ValueError: the model does not support a size, its weights do not fit into memory, or a forward fails.
     """
     device, dtype = conditions.device, conditions.dtype
     with _only(device):
         conversion.fitting(sizes, conditions)
         model = conversion.model(conditions)
         if conditions.compiled:
-            torch.compiler.reset()  # without what it has learnt from other conversions
+            torch.compiler.reset()  # drop graphs and dynamic sizes of earlier conversions
             compile_(model)
         forwards = 2 * (_untimed(device.type) + conditions.pairs) * len(sizes)
         with tqdm(total=forwards, desc=conversion.name, unit="step") as progress:
@@ -115,7 +115,7 @@ def time_steps(conversion: WeightlessConversion, sizes: Sequence[Size], conditio
 
 @contextmanager
 def _only(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU is the current one, and holds nothing that an earlier model has left."""
+    """Make a GPU the current device, after freeing what an earlier model left on it."""
     gc.collect()
     if device.type != "cuda":
         yield
@@ -126,7 +126,7 @@ def _only(device: torch.device) -> Iterator[None]:
 
 
 def _in_turn(model: nn.Module, inputs: dict[str, Any], pairs: int, progress: "tqdm[Any]") -> tuple["_Timed", "_Timed"]:
-    """The original and the conversion, each warmed up, on a GPU watched once for memory, then timed `pairs` times."""
+    """Run both models alternately: warm up, on a GPU measure memory once, then time `pairs` forwards of each."""
     original, converted = _Timed(model, inputs), _Timed(model, inputs)
     for turn in range(_untimed(original.device.type) + pairs):
         converted.run(turn)
@@ -137,7 +137,7 @@ def _in_turn(model: nn.Module, inputs: dict[str, Any], pairs: int, progress: "tq
 
 
 class _Timed:
-    """Forwards of a model on the same inputs; out of memory, there are none."""
+    """Forwards of a model on the same inputs; `seconds` is None once one ran out of memory."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         self.model, self.inputs = model, inputs
@@ -147,7 +147,7 @@ class _Timed:
         self.gib: float | None = None
 
     def run(self, turn: int) -> None:
-        """One more forward: the first warms up (trials, compilation), on a GPU the second counts memory."""
+        """Run one more forward: the first warms up (kernel trials, compilation), on a GPU the second counts memory."""
         if self.seconds is None:
             return
         counts = self.on_gpu and turn == 1
@@ -161,7 +161,7 @@ class _Timed:
             self.seconds = self.gib = None
         if self.seconds is None:
             if self.on_gpu:
-                torch.cuda.empty_cache()  # by now no traceback holds what the forward had made
+                torch.cuda.empty_cache()  # only here has the traceback released the forward's tensors
         elif counts:
             self.gib = torch.cuda.max_memory_allocated() / GIB
         elif turn >= _untimed(self.device.type):
@@ -169,7 +169,7 @@ class _Timed:
 
     @torch.no_grad()
     def _forward(self) -> float:
-        """Run one; the seconds that it took."""
+        """Run one forward and return its seconds."""
         inputs = with_own_lists(self.inputs)
         self._wait()
         began = time.perf_counter()

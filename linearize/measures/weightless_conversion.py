@@ -1,4 +1,4 @@
-"""A conversion without the weights of its base: what an adapter says, and the base's shape, for `lineardit bench`."""
+"""A conversion without its base's weights, from an adapter and the base's config files, for `lineardit bench`."""
 
 import logging
 from collections.abc import Sequence
@@ -34,13 +34,13 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What steps are timed under.
+    """Conditions under which steps are timed.
 
     Attributes:
-        device: Where they run.
-        dtype: Of the weights.
-        pairs: Forwards of each that count, after one that warms up.
-        text_len: Text tokens; None: as the family's pipelines take them.
+        device: Device to run on.
+        dtype: Dtype of the weights.
+        pairs: Timed forwards of each model, after warm-up.
+        text_len: Text tokens; None: as in the family's pipelines.
         impl: As in `linearize_`.
         compiled: Compile the repeated blocks of both.
     """
@@ -59,15 +59,15 @@ class Conditions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightlessConversion:
-    """An adapter or a saved converted pipeline, and the shape of its base; nothing of the base's weights.
+    """An adapter or a saved converted pipeline, with the shape of its base but without the base's weights.
 
     Attributes:
-        name: As it was given.
+        name: Its name, as given.
         base: What the base's config files say.
         configs: {pattern: config}.
-        dense_below: Image tokens of a call below which the original attention runs; 0 where something was trained.
+        dense_below: Image tokens of a call below which the original attention runs; 0 if weights were trained.
         adapter: Its manifest and tensors; None: a saved pipeline.
-        steps: What a forward of the original does, for each size and text length that was asked for.
+        steps: What a forward of the original does, for each size and text length counted so far.
     """
 
     name: str
@@ -79,15 +79,15 @@ class WeightlessConversion:
 
     @classmethod
     def read(cls, name: str | Path, *, base: str | Path | None = None, offline: bool = False) -> Self:
-        """The adapter or saved pipeline of this name.
+        """Read an adapter or a saved pipeline.
 
         Args:
             name: Folder, `.safetensors` file or Hub id.
-            base: To read in place of the base that an adapter names.
+            base: Base to read instead of the one that an adapter names.
             offline: Do not access the network.
         Raises:
-            ValueError: missing, damaged, not converted, of a model whose inputs are not known by name, or `base` beside
-                something that is no adapter.
+            ValueError: it is missing, damaged, not converted, a saved pipeline with trained weights, or of a model
+                whose inputs cannot be generated; or `base` is given for something other than an adapter.
         """
         named = find_named(name, base=base, offline=offline)
         found, conversion, adapter = named.base, named.converted(), None
@@ -106,13 +106,12 @@ class WeightlessConversion:
         return cls(name=str(name), base=found, configs=configs, dense_below=dense_below, adapter=adapter)
 
     def fitting(self, sizes: Sequence[Size], conditions: Conditions, *, all_of: bool = True) -> list[Size]:
-        """The sizes that the model can make.
+        """The sizes that the model supports.
 
         Args:
-            all_of: A size that it cannot make is an error; False: it is left out, with a warning, and only where no
-                size is left an error.
+            all_of: Raise for any unsupported size; False: leave it out with a warning, and raise only if none is left.
         Raises:
-            ValueError: it cannot make one, the conversion is of another model, there is no such implementation, or the
+            ValueError: a size is unsupported, the conversion is of another model, the implementation is unknown, or the
                 weights do not fit into memory.
         """
         for config in self.configs.values():
@@ -164,17 +163,13 @@ class WeightlessConversion:
         if runs == "auto":
             like = torch.empty(1, device=conditions.device, dtype=conditions.dtype)
             picked = {step.picked(name, config, like, dense_below=dense_below) for name, config in configs.items()}
-            if conditions.compiled:  # what is picked in a trace is not told
+            if conditions.compiled:  # what a trace picks is unknown here
                 picked = {one if one.startswith(ORIGINAL) else "auto" for one in picked}
             runs = ", ".join(sorted(picked))
         return prod(step.grid), step.flops(configs, dense_below=dense_below), runs
 
     def _step(self, size: Size, text_len: int | None) -> Step:
-        """What a forward of the original does, counted when it is first asked for.
-
-        Raises:
-            ValueError: the model cannot make this size, or take so much text.
-        """
+        """What a forward of the original does, counted once; a ValueError for an unsupported size or text length."""
         if (size, text_len) not in self.steps:
             self.steps[size, text_len] = self._count(size, text_len)
         return self.steps[size, text_len]
@@ -196,7 +191,7 @@ class WeightlessConversion:
 
 
 def failed(model_class: str, width_height: str, error: Exception) -> str:
-    """The sentence about a forward that raised."""
+    """Error message about a forward that raised."""
     said = str(error).strip().partition("\n")[0]
     return f"a step of a {model_class} at {width_height} failed ({type(error).__name__}: {said})"
 
