@@ -1,1 +1,1 @@
-"""What training adds to a base's weights, and how it comes off again."""
+"""What training changes in a base's weights, and how to undo it."""

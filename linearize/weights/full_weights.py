@@ -1,4 +1,4 @@
-"""Changed tensors of a base whose originals are kept: what CLEAR trains, and what `load_adapter_` puts in."""
+"""Replaced parameters of a base, whose originals are kept: what CLEAR trains and `load_adapter_` loads."""
 
 from collections.abc import Iterable, Mapping
 from typing import cast
@@ -12,11 +12,11 @@ from .quantized import is_quantized
 
 
 class FullWeights:
-    """Changed tensors of the base. `off` and `on` write into the parameters in place: offloading may hold their memory.
+    """Overlay of replaced parameters. `off` and `on` write in place: offloading may hold the parameters' memory.
 
     Args:
         model: The denoiser.
-        originals: Per parameter name its value in the base, on any device, or None where the base's value is not known.
+        originals: {parameter name: its value in the base, on any device; None: not known}.
     """
 
     def __init__(self, model: nn.Module, originals: Mapping[str, Tensor | None]) -> None:
@@ -25,7 +25,7 @@ class FullWeights:
         self.originals = dict(originals)
         self.reversible = all(original is not None for original in originals.values())
         self.owners = {name: _owner(model, name) for name in originals}
-        self.trained: dict[str, Tensor] = {}  # their values while the overlay is off
+        self.trained: dict[str, Tensor] = {}  # trained values while the overlay is off
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of that name, wherever offloading or peft has moved it."""
@@ -71,7 +71,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def check_writable(model: nn.Module, names: Iterable[str]) -> None:
-    """Whether the numbers of these parameters can be exchanged.
+    """Check that these parameters can be overwritten.
 
     Raises:
         ValueError: one is offloaded or quantized.
@@ -82,7 +82,7 @@ def check_writable(model: nn.Module, names: Iterable[str]) -> None:
 
 def _check_writable(name: str, layer: nn.Module, attribute: str) -> None:
     parameter = getattr(layer, attribute)
-    if parameter.is_meta and hasattr(layer, "_hf_hook"):  # accelerate's; without it the model was built without memory
+    if parameter.is_meta and hasattr(layer, "_hf_hook"):  # accelerate's hook; without it, the model was built on meta
         raise ValueError(f"{name} is not in memory (sequential offload?): do this before enabling offload")
     if is_quantized(parameter):
         kind = parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
@@ -93,13 +93,12 @@ def _check_writable(name: str, layer: nn.Module, attribute: str) -> None:
 
 
 def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_original: bool) -> FullWeights:
-    """Overwrites parameters of the base and notes it as an overlay; one on the meta device becomes a real parameter,
-    unless its new value is there as well.
+    """Overwrite parameters of the base, as an overlay; a meta parameter becomes real unless its new value is meta too.
 
     Args:
         model: The denoiser.
         weights: New values by parameter name; shapes must agree. Cast to each parameter's dtype and device.
-        keep_original: Keep the old values on the CPU, so that the base can come back.
+        keep_original: Keep the old values on the CPU, so that the base can be restored.
     """
     originals: dict[str, Tensor | None] = {}
     owners = {name: _owner(model, name) for name in weights}
@@ -108,7 +107,7 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
         keep = keep_original and old.is_meta == weights[name].is_meta
         originals[name] = old.detach().to("meta" if old.is_meta else "cpu", copy=True) if keep else None
     overlay = FullWeights(model, originals)
-    put_on(model, overlay)  # first: what is interrupted below can be restored
+    put_on(model, overlay)  # first, so that an interruption below can be undone
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
         if old.is_meta and not weights[name].is_meta:

@@ -1,9 +1,8 @@
-"""LoRA (arXiv:2106.09685) as part of a student: a low-rank term beside some Linear layers.
+"""LoRA (arXiv:2106.09685) as part of a student: a low-rank term added to some Linear layers.
 
-It is not a peft adapter on purpose. Adapters in peft belong to the user: loading or choosing a style switches all
-others off, `unload_lora_weights` removes them. A student without its trained weights is broken, so its term sits in the
-Linear layer itself, which keeps its name and weights; a style's peft layer wraps that Linear, and neither knows of the
-other.
+It is deliberately not a peft adapter. Those belong to the user: loading or choosing a style switches all others off,
+and `unload_lora_weights` removes them. A student without its trained weights is broken, so its term is a child of the
+Linear layer, which keeps its name and weights; a style's peft layer wraps that Linear, and the two are independent.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,14 +31,13 @@ class LowRankTerm(nn.Module):
         self.up = nn.Parameter(up)  # [out, rank]
         self.scale = scale
         self.enabled = True
-        self.keeps_dtype = False  # while the layer around it is stored in 8 bits
+        self.keeps_dtype = False  # True while the parent layer is stored in 8 bits
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return functional.linear(functional.linear(x, self.down.to(x)), self.up.to(x)) * self.scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # layerwise casting takes the layer around this from 8 bits to the dtype of a forward and back, and would round
-        # what was trained to both
+        # layerwise casting casts the parent layer to the compute dtype and back to 8 bits: both would round the factors
         return super()._apply(lambda tensor: self._moved(tensor, fn(tensor)), recurse)
 
     def _moved(self, tensor: Tensor, converted: Tensor) -> Tensor:
@@ -47,7 +45,7 @@ class LowRankTerm(nn.Module):
 
 
 class LowRankLayer:
-    """Mixed in before a Linear layer's own class, also a quantized one: its forward, and the term of its child."""
+    """Mixin before a Linear layer's own class, quantized or not: adds the low-rank term of its child to the output."""
 
     _plain_class: Any
     lineardit_lora: LowRankTerm
@@ -61,7 +59,7 @@ class LowRankLayer:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the plain class: ours is made on demand and has no address."""
+        """Copy and pickle by the plain class: this one is created on demand and cannot be imported."""
         return _blank_layer, (self._plain_class,), self.__dict__.copy()
 
 
@@ -78,7 +76,7 @@ def _blank_layer(plain_class: Any) -> nn.Module:
 
 
 def _forget_graphs() -> None:
-    """Before 2.13, torch does not notice that a Linear layer which it has compiled is of another class by now."""
+    """Reset compiled graphs: before 2.13, torch does not notice that the class of a compiled Linear has changed."""
     if Version(torch.__version__).release < (2, 13):
         torch.compiler.reset()
 
@@ -88,7 +86,7 @@ class LowRank:
 
     Args:
         model: The denoiser.
-        factors: Per layer name `(down [rank, in], up [out, rank])`; they become the parameters as they are.
+        factors: {layer name: (down [rank, in], up [out, rank])}; they become the parameters without a copy.
         alpha: The term's factor is alpha / rank.
     Raises:
         UnsupportedModelError: another tool has replaced a layer's forward.
@@ -134,7 +132,7 @@ class LowRank:
         return []
 
     def merged_weights(self) -> dict[str, Tensor]:
-        """What the weights would be with the terms added into them."""
+        """The layers' weights with the terms added."""
         with torch.no_grad():
             return {
                 f"{name}.weight": merged_weight(self.layers[name].weight, term.down, term.up, scale=term.scale)
@@ -149,7 +147,7 @@ class LowRank:
 
 
 class FusedLowRank:
-    """LoRA added into the weights of its layers: no cost per step, no way back. The factors stay, for saving."""
+    """LoRA added into its layers' weights: no cost per step, but not reversible. The factors are kept for saving."""
 
     reversible = False
 
@@ -178,7 +176,7 @@ class FusedLowRank:
 
 
 def _by_pefts_names(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """LoRA factors as adapters name them, and peft does: A is down, B is up."""
+    """LoRA factors by peft's names, which adapters use: A is down, B is up."""
     downs = {f"{name}.lora_A.weight": down for name, (down, _) in factors.items()}
     return downs | {f"{name}.lora_B.weight": up for name, (_, up) in factors.items()}
 
@@ -190,7 +188,7 @@ def merged_weight(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> 
 
 
 def like_layer(model: nn.Module, name: str, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Copies of LoRA factors on a layer's device and in its dtype, if that is one to compute in."""
+    """Copies of LoRA factors on a layer's device and in its dtype, if that is a float of 16 bits or more."""
     weight = plain_layer(model, name).weight
     device = factors[0].device if weight.is_meta else weight.device
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else None

@@ -1,7 +1,7 @@
-"""What training adds to a base's weights, and how to take it off again.
+"""What training changes in a base's weights, and how to undo it.
 
-A student is its base, plus the parameters of its linear kernels, plus overlays: a low-rank term beside some Linear
-layers (low_rank.py, LoRA), or changed tensors whose originals are kept (full_weights.py).
+A student is its base, plus the parameters of its linear kernels, plus overlays: a low-rank term added to some Linear
+layers (low_rank.py, LoRA), or replaced tensors whose originals are kept (full_weights.py).
 """
 
 from collections.abc import Iterable
@@ -19,31 +19,31 @@ NO_WAY_BACK = (
 
 
 class Overlay(Protocol):
-    """Trained weights on a base. After `remove` the object is spent.
+    """Trained weights on a base; not usable after `remove`.
 
-    `off` and `on` alternate, beginning with `off`; either may be interrupted, and `on` then makes the student whole.
+    `off` and `on` alternate, starting with `off`; if either is interrupted, `on` makes the student complete again.
     """
 
     @property
-    def reversible(self) -> bool: ...  # the base can come back: its weights were kept
+    def reversible(self) -> bool: ...  # the base's weights were kept
 
-    def check_reversible(self) -> None: ...  # ValueError where `off` and `remove` cannot give the base back
-    def off(self) -> None: ...  # the base's own weights act
-    def on(self) -> None: ...  # the trained ones again
-    def remove(self) -> None: ...  # the base's own weights for good
-    def changed(self) -> list[str]: ...  # the base's parameters that hold other numbers while it is on
-    def tensors(self) -> dict[str, Tensor]: ...  # what an adapter's file holds of it, by name
+    def check_reversible(self) -> None: ...  # ValueError if `off` and `remove` cannot restore the base
+    def off(self) -> None: ...  # activate the base's own weights
+    def on(self) -> None: ...  # activate the trained weights
+    def remove(self) -> None: ...  # restore the base's own weights for good
+    def changed(self) -> list[str]: ...  # names of the base's parameters that are overwritten while it is on
+    def tensors(self) -> dict[str, Tensor]: ...  # its part of an adapter's file, by name
     def describe(self) -> Trained: ...
 
 
 class Overlays:
-    """All overlays of one converted model, the first put on first: what `dense` and `restore_` take off."""
+    """All overlays of one converted model, in the order in which they were added, for `dense` and `restore_`."""
 
     def __init__(self) -> None:
         self.items: list[Overlay] = []
 
     def suspend(self) -> None:
-        """Let the base's own weights act, bit for bit, until `resume`.
+        """Activate the base's own weights, bit for bit, until `resume`.
 
         Raises:
             ValueError: The originals were not kept; nothing has been changed.
@@ -53,17 +53,17 @@ class Overlays:
             overlay.off()
 
     def resume(self) -> None:
-        """Undo `suspend`, also one that was interrupted."""
+        """Undo `suspend`, even if it was interrupted."""
         try:
             for overlay in self.items:
                 overlay.on()
-        except BaseException:  # Ctrl-C is late here: a student with some of the base's weights would compute nonsense
+        except BaseException:  # even on Ctrl-C: a student with some of the base's weights would compute nonsense
             for overlay in self.items:
                 overlay.on()
             raise
 
     def remove(self) -> None:
-        """Put the base's own weights back for good.
+        """Restore the base's own weights for good.
 
         Raises:
             ValueError: The originals were not kept; nothing has been changed.
@@ -71,13 +71,13 @@ class Overlays:
         self.check_reversible()
         while self.items:
             self.items[-1].remove()
-            self.items.pop()  # afterwards: what was interrupted can be called again
+            self.items.pop()  # last, so that an interrupted call can be repeated
 
     def check_fusable(self) -> None:
-        """Whether upstream may copy the projections into one: changes could not be taken off the copy.
+        """Check that upstream may fuse the projections: changes could not be removed from the fused copy.
 
         Raises:
-            UnsupportedModelError: there are changes that `dense` takes off.
+            UnsupportedModelError: there are changes that `dense` removes.
         """
         if any(overlay.reversible for overlay in self.items):
             raise UnsupportedModelError(
@@ -86,7 +86,7 @@ class Overlays:
             )
 
     def check_reversible(self) -> None:
-        """Whether `suspend` and `remove` can give the base back.
+        """Check that `suspend` and `remove` can restore the base.
 
         Raises:
             ValueError: They cannot: the originals were not kept, or are offloaded.
@@ -96,7 +96,7 @@ class Overlays:
 
 
 def refuse_fused(model: nn.Module) -> None:
-    """Raise where the model reads fused copies of its projections: changes of the projections would have no effect.
+    """Raise if the model uses fused copies of its projections: changing the projections would have no effect.
 
     Raises:
         UnsupportedModelError: `fuse_qkv_projections` is on.
@@ -111,15 +111,15 @@ def refuse_fused(model: nn.Module) -> None:
 def _reads_fused(module: Any) -> bool:
     if not getattr(module, "fused_projections", False):
         return False
-    # diffusers' older attention class keeps that flag for good; there the processor decides
+    # diffusers' older Attention class never resets that flag; there the processor decides
     return hasattr(module, "unfuse_projections") or type(module.processor).__name__.startswith("Fused")
 
 
 def check_unmerged(model: nn.Module, names: Iterable[str]) -> None:
-    """Whether the layers of these parameters hold no style of peft's in their weights.
+    """Check that no style of peft's is fused into the layers of these parameters.
 
     Raises:
-        ValueError: `fuse_lora` added one: exchanging the weights would lose it, and `unfuse_lora` take it off in vain.
+        ValueError: one is: replacing the weights would lose it, and `unfuse_lora` would then corrupt them.
     """
     for name in names:
         if getattr(model.get_submodule(name.rpartition(".")[0]), "merged", False):
@@ -129,6 +129,6 @@ def check_unmerged(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def plain_layer(model: nn.Module, name: str) -> Any:
-    """The layer of that name in the base, also where a style's peft layer has been wrapped around it."""
+    """The base's layer of that name, without the peft layer that a style may have wrapped around it."""
     layer: Any = model.get_submodule(name)
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer

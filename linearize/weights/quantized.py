@@ -1,4 +1,4 @@
-"""Which weights of a model are quantized, and what these take."""
+"""Which weights of a model are quantized, and what they store."""
 
 import math
 from typing import Any
@@ -9,12 +9,12 @@ from ...kernels.pieces.results import dtype_name
 
 
 def is_quantized(parameter: Tensor) -> bool:
-    """Whether it takes fewer bits than its layer computes in; torchao's claim a floating dtype of more."""
+    """Whether it is stored in fewer bits than its layer computes in; torchao's tensors report the compute dtype."""
     return not parameter.is_floating_point() or type(parameter) is not nn.Parameter or parameter.itemsize == 1
 
 
 def quantized_in(model: nn.Module) -> str | None:
-    """What its quantized weights are, as their backend calls them, such as "Params4bit"; None: there are none."""
+    """Types of the quantized weights by their backend's names, such as "Params4bit"; None: none are quantized."""
     return ", ".join(sorted({_kind(one) for one in model.parameters() if is_quantized(one)})) or None
 
 
@@ -23,7 +23,7 @@ def _kind(parameter: Tensor) -> str:
 
 
 def stored_tensors(parameter: Tensor) -> list[Tensor]:
-    """The plain tensors that a parameter keeps in memory: itself, or the parts of one of torchao's."""
+    """The plain tensors that a parameter keeps in memory: itself, or the inner tensors of one of torchao's."""
     if not hasattr(parameter, "__tensor_flatten__"):
         return [parameter.detach()]
     names, _ = parameter.__tensor_flatten__()
@@ -31,6 +31,6 @@ def stored_tensors(parameter: Tensor) -> list[Tensor]:
 
 
 def count_of(parameter: nn.Parameter) -> int:
-    """How many numbers it stands for; bitsandbytes packs two into one."""
+    """Number of weights that it stores; bitsandbytes packs two 4-bit ones into one element."""
     packed: Any = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else math.prod(packed.shape)

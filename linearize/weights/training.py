@@ -15,7 +15,7 @@ from ..seam.conversion import overlays_of, put_on
 from .low_rank import LORA_NAME, LowRank
 from .overlays import plain_layer, refuse_fused
 
-# Layers of an attention module that see the text or a picture beside the image, or are the kernel's own.
+# Children of an attention module that process text or an image prompt, or belong to the kernel.
 _NOT_OF_THE_IMAGE = re.compile(r"add_.*|to_add_out|txt_.*|.*_t|processor|linear_kernel")
 
 
@@ -27,19 +27,19 @@ def add_lora_(
     targets: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, nn.Parameter]:
-    """Puts an untrained LoRA beside the projections of every swapped attention module; the output does not change yet.
+    """Add an untrained LoRA to the projections of every swapped attention module; the output does not change yet.
 
     Args:
         pipe_or_model: A pipeline or denoiser after `linearize_`.
-        rank: Columns of the low-rank term.
+        rank: Rank of the low-rank term.
         alpha: The term's factor is alpha / rank; default: rank, a factor of 1.
-        targets: Names of Linear layers below an attention module. A module that lacks one is passed over. None: all
-            that see the image, to_q, to_k, to_v and to_out.0 in most models.
-        dtype: Of the new parameters; they are on each layer's own device.
+        targets: Names of Linear layers below an attention module. A module that lacks one is skipped. None: all that
+            process the image, to_q, to_k, to_v and to_out.0 in most models.
+        dtype: Dtype of the new parameters, which are on each layer's own device.
     Returns:
         The new parameters by their name in the model.
     Raises:
-        ValueError: rank < 1, nothing is converted, a target that no swapped module has, or a LoRA is there already.
+        ValueError: rank < 1, nothing is converted, no swapped module has a target, or the model already has a LoRA.
     """
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
@@ -60,12 +60,12 @@ def add_lora_(
 
 
 def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
-    """Full names of the target layers below the swapped modules; None: of all Linear layers that see the image.
+    """Full names of the target layers below the swapped modules; None: of all Linear layers that process the image.
 
     Raises:
-        ValueError: Nothing is converted, or a target that no swapped module has.
+        ValueError: nothing is converted, or no swapped module has a target.
     """
-    converted_networks(model)  # raises where it is none
+    converted_networks(model)  # raises if nothing is converted
     refuse_fused(model)
     if targets is None:
         modules = swapped(model).items()
@@ -80,7 +80,7 @@ def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[st
 
 
 def _layers_of_image(attention: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the Linear layers that see the image; one that a style (peft) has wrapped counts as the layer it is."""
+    """Names of the Linear layers that process the image; one wrapped in a style's peft layer goes by its own name."""
     for name, child in attention.named_children():
         if _NOT_OF_THE_IMAGE.fullmatch(name):
             continue
