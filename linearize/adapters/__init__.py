@@ -1,1 +1,1 @@
-"""Students on the disk and on the Hub: saving, loading, merging, and the bases that they are made of."""
+"""Students on disk and on the Hub: saving, loading, merging, and the bases that they are made from."""

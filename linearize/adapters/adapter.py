@@ -57,13 +57,13 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
         ValueError: nothing is converted, the output exists, or a tensor is not in memory (sharded or offloaded).
     """
     _, model = denoiser(pipe_or_model)
-    converted_networks(model)  # raises where it is none
+    converted_networks(model)  # raises if nothing is converted
     _tell_of_styles(pipe_or_model, model)
     return write_adapter(model, source_of(pipe_or_model, model), Path(directory), overwrite=overwrite)
 
 
 def _tell_of_styles(pipe_or_model: Any, model: nn.Module) -> None:
-    """Warn of LoRA that is the user's own and no part of the student."""
+    """Warn about LoRA that the user loaded, which is not part of the student."""
     if getattr(pipe_or_model, "num_fused_loras", 0):
         logger.warning("LoRA that was fused into the base's weights is not saved in an adapter; save_merged keeps it")
     if any(hasattr(module, "get_base_layer") for module in model.modules()):
@@ -237,7 +237,7 @@ def write_adapter(model: nn.Module, source: Source, output: Path, *, overwrite: 
 
 
 def write_parts(manifest: Manifest, tensors: dict[str, Tensor], output: Path, *, overwrite: bool) -> Path:
-    """Writes an adapter, as a folder or as a single file."""
+    """Write an adapter, as a folder or as a single file."""
     if is_single_file(output):
         check_output_file(output, overwrite=overwrite)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def manifest_of(model: nn.Module, source: Source) -> Manifest:
-    """What a converted denoiser is, without its tensors."""
+    """The manifest of a converted denoiser, without its tensors file."""
     family = family_of(model)
     candidates, _ = attention_modules(model, family)
     configs = {name: cast(Any, module).linear_kernel.config for name, module in swapped(model).items()}

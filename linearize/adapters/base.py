@@ -64,15 +64,15 @@ class Base:
 
 
 def read_base(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Base:
-    """Reads the config files of a pipeline, a denoiser's folder, or a bare config.json; of a Hub id nothing but these.
+    """Read the config files and license of a pipeline or denoiser, or a bare config.json; no weights are fetched.
 
     Args:
         name: Folder, config file or Hub id.
         revision: Branch, tag or commit of a Hub id.
         offline: Do not access the network.
     Raises:
-        UnsupportedModelError: the denoiser is of no class that can be converted.
-        ValueError: not found, out of reach, damaged, or no model in diffusers' format; says what to do.
+        UnsupportedModelError: a pipeline has no denoiser of diffusers' own classes.
+        ValueError: not found, out of reach, damaged, or not in diffusers' format; the error says what to do.
     """
     place = find_place(name, revision=revision, offline=offline)
     if place.folder is not None and place.folder.is_file():
@@ -116,7 +116,7 @@ def source_of(pipe_or_model: Any, model: Any) -> Source:
         model: The denoiser.
     """
     pipeline_class = None if pipe_or_model is model else type(pipe_or_model).__name__
-    # of the denoiser, not the pipeline, which may have got one from elsewhere; diffusers notes a folder or Hub id
+    # from the denoiser: the pipeline may have got it from elsewhere; diffusers records a folder or Hub id
     name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
     snapshot, folder = snapshot_of(Path(name)), Path(name).resolve()
     if snapshot is not None:
@@ -133,7 +133,7 @@ def source_of(pipe_or_model: Any, model: Any) -> Source:
 
 
 def _cached(repository: str) -> Place | None:
-    """A Hub repository at the commit that the cache has as its default branch; None: it has none."""
+    """A Hub repository at the commit of its default branch in the cache; None: it is not cached."""
     place = Place(name=repository, folder=None, offline=True)
     files = (place.file(name) for name in (CONFIG_FILE, *(f"{one}/{CONFIG_FILE}" for one in COMPONENTS)))
     snapshot = next((snapshot_of(file) for file in files if file is not None), None)
@@ -141,12 +141,12 @@ def _cached(repository: str) -> Place | None:
 
 
 def build_on_meta(base: Base, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The denoiser in its shape, without memory for its weights.
+    """The denoiser on the meta device, without memory for its weights.
 
     Args:
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
     Raises:
-        UnsupportedModelError: it is of no class that can be converted.
+        UnsupportedModelError: its class cannot be converted.
         ValueError: its config does not fit its class.
     """
     if base.model_class not in FAMILIES or not hasattr(diffusers, base.model_class):
@@ -162,7 +162,7 @@ def build_on_meta(base: Base, *, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 def cast_as_loaded_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in the dtype that `from_pretrained` gives them: some that a class names stay float32."""
+    """Cast parameters as `from_pretrained` does: to `dtype`, but those that the class keeps in float32 to that."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, weight in model.named_parameters():
         if weight.is_floating_point():
@@ -170,7 +170,7 @@ def cast_as_loaded_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
         ValueError: it is damaged or holds something else.

@@ -21,7 +21,7 @@ CONFIG_KEY = "lineardit"
 
 @contextmanager
 def entry_expected() -> Iterator[None]:
-    """Inside, diffusers does not warn of an entry as of an argument that the model does not know."""
+    """Context manager that keeps diffusers from warning about the entry as an unexpected config attribute."""
     of_configs = logging.getLogger("diffusers.configuration_utils")
     of_configs.addFilter(_of_something_else)
     try:
@@ -35,7 +35,7 @@ def _of_something_else(record: logging.LogRecord) -> bool:
 
 
 class _Saved(dict[str, Any]):
-    """The entry; diffusers calls `to_dict` at the moment of saving."""
+    """The entry; diffusers calls `to_dict` when it saves."""
 
     def to_dict(self) -> dict[str, Any]:
         logger.warning(
@@ -47,7 +47,7 @@ class _Saved(dict[str, Any]):
 
 
 def write_entry_(model: Any) -> None:
-    """Notes in the config of a converted model how it was converted and what was trained: call it after each change."""
+    """Record in a converted model's config how it was converted and what was trained: call it after each change."""
     conversion = conversion_of(model)
     if conversion is None or not hasattr(model, "register_to_config"):
         return
@@ -61,7 +61,7 @@ def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
 
     Args:
         model: A converted denoiser.
-        changed: Names of the base's parameters that hold other numbers than in the base.
+        changed: Names of the base's parameters whose values differ from the base's.
     """
     conversion = conversion_of(model)
     assert conversion is not None, "only a converted model has an entry"
@@ -76,19 +76,19 @@ def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
 
 
 def _is_fused(overlay: Overlay) -> bool:
-    """LoRA that was added into the weights is no term of its own any more."""
+    """Whether an overlay is LoRA that was added into the weights, so that no term is left."""
     return overlay.describe().kind == "lora" and bool(overlay.changed())
 
 
 def remove_entry_(model: Any) -> None:
-    """Takes the entry out of the config."""
+    """Remove the entry from the config."""
     if CONFIG_KEY in getattr(model, "_internal_dict", {}):
         entries = {key: value for key, value in model.config.items() if key != CONFIG_KEY}
         model._internal_dict = _config(entries, model.config)
 
 
 def _config(entries: dict[str, Any], before: FrozenDict) -> FrozenDict:
-    """Other entries for a config, without losing the values that diffusers' loaders set as its attributes alone."""
+    """A config with these entries, and with the values that diffusers' loaders set only as attributes."""
     config = FrozenDict(entries)
     vars(config).update({name: value for name, value in vars(before).items() if name != CONFIG_KEY})
     return config

@@ -138,7 +138,7 @@ def convert_and_merge(
 
 
 def refuse_choices(layers: str | Sequence[str] | None, min_tokens: int, dense_below: int) -> None:
-    """Raise a ValueError where an adapter comes with a choice of layers or sizes: it has its own."""
+    """Raise a ValueError if layers or sizes are chosen for an adapter, which has its own."""
     if dense_below != 0:
         raise ValueError(f"an adapter keeps its dense_below, got {dense_below=}: give its base")
     if layers is not None or min_tokens > 0:
@@ -153,7 +153,7 @@ def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) ->
 def _check_together(
     config: Any, importer: str | None, layers: str | Sequence[str] | None, min_tokens: int, dense_below: int
 ) -> None:
-    """Whether method, importer and the choice of layers and sizes go together."""
+    """Raise a ValueError if method, importer and the choice of layers and sizes do not go together."""
     if importer is None:
         if config is None:
             names = ", ".join(cls.__name__.lower() for cls in METHODS)
@@ -183,7 +183,7 @@ def _convert_(
     *,
     offline: bool,
 ) -> SwapReport:
-    """Swaps, and loads what is to be imported, in place; there is no way back."""
+    """Swap and load imported weights in place; the originals are not kept."""
     if importer is None:
         return linearize_(pipe_or_model, config, layers=layers, min_tokens=min_tokens, dense_below=dense_below)
     kind, _, path = importer.partition(":")

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model, and where each of its tensors goes; all of it before the model is touched."""
+"""Checks that an adapter fits a model and sorts its tensors, before the model is changed."""
 
 import fnmatch
 from collections import Counter
@@ -20,7 +20,7 @@ MAX_LISTED = 5  # names in an error message
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The tensors of an adapter by what they are for.
+    """The tensors of an adapter, by purpose.
 
     Attributes:
         kernels: {attention module: {name in its linear kernel: tensor}}.
@@ -36,16 +36,16 @@ class Parts:
 
 
 def attention_shapes(modules: Iterable[nn.Module]) -> dict[str, int]:
-    """How many attention modules there are of each shape, {"24x128": 19} for heads x head_dim."""
+    """Number of attention modules of each shape, {"24x128": 19} for heads x head_dim."""
     shapes = Counter(f"{heads}x{head_dim}" for heads, head_dim in map(head_shape, modules))
     return dict(sorted(shapes.items()))
 
 
 def check_fit(manifest: Manifest, model: nn.Module, family: Family) -> None:
-    """Whether a model has the class, layers and heads that an adapter was made for.
+    """Check that a model has the class, layers and heads that an adapter was made for.
 
     Raises:
-        ValueError: it has not; names the difference.
+        ValueError: it does not; the error names the difference.
     """
     made_for = f"the adapter was made for {manifest.base or 'a model that was never saved'}"
     if type(model).__name__ != manifest.model_class:
@@ -67,10 +67,10 @@ def _told(shapes: Mapping[str, int]) -> str:
 
 
 def sorted_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.Module, family: Family) -> Parts:
-    """Sorts an adapter's tensors and compares their names and shapes with the model's.
+    """Sort an adapter's tensors and compare their names and shapes with the model's.
 
     Raises:
-        ValueError: one is missing, left over or of another shape; lists them.
+        ValueError: some are missing, unknown or of another shape; the error lists them.
     """
     trained = {one.kind: one for one in manifest.trained}
     expected = _kernel_shapes(manifest, model, family)
@@ -103,10 +103,10 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], *, what: str) -> None:
-    """Compares names and shapes.
+    """Compare names and shapes.
 
     Raises:
-        ValueError: they differ; lists what is missing, left over and of another shape.
+        ValueError: they differ; the error lists what is missing, unknown or of another shape.
     """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
@@ -141,7 +141,7 @@ def _kernel_shapes(manifest: Manifest, model: nn.Module, family: Family) -> dict
 
 
 def _lora_shapes(layer: str, rank: int, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Both factors of a Linear layer's LoRA; none where the model has no such layer."""
+    """Names and shapes of a Linear layer's LoRA factors; empty if the model has no such layer."""
     linear = _layer(model, layer)
     if not hasattr(linear, "in_features"):
         return {}

@@ -1,4 +1,4 @@
-"""Few patterns for many module names: how a conversion is written down."""
+"""Few globs for many module names, to save a conversion."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def grouped(labels: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[str]]:
-    """Globs that name exactly the labelled modules, those of one label and one kind of name together.
+    """Globs that match exactly the labelled modules, grouped by label and by name without numbers.
 
     Args:
         labels: Label by module name, such as the config of its method; labels are hashable.
         names: All names that the globs will be matched against; those without a label must match none.
     Returns:
-        {glob: names}. Numbers in names become `*`, as in "transformer_blocks.*.attn", where no other name would match.
+        {glob: names}. Numbers in names become `*`, as in "transformer_blocks.*.attn", unless another name would match.
     """
     groups: dict[tuple[str, Any], list[str]] = {}
     for name, label in labels.items():

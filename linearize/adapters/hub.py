@@ -1,4 +1,4 @@
-"""Single files of a Hub repository and their names, and a sentence that says what to do where one cannot be had."""
+"""Fetches single files of a Hub repository and lists their names, with errors that say what to do."""
 
 import logging
 import re
@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 3  # seconds until it is told what is waited for; where there is no network, huggingface_hub tries for 25
+PATIENCE = 3  # seconds until the log says what is waited for; without a network, huggingface_hub tries for 25
 
-# of the library that sends requests for huggingface_hub, whose versions take different ones
+# of huggingface_hub's HTTP library, which differs between its versions
 FAILED_REQUEST: Any = HfHubHTTPError.__bases__[0]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -35,9 +35,9 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
         repository: "owner/name".
         file: Its path in the repository.
         revision: Branch, tag or commit; None: the default branch.
-        offline: Only look into the cache.
+        offline: Look only in the cache.
     Returns:
-        Where the file is, None: the repository has no such file (offline: or it is not in the cache).
+        Path of the file; None: the repository has no such file (offline: or it is not in the cache).
     Raises:
         ValueError: the repository is missing, private, gated or out of reach, or has no such revision.
     """
@@ -78,11 +78,11 @@ def names_in(repository: str, folder: str, *, revision: str | None = None, offli
 
     Args:
         repository: "owner/name".
-        folder: "": the files that lie in none.
+        folder: Its path in the repository; "": the top level.
         revision: As in `fetch`.
-        offline: The names that the cache has.
+        offline: List only what is in the cache.
     Returns:
-        None: the Hub did not tell, or nothing of the repository is in the cache.
+        Sorted names; None: the Hub sent no list, or nothing of the repository is in the cache.
     """
     try:
         if offline:
@@ -98,7 +98,7 @@ def names_in(repository: str, folder: str, *, revision: str | None = None, offli
 
 @contextmanager
 def told_if_slow(*message: str) -> Iterator[None]:
-    """Where what is inside takes long, a message is logged."""
+    """Context manager that logs a message if its body takes long."""
     timer = threading.Timer(PATIENCE, logger.info, message)
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""The licence of a base, as its repository or folder tells it."""
+"""The license of a base, from its repository or folder."""
 
 import logging
 from pathlib import Path
@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 def license_of(place: Place) -> str | None:
-    """From the model card, or the first line of a LICENSE file; None: neither is there, or the Hub out of reach."""
+    """From the model card, or the first line of a LICENSE file; None: neither is there, or the Hub is unreachable."""
     if place.folder is not None and place.folder.is_file():
         return None
     try:
         return _license_in(place)
-    except ValueError as error:  # a network that fails here must not stop what has all it needs
+    except ValueError as error:  # a network failure here must not stop the caller
         logger.warning("the license of %s is not known: %s", place.name, error)
         return None
 

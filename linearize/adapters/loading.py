@@ -72,7 +72,7 @@ def from_pretrained(
         The pipeline, on the CPU unless `device_map` is given; the denoiser if the adapter's base is a bare denoiser.
     Raises:
         ValueError: the adapter or its base is missing, unreachable or damaged, or they do not match; nothing is
-            converted; an option would unpickle or run code; or `base` is given beside something that is no adapter.
+            converted; an option would unpickle or run code; or `base` is given for something other than an adapter.
     """
     if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
@@ -89,7 +89,7 @@ def load_converted(
     weights: bool = True,
     **options: Any,
 ) -> Any:
-    """`from_pretrained` for what was found."""
+    """`from_pretrained` for a name that has been resolved."""
     place, conversion = named.place, named.converted()
     opening: dict[str, Any] = {"dtype": dtype, "offline": place.offline, "weights": weights, **options}
     if isinstance(conversion, Manifest):
@@ -157,7 +157,7 @@ def load_base(
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
     told = told_if_slow("loading %s", str(source.name))
     with warnings.catch_warnings(), quantization_told(quantization), entry_expected(), told:
-        # the newest diffusers calls it dtype, the oldest that we support would ignore that without a word
+        # new versions of diffusers call it dtype, which the oldest supported version would silently ignore
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         pipe = loader.from_pretrained(
             source.name,
@@ -165,7 +165,7 @@ def load_base(
             revision=source.revision,
             local_files_only=offline,
             use_safetensors=True,
-            # diffusers wants a component that was saved as None passed as None again
+            # diffusers requires components that were saved as None to be passed as None
             **dict.fromkeys(base.absent) | options,
         )
     cast_layerwise_(denoiser(pipe)[1], quantization, named)
@@ -173,7 +173,7 @@ def load_base(
 
 
 def _folder_of(model: Any, place: Place) -> Path:
-    """The folder of the denoiser's files; diffusers tells only the id of a denoiser that stands alone on the Hub."""
+    """The folder of the denoiser's files; of a bare denoiser on the Hub, diffusers records only the id."""
     folder = Path(model.config._name_or_path)
     if place.folder is None and not folder.is_dir():
         config = place.file(CONFIG_FILE)
@@ -183,11 +183,7 @@ def _folder_of(model: Any, place: Place) -> Path:
 
 
 def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path, weights: bool) -> None:
-    """Kernels, their parameters, LoRA, and the knowledge that some of the base's own weights are lost.
-
-    Raises:
-        ValueError: the folder lacks a tensor of these, or has others.
-    """
+    """Restore kernels, their parameters, LoRA, and the record of base weights that were overwritten."""
     without_weights = not weights and not any(folder.glob("*.safetensors"))
     dense_below = entry.dense_tokens if without_weights else entry.dense_below
     linearize_(model, entry.configs(), dense_below=dense_below, impl=impl)
@@ -195,7 +191,7 @@ def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path, weig
     changed = [name for name in parameters if any(fnmatchcase(name, glob) for glob in entry.changed)]
     if changed:
         put_on(model, FullWeights(model, dict.fromkeys(changed)))
-    if without_weights:  # of a repository nothing but configs was fetched
+    if without_weights:  # only a repository's configs were fetched
         return
     saved = _own_tensors(folder)
     for trained in entry.trained:
@@ -217,7 +213,7 @@ def _saved_lora(model: nn.Module, saved: Mapping[str, Tensor], alpha: float, fol
 
 
 def _own_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved denoiser that are ours and not the base's."""
+    """The tensors of a saved denoiser that belong to the conversion and not to the base."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= read_tensors(file, only=_is_ours)
@@ -225,11 +221,7 @@ def _own_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a tensor of a saved denoiser is of the conversion or its LoRA, and not of the base.
-
-    Raises:
-        ValueError: the denoiser was saved with a LoRA of the user's own, under whose layers its weights lie.
-    """
+    """Whether a saved tensor belongs to the conversion or its LoRA; a ValueError if it is under a user's peft layer."""
     if ".base_layer." in name:
         raise ValueError("this model was saved with a LoRA of your own loaded: unload that, and save it again")
     return ".linear_kernel." in name or f".{LORA_NAME}." in name

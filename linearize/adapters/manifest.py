@@ -56,15 +56,15 @@ class Manifest:
     Attributes:
         base: Hub id or folder of the pipeline, or of the bare denoiser; None: never saved.
         base_revision: Commit of a Hub id; None: a folder.
-        base_license: As its model card or LICENSE file says.
+        base_license: From its model card or LICENSE file.
         pipeline_class: None: the base is a bare denoiser.
         family: Name of the model's family.
         attention: The swapped modules: {pattern: {"heads x head_dim" as "24x128": number of modules}}.
         methods: {pattern: a method's config as JSON}.
         dense_below: As in `linearize_`; not written where it is 0.
-        trained: What was trained beside the kernels' own parameters, each kind at most once.
+        trained: What was trained besides the kernels' own parameters, each kind at most once.
         tensors: None: there is no tensor to load, or they are in the same file.
-        versions: Of the libraries that wrote it.
+        versions: Versions of the libraries that wrote it.
     """
 
     format_version: int = FORMAT_VERSION
@@ -87,7 +87,7 @@ class Manifest:
 
     @property
     def dense_tokens(self) -> int:
-        """`dense_below`, 0 where something was trained for the new attention."""
+        """`dense_below`, or 0 if weights were trained for the new attention."""
         return 0 if self.trained else self.dense_below
 
     def to_json(self) -> str:
@@ -95,7 +95,7 @@ class Manifest:
         return json.dumps(_without_zero(asdict(self) | {"trained": trained}), indent=2) + "\n"
 
     def header(self) -> dict[str, str]:
-        """For a single file: all of this, to be read back, and what other programs show of a file."""
+        """Header of a single file: the manifest as JSON, and entries that other programs show."""
         shown = {"family": self.family, "base": self.base, "base_revision": self.base_revision}
         return {
             "format": "pt",
@@ -111,10 +111,10 @@ class Entry:
     """The `lineardit` entry of a converted model's config.json.
 
     Attributes:
-        warning: For who reads the file, where trained weights were merged into the base's; None: they were not.
+        warning: Shown to readers of the file if trained weights were merged into the base's; None: they were not.
         methods: {pattern: a method's config as JSON}.
         dense_below: As in `linearize_`; not written where it is 0.
-        trained: What was trained beside the kernels' own parameters, each kind at most once.
+        trained: What was trained besides the kernels' own parameters, each kind at most once.
         changed: Patterns of the names of the base's parameters that training changed.
     """
 
@@ -130,21 +130,21 @@ class Entry:
 
     @property
     def dense_tokens(self) -> int:
-        """`dense_below`, 0 where something was trained for the new attention."""
+        """`dense_below`, or 0 if weights were trained for the new attention."""
         return 0 if self.trained or self.changed else self.dense_below
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a JSON object."""
         return _without_zero({key: value for key, value in asdict(self).items() if value is not None})
 
 
 def _without_zero(entries: dict[str, Any]) -> dict[str, Any]:
-    """Without a `dense_below` of 0, so that files that do not need it are read by those who do not know it."""
+    """Drop a `dense_below` of 0, so that older versions can read files that do not need it."""
     return {key: value for key, value in entries.items() if key != "dense_below" or value}
 
 
 def read_entry(entries: Any) -> Entry:
-    """Checks the entry of a config.json.
+    """Check and parse the entry of a config.json.
 
     Raises:
         ValueError: an unknown key (the nearest is named), or a value of the wrong kind.
@@ -157,7 +157,7 @@ def read_entry(entries: Any) -> Entry:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads and checks a `lineardit.json`, or the same in the header of a single file.
+    """Read and check a `lineardit.json`, or the same in the header of a single file.
 
     Raises:
         ValueError: it is missing, damaged, of a newer format, or has an unknown key (the nearest is named) or a value

@@ -62,7 +62,7 @@ def _check_mergeable(model: nn.Module) -> None:
 
 
 def _merged_names(model: nn.Module) -> list[str]:
-    """The base's parameters that hold other numbers in the merged folder."""
+    """Names of the base's parameters whose values differ in the merged folder."""
     names: list[str] = []
     for overlay in overlays_of(model).items:
         names += [f"{layer}.weight" for layer in overlay.layers] if isinstance(overlay, LowRank) else overlay.changed()
@@ -71,7 +71,7 @@ def _merged_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _merged(model: Any, manifest: Manifest) -> Iterator[None]:
-    """Inside, the model's state dict and config are those of the merged one."""
+    """Context manager in which the model's state dict and config are those of the merged model."""
     entry = replace(entry_of(model, changed=_merged_names(model)), warning=merged_warning(manifest), trained=())
     handle = model.register_state_dict_post_hook(_merge)
     model.register_to_config(**{CONFIG_KEY: entry.to_dict()})
@@ -83,7 +83,7 @@ def _merged(model: Any, manifest: Manifest) -> Iterator[None]:
 
 
 def _merge(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """A hook of `state_dict`: LoRA goes into the weights of its layers."""
+    """State dict hook that merges LoRA into the weights of its layers."""
     for overlay in overlays_of(model).items:
         if isinstance(overlay, LowRank):
             state_dict.update({prefix + name: weight for name, weight in overlay.merged_weights().items()})

@@ -10,7 +10,7 @@ from .hub import is_repository
 from .manifest import Manifest, Trained
 
 CARD_FILE = "README.md"
-# names that the Hub takes as `license:`; any other is "other", with its own name beside it
+# names that the Hub accepts as `license:`; any other is "other", with its own name as `license_name:`
 _HUB_LICENSES = (
     *("apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m"),
     *("bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
@@ -33,7 +33,7 @@ def merged_card(manifest: Manifest, name: str) -> str:
 
 
 def merged_warning(manifest: Manifest) -> str:
-    """What who loads a merged folder must know."""
+    """The warning for whoever loads a merged folder."""
     return (
         "WRONG WITH PLAIN DIFFUSERS: this model's attention was trained for a window or another form of linear cost, "
         f"{_methods(manifest)}, not for full attention. Plain diffusers loads it without an error, but runs full "

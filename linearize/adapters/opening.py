@@ -52,10 +52,10 @@ def open_pipeline(
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The dtype of weights that has this name.
+    """The dtype of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")

@@ -1,4 +1,4 @@
-"""The parts of a pipeline in their shape, without memory for their weights: what a plan is made from."""
+"""The parts of a pipeline on the meta device, without memory for their weights, for planning."""
 
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +17,13 @@ from .place import CONFIG_FILE, PIPELINE_FILE, find_place
 
 
 def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> dict[str, nn.Module | None]:
-    """Every part of a pipeline that has weights, by its name, on the meta device; this reads config files alone.
+    """Every part of a pipeline that has weights, by name, on the meta device; reads only config files.
 
-    A part without weights that a folder lacks, such as a tokenizer, is None, but for the scheduler.
+    A part without weights that a folder lacks, such as a tokenizer, is None; the scheduler must be there.
 
     Args:
         base: Of a pipeline, from `read_base`.
-        dtype: Of the weights; as when they are loaded, some stay float32.
+        dtype: Dtype of the weights; some stay float32, as in a loaded model.
         offline: Do not access the network.
     Raises:
         ValueError: parts have no config, or one that does not fit its class.
@@ -47,7 +47,7 @@ def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> d
         config = configs.get(name)
         if name == base.component:
             model = build_on_meta(base, dtype=dtype)
-            # diffusers notes where a model is from
+            # diffusers records where a model was loaded from
             model.register_to_config(_name_or_path=str(cast(Path, config).parent))  # type: ignore[operator]
             parts[name] = model
         elif config is not None and issubclass(kind, nn.Module):
@@ -58,14 +58,14 @@ def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> d
 
 
 def _class_of(library: str, name: str) -> Any:
-    """A class that model_index.json names; None: of neither library, nor of a pipeline of diffusers'."""
+    """A class that model_index.json names; None: neither library nor a pipeline module of diffusers has it."""
     if library in ("diffusers", "transformers"):
         return getattr(import_module(library), name, None)
     return getattr(getattr(diffusers.pipelines, library, None), name, None)
 
 
 def _config_name(kind: Any) -> str | None:
-    """The file that a part is made from, where it has weights or is a scheduler."""
+    """Name of the config file of a part that has weights or is a scheduler; None for other parts."""
     if isinstance(kind, type) and issubclass(kind, nn.Module):
         return CONFIG_FILE
     return SCHEDULER_CONFIG_NAME if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
@@ -84,7 +84,7 @@ def _part_on_meta(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Modul
 
 
 def _of_transformers(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Module:
-    """A text encoder; weights that two layers share stay one."""
+    """A text encoder on the meta device; weights that two layers share stay shared."""
     with torch.device("meta"):
         model: nn.Module = kind(kind.config_class.from_pretrained(config.parent)).to(dtype)
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

@@ -23,14 +23,14 @@ class Place:
     offline: bool = False
 
     def file(self, path: str) -> Path | None:
-        """A file of the folder or repository, None where it has none of that name."""
+        """A file of the folder or repository; None if it has none of that name."""
         if self.folder is None:
             return fetch(self.name, path, revision=self.revision, offline=self.offline)
         file = self.folder / path
         return file if file.is_file() else None
 
     def names(self, path: str = "") -> list[str] | None:
-        """Of the files in a folder of it, sorted; None: there is no such folder, or the Hub does not tell."""
+        """Sorted names of the files in one of its folders; None: no such folder, or no list from the Hub."""
         if self.folder is None:
             return names_in(self.name, path, revision=self.revision, offline=self.offline)
         folder = self.folder / path
@@ -38,10 +38,11 @@ class Place:
 
 
 def find_place(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Place:
-    """Where a base or an adapter is; the environment's HF_HUB_OFFLINE=1 is `offline` as well.
+    """Find where a base or an adapter is; HF_HUB_OFFLINE=1 in the environment implies `offline`.
 
     Raises:
-        ValueError: neither a folder nor the form of a Hub id, a revision of a folder, or no path in this locale.
+        ValueError: the name is neither an existing path nor of the form of a Hub id, a revision is given for a folder,
+            or the path is not valid in this locale.
     """
     offline = offline or constants.HF_HUB_OFFLINE
     check_spelling(str(name))
@@ -56,7 +57,7 @@ def find_place(name: str | Path, *, revision: str | None = None, offline: bool =
 
 
 def check_spelling(path: str) -> None:
-    """Raise a ValueError for a path with letters that this locale lacks, or that is no UTF-8."""
+    """Raise a ValueError for a path that this locale or UTF-8 cannot encode."""
     try:
         os.fsencode(path)
         path.encode("utf-8")

@@ -51,7 +51,7 @@ def push_to_hub(
     _, model = denoiser(pipe_or_model)
     source = source_of(pipe_or_model, model)
     if source.license is None and source.name is not None and is_repository(source.name):
-        license_of(find_place(source.name, revision=source.revision))  # what this fetches, all below finds in the cache
+        license_of(find_place(source.name, revision=source.revision))  # fetched into the cache for all calls below
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "student"
         (save_merged if merged else save_adapter)(pipe_or_model, folder)

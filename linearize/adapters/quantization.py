@@ -1,15 +1,15 @@
-"""The weights of a base in 8 or 4 bits, in the terms of diffusers' PipelineQuantizationConfig.
+"""Quantizes the weights of a base to 8 or 4 bits, with settings as in diffusers' PipelineQuantizationConfig.
 
     quant_backend         quant_kwargs
-    "bitsandbytes_4bit"   of diffusers' BitsAndBytesConfig; nf4, computed in the base's dtype, where nothing is said
-    "bitsandbytes_8bit"   of the same
-    "torchao"             `quant_type`, the name of a config of torchao.quantization (Int8WeightOnlyConfig where nothing
-                          is said), and what that takes
-    "layerwise_casting"   `storage_dtype`, float8_e4m3fn where nothing is said, or float8_e5m2: diffusers' own, which
-                          needs no other package and casts the weights of each layer for its forward
+    "bitsandbytes_4bit"   arguments of diffusers' BitsAndBytesConfig; default: nf4, computed in the base's dtype
+    "bitsandbytes_8bit"   arguments of the same
+    "torchao"             `quant_type`, the name of a config of torchao.quantization (default: Int8WeightOnlyConfig),
+                          and that config's arguments
+    "layerwise_casting"   `storage_dtype`, float8_e4m3fn (default) or float8_e5m2: diffusers' own, which needs no other
+                          package and casts the weights of each layer for its forward
 
-What is quantized are the Linear layers of the denoiser: the settings say it in `[base.quantization]`, the command line
-as `--quantize BACKEND` or `--quantize BACKEND:NAME=VALUE,...`.
+The denoiser's Linear layers are quantized. Settings have it as `[base.quantization]`, the command line as
+`--quantize BACKEND` or `--quantize BACKEND:NAME=VALUE,...`.
 """
 
 import inspect
@@ -54,14 +54,14 @@ class Quantization:
 
     @property
     def bits(self) -> float | None:
-        """That a weight takes with its scales, roughly; None: it is cast in a model without weights as well."""
+        """Approximate bits of a weight with its scales; None: casting, which works on a model without weights too."""
         if self.quant_backend == CASTING:
             return None
         is_small = self.quant_backend == "bitsandbytes_4bit" or "4" in str(self.quant_kwargs.get("quant_type"))
         return 4.5 if is_small else 8
 
     def __str__(self) -> str:
-        """As the command line has it."""
+        """As written on the command line."""
         named = ",".join(
             f"{name}={value if isinstance(value, str) else json.dumps(value)}"
             for name, value in self.quant_kwargs.items()
@@ -73,8 +73,8 @@ def quantization_options(quantization: Quantization, base: Base, dtype: torch.dt
     """Options of diffusers' `from_pretrained` that quantize the denoiser.
 
     Raises:
-        ValueError: the base is quantized already, the backend's package is not here, it cannot run here, or an argument
-            of it is none or wrong.
+        ValueError: the base is quantized already, the backend's package is not installed or cannot run here, or an
+            argument is unknown or wrong.
     """
     if "quantization_config" in base.config:
         raise ValueError(f"{base.source.name} is quantized already, as its config says: leave {SETTING} out")
@@ -90,7 +90,7 @@ def quantization_options(quantization: Quantization, base: Base, dtype: torch.dt
         raise ValueError(f"{SETTING}: diffusers quantizes with bitsandbytes on GPUs only; torchao works on CPUs too")
     try:
         config = _torchao(quantization) if package == "torchao" else _bitsandbytes(quantization, dtype)
-    except (TypeError, AttributeError, AssertionError) as error:  # of their constructors
+    except (TypeError, AttributeError, AssertionError) as error:  # from the constructors
         raise ValueError(f"{SETTING}: quant_kwargs: {error}") from error
     if base.component is not None:
         config = diffusers.PipelineQuantizationConfig(quant_mapping={base.component: config})
@@ -98,7 +98,7 @@ def quantization_options(quantization: Quantization, base: Base, dtype: torch.dt
 
 
 def cast_layerwise_(model: Any, quantization: Quantization | None, dtype: torch.dtype) -> None:
-    """Store the weights of a denoiser in 8 bits, and compute in `dtype`, if that is what quantizes it."""
+    """Store a denoiser's weights in 8 bits and compute in `dtype`, if `quantization` is layerwise casting."""
     if quantization is not None and quantization.quant_backend == CASTING:
         _check_casting(quantization.quant_kwargs)
         stored = quantization.quant_kwargs.get("storage_dtype", _STORED[0])
@@ -107,10 +107,10 @@ def cast_layerwise_(model: Any, quantization: Quantization | None, dtype: torch.
 
 @contextmanager
 def quantization_told(quantization: Quantization | None) -> Iterator[None]:
-    """Inside, what a backend raises because it lacks something is a ValueError that says so.
+    """Context manager that turns a backend's error about a missing requirement into a ValueError.
 
     Raises:
-        ValueError: that.
+        ValueError: the backend lacks something.
     """
     try:
         yield
@@ -155,7 +155,7 @@ def _check_casting(given: Mapping[str, Any]) -> None:
 
 
 def _check_kept(setting: str, given: Any, base: Base) -> None:
-    """Raise a ValueError where layers are named that the model has not; a backend looks for the end of their names."""
+    """Raise a ValueError if a given name is not the end of the name of any Linear layer or of a module around one."""
     if given is None:
         return
     names = given if isinstance(given, list) else [given]
@@ -174,7 +174,7 @@ def _check_kept(setting: str, given: Any, base: Base) -> None:
 
 
 def _check_names(given: Mapping[str, Any], config_class: Any) -> None:
-    """Some of these classes take names that they do not know, and leave them out."""
+    """Raise a ValueError for unknown arguments, which some of these classes silently ignore."""
     known = [name for name in inspect.signature(config_class).parameters if name not in ("self", "kwargs")]
     for name in given:
         if name not in known:

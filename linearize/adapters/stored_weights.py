@@ -1,4 +1,4 @@
-"""The weights of a base before they are loaded: in which files they are, and in which dtype."""
+"""The files of a base's weights and their dtype, before they are loaded."""
 
 import logging
 import re
@@ -17,18 +17,18 @@ _OF_A_VARIANT = re.compile(r"diffusion_pytorch_model(?:-\d+-of-\d+)?\.(\w+)(?:-\
 
 
 def files_of_denoiser(base: Base, *, offline: bool = False) -> list[str] | None:
-    """Names of the files of a base's denoiser, from `read_base`; None: not known. The Hub is asked for names alone."""
+    """File names of the denoiser of a base from `read_base`; None: not known. Nothing is downloaded."""
     return _place(base, offline).names(base.component or "")
 
 
 def variant_of(base: Base, names: Sequence[str]) -> str | None:
-    """The variant that a denoiser was saved as, such as "fp16", where nothing else is there; else None.
+    """The variant of a denoiser's weights, such as "fp16", if they exist only as that variant; else None.
 
     Args:
         base: From `read_base`.
-        names: Of its denoiser's files.
+        names: File names of its denoiser.
     Raises:
-        ValueError: it has several variants, or pickles alone, which are never loaded.
+        ValueError: it has only several variants, or only pickles, which are never loaded.
     """
     folder = _folder(base)
     if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
@@ -51,7 +51,7 @@ def variant_of(base: Base, names: Sequence[str]) -> str | None:
 
 
 def check_has_weights(base: Base, names: Sequence[str], *, offline: bool = False) -> None:
-    """Raise a ValueError where the files of a denoiser, `names`, are no weights."""
+    """Raise a ValueError if no file in `names`, the files of a denoiser, has weights."""
     if any(name.endswith(".safetensors") for name in names):
         return
     place = _place(base, offline)
@@ -76,11 +76,11 @@ def _folder(base: Base) -> str:
 
 
 def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = False) -> torch.dtype:
-    """The dtype of the denoiser's weights in their file, by its header; of several, the one with the most bytes.
+    """The dtype of the denoiser's weights, from their file's header; if mixed, the one with the most bytes.
 
     Args:
-        base: From `read_base`; of a Hub id, one file of weights is fetched, which loading needs as well.
-        variant: As of diffusers' `from_pretrained`.
+        base: From `read_base`; for a Hub id, one file of weights is fetched, which loading needs anyway.
+        variant: As in diffusers' `from_pretrained`.
         offline: Do not access the network.
     Raises:
         ValueError: there are no weights in safetensors files of the usual name.
