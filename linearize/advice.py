@@ -1,4 +1,4 @@
-"""What `linearize_` tells in the log besides its report."""
+"""What `linearize_` logs besides its report."""
 
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ TESTED_DIFFUSERS = ("0.35.0", "0.42.1")  # oldest and newest version that the te
 
 
 def warn_of_others(pipe_or_model: Any, model: nn.Module) -> None:
-    """Tell which other networks of a pipeline could be converted, and keep their full attention."""
+    """Warn about other networks of a pipeline that could be converted but keep full attention."""
     if pipe_or_model is model:
         return
     for name, part in networks(pipe_or_model):
@@ -32,7 +32,7 @@ def warn_of_others(pipe_or_model: Any, model: nn.Module) -> None:
 
 
 def warn_untested() -> None:
-    """Tell when diffusers is older or newer than every version that the tests ran on."""
+    """Warn if diffusers is older or newer than every version that the tests ran on."""
     oldest, newest = (Version(version) for version in TESTED_DIFFUSERS)
     if not oldest <= Version(diffusers.__version__) <= newest:
         logger.warning("lineardit was tested with diffusers %s to %s, found %s", oldest, newest, diffusers.__version__)

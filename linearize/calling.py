@@ -1,4 +1,4 @@
-"""What a pipeline is called with: the names that it has for settings, its own defaults, its further arguments."""
+"""Arguments of a pipeline's call: its names for settings, its defaults, and further arguments."""
 
 import inspect
 import logging
@@ -18,16 +18,16 @@ from .seam.conversion import conversion_of
 logger = logging.getLogger(__name__)
 
 _NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-# What has a setting of its own, or is set by whoever calls the pipeline.
+# Arguments that have their own setting, or that callers of the pipeline set.
 _TAKEN = (
     *("prompt", "height", "width", "generator", "latents", "output_type", "return_dict", "max_sequence_length"),
     *("num_images_per_prompt", "sigmas", "timesteps", "image", "plan", "start_latents", "start_stage"),
 )
-BINNING = "use_resolution_binning"  # would draw another size than asked, and make it larger or smaller
+BINNING = "use_resolution_binning"  # would draw at another size and resize the picture
 
 
 class OwnSettings(NamedTuple):
-    """Defaults of a pipeline's call; None: it has no such argument, or leaves it open."""
+    """Defaults of a pipeline's call; None: it has no such argument, or no default for it."""
 
     steps: int | None
     guidance: float | None
@@ -35,7 +35,7 @@ class OwnSettings(NamedTuple):
 
 
 def own_settings(pipe: Any) -> OwnSettings:
-    """What this pipeline does where nothing is said."""
+    """The defaults of this pipeline's call."""
     parameters = inspect.signature(pipe.__call__).parameters
     named = [parameters.get(_NAMES.get(name, name)) for name in OwnSettings._fields]
     steps, guidance, text = (None if one is None or one.default is one.empty else one.default for one in named)
@@ -49,7 +49,7 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
         settings: steps, guidance, height, width, max_sequence_length.
         more: Arguments by the pipeline's own names, such as {"negative_prompt": "blurry"}.
     Raises:
-        ValueError: the pipeline does not take one, or one of `more` has a setting.
+        ValueError: the pipeline does not take an argument, a value is not finite, or one of `more` has its own setting.
     """
     parameters = inspect.signature(pipe.__call__).parameters.values()
     known = {one.name: one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
@@ -83,9 +83,9 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
     return call
 
 
-@lru_cache  # once
+@lru_cache  # warn once
 def tell_unguided(name: str, scale: float) -> None:
-    """Warn of a pipeline that could be guided and is not."""
+    """Warn that a pipeline which supports guidance runs without it."""
     told = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
     if scale <= 1:
         told = (
@@ -96,10 +96,10 @@ def tell_unguided(name: str, scale: float) -> None:
 
 @contextmanager
 def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[None]:
-    """Inside, an error of the pipeline's is one of the further arguments that it was given, if there are any.
+    """Context manager that blames the pipeline's errors on the further arguments that it was given, if any.
 
     Raises:
-        ValueError: that, in a sentence.
+        ValueError: the pipeline raised an error; names the arguments.
     """
     try:
         yield
@@ -113,7 +113,7 @@ def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[
 
 
 def draw_latents(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> None:
-    """One picture without its decoding, for whoever looks on; its noise comes from `manual_seed(seed)` on the CPU."""
+    """Draw one picture without decoding it, for hooks to observe; its noise is `manual_seed(seed)` on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
     progress_bar = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
@@ -124,7 +124,7 @@ def draw_latents(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> 
 
 
 def for_batch(call: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The call for so many prompts at a time: some pipelines want a negative prompt, or a second one, for each."""
+    """The call for `count` prompts at a time: some pipelines need a negative or second prompt for each of them."""
     return {
         name: [value] * count if isinstance(value, str) and name.startswith(("negative_prompt", "prompt_")) else value
         for name, value in call.items()
@@ -141,7 +141,7 @@ def call_of_original(
     max_sequence_length: int | None,
     arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What this pipeline is called with for each prompt; settings that are None are the pipeline's own.
+    """Arguments of the pipeline's call for each prompt; settings that are None are left to the pipeline.
 
     Raises:
         ValueError: a setting is out of range or not known to this pipeline, or the pipeline is converted.
@@ -154,7 +154,7 @@ def call_of_original(
 
 
 def check_counts(prompts: Sequence[str], counts: Mapping[str, int | None]) -> None:
-    """Raise ValueError where there is no prompt, or a count that is given is below 1."""
+    """Raise a ValueError if there is no prompt, or a count that is given is below 1."""
     if not prompts:
         raise ValueError("prompts must hold at least one, got none")
     for name, value in counts.items():

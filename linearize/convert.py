@@ -67,7 +67,7 @@ def linearize_(
     warn_untested()
     patterns = dict(config) if isinstance(config, Mapping) else {"*": config}
     for one in patterns.values():
-        config_to_dict(one)  # raises for what is no config
+        config_to_dict(one)  # raises if it is no config
     candidates, skipped = attention_modules(model, family)
     small = levels_below(model, family, list(candidates), min_tokens)
     skipped |= small
@@ -148,7 +148,7 @@ def dense(pipe_or_model: Any) -> Iterator[None]:
             if not conversion.enabled:
                 continue
             conversion.overlays.check_reversible()
-            undo.callback(conversion.overlays.resume)  # of an interrupted `suspend` as well
+            undo.callback(conversion.overlays.resume)  # undoes an interrupted `suspend` as well
             conversion.overlays.suspend()
             conversion.disable()
             undo.callback(conversion.enable)
@@ -182,7 +182,7 @@ def swapped(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_impl(impl: str, config_class: type) -> None:
-    """Raise a ValueError where a method has no implementation of this name."""
+    """Raise a ValueError if a method has no implementation of this name."""
     names = METHODS[config_class].implementations()
     if impl not in names:
         raise ValueError(
@@ -191,10 +191,10 @@ def check_impl(impl: str, config_class: type) -> None:
 
 
 def converted_networks(pipe_or_model: Any) -> dict[nn.Module, Conversion]:
-    """The converted networks: of a pipeline, all of them.
+    """The converted networks of a pipeline, or the converted model itself.
 
     Raises:
-        ValueError: there is none.
+        ValueError: nothing is converted.
     """
     conversions = {model: conversion_of(model) for _, model in networks(pipe_or_model)}
     converted = {model: conversion for model, conversion in conversions.items() if conversion is not None}
@@ -207,7 +207,7 @@ def converted_networks(pipe_or_model: Any) -> dict[nn.Module, Conversion]:
 
 def _kernel(attention: Any, config: Any, impl: str) -> Any:
     num_heads, head_dim = head_shape(attention)
-    with torch.inference_mode(False):  # its parameters can be trained, wherever linearize_ is called
+    with torch.inference_mode(False):  # its parameters stay trainable if linearize_ runs in inference mode
         kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
     kernel.impl = impl
     return kernel
@@ -220,9 +220,9 @@ def swap_(
     """Give attention modules their kernels and class, and the model its hooks.
 
     Args:
-        conversion: New, for this model alone.
-        modules: Attention modules by name, which `check_convertible` has found fit.
-        kernels: By the same names: a `Method` each.
+        conversion: New, not shared with another model.
+        modules: Attention modules by name, checked by `check_convertible`.
+        kernels: A `Method` for each, by the same names.
     """
     seen_at = conversion.family.seen_at
     levels: dict[nn.Module, Level] = {}
@@ -231,7 +231,7 @@ def swap_(
         level = levels.setdefault(place, Level(conversion))
         attention, kernel = cast(Any, module), kernels[name]
         device = next(module.parameters()).device
-        # kernels hold real numbers even in a model without weights: they are saved with the adapter
+        # kernels have real weights even in a model on meta: they are saved with the adapter
         attention.linear_kernel = kernel.to("cpu" if device.type == "meta" else device).train(module.training)
         attention._lineardit_level, attention._lineardit_name = level, name
         if kernel.input_terms:
@@ -252,7 +252,7 @@ def _ancestor(model: nn.Module, name: str, class_name: str) -> nn.Module:
 
 
 def _check_ours(model: nn.Module) -> None:
-    """Raise an UnsupportedModelError where a converted module is not as `linearize_` left it."""
+    """Raise an UnsupportedModelError if a converted module is no longer as `linearize_` left it."""
     for name, module in swapped(model).items():
         check_forward(name, module)
         dense_class = cast(Any, module)._dense_class
@@ -263,7 +263,7 @@ def _check_ours(model: nn.Module) -> None:
 
 
 def _remove_seam(model: nn.Module) -> Conversion | None:
-    """Classes and hooks as they were; returns what was there, whose overlays a new conversion keeps."""
+    """Restore classes and remove hooks; returns the old conversion, whose overlays a new one keeps."""
     conversion = conversion_of(model)
     if conversion is None:
         return None
@@ -281,7 +281,7 @@ def _remove_seam(model: nn.Module) -> Conversion | None:
 
 
 def _refuse_sharded(model: nn.Module, action: str) -> None:
-    """Kernel weights made after sharding would differ between ranks, silently."""
+    """Raise if the model is sharded: kernel weights made after sharding would silently differ between ranks."""
     sharded = [type(model).__name__] if type(model).__name__ in _WRAPPERS else []
     sharded += [f"{name or 'the model'} (FSDP)" for name, part in model.named_modules() if _is_fsdp(part)]
     sharded += [name for name, weight in model.named_parameters() if hasattr(weight, "ds_id") or _is_dtensor(weight)]

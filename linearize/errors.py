@@ -1,4 +1,4 @@
-"""What conversion raises beside plain ValueErrors, what is no fault of the input, and "did you mean" in messages."""
+"""Errors that conversion raises, errors that are not the arguments' fault, and "did you mean" in messages."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -27,7 +27,7 @@ _NO_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator: can't alloc
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation ended for want of memory: of a GPU, whoever asked for it, or of the CPU."""
+    """Whether an error, or one of its causes, says that a GPU or the CPU is out of memory."""
     while True:
         if type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _NO_MEMORY):
             return True
@@ -37,14 +37,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def why_too_large(error: BaseException) -> str | None:
-    """Why less at a time would do, in words; None for an error of another kind."""
+    """Why a computation was too large, so that less at a time may work, in words; None for any other error."""
     if is_out_of_memory(error):
         return "out of memory"
     return "a tensor is too large for CUDA's kernels" if any(one in str(error) for one in _TOO_MANY_NUMBERS) else None
 
 
 def told(error: Exception) -> str:
-    """What an error says, on one line; of files, the name and what the system says of it, without its number."""
+    """An error's message on one line; of an OSError, the file names and the system's message without its number."""
     if isinstance(error, OSError) and type(error).__str__ is OSError.__str__ and error.strerror:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{names}: {error.strerror}" if names else error.strerror

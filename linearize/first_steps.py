@@ -44,17 +44,15 @@ def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
 
 @contextmanager
 def _before_each_schedule(scheduler: Any, run: Callable[[], None]) -> Iterator[None]:
-    """Inside, `run` comes before each `set_timesteps`, with which a call begins: the one before may have broken off.
-
-    By a class of its own, so that copies of the scheduler set themselves.
-    """
+    """Context manager that calls `run` before `set_timesteps`, which begins a call: the last one may have failed."""
     own: Any = type(scheduler)
 
-    @wraps(own.set_timesteps)  # pipelines look at its parameters
+    @wraps(own.set_timesteps)  # pipelines inspect its parameters
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         run()
         return own.set_timesteps(self, *args, **kwargs)
 
+    # a subclass, not an instance attribute: copies of the scheduler must set their own timesteps
     scheduler.__class__ = type(own.__name__, (own,), {"set_timesteps": set_timesteps, "__module__": own.__module__})
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files and output folders that appear whole or not at all, and safetensors files that say what is wrong with them."""
+"""Atomic writes of files and output folders, and reading of safetensors files with helpful errors."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # that weights are loaded in; others as float32
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # of weights; any other counts as float32
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
+                file.chmod(0o666 & ~_umask())  # safetensors writes files that only the owner can read
             sync(file)
         sync(temporary)
         _put_in_place(temporary, path)
@@ -44,17 +44,17 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's error names no file
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Whether `path` may be written.
+    """Check that an output folder may be written at `path`.
 
     Raises:
         ValueError: it exists and overwrite is False, or it is a file.
-        OSError: nothing can be written beside it.
+        OSError: its parent folder is not writable.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"the output must be a folder, {path} is a file")
@@ -64,11 +64,11 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 def check_output_file(path: Path, *, overwrite: bool) -> None:
-    """Whether a file may be written at `path`.
+    """Check that a file may be written at `path`.
 
     Raises:
         ValueError: it exists and overwrite is False, or it is a folder.
-        OSError: nothing can be written in its folder.
+        OSError: its folder is not writable.
     """
     if path.is_dir():
         raise ValueError(f"the output must be a file, {path} is a folder")
@@ -78,14 +78,14 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Try a small file in a folder, or where the folder would be made.
+    """Try to write a small file in a folder, or in its nearest parent that exists.
 
     Raises:
         OSError: it cannot be written.
     """
     place = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=place) as file:  # without a name, where the system has such
+        with tempfile.TemporaryFile(dir=place) as file:  # unnamed, where the system supports it
             file.write(b"something")
             file.flush()
     except OSError as error:
@@ -97,7 +97,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         temporary.rename(path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.replace(old)  # onto an empty folder: allowed
+    path.replace(old)  # an empty folder may be replaced
     temporary.rename(path)
     shutil.rmtree(old)
 
@@ -109,8 +109,9 @@ def _umask() -> int:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file in a hidden folder beside `path`, then move it: readers see the old file or the new one,
-    of two writers that of the last. (A folder, because some writers make temporary files of their own.)
+    """Let `write` fill a file in a hidden folder next to `path`, then move it: readers see the old file or the new one.
+
+    Of two writers, the last one wins. It is a folder because some writers make temporary files of their own.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full.
@@ -120,7 +121,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         folder.mkdir(exist_ok=True)
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
+        temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only the owner can read
         sync(temporary)
         temporary.replace(path)
     except SafetensorError as error:
@@ -128,14 +129,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's error names no file
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's or folder's bytes are on the disk."""
+    """Wait until a file's or folder's bytes are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -184,7 +185,7 @@ def read_shapes(path: Path) -> dict[str, Tensor]:
 
 
 def main_dtype(path: Path) -> torch.dtype:
-    """The dtype that the most bytes of a safetensors file have, by its header.
+    """The dtype with the most bytes in a safetensors file, by its header.
 
     Raises:
         ValueError: there is no such file, or it is damaged.

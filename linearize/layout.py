@@ -26,7 +26,7 @@ class Layout:
     Attributes:
         grid: Size of the image in tokens; symbolic integers under `torch.compile`.
         text_len: Number of tokens that are not of the image: text, registers, padding, references.
-        text_first: The text stands before the image.
+        text_first: The text is before the image.
         text_mask: [B, text_len] bool, True = attend; None: attend to all of it.
     """
 
@@ -41,7 +41,7 @@ class Layout:
 
 
 def num_tokens(grid: Grid) -> int:
-    """How many tokens a grid has; a trace multiplies symbolic sides as well."""
+    """Number of tokens of a grid, whose sides may be symbolic."""
     product = 1
     for side in grid:
         product = product * side
@@ -49,10 +49,10 @@ def num_tokens(grid: Grid) -> int:
 
 
 def as_shape(*sides: int) -> Tensor:
-    """Integers that traced code is to read as the shape of a meta tensor.
+    """A meta tensor whose shape passes integers to traced code.
 
-    A tuple of integers would be a constant in the guards of a trace, and every resolution a recompile. Marked, a side
-    is symbolic from the first trace on, and no two sides are taken for the same because they were once equal.
+    A tuple of integers would be guarded as constants, and every resolution would recompile. Marked as dynamic, a side
+    is symbolic from the first trace on, and two sides that happen to be equal keep separate symbols.
     """
     shape = torch.empty(sides, device="meta")
     for axis in range(len(sides)):
@@ -61,14 +61,14 @@ def as_shape(*sides: int) -> Tensor:
 
 
 def image_first(grid: Grid, image_starts: tuple[int, ...], text_len: int, *, text_first: bool) -> Tensor | None:
-    """The order of tokens that brings the image before all others.
+    """The token order that puts the image first.
 
     Args:
         image_starts: Where the image begins, in each sample or once for all.
-        text_len: How many tokens are not of the image.
-        text_first: The family has the image after all others, else before.
+        text_len: Number of tokens that are not of the image.
+        text_first: The family has the image after all other tokens; False: before them.
     Returns:
-        [B or 1, N] int64, None where the image stands as the family has it in every sample.
+        [B or 1, N] int64; None: the image is where the family has it in every sample.
     """
     if set(image_starts) == {text_len if text_first else 0}:
         return None
@@ -90,15 +90,15 @@ def reorder(x: Tensor, order: Tensor, dim: int) -> Tensor:
 def text_mask_of(
     attn_mask: Tensor, query: Tensor, layout: Layout, *, asked: list[Tensor] | None = None
 ) -> Tensor | None:
-    """The mask that upstream hands to attention, as a mask of the text alone.
+    """Reduce the mask that upstream passes to attention to a mask of the text.
 
     Args:
         attn_mask: Of keys: [B, N] or [B or 1, H or 1, 1, N]; bool (True = attend) or additive (0 or -inf). Or of
-            queries and keys, [B or 1, H or 1, N, N], if every token that is seen sees the same ones.
+            queries and keys, [B or 1, H or 1, N, N], if all tokens that are attended to attend to the same ones.
         query: [B, H, N, D].
-        layout: Of these tokens.
-        asked: Gets whether the mask is one of text alone, for `require_text_masks`; None: that is asked at once, which
-            waits for the device.
+        layout: Layout of these tokens.
+        asked: Receives a bool tensor, whether the mask hides text only, for `require_text_masks`; None: check at once,
+            which waits for the device.
     Returns:
         [B, text_len] bool, None without text.
     Raises:
@@ -109,7 +109,7 @@ def text_mask_of(
     if mask.ndim == 2 and mask.shape[0] in (1, batch) and num_tokens != batch:
         mask = mask[:, None, None]
     if mask.ndim == 4:
-        # one row stands for all where upstream has only expanded it
+        # one row is enough where upstream has only expanded it
         mask = mask[:, : 1 if mask.stride(1) == 0 else None, : 1 if mask.stride(2) == 0 else None]
     if mask.ndim != 4 or mask.shape[2] not in (1, num_tokens) or mask.shape[3] != num_tokens:
         raise LayoutError(
@@ -122,7 +122,7 @@ def text_mask_of(
     image = slice(text_len, None) if layout.text_first else slice(0, num_tokens - text_len)
     text = slice(0, text_len) if layout.text_first else slice(num_tokens - text_len, None)
     seen = attend[:, :1, slice(text_len, text_len + 1) if layout.text_first and mask.shape[2] > 1 else slice(0, 1)]
-    unread = False if mask.shape[2] == 1 else ~seen.mT  # rows of tokens that nobody sees
+    unread = False if mask.shape[2] == 1 else ~seen.mT  # rows of hidden tokens
     allowed = seen[..., image].all() & ((attend == seen) | unread).all()
     if mask.dtype != torch.bool:
         allowed = allowed & (attend | (mask <= _BLOCKED)).all()
@@ -136,6 +136,6 @@ def text_mask_of(
 
 
 def require_text_masks(asked: list[Tensor]) -> None:
-    """Raise a LayoutError where one of these is false, on whatever devices they are: it waits for them once."""
+    """Raise a LayoutError if one of these is false; they may be on different devices, and it waits for them once."""
     if not torch.stack([allowed.to(asked[0].device) for allowed in asked]).all():
         raise LayoutError(_OF_TEXT_ALONE)

@@ -1,4 +1,4 @@
-"""Folders in which one process works at a time, and what is left in them by one that was killed."""
+"""Locks that let one process at a time work in a folder, and removal of what killed processes left in it."""
 
 import os
 import shutil
@@ -14,17 +14,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-TRIES, PAUSE = 5, 0.05  # seconds: another process may be looking whether a lock is held
+TRIES, PAUSE = 5, 0.05  # in seconds: another process may be testing the lock
 
 
 @contextmanager
 def held(folder: Path, *, name: str = ".lock") -> Iterator[None]:
-    """Inside, no other process that asks for it works in this folder, which is made, and removed if it stays empty.
+    """Context manager that makes and locks a folder for this process, and removes it in the end if it is empty.
 
-    Nothing is held where the system has no locks of this kind (Windows, some network disks).
+    Nothing is locked where the system has no locks of this kind (Windows, some network disks).
 
     Args:
-        name: Of the file that is locked: several names, several users of one folder.
+        name: Name of the lock file; processes that use different names can share a folder.
     Raises:
         ValueError: another process holds it, or it is a file.
     """
@@ -45,18 +45,18 @@ def held(folder: Path, *, name: str = ".lock") -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path, names: Sequence[str], *, locks: str = ".lock") -> None:
-    """Remove what killed writers of these files left in a folder, if no process but this one may be writing there.
+    """Remove what killed writers of these files left in a folder, unless another process may be writing there.
 
     Args:
         folder: `held` by this process.
         names: Patterns of the files that `write_whole` and `new_folder` make there, such as "shard-*".
         locks: The pattern of the names by which processes hold this folder.
     """
-    left = [path for name in names for path in folder.glob(f".{name}.tmp")]  # before the locks are looked at
+    left = [path for name in names for path in folder.glob(f".{name}.tmp")]  # listed before the locks are tested
     if sum(map(_is_locked, folder.glob(locks))) != 1:  # others work here; or there are no locks on this disk
         return
     replaced = [path for name in names for path in folder.glob(f".{name}.old")]
-    left += [path for path in replaced if (folder / path.name[1:].rsplit(".", 2)[0]).exists()]  # by what stands there
+    left += [path for path in replaced if (folder / path.name[1:].rsplit(".", 2)[0]).exists()]  # if replaced
     for path in left:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -89,7 +89,7 @@ def _make(path: str, flags: int) -> int:
 
 
 def _lock(file: IO[Any]) -> bool:
-    """Whether nobody else holds it."""
+    """Try to lock a file; False if another process holds it."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,7 +101,7 @@ def _lock(file: IO[Any]) -> bool:
 
 
 def _is_there(lock: IO[Any], file: Path) -> bool:
-    """Whether it is still the file of this name: who held it before removes it at its end."""
+    """Whether the lock is still the file of this name, which the previous holder removes in the end."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), file.stat())
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from .report import CROSS_ATTENTION, NOT_IMAGE_SELF_ATTENTION
 
 
 def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules that can be swapped, and why each other attention module cannot.
+    """The modules that can be swapped, and for each other attention module why it cannot.
 
     Raises:
         UnsupportedModelError: there is nothing to swap.
@@ -41,7 +41,7 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
 
 
 def check_text(name: str, family: Family, config: Any) -> None:
-    """Raise an UnsupportedModelError where a module sees text beside the image, for which a method has no place."""
+    """Raise an UnsupportedModelError if a method is for the image alone and a module may see text as well."""
     alone = any(fnmatchcase(name, pattern) for pattern in family.image_alone)
     if METHODS[type(config)].image_alone and not alone:
         method, layers = type(config).__name__, ", ".join(map(repr, family.image_alone))
@@ -53,10 +53,10 @@ def check_text(name: str, family: Family, config: Any) -> None:
 
 
 def levels_below(model: nn.Module, family: Family, names: Sequence[str], min_tokens: int) -> dict[str, str]:
-    """Why modules with fewer than `min_tokens` image tokens, at the size that the model was trained for, are left.
+    """The modules with fewer than `min_tokens` image tokens at the model's native size, and this as the reason.
 
     Raises:
-        ValueError: `min_tokens` is no count or leaves none, or the modules of this family do not differ in that.
+        ValueError: `min_tokens` is not a count, leaves no module, or is given for a family without levels.
     """
     check_count("min_tokens", min_tokens, least=0)
     if min_tokens == 0:
@@ -74,7 +74,7 @@ def head_shape(attention: Any) -> tuple[int, int]:
     """(heads, head_dim) of the queries of an attention module, by the names that diffusers' classes give them.
 
     Raises:
-        UnsupportedModelError: it does not say its heads, as a layer inside attention that a glob matches as well.
+        UnsupportedModelError: it has no number of heads, such as a layer inside attention that a glob matches too.
     """
     num_heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
     if num_heads is None:
@@ -94,7 +94,7 @@ def choose(names: Sequence[str], patterns: Mapping[str, Any], layers: Sequence[s
     """Module name -> config, for the names that `layers` (None: all) and one pattern match.
 
     Raises:
-        ValueError: a pattern matches nothing, two match one layer, or `layers` are no globs.
+        ValueError: a pattern matches nothing, two match one layer, or `layers` has something other than globs.
     """
     allowed = list(names)
     if layers is not None:

@@ -1,4 +1,4 @@
-"""The networks of a pipeline: the one that denoises, and those beside it that can be converted as well."""
+"""The networks of a pipeline: its denoiser, and others that can be converted as well."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -13,7 +13,7 @@ def denoiser(pipe_or_model: Any) -> tuple[str, nn.Module]:
     """The network that denoises, and its name in a pipeline: "transformer" or "unet".
 
     Raises:
-        UnsupportedModelError: neither a pipeline that has one nor a model.
+        UnsupportedModelError: it is neither a pipeline that has one nor a model.
     """
     if isinstance(pipe_or_model, nn.Module):
         model = _inner(pipe_or_model)
@@ -28,7 +28,7 @@ def denoiser(pipe_or_model: Any) -> tuple[str, nn.Module]:
 
 
 def networks(pipe_or_model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The denoiser, and after it a pipeline's other networks, by name; of several ControlNets in one, each."""
+    """(name, network) of the denoiser, then of a pipeline's other networks, with each net of a multi-ControlNet."""
     name, model = denoiser(pipe_or_model)
     yield name, model
     if isinstance(pipe_or_model, nn.Module):

@@ -1,4 +1,4 @@
-"""What a loaded model runs: which of its attention is swapped, and which implementations a forward really takes."""
+"""What a loaded model runs: which of its attention is swapped, and which implementations a forward uses."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from .seam.original import COVERED, below
 
 
 def swap_report(pipe_or_model: Any) -> SwapReport | None:
-    """What a conversion made of this model; None: it is not converted."""
+    """The report on this model's conversion; None: it is not converted."""
     _, model = denoiser(pipe_or_model)
     kernels: dict[str, Any] = {name: module.linear_kernel for name, module in swapped(model).items()}
     if not kernels:
@@ -41,17 +41,17 @@ def describe_attention(pipe_or_model: Any) -> str:
 
 
 def dense_below_of(model: nn.Module) -> int:
-    """Image tokens of a call below which the converted modules of a model make their original call; 0: none."""
+    """Image tokens of a call below which the converted modules of a model make their original call; 0: never."""
     conversion, modules = conversion_of(model), swapped(model).values()
     forced = any(cast(Any, module).linear_kernel.impl != "auto" for module in modules)
     return 0 if conversion is None or forced else conversion.dense_tokens
 
 
 def advice_on(model: nn.Module, grids: Sequence[Grid]) -> tuple[str, ...]:
-    """What the converted attention of a model has to say about pictures in stages of these grids, each sentence once.
+    """Advice from a model's converted attention on a picture made in stages of these grids, each sentence once.
 
     Args:
-        grids: Of the stages with converted attention, the last one that of the picture.
+        grids: Grids of the stages with converted attention; the last one is the picture's.
     """
     kernels: list[Any] = [module.linear_kernel for module in swapped(model).values()]
     dense_below = dense_below_of(model)
@@ -63,10 +63,7 @@ def advice_on(model: nn.Module, grids: Sequence[Grid]) -> tuple[str, ...]:
 
 @contextmanager
 def implementations_seen(pipe_or_model: Any) -> Iterator[Counter[str]]:
-    """Counts which implementation each kernel ran inside the context.
-
-    Where the model makes its original call (`runs_original`), nothing is counted.
-    """
+    """Context manager that counts which implementations kernels run; original calls (`runs_original`) do not count."""
     seen: Counter[str] = Counter()
 
     def note(kernel: Any, inputs: tuple[Tensor, Tensor, Tensor, Layout], _options: Any) -> None:
@@ -84,7 +81,7 @@ def implementations_seen(pipe_or_model: Any) -> Iterator[Counter[str]]:
 
 
 def describe_implementations(seen: Counter[str], model: nn.Module) -> str:
-    """For one forward of `implementations_seen`: "tiled", or what ran where."""
+    """Counts of `implementations_seen` over one forward, in words: "tiled", or how often each ran."""
     modules: list[Any] = list(swapped(model).values())
     swaps, dense_below = len(modules), dense_below_of(model)
     if original := swaps - seen.total():
