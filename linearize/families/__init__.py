@@ -75,7 +75,7 @@ _SD_UNET = Family(
 
 
 def _of_the_image(name: str, attention: str, block: str) -> Family:
-    """Latents as an image, and self-attention of the image alone."""
+    """A family that takes latents as an image and has self-attention of the image alone."""
     return Family(name=name, attention=(attention,), see=see_latents, image_alone=("*",), blocks=(block,))
 
 
@@ -256,10 +256,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """What a converted model was converted by; of another the row of its class, or of a class it derives from.
+    """The family that a model was converted with; else that of its class or of a class it derives from.
 
     Raises:
-        UnsupportedModelError: there is none; lists those there are.
+        UnsupportedModelError: there is none; the error lists the supported classes.
     """
     if hasattr(model, "_lineardit_conversion"):
         return cast(Any, model)._lineardit_conversion.family

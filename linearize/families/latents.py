@@ -38,7 +38,7 @@ def see_square_latents(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
 
 
 def see_latents_and_text(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """Joint attention with encoder_hidden_states [B, text, C], where there is any."""
+    """Joint attention with encoder_hidden_states [B, text, C], if given."""
     text = arguments.get("encoder_hidden_states")
     return Sight(grid=_grid(model, arguments["hidden_states"]), text_lens=() if text is None else (text.shape[1],))
 
@@ -69,7 +69,7 @@ def see_sd3(model: Any, arguments: Mapping[str, Any]) -> Sight:
 
 
 def see_auraflow(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """AuraFlow puts register tokens before the text; beyond its table of positions it would wrap, unnoticed."""
+    """AuraFlow puts register tokens before the text; beyond its table, positions would wrap silently."""
     sight = see_latents_and_text(model, arguments)
     limit = isqrt(model.pos_embed.pos_embed_max_size)
     if max(sight.grid) > limit:
@@ -86,7 +86,7 @@ def see_ernie_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
 
 
 def see_hidream(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """HiDream: two texts, one of them twice, after the image, and padding between where the picture is not square."""
+    """HiDream: after the image, padding if the picture is not square, then two texts, one of them twice."""
     latents = arguments["hidden_states"]
     if latents.ndim != 4:
         raise LayoutError(
@@ -145,7 +145,7 @@ def level_tokens(model: Any, name: str) -> int:
     The name of the module says its level: down_blocks.1.attentions.0..., mid_block..., up_blocks.2.attentions....
 
     Raises:
-        ValueError: the config does not say the size, as a ControlNet's.
+        ValueError: the config does not say the size, such as a ControlNet's.
     """
     sample = model.config.get("sample_size")
     if sample is None:

@@ -1,4 +1,4 @@
-"""Models that are told the position of every token: FLUX and its relatives.
+"""Models that take the position of every token as an argument: FLUX and its relatives.
 
 B batch, N tokens of the image and its references, C channels.
 """
@@ -18,10 +18,10 @@ from .family import CACHED_REFERENCES, Sight
 
 
 def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
-    """The grid that position ids spell out, and the same ids without rounding.
+    """The grid of position ids, and the same ids without rounding.
 
-    Pipelines make ids in bfloat16, exact to 256 only. Beyond, neighbouring rows and columns share positions: the first
-    change of row, or the first step back of columns, still tells the width, where the greatest position does not.
+    Pipelines make ids in bfloat16, which is exact up to 256. Beyond, neighbouring rows and columns share positions: the
+    width then follows from the first change of row or the first step back of columns, not from the largest position.
 
     Args:
         ids: [N, axes], any dtype; column 1 is the row, column 2 the column, the others are constant.
@@ -30,7 +30,7 @@ def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
     Raises:
         LayoutError: the ids are not exactly one rectangle in row-major order.
     """
-    device, ids = ids.device, ids.cpu()  # read once: each answer would wait for all that the device has to do
+    device, ids = ids.device, ids.cpu()  # once: each read of a device tensor would wait for the device
     rows, cols = ids[:, 1], ids[:, 2]
     num_tokens = ids.shape[0]
     widths = (_first(rows != rows[0]), 1 + _first(cols[1:] < cols[:-1]))
@@ -50,7 +50,7 @@ def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
 
 
 def image_and_references(ids: Tensor) -> tuple[Grid, int, Tensor]:
-    """The grid of the image that is generated, and how many tokens of reference images stand after it.
+    """The grid of the generated image, and the number of tokens of reference images after it.
 
     References (FLUX Kontext, FLUX.2 editing) differ from the image in a position column other than row and column.
 
@@ -59,7 +59,7 @@ def image_and_references(ids: Tensor) -> tuple[Grid, int, Tensor]:
     Returns:
         (height, width), the number of tokens after the image, and all ids [N, axes] in float32, without rounding.
     Raises:
-        LayoutError: one of the images is no rectangle.
+        LayoutError: one of the images is not a rectangle.
     """
     device, ids = ids.device, ids.cpu()
     others = [axis for axis in range(ids.shape[1]) if axis not in (1, 2)]
@@ -75,7 +75,7 @@ def image_and_references(ids: Tensor) -> tuple[Grid, int, Tensor]:
 
 
 def _first(mask: Tensor) -> int:
-    """Index of the first True in [N], N where there is none."""
+    """Index of the first True in [N]; N if there is none."""
     return int(pad(mask.to(torch.uint8), (0, 1), value=1).argmax())
 
 
@@ -85,8 +85,8 @@ def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
 
 
 def see_flux_controlnet(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """As `see_image_ids`; where one ControlNet has several modes, a token before the text tells which."""
-    mode = arguments.get("controlnet_mode") if model.union else None  # where it lacks one, upstream asks for it
+    """As `see_image_ids`; a union ControlNet has a token for its mode before the text."""
+    mode = arguments.get("controlnet_mode") if model.union else None  # upstream raises if it is missing
     num_modes = 0 if mode is None else mode.shape[1]
     return _see_ids(arguments, num_modes + arguments["encoder_hidden_states"].shape[1])
 
@@ -100,26 +100,26 @@ def _see_ids(arguments: Mapping[str, Any], text_len: int) -> Sight:
             "width (a token is a 2x2 patch of latents)"
         )
     sight, exact = _beside_text(ids, text_len)
-    # as many axes as came: context parallelism splits them by their place
+    # as many dimensions as given: context parallelism splits a fixed one
     return replace(sight, replaced={"img_ids": exact.expand_as(arguments["img_ids"])})
 
 
 def _beside_text(ids: Tensor, text_len: int) -> tuple[Sight, Tensor]:
-    """What ids [N, axes] of the image and its references say, after a text; and the same ids without rounding."""
+    """The sight for ids [N, axes] of the image and its references after a text, and the ids without rounding."""
     grid, num_references, exact = image_and_references(ids)
     starts = (text_len,) if num_references else None
     return Sight(grid=grid, text_lens=(text_len + num_references,), image_starts=starts), exact
 
 
 def see_flux2(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """FLUX.2: as `see_image_ids`; with a `kv_cache_mode`, references stand first or only as keys and values."""
+    """FLUX.2: as `see_image_ids`; with a `kv_cache_mode`, references come first or are only keys and values."""
     if arguments.get("kv_cache_mode") is not None:
         raise LayoutError(CACHED_REFERENCES)
     return see_image_ids(model, arguments)
 
 
 def see_flux3(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """FLUX.3: as `see_image_ids`; its references come in arguments of their own and stand after the image."""
+    """FLUX.3: as `see_image_ids`; references are separate arguments, and their tokens follow the image."""
     sight = see_image_ids(model, arguments)
     references = arguments.get("image_cond_hidden_states")
     if references is None:
@@ -132,13 +132,13 @@ _OUTPUT_IMAGE = 2  # OUTPUT_IMAGE_INDICATOR of diffusers' transformer_ideogram4
 
 
 def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """Ideogram 4: indicator [B, text + N] tells what each token is, position_ids [B, text + N, 3] where it is.
+    """Ideogram 4: indicator [B, text + N] gives the kind of each token, position_ids [B, text + N, 3] its position.
 
-    Upstream makes a tokens x tokens mask of segment_ids [B, text + N], which set the padding before the text apart.
-    Where every layer is converted it gets one segment instead; `text_mask` says what they said.
+    Upstream makes a tokens x tokens mask of segment_ids [B, text + N], which separate the padding before the text. If
+    every layer is converted, it gets a single segment instead, and `text_mask` hides the padding.
     """
     names = ("indicator", "segment_ids", "position_ids")
-    indicator, segments, positions = (arguments[name].cpu() for name in names)  # each read once, as in `rectangle`
+    indicator, segments, positions = (arguments[name].cpu() for name in names)  # once, as in `rectangle`
     is_image = indicator == _OUTPUT_IMAGE
     text_len = _first(is_image[0])
     positions = positions[:, text_len:]
@@ -167,11 +167,11 @@ def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Si
 
 
 def see_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """As `see_image_ids`, with attention_mask [B, text + N], of which blocks would make a tokens x tokens mask.
+    """As `see_image_ids`, with attention_mask [B, text + N], which blocks would expand to tokens x tokens.
 
-    Chroma's pipelines make it of 0.0 and 1.0, which full attention adds to its scores, so that it hides nothing
-    (diffusers issue 12116). Linear attention hides what it says, as the model was trained; where all of it makes the
-    original call, upstream's mask stays.
+    Chroma's pipelines fill it with 0.0 and 1.0, which full attention adds to its scores, so that it hides nothing
+    (diffusers issue 12116). Linear attention hides the masked tokens, as in training; if every converted module makes
+    the original call, upstream's mask stays.
     """
     sight = see_image_ids(model, arguments)
     mask = arguments.get("attention_mask")

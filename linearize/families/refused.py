@@ -1,8 +1,8 @@
-"""Models of diffusers that have no row, though they make pictures, and why: what `UnsupportedModelError` says."""
+"""Image models of diffusers that are not supported, and why: what `UnsupportedModelError` says."""
 
 _LINEAR = "has linear self-attention already: nothing to convert"
 
-# ControlNets held in one, as pipelines make of a list of them
+# wrappers that pipelines make from a list of ControlNets
 MULTIPLE = (
     "FluxMultiControlNetModel",
     "HunyuanDiT2DMultiControlNetModel",

@@ -1,4 +1,4 @@
-"""Models that pack text and images into one sequence by lengths of their own: Qwen-Image, Lumina 2, Z-Image, ...
+"""Models that pack text and images of given lengths into one sequence: Qwen-Image, Lumina 2, Z-Image, ...
 
 B batch, C channels.
 """
@@ -17,9 +17,9 @@ Shape = tuple[int, int, int]  # (frames, height, width) in tokens
 
 
 def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """Qwen-Image: img_shapes, for every sample the (frames, height, width) of its images; the first is generated.
+    """Qwen-Image: img_shapes has the (frames, height, width) of each sample's images; the first one is generated.
 
-    The images after it are references. Layered models generate every image, all of one size: their frames.
+    The images after it are references. Layered models generate all images, of one size: here they are frames.
     """
     shapes = _shapes_of_all(arguments["img_shapes"])
     text_len = arguments["encoder_hidden_states"].shape[1]
@@ -37,9 +37,9 @@ def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
 
 
 def see_image_shapes_last(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """Qwen-Image 2.1: img_shapes as above, with the generated image last; what stands before it does not see it.
+    """Qwen-Image 2.1: img_shapes as above, with the generated image last; tokens before it do not attend to it.
 
-    img_mask [B, slots] tells slots of images, each of 2 x 2 tokens, from slots of text, each of one.
+    img_mask [B, slots] is True for slots of images, each of 2 x 2 tokens, and False for slots of text, each of one.
     """
     shape = _shapes_of_all(arguments["img_shapes"])[-1]
     slots = arguments["img_mask"][0]
@@ -55,7 +55,7 @@ def see_shape_list(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
 
 
 def _shapes_of_all(img_shapes: Sequence[Any]) -> list[Shape]:
-    """The shapes of one sample's images, alike in all samples."""
+    """The shapes of one sample's images, which all samples must share."""
     samples = [[sample] if isinstance(sample[0], int) else list(sample) for sample in img_shapes]
     if any(sample != samples[0] for sample in samples):
         raise LayoutError(
@@ -74,7 +74,7 @@ def _patches(patch_size: int, latents: Tensor) -> Grid:
 
 
 def see_lumina(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """Lumina 2: latents [B, C, height, width]; each sample is its own text, then the image, then padding."""
+    """Lumina 2: latents [B, C, height, width]; each sample is its text, then the image, then padding."""
     grid = _patches(model.config.patch_size, arguments["hidden_states"])
     _check_axes(model, grid, model.config.axes_lens[1:])
     lengths = [int(length) for length in arguments["encoder_attention_mask"].sum(1).tolist()]
@@ -84,7 +84,7 @@ def see_lumina(model: Any, arguments: Mapping[str, Any]) -> Sight:
 def see_bria_fibo2(model: Any, arguments: Mapping[str, Any]) -> Sight:
     """Bria Fibo 2: latents [B, C, height, width], references, and gist tokens in place of the text.
 
-    The gist stands before the image, or after the references where the samples' gists differ in length.
+    The gist is before the image, or after the references if the samples' gists differ in length.
     """
     from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count  # not in older versions
 
@@ -112,7 +112,7 @@ def see_bria_fibo2(model: Any, arguments: Mapping[str, Any]) -> Sight:
 def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
     """Z-Image: a list of latents [C, frames, height, width]; the image, padded to a multiple, then the text, padded.
 
-    In omni mode a list of texts and images for each sample, and all of its texts come first.
+    In omni mode, each sample has a list of texts and a list of images, and all of its texts come first.
     """
     latents, texts = arguments["x"], arguments["cap_feats"]
     omni = isinstance(latents[0], list)
@@ -144,7 +144,7 @@ _SEQUENCE_MULTIPLE = 32  # SEQ_MULTI_OF of diffusers' transformer_z_image
 
 
 def _check_axes(model: nn.Module, grid: Grid, limits: Sequence[int]) -> None:
-    """Raise a LayoutError where a side has more tokens than the model has positions."""
+    """Raise a LayoutError if a side has more tokens than the model has positions."""
     if any(side > limit for side, limit in zip(grid, limits, strict=True)):
         raise LayoutError(
             f"this {type(model).__name__} knows positions up to {tuple(limits)} tokens (axes_lens), got {tuple(grid)}: "
