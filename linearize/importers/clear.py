@@ -1,7 +1,7 @@
 """Checkpoints of CLEAR (arXiv:2412.16112, github.com/Huage001/CLEAR) for FLUX.
 
-They hold the projections `to_q`, `to_k`, `to_v` (and `to_out.0` of the double blocks) of every attention module, and
-where keys are pooled, `processor.spatial_weight` [1, 1, 1, p, 1, p, 1]: learned weights of a cell of p x p tokens.
+They hold the projections `to_q`, `to_k`, `to_v` (and `to_out.0` of the double blocks) of every attention module and,
+with pooled keys, `processor.spatial_weight` [1, 1, 1, p, 1, p, 1]: learned weights of a cell of p x p tokens.
 """
 
 from collections.abc import Mapping

@@ -84,7 +84,7 @@ def load_linfusion_checkpoint_(
     configs = {entry.name: entry.config for entry in entries}
     candidates, _ = attention_modules(model, family_of(model))
     groups = grouped(configs, list(candidates))
-    without_memory = next(model.parameters()).is_meta  # then there is no precision but the checkpoint's
+    without_memory = next(model.parameters()).is_meta  # only then kernels take the checkpoint's dtype
     report = linearize_(model, {glob: configs[names[0]] for glob, names in groups.items()})
     for index, entry in enumerate(entries):
         kernel = cast(nn.Module, model.get_submodule(entry.name).linear_kernel)
@@ -141,7 +141,7 @@ def _shard(place: Place, name: str) -> dict[str, Tensor]:
 
 
 def _check_modules(entries: Sequence[_Entry], model: nn.Module, name: str) -> None:
-    """Whether the UNet has these modules, with these channels and heads."""
+    """Check that the UNet has these modules, with these channels and heads."""
     candidates, _ = attention_modules(model, family_of(model))
     wrong = []
     for entry in entries:

@@ -94,12 +94,12 @@ def config_from_dict(entries: Mapping[str, Any]) -> Any:
 
 
 def field_name(field: Field[Any]) -> str:
-    """A field of a config as files and commands call it: `global`, which no name in Python can be, for `global_`."""
+    """A config field's name in files and commands: `global`, a keyword in Python, for `global_`."""
     return field.name.rstrip("_")
 
 
 def spelled(value: Any) -> str:
-    """A field's value in a line of text; one that is a method as the command takes it, `clear:radius=8`."""
+    """A field's value as text; that of a nested method as on the command line, `clear:radius=8`."""
     if not isinstance(value, Mapping):
         return str(value)
     entries = ",".join(
@@ -114,7 +114,7 @@ def implementations() -> list[str]:
 
 
 def check_impl_known(impl: str) -> None:
-    """Raise a ValueError where no method has an implementation of this name."""
+    """Raise a ValueError if no method has an implementation of this name."""
     names = implementations()
     if impl not in names:
         raise ValueError(f"impl must be one of {', '.join(names)}, got {impl!r}{nearest(impl, names)}")

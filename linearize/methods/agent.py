@@ -3,8 +3,8 @@
     x = softmax(second_scale Q A^T + B_2) softmax(scale A K^T + B_1) V + shortcut V + LocalConv(V)
 
 A are the image's queries, pooled over the grid (`kernels/pieces/cell_means.py`); B_1 and B_2 are learned tables over
-the offset of a token from an agent, spread over any grid. second_scale = scale**second_scale_exponent. Text stays under
-softmax: `joint.py` says how a query is shared.
+the offset of a token from an agent, spread over any grid. second_scale = scale**second_scale_exponent. Text keeps
+softmax attention (`joint.py`).
 
 Without training, on a Stable Diffusion UNet (AgentSD): `Agent(num_agents=..., second_scale_exponent=0.3,
 shortcut=0.075)` for the first denoising steps, and the base's attention for the rest, which `first_steps` switches:
@@ -13,7 +13,7 @@ shortcut=0.075)` for the first denoising steps, and the base's attention for the
     with first_steps(pipe, 20) as on_step_end:
         pipe(prompt, num_inference_steps=50, callback_on_step_end=on_step_end)
 
-AgentSD takes a share of the tokens for agents, by similarity; here their number is fixed, so that cost is linear.
+AgentSD picks a share of the tokens as agents, by similarity; here their number is fixed, so that cost is linear.
 
 B batch, H heads, N tokens, D head dimension, C = H * D channels.
 """
@@ -83,12 +83,12 @@ class AgentAttention(JointMethod):
 
     @staticmethod
     def pairs(config: Agent, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """What costs as much: each agent with each token, twice; 2 n k^2 C for the conv."""
+        """Pairs of equal cost: each agent with each token, twice; 2 n k^2 C for the conv."""
         num_image = math.prod(grid)
         per_token = 4 * config.num_agents + (config.conv_size or 0) ** 2
         return joint_pairs(num_image * per_token // 2, num_image, text_len, head_dim)
 
-    @apply_forward_hook  # sequential offload loads its weights for a hybrid, too, which calls this alone
+    @apply_forward_hook  # sequential offload must load the weights when a hybrid calls only this
     def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
         """x above, of the image's tokens [B, H, n, D] -> [B, H, n, D]."""
         height, width = grid[-2:]

@@ -2,12 +2,12 @@
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  |pos_i - pos_j| < radius
 
-In a video, pos is the place within a frame, and |frame_i - frame_j| < frame_radius holds as well. With pooling, image
-queries also see one key and value for each cell of the grid, in every frame, for what is far away:
+In a video, pos is the position in a frame, and |frame_i - frame_j| < frame_radius holds as well. With pooling, image
+queries also see one key and value for each cell of the grid, in every frame, for distant content:
 
     pooled_c = sum_t w_t k_t / sum_t w_t * sum(w),   t in cell c; tokens missing from a cell at the border drop out
 
-The window itself is `WindowAttention`'s (windows.py); here is what this method adds to it.
+`WindowAttention` (windows.py) implements the window; this module adds the pooling.
 
 B batch, H heads, D head dimension, C cells of all frames.
 """
@@ -79,7 +79,7 @@ class ClearAttention(WindowAttention):
             self._cells = as_shape(*cells)
 
     def covers(self, layout: Layout) -> bool:
-        """Whether this is softmax attention over everything, as the model had it."""
+        """Whether this is the model's own softmax attention over everything."""
         return not self._pools() and super().covers(layout)
 
     @staticmethod
@@ -109,7 +109,7 @@ class ClearAttention(WindowAttention):
 
 
 def _cells(config: Clear, grid: Grid) -> tuple[int, int] | None:
-    """Side and number of the pooled cells, None without pooling."""
+    """Side and number of the pooled cells; None without pooling."""
     if config.pool_tokens is not None:
         side = cell_side(grid, config.pool_tokens)
     elif config.pool_size is not None:

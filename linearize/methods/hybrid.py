@@ -9,30 +9,30 @@
 
     join="mass"     s_i = M_i / (M_i + sum_j exp(scale q_i . k_j)),   j in text or window
                     M_i = exp(b) sum_c r_ic exp(scale q_i . k_c),   k_c the mean key of a cell of the image,
-                                                                    r_ic its tokens outside of the window of i
+                                                                    r_ic its number of tokens outside i's window
     join="gate"     s_i = 1
 
-Softmax over everything is such a sum: L its part over text and window, G its part over the rest of the image, s_i the
-rest's share of the denominator, g = 1. So "mass" weighs a query's two answers as the base does, as far as linear cost
-can tell: M_i estimates the rest's part of the denominator from C = `mass_cells` cells of the image (rest_of_cells.py in
-kernels/focus); it is too small by what the means smooth. b, learned for each head, starts at 0. With "gate", text loses
-what G gains, since G has none. "mass" is the default: with g = 1 it is the nearer to the base before training, by far,
-and at g = 0 both are the local branch.
+Softmax over everything has this form: L over text and window, G over the rest of the image, s_i the rest's share of the
+denominator, and g = 1. So "mass" weighs the two branches as the base does, as far as linear cost allows: M_i estimates
+the rest's part of the denominator from C = `mass_cells` cells of the image (rest_of_cells.py in kernels/focus), too low
+because means smooth. b, learned for each head, starts at 0. With "gate", text loses the weight that G gains, since G
+sees no text. "mass" is the default: with g = 1 it is by far closer to the base before training, and at g = 0 both are
+the local branch.
 
-Where the cells are G's own proxies, G attends to them with these weights as well, and (1 - s) L + s G is one softmax:
-over text, window, and proxies that stand for the tokens of their cells outside of it. With a proxy for every token that
-is softmax over everything. With `focus_tokens`, the cells that weigh most give their own tokens to that softmax, in the
-place of their proxies (attention.py there). Other global branches, and proxies beside other `mass_cells`, see the whole
-image.
+If the cells are G's own proxies, G attends to them with these weights as well, and (1 - s) L + s G is one softmax over
+text, window, and proxies that stand for their cells' tokens outside the window. With a proxy for every token, that is
+softmax over everything. With `focus_tokens`, the cells with the largest weights contribute their own tokens to that
+softmax instead of their proxies (attention.py there). Other global branches, and proxies with other `mass_cells`, see
+the whole image.
 
-Where the window covers the image there is no rest, and the hybrid is the base's attention.
+If the window covers the image there is no rest, and the hybrid is the base's attention.
 
-Not rebuilt here: `Clear(pool_tokens=...)`, one softmax over window and pooled tokens, where a cell weighs as one token.
+`Clear(pool_tokens=...)` differs: one softmax over window and pooled tokens, where a cell weighs as much as one token.
 
-Related: SLA (arXiv:2509.24006) takes softmax for large weights and linear attention for others, and adds the two, with
-a learned projection in the place of g s. L2ViT (arXiv:2501.16182) gives layers linear and window attention by turns, as
-a mapping of patterns does here. UltraGen (arXiv:2510.16325) has windows and, for what is global, a low-resolution copy
-of the picture beside them.
+Related: SLA (arXiv:2509.24006) uses softmax for large weights and linear attention for others, and adds the two, with a
+learned projection instead of g s. L2ViT (arXiv:2501.16182) alternates layers of linear and window attention, as a
+mapping of patterns can here. UltraGen (arXiv:2510.16325) has windows and, for global context, a low-resolution copy of
+the picture.
 
 B batch, H heads, N tokens, n of them of the image, D head dimension.
 """
@@ -70,7 +70,7 @@ GLOBAL: dict[type, type[Any]] = {
     ProxyTokens: ProxyTokensAttention,
 }
 JOINS = ("mass", "gate")
-STATE_CELLS = 64  # that weigh a state, which has no keys of its own
+STATE_CELLS = 64  # cells that weigh a state, which has no keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Hybrid:
 
     @property
     def is_one_softmax(self) -> bool:
-        """Whether the proxies weigh themselves."""
+        """Whether the cells are the global branch's own proxies."""
         return self.join == "mass" and type(self.global_) is ProxyTokens and self.global_.num_proxies == self.num_cells
 
 
@@ -142,7 +142,7 @@ def _check_branch(name: str, config: object, allowed: dict[type, type[Any]]) -> 
 
 
 class HybridAttention(Method):
-    """A hybrid as the kernel of one attention module; `gate` [H] is g and, of join="mass", `balance` [H] is b."""
+    """A hybrid as the kernel of one attention module; `gate` [H] is g and, for join="mass", `balance` [H] is b."""
 
     def __init__(self, config: Hybrid, *, num_heads: int, head_dim: int) -> None:
         super().__init__(config, num_heads=num_heads, head_dim=head_dim)
@@ -154,7 +154,7 @@ class HybridAttention(Method):
 
     @property
     def impl(self) -> str:
-        """Of the local branch; the global branch runs the one of the same name where it has one."""
+        """That of the local branch; the global branch runs the one of the same name, or "auto" if it has none."""
         return self.local.impl
 
     @impl.setter
@@ -177,7 +177,7 @@ class HybridAttention(Method):
 
     @staticmethod
     def pairs(config: Hybrid, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """What both branches cost, text once, and the cells that weigh them where they are not the proxies."""
+        """Cost of both branches, text once, and of the cells that weigh them unless these are the proxies."""
         shape = {"num_heads": num_heads, "head_dim": head_dim}
         local = LOCAL[type(config.local)].pairs(config.local, grid, text_len, **shape)
         of_image = GLOBAL[type(config.global_)].pairs(config.global_, grid, 0, **shape)
@@ -188,7 +188,7 @@ class HybridAttention(Method):
 
     @staticmethod
     def advice(config: Hybrid, grid: Grid) -> str | None:
-        """What pictures of this grid may suffer from: no focus, or a proxy that stands for much of what is near."""
+        """Known weaknesses at this grid: no tokens in focus, or proxies that are coarse for the window."""
         told = [one for one in (focus_advice(config, grid), proxy_advice(config, grid)) if one is not None]
         return "; ".join(told) if told else None
 
@@ -196,7 +196,7 @@ class HybridAttention(Method):
         """As `Method.observe`.
 
         Raises:
-            LayoutError: a branch cannot have this grid.
+            LayoutError: a branch rejects this grid.
         """
         self.local.observe(grid)
         self.global_.observe(grid)
@@ -246,22 +246,12 @@ class HybridAttention(Method):
     def _one_softmax(
         self, query: Tensor, key: Tensor, value: Tensor, near: Tensor, log_near: Tensor, grid: Grid, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """What lies beyond the window gives, and its share, which `forward` mixes into `near` in one pass.
-
-        With tokens in focus that is G_i and s_i; else one call gives (1 - s_i) L_i + s_i G_i, and its share is 1.
-
-        Args:
-            query, key, value: [B, H, n, D], the image's tokens.
-            near: [B, H, n, D], L: what text and window give.
-            log_near: [B, H, n], the logarithm of their part of the denominator, counted in n/C tokens.
-        Returns:
-            [B, H, n, D], and [B, H, n, 1] or a scalar.
-        """
+        """(far, share) to mix into `near`, L; `log_near` [B, H, n] is the log of its denominator in n/C tokens."""
         proxies = self.global_.proxies(query, key, value, grid, scale)
         config, window = self.config, self.local.window
         if cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
             log_weights = log_rest(value, grid, window, config.num_cells)
-            tensors = (query, *proxies, log_near, near)
+            tensors = (query, *proxies, log_near, near)  # one call gives (1 - s_i) L_i + s_i G_i, so the share is 1
             return attend_with_extra_key(*tensors, bias=log_weights, scale=scale), log_near.new_ones(())
         far, log_far = focus_attention(
             *(query, key, value, *proxies),
@@ -276,10 +266,7 @@ class HybridAttention(Method):
 
 
 def _mixed(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
-    """(1 - share) near + share far, [B, H, n, D], where no gradient is wanted in the memory of `near`.
-
-    The share may be more exact than the two.
-    """
+    """(1 - share) near + share far, [B, H, n, D], in place without gradients; share may have a wider dtype."""
     in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())  # a copy takes GiB in large pictures
     if share.dtype == near.dtype:
         return near.lerp_(far, share) if in_place else torch.lerp(near, far, share)

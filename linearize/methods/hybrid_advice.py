@@ -1,4 +1,4 @@
-"""What pictures of a size may suffer from under a hybrid (hybrid.py), in sentences."""
+"""Advice on known weaknesses of a hybrid (hybrid.py) at a picture size, in sentences."""
 
 import logging
 import math
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NEAR_CELLS = 2  # that a window should reach: with 1 the small model's pictures showed a faint grid of cells
+NEAR_CELLS = 2  # cells that a window should reach: with 1, the small model's pictures showed a faint grid of them
 
 
 def focus_advice(config: "Hybrid", grid: Grid) -> str | None:
-    """That no token is seen one by one, where tokens should be."""
+    """Says that `focus_tokens` has no effect at this grid; None if it has, or need not."""
     shape, (frames, height, width) = config.local.shape, sizes_of(grid)
     covers = shape.covers(height, width) and (shape.frame_radius is None or frames <= shape.frame_radius)
     if config.focus_tokens == 0 or covers or cells_in_focus(config.focus_tokens, config.num_cells, grid) > 0:
@@ -32,7 +32,7 @@ def focus_advice(config: "Hybrid", grid: Grid) -> str | None:
 
 
 def proxy_advice(config: "Hybrid", grid: Grid) -> str | None:
-    """That a grid may show, where a proxy stands for much of what is near."""
+    """Says that a grid of proxies may show in the picture; None if they are fine enough."""
     if not config.is_one_softmax:
         return None
     reaches = [config.local.shape.reach(axis, size) for axis, size in enumerate(grid[-2:])]
@@ -49,5 +49,5 @@ def proxy_advice(config: "Hybrid", grid: Grid) -> str | None:
 
 @lru_cache  # once
 def warn_once(told: str) -> None:
-    """Every attention module observes the same grids."""
+    """Log advice once, since every attention module observes the same grids."""
     logger.warning(told)

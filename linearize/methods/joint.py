@@ -1,12 +1,12 @@
-"""Text beside an image that has an attention of its own: softmax wherever a text token asks or answers.
+"""Joins text with a method that attends within the image: text queries and text keys are under softmax.
 
     text query i    softmax over every token, as in the base
     image query i   out_i = (1 - w_i) T_i + w_i x_i,    w_i = exp(m_i) / (exp(m_i) + sum_t exp(scale q_i . k_t))
 
-T_i is softmax attention over the text alone, x_i what the method gives from the image alone, and m_i estimates the
-logarithm of what the image's keys add to the denominator of softmax (`log_mass`): with the exact m_i and softmax for
-x_i, out_i would be the base's. So text and image share a query about as the base shares it, before any training; rows
-of weights sum to 1 as those of x do; and without text, or where all of it is masked, out is x.
+T_i is softmax attention over the text alone, x_i the method's output from the image alone, and m_i an estimate of the
+logarithm of the image keys' part of the softmax denominator (`log_mass`): with the exact m_i and softmax for x_i, out_i
+would be the base's. So text and image are weighted about as in the base, before any training; rows of weights sum to 1
+if those of x do; and without text, or if all of it is masked, out is x.
 
 `balance`, a learned number for each head that starts at 0, is added to m.
 
@@ -27,17 +27,14 @@ from .method import Method
 
 
 class JointMethod(Method):
-    """A method with an attention of its own for the image, `attend_to_image`; its config says whether it has `balance`.
-
-    `balance` is [H], None for 0.
-    """
+    """A method that implements `attend_to_image`; its config says whether it has `balance`, [H], None for 0."""
 
     def __init__(self, config: Any, *, num_heads: int, head_dim: int) -> None:
         super().__init__(config, num_heads=num_heads, head_dim=head_dim)
         self.balance = nn.Parameter(torch.zeros(num_heads)) if config.balance else None
 
     def attend_to_image(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
-        """x above, of the image's tokens [B, H, n, D] -> [B, H, n, D]; `scale` is of logits, where there are some."""
+        """x above, of the image's tokens [B, H, n, D] -> [B, H, n, D]; `scale` is for logits, if there are any."""
         raise NotImplementedError
 
     def forward(
@@ -61,14 +58,14 @@ class JointMethod(Method):
 
 
 def joint_pairs(image_pairs: int, num_image: int, text_len: int, head_dim: int) -> int:
-    """What costs as much as a method whose image part costs `image_pairs`; the two products of `log_mass` included."""
+    """Pairs of a method whose image part costs `image_pairs`, with text and the two products of `log_mass`."""
     if text_len == 0:
         return image_pairs
     return image_pairs + num_image * (text_len + head_dim) + text_len * (text_len + num_image)
 
 
 def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """What text queries get, [B, H, T, D]."""
+    """Output for the text queries, [B, H, T, D]."""
     text_query, image_query = split_text(query, layout.text_len, layout.text_first)
     mask = None
     if layout.text_mask is not None:

@@ -1,4 +1,4 @@
-"""What methods share whose image tokens meet in one D x D state per head: `mala.py` and `rala.py` have the formulas.
+"""Base of methods that sum the image into one D x D state per head: `mala.py` and `rala.py` have the formulas.
 
     x = g * (kernel(q, k, v) + LocalConv(v)),   g = ValueGate(v)
 
@@ -58,7 +58,7 @@ class LinearImageAttention(JointMethod):
 
     @staticmethod
     def pairs(config: LinearImage, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """What costs as much: 2 n D C for the state, for its use and for the gate each, 2 n k^2 C for the conv."""
+        """Pairs of equal cost: 2 n D C for the state, for its use and for the gate each, 2 n k^2 C for the conv."""
         num_image = math.prod(grid)
         per_token = 2 * head_dim + (config.conv_size or 0) ** 2 + (head_dim if config.gate else 0)
         return joint_pairs(num_image * per_token // 2, num_image, text_len, head_dim)

@@ -71,13 +71,13 @@ class LinFusionAttention(Method):
 
     @staticmethod
     def pairs(config: LinFusion, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
-        """What costs as much: 2 N D C for the state and for its use each, 4 N C hidden for f_q and f_k each."""
+        """Pairs of equal cost: 2 N D C for the state and for its use each, 4 N C hidden for f_q and f_k each."""
         return math.prod(grid) * (head_dim + 2 * _hidden(config, num_heads * head_dim))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
-        """[B, H, N, D] -> [B, H, N, D]; a scale of logits has no place in the formula."""
+        """[B, H, N, D] -> [B, H, N, D]; there are no logits, so `scale` is ignored."""
         if layout.text_len > 0:
             raise LayoutError(
                 f"LinFusion is for self-attention of the image alone, got {layout.text_len} text tokens in the same "

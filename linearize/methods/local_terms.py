@@ -1,4 +1,4 @@
-"""What linear attention lacks and each token's values can give: their neighbourhood, and a gate.
+"""Terms of the values that compensate for what linear attention lacks: a local convolution, and a gate.
 
     LocalConv   x_i = sum_o w_o v_(i + o),   o in a square around 0, outside of the image v = 0; w learned, starts at 0
     ValueGate   g_i = 2 sigmoid(v_i W + b),  W, b learned for each head, start at 0, so that g starts at 1
@@ -30,7 +30,7 @@ class LocalConv(nn.Module):
 
 
 class ValueGate(nn.Module):
-    """One factor for each number of each token; `weight` [H, D, D], `bias` [H, 1, D]."""
+    """One factor for each channel of each token; `weight` [H, D, D], `bias` [H, 1, D]."""
 
     def __init__(self, *, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class ValueGate(nn.Module):
         return 2 * (value @ self.weight.to(value) + self.bias.to(value)).sigmoid()
 
 
-# An operator: the views inside depend on sides that change with the grid, so tracing them would compile anew each time.
+# A custom operator: its views depend on the sides of the grid, so tracing them would recompile for each grid.
 @torch.library.custom_op("lineardit::conv_tokens", mutates_args=())
 def conv_tokens(tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
     """Depth-wise convolution of tokens on a grid, zero beyond the border of each frame.
@@ -88,7 +88,7 @@ def _(grad_out: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int)
 
 
 def _as_picture(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[B, H, n, D] -> [B * frames, H * D, height, width], in memory as tokens lie after a projection."""
+    """[B, H, n, D] -> [B * frames, H * D, height, width], in the memory layout of projected tokens."""
     num_heads, head_dim = tokens.shape[1], tokens.shape[3]
     rows = tokens.transpose(1, 2).reshape(-1, height, width, num_heads * head_dim)
     return rows.permute(0, 3, 1, 2)

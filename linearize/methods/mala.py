@@ -3,13 +3,13 @@
     x_i = sum_j ((1 + 1 / z_i) s_ij - z_i) v_j / N,   s_ij = D**-0.5 phi(q_i) . phi(k_j),   z_i = mean_j s_ij
     phi(x) = elu(x) + 1,   j over the N tokens of the image
 
-Plain linear attention gives q and 2 q nearly the same weights; here the larger query has the sharper ones, as under
-softmax. Weights may be negative. The paper's LePE and gate are options (`local_terms.py`); the gate is one of values
-where the paper projects the module's input. Text stays under softmax: `joint.py` says how a query is shared.
+Plain linear attention gives q and 2 q nearly the same weights; here the larger query has sharper weights, as in
+softmax. Weights may be negative. The paper's LePE and gate are options (`local_terms.py`); the gate is computed from
+values where the paper projects the module's input. Text keeps softmax attention (`joint.py`).
 
-Where the published code departs from the formula: with rotary positions it rotates phi(q) and phi(k) for the first term
-alone, and takes z and the second term from the unrotated ones, so that its rows do not sum to 1. Here queries and keys
-come as the base rotates them, and phi is taken of those in both terms: rows sum to 1.
+The published code differs from the formula with rotary positions: it rotates phi(q) and phi(k) in the first term only,
+and takes z and the second term from the unrotated ones, so that its rows do not sum to 1. Here phi is applied to the
+base's rotated queries and keys in both terms, and rows sum to 1.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .linear_image import LinearImage, LinearImageAttention
 
 @dataclass(frozen=True, kw_only=True)
 class Mala(LinearImage):
-    """Config of magnitude-aware linear attention, those of `LinearImage`."""
+    """Config of magnitude-aware linear attention, with the attributes of `LinearImage`."""
 
 
 class MalaAttention(LinearImageAttention):

@@ -16,9 +16,9 @@ class Method(nn.Module):
 
     # {layer of the attention module: child of this module}: that layer's input x becomes x + child(x) (linfusion.py)
     input_terms: ClassVar[Mapping[str, str]] = {}
-    # its weights are the same for every head: it may be called with some of the heads alone (context parallelism)
+    # its weights are the same for every head: it may be called with some of the heads only (context parallelism)
     heads_alike: ClassVar[bool] = False
-    # it has no place for text beside the image: joint attention is refused
+    # it does not take text along with the image: joint attention is refused
     image_alone: ClassVar[bool] = False
     impl: str = "auto"  # one of `implementations()`
 

@@ -3,10 +3,10 @@ rectangle of image tokens around the query's own.
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  j in N(i)
 
-N(i) is, on each axis by itself, the `window` places nearest to i in steps of `dilation`: at the border it slides
-inside, so that every image token sees as many, window_height * window_width. Where the grid has fewer places, all of
-them are seen. In a video, N(i) is the same in all frames, or in those with |frame_i - frame_j| < frame_radius. The
-module is `WindowAttention` (windows.py).
+N(i) is, on each axis separately, the `window` positions nearest to i in steps of `dilation`. At the border it shifts
+inward, so that every image token sees window_height * window_width tokens; if the grid has fewer positions, it is all
+of them. In a video, N(i) is the same in all frames, or in those with |frame_i - frame_j| < frame_radius. The module is
+`WindowAttention` (windows.py).
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class Neighborhood:
     frame_radius: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("window", "dilation"):  # lists too, as JSON has them
+        for name in ("window", "dilation"):  # JSON gives lists
             object.__setattr__(self, name, as_tuples(getattr(self, name)))
-        _ = self.shape  # refuses what is no box
+        _ = self.shape  # raises if it is not a valid box
 
     @property
     def shape(self) -> Box:

@@ -2,7 +2,7 @@
 
     pooled_c = sum_t w_t x_t * sum(w) / sum_t w_t,    t over the tokens that cell c holds
 
-so that a cell which the border cuts keeps the weight of a full one.
+so that a cell cut by the border keeps the weight of a full one.
 B batch, H heads, D head dimension, p side of a cell, C = frames * ceil(height / p) * ceil(width / p) cells.
 n = frames * height * width tokens; a grid (height, width) is one frame.
 """
@@ -39,7 +39,7 @@ def cell_side(grid: Grid, max_cells: int) -> int:
 
 
 def count_cells(grid: Grid, side: int) -> int:
-    """How many square cells a grid has; those at the border may be cut."""
+    """Number of square cells of a grid; those at the border may be cut."""
     frames, height, width = sizes_of(grid)
     return frames * -(-height // side) * -(-width // side)
 
@@ -57,7 +57,7 @@ def weighted_pool(parts: Sequence[Tensor], weight: Tensor, grid: Grid, num_cells
     height, width = grid[-2:]
     ones = weight.new_ones(1, 1, parts[0].shape[2], 1)
     is_full = cell_sums(ones, torch.ones_like(weight), height, width, num_cells) == weight.numel()
-    # in a full cell both are 1: there, weights may add up to 0
+    # both are 1 in full cells, where the weights may add up to 0
     kept = torch.where(is_full, 1, cell_sums(ones, weight, height, width, num_cells))
     total = torch.where(is_full, 1, weight.sum())
     factor = total / kept  # [1, 1, C, 1]
@@ -72,7 +72,7 @@ def mean_pool(parts: Sequence[Tensor], side: int, grid: Grid, num_cells: int) ->
     return tuple((cell_sums(part, weight, height, width, num_cells) / count).to(part.dtype) for part in parts)
 
 
-# Operators: the views inside depend on sides that change with the grid, so tracing them would compile anew each time.
+# Custom operators: their views depend on the sides of the grid, so tracing them would recompile for each grid.
 @torch.library.custom_op("lineardit::cell_sums", mutates_args=())
 def cell_sums(tokens: Tensor, weight: Tensor, height: int, width: int, num_cells: int) -> Tensor:
     """Weighted sums over square cells, in float32 or better.
@@ -95,7 +95,7 @@ def _(tokens: Tensor, weight: Tensor, height: int, width: int, num_cells: int) -
 
 @torch.library.custom_op("lineardit::cell_sums_tokens_backward", mutates_args=())
 def _tokens_backward(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    """[B, H, C, D] -> [B, H, n, D]: to each token its cell's gradient times its weight."""
+    """[B, H, C, D] -> [B, H, n, D]: for each token, its cell's gradient times its weight."""
     side = weight.shape[0]
     rows, cols = -(-height // side), -(-width // side)
     per_cell = gradient.to(tokens.dtype).unflatten(2, (-1, rows, 1, cols, 1))
@@ -111,7 +111,7 @@ def _(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int)
 
 @torch.library.custom_op("lineardit::cell_sums_weight_backward", mutates_args=())
 def _weight_backward(gradient: Tensor, tokens: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    """[B, H, C, D] -> [p, p]: how each place in a cell goes with the cell's gradient."""
+    """[B, H, C, D] -> [p, p]: for each position in a cell, the sum of tokens times their cell's gradient."""
     side = weight.shape[0]
     cells = _in_cells(tokens, side, height, width)
     per_cell = gradient.reshape(*cells.shape[:4], cells.shape[5], cells.shape[7])  # [B, H, frames, rows, cols, D]

@@ -4,13 +4,12 @@
 
 q_c, k_c and v_c are the means of a cell of tokens, its proxy; c and d are any of the `num_proxies` cells, on the grid
 of `kernels/pieces/cells.py`. First the proxies attend to each other, which gives y; then every token attends to
-the proxies. The number of cells is fixed, so cost is linear. Text stays under softmax: `joint.py` says how a query is
-shared.
+the proxies. The number of cells is fixed, so cost is linear. Text keeps softmax attention (`joint.py`).
 
-Where this departs from the paper, which trains a model from the start: there, proxies are means of the block's input,
-the second attention has projections of its own, and windows follow it (`Hybrid` adds one). A module of the base has one
-set of projections, and here proxies are means of what they give. g, learned for each head, starts at 0, where a token
-gets the proxies' own values: softmax attention with cells for keys. At 1 it gets what the proxies heard, as in the
+Differences from the paper, which trains a model from scratch: there, proxies are means of the block's input, the second
+attention has its own projections, and windows follow it (`Hybrid` adds one). A module of the base has one set of
+projections, so here proxies are means of their outputs. g, learned for each head, starts at 0, where a token gets the
+proxies' own values: softmax attention with cells as keys. At 1 it gets the outputs of the proxies' attention, as in the
 paper; before training that is further from the base, since it smooths twice.
 
 B batch, H heads, n tokens of the image, D head dimension, C = num_proxies.
@@ -66,7 +65,7 @@ class ProxyTokensAttention(JointMethod):
         proxy_key, proxy_value = self.proxies(query, key, value, grid, scale)
         return scaled_dot_product_attention(query, proxy_key, proxy_value, scale=scale)
 
-    @apply_forward_hook  # sequential offload loads its weights for a hybrid, too, which calls this alone
+    @apply_forward_hook  # sequential offload must load the weights when a hybrid calls only this
     def proxies(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tensor]:
         """k_c and v_c + g (y_c - v_c) above, of the image's tokens; [B, H, n, D] -> [B, H, C, D] each."""
         proxy_query, proxy_key, proxy_value = (

@@ -4,11 +4,11 @@
     a = softmax_j(D**-0.5 mean_i(phi(q_i)) . phi(k_j)),   phi(x) = elu(x) + 1,   j over the tokens of the image
 
 The weights a raise the rank of the state S. The paper's second half, factors that raise the rank of the result, is the
-option `gate` (`local_terms.py`): of values, where the paper projects the module's input, and 1 at the start. Text stays
-under softmax: `joint.py` says how a query is shared.
+option `gate` (`local_terms.py`): computed from values, where the paper projects the module's input, and initially 1.
+Text keeps softmax attention (`joint.py`).
 
-Where the published code departs: with rotary positions it rotates phi(q) and phi(k) above the fraction line alone. Here
-phi is taken of what the base has rotated, above and below, and rows of weights sum to 1.
+The published code differs with rotary positions: it rotates phi(q) and phi(k) in the numerator only. Here phi is taken
+of the base's rotated queries and keys, in numerator and denominator, and rows of weights sum to 1.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .linear_image import LinearImage, LinearImageAttention
 
 @dataclass(frozen=True, kw_only=True)
 class Rala(LinearImage):
-    """Config of rank-augmented linear attention, those of `LinearImage`."""
+    """Config of rank-augmented linear attention, with the attributes of `LinearImage`."""
 
 
 class RalaAttention(LinearImageAttention):

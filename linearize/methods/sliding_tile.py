@@ -2,11 +2,11 @@
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in text  or  i in text  or  tile(j) in N(tile(i))
 
-The grid is cut into tiles, the last of an axis shorter where it does not divide. N(t) is the rectangle of `window`
-tiles around t, which slides inside at the border; where the grid has fewer tiles, all of them are seen. So all queries
-of a tile see the same keys, and blocks of keys are read whole, without a mask. Where the paper's tiles are cubes, here
-they lie in one frame, and N(t) is the same in all frames, or in those with |frame_i - frame_j| < frame_radius. The
-module is `WindowAttention` (windows.py).
+The grid is cut into tiles, the last one of an axis shorter if the side is not a multiple. N(t) is the rectangle of
+`window` tiles around t, shifted inward at the border; if the grid has fewer tiles, it is all of them. So all queries of
+a tile see the same keys, and blocks of keys are read whole, without a mask. The paper's tiles are cubes; here a tile is
+within one frame, and N(t) is the same in all frames, or in those with |frame_i - frame_j| < frame_radius. The module is
+`WindowAttention` (windows.py).
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class SlidingTile:
     frame_radius: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tile", "window"):  # lists too, as JSON has them
+        for name in ("tile", "window"):  # JSON gives lists
             object.__setattr__(self, name, as_tuples(getattr(self, name)))
-        _ = self.shape  # refuses what is no box
+        _ = self.shape  # raises if it is not a valid box
 
     @property
     def shape(self) -> Box:

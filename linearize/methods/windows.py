@@ -1,4 +1,4 @@
-"""The module of every method that is softmax over all text and a window of the image: its config tells which.
+"""The module of all methods that are softmax over all text and a window of the image, which the config defines.
 
 B batch, H heads, N tokens (text_len + frames * height * width), n of them of the image, D head dimension.
 """
@@ -67,7 +67,7 @@ class WindowAttention(Method):
         _with_frames(self.window.frame_radius, grid)
 
     def covers(self, layout: Layout) -> bool:
-        """Whether this is softmax attention over everything, as the model had it."""
+        """Whether this is the model's own softmax attention over everything."""
         frames, height, width = _with_frames(self.window.frame_radius, layout.grid)
         sees_frames = self.window.frame_radius is None or frames <= self.window.frame_radius
         return self.window.covers(height, width) and sees_frames
@@ -113,11 +113,7 @@ class WindowAttention(Method):
 
 
 def _with_frames(frame_radius: int | None, grid: Grid) -> Grid:
-    """A grid as (frames, height, width), of a picture one frame.
-
-    Raises:
-        LayoutError: a frame_radius in a model of single pictures.
-    """
+    """A grid as (frames, height, width), one frame for a picture, for which a frame_radius is a LayoutError."""
     if frame_radius is not None and len(grid) == 2:
         raise LayoutError(
             f"frame_radius={frame_radius} is for models of several frames, got a grid of {tuple(grid)}: "
