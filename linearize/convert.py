@@ -67,7 +67,7 @@ def linearize_(
     warn_untested()
     patterns = dict(config) if isinstance(config, Mapping) else {"*": config}
     for one in patterns.values():
-        config_to_dict(one)  # raises if it is no config
+        config_to_dict(one)  # raises if it is not a config
     candidates, skipped = attention_modules(model, family)
     small = levels_below(model, family, list(candidates), min_tokens)
     skipped |= small

@@ -162,7 +162,7 @@ def build_on_meta(base: Base, *, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 def cast_as_loaded_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters as `from_pretrained` does: to `dtype`, but those that the class keeps in float32 to that."""
+    """Cast parameters as `from_pretrained` does: to `dtype`, or to float32 where the class requires that."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, weight in model.named_parameters():
         if weight.is_floating_point():

@@ -11,7 +11,7 @@ def grouped(labels: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[s
 
     Args:
         labels: Label by module name, such as the config of its method; labels are hashable.
-        names: All names that the globs will be matched against; those without a label must match none.
+        names: All names that the globs will be matched against; no glob matches a name without a label.
     Returns:
         {glob: names}. Numbers in names become `*`, as in "transformer_blocks.*.attn", unless another name would match.
     """

@@ -46,7 +46,7 @@ class Family:
         see: (module, arguments by name) -> Sight. A module-level function, so that models can be copied and pickled.
         text_first: Text comes before the image in joint attention.
         text_queries: Text tokens are queries in joint attention; False: they are keys only.
-        image_alone: Globs of those modules whose calls never contain text or other tokens beside the image.
+        image_alone: Globs of those modules whose calls contain only image tokens, never text or others.
         seen_at: Class name of the modules whose arguments determine the grid; None: the model itself.
         blocks: Class names of the repeated blocks, for `compile_`.
         masked_at: Class names of the modules that would expand their `attention_mask` to tokens x tokens. Those with

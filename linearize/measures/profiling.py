@@ -58,8 +58,8 @@ def profile_attention(
         arguments: Further arguments of the pipeline's call, such as {"negative_prompt": "blurry"}.
     Raises:
         UnsupportedModelError: the model's class is not known.
-        ValueError: a setting is out of range or not known to this pipeline, `methods` has something that is no config
-            or cannot be tried layer by layer, or the pipeline is converted.
+        ValueError: a setting is out of range or not known to this pipeline, one of `methods` is not a config or cannot
+            be tried layer by layer, or the pipeline is converted.
     """
     _, model = denoiser(pipe)
     for method in methods:
@@ -69,7 +69,7 @@ def profile_attention(
     if not radii:
         raise ValueError("radii must hold at least one, got none")
     for radius in radii:
-        Clear(radius=radius)  # raises if it is no radius
+        Clear(radius=radius)  # raises if it is not a radius
     check_counts(prompts, {"queries": queries})
     call = call_of_original(
         pipe,
@@ -128,7 +128,7 @@ def probed(
 
 
 def _check_method(method: Any) -> None:
-    """Raise a ValueError if this is no config, or its method cannot be tried by its kernel alone."""
+    """Raise a ValueError if this is not a config, or its method cannot be tried by its kernel alone."""
     config_to_dict(method)
     if METHODS[type(method)].input_terms:
         raise ValueError(f"{method} cannot be tried layer by layer: it changes the layers before attention as well")

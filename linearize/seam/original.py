@@ -20,5 +20,5 @@ def runs_original(kernel: Any, layout: Layout, dense_below: int) -> bool:
 
 
 def below(dense_below: int) -> str:
-    """What reports say where the model's own call runs because of `dense_below`."""
+    """What reports say when the model's own call runs because of `dense_below`."""
     return f"{ORIGINAL} (fewer than {dense_below:,} image tokens)"
