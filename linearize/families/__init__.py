@@ -259,7 +259,7 @@ def family_of(model: nn.Module) -> Family:
     """The family that a model was converted with; else that of its class or of a class it derives from.
 
     Raises:
-        UnsupportedModelError: there is none; the error lists the supported classes.
+        UnsupportedModelError: there is none; the error says why, or lists the supported classes.
     """
     if hasattr(model, "_lineardit_conversion"):
         return cast(Any, model)._lineardit_conversion.family

@@ -46,7 +46,7 @@ class StepTime:
         runs: Implementations that the converted modules run, such as "tiled" or "masked, tiled"; "auto" if compiled;
             "original (...)" for the original call.
         original, converted: Seconds of each timed forward; None: out of memory.
-        original_gib, converted_gib: Peak memory in GiB, weights included; None: not counted on this device.
+        original_gib, converted_gib: Peak memory in GiB, weights included; None: out of memory, or not counted.
     """
 
     height: int
