@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 3  # seconds until the log says what is waited for; without a network, huggingface_hub tries for 25
 
-# of huggingface_hub's HTTP library, which differs between its versions
+# base error of huggingface_hub's HTTP library, which differs between its versions
 FAILED_REQUEST: Any = HfHubHTTPError.__bases__[0]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -257,7 +257,7 @@ def _as_indices(index: Any) -> Any:
 
 
 def _as_upstream_takes(name: str, value: Any, dtype: torch.dtype) -> Any:
-    """Move floats and `segment_ids` to meta, in the model's dtype; models read the values of masks and indices."""
+    """Move floats (cast to `dtype` if already there) and `segment_ids` to meta; models read the values of the rest."""
 
     def taken(tensor: Tensor) -> Tensor:
         if tensor.is_meta and tensor.is_floating_point():

@@ -41,7 +41,7 @@ def profile_attention(
     max_sequence_length: int | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> Profile:
-    """Measure where each self-attention module of the image attends, and how much windows and methods change it.
+    """Measure where the image's self-attention modules attend, and how much windows and methods change their output.
 
     Args:
         pipe: The original text-to-image pipeline, on the device to run on.
