@@ -1,4 +1,4 @@
-"""Distillation of models that have no row of their own: calls of the denoiser are kept, and learnt from."""
+"""Distillation from kept calls of the denoiser, for models without a row in `latent_functions.py`."""
 
 import copy
 from collections.abc import Callable
@@ -34,9 +34,9 @@ from tiny_models import MODELS, build
 from tiny_stock import STOCK
 
 COMMON = ("sd3", "pixart-sigma", "sd", "sdxl", "qwen-image", "flux2")
-KEEP_OBJECTS = ("glm-image", "qwen-image-21")  # keys and values of a reference, between the steps
-TAKE_OTHERS = ("dit", "qwen-image-layered")  # no prompt, or no size
-DRAW_AT_RANDOM = ("sd3-controlnet", "hunyuan-dit-controlnet")  # the control picture's latents, beside the generator
+KEEP_OBJECTS = ("glm-image", "qwen-image-21")  # their arguments hold cache objects for a reference
+TAKE_OTHERS = ("dit", "qwen-image-layered")  # take no prompt, or no size
+DRAW_AT_RANDOM = ("sd3-controlnet", "hunyuan-dit-controlnet")  # sample the control latents without the generator
 NAMES = [
     pytest.param(name, marks=[] if name in COMMON else pytest.mark.slow)
     for name in STOCK
@@ -46,7 +46,7 @@ MakeConfig = Callable[..., DistillConfig]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kept_calls_say_what_the_pipeline_said(name: str, tmp_path: Path) -> None:
+def test_kept_calls_reproduce_the_pipelines_outputs(name: str, tmp_path: Path) -> None:
     pipe, (height, width) = prompted(name), size_of(name)
     samples = kept(pipe, tmp_path / "samples", (height, width))
     model = denoiser(pipe)[1]
@@ -65,13 +65,13 @@ def test_kept_calls_say_what_the_pipeline_said(name: str, tmp_path: Path) -> Non
     if name in DRAW_AT_RANDOM:
         assert [one.shape for one in again] == [one.output.shape for one in chosen_calls(made, 2, 1)]
         return
-    # with strides as they are read from the disk sums may run in another order
+    # tensors read from disk have other strides, with which sums may run in another order
     places = [[torch.allclose(one.output, two, atol=1e-5) for one in made].index(True) for two in again]
     assert places[0] < len(made) / 2 <= places[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_student_learns_from_kept_calls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_student_learns_from_kept_calls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = prompted(name)
     samples = kept(pipe, tmp_path / "samples", size_of(name))
     student = copy.deepcopy(pipe)
@@ -89,9 +89,7 @@ def test_a_student_learns_from_kept_calls(name: str, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_a_student_learns_in_bfloat16_as_the_example_has_it(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_student_learns_from_kept_calls_in_bfloat16(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = prompted(name)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
@@ -104,7 +102,7 @@ def test_a_student_learns_in_bfloat16_as_the_example_has_it(
     assert rows[-1]["attention"] < rows[2]["attention"]
 
 
-def test_gradient_checkpointing_of_blocks_that_are_called_by_keyword(
+def test_gradient_checkpointing_supports_blocks_called_by_keyword(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = prompted("hunyuan-image")
@@ -118,7 +116,7 @@ def test_gradient_checkpointing_of_blocks_that_are_called_by_keyword(
     assert {**again, "seconds": 0} == pytest.approx({**plain, "seconds": 0}, rel=1e-5)
 
 
-def test_gradient_checkpointing_that_diffusers_lacks_is_refused(
+def test_gradient_checkpointing_unsupported_by_diffusers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = prompted("hunyuan-dit")
@@ -129,8 +127,8 @@ def test_gradient_checkpointing_that_diffusers_lacks_is_refused(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
-    """The text's projections too, of which the last block's are reached by the loss of attention outputs alone."""
+def test_kept_calls_give_the_same_losses_in_two_processes(tmp_path: Path) -> None:
+    """Includes text projections; those of the last block get a gradient from the attention loss only."""
     pipe = prompted("qwen-image")
     kept(pipe, tmp_path / "samples", size_of("qwen-image"))
     pipe.save_pretrained(tmp_path / "base")
@@ -146,7 +144,7 @@ def test_two_processes_learn_from_kept_calls_as_one(tmp_path: Path) -> None:
         assert {**two, "seconds": 0} == pytest.approx({**one, "seconds": 0}, rel=1e-5)
 
 
-def test_flux_can_be_taught_by_calls(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_flux_learns_from_kept_calls(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
     samples = kept(pipe, tmp_path / "samples", SIZES[0], max_sequence_length=8)
     assert samples.calls == 2
     guided = kept(
@@ -166,14 +164,14 @@ def test_flux_can_be_taught_by_calls(base: Path, pipe: FluxPipeline, tmp_path: P
     assert rows[-1]["attention"] < rows[2]["attention"]
 
 
-def test_the_last_call_is_learnt_from_where_a_share_is_rounded_up(tmp_path: Path) -> None:
+def test_share_rounded_up_to_one_takes_the_last_call(tmp_path: Path) -> None:
     samples = kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
     batches = SimpleNamespace(samples=samples)
     (part,) = Batches._kept_calls(batches, [0], torch.tensor([1.0]))  # type: ignore[arg-type]
     assert torch.equal(part.arguments["hidden_states"], samples.call(0, 1)["hidden_states"])
 
 
-def test_variance_that_pipelines_leave_is_not_learnt() -> None:
+def test_prediction_of_drops_learned_variance_channels() -> None:
     output = torch.rand(2, 8, 4, 6)
     for model in (build("pixart", out_channels=8), build("hunyuan-dit"), build("lumina-next", learn_sigma=True)):
         assert model.config.in_channels == 4
@@ -181,7 +179,7 @@ def test_variance_that_pipelines_leave_is_not_learnt() -> None:
     assert prediction_of(build("sd3"), (output,)) is output
 
 
-def test_the_precision_is_that_of_most_weights() -> None:
+def test_main_dtype_is_that_of_most_weights() -> None:
     pipe = prompted("wan")
     assert main_dtype(pipe.transformer) == torch.float32
     pipe.transformer.to(torch.bfloat16)
@@ -191,7 +189,7 @@ def test_the_precision_is_that_of_most_weights() -> None:
     assert fingerprint(pipe.transformer) != fingerprint(prompted("wan").transformer)
 
 
-def test_layers_to_train_are_the_models_own_below_a_style() -> None:
+def test_projection_names_ignore_a_style_lora() -> None:
     model = build("flux")
     linearize_(model, Clear(radius=2))
     names = projection_names(model, None)
@@ -199,7 +197,7 @@ def test_layers_to_train_are_the_models_own_below_a_style() -> None:
     assert projection_names(model, None) == names
 
 
-def test_a_safety_checker_stands_in_no_ones_way(tmp_path: Path) -> None:
+def test_load_teacher_leaves_out_the_safety_checker(tmp_path: Path) -> None:
     pipe = WHOLE["sd"][0]()
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = CLIPConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, projection_dim=8)
@@ -210,28 +208,28 @@ def test_a_safety_checker_stands_in_no_ones_way(tmp_path: Path) -> None:
     assert base.unet is not None and base.safety_checker is None
 
 
-def test_arguments_of_python_are_kept_as_json_has_them(tmp_path: Path) -> None:
+def test_pipeline_arguments_are_stored_as_json_values(tmp_path: Path) -> None:
     pipe, size = prompted("sdxl"), size_of("sdxl")
     pairs = {"original_size": (64, 48)}
     assert kept(pipe, tmp_path / "samples", size, arguments=pairs).settings["arguments"] == {"original_size": [64, 48]}
-    kept(pipe, tmp_path / "samples", size, arguments=pairs)  # nothing is left to do
+    kept(pipe, tmp_path / "samples", size, arguments=pairs)  # already complete
     with pytest.raises(ValueError, match="arguments must be JSON values"):
         kept(pipe, tmp_path / "more", size, arguments={"original_size": torch.ones(2)})
 
 
-def test_dit_is_told_that_it_takes_no_size(tmp_path: Path) -> None:
+def test_prepare_refuses_a_pipeline_that_takes_no_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DiTPipeline takes no height"):
         kept(prompted("dit"), tmp_path / "samples", (64, 64))
 
 
-def test_unpack_gives_what_was_packed() -> None:
+def test_unpack_inverts_pack() -> None:
     text = torch.ones(2, 3, dtype=torch.bfloat16)
     calls = [
         {"x": torch.rand(2, 2), "text": text, "more": {"ids": [(1, 2.5), None], "on": True, "masks": [text, text]}},
         {"x": torch.arange(3), "text": text, "more": {"name": "a", "empty": ()}},
     ]
     tensors, written = pack(calls, "00000007")
-    assert len(tensors) == 3  # the text's once
+    assert len(tensors) == 3  # the shared text is stored once
     for number, call in enumerate(calls):
         again = unpack(written, number, lambda place: tensors[f"00000007.{place}"])
         assert torch.equal(again.pop("x"), call["x"])
@@ -240,7 +238,7 @@ def test_unpack_gives_what_was_packed() -> None:
 
 
 @pytest.mark.parametrize(("made", "count"), [(28, 4), (7, 3), (2, 2), (2, 5)])
-def test_one_call_of_each_part_is_chosen(made: int, count: int) -> None:
+def test_chosen_calls_takes_one_call_of_each_part(made: int, count: int) -> None:
     nothing = torch.empty(0)
     predictions = [Prediction(index=index, arguments={}, output=nothing) for index in range(made)]
     for seed in range(20):
@@ -251,7 +249,7 @@ def test_one_call_of_each_part_is_chosen(made: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_converted_module_has_layers_to_train(name: str) -> None:
+def test_projection_names_cover_every_converted_module(name: str) -> None:
     model = build(name)
     linearize_(model, Clear(radius=2))
     names = projection_names(model, None)
@@ -259,7 +257,7 @@ def test_every_converted_module_has_layers_to_train(name: str) -> None:
     assert not [one for one in names if "add_" in one or "txt_" in one or "linear_kernel" in one]
 
 
-def test_evaluate_draws_with_any_pipeline(tmp_path: Path) -> None:
+def test_evaluate_supports_pipelines_other_than_flux(tmp_path: Path) -> None:
     pipe, (height, width) = prompted("pixart-sigma"), size_of("pixart-sigma")
     settings = PictureSettings(height=height, width=width, steps=2, batch_size=2)
     same = evaluate(pipe, copy.deepcopy(pipe), PROMPTS[:2], tmp_path / "same", settings=settings)
@@ -275,7 +273,7 @@ def test_evaluate_draws_with_any_pipeline(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
-def test_evaluate_refuses_what_makes_no_pictures(tmp_path: Path) -> None:
+def test_evaluate_refuses_a_pipeline_that_makes_no_pictures(tmp_path: Path) -> None:
     pipe, (height, width) = prompted("chronoedit"), size_of("chronoedit")
     settings = PictureSettings(height=height, width=width, steps=2)
     with pytest.raises(ValueError, match="does not make a picture for each prompt"):

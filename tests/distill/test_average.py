@@ -1,4 +1,4 @@
-"""The moving average of what is trained: what it holds, who uses it, and that an interruption loses none of it."""
+"""The moving average of the trained weights: its values, its use in validation and adapters, and resuming."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from lineardit.distill.validation import Validation
 
 MakeConfig = Callable[..., DistillConfig]
 POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
-FIRST, LAST = 2, 7  # steps, of the first phase and of both
+FIRST, LAST = 2, 7  # last step of the layerwise phase, and of the run
 
 
 def _config(make_config: MakeConfig, ema: float = 0.6, **tables: Any) -> DistillConfig:
@@ -41,7 +41,7 @@ def _by_pefts_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return weights
 
 
-def test_the_average_is_judged_and_saved_and_survives_an_interruption(
+def test_average_is_validated_saved_and_resumed(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     judged: dict[int, dict[str, torch.Tensor]] = {}
@@ -61,7 +61,7 @@ def test_the_average_is_judged_and_saved_and_survives_an_interruption(
     expected: dict[str, torch.Tensor] = {}
     for step in range(1, LAST + 1):
         weights, averages = _stored(run, step, "trained"), _stored(run, step, "average")
-        taken_in = step if step <= FIRST else step - FIRST  # each phase has an average of its own
+        taken_in = step if step <= FIRST else step - FIRST  # each phase starts a new average
         decay = 0 if taken_in == 1 else min(0.6, taken_in / (taken_in + 9))
         expected = {name: decay * expected.get(name, one) + (1 - decay) * one for name, one in weights.items()}
         assert all(one.dtype == torch.float32 for one in averages.values())
@@ -84,8 +84,8 @@ def test_the_average_is_judged_and_saved_and_survives_an_interruption(
             assert all(torch.equal(resumed[key], one) for key, one in tensors.items()), (step, name)
 
 
-def test_an_average_trains_the_same_weights_as_none(make_config: MakeConfig, tmp_path: Path) -> None:
-    """And a run without one keeps no file of it, nor goes on with one."""
+def test_average_does_not_change_the_trained_weights(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A run without an average writes no file for it, and cannot be resumed with one."""
     made = {ema: make_config(
         trained={"kind": "lora", "rank": 2, "ema": ema}, run={"directory": str(tmp_path / str(ema)), "steps": 2}
     ) for ema in (0.0, 0.9)}  # fmt: skip
@@ -101,6 +101,6 @@ def test_an_average_trains_the_same_weights_as_none(make_config: MakeConfig, tmp
         distill(changed, resume="latest")
 
 
-def test_an_average_that_would_never_move_is_refused(make_config: MakeConfig) -> None:
+def test_average_with_decay_one_is_refused(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"^trained.ema must be in \[0, 1\), 0 for no average, got 1.0"):
         make_config(trained={"kind": "attention", "ema": 1.0})

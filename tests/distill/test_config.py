@@ -1,4 +1,4 @@
-"""Settings: what is read, what is refused, and that they survive a round trip."""
+"""Settings: reading, validation and round trips."""
 
 import math
 import os
@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_load_config_reads_utf8_in_any_locale(file: Path) -> None:
-    """And the mark that some editors put before it."""
+    """And skips the byte order mark that some editors write."""
     file.write_text("\ufeff" + TEXT.replace('"samples"', '"b\xe9"'), encoding="utf-8")
     code = "import sys; from lineardit.distill.config_tables import load_config; print(load_config(sys.argv[1]).data)"
     command = [sys.executable, "-c", code, str(file)]
@@ -66,13 +66,13 @@ def test_config_round_trips(file: Path, make_config: Callable[..., DistillConfig
         assert config_from_tables(config_to_tables(config)) == config
 
 
-def test_the_example_is_read() -> None:
+def test_load_config_reads_the_flux_example() -> None:
     file = Path(__file__).parents[2] / "examples" / "distill_flux.toml"
     config = load_config(file)
     assert config.method.local == Clear(radius=16)
     assert config.run.batch_size == 32
     assert config.trained == Lora(rank=64)
-    assert load_config(file, ["trained.kind=attention"]).trained == Attention()  # the file's rank is of the other kind
+    assert load_config(file, ["trained.kind=attention"]).trained == Attention()  # drops the file's rank, a LoRA setting
     with pytest.raises(ValueError, match=r"unknown setting trained\.rank"):
         load_config(file, ["trained.kind=attention", "trained.rank=8"])
 
@@ -103,24 +103,24 @@ def test_the_example_is_read() -> None:
         ("noise.mean=inf", "noise.mean must be finite, got inf"),
     ],
 )
-def test_load_config_refuses(file: Path, override: str, message: str) -> None:
+def test_load_config_refuses_bad_overrides(file: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("[", r"\[").replace("?", r"\?")):
         load_config(file, [override])
 
 
-def test_an_override_of_what_is_no_table_is_refused(file: Path) -> None:
+def test_load_config_refuses_a_value_in_place_of_a_table(file: Path) -> None:
     file.write_text(TEXT.replace('base.model = "some/model"', 'base = "folder"'))
     with pytest.raises(ValueError, match=r"^base must be a table, got 'folder'"):
         load_config(file, ["base.model=x"])
 
 
 @pytest.mark.parametrize("alpha", [0.0, math.nan])
-def test_lora_that_could_not_learn_is_refused(alpha: float) -> None:
+def test_lora_refuses_a_bad_alpha(alpha: float) -> None:
     with pytest.raises(ValueError, match=r"^trained.alpha must be > 0 and finite"):
         Lora(alpha=alpha)
 
 
-def test_load_config_refuses_no_loss(file: Path) -> None:
+def test_load_config_refuses_all_loss_weights_zero(file: Path) -> None:
     with pytest.raises(ValueError, match="loss must be above 0 in at least one term"):
         load_config(file, ["loss.flow=0", "loss.prediction=0", "loss.attention=0"])
 
@@ -136,7 +136,7 @@ def test_config_refuses_a_missing_table() -> None:
         config_from_tables({"data": {"directory": "samples"}})
 
 
-def test_the_plan_says_how_far_a_long_warm_up_gets(file: Path) -> None:
+def test_warmup_told_warns_of_a_run_shorter_than_its_warmup(file: Path) -> None:
     assert (
         warmup_told(load_config(file)) == " after 100 steps of warm-up, and the run has 10: it comes to 10% of the rate"
     )

@@ -1,4 +1,4 @@
-"""The order of the data and the noise: functions of seed, step and place, one grid per batch."""
+"""The order of the samples and the noise: functions of seed, step and position, with one grid per batch."""
 
 from collections import Counter
 

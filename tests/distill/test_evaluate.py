@@ -1,4 +1,4 @@
-"""Teacher against student: what the report holds, that work goes on, what is refused."""
+"""Evaluation of a student against its teacher: the report, resuming, and refused input."""
 
 import gc
 import json
@@ -36,14 +36,14 @@ def student() -> FluxPipeline:
 
 
 def forwards(pipe: FluxPipeline) -> list[int]:
-    """Grows by one with each forward of the transformer."""
+    """A list that grows by one element with each forward of the transformer."""
     calls: list[int] = []
     pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
 
 
 def says_red(prompt: str, image: Image.Image) -> Mapping[str, tuple[int, int]]:
-    """A judge that understands two prompts, and finds every second picture column right."""
+    """A judge that scores one of two for a prompt with "red", nothing else."""
     return {"red": (1, 2)} if "red" in prompt else {}
 
 
@@ -73,7 +73,7 @@ def test_evaluate_compares_the_pipelines_own_latents(pipe: FluxPipeline, student
         assert sheet.height > 3 * 24
 
 
-def test_samples_and_pictures_have_the_models_own_size_where_none_is_said(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_default_size_of_samples_and_pictures_is_the_models_own(pipe: FluxPipeline, tmp_path: Path) -> None:
     pipe.vae.register_to_config(sample_size=16)
     samples = TeacherSamples(prepare(pipe, PROMPTS[:2], tmp_path / "samples", steps=1, max_sequence_length=8))
     assert [(one.height, one.width) for one in samples.samples] == [(16, 16)] * 2
@@ -88,7 +88,7 @@ def test_evaluate_finds_no_difference_to_itself(pipe: FluxPipeline, tmp_path: Pa
     assert report.to_dict()["psnr"] is None
 
 
-def test_make_pictures_goes_on_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_make_pictures_resumes_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
     first = make_pictures(pipe, THREE, tmp_path, SETTINGS)
     calls = forwards(pipe)
     (lost,) = tmp_path.glob("*/000001.safetensors")
@@ -114,12 +114,12 @@ def test_make_pictures_keeps_latents_that_could_not_be_decoded(
     assert len(list((tmp_path / "two").glob("*/*.safetensors"))) == SETTINGS.batch_size
     calls = forwards(pipe)
     again = make_pictures(pipe, THREE, tmp_path / "two", SETTINGS)
-    assert len(calls) == SETTINGS.steps  # the batch that was not begun
+    assert len(calls) == SETTINGS.steps  # only the batch that had not been started
     assert [image.tobytes() for image in again.images] == [image.tobytes() for image in first.images]
 
 
 @pytest.mark.parametrize("damaged", ["000001.png", "000001.safetensors"])
-def test_make_pictures_makes_damaged_files_anew(pipe: FluxPipeline, tmp_path: Path, damaged: str) -> None:
+def test_make_pictures_replaces_damaged_files(pipe: FluxPipeline, tmp_path: Path, damaged: str) -> None:
     first = make_pictures(pipe, THREE, tmp_path, SETTINGS)
     (file,) = tmp_path.glob(f"*/{damaged}")
     file.write_bytes(file.read_bytes()[:-30])
@@ -135,7 +135,7 @@ def test_make_pictures_refuses_latents_that_are_not_finite(pipe: FluxPipeline, t
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_evaluate_tells_of_a_damaged_report(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_evaluate_refuses_a_damaged_report(pipe: FluxPipeline, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"question": {"tea')
     with pytest.raises(ValueError, match=r"report.json is damaged"):
         evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS, memory=False)
@@ -144,7 +144,7 @@ def test_evaluate_tells_of_a_damaged_report(pipe: FluxPipeline, tmp_path: Path) 
         evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS, memory=False)
 
 
-def test_make_pictures_makes_another_prompts_picture_anew(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_make_pictures_replaces_the_picture_of_a_changed_prompt(pipe: FluxPipeline, tmp_path: Path) -> None:
     make_pictures(pipe, THREE, tmp_path, SETTINGS)
     calls = forwards(pipe)
     make_pictures(pipe, [THREE[0], "something else", THREE[2]], tmp_path, SETTINGS)
@@ -168,7 +168,7 @@ def test_digest_changes_with_what_changes_pictures(pipe: FluxPipeline, student: 
     changed = {digest(one, SETTINGS) for one in (pipe, student, other)}
     linearize_(other, Clear(radius=3), dense_below=100)
     changed.add(digest(other, SETTINGS))
-    set_impl_(other, "tiled")  # forced, it runs at every size
+    set_impl_(other, "tiled")  # a forced implementation runs at every size
     assert digest(other, SETTINGS) in changed
     linearize_(other, Clear(radius=3))
     changed.add(digest(pipe, PictureSettings(**vars(SETTINGS) | {"seed": 1})))
@@ -185,7 +185,7 @@ def test_digest_changes_with_what_changes_pictures(pipe: FluxPipeline, student: 
     assert len(changed) == 10
 
 
-def test_evaluate_keeps_the_report_of_another_question(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_evaluate_keeps_a_report_of_other_settings_unless_overwritten(pipe: FluxPipeline, tmp_path: Path) -> None:
     evaluate(pipe, pipe, THREE[:1], tmp_path, settings=SETTINGS)
     before = (tmp_path / "report.json").read_text()
     other = PictureSettings(**vars(SETTINGS) | {"steps": 1})
@@ -216,29 +216,29 @@ def test_evaluate_refuses_a_sheet_without_pictures(pipe: FluxPipeline, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate_refuses_a_folder_of_something_else(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_evaluate_refuses_a_folder_of_other_files(pipe: FluxPipeline, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
         evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS)
 
 
-def test_evaluate_holds_its_folder(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_evaluate_locks_its_folder(pipe: FluxPipeline, tmp_path: Path) -> None:
     with held(tmp_path / "out"), pytest.raises(ValueError, match=r"another process is at work in .*out"):
         evaluate(pipe, pipe, THREE[:1], tmp_path / "out", settings=SETTINGS)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".lock").touch()  # of one that was killed before its first picture
+    (tmp_path / "out" / ".lock").touch()  # left by a process killed before its first picture
     evaluate(pipe, pipe, THREE[:1], tmp_path / "out", settings=SETTINGS)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"report.json", "pictures", "teacher-student-difference.png"}
 
 
-def test_picture_settings_refuse_no_steps() -> None:
+def test_picture_settings_refuse_zero_steps() -> None:
     with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         PictureSettings(height=8, width=8, steps=0)
 
 
-def test_weights_that_accelerate_keeps_elsewhere_count_in_a_digest() -> None:
-    """As in sequential offload, between whose forwards all parameters are on the meta device."""
+def test_digest_covers_weights_offloaded_by_accelerate() -> None:
+    """Sequential offload leaves all parameters on the meta device between forwards."""
     one, other = build_tiny(), build_tiny()
     in_memory = digest(one, SETTINGS.of(one))
     with torch.no_grad():
@@ -249,8 +249,8 @@ def test_weights_that_accelerate_keeps_elsewhere_count_in_a_digest() -> None:
     assert digest(one, SETTINGS.of(one)) == in_memory != digest(other, SETTINGS.of(other))
 
 
-def test_costs_are_those_of_the_pipelines_own_gpu(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of the current one, which would be cuda:0 whatever is asked for."""
+def test_costs_are_measured_on_the_pipelines_own_gpu(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current device, which is cuda:0 whichever device the pipeline is on."""
     device, asked = torch.device("cuda:1"), []
     monkeypatch.setattr(FluxPipeline, "device", device)
     monkeypatch.setattr(cost, "_draw", lambda *_: None)
@@ -264,7 +264,7 @@ def test_costs_are_those_of_the_pipelines_own_gpu(pipe: FluxPipeline, monkeypatc
     assert asked == 3 * [device]
 
 
-def test_paired_step_seconds_runs_both_in_turn(pipe: FluxPipeline, student: FluxPipeline) -> None:
+def test_paired_step_seconds_alternates_teacher_and_student(pipe: FluxPipeline, student: FluxPipeline) -> None:
     order: list[str] = []
     for name, one in (("teacher", pipe), ("student", student)):
         one.transformer.register_forward_pre_hook(lambda *_, name=name: order.append(name))
@@ -274,17 +274,19 @@ def test_paired_step_seconds_runs_both_in_turn(pipe: FluxPipeline, student: Flux
 
 
 @pytest.mark.parametrize("kernel_counts", [True, False])
-def test_resident_peak_sees_memory_that_is_freed_again(kernel_counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resident_peak_includes_memory_freed_before_the_end(
+    kernel_counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not kernel_counts:
         monkeypatch.setattr(cost, "_forget_high_water", lambda: False)
     elif not cost._forget_high_water():
         pytest.skip("only Linux keeps a mark of resident memory")
-    gc.collect()  # what earlier tests left, freed meanwhile, would hide it
+    gc.collect()  # garbage of earlier tests, freed meanwhile, would hide the block
     with resident_peak() as peak:
         block = torch.ones(2**24)  # 64 MiB
         assert block.sum() > 0
         if not kernel_counts:
-            time.sleep(0.2)  # seconds: long enough for the watching thread on a busy machine
+            time.sleep(0.2)  # seconds: long enough for the sampling thread on a busy machine
         del block
     assert 60 * 2**20 < peak[0] < 200 * 2**20
 
@@ -299,5 +301,5 @@ def test_fresh_picture_peak_grows_with_the_picture(base: Path) -> None:
     assert 0 <= small < large
 
 
-def test_prompt_of_the_cost_is_known_to_the_small_model(pipe: FluxPipeline) -> None:
+def test_cost_prompt_is_in_the_small_models_vocabulary(pipe: FluxPipeline) -> None:
     assert pipe.tokenizer_2.unk_token_id not in pipe.tokenizer_2(PROMPT).input_ids

@@ -1,4 +1,4 @@
-"""The numbers of a run: kept where the disk is full, refused where they are no numbers."""
+"""The CSV of a run: rows are kept while the disk is full, and a damaged file is refused."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from lineardit.distill.figures import StepLog
 from lineardit.distill.train import distill
 
 
-def test_rows_that_found_no_room_are_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_step_log_keeps_rows_until_the_disk_has_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "loss.csv"
     log = StepLog(path, ["loss"])
     log.append({"step": 1, "loss": 0.5})
@@ -27,7 +27,7 @@ def test_rows_that_found_no_room_are_written_later(tmp_path: Path, caplog: pytes
     assert caplog.text.count("cannot be written (No space left on device): its rows are kept") == 1
 
 
-def test_a_full_disk_costs_the_curve_and_not_the_run(
+def test_full_disk_loses_the_loss_curve_but_not_the_run(
     make_config: Callable[..., DistillConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(path: Path, _: Any) -> None:
@@ -45,7 +45,7 @@ def test_a_full_disk_costs_the_curve_and_not_the_run(
     "content",
     ["step,loss\n1,much\n", "step,loss\nfirst,1\n", "loss\n1\n", "step,loss\n1,2,3\n", "step,loss,more\n1,2,3\n"],
 )
-def test_a_table_that_is_damaged_is_told(content: str, tmp_path: Path) -> None:
+def test_step_log_refuses_a_damaged_table(content: str, tmp_path: Path) -> None:
     path = tmp_path / "loss.csv"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"loss.csv is damaged \(.*\): repair it, or move it away to start a new one"):

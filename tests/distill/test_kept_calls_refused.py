@@ -1,4 +1,4 @@
-"""Kept calls that do not fit, are damaged or cannot be made, and runs on them that end early: a sentence each."""
+"""One-sentence errors: kept calls that do not fit, are damaged or cannot be made, and runs that end early."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from lineardit.distill.data import TeacherSamples
 from lineardit.distill.prepare import prepare
 
 
-def test_what_does_not_fit_kept_calls_is_refused(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_settings_that_do_not_fit_kept_calls_are_refused(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
     kept(pipe, tmp_path / "samples", SIZES[0], max_sequence_length=8)
     with pytest.raises(
         ValueError, match=r"loss.flow must be 0 for .*samples, which holds calls of the teacher's model"
@@ -38,7 +38,7 @@ def test_what_does_not_fit_kept_calls_is_refused(base: Path, pipe: FluxPipeline,
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+def test_calls_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     pipe, size = prompted("sd3"), size_of("sd3")
     with pytest.raises(ValueError, match=r"calls must be <= 2, as many as a picture of 2 steps takes"):
         kept(pipe, tmp_path / "samples", size, calls=3)
@@ -58,7 +58,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "samples").glob("*.safetensors"))
 
 
-def test_samples_of_a_model_of_other_shapes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_a_model_with_other_shapes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
     monkeypatch.setattr(train, "load_teacher", lambda _: prompted("sdxl"))
     with pytest.raises(ValueError, match=r"was made by another UNet2D.*, and base.model is a .* of other shapes"):
@@ -75,7 +75,7 @@ def test_samples_of_a_model_of_other_shapes_are_refused(tmp_path: Path, monkeypa
         (lambda tensors, _: tensors["00000001.0"].fill_(float("nan")), "sample 1 holds NaN"),
     ],
 )
-def test_a_damaged_shard_is_named(damage: Any, message: str, tmp_path: Path) -> None:
+def test_damaged_shard_is_named_in_the_error(damage: Any, message: str, tmp_path: Path) -> None:
     samples = kept(prompted("sd3"), tmp_path / "samples", size_of("sd3"))
     file = tmp_path / "samples" / "shard-00000.safetensors"
     tensors = load_file(file)
@@ -100,7 +100,7 @@ def test_a_damaged_shard_is_named(damage: Any, message: str, tmp_path: Path) -> 
         lambda index: index["shards"][0]["samples"][0].pop("prompt"),
     ],
 )
-def test_a_damaged_index_is_named(damage: Callable[[Any], Any], tmp_path: Path) -> None:
+def test_damaged_index_is_named_in_the_error(damage: Callable[[Any], Any], tmp_path: Path) -> None:
     folder = tmp_path / "samples"
     kept(prompted("sd3"), folder, size_of("sd3"))
     index = json.loads((folder / "index.json").read_text())
@@ -110,7 +110,7 @@ def test_a_damaged_index_is_named(damage: Callable[[Any], Any], tmp_path: Path) 
         TeacherSamples(folder)
 
 
-def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_error_names_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=SafetensorError("No space left on device"))
     monkeypatch.setattr("lineardit.distill.shards.save_file", full)
     with pytest.raises(OSError, match=r"shard-00000.safetensors cannot be written: No space left"):
@@ -118,14 +118,14 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "samples").exists()
 
 
-def test_levels_that_are_all_left_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_min_tokens_above_every_level_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
     monkeypatch.setattr(train, "load_teacher", lambda _: prompted("sd"))
     with pytest.raises(ValueError, match=r"min_tokens must be <= \d+: the levels have \d+"):
         train.distill(config_of(tmp_path, run={"min_tokens": 10**6}))
 
 
-def test_an_interrupted_run_says_how_to_go_on(
+def test_interrupted_run_says_how_to_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=KeyboardInterrupt))
@@ -133,7 +133,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "interrupted; --resume latest continues" in capsys.readouterr().err
 
 
-def test_a_run_without_enough_memory_says_what_needs_less(
+def test_out_of_memory_message_names_settings_that_need_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(write_config(config_of(tmp_path), tmp_path / "config.toml"))
@@ -141,16 +141,16 @@ def test_a_run_without_enough_memory_says_what_needs_less(
     assert main([config]) == 1
     said = capsys.readouterr().err
     assert "out of memory: CUDA ...; raise run.gradient_accumulation" in said
-    assert "base.dtype" not in said.partition("--resume latest")[0]  # which a run that goes on must keep
+    assert "base.dtype" not in said.partition("--resume latest")[0]  # a resumed run must keep it
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main([config])
 
 
-def test_a_process_that_finds_another_gone_leaves_the_word_to_it(
+def test_exit_message_is_left_to_the_failed_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And is ended by the launcher meanwhile; or else says what it found."""
+    """The launcher usually ends it while it waits; otherwise it raises its own error."""
     config, slept = str(write_config(config_of(tmp_path), tmp_path / "config.toml")), Mock()
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("time.sleep", slept)
@@ -162,7 +162,7 @@ def test_a_process_that_finds_another_gone_leaves_the_word_to_it(
     assert not capsys.readouterr().err
 
 
-def test_several_processes_without_enough_memory_say_it_once(
+def test_out_of_memory_in_several_processes_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, slept, store = str(write_config(config_of(tmp_path), tmp_path / "config.toml")), Mock(), HashStore()

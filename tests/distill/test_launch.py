@@ -1,4 +1,4 @@
-"""The processes that `lineardit distill --processes N` starts, and how they end: with one sentence, and all of them."""
+"""The processes that `lineardit distill --processes N` starts: all of them end, with one error message."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ MakeConfig = Callable[..., DistillConfig]
 
 @pytest.fixture
 def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """`pretend(script)` makes a shell script what the launcher starts; the file `started` it should touch."""
+    """`pretend(script)` makes the launcher start this shell script; returns a file that the script may touch."""
 
     def instead(script: str) -> Path:
         python = tmp_path / "python"
@@ -33,7 +33,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 
 def _when(there: Path, number: int) -> None:
-    """Give this process a signal as soon as the file is there."""
+    """Send this process a signal as soon as the file exists."""
 
     def wait() -> None:
         while not there.exists():
@@ -46,7 +46,7 @@ def _when(there: Path, number: int) -> None:
 SENTENCE = "lineardit.distill: run.batch_size must be a multiple of processes x run.gradient_accumulation = 2, got 3"
 
 
-def test_what_all_processes_find_wrong_is_told_once(
+def test_error_of_all_processes_is_printed_once(
     make_config: MakeConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = write_config(make_config(run={"batch_size": 3}), tmp_path / "config.toml")
@@ -55,15 +55,15 @@ def test_what_all_processes_find_wrong_is_told_once(
 
 
 @pytest.mark.slow
-def test_what_all_processes_find_wrong_is_told_once_under_torchrun(make_config: MakeConfig, tmp_path: Path) -> None:
-    """And then comes what torchrun says."""
+def test_error_of_all_processes_is_printed_once_under_torchrun(make_config: MakeConfig, tmp_path: Path) -> None:
+    """torchrun's own report follows."""
     process = launch_run(write_config(make_config(run={"batch_size": 3}), tmp_path / "config.toml"), processes=2)
     assert process.communicate()[1].decode().count(SENTENCE) == 1
     assert process.returncode == 1
 
 
 @pytest.mark.parametrize(("patience", "comes_to_its_end"), [(30.0, True), (0.1, False)])
-def test_an_interrupted_launch_ends_after_what_it_started(
+def test_interrupted_launch_gives_its_workers_time_to_end(
     patience: float,
     comes_to_its_end: bool,
     pretend: Callable[[str], Path],
@@ -73,7 +73,7 @@ def test_an_interrupted_launch_ends_after_what_it_started(
     started, ended = tmp_path / "started", tmp_path / "ended"
     pretend(f"trap '' INT\ntouch {started}\nsleep {1 if comes_to_its_end else 60} && touch {ended}")
     monkeypatch.setattr(launch, "PATIENCE", patience)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT
     _when(started, signal.SIGINT)
     began = time.perf_counter()
     try:
@@ -85,7 +85,7 @@ def test_an_interrupted_launch_ends_after_what_it_started(
     assert time.perf_counter() - began < 30
 
 
-def test_a_signal_that_ends_the_launcher_ends_what_it_started(pretend: Callable[[str], Path], tmp_path: Path) -> None:
+def test_sigterm_to_the_launcher_ends_its_workers(pretend: Callable[[str], Path], tmp_path: Path) -> None:
     started = pretend(f"echo $$ > {tmp_path}/worker-$RANK\ntouch {tmp_path}/started\nexec sleep 60")
     _when(started, signal.SIGTERM)
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
@@ -95,7 +95,7 @@ def test_a_signal_that_ends_the_launcher_ends_what_it_started(pretend: Callable[
 
 
 @pytest.mark.parametrize(("end", "code"), [("exit 3", 3), ("kill -9 $$", 137)])
-def test_a_process_that_fails_ends_the_others(
+def test_failed_worker_ends_the_others(
     end: str, code: int, pretend: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretend(f"if [ $RANK = 1 ]; then {end}; fi\nexec sleep 60")
@@ -105,7 +105,7 @@ def test_a_process_that_fails_ends_the_others(
     assert ("process 1 was ended by SIGKILL; --resume latest" in caplog.text) == (code == 137)
 
 
-def test_a_process_ends_with_its_launcher_that_was_killed() -> None:
+def test_worker_ends_after_its_launcher_is_killed() -> None:
     told, tells = os.pipe()
     launcher = os.fork()
     if not launcher:

@@ -1,4 +1,4 @@
-"""The first phase: each layer's own gradient on the teacher's activations, and runs that stop and go on in it."""
+"""The layerwise phase: each layer's own gradient on the teacher's activations, and runs resumed in it."""
 
 import csv
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def _rows(run: Path) -> list[dict[str, float]]:
 
 
 def _student(pipe: Any, config: DistillConfig, data: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A student whose every trained parameter has an effect, and arguments for its forward."""
+    """A student in which every trained parameter has an effect, and arguments for its forward."""
     build_student_(pipe, config)
     model = pipe.transformer
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def _student(pipe: Any, config: DistillConfig, data: Path) -> tuple[nn.Module, d
 
 
 def _alone(model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-    """Each swapped module called by itself on what the teacher's forward gives it: its error and gradients."""
+    """Error and gradients of each swapped module, called by itself on its inputs in the teacher's forward."""
     seen: dict[str, Any] = {}
     handles = [
         module.register_forward_hook(
@@ -78,7 +78,7 @@ def _alone(model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, 
 
 
 @TRAINED
-def test_lessons_give_each_layer_the_gradient_it_has_alone(
+def test_lessons_give_each_layer_the_gradient_of_its_own_error(
     trained: dict[str, Any], pipe: Any, data: Path, make_config: MakeConfig
 ) -> None:
     model, inputs = _student(pipe, make_config(method=MALA, trained=trained), data)
@@ -97,7 +97,7 @@ def test_lessons_give_each_layer_the_gradient_it_has_alone(
 
 @TRAINED
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lessons_follow_the_teacher_bit_for_bit(
+def test_lessons_return_the_teachers_output_bit_for_bit(
     dtype: str, trained: dict[str, Any], pipe: Any, data: Path, make_config: MakeConfig
 ) -> None:
     pipe.transformer.to(getattr(torch, dtype))
@@ -127,7 +127,7 @@ def test_layer_error_is_relative_for_each_sample() -> None:
     image, text = torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]]]), torch.zeros(2, 1, 1)
     assert layer_error((image, text), (image, text)) == 0
     assert layer_error((0 * image, text), (image, text)) == 1
-    # the first sample has an error of 1 + 4 of 4, the second of 4 of 16
+    # squared errors: 1 + 4 relative to 4 in the first sample, 4 relative to 16 in the second
     off = image + torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]]), text + torch.tensor([[[2.0]], [[0.0]]])
     assert layer_error(off, (image, text)).item() == pytest.approx((5 / 4 + 4 / 16) / 2)
     assert layer_error(image[:1].bfloat16() / 3, image[:1]).dtype == torch.float32
@@ -142,7 +142,7 @@ def test_layer_error_is_relative_for_each_sample() -> None:
         pytest.param("attention", 2, id="attention-in-the-first", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_resumes_in_either_stage_bit_for_bit(
+def test_run_resumes_in_either_phase_bit_for_bit(
     kind: str,
     stopped_after: int,
     make_config: MakeConfig,
@@ -170,7 +170,7 @@ def test_a_run_resumes_in_either_stage_bit_for_bit(
     assert _rows(Path(config.run.directory)) == _rows(tmp_path / "whole")
 
 
-def test_each_stage_has_its_terms_rate_and_part_of_the_curve(
+def test_each_phase_has_its_losses_rate_and_part_of_the_curve(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Figure] = []
@@ -189,7 +189,7 @@ def test_each_stage_has_its_terms_rate_and_part_of_the_curve(
     assert [list(line.get_xdata()) for line in boundary] == [[30.5, 30.5]]
 
 
-def test_the_first_phase_starts_the_second_nearer_to_the_teacher(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_layerwise_phase_lowers_the_initial_attention_loss(make_config: MakeConfig, tmp_path: Path) -> None:
     terms = {}
     for steps in (0, 30):
         directory = tmp_path / str(steps)
@@ -199,7 +199,7 @@ def test_the_first_phase_starts_the_second_nearer_to_the_teacher(make_config: Ma
     assert terms[30]["attention"] < 0.7 * terms[0]["attention"]
 
 
-def test_a_stage_of_no_steps_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_layerwise_phase_of_zero_steps_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
     runs = []
     for name, tables in (("left out", {}), ("zero", {"layerwise": {"steps": 0, "lr": 5.0}})):
         adapter = distill(make_config(run={"directory": str(tmp_path / name), "steps": 3}, **tables))
@@ -218,8 +218,8 @@ def test_checkpointing_and_accumulation_change_nothing(make_config: MakeConfig, 
         assert one == pytest.approx(two, rel=1e-5)
 
 
-def test_a_layer_that_is_not_finite_stops_the_run(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_finite_layer_error_stops_the_run(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(method=MALA, layerwise={"steps": 5, "lr": 1e30, "warmup": 0}, save={"every": 1})
     with pytest.raises(DivergedError, match=r"is (inf|nan) at step \d; .* a lower rate, such as --set layerwise.lr="):
         distill(config)
-    assert capsys.readouterr().err.endswith("\n")  # what ended the run is told below the bar, not beside it
+    assert capsys.readouterr().err.endswith("\n")  # the error goes on a line below the progress bar

@@ -1,4 +1,4 @@
-"""The three terms against numbers worked out by hand, and hooks that leave nothing behind."""
+"""The three loss terms against values worked out by hand, and the removal of hooks."""
 
 import pytest
 import torch
@@ -47,13 +47,13 @@ def test_attention_loss_keeps_no_copies_for_its_backward() -> None:
     torch.testing.assert_close(layers["a"].grad, expected.bfloat16())
 
 
-def test_weighted_sum_is_clears() -> None:
+def test_weighted_sum_uses_clears_weights_by_default() -> None:
     terms = {"flow": torch.tensor(1.0), "prediction": torch.tensor(2.0), "attention": torch.tensor(6.0)}
     assert weighted_sum(terms, Loss()).item() == 1 + 0.5 * 2 + 0.5 * 6
     assert weighted_sum({"attention": torch.tensor(6.0)}, Loss(flow=0, prediction=0, attention=2)).item() == 12
 
 
-def test_attention_outputs_collects_and_leaves_no_hook() -> None:
+def test_attention_outputs_collects_outputs_and_removes_its_hooks() -> None:
     layers = {"a": nn.Linear(2, 2), "b": nn.Identity()}
     with attention_outputs(layers) as outputs:
         expected = layers["a"](torch.ones(1, 2))

@@ -19,7 +19,7 @@ def noisy(seed: int, size: tuple[int, int] = (15, 12)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_latent_mse_weighs_pictures_alike() -> None:
+def test_latent_mse_weights_pictures_equally() -> None:
     ours = [torch.full((4, 2), 3.0), torch.zeros(100, 2)]
     reference = [torch.full((4, 2), 1.0), torch.full((100, 2), 1.0)]
     assert latent_mse(ours, reference) == (4 + 1) / 2
@@ -30,7 +30,7 @@ def test_latent_mse_is_in_float32() -> None:
     assert latent_mse(ours, reference) == pytest.approx(2**-12, rel=1e-6)
 
 
-def test_psnr_of_one_value() -> None:
+def test_psnr_of_plain_pictures() -> None:
     assert psnr(plain(100), plain(101)) == pytest.approx(20 * math.log10(255))
     assert psnr(plain(100), plain(100)) == math.inf
 
@@ -70,7 +70,7 @@ def test_paired_bootstrap_of_equal_sides_is_zero() -> None:
     assert (interval.difference, interval.low, interval.high) == (0, 0, 0)
 
 
-def test_paired_bootstrap_equals_the_normal_interval_of_many() -> None:
+def test_paired_bootstrap_of_many_pairs_is_the_normal_interval() -> None:
     random = numpy.random.default_rng(0)
     ours, reference = ([(int(hit), 1) for hit in random.random(400) < share] for share in (0.8, 0.9))
     interval = paired_bootstrap(ours, reference)
@@ -88,7 +88,7 @@ def test_paired_bootstrap_keeps_pairs_together() -> None:
     assert (interval.low, interval.high) == pytest.approx((-0.5, -0.5))
 
 
-def test_paired_bootstrap_weighs_objects_not_pictures() -> None:
+def test_paired_bootstrap_weights_objects_not_pictures() -> None:
     assert paired_bootstrap([(2, 2), (0, 1)], [(0, 2), (0, 1)]).difference == pytest.approx(2 / 3)
 
 

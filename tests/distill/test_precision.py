@@ -1,4 +1,4 @@
-"""Which precision a run takes, by what is faster on the machine."""
+"""The choice of a run's precision by what is faster on the machine."""
 
 import logging
 from collections.abc import Callable
@@ -41,6 +41,6 @@ def test_autocasts_follows_the_setting_and_the_machine(
 
 
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
-def test_bfloat16_is_faster_compares_both(monkeypatch: pytest.MonkeyPatch, slow: torch.dtype) -> None:
+def test_bfloat16_is_faster_compares_both_dtypes(monkeypatch: pytest.MonkeyPatch, slow: torch.dtype) -> None:
     monkeypatch.setattr(precision, "_seconds", lambda left, right: 2.0 if left.dtype == slow else 1.0)
     assert precision.bfloat16_is_faster.__wrapped__("cpu") == (slow == torch.float32)

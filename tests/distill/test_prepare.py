@@ -1,4 +1,4 @@
-"""The teacher's samples: what they hold, that work goes on after an interruption, what is refused."""
+"""The teacher's samples: their content, resuming, and refused input."""
 
 import json
 import shutil
@@ -34,14 +34,14 @@ def test_prepare_stores_what_the_pipeline_makes(data: Path, pipe: FluxPipeline) 
     call = {"height": sample.height, "width": sample.width, "num_inference_steps": 2, "max_sequence_length": 8}
     generator = torch.Generator("cpu").manual_seed(sample.seed)
     latents = pipe([sample.prompt], generator=[generator], output_type="latent", **call).images
-    # the stored ones were made in a batch, whose sums may run in another order
+    # the stored latents were made in a batch, in which sums may run in another order
     torch.testing.assert_close(batch.latents, latents, rtol=1e-4, atol=1e-5)
     embeds, pooled, _ = pipe.encode_prompt([sample.prompt], None, max_sequence_length=8)
     torch.testing.assert_close(batch.conditions["prompt_embeds"], embeds, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(batch.conditions["pooled_prompt_embeds"], pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_prepare_tells_what_is_cut_of_a_prompt(
+def test_prepare_warns_of_a_truncated_prompt(
     pipe: FluxPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare(pipe, ["a yellow cross at the bottom right on shaded sky"], tmp_path / "samples", **SETTINGS)
@@ -67,7 +67,7 @@ def test_decode_equals_the_pipelines_picture(data: Path, pipe: FluxPipeline) -> 
         assert (got / 255 - torch.from_numpy(expected)).abs().max() < 0.01
 
 
-def test_prepare_goes_on_after_the_last_whole_shard(data: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_prepare_resumes_after_the_last_whole_shard(data: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
     last = folder / "shard-00002.safetensors"
@@ -92,7 +92,7 @@ def test_parts_make_the_same_samples_as_one_call(
     with pytest.raises(ValueError, match=r"holds 5 of 12 samples; call `lineardit prepare` again, for every part"):
         TeacherSamples(folder)
     prepare(pipe, PROMPTS, folder, part=(1, 2), **SETTINGS)
-    told = [record.getMessage() for record in caplog.records]  # each its own count
+    told = [record.getMessage() for record in caplog.records]  # each part has its own count
     assert f"part 2 of 2: its 5 samples are in {folder}" in told
     assert f"part 1 of 2: its 7 samples are in {folder}, which now holds all 12" in told
     together, alone = TeacherSamples(folder), TeacherSamples(data)
@@ -101,7 +101,7 @@ def test_parts_make_the_same_samples_as_one_call(
     assert all(torch.equal(tensor, expected[key]) for key, tensor in _tensors(folder).items())
 
 
-def test_one_call_goes_on_where_parts_stopped(pipe: FluxPipeline, data: Path, tmp_path: Path) -> None:
+def test_call_without_parts_completes_unfinished_parts(pipe: FluxPipeline, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     prepare(pipe, PROMPTS, folder, part=(2, 2), **SETTINGS)
     second = (folder / "shard-00001.safetensors").stat().st_mtime_ns
@@ -121,7 +121,7 @@ def test_parts_of_different_settings_are_refused(pipe: FluxPipeline, tmp_path: P
 
 
 @pytest.mark.parametrize("part", [(0, 2), (3, 2)])
-def test_prepare_refuses_a_part_that_is_none(pipe: FluxPipeline, tmp_path: Path, part: tuple[int, int]) -> None:
+def test_prepare_refuses_a_part_out_of_range(pipe: FluxPipeline, tmp_path: Path, part: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"part must be \(i, n\) with 1 <= i <= n"):
         prepare(pipe, PROMPTS, tmp_path / "data", part=part, **SETTINGS)
 
@@ -133,12 +133,12 @@ def test_prepare_refuses_latents_that_are_not_finite(pipe: FluxPipeline, tmp_pat
     assert not (tmp_path / "data").exists()
 
 
-def test_guidance_that_is_no_number_is_refused(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_prepare_refuses_guidance_that_is_not_finite(pipe: FluxPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="guidance must be finite, got nan"):
         prepare(pipe, PROMPTS, tmp_path / "data", **SETTINGS, guidance=float("nan"))
 
 
-def test_a_part_that_another_process_makes_is_refused(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_prepare_refuses_a_part_locked_by_another_process(pipe: FluxPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with held(folder, name=".index-1-of-2.json.lock"):
         with pytest.raises(
@@ -151,7 +151,7 @@ def test_a_part_that_another_process_makes_is_refused(pipe: FluxPipeline, tmp_pa
     assert not list(folder.glob(".*"))
 
 
-def test_prepare_writes_no_part_of_a_shard(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_interrupted_prepare_leaves_no_partial_shard(pipe: FluxPipeline, tmp_path: Path) -> None:
     calls = []
 
     def stop_in_second_shard(*_: Any) -> None:
@@ -203,7 +203,7 @@ def test_prepare_refuses_a_converted_pipeline_and_bad_sizes(pipe: FluxPipeline, 
     assert not (tmp_path / "data").exists()
 
 
-def test_prepare_refuses_a_folder_of_something_else(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_prepare_refuses_a_folder_of_other_files(pipe: FluxPipeline, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is not empty and holds no index\.json"):
         prepare(pipe, PROMPTS, tmp_path, **SETTINGS)
@@ -220,7 +220,7 @@ def test_inputs_equal_the_pipelines(guidance_embeds: bool) -> None:
     call = {"height": 24, "width": 32, "steps": 2, "guidance": 3.0}
     family.generate(pipe, conditions, **call, generators=generators)
     handle.remove()
-    sigma = family.shift(pipe.scheduler, torch.tensor([0.5, 0.5]), (6, 8))  # of the second of two steps
+    sigma = family.shift(pipe.scheduler, torch.tensor([0.5, 0.5]), (6, 8))  # noise level of the second of two steps
     given = family.inputs(pipe.transformer, seen[1]["hidden_states"], sigma, conditions, grid=(6, 8), guidance=3.0)
     for name in given.keys() - {"return_dict", "guidance"}:
         torch.testing.assert_close(given[name], seen[1][name], rtol=1e-6, atol=0)

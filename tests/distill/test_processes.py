@@ -1,4 +1,4 @@
-"""What the processes of a launch exchange, in forks of this one."""
+"""Communication between the processes of a launch, in forks of this one."""
 
 import os
 import socket
@@ -35,14 +35,14 @@ def _in_processes(work: Callable[[Accelerator], None], folder: Path) -> None:
     def enter(rank: int) -> None:
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({name: str(value) for name, value in (launched | {"MASTER_PORT": port}).items()})
-        AcceleratorState._reset_state(True)  # this process' may have had one
+        AcceleratorState._reset_state(True)  # the parent process may have created one
         work(start_accelerator())
 
     run_forks(PROCESSES, enter, folder)
 
 
 @pytest.mark.parametrize("bucket", [1, 4, 2**25])
-def test_gradients_are_averaged_where_any_process_has_one(
+def test_average_gradients_treats_a_missing_gradient_as_zero(
     bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "BUCKET", bucket)
@@ -50,7 +50,7 @@ def test_gradients_are_averaged_where_any_process_has_one(
     def work(accelerator: Accelerator) -> None:
         rank = accelerator.process_index
         everywhere, second, nowhere, last = (nn.Parameter(torch.zeros(size)) for size in ((2, 3), (3,), (1,), ()))
-        everywhere.grad = torch.arange(6.0).view(2, 3).T.contiguous().T * (rank + 1)  # in another order of memory
+        everywhere.grad = torch.arange(6.0).view(2, 3).T.contiguous().T * (rank + 1)  # in another memory layout
         second.grad = torch.tensor([2.0, 4.0, 6.0]) if rank else None
         last.grad = torch.tensor(float(rank))
         average_gradients(accelerator, [everywhere, second, nowhere, last])
@@ -63,7 +63,7 @@ def test_gradients_are_averaged_where_any_process_has_one(
     _in_processes(work, tmp_path)
 
 
-def test_all_processes_get_what_the_main_one_has(tmp_path: Path) -> None:
+def test_tensors_results_and_errors_reach_all_processes(tmp_path: Path) -> None:
     def work(accelerator: Accelerator) -> None:
         wanted = {"a.step": torch.tensor(7.0), "a": torch.arange(6).view(2, 3).bfloat16(), "empty": torch.zeros(0)}
         mine = wanted if accelerator.is_main_process else {}
@@ -91,10 +91,10 @@ def _refuse(rank: int, error: type[Exception]) -> None:
     raise error(f"process {rank} says no")
 
 
-def test_a_run_that_diverges_names_the_main_process_checkpoint(
+def test_diverged_run_names_the_checkpoint_of_the_main_process(
     make_config: Callable[..., DistillConfig], tmp_path: Path
 ) -> None:
-    """The others' machines may have none."""
+    """Other processes may run on machines without one."""
     (tmp_path / "0" / "step-00000002").mkdir(parents=True)
     (tmp_path / "0" / "step-00000002" / "checkpoint.json").write_text('{"files": {}}')
 
@@ -109,7 +109,7 @@ def test_a_run_that_diverges_names_the_main_process_checkpoint(
     _in_processes(work, tmp_path)
 
 
-def test_other_samples_in_one_process_are_refused_by_all(tmp_path: Path) -> None:
+def test_different_samples_in_one_process_are_refused_by_all(tmp_path: Path) -> None:
     def work(accelerator: Accelerator) -> None:
         mine = SimpleNamespace(fingerprint=f"made on {accelerator.process_index}", directory="samples")
         with pytest.raises(ValueError, match="same samples for all processes; in 1 they differ"):
@@ -120,7 +120,7 @@ def test_other_samples_in_one_process_are_refused_by_all(tmp_path: Path) -> None
     _in_processes(work, tmp_path)
 
 
-def test_start_accelerator_waits_while_a_large_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_accelerator_sets_a_timeout_for_large_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     make = Mock(return_value=SimpleNamespace(num_processes=1))
     monkeypatch.setattr(processes, "Accelerator", make)
     start_accelerator()

@@ -1,4 +1,4 @@
-"""A frozen base in 8 or 4 bits: what is read and refused, and that LoRA trains beside it as beside any other."""
+"""LoRA on a frozen base in 8 or 4 bits: training, and which settings are read and refused."""
 
 import logging
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def _torchao() -> None:
     pytest.importorskip("torchao.quantization")
 
 
-def test_a_run_on_a_quantized_base_goes_on_and_is_judged(
+def test_run_on_a_quantized_base_is_resumed_and_evaluated(
     make_config: MakeConfig, tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _torchao()
@@ -55,7 +55,9 @@ def test_a_run_on_a_quantized_base_goes_on_and_is_judged(
 
     saved = FluxPipeline.from_pretrained(base, torch_dtype=torch.float32, quantization_config=_int8()).transformer
     assert fingerprint(saved) == fingerprint(load_teacher(config.base).transformer) != fingerprint(_plain(base))
-    loaded = from_pretrained(run / "adapter", quantization_config=_int8())  # and beside the whole weights:
+    loaded = from_pretrained(
+        run / "adapter", quantization_config=_int8()
+    )  # against the same adapter on unquantized weights
     drawn = PictureSettings(height=32, width=24, steps=1, max_sequence_length=8)
     whole = ByName(name=str(run / "adapter"))
     report = evaluate(loaded, whole, PROMPTS[:1], tmp_path / "report", settings=drawn, memory=False)
@@ -75,7 +77,7 @@ def _plain(base: Path) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_two_processes_train_beside_a_quantized_base(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_quantized_base_gives_the_same_losses_in_two_processes(make_config: MakeConfig, tmp_path: Path) -> None:
     _torchao()
     made = [
         make_config(base={"quantization": INT8}, run={"steps": 3, "directory": str(tmp_path / name)}) for name in "ab"
@@ -87,8 +89,8 @@ def test_two_processes_train_beside_a_quantized_base(make_config: MakeConfig, tm
     assert rows[0] == pytest.approx(rows[1], rel=1e-5)
 
 
-def test_a_base_that_was_saved_quantized_needs_no_setting(make_config: MakeConfig, tmp_path: Path, base: Path) -> None:
-    """It makes its samples, teaches by them, and takes the adapter."""
+def test_base_saved_quantized_needs_no_setting(make_config: MakeConfig, tmp_path: Path, base: Path) -> None:
+    """It generates samples, is distilled from them, and loads the adapter."""
     _torchao()
     pipe = FluxPipeline.from_pretrained(base, torch_dtype=torch.float32, quantization_config=_int8())
     pipe.save_pretrained(tmp_path / "base")
@@ -101,17 +103,21 @@ def test_a_base_that_was_saved_quantized_needs_no_setting(make_config: MakeConfi
 
 
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
-def test_lora_trains_beside_layers_of_bitsandbytes(
+def test_lora_trains_on_bitsandbytes_layers(
     kind: str,
     make_config: MakeConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Which diffusers loads on a GPU alone; the layers themselves compute on a CPU too."""
+    """diffusers loads them on GPUs only, but the layers themselves also run on a CPU."""
     layers = pytest.importorskip("bitsandbytes.nn")
     pipe = build_tiny()
-    wide = {**pipe.transformer.config, "attention_head_dim": 32, "axes_dims_rope": (8, 8, 16)}  # packed 64 by 64
+    wide = {
+        **pipe.transformer.config,
+        "attention_head_dim": 32,
+        "axes_dims_rope": (8, 8, 16),
+    }  # 64 wide: one block of nf4
     pipe.register_modules(transformer=diffusers.FluxTransformer2DModel.from_config(wide).eval())
     pipe.save_pretrained(tmp_path / "base")
     samples = prepare(pipe, PROMPTS[:4], tmp_path / "samples", sizes=SIZES[:1], steps=1, max_sequence_length=8)
@@ -124,7 +130,7 @@ def test_lora_trains_beside_layers_of_bitsandbytes(
                 kinds: dict[str, Any] = {"quant_type": "nf4"} if kind == "Linear4bit" else {"has_fp16_weights": False}
                 quantized = getattr(layers, kind)(layer.in_features, layer.out_features, **kinds)
                 quantized.load_state_dict(layer.state_dict())
-                quantized.support_avx512bf16_for_cpu = False  # else they are packed for inference alone
+                quantized.support_avx512bf16_for_cpu = False  # otherwise packed for inference only
                 parent, _, attribute = name.rpartition(".")
                 setattr(pipe.transformer.get_submodule(parent), attribute, quantized.to("cpu"))
         return pipe
@@ -144,8 +150,8 @@ def test_lora_trains_beside_layers_of_bitsandbytes(
         build_student_(load_teacher(config.base), make_config(**named, trained={"kind": "attention"}))
 
 
-def test_a_run_beside_weights_that_are_cast_layer_by_layer(make_config: MakeConfig, tmp_path: Path, base: Path) -> None:
-    """No package of its own; trained weights stay in float32, gradients are those of the rounded weights."""
+def test_lora_trains_with_layerwise_casting(make_config: MakeConfig, tmp_path: Path, base: Path) -> None:
+    """Needs no extra package; trained weights stay in float32, gradients are those of the rounded weights."""
     casting = {"quant_backend": "layerwise_casting"}
     samples = tmp_path / "samples"
     pipe = load_base(read_base(base), dtype=torch.bfloat16, quantization=Quantization(**casting))
@@ -172,7 +178,7 @@ def test_arguments_of_layerwise_casting_are_checked(kwargs: dict[str, Any], mess
         load_base(read_base(base), quantization=Quantization(quant_backend="layerwise_casting", quant_kwargs=kwargs))
 
 
-def test_a_quantization_without_gradients_is_refused(make_config: MakeConfig) -> None:
+def test_quantization_without_gradients_is_refused(make_config: MakeConfig) -> None:
     _torchao()
     dynamic = INT8 | {"quant_kwargs": {"quant_type": "Int8DynamicActivationInt8WeightConfig"}}
     with pytest.raises(
@@ -208,7 +214,7 @@ def test_arguments_of_torchao_are_checked(kwargs: dict[str, Any], message: str, 
         load_teacher(make_config(base={"quantization": INT8 | {"quant_kwargs": kwargs}}).base)
 
 
-def test_what_a_backend_lacks_is_told(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirement_of_a_backend_is_reported(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     _torchao()
 
     def lacking(*_: Any, **__: Any) -> None:
@@ -219,7 +225,7 @@ def test_what_a_backend_lacks_is_told(make_config: MakeConfig, monkeypatch: pyte
         load_teacher(make_config(base={"quantization": INT8}).base)
 
 
-def test_arguments_of_torchao_name_dtypes(make_config: MakeConfig) -> None:
+def test_arguments_of_torchao_may_name_dtypes(make_config: MakeConfig) -> None:
     _torchao()
     kwargs = {
         "quant_type": "Float8WeightOnlyConfig",
@@ -244,7 +250,7 @@ def test_arguments_of_bitsandbytes_are_checked(base: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="diffusers quantizes with bitsandbytes on GPUs only; torchao"):
         options("bitsandbytes_4bit")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(diffusers.BitsAndBytesConfig, "post_init", lambda _: None)  # which wants the package
+    monkeypatch.setattr(diffusers.BitsAndBytesConfig, "post_init", lambda _: None)  # which needs the package
     four, eight = options("bitsandbytes_4bit", bnb_4bit_use_double_quant=True), options("bitsandbytes_8bit")
     assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == (True, "nf4", torch.float32)
     assert four.bnb_4bit_use_double_quant
@@ -255,7 +261,7 @@ def test_arguments_of_bitsandbytes_are_checked(base: Path, monkeypatch: pytest.M
         options("bitsandbytes_4bit", bnb_4bit_compute_dtype="bfloat61")
 
 
-def test_the_settings_of_a_quantization_round_trip(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_quantization_settings_round_trip(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(base={"quantization": INT8})
     assert config.base.quantization == Quantization(**INT8)
     assert config_from_tables(config_to_tables(config)) == config
@@ -271,11 +277,11 @@ def test_the_settings_of_a_quantization_round_trip(make_config: MakeConfig, tmp_
         (INT8 | {"quant_kwargs": 3}, "base.quantization.quant_kwargs must be a table, got 3"),
     ],
 )
-def test_settings_of_a_quantization_are_checked(quantization: Any, message: str, make_config: MakeConfig) -> None:
+def test_quantization_settings_are_checked(quantization: Any, message: str, make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make_config(base={"quantization": quantization})
 
 
-def test_quantized_projections_are_not_trained(make_config: MakeConfig) -> None:
+def test_training_quantized_projections_is_refused(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"^trained.kind must be lora where base.quantization is set, got 'attention'"):
         make_config(base={"quantization": INT8}, trained={"kind": "attention"})

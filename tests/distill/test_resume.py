@@ -1,4 +1,4 @@
-"""Going on with a run: after kill -9, after a NaN, with other settings, from checkpoints that are not as they were."""
+"""Resuming a run: after kill -9, after a NaN, with other settings, from damaged checkpoints."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ MakeConfig = Callable[..., DistillConfig]
 
 
 def kill(config: DistillConfig, file: Path, *, before: int, processes: int = 1) -> None:
-    """Start this run, and kill it with all that it started, at a step that the clock draws."""
+    """Start this run, and kill its process group after a random step."""
     csv_file = config.run.folder / "loss.csv"
     process = launch_run(file, processes=processes)
     kill_after = random.Random(time.time_ns()).randrange(4, before)
@@ -82,7 +82,7 @@ def test_two_processes_killed_and_resumed_end_in_the_same_weights(make_config: M
     assert_same_weights(config.run.folder, whole.run.folder)
 
 
-def test_a_run_goes_on_that_was_started_before_a_setting_came(make_config: MakeConfig) -> None:
+def test_run_started_before_a_setting_existed_is_resumed(make_config: MakeConfig) -> None:
     config = make_config(run={"steps": 2})
     distill(config)
     record = config.run.folder / "run.json"
@@ -94,7 +94,7 @@ def test_a_run_goes_on_that_was_started_before_a_setting_came(make_config: MakeC
         check_run(make_config(run={"steps": 2, "min_tokens": 7}), stored["samples"], resume="latest")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_loss_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config, terms = make_config(), trainer.loss_terms
     run = config.run.folder
 
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, monkey
     assert loss_rows(run)[4]["lr"] < 3e-3 < loss_rows(run)[1]["lr"]
 
 
-def test_resume_passes_over_incomplete_checkpoints(make_config: MakeConfig) -> None:
+def test_resume_skips_incomplete_checkpoints(make_config: MakeConfig) -> None:
     config = make_config(schedule={"kind": "constant", "warmup": 0}, save={"every": 2, "keep_last": 3})
     distill(config)
     run = config.run.folder
@@ -152,11 +152,11 @@ def test_resume_refuses_changed_settings(change: dict[str, Any], message: str, m
         check_run(make_config(), "others", resume="latest")
 
 
-def test_resume_tells_and_keeps_what_counts_from_there_on(
+def test_resume_logs_and_records_allowed_changes_of_settings(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_run(make_config(), "samples", mixed=False)
-    write_run(make_config(), "samples", mixed=False)  # nothing changed, nothing told
+    write_run(make_config(), "samples", mixed=False)  # nothing changed: no message
     config = make_config(optimizer={"lr": 1e-3})
     check_run(config, "samples", resume="latest")
     write_run(config, "samples", mixed=False)
@@ -170,7 +170,7 @@ def test_resume_tells_and_keeps_what_counts_from_there_on(
 
 
 @pytest.mark.parametrize(("name", "value"), [("history", None), ("history", {"a": 1}), ("bfloat16", "yes")])
-def test_a_damaged_record_is_told(name: str, value: Any, make_config: MakeConfig) -> None:
+def test_resume_refuses_a_damaged_run_record(name: str, value: Any, make_config: MakeConfig) -> None:
     write_run(make_config(), "samples", mixed=False)
     record = make_config().run.folder / "run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {name: value}))
@@ -180,14 +180,14 @@ def test_a_damaged_record_is_told(name: str, value: Any, make_config: MakeConfig
         check_run(make_config(), "samples", resume="latest")
 
 
-def test_resume_refuses_fewer_steps_than_there_are(make_config: MakeConfig) -> None:
+def test_resume_refuses_fewer_steps_than_already_made(make_config: MakeConfig) -> None:
     distill(make_config(run={"steps": 4}))
     with pytest.raises(ValueError, match=r"run.steps must be >= 4, the step after which the run continues, got 3"):
         distill(make_config(run={"steps": 3}), resume="latest")
 
 
 @pytest.mark.parametrize("unwritable", ["save_file", "save_adapter"])
-def test_a_full_disk_costs_no_checkpoint(
+def test_full_disk_leaves_no_partial_checkpoint(
     unwritable: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, write = make_config(), getattr(checkpoint, unwritable)
@@ -209,9 +209,7 @@ def test_a_full_disk_costs_no_checkpoint(
     assert steps_of(loss_rows(run)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_validation_that_was_interrupted_comes_with_the_next_call(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_validation_is_made_on_resume(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(validate={"samples": 2, "every": 2})
     run = Validation.run
 
@@ -233,15 +231,15 @@ def test_a_validation_that_was_interrupted_comes_with_the_next_call(
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_a_validation_without_enough_memory_ends_no_run(
+def test_run_continues_when_validation_runs_out_of_memory(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: int
 ) -> None:
-    """It is left out, in the middle of the run or at its end; the next one is made."""
+    """Only that validation is missing, in the middle of the run or at its end."""
     config = make_config(validate={"samples": 2, "every": 2})
     drawn, decoded = Validation._drawn, iter(range(1, 100))
 
     def short_of_memory(self: Validation, index: int) -> Any:
-        if next(decoded) == step:  # two samples each
+        if next(decoded) == step:  # two samples per validation
             raise torch.OutOfMemoryError("CUDA ...")
         return drawn(self, index)
 
@@ -251,10 +249,8 @@ def test_a_validation_without_enough_memory_ends_no_run(
     assert steps_of(table(config.run.folder / "validation.csv")) == [one for one in (2, 4, 6) if one != step]
 
 
-def test_a_run_goes_on_in_the_precision_in_which_it_began(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock decides where it is left to the machine."""
+def test_resume_keeps_the_precision_of_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With "auto" a measurement decides, whose result may differ on resume."""
     chosen = []
     start = Trainer.__init__
 
@@ -269,10 +265,10 @@ def test_a_run_goes_on_in_the_precision_in_which_it_began(
     assert chosen == [True, True]
 
 
-def test_a_run_goes_back_to_an_earlier_checkpoint(
+def test_resume_at_an_earlier_checkpoint_discards_later_ones(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As if what came after it had not been; killed on the way, it goes on there."""
+    """Interrupted again, it resumes on the new path, and ends with the weights of an uninterrupted run."""
     tables: dict[str, Any] = {"save": {"every": 2, "keep_last": 3}, "validate": {"samples": 2, "every": 3}}
     config = make_config(**tables)
     run, step = config.run.folder, Trainer.step
@@ -312,8 +308,8 @@ def test_two_runs_in_one_folder_are_refused(make_config: MakeConfig) -> None:
     assert not config.run.folder.exists()
 
 
-def test_a_checkpoint_without_its_adapter_is_whole(make_config: MakeConfig) -> None:
-    """People publish adapters."""
+def test_checkpoint_without_its_adapter_is_complete(make_config: MakeConfig) -> None:
+    """Users may move an adapter away to publish it."""
     distill(make_config(run={"steps": 4}))
     run = make_config().run.folder
     shutil.move(run / "step-00000004" / "adapter", run.parent / "mine")
@@ -321,7 +317,7 @@ def test_a_checkpoint_without_its_adapter_is_whole(make_config: MakeConfig) -> N
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
 
 
-def test_resume_tells_what_is_not_whole_and_writes_it_anew(
+def test_resume_reports_and_rewrites_an_incomplete_checkpoint(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(run={"steps": 4})
@@ -336,7 +332,7 @@ def test_resume_tells_what_is_not_whole_and_writes_it_anew(
 
 
 @pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors"])
-def test_a_damaged_checkpoint_is_told(name: str, make_config: MakeConfig) -> None:
+def test_resume_refuses_a_damaged_checkpoint(name: str, make_config: MakeConfig) -> None:
     config = make_config(run={"steps": 2})
     distill(config)
     file = config.run.folder / "step-00000002" / name
@@ -345,8 +341,8 @@ def test_a_damaged_checkpoint_is_told(name: str, make_config: MakeConfig) -> Non
         distill(make_config(run={"steps": 3}), resume="latest")
 
 
-def test_a_checkpoint_with_other_tensors_is_refused(make_config: MakeConfig) -> None:
-    """As another version may name them."""
+def test_checkpoint_with_other_tensor_names_is_refused(make_config: MakeConfig) -> None:
+    """Another version may name them differently."""
     config = make_config(run={"steps": 2})
     distill(config)
     folder = config.run.folder / "step-00000002"
@@ -363,7 +359,7 @@ def test_a_checkpoint_with_other_tensors_is_refused(make_config: MakeConfig) -> 
     ("name", "tensor"),
     [("other.exp_avg", torch.zeros(2, 3)), ("layer.exp_avg", torch.zeros(2)), ("step", torch.zeros(()))],
 )
-def test_a_state_of_the_optimizer_that_does_not_fit_is_refused(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+def test_optimizer_state_that_does_not_fit_is_refused(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     save_file({"layer": weight.detach()}, tmp_path / "trained.safetensors")
     right = {"layer.exp_avg": torch.zeros(2, 3), "layer.step": torch.zeros(())}
@@ -374,7 +370,7 @@ def test_a_state_of_the_optimizer_that_does_not_fit_is_refused(name: str, tensor
         load_checkpoint(tmp_path, {"layer": weight})
 
 
-def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
+def test_divergence_right_after_resuming_advises_an_earlier_checkpoint(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill(make_config(run={"steps": 4}))
@@ -392,16 +388,14 @@ def test_a_run_that_diverges_at_once_is_told_that_its_checkpoint_is_bad(
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
-def test_a_call_that_was_killed_before_its_record_was_written_can_be_repeated(
-    resume: Resume | None, make_config: MakeConfig
-) -> None:
+def test_call_killed_before_writing_its_record_can_be_repeated(resume: Resume | None, make_config: MakeConfig) -> None:
     config = make_config()
     config.run.folder.mkdir()
     (config.run.folder / ".run.json.77.tmp").write_text("{")
     check_run(config, "samples", resume=resume)
 
 
-def test_distill_refuses_a_folder_in_use(make_config: MakeConfig) -> None:
+def test_distill_refuses_a_folder_of_other_files(make_config: MakeConfig) -> None:
     config = make_config()
     run = config.run.folder
     run.mkdir()

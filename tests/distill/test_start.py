@@ -1,4 +1,4 @@
-"""A run that begins with the student of another: the same student, its method, and what is refused."""
+"""A run that starts from another run's adapter: the same weights, its method, and refused settings."""
 
 import logging
 import shutil
@@ -26,7 +26,7 @@ PATTERNS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 
 
 def _adapter(make_config: MakeConfig, folder: Path, **tables: Any) -> Path:
-    """Of a run of two steps."""
+    """The adapter of a run of two steps."""
     trained = {"kind": "lora", "rank": 2, "alpha": 3.0}
     usual: dict[str, Any] = {"method": POOLED, "trained": trained, "run": {"steps": 2, "directory": str(folder)}}
     return distill(make_config(**usual | tables))
@@ -43,7 +43,7 @@ def _without(config: DistillConfig, file: Path, *tables: str) -> Path:
     "trained", [{"kind": "lora", "rank": 2, "alpha": 3.0}, {"kind": "attention"}], ids=lambda one: one["kind"]
 )
 @pytest.mark.parametrize("as_file", [False, True], ids=["folder", "file"])
-def test_a_student_begins_as_the_adapter_has_it(
+def test_student_starts_with_the_adapters_weights(
     as_file: bool, trained: dict[str, Any], make_config: MakeConfig, tmp_path: Path
 ) -> None:
     adapter = _adapter(make_config, tmp_path / "first", trained=trained)
@@ -62,8 +62,10 @@ def test_a_student_begins_as_the_adapter_has_it(
     assert all(one.dtype == torch.float32 for one in begins.values())
 
 
-def test_a_run_goes_on_from_another(make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where it was moved to counts for nothing, what it holds does."""
+def test_run_starts_from_the_adapter_of_another_run(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On resume the adapter may have moved, but its content must be the same."""
     adapter = _adapter(make_config, tmp_path / "first")
     file = _without(make_config(run={"steps": 2}), tmp_path / "config.toml", "method", "trained")
     config = load_config(file, [f"start.adapter={adapter}"])
@@ -84,8 +86,8 @@ def test_a_run_goes_on_from_another(make_config: MakeConfig, tmp_path: Path, cap
         distill(replace(config, start=Start()), resume="latest")
 
 
-def test_a_conversion_alone_is_a_start(make_config: MakeConfig, tmp_path: Path) -> None:
-    """What it has not trained begins untrained."""
+def test_run_starts_from_an_untrained_conversion(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Its LoRA starts untrained."""
     pipe = build_tiny()
     linearize_(pipe, Clear(radius=2, pool_size=2))
     save_adapter(pipe, tmp_path / "converted")
@@ -100,7 +102,7 @@ def test_a_conversion_alone_is_a_start(make_config: MakeConfig, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of rank 2 beside to_q and to_k."""
+    """An adapter with LoRA of rank 2 on to_q and to_k."""
     from lineardit.linearize.weights.training import add_lora_
 
     pipe = FluxPipeline.from_pretrained(base)
@@ -124,7 +126,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["method", "layers", "rank", "alpha", "kind", "projections"],
 )  # fmt: skip
-def test_a_start_that_contradicts_the_settings_is_refused(
+def test_start_adapter_that_contradicts_the_settings_is_refused(
     tables: dict[str, Any], message: str, adapter: Path, make_config: MakeConfig
 ) -> None:
     config = make_config(**tables, start={"adapter": str(adapter)})
@@ -132,7 +134,7 @@ def test_a_start_that_contradicts_the_settings_is_refused(
         build_student_(load_teacher(config.base), config)
 
 
-def test_more_layers_than_the_adapter_has_begin_untrained(adapter: Path, make_config: MakeConfig) -> None:
+def test_layers_missing_from_the_start_adapter_begin_untrained(adapter: Path, make_config: MakeConfig) -> None:
     config = make_config(start={"adapter": str(adapter)})
     build_student_(pipe := load_teacher(config.base), config)
     stored, parameters = load_file(adapter / "lineardit.safetensors"), trained_parameters(pipe.transformer)
@@ -150,6 +152,6 @@ def test_more_layers_than_the_adapter_has_begin_untrained(adapter: Path, make_co
         ("start=3", "an override must look like table.key=value"),
     ],
 )
-def test_a_start_that_is_none_is_refused(override: str, message: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_bad_start_settings_are_refused(override: str, message: str, make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(_without(make_config(), tmp_path / "config.toml", "method"), [override])

@@ -1,4 +1,4 @@
-"""One copy of the frozen weights: what trains, and that the teacher in it stays the original to the last bit."""
+"""Student and teacher in one model: what is trained, and that the teacher stays the original bit for bit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +63,7 @@ def test_teacher_is_the_original_before_and_after_training(
         assert not torch.equal(model(**inputs)[0], before)
 
 
-def test_build_student_trains_what_it_says(
+def test_build_student_trains_the_named_projections(
     trained: dict[str, Any], pipe: FluxPipeline, make_config: Callable[..., DistillConfig]
 ) -> None:
     projections = ["to_q", "to_out.0"]
@@ -108,7 +108,7 @@ def test_restore_gives_the_base_back_after_training(
     assert not any(isinstance(module, TwinLinear) for module in model.modules())
 
 
-def test_add_twins_refuses_unknown_and_wrapped_layers(
+def test_add_twins_refuses_unknown_and_non_linear_layers(
     pipe: FluxPipeline, make_config: Callable[..., DistillConfig]
 ) -> None:
     build_student_(pipe, make_config())

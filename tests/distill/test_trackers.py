@@ -1,4 +1,4 @@
-"""Experiment trackers beside the CSV."""
+"""Experiment trackers, in addition to the CSV."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from lineardit.distill.train import distill
 
 
 class Noted(tracking.GeneralTracker):
-    """A tracker that remembers what it was told."""
+    """A tracker that records what it is given."""
 
     name = "tensorboard"
     requires_logging_directory = True
@@ -43,7 +43,7 @@ class Noted(tracking.GeneralTracker):
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
-    """The trackers that runs make, where a package for TensorBoard is installed."""
+    """The trackers that runs create, as if TensorBoard were installed."""
     made: list[Noted] = []
     monkeypatch.setattr(Noted, "made", made, raising=False)
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Noted)
@@ -51,7 +51,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
     return made
 
 
-def test_a_tracker_gets_the_settings_and_the_numbers_of_the_csv(
+def test_tracker_gets_the_settings_and_the_values_of_the_csv(
     make_config: Callable[..., DistillConfig], noted: list[Noted]
 ) -> None:
     config = make_config(
@@ -70,7 +70,7 @@ def test_a_tracker_gets_the_settings_and_the_numbers_of_the_csv(
     assert [step for step, _ in judged] == [2, 4]
 
 
-def test_a_run_goes_on_with_other_trackers(make_config: Callable[..., DistillConfig], noted: list[Noted]) -> None:
+def test_run_resumes_with_other_trackers(make_config: Callable[..., DistillConfig], noted: list[Noted]) -> None:
     distill(make_config(run={"steps": 2}))
     assert not noted
     distill(make_config(run={"steps": 4}, save={"report_to": ["tensorboard"]}), resume="latest")
@@ -81,7 +81,7 @@ def test_a_run_goes_on_with_other_trackers(make_config: Callable[..., DistillCon
     ("name", "told"),
     [("wand", "must be of aim, .*, wandb; got 'wand'"), ("wandb", "names wandb, which is not installed: pip install")],
 )
-def test_a_tracker_that_cannot_be_is_told_before_anything_is_made(
+def test_unknown_or_missing_tracker_is_refused_before_the_run(
     name: str, told: str, make_config: Callable[..., DistillConfig], noted: list[Noted]
 ) -> None:
     config = make_config(save={"report_to": [name]})

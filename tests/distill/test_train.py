@@ -1,4 +1,4 @@
-"""Whole runs of a few steps: what they leave, the same with two processes, what is refused."""
+"""Whole runs of a few steps: their files, two processes against one, and refused input."""
 
 import csv
 import json
@@ -35,10 +35,10 @@ MakeConfig = Callable[..., DistillConfig]
 POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
 
 
-def test_two_processes_equal_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    """The same ten losses at the same global batch, with two parts per process on one side, in both phases.
+def test_two_processes_give_the_same_losses_and_validation(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Ten steps in both phases at the same global batch; the single process accumulates two parts per step.
 
-    And the same validation, by the same average, of which each process has drawn some pictures.
+    Of the validation pictures, which use the averaged weights, each process draws some.
     """
     run = {"steps": 7, "batch_size": 4}
     tables: dict[str, Any] = {"layerwise": {"steps": 3, "lr": 1e-2}, "validate": {"samples": 3}}
@@ -75,7 +75,7 @@ def test_distill_leaves_figures_and_the_last_checkpoints(
     assert list(rows[0]) == ["step", "flow", "prediction", "attention", "loss", "lr", "seconds"]
     assert rows[0]["loss"] == pytest.approx(rows[0]["flow"] + 0.5 * rows[0]["prediction"] + 0.5 * rows[0]["attention"])
     assert rows[-1]["attention"] < rows[0]["attention"]
-    # factors of seven projections, two pooling weights: nothing frozen
+    # two factors of each of seven projections, two pooling weights; nothing frozen
     assert len(load_file(run / "step-00000006" / "trained.safetensors")) == 2 * 7 + 2
 
 
@@ -99,7 +99,7 @@ def test_distill_leaves_an_adapter_of_the_student(trained: dict[str, Any], make_
 
 
 @pytest.mark.parametrize("terms", [["flow"], ["prediction"], ["attention"]])
-def test_a_term_of_weight_zero_is_not_computed(terms: list[str], make_config: MakeConfig) -> None:
+def test_loss_term_of_weight_zero_is_not_computed(terms: list[str], make_config: MakeConfig) -> None:
     weights = {name: float(name in terms) for name in ("flow", "prediction", "attention")}
     config = make_config(loss=weights, run={"steps": 1})
     distill(config)
@@ -124,12 +124,12 @@ def test_mixed_precision_trains_a_bfloat16_base(make_config: MakeConfig, tmp_pat
     assert all(one["flow"] == pytest.approx(two["flow"], rel=0.05) for one, two in pairs)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> None:
+def test_non_finite_gradient_stops_the_run(make_config: MakeConfig) -> None:
     with pytest.raises(DivergedError, match=r"gradient is (inf|nan) at step 1; there is no checkpoint yet"):
         distill(make_config(loss={"flow": 1e38}))
 
 
-def test_samples_of_another_teacher_are_told(
+def test_samples_of_another_teacher_give_a_warning_or_an_error(
     make_config: MakeConfig, data: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -150,13 +150,13 @@ def test_samples_of_another_teacher_are_told(
         distill(make_config(**made))
 
 
-def test_what_accelerate_reads_from_its_environment_changes_nothing(
+def test_accelerates_environment_variables_change_nothing(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill(make_config(run={"steps": 2, "directory": str(tmp_path / "plain")}))
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    AcceleratorState._reset_state(True)  # which reads it once in a process
+    AcceleratorState._reset_state(True)  # accelerate reads its environment once per process
     assert start_accelerator().state.dynamo_plugin.backend == DynamoBackend.NO
     distill(make_config(run={"steps": 2, "directory": str(tmp_path / "other")}))
     assert_same_weights(tmp_path / "plain", tmp_path / "other")
@@ -166,7 +166,7 @@ def test_what_accelerate_reads_from_its_environment_changes_nothing(
 def test_two_processes_train_a_hybrid_whose_window_covers_pictures(
     sizes: tuple[tuple[int, int], ...], make_config: MakeConfig, base: Path, tmp_path: Path
 ) -> None:
-    """The gate has no gradient there."""
+    """The gate gets no gradient from such pictures."""
     samples = tmp_path / "samples"
     prepare(FluxPipeline.from_pretrained(base), PROMPTS, samples, sizes=sizes, steps=1, max_sequence_length=8)
     method = config_to_dict(Hybrid(local=Clear(radius=5), global_=ProxyTokens(num_proxies=4), gate=1.0))
@@ -188,7 +188,7 @@ def test_two_processes_train_a_hybrid_whose_window_covers_pictures(
         (["--set", "method.method=clair"], "unknown method 'clair'"),
     ],
 )
-def test_main_tells_bad_input_in_one_sentence(
+def test_main_reports_bad_input_in_one_sentence(
     arguments: list[str], message: str, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config()
@@ -199,7 +199,7 @@ def test_main_tells_bad_input_in_one_sentence(
     assert not config.run.folder.exists()
 
 
-def test_missing_matplotlib_is_told_before_the_training(
+def test_missing_matplotlib_is_reported_before_training(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(figures, "find_spec", lambda _: None)
@@ -209,7 +209,7 @@ def test_missing_matplotlib_is_told_before_the_training(
     assert not config.run.folder.exists()
 
 
-def test_start_accelerator_counts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_accelerator_refuses_a_wrong_process_count_and_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start_accelerator().num_processes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"the launcher started 2 processes, accelerate joined 1; launch with"):
@@ -220,7 +220,7 @@ def test_start_accelerator_counts_processes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("at", [0.001, 0.5, 0.999])
-def test_noise_levels_take_one_of_each_share(at: float, make_config: MakeConfig) -> None:
+def test_noise_levels_are_stratified_over_the_batch(at: float, make_config: MakeConfig) -> None:
     config = make_config(noise={"mean": 1.0, "std": 2.0}, run={"batch_size": 4})
     sigma = noise_levels(config, [1, 3], torch.full((2,), at))
     below = torch.special.ndtr((sigma.logit() - 1) / 2)  # share of the distribution below
@@ -228,7 +228,7 @@ def test_noise_levels_take_one_of_each_share(at: float, make_config: MakeConfig)
 
 
 @pytest.mark.parametrize(("kind", "last"), [("constant", 0.5), ("cosine", 0.05)])
-def test_learning_rate_warms_up_and_ends(kind: str, last: float, make_config: MakeConfig) -> None:
+def test_learning_rate_follows_warmup_and_schedule(kind: str, last: float, make_config: MakeConfig) -> None:
     config = make_config(optimizer={"lr": 0.5}, schedule={"kind": kind, "warmup": 5, "final": 0.1}, run={"steps": 1005})
     rates = [learning_rate(config, step) for step in range(1005)]
     assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
@@ -236,7 +236,7 @@ def test_learning_rate_warms_up_and_ends(kind: str, last: float, make_config: Ma
     assert rates[-1] == pytest.approx(last, abs=1e-4)
 
 
-def test_validation_of_a_window_over_everything_finds_the_teachers_pictures(
+def test_validation_with_a_covering_window_gives_the_teachers_pictures(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sheets = []

@@ -1,4 +1,4 @@
-"""Looking on while a pipeline draws: what its scheduler gave last, and a VAE that runs out of memory."""
+"""Hooks into a pipeline's call: its scheduler's last output, and a VAE that runs out of memory."""
 
 from typing import Any
 from unittest.mock import Mock
@@ -35,7 +35,7 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("why", TOO_LARGE)
-def test_a_decoder_for_which_pictures_are_too_large_goes_on_in_tiles(
+def test_draw_whole_decodes_in_tiles_when_pictures_are_too_large(
     why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = prompted("sd3")
@@ -50,14 +50,14 @@ def test_a_decoder_for_which_pictures_are_too_large_goes_on_in_tiles(
     monkeypatch.setattr(type(pipe.vae), "decode", runs_out)
     tiled = draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
     assert f"{why}: the VAE decodes one picture at a time, in tiles" in caplog.text
-    assert [one.tobytes() for one in tiled] == [one.tobytes() for one in whole]  # each is smaller than a tile
+    assert [one.tobytes() for one in tiled] == [one.tobytes() for one in whole]  # each picture fits in one tile
     assert "decode" not in vars(pipe.vae)
     monkeypatch.setattr(type(pipe.vae), "decode", Mock(side_effect=TOO_LARGE[why]))
     with pytest.raises(type(TOO_LARGE[why])):
         draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))
 
 
-def test_pictures_that_a_safety_checker_blackened_are_told(
+def test_draw_whole_warns_of_pictures_blackened_by_the_safety_checker(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = prompted("sd")
