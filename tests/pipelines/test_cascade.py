@@ -1,4 +1,4 @@
-"""A cascade as files: pictures of its stages, going on after an interruption, latents that are decoded later."""
+"""Files of a cascade: pictures of its stages, resuming after an interruption, latents decoded later."""
 
 import shutil
 from functools import wraps
@@ -20,7 +20,7 @@ from lineardit.pipelines.decoding import decode_file
 from lineardit.pipelines.generate import generate
 
 
-def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_makes_large_sizes_in_stages_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, out = converted(), tmp_path / "out.png"
     call: dict[str, Any] = {"size": (50, 62), "steps": 2, "max_sequence_length": 8}
     steps = 0
@@ -44,7 +44,7 @@ def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkey
     ]
     steps = 100
     generate(pipe, [PROMPT], out, **call)
-    assert steps == 108  # of the last stage alone
+    assert steps == 108  # only the last stage's 8 steps
     with Image.open(out) as image:
         assert image.size == (62, 50) and "stages" in image.info
         resumed = numpy.asarray(image).copy()
@@ -54,7 +54,7 @@ def test_generate_makes_large_sizes_in_stages_and_goes_on(tmp_path: Path, monkey
         assert numpy.array_equal(numpy.asarray(image), resumed)
 
 
-def test_stages_of_another_picture_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_of_another_picture_are_kept_unless_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, out = converted(), tmp_path / "out.png"
     call: dict[str, Any] = {"size": (32, 28), "steps": 1, "max_sequence_length": 8}
     with monkeypatch.context() as patch:
@@ -69,7 +69,7 @@ def test_stages_of_another_picture_are_kept(tmp_path: Path, monkeypatch: pytest.
             with pytest.raises(ValueError, match=r"out.stages holds stages of another picture: name another output"):
                 generate(pipe, [PROMPT], out, **call | change)
     assert _contents(tmp_path / "out.stages") == kept
-    (tmp_path / "out.stages" / "3-64x64.png").write_bytes(kept["1-16x16.png"])  # of a longer plan
+    (tmp_path / "out.stages" / "3-64x64.png").write_bytes(kept["1-16x16.png"])  # left by a longer plan
     generate(pipe, [PROMPT], out, **call, seed=1, overwrite=True)
     assert sorted(_contents(tmp_path / "out.stages")) == ["1-16x16.png"]
     assert _about(tmp_path / "out.stages" / "1-16x16.png") == _about(out)
@@ -82,8 +82,8 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_a_stage_whose_latents_are_not_finite_ends_the_cascade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The VAE would make a black picture of them, from which the next stage would go on."""
+def test_non_finite_latents_of_a_stage_end_the_cascade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VAE would decode them to a black picture, which the next stage would enlarge."""
     pipe, out = converted(), tmp_path / "out.png"
     call: dict[str, Any] = {"size": (32, 28), "steps": 2, "max_sequence_length": 8}
     own, steps = type(pipe.transformer).forward, 0
@@ -111,17 +111,17 @@ def _about(picture: Path) -> dict[str, str]:
         return {name: str(value) for name, value in image.info.items()}
 
 
-def test_generate_makes_it_directly_when_told(tmp_path: Path) -> None:
+def test_generate_follows_the_cascade_option(tmp_path: Path) -> None:
     pipe = converted()
     generate(pipe, [PROMPT], tmp_path / "a.png", size=(48, 48), steps=1, max_sequence_length=8, cascade=False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     generate(pipe, [PROMPT], tmp_path / "b.png", size=(16, 16), steps=1, max_sequence_length=8, cascade=True)
     with Image.open(tmp_path / "b.png") as image:
         assert "stages" in image.info
-    assert not (tmp_path / "b.stages").exists()  # there was one
+    assert not (tmp_path / "b.stages").exists()  # the plan has one stage
 
 
-def test_generate_at_native_size_asks_nothing_of_the_scheduler(tmp_path: Path) -> None:
+def test_generate_at_native_size_accepts_any_scheduler(tmp_path: Path) -> None:
     pipe = converted(native_size=64)
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler"):
@@ -129,7 +129,7 @@ def test_generate_at_native_size_asks_nothing_of_the_scheduler(tmp_path: Path) -
     assert cascade_of(pipe, 64, 64, FEW, steps=1, text_len=8, wanted=None) is None
 
 
-def test_latents_of_a_cascade_are_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undecoded_latents_of_a_cascade_can_be_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, out = converted(), tmp_path / "out.png"
     build_tiny().save_pretrained(tmp_path / "base")
     call: dict[str, Any] = {"size": (30, 43), "steps": 1, "max_sequence_length": 8}

@@ -1,4 +1,4 @@
-"""Cascades of models other than FLUX.1: sizes, latents, texts and callbacks as the stock pipelines have them."""
+"""Cascades of models other than FLUX.1: sizes, latents, texts and callbacks as in the stock pipelines."""
 
 import inspect
 from dataclasses import replace
@@ -37,7 +37,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", CASCADES)
-def test_a_cascade_makes_the_size_and_leaves_the_model_as_it_was(name: str) -> None:
+def test_cascade_makes_the_size_and_restores_the_model(name: str) -> None:
     high, arguments, side = cascade_of(name)
     plan = high.plan(2 * side, 2 * side - 3, num_inference_steps=2, settings=Settings(steps=2))
     assert [stage.attention for stage in plan.stages] == ["original", "converted"]
@@ -50,7 +50,7 @@ def test_a_cascade_makes_the_size_and_leaves_the_model_as_it_was(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["sd3", "cogview3-plus", "auraflow"])
-def test_a_table_of_positions_is_stretched_where_it_ends(name: str) -> None:
+def test_position_table_is_stretched_beyond_its_end(name: str) -> None:
     high, arguments, _ = cascade_of(name)
     model = denoiser(high)[1]
     own, multiple = table_side(model), size_multiple(high)
@@ -72,8 +72,8 @@ def test_a_table_of_positions_is_stretched_where_it_ends(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd3", "cogview3-plus", "auraflow"])
-def test_stretched_positions_lie_between_the_models_own(name: str) -> None:
-    """Every second one of a table that is twice as fine is one of its own."""
+def test_stretched_positions_interpolate_the_models_own(name: str) -> None:
+    """In a table twice as fine, every second entry is one of the model's own."""
     model = denoiser(cascade_of(name)[0])[1]
     embedding = model.patch_embed if name == "cogview3-plus" else model.pos_embed
     own = table_side(model)
@@ -91,13 +91,13 @@ def test_stretched_positions_lie_between_the_models_own(name: str) -> None:
         assert embedding.pos_embed is kept and table_side(model) == own
 
 
-# each model in the precision that it is used in, and four in float32
+# every model in bfloat16, as it is used, and four in float32
 IN_FLOAT32 = ("flux", "sd3", "sdxl", "pixart-sigma")
 ESTIMATED = [*((name, torch.bfloat16) for name in CASCADES), *((name, torch.float32) for name in IN_FLOAT32)]
 
 
 @pytest.mark.parametrize(("name", "dtype"), ESTIMATED, ids=str)
-def test_a_plan_estimates_time_and_memory(name: str, dtype: torch.dtype) -> None:
+def test_plan_estimates_time_and_memory(name: str, dtype: torch.dtype) -> None:
     high, _, side = cascade_of(name)
     stages = high.to(dtype).plan(2 * side, 2 * side).stages
     assert all(stage.seconds > 0 for stage in stages)
@@ -106,8 +106,8 @@ def test_a_plan_estimates_time_and_memory(name: str, dtype: torch.dtype) -> None
     assert all(weights < stage.gib < 1.5 * weights + 0.02 for stage in stages)
 
 
-@pytest.mark.parametrize("name", [name for name in CASCADES if name != "prx"])  # guided, it takes no embeddings
-def test_estimates_count_the_forwards_that_a_step_makes(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in CASCADES if name != "prx"])  # takes no embeddings with guidance
+def test_forwards_of_counts_the_forwards_of_a_step(name: str) -> None:
     high, arguments, side = cascade_of(name)
     model, batches = denoiser(high)[1], []
 
@@ -117,7 +117,7 @@ def test_estimates_count_the_forwards_that_a_step_makes(name: str) -> None:
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     steps = 2
-    if "true_cfg_scale" in arguments:  # guides where there are negative prompts
+    if "true_cfg_scale" in arguments:  # such pipelines guide only with negative prompts
         arguments = {one: value for one, value in arguments.items() if not one.startswith("negative")}
     arguments = {one: value for one, value in arguments.items() if one not in ("guidance_scale", "true_cfg_scale")}
     high(height=side, width=side, num_inference_steps=steps, generator=seeded(), output_type="latent", **arguments)
@@ -128,7 +128,7 @@ def test_estimates_count_the_forwards_that_a_step_makes(name: str) -> None:
     assert {batch / images for batch in batches} == {together}
 
 
-def test_a_plan_whose_cost_cannot_be_counted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_notes_a_cost_that_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     high, _, side = cascade_of("sd3")
     estimate.forward.cache_clear()
     monkeypatch.setattr(estimate, "count_step", lambda *_, **__: {}["config"])
@@ -137,13 +137,13 @@ def test_a_plan_whose_cost_cannot_be_counted_says_so(monkeypatch: pytest.MonkeyP
     assert plan.stages[0].seconds is None
 
 
-def test_weights_in_eight_bits_are_counted_as_they_compute() -> None:
+def test_plan_estimates_time_with_layerwise_casting() -> None:
     high, _, side = cascade_of("sd3")
     denoiser(high)[1].enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert all(stage.seconds > 0 for stage in high.plan(2 * side, 2 * side).stages)
 
 
-def test_plan_refuses_counts_that_are_none() -> None:
+def test_plan_refuses_bad_counts() -> None:
     high, _, side = cascade_of("sd3")
     for counts, said in (
         ({"batch": 0}, "batch must be an integer >= 1, got 0"),
@@ -154,7 +154,7 @@ def test_plan_refuses_counts_that_are_none() -> None:
             high.plan(side, side, **counts)
 
 
-def test_a_plan_counts_no_more_tokens_than_take_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_estimates_up_to_a_maximum_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     high, _, _ = cascade_of("flux")
     shapes: list[Any] = []
     monkeypatch.setattr(estimate, "forward", shapes.append)
@@ -164,7 +164,7 @@ def test_a_plan_counts_no_more_tokens_than_take_a_moment(monkeypatch: pytest.Mon
     assert 2**22 < max(prod(shape.latents) // 4 for shape in shapes) <= 2**24
 
 
-def test_estimates_take_the_text_as_the_pipeline_does() -> None:
+def test_estimator_uses_the_text_length_of_the_pipeline() -> None:
     assert {name: Estimator(cascade_of(name)[0], None, 1).text_len for name in ("sd3", "flux", "sd")} == {
         "sd3": 256 + 77,
         "flux": 512,
@@ -174,8 +174,8 @@ def test_estimates_take_the_text_as_the_pipeline_does() -> None:
 
 
 @pytest.mark.parametrize("name", CASCADES)
-def test_with_next_to_no_noise_a_picture_stays(name: str) -> None:
-    """So latents are scaled, shifted, and laid out as the stock pipeline has them."""
+def test_picture_is_kept_with_almost_no_noise(name: str) -> None:
+    """So latents have the stock pipeline's scale, shift and layout."""
     high, arguments, side = cascade_of(name)
     picture = Image.linear_gradient("L").convert("RGB").resize((side, side))
     (stage,) = high.plan(side, side, enlarge=True, settings=Settings(steps=2, strength=0.002, sharpen=0)).stages
@@ -195,7 +195,7 @@ def test_with_next_to_no_noise_a_picture_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_no_cascade_is_refused(name: str) -> None:
+def test_from_pipe_refuses_models_without_a_cascade(name: str) -> None:
     pipe, _ = made(name)
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
         HighResolutionPipeline.from_pipe(pipe)
@@ -205,13 +205,13 @@ def test_what_has_no_cascade_is_refused(name: str) -> None:
 def test_native_side_and_first_steps_are_the_pipelines_own(name: str) -> None:
     pipe, _ = made(name)
     high = HighResolutionPipeline.from_pipe(pipe)
-    sides = {"auraflow": 1024, "krea2": 1024, "flux2": 1024, "flux2-klein": 1024, "prx": 512}  # others by their configs
+    sides = {"auraflow": 1024, "krea2": 1024, "flux2": 1024, "flux2-klein": 1024, "prx": 512}  # others in their configs
     assert high.native_size == sides.get(name, high.native_size) == HighResolutionPipeline.from_pipe(high).native_size
     steps = inspect.signature(high.stock.__call__).parameters["num_inference_steps"].default
     assert high.plan(8, 8).stages[0].steps == steps
 
 
-def test_arguments_by_place_are_those_of_the_stock_pipeline() -> None:
+def test_positional_arguments_are_those_of_the_stock_pipeline() -> None:
     high, arguments, side = cascade_of("sd")
     made = [
         high(*given, generator=seeded(), output_type="latent", **arguments, **named).images
@@ -226,7 +226,7 @@ def test_arguments_by_place_are_those_of_the_stock_pipeline() -> None:
         pixart(callback_on_step_end=lambda *_: {}, **arguments)
 
 
-def test_low_frequencies_follow_in_latents_that_are_pictures() -> None:
+def test_low_frequencies_follow_in_unpacked_latents() -> None:
     high, arguments, side = cascade_of("sd3")
     call: dict[str, Any] = {"output_type": "latent", **arguments}
     made = []
@@ -248,7 +248,7 @@ def test_low_frequencies_follow_in_latents_that_are_pictures() -> None:
         ("z-image", 20000, Settings(), "positions for at most .* pixels a side"),
     ],
 )
-def test_plan_refuses_what_a_model_does_not_have(name: str, size: int, settings: Settings, said: str) -> None:
+def test_plan_refuses_settings_that_a_model_lacks(name: str, size: int, settings: Settings, said: str) -> None:
     high, _, _ = cascade_of(name)
     with pytest.raises(ValueError, match=said):
         high.plan(size, size, settings=settings)
@@ -265,7 +265,7 @@ def test_plan_refuses_what_a_model_does_not_have(name: str, size: int, settings:
         ({"strength": 0.001}, "a DDIMScheduler has at most 1 steps at strength 0.001, got 8"),
     ],
 )
-def test_call_refuses_a_stage_that_a_model_does_not_have(change: dict[str, Any], said: str) -> None:
+def test_call_refuses_stage_settings_that_a_model_lacks(change: dict[str, Any], said: str) -> None:
     high, arguments, side = cascade_of("sd")
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2)
     plan = replace(plan, stages=(plan.stages[0], replace(plan.stages[1], **change)))
@@ -277,8 +277,8 @@ def test_call_refuses_a_stage_that_a_model_does_not_have(change: dict[str, Any],
         high(latents=torch.zeros(1), **arguments)
 
 
-def test_pictures_pass_the_safety_checker() -> None:
-    """A cascade decodes by itself, so that the stock pipeline's last lines do not run."""
+def test_cascade_runs_the_safety_checker() -> None:
+    """A cascade decodes by itself, so the end of the stock pipeline's call does not run."""
     high, arguments, side = cascade_of("sd")
     seen: list[tuple[int, ...]] = []
 
@@ -295,7 +295,7 @@ def test_pictures_pass_the_safety_checker() -> None:
     assert len(latents) == 2 and latents[1] is None
 
 
-def test_a_callback_that_encodes_text_of_its_own_gets_that() -> None:
+def test_callback_can_encode_another_text() -> None:
     pipe = WHOLE["sd"][0]()
     high = HighResolutionPipeline.from_pipe(pipe, native_size=64)
     high.set_progress_bar_config(disable=True)
@@ -312,7 +312,7 @@ def test_a_callback_that_encodes_text_of_its_own_gets_that() -> None:
     assert torch.equal(made[0], wanted[0]) and torch.equal(made[1], wanted[1])
 
 
-def test_a_users_own_encoding_is_used_and_stays() -> None:
+def test_replaced_encode_prompt_is_used_and_kept() -> None:
     high = HighResolutionPipeline.from_pipe(WHOLE["sd"][0](), native_size=64)
     high.set_progress_bar_config(disable=True)
     plan = high.plan(128, 128, num_inference_steps=1, settings=Settings(steps=1))
@@ -328,7 +328,7 @@ def test_a_users_own_encoding_is_used_and_stays() -> None:
         assert len(calls) == count and high.encode_prompt is encode
 
 
-def test_diffusers_own_callbacks_get_what_they_ask_for() -> None:
+def test_diffusers_callbacks_get_the_tensors_they_request() -> None:
     high, arguments, side = cascade_of("sd3")
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=2))
     call: dict[str, Any] = {"plan": plan, "output_type": "latent", **arguments}
@@ -349,7 +349,7 @@ def test_diffusers_own_callbacks_get_what_they_ask_for() -> None:
         ({"prompt": "a", "prompt_embeds": torch.zeros(1, 4, 32)}, "Provide either `prompt` or `prompt_embeds`"),
     ],
 )
-def test_call_refuses_before_it_loads_a_picture(change: dict[str, Any], said: str) -> None:
+def test_call_refuses_bad_input_before_encoding_the_picture(change: dict[str, Any], said: str) -> None:
     high, _, side = cascade_of("sd")
     high.vae.encode = None
     with pytest.raises(ValueError, match=said):

@@ -1,4 +1,4 @@
-"""A cascade of FLUX.1 with a ControlNet: a picture steers each stage, and both networks are as the stage wants."""
+"""A cascade of FLUX.1 with a ControlNet, which is used in every stage; both networks get the stage's settings."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def pipe() -> Any:
 
 @pytest.fixture(params=["PIL", "tensor"])
 def arguments(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Of a call of the stock pipeline at 32 x 32 pixels."""
+    """Arguments of a stock call at 32 x 32 pixels."""
     given = controlnets.flux_control_arguments()
     for name in ("height", "width", "num_inference_steps", "generator", "output_type", "latents"):
         given.pop(name, None)
@@ -38,7 +38,7 @@ def latents(pipe: Any, **given: Any) -> Tensor:
     return pipe(generator=seeded(), output_type="latent", **given).images
 
 
-def test_the_native_stage_is_the_stock_call_without_any_conversion(pipe: Any, arguments: dict[str, Any]) -> None:
+def test_native_stage_is_the_unconverted_stock_call(pipe: Any, arguments: dict[str, Any]) -> None:
     size = {"height": 32, "width": 32, "num_inference_steps": 2}
     wanted = latents(pipe, **size, **arguments)
     for part in (pipe, pipe.controlnet):
@@ -49,7 +49,7 @@ def test_the_native_stage_is_the_stock_call_without_any_conversion(pipe: Any, ar
     assert not torch.allclose(latents(pipe, **size, **arguments), wanted, atol=1e-4)
 
 
-def test_every_stage_is_steered_and_both_networks_see_its_positions(pipe: Any, arguments: dict[str, Any]) -> None:
+def test_controlnet_is_used_with_the_settings_of_every_stage(pipe: Any, arguments: dict[str, Any]) -> None:
     for part in (pipe, pipe.controlnet):
         linearize_(part, Clear(radius=1.5))
     high = HighResolutionPipeline.from_pipe(pipe, native_size=32)

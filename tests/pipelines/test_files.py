@@ -1,4 +1,4 @@
-"""Pictures' files: nothing that waits to be decoded is lost."""
+"""Picture files: no undecoded latents are lost."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from lineardit.pipelines import files
 from lineardit.pipelines.decoding import decode_file
 from lineardit.pipelines.files import Wanted, not_there, plan_files, write_latents
 
-LATENTS = torch.zeros(1, 4, 16)  # tokens of a picture of 8 x 8
+LATENTS = torch.zeros(1, 4, 16)  # tokens of 8 x 8 pixels
 
 
 def wanted(path: Path, prompt: str) -> Wanted:
     return Wanted(path=path, prompt=prompt, seed=0, text={"prompt": prompt, "size": "8x8"})
 
 
-def test_latents_of_another_picture_are_not_written_over(tmp_path: Path) -> None:
+def test_latents_of_another_picture_are_not_overwritten(tmp_path: Path) -> None:
     one, other = (wanted(tmp_path / "out.png", prompt) for prompt in ("a circle", "a square"))
     write_latents(one.latents, LATENTS, {**one.text, "stages": "[]"})
     assert not_there([one]) == [one]
@@ -27,7 +27,7 @@ def test_latents_of_another_picture_are_not_written_over(tmp_path: Path) -> None
         not_there([other])
 
 
-def test_decode_takes_away_no_other_latents(tmp_path: Path) -> None:
+def test_decode_file_removes_only_its_own_latents(tmp_path: Path) -> None:
     build_tiny().save_pretrained(tmp_path / "base")
     one, other = (tmp_path / f"{name}.latents.safetensors" for name in "ab")
     for file in (one, other):
@@ -47,7 +47,7 @@ def test_decode_takes_away_no_other_latents(tmp_path: Path) -> None:
     assert not one.exists() and other.exists()
 
 
-def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("No space left on device")
 
@@ -57,7 +57,7 @@ def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_more_pictures_leave_the_names_of_the_first(tmp_path: Path) -> None:
+def test_more_pictures_do_not_rename_the_first(tmp_path: Path) -> None:
     few, many = (plan_files(["a"] * count, tmp_path, seed=0, text={}) for count in (2, 1002))
     assert [one.path for one in many[:2]] == [one.path for one in few]
     assert [one.path.name for one in many[998:]] == ["998.png", "999.png", "1000.png", "1001.png"]

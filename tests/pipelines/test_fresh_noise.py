@@ -36,7 +36,7 @@ def pixels(files: list[Path]) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_step_adds_noise_of_the_generators_to_what_the_model_takes_for_clean(return_dict: bool) -> None:
+def test_step_adds_the_generators_noise_to_the_predicted_clean_latents(return_dict: bool) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     scheduler.set_timesteps(2)
     sigma, following = scheduler.sigmas[:2]
@@ -49,7 +49,7 @@ def test_step_adds_noise_of_the_generators_to_what_the_model_takes_for_clean(ret
     assert scheduler.step_index == 1 and "step" not in vars(scheduler)
 
 
-def test_generate_gives_each_picture_its_own_fresh_noise_whatever_the_batch(pipe: Any, tmp_path: Path) -> None:
+def test_fresh_noise_of_a_picture_does_not_depend_on_the_batch(pipe: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     one = pixels(generate(pipe, PROMPTS, tmp_path / "one", **CALL))
     torch.manual_seed(1)
@@ -81,6 +81,6 @@ def test_first_stage_of_a_cascade_is_the_picture_of_generate(tmp_path: Path) -> 
     assert numpy.array_equal(numpy.asarray(seen[0]), pixels([file])[0])
 
 
-def test_other_schedulers_have_no_fresh_noise() -> None:
+def test_with_fresh_noise_refuses_other_schedulers() -> None:
     with pytest.raises(ValueError, match=r"--stochastic.*need a FlowMatchEuler.*has a DDIMScheduler: leave them out"):
         with_fresh_noise(DDIMScheduler())

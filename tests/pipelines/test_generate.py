@@ -1,4 +1,4 @@
-"""Pictures as files: what they hold, that no work is lost, what is refused."""
+"""`generate`: pictures and their metadata in files, resuming, and refused input."""
 
 import logging
 import re
@@ -43,7 +43,7 @@ def pixels(path: Path) -> numpy.ndarray:
         return numpy.asarray(image, numpy.int16)
 
 
-def test_generate_writes_the_pipelines_picture_and_how_it_was_made(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_generate_writes_the_pipelines_picture_and_its_settings(pipe: FluxPipeline, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out.png"
     about = {"model": "tiny", "adapter": "kreuz-förmig"}
     assert generate(pipe, PROMPTS[:1], out, **CALL, seed=5, guidance=3.0, about=about) == [out]
@@ -61,14 +61,14 @@ def test_generate_writes_the_pipelines_picture_and_how_it_was_made(pipe: FluxPip
     assert [path.name for path in out.parent.iterdir()] == ["out.png"]
 
 
-def test_generate_gives_each_picture_its_own_noise_whatever_the_batch(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_generate_seeds_each_picture_whatever_the_batch(pipe: FluxPipeline, tmp_path: Path) -> None:
     files = generate(pipe, PROMPTS, tmp_path / "pictures", **CALL, seed=3, batch_size=2)
     assert [file.name for file in files] == ["000.png", "001.png", "002.png"]
     for index, file in enumerate(files):
         assert abs(pixels(file) - numpy.asarray(expected(pipe, PROMPTS[index], 3 + index))).max() <= 1
 
 
-def test_generate_makes_the_pipelines_own_size(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_generate_makes_the_pipelines_default_size(pipe: FluxPipeline, tmp_path: Path) -> None:
     pipe.vae.register_to_config(sample_size=16)
     (file,) = generate(pipe, PROMPTS[:1], tmp_path / "out.png", steps=1, max_sequence_length=8)
     with Image.open(file) as image:
@@ -97,7 +97,7 @@ def test_generate_saves_latents_before_it_decodes(
 
 
 @pytest.mark.parametrize("cascade", [False, True])
-def test_generate_makes_the_picture_where_nothing_else_can_be_kept(
+def test_generate_makes_the_picture_if_latents_cannot_be_saved(
     pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cascade: bool
 ) -> None:
     pipe.vae.register_to_config(sample_size=16)
@@ -117,7 +117,7 @@ def test_generate_refuses_latents_that_are_not_finite(pipe: FluxPipeline, tmp_pa
     assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.safetensors"))
 
 
-def test_generate_goes_on_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_generate_resumes_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
     files = generate(pipe, PROMPTS, tmp_path / "pictures", **CALL)
     stamps = [file.stat().st_mtime_ns for file in files]
     files[1].unlink()
@@ -125,7 +125,7 @@ def test_generate_goes_on_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -
     assert [file.stat().st_mtime_ns == stamp for file, stamp in zip(files, stamps, strict=True)] == [True, False, True]
 
 
-def test_generate_keeps_what_was_made_otherwise(pipe: FluxPipeline, tmp_path: Path) -> None:
+def test_generate_keeps_pictures_made_with_other_settings(pipe: FluxPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     files = generate(pipe, PROMPTS, folder, **CALL)
     before = files[0].read_bytes()
@@ -175,7 +175,7 @@ def test_generate_refuses_bad_input(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_generate_tells_once_what_is_cut_of_a_prompt(
+def test_generate_warns_once_of_a_truncated_prompt(
     pipe: FluxPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = "a teal cross at the top left on striped mint"
@@ -185,7 +185,7 @@ def test_generate_tells_once_what_is_cut_of_a_prompt(
     assert caplog.text.count("is cut after") == 1
     generate(pipe, [long + " and a blue square"], tmp_path / "b", **CALL | {"max_sequence_length": 64})
     assert caplog.text.count("is cut after") == 1
-    pipe.text_encoder_2, pipe.tokenizer_2 = pipe.text_encoder, pipe.tokenizer  # as Stable Diffusion XL has two of CLIP
+    pipe.text_encoder_2, pipe.tokenizer_2 = pipe.text_encoder, pipe.tokenizer  # two of CLIP, as in Stable Diffusion XL
     tell_cut_prompts(pipe, ["the red circle " * 26], None)
     assert "77 tokens (its text encoder takes no more), without 'red circle'" in caplog.text
 
@@ -204,7 +204,7 @@ class OldPipeline(FluxPipeline):
         return super().__call__(prompt, **call, max_sequence_length=8, callback_on_step_end=on_step_end)
 
 
-def test_generate_knows_the_callback_of_older_pipelines(
+def test_generate_supports_the_callback_of_older_pipelines(
     pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe.__class__ = OldPipeline
@@ -224,7 +224,7 @@ def test_generate_knows_the_callback_of_older_pipelines(
         (99, "auto", "kernel: original (the window covers the picture)"),
     ],
 )
-def test_generate_tells_the_kernel_that_runs(
+def test_generate_logs_the_kernel_that_runs(
     radius: float, impl: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = build_tiny()

@@ -1,4 +1,4 @@
-"""The cascade: each stage is what diffusers' own calls make, the model is as it was afterwards, nothing is lost."""
+"""The cascade: each stage equals diffusers' own calls, and the model is restored afterwards."""
 
 import pickle
 import threading
@@ -34,7 +34,7 @@ def high() -> Any:
     return HighResolutionPipeline.from_pipe(converted())
 
 
-def test_from_pipe_shares_the_parts(high: Any) -> None:
+def test_from_pipe_shares_the_components(high: Any) -> None:
     pipe = converted()
     made = HighResolutionPipeline.from_pipe(pipe, native_size=32)
     assert isinstance(made, HighResolutionPipeline) and isinstance(made, FluxPipeline)
@@ -56,7 +56,7 @@ def test_native_stage_is_the_stock_pipeline_bit_for_bit(high: Any) -> None:
 
 
 def test_later_stage_is_diffusers_image_to_image(high: Any) -> None:
-    """With nothing scaled and no guidance, from the same noise and noise levels."""
+    """Without scaled positions, following and sharpening, from the same noise and noise levels."""
     seen: dict[int, dict[str, Any]] = {}
     plan = high.plan(32, 24, num_inference_steps=2, settings=Settings(steps=3, follow=0, sharpen=0, rope_factor=1))
     made = high(
@@ -94,14 +94,14 @@ def test_later_stage_is_diffusers_image_to_image(high: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [(33, 41), (16, 90)])
-def test_call_gives_the_size_asked_for(high: Any, size: tuple[int, int]) -> None:
+def test_call_makes_the_requested_size(high: Any, size: tuple[int, int]) -> None:
     plan = high.plan(*size, num_inference_steps=1, settings=Settings(steps=1))
     image = high(PROMPT, plan=plan, generator=seeded(), max_sequence_length=8).images[0]
     assert (image.height, image.width) == size
     assert len(plan.stages) > 1 and "cropped" in str(plan)
 
 
-def test_settings_of_a_call_are_those_of_its_plan(high: Any) -> None:
+def test_call_with_settings_equals_a_call_with_their_plan(high: Any) -> None:
     picture, settings = Image.new("RGB", (16, 16)), Settings(steps=1, strength=0.7, sharpen=0)
     call: dict[str, Any] = {"image": picture, "max_sequence_length": 8, "output_type": "latent"}
     plan = high.plan(32, 32, enlarge=(16, 16), settings=settings)
@@ -115,7 +115,7 @@ def test_settings_of_a_call_are_those_of_its_plan(high: Any) -> None:
         high(PROMPT, plan=plan, settings=settings, **call)
 
 
-def test_model_is_as_it_was_afterwards_and_after_an_error(high: Any) -> None:
+def test_model_is_restored_after_a_call_and_after_an_error(high: Any) -> None:
     plan = high.plan(48, 48, num_inference_steps=1, settings=Settings(steps=1, proportional=1.0))
     theta, scheduler, conversion = (
         high.transformer.pos_embed.theta,
@@ -148,7 +148,7 @@ def test_model_is_as_it_was_afterwards_and_after_an_error(high: Any) -> None:
         assert high.scheduler is scheduler
 
 
-def test_rope_factor_is_the_models_own_base(high: Any) -> None:
+def test_rope_factor_is_diffusers_ntk_factor(high: Any) -> None:
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
     from lineardit.pipelines.positions import rope_scaled
@@ -166,7 +166,7 @@ def test_rope_factor_is_the_models_own_base(high: Any) -> None:
 
 @pytest.mark.parametrize("attention", ["original", "converted"])
 def test_positions_are_exact_in_bfloat16(high: Any, attention: str) -> None:
-    """The stock pipelines' ids are in bfloat16, where 257 is 256."""
+    """The stock pipelines' ids are in bfloat16, which rounds 257 to 256."""
     high.to(torch.bfloat16)
     seen: list[torch.Tensor] = []
     high.transformer.pos_embed.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
@@ -176,7 +176,7 @@ def test_positions_are_exact_in_bfloat16(high: Any, attention: str) -> None:
     assert torch.equal(seen[-1][8:, 2], torch.arange(260.0).repeat(2))
 
 
-def test_a_saved_cascade_is_loaded_again(high: Any, tmp_path: Path) -> None:
+def test_saved_cascade_can_be_loaded(high: Any, tmp_path: Path) -> None:
     high.save_pretrained(tmp_path)
     again = HighResolutionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
@@ -241,12 +241,14 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
         ),
     ],
 )
-def test_call_refuses_what_does_not_fit(high: Any, change: Callable[[Any], dict[str, Any]], said: str) -> None:
+def test_call_refuses_arguments_that_do_not_fit_the_plan(
+    high: Any, change: Callable[[Any], dict[str, Any]], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         high(**({"prompt": PROMPT} | change(high.plan(64, 64))))
 
 
-def test_plan_passes_on_what_the_attention_advises_once() -> None:
+def test_plan_notes_the_advice_of_a_method_once() -> None:
     pipe = build_tiny()
     linearize_(pipe, Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4)))
     high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
@@ -255,7 +257,7 @@ def test_plan_passes_on_what_the_attention_advises_once() -> None:
     assert not any("faint grid" in note for note in high.plan(16, 16).notes)  # with the original attention
 
 
-def test_plan_tells_and_counts_the_original_call_in_small_stages() -> None:
+def test_plan_notes_and_counts_the_original_call_in_small_stages() -> None:
     pipe = build_tiny()
     plans = []
     for dense_below in (0, 100):  # the converted stages have 64 and 256 tokens
@@ -268,7 +270,7 @@ def test_plan_tells_and_counts_the_original_call_in_small_stages() -> None:
     assert chosen[0] == converted[0] and chosen[1] > converted[1] and chosen[2] == converted[2]
 
 
-def test_plan_asks_for_the_base_without_taking_weights_off(high: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_detects_the_base_without_removing_weights(high: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, name = denoiser(high)[1], "transformer_blocks.0.attn.to_q.bias"
     weights = {name: torch.zeros_like(model.get_parameter(name))}
     replace_weights_(model, weights, keep_original=True)
@@ -289,7 +291,7 @@ def test_plan_has_the_base_while_another_thread_is_in_dense(high: Any) -> None:
     assert plans[0].stages[0].attention == "original"
 
 
-def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:
+def test_from_pipe_and_plan_refuse_unsupported_parts(high: Any) -> None:
     class Other:
         transformer = torch.nn.Linear(2, 2)
 
@@ -322,7 +324,7 @@ def test_from_pipe_and_plan_refuse_what_they_do_not_know(high: Any) -> None:
         high.plan(64, 64)
 
 
-def test_lora_of_a_style_holds_in_every_stage(high: Any, tmp_path: Path) -> None:
+def test_style_lora_is_used_in_a_cascade(high: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
 
     plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)

@@ -16,7 +16,7 @@ from lineardit.pipelines.vae import encode
 
 
 def test_after_step_moves_the_predicted_picture_and_not_the_noise() -> None:
-    """For a model that knows picture x and noise e, weight 1 puts the reference's low frequencies in x's place."""
+    """If the model predicts both exactly, weight 1 replaces the picture's low frequencies by the reference's."""
     generator = torch.Generator().manual_seed(0)
     picture, noise = (torch.randn(1, 4, 16, 24, generator=generator) for _ in range(2))
     reference = torch.full_like(picture, 3.0)
@@ -24,14 +24,14 @@ def test_after_step_moves_the_predicted_picture_and_not_the_noise() -> None:
     before, after = ((1 - t) * picture + t * noise for t in (sigma, following))
     corrected = LowFrequencies(reference, follow=1 / following).after_step(before, after, sigma, following)
     moved = (corrected - following * noise) / (1 - following)
-    low = torch.nn.functional.avg_pool2d(moved, 8)  # cells that the filter does not reach across would be exact
+    low = torch.nn.functional.avg_pool2d(moved, 8)  # exact but for the filter's reach across cells
     assert (low - 3).abs().max() < 0.6
     high = moved - LowFrequencies(moved, follow=1).wanted
     assert torch.allclose(high.std(), (picture - LowFrequencies(picture, follow=1).wanted).std(), rtol=0.15)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 30), (18, 7)])
-def test_even_of_a_strip_the_mean_is_low(size: tuple[int, int]) -> None:
+def test_low_frequencies_of_small_latents_keep_the_mean(size: tuple[int, int]) -> None:
     assert torch.allclose(LowFrequencies(torch.full((1, 4, *size), 3.0), follow=1).wanted, torch.tensor(3.0))
 
 
@@ -40,7 +40,7 @@ def test_after_step_leaves_the_last_step_alone() -> None:
     assert torch.equal(LowFrequencies(torch.zeros(1, 4, 8, 8), follow=0.5).after_step(before, after, 0.3, 0.0), after)
 
 
-def test_noise_levels_are_those_of_the_step_that_was_made() -> None:
+def test_noise_levels_are_those_of_the_last_step() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.2])
     scheduler.set_begin_index(0)
@@ -49,7 +49,7 @@ def test_noise_levels_are_those_of_the_step_that_was_made() -> None:
         assert torch.allclose(torch.tensor(noise_levels(scheduler)), torch.tensor(wanted))
 
 
-def test_pack_latents_is_what_flux_takes() -> None:
+def test_pack_latents_equals_the_flux_pipelines() -> None:
     from diffusers import FluxPipeline
 
     latents = torch.randn(2, 4, 6, 10)
@@ -63,8 +63,8 @@ def high() -> Any:
     return HighResolutionPipeline.from_pipe(converted())
 
 
-def test_following_draws_the_picture_to_the_stage_before(high: Any) -> None:
-    """A model with random weights wanders off; with low frequencies held it stays nearer to the enlarged picture."""
+def test_following_keeps_the_picture_near_the_previous_stage(high: Any) -> None:
+    """A model with random weights drifts; following low frequencies keeps it nearer to the enlarged picture."""
     picture = Image.linear_gradient("L").convert("RGB")
     pixels = high.image_processor.preprocess(picture, height=32, width=32)
     wanted = LowFrequencies(encode(high.vae, pixels, tile=None), follow=1).wanted

@@ -1,4 +1,4 @@
-"""Pictures to enlarge: what is taken is what is shown, in whatever form it comes."""
+"""Pictures to enlarge: conversion of every accepted form to RGB, and enlarging."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ from PIL import Image
 from lineardit.pipelines.pictures import as_pictures, as_rgb, enlarged
 
 
-def test_as_rgb_turns_a_photo_as_its_camera_says(tmp_path: Path) -> None:
+def test_as_rgb_applies_the_exif_orientation(tmp_path: Path) -> None:
     photo, exif = Image.new("RGB", (4, 2), "blue"), Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     photo.save(tmp_path / "photo.jpg", exif=exif)
     with Image.open(tmp_path / "photo.jpg") as opened:
         assert as_rgb(opened).size == (2, 4)
 
 
-def test_as_rgb_keeps_values_and_shows_what_is_transparent_on_white() -> None:
+def test_as_rgb_keeps_values_and_puts_transparency_on_white() -> None:
     values = numpy.array([[0, 257, 25_700, 65_535]], dtype=numpy.uint16)
     assert numpy.asarray(as_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 1, 100, 255]
     clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
@@ -38,7 +38,7 @@ def edge(width: int = 32) -> Image.Image:
 
 def test_enlarged_edges_are_sharp_and_have_no_halo() -> None:
     soft, sharp = (numpy.asarray(enlarged(edge(), 64, 16, amount), int)[8, :, 0] for amount in (0.0, 1.0))
-    assert soft.min() < 60 and soft.max() > 200  # Lanczos has one
+    assert soft.min() < 60 and soft.max() > 200  # Lanczos has a halo
     assert sharp.min() == 60 and sharp.max() == 200
     assert numpy.diff(sharp).max() > 1.3 * numpy.diff(soft).max()
 
@@ -54,7 +54,7 @@ def test_enlarged_sharpens_only_what_grows(size: tuple[int, int]) -> None:
     assert enlarged(edge(), *size, 1.0).tobytes() == edge().resize(size, Image.Resampling.LANCZOS).tobytes()
 
 
-def test_every_form_gives_the_same_pictures() -> None:
+def test_as_pictures_gives_the_same_for_every_form() -> None:
     whole = numpy.arange(2 * 4 * 6 * 3, dtype=numpy.uint8).reshape(2, 4, 6, 3)
     values = whole / numpy.float32(255)
     tensor = torch.from_numpy(values).movedim(-1, 1)
@@ -75,6 +75,6 @@ def test_every_form_gives_the_same_pictures() -> None:
         (torch.zeros(3, 0, 4), "got none"),
     ],
 )
-def test_what_is_no_picture_is_refused(given: Any, said: str) -> None:
+def test_as_pictures_refuses_other_values(given: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         as_pictures(given)

@@ -1,4 +1,4 @@
-"""What a cascade will do: sizes, noise levels, notes, refusals."""
+"""Plans of a cascade: sizes, noise levels, notes, and refused settings."""
 
 import math
 from dataclasses import replace
@@ -34,19 +34,19 @@ def sizes(height: int, width: int, **changes: Any) -> list[tuple[int, int]]:
         (16, 10**23 - 1, [*sizes(16, 10**23)[:-1], (16, 10**23)]),
     ],
 )
-def test_cascade_goes_from_the_native_area_to_the_size_asked_for(
+def test_cascade_goes_from_the_native_area_to_the_requested_size(
     height: int, width: int, wanted: list[tuple[int, int]]
 ) -> None:
     assert sizes(height, width) == wanted
 
 
-def test_cascade_never_makes_a_picture_smaller_first() -> None:
+def test_cascade_never_shrinks_the_given_picture() -> None:
     assert sizes(6000, 8000, enlarge=(3000, 4000)) == [(6000, 8000)]
     assert sizes(2048, 2048, enlarge=(1500, 1500)) == [(2048, 2048)]
     assert sizes(8192, 8192, enlarge=(2048, 2048)) == [(4096, 4096), (8192, 8192)]
 
 
-def test_cascade_of_a_small_picture_has_the_native_stage_at_the_strength_of_the_others() -> None:
+def test_native_stage_of_a_small_picture_has_the_strength_of_the_others() -> None:
     plan = cascade(2048, 2048, FLUX, Settings(strength=0.4), **(CALL | {"enlarge": (100, 100)}))
     assert [(stage.height, stage.strength) for stage in plan.stages] == [(1024, 0.4), (2048, 0.4)]
 
@@ -95,7 +95,7 @@ def test_cascade_uses_linear_attention_where_it_pays() -> None:
     assert {stage.attention for stage in plan.stages} == {"converted"}
 
 
-def test_larger_stages_follow_low_frequencies_and_scale_positions_beyond_the_known() -> None:
+def test_larger_stages_follow_low_frequencies_and_scale_positions() -> None:
     stages = cascade(4096, 4096, FLUX, Settings(), **CALL).stages
     assert [stage.follow for stage in stages] == [0, 1, 1]
     assert [stage.sharpen for stage in stages] == [0, 1, 1]
@@ -117,7 +117,7 @@ def test_proportional_factor_is_clears_formula() -> None:
     assert stages[2].logit_factor == pytest.approx(proportional_factor(256 * 256 + 512, 64 * 64 + 512))
 
 
-def test_ntk_factor_stretches_the_slowest_turn() -> None:
+def test_ntk_factor_stretches_the_slowest_rotation() -> None:
     dim, ratio = 12, 4.0
     slowest = (dim - 2) / dim
     before, after = 10000**-slowest, (10000 * ntk_factor(ratio, dim)) ** -slowest
@@ -125,7 +125,7 @@ def test_ntk_factor_stretches_the_slowest_turn() -> None:
     assert ntk_factor(0.5, dim) == 1
 
 
-def test_plan_says_what_it_does() -> None:
+def test_plan_as_text_lists_stages_and_settings() -> None:
     text = str(cascade(4096, 8190, FLUX, Settings(), **CALL))
     assert text.startswith("8190x4096 in 4 stages\n  1. 1456x720, 28 steps, original attention")
     assert "from noise level 0.3, shift 3.16" in text
@@ -133,13 +133,13 @@ def test_plan_says_what_it_does() -> None:
     assert "8192x4096 is made and cropped to 8190x4096" in text
 
 
-def test_a_small_stage_says_what_it_is_less_than() -> None:
+def test_small_costs_of_a_stage_are_printed_as_upper_bounds() -> None:
     stage = replace(cascade(2048, 2048, FLUX, Settings(steps=1), **CALL).stages[-1], seconds=0.4, gib=0.04)
     assert ", 1 step, " in str(stage) and str(stage).endswith("less than 1 s, less than 0.1 GiB")
     assert str(replace(stage, seconds=0.6, gib=0.06)).endswith("about 1 s, about 0.1 GiB")
 
 
-def test_plan_settings_leave_out_what_differs_between_machines() -> None:
+def test_recipe_leaves_out_what_differs_between_machines() -> None:
     plan = cascade(2048, 2048, FLUX, Settings(), **CALL)
     timed = replace(plan, stages=tuple(replace(stage, seconds=1.0, gib=2.0) for stage in plan.stages))
     assert timed.recipe() == plan.recipe()
@@ -167,7 +167,7 @@ def test_stage_refuses_bad_settings(change: dict[str, Any], said: str) -> None:
         Stage(**({"height": 16, "width": 16, "steps": 1} | change))
 
 
-def test_plan_refuses_what_does_not_fit() -> None:
+def test_plan_refuses_sizes_that_do_not_fit() -> None:
     stage = Stage(height=16, width=16, steps=1)
     with pytest.raises(ValueError, match="at least one stage"):
         Plan(height=16, width=16, stages=())
@@ -190,7 +190,7 @@ def test_plan_refuses_what_does_not_fit() -> None:
 def test_half_of_peak_is_not_measured_for_long(
     seconds: float, products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow device is judged by the small product alone, a fast one by many: one is over before it is measured."""
+    """The smallest product suffices on a slow device; on a fast one it ends too soon to be measured."""
     seen: list[tuple[int, int]] = []
 
     def product(left: torch.Tensor, right: torch.Tensor, times: int) -> float:

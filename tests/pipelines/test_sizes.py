@@ -1,4 +1,4 @@
-"""Sizes of pictures that each family can make."""
+"""Picture sizes that each family can make."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,7 @@ from tiny_models import build
 
 
 def vae() -> Any:
-    """Halves the sides twice: 4 pixels for each latent."""
+    """Halves the sides twice: 4 pixels per latent."""
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -50,32 +50,32 @@ def test_size_multiple_counts_latents_and_patches(family: str, multiple: int) ->
 
 
 @pytest.mark.parametrize(("family", "side"), [("flux", 512), ("sd3", 64), ("pixart", 64), ("unet", 64)])
-def test_default_size_is_the_pipelines(family: str, side: int) -> None:
+def test_default_size_is_the_pipelines_own(family: str, side: int) -> None:
     assert default_size(pipeline(family)) == (side, side)
 
 
-def test_the_native_side_is_one_for_a_picture_and_for_a_cascade() -> None:
+def test_native_side_is_the_same_for_a_picture_and_a_cascade() -> None:
     pipe = build_pipeline(0)  # FluxPipeline's own number is 128 latents, of 2 pixels each here
     assert native_side(pipe) == HighResolutionPipeline.from_pipe(pipe).native_size == 128
     assert default_size(pipe) == (128, 128)
 
 
-def test_the_native_side_is_not_that_of_the_pieces_a_vae_was_trained_on() -> None:
+def test_native_side_ignores_the_size_of_the_vaes_training_crops() -> None:
     pipe, _ = made("hunyuan-image")
-    pipe.vae.register_to_config(sample_size=24)  # HunyuanImage-2.1's config has 384, and it draws 2048
+    pipe.vae.register_to_config(sample_size=24)  # HunyuanImage-2.1 has 384 there, but generates 2048
     wanted = pipe.default_sample_size * pipe.vae_scale_factor
     assert HighResolutionPipeline.from_pipe(pipe).native_size == default_size(pipe)[0] == wanted
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "unet"])
-def test_the_native_side_of_stock_pipelines_is_their_default(family: str) -> None:
+def test_native_side_of_stock_pipelines_is_their_default(family: str) -> None:
     pipe = pipeline(family)
     assert HighResolutionPipeline.from_pipe(pipe).native_size == native_side(pipe) == default_size(pipe)[0]
 
 
-def test_default_size_is_what_the_call_says_or_a_pipeline_in_pixels() -> None:
+def test_default_size_reads_call_defaults_and_sizes_in_pixels() -> None:
     pipe = pipeline("flux")
-    pipe.default_sample_size = 512  # in pixels, as PRX has it
+    pipe.default_sample_size = 512  # in pixels, as in PRX
     assert default_size(pipe) == (512, 512)
 
     class OfItsOwnSize(type(pipe)):
@@ -86,7 +86,7 @@ def test_default_size_is_what_the_call_says_or_a_pipeline_in_pixels() -> None:
 
 
 class Asked(Exception):
-    """Holds the (height, width) that a pipeline's call has come to."""
+    """Holds the (height, width) that a pipeline's call has chosen."""
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,7 @@ class Asked(Exception):
         ("joy-image-plus", "prepare_latents"),
     ],
 )
-def test_default_size_is_what_a_call_makes_that_nothing_else_says(
-    name: str, asks: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_size_is_the_size_set_inside_the_call(name: str, asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, arguments = made(name)
     takes = inspect.signature(getattr(pipe, asks))
 

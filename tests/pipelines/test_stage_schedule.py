@@ -1,4 +1,4 @@
-"""Stages that begin midway: what diffusers' image-to-image pipelines make, whatever the scheduler."""
+"""Stages that start midway equal diffusers' image-to-image pipelines, whatever the scheduler."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lineardit.pipelines.vae import encode_faithfully
 def second_stages(
     high: Any, image_to_image: Any, arguments: dict[str, Any], plan: Plan, how: dict[str, Any], **flags: Any
 ) -> tuple[Any, Any]:
-    """Latents of the cascade's second stage, and the same by diffusers' image-to-image pipeline."""
+    """Latents of the cascade's second stage, and those of diffusers' image-to-image pipeline."""
     seen: dict[str, Any] = {}
     call: dict[str, Any] = {"output_type": "latent", **arguments}
 
@@ -54,8 +54,8 @@ def test_later_stage_of_sd_is_diffusers_image_to_image(name: str) -> None:
     assert same(*second_stages(high, diffusers.StableDiffusionImg2ImgPipeline, arguments, plan, how, **flags))
 
 
-def test_pndm_is_replaced_where_it_would_begin_midway() -> None:
-    """Its first steps are special: begun midway, it would leave the noise of a step."""
+def test_pndm_is_replaced_in_stages_that_start_midway() -> None:
+    """Its first steps are special: started midway, it would leave the noise of one step."""
     high, arguments, side = cascade_of("sd")
     high.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=3))
@@ -78,15 +78,15 @@ def test_later_stage_of_sdxl_is_diffusers_image_to_image() -> None:
 
 def test_later_stage_of_sd3_is_diffusers_image_to_image() -> None:
     high, arguments, side = cascade_of("sd3")
-    high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # else stock shifts them once more
+    high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # otherwise the stock call shifts them again
     settings = Settings(steps=3, strength=0.6, shift=3.0, follow=0, sharpen=0)
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=settings)
     how = {"strength": 1.0, "num_inference_steps": 3, "sigmas": plan.stages[1].sigmas()}
     assert same(*second_stages(high, diffusers.StableDiffusion3Img2ImgPipeline, arguments, plan, how))
 
 
-def test_steps_of_consistency_models_lie_below_the_strength() -> None:
-    """Their last step adds no noise."""
+def test_lcm_timesteps_stay_below_the_strength() -> None:
+    """The last step adds no noise only if `num_inference_steps` counts all timesteps."""
     high, _, side = cascade_of("sd")
     high.scheduler = diffusers.LCMScheduler()
     plan = high.plan(2 * side, 2 * side, settings=Settings(steps=4, strength=0.5))
@@ -98,8 +98,8 @@ def test_steps_of_consistency_models_lie_below_the_strength() -> None:
         high.plan(2 * side, 2 * side, settings=Settings(steps=26, strength=0.5))
 
 
-def test_a_model_that_is_told_noise_levels_before_their_shift_is_told_so() -> None:
-    """CogView4: its timesteps are not shifted, and its noise levels are."""
+def test_cogview4_gets_timesteps_before_the_shift() -> None:
+    """Its noise levels are shifted."""
     high, arguments, side = cascade_of("cogview4")
     dynamic = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
     high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, **dynamic)
@@ -120,7 +120,7 @@ def test_a_model_that_is_told_noise_levels_before_their_shift_is_told_so() -> No
 
 
 def test_pndm_saved_and_loaded_makes_the_same_steps(tmp_path: Path) -> None:
-    """A config that was read says what one made in code leaves to its class."""
+    """A loaded config holds defaults that a config made in code leaves to its class."""
     made = diffusers.PNDMScheduler(skip_prk_steps=True)
     made.save_pretrained(tmp_path)
     stage = Stage(height=64, width=64, steps=3, strength=0.5)
@@ -131,7 +131,7 @@ def test_pndm_saved_and_loaded_makes_the_same_steps(tmp_path: Path) -> None:
     assert ours.final_alpha_cumprod == loaded.final_alpha_cumprod == made.final_alpha_cumprod
 
 
-def test_later_stages_take_no_fresh_noise_and_follow() -> None:
+def test_later_stages_follow_and_add_no_fresh_noise() -> None:
     high, _, side = cascade_of("sd3")
     high.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     stage = high.plan(2 * side, 2 * side).stages[1]

@@ -1,4 +1,4 @@
-"""What happens between the stages of a cascade: texts, callbacks, stops, and going on."""
+"""Between the stages of a cascade: texts, callbacks, interruption, and resuming."""
 
 import logging
 from dataclasses import replace
@@ -22,7 +22,7 @@ def high() -> Any:
     return HighResolutionPipeline.from_pipe(converted())
 
 
-def test_cascade_goes_on_at_a_later_stage(high: Any) -> None:
+def test_cascade_resumes_at_a_later_stage(high: Any) -> None:
     plan = high.plan(64, 64, num_inference_steps=1, settings=Settings(steps=1))
     seen: dict[int, Any] = {}
 
@@ -36,7 +36,7 @@ def test_cascade_goes_on_at_a_later_stage(high: Any) -> None:
     assert len(plan.stages) == 3 and torch.equal(rest, whole)
 
 
-def test_latents_that_a_cascade_goes_on_from_come_to_its_device(high: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_latents_are_moved_to_the_device(high: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
     seen: list[str] = []
 
@@ -54,8 +54,8 @@ def test_latents_that_a_cascade_goes_on_from_come_to_its_device(high: Any, monke
     assert seen == ["meta", "meta"]
 
 
-def test_a_cascade_that_goes_on_gives_the_pictures_it_goes_on_from(high: Any) -> None:
-    """A call that was killed between latents and picture never gave them."""
+def test_resumed_cascade_passes_on_the_pictures_it_starts_from(high: Any) -> None:
+    """A call killed between latents and pictures has not passed them on."""
     plan = high.plan(64, 64, num_inference_steps=1, settings=FEW)
     seen: dict[int, Any] = {}
     first = replace(plan, height=16, width=16, stages=plan.stages[:1])
@@ -72,7 +72,7 @@ def test_a_cascade_that_goes_on_gives_the_pictures_it_goes_on_from(high: Any) ->
     assert torch.equal(made, latents)
 
 
-def test_negative_prompt_and_several_pictures(high: Any) -> None:
+def test_cascade_takes_negative_prompts_and_makes_several_pictures(high: Any) -> None:
     plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
     call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "np"}
     plain = high(PROMPT, num_images_per_prompt=2, generator=seeded(), **call).images
@@ -97,7 +97,7 @@ def test_text_is_encoded_once(high: Any) -> None:
     assert len(seen) == 4 and "encode_prompt" not in vars(high)
 
 
-def test_interrupt_stops_after_the_step_and_says_what_results(high: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_interrupt_stops_after_the_step_and_logs_the_size(high: Any, caplog: pytest.LogCaptureFixture) -> None:
     plan = high.plan(64, 64, num_inference_steps=2, settings=FEW)
     steps: list[int] = []
 
@@ -111,7 +111,7 @@ def test_interrupt_stops_after_the_step_and_says_what_results(high: Any, caplog:
     assert "interrupted in stage 1 of 3: the result has 16x16 pixels" in caplog.text
 
 
-def test_steps_of_a_picture_that_is_enlarged_are_those_of_every_stage(high: Any) -> None:
+def test_num_inference_steps_apply_to_every_stage_of_an_enlargement(high: Any) -> None:
     plan = high.plan(64, 64, num_inference_steps=3, enlarge=True)
     assert [stage.steps for stage in plan.stages] == [3] * len(plan.stages)
     steps: list[int] = []
@@ -125,7 +125,7 @@ def test_steps_of_a_picture_that_is_enlarged_are_those_of_every_stage(high: Any)
     assert steps == [0, 1, 2]
 
 
-def test_callbacks_are_told_the_stage(high: Any) -> None:
+def test_callbacks_can_read_the_stage(high: Any) -> None:
     plan = high.plan(64, 64, num_inference_steps=2, settings=FEW)
     seen: list[tuple[int | None, Any]] = []
 
@@ -138,7 +138,7 @@ def test_callbacks_are_told_the_stage(high: Any) -> None:
     assert high.stage is None and high.stage_number is None
 
 
-def test_stages_tell_the_kernel_that_runs(high: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_stages_log_the_kernel_that_runs(high: Any, caplog: pytest.LogCaptureFixture) -> None:
     plan = high.plan(64, 64, num_inference_steps=1, settings=FEW)
     with caplog.at_level(logging.INFO):
         high(PROMPT, plan=plan, negative_prompt="b", true_cfg_scale=2.0, max_sequence_length=8)
@@ -153,7 +153,7 @@ def test_stages_tell_the_kernel_that_runs(high: Any, caplog: pytest.LogCaptureFi
     assert told[3].endswith("kernel: masked")
 
 
-def test_a_stage_begins_from_the_sharpened_picture(high: Any) -> None:
+def test_stage_starts_from_the_sharpened_picture(high: Any) -> None:
     picture = Image.effect_noise((16, 16), 60).convert("RGB")
     (stage,) = high.plan(32, 32, enlarge=True, settings=Settings(steps=1, strength=1e-4, follow=0)).stages
     plan = Plan(height=32, width=32, stages=(stage,))

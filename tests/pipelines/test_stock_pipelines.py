@@ -1,4 +1,4 @@
-"""diffusers' own pipelines around converted models: two prompts of two lengths, guidance, not square, two steps."""
+"""diffusers' own pipelines with converted models: prompts of two lengths, guidance, two steps, not square."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,7 @@ SMALL, COVERING = Clear(radius=2.3), Clear(radius=50)
 def _made(stock: Stock) -> tuple[Any, dict[str, Any]]:
     try:
         getattr(diffusers, stock.needs)
-    except (AttributeError, RuntimeError) as error:  # it is not there, or needs a newer transformers
+    except (AttributeError, RuntimeError) as error:  # missing, or needs a newer transformers
         pytest.skip(f"this diffusers has no {stock.needs}: {error}")
     return stock.make(), stock.arguments()
 
@@ -38,7 +38,7 @@ def _linearize(pipe: Any, stock: Stock, config: Clear, *, impl: str = "auto") ->
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_stock_pipeline_is_equal_where_the_window_covers_and_after_restoring(name: str) -> None:
+def test_stock_pipeline_is_equal_with_a_covering_window_and_restored(name: str) -> None:
     stock = STOCK[name]
     pipe, arguments = _made(stock)
     base = paint(pipe, arguments)
@@ -46,7 +46,7 @@ def test_stock_pipeline_is_equal_where_the_window_covers_and_after_restoring(nam
     _linearize(pipe, stock, COVERING)
     assert torch.equal(paint(pipe, arguments), base)
     if not stock.biased:
-        _linearize(pipe, stock, COVERING, impl="tiled")  # reads layout and masks, where "auto" makes the original call
+        _linearize(pipe, stock, COVERING, impl="tiled")  # reads layout and masks; "auto" makes the original call
         assert torch.allclose(paint(pipe, arguments), base, atol=tolerance)
     _linearize(pipe, stock, SMALL)
     out = paint(pipe, arguments)
@@ -56,7 +56,7 @@ def test_stock_pipeline_is_equal_where_the_window_covers_and_after_restoring(nam
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_stock_pipeline_that_has_no_window_is_refused_and_runs_dense(name: str) -> None:
+def test_stock_pipeline_without_a_window_is_refused_and_runs_dense(name: str) -> None:
     pipe, arguments = _made(REFUSED[name])
     base = paint(pipe, arguments)
     linearize_(pipe, SMALL)

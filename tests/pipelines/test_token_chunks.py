@@ -1,4 +1,4 @@
-"""Chunks of tokens: the same numbers, whatever lies around a layer; less memory; the model as it was afterwards."""
+"""Chunks of tokens: same results, also with offloading, LoRA and the like; less memory; the model restored."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from lineardit.pipelines.token_chunks import in_token_chunks
 from tiny_models import build, cast, inputs_of, run
 
 CPU = torch.device("cpu")
-SIZES = (1, 7, 38, 1000)  # of 5 x 7 + 3 tokens
+SIZES = (1, 7, 38, 1000)  # chunks of 5 x 7 + 3 tokens
 TOKEN_WISE = ["to_q", "proj_mlp", "proj_out", "ff.net.0.proj", "ff.net.2"]
 
 
@@ -57,7 +57,7 @@ def test_in_token_chunks_is_exact(model: Any, chunk_tokens: int) -> None:
         assert float((in_chunks(model, double, chunk_tokens) - run(model, double)).abs().max()) < 1e-12
 
 
-def test_in_token_chunks_bounds_what_a_layer_sees(model: Any) -> None:
+def test_in_token_chunks_bounds_the_tokens_of_a_layer(model: Any) -> None:
     seen: list[int] = []
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         single = not hasattr(block, "ff")
@@ -71,7 +71,7 @@ def test_in_token_chunks_bounds_what_a_layer_sees(model: Any) -> None:
     assert max(seen) == 7
 
 
-def test_in_token_chunks_leaves_the_model_as_it_was(model: Any) -> None:
+def test_in_token_chunks_restores_the_model(model: Any) -> None:
     arguments = inputs_of("flux")
     classes, names = [type(module) for module in model.modules()], list(model.state_dict())
     before = run(model, arguments)
@@ -89,7 +89,7 @@ def test_in_token_chunks_leaves_the_model_as_it_was(model: Any) -> None:
         in_chunks(model, arguments)
 
 
-def test_in_token_chunks_refuses_what_it_does_not_know(model: Any) -> None:
+def test_in_token_chunks_refuses_other_models_and_bad_sizes(model: Any) -> None:
     with pytest.raises(ValueError, match="chunk_tokens must be >= 1, got 0"):
         in_chunks(model, {}, 0)
     with pytest.raises(UnsupportedModelError, match=r"in FLUX\.1's blocks, and this PixArtTransformer2DModel has none"):
@@ -109,7 +109,7 @@ def _group(offload_type: str) -> Callable[[Any], None]:
 
 
 def _image_prompts(model: Any) -> None:
-    """Its processor asks with queries that are not turned yet."""
+    """Its processor uses the queries before RoPE."""
     block = model.transformer_blocks[0]
     processor = FluxIPAdapterAttnProcessor(model.inner_dim, model.inner_dim, num_tokens=(4,))
     block.attn.set_processor(processor)
@@ -131,8 +131,8 @@ NO_GROUPS = Version(diffusers.__version__) < Version("0.42") and torch.accelerat
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_in_token_chunks_goes_with(around: str, model: Any) -> None:
-    """What was there first, and what comes after a stage that ran in chunks."""
+def test_in_token_chunks_works_with(around: str, model: Any) -> None:
+    """Whether added before or after a stage that runs in chunks."""
     if NO_GROUPS and around.startswith("group"):
         pytest.skip("before diffusers 0.42, group offloading needs an accelerator")
     arguments = inputs_of("flux")
@@ -152,7 +152,7 @@ def test_in_token_chunks_goes_with(around: str, model: Any) -> None:
         assert torch.allclose(in_chunks(model, arguments), plain, atol=1e-6)
 
 
-def test_in_token_chunks_goes_with_quantized_layers() -> None:
+def test_in_token_chunks_works_with_quantized_layers() -> None:
     layers = pytest.importorskip("bitsandbytes.nn")
     model: Any = build("flux")
     for block in model.single_transformer_blocks:
@@ -164,7 +164,7 @@ def test_in_token_chunks_goes_with_quantized_layers() -> None:
 
 
 @pytest.mark.slow
-def test_in_token_chunks_goes_with_compiled_blocks(model: Any) -> None:
+def test_in_token_chunks_works_with_compiled_blocks(model: Any) -> None:
     arguments = inputs_of("flux")
     wanted = run(model, arguments)
     compile_(model, backend="eager")
@@ -173,8 +173,8 @@ def test_in_token_chunks_goes_with_compiled_blocks(model: Any) -> None:
         assert torch.allclose(run(model, arguments), wanted, atol=1e-5)
 
 
-def test_estimate_of_memory_is_what_a_forward_holds() -> None:
-    """What is counted in the model's shape, against what a run with numbers holds."""
+def test_estimated_peak_is_the_peak_of_a_forward() -> None:
+    """The count from the model's shapes, against the memory of a real forward."""
     model, arguments = build("flux", num_layers=1).bfloat16(), inputs_of("flux", grid=(24, 24), batch=1)
     config = json.dumps(dict(model.config))
     for chunk_tokens in (None, 48):
@@ -191,7 +191,7 @@ def test_estimate_of_memory_is_what_a_forward_holds() -> None:
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 48])
-def test_peak_with_a_hybrid_is_what_a_converted_forward_holds(chunk_tokens: int | None) -> None:
+def test_peak_with_a_hybrid_is_the_peak_of_a_converted_forward(chunk_tokens: int | None) -> None:
     method = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=16), focus_tokens=32, gate=1.0)
     shape = Shape(
         model_class="FluxTransformer2DModel",
@@ -210,7 +210,7 @@ def test_peak_with_a_hybrid_is_what_a_converted_forward_holds(chunk_tokens: int 
     assert peak_with(step, [method], torch.bfloat16) == pytest.approx(live.peak, rel=0.05)
 
 
-def test_what_a_forward_holds_leaves_tables_of_positions_out() -> None:
+def test_estimated_peak_leaves_out_position_tables() -> None:
     peaks = set()
     for side in (32, 96):
         config = json.dumps(dict(build("sd3", pos_embed_max_size=side).config))
@@ -227,18 +227,18 @@ def test_what_a_forward_holds_leaves_tables_of_positions_out() -> None:
     ("side", "chunk_tokens", "methods", "copies"),
     [(4096, None, (), 17.2), (4096, 8192, (), 8.4), (8192, 8192, (), 8.2), (4096, 8192, (RECOMMENDED,), 9.2)],
 )
-def test_peak_bytes_is_what_the_documentation_says(
+def test_peak_bytes_matches_the_documentation(
     side: int, chunk_tokens: int | None, methods: tuple[Any, ...], copies: float
 ) -> None:
     peak, copy = peak_bytes(side, chunk_tokens, methods)
     assert round(peak / copy, 1) == copies
 
 
-def test_table_bytes_is_what_the_documentation_says() -> None:
+def test_table_bytes_matches_the_documentation() -> None:
     assert round(table_bytes(4096) / 2**20, 1) == 6.5
 
 
-def test_plan_takes_chunks_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_uses_chunks_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build_tiny()
     high = HighResolutionPipeline.from_pipe(pipe, native_size=64)
     settings = Settings(steps=1)

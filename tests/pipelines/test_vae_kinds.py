@@ -1,4 +1,4 @@
-"""Latents as the VAEs of other models than FLUX.1 have them."""
+"""VAEs of models other than FLUX.1."""
 
 import torch
 from model_cascades import made, qwen_vae
@@ -8,7 +8,7 @@ from lineardit.pipelines.vae import decode, encode, latent_channels, pixels_per_
 from tiny_stock.stock import vae
 
 
-def test_half_precision_of_a_vae_that_overflows_is_float32_for_a_while() -> None:
+def test_decode_upcasts_a_vae_that_overflows_in_half_precision() -> None:
     half, whole = vae(4, blocks=4), vae(4, blocks=4)
     for one in (half, whole):
         one.register_to_config(scaling_factor=0.13025)
@@ -22,13 +22,13 @@ def test_half_precision_of_a_vae_that_overflows_is_float32_for_a_while() -> None
     half.register_to_config(force_upcast=False)
     decode(half, latents.half(), tile=None)
     assert kinds[1] == torch.float16
-    half.register_to_config(force_upcast=True, scaling_factor=0.18215)  # the default of every AutoencoderKL
+    half.register_to_config(force_upcast=True, scaling_factor=0.18215)  # AutoencoderKL's defaults
     decode(half, latents.half(), tile=None)
     assert kinds[2] == torch.float16
     assert torch.allclose(made, decode(whole, latents, tile=None), atol=0.02)
 
 
-def test_latents_are_normalized_by_channel_where_the_vae_says_so() -> None:
+def test_latents_are_normalized_per_channel_if_the_config_says_so() -> None:
     plain = vae(4)
     normalized = vae(4)
     normalized.load_state_dict(plain.state_dict())

@@ -1,4 +1,4 @@
-"""The VAE in tiles: as in one piece, in bounded memory, smaller where memory runs out."""
+"""The VAE in tiles: results as in one piece, bounded memory, smaller tiles when it runs out."""
 
 import copy
 from contextlib import nullcontext
@@ -32,7 +32,7 @@ def picture() -> Tensor:
     return pixels_of(scenes.draw(scenes.sample(5), (320, 256)))
 
 
-def test_encode_then_decode_in_one_piece_is_the_vaes_own(vae: Any, picture: Tensor) -> None:
+def test_encode_and_decode_in_one_piece_equal_the_vaes_own(vae: Any, picture: Tensor) -> None:
     latents = encode(vae, picture, tile=None)
     own = vae.encode(picture).latent_dist.mode()
     scaled = (own - vae.config.shift_factor) * vae.config.scaling_factor
@@ -40,11 +40,11 @@ def test_encode_then_decode_in_one_piece_is_the_vaes_own(vae: Any, picture: Tens
     assert torch.allclose(decode(vae, latents, tile=None), vae.decode(own, return_dict=False)[0], atol=1e-5)
 
 
-def test_decode_in_tiles_has_no_step_at_their_borders(vae: Any, picture: Tensor) -> None:
+def test_decode_in_tiles_has_no_seams(vae: Any, picture: Tensor) -> None:
     """The error against one piece is small, and at borders it jumps no more than inside."""
     latents = encode(vae, picture, tile=None)
     error = (decode(vae, latents, tile=128) - decode(vae, latents, tile=None))[0]
-    assert error.abs().mean() < 0.02  # of 2; the VAE's own error is 0.011
+    assert error.abs().mean() < 0.02  # of a range of 2; the VAE's own error is 0.011
     for dim in (1, 2):
         length = error.shape[dim]
         jumps = error.diff(dim=dim).abs().mean([0, 3 - dim])
@@ -61,7 +61,7 @@ def test_encode_in_tiles_is_near_one_piece(vae: Any, picture: Tensor) -> None:
 
 @pytest.mark.parametrize("tile", [None, 128])
 def test_enlarged_pictures_keep_their_colours(vae: Any, tile: int | None) -> None:
-    """A VAE that knows sharp pictures changes soft ones: half of that is taken back."""
+    """A VAE trained on sharp pictures shifts soft ones; `encode_faithfully` corrects for it."""
     small = scenes.draw(scenes.sample(5), (128, 128))
     enlarged = pixels_of(small.resize((256, 256), Image.Resampling.LANCZOS))
     errors = [
@@ -71,7 +71,7 @@ def test_enlarged_pictures_keep_their_colours(vae: Any, tile: int | None) -> Non
     assert errors[1] < 0.7 * errors[0]
 
 
-def test_tiles_take_the_statistics_of_the_whole_picture(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_use_the_statistics_of_the_whole_picture(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = pixels_of(scenes.draw(scenes.sample(3), (384, 384)))
     latents = encode(vae, pixels, tile=None)
     whole = decode(vae, latents, tile=None)
@@ -87,7 +87,7 @@ def test_tiles_take_the_statistics_of_the_whole_picture(vae: Any, monkeypatch: p
     assert kept[0] < 0.2 * own[0] and kept[1] < 0.2 * own[1]
 
 
-def test_tiles_are_the_same_with_the_vaes_own_tiles_and_slices(vae: Any, picture: Tensor) -> None:
+def test_tiles_are_unaffected_by_the_vaes_own_tiling_and_slicing(vae: Any, picture: Tensor) -> None:
     pixels = torch.cat([picture, picture.flip(1) / 2])
     wanted = encode(vae, pixels, tile=128)
     made = copy.deepcopy(vae)
@@ -118,7 +118,7 @@ def test_whole_statistics_of_the_same_picture_change_nothing(vae: Any, picture: 
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_tiles_go_with_offloading(vae: Any, picture: Tensor, sequential: bool) -> None:
+def test_tiles_work_with_offloading(vae: Any, picture: Tensor, sequential: bool) -> None:
     made = copy.deepcopy(vae)
     if sequential:
         cpu_offload(made, execution_device=torch.device("cpu"))
@@ -130,7 +130,7 @@ def test_tiles_go_with_offloading(vae: Any, picture: Tensor, sequential: bool) -
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 64), (40, 91), (160, 34)])
 def test_tiles_cover_every_size(vae: Any, size: tuple[int, int]) -> None:
-    """A VAE that copies its latents gives them back: weights add up to 1, and no tile is larger than asked."""
+    """A VAE that copies its latents returns them: weights add up to 1, and no tile is larger than requested."""
     seen: list[int] = []
 
     class Copy(torch.nn.Module):
@@ -158,7 +158,7 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("why", TOO_LARGE)
-def test_decode_goes_on_in_smaller_tiles_when_a_picture_is_too_large(
+def test_decode_continues_in_smaller_tiles_if_a_picture_is_too_large(
     why: str, vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     latents = torch.randn(1, 4, 150, 260, generator=torch.Generator().manual_seed(0))
