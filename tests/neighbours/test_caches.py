@@ -1,4 +1,4 @@
-"""diffusers' caches, which skip blocks or attention in some steps: the calls that are made stay ours."""
+"""diffusers' caches, which skip blocks or attention in some steps: the remaining calls keep the window."""
 
 import copy
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ from torch import Tensor
 from lineardit import Clear, dense, linearize_, restore_
 from tiny_models import build, inputs_of, run
 
-TIMES = (900, 800, 500, 400)  # caches begin below 681, or after their first calls
+TIMES = (900, 800, 500, 400)  # some caches start below a timestep, others after some calls
 CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "pyramid_attention_broadcast": ("PyramidAttentionBroadcastConfig", {"spatial_attention_block_skip_range": 2}),
     "first_block_cache": ("FirstBlockCacheConfig", {"threshold": 2.0}),
@@ -23,7 +23,7 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class _Steps:
-    """The calls for one picture, and the time that caches ask for."""
+    """The calls for one picture, and the timestep that caches query."""
 
     def __init__(self, family: str) -> None:
         self.arguments = [inputs_of(family, grid=(4, 6)) for _ in TIMES]

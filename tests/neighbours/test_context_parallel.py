@@ -1,4 +1,4 @@
-"""Ulysses context parallelism on two processes gives what one process gives; all other kinds are refused."""
+"""Ulysses context parallelism on two processes equals one process; all other kinds are refused."""
 
 import copy
 from collections.abc import Callable
@@ -75,16 +75,16 @@ def test_ulysses_equals_one_process(family: str, tmp_path: Path) -> None:
     _in_processes(_compare, family, tmp_path)
 
 
-def test_ulysses_takes_uneven_shares(tmp_path: Path) -> None:
+def test_ulysses_supports_uneven_shares(tmp_path: Path) -> None:
     _in_processes(_compare_uneven, "flux", tmp_path)
 
 
-def test_ulysses_takes_a_text_mask(tmp_path: Path) -> None:
+def test_ulysses_supports_a_text_mask(tmp_path: Path) -> None:
     _in_processes(_compare_masked, "flux", tmp_path)
 
 
 @pytest.mark.parametrize("family", WEIGHTS_SHARED)
-def test_ulysses_takes_every_method_or_says_why_not(family: str, tmp_path: Path) -> None:
+def test_ulysses_supports_or_refuses_every_method(family: str, tmp_path: Path) -> None:
     _in_processes(_try_methods, family, tmp_path)
 
 
@@ -99,7 +99,7 @@ def _share_tokens(model: nn.Module, plan: dict | None = None, **options: bool) -
 
 def _compare(rank: int, family: str) -> None:
     base, arguments = build(family), inputs_of(family, grid=(4, 6), text_len=4)
-    if family == "flux2":  # its plan wants positions with a batch, as its pipeline has them
+    if family == "flux2":  # its plan needs position ids with a batch, as in its pipeline
         arguments |= {name: arguments[name].expand(2, -1, -1) for name in ("img_ids", "txt_ids")}
     parallel = copy.deepcopy(base)
     _share_tokens(parallel)
@@ -118,7 +118,7 @@ def _compare(rank: int, family: str) -> None:
 
 def _compare_uneven(rank: int, family: str) -> None:
     base, arguments = build(family), inputs_of(family, grid=(5, 7), text_len=5)
-    # gloo gathers no uneven shares, so each process keeps its own
+    # gloo cannot gather uneven shares, so each process keeps its own
     plan = {name: part for name, part in base._cp_plan.items() if name != "proj_out"}
     for config in CONFIGS:
         alone, parallel = copy.deepcopy(base), copy.deepcopy(base)
@@ -167,7 +167,7 @@ def _differentiate(rank: int, family: str) -> None:
 
 def _in_processes(work: Callable[[int, str], None], family: str, folder: Path) -> None:
     def enter(rank: int) -> None:
-        torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and a CPU is no accelerator
+        torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and it is 0 on a CPU
         store = torch.distributed.FileStore(str(folder / "store"), DEGREE)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=DEGREE)
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""ControlNets beside a converted model: their residuals are added, and their own attention is converted apart."""
+"""ControlNets of a converted model: residuals are added, and their own attention is converted separately."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +22,13 @@ PIPELINES = {
 
 @pytest.fixture
 def steer(family: str, paint: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Call a pipeline with a picture that steers; two ControlNets take a scale and a picture each."""
+    """Call a pipeline with a control picture; several ControlNets take a scale and a picture each."""
     picture, argument = torch.rand(1, 3, 16, 24), PIPELINES[family][1]
 
     def call(pipe: Any, *scales: float) -> Tensor:
         pictures: Any = picture if len(scales) == 1 else [picture] * len(scales)
         scale: Any = scales[0] if len(scales) == 1 else list(scales)
-        torch.manual_seed(0)  # SD3 draws the picture's latents from torch's own generator
+        torch.manual_seed(0)  # SD3 samples the control latents from torch's global generator
         return paint(pipe, controlnet_conditioning_scale=scale, **{argument: pictures})
 
     return call
@@ -89,7 +89,7 @@ def test_several_controlnets_steer_a_converted_model(pipe: Any, family: str, ste
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_dense_and_restore_of_a_pipeline_hold_for_its_controlnets(
+def test_dense_and_restore_of_a_pipeline_include_its_controlnets(
     pipe: Any, family: str, steer: Callable[..., Tensor], count: int
 ) -> None:
     controlnets = [build(f"{family}-controlnet") for _ in range(count)]
@@ -107,7 +107,7 @@ def test_dense_and_restore_of_a_pipeline_hold_for_its_controlnets(
 
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
-def test_restore_of_a_pipeline_whose_controlnet_alone_is_converted(
+def test_restore_of_a_pipeline_with_only_its_controlnet_converted(
     pipe: Any, family: str, steer: Callable[..., Tensor]
 ) -> None:
     controlnet = build("flux-controlnet")
@@ -120,7 +120,7 @@ def test_restore_of_a_pipeline_whose_controlnet_alone_is_converted(
 
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
-def test_restore_of_a_pipeline_changes_nothing_where_a_network_was_wrapped_since(pipe: Any, family: str) -> None:
+def test_restore_changes_nothing_if_a_network_was_wrapped_since(pipe: Any, family: str) -> None:
     controlnet = build("flux-controlnet")
     other = _steered(pipe, family, controlnet)
     for network in (other, controlnet):

@@ -19,7 +19,7 @@ from lineardit.linearize.networks import denoiser
     [
         ("flux", diffusers.FluxImg2ImgPipeline),
         ("flux", diffusers.FluxInpaintPipeline),
-        ("sd3", diffusers.StableDiffusion3Img2ImgPipeline),  # inpainting asks for 16 channels of latents
+        ("sd3", diffusers.StableDiffusion3Img2ImgPipeline),  # inpainting needs 16 latent channels
         ("unet", diffusers.StableDiffusionImg2ImgPipeline),
         ("unet", diffusers.StableDiffusionInpaintPipeline),
     ],

@@ -43,7 +43,7 @@ def test_fused_projections_keep_the_window(family: str, fused_first: bool) -> No
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "unet"])
-def test_training_begins_once_projections_are_apart_again(family: str) -> None:
+def test_training_requires_unfused_projections(family: str) -> None:
     model, arguments = _model(family), inputs_of(family)
     linearize_(model, SMALL)
     model.fuse_qkv_projections()

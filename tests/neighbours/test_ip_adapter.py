@@ -1,4 +1,4 @@
-"""Image prompts: their own attention beside the text stays as it is, the image's self-attention stays ours."""
+"""Image prompts: their own attention is unchanged, and the image's self-attention keeps the window."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from lineardit import Clear, LayoutError, dense, linearize_, restore_
 from lineardit.linearize.networks import denoiser
 from tiny_models import build, inputs_of, run
 
-NUM_TOKENS = 4  # of the image prompt, diffusers' own number
+NUM_TOKENS = 4  # of the image prompt, as in diffusers
 
 
 def _projection(width: int) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def prompted(family: str, arguments: dict[str, Any]) -> Callable[[Any], Tensor]:
     options: dict[str, Any] = {"joint_attention_kwargs": {"ip_adapter_image_embeds": image}}
     if family == "unet":
         options = {"added_cond_kwargs": {"image_embeds": image}}
-    # diffusers takes the image out of the dictionary that it is given
+    # diffusers pops the image from the dictionary
     return lambda pipe: run(denoiser(pipe)[1], {**arguments, **copy.deepcopy(options)})
 
 
@@ -64,7 +64,7 @@ def prompted(family: str, arguments: dict[str, Any]) -> Callable[[Any], Tensor]:
 @pytest.mark.parametrize(
     ("family", "weights_for"), [("flux", _weights_for_flux), ("unet", _weights_for_unet)], indirect=["family"]
 )
-def test_image_prompts_go_on_beside_the_window(
+def test_image_prompts_work_with_the_window(
     pipe: Any,
     forward: Callable[[Any], Tensor],
     prompted: Callable[[Any], Tensor],
@@ -101,7 +101,7 @@ def test_image_prompts_go_on_beside_the_window(
         assert torch.equal(forward(pipe), plain)
 
 
-def test_image_prompts_of_sd3_are_refused_as_they_attend_to_the_image_again() -> None:
+def test_sd3_image_prompts_are_refused_for_attending_to_the_image_again() -> None:
     config = {**build("sd3").config, "dual_attention_layers": ()}
     model = diffusers.SD3Transformer2DModel.from_config(config).eval()
     arguments = inputs_of("sd3") | {

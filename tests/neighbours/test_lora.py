@@ -1,4 +1,4 @@
-"""The user's own LoRA styles beside what we trained: neither changes the other, in any order of calls."""
+"""A user's LoRA styles on a model with a trained adapter: neither changes the other, in any order of calls."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +23,13 @@ ATTENTION = ("attn.to_q", "attn.to_out.0", "attn1.to_q", "attn1.to_out.0")
 
 @pytest.fixture
 def family(request: pytest.FixtureRequest) -> str:
-    """SD3 has nothing here that FLUX has not."""
+    """Without SD3, which adds nothing to FLUX here."""
     return request.param
 
 
 @pytest.fixture(params=["lora", "full"])
 def adapter(request: pytest.FixtureRequest, pipe: Any, tmp_path: Path) -> Path:
-    """An adapter of trained weights for `pipe`, which is left as it was."""
+    """An adapter of trained weights for `pipe`, which is restored."""
     linearize_(pipe, CONFIG)
     trained_(pipe, request.param)
     save_adapter(pipe, tmp_path / "adapter")
@@ -52,7 +52,9 @@ flux_and_unet = pytest.mark.parametrize("family", ["flux", "unet"], indirect=Tru
 
 
 @flux_and_unet
-def test_styles_come_and_go_and_leave_ours_alone(pipe: Any, adapter: Path, forward: Callable[[Any], Tensor]) -> None:
+def test_styles_can_be_switched_without_changing_the_adapter(
+    pipe: Any, adapter: Path, forward: Callable[[Any], Tensor]
+) -> None:
     base = forward(pipe)
     styles = {name: style_of(pipe) for name in ("one", "two")}
     load_adapter_(pipe, adapter)
@@ -88,7 +90,7 @@ def test_styles_come_and_go_and_leave_ours_alone(pipe: Any, adapter: Path, forwa
 
 
 @flux_and_unet
-def test_the_order_of_style_and_adapter_does_not_matter(
+def test_order_of_style_and_adapter_does_not_matter(
     pipe: Any, adapter: Path, forward: Callable[[Any], Tensor], tmp_path: Path
 ) -> None:
     style = style_of(pipe)
@@ -111,7 +113,7 @@ def test_the_order_of_style_and_adapter_does_not_matter(
 
 @flux_and_unet
 @pytest.mark.parametrize("adapter", ["lora"], indirect=True)
-def test_a_fused_style_stays_with_ours(
+def test_fused_style_works_with_the_adapter(
     pipe: Any, adapter: Path, forward: Callable[[Any], Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe.load_lora_weights(style_of(pipe), adapter_name="style")
@@ -137,7 +139,7 @@ def test_a_fused_style_stays_with_ours(
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
 @pytest.mark.parametrize("adapter", ["full"], indirect=True)
-def test_whole_weights_are_not_exchanged_under_a_fused_style(
+def test_swapping_whole_weights_under_a_fused_style_is_refused(
     pipe: Any, adapter: Path, forward: Callable[[Any], Tensor]
 ) -> None:
     base = forward(pipe)
@@ -163,7 +165,7 @@ def test_whole_weights_are_not_exchanged_under_a_fused_style(
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
 @pytest.mark.parametrize("adapter", ["lora"], indirect=True)
-def test_saving_a_style_saves_nothing_of_ours(pipe: Any, adapter: Path, tmp_path: Path) -> None:
+def test_saving_a_style_leaves_out_the_adapter(pipe: Any, adapter: Path, tmp_path: Path) -> None:
     from peft import get_peft_model_state_dict
 
     style = style_of(pipe)

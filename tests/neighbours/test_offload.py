@@ -1,6 +1,6 @@
-"""Offloading and layerwise casting of a student with trained weights, enabled before and after them.
+"""Offloading and layerwise casting of a student, enabled before or after its trained weights are loaded.
 
-The device that computes is the CPU here: hooks, orders of calls and what stays where are tested, not two devices.
+The execution device is the CPU: these test hooks, orders of calls and placement, not transfers between devices.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ group_offload = pytest.mark.skipif(
 
 @pytest.fixture(params=["lora", "full"])
 def adapter(request: pytest.FixtureRequest, pipe: Any, tmp_path: Path) -> Path:
-    """Trained weights for `pipe`, which is left as it was."""
+    """An adapter of trained weights for `pipe`, which is restored."""
     linearize_(pipe, Clear(radius=1.5, pool_size=2))
     trained_(pipe, request.param)
     save_adapter(pipe, tmp_path / "adapter")
@@ -104,7 +104,7 @@ def test_sequential_offload_keeps_the_student(
 
 @flux
 @pytest.mark.parametrize("adapter", ["full"], indirect=True)
-def test_sequential_offload_keeps_whole_weights_that_were_loaded_before(
+def test_sequential_offload_keeps_whole_weights_loaded_before_it(
     pipe: Any, forward: Callable[[Any], Tensor], adapter: Path
 ) -> None:
     load_adapter_(pipe, adapter)
@@ -133,8 +133,8 @@ def test_sequential_offload_loads_the_weights_of_a_hybrids_parts(global_: Any) -
     [Agent(num_agents=4, bias_size=3), Clear(radius=1.5, pool_size=2), LinFusion()],
     ids=lambda config: type(config).__name__,
 )
-def test_weights_that_offloading_does_not_move_follow_their_input(config: Any) -> None:
-    model = build("pixart").to("meta")  # the device that computes
+def test_weights_not_moved_by_offloading_follow_their_input(config: Any) -> None:
+    model = build("pixart").to("meta")  # the execution device
     arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs_of("pixart"))
     linearize_(model, config)
     weights = [weight for name, weight in model.named_parameters() if "linear_kernel" in name]
@@ -143,9 +143,9 @@ def test_weights_that_offloading_does_not_move_follow_their_input(config: Any) -
     assert all(weight.device == CPU for weight in weights)
 
 
-def test_weights_of_a_hybrids_parts_follow_their_input_where_its_own_are_there() -> None:
-    """As group offload leaves them: it moves a part's as the part's forward runs, and a hybrid calls another method."""
-    model = build("pixart").to("meta")  # the device that computes
+def test_weights_of_a_hybrids_parts_follow_their_input_after_its_own() -> None:
+    """Group offload moves a module's weights in its forward, but a hybrid calls another method of its parts."""
+    model = build("pixart").to("meta")  # the execution device
     arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs_of("pixart"))
     linearize_(model, Hybrid(local=Clear(radius=1.5), global_=ProxyTokens(num_proxies=4), gate=1))
     for module in swapped(model).values():
@@ -181,10 +181,10 @@ def test_group_offload_keeps_the_student(
 @group_offload
 @pytest.mark.parametrize("adapter", ["lora"], indirect=True)
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_group_offload_is_told_of_weights_that_come_later(
+def test_group_offload_registers_weights_loaded_later(
     pipe: Any, forward: Callable[[Any], Tensor], adapter: Path, offload_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With streams a group copies the weights that there are when it is made, and looks for no other."""
+    """With streams, a group copies the weights that exist when it is created, and no others."""
     load_adapter_(pipe, adapter)
     student, model, seen = forward(pipe), denoiser(pipe)[1], set()
     restore_(pipe)
@@ -204,7 +204,7 @@ def test_group_offload_is_told_of_weights_that_come_later(
 @pytest.mark.parametrize("family", ["flux", "unet"], indirect=True)
 @pytest.mark.parametrize("adapter", ["lora"], indirect=True)
 @pytest.mark.parametrize("cast_first", [True, False])
-def test_layerwise_casting_does_not_round_what_was_trained(
+def test_layerwise_casting_does_not_round_trained_weights(
     pipe: Any, forward: Callable[[Any], Tensor], adapter: Path, cast_first: bool
 ) -> None:
     model = denoiser(pipe)[1]

@@ -1,4 +1,4 @@
-"""Caches of other packages beside a converted model, where they are installed: nothing skipped, nothing changes."""
+"""Caches of other packages, if installed, on a converted model: with nothing skipped, nothing changes."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Other attention processors, backends and guidance: they keep the window, or the next forward says what is wrong."""
+"""Other attention processors, backends and guidance: they keep the window, or the next forward refuses them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,7 +40,7 @@ def test_default_processors_keep_the_window(family: str, set_default: Callable[[
     assert torch.equal(run(model, arguments), windowed)
 
 
-def test_default_of_a_unet_is_refused_with_the_processor_to_take() -> None:
+def test_default_processor_of_a_unet_is_refused_with_a_replacement() -> None:
     model, arguments = build("unet"), inputs_of("unet")
     linearize_(model, SMALL)
     windowed = run(model, arguments)
@@ -66,7 +66,7 @@ def test_attention_slicing_is_refused_until_it_is_disabled(
 
 @pytest.fixture
 def default_backend() -> Iterator[None]:
-    """Setting one on a model sets it for the process."""
+    """Setting a backend on a model sets it for the process."""
     with attention_backend("native"):
         yield
 
@@ -116,7 +116,7 @@ def test_perturbed_attention_guidance_of_joint_attention_is_refused() -> None:
         run(model, arguments)
 
 
-def test_perturbed_attention_guidance_of_sd3_does_what_its_refusal_says() -> None:
+def test_advice_on_perturbed_attention_guidance_of_sd3_works() -> None:
     pipe, arguments = sd3(), {**sd3_arguments(), "num_inference_steps": 2}
     perturbed = StableDiffusion3PAGPipeline.from_pipe(pipe, pag_applied_layers=["blocks.1"])
 
@@ -138,7 +138,7 @@ def test_perturbed_attention_guidance_of_sd3_does_what_its_refusal_says() -> Non
 
 
 @pytest.mark.parametrize("impl", ["auto", "tiled", "reference"])
-def test_layers_that_skip_their_scores_skip_the_window(impl: str) -> None:
+def test_layers_that_skip_attention_scores_skip_the_window(impl: str) -> None:
     model, arguments = build("pixart"), inputs_of("pixart")
     skip = LayerSkipConfig(indices=[0], skip_attention=False, skip_ff=False, skip_attention_scores=True)
     linearize_(model, {"*.1.attn1": SMALL}, impl=impl)

@@ -1,4 +1,4 @@
-"""Quantized bases: projections are only called, so attention and LoRA go on; whole weights are refused."""
+"""Quantized bases: attention and LoRA only call the projections, so they work; whole weights are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ SMALL = Clear(radius=1.5)
 
 
 def _model() -> Any:
-    """Layers of 64 features: bitsandbytes packs them in blocks of so many."""
+    """Layers of 64 features, the block size of bitsandbytes."""
     config = {**build("flux").config, "attention_head_dim": 32, "axes_dims_rope": (8, 8, 16)}
     return diffusers.FluxTransformer2DModel.from_config(config).eval()
 
@@ -30,7 +30,7 @@ def _torchao(folder: Path) -> nn.Module:
 
 
 def _bitsandbytes(folder: Path, kind: str) -> nn.Module:
-    """diffusers loads these on a GPU alone; the layers themselves compute on a CPU too."""
+    """diffusers loads these on GPUs only; the layers themselves also run on a CPU."""
     layers = pytest.importorskip("bitsandbytes.nn")
     model = diffusers.FluxTransformer2DModel.from_pretrained(folder)
     for name, layer in list(model.named_modules()):
@@ -44,7 +44,7 @@ def _bitsandbytes(folder: Path, kind: str) -> nn.Module:
 
 
 def _gguf(folder: Path) -> nn.Module:
-    """As diffusers puts a GGUF file's weights into layers."""
+    """With layers as diffusers makes them from a GGUF file."""
     gguf = pytest.importorskip("gguf")
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
@@ -83,7 +83,7 @@ def test_from_pretrained_quantizes_the_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_quantized_bases_take_the_window_and_lora(kind: str, tmp_path: Path) -> None:
+def test_quantized_bases_support_the_window_and_lora(kind: str, tmp_path: Path) -> None:
     plain, arguments = _model(), inputs_of("flux")
     plain.save_pretrained(tmp_path / "base")
     model: Any = BASES[kind](tmp_path / "base").eval()
