@@ -89,7 +89,7 @@ def test_convert_refuses_bad_options(
         ),
         (["convrt"], "convert"),
         (["inspect", "somewhere", "--jsn", "file"], "--json"),
-        (["distill", "none.toml", "--resume", "first"], "got 'first'"),  # of argparse, whose usage has several lines
+        (["distill", "none.toml", "--resume", "first"], "got 'first'"),  # from argparse, whose usage has several lines
         (["distill", "none.toml"], "none.toml: No such file or directory\n"),
         (["distill", "PROMPTS"], "TOML"),
         (["distill", "none.toml", "--processes", "2"], "none.toml"),
@@ -121,7 +121,7 @@ def test_commands_refuse_bad_input(
     ],
     ids=lambda value: value[0],
 )
-def test_commands_try_to_write_before_they_load_a_model(
+def test_commands_check_the_output_before_loading_a_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     places = {name: tmp_path / name.lower() for name in ("PROMPTS", "PICTURE", "LATENTS")}
@@ -139,9 +139,7 @@ def test_traceback_option_shows_the_error(tmp_path: Path) -> None:
         run(["--traceback", "inspect", str(tmp_path)])
 
 
-def test_a_table_prints_brackets_and_colons_of_a_name_as_they_are(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_prints_brackets_and_colons_of_a_name_unchanged(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd = base.rename(base.parent / "a[red]b:key:")
     assert run(["inspect", str(odd)]) == 0
     assert str(odd) in capsys.readouterr().out

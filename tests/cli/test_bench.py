@@ -1,4 +1,4 @@
-"""`lineardit bench`, as it is typed."""
+"""`lineardit bench` on the command line."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ def test_bench_writes_figures_and_a_picture(made: Path) -> None:
         assert min(picture.size) > 200
 
 
-def test_bench_keeps_what_is_there(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_keeps_existing_output_unless_overwritten(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(made)) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(command(made, "--overwrite")) == 0
@@ -58,7 +58,7 @@ def test_bench_keeps_what_is_there(made: Path, capsys: pytest.CaptureFixture[str
     assert told.count("128x64") >= 2 and "ratio" in told and "GiB" not in told
 
 
-def test_bench_tells_what_is_wrong_before_it_runs(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_refuses_bad_input_before_measuring(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def told(*words: str) -> str:
         assert run(["bench", str(made / "clear-3"), *words, "--offline", "-o", str(made / "other")]) == 2
         assert not (made / "other").exists()
@@ -75,7 +75,7 @@ def test_bench_tells_what_is_wrong_before_it_runs(made: Path, capsys: pytest.Cap
     assert "no folder nosuch here" in capsys.readouterr().err
 
 
-def test_bench_takes_names_that_other_programs_would_read(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_accepts_names_with_markup_characters(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd = made / "_[red]$x^$"
     (made / "clear-3").rename(odd)
     try:
@@ -86,7 +86,7 @@ def test_bench_takes_names_that_other_programs_would_read(made: Path, capsys: py
         odd.rename(made / "clear-3")
 
 
-def test_bench_draws_what_fits_and_no_more(tmp_path: Path) -> None:
+def test_draw_step_times_leaves_out_sizes_that_do_not_fit(tmp_path: Path) -> None:
     none = replace(row(256, 1), original=None, converted=None)
     for rows in ([none], [row(64, 2.0), none]):
         draw_step_times({"a": rows}, tmp_path / "bench.png")
@@ -102,7 +102,7 @@ def row(side: int, speedup: float | None) -> StepTime:
     )  # fmt: skip
 
 
-def test_verdict_names_the_size_from_which_it_is_faster() -> None:
+def test_verdict_names_the_size_from_which_the_conversion_is_faster() -> None:
     assert verdict([row(64, 0.5), row(128, 1.5), row(256, None)]) == "The conversion is faster from 128x128 on."
     assert verdict([row(64, 1.5), row(128, 0.9), row(256, 2.0)]) == "The conversion is faster from 256x256 on."
     assert "64x64, the smallest that was measured, on" in verdict([row(64, 1.5), row(128, 2)])
@@ -121,7 +121,7 @@ def test_verdict_leaves_out_sizes_at_which_the_original_runs() -> None:
     assert replace(same[0], runs=f"{below(4096)}, {COVERED}").is_original
 
 
-def test_counted_takes_the_original_attention_below_the_limit(made: Path, tmp_path: Path) -> None:
+def test_counted_uses_the_original_attention_below_dense_below(made: Path, tmp_path: Path) -> None:
     convert_base(made / "base", Clear(radius=1.5), output=tmp_path / "adapter", dense_below=100)
     conversion = WeightlessConversion.read(tmp_path / "adapter", offline=True)
     auto = Conditions(device=torch.device("cpu"), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the commands print and write when all is well."""
+"""What the commands print and write."""
 
 import dataclasses
 import json
@@ -37,13 +37,13 @@ def test_help_does_not_load_torch() -> None:
         (["--layers", "*.attn", "--radius=wide"], {"radius": "wide"}, ["--layers", "*.attn"]),
     ],
 )
-def test_split_arguments_takes_fields_wherever_they_stand(
+def test_split_arguments_finds_fields_in_any_position(
     arguments: list[str], options: dict[str, object], others: list[str]
 ) -> None:
     assert split_arguments(arguments, {"radius", "pool_size"}) == (options, others)
 
 
-def test_a_path_under_home_is_found_behind_an_equals_sign(
+def test_tilde_after_an_equals_sign_is_expanded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -51,7 +51,7 @@ def test_a_path_under_home_is_found_behind_an_equals_sign(
     assert str(tmp_path / "none.txt") in capsys.readouterr().err
 
 
-def test_an_interrupted_command_says_that_it_can_go_on(
+def test_interrupted_command_says_that_it_can_continue(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lineardit.commands.preparation.read_prompts", Mock(side_effect=KeyboardInterrupt))
@@ -59,7 +59,7 @@ def test_an_interrupted_command_says_that_it_can_go_on(
     assert capsys.readouterr().err == "lineardit: interrupted; run the same command again to continue\n"
 
 
-def test_an_interrupted_distillation_has_told_how_it_goes_on(
+def test_interrupted_distillation_prints_no_second_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lineardit.distill.__main__.main", Mock(side_effect=KeyboardInterrupt))
@@ -67,7 +67,7 @@ def test_an_interrupted_distillation_has_told_how_it_goes_on(
     assert capsys.readouterr().err == ""
 
 
-def test_a_dtype_that_is_none_is_told_with_auto(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_dtype_error_lists_auto(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["decode", "x.latents.safetensors", "--dtype", "int8"]) == 2
     assert "dtype must be auto or one of float32, bfloat16, float16, got 'int8'" in capsys.readouterr().err
 
@@ -79,7 +79,7 @@ def test_split_arguments_refuses_an_option_without_its_value(rest: list[str]) ->
 
 
 def test_no_setting_of_a_method_has_the_name_of_an_option() -> None:
-    """`convert` would give it to the method, whichever that is."""
+    """`convert` would pass that option to the method."""
     command = get_command(app).commands["convert"]
     own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {"--method", "--layers", "-o"} <= own
@@ -95,7 +95,7 @@ def test_convert_help_lists_the_options_of_every_method(capsys: pytest.CaptureFi
     assert "--global METHOD[:SETTING=VALUE,...]" in out
 
 
-def test_every_setting_of_a_method_is_told_in_its_help() -> None:
+def test_help_describes_every_setting_of_a_method() -> None:
     untold = [
         f"{config.__name__}.{field.name}"
         for config in METHODS
@@ -139,13 +139,13 @@ def test_help_spells_arguments_and_bounds_as_they_are_typed(
     assert "[default: 0; 0 or more]" in out
 
 
-def test_help_cuts_no_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_truncates_no_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["--help"]) == 0
     assert not any(line.endswith("...") for line in capsys.readouterr().out.split("Commands:")[1].splitlines())
 
 
-def test_a_shell_completes_commands_options_and_names(
+def test_shell_completion_offers_commands_options_and_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lineardit"])
@@ -165,12 +165,12 @@ def test_a_shell_completes_commands_options_and_names(
     assert "masked" in offered("lineardit generate adapter --impl m")
 
 
-FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
+FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # the real configuration, no weights
 
 
 @pytest.fixture(scope="module")
 def short_flux(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """FLUX.1-dev's configuration with one block of each kind, whose operations are counted in a moment."""
+    """FLUX.1-dev's configuration with one block of each kind, so that counting operations is fast."""
     folder = tmp_path_factory.mktemp("short") / "flux"
     shutil.copytree(FLUX_DEV, folder)
     config = folder / "transformer" / "config.json"
@@ -178,7 +178,7 @@ def short_flux(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_convert_and_inspect_tell_every_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_every_converted_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter, told = tmp_path / "adapter", tmp_path / "told.json"
     assert run(["convert", str(FLUX_DEV), "--method", "clear", "--radius", "8", "--offline", "-o", str(adapter)]) == 0
     assert {path.name for path in adapter.iterdir()} == {"lineardit.json"}
@@ -203,7 +203,7 @@ def test_inspect_prints_the_json_that_it_writes(
     assert all(step["after"] < step["before"] for step in printed["flops"])
 
 
-def test_convert_takes_the_tokens_below_which_the_original_runs(
+def test_convert_stores_dense_below_and_inspect_shows_it(
     short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter, words = str(tmp_path / "adapter"), ["--method", "clear", "--radius", "8", "--offline"]
@@ -220,7 +220,9 @@ def test_convert_takes_the_tokens_below_which_the_original_runs(
     assert "dense_below must be an integer >= 0, got -1" in capsys.readouterr().err
 
 
-def test_inspect_cuts_nothing_in_a_pipe(short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_truncates_nothing_in_a_pipe(
+    short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--method", "hybrid", "--local", "clear:radius=16", "--global", "proxytokens:num_proxies=1024"]
     words += ["--gate", "1", "--focus-tokens", "1024", "--offline", "-o", str(tmp_path / "a")]
     assert run(["convert", short_flux, *words]) == 0
@@ -232,8 +234,8 @@ def test_inspect_cuts_nothing_in_a_pipe(short_flux: str, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("words", [["--version"], ["inspect", "transformer"], ["nosuch"]])
-def test_a_pipe_that_nobody_reads_ends_a_command_quietly(words: list[str], short_flux: str) -> None:
-    """What typer prints, what rich prints, and what goes to standard error."""
+def test_closed_pipe_ends_a_command_quietly(words: list[str], short_flux: str) -> None:
+    """Covers output of typer, output of rich, and standard error."""
     reader, writer = os.pipe()
     os.close(reader)
     stream = "stderr" if words == ["nosuch"] else "stdout"

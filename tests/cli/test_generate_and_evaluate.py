@@ -1,4 +1,4 @@
-"""`lineardit generate` and `lineardit evaluate` as they are typed."""
+"""`lineardit generate` and `lineardit evaluate` on the command line."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ SCENE = "a red circle at the top left on striped sand"
 SMALL = ("--size", "32x24", "--steps", "1", "--max-sequence-length", "8", "--offline")
 
 
-def test_generate_with_an_adapter(
+def test_generate_with_an_adapter_records_its_settings(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.png"
@@ -28,7 +28,7 @@ def test_generate_with_an_adapter(
     assert info["model"] == str(base)
 
 
-def test_further_arguments_reach_the_pipeline(
+def test_argument_options_reach_the_pipeline(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--argument", "negative_prompt=a blue square", "--argument", "true_cfg_scale=3.0")
@@ -48,7 +48,7 @@ def test_further_arguments_reach_the_pipeline(
     assert "FluxPipeline takes no negativ_prompt; did you mean negative_prompt?" in capsys.readouterr().err
 
 
-def test_stochastic_steps_make_the_same_picture_again(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_stochastic_steps_are_reproducible(base: Path, adapter: Path, tmp_path: Path) -> None:
     made = {}
     for name, more in {"plain": (), "one": ("--stochastic",), "two": ("--stochastic",)}.items():
         out = tmp_path / f"{name}.png"
@@ -61,7 +61,7 @@ def test_stochastic_steps_make_the_same_picture_again(base: Path, adapter: Path,
     assert lineardit(*kept) == 2
 
 
-def test_generate_with_a_base_and_a_file_of_prompts(base: Path, tmp_path: Path) -> None:
+def test_generate_draws_a_file_of_prompts_with_a_base(base: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n# two\nthree\n")
     assert lineardit("generate", base, "--prompts", prompts, *SMALL, "--batch-size", "2", "-o", tmp_path / "many") == 0
@@ -72,7 +72,7 @@ def test_generate_with_a_base_and_a_file_of_prompts(base: Path, tmp_path: Path) 
         assert "adapter" not in image.info
 
 
-def test_more_pictures_of_each_prompt_leave_the_first_as_they_are(
+def test_count_adds_pictures_and_keeps_the_first(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "pictures"
@@ -93,7 +93,7 @@ def test_more_pictures_of_each_prompt_leave_the_first_as_they_are(
     assert "less than or equal to 10000" in capsys.readouterr().err
 
 
-def test_parts_of_the_pictures_are_made_by_option_or_by_launcher(
+def test_generate_splits_pictures_by_option_or_launcher(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "pictures"
@@ -136,7 +136,7 @@ def test_evaluate_writes_table_report_and_sheet(
         "coherence",
     ):
         assert row in table
-    assert caplog.text.count("is cut after 8 tokens") == 1  # of both models' pictures
+    assert caplog.text.count("is cut after 8 tokens") == 1  # once for both models
     report = json.loads((out / "report.json").read_text())
     assert report["pictures"] == 2
     assert report["student"]["scores"]["objects"][1] == 1
@@ -185,7 +185,7 @@ def test_commands_refuse_bad_input(
 @pytest.mark.parametrize(
     "words", [["a \udcff"], ["a", "--argument", "negative_prompt=\udcff"]], ids=["prompt", "argument"]
 )
-def test_what_is_no_text_is_refused_before_a_model_is_loaded(
+def test_invalid_utf8_is_refused_before_a_model_is_loaded(
     words: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert lineardit("generate", base, *words, *SMALL, "-o", tmp_path / "out.png") == 2
@@ -195,7 +195,7 @@ def test_what_is_no_text_is_refused_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize("name", ["out.png", "folder"])
-def test_generate_again_says_that_the_picture_is_there(
+def test_generate_again_keeps_the_picture_and_refuses_changes(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("generate", base, "a", *SMALL, "-o", tmp_path / name)
@@ -220,7 +220,9 @@ def test_generate_again_says_that_the_picture_is_there(
     assert picture.stat().st_mtime_ns != before
 
 
-def test_generate_keeps_an_existing_picture(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_keeps_an_existing_file_unless_overwritten(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.png"
     out.write_text("mine")
     assert lineardit("generate", base, "a", *SMALL, "-o", out) == 2

@@ -1,4 +1,4 @@
-"""`lineardit generate` in stages, `upscale` and `decode` as they are typed."""
+"""`lineardit generate` in stages, `upscale` and `decode` on the command line."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def test_generate_keeps_the_pictures_of_its_stages(adapter: Path, tmp_path: Path
     assert abs(whole - chunked).max() <= 1
 
 
-def test_generate_takes_settings_of_the_stages_and_tells_the_plan(
+def test_generate_accepts_stage_settings_and_prints_the_plan(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--strength", "0.5", "--stage-steps", "3", "--sharpen", "0", "--tile", "64")
@@ -73,7 +73,7 @@ def test_generate_takes_settings_of_the_stages_and_tells_the_plan(
     assert "one call of the pipeline, no stages" in capsys.readouterr().out
 
 
-def test_a_plan_reads_no_weights(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+def test_plan_reads_no_weights(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(adapter.parent / "base", tmp_path / "base")
     words = ("generate", adapter, "--base", tmp_path / "base", "--size", "45x33", "--plan", "--dtype", "bfloat16")
     pipe = from_pretrained(adapter, base=tmp_path / "base", dtype=torch.bfloat16)
@@ -88,7 +88,7 @@ def test_a_plan_reads_no_weights(adapter: Path, tmp_path: Path, capsys: Any) -> 
     assert "offload 'model' needs an accelerator" in capsys.readouterr().err
 
 
-def test_generate_tells_stages_and_kernels(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_generate_logs_stages_and_kernels(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ("--size", "45x33", "--chunk-tokens", "9", *FEW, "-o", tmp_path / "out.png")
     assert lineardit("generate", adapter, PROMPT, *words) == 0
     assert "token-wise layers in chunks of 9" in caplog.text
@@ -107,10 +107,10 @@ def test_upscale_takes_prompt_and_model_from_the_picture(
     assert "the picture is stretched: 36x32 has another aspect ratio than its 16x16" in caplog.text
     with Image.open(large) as image:
         assert image.size == (36, 32) and image.info["prompt"] == PROMPT and image.info["adapter"] == str(adapter)
-        assert (image.info["guidance"], image.info["max_sequence_length"]) == ("2.0", "8")  # a rerun asks for these
+        assert (image.info["guidance"], image.info["max_sequence_length"]) == ("2.0", "8")  # a rerun compares them
 
 
-def test_upscale_draws_as_the_picture_says(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+def test_upscale_uses_the_settings_recorded_in_the_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     small, large = tmp_path / "small.png", tmp_path / "large.png"
     drawing = ("--guidance", "2", "--argument", "negative_prompt=blurred, ünsharp", "--argument", "true_cfg_scale=3")
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, *drawing, "-o", small) == 0
@@ -135,7 +135,7 @@ def test_upscale_draws_as_the_picture_says(adapter: Path, tmp_path: Path, capsys
     assert "small.png does not record correctly how it was made" in capsys.readouterr().err
 
 
-def test_no_weights_are_read_for_pictures_that_are_there(
+def test_no_weights_are_read_for_existing_pictures(
     adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, small, large = tmp_path / "base", tmp_path / "small.png", tmp_path / "large.png"
@@ -153,7 +153,7 @@ def test_no_weights_are_read_for_pictures_that_are_there(
     assert lineardit(*generate, small, "--overwrite") == lineardit(*generate, tmp_path / "b.png") == 2
 
 
-def test_upscale_with_another_model_takes_the_prompt_alone(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+def test_upscale_with_another_model_uses_only_the_prompt(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     small, other = tmp_path / "small.png", tmp_path / "other"
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "--guidance", "2", "-o", small) == 0
     shutil.copytree(adapter.parent / "base", other)
@@ -170,7 +170,7 @@ def test_upscale_keeps_stages_of_another_picture(adapter: Path, tmp_path: Path, 
     assert lineardit(*words) == 0
     assert [path.name for path in (tmp_path / "large.stages").iterdir()] == ["1-28x28.png"]
     made = large.stat().st_mtime_ns
-    assert lineardit(*words) == 0 and large.stat().st_mtime_ns == made  # it is there
+    assert lineardit(*words) == 0 and large.stat().st_mtime_ns == made  # already made
     assert lineardit(*words, "--strength", "0.5") == 2
     assert "large.png exists, was made with other settings" in capsys.readouterr().err
     large.unlink()
@@ -179,7 +179,7 @@ def test_upscale_keeps_stages_of_another_picture(adapter: Path, tmp_path: Path, 
     assert lineardit(*words, "--strength", "0.5", "--overwrite") == 0
 
 
-def test_upscale_takes_the_base_that_made_the_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+def test_upscale_uses_the_base_that_made_the_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     small, other = tmp_path / "small.png", tmp_path / "other"
     shutil.copytree(adapter.parent / "base", other)
     at = ("--size", "16x16", *FEW, "-o", small)
@@ -212,7 +212,7 @@ def test_upscale_takes_the_base_that_made_the_picture(adapter: Path, tmp_path: P
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_upscale_refuses_in_one_sentence(
+def test_upscale_refuses_bad_input_in_one_sentence(
     adapter: Path, tmp_path: Path, capsys: Any, words: list[str], said: str
 ) -> None:
     places = {"PLAIN": tmp_path / "a.png", "TEXT": tmp_path / "b.png", "NONE": tmp_path / "c.png", "MODEL": adapter}
@@ -229,7 +229,7 @@ def test_upscale_refuses_in_one_sentence(
     assert not (tmp_path / "out.png").exists() and not (tmp_path / "out.stages").exists()
 
 
-def test_decode_finishes_what_generate_left(
+def test_decode_finishes_a_generate_that_ran_out_of_memory(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     finish = "lineardit.pipelines.high_resolution.HighResolutionPipeline._finish"

@@ -1,4 +1,4 @@
-"""`--lora` of `lineardit generate` and `lineardit upscale`: styles beside a converted model."""
+"""`--lora` of `lineardit generate` and `lineardit upscale`: styles on a converted model."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def drawn(made: Path, out: Path, *more: str) -> Image.Image:
     return image
 
 
-def test_a_style_is_drawn_at_its_weight_and_told(made: Path, tmp_path: Path) -> None:
+def test_style_is_applied_at_its_weight_and_recorded(made: Path, tmp_path: Path) -> None:
     style = str(made / "style.safetensors")
     plain = drawn(made, tmp_path / "plain.png")
     styled = drawn(made, tmp_path / "styled.png", "--lora", style)
@@ -52,7 +52,7 @@ def test_a_style_is_drawn_at_its_weight_and_told(made: Path, tmp_path: Path) -> 
     assert twice.tobytes() == styled.tobytes()
 
 
-def test_a_plan_is_made_with_a_style(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_accepts_a_style(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("generate", made / "adapter", *SMALL, "--cascade", "--plan", "--lora")
     assert lineardit(*words, made / "style.safetensors") == 0
     assert "32x24 in 1 stage\n" in capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_a_plan_is_made_with_a_style(made: Path, capsys: pytest.CaptureFixture[s
     assert "is of another model than this FluxPipeline" in capsys.readouterr().err
 
 
-def test_upscale_takes_a_style_and_reminds_of_one(
+def test_upscale_accepts_a_style_and_reminds_of_a_recorded_one(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     style, styled = str(made / "style.safetensors"), tmp_path / "styled.png"
@@ -86,7 +86,7 @@ def test_upscale_takes_a_style_and_reminds_of_one(
         ("{made}/other.safetensors", "is of another model than this FluxPipeline"),
     ],
 )
-def test_what_is_no_style_of_this_model_is_refused(
+def test_invalid_style_is_refused(
     made: Path, tmp_path: Path, lora: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.png"

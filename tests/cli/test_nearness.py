@@ -1,4 +1,4 @@
-"""`lineardit nearness`, as it is typed."""
+"""`lineardit nearness` on the command line."""
 
 import json
 from pathlib import Path
@@ -41,28 +41,28 @@ def test_nearness_writes_figures_and_a_picture(made: Path) -> None:
         assert min(picture.size) > 200
 
 
-def test_a_name_that_matplotlib_would_read_is_drawn(tmp_path: Path) -> None:
+def test_draw_nearness_accepts_names_with_markup_characters(tmp_path: Path) -> None:
     drawn = Nearness(errors=(0.1, 0.2), seconds=1.0)
     draw_nearness({"$x^$": drawn, "_hidden" + 200 * "long": drawn}, tmp_path / "nearness.png")
     with Image.open(tmp_path / "nearness.png") as picture:
         assert min(picture.size) > 200
 
 
-def test_nearness_keeps_what_is_there(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nearness_keeps_existing_output_unless_overwritten(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(made)) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(command(made, "--overwrite")) == 0
     assert "seconds" in capsys.readouterr().out
 
 
-def test_nearness_takes_no_converted_base(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nearness_refuses_a_converted_base(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["nearness", made / "clear-3", made / "clear-1.5", "--prompts", made / "prompts.txt", "--size", "32x24"]
     assert run([*map(str, words), "--offline", "-o", str(made / "other")]) == 2
     assert "pipe must be the original pipeline" in capsys.readouterr().err
     assert not (made / "other").exists()
 
 
-def test_nearness_tells_of_a_missing_adapter_before_it_begins(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nearness_refuses_a_missing_adapter_before_measuring(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["nearness", made / "base", made / "clear-3", made / "nothing", "--prompts", made / "prompts.txt"]
     assert run([*map(str, words), "--size", "32x24", "--offline", "-o", str(made / "other")]) == 2
     told = capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""`--offload` of the commands that draw for others: samples, judgements, figures.
+"""`--offload` of the commands that generate pictures: same results, and what is refused.
 
-The device that computes is the CPU here: hooks and what stays where are tested, not two devices.
+The execution device is the CPU: these test hooks and placement, not transfers between devices.
 """
 
 import gc
@@ -32,7 +32,7 @@ SETTINGS = PictureSettings(height=24, width=32, steps=1, max_sequence_length=8)
 @pytest.fixture
 def cpu_for_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     def sequential(pipe: Any, device: torch.device) -> None:
-        """As the pipeline's own, which calls the device "cpu:0": accelerate takes that for another one."""
+        """Like the pipeline's own, which names the device "cpu:0": to accelerate that is another device."""
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
@@ -61,7 +61,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.usefixtures("cpu_for_accelerator")
-def test_samples_are_the_same_wherever_weights_wait(base: Path, prompts: Path, tmp_path: Path) -> None:
+def test_samples_are_the_same_with_every_offload(base: Path, prompts: Path, tmp_path: Path) -> None:
     command = ("prepare", base, "--prompts", prompts, *SMALL, "--batch-size", "1", "--shard-size", "2", "-o")
     for offload in OFFLOADS:
         assert lineardit(*command, tmp_path / offload, "--offload", offload) == 0
@@ -69,7 +69,7 @@ def test_samples_are_the_same_wherever_weights_wait(base: Path, prompts: Path, t
 
 
 @pytest.mark.usefixtures("cpu_for_accelerator")
-def test_judgements_are_the_same_wherever_weights_wait(
+def test_evaluations_are_the_same_with_every_offload(
     base: Path, adapter: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("evaluate", base, adapter, "--prompts", prompts, *SMALL, "--no-memory", "-o")
@@ -87,7 +87,7 @@ def test_judgements_are_the_same_wherever_weights_wait(
 
 
 @pytest.mark.usefixtures("cpu_for_accelerator")
-def test_the_teacher_is_gone_when_the_student_is_loaded(
+def test_teacher_is_freed_before_the_student_is_loaded(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
@@ -100,7 +100,7 @@ def test_the_teacher_is_gone_when_the_student_is_loaded(
 
     opened = by_name.open_named
     monkeypatch.setattr(by_name, "open_named", watched)
-    gc.disable()  # it must not be chance
+    gc.disable()  # reference counts must free it
     try:
         both = [ByName(name=str(name), offload="model") for name in (adapter, adapter)]
         evaluate(*both, ["a red circle"], tmp_path / "out", settings=SETTINGS, memory=False)
@@ -109,7 +109,7 @@ def test_the_teacher_is_gone_when_the_student_is_loaded(
     assert len(loaded) == 2
 
 
-def test_memory_is_measured_on_the_device_that_computes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_measured_on_the_execution_device(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = by_name.opened(ByName(name=str(base)))
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))  # offloaded: the weights are on the CPU
     monkeypatch.setattr(evaluating, "picture_peak", lambda *_: 3.0)
@@ -127,7 +127,7 @@ def test_memory_is_measured_on_the_device_that_computes(base: Path, monkeypatch:
         ("profile", "some", "offload must be one of"),
     ],
 )
-def test_an_offload_that_cannot_be_is_told_before_a_model_is_loaded(
+def test_impossible_offload_is_refused_before_a_model_is_loaded(
     command: str,
     offload: str,
     message: str,
@@ -145,7 +145,7 @@ def test_an_offload_that_cannot_be_is_told_before_a_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_weights_of_4_bits_are_not_offloaded_layer_by_layer(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequential_offload_of_4_bit_weights_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     check_offload(cuda, "model", Quantization(quant_backend="bitsandbytes_4bit"))
     check_offload(cuda, "sequential", Quantization(quant_backend="bitsandbytes_8bit"))
@@ -154,18 +154,18 @@ def test_weights_of_4_bits_are_not_offloaded_layer_by_layer(base: Path, monkeypa
     ):
         check_offload(cuda, "sequential", Quantization(quant_backend="bitsandbytes_4bit"))
     pipe = by_name.opened(ByName(name=str(base)))
-    monkeypatch.setattr(placement, "quantized_in", lambda _: "Params4bit")  # of a base that was saved so
+    monkeypatch.setattr(placement, "quantized_in", lambda _: "Params4bit")  # as in a base saved in 4 bits
     with pytest.raises(ValueError, match="offload 'sequential' cannot move weights"):
         place_(pipe, cuda, "sequential")
 
 
-def test_group_offload_of_a_model_that_has_none_in_diffusers_is_refused() -> None:
+def test_group_offload_unsupported_by_diffusers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^offload 'group' is not for a HunyuanDiT2DModel .* use --offload model$"):
         place_(STOCK["hunyuan-dit"].make(), torch.device("cuda"), "group")
 
 
 @pytest.mark.parametrize(("kind", "streams"), [(None, True), ("Params4bit", True), ("Int8Tensor", False)])
-def test_group_offload_has_no_streams_for_weights_of_torchao(
+def test_group_offload_uses_no_streams_for_torchao_weights(
     kind: str | None, streams: bool, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = by_name.opened(ByName(name=str(base)))

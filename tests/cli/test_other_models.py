@@ -1,4 +1,4 @@
-"""Models other than FLUX.1 from the command line, from their prompts to pictures of a distilled student."""
+"""Models other than FLUX.1 on the command line, from prompts to pictures of a distilled student."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ DISTILLED, LARGE = (
 
 
 @pytest.mark.parametrize("name", DISTILLED)
-def test_a_model_is_distilled_judged_and_used(name: str, tmp_path: Path) -> None:
+def test_model_is_distilled_evaluated_and_used(name: str, tmp_path: Path) -> None:
     make, size = WHOLE[name]
     base, samples, config = tmp_path / "base", tmp_path / "samples", tmp_path / "config.toml"
     make().save_pretrained(base)
@@ -49,7 +49,9 @@ def test_a_model_is_distilled_judged_and_used(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_large_pictures_come_in_stages_and_go_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pictures_are_made_in_stages_and_resumed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, size = WHOLE[name]
     pipe = make()
     width, height = (2 * int(side) for side in size.split("x"))

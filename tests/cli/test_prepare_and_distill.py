@@ -1,4 +1,4 @@
-"""`lineardit prepare`, then `lineardit distill` on what it made, as they are typed."""
+"""`lineardit prepare`, then `lineardit distill` on its samples, on the command line."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_prepare_then_distill_gives_an_adapter(base: Path, tmp_path: Path) -> No
     assert run(["inspect", str(tmp_path / "run" / "adapter"), "--offline"]) == 0
 
 
-def test_calls_are_kept_on_demand(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_keeps_calls_on_request(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts, samples = tmp_path / "prompts.txt", tmp_path / "samples"
     prompts.write_text("\n".join(PROMPTS[:2]))
     small = ["--size", "16x16", "--steps", "2", "--max-sequence-length", "8", "--calls", "2"]
@@ -52,7 +52,7 @@ def test_calls_are_kept_on_demand(base: Path, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "run" / "adapter").is_dir()
 
 
-def test_parts_of_the_samples_are_made_by_option_or_by_launcher(
+def test_prepare_splits_samples_by_option_or_launcher(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, samples = tmp_path / "prompts.txt", tmp_path / "samples"
@@ -74,11 +74,11 @@ def test_parts_of_several_launchers_do_not_overlap(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("RANK", str(rank))
         parts.append(parse_part(f"{machine}/2"))
     assert sorted(parts) == [(part, 6) for part in range(1, 7)]
-    assert {(part - 1) % 2 for part, _ in parts[:3]} == {0}  # whatever launcher makes the other part
+    assert {(part - 1) % 2 for part, _ in parts[:3]} == {0}  # so any launcher can make the other half
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/2/3", "-1/2"])
-def test_prepare_refuses_a_part_that_is_none(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_refuses_an_invalid_part(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle")
     options = ["--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "samples"), f"--part={part}"]
     assert run(["prepare", "base", *options]) == 2

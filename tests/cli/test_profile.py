@@ -1,4 +1,4 @@
-"""`lineardit profile`, then `lineardit convert --from-profile` on what it wrote, as they are typed."""
+"""`lineardit profile`, then `lineardit convert --from-profile` on its output, on the command line."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from lineardit.commands.profile import show
 from lineardit.distill import figures
 from lineardit.linearize.measures.attention_profile import read_profile
 
-FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # configuration in its true shape, no weights
+FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # the real configuration, no weights
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, and its profile beside it."""
+    """A folder with a base and its profile."""
     folder = tmp_path_factory.mktemp("profile")
     build_tiny().save_pretrained(folder / "base")
     (folder / "prompts.txt").write_text("a red circle\n# not this\na blue cross\n")
@@ -46,14 +46,14 @@ def test_profile_writes_figures_and_a_picture(made: Path) -> None:
     assert {path.name for path in (made / "out").iterdir()} == {"profile.json", "profile.png"}
 
 
-def test_profile_keeps_what_is_there(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_keeps_existing_output(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["profile", str(made / "base"), "--prompts", str(made / "prompts.txt"), "-o", str(made / "out")]
     assert run([*words, "--offline"]) == 2
     assert "--overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["profile", "nearness"])
-def test_missing_matplotlib_is_told_before_the_measuring(
+def test_missing_matplotlib_is_reported_before_measuring(
     command: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(figures, "find_spec", lambda _: None)
@@ -88,14 +88,14 @@ def test_profile_shows_errors_of_windows_and_methods(made: Path, capsys: pytest.
     show(read_profile(made / "out" / "profile.json"))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
-    assert printed.count("single_transformer_blocks.0.attn") == 2  # whole, in both tables
+    assert printed.count("single_transformer_blocks.0.attn") == 2  # in full in both tables
     assert "a: agent:num_agents=4" in printed and 'b: hybrid:local={"method":"clear","radius":2}' in printed
 
 
 @pytest.mark.parametrize(
     ("method", "said"), [("agnt:num_agents=4", "did you mean agent"), ("agent:4", "METHOD:SETTING=VALUE")]
 )
-def test_profile_refuses_what_is_no_method(
+def test_profile_refuses_an_invalid_method(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, said: str
 ) -> None:
     words = ["profile", str(made / "base"), "--prompts", str(made / "prompts.txt"), "--method", method]
@@ -104,13 +104,13 @@ def test_profile_refuses_what_is_no_method(
     assert not (tmp_path / "out").exists()
 
 
-def test_profile_names_the_option_of_windows(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_names_the_radii_option_in_its_error(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["profile", str(made / "base"), "--prompts", str(made / "prompts.txt"), "--radii", "2,x", "--offline"]
     assert run(words) == 2
     assert capsys.readouterr().err.startswith("lineardit: --radii must be numbers with commas between them")
 
 
-def test_titles_of_tables_are_not_wrapped_at_the_width_of_the_table(
+def test_table_titles_are_not_wrapped_at_the_table_width(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lineardit.commands.tables.WHOLE", 40)
@@ -130,7 +130,7 @@ def test_titles_of_tables_are_not_wrapped_at_the_width_of_the_table(
         (["--budget", "1e-9"], ["the cheapest choices need"]),
     ],
 )
-def test_convert_from_profile_refuses(
+def test_convert_from_profile_refuses_bad_options(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: list[str]
 ) -> None:
     assert run(convert(made, *options, "-o", str(tmp_path / "adapter"))) == 2

@@ -1,4 +1,4 @@
-"""`--quantize`: a base in 8 or 4 bits, in the commands that draw."""
+"""`--quantize`: a base in 8 or 4 bits, in the commands that generate pictures."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def told(picture: Path) -> dict[str, str]:
         return dict(image.info)
 
 
-def test_pictures_say_what_quantized_their_model(
+def test_pictures_record_the_quantization_of_their_model(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torchao.quantization")
@@ -50,7 +50,7 @@ def test_pictures_say_what_quantized_their_model(
     assert told(large)["quantize"] == "torchao:quant_type=Int8WeightOnlyConfig"
 
 
-def test_samples_say_what_quantized_their_teacher(
+def test_samples_record_the_quantization_of_their_teacher(
     base: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torchao.quantization")
@@ -70,27 +70,25 @@ def test_both_sides_of_an_evaluation_are_quantized(
         assert lineardit(*command, *INT8) == 0
     asked = json.loads((tmp_path / "report/report.json").read_text())["question"]
     assert (asked["teacher_quantization"], asked["student_quantization"]) == ("torchao", "torchao")
-    assert lineardit(*command, "--no-memory") == 2  # other weights: another question
+    assert lineardit(*command, "--no-memory") == 2  # other weights are another evaluation
 
 
-def test_a_base_that_is_quantized_already_is_not_quantized_again(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quantizing_a_quantized_base_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchao.quantization")
     open_pipeline(base, quantization=Quantization(quant_backend="torchao")).save_pretrained(tmp_path / "base")
     assert lineardit("generate", tmp_path / "base", SCENE, *SMALL, *INT8, "-o", tmp_path / "out.png") == 2
     assert "is quantized already, as its config says: leave" in capsys.readouterr().err
 
 
-def test_the_weights_of_a_loaded_quantized_model_count_what_they_take(base: Path) -> None:
+def test_weights_on_device_counts_quantized_weights_as_stored(base: Path) -> None:
     pytest.importorskip("torchao.quantization")
     whole, packed = open_pipeline(base), open_pipeline(base, quantization=Quantization(quant_backend="torchao"))
     linear = sum(layer.weight.numel() for layer in whole.transformer.modules() if isinstance(layer, nn.Linear))
     saved = weights_on_device(whole) - weights_on_device(packed)
-    assert 2.8 * linear < saved < 3 * linear  # of 4 bytes each; some remain for scales
+    assert 2.8 * linear < saved < 3 * linear  # of 4 bytes each; scales take some
 
 
-def test_a_plan_counts_the_quantized_weights(base: Path) -> None:
+def test_weights_on_device_counts_a_planned_quantization(base: Path) -> None:
     pipe, plain = open_pipeline(base, weights=False), open_pipeline(base, weights=False)
     linear = sum(layer.weight.numel() for layer in pipe.transformer.modules() if isinstance(layer, nn.Linear))
     note_place_(plain, torch.device("cpu"))
@@ -98,7 +96,7 @@ def test_a_plan_counts_the_quantized_weights(base: Path) -> None:
     assert weights_on_device(plain) - weights_on_device(pipe) == 3 * linear
 
 
-def test_flux_takes_the_memory_that_the_documentation_says() -> None:
+def test_memory_of_quantized_flux_matches_the_documentation() -> None:
     base = read_base(Path(__file__).parents[1] / "data/flux1-dev")
     model = build_on_meta(base, dtype=torch.bfloat16)
     in_bits = {kind: _bytes(model, None, bits=Quantization(quant_backend=kind).bits) for kind in BACKENDS}
@@ -115,7 +113,7 @@ def test_flux_takes_the_memory_that_the_documentation_says() -> None:
     }
 
 
-def test_weights_can_be_cast_layer_by_layer(
+def test_generate_supports_layerwise_casting(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.png"
@@ -133,7 +131,7 @@ def test_weights_can_be_cast_layer_by_layer(
     assert "layerwise_casting takes storage_dtype" in capsys.readouterr().err
 
 
-def test_a_quantization_is_spelled_as_it_is_told() -> None:
+def test_parse_quantization_inverts_str() -> None:
     text = "bitsandbytes_4bit:bnb_4bit_use_double_quant=true,bnb_4bit_quant_type=fp4"
     asked = parse_quantization(text)
     assert asked == Quantization(
@@ -144,7 +142,7 @@ def test_a_quantization_is_spelled_as_it_is_told() -> None:
     assert parse_quantization(None) is None
 
 
-def test_a_setting_of_a_quantization_can_be_a_list() -> None:
+def test_parse_quantization_accepts_a_list() -> None:
     text = 'bitsandbytes_8bit:llm_int8_skip_modules=["proj_out", "norm_out"],llm_int8_threshold=5.0'
     asked = parse_quantization(text)
     assert asked is not None
@@ -152,7 +150,7 @@ def test_a_setting_of_a_quantization_can_be_a_list() -> None:
     assert parse_quantization(str(asked)) == asked
 
 
-def test_figures_of_a_quantized_model_say_so(
+def test_figures_record_the_quantization(
     base: Path, adapter: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torchao.quantization")
@@ -178,6 +176,6 @@ def test_figures_of_a_quantized_model_say_so(
         ("torchaoo", r"quant_backend must be .*got 'torchaoo' \(did you mean torchao\?\)"),
     ],
 )
-def test_a_quantization_that_is_misspelled_is_refused(text: str, message: str) -> None:
+def test_parse_quantization_refuses_misspellings(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_quantization(text)
