@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py: students alike in all but their row's settings, and a report of what has been made."""
+"""benchmarks/ablations.py: students that differ only in their row's settings, and the report."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ def ablations(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("ablations")
 
 
-def test_every_row_is_made_and_told(ablations: Any, tmp_path: Path) -> None:
+def test_every_row_is_made_and_reported(ablations: Any, tmp_path: Path) -> None:
     build_tiny().save_pretrained(tmp_path / "base")
     plan = ablations.Plan(
         side=16, steps=1, captions=2, samples=4, train_steps=1, batch_size=2, text_tokens=16, shown=2, radius=2
@@ -33,7 +33,7 @@ def test_every_row_is_made_and_told(ablations: Any, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "results" / "ablations.json").read_text())["rows"]) == 4
 
 
-def test_rows_differ_from_the_baseline_in_what_they_say_alone(ablations: Any, tmp_path: Path) -> None:
+def test_rows_differ_from_the_baseline_only_in_their_settings(ablations: Any, tmp_path: Path) -> None:
     run = ablations.Ablations(build(tmp_path), tmp_path / "work", ablations.Plan())
     configs = {name: run.config(name, changes) for name, changes in ablations.ROWS.items()}
     baseline = configs[ablations.BASELINE]

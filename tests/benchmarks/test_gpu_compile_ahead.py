@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> Path:
     return results.path
 
 
-def test_each_process_takes_its_share_of_what_is_missing_and_keeps_nothing(
+def test_each_process_compiles_its_share_of_missing_cases_and_saves_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
@@ -45,7 +45,7 @@ def test_each_process_takes_its_share_of_what_is_missing_and_keeps_nothing(
     assert path.read_text() == before
 
 
-def test_processes_that_take_too_long_are_ended(
+def test_slow_processes_are_ended_after_half_of_the_time_left(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compile_ahead.os, "sched_getaffinity", lambda _: range(4))

@@ -1,4 +1,4 @@
-"""The file of the GPU benchmark: nothing but its own format is read, and no row is lost."""
+"""The file of the GPU benchmark: only its own format is read, and no row is lost."""
 
 import json
 import sys
@@ -71,7 +71,7 @@ def test_rows_of_the_same_sources_are_kept(results: Results) -> None:
     assert again.rows == results.rows and load(results.path).head.command == "another"
 
 
-def test_packages_that_some_rows_need_may_come_and_go(results: Results) -> None:
+def test_optional_packages_may_be_added_and_removed(results: Results) -> None:
     results.add(row("a"))
     with_diffusers = replace(HEAD, versions=HEAD.versions | {"diffusers": "0.42.1"})
     assert open_results(results.path, with_diffusers).rows == results.rows
@@ -81,7 +81,7 @@ def test_packages_that_some_rows_need_may_come_and_go(results: Results) -> None:
 
 
 @pytest.mark.parametrize("change", [{"commit": "def5678"}, {"versions": {"torch": "2.13.0"}}, {"impl": "tiled"}])
-def test_rows_of_other_sources_stay_in_a_file_of_their_own(results: Results, change: dict[str, object]) -> None:
+def test_rows_of_other_sources_stay_in_a_separate_file(results: Results, change: dict[str, object]) -> None:
     results.add(row("a"))
     fresh = open_results(results.path, replace(HEAD, **change))  # type: ignore[arg-type]
     (other,) = set(results.path.parent.glob("*.json")) - {results.path}
@@ -106,7 +106,7 @@ def test_failed_row_is_the_one_that_was_running(results: Results) -> None:
     assert "no luck" in failed.note and load(results.path).running is None
 
 
-# Stands for Python: its first process dies in a row, the second finds that row in the file and ends well.
+# Replaces Python: its first process fails within a row, the second finds that row in the file and succeeds.
 WORKER = """#!{python}
 import sys
 sys.path.insert(0, {root!r})
@@ -119,7 +119,7 @@ if not results.rows:
 """
 
 
-def test_run_goes_on_after_a_process_that_died(
+def test_run_continues_after_a_failed_process(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = tmp_path / "worker"

@@ -26,14 +26,14 @@ def bench(tmp_path: Path) -> Bench:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_tasks_of_a_part_have_names_of_their_own(bench: Bench, part: str) -> None:
+def test_tasks_of_a_part_have_unique_names(bench: Bench, part: str) -> None:
     keys = [task.key for task in importlib.import_module(f"benchmarks.gpu.{MODULES[part]}").tasks(bench)]
     assert len(keys) == len(set(keys)) > 0
     assert {key[0] for key in keys} == {part}
 
 
 def test_parts_without_models_need_no_diffusers() -> None:
-    """A rented card often has torch and triton alone."""
+    """A rented machine often has only torch and triton."""
     code = (
         "import sys; sys.modules['diffusers'] = None; import benchmarks.gpu.correctness, benchmarks.gpu.operator_speed"
     )
@@ -50,7 +50,7 @@ def test_operator_is_measured_at_every_size_and_radius(bench: Bench) -> None:
                 assert {(case, "triton"), (case, CLEARS_WAY), (case, "flex tiles"), (case, "natten")} <= keys
 
 
-def test_an_error_costs_its_row_alone(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_fails_only_its_own_row(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     def wrong() -> Measured:
         raise RuntimeError("the kernel\nis wrong")
 
@@ -62,7 +62,7 @@ def test_an_error_costs_its_row_alone(bench: Bench, capsys: pytest.CaptureFixtur
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_steps_that_marks_are_of_come_first(bench: Bench) -> None:
+def test_steps_needed_for_marks_come_first(bench: Bench) -> None:
     tasks = importlib.import_module("benchmarks.gpu.model_step").tasks(bench)
     keys = [task.key[1:] for task in tasks]
     for impl, first in (("dense", ["4K", "8K", "1K"]), (OUR_STEPS[8], ["4K", "8K", "1K"]), (OUR_STEPS[16], ["1K"])):
@@ -74,7 +74,7 @@ def test_steps_that_marks_are_of_come_first(bench: Bench) -> None:
 )
 def test_verdict_allows_twice_the_error_of_the_reference(error: float, passed: bool) -> None:
     exact = torch.zeros(2, 3, dtype=torch.float64)
-    exact[0, 0] = 1e-9  # so small that roundings allow nothing
+    exact[0, 0] = 1e-9  # so small that the allowance for rounding is negligible
     low = exact.float() + 0.001
     actual = exact.float()
     actual[1, 2] += error

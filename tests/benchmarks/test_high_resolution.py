@@ -34,7 +34,7 @@ def high_resolution(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("high_resolution")
 
 
-def test_run_has_every_row_and_goes_on(high_resolution: Any, tmp_path: Path) -> None:
+def test_run_makes_every_row_and_resumes(high_resolution: Any, tmp_path: Path) -> None:
     amount = high_resolution.Amount(**AMOUNT)
     convert_base(path(), Clear(radius=4), output=tmp_path / "adapter")
     run = high_resolution.HighResolution(path(), tmp_path / "adapter", tmp_path / "run", amount)
@@ -71,7 +71,7 @@ def test_run_has_every_row_and_goes_on(high_resolution: Any, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_memory_grows_with_the_pixels(high_resolution: Any) -> None:
-    """In fresh processes; over what each takes with the pipeline loaded."""
+    """In fresh processes; growth is over the memory of the loaded pipeline."""
     memory = importlib.import_module("high_resolution_memory")
     small, large = memory.measure_fresh([384, 768])
     assert small.whole > small.idle > 0 and small.growth > 50

@@ -1,4 +1,4 @@
-"""benchmarks/methods.py: equal training for every row, what an interrupted run made is kept, marks at their targets."""
+"""benchmarks/methods.py: equal training for every row, resuming, and marks at their targets."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ def report(methods: Any) -> Any:
 
 
 def picture_row(report: Any, *, objects: int = 90, coherence: int = 90, latent_mse: float | None = 1.0) -> Any:
-    """Of 100 objects and 100 pictures; a latent MSE of None is the teacher's row."""
+    """A row of 100 objects and 100 pictures; a latent MSE of None makes it the teacher's."""
     comparison = None
     if latent_mse is not None:
         comparison = Comparison(pictures=100, latent_mse=latent_mse, psnr=20, ssim=0.5, differences={})
@@ -45,7 +45,7 @@ def method_row(report: Any, name: str, students: Sequence[Any]) -> Any:
     )  # fmt: skip
 
 
-def test_quick_run_makes_every_row_and_goes_on(methods: Any, report: Any, tmp_path: Path) -> None:
+def test_quick_run_makes_every_row_and_resumes(methods: Any, report: Any, tmp_path: Path) -> None:
     base = tmp_path / "base"
     build_tiny().save_pretrained(base)
     plan = replace(methods.quick_plan(), side=16, text_tokens=16, step_side=16, trained=5_000)
@@ -83,7 +83,7 @@ def test_quick_run_makes_every_row_and_goes_on(methods: Any, report: Any, tmp_pa
         methods.MethodTable(base, tmp_path / "new", replace(plan, train_steps=3)).run(shown, plan.seeds, results)
 
 
-def test_a_row_made_elsewhere_gets_students_of_further_seeds(methods: Any, tmp_path: Path) -> None:
+def test_row_made_elsewhere_gets_students_of_further_seeds(methods: Any, tmp_path: Path) -> None:
     base, results = tmp_path / "base", tmp_path / "results"
     build_tiny().save_pretrained(base)
     plan = replace(methods.quick_plan(), side=16, text_tokens=16, step_side=16, trained=5_000, seeds=(0, 1))
@@ -98,13 +98,13 @@ def test_a_row_made_elsewhere_gets_students_of_further_seeds(methods: Any, tmp_p
     assert (results / "methods" / "Mala.jpg").read_bytes() == strip
 
 
-def test_local_of_equal_flops_costs_no_less_and_half_a_token_less_would(methods: Any) -> None:
+def test_local_of_equal_flops_is_the_smallest_window_of_that_cost(methods: Any) -> None:
     for config in (Mala(), Clear(radius=4, pool_tokens=64)):
         found = methods.local_of_equal_flops(config)
         assert methods.flops(Clear(radius=found.radius - 0.5)) < methods.flops(config) <= methods.flops(found)
 
 
-def test_every_method_of_the_table_can_be_trained_alike(methods: Any, tmp_path: Path) -> None:
+def test_every_method_can_be_fitted_to_equal_parameter_counts(methods: Any, tmp_path: Path) -> None:
     table = methods.MethodTable(methods.path(), tmp_path / "work", replace(methods.Plan(), captions=1))
     for method in methods.METHODS:
         fit = table.fit(method)

@@ -1,4 +1,4 @@
-"""The benchmark of rope factors: its rules, and one small drawing."""
+"""The benchmark of RoPE factors: its rules, and one small picture."""
 
 import importlib
 from pathlib import Path
@@ -18,7 +18,7 @@ def rope_factors(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("rope_factors")
 
 
-def test_ramp_rises_from_the_known_sides_to_ntks_factor(rope_factors: Any) -> None:
+def test_ramp_rises_from_one_to_the_ntk_factor(rope_factors: Any) -> None:
     known, between, far = (rope_factors.factors(ratio, 12) for ratio in (2.0, 3.0, 4.0))
     assert known["ramp"] == known["one"] == known["known"] == 1
     assert 1 < between["ramp"] < between["native"] == ntk_factor(3.0, 12)

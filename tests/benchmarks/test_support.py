@@ -1,4 +1,4 @@
-"""The table of docs/models.md against the tests that it is made from."""
+"""The table of docs/models.md, and the tests it is made from."""
 
 import ast
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_features_name_tests_that_exist() -> None:
     assert set(support.FEATURES.values()) <= functions
 
 
-def test_the_table_has_every_model_and_no_failure() -> None:
+def test_table_has_every_model_and_no_failure() -> None:
     table = support.PAGE.read_text().split(support.BEGIN)[1].split(support.END)[0]
     header, _, *rows = table.strip().splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == ["model", *support.FEATURES]

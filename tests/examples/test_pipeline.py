@@ -1,4 +1,4 @@
-"""The shipped pipeline: whole, small, and able to draw what it is told."""
+"""The shipped pipeline: complete, small, and able to draw its captions."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_vae_keeps_drawn_scenes(pipe, size):
 
 
 def test_autoencoder_keeps_every_object(pipe):
-    """What it loses, no training of the transformer gives back."""
+    """Training the transformer cannot recover what the autoencoder loses."""
     right = total = 0
     for seed in range(24):
         scene = scenes.sample(seed, split="held_out")
@@ -63,7 +63,7 @@ def test_tokenizers_know_every_word_of_a_caption(pipe):
             assert ids[-1] == vocabulary()["</s>"]
 
 
-def test_pipeline_draws_what_a_caption_tells(pipe):
+def test_pipeline_draws_what_a_caption_says(pipe):
     """A smoke test with few steps; `make marks` measures objects and coherence."""
     captions = [scenes.sample(seed, split="held_out").caption for seed in range(CAPTIONS)]
     images = pipe(

@@ -1,4 +1,4 @@
-"""Scenes are told, drawn at any size and read back; a fault that is put into a picture is found."""
+"""Scenes are captioned, drawn at any size and read back; faults put into a picture are found."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ TWO = scenes.parse("a red circle at the middle left and a blue cross at the midd
     [{"phase": 4}, {"phase": 3}, {"direction": 2}, {"tint": "dark"}, {"light": "bottom right"}, {"pattern": "shaded"}],
     ids=lambda change: "-".join(f"{k}-{v}" for k, v in change.items()),
 )
-def test_coherence_fails_where_the_halves_of_a_picture_disagree(change):
+def test_coherence_fails_if_the_halves_of_a_picture_disagree(change):
     values = {
         name: getattr(TWO, name) for name in ("objects", "tone", "pattern", "light", "direction", "phase", "tint")
     }
@@ -130,7 +130,7 @@ def test_sample_keeps_held_out_content_from_training():
         assert names & triples or tuple(kinds) in pairs
 
 
-def test_sample_is_a_function_of_its_seed_and_tells_every_word():
+def test_sample_is_a_function_of_its_seed_and_uses_every_word():
     assert scenes.sample(5) == scenes.sample(5)
     words = {word for seed in range(500) for word in scenes.sample(seed).caption.split()}
     for part in (scenes.COLOURS, scenes.SHAPES, scenes.TONES, scenes.PATTERNS):

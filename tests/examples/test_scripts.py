@@ -1,4 +1,4 @@
-"""The scripts to copy run as they stand, here on a small model with random weights."""
+"""The example scripts run unchanged, here on a small model with random weights."""
 
 import runpy
 import sys
@@ -38,7 +38,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_bf16_positions_counts_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bf16_positions_counts_the_distinct_positions(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "bf16_positions.py"), run_name="__main__")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["4096", "256", "256", "256", "256"] in rows and ["8192", "512", "512", "385", "385"] in rows
@@ -62,7 +62,7 @@ def test_script_makes_its_picture(
 
 
 @pytest.mark.parametrize("script", ["text_to_image_4k", "low_memory", "style_lora_4k", "upscale"])
-def test_script_without_arguments_says_what_it_takes(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_script_without_arguments_prints_its_usage(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [script, "adapter"])
     with pytest.raises(SystemExit, match=rf"^usage: python examples/{script}\.py ADAPTER .*PROMPT"):
         runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")

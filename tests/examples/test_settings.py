@@ -1,4 +1,4 @@
-"""The settings that people copy are settings that distillation takes."""
+"""Distillation accepts the example settings that people copy."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.toml")), ids=lambda file: file.name)
-def test_load_config_takes_the_example(file):
+def test_load_config_accepts_the_example(file):
     assert load_config(file).run.steps > 0
 
 
-def test_load_config_takes_the_window_of_the_comments(tmp_path):
+def test_load_config_accepts_the_window_in_the_comments(tmp_path):
     text = (EXAMPLES / "distill_flux.toml").read_text()
     proxies = ProxyTokens(num_proxies=1024)
     hybrid = Hybrid(local=Clear(radius=16), global_=proxies, gate=1.0, focus_tokens=1024)

@@ -1,4 +1,4 @@
-"""What the tiny pipeline is trained on: words that tell their object, and positions of the first phase."""
+"""Training of the tiny pipeline: labels of words, positions, the VAE, and several processes."""
 
 from unittest.mock import Mock, call
 
@@ -26,20 +26,20 @@ def test_words_and_objects_label_every_word_with_its_object():
         assert " ".join(others).startswith("and on" if len(objects) == 2 else "on")
 
 
-def test_label_tensor_leaves_out_what_is_no_object():
+def test_label_tensor_ignores_words_without_an_object():
     out = label_tensor([[(1, 2, 3), None]], 3)
     assert out.tolist() == [[[1, 2, 3], [-100] * 3, [-100] * 3]]
 
 
 @pytest.mark.parametrize("stride, expected", [(1, [0.0, 1.0, 2.0]), (2, [0.5, 2.5, 4.5])])
-def test_image_positions_stand_in_the_middle_of_what_they_replace(stride, expected):
+def test_image_positions_are_the_centres_of_the_tokens_they_replace(stride, expected):
     positions = image_positions(2, 3, stride)
     assert positions[:3, 2].tolist() == expected
     assert positions[:, 1].tolist() == [expected[0]] * 3 + [expected[1]] * 3
     assert torch.equal(positions[:, 0], torch.zeros(6))
 
 
-def test_refine_trains_the_decoder_alone():
+def test_refine_trains_only_the_decoder():
     vae = build_vae()
     before = {name: weight.clone() for name, weight in vae.state_dict().items()}
     refine(vae, steps=2, batch=1)
@@ -58,7 +58,7 @@ def test_object_masks_cover_objects_and_their_shadows():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_each_process_of_torchrun_has_a_gpu_of_its_own(device: str, monkeypatch: pytest.MonkeyPatch):
+def test_join_gives_each_process_its_own_gpu(device: str, monkeypatch: pytest.MonkeyPatch):
     called = Mock()
     monkeypatch.setattr("torch.cuda.set_device", called.set_device)
     monkeypatch.setattr("torch.distributed.init_process_group", called.init_process_group)

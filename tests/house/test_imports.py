@@ -1,4 +1,4 @@
-"""Imports between the folders go one way; the table is the one in the architecture notes of CONTRIBUTING.md."""
+"""Imports between the folders go one way, by the table in CONTRIBUTING.md."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglo
 
 
 def imported_modules(source: str, package: str) -> Iterator[str]:
-    """Absolute names of everything that `source`, a module of `package`, imports, wherever in the file."""
+    """Absolute names of everything that `source`, a module of `package`, imports, anywhere in the file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -63,7 +63,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_folders_import_each_other_relatively() -> None:
-    """Examples are what people copy: they import the installed package."""
+    """Except examples, which people copy: they import the installed package."""
     absolute: dict[str, list[str]] = {}
     for path in SOURCES:
         if path.is_relative_to(ROOT / "examples"):
@@ -84,7 +84,7 @@ def test_kernels_import_only_torch_and_triton() -> None:
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    """None is only there because another package happens to bring it."""
+    """No import relies on what another package happens to install."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
     declared = {re.split(r"[<>=\[; ]", requirement)[0] for requirement in required}

@@ -30,7 +30,7 @@ def source_files() -> list[Path]:
 
 
 def module_names() -> list[str]:
-    """Every module of the package that can be imported: programs, and the scripts among the examples, would run."""
+    """Every module of the package except programs and example scripts, which would run when imported."""
     names = []
     for path in source_files():
         if path.stem == "__main__" or (path.parent == ROOT / "examples" and path.stem != "__init__"):
@@ -52,7 +52,7 @@ def run_python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout in a folder whose name is no Python identifier."""
+    """A copy of the checkout in a folder whose name is not a Python identifier."""
     target = tmp_path_factory.mktemp("clones") / "a-b"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "demo", "runs", "results")
     shutil.copytree(ROOT, target, ignore=lambda folder, names: ignored(folder, names) - {"demo.py"})
@@ -64,7 +64,7 @@ def test_package_list_equals_the_folders() -> None:
 
 
 def data_files() -> set[Path]:
-    """Files of the package that are no Python code."""
+    """Files of the package that are not Python code."""
     files = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()}
     return {path for path in files if path.suffix not in {".py", ".pyc"}}
 
@@ -83,7 +83,7 @@ def pins(file: str) -> dict[str, str]:
 
 
 def test_tested_versions_agree() -> None:
-    """Both constraints files are within the declared bounds; the warning at conversion knows the same two versions."""
+    """Both constraints files are within the declared bounds, and the warning at conversion uses the same versions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
     for requirement in map(Requirement, project["dependencies"]):
@@ -93,12 +93,12 @@ def test_tested_versions_agree() -> None:
     assert f"diffusers>={oldest['diffusers']}" in project["dependencies"]
 
 
-def test_kernels_is_no_regular_package() -> None:
+def test_kernels_is_not_a_regular_package() -> None:
     """diffusers imports a package called `kernels`; a folder with an `__init__.py` would take its place."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_kernels_of_others_are_not_shadowed(tmp_path: Path) -> None:
+def test_other_packages_called_kernels_are_not_shadowed(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("owner = 'another project'\n")
     assert run_python("-c", "import kernels; print(kernels.owner)", cwd=ROOT, path=tmp_path) == "another project\n"
@@ -135,8 +135,8 @@ def test_clone_runs_outside_its_root(clone: Path, tmp_path: Path) -> None:
     assert "convert" in run_python("-m", "lineardit", "--help", cwd=tmp_path, path=clone)
 
 
-def test_clone_called_as_the_package_runs_from_beside_it(clone: Path, tmp_path: Path) -> None:
-    """Where Python finds the checkout itself first, as a folder called lineardit."""
+def test_clone_called_lineardit_runs_from_its_parent_folder(clone: Path, tmp_path: Path) -> None:
+    """There Python finds the checkout itself first, as a folder called lineardit."""
     (tmp_path / "lineardit").symlink_to(clone)
     code = "import lineardit, lineardit.kernels.window, lineardit.examples as e; print(lineardit.Clear, e.__file__)"
     told = f"<class 'lineardit.linearize.methods.clear.Clear'> {tmp_path / 'lineardit' / 'examples' / '__init__.py'}\n"
@@ -145,7 +145,9 @@ def test_clone_called_as_the_package_runs_from_beside_it(clone: Path, tmp_path: 
 
 
 def test_clone_runs_plain_pytest(clone: Path) -> None:
-    script = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"  # as the console script
+    script = (
+        "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"  # like the console script
+    )
     assert " passed" in run_python("-c", script, "-q", "-k", "are_found", "tests/house/test_imports.py", cwd=clone)
 
 

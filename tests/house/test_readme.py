@@ -1,4 +1,4 @@
-"""What README and docs/ tell a reader to type and to open is there."""
+"""Commands, names, links and paths in README.md, CONTRIBUTING.md and docs/ exist."""
 
 import ast
 import re
@@ -55,7 +55,7 @@ def test_readme_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_readme_links_lead_somewhere(page: str) -> None:
+def test_readme_links_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         if target.startswith("http"):
             continue
@@ -66,7 +66,7 @@ def test_readme_links_lead_somewhere(page: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """Of the page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
     return {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -90,7 +90,7 @@ def test_readme_python_uses_names_that_exist(block: str) -> None:
     assert [name for name in names if not hasattr(lineardit, name)] == []
 
 
-def test_every_setting_of_a_distillation_is_told() -> None:
+def test_docs_describe_every_distillation_setting() -> None:
     rows = dict(re.findall(r"^\| `\[(\w+)\]` \| (.*) \|$", PAGES["docs/distillation.md"], flags=re.MULTILINE))
     hints = get_type_hints(DistillConfig)
     assert rows.keys() == hints.keys()

@@ -1,4 +1,4 @@
-"""The demonstration on a tiny random pipeline: every piece, what it leaves, and that it goes on."""
+"""The demonstration on a tiny random pipeline: its pieces, its files, and resuming."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""benchmarks/marks.py: every row is made, each mark is held against its target, and nothing is done twice."""
+"""benchmarks/marks.py: every row is made, each mark is compared with its target, and nothing is done twice."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ def marks(monkeypatch: pytest.MonkeyPatch) -> Any:
 def row(
     marks: Any, *, objects: int, coherence: int, points: tuple[float, float] = (0, 0), latent_mse: float = 1
 ) -> Any:
-    """Of 100 objects and 100 pictures; `points` below or above the teacher."""
+    """A row of 100 objects and 100 pictures; `points` are differences to the teacher."""
     differences = {
         name: Interval(difference=one / 100, low=-1, high=1)
         for name, one in zip(("objects", "coherence"), points, strict=True)
@@ -64,12 +64,12 @@ def test_student_marks_hold_at_the_target(
 
 
 @pytest.mark.parametrize(("points", "met"), [(-5, True), (-5.1, False), (1, True)])
-def test_follow_mark_is_of_objects(marks: Any, points: float, met: bool) -> None:
+def test_follow_mark_counts_objects_only(marks: Any, points: float, met: bool) -> None:
     found = marks.follow_mark("agent", row(marks, objects=90, coherence=0, points=(points, -90)))
     assert (found.name, found.met) == ("agent: objects", met)
 
 
-def test_rival_marks_ask_for_every_seed(marks: Any) -> None:
+def test_rival_marks_require_every_seed(marks: Any) -> None:
     better, worse = (row(marks, objects=90, coherence=share, latent_mse=mse) for share, mse in ((80, 0.1), (20, 0.5)))
     found = marks.rival_marks([(better, worse)] * 3)
     assert [mark.met for mark in found] == [True, True]
@@ -80,7 +80,7 @@ def test_rival_marks_ask_for_every_seed(marks: Any) -> None:
     assert marks.rival_marks([]) == []
 
 
-def test_marks_run_makes_every_row_and_goes_on(
+def test_marks_run_makes_every_row_and_resumes(
     marks: Any,
     base: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The package as a stranger meets it: tab completion, help, a name that is nearly right."""
+"""The package for a newcomer: tab completion, help, and misspelled names."""
 
 import pydoc
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import lineardit
 
 
-def test_completion_offers_public_names_and_loaded_packages_alone() -> None:
+def test_completion_offers_only_public_names_and_loaded_packages() -> None:
     lineardit.linearize_  # noqa: B018  loads its package
     offered = {name for name in dir(lineardit) if not name.startswith("__")}
     assert set(lineardit.__all__) <= offered
@@ -15,12 +15,12 @@ def test_completion_offers_public_names_and_loaded_packages_alone() -> None:
     assert not offered & {"Any", "Path", "TYPE_CHECKING", "ModuleType", "import_module", "sys", "_root"}
 
 
-def test_a_name_that_is_nearly_right_is_told_with_the_right_one() -> None:
+def test_misspelled_name_gets_a_suggestion() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import lineardit; lineardit.linearise_"], capture_output=True, text=True, check=False
     )
     assert "module 'lineardit' has no attribute 'linearise_'. Did you mean: 'linearize_'?" in done.stderr
 
 
-def test_help_begins_with_what_to_type() -> None:
+def test_help_begins_with_the_call_to_type() -> None:
     assert "lineardit.linearize_(pipe)" in pydoc.render_doc(lineardit, renderer=pydoc.plaintext)[:2000]

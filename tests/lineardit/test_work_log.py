@@ -1,4 +1,4 @@
-"""Long work: what is kept of it, and what is refused."""
+"""The log of long work: durations over several calls, and refused folders."""
 
 import json
 from pathlib import Path
@@ -22,11 +22,11 @@ def test_stages_add_up_over_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         record = json.loads((tmp_path / "work" / "stages.json").read_text())
         assert record["seconds"]["first"] == 3 * call
         assert record["cpu_seconds"]["first"] == 5 * call
-    assert record["cpu_seconds"]["start"] == 1.5 + 6.5  # what the libraries took, at each call
+    assert record["cpu_seconds"]["start"] == 1.5 + 6.5  # CPU time at the start of each call, such as imports
     assert work.total() == {"seconds": 6, "cpu_seconds": 10 + 8}
 
 
-def test_a_work_log_refuses_other_settings_and_other_folders(tmp_path: Path) -> None:
+def test_work_log_refuses_other_settings_and_other_folders(tmp_path: Path) -> None:
     WorkLog(tmp_path / "work", {"steps": 3, "radius": 4})
     with pytest.raises(ValueError, match=r"work was started with other radius: remove it"):
         WorkLog(tmp_path / "work", {"steps": 3, "radius": 5})
@@ -35,6 +35,6 @@ def test_a_work_log_refuses_other_settings_and_other_folders(tmp_path: Path) -> 
         WorkLog(tmp_path, {})
 
 
-def test_machine_is_told_by_its_speed() -> None:
+def test_this_machine_includes_its_speed() -> None:
     assert f"product: {matmul_gflops():.0f} GFLOP/s" in this_machine()
     assert 0.1 < matmul_gflops() < 1e6
