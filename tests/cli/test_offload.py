@@ -100,7 +100,7 @@ def test_teacher_is_freed_before_the_student_is_loaded(
 
     opened = by_name.open_named
     monkeypatch.setattr(by_name, "open_named", watched)
-    gc.disable()  # reference counts must free it
+    gc.disable()  # reference counting alone must free it
     try:
         both = [ByName(name=str(name), offload="model") for name in (adapter, adapter)]
         evaluate(*both, ["a red circle"], tmp_path / "out", settings=SETTINGS, memory=False)

@@ -43,7 +43,7 @@ def forwards(pipe: FluxPipeline) -> list[int]:
 
 
 def says_red(prompt: str, image: Image.Image) -> Mapping[str, tuple[int, int]]:
-    """A judge that scores one of two for a prompt with "red", nothing else."""
+    """A judge that finds one of two right for prompts with "red", and judges no others."""
     return {"red": (1, 2)} if "red" in prompt else {}
 
 

@@ -55,9 +55,7 @@ def test_run_on_a_quantized_base_is_resumed_and_evaluated(
 
     saved = FluxPipeline.from_pretrained(base, torch_dtype=torch.float32, quantization_config=_int8()).transformer
     assert fingerprint(saved) == fingerprint(load_teacher(config.base).transformer) != fingerprint(_plain(base))
-    loaded = from_pretrained(
-        run / "adapter", quantization_config=_int8()
-    )  # against the same adapter on unquantized weights
+    loaded = from_pretrained(run / "adapter", quantization_config=_int8())  # compared with unquantized weights
     drawn = PictureSettings(height=32, width=24, steps=1, max_sequence_length=8)
     whole = ByName(name=str(run / "adapter"))
     report = evaluate(loaded, whole, PROMPTS[:1], tmp_path / "report", settings=drawn, memory=False)
@@ -113,11 +111,7 @@ def test_lora_trains_on_bitsandbytes_layers(
     """diffusers loads them on GPUs only, but the layers themselves also run on a CPU."""
     layers = pytest.importorskip("bitsandbytes.nn")
     pipe = build_tiny()
-    wide = {
-        **pipe.transformer.config,
-        "attention_head_dim": 32,
-        "axes_dims_rope": (8, 8, 16),
-    }  # 64 wide: one block of nf4
+    wide = {**pipe.transformer.config, "attention_head_dim": 32, "axes_dims_rope": (8, 8, 16)}  # 64 wide, as nf4 blocks
     pipe.register_modules(transformer=diffusers.FluxTransformer2DModel.from_config(wide).eval())
     pipe.save_pretrained(tmp_path / "base")
     samples = prepare(pipe, PROMPTS[:4], tmp_path / "samples", sizes=SIZES[:1], steps=1, max_sequence_length=8)

@@ -145,9 +145,7 @@ def test_clone_called_lineardit_runs_from_its_parent_folder(clone: Path, tmp_pat
 
 
 def test_clone_runs_plain_pytest(clone: Path) -> None:
-    script = (
-        "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"  # like the console script
-    )
+    script = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"  # as the console script
     assert " passed" in run_python("-c", script, "-q", "-k", "are_found", "tests/house/test_imports.py", cwd=clone)
 
 

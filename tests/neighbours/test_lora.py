@@ -23,7 +23,7 @@ ATTENTION = ("attn.to_q", "attn.to_out.0", "attn1.to_q", "attn1.to_out.0")
 
 @pytest.fixture
 def family(request: pytest.FixtureRequest) -> str:
-    """Without SD3, which adds nothing to FLUX here."""
+    """Without SD3, which covers nothing here that FLUX does not."""
     return request.param
 
 

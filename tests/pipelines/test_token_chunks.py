@@ -109,7 +109,7 @@ def _group(offload_type: str) -> Callable[[Any], None]:
 
 
 def _image_prompts(model: Any) -> None:
-    """Its processor uses the queries before RoPE."""
+    """With a processor that uses the queries before RoPE."""
     block = model.transformer_blocks[0]
     processor = FluxIPAdapterAttnProcessor(model.inner_dim, model.inner_dim, num_tokens=(4,))
     block.attn.set_processor(processor)
