@@ -21,7 +21,7 @@ def inputs() -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"scale": 0.2, "second_scale": 0.7, "shortcut": 0.1}], ids=["plain", "all"])
-def test_agent_attention_is_the_reference(settings: dict[str, float], dtype: torch.dtype) -> None:
+def test_agent_attention_matches_the_reference(settings: dict[str, float], dtype: torch.dtype) -> None:
     def attention(*tensors: Tensor) -> Tensor:
         return agent_attention(*tensors, **settings)
 
@@ -47,7 +47,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def test_agent_attention_takes_biases() -> None:
+def test_agent_attention_with_biases_matches_the_reference() -> None:
     query, key, value, agents = inputs()
     key_bias, query_bias = torch.randn(2, 4, 15).double(), torch.randn(2, 15, 4).double()
 
@@ -63,7 +63,7 @@ def test_agent_attention_takes_biases() -> None:
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
-def test_agent_attention_gives_the_published_result(impl: str) -> None:
+def test_agent_attention_matches_the_published_result(impl: str) -> None:
     with safe_open(GOLDEN, "pt") as file:
         case = {key.split(".")[1]: file.get_tensor(key).transpose(1, 2) for key in file.keys()}  # noqa: SIM118
         settings = {key: json.loads(text) for key, text in file.metadata().items()}
@@ -76,7 +76,7 @@ def test_agent_attention_gives_the_published_result(impl: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["query", "key", "agents", "impl"])
-def test_agent_attention_refuses(name: str) -> None:
+def test_agent_attention_refuses_invalid_arguments(name: str) -> None:
     query, key, value, agents = inputs()
     arguments = {"query": query, "key": key, "value": value, "agents": agents, "impl": "auto"}
     bad = {"query": query[0], "key": key[:, :, 1:], "agents": agents[:, :, :0], "impl": "triton"}
@@ -85,13 +85,13 @@ def test_agent_attention_refuses(name: str) -> None:
         agent_attention(**{**arguments, name: bad[name]})
 
 
-def test_operators_of_the_bias_are_sound_forward_and_backward() -> None:
+def test_agent_bias_operators_pass_opcheck() -> None:
     table = torch.randn(2, 3, 3, requires_grad=True)
     torch.library.opcheck(agent_bias.agent_bias, (table, 30, 3, 5, 8))
     torch.library.opcheck(agent_bias._bias_backward, (torch.randn(2, 8, 30), table.detach(), 3, 5))
 
 
-def test_the_bias_and_its_gradient_are_float32_under_autocast() -> None:
+def test_agent_bias_and_its_gradient_stay_float32_under_autocast() -> None:
     results = []
     for autocast in (False, True):
         table = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()

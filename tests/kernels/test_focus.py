@@ -24,7 +24,7 @@ SEVEN_AND_FIVE = (*SHAPES[1], WINDOWS[0], 2**18)  # tiles of its two chunks
 @pytest.mark.parametrize(
     ("grid", "num_cells", "num_tokens", "side", "window", "chunk_bytes"), [*ALL, *TILE_BY_TILE, SEVEN_AND_FIVE], ids=str
 )
-def test_focus_is_the_formula(
+def test_focus_matches_the_formula(
     grid: tuple[int, int],
     num_cells: int,
     num_tokens: int,
@@ -62,7 +62,7 @@ def test_focus_matches_the_formula_in_low_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("local", [Clear(radius=2), Neighborhood(window=3), SlidingTile(tile=2, window=1)], ids=str)
 @pytest.mark.parametrize("grid", [(5, 6), (7, 10), (3, 4, 5)])
-def test_with_all_cells_in_focus_a_hybrid_is_softmax_over_everything(grid: tuple[int, ...], local: Any) -> None:
+def test_hybrid_with_all_cells_in_focus_matches_full_softmax(grid: tuple[int, ...], local: Any) -> None:
     """With gradients, and text that is masked in part."""
     num_image, text_len = math.prod(grid), 3
     config = Hybrid(local=local, global_=ProxyTokens(num_proxies=6), gate=1.0, focus_tokens=num_image)
@@ -79,7 +79,7 @@ def test_with_all_cells_in_focus_a_hybrid_is_softmax_over_everything(grid: tuple
         assert torch.allclose(grad, right, atol=1e-10)
 
 
-def test_a_far_token_that_outweighs_all_others_is_found() -> None:
+def test_focus_finds_a_dominant_far_token() -> None:
     """One far key in 1,024 that a tile's queries want: the mean of its cell hides it, yet its cell is chosen."""
     grid, errors = (32, 32), {}
     tile = (torch.arange(4)[:, None] * 32 + torch.arange(4)).flatten()
@@ -99,7 +99,7 @@ def test_a_far_token_that_outweighs_all_others_is_found() -> None:
     assert errors[64] < 0.3
 
 
-def test_what_lies_beyond_windows_is_counted_once_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rest_of_cells_is_computed_once_per_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     counted, count = [], tables.rest_of_cells
     monkeypatch.setattr(tables, "rest_of_cells", lambda *shapes: counted.append(shapes) or count(*shapes))
     config = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=6), gate=1.0, focus_tokens=30)
@@ -119,7 +119,7 @@ def test_focus_of_an_empty_batch_is_empty(batch: int, num_heads: int) -> None:
         assert grad.shape == given.shape
 
 
-def test_focus_ends_where_one_cell_holds_more_tokens() -> None:
+def test_focus_is_off_where_one_cell_exceeds_focus_tokens() -> None:
     assert [cells_in_focus(64, 16, (side, side)) for side in (4, 8, 16, 32, 64)] == [16, 16, 4, 1, 0]
     config = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), gate=1.0, focus_tokens=9)
     plain = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), gate=1.0)
@@ -131,7 +131,7 @@ def test_focus_ends_where_one_cell_holds_more_tokens() -> None:
         assert torch.equal(with_focus, without) is not differs
 
 
-def test_focus_pairs_are_tokens_seen_and_cells_chosen_from() -> None:
+def test_focus_pairs_count_seen_tokens_and_candidate_cells() -> None:
     assert focus_pairs(16, 16, 4, (8, 8)) == 64 * 16 + 4 * 16
     assert focus_pairs(25, 6, 3, (7, 10)) == 70 * 24 + 3 * 4 * 6  # two cells of 70 / 6 tokens
     assert focus_pairs(16, 16, 4, (64, 64)) == 0
@@ -149,7 +149,7 @@ def test_focus_pairs_are_tokens_seen_and_cells_chosen_from() -> None:
         ({"focus_tokens": 9, "join": "gate"}, "focus_tokens must be 0 unless join is 'mass'"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], told: str) -> None:
+def test_hybrid_refuses_invalid_focus_settings(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), **settings)
 

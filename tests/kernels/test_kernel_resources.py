@@ -31,7 +31,7 @@ def test_kernels_compile_within_the_committed_resources(archs):
     assert "nothing grew" in run.stdout  # and not: another version of Triton, nothing compared
 
 
-def test_growth_names_what_grew():
+def test_growth_reports_what_grew():
     spec = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -50,7 +50,7 @@ FLOATS = {"scale"}
 
 
 @pytest.mark.parametrize("module", [window_kernels, focus_kernels], ids=["window", "focus"])
-def test_no_size_of_a_picture_makes_triton_compile_anew(module: Any) -> None:
+def test_image_sizes_do_not_make_triton_recompile(module: Any) -> None:
     """Every integer argument is told to Triton as one that it must not specialize on, and nothing else is."""
     integers = set()
     for name in vars(module):

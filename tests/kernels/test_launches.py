@@ -38,20 +38,20 @@ def test_every_kernel_is_launched(launches):
     assert {one["constants"].get("DISJOINT") for one in launches} == {None, True, False}
 
 
-def test_launches_keep_the_limits_of_the_device(launches):
+def test_launches_stay_within_the_device_limits(launches):
     for one in launches:
         assert all(1 <= size <= most for size, most in zip(one["grid"], LARGEST_GRID, strict=True)), one
         assert one["shared"] <= SHARED_MEMORY[90], one
 
 
-def test_no_argument_has_another_type_than_the_kernels_count_with(launches):
+def test_integer_arguments_are_int32_and_scale_is_float32(launches):
     for one in launches:
         numbers = {name: kind for name, kind in one["types"].items() if name.islower()}
         assert numbers.pop("scale") == "fp32"
         assert set(numbers.values()) == {"i32"}, one
 
 
-def test_pointers_are_aligned_and_sizes_are_not_compiled_in(launches):
+def test_pointers_are_aligned_and_sizes_are_not_specialized(launches):
     """A row of a head of 20 is no multiple of 16 bytes: there the image begins where its text ends."""
     for one in launches:
         pointers = {name for name, kind in one["types"].items() if kind.startswith("*")}

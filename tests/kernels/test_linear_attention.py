@@ -45,20 +45,20 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("attention", "reference"), PAIRS.values(), ids=PAIRS)
-def test_linear_attention_is_the_reference(attention: Attention, reference: Attention, dtype: torch.dtype) -> None:
+def test_linear_attention_matches_the_reference(attention: Attention, reference: Attention, dtype: torch.dtype) -> None:
     assert_matches_reference(attention, reference, tokens(3), dtype)
 
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize(("attention", "reference"), PAIRS.values(), ids=PAIRS)
-def test_linear_attention_in_float64_is_the_reference(attention: Attention, reference: Attention) -> None:
+def test_linear_attention_in_float64_matches_the_reference(attention: Attention, reference: Attention) -> None:
     inputs = [x.requires_grad_() for x in tokens(3)]
     assert torch.allclose(attention(*inputs), reference(*inputs), rtol=0, atol=1e-12)
     assert torch.autograd.gradcheck(attention, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(("attention", "reference"), PAIRS.values(), ids=PAIRS)
-def test_references_are_the_formulas_token_by_token(attention: Attention, reference: Attention) -> None:
+def test_references_match_the_formulas_token_by_token(attention: Attention, reference: Attention) -> None:
     query, key, value = (x[0, 0] for x in tokens(3))
     phi_query, phi_key = (torch.nn.functional.elu(x) + 1 for x in (query, key))
     out = torch.zeros_like(value)
@@ -80,7 +80,7 @@ def test_references_are_the_formulas_token_by_token(attention: Attention, refere
 
 @pytest.mark.parametrize(("attention", "reference"), PAIRS.values(), ids=PAIRS)
 @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
-def test_linear_attention_gives_the_published_results(attention: Attention, reference: Attention, impl: str) -> None:
+def test_linear_attention_matches_the_published_results(attention: Attention, reference: Attention, impl: str) -> None:
     name = attention.__name__.removesuffix("_attention")
     case = {key.split(".")[1]: x.transpose(1, 2) for key, x in load_file(GOLDEN / f"{name}_op_a.safetensors").items()}
     out = attention(case["query"], case["key"], case["value"], impl=impl)
@@ -88,7 +88,7 @@ def test_linear_attention_gives_the_published_results(attention: Attention, refe
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_mala_attention_keeps_its_digits_where_values_have_a_mean(dtype: torch.dtype) -> None:
+def test_mala_attention_stays_precise_for_values_with_a_large_mean(dtype: torch.dtype) -> None:
     query, key, value = torch.randn(3, 1, 1, 1024, 16)
     inputs = [x.to(dtype) for x in (query, key, value + 8)]
     exact = mala_attention_reference(*(x.double() for x in inputs))
@@ -110,7 +110,7 @@ def test_linear_attention_sums_in_float32_under_autocast(attention: Attention, r
     assert torch.equal(out, attention(*inputs))
 
 
-def test_operators_are_sound() -> None:
+def test_operators_pass_opcheck() -> None:
     inputs = [x.float().requires_grad_() for x in tokens(3)]
     torch.library.opcheck(mala.mala_op, (*inputs, 1e-6))
     torch.library.opcheck(rala.rala_op, (*inputs, 1e-6))
@@ -126,7 +126,7 @@ def test_operators_are_sound() -> None:
         ({"query": torch.zeros(2, 15, 8)}, "query must be floating point"),
     ],
 )
-def test_linear_attention_refuses(changed: dict, told: str) -> None:
+def test_linear_attention_refuses_invalid_arguments(changed: dict, told: str) -> None:
     arguments = {name: torch.zeros(2, 2, 15, 8) for name in ("query", "key", "value")}
     for attention in (mala_attention, rala_attention):
         with pytest.raises(ValueError, match=told):
@@ -136,7 +136,7 @@ def test_linear_attention_refuses(changed: dict, told: str) -> None:
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.2, 1.5], ids=["normal", "spread"])
-def test_log_mass_is_the_reference(scale: float, dtype: torch.dtype) -> None:
+def test_log_mass_matches_the_reference(scale: float, dtype: torch.dtype) -> None:
     def of(function: Attention) -> Attention:
         # one dtype out, as the helper compares
         return lambda query, key: function(query, key, scale=scale).to(query.dtype)
@@ -144,14 +144,14 @@ def test_log_mass_is_the_reference(scale: float, dtype: torch.dtype) -> None:
     assert_matches_reference(of(log_mass), of(log_mass_reference), tokens(2, offset=0.2), dtype)
 
 
-def test_log_mass_is_exact_for_normal_logits() -> None:
+def test_log_mass_is_accurate_for_normal_logits() -> None:
     query, key = torch.randn(2, 1, 1, 20000, 16, dtype=torch.float64)
     exact = (query[:, :, :50] @ key.mT * 0.3).logsumexp(-1)
     assert (log_mass(query, key, scale=0.3)[:, :, :50] - exact).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
-def test_log_mass_of_spread_logits_is_near_their_largest(scale: float) -> None:
+def test_log_mass_of_spread_logits_has_a_small_relative_error(scale: float) -> None:
     query, key = torch.randn(2, 1, 1, 2000, 16, dtype=torch.float64)
     exact = (query[:, :, :50] @ key.mT * scale).logsumexp(-1)  # standard deviation 4, 8, 16
     error = log_mass(query, key, scale=scale)[:, :, :50] - exact
@@ -169,7 +169,7 @@ def test_log_mass_of_one_key_is_its_logit() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attend_with_extra_key_is_one_softmax(masked: bool, dtype: torch.dtype) -> None:
+def test_attend_with_extra_key_matches_one_softmax(masked: bool, dtype: torch.dtype) -> None:
     query, image_out = tokens(2)
     text_key, text_value = (x[:, :, :4] for x in tokens(2))
     text_mask = torch.tensor([[True, False, True, True], [False] * 4]) if masked else None
@@ -194,7 +194,7 @@ def test_attend_with_extra_key_is_one_softmax(masked: bool, dtype: torch.dtype) 
         assert torch.equal(joined(*inputs)[1], image_out[1])
 
 
-def test_attend_with_extra_key_takes_products_beyond_float16() -> None:
+def test_attend_with_extra_key_handles_products_beyond_float16() -> None:
     """As softmax attention does: queries and keys without a norm have such products, in Stable Diffusion 2 for one."""
     query = key = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)  # 102,400, of which a logit is an eighth
     value, extra = torch.randn(2, 1, 1, 1, 64).half()

@@ -40,7 +40,7 @@ def counted(grid: tuple[int, ...], window: Circle | Box, num_cells: int) -> torc
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize(("grid", "num_cells"), [((7, 10), 6), ((7, 10), 70), ((6, 8), 4), ((3, 5), 64)])
-def test_rest_of_cells_is_counted(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
+def test_rest_of_cells_matches_the_count(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
     rest = rest_of_cells(grid, window, num_cells, CPU).everywhere()
     assert torch.allclose(rest.double(), counted(grid, window, num_cells), atol=1e-5)
     outside = (~window_mask(grid, window, 0, True, CPU)).sum(1)
@@ -49,7 +49,7 @@ def test_rest_of_cells_is_counted(grid: tuple[int, ...], num_cells: int, window:
 
 @pytest.mark.parametrize("window", [Circle(radius=2, frame_radius=1), Circle(radius=2), Box(window=(3, 3))], ids=str)
 @pytest.mark.parametrize(("grid", "num_cells"), [((3, 4, 6), 8), ((3, 5, 2), 4)], ids=["cubes", "one-column"])
-def test_rest_of_cells_is_counted_in_videos(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
+def test_rest_of_cells_matches_the_count_in_videos(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
     rest = rest_of_cells(grid, window, num_cells, CPU)
     expected = counted(grid, window, num_cells)
     assert torch.allclose(rest.everywhere().double(), expected, atol=1e-5)
@@ -58,7 +58,7 @@ def test_rest_of_cells_is_counted_in_videos(grid: tuple[int, ...], num_cells: in
 
 
 @pytest.mark.parametrize("placed", [1, 20, 10**9])
-def test_rest_everywhere_does_not_depend_on_its_parts(placed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rest_everywhere_does_not_depend_on_the_chunk_size(placed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rest = rest_of_cells((7, 10), Circle(radius=2.5), 70, CPU)
     expected = rest.everywhere()
     monkeypatch.setattr(rest_of_cells_module, "PLACED", placed)
@@ -78,7 +78,7 @@ def test_log_rest_is_0_for_a_cell_outside_and_excludes_one_inside() -> None:
     assert halves.dtype == torch.float16 and halves.isfinite().all()
 
 
-def test_log_rest_of_a_tensor_in_training_compiles() -> None:
+def test_log_rest_compiles_with_gradients() -> None:
     def loss(value: torch.Tensor) -> torch.Tensor:
         return (value.mT @ log_rest(value, (4, 5), Circle(radius=2), 4)[:, :4].softmax(0)).square().sum()
 
@@ -88,7 +88,7 @@ def test_log_rest_of_a_tensor_in_training_compiles() -> None:
     assert torch.allclose(torch.autograd.grad(compiled(value), value)[0], expected)
 
 
-def test_log_rest_of_fake_tensors_is_none_of_real_ones() -> None:
+def test_log_rest_keeps_fake_and_real_tensors_apart() -> None:
     arguments = ((4, 5), Circle(radius=2.25), 4)
     with FakeTensorMode():
         assert isinstance(log_rest(torch.zeros(1), *arguments), FakeTensor)
@@ -96,7 +96,7 @@ def test_log_rest_of_fake_tensors_is_none_of_real_ones() -> None:
 
 
 @pytest.mark.parametrize("window", [Circle(radius=4), Box(window=(5, 5))], ids=str)
-def test_of_each_query_the_cells_in_reach_are_counted_and_kept(window: Circle | Box) -> None:
+def test_rest_of_cells_stores_only_cells_within_reach(window: Circle | Box) -> None:
     """Of cells of 6 x 8 tokens a window that reaches 3 or 2 tokens touches 2 x 2."""
     with LiveBytes(nn.Module()) as live:
         rest = rest_of_cells((48, 64), window, 64, CPU)

@@ -35,7 +35,7 @@ SMALLER = {"GRID": (12, 14), "WINDOW": Circle(radius=4), "COUNT": 6, "NUM_SMALL_
 
 
 @pytest.mark.parametrize(("grid", "num_cells", "num_tokens", "side", "window", "batch"), PAIRS, ids=str)
-def test_triton_is_the_formula(
+def test_triton_matches_the_formula(
     grid: tuple[int, int], num_cells: int, num_tokens: int, side: int, window: Window, batch: int
 ) -> None:
     inputs = [x[:batch].requires_grad_() for x in inputs_of(grid, num_cells, FP32)]
@@ -78,7 +78,7 @@ def test_triton_is_as_precise_as_the_formula_in_the_same_precision(dtype: torch.
         ((6, 6), 9, 12, 3, 128, Box(window=(3, 1))),
     ],
 )
-def test_triton_is_plain(
+def test_triton_matches_plain(
     grid: tuple[int, ...], num_cells: int, num_tokens: int, side: int, head_dim: int, window: Window
 ) -> None:
     inputs = [x[:1].requires_grad_() for x in inputs_of(grid, num_cells, FP32, head_dim)]
@@ -96,7 +96,7 @@ def shown(blocks: Blocks) -> str:
 
 
 @pytest.mark.parametrize("blocks", candidates(4, torch.float16), ids=shown)
-def test_triton_is_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_matches_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_probe, "blocks_for", lambda *_: blocks)
     inputs, shape = inputs_of((8, 7), 9, FP32), {"grid": (8, 7), "window": Circle(radius=2), "num_tokens": 20}
     one, other = (focus_attention(*inputs, **shape, side=4, scale=SCALE, impl=impl) for impl in ("triton", "plain"))
@@ -109,7 +109,7 @@ FIRST, *OTHERS = backward_candidates(8, torch.float16)
 @pytest.mark.parametrize(
     "blocks", [FIRST, *OTHERS[-1:], *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS[:-1])], ids=shown
 )
-def test_gradients_are_those_of_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_match_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     """80 cells of one token and 4 of 72: more and fewer than a block, and proxies' sums split among programs."""
     monkeypatch.setattr(triton_probe, "backward_blocks_for", lambda *_: blocks)
     for grid, num_cells, num_tokens in (((8, 10), 80, 9), ((18, 16), 4, 72)):
@@ -123,7 +123,7 @@ def test_gradients_are_those_of_plain_with_any_blocks(blocks: Blocks, monkeypatc
             assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_triton_takes_strides_as_they_come() -> None:
+def test_triton_accepts_any_strides() -> None:
     inputs = inputs_of((8, 8), 16, FP32)
     shape = {"grid": (8, 8), "window": Circle(radius=2), "num_tokens": 12, "side": 4, "scale": SCALE, "impl": "triton"}
     weight = torch.randn(1, 1, 1, inputs[0].shape[3]).expand_as(inputs[0])
@@ -159,7 +159,7 @@ def test_gradients_have_the_dtypes_of_their_inputs() -> None:
 
 @pytest.mark.parametrize("impl", ["triton", "plain"])
 @pytest.mark.parametrize(("grid", "num_cells"), [((6, 4), 6), ((5, 4), 4)])  # apart, and overlapping
-def test_the_backward_gives_what_it_promises_to_the_compiler(impl: str, grid: tuple[int, int], num_cells: int) -> None:
+def test_focus_backward_op_passes_opcheck(impl: str, grid: tuple[int, int], num_cells: int) -> None:
     inputs = inputs_of(grid, num_cells, FP32)
     shape = (grid, 2, 2, SCALE, impl, 1.5, None, None)
     out, lse, chosen = focus_op(*inputs, *shape)
@@ -174,7 +174,7 @@ def test_focus_op_passes_opcheck_with_triton(box: list[int] | None) -> None:
     torch.library.opcheck(focus_op, (*inputs, (4, 3), 1, 2, SCALE, "triton", radius, None, box))
 
 
-def test_a_hybrid_of_impl_triton_is_the_hybrid() -> None:
+def test_hybrid_with_triton_matches_tiled() -> None:
     config = Hybrid(local=Clear(radius=2.5), global_=ProxyTokens(num_proxies=9), gate=1.0, focus_tokens=30)
     kernel = METHODS[Hybrid](config, num_heads=2, head_dim=8)
     inputs, layout = [torch.randn(1, 2, 5 + 12 * 9, 8) for _ in range(3)], Layout((12, 9), 5, True, None)
@@ -184,7 +184,7 @@ def test_a_hybrid_of_impl_triton_is_the_hybrid() -> None:
     assert torch.allclose(outs["triton"], outs["tiled"], atol=1e-5)
 
 
-def test_what_impl_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_impl_returns_or_refuses_an_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.randn(1, 2, 64, 128)
     assert choose_impl(query, 4, "auto") == choose_impl(query, 4, "plain") == "plain"
     assert choose_impl(query, 8, "triton") == "triton"
@@ -199,7 +199,7 @@ def test_what_impl_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_impl(query[..., :64], 4, "triton")
 
 
-def test_a_query_that_sees_nothing_has_the_log_sum_exp_of_plain() -> None:
+def test_query_without_visible_keys_has_the_log_sum_exp_of_plain() -> None:
     """All cells in focus and a window that holds them: the plain backward reads what the kernel leaves."""
     inputs, shape = inputs_of((4, 4), 4, FP32), {"grid": (4, 4), "window": Circle(radius=9), "num_tokens": 16}
     lses = [focus_attention(*inputs, **shape, side=4, scale=SCALE, impl=impl)[1] for impl in ("triton", "plain")]
@@ -208,7 +208,7 @@ def test_a_query_that_sees_nothing_has_the_log_sum_exp_of_plain() -> None:
 
 
 @pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_trial_passes_with_and_without_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, with the plain formula that a GPU takes, on a smaller picture."""
     for name, value in SMALLER.items():
         monkeypatch.setattr(triton_probe, name, value)
@@ -218,7 +218,7 @@ def test_the_trial_of_a_device_passes_also_under_autocast(autocast: bool, monkey
         assert triton_probe.try_backward_blocks(CPU, FP32, 8, 8) == backward_candidates(8, FP32)[0]
 
 
-def test_the_trial_of_a_device_fits_any_number_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_trial_includes_the_larger_shared_memory_of_some_cell_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where that is a multiple of 16, Triton loads more at once and ahead, which takes more shared memory."""
 
     def narrow(inputs: list[torch.Tensor], *given: Any) -> tuple[torch.Tensor, ...]:
@@ -233,7 +233,7 @@ def test_the_trial_of_a_device_fits_any_number_of_cells(monkeypatch: pytest.Monk
     assert triton_probe.try_backward_blocks(CPU, torch.float16, 8, 8).keys == 32
 
 
-def test_the_trial_of_a_device_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_trial_detects_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(inputs: list[torch.Tensor], out: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
         lse, chosen = triton_focus.triton_forward(inputs, out, *_)
         return lse + 1, chosen
@@ -245,7 +245,7 @@ def test_the_trial_of_a_device_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPa
         triton_probe.try_blocks(CPU, FP32, 8, 8)
 
 
-def test_where_the_backward_does_not_run_plain_does_it_and_says_so(
+def test_backward_falls_back_to_plain_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: object) -> Blocks:
@@ -264,7 +264,7 @@ def test_where_the_backward_does_not_run_plain_does_it_and_says_so(
     assert f"Gradients of tokens in focus fall back to plain PyTorch, which is slower: {reason}" in caplog.text
 
 
-def test_grids_on_which_the_kernels_would_not_divide_exactly_are_told(caplog):
+def test_kernels_divide_refuses_too_large_grids_with_a_warning(caplog):
     assert kernels_divide((1024, 1024), 4096, 4) and not caplog.text
     assert not kernels_divide((1024, 8192), 1024, 1)
     assert (

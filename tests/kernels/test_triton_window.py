@@ -65,7 +65,7 @@ def test_window_attention_triton_matches_reference(case, dtype, bf16_in_interpre
     ),
     dtype=st.sampled_from([FP32, FP16]),
 )
-def test_window_attention_triton_matches_reference_anywhere(case, dtype):
+def test_window_attention_triton_matches_reference_on_random_cases(case, dtype):
     case.matches_reference(dtype, impl="triton")
 
 
@@ -78,7 +78,7 @@ def test_window_attention_triton_matches_reference_with_smaller_tiles(tiles, mon
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of sums that are left out
-def test_text_that_is_masked_has_no_gradient_whatever_it_is():
+def test_masked_text_has_zero_gradient_even_for_huge_keys():
     case = Case(grid=(5, 9), radius=2, text_len=140, masked=True, num_heads=1, head_dim=16, batch=2)
     query, key, value = case.tensors(FP32)
     masked = F.pad(~case.text_mask(), (0, 45))[:, None, :, None]
@@ -113,7 +113,7 @@ def test_window_attention_op_passes_opcheck_with_triton():
     torch.library.opcheck(operator.window_attention_op, arguments)
 
 
-def test_window_attention_triton_compiles_whole_and_is_deterministic():
+def test_window_attention_triton_compiles_as_one_graph_and_is_deterministic():
     case = Case(grid=(5, 9), radius=2, text_len=3, num_heads=1, head_dim=16)
     leaves = [tensor.requires_grad_() for tensor in case.tensors(FP32)]
 
@@ -128,7 +128,7 @@ def test_window_attention_triton_compiles_whole_and_is_deterministic():
         assert torch.equal(eager, other)
 
 
-def test_swapped_lists_hold_the_same_pairs_of_tiles():
+def test_transposed_lists_hold_the_same_pairs_of_tiles():
     lists = circle_lists((20, 23), 9, query_tile=(4, 8), key_tile=(3, 2))
     other = transposed(lists)
     pairs = {
@@ -167,7 +167,7 @@ def test_candidates_keep_the_sums_in_registers():
         assert candidates(BACKWARD_TILES, head_dim, 80, half)
 
 
-def test_candidates_of_float32_are_small_and_load_nothing_ahead():
+def test_candidates_for_float32_are_small_and_unpipelined():
     for tiles in (FORWARD_TILES, BACKWARD_TILES):
         assert candidates(tiles, 64, 90, torch.float32) == list(SMALLER_TILES[2:])
         for head_dim in (128, 256):
@@ -200,7 +200,7 @@ def test_first_that_fits_takes_the_next_smaller_tiles(problem):
         ((2, 7, 3, 20), 1, [7 * 3 * 20, 20, 3 * 20]),
     ],
 )
-def test_with_strides_counts_in_16_bytes_where_it_can(shape, unit, strides):
+def test_with_strides_counts_in_units_of_16_bytes_where_possible(shape, unit, strides):
     tensor = torch.empty(shape).transpose(1, 2)
     assert with_strides(tensor, tensor) == ([tensor, *strides] * 2, unit)
     odd = torch.empty(1, 2, 3, 5)
@@ -218,7 +218,7 @@ def test_with_strides_counts_in_16_bytes_where_it_can(shape, unit, strides):
         ((1.0, 0.9, 0.87, 0.5), 3),
     ],
 )
-def test_fastest_that_fits_takes_an_earlier_one_where_none_is_notably_faster(seconds, winner):
+def test_fastest_that_fits_prefers_earlier_tiles_unless_clearly_slower(seconds, winner):
     def error_of(tiles: triton_window.Tiles) -> float:
         if tiles is FORWARD_TILES[0]:
             raise OutOfResources(200_000, 101_376, "shared memory")
@@ -233,7 +233,7 @@ def test_fastest_that_fits_takes_an_earlier_one_where_none_is_notably_faster(sec
 @pytest.mark.parametrize(
     "problem", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")]
 )
-def test_fastest_that_fits_takes_the_first_where_there_is_no_race(problem):
+def test_fastest_that_fits_takes_the_first_where_none_is_timed(problem):
     def no_memory(_: object) -> dict:
         raise problem
 
@@ -245,7 +245,7 @@ def test_fastest_that_fits_takes_the_first_where_there_is_no_race(problem):
         fastest_that_fits(list(FORWARD_TILES), lambda _: 0.3, no_memory)
 
 
-def test_fastest_that_fits_leaves_out_what_is_wrong(caplog):
+def test_fastest_that_fits_leaves_out_wrong_tiles(caplog):
     errors = dict.fromkeys(FORWARD_TILES, 0.01) | {FORWARD_TILES[1]: 0.3}
     raced = []
     chosen, _ = fastest_that_fits(
@@ -271,7 +271,7 @@ def test_race_runs_the_forward_and_the_backward(monkeypatch):
     torch.testing.assert_close(*grads)
 
 
-def test_device_seconds_is_the_median_of_calls_in_turns(monkeypatch):
+def test_device_seconds_is_the_median_of_alternating_calls(monkeypatch):
     clock = [0.0]
 
     class Event:
@@ -301,7 +301,7 @@ def test_device_seconds_is_the_median_of_calls_in_turns(monkeypatch):
 
 
 @pytest.mark.slow
-def test_trial_finds_the_kernels_right_and_a_wrong_scale_wrong(monkeypatch: pytest.MonkeyPatch):
+def test_trial_accepts_the_kernels_and_detects_a_wrong_scale(monkeypatch: pytest.MonkeyPatch):
     trial = triton_probe._Trial(torch.device("cpu"), FP32, 16)
     tiles = FORWARD_TILES[0]
     assert trial.forward_error(tiles) < 1e-5 and trial.backward_error(tiles) < 1e-5
@@ -322,13 +322,13 @@ def test_trial_finds_the_kernels_right_and_a_wrong_scale_wrong(monkeypatch: pyte
         ("cpu", FP32, 257, "head dimensions up to 256, got 257"),
     ],
 )
-def test_require_triton_tells_why_it_cannot_run(device, dtype, head_dim, reason):
+def test_require_triton_error_names_the_reason(device, dtype, head_dim, reason):
     query = torch.empty(1, 1, 15, head_dim, dtype=dtype, device=device)
     with pytest.raises(ValueError, match=reason):
         window_attention(query, query, query, grid=(3, 5), radius=2, impl="triton")
 
 
-def test_require_triton_needs_a_cuda_device_outside_of_the_interpreter(monkeypatch):
+def test_why_not_triton_requires_cuda_outside_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "needs a CUDA device, got cpu" in choose._why_not_triton.__wrapped__(torch.device("cpu"), FP32, 64)
 
@@ -355,7 +355,7 @@ def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog, pr
     assert caplog.text.count("falls back to plain PyTorch") == 1
 
 
-def test_where_the_backward_does_not_run_tiled_does_it_and_says_so(monkeypatch, caplog):
+def test_backward_falls_back_to_tiled_with_a_warning(monkeypatch, caplog):
     def failing(*_: object) -> None:
         raise RuntimeError("out of shared memory")
 

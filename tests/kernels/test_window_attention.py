@@ -66,7 +66,7 @@ def test_window_attention_matches_reference_with_products_in_half_precision(case
 
 
 @pytest.mark.parametrize("rows", ["columns first", "every second", "expanded"])
-def test_window_attention_takes_rows_that_are_not_one_piece_of_memory(rows, fast_impl):
+def test_window_attention_accepts_non_contiguous_rows(rows, fast_impl):
     case = Case(grid=(20, 23), radius=3, text_len=7, head_dim=16)
     given = case.tensors(torch.float32)
     if rows == "columns first":
@@ -113,12 +113,12 @@ def test_window_attention_of_an_empty_batch_is_empty(batch, num_heads, fast_impl
     dtype=st.sampled_from(DTYPES),
     impl=st.sampled_from(["masked", "tiled", "auto"]),
 )
-def test_window_attention_matches_reference_anywhere(case, dtype, impl):
+def test_window_attention_matches_reference_on_random_cases(case, dtype, impl):
     case.matches_reference(dtype, impl=impl)
 
 
 @pytest.mark.parametrize("impl", PORTABLE)
-def test_window_attention_is_that_of_a_circle_and_of_one_frame_that_of_an_image(impl):
+def test_window_attention_equals_a_circle_and_one_frame_equals_an_image(impl):
     image, frame = (Case(grid=grid, radius=3, text_len=2) for grid in ((5, 9), (1, 5, 9)))
     tensors = image.tensors()
     expected = image.run(*tensors, impl=impl)
@@ -150,7 +150,7 @@ def test_window_attention_beyond_the_diagonal_is_dense_attention(impl):
     ],
     ids=str,
 )
-def test_window_attention_changes_where_a_token_is_seen_and_nowhere_else(case, impl):
+def test_window_attention_changes_only_where_a_token_is_seen(case, impl):
     query, key, value, pooled_key, pooled_value = case.tensors()
     out = case.run(query, key, value, pooled_key, pooled_value, impl=impl)
     seen = window_mask(case.grid, case.window, 0, True, torch.device("cpu"))  # [image, image]
@@ -226,7 +226,7 @@ def test_window_attention_is_the_same_without_gradients(fast_impl):
     assert torch.equal(out, case.run(*leaves, impl=fast_impl))
 
 
-def test_window_attention_trains_on_a_grid_first_met_in_inference_mode(fast_impl):
+def test_window_attention_trains_on_a_grid_first_used_in_inference_mode(fast_impl):
     case = Case(grid=(6, 43), radius=3)
     tiled.window_groups.cache_clear()
     tensors = case.tensors(torch.float32)
@@ -266,7 +266,7 @@ def test_window_attention_under_autocast_casts_as_sdpa_does(fast_impl):
         assert torch.equal(grad, other)
 
 
-def test_window_attention_under_autocast_leaves_float64():
+def test_window_attention_under_autocast_keeps_float64():
     case = CASES[0]
     tensors = case.tensors()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -306,13 +306,13 @@ TENSOR = torch.zeros(2, 3, 11, 4)
         ),
     ],
 )
-def test_window_attention_says_what_is_wrong(change, message):
+def test_window_attention_refuses_invalid_arguments(change, message):
     arguments = {"query": TENSOR, "key": TENSOR, "value": TENSOR, "grid": (2, 4), "radius": 2, "text_len": 3}
     with pytest.raises(ValueError, match=message):
         window_attention(**(arguments | change))
 
 
-def test_windowed_attention_says_what_is_wrong():
+def test_windowed_attention_refuses_an_invalid_window():
     with pytest.raises(ValueError, match=r"window must be a Circle or a Box, got \(3, 3\)"):
         windowed_attention(TENSOR, TENSOR, TENSOR, grid=(1, 11), window=(3, 3))
 

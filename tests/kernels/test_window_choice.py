@@ -22,7 +22,7 @@ from lineardit.kernels.window.reference import window_mask
 from lineardit.kernels.window.windows import to_arguments
 
 
-def test_fastest_partial_is_flash_on_this_cpu():
+def test_fastest_partial_is_flash_on_cpu():
     assert fastest_partial(torch.device("cpu"), torch.float32) is FLASH
     assert fastest_partial(torch.device("cpu"), torch.float64) is FLASH
 
@@ -39,7 +39,7 @@ def test_fastest_partial_falls_back_where_flash_does_not_work(broken, monkeypatc
     assert "slower public operations" in caplog.text
 
 
-def test_fastest_partial_tries_on_the_card_of_the_call(monkeypatch):
+def test_fastest_partial_runs_its_trial_on_the_given_device(monkeypatch):
     tried = []
     monkeypatch.setattr(partials, "_agree", lambda *given: tried.append(given[-1]) or True)
     assert fastest_partial.__wrapped__(torch.device("cuda:1"), torch.bfloat16) is EFFICIENT
@@ -76,14 +76,14 @@ def test_fastest_partial_tries_on_the_card_of_the_call(monkeypatch):
     ],
     ids=str,
 )
-def test_choose_impl_counts_what_tiles_read(grid, window, text_len, expected):
+def test_choose_impl_selects_masked_or_tiled_by_what_tiles_read(grid, window, text_len, expected):
     query = torch.empty(1, 1, 1, 1)
     assert choose_impl(query, grid=grid, window=window, text_len=text_len) == expected
     assert choose_impl(query.to("meta"), grid=grid, window=window, text_len=text_len) == "tiled"
 
 
 @pytest.mark.parametrize("grid", [(5, 6), (23, 29)], ids=str)
-def test_window_attention_auto_runs_what_choose_impl_tells(grid):
+def test_window_attention_auto_runs_the_choice_of_choose_impl(grid):
     case = Case(grid=grid, radius=3, text_len=2)
     tensors = case.tensors(torch.float32)
     chosen = choose_impl(tensors[0], grid=grid, window=Circle(radius=3), text_len=2)
@@ -161,7 +161,7 @@ def test_operators_pass_opcheck(case):
     torch.library.opcheck(window_bias_op, (torch.zeros(1), case.grid, radius, 4, True, *others))
 
 
-def test_what_the_bias_operator_gives_is_never_shared():
+def test_window_bias_op_never_returns_the_kept_bias():
     window_bias_op(torch.zeros(1), (3, 5), 2.0, 4, True).fill_(1)
     window = Circle(radius=2.0)
     kept = kept_window_bias(torch.zeros(1), (3, 5), window, 4, True)
@@ -185,7 +185,7 @@ def test_operators_that_keep_tables_are_not_recorded_in_cuda_graphs(name):
     assert torch.Tag.cudagraph_unsafe in tags and torch.Tag.pt2_compliant_tag in tags
 
 
-def test_kept_window_bias_of_fake_tensors_is_none_of_real_ones():
+def test_kept_window_bias_keeps_fake_and_real_tensors_apart():
     arguments = ((4, 5), Circle(radius=2.25), 3, False)
     for first_fake in (True, False):
         kept_bias.cache_clear()
@@ -201,7 +201,7 @@ COMPILED = [("auto", CIRCLE), ("masked", FRAMES), ("tiled", FRAMES), *itertools.
 
 
 @pytest.mark.parametrize(("impl", "window_and_grids"), COMPILED, ids=str)
-def test_windowed_attention_compiles_once_for_all_grids(impl, window_and_grids):
+def test_windowed_attention_adds_no_graph_after_the_second_grid(impl, window_and_grids):
     counter = CompileCounterWithBackend("aot_eager")
     project = torch.nn.Linear(16, 48)
     window, grids = window_and_grids

@@ -38,9 +38,7 @@ tiles = st.tuples(st.integers(1, 5), st.integers(1, 5))
 
 @settings(max_examples=30)
 @given(grid=grids, window=circles | any_boxes, query_tile=tiles, key_tile=tiles, by_class=st.booleans())
-def test_lists_name_each_pair_of_the_window_once_and_tiles_without_a_mask_first(
-    grid, window, query_tile, key_tile, by_class
-):
+def test_lists_hold_each_pair_once_with_unmasked_tiles_first(grid, window, query_tile, key_tile, by_class):
     if by_class and isinstance(window, Box):
         lists = box_lists(grid, window, query_tile=query_tile, key_tile=key_tile, step=window.dilation)
     else:
@@ -65,7 +63,7 @@ def test_circle_lists_read_tiles_inside_without_a_mask():
 
 
 @pytest.mark.parametrize("radius", [5**0.5, 5.000000001**0.5, 1, 1.0000001, 1e200])
-def test_circle_lists_decide_the_border_as_the_definition(radius):
+def test_circle_lists_match_the_definition_at_the_border(radius):
     lists = circle_lists((5, 6), radius, query_tile=(5, 6), key_tile=(5, 6))
     assert torch.equal(listed_pairs(lists, 30), pairs_by_hand((5, 6), Circle(radius=radius)).int())
 
@@ -109,7 +107,7 @@ def test_window_groups_of_whole_cells_need_no_mask() -> None:
     assert (lists.inside == 18).all() and (lists.counts == 18).all()
 
 
-def test_window_groups_of_a_dilated_box_gather_its_class_alone() -> None:
+def test_window_groups_of_a_dilated_box_gather_only_its_residue_class() -> None:
     for group in window_groups((45, 50), Box(window=(5, 5), dilation=(4, 3)), CPU):
         rows, columns = group.queries // 50, group.queries % 50
         key_rows, key_columns = group.keys // 50, group.keys % 50
@@ -131,7 +129,7 @@ def test_tile_shape_cuts_evenly_into_bounded_tiles(grid, radius):
 
 # On a grid of 36 x 222 two tokens are sqrt(50066) apart, and `radius**2` rounds to another number than radius * radius.
 @pytest.mark.parametrize("radius", [50066**0.5, 50065.5**0.5, 9, 5**0.5, 1e-200])
-def test_circles_have_one_border_everywhere(radius):
+def test_circle_border_is_the_same_in_every_implementation(radius):
     grid = height, width = 36, 222
     window = Circle(radius=radius)
     steps = ((dy, dx) for dy in range(1 - height, height) for dx in range(1 - width, width))
@@ -152,21 +150,21 @@ def test_circles_have_one_border_everywhere(radius):
 
 
 @given(radius=st.floats(1e-3, 1e9))
-def test_squared_limit_is_the_definition_for_integers(radius):
+def test_squared_limit_matches_the_definition_for_integers(radius):
     limit = Circle(radius=radius).squared_limit
     assert limit - 1 < radius * radius <= limit
 
 
 @settings(max_examples=15)
 @given(grid=st.tuples(sizes, sizes), box=any_boxes.filter(lambda box: box.frame_radius is None))
-def test_span_counts_the_pairs_and_covers_tells_when_they_are_all(grid, box):
+def test_box_span_and_covers_match_the_mask(grid, box):
     pairs = window_mask(grid, box, 0, True, CPU)
     assert box.span(0, grid[0]).num_pairs() * box.span(1, grid[1]).num_pairs() == pairs.sum()
     assert box.covers(*grid) == pairs.all()
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (8, 5), (12, 6)], ids=str)
-def test_boxes_give_every_query_as_many_keys(grid: tuple[int, int]) -> None:
+def test_boxes_give_every_query_equally_many_keys(grid: tuple[int, int]) -> None:
     assert (window_mask(grid, Box(window=(5, 3)), 0, True, CPU).sum(1) == 15).all()
 
 
@@ -182,6 +180,6 @@ def test_boxes_give_every_query_as_many_keys(grid: tuple[int, int]) -> None:
         ({"window": (3, 3), "frame_radius": 0}, "frame_radius must be an integer >= 1 or None, got 0"),
     ],
 )
-def test_box_says_what_is_wrong(settings_of: dict, message: str) -> None:
+def test_box_refuses_invalid_settings(settings_of: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Box(**settings_of)

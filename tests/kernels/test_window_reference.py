@@ -70,7 +70,7 @@ def test_windowed_attention_reference_equals_loops(window, text_len, text_first,
     torch.testing.assert_close(out, loops(case, *tensors, scale=0.7), rtol=1e-12, atol=1e-12)
 
 
-def test_window_attention_reference_is_that_of_a_circle_and_scales_by_the_head_dimension():
+def test_window_attention_reference_matches_a_circle_and_the_default_scale():
     case = Case(grid=(3, 2, 3), radius=1.5, frame_radius=2, text_len=3, text_first=False, masked=True, num_pooled=2)
     query, key, value, *pooled = case.tensors()
     options = {"grid": case.grid, "radius": 1.5, "frame_radius": 2, "text_len": 3, "text_first": False}

@@ -33,7 +33,7 @@ def trained(kind: str, family: str = "flux") -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["kernels", "lora", "full", "both"])
-def test_load_adapter_gives_the_saved_student_and_the_base(tmp_path: Path, kind: str) -> None:
+def test_load_adapter_reproduces_the_student_and_keeps_the_base(tmp_path: Path, kind: str) -> None:
     student, arguments = trained(kind), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
     model = base()
@@ -70,7 +70,7 @@ def test_save_adapter_after_load_writes_the_same_bytes(tmp_path: Path, kind: str
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
-def test_save_adapter_holds_only_what_is_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_save_adapter_leaves_out_a_user_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = trained("both")
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), adapter_name="style")
     save_adapter(model, tmp_path / "adapter")
@@ -85,7 +85,7 @@ def test_save_adapter_holds_only_what_is_ours(tmp_path: Path, caplog: pytest.Log
     }
 
 
-def test_load_adapter_goes_below_a_style_that_is_there(tmp_path: Path) -> None:
+def test_load_adapter_works_with_a_user_lora_already_loaded(tmp_path: Path) -> None:
     student, arguments = trained("both"), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
     model = base()
@@ -105,7 +105,7 @@ def test_save_adapter_inside_dense_saves_the_student(tmp_path: Path) -> None:
     assert all(torch.equal(outside[name], inside[name]) for name in outside | inside)
 
 
-def test_save_adapter_without_tensors_is_one_file(tmp_path: Path) -> None:
+def test_save_adapter_without_tensors_writes_only_the_json_file(tmp_path: Path) -> None:
     model = base()
     linearize_(model, {"transformer_blocks.*": Clear(radius=2), "single_*": Clear(radius=3.5)})
     save_adapter(model, tmp_path / "adapter")
@@ -116,7 +116,7 @@ def test_save_adapter_without_tensors_is_one_file(tmp_path: Path) -> None:
     assert torch.equal(run(other, arguments), run(model, arguments))
 
 
-def test_load_adapter_restores_a_selection_of_layers(tmp_path: Path) -> None:
+def test_load_adapter_converts_only_the_saved_layers(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = build("flux", num_layers=3)
     linearize_(model, Clear(radius=2), layers=["transformer_blocks.1.*", "single_*"])
@@ -126,7 +126,7 @@ def test_load_adapter_restores_a_selection_of_layers(tmp_path: Path) -> None:
     assert set(report.swapped) == set(swapped(model)) and len(report.swapped) == 4
 
 
-def test_load_adapter_twice_replaces(tmp_path: Path) -> None:
+def test_load_adapter_replaces_an_earlier_adapter(tmp_path: Path) -> None:
     save_adapter(trained("both"), tmp_path / "one")
     torch.manual_seed(7)
     other = trained("lora")
@@ -141,7 +141,7 @@ def test_load_adapter_twice_replaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_load_adapter_without_originals_refuses_the_way_back(tmp_path: Path, kind: str) -> None:
+def test_load_adapter_without_originals_refuses_restore_and_dense(tmp_path: Path, kind: str) -> None:
     student, arguments = trained(kind), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
     model = base()
@@ -157,7 +157,7 @@ def test_load_adapter_without_originals_refuses_the_way_back(tmp_path: Path, kin
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_load_adapter_casts_to_the_bases_dtype(tmp_path: Path) -> None:
+def test_load_adapter_casts_to_the_base_dtype(tmp_path: Path) -> None:
     save_adapter(trained("both"), tmp_path / "adapter")
     model = base().to(torch.bfloat16)
     load_adapter_(model, tmp_path / "adapter")
@@ -166,7 +166,7 @@ def test_load_adapter_casts_to_the_bases_dtype(tmp_path: Path) -> None:
     }
 
 
-def test_save_adapter_keeps_an_existing_folder(tmp_path: Path) -> None:
+def test_save_adapter_overwrites_a_folder_only_when_asked(tmp_path: Path) -> None:
     save_adapter(trained("lora"), tmp_path / "adapter")
     before = (tmp_path / "adapter" / "lineardit.safetensors").read_bytes()
     with pytest.raises(ValueError, match="overwrite=True"):
@@ -177,7 +177,7 @@ def test_save_adapter_keeps_an_existing_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_save_adapter_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_adapter_failure_leaves_no_partial_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained("lora")
     save_adapter(model, tmp_path / "old")
 
@@ -193,7 +193,7 @@ def test_save_adapter_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     load_adapter_(base(), tmp_path / "old")
 
 
-def test_save_adapter_refuses_what_is_not_converted(tmp_path: Path) -> None:
+def test_save_adapter_refuses_an_unconverted_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="linearize_ first"):
         save_adapter(base(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -218,18 +218,18 @@ def refused(folder: Path, model: nn.Module, text: str) -> None:
         (lambda: build("flux", num_layers=2), r"transformer_blocks.\*.attn is 1 of 2x16 .*this model's is 2 of 2x16"),
     ],
 )
-def test_load_adapter_names_the_difference_of_another_base(tmp_path: Path, model, text: str) -> None:
+def test_load_adapter_error_names_how_the_base_differs(tmp_path: Path, model, text: str) -> None:
     save_adapter(trained("both"), tmp_path / "adapter")
     refused(tmp_path / "adapter", model(), text)
 
 
-def test_load_adapter_names_other_heads(tmp_path: Path) -> None:
+def test_load_adapter_error_names_a_different_head_count(tmp_path: Path) -> None:
     save_adapter(trained("kernels"), tmp_path / "adapter")
     wide = type(base()).from_config({**base().config, "num_attention_heads": 4})
     refused(tmp_path / "adapter", wide, r"1 of 2x16 \(heads x head_dim\); this model's is 1 of 4x16")
 
 
-def test_load_adapter_refuses_before_it_undoes_an_earlier_conversion(tmp_path: Path) -> None:
+def test_load_adapter_failure_keeps_an_earlier_conversion(tmp_path: Path) -> None:
     save_adapter(trained("both"), tmp_path / "adapter")
     (tmp_path / "adapter" / "lineardit.safetensors").unlink()
     model, arguments = base(), inputs_of("flux")
@@ -249,7 +249,7 @@ def test_load_adapter_refuses_a_truncated_or_altered_tensors_file(tmp_path: Path
     refused(folder, base(), r"sha256 differs")
 
 
-def test_load_adapter_refuses_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
+def test_load_adapter_refuses_a_file_that_is_not_safetensors(tmp_path: Path) -> None:
     folder = save_adapter(trained("both"), tmp_path / "adapter")
     (folder / "lineardit.safetensors").write_bytes(b"\x80\x04pickle")
     rewrite_tensors_entry(folder)
@@ -293,7 +293,7 @@ def test_load_adapter_lists_tensors_that_do_not_fit(tmp_path: Path, change, text
     refused(folder, base(), text)
 
 
-def test_load_adapter_warns_of_another_revision(
+def test_load_adapter_warns_about_a_different_base_revision(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshots = tmp_path / "models--somebody--tiny" / "snapshots"
@@ -313,7 +313,7 @@ def test_load_adapter_warns_of_another_revision(
 
 
 @pytest.mark.parametrize("keep_original", [True, False])
-def test_load_adapter_refuses_to_change_weights_it_cannot_write(tmp_path: Path, keep_original: bool) -> None:
+def test_load_adapter_refuses_to_change_quantized_or_offloaded_weights(tmp_path: Path, keep_original: bool) -> None:
     save_adapter(trained("lora" if not keep_original else "full"), tmp_path / "adapter")
     model = base()
     layer = model.transformer_blocks[0].attn.to_q

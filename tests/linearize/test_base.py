@@ -55,7 +55,7 @@ def test_read_base_reads_a_bare_denoiser(tmp_path: Path, place: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_build_on_meta_has_the_models_shape_and_no_memory(tmp_path: Path, family: str) -> None:
+def test_build_on_meta_matches_the_model_shapes_without_memory(tmp_path: Path, family: str) -> None:
     model = build(family)
     model.save_pretrained(tmp_path)
     shape = build_on_meta(read_base(tmp_path))
@@ -64,7 +64,7 @@ def test_build_on_meta_has_the_models_shape_and_no_memory(tmp_path: Path, family
     assert {name: tensor.shape for name, tensor in shape.state_dict().items()} == expected
 
 
-def test_source_of_finds_where_a_pipeline_was_loaded_from(tmp_path: Path) -> None:
+def test_source_of_finds_folder_and_license_of_a_loaded_model(tmp_path: Path) -> None:
     model = build("flux")
     assert source_of(model, model).name is None
     model.save_pretrained(tmp_path / "folder")
@@ -74,7 +74,7 @@ def test_source_of_finds_where_a_pipeline_was_loaded_from(tmp_path: Path) -> Non
     assert (source.name, source.license) == (str(tmp_path / "folder"), "Some License 2.0")
 
 
-def test_source_of_is_where_the_denoiser_of_a_pipeline_is_from(tmp_path: Path) -> None:
+def test_source_of_a_pipeline_is_the_source_of_its_denoiser(tmp_path: Path) -> None:
     folder, other = saved_flux_pipeline(tmp_path / "pipeline"), tmp_path / "denoiser"
     build("flux").save_pretrained(other)
     for model, place in [
@@ -88,9 +88,7 @@ def test_source_of_is_where_the_denoiser_of_a_pipeline_is_from(tmp_path: Path) -
             assert source_of(one, model).name == (place and str(place))
 
 
-def test_source_of_a_denoiser_from_the_hub_is_the_commit_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_source_of_a_hub_denoiser_is_the_cached_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
     model = FluxTransformer2DModel.from_pretrained(saved_flux_pipeline(snapshot), subfolder="transformer")
     model.register_to_config(_name_or_path="some/model")  # as from_pretrained("some/model", subfolder="transformer")
@@ -107,7 +105,7 @@ def test_source_of_a_denoiser_from_the_hub_is_the_commit_in_the_cache(
     assert (source.name, source.revision, source.license) == ("some/model", "0123", "tiny-license")
 
 
-def test_snapshot_of_reads_the_hubs_cache() -> None:
+def test_snapshot_of_parses_hub_cache_paths() -> None:
     path = Path("/cache/models--black-forest-labs--FLUX.1-dev/snapshots/abc/transformer/config.json")
     assert snapshot_of(path) == ("black-forest-labs/FLUX.1-dev", "abc")
     assert snapshot_of(Path("/models/flux/transformer")) is None
@@ -116,7 +114,7 @@ def test_snapshot_of_reads_the_hubs_cache() -> None:
 @pytest.mark.parametrize(
     ("name", "known"), [("owner/name", True), ("a.b/c-d_e.1", True), ("./a", False), ("/a/b", False), ("a/b/c", False)]
 )
-def test_is_repository_knows_the_form_of_an_id(name: str, known: bool) -> None:
+def test_is_repository_accepts_only_hub_ids(name: str, known: bool) -> None:
     assert is_repository(name) == known
 
 
@@ -135,7 +133,7 @@ def response(status: int) -> Any:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_fetch_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception, text: str) -> None:
+def test_fetch_error_names_the_cause(monkeypatch: pytest.MonkeyPatch, error: Exception, text: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -146,7 +144,7 @@ def test_fetch_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_fetch_logs_a_slow_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     told, messages = threading.Event(), list[str]()
 
     class Handler(logging.Handler):
@@ -166,7 +164,7 @@ def test_a_hub_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert messages == ["waiting for the Hub: config.json of some/model"]
 
 
-def test_a_path_that_the_locale_lacks_is_told(tmp_path: Path) -> None:
+def test_from_pretrained_error_explains_a_path_outside_the_locale(tmp_path: Path) -> None:
     base = saved_flux_pipeline(tmp_path / "b\xe9" / "base")
     pipe = open_pipeline(base)
     linearize_(pipe, Clear(radius=2))
@@ -180,7 +178,7 @@ def test_a_path_that_the_locale_lacks_is_told(tmp_path: Path) -> None:
         assert "is no path here, where they are in ascii: set PYTHONUTF8=1, or rename it" in done.stderr
 
 
-def test_hf_hub_offline_is_offline_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hf_hub_offline_uses_only_the_local_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def download(*_: object, local_files_only: bool, **__: object) -> None:
@@ -194,7 +192,7 @@ def test_hf_hub_offline_is_offline_as_well(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(asked)
 
 
-def test_a_license_that_cannot_be_fetched_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_base_tolerates_a_license_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
     saved_flux_pipeline(snapshot)
 
@@ -208,7 +206,7 @@ def test_a_license_that_cannot_be_fetched_stops_nothing(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_stored_dtype_is_that_of_the_denoisers_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_stored_dtype_is_the_main_dtype_of_the_denoiser_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     model = build("flux").to(dtype)
     model.proj_out.float()  # a few weights in float32 are not what the model is stored in
     model.save_pretrained(tmp_path)
@@ -218,7 +216,7 @@ def test_stored_dtype_is_that_of_the_denoisers_weights(tmp_path: Path, dtype: to
     assert stored_dtype(read_base(tmp_path / "parts")) == dtype
 
 
-def test_fetch_gives_none_for_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_returns_none_for_a_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise EntryNotFoundError("")
 
@@ -244,7 +242,7 @@ def test_read_base_of_a_hub_id_fetches_config_files_only(tmp_path: Path, monkeyp
     assert {(revision, offline) for _, revision, offline in asked} == {("main", True)}
 
 
-def test_read_base_offline_never_downloads_and_says_so() -> None:
+def test_read_base_offline_refuses_a_model_not_in_the_cache() -> None:
     with pytest.raises(ValueError, match=r"some/model-that-is-not-here is not in the local cache, and offline"):
         read_base("some/model-that-is-not-here", offline=True)
 
@@ -270,19 +268,19 @@ def write(folder: Path, **files: object) -> Path:
         ({"config": {"hidden_size": 3}}, "names no _class_name"),
     ],
 )
-def test_read_base_names_what_is_wrong(tmp_path: Path, files: dict, text: str) -> None:
+def test_read_base_refuses_invalid_folders(tmp_path: Path, files: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         read_base(write(tmp_path, **files))
 
 
-def test_find_place_says_what_names_are_allowed(tmp_path: Path) -> None:
+def test_find_place_refuses_a_missing_folder_and_a_revision_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder ./nowhere here, and it is not a Hub id"):
         find_place("./nowhere")
     with pytest.raises(ValueError, match="revision is for Hub repositories, got 'v1'"):
         find_place(tmp_path, revision="v1")
 
 
-def test_build_on_meta_lists_the_classes_it_knows(tmp_path: Path) -> None:
+def test_build_on_meta_error_lists_the_supported_classes(tmp_path: Path) -> None:
     base = read_base(write(tmp_path, config={"_class_name": "FluxTransformer3DModel"}))
     with pytest.raises(UnsupportedModelError, match=r"did you mean FluxTransformer2DModel.*; supported: .*UNet2DCond"):
         build_on_meta(base)

@@ -12,7 +12,7 @@ from lineardit.linearize.calling import arguments_named, call_arguments, for_bat
 from lineardit.linearize.errors import NotFiniteError
 
 
-def test_settings_get_the_pipelines_names_and_none_is_left_to_it() -> None:
+def test_call_arguments_uses_pipeline_names_and_omits_none() -> None:
     settings = {"steps": 3, "guidance": None, "height": 16, "max_sequence_length": 8}
     call = call_arguments(build_tiny(), settings, {"negative_prompt": "blurry", "true_cfg_scale": 2.0})
     assert call == {
@@ -24,14 +24,14 @@ def test_settings_get_the_pipelines_names_and_none_is_left_to_it() -> None:
     }
 
 
-def test_a_pipeline_draws_the_size_that_is_asked_for() -> None:
+def test_call_arguments_disables_resolution_binning_for_a_given_size() -> None:
     pipe = prompted("pixart-sigma")
     assert call_arguments(pipe, {"height": 16, "width": 16})["use_resolution_binning"] is False
     assert call_arguments(pipe, {"height": 16}, {"use_resolution_binning": True})["use_resolution_binning"] is True
     assert "use_resolution_binning" not in call_arguments(pipe, {"steps": 2})
 
 
-def test_guidance_that_needs_a_negative_prompt_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_call_arguments_warns_once_about_ineffective_guidance(caplog: pytest.LogCaptureFixture) -> None:
     pipe = prompted("qwen-image")
     tell_unguided.cache_clear()
     call_arguments(pipe, {"steps": 2})
@@ -53,16 +53,16 @@ def test_guidance_that_needs_a_negative_prompt_is_told(caplog: pytest.LogCapture
     ]
 
 
-def test_negative_prompts_are_as_many_as_prompts() -> None:
+def test_for_batch_repeats_single_prompts() -> None:
     call = {"negative_prompt": "blurry", "negative_prompt_2": ["a", "b"], "true_cfg_scale": 2.0, "prompt_2": "oil"}
     assert for_batch(call, 2) == call | {"negative_prompt": ["blurry", "blurry"], "prompt_2": ["oil", "oil"]}
 
 
-def test_lists_are_pairs_where_a_pipeline_takes_pairs() -> None:
+def test_call_arguments_converts_lists_to_tuples_for_pairs() -> None:
     assert call_arguments(prompted("sdxl"), {}, {"original_size": [64, 48]}) == {"original_size": (64, 48)}
 
 
-def test_an_error_names_the_arguments_that_were_given() -> None:
+def test_arguments_named_adds_the_given_arguments_to_an_error() -> None:
     pipe = build_tiny()
     with (
         pytest.raises(ValueError, match=r"FluxPipeline did not draw with clip_skip='a' \(IndexError: nothing\)"),
@@ -82,7 +82,7 @@ def test_an_error_names_the_arguments_that_were_given() -> None:
         assert raised.value is error
 
 
-def test_own_settings_are_the_pipelines() -> None:
+def test_own_settings_reads_the_pipeline_defaults() -> None:
     assert own_settings(build_tiny()) == (28, 3.5, 512)
     assert own_settings(prompted("sdxl")) == (50, 5.0, None)
 
@@ -102,6 +102,8 @@ def test_own_settings_are_the_pipelines() -> None:
         ({}, {"true_cfg_scale": float("inf")}, "true_cfg_scale must be finite, got inf"),
     ],
 )
-def test_what_a_pipeline_does_not_take_is_refused(settings: dict[str, Any], more: dict[str, Any], message: str) -> None:
+def test_call_arguments_refuses_unknown_and_invalid_arguments(
+    settings: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         call_arguments(build_tiny(), settings, more)

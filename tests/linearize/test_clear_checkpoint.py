@@ -44,14 +44,14 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.mark.parametrize("impl", ALL)
-def test_load_clear_checkpoint_gives_the_authors_output(case: Case, impl: str) -> None:
+def test_load_clear_checkpoint_reproduces_the_authors_output(case: Case, impl: str) -> None:
     model = case.model()
     load_clear_checkpoint_(model, case.checkpoint, radius=case.radius, pool_size=case.pool_size)
     set_impl_(model, impl)
     assert relative_error(run(model, case.inputs), case.output) < 1e-4
 
 
-def test_load_clear_checkpoint_keeps_the_way_back(case: Case) -> None:
+def test_load_clear_checkpoint_can_be_undone_if_originals_are_kept(case: Case) -> None:
     model = case.model()
     before = run(model, case.inputs)
     load_clear_checkpoint_(model, case.checkpoint, radius=case.radius, pool_size=case.pool_size)
@@ -76,7 +76,7 @@ def test_load_clear_checkpoint_reads_files_and_saves_as_an_adapter(case: Case, t
     assert len(saved) == len(case.checkpoint) - len(weights)
 
 
-def test_convert_base_imports_a_checkpoint_without_the_bases_weights(case: Case, tmp_path: Path) -> None:
+def test_convert_base_imports_a_checkpoint_without_base_weights(case: Case, tmp_path: Path) -> None:
     model = case.model()
     model.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "diffusion_pytorch_model.safetensors").unlink()
@@ -129,12 +129,12 @@ def test_load_clear_checkpoint_lists_wrong_keys_and_changes_nothing(case: Case, 
     assert torch.equal(run(model, case.inputs), before)
 
 
-def test_load_clear_checkpoint_says_which_pool_size_the_checkpoint_has(case: Case) -> None:
+def test_load_clear_checkpoint_error_names_the_checkpoint_pool_size(case: Case) -> None:
     for pool_size in {None, 2, 4} - {case.pool_size}:
         with pytest.raises(ValueError, match=f"pool_size must be .*, {case.pool_size}, got {pool_size}"):
             load_clear_checkpoint_(case.model(), case.checkpoint, radius=4, pool_size=pool_size)
 
 
-def test_load_clear_checkpoint_is_for_flux() -> None:
+def test_load_clear_checkpoint_refuses_models_other_than_flux() -> None:
     with pytest.raises(UnsupportedModelError, match="are for a FluxTransformer2DModel, got a SD3Transformer2DModel"):
         load_clear_checkpoint_(build("sd3"), {}, radius=4)

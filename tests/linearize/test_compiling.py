@@ -64,7 +64,7 @@ def _marks(family: str) -> list[pytest.MarkDecorator]:
 
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=_marks(name)) for name in FAMILIES])
-def test_compile_makes_no_graph_after_the_second_size(family: str) -> None:
+def test_compile_adds_no_graph_after_the_second_size(family: str) -> None:
     model = _with_blocks(family)
     linearize_(model, Clear(radius=2.3))
     graphs = _graphs_per_size(model, family, tolerance=1e-6 if family in FIRST else 2e-5)
@@ -98,7 +98,7 @@ def test_compile_with_inductor_equals_eager(family: str, config: Clear, sizes: l
 
 
 @pytest.mark.slow
-def test_repeated_blocks_of_diffusers_compile_alike() -> None:
+def test_compile_repeated_blocks_adds_no_graph_after_the_second_size() -> None:
     def compiled(model: Any, *, backend: str) -> None:
         model.compile_repeated_blocks(fullgraph=True, backend=backend)
 
@@ -109,7 +109,7 @@ def test_repeated_blocks_of_diffusers_compile_alike() -> None:
 
 
 @pytest.mark.slow
-def test_compile_tells_where_no_block_is_named_so() -> None:
+def test_compile_refuses_a_family_whose_blocks_match_nothing() -> None:
     family = dataclasses.replace(family_of(build("flux")), blocks=("Typo",))
     with pytest.raises(UnsupportedModelError, match=r"nothing to compile: Family.blocks names Typo, .* Flux"):
         compile_(build("flux"), family=family)
@@ -125,7 +125,7 @@ def test_compile_takes_a_config_for_each_layer(backend: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"])
-def test_original_call_in_small_pictures_is_one_graph_more(family: str) -> None:
+def test_compile_with_dense_below_adds_no_graph_once_both_paths_ran(family: str) -> None:
     model = build(family, num_layers=1) if family == "flux" else build(family)
     linearize_(model, Clear(radius=2.3), dense_below=50)
     sizes = [(5, 7), (6, 8), (8, 11), (11, 8), (6, 5), (9, 13), (4, 7), (12, 7)]
@@ -134,7 +134,7 @@ def test_original_call_in_small_pictures_is_one_graph_more(family: str) -> None:
     assert graphs[3] == graphs[-1]
 
 
-def test_compile_gives_the_gradients_of_eager() -> None:
+def test_compile_gradients_match_eager() -> None:
     model, arguments = build("pixart", num_layers=1), inputs_of("pixart")
     linearize_(model, Clear(radius=2.3, pool_size=2))
     eager = copy.deepcopy(model)
@@ -164,7 +164,7 @@ def test_compiled_model_follows_dense_and_restore() -> None:
     assert torch.equal(run(model, arguments), base)
 
 
-def test_compiled_block_takes_a_text_mask() -> None:
+def test_compiled_block_accepts_a_text_mask_and_refuses_an_image_mask() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     mask = torch.ones(2, 38, dtype=torch.bool)
     mask[1, 0] = False
@@ -188,7 +188,7 @@ def test_compiled_block_that_misses_the_kernel_raises() -> None:
 
 
 @pytest.mark.slow
-def test_whole_model_compiles_with_breaks() -> None:
+def test_whole_model_compiles_with_graph_breaks() -> None:
     model = build("flux")
     linearize_(model, Clear(radius=2.3))
     compiled: Any = torch.compile(copy.deepcopy(model), backend="eager")
@@ -202,7 +202,7 @@ def test_compile_refuses_an_unknown_model() -> None:
         compile_(nn.Linear(2, 2))
 
 
-def test_exported_model_has_the_window_of_its_size() -> None:
+def test_exported_model_matches_the_converted_model() -> None:
     model, arguments = build("sd3"), inputs_of("sd3", grid=(4, 6))
     linearize_(model, Clear(radius=2.3))
     windowed = run(model, arguments)
@@ -211,7 +211,7 @@ def test_exported_model_has_the_window_of_its_size() -> None:
     assert torch.equal(run(model, arguments), windowed)
 
 
-def test_export_of_a_model_whose_grid_is_in_numbers_is_refused() -> None:
+def test_export_is_refused_where_the_grid_is_read_from_tensor_values() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     base = run(model, arguments)
     linearize_(model, Clear(radius=2.3))

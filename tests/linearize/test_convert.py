@@ -42,7 +42,7 @@ def test_linearize_reports_every_attention_module(family: str) -> None:
     assert report.impl == "tiled"
 
 
-def test_linearize_layers_and_patterns_choose_modules() -> None:
+def test_linearize_layers_and_patterns_select_modules() -> None:
     model = build("flux", num_layers=2)
     report = linearize_(model, SMALL, layers="single_*")
     assert list(report.swapped) == [f"single_transformer_blocks.{i}.attn" for i in range(2)]
@@ -77,7 +77,7 @@ def test_linearize_layers_and_patterns_choose_modules() -> None:
         (Clear, None, "expected a config of a method"),
     ],
 )
-def test_linearize_refuses_bad_choices_and_changes_nothing(config: object, layers: object, told: str) -> None:
+def test_linearize_refuses_invalid_layer_choices_and_changes_nothing(config: object, layers: object, told: str) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
     out = run(model, arguments)
@@ -95,7 +95,7 @@ def test_linearize_refuses_bad_choices_and_changes_nothing(config: object, layer
         ({"dense_below": 0.5}, "dense_below must be an integer >= 0, got 0.5"),
     ],
 )
-def test_linearize_says_which_argument_is_of_a_wrong_kind(wrong: dict[str, Any], told: str) -> None:
+def test_linearize_error_names_an_argument_of_the_wrong_type(wrong: dict[str, Any], told: str) -> None:
     model = build("flux")
     with pytest.raises(ValueError, match=told):
         linearize_(model, SMALL, **wrong)
@@ -114,7 +114,7 @@ def test_linearize_takes_pipelines_compiled_models_and_subclasses() -> None:
 
 
 @pytest.mark.parametrize("target", [nn.Linear(2, 2), SimpleNamespace(vae=None), "black-forest-labs/FLUX.1-dev"])
-def test_linearize_refuses_what_is_no_known_model(target: object) -> None:
+def test_linearize_refuses_unknown_models(target: object) -> None:
     with pytest.raises(UnsupportedModelError, match=r"FluxTransformer2DModel|expected a pipeline"):
         linearize_(target, SMALL)
 
@@ -139,7 +139,7 @@ def test_unknown_implementations_are_refused() -> None:
         set_impl_(model, "flash")
 
 
-def test_saved_model_carries_the_conversion_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_save_pretrained_records_the_conversion_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = build("flux")
     linearize_(model, SMALL)
     assert not caplog.records
@@ -194,7 +194,7 @@ def _see_own(model: nn.Module, arguments: dict) -> Sight:
     return Sight(grid=tuple(arguments["image"].shape[-2:]))
 
 
-def test_linearize_takes_a_family_of_the_users_own() -> None:
+def test_linearize_accepts_a_custom_family() -> None:
     family = Family(name="own", attention=("layer",), see=_see_own)
     model, image = _OwnModel(), torch.randn(2, 8, 5, 7)
     base = model(image)

@@ -62,7 +62,7 @@ def converted_run(family: str, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_original_call_runs_below_and_the_conversion_at_the_limit(family: str) -> None:
+def test_dense_below_runs_the_original_attention_only_below_the_limit(family: str) -> None:
     model, arguments = base(family), inputs_of(family)
     original = run(model, arguments)
     linearize_(model, SMALL)
@@ -76,7 +76,7 @@ def test_original_call_runs_below_and_the_conversion_at_the_limit(family: str) -
     assert torch.equal(run(model, arguments), original)
 
 
-def test_levels_of_a_unet_are_chosen_one_by_one_in_each_call() -> None:
+def test_dense_below_applies_to_each_unet_level_separately() -> None:
     model, arguments = base("unet"), inputs_of("unet")
     linearize_(model, SMALL)
     run(model, arguments)
@@ -95,7 +95,7 @@ def test_levels_of_a_unet_are_chosen_one_by_one_in_each_call() -> None:
 
 
 @pytest.mark.parametrize("impl", ["tiled", "reference"])
-def test_forced_implementation_runs_at_every_size(impl: str) -> None:
+def test_forced_implementation_ignores_dense_below(impl: str) -> None:
     expected = converted_run("flux", impl=impl)
     assert torch.equal(converted_run("flux", impl=impl, dense_below=1000), expected)
     model = base()
@@ -107,7 +107,7 @@ def test_forced_implementation_runs_at_every_size(impl: str) -> None:
     assert swap_report(model).dense_below == 0
 
 
-def test_report_and_kernels_tell_the_original_call() -> None:
+def test_reports_name_the_dense_below_limit() -> None:
     model = base()
     report = linearize_(model, SMALL, dense_below=4096)
     assert str(report).endswith("(family flux, impl auto, original below 4,096 image tokens)")
@@ -118,7 +118,7 @@ def test_report_and_kernels_tell_the_original_call() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "4096", None])
-def test_dense_below_refuses_what_is_no_count(value: Any) -> None:
+def test_dense_below_refuses_values_that_are_not_counts(value: Any) -> None:
     model = base()
     with pytest.raises(ValueError, match="dense_below must be an integer >= 0, got "):
         linearize_(model, SMALL, dense_below=value)
@@ -126,7 +126,7 @@ def test_dense_below_refuses_what_is_no_count(value: Any) -> None:
 
 
 @pytest.mark.parametrize("train", [lambda model: add_lora_(model, rank=2), lambda model: train_full_(model)])
-def test_trained_student_runs_linear_attention_at_every_size(train: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_trained_student_ignores_dense_below_with_a_warning(train: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, arguments = base(), inputs_of("flux")
     original = run(model, arguments)
     linearize_(model, SMALL, dense_below=1000)
@@ -144,7 +144,7 @@ def test_trained_student_runs_linear_attention_at_every_size(train: Any, caplog:
     assert torch.equal(run(model, arguments), student)
 
 
-def test_loading_what_was_trained_says_once_that_dense_below_is_unused(
+def test_load_adapter_with_trained_weights_warns_once_about_dense_below(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     student, arguments = base(), inputs_of("flux")
@@ -160,7 +160,7 @@ def test_loading_what_was_trained_says_once_that_dense_below_is_unused(
     assert torch.equal(run(model, arguments), run(student, arguments))
 
 
-def test_input_terms_are_off_where_the_original_call_runs() -> None:
+def test_linfusion_input_terms_are_off_where_dense_below_applies() -> None:
     model, arguments = base("unet"), inputs_of("unet")
     original = run(model, arguments)
     linearize_(model, LinFusion(), dense_below=1000)
@@ -172,7 +172,7 @@ def test_input_terms_are_off_where_the_original_call_runs() -> None:
     assert not torch.allclose(run(model, arguments), original)
 
 
-def test_masks_that_upstream_makes_stay_where_the_original_call_runs() -> None:
+def test_upstream_mask_is_kept_where_dense_below_applies() -> None:
     model, arguments = base("chroma"), inputs_of("chroma")
     arguments["attention_mask"] = torch.ones(2, arguments["encoder_hidden_states"].shape[1] + 35)
     arguments["attention_mask"][0, 0] = 0.0
@@ -193,7 +193,7 @@ def _saved(pipe: Any, folder: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize("how", ["adapter", "one file", "merged", "save_pretrained"])
-def test_dense_below_is_saved_and_comes_back(how: str, tmp_path: Path) -> None:
+def test_dense_below_survives_saving_and_loading(how: str, tmp_path: Path) -> None:
     plain = from_pretrained(_plain_adapter(tmp_path))
     arguments = inputs_of("flux")
     with dense(plain):
@@ -211,7 +211,7 @@ def _plain_adapter(folder: Path) -> Path:
     return folder / "plain"
 
 
-def test_files_without_dense_below_are_as_they_were(tmp_path: Path) -> None:
+def test_files_omit_dense_below_when_it_is_zero(tmp_path: Path) -> None:
     pipe = flux_pipeline()
     linearize_(pipe, SMALL)
     save_adapter(pipe, tmp_path / "adapter")
@@ -222,7 +222,9 @@ def test_files_without_dense_below_are_as_they_were(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "adapter" / MANIFEST).dense_below == read_entry(entry).dense_below == 0
 
 
-def test_merged_student_that_was_trained_leaves_it_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_merged_trained_student_warns_that_dense_below_is_unused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe = from_pretrained(_plain_adapter(tmp_path))
     linearize_(pipe, SMALL, dense_below=1000)
     add_lora_(pipe, rank=2)
@@ -233,7 +235,7 @@ def test_merged_student_that_was_trained_leaves_it_unused(tmp_path: Path, caplog
     assert inspect_base(tmp_path / "merged").dense_below == 0
 
 
-def test_inspect_and_card_tell_where_the_original_runs(tmp_path: Path) -> None:
+def test_inspect_and_model_card_report_dense_below(tmp_path: Path) -> None:
     saved_flux_pipeline(tmp_path / "base")
     for name, limit in (("with", 10**6), ("without", 0)):
         convert_base(tmp_path / "base", SMALL, output=tmp_path / name, dense_below=limit)
@@ -247,7 +249,7 @@ def test_inspect_and_card_tell_where_the_original_runs(tmp_path: Path) -> None:
     assert "original attention" not in adapter_card(read_manifest(tmp_path / "without" / MANIFEST), "me/it")
 
 
-def test_inspect_tells_where_the_window_covers_the_picture(tmp_path: Path) -> None:
+def test_inspect_reports_where_the_window_covers_the_image(tmp_path: Path) -> None:
     saved_flux_pipeline(tmp_path / "base")
     convert_base(tmp_path / "base", Clear(radius=400), output=tmp_path / "wide")
     assert inspect_base(tmp_path / "wide").rows[0].impl.startswith("original (the window covers the picture) at 1K, ")
@@ -261,19 +263,19 @@ def test_inspect_tells_where_the_window_covers_the_picture(tmp_path: Path) -> No
         ({"config": SMALL, "dense_below": -9}, "dense_below must be an integer >= 0, got -9"),
     ],
 )
-def test_convert_refuses_what_does_not_go_together(options: dict, told: str, merge: bool, tmp_path: Path) -> None:
+def test_convert_refuses_an_invalid_dense_below(options: dict, told: str, merge: bool, tmp_path: Path) -> None:
     saved_flux_pipeline(tmp_path / "base")
     with pytest.raises(ValueError, match=told):
         (convert_and_merge if merge else convert_base)(tmp_path / "base", output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_merging_an_adapter_refuses_another_limit(tmp_path: Path) -> None:
+def test_merging_an_adapter_refuses_a_new_dense_below(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="an adapter keeps its dense_below, got dense_below=9"):
         convert_and_merge(_plain_adapter(tmp_path), output=tmp_path / "merged", dense_below=9)
 
 
-def test_conversion_says_nothing_without_something_trained(caplog: pytest.LogCaptureFixture) -> None:
+def test_linearize_with_dense_below_does_not_warn_without_trained_weights(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         linearize_(base(), SMALL, dense_below=1000)
     assert not caplog.records

@@ -63,7 +63,7 @@ def test_save_adapter_as_one_file_is_the_same_adapter(base: Path, kind: str, tmp
     assert torch.equal(run(again, arguments), run(student, arguments))
 
 
-def test_save_adapter_as_one_file_tells_everything_in_its_header(base: Path, tmp_path: Path) -> None:
+def test_save_adapter_as_one_file_writes_the_manifest_to_its_header(base: Path, tmp_path: Path) -> None:
     student = student_of(base, "lora")
     save_adapter(student, tmp_path / "folder")
     file = save_adapter(student, tmp_path / "x.safetensors")
@@ -80,7 +80,7 @@ def _methods(header: dict[str, str]) -> list[dict[str, Any]]:
     return list(json.loads(header["settings"]).values())
 
 
-def test_save_adapter_as_one_file_without_tensors(tmp_path: Path) -> None:
+def test_save_adapter_as_one_file_without_tensors_can_be_loaded(tmp_path: Path) -> None:
     model = build("unet")
     linearize_(model, Clear(radius=2))
     save_adapter(model, tmp_path / "x.safetensors")
@@ -92,7 +92,7 @@ def test_save_adapter_as_one_file_without_tensors(tmp_path: Path) -> None:
         assert torch.equal(other(**arguments)[0], model(**arguments)[0])
 
 
-def test_save_adapter_keeps_what_is_there(base: Path, tmp_path: Path) -> None:
+def test_save_adapter_overwrites_a_file_only_when_asked(base: Path, tmp_path: Path) -> None:
     student = student_of(base, "kernels")
     (tmp_path / "a.safetensors").write_text("mine")
     (tmp_path / "b.safetensors").mkdir()
@@ -105,7 +105,7 @@ def test_save_adapter_keeps_what_is_there(base: Path, tmp_path: Path) -> None:
     load_adapter_(plain(base), tmp_path / "a.safetensors")
 
 
-def test_load_adapter_says_what_a_file_is_not(base: Path, tmp_path: Path) -> None:
+def test_load_adapter_refuses_foreign_damaged_and_incomplete_files(base: Path, tmp_path: Path) -> None:
     save_file({"to_q.weight": torch.ones(2)}, tmp_path / "clear.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"no 'lineardit' in its header, .*--import clear:FILE"):
         from_pretrained(tmp_path / "clear.safetensors")
@@ -121,7 +121,7 @@ def test_load_adapter_says_what_a_file_is_not(base: Path, tmp_path: Path) -> Non
         load_adapter_(plain(base), tmp_path / "y.safetensors")
 
 
-def test_save_merged_is_restored_as_the_student(base: Path, kind: str, tmp_path: Path, caplog: Any) -> None:
+def test_save_merged_loads_as_the_student(base: Path, kind: str, tmp_path: Path, caplog: Any) -> None:
     student, arguments = student_of(base, kind), inputs_of("flux")
     expected = run(student, arguments)
     save_merged(student, tmp_path / "merged")
@@ -141,7 +141,7 @@ def test_save_merged_is_restored_as_the_student(base: Path, kind: str, tmp_path:
             restore_(pipe)
 
 
-def test_save_merged_is_a_plain_pipeline_that_warns(base: Path, tmp_path: Path) -> None:
+def test_save_merged_writes_a_plain_pipeline_with_a_warning(base: Path, tmp_path: Path) -> None:
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     save_merged(student, tmp_path / "merged")
     names = set(load_file(tmp_path / "merged" / "transformer" / "diffusion_pytorch_model.safetensors"))
@@ -166,7 +166,7 @@ def test_save_merged_takes_a_bare_denoiser_and_overwrites(tmp_path: Path) -> Non
     assert torch.equal(run(from_pretrained(tmp_path / "merged"), arguments), run(model, arguments))
 
 
-def test_save_merged_of_a_merged_pipeline_is_the_same(base: Path, tmp_path: Path) -> None:
+def test_save_merged_of_a_merged_pipeline_writes_the_same_weights(base: Path, tmp_path: Path) -> None:
     save_merged(student_of(base, "lora"), tmp_path / "first")
     save_merged(from_pretrained(tmp_path / "first"), tmp_path / "second")
     first, second = (
@@ -178,7 +178,7 @@ def test_save_merged_of_a_merged_pipeline_is_the_same(base: Path, tmp_path: Path
         restore_(from_pretrained(tmp_path / "second"))
 
 
-def test_save_merged_refuses_what_is_not_the_student(base: Path, tmp_path: Path) -> None:
+def test_save_merged_refuses_unconverted_dense_and_user_lora_models(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not converted"):
         save_merged(plain(base), tmp_path / "out")
     student = student_of(base, "full")
@@ -190,7 +190,7 @@ def test_save_merged_refuses_what_is_not_the_student(base: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_save_pretrained_after_fusing_lora_is_restored(base: Path, tmp_path: Path) -> None:
+def test_save_pretrained_after_fusing_lora_can_be_loaded(base: Path, tmp_path: Path) -> None:
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
     fused = from_pretrained(tmp_path / "adapter", keep_original=False)
@@ -244,7 +244,7 @@ def test_push_to_hub_uploads_the_adapter_with_its_card(base: Path, hub: FakeHub,
     assert "clear" in metadata["tags"] and str(base) not in card
 
 
-def test_push_to_hub_names_a_base_of_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_card_names_a_base_from_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from lineardit.linearize.adapters import base as bases
 
     source = bases.Source(name="owner/base", revision="abc123", license="apache-2.0")
@@ -267,7 +267,7 @@ def test_push_to_hub_uploads_a_merged_pipeline(base: Path, hub: FakeHub) -> None
     assert "WRONG WITH PLAIN DIFFUSERS" in card and 'lineardit.from_pretrained("me/merged")' in card
 
 
-def test_push_to_hub_refuses_in_one_sentence(base: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_error_names_the_cause(base: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="repo_id must have the form owner/name, got 'mine'"):
         push_to_hub(student_of(base, "kernels"), "mine")
     with pytest.raises(ValueError, match="not converted"):
@@ -282,7 +282,7 @@ def test_push_to_hub_refuses_in_one_sentence(base: Path, hub: FakeHub, monkeypat
 
 
 @pytest.mark.parametrize("kind", [HfHubHTTPError.__bases__[0], ConnectionError])
-def test_push_to_hub_says_that_the_hub_is_out_of_reach(
+def test_push_to_hub_reports_an_unreachable_hub(
     base: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", Mock(side_effect=kind("Name or service not known")))
@@ -332,7 +332,7 @@ def test_convert_merges_an_adapter_or_a_base(base: Path, tmp_path: Path, capsys:
     assert "generate" in capsys.readouterr().out
 
 
-def test_convert_takes_the_recommended_hybrid_where_no_method_is_named(base: Path, tmp_path: Path) -> None:
+def test_convert_defaults_to_the_recommended_hybrid(base: Path, tmp_path: Path) -> None:
     assert command("convert", base, "-o", tmp_path / "one") == 0
     assert set(read_manifest(tmp_path / "one" / MANIFEST_FILE).configs().values()) == {RECOMMENDED}
     assert command("convert", base, "--merge", "-o", tmp_path / "two") == 0
@@ -356,7 +356,9 @@ def test_convert_takes_the_recommended_hybrid_where_no_method_is_named(base: Pat
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_convert_refuses_in_one_sentence(base: Path, tmp_path: Path, capsys: Any, words: list[str], said: str) -> None:
+def test_convert_refuses_invalid_options_in_one_line(
+    base: Path, tmp_path: Path, capsys: Any, words: list[str], said: str
+) -> None:
     student = student_of(base, "kernels")
     places = {
         "BASE": base,
@@ -370,7 +372,7 @@ def test_convert_refuses_in_one_sentence(base: Path, tmp_path: Path, capsys: Any
     assert not (tmp_path / "out").exists()
 
 
-def test_convert_merges_into_folders_only(base: Path, tmp_path: Path, capsys: Any) -> None:
+def test_convert_merge_refuses_a_file_as_output(base: Path, tmp_path: Path, capsys: Any) -> None:
     options = ("--method", "clear", "--radius", "2", "--merge", "-o", tmp_path / "x.safetensors")
     assert command("convert", base, *options) == 2
     assert "a merged pipeline is a folder" in capsys.readouterr().err

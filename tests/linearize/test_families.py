@@ -47,7 +47,7 @@ def _one_block(family: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", ["flux", "flux2", "qwen-image"])
-def test_reference_images_are_seen_whole_and_the_image_in_its_window(family: str) -> None:
+def test_reference_images_are_fully_attended_and_the_image_by_window(family: str) -> None:
     if not hasattr(diffusers, MODELS[family].needs):
         pytest.skip("not in this diffusers")
     model, arguments = _one_block(family), _with_reference(family)
@@ -69,7 +69,7 @@ def test_reference_images_are_seen_whole_and_the_image_in_its_window(family: str
 
 
 @pytest.mark.parametrize("family", ["lumina2", "z-image"])
-def test_prompts_of_different_length_give_what_each_gives_alone(family: str) -> None:
+def test_batch_of_prompts_of_different_lengths_matches_single_runs(family: str) -> None:
     if not hasattr(diffusers, MODELS[family].needs):
         pytest.skip("not in this diffusers")
     model = build(family)
@@ -86,7 +86,7 @@ def test_prompts_of_different_length_give_what_each_gives_alone(family: str) -> 
 
 
 @pytest.mark.parametrize("num_texts", [1, 2])
-def test_omni_texts_stand_before_the_image(num_texts: int) -> None:
+def test_z_image_omni_texts_precede_the_image(num_texts: int) -> None:
     if not hasattr(diffusers, "ZImageOmniPipeline"):
         pytest.skip("not in this diffusers")
     model = build("z-image", siglip_feat_dim=16)
@@ -121,7 +121,7 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["chroma", "qwen-image", "ideogram4", "bria-fibo2", "qwen-image-21"])
-def test_text_masks_never_become_tokens_by_tokens(family: str) -> None:
+def test_text_masks_are_never_expanded_to_tokens_by_tokens(family: str) -> None:
     if not hasattr(diffusers, MODELS[family].needs):
         pytest.skip("not in this diffusers")
     grid, text_len = (128, 128), 40
@@ -132,7 +132,7 @@ def test_text_masks_never_become_tokens_by_tokens(family: str) -> None:
     assert largest.bytes < (text_len + 128 * 128) ** 2 / 8
 
 
-def test_masked_text_is_not_seen_where_its_mask_was_withheld() -> None:
+def test_chroma_masked_text_is_hidden_in_a_partial_conversion() -> None:
     model, arguments = build("chroma"), inputs_of("chroma", text_len=TEXT_LEN)
     linearize_(model, SMALL, layers="transformer_blocks.*")  # the single blocks keep upstream's mask
     out = run(model, arguments)
@@ -142,7 +142,7 @@ def test_masked_text_is_not_seen_where_its_mask_was_withheld() -> None:
     assert not torch.allclose(run(model, arguments), out, atol=1e-3)
 
 
-def test_chroma_reads_a_mask_of_numbers_as_what_it_hides() -> None:
+def test_chroma_float_mask_hides_text_like_a_boolean_mask() -> None:
     model, arguments = build("chroma"), inputs_of("chroma", text_len=TEXT_LEN)
     numbers = {**arguments, "attention_mask": arguments["attention_mask"].float()}
     base = run(model, numbers)
@@ -156,7 +156,7 @@ def test_chroma_reads_a_mask_of_numbers_as_what_it_hides() -> None:
 
 
 @pytest.mark.parametrize("impl", ["auto", "tiled"])
-def test_a_reference_of_the_same_size_is_not_taken_for_the_image(impl: str) -> None:
+def test_reference_of_the_same_size_is_not_mistaken_for_the_image(impl: str) -> None:
     if not hasattr(diffusers, "QwenImage21Transformer2DModel"):
         pytest.skip("not in this diffusers")
     model, arguments = build("qwen-image-21"), inputs_of("qwen-image-21", grid=(4, 6), text_len=TEXT_LEN, batch=1)
@@ -174,7 +174,7 @@ def test_a_reference_of_the_same_size_is_not_taken_for_the_image(impl: str) -> N
 
 
 @pytest.mark.parametrize("layers", [None, "layers.1.*"])
-def test_padding_of_one_sequence_is_not_seen(layers: str | None) -> None:
+def test_ideogram4_padding_is_not_attended(layers: str | None) -> None:
     if not hasattr(diffusers, "Ideogram4Transformer2DModel"):
         pytest.skip("not in this diffusers")
     model, arguments = build("ideogram4"), inputs_of("ideogram4", grid=GRID, text_len=TEXT_LEN)
@@ -223,7 +223,7 @@ def test_bfloat16_ids_beyond_256_give_the_float32_output() -> None:
         ("z-image", (33, 4), "axes_lens"),
     ],
 )
-def test_positions_that_a_model_does_not_know_are_refused(family: str, grid: tuple[int, int], text: str) -> None:
+def test_grids_beyond_the_position_table_are_refused(family: str, grid: tuple[int, int], text: str) -> None:
     if not hasattr(diffusers, MODELS[family].needs):
         pytest.skip("not in this diffusers")
     model = build(family)
@@ -232,7 +232,7 @@ def test_positions_that_a_model_does_not_know_are_refused(family: str, grid: tup
         run(model, inputs_of(family, grid=grid, batch=1))
 
 
-def test_room_of_hidream_for_pictures_that_are_not_square_is_told() -> None:
+def test_hidream_refuses_non_square_grids_beyond_its_token_limit() -> None:
     if not hasattr(diffusers, MODELS["hidream"].needs):
         pytest.skip("not in this diffusers")
     model = build("hidream")
@@ -241,7 +241,7 @@ def test_room_of_hidream_for_pictures_that_are_not_square_is_told() -> None:
         run(model, inputs_of("hidream", grid=(5, 13), batch=1))
 
 
-def test_a_picture_that_dit_would_fold_wrongly_is_refused() -> None:
+def test_dit_refuses_non_square_images() -> None:
     model, arguments = build("dit"), inputs_of("dit")
     linearize_(model, SMALL)
     with pytest.raises(LayoutError, match="square pictures only"):
@@ -255,7 +255,7 @@ def test_several_sizes_in_a_batch_are_refused() -> None:
         run(model, {**arguments, "img_shapes": [[(1, 4, 6)], [(1, 6, 4)]]})
 
 
-def test_layered_pictures_are_frames() -> None:
+def test_qwen_image_layers_are_frames_only_with_layer3d_rope() -> None:
     model = build("qwen-image")
     arguments = inputs_of("qwen-image", grid=(4, 6)) | {"img_shapes": [[(1, 2, 6), (1, 2, 6)]] * 2}
     assert family_of(model).see(model, arguments).grid == (2, 6)
@@ -264,7 +264,7 @@ def test_layered_pictures_are_frames() -> None:
 
 
 @pytest.mark.parametrize("starts", [(0,), (2,), (3,), (0, 2, 3)])
-def test_image_first_brings_the_image_before_all_others(starts: tuple[int, ...]) -> None:
+def test_image_first_moves_the_image_tokens_to_the_front(starts: tuple[int, ...]) -> None:
     tokens = torch.arange(9.0).expand(3, 2, 9)[..., None]  # 3 of text, 6 of the image
     assert image_first((2, 3), (0,), 3, text_first=False) is None
     order = image_first((2, 3), starts, 3, text_first=True)
@@ -279,7 +279,7 @@ def test_image_first_brings_the_image_before_all_others(starts: tuple[int, ...])
     assert torch.equal(reorder(moved, order.argsort(-1), dim=2), tokens)
 
 
-def test_min_tokens_leaves_the_small_levels_of_a_unet() -> None:
+def test_min_tokens_skips_the_small_levels_of_a_unet() -> None:
     model, arguments = build("unet"), inputs_of("unet", grid=(16, 16))
     base = run(model, arguments)
     report = linearize_(model, SMALL, min_tokens=100)
@@ -291,21 +291,21 @@ def test_min_tokens_leaves_the_small_levels_of_a_unet() -> None:
     assert torch.equal(run(model, arguments), base)
 
 
-def test_min_tokens_asks_for_layers_where_the_native_size_is_unknown() -> None:
+def test_min_tokens_is_refused_where_the_sample_size_is_unknown() -> None:
     for model in (build("unet-controlnet"), build("unet", sample_size=None)):
         with pytest.raises(ValueError, match=r'no sample_size: choose levels by name, as layers="down_blocks'):
             linearize_(model, SMALL, min_tokens=100)
         linearize_(model, SMALL, layers="down_blocks.0.*")
 
 
-def test_min_tokens_is_refused_where_all_modules_have_as_many() -> None:
+def test_min_tokens_is_refused_without_levels_or_below_zero() -> None:
     with pytest.raises(ValueError, match="has none"):
         linearize_(build("flux"), SMALL, min_tokens=100)
     with pytest.raises(ValueError, match=">= 0"):
         linearize_(build("unet"), SMALL, min_tokens=-1)
 
 
-def test_a_second_transformer_and_a_controlnet_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_linearize_warns_about_a_controlnet_with_full_attention(caplog: pytest.LogCaptureFixture) -> None:
     pipe = diffusers.FluxControlNetPipeline(None, None, None, None, None, None, build("flux"), build("flux-controlnet"))
     with caplog.at_level(logging.WARNING, logger="lineardit"):
         linearize_(pipe, SMALL)
@@ -316,7 +316,7 @@ def test_a_second_transformer_and_a_controlnet_are_named(caplog: pytest.LogCaptu
         assert not caplog.text
 
 
-def test_each_of_several_controlnets_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_linearize_warns_about_the_unconverted_one_of_two_controlnets(caplog: pytest.LogCaptureFixture) -> None:
     controlnets = [build("flux-controlnet"), build("flux-controlnet")]
     pipe = diffusers.FluxControlNetPipeline(None, None, None, None, None, None, build("flux"), controlnets)
     linearize_(controlnets[0], SMALL)
@@ -327,7 +327,7 @@ def test_each_of_several_controlnets_is_named(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_models_that_cannot_be_right_are_refused_with_the_reason(name: str) -> None:
+def test_refused_models_raise_with_the_reason(name: str) -> None:
     parent = diffusers.UNet2DConditionModel if name == "DreamLiteUNetModel" else nn.Module
     model = object.__new__(type(name, (parent,), {}))
     nn.Module.__init__(model)
@@ -335,6 +335,6 @@ def test_models_that_cannot_be_right_are_refused_with_the_reason(name: str) -> N
         linearize_(model, SMALL)
 
 
-def test_every_row_has_a_tiny_model() -> None:
+def test_every_family_has_a_tiny_model() -> None:
     tested = {tiny.needs for tiny in MODELS.values()}
     assert ROWS.keys() - tested == {"ControlNetUnionModel", "WanVACETransformer3DModel"}

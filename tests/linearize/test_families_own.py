@@ -45,7 +45,7 @@ def _see_pond(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     return Sight(grid=tuple(arguments["latents"].shape[-2:]))
 
 
-def test_a_family_of_ones_own_is_saved_loaded_and_told(tmp_path: Path) -> None:
+def test_custom_family_converts_saves_and_loads(tmp_path: Path) -> None:
     family = Family(name="pond", attention=("blocks.?",), see=_see_pond, image_alone=("*",))
     model, latents = _Pond(), torch.randn(2, 16, 4, 5)
     base = model(latents)

@@ -61,7 +61,7 @@ VARIANTS = {
 }
 
 
-def test_a_union_without_its_mode_is_told_so_by_upstream() -> None:
+def test_controlnet_union_without_its_mode_raises_the_upstream_error() -> None:
     model = build("flux-controlnet", num_mode=3)
     assert step_inputs(model, "flux", (8, 8))["controlnet_mode"].shape == (1, 1)
     linearize_(model, Clear(radius=2.3))
@@ -70,7 +70,7 @@ def test_a_union_without_its_mode_is_told_so_by_upstream() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if hasattr(diffusers, MODELS[VARIANTS[name].family].needs)])
-def test_variants_are_the_original_where_the_window_covers_and_else_the_window(name: str) -> None:
+def test_variants_match_the_base_when_covered_and_the_window_otherwise(name: str) -> None:
     variant = VARIANTS[name]
     model = build(variant.family, **variant.config)
     arguments = inputs_of(variant.family, grid=GRID, text_len=TEXT_LEN, batch=1) | variant.inputs()

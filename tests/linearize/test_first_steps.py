@@ -49,7 +49,7 @@ def test_first_steps_are_linear_in_every_call(pipe: diffusers.FluxPipeline, coun
     assert linear_in_each_step(pipe, count) == [step < count for step in range(STEPS)] * 2
 
 
-def test_first_steps_give_other_latents_than_all_and_none(pipe: diffusers.FluxPipeline) -> None:
+def test_first_steps_latents_differ_from_all_linear_and_all_dense(pipe: diffusers.FluxPipeline) -> None:
     linearize_(pipe, Agent(num_agents=4, second_scale_exponent=0.3, shortcut=0.075))
     with dense(pipe):
         none = paint(pipe)
@@ -61,7 +61,7 @@ def test_first_steps_give_other_latents_than_all_and_none(pipe: diffusers.FluxPi
         assert not torch.allclose(some, other, atol=1e-4)
 
 
-def test_first_steps_end_with_the_block_where_a_call_breaks_off(pipe: diffusers.FluxPipeline) -> None:
+def test_first_steps_enables_linear_attention_after_an_aborted_call(pipe: diffusers.FluxPipeline) -> None:
     linearize_(pipe, Agent(num_agents=4))
     conversion = vars(pipe.transformer)["_lineardit_conversion"]
 
@@ -77,7 +77,9 @@ def test_first_steps_end_with_the_block_where_a_call_breaks_off(pipe: diffusers.
 
 
 @pytest.mark.parametrize("how", ["interrupt", "error"])
-def test_a_call_after_one_that_broke_off_begins_with_linear_attention(pipe: diffusers.FluxPipeline, how: str) -> None:
+def test_first_steps_starts_linear_again_in_the_call_after_an_aborted_one(
+    pipe: diffusers.FluxPipeline, how: str
+) -> None:
     linearize_(pipe, Agent(num_agents=4))
     conversion = vars(pipe.transformer)["_lineardit_conversion"]
     seen: list[bool] = []
@@ -98,7 +100,7 @@ def test_a_call_after_one_that_broke_off_begins_with_linear_attention(pipe: diff
     assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
 
 
-def test_copies_of_a_scheduler_set_themselves_and_blocks_nest(pipe: diffusers.FluxPipeline) -> None:
+def test_first_steps_nests_and_leaves_scheduler_copies_independent(pipe: diffusers.FluxPipeline) -> None:
     linearize_(pipe, Agent(num_agents=4))
     with first_steps(pipe, 1), first_steps(pipe, 2):
         pipe.scheduler.set_timesteps(5, mu=1.0)
@@ -108,7 +110,7 @@ def test_copies_of_a_scheduler_set_themselves_and_blocks_nest(pipe: diffusers.Fl
     assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
 
 
-def test_first_steps_refuses(pipe: diffusers.FluxPipeline) -> None:
+def test_first_steps_refuses_invalid_models_and_counts(pipe: diffusers.FluxPipeline) -> None:
     with pytest.raises(ValueError, match="not converted"), first_steps(pipe, 2):
         pass
     with pytest.raises(ValueError, match="count must be >= 1, got 0"), first_steps(pipe, 0):

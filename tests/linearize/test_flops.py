@@ -29,7 +29,7 @@ TEXT_LEN, CHANNELS = 512, 24 * 128  # FLUX.1
         (Clear(radius=16, pool_size=4), (99.5, 558.7, 4731.7, 58565.7)),
     ],
 )
-def test_pairs_reproduces_clears_tables(config: Clear, gigaflops: tuple[float | None, ...]) -> None:
+def test_pairs_match_the_tables_of_the_clear_paper(config: Clear, gigaflops: tuple[float | None, ...]) -> None:
     for side, expected in zip((64, 128, 256, 512), gigaflops, strict=True):
         found = 4 * ClearAttention.pairs(config, (side, side), TEXT_LEN, num_heads=24, head_dim=128) * CHANNELS / 1e9
         assert expected is None or round(found, 1) == expected
@@ -39,7 +39,7 @@ def test_pairs_reproduces_clears_tables(config: Clear, gigaflops: tuple[float | 
 @pytest.mark.parametrize(
     "config", [Clear(radius=2.5), Clear(radius=100), Clear(radius=2, pool_size=4), Clear(radius=1, pool_tokens=4)]
 )
-def test_pairs_counts_the_mask(grid: tuple[int, int], config: Clear) -> None:
+def test_pairs_match_the_mask(grid: tuple[int, int], config: Clear) -> None:
     height, width = grid
     text_len = 3
     positions = [divmod(index, width) for index in range(height * width)]
@@ -58,7 +58,7 @@ COUNTED = ("flux", "sd3", "pixart", "unet", "wan", "qwen-image", "prx", "kandins
 
 
 @pytest.mark.parametrize("family", COUNTED)
-def test_count_steps_agrees_with_pytorchs_counter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_steps_matches_the_pytorch_flop_counter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flops, "SIZES", {"small": 64})
     if family not in FAMILIES:
         pytest.skip("not in this diffusers")
@@ -75,7 +75,7 @@ def test_count_steps_agrees_with_pytorchs_counter(family: str, monkeypatch: pyte
     assert step.flops({}).before == counter.get_total_flops()
 
 
-def test_count_steps_agrees_with_a_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_steps_matches_a_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flops, "SIZES", {"small": 64})
     (step,) = count_steps(build("dit", num_layers=3).to("meta"), vae_scale=4)
     tokens, width = 64, 32  # 8 x 8 tokens of 2 x 2 latents, 2 heads of 16
@@ -90,7 +90,7 @@ def test_count_steps_agrees_with_a_count_by_hand(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_count_steps_finds_the_attention_of_every_row(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_steps_finds_the_attention_of_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flops, "SIZES", {"small": 128})
     model = build(family).to("meta")
     if not can_make_inputs(model):
@@ -114,14 +114,14 @@ def steps_of(family: str) -> tuple[Step, ...]:
 
 
 @pytest.mark.parametrize("family", FIRST)
-def test_step_flops_with_a_window_over_everything_saves_nothing(family: str) -> None:
+def test_step_flops_of_a_covering_window_equal_the_original(family: str) -> None:
     for step in steps_of(family):
         modules = {call.module for call in step.calls}
         told = step.flops(dict.fromkeys(modules, Clear(radius=10_000)))
         assert told.after == told.before > told.attention_before > 0
 
 
-def test_step_flops_counts_swapped_modules_only() -> None:
+def test_step_flops_count_only_swapped_modules() -> None:
     step = steps_of("flux")[0]
     one, both = step.calls[0].module, {call.module for call in step.calls}
     some = step.flops({one: Clear(radius=2)})
@@ -130,7 +130,7 @@ def test_step_flops_counts_swapped_modules_only() -> None:
     assert some.before - some.after == some.attention_before - some.attention_after
 
 
-def test_step_flops_before_grows_with_the_square_and_after_with_the_pixels() -> None:
+def test_step_flops_grow_quadratically_before_and_linearly_after() -> None:
     modules = {call.module for step in steps_of("pixart") for call in step.calls}
     told = [step.flops(dict.fromkeys(modules, Clear(radius=2))) for step in steps_of("pixart")]
     assert [step.size for step in told] == list(SIZES)

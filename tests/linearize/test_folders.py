@@ -22,7 +22,7 @@ def test_new_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(errno.ENOSPC, "No space left")])
-def test_new_folder_says_what_a_full_disk_does_not_hold(tmp_path: Path, error: Exception) -> None:
+def test_new_folder_error_names_the_folder_on_a_full_disk(tmp_path: Path, error: Exception) -> None:
     with (
         pytest.raises(OSError, match=r"folder.*No space left|No space left.*folder"),
         new_folder(tmp_path / "folder", overwrite=False),
@@ -31,7 +31,7 @@ def test_new_folder_says_what_a_full_disk_does_not_hold(tmp_path: Path, error: E
     assert list(tmp_path.iterdir()) == []
 
 
-def test_new_folder_is_readable_as_any_new_folder(tmp_path: Path) -> None:
+def test_new_folder_has_the_default_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     with new_folder(tmp_path / "ours", overwrite=False):
         pass
@@ -39,7 +39,7 @@ def test_new_folder_is_readable_as_any_new_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_new_folder_leaves_the_old_one_when_its_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
+def test_new_folder_keeps_the_old_one_when_its_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").touch()
@@ -60,7 +60,7 @@ def test_new_folder_replaces_all_of_an_old_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_new_folder_keeps_what_exists(tmp_path: Path) -> None:
+def test_new_folder_refuses_existing_folders_and_files(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").touch()
     (tmp_path / "file").touch()
@@ -73,7 +73,7 @@ def test_new_folder_keeps_what_exists(tmp_path: Path) -> None:
         pass
 
 
-def test_write_whole_names_the_file_where_the_disk_is_full(tmp_path: Path) -> None:
+def test_write_whole_error_names_the_file_and_keeps_the_old_one(tmp_path: Path) -> None:
     def full(temporary: Path) -> None:
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -87,7 +87,7 @@ def test_write_whole_names_the_file_where_the_disk_is_full(tmp_path: Path) -> No
     assert (tmp_path / "told.json").read_text() == "old"
 
 
-def test_check_writable_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_writable_leaves_no_files_and_names_the_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_writable(tmp_path / "new" / "deep")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
@@ -99,7 +99,7 @@ def test_check_writable_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         check_writable(tmp_path)
 
 
-def test_read_tensors_says_what_is_wrong(tmp_path: Path) -> None:
+def test_read_tensors_refuses_missing_and_damaged_files(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match=r"x.safetensors does not exist"):
         read_tensors(file)

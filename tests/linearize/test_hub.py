@@ -53,7 +53,7 @@ for name, options in (("pickles", {}), ("configs", {}), ("configs", {"offline": 
 """
 
 
-def test_what_is_asked_of_the_hub_and_what_goes_there(tmp_path: Path) -> None:
+def test_hub_downloads_uploads_and_error_messages(tmp_path: Path) -> None:
     with serve(tmp_path / "hub") as hub:
         fill(hub)
         told = output_of_script(hub, tmp_path / "adapter")

@@ -66,7 +66,7 @@ def masked(text_len: int) -> Tensor | None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("text_len", [0, TEXT_LEN])
 @pytest.mark.parametrize("config", BRANCHES, ids=str)
-def test_a_closed_gate_leaves_the_local_branch_bit_for_bit(
+def test_closed_gate_gives_the_local_branch_bit_for_bit(
     config: Hybrid, text_len: int, dtype: torch.dtype, impl: str
 ) -> None:
     hybrid, local = kernel_of(config, dtype), kernel_of(config.local, dtype)
@@ -78,7 +78,7 @@ def test_a_closed_gate_leaves_the_local_branch_bit_for_bit(
 @pytest.mark.parametrize("join", ["mass", "gate"])
 @pytest.mark.parametrize("text_first", [True, False], ids=["text-first", "text-last"])
 @pytest.mark.parametrize("global_", [Agent(num_agents=4), Mala()], ids=str)
-def test_hybrid_is_the_formula(global_: Any, text_first: bool, join: str) -> None:
+def test_hybrid_matches_the_formula(global_: Any, text_first: bool, join: str) -> None:
     kernel = kernel_of(Hybrid(local=Clear(radius=2), global_=global_, join=join, mass_cells=4))
     for parameter in kernel.parameters():
         torch.nn.init.normal_(parameter)
@@ -117,7 +117,7 @@ def _means(tokens: Tensor) -> Tensor:
     return adaptive_avg_pool2d(tokens.mT.reshape(2, 16, *GRID), (2, 2)).reshape(2, 2, 8, 4).mT
 
 
-def test_where_nothing_is_estimated_an_open_gate_is_softmax_over_everything() -> None:
+def test_open_gate_approximates_full_softmax_for_constant_cells() -> None:
     """Keys and values constant within each cell, and a window that sees its own token alone."""
     kernel = kernel_of(Hybrid(local=Clear(radius=1), global_=ProxyTokens(num_proxies=4), gate=1.0))
     grid, text_len = (20, 20), 2
@@ -135,7 +135,7 @@ def test_where_nothing_is_estimated_an_open_gate_is_softmax_over_everything() ->
 
 
 @pytest.mark.parametrize("text_len", [0, TEXT_LEN])
-def test_proxies_that_weigh_themselves_are_one_softmax(text_len: int) -> None:
+def test_proxy_tokens_and_window_share_one_softmax(text_len: int) -> None:
     """Gates, balance and what the proxies hear are random; text is masked."""
     kernel = kernel_of(Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4)))
     for parameter in kernel.parameters():
@@ -159,7 +159,7 @@ def test_proxies_that_weigh_themselves_are_one_softmax(text_len: int) -> None:
 @pytest.mark.parametrize(
     "local", [Clear(radius=2), Neighborhood(window=3, dilation=2), SlidingTile(tile=2, window=1)], ids=str
 )
-def test_with_a_proxy_for_every_token_a_hybrid_is_softmax_over_everything(local: Any, impl: str) -> None:
+def test_hybrid_with_one_proxy_per_token_matches_full_softmax(local: Any, impl: str) -> None:
     kernel = kernel_of(Hybrid(local=local, global_=ProxyTokens(num_proxies=30), gate=1.0))
     kernel.impl = impl
     inputs = tokens(TEXT_LEN)
@@ -167,13 +167,13 @@ def test_with_a_proxy_for_every_token_a_hybrid_is_softmax_over_everything(local:
     assert torch.allclose(out, scaled_dot_product_attention(*inputs, scale=SCALE), atol=1e-6)
 
 
-def test_cells_that_weigh_are_the_proxies_agents_or_64_for_a_state() -> None:
+def test_num_cells_defaults_to_the_proxies_agents_or_64() -> None:
     for global_, count in ((ProxyTokens(num_proxies=9), 9), (Agent(num_agents=10), 10), (Mala(), 64)):
         assert Hybrid(local=Clear(radius=2), global_=global_).num_cells == count
         assert Hybrid(local=Clear(radius=2), global_=global_, mass_cells=5).num_cells == 5
 
 
-def test_a_window_that_covers_the_image_leaves_nothing_to_the_global_branch() -> None:
+def test_hybrid_with_a_covering_window_matches_full_softmax() -> None:
     for join in ("mass", "gate"):
         kernel = kernel_of(Hybrid(local=Clear(radius=9), global_=Mala(), join=join, gate=0.7))
         inputs, layout = tokens(TEXT_LEN), Layout(GRID, TEXT_LEN, True, None)
@@ -190,7 +190,7 @@ def test_gradient_reaches_the_closed_gate(config: Hybrid) -> None:
     assert kernel.gate.grad.abs().min() > 0
 
 
-def test_impl_is_that_of_the_window_and_of_the_global_branch_where_it_has_one() -> None:
+def test_hybrid_impl_is_set_on_the_branches_that_support_it() -> None:
     kernel = kernel_of(BRANCHES[0])
     assert kernel.implementations() == kernel.local.implementations()
     for name, of_agents in {"tiled": "auto", "reference": "reference", "auto": "auto"}.items():
@@ -198,7 +198,7 @@ def test_impl_is_that_of_the_window_and_of_the_global_branch_where_it_has_one() 
         assert (kernel.impl, kernel.local.impl, kernel.global_.impl) == (name, name, of_agents)
 
 
-def test_pairs_are_those_of_both_branches_with_text_once() -> None:
+def test_hybrid_pairs_sum_both_branches_and_count_text_once() -> None:
     shape = {"num_heads": 2, "head_dim": 8}
     for config in BRANCHES:
         local = METHODS[type(config.local)].pairs(config.local, GRID, TEXT_LEN, **shape)
@@ -207,7 +207,7 @@ def test_pairs_are_those_of_both_branches_with_text_once() -> None:
         assert METHODS[Hybrid].pairs(config, GRID, TEXT_LEN, **shape) == local + far + weighing
 
 
-def test_several_frames_pass_through_both_branches() -> None:
+def test_hybrid_mixes_frames_through_the_global_branch() -> None:
     """Where each frame's window holds that frame, what comes from the other is the global branch's."""
     kernel = METHODS[Hybrid](
         Hybrid(local=Clear(radius=9, frame_radius=1), global_=Agent(num_agents=4), gate=1), num_heads=2, head_dim=8
@@ -244,7 +244,7 @@ def test_config_round_trips_through_json(config: Hybrid) -> None:
         ({"mass_cells": 0}, "mass_cells must be an integer >= 1 or None, got 0"),
     ],
 )
-def test_settings_are_checked(change: dict[str, Any], told: str) -> None:
+def test_hybrid_refuses_invalid_settings(change: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Hybrid(**{"local": Clear(radius=2), "global_": Mala(), **change})
 
@@ -258,7 +258,7 @@ def test_settings_are_checked(change: dict[str, Any], told: str) -> None:
         ({"local": {"method": "clear", "radius": 2}, "globol": {"method": "mala"}}, r"did you mean global\?"),
     ],
 )
-def test_config_from_dict_names_what_is_wrong_in_a_branch(entries: dict[str, Any], told: str) -> None:
+def test_config_from_dict_refuses_invalid_branches(entries: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         config_from_dict({"method": "hybrid", **entries})
 
@@ -273,7 +273,7 @@ def test_config_from_dict_names_what_is_wrong_in_a_branch(entries: dict[str, Any
         ('{"method": "clear", "radius": 8}', {"method": "clear", "radius": 8}),
     ],
 )
-def test_split_arguments_reads_a_method_as_a_setting(text: str, method: dict[str, Any]) -> None:
+def test_split_arguments_parses_a_method_as_a_setting(text: str, method: dict[str, Any]) -> None:
     options, others = split_arguments(["--local", text, "BASE"], {"local"}, frozenset({"local"}))
     assert options == {"local": method}
     assert others == ["BASE"]
@@ -291,7 +291,7 @@ def test_convert_takes_a_hybrid(tmp_path: Path) -> None:
     assert {config_from_dict(method) for method in methods.values()} == {expected}
 
 
-def test_report_spells_both_branches_as_the_command_takes_them() -> None:
+def test_report_prints_both_branches_in_command_line_syntax() -> None:
     report = linearize_(build("flux"), Hybrid(local=Neighborhood(window=(3, 5)), global_=Mala(gate=True)))
     assert "x Hybrid(local=neighborhood:window=[3,5], global=mala:gate=true)" in str(report)
     options, _ = split_arguments(["--global=mala:gate=true"], {"global"}, frozenset({"global"}))
@@ -318,7 +318,7 @@ def test_report_spells_both_branches_as_the_command_takes_them() -> None:
     ],
     ids=str,
 )
-def test_advice_is_given_where_proxies_stand_for_what_is_near(
+def test_advice_is_given_where_proxy_cells_exceed_the_window_reach(
     local: Any, num_proxies: int, grid: tuple[int, ...], told: str | None
 ) -> None:
     advice = HybridAttention.advice(Hybrid(local=local, global_=ProxyTokens(num_proxies=num_proxies)), grid)
@@ -342,14 +342,14 @@ NO_FOCUS = Hybrid(local=Clear(radius=64), global_=ProxyTokens(num_proxies=256), 
     ],
     ids=str,
 )
-def test_advice_tells_where_nothing_is_in_focus(grid: tuple[int, ...], told: str | None) -> None:
+def test_advice_is_given_where_focus_tokens_has_no_effect(grid: tuple[int, ...], told: str | None) -> None:
     advice = HybridAttention.advice(NO_FOCUS, grid)
     assert advice is None if told is None else advice is not None and told in advice
     covering = replace(NO_FOCUS, local=Clear(radius=400))  # nothing lies beyond the window
     assert HybridAttention.advice(covering, grid) is None
 
 
-def test_a_grid_without_focus_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_grid_without_focus_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     kernels = [METHODS[Hybrid](NO_FOCUS, num_heads=2, head_dim=8) for _ in range(2)]
     for kernel in kernels:
         kernel.observe((250, 260))

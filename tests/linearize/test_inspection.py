@@ -39,7 +39,7 @@ def test_convert_base_takes_a_selection_of_layers(base: Path, tmp_path: Path) ->
     assert list(load_adapter_(build("flux"), tmp_path / "adapter").swapped) == list(report.swapped)
 
 
-def test_convert_base_keeps_an_existing_folder(base: Path, tmp_path: Path) -> None:
+def test_convert_base_overwrites_only_when_asked(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     convert_base(base, Clear(radius=2), output=output)
     before = (output / "lineardit.json").read_text()
@@ -68,7 +68,7 @@ def test_convert_base_that_fails_writes_nothing(base: Path, tmp_path: Path, opti
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_convert_base_lists_the_supported_classes(tmp_path: Path) -> None:
+def test_convert_base_error_lists_the_supported_classes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(UnsupportedModelError, match=r"cannot convert a AutoencoderKL; supported: Flux.*, SD3"):
         convert_base(tmp_path, Clear(radius=2), output=tmp_path / "adapter")
@@ -92,28 +92,28 @@ def test_inspect_base_shows_every_attention_module(tmp_path: Path) -> None:
     assert all(step.after < step.before for step in found.flops)
 
 
-def test_inspect_base_of_a_base_saves_nothing(base: Path) -> None:
+def test_inspect_base_of_an_unconverted_base_reports_equal_flops(base: Path) -> None:
     found = inspect_base(base)
     assert not any(row.swapped for row in found.rows) and len(found.rows) == 2
     assert all(step.after == step.before for step in found.flops)
     assert [step.grid for step in found.flops] == [(256, 256), (512, 512), (1024, 1024), (2048, 2048)]
 
 
-def test_inspect_base_of_a_plain_save_shows_its_conversion(tmp_path: Path) -> None:
+def test_inspect_base_of_a_saved_pipeline_shows_its_conversion(tmp_path: Path) -> None:
     pipe = flux_pipeline()
     linearize_(pipe, Clear(radius=2))
     pipe.save_pretrained(tmp_path / "saved")
     assert all(row.swapped for row in inspect_base(tmp_path / "saved").rows)
 
 
-def test_inspect_base_tells_the_forced_implementation_and_refuses_unknown_ones(base: Path, tmp_path: Path) -> None:
+def test_inspect_base_reports_forced_and_refuses_unknown_implementations(base: Path, tmp_path: Path) -> None:
     convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
     assert {row.impl for row in inspect_base(tmp_path / "adapter", impl="reference").rows} == {"reference"}
     with pytest.raises(ValueError, match=r"got 'tield' \(did you mean tiled"):
         inspect_base(tmp_path / "adapter", impl="tield")
 
 
-def test_inspect_base_tells_what_reads_cells_in_focus(base: Path, tmp_path: Path) -> None:
+def test_inspect_base_reports_the_focus_implementation(base: Path, tmp_path: Path) -> None:
     proxies = ProxyTokens(num_proxies=16)
     method = Hybrid(local=Clear(radius=2), global_=proxies, gate=1.0, focus_tokens=4096)
     convert_base(base, method, output=tmp_path / "adapter")

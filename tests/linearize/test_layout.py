@@ -52,7 +52,7 @@ def test_rectangle_refuses_a_missing_token(height: int, width: int, data: st.Dat
 
 
 @pytest.mark.parametrize("text_first", [True, False])
-def test_text_mask_takes_the_text_part(text_first: bool) -> None:
+def test_text_mask_of_extracts_the_text_part(text_first: bool) -> None:
     text = torch.tensor([[True, False, True], [False, True, True]])
     image = torch.ones(2, 6, dtype=torch.bool)
     mask = torch.cat([text, image] if text_first else [image, text], dim=1)
@@ -65,14 +65,14 @@ def test_text_mask_takes_the_text_part(text_first: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blocked", [-10000.0, -torch.inf])
-def test_text_mask_reads_an_additive_mask(dtype: torch.dtype, blocked: float) -> None:
+def test_text_mask_of_reads_an_additive_mask(dtype: torch.dtype, blocked: float) -> None:
     text = torch.tensor([[True, False, True]])
     attend = torch.cat([text, torch.ones(1, 6, dtype=torch.bool)], dim=1)
     mask = torch.zeros(1, 9, dtype=dtype).masked_fill(~attend, blocked)
     assert torch.equal(text_mask_of(mask[:, None, None], torch.zeros(1, 4, 9, 8), Layout((2, 3), 3, True)), text)
 
 
-def test_text_mask_takes_a_square_for_queries_by_keys() -> None:
+def test_text_mask_of_refuses_a_query_by_key_mask() -> None:
     with pytest.raises(LayoutError, match="mask of keys"):
         text_mask_of(torch.ones(9, 9, dtype=torch.bool), torch.zeros(9, 1, 9, 4), Layout((2, 3), 3, True))
 
@@ -92,7 +92,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["qwen-image", "lumina2", "hunyuan-image"])
-def test_converted_model_asks_the_device_as_often_with_more_layers(family: str) -> None:
+def test_device_synchronizations_do_not_grow_with_layers(family: str) -> None:
     counts = []
     for num_layers in (1, 3):
         model = build(family, num_layers=num_layers)

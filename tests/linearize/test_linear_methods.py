@@ -71,7 +71,7 @@ def _bias_by_hand(table: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_joint_attention_is_the_formula(config: Any, text_first: bool) -> None:
+def test_joint_attention_matches_the_formula(config: Any, text_first: bool) -> None:
     kernel = moved(config)
     text, image = ([torch.randn(2, 2, count, 8, dtype=torch.float64) for _ in range(3)] for count in (TEXT_LEN, 15))
     mask = torch.tensor([[True, True, False, True], [False] * 4])
@@ -92,7 +92,7 @@ def test_joint_attention_is_the_formula(config: Any, text_first: bool) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_without_text_only_the_image_part_is_left(config: Any) -> None:
+def test_attention_without_text_is_the_image_part_alone(config: Any) -> None:
     kernel = moved(config)
     image = [torch.randn(2, 2, 15, 8, dtype=torch.float64) for _ in range(3)]
     out = kernel(*image, Layout(GRID, 0, True, None), scale=SCALE)
@@ -111,12 +111,14 @@ def test_without_text_only_the_image_part_is_left(config: Any) -> None:
         ((2, 32, 32), 64, (1, 8, 8)),
     ],
 )
-def test_cell_grid_has_cells_near_cubes(sides: tuple[int, ...], num_agents: int, expected: tuple[int, ...]) -> None:
+def test_cell_grid_makes_cells_close_to_cubes(
+    sides: tuple[int, ...], num_agents: int, expected: tuple[int, ...]
+) -> None:
     assert cell_grid(*sides, num_agents) == expected
 
 
 @pytest.mark.parametrize(("grid", "num_agents"), [((3, 5), 4), ((2, 2), 9), ((4, 3, 5), 24), ((7, 1), 3)])
-def test_cell_means_are_adaptive_pooling(grid: tuple[int, ...], num_agents: int) -> None:
+def test_cell_means_match_adaptive_pooling(grid: tuple[int, ...], num_agents: int) -> None:
     frames, height, width = (1, *grid)[-3:]
     tokens = torch.randn(2, 3, frames * height * width, 4, dtype=torch.float64, requires_grad=True)
     pooled = cell_means(tokens, height, width, num_agents)
@@ -143,7 +145,7 @@ def test_conv_tokens_stays_within_each_frame() -> None:
     assert torch.autograd.gradcheck(lambda *x: conv_tokens(*x, 3, 5), (tokens, weight), fast_mode=True)
 
 
-def test_grid_operators_are_sound() -> None:
+def test_grid_operators_pass_opcheck() -> None:
     tokens = torch.randn(1, 2, 30, 4, requires_grad=True)
     torch.library.opcheck(cell_means, (tokens, 3, 5, 4))
     torch.library.opcheck(agent_bias, (torch.randn(2, 5, 5, requires_grad=True), 30, 3, 5, 4))
@@ -151,7 +153,7 @@ def test_grid_operators_are_sound() -> None:
 
 
 @pytest.mark.parametrize("config", [Mala(gate=True), Rala(), Agent(num_agents=6)], ids=str)
-def test_pairs_agrees_with_pytorchs_counter(config: Any) -> None:
+def test_pairs_match_the_pytorch_flop_counter(config: Any) -> None:
     """Of the reference of the image part, which runs in operators that the counter can see into."""
     num_heads, head_dim, num_tokens = 2, 8, 35
     kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
@@ -185,6 +187,6 @@ def test_pairs_agrees_with_pytorchs_counter(config: Any) -> None:
         (Agent, {"num_agents": 4, "second_scale_exponent": float("nan")}, "second_scale_exponent must be a finite"),
     ],
 )
-def test_settings_are_checked(method: Any, entries: dict[str, Any], told: str) -> None:
+def test_configs_refuse_invalid_settings(method: Any, entries: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         method(**entries)

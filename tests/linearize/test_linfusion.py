@@ -34,14 +34,14 @@ def pair_by_pair(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_linear_attention_is_the_sum_over_pairs(dtype: torch.dtype) -> None:
+def test_linear_attention_matches_the_sum_over_pairs(dtype: torch.dtype) -> None:
     query, key, value = torch.randn(3, 2, 3, 15, 8, dtype=torch.float64)  # a grid of 3 x 5
     query[..., 0] = key[..., 1] = 0  # where phi has a bend
     assert_matches_reference(linear_attention, pair_by_pair, (query.mT.contiguous().mT, key, value), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_linear_attention_keeps_small_features(dtype: torch.dtype) -> None:
+def test_linear_attention_is_precise_for_small_features(dtype: torch.dtype) -> None:
     query, key, value = (torch.randn(1, 2, 15, 8).to(dtype) for _ in range(3))
     expected = pair_by_pair(query.double(), (key - 8).double(), value.double())
     out = linear_attention(query, key - 8, value)
@@ -49,7 +49,7 @@ def test_linear_attention_keeps_small_features(dtype: torch.dtype) -> None:
     assert torch.allclose(out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
-def test_linear_attention_stays_in_the_range_of_float16() -> None:
+def test_linear_attention_does_not_overflow_float16() -> None:
     query, key, value = (torch.full((1, 1, 40000, 4), size, dtype=torch.float16) for size in (3.0, 3.0, 9.0))
     assert torch.allclose(linear_attention(query, key, value), value, rtol=2e-3)
 
@@ -77,7 +77,7 @@ class WrittenOut:
 
 
 @pytest.mark.parametrize("config", [LinFusion(), LinFusion(projection_channels=5), LinFusion(projection_channels=0)])
-def test_linearize_gives_the_formula_in_a_whole_unet(config: LinFusion) -> None:
+def test_linearize_matches_the_formula_in_a_whole_unet(config: LinFusion) -> None:
     model, arguments = student(config), inputs_of("unet")
     written_out = copy.deepcopy(model)
     kernels = {name: module.linear_kernel for name, module in swapped(written_out).items()}
@@ -87,7 +87,7 @@ def test_linearize_gives_the_formula_in_a_whole_unet(config: LinFusion) -> None:
     assert torch.allclose(run(model, arguments), run(written_out, arguments), atol=1e-5)
 
 
-def test_linearize_changes_no_projection_before_training() -> None:
+def test_query_term_is_zero_before_training() -> None:
     model = build("unet")
     linearize_(model, LinFusion())
     x = torch.randn(2, 7, 16)
@@ -113,7 +113,7 @@ def test_dense_and_restore_give_the_base_bit_for_bit() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_style_sees_the_same_input_before_and_after_conversion() -> None:
+def test_user_lora_added_before_or_after_conversion_gives_the_same_output() -> None:
     arguments, style = inputs_of("unet"), LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
     torch.manual_seed(1)
     first = build("unet")
@@ -138,7 +138,7 @@ def test_a_style_sees_the_same_input_before_and_after_conversion() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_have_networks_of_their_own(copied) -> None:
+def test_copies_do_not_share_networks(copied) -> None:
     model, arguments = student(), inputs_of("unet")
     other, before = copied(model), run(model, arguments)
     assert torch.equal(run(other, arguments), before)
@@ -181,7 +181,7 @@ def test_bfloat16_models_have_bfloat16_networks() -> None:
     assert run(model, given | floats).isfinite().all()
 
 
-def test_float8_storage_keeps_the_output_near() -> None:
+def test_float8_storage_keeps_the_output_close() -> None:
     model, arguments = student(), inputs_of("unet")
     before = run(model, arguments)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -198,7 +198,7 @@ def test_fused_projections_are_refused_in_either_order() -> None:
         linearize_(model, LinFusion())
 
 
-def test_joint_attention_is_refused_with_the_way_out() -> None:
+def test_joint_attention_is_refused_with_a_suggestion() -> None:
     model = build("flux")
     with pytest.raises(UnsupportedModelError, match="take another method"):
         linearize_(model, LinFusion(projection_channels=0))
@@ -210,7 +210,7 @@ def test_joint_attention_is_refused_with_the_way_out() -> None:
     run(model, inputs_of("sd3"))
 
 
-def test_another_processor_is_never_silent() -> None:
+def test_replaced_processor_raises() -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
     model = student()
@@ -226,7 +226,7 @@ def test_linfusion_refuses_bad_channels(value: object) -> None:
 
 
 @pytest.mark.parametrize("hidden", [None, 5, 0])
-def test_pairs_agrees_with_pytorchs_counter(hidden: int | None) -> None:
+def test_pairs_match_the_pytorch_flop_counter(hidden: int | None) -> None:
     config, num_heads, head_dim, grid = LinFusion(projection_channels=hidden), 3, 8, (5, 7)
     kernel = LinFusionAttention(config, num_heads=num_heads, head_dim=head_dim)
     x, channels = torch.randn(1, 35, num_heads * head_dim), num_heads * head_dim

@@ -56,7 +56,7 @@ def folder(case: Case, tmp_path: Path) -> Path:
     return case.folder(tmp_path / "linfusion")
 
 
-def test_load_linfusion_checkpoint_gives_the_authors_output(case: Case, folder: Path) -> None:
+def test_load_linfusion_checkpoint_reproduces_the_authors_output(case: Case, folder: Path) -> None:
     unet = case.unet()
     report = load_linfusion_checkpoint_(unet, folder)
     assert set(report.swapped.values()) == {LinFusion()} and len(report.swapped) == 4
@@ -99,7 +99,7 @@ def written_out(case: Case, inputs: dict[str, Any]) -> Tensor:
     return run(unet, inputs)
 
 
-def test_the_formula_of_this_file_gives_the_authors_output(case: Case) -> None:
+def test_written_out_formula_reproduces_the_authors_output(case: Case) -> None:
     assert relative_error(written_out(case, case.inputs), case.output) < 1e-4
 
 
@@ -127,7 +127,7 @@ def test_load_linfusion_checkpoint_takes_networks_of_other_widths(case: Case, tm
     assert relative_error(run(unet, inputs), written_out(case, inputs)) < 1e-4
 
 
-def test_load_linfusion_checkpoint_swaps_the_modules_of_the_list_alone(case: Case, tmp_path: Path) -> None:
+def test_load_linfusion_checkpoint_converts_only_the_listed_modules(case: Case, tmp_path: Path) -> None:
     case.modules = case.modules[:2]
     case.tensors = {name: x for name, x in case.tensors.items() if name[0] in "01"}
     unet = case.unet()
@@ -170,7 +170,7 @@ SDXL = {
 
 
 @pytest.mark.parametrize("changes", [SD21, SDXL], ids=["sd21", "sdxl"])
-def test_load_linfusion_checkpoint_onto_other_unets(case: Case, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_load_linfusion_checkpoint_supports_other_unets(case: Case, tmp_path: Path, changes: dict[str, Any]) -> None:
     case.config |= changes
     base = diffusers.UNet2DConditionModel(**case.config)
     case.base = base.state_dict()
@@ -207,7 +207,7 @@ def test_load_linfusion_checkpoint_reads_shards(case: Case, folder: Path) -> Non
         load_linfusion_checkpoint_(case.unet(), folder)
 
 
-def test_load_linfusion_checkpoint_reads_no_pickle(case: Case, folder: Path) -> None:
+def test_load_linfusion_checkpoint_refuses_pickles(case: Case, folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin, a pickle, .*safetensors.torch.save_file"):
@@ -255,13 +255,13 @@ def test_load_linfusion_checkpoint_lists_wrong_keys_and_changes_nothing(
         ({"projection_mid_dim": -2}, "projection_channels must be an integer >= 0"),
     ],
 )
-def test_load_linfusion_checkpoint_lists_wrong_modules(case: Case, tmp_path: Path, changes, text: str) -> None:
+def test_load_linfusion_checkpoint_refuses_wrong_modules(case: Case, tmp_path: Path, changes, text: str) -> None:
     case.modules[0] |= changes
     with pytest.raises(ValueError, match=text):
         load_linfusion_checkpoint_(case.unet(), case.folder(tmp_path / "folder"))
 
 
-def test_load_linfusion_checkpoint_says_what_a_folder_is_not(case: Case, folder: Path, tmp_path: Path) -> None:
+def test_load_linfusion_checkpoint_refuses_invalid_folders_and_models(case: Case, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder .*nowhere here, and it is not a Hub id"):
         load_linfusion_checkpoint_(case.unet(), tmp_path / "nowhere")
     for config in ({"modules_list": []}, {}, {"modules_list": {"a": 1}}):
@@ -272,7 +272,7 @@ def test_load_linfusion_checkpoint_says_what_a_folder_is_not(case: Case, folder:
         load_linfusion_checkpoint_(build("flux"), folder)
 
 
-def test_load_linfusion_checkpoint_keeps_the_way_back(case: Case, folder: Path) -> None:
+def test_load_linfusion_checkpoint_can_be_undone_if_originals_are_kept(case: Case, folder: Path) -> None:
     unet = case.unet()
     before = run(unet, case.inputs)
     load_linfusion_checkpoint_(unet, folder)
@@ -287,7 +287,7 @@ def test_load_linfusion_checkpoint_keeps_the_way_back(case: Case, folder: Path) 
 
 
 @pytest.mark.parametrize("output", ["adapter", "adapter.safetensors"])
-def test_imported_networks_go_through_adapters(case: Case, folder: Path, tmp_path: Path, output: str) -> None:
+def test_imported_networks_survive_saving_as_an_adapter(case: Case, folder: Path, tmp_path: Path, output: str) -> None:
     student = case.unet()
     load_linfusion_checkpoint_(student, folder)
     save_adapter(student, tmp_path / output)
@@ -305,7 +305,7 @@ def test_imported_networks_go_through_adapters(case: Case, folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize("method", [[], ["--method", "linfusion"]])
-def test_convert_imports_without_the_bases_weights(case: Case, folder: Path, tmp_path: Path, method) -> None:
+def test_convert_imports_without_base_weights(case: Case, folder: Path, tmp_path: Path, method) -> None:
     unet = case.unet()
     unet.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / WEIGHTS).unlink()

@@ -42,7 +42,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_from_pretrained_gives_the_student_on_the_base_that_the_adapter_names(
+def test_from_pretrained_loads_the_student_on_the_base_named_by_its_adapter(
     base: Path, kind: str, tmp_path: Path
 ) -> None:
     student, arguments = student_of(base, kind), inputs_of("flux")
@@ -54,7 +54,7 @@ def test_from_pretrained_gives_the_student_on_the_base_that_the_adapter_names(
     assert torch.equal(run(pipe, arguments), run(plain(base), arguments))
 
 
-def test_from_pretrained_loads_in_the_dtype_asked_for(base: Path, tmp_path: Path) -> None:
+def test_from_pretrained_loads_in_the_given_dtype(base: Path, tmp_path: Path) -> None:
     save_adapter(student_of(base, "lora"), tmp_path / "adapter")
     pipe = from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)
     assert {weight.dtype for name, weight in pipe.transformer.named_parameters() if "kernel" not in name} == {
@@ -62,7 +62,7 @@ def test_from_pretrained_loads_in_the_dtype_asked_for(base: Path, tmp_path: Path
     }
 
 
-def test_from_pretrained_without_a_dtype_is_float32_in_every_part(tmp_path: Path) -> None:
+def test_from_pretrained_without_a_dtype_loads_every_component_in_float32(tmp_path: Path) -> None:
     """Also text encoders that are stored in half precision, which the libraries would leave so."""
     build_tiny().to(torch.bfloat16).save_pretrained(tmp_path / "half")
     student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "half")
@@ -77,12 +77,12 @@ def test_from_pretrained_without_a_dtype_is_float32_in_every_part(tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "Auto", 16])
-def test_from_pretrained_refuses_what_is_no_dtype(dtype: object, tmp_path: Path) -> None:
+def test_from_pretrained_refuses_an_invalid_dtype(dtype: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dtype must be a torch.dtype, 'auto' or None, got"):
         from_pretrained(tmp_path, dtype=dtype)
 
 
-def test_from_pretrained_takes_a_base_that_has_moved(base: Path, tmp_path: Path) -> None:
+def test_from_pretrained_accepts_the_new_place_of_a_moved_base(base: Path, tmp_path: Path) -> None:
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
     moved = base.rename(tmp_path / "moved")
@@ -102,7 +102,7 @@ def test_from_pretrained_loads_a_bare_denoiser(tmp_path: Path) -> None:
         assert torch.equal(loaded(**arguments)[0], student(**arguments)[0])
 
 
-def test_save_pretrained_is_restored_with_one_warning(
+def test_save_pretrained_loads_as_the_student_with_one_warning(
     base: Path, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, arguments = student_of(base, kind), inputs_of("flux")
@@ -126,14 +126,14 @@ def test_save_pretrained_is_restored_with_one_warning(
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_save_pretrained_in_shards_is_restored(base: Path, tmp_path: Path) -> None:
+def test_save_pretrained_in_shards_loads_as_the_student(base: Path, tmp_path: Path) -> None:
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     student.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
     assert len(list((tmp_path / "saved" / "transformer").glob("*.safetensors"))) > 1
     assert torch.equal(run(from_pretrained(tmp_path / "saved"), arguments), run(student, arguments))
 
 
-def test_save_pretrained_after_restore_is_the_plain_base(base: Path, tmp_path: Path) -> None:
+def test_save_pretrained_after_restore_writes_the_plain_base(base: Path, tmp_path: Path) -> None:
     student = student_of(base, "lora")
     restore_(student)
     student.save_pretrained(tmp_path / "saved")
@@ -155,7 +155,7 @@ def test_from_pretrained_runs_no_code_and_reads_no_pickle(base: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["whole", "shards"])
-def test_a_folder_of_one_variant_is_loaded(
+def test_from_pretrained_loads_the_only_variant(
     base: Path, tmp_path: Path, shards: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     student, arguments = student_of(base, "lora"), inputs_of("flux")
@@ -179,7 +179,7 @@ def test_a_folder_of_one_variant_is_loaded(
     assert from_pretrained(tmp_path / "adapter", base=moved, dtype="auto").transformer.dtype == torch.float32
 
 
-def test_from_pretrained_hands_options_to_diffusers(base: Path, tmp_path: Path) -> None:
+def test_from_pretrained_passes_options_to_diffusers(base: Path, tmp_path: Path) -> None:
     student = student_of(base, "kernels")
     save_adapter(student, tmp_path / "adapter")
     for option in ({"variant": "fp16"}, {"variant": None}):
@@ -194,7 +194,7 @@ def test_from_pretrained_hands_options_to_diffusers(base: Path, tmp_path: Path) 
     assert from_pretrained(tmp_path / "adapter", scheduler=scheduler).scheduler is scheduler
 
 
-def test_from_pretrained_says_that_a_base_has_no_weights(base: Path, tmp_path: Path) -> None:
+def test_from_pretrained_refuses_a_base_folder_without_weights(base: Path, tmp_path: Path) -> None:
     student = student_of(base, "kernels")
     save_adapter(student, tmp_path / "adapter")
     (base / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
@@ -204,7 +204,7 @@ def test_from_pretrained_says_that_a_base_has_no_weights(base: Path, tmp_path: P
     assert swapped(from_pretrained(tmp_path / "adapter", transformer=build("flux")).transformer)
 
 
-def test_from_pretrained_says_what_a_folder_is_not(base: Path, tmp_path: Path) -> None:
+def test_from_pretrained_refuses_unconverted_and_empty_folders(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is a base .*: pipe = diffusers.FluxPipeline.from_pretrained.*generate"):
         from_pretrained(base)
     with pytest.raises(ValueError, match=r"is a base and not converted") as caught:
@@ -224,7 +224,7 @@ def test_from_pretrained_says_what_a_folder_is_not(base: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("read", [from_pretrained, open_pipeline, inspect_base, WeightlessConversion.read])
 @pytest.mark.parametrize("conversion", [None, Clear(radius=2)], ids=["base", "saved"])
-def test_a_base_is_refused_beside_what_is_no_adapter(
+def test_base_argument_is_refused_for_a_whole_model(
     base: Path, conversion: Clear | None, read: Callable[..., Any], tmp_path: Path
 ) -> None:
     pipe = flux_pipeline()
@@ -237,7 +237,7 @@ def test_a_base_is_refused_beside_what_is_no_adapter(
         read(tmp_path / "whole", base=base)
 
 
-def test_open_pipeline_refuses_a_denoiser_alone(base: Path, tmp_path: Path) -> None:
+def test_open_pipeline_refuses_a_bare_denoiser(base: Path, tmp_path: Path) -> None:
     denoiser = base / "transformer"
     save_adapter(student_of(base, "kernels"), tmp_path / "adapter")
     for source, options in ((denoiser, {}), (tmp_path / "adapter", {"base": denoiser})):
@@ -246,7 +246,7 @@ def test_open_pipeline_refuses_a_denoiser_alone(base: Path, tmp_path: Path) -> N
     assert swapped(from_pretrained(tmp_path / "adapter", base=denoiser))
 
 
-def test_from_pretrained_needs_a_base_with_weights(base: Path, tmp_path: Path) -> None:
+def test_from_pretrained_refuses_an_unnamed_base_and_a_config_file(base: Path, tmp_path: Path) -> None:
     pipe = flux_pipeline()
     linearize_(pipe, Clear(radius=2))
     save_adapter(pipe, tmp_path / "adapter")
@@ -256,7 +256,7 @@ def test_from_pretrained_needs_a_base_with_weights(base: Path, tmp_path: Path) -
         from_pretrained(tmp_path / "adapter", base=base / "transformer" / "config.json")
 
 
-def test_a_saved_conversion_that_lacks_what_was_trained_is_refused(base: Path, kind: str, tmp_path: Path) -> None:
+def test_saved_conversion_without_its_trained_weights_is_refused(base: Path, kind: str, tmp_path: Path) -> None:
     student_of(base, kind).save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = {name: one for name, one in load_file(file).items() if ".lineardit_lora." not in name}
@@ -268,7 +268,7 @@ def test_a_saved_conversion_that_lacks_what_was_trained_is_refused(base: Path, k
         from_pretrained(tmp_path / "saved")
 
 
-def test_a_conversion_that_was_saved_with_a_style_loaded_is_refused(base: Path, kind: str, tmp_path: Path) -> None:
+def test_conversion_saved_with_a_user_lora_is_refused(base: Path, kind: str, tmp_path: Path) -> None:
     student = student_of(base, kind)
     student.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
     student.save_pretrained(tmp_path / "saved")
@@ -276,7 +276,7 @@ def test_a_conversion_that_was_saved_with_a_style_loaded_is_refused(base: Path, 
         from_pretrained(tmp_path / "saved")
 
 
-def test_a_load_that_fails_leaves_the_conversion_that_was_there(base: Path, tmp_path: Path) -> None:
+def test_load_adapter_failure_keeps_an_earlier_conversion(base: Path, tmp_path: Path) -> None:
     save_adapter(student_of(base, "kernels"), tmp_path / "adapter")
     pipe, arguments = student_of(base, "lora"), inputs_of("flux")
     before = run(pipe, arguments)

@@ -13,7 +13,7 @@ from lineardit.linearize.folders import write_whole
 from lineardit.linearize.locks import held, remove_leftovers
 
 
-def test_held_tells_who_is_at_work(tmp_path: Path) -> None:
+def test_held_error_names_the_process_that_holds_the_lock(tmp_path: Path) -> None:
     who = (
         rf"another process is at work in .*run \(process {os.getpid()} on {socket.gethostname()}\): wait for it, end it"
     )
@@ -25,7 +25,7 @@ def test_held_tells_who_is_at_work(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_held_needs_no_room_on_the_disk(tmp_path: Path) -> None:
+def test_held_works_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to("/dev/full")
     with held(tmp_path / "run"):
@@ -33,7 +33,7 @@ def test_held_needs_no_room_on_the_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_held_takes_no_lock_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_retries_when_the_lock_file_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the process that held it before, between our opening and our locking it."""
     lock, calls = locks._lock, []
 
@@ -49,7 +49,7 @@ def test_held_takes_no_lock_that_was_removed_meanwhile(tmp_path: Path, monkeypat
     assert len(calls) == 2
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+def test_remove_leftovers_removes_the_files_of_a_killed_writer(tmp_path: Path) -> None:
     def hang(path: Path) -> None:
         path.write_text("half")
         path.with_name(".tmpAbCdEf").write_text("as safetensors does")
@@ -80,7 +80,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / ".adapter.abc.old").exists()
 
 
-def test_where_nothing_can_be_locked_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_leftovers_removes_nothing_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "fcntl", None)
     (tmp_path / ".index.json.7.tmp").write_text("half")
     with held(tmp_path):

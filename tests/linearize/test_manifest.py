@@ -45,7 +45,7 @@ def edited(**changes: Any) -> str:
     return json.dumps(entries)
 
 
-def test_read_manifest_gives_what_was_written(tmp_path: Path) -> None:
+def test_read_manifest_returns_what_was_written(tmp_path: Path) -> None:
     assert read_manifest(written(tmp_path, MANIFEST.to_json())) == MANIFEST
 
 
@@ -78,7 +78,7 @@ LORA = {"kind": "lora", "rank": 4, "alpha": 8.0}
         ({"tensors": {"file": "lineardit.safetensors", "bytes": 1}}, "tensors lacks sha256"),
     ],
 )
-def test_read_manifest_names_what_is_wrong(tmp_path: Path, changes: dict, text: str) -> None:
+def test_read_manifest_error_names_the_invalid_entry(tmp_path: Path, changes: dict, text: str) -> None:
     path = written(tmp_path, edited(**changes))
     with pytest.raises(ValueError, match=text) as caught:
         read_manifest(path)
@@ -92,7 +92,7 @@ def test_read_manifest_refuses_a_damaged_file(tmp_path: Path, text: str) -> None
         read_manifest(path)
 
 
-def test_read_manifest_says_where_there_is_none(tmp_path: Path) -> None:
+def test_read_manifest_refuses_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist: an adapter folder is what"):
         read_manifest(tmp_path / MANIFEST_FILE)
 
@@ -107,6 +107,6 @@ def test_read_manifest_says_where_there_is_none(tmp_path: Path) -> None:
         ({"methods": {}, "trained": [], "changed": [], "dense_below": "9"}, "lineardit.dense_below must be an integer"),
     ],
 )
-def test_read_entry_names_what_is_wrong(entry: Any, text: str) -> None:
+def test_read_entry_error_names_the_invalid_entry(entry: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         read_entry(entry)

@@ -18,7 +18,7 @@ LOCAL = Clear(radius=2)
 
 
 @pytest.mark.parametrize("focus_tokens", [0, 30])
-def test_restore_gives_the_memory_of_tables_back(focus_tokens: int) -> None:
+def test_restore_frees_the_kept_tables(focus_tokens: int) -> None:
     proxies = ProxyTokens(num_proxies=4)
     model = build("flux", num_layers=1)
     linearize_(model, Hybrid(local=Clear(radius=2), global_=proxies, focus_tokens=focus_tokens), impl="tiled")
@@ -52,7 +52,7 @@ def _num_tables() -> int:
 @pytest.mark.parametrize(
     ("global_", "focus_tokens"), [(ProxyTokens(num_proxies=4), 0), (ProxyTokens(num_proxies=4), 50), (Rala(), 0)]
 )
-def test_without_gradients_the_same_comes_out(
+def test_output_is_the_same_without_gradients(
     global_: Any, focus_tokens: int, dtype: torch.dtype, text_len: int
 ) -> None:
     kernel, inputs, layout = _case(Hybrid(local=LOCAL, global_=global_, gate=0.7, focus_tokens=focus_tokens), text_len)
@@ -64,7 +64,7 @@ def test_without_gradients_the_same_comes_out(
     assert all(map(torch.equal, inputs, before))
 
 
-def test_without_gradients_a_hybrid_holds_two_copies_beside_its_inputs() -> None:
+def test_hybrid_without_gradients_holds_two_copies_besides_its_inputs() -> None:
     """What window and focus give, into which the other is mixed."""
     config = Hybrid(local=LOCAL, global_=ProxyTokens(num_proxies=4), gate=0.7, focus_tokens=50)
     kernel, inputs, layout = _case(config, text_len=3)

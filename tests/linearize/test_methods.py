@@ -106,12 +106,12 @@ def test_configs_round_trip(config: Any) -> None:
         ("clear", "must look like"),
     ],
 )
-def test_config_from_dict_refuses_and_suggests(entries: Any, told: str) -> None:
+def test_config_from_dict_refuses_invalid_entries_with_suggestions(entries: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         config_from_dict(entries)
 
 
-def test_methods_have_configs_that_cannot_change() -> None:
+def test_method_configs_are_frozen_and_keyword_only() -> None:
     for cls in METHODS:
         assert cls.__dataclass_params__.frozen
         assert all(field.kw_only for field in cls.__dataclass_fields__.values())
@@ -120,7 +120,7 @@ def test_methods_have_configs_that_cannot_change() -> None:
 @pytest.mark.parametrize("text_first", [True, False], ids=["text-first", "text-last"])
 @pytest.mark.parametrize("text_len", [0, TEXT_LEN])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_rows_of_weights_sum_to_one(config: Any, text_len: int, text_first: bool) -> None:
+def test_attention_weights_sum_to_one(config: Any, text_len: int, text_first: bool) -> None:
     if text_len > 0 and isinstance(config, IMAGE_ALONE):
         pytest.skip("for the image alone")
     kernel = kernel_of(config)
@@ -133,7 +133,7 @@ def test_rows_of_weights_sum_to_one(config: Any, text_len: int, text_first: bool
 
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
-def test_text_may_stand_first_or_last(config: Any) -> None:
+def test_text_first_and_text_last_give_the_same_output(config: Any) -> None:
     kernel = kernel_of(config, moved=True)
     mask = torch.tensor([[True, False, True], [True] * 3])
     for grid in GRIDS:
@@ -145,7 +145,7 @@ def test_text_may_stand_first_or_last(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
-def test_text_asks_everything_by_softmax(config: Any) -> None:
+def test_text_queries_use_full_softmax_attention(config: Any) -> None:
     kernel, grid = kernel_of(config, moved=True), (3, 5)
     inputs = tokens(grid, TEXT_LEN)
     mask = torch.tensor([[True, False, True], [True] * 3])
@@ -156,7 +156,7 @@ def test_text_asks_everything_by_softmax(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
-def test_masked_text_is_not_seen(config: Any) -> None:
+def test_masked_text_is_not_attended(config: Any) -> None:
     kernel, grid = kernel_of(config, moved=True), (3, 5)
     inputs = tokens(grid, TEXT_LEN)
     mask = torch.tensor([[True, False, True], [False] * 3])
@@ -170,7 +170,7 @@ def test_masked_text_is_not_seen(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_gradients_are_right_and_reach_what_is_learned(config: Any) -> None:
+def test_gradients_pass_gradcheck_and_reach_every_parameter(config: Any) -> None:
     kernel, grid = kernel_of(config, moved=True).double(), (3, 5)
     text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
     inputs = [x.requires_grad_() for x in tokens(grid, text_len, torch.float64)]
@@ -186,7 +186,7 @@ def test_gradients_are_right_and_reach_what_is_learned(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", [config for config in LEARNED if isinstance(config, Agent | Mala | Rala)], ids=str)
-def test_what_is_learned_starts_without_effect(config: Any) -> None:
+def test_learned_terms_start_without_effect(config: Any) -> None:
     plain = type(config)(num_agents=4) if isinstance(config, Agent) else type(config)()
     for text_len in (0, TEXT_LEN):
         inputs, layout = tokens((3, 5), text_len), Layout((3, 5), text_len, True, None)
@@ -195,7 +195,7 @@ def test_what_is_learned_starts_without_effect(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_another_resolution_leaves_no_trace(config: Any) -> None:
+def test_output_does_not_depend_on_earlier_resolutions(config: Any) -> None:
     kernel = kernel_of(config, moved=True)
     fresh = copy.deepcopy(kernel)
     small, large = tokens((3, 5), 0), tokens((8, 6), 0)
@@ -218,7 +218,7 @@ def test_implementations_agree(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_covers_no_more_than_the_base_attention(config: Any) -> None:
+def test_covers_only_where_the_method_equals_the_base_attention(config: Any) -> None:
     """And so no large image: there the base's attention would run instead."""
     kernel = kernel_of(config)
     text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
@@ -241,7 +241,7 @@ def test_chosen_is_an_implementation(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_bfloat16_is_near_float32(config: Any) -> None:
+def test_bfloat16_is_close_to_float32(config: Any) -> None:
     kernel = kernel_of(config, moved=True).bfloat16()
     text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
     inputs, layout = [x.bfloat16() for x in tokens((6, 7), text_len)], Layout((6, 7), text_len, True, None)
@@ -252,7 +252,7 @@ def test_bfloat16_is_near_float32(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_an_empty_batch_stays_empty(config: Any) -> None:
+def test_empty_batch_gives_an_empty_output(config: Any) -> None:
     grid, text_len = (3, 5), 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
     kernel, inputs = kernel_of(config), [x[:0].requires_grad_() for x in tokens(grid, text_len)]
     out = attend(kernel, inputs, Layout(grid, text_len, True, None))
@@ -260,7 +260,7 @@ def test_an_empty_batch_stays_empty(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_the_default_device_is_of_no_account(config: Any) -> None:
+def test_output_does_not_depend_on_the_default_device(config: Any) -> None:
     """Nor what it was when tables were made: no other test has this grid."""
     grid, text_len = (3, 11), 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
     kernel, inputs = kernel_of(config, moved=True), [x.requires_grad_() for x in tokens(grid, text_len)]
@@ -273,7 +273,7 @@ def test_the_default_device_is_of_no_account(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_float32_meets_no_float64(config: Any) -> None:
+def test_float32_inputs_use_no_float64(config: Any) -> None:
     """Apple's GPUs have none. No other test has this grid, whose tables would be there already."""
     kernel, grid = kernel_of(config, moved=True), (2, 13)
     text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
@@ -288,7 +288,7 @@ def test_float32_meets_no_float64(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
-def test_under_autocast_a_method_gets_what_the_replaced_call_would_compute_with(config: Any) -> None:
+def test_methods_receive_the_autocast_dtype(config: Any) -> None:
     """Norms give float32 queries and keys beside values in half; methods compute in what they are given."""
     model, seen = build("flux"), []
     linearize_(model, config)
@@ -304,7 +304,7 @@ def test_under_autocast_a_method_gets_what_the_replaced_call_would_compute_with(
 
 
 @pytest.mark.parametrize("config", LINEAR, ids=str)
-def test_memory_and_pairs_grow_with_the_image(config: Any) -> None:
+def test_memory_and_pairs_grow_linearly_with_the_image(config: Any) -> None:
     """Twice the sides, four times the tokens: about four times the bytes at the peak of a forward and backward."""
     kernel = METHODS[type(config)](config, num_heads=1, head_dim=4)
     kernel.impl = next(one for one in kernel.implementations() if one not in ("auto", "reference", "masked", "triton"))
@@ -362,7 +362,7 @@ def test_models_convert_save_load_and_restore(config: Any, family: str, tmp_path
     ],
     ids=str,
 )
-def test_compiled_blocks_serve_every_size(config: Any) -> None:
+def test_compiled_blocks_add_no_graph_after_the_second_size(config: Any) -> None:
     torch._dynamo.reset()
     model = build("flux", num_layers=1)
     linearize_(model, config)

@@ -15,7 +15,7 @@ PROMPTS = ["a red circle", "a blue cross"]
 SETTINGS: dict[str, Any] = {"size": (24, 32), "steps": 3, "max_sequence_length": 8}
 
 
-def test_the_base_is_at_zero_and_a_window_that_sees_all_near_it() -> None:
+def test_nearness_is_zero_for_the_base_and_tiny_for_a_covering_window() -> None:
     pipe = build_tiny()
     predictions = record_predictions(pipe, PROMPTS, **SETTINGS)
     assert len(predictions) == 6
@@ -27,7 +27,7 @@ def test_the_base_is_at_zero_and_a_window_that_sees_all_near_it() -> None:
     assert nearness(pipe, predictions).mean > 1e-6
 
 
-def test_errors_are_the_formula() -> None:
+def test_nearness_errors_match_the_formula() -> None:
     pipe = build_tiny()
     predictions = record_predictions(pipe, PROMPTS, **SETTINGS)
     other = copy.deepcopy(pipe)
@@ -41,7 +41,7 @@ def test_errors_are_the_formula() -> None:
     assert found.seconds > 0
 
 
-def test_what_is_recorded_stays_as_it_was() -> None:
+def test_record_predictions_is_repeatable_and_leaves_no_hooks() -> None:
     pipe = build_tiny()
     first = record_predictions(pipe, PROMPTS[:1], **SETTINGS)
     again = record_predictions(pipe, PROMPTS[:1], **SETTINGS)
@@ -54,18 +54,18 @@ def test_what_is_recorded_stays_as_it_was() -> None:
     assert not model._forward_hooks
 
 
-def test_the_progress_bar_of_the_pipeline_stays_as_the_user_has_it() -> None:
+def test_record_predictions_keeps_the_progress_bar_config() -> None:
     pipe = build_tiny()
     pipe.set_progress_bar_config(desc="mine", leave=False)
     record_predictions(pipe, PROMPTS[:1], **SETTINGS)
     assert pipe._progress_bar_config == {"desc": "mine", "leave": False}
 
 
-def test_mean_is_over_calls() -> None:
+def test_nearness_mean_averages_the_errors() -> None:
     assert Nearness(errors=(0.2, 0.4), seconds=1).mean == pytest.approx(0.3)
 
 
-def test_bad_input_is_named() -> None:
+def test_nearness_refuses_invalid_input() -> None:
     pipe = build_tiny()
     with pytest.raises(ValueError, match="prompts must hold at least one"):
         record_predictions(pipe, [], **SETTINGS)

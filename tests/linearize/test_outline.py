@@ -32,7 +32,7 @@ def parameters(pipe: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_an_outline_has_the_parts_of_the_pipeline(name: str, tmp_path: Path) -> None:
+def test_outline_has_the_shapes_and_dtypes_of_the_loaded_pipeline(name: str, tmp_path: Path) -> None:
     PIPELINES[name]().save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         loaded = parameters(open_pipeline(tmp_path, dtype=dtype))
@@ -43,7 +43,7 @@ def test_an_outline_has_the_parts_of_the_pipeline(name: str, tmp_path: Path) -> 
             file.rename(file.with_suffix(".safetensors"))
 
 
-def test_an_outline_is_made_of_configs_and_names_all_that_lack(tmp_path: Path) -> None:
+def test_outline_needs_only_configs_and_names_the_missing_ones(tmp_path: Path) -> None:
     build_tiny().save_pretrained(tmp_path)
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()
@@ -69,7 +69,7 @@ def converted(tmp_path: Path, config: Any) -> Any:
 
 @pytest.mark.parametrize("trained", ["nothing", "lora", "full"])
 @pytest.mark.parametrize("config", [Clear(radius=2), Agent(num_agents=4)], ids=["clear", "agent"])
-def test_the_outline_of_a_student_runs_what_the_student_runs(trained: str, config: Any, tmp_path: Path) -> None:
+def test_outline_of_a_student_matches_the_loaded_student(trained: str, config: Any, tmp_path: Path) -> None:
     pipe = converted(tmp_path, config)
     layer = "transformer_blocks.0.attn.to_q"
     if trained == "lora":
@@ -87,7 +87,7 @@ def test_the_outline_of_a_student_runs_what_the_student_runs(trained: str, confi
         assert of_outline == of_loaded
 
 
-def test_the_outline_of_a_denoiser_alone_reads_its_own_folder(tmp_path: Path) -> None:
+def test_outline_of_a_bare_denoiser_reads_its_own_folder(tmp_path: Path) -> None:
     model = converted(tmp_path, Clear(radius=2, pool_size=2)).transformer  # its config names the base's folder
     model.save_pretrained(tmp_path / "plain")
     save_merged(model, tmp_path / "merged")
@@ -99,7 +99,7 @@ def test_the_outline_of_a_denoiser_alone_reads_its_own_folder(tmp_path: Path) ->
         }
 
 
-def test_an_outline_counts_its_weights_where_they_would_be(tmp_path: Path) -> None:
+def test_weights_on_device_of_an_outline_follow_its_placement(tmp_path: Path) -> None:
     build_tiny().save_pretrained(tmp_path)
     cpu, loaded = torch.device("cpu"), open_pipeline(tmp_path)
     outline = open_pipeline(tmp_path, weights=False)
@@ -117,7 +117,7 @@ def of_one(part: Any) -> int:
     return sum(weight.nbytes for weight in (*part.parameters(), *part.buffers())) if isinstance(part, nn.Module) else 0
 
 
-def test_an_unknown_implementation_is_refused_where_nothing_is_converted(tmp_path: Path) -> None:
+def test_open_pipeline_refuses_an_unknown_impl_for_an_unconverted_base(tmp_path: Path) -> None:
     build_tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"impl must be one of auto, reference, .* got 'tield' \(did you mean tiled"):
         open_pipeline(tmp_path, impl="tield")

@@ -41,7 +41,7 @@ def test_dense_gives_the_base_and_then_the_student_bit_for_bit(student) -> None:
 
 
 @pytest.mark.parametrize("before", range(13))
-def test_an_interrupted_dense_leaves_the_student_whole(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_dense_leaves_the_student_intact(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     base = run(model, arguments)
     linearize_(model, CLEAR)
@@ -65,7 +65,7 @@ def test_an_interrupted_dense_leaves_the_student_whole(before: int, monkeypatch:
     assert torch.equal(run(model, arguments), trained)
 
 
-def test_restore_gives_the_base_and_leaves_nothing(student) -> None:
+def test_restore_gives_the_base_and_leaves_no_trace(student) -> None:
     model, arguments, base, _ = student
     names = set(build("flux").state_dict())
     restore_(model)
@@ -74,7 +74,7 @@ def test_restore_gives_the_base_and_leaves_nothing(student) -> None:
     assert [type(module) for module in model.modules()] == [type(module) for module in build("flux").modules()]
 
 
-def test_restore_inside_dense_gives_the_base(student) -> None:
+def test_restore_of_a_copy_made_inside_dense_gives_the_base(student) -> None:
     model, arguments, base, _ = student
     with dense(model):
         copied = copy.deepcopy(model)
@@ -92,7 +92,7 @@ def test_deepcopy_is_independent(student) -> None:
     assert torch.equal(run(copied, arguments), trained)
 
 
-def test_a_style_lora_beside_ours_changes_and_leaves_it_alone(student) -> None:
+def test_user_lora_can_be_added_and_removed_without_changing_ours(student) -> None:
     model, arguments, base, trained = student
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), adapter_name="style")
     styled = run(model, arguments)
@@ -113,7 +113,7 @@ def test_a_style_lora_beside_ours_changes_and_leaves_it_alone(student) -> None:
     assert torch.equal(run(model, arguments), base)
 
 
-def test_ours_goes_below_a_style_that_was_there_first() -> None:
+def test_trained_weights_work_with_a_user_lora_already_loaded() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     base = run(model, arguments)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style")
@@ -129,7 +129,7 @@ def test_ours_goes_below_a_style_that_was_there_first() -> None:
     assert torch.equal(run(model, arguments), base)
 
 
-def test_linearize_again_keeps_what_was_trained(student, caplog: pytest.LogCaptureFixture) -> None:
+def test_linearize_again_keeps_trained_weights_with_a_warning(student, caplog: pytest.LogCaptureFixture) -> None:
     model, arguments, base, trained = student
     linearize_(model, Clear(radius=3))
     assert "for the previous conversion are kept: call restore_ first" in caplog.text
@@ -144,7 +144,7 @@ def test_linearize_again_keeps_what_was_trained(student, caplog: pytest.LogCaptu
     assert not caplog.text
 
 
-def test_lora_is_the_low_rank_term(seed: int) -> None:
+def test_lora_matches_the_low_rank_formula(seed: int) -> None:
     model, x = build("flux"), torch.randn(3, 5, 32, dtype=torch.float64)
     model.double()
     linearize_(model, CLEAR)
@@ -168,7 +168,7 @@ def test_lora_gradients_reach_only_its_factors() -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == list(parameters)
 
 
-def test_fused_lora_is_lora_without_a_way_back() -> None:
+def test_fused_lora_matches_lora_and_refuses_restore_and_dense() -> None:
     model, arguments = build("flux").double(), inputs_of("flux")
     arguments = {name: value.double() for name, value in arguments.items()}
     linearize_(model, CLEAR)
@@ -184,7 +184,7 @@ def test_fused_lora_is_lora_without_a_way_back() -> None:
         assert torch.equal(run(fused, arguments), before)
 
 
-def test_replace_weights_without_originals_refuses_the_way_back_and_changes_nothing() -> None:
+def test_replace_weights_without_originals_refuses_restore_and_dense() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, CLEAR)
     replace_weights_(model, {"transformer_blocks.0.attn.to_q.weight": torch.randn(32, 32)}, keep_original=False)
@@ -195,7 +195,7 @@ def test_replace_weights_without_originals_refuses_the_way_back_and_changes_noth
         assert torch.equal(run(model, arguments), before)
 
 
-def test_changed_weights_stay_the_parameters_of_an_optimizer() -> None:
+def test_changed_weights_remain_the_optimizer_parameters() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, CLEAR)
     parameters = train_full_(model, targets=["to_v"])
@@ -210,7 +210,7 @@ def test_changed_weights_stay_the_parameters_of_an_optimizer() -> None:
         assert torch.equal(run(model, arguments), target)
 
 
-def test_stacked_changes_come_off_in_reverse() -> None:
+def test_stacked_changes_are_undone_in_reverse_order() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     base = run(model, arguments)
     linearize_(model, CLEAR)
@@ -233,7 +233,7 @@ def test_lora_computes_in_the_dtype_of_its_input(dtype: torch.dtype) -> None:
     assert model.transformer_blocks[0].attn.to_q(torch.randn(2, 32, dtype=dtype)).dtype == dtype
 
 
-def test_a_compiled_layer_with_lora_follows_dense() -> None:
+def test_compiled_layer_with_lora_follows_dense() -> None:
     model, x = build("flux"), torch.randn(3, 32)
     layer = model.transformer_blocks[0].attn.to_q
     compiled = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)
@@ -254,7 +254,7 @@ def test_a_compiled_layer_with_lora_follows_dense() -> None:
         ({"rank": 2, "targets": ["to_x"]}, "targets must be layers of the swapped attention modules, got 'to_x'"),
     ],
 )
-def test_add_lora_names_what_is_wrong(options: dict, text: str) -> None:
+def test_add_lora_refuses_invalid_options_and_unconverted_models(options: dict, text: str) -> None:
     model = build("flux")
     with pytest.raises(ValueError, match="not converted" if options["rank"] else "rank"):
         add_lora_(model, **options)

@@ -39,7 +39,7 @@ class SharperAttention(Method):
         return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def test_a_method_from_outside_is_one_like_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_method_converts_saves_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = build_tiny()
     with pytest.raises(ValueError, match="expected a config of a method"):
         linearize_(base, Sharper(sharpness=2.0))

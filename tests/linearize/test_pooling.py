@@ -47,7 +47,7 @@ def pooled_by_hand(tokens: Tensor, weight: Tensor, grid: tuple[int, ...]) -> Ten
         ((1, 5, 7), 12, 2),
     ],
 )
-def test_cell_side_is_the_smallest(grid: tuple[int, ...], pool_tokens: int, side: int) -> None:
+def test_cell_side_is_the_smallest_within_pool_tokens(grid: tuple[int, ...], pool_tokens: int, side: int) -> None:
     assert cell_side(grid, pool_tokens) == side
 
 
@@ -58,7 +58,7 @@ def test_cell_side_refuses_more_frames_than_cells() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("side", [2, 3, 4])
-def test_pools_are_the_definition(grid: tuple[int, ...], side: int) -> None:
+def test_pools_match_the_definition(grid: tuple[int, ...], side: int) -> None:
     tokens = torch.randn(2, 3, math.prod(grid), 4, dtype=torch.float64)
     weight = torch.randn(side, side, dtype=torch.float64)
     (out,) = weighted_pool([tokens], weight, grid, count_cells(grid, side))
@@ -67,7 +67,7 @@ def test_pools_are_the_definition(grid: tuple[int, ...], side: int) -> None:
     assert torch.allclose(mean, pooled_by_hand(tokens, torch.full_like(weight, 1 / side**2), grid))
 
 
-def test_weighted_pool_of_full_cells_takes_weights_that_add_up_to_nothing() -> None:
+def test_weighted_pool_of_full_cells_accepts_weights_that_sum_to_zero() -> None:
     weight = torch.tensor([[1.0, -1.0], [2.0, -2.0]], requires_grad=True)
     tokens = torch.randn(1, 1, 24, 2)
     (out,) = weighted_pool([tokens], weight, (4, 6), 6)
@@ -78,14 +78,14 @@ def test_weighted_pool_of_full_cells_takes_weights_that_add_up_to_nothing() -> N
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (4, 4), (2, 3, 5)])
-def test_pooling_gradients_are_right(grid: tuple[int, ...]) -> None:
+def test_pooling_passes_gradcheck(grid: tuple[int, ...]) -> None:
     tokens = torch.randn(2, 1, math.prod(grid), 2, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(3, 3, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda x, w: weighted_pool([x], w, grid, count_cells(grid, 3)), (tokens, weight))
     torch.autograd.gradcheck(lambda x: mean_pool([x], 3, grid, count_cells(grid, 3)), (tokens,))
 
 
-def test_cell_sums_is_a_sound_operator() -> None:
+def test_cell_sums_passes_opcheck() -> None:
     tokens, weight = torch.randn(1, 2, 35, 4, requires_grad=True), torch.rand(2, 2, requires_grad=True)
     torch.library.opcheck(cell_sums, (tokens, weight, 5, 7, 12))
 
@@ -102,7 +102,7 @@ def test_cell_sums_is_a_sound_operator() -> None:
     ],
     ids=str,
 )
-def test_clear_with_pooled_cells_is_the_definition(
+def test_clear_with_pooled_cells_matches_the_definition(
     config: Clear, grid: tuple[int, ...], text_first: bool, impl: str
 ) -> None:
     text_len, num_image = 3, math.prod(grid)
@@ -130,7 +130,7 @@ def test_clear_with_pooled_cells_is_the_definition(
 
 @pytest.mark.parametrize("frame_radius", [1, 2, 9, None])
 @pytest.mark.parametrize(("pools", "num_cells"), [({"pool_size": 2}, 18), ({"pool_tokens": 3}, 3)], ids=str)
-def test_pooled_cells_count_among_the_pairs_and_no_window_covers(
+def test_clear_with_pooled_cells_counts_them_in_pairs_and_never_covers(
     frame_radius: int | None, pools: dict[str, int], num_cells: int
 ) -> None:
     config, grid = Clear(radius=2.5, frame_radius=frame_radius, **pools), (3, 3, 5)

@@ -77,7 +77,7 @@ def loops(call: tuple[Tensor, Tensor, Tensor], text_first: bool) -> dict[str, Te
 
 @pytest.mark.parametrize("entries", [probe_module.MAX_ENTRIES, 2000])
 @pytest.mark.parametrize("family", TEXT_FIRST)
-def test_probe_measures_what_loops_do(family: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_matches_loops(family: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_module, "MAX_ENTRIES", entries)
     model, arguments = build(family), inputs_of(family, grid=GRID, text_len=TEXT_LEN)
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def test_probe_measures_what_loops_do(family: str, entries: int, monkeypatch: py
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_probed_model_is_the_base_and_restored(family: str) -> None:
+def test_probed_model_gives_the_base_output_and_is_restored(family: str) -> None:
     model, arguments = build(family), inputs_of(family)
     base = run(model, arguments)
     with probed(model, RADII, num_queries=4, generator=torch.Generator().manual_seed(0)) as probes:
@@ -111,7 +111,7 @@ def test_probed_model_is_the_base_and_restored(family: str) -> None:
     assert torch.equal(run(model, arguments), base)
 
 
-def test_probe_hides_masked_text() -> None:
+def test_probe_ignores_masked_text() -> None:
     query, key, value = torch.randn(3, 2, 2, 3 + 12, 8)
     mask = torch.tensor([[True, False, True], [True, True, False]])
     layout = probe_module.Layout((3, 4), 3, True, mask)
@@ -145,9 +145,7 @@ METHODS = (
 
 @pytest.mark.parametrize("entries", [probe_module.MAX_ENTRIES, 2000])
 @pytest.mark.parametrize("family", TEXT_FIRST)
-def test_probe_measures_what_methods_make_of_each_layer(
-    family: str, entries: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probe_error_matches_converting_one_layer(family: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer converted alone, on the inputs that it has in the base, is as far off as its error says."""
     monkeypatch.setattr(probe_module, "MAX_ENTRIES", entries)
     model, arguments = build(family), inputs_of(family, grid=GRID, text_len=TEXT_LEN)
@@ -171,25 +169,25 @@ def test_probe_measures_what_methods_make_of_each_layer(
         assert expected > 0.001 and torch.allclose(error[index], expected, rtol=1e-4)
 
 
-def test_profile_attention_counts_windows_among_radii_and_each_method_once() -> None:
+def test_profile_attention_merges_windows_into_radii_and_drops_duplicates() -> None:
     profile = _profile(methods=(Mala(), Clear(radius=2.5), Clear(radius=2), Mala()))
     assert (profile.radii, profile.methods) == ((1.5, 2, 2.5, 3.2), (Mala(),))
     assert all(len(layer.output_error) == 5 for layer in profile.layers)
 
 
-def test_profile_attention_refuses_what_it_cannot_try() -> None:
+def test_profile_attention_refuses_unsupported_methods() -> None:
     with pytest.raises(ValueError, match=r"LinFusion.* cannot be tried layer by layer"):
         _profile(methods=(LinFusion(),))
     with pytest.raises(ValueError, match="expected a config of a method"):
         _profile(methods=("mala",))
 
 
-def test_profile_attention_tells_layers_in_the_order_of_the_forward() -> None:
+def test_profile_attention_lists_layers_in_forward_order() -> None:
     names = [layer.module for layer in _profile().layers]
     assert names == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
 
 
-def test_profile_attention_repeats_by_seed_and_is_read_back(tmp_path: Path) -> None:
+def test_profile_attention_is_reproducible_and_round_trips(tmp_path: Path) -> None:
     profile = _profile(queries=5, methods=METHODS[1:])
     assert profile == _profile(queries=5, methods=METHODS[1:])
     assert profile != _profile(queries=5, methods=METHODS[1:], seed=1)
@@ -207,7 +205,7 @@ def test_profile_attention_repeats_by_seed_and_is_read_back(tmp_path: Path) -> N
         ({"queries": 0}, "queries must be >= 1"),
     ],
 )
-def test_profile_attention_refuses(changes: dict[str, Any], said: str) -> None:
+def test_profile_attention_refuses_invalid_settings(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         _profile(**changes)
 
@@ -232,7 +230,7 @@ ITEMS = st.integers(1, 4).flatmap(
 
 
 @given(items=ITEMS, spare=st.integers(0, 40))
-def test_knapsack_is_as_good_as_trying_everything(items: list[tuple[list[int], list[int]]], spare: int) -> None:
+def test_knapsack_matches_brute_force(items: list[tuple[list[int], list[int]]], spare: int) -> None:
     costs, errors = [list(one) for one in zip(*items, strict=True)]
     limit = sum(map(min, costs)) + spare
     found = knapsack(costs, errors, limit)
@@ -278,7 +276,7 @@ WINDOWS = (Clear(radius=2), Clear(radius=4), Clear(radius=8))
 ERRORS = ((0.9, 0.5, 0.1), (0.9, 0.8, 0.7), (0.01, 0.005, 0.001), (0.3, 0.01, 0.001))
 
 
-def test_propose_spends_where_errors_are() -> None:
+def test_propose_beats_a_uniform_window_within_the_budget() -> None:
     proposal = propose(_made(*ERRORS), Clear(radius=4))
     uniform = sum(error[1] for error in ERRORS)
     assert proposal.error < uniform
@@ -291,18 +289,18 @@ def _flops(grid: tuple[int, int], radius: float) -> int:
     return 4 * ClearAttention.pairs(Clear(radius=radius), grid, 10, num_heads=2, head_dim=8) * 2 * 8
 
 
-def test_propose_counts_at_the_size_that_it_is_told() -> None:
+def test_propose_counts_operations_at_the_given_size() -> None:
     proposal = propose(_made(*ERRORS), Clear(radius=4), size=(512, 384))
     assert proposal.budget == 4 * _flops((32, 24), 4)
     assert proposal.dense_flops == 4 * 4 * (32 * 24 + 10) ** 2 * 2 * 8
 
 
-def test_propose_counts_no_queries_of_text_that_only_answers() -> None:
+def test_propose_counts_no_text_queries_where_text_has_only_keys() -> None:
     profile = replace(_made(*ERRORS), model_class="PRXTransformer2DModel")
     assert propose(profile, Clear(radius=4)).dense_flops == 4 * 4 * 256 * (256 + 10) * 2 * 8
 
 
-def test_propose_leaves_layers_with_full_attention() -> None:
+def test_propose_keeps_full_attention_only_where_choices_allow_it() -> None:
     profile = _made(*ERRORS)
     assert propose(profile, 0.9).chosen["blocks.1.attn"] is None
     assert "blocks.1.attn" not in propose(profile, 0.9).configs
@@ -343,7 +341,7 @@ def test_parse_choices_takes_radii_methods_and_full_attention() -> None:
     assert name_of(pooled) == "clear:radius=4,pool_tokens=4"
 
 
-def test_propose_refuses_errors_that_are_no_numbers() -> None:
+def test_propose_refuses_errors_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match=r"no finite error for every candidate in blocks.1.attn"):
         propose(_made((0.9, 0.5, 0.1), (0.9, math.nan, 0.1)), 0.9)
 
@@ -359,7 +357,7 @@ def test_propose_refuses_errors_that_are_no_numbers() -> None:
         (0.5, (), "choices must hold at least one"),
     ],
 )
-def test_propose_refuses(budget: float, choices: tuple[Any, ...] | None, said: str) -> None:
+def test_propose_refuses_invalid_budgets_and_choices(budget: float, choices: tuple[Any, ...] | None, said: str) -> None:
     profile = _made(*ERRORS)
     if said == "nothing to convert":
         profile = replace(profile, layers=profile.layers[:1])
@@ -384,6 +382,6 @@ def test_parse_budget_reads_shares_and_radii(text: str, budget: float | Clear) -
 
 
 @pytest.mark.parametrize("text", ["much", "radius:", "window:8", "radius:x", "nan"])
-def test_parse_budget_refuses(text: str) -> None:
+def test_parse_budget_refuses_invalid_text(text: str) -> None:
     with pytest.raises(ValueError, match="budget must be a share such as"):
         parse_budget(text)

@@ -26,7 +26,7 @@ def image_by_hand(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Te
 
 
 @pytest.mark.parametrize("text_first", [True, False])
-def test_proxy_tokens_is_the_formula(text_first: bool) -> None:
+def test_proxy_tokens_match_the_formula(text_first: bool) -> None:
     kernel = ProxyTokensAttention(ProxyTokens(num_proxies=4, balance=True), num_heads=2, head_dim=8).double()
     for parameter in kernel.parameters():
         torch.nn.init.normal_(parameter)
@@ -42,7 +42,7 @@ def test_proxy_tokens_is_the_formula(text_first: bool) -> None:
     assert torch.allclose(out[:, :, 4:] if text_first else out[:, :, :15], expected, atol=1e-8)
 
 
-def test_with_a_proxy_for_every_token_it_starts_as_softmax_attention() -> None:
+def test_one_proxy_per_token_starts_as_softmax_attention() -> None:
     kernel = ProxyTokensAttention(ProxyTokens(num_proxies=15), num_heads=2, head_dim=8)
     inputs = [torch.randn(2, 2, 15, 8) for _ in range(3)]
     out = kernel(*inputs, Layout(GRID, 0, True), scale=SCALE)
@@ -50,13 +50,13 @@ def test_with_a_proxy_for_every_token_it_starts_as_softmax_attention() -> None:
     assert torch.allclose(out, expected, atol=1e-6)
 
 
-def test_pairs_are_those_of_both_attentions() -> None:
+def test_pairs_sum_both_attentions() -> None:
     kernel = ProxyTokensAttention(ProxyTokens(num_proxies=4), num_heads=2, head_dim=8)
     assert kernel.pairs(kernel.config, (3, 5), 0, num_heads=2, head_dim=8) == 4 * 4 + 15 * 4
     assert kernel.pairs(kernel.config, (3, 5), 3, num_heads=2, head_dim=8) == 76 + 15 * (3 + 8) + 3 * 18
 
 
 @pytest.mark.parametrize("number", [0, True, 2.0, None])
-def test_number_of_proxies_is_checked(number: object) -> None:
+def test_proxy_tokens_refuse_an_invalid_num_proxies(number: object) -> None:
     with pytest.raises(ValueError, match="num_proxies must be an integer >= 1, got"):
         ProxyTokens(num_proxies=number)  # type: ignore[arg-type]

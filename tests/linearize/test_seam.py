@@ -48,7 +48,7 @@ def test_linearize_covering_window_is_bit_equal(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "impl"), PAIRS)
-def test_linearize_covering_window_forced_is_close(family: str, impl: str) -> None:
+def test_linearize_covering_window_with_forced_impl_is_close(family: str, impl: str) -> None:
     model, arguments = build(family), inputs_of(family)
     base = run(model, arguments)
     linearize_(model, COVERING, impl=impl)
@@ -87,7 +87,7 @@ def test_restore_gives_the_base_bit_for_bit(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dense_is_the_base_inside_and_undone_after(family: str) -> None:
+def test_dense_gives_the_base_inside_and_is_undone_after(family: str) -> None:
     model, arguments = build(family), inputs_of(family)
     base = run(model, arguments)
     linearize_(model, SMALL)
@@ -100,7 +100,7 @@ def test_dense_is_the_base_inside_and_undone_after(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_linearize_twice_replaces(family: str) -> None:
+def test_linearize_replaces_an_earlier_conversion(family: str) -> None:
     model, arguments = build(family), inputs_of(family)
     base = run(model, arguments)
     linearize_(model, Clear(radius=2, pool_size=2))
@@ -127,7 +127,7 @@ def test_linearize_follows_the_resolution(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", IN_HALF)
-def test_linearize_in_bfloat16_is_near_float32(family: str) -> None:
+def test_linearize_in_bfloat16_is_close_to_float32(family: str) -> None:
     model, arguments = build(family), inputs_of(family)
     linearize_(model, Clear(radius=2.3, pool_size=2))
     exact = run(model, arguments)
@@ -233,7 +233,7 @@ def test_gradient_checkpointing_recomputes_with_the_grid_of_its_forward(family: 
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_gradient_checkpointing_of_attention_outputs_alone_recomputes_with_their_grid() -> None:
+def test_gradient_checkpointing_of_an_attention_output_recomputes_its_grid() -> None:
     model = build("flux")
     linearize_(model, Clear(radius=2.3))
     weight = model.transformer_blocks[0].attn.to_v.weight
@@ -252,7 +252,7 @@ def test_gradient_checkpointing_of_attention_outputs_alone_recomputes_with_their
     assert torch.allclose(gradient(), plain, atol=1e-6)
 
 
-def test_gradient_checkpointing_refuses_backward_under_another_attention() -> None:
+def test_gradient_checkpointing_refuses_backward_inside_dense() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
     model.enable_gradient_checkpointing()
@@ -261,7 +261,7 @@ def test_gradient_checkpointing_refuses_backward_under_another_attention() -> No
         loss.backward()
 
 
-def test_forward_without_the_model_is_refused() -> None:
+def test_calling_model_forward_directly_is_refused() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
     for grid in ((5, 7), (7, 5), (7, 8)):
@@ -273,7 +273,7 @@ def test_forward_without_the_model_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_another_model_that_shares_layers_gets_no_earlier_grid() -> None:
+def test_model_with_shared_layers_is_refused_instead_of_reusing_a_grid() -> None:
     if not hasattr(diffusers, "ZImageControlNetModel"):
         pytest.skip("this diffusers has no ZImageControlNetModel")
     model, arguments = build("z-image"), inputs_of("z-image")

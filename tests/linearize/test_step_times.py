@@ -53,7 +53,7 @@ def timed(conversion: WeightlessConversion, sizes: Sequence[tuple[int, int]], **
     "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=["float32", "bfloat16"]
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_model_whose_inputs_are_known_is_timed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_time_steps_supports_every_model_with_known_inputs(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(family)
     if not can_make_inputs(model):
         with pytest.raises(ValueError, match=r"inputs of a .* cannot be generated: `lineardit evaluate`"):
@@ -69,7 +69,7 @@ def test_every_model_whose_inputs_are_known_is_timed(family: str, dtype: torch.d
     assert row.flops.attention_before > 0 and row.runs == "masked"
 
 
-def test_rows_tell_sizes_in_turn(tmp_path: Path) -> None:
+def test_time_steps_yields_one_row_per_size(tmp_path: Path) -> None:
     conversion = WeightlessConversion.read(adapter_of(build("flux"), tmp_path))
     rows = timed(conversion, [(128, 64), (64, 64)], pairs=3, impl="tiled", text_len=7)
     assert [(row.height, row.width, row.tokens, row.runs) for row in rows] == [
@@ -81,7 +81,7 @@ def test_rows_tell_sizes_in_turn(tmp_path: Path) -> None:
     assert rows[1].flops.attention_before == 4 * (16 + 7) ** 2 * 32 * 2  # heads * head_dim, layers
 
 
-def test_original_and_conversion_run_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_original_and_conversion_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[bool] = []
     forward = step_times._Timed._forward
 
@@ -96,7 +96,7 @@ def test_original_and_conversion_run_in_turn(tmp_path: Path, monkeypatch: pytest
     assert turns == [True, False] * 3
 
 
-def test_a_base_that_has_moved_is_named(tmp_path: Path) -> None:
+def test_weightless_conversion_error_names_a_moved_base(tmp_path: Path) -> None:
     adapter = adapter_of(build("flux"), tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=r"is no longer at .*base: pass its new place as base= \(--base\)"):
@@ -120,7 +120,7 @@ def test_speedup_is_the_median_over_pairs(tmp_path: Path) -> None:
     ],
     ids=["torch", "triton", "cublas", "cpu"],
 )
-def test_what_does_not_fit_into_memory_is_left_out(
+def test_time_steps_leaves_out_an_original_that_runs_out_of_memory(
     error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conversion = WeightlessConversion.read(adapter_of(build("flux"), tmp_path))
@@ -140,9 +140,7 @@ def test_what_does_not_fit_into_memory_is_left_out(
     assert large.converted and len(large.converted) == 1
 
 
-def test_a_trained_adapter_is_timed_with_its_lora_and_the_original_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lora_of_a_trained_adapter_runs_only_in_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = build("flux")
     base.save_pretrained(tmp_path / "base")
     student = type(base).from_pretrained(tmp_path / "base")
@@ -166,9 +164,7 @@ def test_compiled_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row.original and row.converted
 
 
-def test_sizes_that_were_not_asked_for_are_left_out_with_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fitting_skips_sizes_without_positions_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     conversion = WeightlessConversion.read(adapter_of(build("sd3"), tmp_path))  # 32 tokens of 16 pixels
     assert conversion.fitting([(64, 64), (1024, 1024)], CONDITIONS, all_of=False) == [(64, 64)]
     assert "left out, a SD3Transformer2DModel of this config has no positions for 1024x1024" in caplog.text
@@ -176,7 +172,7 @@ def test_sizes_that_were_not_asked_for_are_left_out_with_a_word(
         conversion.fitting([(1024, 1024), (2048, 2048)], CONDITIONS, all_of=False)
 
 
-def test_what_cannot_be_timed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_steps_refuses_what_cannot_be_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved(build("sd3"), tmp_path / "base")
     with pytest.raises(
         ValueError, match=r"is a base and not converted .*`lineardit convert .* -o DIR` makes an adapter"

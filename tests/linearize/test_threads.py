@@ -60,7 +60,7 @@ def test_second_thread_in_one_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("second", ["replica", "compiled"])
-def test_a_second_form_of_the_model_is_refused_while_another_thread_is_inside(second: str) -> None:
+def test_replica_or_compiled_form_is_refused_while_another_thread_runs(second: str) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
     other: Any = torch.compile(model, backend="eager") if second == "compiled" else copy.copy(model)
@@ -74,7 +74,7 @@ def test_a_second_form_of_the_model_is_refused_while_another_thread_is_inside(se
         run(then, inputs_of("flux", grid=(4, 4)))
 
 
-def test_a_copy_that_is_made_inside_dense_serves_every_thread() -> None:
+def test_copy_made_inside_dense_works_in_every_thread() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     base = run(model, arguments)
     linearize_(model, SMALL)
@@ -84,7 +84,7 @@ def test_a_copy_that_is_made_inside_dense_serves_every_thread() -> None:
     assert not torch.allclose(run(model, arguments), base, atol=1e-4)
 
 
-def test_dense_holds_for_the_thread_that_entered_it() -> None:
+def test_dense_refuses_other_threads() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
     out = run(model, arguments)
@@ -107,7 +107,7 @@ def test_dense_holds_for_the_thread_that_entered_it() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_forward_that_is_interrupted_leaves_the_model_to_others(compiled: bool) -> None:
+def test_interrupted_forward_releases_the_model_for_other_threads(compiled: bool) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
     out = run(model, arguments)

@@ -89,7 +89,7 @@ def test_context_parallelism_is_refused() -> None:
     ],
     ids=["two images", "two images, the second backwards", "backwards", "column-major", "stretched"],
 )
-def test_image_ids_that_are_no_rectangle_are_refused(ids: Tensor) -> None:
+def test_image_ids_that_are_not_a_rectangle_are_refused(ids: Tensor) -> None:
     model, arguments = build("flux"), {**inputs_of("flux"), "img_ids": ids}
     base = run(model, arguments)
     linearize_(model, SMALL)
@@ -240,7 +240,7 @@ def test_caches_of_diffusers_keep_the_window(cache: str, hooked_first: bool) -> 
         run(model, arguments)
 
 
-def test_forward_owned_by_the_instance_is_refused_by_name() -> None:
+def test_forward_set_on_the_instance_is_refused() -> None:
     model = build("flux")
 
     def my_forward(*args: object) -> None: ...
@@ -284,7 +284,7 @@ def test_group_offload_keeps_the_window(offload_type: str, hooked_first: bool) -
     assert torch.equal(run(model, arguments), windowed)
 
 
-def test_layerwise_casting_keeps_the_kernel_weights() -> None:
+def test_layerwise_casting_keeps_kernel_weights_in_float32() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, Clear(radius=2.3, pool_size=2))
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
@@ -292,7 +292,7 @@ def test_layerwise_casting_keeps_the_kernel_weights() -> None:
     assert model.transformer_blocks[0].attn.linear_kernel.pool_weight.dtype == torch.float32
 
 
-def test_a_model_in_pefts_wrapper_is_converted() -> None:
+def test_model_in_a_peft_wrapper_is_converted() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     base = run(wrapped, arguments)
@@ -305,7 +305,7 @@ def test_a_model_in_pefts_wrapper_is_converted() -> None:
     restore_(model)
 
 
-def test_linearize_in_inference_mode_leaves_a_model_that_can_be_trained() -> None:
+def test_linearize_in_inference_mode_leaves_a_trainable_model() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     with torch.inference_mode():
         linearize_(model, Clear(radius=2.3, pool_size=2))
@@ -339,7 +339,7 @@ def test_sharded_models_are_refused(shard: Callable) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_sharded_attention_keeps_its_class() -> None:
+def test_sharded_attention_keeps_its_output_and_refuses_restore() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
     out = run(model, arguments)
@@ -350,7 +350,7 @@ def test_sharded_attention_keeps_its_class() -> None:
         restore_(model)
 
 
-def test_restore_refuses_a_class_that_is_no_longer_ours() -> None:
+def test_restore_refuses_a_replaced_class() -> None:
     model = build("flux")
     linearize_(model, SMALL)
     attention = model.transformer_blocks[0].attn
@@ -359,7 +359,9 @@ def test_restore_refuses_a_class_that_is_no_longer_ours() -> None:
         restore_(model)
 
 
-def test_untested_diffusers_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_untested_diffusers_version_warns_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     linearize_(build("flux"), SMALL)
     assert not caplog.records
     monkeypatch.setattr(diffusers, "__version__", "99.0")

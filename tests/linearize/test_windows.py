@@ -78,7 +78,7 @@ def test_bad_settings_are_refused(method: str, entries: dict[str, Any], told: st
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_settings_say_the_shape_and_round_trip(config: Any) -> None:
+def test_settings_give_the_shape_and_round_trip(config: Any) -> None:
     assert config.shape == SHAPES[config]
     again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
     assert again == config and hash(again) == hash(config)
@@ -87,7 +87,7 @@ def test_settings_say_the_shape_and_round_trip(config: Any) -> None:
 @pytest.mark.parametrize("impl", [*PORTABLE, "auto"])
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_window_attention_is_the_definition(config: Any, text_first: bool, impl: str) -> None:
+def test_window_attention_matches_the_definition(config: Any, text_first: bool, impl: str) -> None:
     grid = (5, 7) if config.frame_radius is None else (3, 4, 3)
     text_len, num_image = 3, math.prod(grid)
     kernel = kernel_of(config, num_heads=2)
@@ -155,7 +155,7 @@ def test_windows_that_cover_the_grid_are_bit_equal(covering: Any, smaller: Any, 
     ],
     ids=str,
 )
-def test_windows_are_the_receptive_field_in_a_model(config: Any, family: str) -> None:
+def test_receptive_field_in_a_model_is_the_window(config: Any, family: str) -> None:
     model = build(family)
     linearize_(model, config, impl="tiled")
     for name, (module, args, kwargs) in attention_calls(model, inputs_of(family, batch=1)).items():
@@ -167,7 +167,7 @@ def test_windows_are_the_receptive_field_in_a_model(config: Any, family: str) ->
 
 @pytest.mark.parametrize("impl", ["auto", "tiled"])
 @pytest.mark.parametrize("config", [Clear(radius=99, frame_radius=1), Neighborhood(window=3, frame_radius=1)], ids=str)
-def test_a_frame_radius_is_refused_in_a_model_of_pictures_each_time(config: Any, impl: str) -> None:
+def test_frame_radius_is_refused_in_an_image_model_on_every_call(config: Any, impl: str) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, config, impl=impl)
     for _ in range(2):
@@ -176,7 +176,7 @@ def test_a_frame_radius_is_refused_in_a_model_of_pictures_each_time(config: Any,
 
 
 @pytest.mark.parametrize("impl", [*PORTABLE, "auto"])
-def test_a_window_in_a_video_model_sees_the_frames_in_reach(impl: str) -> None:
+def test_window_in_a_video_model_sees_frames_within_frame_radius(impl: str) -> None:
     arguments = inputs_of("wan", grid=(4, 5), batch=1)
     latents = torch.randn(1, 4, 3, 8, 10)
     moved = latents.clone()
@@ -200,7 +200,7 @@ def test_a_window_in_a_video_model_sees_the_frames_in_reach(impl: str) -> None:
     ],
     ids=str,
 )
-def test_window_attention_compiles_once_for_all_grids(config: Any, grids: list[tuple[int, ...]]) -> None:
+def test_window_attention_adds_no_graph_after_the_second_grid(config: Any, grids: list[tuple[int, ...]]) -> None:
     torch._dynamo.reset()
     kernel, counter = kernel_of(config).double(), CompileCounterWithBackend("aot_eager")
 
