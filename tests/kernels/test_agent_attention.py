@@ -35,7 +35,7 @@ def test_agent_attention_matches_the_reference(settings: dict[str, float], dtype
         out = weights @ gathered.to(value.dtype).to(weights.dtype)
         return (out + settings.get("shortcut", 0) * _wide(value)).to(value.dtype)
 
-    # two softmaxes, one after the other; the order of their sums is the CPU's
+    # two softmaxes in sequence; the order of their sums depends on the CPU
     assert_matches_reference(attention, reference, inputs(), dtype, roundings=6)
 
 

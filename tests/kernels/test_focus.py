@@ -1,4 +1,4 @@
-"""Cells in focus: the formula and the choice written out over dense masks, exactness, counts, the operator."""
+"""Cells in focus: formula and choice against dense masks, exactness, counts, the operator."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from lineardit.linearize.methods import METHODS, Clear, Hybrid, Neighborhood, Pr
 ALL = [(*shape, window, 2**25) for shape in SHAPES for window in WINDOWS]
 TILE_BY_TILE = [(*shape, window, 1) for shape, window in zip(SHAPES, WINDOWS, strict=True)]
 
-SEVEN_AND_FIVE = (*SHAPES[1], WINDOWS[0], 2**18)  # tiles of its two chunks
+SEVEN_AND_FIVE = (*SHAPES[1], WINDOWS[0], 2**18)  # tiles in its two chunks
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_focus_matches_the_formula(
     out, lse = focus_attention(*inputs, **shape, scale=SCALE)
     expected, expected_lse, chosen = by_hand(*inputs, **shape)
     assert 0 < chosen.mean() < 1
-    seen = expected_lse > -20  # elsewhere the window leaves nothing
+    seen = expected_lse > -20  # elsewhere no token is outside the window
     assert seen.any(-1).all()
     assert torch.allclose(out[seen], expected[seen], atol=1e-6)
     assert torch.allclose(lse[seen], expected_lse[seen], atol=1e-6)
@@ -63,7 +63,7 @@ def test_focus_matches_the_formula_in_low_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("local", [Clear(radius=2), Neighborhood(window=3), SlidingTile(tile=2, window=1)], ids=str)
 @pytest.mark.parametrize("grid", [(5, 6), (7, 10), (3, 4, 5)])
 def test_hybrid_with_all_cells_in_focus_matches_full_softmax(grid: tuple[int, ...], local: Any) -> None:
-    """With gradients, and text that is masked in part."""
+    """Includes gradients and partly masked text."""
     num_image, text_len = math.prod(grid), 3
     config = Hybrid(local=local, global_=ProxyTokens(num_proxies=6), gate=1.0, focus_tokens=num_image)
     kernel = METHODS[Hybrid](config, num_heads=2, head_dim=8).double()
@@ -80,7 +80,7 @@ def test_hybrid_with_all_cells_in_focus_matches_full_softmax(grid: tuple[int, ..
 
 
 def test_focus_finds_a_dominant_far_token() -> None:
-    """One far key in 1,024 that a tile's queries want: the mean of its cell hides it, yet its cell is chosen."""
+    """One far key of 1,024 dominates a tile's queries: its cell's mean hides it, but the cell is chosen."""
     grid, errors = (32, 32), {}
     tile = (torch.arange(4)[:, None] * 32 + torch.arange(4)).flatten()
     query, key, value = (torch.randn(1, 2, 1024, 16, dtype=torch.float64) for _ in range(3))
@@ -103,7 +103,7 @@ def test_rest_of_cells_is_computed_once_per_grid(monkeypatch: pytest.MonkeyPatch
     counted, count = [], tables.rest_of_cells
     monkeypatch.setattr(tables, "rest_of_cells", lambda *shapes: counted.append(shapes) or count(*shapes))
     config = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=6), gate=1.0, focus_tokens=30)
-    kernel, grid = METHODS[Hybrid](config, num_heads=2, head_dim=8), (7, 17)  # no other test has this grid
+    kernel, grid = METHODS[Hybrid](config, num_heads=2, head_dim=8), (7, 17)  # no other test uses this grid
     inputs = [torch.randn(1, 2, 119, 8, requires_grad=True) for _ in range(3)]
     for _ in range(2):
         kernel(*inputs, Layout(grid, 0, True, None)).sum().backward()

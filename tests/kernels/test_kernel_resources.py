@@ -1,4 +1,4 @@
-"""The Triton kernels compile for the GPUs that users have, and take no more registers or memory than the table says."""
+"""The Triton kernels compile for common GPUs, with no more registers or memory than the committed table."""
 
 import importlib.util
 import inspect
@@ -28,7 +28,7 @@ def test_kernels_compile_within_the_committed_resources(archs):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert all(f"sm_{arch} window_forward" in run.stdout for arch in archs)
-    assert "nothing grew" in run.stdout  # and not: another version of Triton, nothing compared
+    assert "nothing grew" in run.stdout  # not "nothing compared", as for another version of Triton
 
 
 def test_growth_reports_what_grew():
@@ -45,13 +45,13 @@ def test_growth_reports_what_grew():
     assert module.growth({"a": row}, {}) == ["a: not in the table"]
 
 
-ALIGNED = {"num_cells"}  # a setting of the method, and read by several numbers at once where it is a multiple of 16
+ALIGNED = {"num_cells"}  # depends on the method, not on the image; a multiple of 16 allows wider loads
 FLOATS = {"scale"}
 
 
 @pytest.mark.parametrize("module", [window_kernels, focus_kernels], ids=["window", "focus"])
 def test_image_sizes_do_not_make_triton_recompile(module: Any) -> None:
-    """Every integer argument is told to Triton as one that it must not specialize on, and nothing else is."""
+    """UNSPECIALIZED holds every integer argument but those of ALIGNED, and nothing else."""
     integers = set()
     for name in vars(module):
         if name.startswith(module.__name__.split(".")[-2]):  # window_forward, focus_grad_cell, ...

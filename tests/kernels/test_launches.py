@@ -1,4 +1,4 @@
-"""What a call launches compiles for sm_90 in the very form that Triton gives it there, and keeps CUDA's limits."""
+"""Kernel launches of real calls compile for sm_90 as Triton specializes them there, within CUDA's limits."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_integer_arguments_are_int32_and_scale_is_float32(launches):
 
 
 def test_pointers_are_aligned_and_sizes_are_not_specialized(launches):
-    """A row of a head of 20 is no multiple of 16 bytes: there the image begins where its text ends."""
+    """A row of head dimension 20 is not a multiple of 16 bytes, so the image after its text is unaligned."""
     for one in launches:
         pointers = {name for name, kind in one["types"].items() if kind.startswith("*")}
         specialized = set(one["specialized"])

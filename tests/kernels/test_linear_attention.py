@@ -33,7 +33,7 @@ Attention = Callable[..., Tensor]
 
 
 def tokens(number: int, *, offset: float = 0) -> list[Tensor]:
-    """So many of [2, 2, 15, 8], the tokens of a 3 x 5 grid, as a projection leaves them."""
+    """`number` tensors [2, 2, 15, 8], tokens of a 3 x 5 grid in the memory order of a projection."""
     return [torch.randn(2, 15, 2, 8, dtype=torch.float64).transpose(1, 2) + offset for _ in range(number)]
 
 
@@ -138,7 +138,7 @@ def test_linear_attention_refuses_invalid_arguments(changed: dict, told: str) ->
 @pytest.mark.parametrize("scale", [0.2, 1.5], ids=["normal", "spread"])
 def test_log_mass_matches_the_reference(scale: float, dtype: torch.dtype) -> None:
     def of(function: Attention) -> Attention:
-        # one dtype out, as the helper compares
+        # the helper compares outputs of one dtype
         return lambda query, key: function(query, key, scale=scale).to(query.dtype)
 
     assert_matches_reference(of(log_mass), of(log_mass_reference), tokens(2, offset=0.2), dtype)
@@ -195,8 +195,8 @@ def test_attend_with_extra_key_matches_one_softmax(masked: bool, dtype: torch.dt
 
 
 def test_attend_with_extra_key_handles_products_beyond_float16() -> None:
-    """As softmax attention does: queries and keys without a norm have such products, in Stable Diffusion 2 for one."""
-    query = key = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)  # 102,400, of which a logit is an eighth
+    """As softmax attention does: queries and keys without a norm have such products, as in Stable Diffusion 2."""
+    query = key = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)  # product 102,400, logit an eighth of it
     value, extra = torch.randn(2, 1, 1, 1, 64).half()
     logit = torch.tensor([[[12_801.0]]])
     out = attend_with_extra_key(query, key, value, logit, extra, scale=64**-0.5)

@@ -1,4 +1,4 @@
-"""How much of each cell lies outside of a window, against tokens counted one by one."""
+"""How many tokens of each cell are outside a window, against a count one by one."""
 
 from itertools import product
 
@@ -26,7 +26,7 @@ WINDOWS = [
 
 
 def counted(grid: tuple[int, ...], window: Circle | Box, num_cells: int) -> torch.Tensor:
-    """[n, C], by the definition."""
+    """[n, C], from the definition."""
     frames, height, width = (1, *grid)[-3:]
     near = window_mask(grid, window, 0, True, CPU)
     counts = cell_grid(frames, height, width, num_cells)
@@ -97,7 +97,7 @@ def test_log_rest_keeps_fake_and_real_tensors_apart() -> None:
 
 @pytest.mark.parametrize("window", [Circle(radius=4), Box(window=(5, 5))], ids=str)
 def test_rest_of_cells_stores_only_cells_within_reach(window: Circle | Box) -> None:
-    """Of cells of 6 x 8 tokens a window that reaches 3 or 2 tokens touches 2 x 2."""
+    """A window that reaches 3 or 2 tokens touches at most 2 x 2 cells of 6 x 8 tokens."""
     with LiveBytes(nn.Module()) as live:
         rest = rest_of_cells((48, 64), window, 64, CPU)
     assert rest.near.shape == (48 * 64, 4)

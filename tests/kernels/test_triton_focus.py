@@ -1,4 +1,4 @@
-"""The focus kernel in Triton's interpreter: the formula over dense masks, plain, strides, precisions, fallbacks."""
+"""The focus kernel in Triton's interpreter: against dense masks and "plain", strides, precisions, fallbacks."""
 
 from typing import Any
 
@@ -25,13 +25,13 @@ from lineardit.kernels.focus.triton_focus import Blocks, backward_candidates, ca
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-# each shape with two windows, each window with two shapes; of two samples and of one
+# each shape with two windows and each window with two shapes, with batches of two and of one
 PAIRS = [
     (*shape, WINDOWS[(index + step) % len(WINDOWS)], batch)
     for step, batch in ((0, 2), (2, 1))
     for index, shape in enumerate(SHAPES)
 ]
-SMALLER = {"GRID": (12, 14), "WINDOW": Circle(radius=4), "COUNT": 6, "NUM_SMALL_CELLS": 42}  # a picture for the trial
+SMALLER = {"GRID": (12, 14), "WINDOW": Circle(radius=4), "COUNT": 6, "NUM_SMALL_CELLS": 42}  # image of the trial
 
 
 @pytest.mark.parametrize(("grid", "num_cells", "num_tokens", "side", "window", "batch"), PAIRS, ids=str)
@@ -43,7 +43,7 @@ def test_triton_matches_the_formula(
     shape = {"grid": grid, "window": window, "num_tokens": num_tokens, "side": side}
     out, lse = focus_attention(*inputs, **shape, scale=SCALE, impl="triton")
     expected, expected_lse, _ = by_hand(*exact, **shape)
-    seen = expected_lse > -20  # elsewhere the window leaves nothing
+    seen = expected_lse > -20  # elsewhere no token is outside the window
     assert torch.allclose(out[seen].double(), expected[seen], atol=1e-5)
     assert torch.allclose(lse[seen].double(), expected_lse[seen], atol=1e-5)
     weights = torch.randn_like(out)[seen], torch.randn_like(lse)[seen]
@@ -70,11 +70,11 @@ def test_triton_is_as_precise_as_the_formula_in_the_same_precision(dtype: torch.
 @pytest.mark.parametrize(
     ("grid", "num_cells", "num_tokens", "side", "head_dim", "window"),
     [
-        ((24, 24), 8, 144, 8, 8, Circle(radius=3)),  # cells longer than a block, most of them beyond every window
+        ((24, 24), 8, 144, 8, 8, Circle(radius=3)),  # cells longer than a block, most of them outside every window
         ((3, 8, 9), 6, 72, 8, 8, Circle(radius=2.5, frame_radius=2)),
         ((2, 6, 6), 8, 18, 3, 8, Box(window=(3, 3))),
         ((9, 14), 10, 30, 4, 24, Circle(radius=2)),
-        ((7, 9), 6, 21, 3, 12, Circle(radius=2)),  # rows that are no multiples of 16 bytes
+        ((7, 9), 6, 21, 3, 12, Circle(radius=2)),  # rows that are not multiples of 16 bytes
         ((6, 6), 9, 12, 3, 128, Box(window=(3, 1))),
     ],
 )
@@ -110,7 +110,7 @@ FIRST, *OTHERS = backward_candidates(8, torch.float16)
     "blocks", [FIRST, *OTHERS[-1:], *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS[:-1])], ids=shown
 )
 def test_gradients_match_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 cells of one token and 4 of 72: more and fewer than a block, and proxies' sums split among programs."""
+    """80 cells of one token and 4 of 72: more and fewer than a block, and the proxies' sums split over programs."""
     monkeypatch.setattr(triton_probe, "backward_blocks_for", lambda *_: blocks)
     for grid, num_cells, num_tokens in (((8, 10), 80, 9), ((18, 16), 4, 72)):
         inputs = [x[:1].requires_grad_() for x in inputs_of(grid, num_cells, FP32)]
@@ -144,7 +144,7 @@ def test_triton_accepts_any_strides() -> None:
 
 
 def test_gradients_have_the_dtypes_of_their_inputs() -> None:
-    """Half queries, keys and values beside float32 proxies."""
+    """Half-precision queries, keys and values with float32 proxies."""
     inputs, shape = clear_choice(FP32)
     mixed = [x.half() for x in inputs[:3]] + inputs[3:]
     grads = {}
@@ -158,7 +158,7 @@ def test_gradients_have_the_dtypes_of_their_inputs() -> None:
 
 
 @pytest.mark.parametrize("impl", ["triton", "plain"])
-@pytest.mark.parametrize(("grid", "num_cells"), [((6, 4), 6), ((5, 4), 4)])  # apart, and overlapping
+@pytest.mark.parametrize(("grid", "num_cells"), [((6, 4), 6), ((5, 4), 4)])  # disjoint and overlapping cells
 def test_focus_backward_op_passes_opcheck(impl: str, grid: tuple[int, int], num_cells: int) -> None:
     inputs = inputs_of(grid, num_cells, FP32)
     shape = (grid, 2, 2, SCALE, impl, 1.5, None, None)
@@ -200,7 +200,7 @@ def test_choose_impl_returns_or_refuses_an_implementation(monkeypatch: pytest.Mo
 
 
 def test_query_without_visible_keys_has_the_log_sum_exp_of_plain() -> None:
-    """All cells in focus and a window that holds them: the plain backward reads what the kernel leaves."""
+    """All cells are in focus and inside the window; the plain backward reads the kernel's value."""
     inputs, shape = inputs_of((4, 4), 4, FP32), {"grid": (4, 4), "window": Circle(radius=9), "num_tokens": 16}
     lses = [focus_attention(*inputs, **shape, side=4, scale=SCALE, impl=impl)[1] for impl in ("triton", "plain")]
     assert (lses[1] < -9000).all()
@@ -209,7 +209,7 @@ def test_query_without_visible_keys_has_the_log_sum_exp_of_plain() -> None:
 
 @pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_device_trial_passes_with_and_without_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter, with the plain formula that a GPU takes, on a smaller picture."""
+    """In the interpreter, with the plain formula used on a GPU, on a smaller image."""
     for name, value in SMALLER.items():
         monkeypatch.setattr(triton_probe, name, value)
     monkeypatch.setattr(plain, "fastest_partial", lambda *_: PLAIN)
@@ -219,7 +219,7 @@ def test_device_trial_passes_with_and_without_autocast(autocast: bool, monkeypat
 
 
 def test_device_trial_includes_the_larger_shared_memory_of_some_cell_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where that is a multiple of 16, Triton loads more at once and ahead, which takes more shared memory."""
+    """For a multiple of 16, Triton uses wider loads and prefetches, which take more shared memory."""
 
     def narrow(inputs: list[torch.Tensor], *given: Any) -> tuple[torch.Tensor, ...]:
         if inputs[3].shape[2] % 16 == 0 and given[-1].keys > 32:
@@ -252,7 +252,7 @@ def test_backward_falls_back_to_plain_with_a_warning(
         raise RuntimeError("out of shared memory")
 
     monkeypatch.setattr(triton_probe, "backward_blocks_for", fails)
-    monkeypatch.setattr(attention, "backward_blocks", choose.backward_blocks.__wrapped__)  # without its memory
+    monkeypatch.setattr(attention, "backward_blocks", choose.backward_blocks.__wrapped__)  # without its cache
     inputs = [x.requires_grad_() for x in inputs_of((6, 6), 9, FP32)]
     shape = {"grid": (6, 6), "window": Circle(radius=2), "num_tokens": 8, "side": 4, "scale": SCALE}
     grads = [

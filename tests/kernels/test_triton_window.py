@@ -73,20 +73,20 @@ def test_window_attention_triton_matches_reference_on_random_cases(case, dtype):
 def test_window_attention_triton_matches_reference_with_smaller_tiles(tiles, monkeypatch):
     for name in ("forward_tiles_for", "backward_tiles_for"):
         monkeypatch.setattr(triton_probe, name, lambda *_: tiles)
-    monkeypatch.setattr(operator, "backward_tiles", choose.backward_tiles.__wrapped__)  # without its memory
+    monkeypatch.setattr(operator, "backward_tiles", choose.backward_tiles.__wrapped__)  # without its cache
     Case(grid=(9, 11), radius=3, text_len=5, num_heads=1, head_dim=16).matches_reference(FP32, impl="triton")
 
 
-@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of sums that are left out
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # in sums that are masked out
 def test_masked_text_has_zero_gradient_even_for_huge_keys():
     case = Case(grid=(5, 9), radius=2, text_len=140, masked=True, num_heads=1, head_dim=16, batch=2)
     query, key, value = case.tensors(FP32)
     masked = F.pad(~case.text_mask(), (0, 45))[:, None, :, None]
-    key = torch.where(masked, 1e4 * key, key)  # its weights, were there any, would be infinite
+    key = torch.where(masked, 1e4 * key, key)  # if attended, its weights would be infinite
     grads = []
     for impl in ("triton", "reference"):
         leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-        out = case.run(*leaves, impl=impl)[:, :, 140:]  # masked text attends itself
+        out = case.run(*leaves, impl=impl)[:, :, 140:]  # masked text still attends as a query
         grads.append(torch.autograd.grad(out.square().sum(), leaves))
     torch.testing.assert_close(*grads)
     assert all(grad.masked_select(masked).eq(0).all() for grad in grads[0][1:])
@@ -195,8 +195,8 @@ def test_first_that_fits_takes_the_next_smaller_tiles(problem):
 @pytest.mark.parametrize(
     "shape, unit, strides",
     [
-        ((2, 7, 16, 72), 8, [7 * 16 * 9, 9, 16 * 9]),  # PixArt's heads, token by token
-        ((1, 7, 16, 72), 8, [0, 9, 16 * 9]),  # nobody asks for the second picture
+        ((2, 7, 16, 72), 8, [7 * 16 * 9, 9, 16 * 9]),  # PixArt's heads, token-major
+        ((1, 7, 16, 72), 8, [0, 9, 16 * 9]),  # the stride of a batch of one is not used
         ((2, 7, 3, 20), 1, [7 * 3 * 20, 20, 3 * 20]),
     ],
 )
@@ -257,7 +257,7 @@ def test_fastest_that_fits_leaves_out_wrong_tiles(caplog):
 
 
 def test_race_runs_the_forward_and_the_backward(monkeypatch):
-    """Its sizes are for a GPU; here each call is made once."""
+    """On smaller sizes than a GPU's, with each call made once."""
     monkeypatch.setattr(triton_probe, "RACE_GRID", (9, 8))
     monkeypatch.setattr(triton_probe, "RACE_SHARED", 5)
     monkeypatch.setattr(triton_probe, "RACE_HEADS", 1)
@@ -290,7 +290,7 @@ def test_device_seconds_is_the_median_of_alternating_calls(monkeypatch):
 
     def call(name: str, taken: float) -> None:
         order.append(name)
-        clock[0] += taken if len(order) > 8 else 100 * taken  # the first are slow
+        clock[0] += taken if len(order) > 8 else 100 * taken  # the first calls are slow
 
     def too_large() -> None:
         raise OutOfResources(200_000, 101_376, "shared memory")
@@ -337,7 +337,7 @@ def test_why_not_triton_requires_cuda_outside_the_interpreter(monkeypatch):
     "problem, said",
     [
         (RuntimeError("out of resource: shared memory"), "out of resource: shared memory"),
-        (CalledProcessError(1, "gcc"), "Command 'gcc' returned non-zero exit status 1."),  # no headers of Python
+        (CalledProcessError(1, "gcc"), "Command 'gcc' returned non-zero exit status 1."),  # Python headers are missing
         (AssertionError("libcuda.so cannot be found"), "libcuda.so cannot be found"),
     ],
     ids=lambda value: type(value).__name__,
@@ -360,7 +360,7 @@ def test_backward_falls_back_to_tiled_with_a_warning(monkeypatch, caplog):
         raise RuntimeError("out of shared memory")
 
     monkeypatch.setattr(triton_probe, "backward_tiles_for", failing)
-    monkeypatch.setattr(operator, "backward_tiles", choose.backward_tiles.__wrapped__)  # without its memory
+    monkeypatch.setattr(operator, "backward_tiles", choose.backward_tiles.__wrapped__)  # without its cache
     Case(grid=(9, 11), radius=3, text_len=5, num_heads=1, head_dim=16).matches_reference(FP32, impl="triton")
     reason = "in Triton's interpreter: out of shared memory"
     assert f"Gradients of window attention fall back to plain PyTorch, which is slower: {reason}" in caplog.text

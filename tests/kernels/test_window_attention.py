@@ -36,7 +36,7 @@ on_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 @pytest.fixture(params=["masked", "tiled-flash", "tiled-plain"])
 def fast_impl(request, monkeypatch):
-    """Name of an implementation other than the reference; tiled with each of its ways to compute a part."""
+    """An implementation other than the reference; "tiled" once with each of its partial attentions."""
     impl, _, partial = request.param.partition("-")
     if partial:
         monkeypatch.setattr(tiled, "fastest_partial", lambda *_: {"flash": FLASH, "plain": PLAIN}[partial])
@@ -51,7 +51,7 @@ def test_window_attention_matches_reference(case, dtype, fast_impl):
 
 @pytest.fixture
 def efficient(monkeypatch):
-    """Tiles as on a CUDA device without Triton; the kernel that is there is stood in for, with all that it asks for."""
+    """Tiles as on a CUDA device without Triton, with a stand-in for its kernel that checks its requirements."""
     monkeypatch.setattr(tiled, "fastest_partial", lambda *_: EFFICIENT)
     name = "_scaled_dot_product_efficient_attention"
     monkeypatch.setattr(torch.ops.aten, name, efficient_stand_in.forward)

@@ -94,7 +94,7 @@ def test_window_attention_auto_runs_the_choice_of_choose_impl(grid):
 
 
 class Allocations(TorchDispatchMode):
-    """Sizes, in elements, of what operations return."""
+    """Sizes, in elements, of the tensors that operations return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Allocations(TorchDispatchMode):
 
 
 def allocations(case: Case, monkeypatch) -> list[int]:
-    """Of a forward and a backward, inside of the operators too."""
+    """Sizes allocated by a forward and a backward, including those inside the operators."""
     mode = Allocations()
 
     def recorded(function):

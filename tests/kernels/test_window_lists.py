@@ -1,4 +1,4 @@
-"""The lists of a window name every pair of image tokens that attend, and no other, whatever the tiles."""
+"""Tile lists of a window hold exactly the pairs of image tokens that attend, for any tiles."""
 
 import math
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def listed_pairs(lists: TileLists, tokens: int) -> Tensor:
-    """How often the lists name every pair, [tokens, tokens]."""
+    """How often the lists hold each pair, [tokens, tokens]."""
     pairs = torch.zeros(tokens, tokens, dtype=torch.int)
     for tile, count in enumerate(lists.counts.tolist()):
         for key_tile, mask_id in zip(lists.key_tiles[tile, :count], lists.mask_ids[tile, :count], strict=True):
@@ -47,7 +47,7 @@ def test_lists_hold_each_pair_once_with_unmasked_tiles_first(grid, window, query
     for tile, count in enumerate(lists.counts.tolist()):
         masks = lists.masks[lists.mask_ids[tile, :count]]
         whole = masks[:, masks.any(2).any(0)].flatten(1).all(1).tolist()
-        # a circle's tile at the border of the grid is read through a mask
+        # at the border of the grid, a circle's whole tile may be read with a mask
         assert all(inside >= (entry < lists.inside[tile]) for entry, inside in enumerate(whole))
         assert isinstance(window, Circle) or sum(whole) == lists.inside[tile]
         assert (lists.mask_ids[tile, count:] == -1).all()
@@ -122,7 +122,7 @@ def test_tile_shape_cuts_evenly_into_bounded_tiles(grid, radius):
     rows, columns = tile_shape(*grid, radius)
     assert 1 <= rows <= grid[0] and 1 <= columns <= grid[1]
     assert rows * columns <= 256
-    # No row or column of tiles could be left out.
+    # No row or column of tiles is superfluous.
     for size, side in zip(grid, (rows, columns), strict=True):
         assert -(-size // side) * side - size < -(-size // side)
 

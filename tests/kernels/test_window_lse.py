@@ -1,4 +1,4 @@
-"""The log-sum-exp that window attention hands out: its value, and gradients through it and through the output."""
+"""The log-sum-exp returned by window attention: its value, and gradients through it and through the output."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Adapters: what is written, what is read, and what is refused."""
+"""Adapters: writing, reading, and refusals."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ def base(family: str = "flux") -> nn.Module:
 
 
 def trained(kind: str, family: str = "flux") -> nn.Module:
-    """A model with kernels, and LoRA or changed projections, all moved away from where they started."""
+    """A converted model with kernels and, by `kind`, LoRA or full projections, none at its initial value."""
     model = base(family)
     linearize_(model, CLEAR)
     trained_(model, kind, rank=3, alpha=2)
@@ -200,7 +200,7 @@ def test_save_adapter_refuses_an_unconverted_model(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, model: nn.Module, text: str) -> None:
-    """Loading fails with `text`, and the model is as it was."""
+    """Loading fails with `text` and leaves the model unchanged."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=text) as caught:
@@ -257,7 +257,7 @@ def test_load_adapter_refuses_a_file_that_is_not_safetensors(tmp_path: Path) -> 
 
 
 def rewrite_tensors_entry(folder: Path) -> None:
-    """Makes the JSON agree with the tensors file, as somebody who edits both would."""
+    """Update the size and hash in the JSON to match the edited tensors file."""
     from lineardit.linearize.folders import sha256
 
     entries, file = json.loads((folder / "lineardit.json").read_text()), folder / "lineardit.safetensors"

@@ -208,7 +208,7 @@ def test_read_base_tolerates_a_license_that_cannot_be_fetched(tmp_path: Path, mo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_stored_dtype_is_the_main_dtype_of_the_denoiser_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     model = build("flux").to(dtype)
-    model.proj_out.float()  # a few weights in float32 are not what the model is stored in
+    model.proj_out.float()  # one small float32 layer does not change the main dtype
     model.save_pretrained(tmp_path)
     assert stored_dtype(read_base(tmp_path)) == dtype
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")

@@ -1,4 +1,4 @@
-"""What a pipeline is called with: names, what is left to it, what is refused."""
+"""Arguments of a pipeline call: their names, defaults, and refusals."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""CLEAR's published checkpoints: the outputs of its own code, the way back, adapters, and what is refused."""
+"""CLEAR's published checkpoints: outputs of the authors' code, restoring, adapters, and refusals."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ CASES = {"clear_flux_r4": None, "clear_flux_r4_down4": 4}  # file -> pool size
 
 
 class Case:
-    """A golden file: what the authors' code got and gave."""
+    """A golden file: inputs and outputs of the authors' code."""
 
     def __init__(self, name: str) -> None:
         metadata, parts = golden_parts(name)

@@ -15,7 +15,7 @@ from lineardit.linearize import Clear, LayoutError, UnsupportedModelError, compi
 from lineardit.linearize.families import family_of
 from tiny_models import FAMILIES, FIRST, build, inputs_of, run
 
-# squares first: their sides must not be taken for one number
+# squares first: their equal sides must not become one symbol
 SIZES = [(6, 6), (8, 8), (8, 11), (11, 8), (5, 13), (9, 7)]
 
 
@@ -36,7 +36,7 @@ def _graphs_per_size(
     sizes: Sequence[tuple[int, int]] = SIZES,
     compiled: Callable[..., object] = compile_,
 ) -> list[int]:
-    """Compile, run every size twice against eager, and count the graphs made so far."""
+    """Compile, run every size twice against eager, and return the number of graphs after each run."""
     eager = copy.deepcopy(model)
     compiled(model, backend=backend)
     graphs = []
@@ -49,7 +49,7 @@ def _graphs_per_size(
 
 
 def _with_blocks(family: str) -> nn.Module:
-    """At least four of those that CI compiles; of the others, as many as the tiny model has."""
+    """A model with at least four blocks for families of `FIRST`, otherwise the tiny model's own."""
     return build(family, num_layers=4 if family in ("sd3", "pixart") else 2) if family in FIRST else build(family)
 
 
@@ -141,7 +141,7 @@ def test_compile_gradients_match_eager() -> None:
     assert compile_(model, backend="aot_eager") == 1
     for one in (model, eager):
         one(**arguments).sample.square().sum().backward()
-    # the largest of all: a key's bias shifts every logit alike, so its gradient is rounding around zero
+    # the largest of all gradients: a key bias shifts all logits equally, so its own gradient is only rounding noise
     largest = max(float(weight.grad.abs().max()) for weight in eager.parameters() if weight.grad is not None)
     for name, weight in eager.named_parameters():
         gradient = model.get_parameter(name).grad

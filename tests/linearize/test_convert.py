@@ -1,4 +1,4 @@
-"""Choosing layers, reports, the entry in the config, and refusals of `linearize_` and its relatives."""
+"""Layer selection, reports, the config entry, and refusals of `linearize_` and related functions."""
 
 import logging
 from pathlib import Path
@@ -206,6 +206,6 @@ def test_linearize_accepts_a_custom_family() -> None:
     far = image.clone()
     far[..., 4, 6] += 1
     changed = (model(far) - model(image)).abs().amax((0, 2)).view(5, 7) > 0
-    assert changed.sum() == 8  # the quarter of a window of radius 2.3 in the corner
+    assert changed.sum() == 8  # a quarter of the window of radius 2.3, at the corner
     restore_(model)
     assert torch.equal(model(image), base)

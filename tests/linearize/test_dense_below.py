@@ -1,4 +1,4 @@
-"""`linearize_(..., dense_below=N)`: the model's own call in small pictures, where nothing was trained."""
+"""`linearize_(..., dense_below=N)`: the original attention for small images, unless weights were trained."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def base(family: str = "flux") -> nn.Module:
 
 
 def tokens(model: nn.Module) -> dict[str, int]:
-    """Image tokens of the last call of each converted module."""
+    """Image tokens in the last call of each converted module."""
     modules: dict[str, Any] = swapped(model)
     return {name: prod(module._lineardit_level.grid) for name, module in modules.items()}
 
@@ -134,7 +134,7 @@ def test_trained_student_ignores_dense_below_with_a_warning(train: Any, caplog: 
     train(model)
     assert caplog.text.count(UNUSED) == 1
     student = run(model, arguments)
-    assert torch.equal(student, converted_run("flux"))  # what was trained is not moved yet
+    assert torch.equal(student, converted_run("flux"))  # the trainable weights are still at their initial values
     assert swap_report(model).dense_below == 0
     with dense(model):
         assert torch.equal(run(model, arguments), original)

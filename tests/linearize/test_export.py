@@ -133,7 +133,7 @@ def test_save_merged_loads_as_the_student(base: Path, kind: str, tmp_path: Path,
         pipe = from_pretrained(tmp_path / "merged")
     assert [record for record in caplog.records if record.name.startswith("lineardit")] == []
     assert torch.allclose(run(pipe, arguments), expected, atol=1e-5)
-    if kind == "kernels":  # the base's own weights are all there
+    if kind == "kernels":  # the base's own weights are all in the file
         restore_(pipe)
         assert torch.equal(run(pipe, arguments), run(plain(base), arguments))
     else:
@@ -202,7 +202,7 @@ def test_save_pretrained_after_fusing_lora_can_be_loaded(base: Path, tmp_path: P
 
 
 class FakeHub:
-    """What was uploaded, in place of the Hub."""
+    """Stands in for the Hub and keeps what is uploaded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.folder, self.calls = folder, []
@@ -326,7 +326,7 @@ def test_convert_merges_an_adapter_or_a_base(base: Path, tmp_path: Path, capsys:
     weights = load_file(tmp_path / "two" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     plain(base).to(torch.float16).save_pretrained(tmp_path / "half")
-    assert command("convert", tmp_path / "half", *options[:-2], "-o", tmp_path / "three") == 0  # as it is stored
+    assert command("convert", tmp_path / "half", *options[:-2], "-o", tmp_path / "three") == 0  # the stored dtype
     weights = load_file(tmp_path / "three" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
     assert "generate" in capsys.readouterr().out
@@ -365,7 +365,7 @@ def test_convert_refuses_invalid_options_in_one_line(
         "ADAPTER": save_adapter(student, tmp_path / "adapter"),
         "FILE": save_adapter(student, tmp_path / "x.safetensors"),
     }
-    capsys.readouterr()  # loading bars of the lines above
+    capsys.readouterr()  # discard the progress bars of the saves above
     assert command("convert", *(places.get(word, word) for word in words), "-o", tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert said in message and message.count("\n") == 1

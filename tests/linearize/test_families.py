@@ -1,4 +1,4 @@
-"""What families have of their own: reference images, prompts of different length, masks, positions, levels."""
+"""Features of single families: reference images, prompts of different lengths, masks, positions, levels."""
 
 import logging
 from typing import Any
@@ -29,7 +29,7 @@ def _near() -> Tensor:
 
 
 def _with_reference(family: str) -> dict[str, Any]:
-    """Arguments for one picture of `GRID` and a reference of another size, which stands after it."""
+    """Arguments for one image of `GRID`, followed by a reference of another size."""
     arguments = inputs_of(family, grid=GRID, text_len=TEXT_LEN, batch=1)
     channels = arguments["hidden_states"].shape[-1]
     arguments["hidden_states"] = torch.randn(1, NUM_IMAGE + NUM_REFERENCE, channels)
@@ -41,7 +41,7 @@ def _with_reference(family: str) -> dict[str, Any]:
 
 
 def _one_block(family: str) -> nn.Module:
-    """A model with a single attention, so that its output tells the receptive field."""
+    """A model with one attention module, so that its output shows the receptive field."""
     config = {} if family == "qwen-image" else {"num_single_layers": 0}
     return build(family, num_layers=1, **config)
 
@@ -64,7 +64,7 @@ def test_reference_images_are_fully_attended_and_the_image_by_window(family: str
         changed.append((moved - out)[0].abs().amax(-1) > 1e-6)
     by_image, by_reference = torch.stack(changed).split([NUM_IMAGE, NUM_REFERENCE])
     assert torch.equal(by_image[:, :NUM_IMAGE], _near())
-    assert by_image[:, NUM_IMAGE:].all()  # a reference sees the whole picture
+    assert by_image[:, NUM_IMAGE:].all()  # a reference attends to the whole image
     assert by_reference.all()
 
 
@@ -106,7 +106,7 @@ def test_z_image_omni_texts_precede_the_image(num_texts: int) -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation makes."""
+    """Bytes of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_reference_of_the_same_size_is_not_mistaken_for_the_image(impl: str) -> 
     arguments["img_shapes"] = [[(1, 4, 6)] * 2]
     arguments["hidden_states"] = torch.randn(1, 48, 4)
     arguments["img_mask"] = torch.cat([torch.ones(1, 6, dtype=torch.bool), arguments["img_mask"]], 1)
-    arguments["encoder_hidden_states"] = torch.randn(1, 6 + TEXT_LEN, 16)  # the slots of the reference as well
+    arguments["encoder_hidden_states"] = torch.randn(1, 6 + TEXT_LEN, 16)  # includes the slots of the reference
     arguments["encoder_hidden_states_mask"] = torch.ones(1, 6 + TEXT_LEN, dtype=torch.bool)
     base = run(model, arguments)
     linearize_(model, Clear(radius=50), impl=impl)

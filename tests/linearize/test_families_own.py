@@ -1,4 +1,4 @@
-"""A model that is not in diffusers, by a family that is passed."""
+"""A model outside diffusers, converted with a family passed to `linearize_`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +16,7 @@ from lineardit.linearize.what_runs import describe_attention
 
 
 class _Pond(nn.Module):
-    """Somebody's own model: two layers of self-attention."""
+    """A user's own model: two layers of self-attention."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Configs that checkpoints of one class differ in: the grid and the other tokens are found in each."""
+"""Configs in which checkpoints of one class differ: the grid and the other tokens are found in each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ def _nothing() -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Of a tiny model: other values in its config, and arguments besides or in place of the usual ones."""
+    """Changes to a tiny model's config, and arguments that extend or replace the usual ones."""
 
     family: str
     config: dict[str, Any]

@@ -1,4 +1,4 @@
-"""`first_steps`: linear attention for some steps of a pipeline, the base's for the rest."""
+"""`first_steps`: linear attention for the first steps of a pipeline, the base's for the rest."""
 
 from contextlib import nullcontext
 from copy import deepcopy
@@ -31,7 +31,7 @@ def paint(pipe: Any, **arguments: Any) -> Tensor:
 
 
 def linear_in_each_step(pipe: Any, count: int) -> list[bool]:
-    """Whether attention was linear in each step of a call."""
+    """Whether attention was linear in each step of two calls."""
     conversion = vars(pipe.transformer)["_lineardit_conversion"]
     seen: list[bool] = []
     handle = pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(conversion.enabled))

@@ -53,7 +53,7 @@ def test_pairs_match_the_mask(grid: tuple[int, int], config: Clear) -> None:
     assert found == image + text_len * (text_len + len(positions))
 
 
-# Upstream computes rotary positions or attention masks by products as well, in sums that PyTorch's counter has
+# The others compute rotary positions or attention masks by products too, which PyTorch's counter includes
 COUNTED = ("flux", "sd3", "pixart", "unet", "wan", "qwen-image", "prx", "kandinsky5", "cosmos")
 
 

@@ -1,4 +1,4 @@
-"""Patterns that name exactly some modules."""
+"""Glob patterns that match exactly the given modules."""
 
 from fnmatch import fnmatchcase
 

@@ -1,4 +1,4 @@
-"""Commands and Python with a Hub that answers: what is fetched, what is uploaded, what is told."""
+"""The command line and Python API with a local Hub server: downloads, uploads, and error messages."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from lineardit import Clear, linearize_
 from lineardit.examples.tiny_flux import path
 from tests.hub_server import COMMIT, HubServer, serve
 
-# In a process of its own, as the client reads the Hub's address when it is imported. `made`: a path to write to.
+# Runs in its own process: the client reads the Hub's address when it is imported. `made`: a path to write to.
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_hub_downloads_uploads_and_error_messages(tmp_path: Path) -> None:
 
 
 def fill(hub: HubServer) -> None:
-    """A model with a licence; it again, gated; one variant of its weights; pickles; no weights; a saved conversion."""
+    """A licensed model; copies gated, in one variant, with pickles, without weights; and a saved conversion."""
     model = hub.root / "me" / "model"
     shutil.copytree(path(), model)
     (model / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -95,7 +95,7 @@ def fill(hub: HubServer) -> None:
 
 
 def output_of_script(hub: HubServer, made: Path) -> str:
-    """What it tells with this Hub; the cache is beside `made`."""
+    """The stderr of the script with this Hub; the cache is next to `made`."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(made.parent / "cache"), "HF_TOKEN": "hf_of_a_test"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}

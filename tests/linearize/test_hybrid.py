@@ -1,4 +1,4 @@
-"""Hybrids: the formula written out, the local branch bit for bit at gate 0, exactness, settings, files and commands."""
+"""Hybrids: the formula, the local branch bit for bit at gate 0, exactness, settings, files and commands."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ BRANCHES = [
 
 
 def kernel_of(config: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """The module of 2 heads of 8, told of the grid."""
+    """The attention module for 2 heads of 8, after observing the grid."""
     kernel = METHODS[type(config)](config, num_heads=2, head_dim=8).to(dtype)
     kernel.observe(GRID)
     return kernel
@@ -113,12 +113,12 @@ def test_hybrid_matches_the_formula(global_: Any, text_first: bool, join: str) -
 
 
 def _means(tokens: Tensor) -> Tensor:
-    """[2, 2, 30, 8] -> of 2 x 2 cells of the grid, [2, 2, 4, 8]."""
+    """Means over 2 x 2 cells of the grid, [2, 2, 30, 8] -> [2, 2, 4, 8]."""
     return adaptive_avg_pool2d(tokens.mT.reshape(2, 16, *GRID), (2, 2)).reshape(2, 2, 8, 4).mT
 
 
 def test_open_gate_approximates_full_softmax_for_constant_cells() -> None:
-    """Keys and values constant within each cell, and a window that sees its own token alone."""
+    """Keys and values are constant within each cell, and the window holds only the query's own token."""
     kernel = kernel_of(Hybrid(local=Clear(radius=1), global_=ProxyTokens(num_proxies=4), gate=1.0))
     grid, text_len = (20, 20), 2
     kernel.observe(grid)
@@ -136,7 +136,7 @@ def test_open_gate_approximates_full_softmax_for_constant_cells() -> None:
 
 @pytest.mark.parametrize("text_len", [0, TEXT_LEN])
 def test_proxy_tokens_and_window_share_one_softmax(text_len: int) -> None:
-    """Gates, balance and what the proxies hear are random; text is masked."""
+    """All parameters are random, and text is partly masked."""
     kernel = kernel_of(Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4)))
     for parameter in kernel.parameters():
         torch.nn.init.normal_(parameter)
@@ -208,7 +208,7 @@ def test_hybrid_pairs_sum_both_branches_and_count_text_once() -> None:
 
 
 def test_hybrid_mixes_frames_through_the_global_branch() -> None:
-    """Where each frame's window holds that frame, what comes from the other is the global branch's."""
+    """Each frame's window holds only that frame, so any effect of the other is from the global branch."""
     kernel = METHODS[Hybrid](
         Hybrid(local=Clear(radius=9, frame_radius=1), global_=Agent(num_agents=4), gate=1), num_heads=2, head_dim=8
     ).double()
@@ -303,7 +303,7 @@ def test_report_prints_both_branches_in_command_line_syntax() -> None:
     [
         (Clear(radius=4), 256, (128, 128), "reaches 4 tokens, and proxies that stand for 8 x 8 each"),
         (Clear(radius=8), 1024, (256, 512), "reaches 8 tokens, and proxies that stand for 16 x 8 each"),
-        (Clear(radius=16), 64, (16, 1024), "16 x 16"),  # the height is seen whole
+        (Clear(radius=16), 64, (16, 1024), "16 x 16"),  # the window spans the height
         (Neighborhood(window=9), 64, (64, 64), "reaches 4"),
         (Neighborhood(window=(33, 3)), 256, (64, 64), "reaches 1 tokens"),
         (Neighborhood(window=(3, 33)), 256, (64, 64), "reaches 1 tokens"),
@@ -345,7 +345,7 @@ NO_FOCUS = Hybrid(local=Clear(radius=64), global_=ProxyTokens(num_proxies=256), 
 def test_advice_is_given_where_focus_tokens_has_no_effect(grid: tuple[int, ...], told: str | None) -> None:
     advice = HybridAttention.advice(NO_FOCUS, grid)
     assert advice is None if told is None else advice is not None and told in advice
-    covering = replace(NO_FOCUS, local=Clear(radius=400))  # nothing lies beyond the window
+    covering = replace(NO_FOCUS, local=Clear(radius=400))  # no token is outside the window
     assert HybridAttention.advice(covering, grid) is None
 
 

@@ -1,4 +1,4 @@
-"""Converting and inspecting by config files alone."""
+"""Converting and inspecting from config files alone."""
 
 import json
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_inspect_base_reports_the_focus_implementation(base: Path, tmp_path: Pat
     method = Hybrid(local=Clear(radius=2), global_=proxies, gate=1.0, focus_tokens=4096)
     convert_base(base, method, output=tmp_path / "adapter")
     row = inspect_base(tmp_path / "adapter").rows[0]
-    assert row.impl == "tiled (focus: plain) at 1K, tiled at 2K 4K 8K"  # where a cell holds more than 4,096 tokens
+    assert row.impl == "tiled (focus: plain) at 1K, tiled at 2K 4K 8K"  # from 2K on, a cell has more than 4,096 tokens
 
 
 def test_inspect_base_names_the_implementation_by_size_where_it_differs(

@@ -1,4 +1,4 @@
-"""Grids out of position ids, and masks of text out of masks of keys."""
+"""Grids from position ids, and text masks from key masks."""
 
 from typing import Any
 
@@ -82,7 +82,7 @@ def test_layout_counts_image_tokens() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Counts the numbers that are read from the device: each waits for all that it has to do."""
+    """Counts values read from the device: each read waits for all queued work."""
 
     count = 0
 
@@ -104,7 +104,7 @@ def test_device_synchronizations_do_not_grow_with_layers(family: str) -> None:
 
 
 class Far(torch.Tensor):
-    """As if on a device: counts what is read from it."""
+    """A tensor treated as if on a device: counts reads from it."""
 
     waits = 0
 

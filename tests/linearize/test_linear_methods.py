@@ -1,4 +1,4 @@
-"""Agent, Mala and Rala against their formulas written out in float64, settings, and what they put on the grid."""
+"""Agent, Mala and Rala against their formulas in float64, their settings, and their operators on the grid."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ CONFIGS = [
 
 
 def moved(config: Any) -> Any:
-    """The module of 2 heads of 8 in float64, its parameters away from where they start."""
+    """The attention module for 2 heads of 8 in float64, with random parameters."""
     kernel = METHODS[type(config)](config, num_heads=2, head_dim=8).double()
     for parameter in kernel.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -34,7 +34,7 @@ def moved(config: Any) -> Any:
 
 
 def image_by_hand(kernel: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What the image's tokens [B, 2, 15, 8] give each other."""
+    """Attention among the image tokens, [B, 2, 15, 8], from the formula."""
     config = kernel.config
     if isinstance(config, Agent):
         agents = adaptive_avg_pool3d(_picture(query), cell_grid(1, *GRID, 4)).flatten(2).unflatten(1, (2, 8)).mT
@@ -154,7 +154,7 @@ def test_grid_operators_pass_opcheck() -> None:
 
 @pytest.mark.parametrize("config", [Mala(gate=True), Rala(), Agent(num_agents=6)], ids=str)
 def test_pairs_match_the_pytorch_flop_counter(config: Any) -> None:
-    """Of the reference of the image part, which runs in operators that the counter can see into."""
+    """Compared on the image part in PyTorch's own operators, which the counter knows."""
     num_heads, head_dim, num_tokens = 2, 8, 35
     kernel = METHODS[type(config)](config, num_heads=num_heads, head_dim=head_dim)
     image = torch.randn(1, num_heads, num_tokens, head_dim)

@@ -36,7 +36,7 @@ def pair_by_pair(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_linear_attention_matches_the_sum_over_pairs(dtype: torch.dtype) -> None:
     query, key, value = torch.randn(3, 2, 3, 15, 8, dtype=torch.float64)  # a grid of 3 x 5
-    query[..., 0] = key[..., 1] = 0  # where phi has a bend
+    query[..., 0] = key[..., 1] = 0  # where phi has a kink
     assert_matches_reference(linear_attention, pair_by_pair, (query.mT.contiguous().mT, key, value), dtype)
 
 

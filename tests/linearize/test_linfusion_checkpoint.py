@@ -1,4 +1,4 @@
-"""LinFusion's published checkpoints: its own outputs, and a UNet forward with the formula written out here."""
+"""LinFusion's published checkpoints, against the authors' outputs and a UNet with the formula written out here."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Case:
-    """The golden file: what the authors' code got and gave."""
+    """The golden file: inputs and outputs of the authors' code."""
 
     def __init__(self) -> None:
         metadata, parts = golden_parts("linfusion_unet")
@@ -39,7 +39,7 @@ class Case:
         return unet.eval()
 
     def folder(self, path: Path) -> Path:
-        """The checkpoint as its authors publish one."""
+        """The checkpoint in the authors' published form."""
         path.mkdir()
         (path / "config.json").write_text(json.dumps({"_class_name": "LinFusion", "modules_list": self.modules}))
         save_file(self.tensors, path / WEIGHTS)
@@ -104,7 +104,7 @@ def test_written_out_formula_reproduces_the_authors_output(case: Case) -> None:
 
 
 def other_networks(case: Case, hidden: list[int]) -> None:
-    """The same checkpoint with networks of other widths; -1 is none."""
+    """Give the checkpoint networks of other widths; -1 removes them."""
     for index, (module, width) in enumerate(zip(case.modules, hidden, strict=True)):
         module["projection_mid_dim"] = width
         for name in [name for name in case.tensors if name.startswith((f"{index}.to_q_.", f"{index}.to_k_."))]:
@@ -137,7 +137,7 @@ def test_load_linfusion_checkpoint_converts_only_the_listed_modules(case: Case, 
 
 
 def published_for(unet: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """A checkpoint with random weights, in the form that the authors publish for a UNet."""
+    """A checkpoint with random weights, in the authors' published form for a UNet."""
     modules, tensors = [], {}
     for name, attention in unet.named_modules():
         if not name.endswith("attn1"):
@@ -186,7 +186,7 @@ def test_load_linfusion_checkpoint_supports_other_unets(case: Case, tmp_path: Pa
 
 
 def sharded(folder: Path) -> None:
-    """What save_pretrained writes beyond max_shard_size."""
+    """Split the weights into shards, as save_pretrained does beyond max_shard_size."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(tensors)

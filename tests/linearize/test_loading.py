@@ -1,4 +1,4 @@
-"""A pipeline by the name of its adapter, or from a plain save_pretrained."""
+"""Loading a pipeline from an adapter or from a plain save_pretrained."""
 
 import logging
 import re
@@ -63,7 +63,7 @@ def test_from_pretrained_loads_in_the_given_dtype(base: Path, tmp_path: Path) ->
 
 
 def test_from_pretrained_without_a_dtype_loads_every_component_in_float32(tmp_path: Path) -> None:
-    """Also text encoders that are stored in half precision, which the libraries would leave so."""
+    """Including text encoders stored in half precision, which the libraries would leave so."""
     build_tiny().to(torch.bfloat16).save_pretrained(tmp_path / "half")
     student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "half")
     linearize_(student, Clear(radius=2))
@@ -111,7 +111,7 @@ def test_save_pretrained_loads_as_the_student_with_one_warning(
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     with caplog.at_level(logging.WARNING), caplog.at_level(logging.WARNING, "diffusers.configuration_utils"):
         pipe = from_pretrained(tmp_path / "saved")
-    assert "not expected" not in caplog.text  # what diffusers says of entries of a config that it does not know
+    assert "not expected" not in caplog.text  # diffusers' message about unknown config entries
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("lineardit")]
     assert "save_adapter" in message
     assert torch.equal(run(pipe, arguments), run(student, arguments))

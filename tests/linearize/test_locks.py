@@ -1,4 +1,4 @@
-"""One process at a time in a folder, and what killed ones left there."""
+"""One process at a time in a folder, and removal of what killed processes left there."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_held_works_on_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_held_retries_when_the_lock_file_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the process that held it before, between our opening and our locking it."""
+    """The previous holder removes it after we open it and before we lock it."""
     lock, calls = locks._lock, []
 
     def slow(file: locks.IO[bytes]) -> bool:
@@ -72,7 +72,7 @@ def test_remove_leftovers_removes_the_files_of_a_killed_writer(tmp_path: Path) -
             remove_leftovers(tmp_path, names, locks=".*.lock")
             assert len(list(tmp_path.glob(".*.tmp"))) == 3
         remove_leftovers(tmp_path, names, locks=".*.lock")
-    left = {".adapter.abc.old", ".mine.txt.7.tmp", ".shards.old"}  # the first may be all that there is of an adapter
+    left = {".adapter.abc.old", ".mine.txt.7.tmp", ".shards.old"}  # the first may be the only copy of an adapter
     assert {path.name for path in tmp_path.iterdir()} == left
     (tmp_path / "adapter").mkdir()
     with held(tmp_path):

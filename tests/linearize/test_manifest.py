@@ -1,4 +1,4 @@
-"""lineardit.json: what is accepted and what is named as wrong."""
+"""lineardit.json: what is accepted and what is refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a hybrid holds in memory: tables from call to call, and copies of the picture in a call."""
+"""Memory of a hybrid: tables kept between calls, and copies of the image within a call."""
 
 import copy
 import gc
@@ -65,7 +65,7 @@ def test_output_is_the_same_without_gradients(
 
 
 def test_hybrid_without_gradients_holds_two_copies_besides_its_inputs() -> None:
-    """What window and focus give, into which the other is mixed."""
+    """The outputs of window and focus, mixed in place into one of them."""
     config = Hybrid(local=LOCAL, global_=ProxyTokens(num_proxies=4), gate=0.7, focus_tokens=50)
     kernel, inputs, layout = _case(config, text_len=3)
     with torch.no_grad(), LiveBytes(kernel) as live:

@@ -1,4 +1,4 @@
-"""What holds for every method of the registry; a new one adds its entry to EXAMPLES."""
+"""Properties of every registered method; a new one adds its entry to EXAMPLES."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ from lineardit.linearize.methods import (
 )
 from tiny_models import build, inputs_of, run
 
-# each method with everything that it can learn, and where that changes the path, without
+# each method with all its learned parts, and without them where that takes another path
 EXAMPLES: dict[type, list[Any]] = {
     Clear: [Clear(radius=2), Clear(radius=2, pool_tokens=4), Clear(radius=2, pool_size=2)],
     LinFusion: [LinFusion(projection_channels=4)],
@@ -58,14 +58,14 @@ LEARNED = [
     for config in CONFIGS
     if next(iter(METHODS[type(config)](config, num_heads=2, head_dim=8).parameters()), None) is not None
 ]
-# in time and memory; a method that is meant to cost more is named here
+# linear in time and memory; a method meant to cost more is excluded here
 LINEAR = [config for config in CONFIGS if getattr(config, "pool_size", None) is None]
 GRIDS = [(3, 5), (1, 6), (7, 2), (2, 3, 5)]
 TEXT_LEN = 3
 
 
 def kernel_of(config: Any, *, moved: bool = False) -> Any:
-    """The module of one attention module with 2 heads of 8, its parameters where they start or away from there."""
+    """The method's module for 2 heads of 8, with initial parameters or (`moved`) changed ones."""
     kernel = METHODS[type(config)](config, num_heads=2, head_dim=8)
     if moved:
         move_(kernel.parameters())
@@ -176,7 +176,7 @@ def test_gradients_pass_gradcheck_and_reach_every_parameter(config: Any) -> None
     inputs = [x.requires_grad_() for x in tokens(grid, text_len, torch.float64)]
     layout = Layout(grid, text_len, False, None)
     assert torch.autograd.gradcheck(lambda *x: attend(kernel, list(x), layout), inputs, fast_mode=True)
-    if isinstance(config, LinFusion):  # its networks stand before the projections
+    if isinstance(config, LinFusion):  # its networks are applied before the projections
         return
     attend(kernel, inputs, layout).square().sum().backward()
     for name, parameter in kernel.named_parameters():
@@ -191,7 +191,7 @@ def test_learned_terms_start_without_effect(config: Any) -> None:
     for text_len in (0, TEXT_LEN):
         inputs, layout = tokens((3, 5), text_len), Layout((3, 5), text_len, True, None)
         out, expected = (attend(kernel_of(one), inputs, layout) for one in (config, plain))
-        assert torch.allclose(out, expected, atol=1e-6)  # a bias of zeros may take another kernel
+        assert torch.allclose(out, expected, atol=1e-6)  # a bias of zeros may select another kernel
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -219,7 +219,7 @@ def test_implementations_agree(config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_covers_only_where_the_method_equals_the_base_attention(config: Any) -> None:
-    """And so no large image: there the base's attention would run instead."""
+    """On a large image, `covers` would run the base's quadratic attention instead."""
     kernel = kernel_of(config)
     text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
     for grid in [(32, 33), (33, 32), (33, 35)]:
@@ -261,7 +261,7 @@ def test_empty_batch_gives_an_empty_output(config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_output_does_not_depend_on_the_default_device(config: Any) -> None:
-    """Nor what it was when tables were made: no other test has this grid."""
+    """Nor on the one under which tables are made: no other test uses this grid."""
     grid, text_len = (3, 11), 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
     kernel, inputs = kernel_of(config, moved=True), [x.requires_grad_() for x in tokens(grid, text_len)]
     layout = Layout(grid, text_len, True, None)
@@ -274,7 +274,7 @@ def test_output_does_not_depend_on_the_default_device(config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_float32_inputs_use_no_float64(config: Any) -> None:
-    """Apple's GPUs have none. No other test has this grid, whose tables would be there already."""
+    """Apple GPUs have none. No other test uses this grid, so that its tables are made here."""
     kernel, grid = kernel_of(config, moved=True), (2, 13)
     text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
     mask = torch.tensor([[True, False, True], [True] * 3]) if text_len > 0 else None
@@ -289,7 +289,7 @@ def test_float32_inputs_use_no_float64(config: Any) -> None:
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
 def test_methods_receive_the_autocast_dtype(config: Any) -> None:
-    """Norms give float32 queries and keys beside values in half; methods compute in what they are given."""
+    """Norms return float32 queries and keys next to half-precision values; methods compute in what they get."""
     model, seen = build("flux"), []
     linearize_(model, config)
     for module in swapped(model).values():
@@ -317,9 +317,9 @@ def test_memory_and_pairs_grow_linearly_with_the_image(config: Any) -> None:
 
 
 def _peak(kernel: Any, grid: tuple[int, int], text_len: int) -> int:
-    """Bytes that are allocated at once, at most, inside operators too."""
+    """Peak of allocated bytes, including those inside operators."""
     inputs = [torch.randn(1, 1, text_len + grid[0] * grid[1], 4, requires_grad=True) for _ in range(3)]
-    attend(kernel, inputs, Layout(grid, text_len, True, None))  # what is kept for each grid is there
+    attend(kernel, inputs, Layout(grid, text_len, True, None))  # makes the tables kept per grid
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         attend(kernel, inputs, Layout(grid, text_len, True, None)).sum().backward()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

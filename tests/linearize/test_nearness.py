@@ -1,4 +1,4 @@
-"""Nearness: a recording is what the base predicts, equal models are at 0, errors are the formula, bad input."""
+"""Nearness: recorded predictions, 0 for the base, the error formula, and invalid input."""
 
 import copy
 from typing import Any

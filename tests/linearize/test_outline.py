@@ -1,4 +1,4 @@
-"""A pipeline without weights has what a plan is made from: every part's shape, in the dtype that loading gives it."""
+"""Pipelines opened without weights, for plans: every component has the shapes and dtypes that loading gives."""
 
 import shutil
 from pathlib import Path

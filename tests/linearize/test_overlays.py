@@ -1,4 +1,4 @@
-"""Trained weights on a base: off, on, away, and beside the user's own LoRA."""
+"""Trained weights on a base: disabled, enabled, removed, and together with the user's own LoRA."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""A method that somebody else's package adds to the table: converted, saved and opened as those that are here."""
+"""A method added to `METHODS` by another package is converted, saved and loaded like the built-in ones."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Cells of a grid as one token each, and `Clear` with them, against the definition, forward and backward."""
+"""Pooled cells of a grid, and `Clear` with them, against the definition, forward and backward."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ GRIDS = [(5, 7), (6, 4), (1, 5), (3, 2), (3, 3, 5)]
 
 
 def pooled_by_hand(tokens: Tensor, weight: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """One cell of one frame after the other."""
+    """The definition, cell by cell in each frame."""
     frames, height, width = (1, *grid)[-3:]
     side = len(weight)
     cells = []

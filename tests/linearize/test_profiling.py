@@ -1,4 +1,4 @@
-"""What is measured of attention against loops over the base's own calls, and budgets against trying everything."""
+"""Attention profiles against loops over the base's own calls, and budgets against brute force."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ TEXT_FIRST = {"flux": True, "sd3": False, "unet": True}
 
 
 class Recorder(TorchFunctionMode):
-    """Keeps what each self-attention module of an unconverted model hands to softmax attention."""
+    """Keeps what each self-attention module of an unconverted model passes to softmax attention."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ METHODS = (
 @pytest.mark.parametrize("entries", [probe_module.MAX_ENTRIES, 2000])
 @pytest.mark.parametrize("family", TEXT_FIRST)
 def test_probe_error_matches_converting_one_layer(family: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer converted alone, on the inputs that it has in the base, is as far off as its error says."""
+    """The error is that of converting this layer alone, on its inputs in the base."""
     monkeypatch.setattr(probe_module, "MAX_ENTRIES", entries)
     model, arguments = build(family), inputs_of(family, grid=GRID, text_len=TEXT_LEN)
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +154,7 @@ def test_probe_error_matches_converting_one_layer(family: str, entries: int, mon
         run(model, arguments)
     name = min(probes, key=lambda name: probes[name].turn)
     error = probes[name].sums.error / probes[name].sums.norm
-    assert torch.allclose(error[len(RADII)], error[RADII.index(2)], atol=1e-6)  # a window, measured both ways
+    assert torch.allclose(error[len(RADII)], error[RADII.index(2)], atol=1e-6)  # the same window both ways
     layer = model.get_submodule(name)
     layer.to_out[0], layer.residual_connection = nn.Identity(), False
     outs: list[Tensor] = []
@@ -245,7 +245,7 @@ def test_knapsack_matches_brute_force(items: list[tuple[list[int], list[int]]], 
 
 
 def _made(*errors: tuple[float, ...]) -> Profile:
-    """A profile of 16 x 16 tokens and 10 of text."""
+    """A profile of 16 x 16 image tokens and 10 text tokens."""
     layers = tuple(
         LayerProfile(
             module=f"blocks.{index}.attn",
@@ -312,7 +312,7 @@ def test_propose_mixes_methods() -> None:
     agent = Agent(num_agents=4)
     errors = ((0.9, 0.5, 0.1, 0.02), (0.9, 0.8, 0.7, 0.9), (0.01, 0.005, 0.001, 0.3), (0.3, 0.01, 0.001, 0.2))
     profile = replace(_made(*errors), methods=(agent,))
-    assert agent not in propose(profile, 0.9).chosen.values()  # unless it is named
+    assert agent not in propose(profile, 0.9).chosen.values()  # only where choices name it
     window = Clear(radius=8)
     proposal = propose(profile, 0.9, choices=(window, agent))
     assert list(proposal.chosen.values()) == [agent, window, window, window]
@@ -361,7 +361,7 @@ def test_propose_refuses_invalid_budgets_and_choices(budget: float, choices: tup
     profile = _made(*ERRORS)
     if said == "nothing to convert":
         profile = replace(profile, layers=profile.layers[:1])
-        budget = Clear(radius=99)  # what full attention costs
+        budget = Clear(radius=99)  # costs as much as full attention
     with pytest.raises(ValueError, match=said):
         propose(profile, budget, choices=choices)
 

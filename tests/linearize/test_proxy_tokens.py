@@ -14,7 +14,7 @@ GRID, SCALE = (3, 5), 0.6
 
 
 def image_by_hand(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-    """One head after the other; 4 proxies are 2 x 2 cells of the 3 x 5 grid; [B, 2, 15, 8]."""
+    """The formula for [B, 2, 15, 8], head by head; 4 proxies are 2 x 2 cells of the 3 x 5 grid."""
     outs = []
     for head in range(2):
         q, k, v = (x[:, head] for x in (query, key, value))  # [B, 15, 8]

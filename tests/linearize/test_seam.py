@@ -1,4 +1,4 @@
-"""What conversion promises of every family: the same bits where the window covers the grid, else the exact window."""
+"""Guarantees for every family: bit-equal where the window covers the grid, otherwise exactly the window."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from lineardit.linearize.seam.conversion import conversion_of
 from tiny_models import FAMILIES, FIRST, MODELS, build, cast, inputs_of, output, position_ids, run
 
 IMPLS = (*ALL, "auto")
-# HunyuanImage hands its blocks a keyword that diffusers' own checkpointing function refuses
+# HunyuanImage passes its blocks a keyword that diffusers' own checkpointing function refuses
 CHECKPOINTED = [
     name
     for name in FAMILIES
@@ -24,7 +24,7 @@ CHECKPOINTED = [
 ]
 IN_HALF = [name for name in FAMILIES if name != "kandinsky5"]  # upstream computes parts of it in float32
 PAIRS = [
-    pytest.param(  # Triton's interpreter takes seconds for each
+    pytest.param(  # each takes seconds in Triton's interpreter
         family,
         impl,
         id=f"{family}-{impl}",
@@ -58,7 +58,7 @@ def test_linearize_covering_window_with_forced_impl_is_close(family: str, impl: 
 
 @pytest.mark.parametrize(("family", "impl"), PAIRS)
 def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None:
-    grid = (3, 5) if impl == "triton" else (5, 7)  # a sample for each token: the interpreter's time is their square
+    grid = (3, 5) if impl == "triton" else (5, 7)  # one sample per token: the interpreter's time is quadratic
     model = build(family)
     linearize_(model, SMALL, impl=impl)
     calls = attention_calls(model, inputs_of(family, grid=grid, batch=1))
@@ -114,7 +114,7 @@ def test_linearize_replaces_an_earlier_conversion(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linearize_follows_the_resolution(family: str) -> None:
-    # upstream turns queries and keys in bfloat16: a rounding here can become one of those
+    # upstream rotates queries and keys in bfloat16: a float32 rounding difference can become a bfloat16 one
     atol = 1e-3 if family == "kandinsky5" else 1e-5
     model = build(family)
     converted = copy.deepcopy(model)
@@ -158,7 +158,7 @@ def test_deepcopy_and_pickle_are_models_of_their_own(family: str) -> None:
         assert torch.equal(run(one, arguments), base)
 
 
-def test_set_impl_changes_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_impl_changes_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, COVERING)
     ran: list[str] = []
@@ -225,7 +225,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
 def test_gradient_checkpointing_recomputes_with_the_grid_of_its_forward(family: str) -> None:
     model = build(family)
     linearize_(model, Clear(radius=2.3))
-    # as many tokens in either orientation, so that no count can tell them apart
+    # the same number of tokens in both orientations, so that a count cannot distinguish them
     several = [inputs_of(family, grid=grid) for grid in ((4, 6), (6, 4), (8, 8))]
     plain = _gradients(model, several)
     model.enable_gradient_checkpointing()
@@ -302,13 +302,13 @@ def test_state_is_freed_after_an_error_in_forward() -> None:
 
 
 def _near(grid: tuple[int, ...], radius: float) -> Tensor:
-    """[image tokens, image tokens] bool, from the definition; all frames are one."""
+    """[image tokens, image tokens] bool, from the definition; frames make no difference."""
     place = position_ids(grid[-2:])[:, 1:].repeat(1 if len(grid) == 2 else grid[0], 1)
     return (place[:, None] - place[None]).square().sum(-1) < radius**2
 
 
 def _gradients(model: nn.Module, several: list[dict]) -> tuple[Tensor, ...]:
-    """Gradients of the attention weights of the sum of all outputs, run one after the other."""
+    """Gradients of the attention weights, of one loss over all outputs after all forwards."""
     weights = [weight for module in swapped(model).values() for weight in module.parameters()]
     torch.manual_seed(7)
     outs = [output(model, arguments) for arguments in several]

@@ -1,4 +1,4 @@
-"""Steps of an original and its conversion, timed in turn on random weights."""
+"""Steps of the original and its conversion, timed in turn with random weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ from tiny_models import FAMILIES, build
 
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(device=CPU, dtype=torch.float32)
-SCALE = 8  # pixels of a latent, where there is no VAE to say it
+SCALE = 8  # pixels per latent where there is no VAE to read it from
 
 
 def saved(model: Any, folder: Path) -> Path:
@@ -61,7 +61,7 @@ def test_time_steps_supports_every_model_with_known_inputs(family: str, dtype: t
         return
     conversion = WeightlessConversion.read(adapter_of(model, tmp_path))
     token = SCALE * token_side(model)
-    height, width = (16, 16) if family == "dit" else (8, 6)  # tokens; it has positions for nothing else
+    height, width = (16, 16) if family == "dit" else (8, 6)  # tokens; dit has positions for this size only
     (row,) = timed(conversion, [(height * token, width * token)], text_len=7, dtype=dtype)
     assert row.tokens == height * width
     assert row.original and row.original[0] > 0
@@ -77,7 +77,7 @@ def test_time_steps_yields_one_row_per_size(tmp_path: Path) -> None:
         (64, 64, 16, "tiled"),
     ]
     assert all(len(row.original or ()) == len(row.converted or ()) == 3 for row in rows)
-    assert rows[0].original_gib is None  # a CPU does not count it
+    assert rows[0].original_gib is None  # not counted on a CPU
     assert rows[1].flops.attention_before == 4 * (16 + 7) ** 2 * 32 * 2  # heads * head_dim, layers
 
 
@@ -165,7 +165,7 @@ def test_compiled_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_fitting_skips_sizes_without_positions_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    conversion = WeightlessConversion.read(adapter_of(build("sd3"), tmp_path))  # 32 tokens of 16 pixels
+    conversion = WeightlessConversion.read(adapter_of(build("sd3"), tmp_path))  # up to 32 tokens of 16 pixels a side
     assert conversion.fitting([(64, 64), (1024, 1024)], CONDITIONS, all_of=False) == [(64, 64)]
     assert "left out, a SD3Transformer2DModel of this config has no positions for 1024x1024" in caplog.text
     with pytest.raises(ValueError, match="no positions for 2048x2048"):

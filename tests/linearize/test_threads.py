@@ -1,4 +1,4 @@
-"""A converted model serves one thread at a time: what another one does meanwhile is refused, not mixed up."""
+"""A converted model serves one thread at a time: concurrent use is refused, not mixed up."""
 
 import copy
 import threading
@@ -18,7 +18,7 @@ SMALL = Clear(radius=2.3)
 
 
 def in_a_thread(call: Callable[[], Tensor]) -> Tensor:
-    """What `call` returns in a thread of its own."""
+    """Result of `call` in a new thread."""
     results: list[Tensor] = []
     worker = threading.Thread(target=lambda: results.append(call()))
     worker.start()
@@ -28,7 +28,7 @@ def in_a_thread(call: Callable[[], Tensor]) -> Tensor:
 
 @contextmanager
 def held_inside(model: Any, call: Callable[[], Tensor]) -> Iterator[list[Tensor]]:
-    """A second thread stays inside `call` of the model for the block; what it returned is in the list afterwards."""
+    """Hold a second thread inside `call` during the block; its result is in the list afterwards."""
     inside, go_on, results = threading.Event(), threading.Event(), []
 
     @torch.compiler.disable
@@ -65,7 +65,7 @@ def test_replica_or_compiled_form_is_refused_while_another_thread_runs(second: s
     linearize_(model, SMALL)
     other: Any = torch.compile(model, backend="eager") if second == "compiled" else copy.copy(model)
     if second == "replica":
-        other.__dict__ = {**vars(model)}  # as nn.DataParallel makes them: one conversion
+        other.__dict__ = {**vars(model)}  # as nn.DataParallel does: both share one conversion
     first, then = (other, model) if second == "compiled" else (model, other)
     with (
         held_inside(model, lambda: run(first, arguments)),

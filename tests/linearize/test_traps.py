@@ -1,4 +1,4 @@
-"""Nothing may turn a converted model dense, or its window wrong, without an error; other tools' hooks go on working."""
+"""No silent fallback to dense attention or to a wrong window; other tools' hooks keep working."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ SMALL = Clear(radius=2.3)
 
 
 class _CallsTwice:
-    """A processor that attends twice."""
+    """A processor that calls attention twice."""
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         once = scaled_dot_product_attention(*[hidden_states[:, None]] * 3)
@@ -183,7 +183,7 @@ def test_mask_on_a_unet_is_refused_unless_it_hides_nothing() -> None:
 
 
 class _Passes(ModelHook):
-    """A hook of accelerate that counts its calls."""
+    """An accelerate hook that counts its calls."""
 
     calls = 0
 

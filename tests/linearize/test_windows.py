@@ -1,4 +1,4 @@
-"""Methods that are a window of the image: settings, the module against the definition, and in models."""
+"""Window methods: settings, the module against the definition, and in models."""
 
 import json
 import math
