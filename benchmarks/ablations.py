@@ -22,7 +22,7 @@ from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path
 from lineardit.linearize.folders import write_whole
 from lineardit.linearize.methods import Clear, config_to_dict
-from lineardit.work_log import this_machine
+from lineardit.work_log import describe_machine
 
 RESULTS = Path(__file__).with_name("results")
 UNTRAINED = "0 steps"
@@ -68,12 +68,12 @@ class Ablations(SceneStudents):
         with self.work.timed("samples"):
             self.prepare()
         with self.work.timed(UNTRAINED):
-            self.draw(UNTRAINED, self.swapped(self.method, Path("converted")), self.plan.captions)
+            self.draw(UNTRAINED, self.untrained_adapter(self.method, Path("converted")), self.plan.captions)
         for name, changes in rows.items():
             with self.work.timed(name):
-                self.draw(name, self.taught(self.config(name, changes)), self.plan.captions)
+                self.draw(name, self.trained_adapter(self.config(name, changes)), self.plan.captions)
             self.write(results)
-        return [self.row(name) for name in self.made]
+        return [self.row(name) for name in self.judged]
 
     def config(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> DistillConfig:
         """The baseline's config with these changes."""
@@ -86,10 +86,10 @@ class Ablations(SceneStudents):
 
     def write(self, results: Path) -> None:
         """Write the report of the rows made so far."""
-        plan, rows = self.plan, [self.row(name) for name in self.made]
+        plan, rows = self.plan, [self.row(name) for name in self.judged]
         results.mkdir(parents=True, exist_ok=True)
-        shown = [one.pictures.images[: plan.shown] for one in self.made.values()]
-        write_sheet(list(self.made), list(zip(*shown, strict=True)), results / "ablations.png")
+        shown = [one.pictures.images[: plan.shown] for one in self.judged.values()]
+        write_sheet(list(self.judged), list(zip(*shown, strict=True)), results / "ablations.png")
         write_json(
             results / "ablations.json",
             {"plan": asdict(plan), "rows": [asdict(row) for row in rows], "stages": self.work.record},
@@ -103,7 +103,7 @@ class Ablations(SceneStudents):
                 f"{plan.side}x{plan.side}, {plan.steps} denoising steps. Students: {plan.train_steps} steps of "
                 f"{plan.batch_size} samples at a rate of {plan.learning_rate:g}, attention's projections of image and "
                 f"text; {weights}, but for what the row says; CLEAR's weights are "
-                f"1, 0.5, 0.5. One seed. {this_machine()}.",
+                f"1, 0.5, 0.5. One seed. {describe_machine()}.",
                 "",
                 *rows_as_markdown(rows),
                 "",

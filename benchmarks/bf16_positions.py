@@ -34,10 +34,10 @@ TEXT_TOKENS = 64
 def rounded_positions(pipe: Any) -> Iterator[None]:
     """A context in which the model gets rounded positions, as of diffusers' pipelines in bfloat16."""
 
-    def as_stock(_module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    def round_positions(_module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0].bfloat16().float(),)
 
-    handle = pipe.transformer.pos_embed.register_forward_pre_hook(as_stock)
+    handle = pipe.transformer.pos_embed.register_forward_pre_hook(round_positions)
     try:
         yield
     finally:
@@ -45,13 +45,13 @@ def rounded_positions(pipe: Any) -> Iterator[None]:
 
 
 def strip(scene: Any) -> Image.Image:
-    one, made = scenes.draw(scene, (SIDE, SIDE)), Image.new("RGB", (COPIES * SIDE, SIDE))
+    picture, canvas = scenes.draw(scene, (SIDE, SIDE)), Image.new("RGB", (COPIES * SIDE, SIDE))
     for number in range(COPIES):
-        made.paste(one, (number * SIDE, 0))
-    return made
+        canvas.paste(picture, (number * SIDE, 0))
+    return canvas
 
 
-def drawn(pipe: Any, scene: Any, stage: Stage) -> tuple[Image.Image, Tensor]:
+def denoise_strip(pipe: Any, scene: Any, stage: Stage) -> tuple[Image.Image, Tensor]:
     """The strip denoised, and its latents after one step [C, rows, columns]."""
     plan = Plan(height=SIDE, width=COPIES * SIDE, stages=(stage,), tile=None)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -72,7 +72,7 @@ def drawn(pipe: Any, scene: Any, stage: Stage) -> tuple[Image.Image, Tensor]:
     return picture, steps[0][0].T.unflatten(1, (SIDE // TOKEN, -1))
 
 
-def halves(error: Tensor) -> str:
+def rms_by_half(error: Tensor) -> str:
     """Root mean square of [..., columns], left and right of the middle."""
     left, right = (half.square().mean().sqrt() for half in error.chunk(2, dim=-1))
     return f"{left:.4f} in columns below 256, {right:.4f} from there on"
@@ -98,17 +98,17 @@ def main() -> None:
     linearize_(pipe, Clear(radius=16))
     high = HighResolutionPipeline.from_pipe(pipe)
     high.set_progress_bar_config(disable=True)
-    wanted = drawn(high, scene, stage)
+    reference = denoise_strip(high, scene, stage)
     high.to(torch.bfloat16)
     high.vae.to(torch.float32)
     with rounded_positions(high):
-        rounded = drawn(high, scene, stage)
-    exact = drawn(high, scene, stage)
-    for name, made in (("rounded positions", rounded), ("exact positions", exact)):
-        pixels, right = (pil_to_tensor(one[0]) for one in (made, wanted))
-        print(f"{name}, latents after one step: {halves(made[1] - wanted[1])}")
-        print(f"{name}, pixels of the picture, of 255: {halves(pixels - right)}")
-    shown = [made[0].crop((MIDDLE - 256, 0, MIDDLE + 256, SIDE)) for made in (rounded, exact)]
+        rounded = denoise_strip(high, scene, stage)
+    exact = denoise_strip(high, scene, stage)
+    for name, result in (("rounded positions", rounded), ("exact positions", exact)):
+        pixels, reference_pixels = (pil_to_tensor(one[0]) for one in (result, reference))
+        print(f"{name}, latents after one step: {rms_by_half(result[1] - reference[1])}")
+        print(f"{name}, pixels of the picture, of 255: {rms_by_half(pixels - reference_pixels)}")
+    shown = [result[0].crop((MIDDLE - 256, 0, MIDDLE + 256, SIDE)) for result in (rounded, exact)]
     write_sheet(["positions in bfloat16: rounded from the middle on", "exact positions"], [shown], PICTURE)
 
 

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 IMAGES = Path(__file__).parents[1] / "docs/images"
 NATIVE, SIDE = 128, 512  # pixels
 CALL = {"max_sequence_length": 64}
-SHOWN = 256  # pixels of a picture on a sheet
-CUT = {"sharpen": (256, 128, 512, 384)}  # a part of the picture, pixel by pixel: left, top, right, bottom
+SHEET_SIDE = 256  # pixels of a picture on a sheet
+CROPS = {"sharpen": (256, 128, 512, 384)}  # a part of the picture, pixel by pixel: left, top, right, bottom
 ROPE_STEPS = 4
 
 
@@ -48,17 +48,17 @@ class Drawing:
             self.native = student(
                 self.caption, height=NATIVE, width=NATIVE, num_inference_steps=28, generator=self._noise(), **CALL
             ).images[0]
-        self.made: dict[Settings, Image.Image] = {}
+        self.enlargements: dict[Settings, Image.Image] = {}
 
     def enlarged(self, settings: Settings) -> Image.Image:
-        if settings not in self.made:
+        if settings not in self.enlargements:
             plan = self.high.plan(SIDE, SIDE, enlarge=True, settings=settings)
             logger.info("%s", plan)
             call = {**CALL, "plan": plan, "image": self.native, "generator": self._noise()}
-            self.made[settings] = self.high(self.caption, **call).images[0]
-        return self.made[settings]
+            self.enlargements[settings] = self.high(self.caption, **call).images[0]
+        return self.enlargements[settings]
 
-    def stretched(self, rope_factor: float) -> Image.Image:
+    def enlarged_again(self, rope_factor: float) -> Image.Image:
         """The picture of `SIDE` pixels, enlarged to twice as much."""
         plan = self.high.plan(2 * SIDE, 2 * SIDE, enlarge=True, settings=Settings(steps=ROPE_STEPS))
         stage = replace(plan.stages[-1], rope_factor=rope_factor)
@@ -71,27 +71,29 @@ class Drawing:
         return torch.Generator("cpu").manual_seed(self.seed)
 
 
-def enlarging(**settings: Any) -> Callable[[Drawing], Image.Image]:
+def enlarge_with(**settings: Any) -> Callable[[Drawing], Image.Image]:
     return lambda drawing: drawing.enlarged(Settings(**settings))
 
 
-def stretching(rope_factor: float) -> Callable[[Drawing], Image.Image]:
-    return lambda drawing: drawing.stretched(rope_factor)
+def enlarge_with_rope(rope_factor: float) -> Callable[[Drawing], Image.Image]:
+    return lambda drawing: drawing.enlarged_again(rope_factor)
 
 
 ROWS: dict[str, dict[str, Callable[[Drawing], Image.Image]]] = {
-    "strength": {f"strength {value:g}": enlarging(strength=value) for value in (0.1, 0.3, 0.6, 0.88)},
-    "sharpen": {f"strength 0.3, sharpen {value:g}": enlarging(sharpen=value) for value in (0, 1, 3)},
+    "strength": {f"strength {value:g}": enlarge_with(strength=value) for value in (0.1, 0.3, 0.6, 0.88)},
+    "sharpen": {f"strength 0.3, sharpen {value:g}": enlarge_with(sharpen=value) for value in (0, 1, 3)},
     # By default, follow is 1, steps are 8 and the shift is 3.16.
-    "follow": {f"strength 0.3, follow {value:g}": enlarging(strength=0.3, follow=value) for value in (0.0, 0.5, 1.0)},
-    "steps": {f"strength 0.6, {value} steps": enlarging(strength=0.6, steps=value) for value in (2, 8, 16)},
+    "follow": {
+        f"strength 0.3, follow {value:g}": enlarge_with(strength=0.3, follow=value) for value in (0.0, 0.5, 1.0)
+    },
+    "steps": {f"strength 0.6, {value} steps": enlarge_with(strength=0.6, steps=value) for value in (2, 8, 16)},
     "shift": {
-        "strength 0.6, shift 1": enlarging(strength=0.6, shift=1),
-        "strength 0.6, shift 3.16": enlarging(strength=0.6),
-        "strength 0.6, shift 10": enlarging(strength=0.6, shift=10),
+        "strength 0.6, shift 1": enlarge_with(strength=0.6, shift=1),
+        "strength 0.6, shift 3.16": enlarge_with(strength=0.6),
+        "strength 0.6, shift 10": enlarge_with(strength=0.6, shift=10),
     },
     # NTK's factors for 1, 4 and 8 times the native side
-    "rope": {f"1024 px, rope x{value:g}": stretching(value) for value in (1, 5.28, 12.1)},
+    "rope": {f"1024 px, rope x{value:g}": enlarge_with_rope(value) for value in (1, 5.28, 12.1)},
 }
 
 
@@ -111,8 +113,8 @@ def main() -> None:
     for name, columns in ROWS.items():
         if name in options.rows:
             made = [lanczos, *(draw(drawing) for draw in columns.values())]
-            cut = CUT.get(name)
-            shown = [picture.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS, box=cut) for picture in made]
+            crop = CROPS.get(name)
+            shown = [picture.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS, box=crop) for picture in made]
             write_sheet(["128 px, by Lanczos", *columns], [shown], options.images / f"settings_{name}.png")
 
 

@@ -50,9 +50,9 @@ class Shape:
 
     def mask(self) -> Tensor:
         """[N, N] bool."""
-        place = torch.cartesian_prod(torch.arange(self.side), torch.arange(self.side)).float()
+        positions = torch.cartesian_prod(torch.arange(self.side), torch.arange(self.side)).float()
         mask = torch.ones((self.text_len + self.side**2,) * 2, dtype=torch.bool)
-        mask[self.text_len :, self.text_len :] = torch.cdist(place, place) < self.radius
+        mask[self.text_len :, self.text_len :] = torch.cdist(positions, positions) < self.radius
         return mask
 
 

@@ -13,15 +13,15 @@ def title(method: Any) -> str:
     """The method as Python code, without the fields left at their defaults."""
     if isinstance(method, Mapping):
         return ", ".join(f"{title(one)} in {pattern}" for pattern, one in method.items())
-    told = [
-        f"{field.name}={_told(getattr(method, field.name))}"
+    settings = [
+        f"{field.name}={_format_value(getattr(method, field.name))}"
         for field in fields(method)
         if getattr(method, field.name) != field.default
     ]
-    return f"{type(method).__name__}({', '.join(told)})"
+    return f"{type(method).__name__}({', '.join(settings)})"
 
 
-def _told(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if type(value) in METHODS:
         return title(value)
     return f"{value:g}" if isinstance(value, float) else repr(value)
@@ -34,7 +34,7 @@ def flops(config: Any) -> int:
     return 4 * pairs * SHAPE["num_heads"] * SHAPE["head_dim"]
 
 
-def local_of_equal_flops(config: Any) -> Clear:
+def window_of_equal_flops(config: Any) -> Clear:
     """The smallest radius, in steps of 0.5, that costs at least as much as this config."""
     radius = 1.0
     while flops(Clear(radius=radius)) < flops(config):

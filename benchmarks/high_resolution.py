@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, linearize_
 from lineardit.commands.quiet import quiet_libraries
-from lineardit.distill.cost import seconds_of, step_call
+from lineardit.distill.cost import step_call, time_call
 from lineardit.distill.files import write_json
 from lineardit.distill.metrics import paired_bootstrap, psnr, ssim
 from lineardit.distill.pictures import PictureSettings
@@ -39,7 +39,7 @@ from lineardit.pipelines.pictures import enlarged
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import decode, encode
 from lineardit.scene_judge import judge_scene
-from lineardit.work_log import WorkLog, this_machine
+from lineardit.work_log import WorkLog, describe_machine
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ class HighResolution:
     def __init__(self, base: Path, adapter: Path | None, directory: Path, amount: Amount) -> None:
         self.teacher, self.student = open_pipeline(base), open_student(base, adapter)
         self.attention = describe_attention(self.student)
-        places = [base] if adapter is None else [base, adapter]
-        weights = [sha256(file)[:8] for place in places for file in sorted(place.rglob("*.safetensors"))]
+        sources = [base] if adapter is None else [base, adapter]
+        weights = [sha256(file)[:8] for source in sources for file in sorted(source.rglob("*.safetensors"))]
         self.directory, self.amount = directory, amount
         self.scenes = [scenes.sample(index, split="held_out") for index in range(amount.captions)]
         self.cascade = HighResolutionPipeline.from_pipe(self.student, native_size=amount.native)
@@ -104,15 +104,15 @@ class HighResolution:
         self.work = WorkLog(directory, content | {"attention": self.attention, "plans": plans})
         for pipe in (self.teacher, self.cascade, self.student):
             pipe.set_progress_bar_config(disable=True)
-        self.made: dict[tuple[str, int], list[Image.Image]] = {}  # by row and pixels
+        self.images_by_row: dict[tuple[str, int], list[Image.Image]] = {}  # by row and pixels
         self.rows: list[Row] = []
-        self.beside: dict[str, Any] = {}
+        self.measurements: dict[str, Any] = {}
 
     def pictures(self, name: str, side: int, count: int, draw: Draw) -> list[Image.Image]:
         """Pictures of the first `count` captions, drawn or read."""
         folder = self.directory / f"{name} {side}".replace(" ", "-").replace(",", "")
         folder.mkdir(parents=True, exist_ok=True)
-        made = []
+        images = []
         with self.work.timed(f"{name}, {side} px"):
             for index in tqdm(range(count), desc=f"{name}, {side} px", unit="picture"):
                 file = folder / f"{index:03d}.png"
@@ -120,8 +120,8 @@ class HighResolution:
                     image = draw(index)
                     write_whole(file, lambda temporary, image=image: image.save(temporary, format="PNG"))
                 with Image.open(file) as image:
-                    made.append(image.convert("RGB"))
-        return made
+                    images.append(image.convert("RGB"))
+        return images
 
     def native(self, index: int) -> Image.Image:
         return self.direct(self.teacher, self.amount.native, index)
@@ -141,7 +141,7 @@ class HighResolution:
         amount = self.amount
         return self.cascade.plan(side, side, num_inference_steps=amount.steps, settings=amount.settings)
 
-    def in_stages(self, side: int, index: int) -> Image.Image:
+    def draw_cascade(self, side: int, index: int) -> Image.Image:
         """The cascade's picture; every stage's picture is saved too."""
         folder = self.directory / "stages"
         folder.mkdir(exist_ok=True)
@@ -177,70 +177,76 @@ class HighResolution:
             generator=torch.Generator("cpu").manual_seed(index),
         ).images[0]
 
-    def row(self, name: str, side: int, made: Sequence[Image.Image]) -> Row:
-        scores = [judge_scene(scene.caption, image) for scene, image in zip(self.scenes, made, strict=False)]
-        edges = [edge for image in made if (edge := sharpness(image)) is not None]
+    def row(self, name: str, side: int, images: Sequence[Image.Image]) -> Row:
+        scores = [judge_scene(scene.caption, image) for scene, image in zip(self.scenes, images, strict=False)]
+        edges = [edge for image in images if (edge := sharpness(image)) is not None]
         objects = [score["objects"] for score in scores]
         return Row(
             name=name,
             side=side,
-            pictures=len(made),
-            objects=sum(right for right, _ in objects) / sum(of for _, of in objects),
+            pictures=len(images),
+            objects=sum(right for right, _ in objects) / sum(total for _, total in objects),
             coherence=sum(score["coherence"][0] for score in scores) / len(scores),
             sharpness=sum(edges) / len(edges) if edges else 0.0,
         )
 
-    def run(self, tell: Callable[[], None]) -> None:
-        """All rows and other measurements, those of the marks first; `tell` is called after each."""
+    def run(self, on_update: Callable[[], None]) -> None:
+        """All rows and other measurements, those of the marks first; `on_update` is called after each."""
         amount = self.amount
-        few = amount.few_captions
+        few_captions = amount.few_captions
         self.add("teacher", amount.native, amount.captions, self.native)
         self.add_cascade(amount.side, amount.captions)
-        tell()
-        measures = {"last stage": self.likeness, "step seconds": self.step_seconds, "memory": self.memory}
+        on_update()
+        measures = {"last stage": self.last_stage_similarity, "step seconds": self.step_seconds, "memory": self.memory}
         for name, measure in measures.items():
-            self.beside[name] = measure()
-            tell()
-        self.add_cascade(amount.largest, few)
-        tell()
+            self.measurements[name] = measure()
+            on_update()
+        self.add_cascade(amount.largest, few_captions)
+        on_update()
         for side in (amount.side, amount.largest):
-            self.add("direct, student", side, few, lambda index, side=side: self.direct(self.student, side, index))
-            tell()
-        self.add("direct, teacher", amount.side, few, lambda index: self.direct(self.teacher, amount.side, index))
-        tell()
+            self.add(
+                "direct, student", side, few_captions, lambda index, side=side: self.direct(self.student, side, index)
+            )
+            on_update()
+        self.add(
+            "direct, teacher", amount.side, few_captions, lambda index: self.direct(self.teacher, amount.side, index)
+        )
+        on_update()
 
     def add_cascade(self, side: int, count: int) -> None:
         """The cascade's row, and those that it is compared with."""
         self.add("Lanczos", side, count, lambda index: self.enlarged(index, side))
-        self.add("Lanczos, sharpened", side, count, lambda index: self.enlarged_sharply(index, side))
+        self.add("Lanczos, sharpened", side, count, lambda index: self.enlarged_and_sharpened(index, side))
         self.add("oracle", side, count, lambda index: self.oracle(side, index))
-        self.add("cascade, student", side, count, lambda index: self.in_stages(side, index))
+        self.add("cascade, student", side, count, lambda index: self.draw_cascade(side, index))
 
     def add(self, name: str, side: int, count: int, draw: Draw) -> None:
         """Add a row, its pictures drawn or read."""
-        self.made[name, side] = self.pictures(name, side, count, draw)
-        self.rows.append(self.row(name, side, self.made[name, side]))
+        self.images_by_row[name, side] = self.pictures(name, side, count, draw)
+        self.rows.append(self.row(name, side, self.images_by_row[name, side]))
         if (name, side) == ("cascade, student", self.amount.side):
-            self.beside["differences"] = self.differences()
+            self.measurements["differences"] = self.differences()
 
     def enlarged(self, index: int, side: int) -> Image.Image:
-        return self.made["teacher", self.amount.native][index].resize((side, side), Image.Resampling.LANCZOS)
+        return self.images_by_row["teacher", self.amount.native][index].resize((side, side), Image.Resampling.LANCZOS)
 
-    def enlarged_sharply(self, index: int, side: int) -> Image.Image:
+    def enlarged_and_sharpened(self, index: int, side: int) -> Image.Image:
         """Enlarged as by the cascade's stages, without the model."""
-        picture = self.made["teacher", self.amount.native][index]
+        picture = self.images_by_row["teacher", self.amount.native][index]
         for stage in self.plan(side).stages[1:]:
             picture = enlarged(picture, stage.width, stage.height, stage.sharpen)
         return picture
 
-    def likeness(self) -> dict[str, float]:
+    def last_stage_similarity(self) -> dict[str, float]:
         """Similarity of the last stage by the student to that by the dense teacher."""
         side, few = self.amount.side, self.amount.few_captions
-        made = [
-            self.pictures(f"last stage, {name}", side, few, lambda index, of=attention: self.last_stage(of, index))
+        images = [
+            self.pictures(
+                f"last stage, {name}", side, few, lambda index, attention=attention: self.last_stage(attention, index)
+            )
             for name, attention in (("student", "converted"), ("teacher", "original"))
         ]
-        pairs = list(zip(*made, strict=True))
+        pairs = list(zip(*images, strict=True))
         scores = {name: sum(one(*pair) for pair in pairs) / few for name, one in (("psnr", psnr), ("ssim", ssim))}
         return scores | {"captions": few}
 
@@ -252,17 +258,17 @@ class HighResolution:
         def measure() -> dict[str, Any]:
             student, teacher = step_call(self.student, settings), step_call(self.teacher, settings)
             student()  # builds the tables of this size; the teacher has none
-            seconds = [seconds_of(step) for step in (student, teacher, student, teacher, student)]
+            seconds = [time_call(step) for step in (student, teacher, student, teacher, student)]
             medians = {"student": median(seconds[::2]), "teacher": median(seconds[1::2])}
-            return medians | {"seconds": seconds, "machine": this_machine()}
+            return medians | {"seconds": seconds, "machine": describe_machine()}
 
-        return self.once("step seconds", measure)
+        return self.measure_once("step seconds", measure)
 
     def memory(self) -> list[dict[str, Any]]:
         """Peak memory, in fresh processes."""
-        return self.once("memory", lambda: [asdict(one) for one in measure_fresh(SIDES)])
+        return self.measure_once("memory", lambda: [asdict(one) for one in measure_fresh(SIDES)])
 
-    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+    def measure_once(self, name: str, measure: Callable[[], Any]) -> Any:
         """A measurement, made now or by an earlier run in this folder."""
         file = self.directory / f"{name.replace(' ', '_')}.json"
         if not file.exists():
@@ -275,8 +281,8 @@ class HighResolution:
         amount = self.amount
         captions = [scene.caption for scene in self.scenes]
         ours, theirs = (
-            [judge_scene(*pair) for pair in zip(captions, self.made[of], strict=True)]
-            for of in (("cascade, student", amount.side), ("teacher", amount.native))
+            [judge_scene(*pair) for pair in zip(captions, self.images_by_row[key], strict=True)]
+            for key in (("cascade, student", amount.side), ("teacher", amount.native))
         )
         return {
             name: asdict(paired_bootstrap([score[name] for score in ours], [score[name] for score in theirs]))
@@ -290,16 +296,16 @@ def write_results(results: Path, run: HighResolution) -> str:
     results.mkdir(parents=True, exist_ok=True)
     rows = [asdict(row) for row in run.rows]
     about = {"amount": asdict(amount), "attention": run.attention}
-    write_json(results / "high_resolution.json", {**about, "rows": rows, **run.beside})
+    write_json(results / "high_resolution.json", {**about, "rows": rows, **run.measurements})
     count = min(SHOWN, amount.captions)
     shown = {
-        f"{name}, {side} px": made[:count]
-        for (name, side), made in run.made.items()
-        if side != amount.largest and len(made) >= count
+        f"{name}, {side} px": images[:count]
+        for (name, side), images in run.images_by_row.items()
+        if side != amount.largest and len(images) >= count
     }
     write_sheet(list(shown), list(zip(*shown.values(), strict=True)), results / "high_resolution.png")
-    told = f"{run.attention}\n{run.plan(amount.largest)}"
-    text = report(amount.side, amount.largest, run.rows, run.beside, told)
+    description = f"{run.attention}\n{run.plan(amount.largest)}"
+    text = report(amount.side, amount.largest, run.rows, run.measurements, description)
     write_whole(results / "high_resolution.md", lambda temporary: temporary.write_text(text))
     return text
 

@@ -30,7 +30,7 @@ from lineardit.pipelines.plan import Settings
 
 RESULTS = Path(__file__).with_name("results")
 SIDES = (512, 1024, 2048)
-MOST = 4.2  # largest growth factor for four times the pixels
+MAX_GROWTH = 4.2  # largest growth factor for four times the pixels
 MIB = 2**20
 CAPTION = "a red circle at the top left and a blue cross at the middle right on striped sand"
 
@@ -45,7 +45,7 @@ class Memory:
     seconds: float
 
     @property
-    def whole(self) -> float:
+    def peak(self) -> float:
         """The process at its peak; `getrusage` would report its parent's peak if that was higher."""
         return self.idle + self.growth
 
@@ -93,7 +93,7 @@ def table(memory: Sequence[Memory]) -> str:
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     times = ["", *(f"{ratio:.2f}" for _, ratio in growths(memory))]
     lines += [
-        f"| {one.side} | {one.growth:.0f} | {ratio} | {one.whole:.0f} | {one.idle:.0f} | {one.seconds:.0f} |"
+        f"| {one.side} | {one.growth:.0f} | {ratio} | {one.peak:.0f} | {one.idle:.0f} | {one.seconds:.0f} |"
         for one, ratio in zip(memory, times, strict=True)
     ]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from high_resolution_memory import MOST, Memory, growths, table
+from high_resolution_memory import MAX_GROWTH, Memory, growths, table
 
 Mark = tuple[str, str, str, bool]  # what is measured, the target, the measurement, whether it was met
 
@@ -21,7 +21,7 @@ class Row:
     sharpness: float  # mean gradient per pixel at borders of objects, of 255
 
 
-def quality_marks(side: int, rows: Sequence[Row], beside: dict[str, Any]) -> list[Mark]:
+def quality_marks(side: int, rows: Sequence[Row], measurements: dict[str, Any]) -> list[Mark]:
     """Marks of the cascade at this size and of its last stage, as far as measured."""
     marks: list[Mark] = [
         (
@@ -31,14 +31,14 @@ def quality_marks(side: int, rows: Sequence[Row], beside: dict[str, Any]) -> lis
             f"{100 * interval['high']:+.1f})",
             interval["difference"] >= -0.02,
         )
-        for name, interval in beside.get("differences", {}).items()
+        for name, interval in measurements.get("differences", {}).items()
     ]
     marks += sharpness_marks(side, rows)
-    if likeness := beside.get("last stage"):
-        what = f"last stage, student against dense teacher ({likeness['captions']} captions)"
+    if similarity := measurements.get("last stage"):
+        what = f"last stage, student against dense teacher ({similarity['captions']} captions)"
         marks += [
-            (f"{what}: PSNR", "at least 27.7 dB", f"{likeness['psnr']:.2f} dB", likeness["psnr"] >= 27.7),
-            (f"{what}: SSIM", "at least 0.90", f"{likeness['ssim']:.3f}", likeness["ssim"] >= 0.9),
+            (f"{what}: PSNR", "at least 27.7 dB", f"{similarity['psnr']:.2f} dB", similarity["psnr"] >= 27.7),
+            (f"{what}: SSIM", "at least 0.90", f"{similarity['ssim']:.3f}", similarity["ssim"] >= 0.9),
         ]
     return marks
 
@@ -56,10 +56,10 @@ def sharpness_marks(side: int, rows: Sequence[Row]) -> list[Mark]:
     ]
 
 
-def cost_marks(largest: int, beside: dict[str, Any]) -> list[Mark]:
+def cost_marks(largest: int, measurements: dict[str, Any]) -> list[Mark]:
     """Marks of a step's time at this size and of memory growth, as far as measured."""
     marks: list[Mark] = []
-    if seconds := beside.get("step seconds"):
+    if seconds := measurements.get("step seconds"):
         student, teacher = seconds["student"], seconds["teacher"]
         marks.append(
             (
@@ -69,28 +69,40 @@ def cost_marks(largest: int, beside: dict[str, Any]) -> list[Mark]:
                 teacher >= 8 * student,
             )
         )
-    target = f"at most {MOST} times for 4 times the pixels"
+    target = f"at most {MAX_GROWTH} times for 4 times the pixels"
     return marks + [
-        (f"memory with local attention, {name}", target, f"{ratio:.2f} times", ratio <= MOST)
-        for name, ratio in growths(_memory(beside))
+        (f"memory with local attention, {name}", target, f"{ratio:.2f} times", ratio <= MAX_GROWTH)
+        for name, ratio in growths(_memory(measurements))
     ]
 
 
-def report(side: int, largest: int, rows: Sequence[Row], beside: dict[str, Any], told: str) -> str:
-    """Marks and rows; `beside`: other measurements; `told`: a description of student and cascade."""
-    marks = [*quality_marks(side, rows, beside), *sharpness_marks(largest, rows), *cost_marks(largest, beside)]
-    lines = ["# High resolution, on the small model", "", f"```\n{told}\n```", "", "| mark | target | measured | met |"]
+def report(side: int, largest: int, rows: Sequence[Row], measurements: dict[str, Any], description: str) -> str:
+    """Marks and rows; `measurements`: those besides the rows; `description`: of student and cascade."""
+    marks = [
+        *quality_marks(side, rows, measurements),
+        *sharpness_marks(largest, rows),
+        *cost_marks(largest, measurements),
+    ]
+    lines = [
+        "# High resolution, on the small model",
+        "",
+        f"```\n{description}\n```",
+        "",
+        "| mark | target | measured | met |",
+    ]
     lines += ["| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {target} | {got} | {'yes' if met else '**no**'} |" for name, target, got, met in marks]
+    lines += [
+        f"| {name} | {target} | {measured} | {'yes' if met else '**no**'} |" for name, target, measured, met in marks
+    ]
     lines += ["", "| pictures | px | captions | objects | coherence | gradient at objects |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     lines += [
         f"| {row.name} | {row.side} | {row.pictures} | {row.objects:.1%} | {row.coherence:.1%} | {row.sharpness:.1f} |"
         for row in rows
     ]
-    memory = ["", table(_memory(beside))] if "memory" in beside else []
+    memory = ["", table(_memory(measurements))] if "memory" in measurements else []
     return "\n".join([*lines, *memory, "", "![pictures](high_resolution.png)", ""])
 
 
-def _memory(beside: dict[str, Any]) -> list[Memory]:
-    return [Memory(**one) for one in beside.get("memory", ())]
+def _memory(measurements: dict[str, Any]) -> list[Memory]:
+    return [Memory(**one) for one in measurements.get("memory", ())]

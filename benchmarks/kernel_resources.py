@@ -91,14 +91,14 @@ def compile_for(
 ) -> dict[str, int]:
     """Registers and bytes of stack (spills) per thread, bytes of shared memory per program, loads of 1 or 2 bytes."""
     names = kernel.arg_names
-    every = {**blocks, "HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "PRECISION": "ieee", "UNIT": STRIDE_UNIT}
-    fixed = {name: value for name, value in every.items() if name in names}
-    signature = {name: "constexpr" if name in fixed else argument_type(kernel, name) for name in names}
+    constants = {**blocks, "HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "PRECISION": "ieee", "UNIT": STRIDE_UNIT}
+    constexprs = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constexprs else argument_type(kernel, name) for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name == "num_cells"]
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in fixed.items()},
+        constexprs={(names.index(name),): value for name, value in constexprs.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     launch = {"num_warps": options.num_warps, "num_stages": options.num_stages}
@@ -126,8 +126,8 @@ def rows_for(arch: int, report: Callable[[str], None]) -> dict[str, dict[str, An
         FORWARD_TILES: (kernels.window_forward,),
         BACKWARD_TILES: (kernels.window_grad_query, kernels.window_grad_key, kernels.window_grad_shared),
     }
-    for every_tiles, members in directions.items():
-        for tiles in candidates(every_tiles, HEAD_DIM, arch, torch.bfloat16):
+    for tile_candidates, members in directions.items():
+        for tiles in candidates(tile_candidates, HEAD_DIM, arch, torch.bfloat16):
             usages = {one.fn.__name__: compile_for(one, tile_constants(one, tiles), tiles, arch) for one in members}
             if all(usage["shared_bytes"] <= SHARED_MEMORY[arch] for usage in usages.values()):
                 break
@@ -150,28 +150,31 @@ def focus_rows(side: int, arch: int, report: Callable[[str], None]) -> dict[str,
     """The focus kernels, each direction with the first blocks that fit; key kernels are the same for all sides, and
     compiled once.
     """
-    of_keys = (focus_kernels.focus_grad_proxy, focus_kernels.focus_grad_cell) if side == FOCUS_SIDES[0] else ()
+    key_kernels = (focus_kernels.focus_grad_proxy, focus_kernels.focus_grad_cell) if side == FOCUS_SIDES[0] else ()
     directions: tuple[tuple[list[Blocks], tuple[Any, ...]], ...] = (
         (focus_candidates(side, torch.bfloat16), (focus_kernels.focus_forward,)),
-        (backward_candidates(HEAD_DIM, torch.bfloat16), (focus_kernels.focus_grad_query, *of_keys)),
+        (backward_candidates(HEAD_DIM, torch.bfloat16), (focus_kernels.focus_grad_query, *key_kernels)),
     )
     rows: dict[str, dict[str, Any]] = {}
-    for every_blocks, members in directions:
-        for blocks in every_blocks:
-            fixed = {"BLOCK_Q": queries_of_a_program(side), "BLOCK_K": blocks.keys}
-            fixed |= {"BLOCK_ROWS": BLOCK_ROWS, "DISJOINT": True}
+    for block_candidates, members in directions:
+        for blocks in block_candidates:
+            constants = {"BLOCK_Q": queries_of_a_program(side), "BLOCK_K": blocks.keys}
+            constants |= {"BLOCK_ROWS": BLOCK_ROWS, "DISJOINT": True}
             for kernel in members:
-                one = blocks if kernel in of_keys else replace(blocks, num_warps=warps_of_queries(side))
-                tiles = f"k{one.keys} w{one.num_warps} s{one.num_stages}"
-                rows[kernel.fn.__name__] = {"tiles": tiles, **compile_for(kernel, fixed, one, arch)}
+                launch_blocks = blocks if kernel in key_kernels else replace(blocks, num_warps=warps_of_queries(side))
+                tiles = f"k{launch_blocks.keys} w{launch_blocks.num_warps} s{launch_blocks.num_stages}"
+                rows[kernel.fn.__name__] = {"tiles": tiles, **compile_for(kernel, constants, launch_blocks, arch)}
             if all(rows[kernel.fn.__name__]["shared_bytes"] <= SHARED_MEMORY[arch] for kernel in members):
                 break
             report(f"sm_{arch}: {blocks} do not fit")
-    if of_keys:  # cells of few tokens, as at 1024 x 1024 pixels with 1,024 proxies
-        few = replace(blocks, keys=16, num_warps=warps_of_keys(16))
-        fixed["BLOCK_K"] = few.keys
-        usage = compile_for(focus_kernels.focus_grad_cell, fixed, few, arch)
-        rows["focus_grad_cell of small cells"] = {"tiles": f"k16 w{few.num_warps} s{few.num_stages}", **usage}
+    if key_kernels:  # cells of few tokens, as at 1024 x 1024 pixels with 1,024 proxies
+        small_blocks = replace(blocks, keys=16, num_warps=warps_of_keys(16))
+        constants["BLOCK_K"] = small_blocks.keys
+        usage = compile_for(focus_kernels.focus_grad_cell, constants, small_blocks, arch)
+        rows["focus_grad_cell of small cells"] = {
+            "tiles": f"k16 w{small_blocks.num_warps} s{small_blocks.num_stages}",
+            **usage,
+        }
     return rows
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flux_layer import local_of_equal_flops
+from flux_layer import window_of_equal_flops
 from marks_report import Mark, Row, as_markdown, follow_mark, rival_marks, student_marks, teacher_marks
 from scene_students import ScenePlan, SceneStudents
 
@@ -32,27 +32,27 @@ from lineardit.linearize.measures.attention_profile import read_profile
 from lineardit.linearize.measures.budget import propose
 from lineardit.linearize.measures.profiling import profile_attention
 from lineardit.linearize.methods import Agent, Clear, Hybrid, Mala, ProxyTokens, config_to_dict
-from lineardit.work_log import this_machine
+from lineardit.work_log import describe_machine
 
 logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).with_name("results")
 MALA = Mala(conv_size=5, balance=True)
 WIDER = "window of equal cost"
-SOME = "mala in some layers"
-FOLLOWERS = ("agent", "mala", SOME)  # held to their captions, not to coherence
+PARTIAL_MALA = "mala in some layers"
+FOLLOWERS = ("agent", "mala", PARTIAL_MALA)  # held to their captions, not to coherence
 UNTRAINED = {  # rows of untrained conversions
     "default": "0 steps",
     "hybrid": "hybrid, 0 steps",
     "proxies alone": "proxies alone, 0 steps",
     "agent": "agent, 0 steps",
     "mala": "mala, 0 steps",
-    SOME: f"{SOME}, 0 steps",
+    PARTIAL_MALA: f"{PARTIAL_MALA}, 0 steps",
     WIDER: f"{WIDER}, 0 steps",
 }
 # In the picture
 SHOWN = ("teacher", "0 steps", "default", WIDER, *FOLLOWERS, "hybrid, 0 steps", "hybrid")
-LONG = "teacher, 512 text tokens"
+TEACHER_512_TOKENS = "teacher, 512 text tokens"
 
 
 class Student(NamedTuple):
@@ -85,7 +85,7 @@ class Plan(ScenePlan):
     shown: int = 12  # rows of the sheet
 
 
-def of_seed(name: str, seed: int) -> str:
+def row_name(name: str, seed: int) -> str:
     """The row's name; seed 0 is the student itself."""
     return name if seed == 0 else f"{name}, seed {seed}"
 
@@ -106,51 +106,53 @@ class Marks(SceneStudents):
             self.student(name, report)
         for seed in plan.seeds[1:]:
             for name in ("hybrid", WIDER):
-                self.another_seed(name, seed)
+                self.add_seed(name, seed)
                 report()
         self.student("default", report)
         with self.work.timed("teacher with 512 text positions"):
-            self.draw(LONG, self.base, plan.few_captions, text_tokens=512)
+            self.draw(TEACHER_512_TOKENS, self.base, plan.few_captions, text_tokens=512)
         report()
 
     def student(self, name: str, report: Callable[[], None]) -> None:
         """A row of the untrained conversion, and one of the student."""
-        one = self.students[name]
+        settings = self.students[name]
         with self.work.timed(f"pictures: {name} without training"):
-            self.draw(UNTRAINED[name], self.converted(name, one.method), one.untrained_captions)
+            self.draw(UNTRAINED[name], self.converted(name, settings.method), settings.untrained_captions)
         report()
         with self.work.timed(f"distill: {name}"):
-            self.distill(name, one.method, one.steps, *one.changes)
+            self.distill(name, settings.method, settings.steps, *settings.changes)
         with self.work.timed(f"pictures: {name}"):
-            self.draw(name, self.adapter(name), one.captions)
+            self.draw(name, self.adapter(name), settings.captions)
         report()
 
-    def another_seed(self, name: str, seed: int) -> None:
+    def add_seed(self, name: str, seed: int) -> None:
         """The same student with other noise and another order of the samples."""
-        one, row = self.students[name], of_seed(name, seed)
-        with self.work.timed(row):
-            self.distill(row, one.method, one.steps, *one.changes, f"run.seed={seed}")
-            self.draw(row, self.adapter(row), self.plan.few_captions)
+        settings, student_name = self.students[name], row_name(name, seed)
+        with self.work.timed(student_name):
+            self.distill(student_name, settings.method, settings.steps, *settings.changes, f"run.seed={seed}")
+            self.draw(student_name, self.adapter(student_name), self.plan.few_captions)
 
     @property
     def students(self) -> dict[str, Student]:
         plan = self.plan
-        every, few, steps = plan.captions, plan.few_captions, plan.hybrid_train_steps
+        all_captions, few_captions, steps = plan.captions, plan.few_captions, plan.hybrid_train_steps
         fast, medium, slow = (
             f"optimizer.lr={rate}" for rate in (plan.learning_rate, plan.rival_learning_rate, plan.hybrid_learning_rate)
         )
         # The flow loss on the data pulls a student away from a teacher that it already matches.
         from_teacher = "loss.flow=0.0"
         by_layer = f"layerwise.steps={plan.layer_steps}", f"layerwise.lr={plan.rival_learning_rate}"
-        follower = plan.few_train_steps, few, few, (medium, from_teacher, *by_layer)
+        follower_settings = plan.few_train_steps, few_captions, few_captions, (medium, from_teacher, *by_layer)
         return {
-            "hybrid": Student(self.hybrid, steps, plan.hybrid_captions, every, (slow, from_teacher)),
-            "proxies alone": Student(self.unfocused, plan.few_train_steps, few, few, (medium,)),
-            WIDER: Student(self.rival, steps, few, few, (medium,)),
-            "agent": Student(Agent(num_agents=64, conv_size=5, balance=True), *follower),
-            "mala": Student(MALA, *follower),
-            SOME: Student(self.some_layers, *follower),
-            "default": Student(self.local, plan.train_steps, every, every, (fast,)),
+            "hybrid": Student(self.hybrid, steps, plan.hybrid_captions, all_captions, (slow, from_teacher)),
+            "proxies alone": Student(
+                self.hybrid_without_focus, plan.few_train_steps, few_captions, few_captions, (medium,)
+            ),
+            WIDER: Student(self.rival, steps, few_captions, few_captions, (medium,)),
+            "agent": Student(Agent(num_agents=64, conv_size=5, balance=True), *follower_settings),
+            "mala": Student(MALA, *follower_settings),
+            PARTIAL_MALA: Student(self.some_layers, *follower_settings),
+            "default": Student(self.local, plan.train_steps, all_captions, all_captions, (fast,)),
         }
 
     @property
@@ -160,10 +162,10 @@ class Marks(SceneStudents):
     @property
     def hybrid(self) -> Hybrid:
         """The window, and proxies or chosen tokens outside it."""
-        return replace(self.unfocused, focus_tokens=self.plan.focus_tokens)
+        return replace(self.hybrid_without_focus, focus_tokens=self.plan.focus_tokens)
 
     @property
-    def unfocused(self) -> Hybrid:
+    def hybrid_without_focus(self) -> Hybrid:
         return Hybrid(local=self.local, global_=ProxyTokens(num_proxies=self.plan.proxies), gate=1.0)
 
     @property
@@ -182,11 +184,11 @@ class Marks(SceneStudents):
     @property
     def rival(self) -> Clear:
         """A wider window that costs as much as the hybrid, at FLUX.1's 4K shape."""
-        return local_of_equal_flops(self.hybrid)
+        return window_of_equal_flops(self.hybrid)
 
     def converted(self, name: str, method: Any) -> Path:
         """The folder of the untrained conversion."""
-        return self.swapped(method, Path(name))
+        return self.untrained_adapter(method, Path(name))
 
     def adapter(self, name: str) -> Path:
         return self.directory / "runs" / re.sub(r"[^\w.-]+", "-", name) / "adapter"
@@ -210,20 +212,24 @@ class Marks(SceneStudents):
             raise RuntimeError(f"the distillation {name!r} failed; its error is above")
 
     def rows(self) -> list[Row]:
-        return [self.row(name) for name in self.made]
+        return [self.row(name) for name in self.judged]
 
     def marks(self) -> list[Mark]:
         """Marks of the rows made so far."""
-        marks = teacher_marks(self.row("teacher"), self.row(LONG) if LONG in self.made else None)
-        untrained = self.row(UNTRAINED["default"]) if UNTRAINED["default"] in self.made else None
+        marks = teacher_marks(
+            self.row("teacher"), self.row(TEACHER_512_TOKENS) if TEACHER_512_TOKENS in self.judged else None
+        )
+        untrained = self.row(UNTRAINED["default"]) if UNTRAINED["default"] in self.judged else None
         for name in ("default", "hybrid"):
-            if name in self.made:
+            if name in self.judged:
                 marks += student_marks(name, self.row(name), untrained)
-        marks += [follow_mark(name, self.row(name)) for name in FOLLOWERS if name in self.made]
-        names = [(of_seed("hybrid", seed), of_seed(WIDER, seed)) for seed in self.plan.seeds]
-        pairs = [pair for pair in names if set(pair) <= self.made.keys()]
-        few = self.plan.few_captions
-        return marks + rival_marks([(self.row(one, few), self.row(other, few)) for one, other in pairs])
+        marks += [follow_mark(name, self.row(name)) for name in FOLLOWERS if name in self.judged]
+        names = [(row_name("hybrid", seed), row_name(WIDER, seed)) for seed in self.plan.seeds]
+        pairs = [pair for pair in names if set(pair) <= self.judged.keys()]
+        few_captions = self.plan.few_captions
+        return marks + rival_marks(
+            [(self.row(one, few_captions), self.row(other, few_captions)) for one, other in pairs]
+        )
 
 
 def method_table(method: Any) -> dict[str, Any]:
@@ -233,7 +239,7 @@ def method_table(method: Any) -> dict[str, Any]:
     return config_to_dict(method)
 
 
-def told(methods: Mapping[str, Any]) -> str:
+def describe_layers(methods: Mapping[str, Any]) -> str:
     """Which layers have which method, in words."""
     names: dict[str, list[str]] = {}
     for pattern, method in methods.items():
@@ -245,12 +251,12 @@ def write_results(results: Path, run: Marks) -> str:
     """Write marks.json, marks.md and marks.png of the rows made so far; returns the report."""
     rows, marks = run.rows(), run.marks()
     results.mkdir(parents=True, exist_ok=True)
-    columns = [name for name in SHOWN if name in run.made]
-    shown = [run.made[name].pictures.images[: run.plan.shown] for name in columns]
+    columns = [name for name in SHOWN if name in run.judged]
+    shown = [run.judged[name].pictures.images[: run.plan.shown] for name in columns]
     write_sheet(columns, list(zip(*shown, strict=True)), results / "marks.png")
-    taken = run.work.total()
+    total = run.work.total()
     machine = (
-        f"Took {taken['seconds'] / 60:.0f} minutes, {taken['cpu_seconds'] / 60:.0f} CPU-minutes; {this_machine()}."
+        f"Took {total['seconds'] / 60:.0f} minutes, {total['cpu_seconds'] / 60:.0f} CPU-minutes; {describe_machine()}."
     )
     content: dict[str, Any] = {
         "plan": asdict(run.plan),
@@ -266,7 +272,7 @@ def write_results(results: Path, run: Marks) -> str:
         f"the hybrid and the window of equal cost at FLUX.1's 4K (radius {run.rival.radius:g}; here it looks at fewer "
         f"keys than the hybrid) {plan.hybrid_train_steps}, "
         f"proxies alone {plan.few_train_steps}, agent and mala as many after {plan.layer_steps} layer by layer "
-        f"(in some layers: {told(run.some_layers)}). "
+        f"(in some layers: {describe_layers(run.some_layers)}). "
         f"{machine}"
     )
     report = as_markdown(title, rows, marks)

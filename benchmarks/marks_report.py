@@ -18,8 +18,8 @@ class Row:
     comparison: Comparison | None
 
     def share(self, score: str) -> float:
-        right, of = self.scores[score]
-        return right / of
+        right, total = self.scores[score]
+        return right / total
 
 
 @dataclass(frozen=True, kw_only=True)

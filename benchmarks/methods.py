@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flux_layer import flops, local_of_equal_flops, title
+from flux_layer import flops, title, window_of_equal_flops
 from marks_report import Row
 from methods_files import read_table, write_proposals, write_row, write_table
 from methods_report import MethodRow, Table, as_markdown, folder_name
@@ -52,7 +52,7 @@ from lineardit.linearize.methods import (
     SlidingTile,
     config_to_dict,
 )
-from lineardit.work_log import this_machine
+from lineardit.work_log import describe_machine
 
 RESULTS = Path(__file__).with_name("results")
 SINGLE = "single_transformer_blocks.*.attn"  # five of the small model's eight attention modules
@@ -128,7 +128,7 @@ class MethodTable(SceneStudents):
             self.draw("teacher", self.base, self.plan.captions)
         with self.work.timed("samples"):
             self.prepare()
-        rivals = {title(one): local_of_equal_flops(one) for one in methods if type(one) is Hybrid}
+        rivals = {title(one): window_of_equal_flops(one) for one in methods if type(one) is Hybrid}
         entries = {title(one): one for one in (*methods, *rivals.values())}
         table = Table(
             plan=self.work.record["settings"] | {"seeds": list(self.plan.seeds)},
@@ -138,10 +138,12 @@ class MethodTable(SceneStudents):
         )
         table = read_table(results, table)
         for name, method in entries.items():
-            made = table.rows.get(name)
-            if only(name) and (made is None or len(made.students) < len(seeds)):
-                row = self.method(name, method, seeds) if made is None else self.more_seeds(made, method, seeds)
-                first = self.made.get(row.students[0].name)  # None: drawn by the call that made the row
+            existing = table.rows.get(name)
+            if only(name) and (existing is None or len(existing.students) < len(seeds)):
+                row = (
+                    self.make_row(name, method, seeds) if existing is None else self.add_seeds(existing, method, seeds)
+                )
+                first = self.judged.get(row.students[0].name)  # None: drawn by the call that made the row
                 write_row(results, table, row, first.pictures.images[: self.plan.shown] if first else ())
                 table = read_table(results, table)  # another process may have made others
                 write_table(results, table)
@@ -151,13 +153,13 @@ class MethodTable(SceneStudents):
         write_table(results, table)
         return table
 
-    def method(self, name: str, method: Any, seeds: tuple[int, ...]) -> MethodRow:
+    def make_row(self, name: str, method: Any, seeds: tuple[int, ...]) -> MethodRow:
         """One row: untrained, and a student for each seed."""
         plan = self.plan
         untrained = self.converted(name, method)
         with self.work.timed(f"{name}, untrained"):
             self.draw(f"{name}, untrained", untrained, plan.few_captions)
-            seconds, of_teacher = self.seconds(name, untrained)
+            seconds, teacher_seconds = self.seconds(name, untrained)
         fit = self.fit(method)
         return MethodRow(
             name=name,
@@ -166,13 +168,13 @@ class MethodTable(SceneStudents):
             layers=len(fit.layers),
             trained=fit.trained,
             seconds_per_step=seconds,
-            seconds_of_teacher=of_teacher,
-            machine=this_machine(),
+            seconds_of_teacher=teacher_seconds,
+            machine=describe_machine(),
             untrained=self.row(f"{name}, untrained"),
             students=self.students(name, method, fit, seeds),
         )
 
-    def more_seeds(self, row: MethodRow, method: Any, seeds: tuple[int, ...]) -> MethodRow:
+    def add_seeds(self, row: MethodRow, method: Any, seeds: tuple[int, ...]) -> MethodRow:
         """A row that has students of the first of these seeds, extended by those of the others."""
         further = self.students(row.name, method, self.fit(method), seeds[len(row.students) :])
         return replace(row, students=(*row.students, *further))
@@ -182,14 +184,14 @@ class MethodTable(SceneStudents):
         for seed in seeds:
             student = f"{name}, seed {seed}"
             with self.work.timed(student):
-                adapter = self.taught(self.config(method, fit.rank, seed))
+                adapter = self.trained_adapter(self.config(method, fit.rank, seed))
                 self.draw(student, adapter, self.plan.captions)
             rows.append(self.row(student))
         return tuple(rows)
 
     def converted(self, name: str, method: Any) -> Path:
         """The folder of the untrained conversion."""
-        return self.swapped(method, Path("converted", folder_name(name)))
+        return self.untrained_adapter(method, Path("converted", folder_name(name)))
 
     def seconds(self, name: str, source: Path) -> tuple[float, float]:
         """Seconds of a step and of the teacher's, alternating: medians of three, measured once."""
@@ -209,30 +211,30 @@ class MethodTable(SceneStudents):
         Raises:
             ValueError: no rank brings the trained parameters within 5% of the plan's number.
         """
-        config, wanted = self.config(method, 1, 0), self.plan.trained
+        config, target = self.config(method, 1, 0), self.plan.trained
         pipe = load_teacher(config.base)
         modules, _ = attention_modules(pipe.transformer, family_of(pipe.transformer))
         swapped = build_student_(pipe, config).swapped
         counts = {name: one.numel() for name, one in trained_parameters(pipe.transformer).items()}
         kernels = sum(count for name, count in counts.items() if KERNEL in name)
-        each_rank = sum(counts.values()) - kernels
-        rank = max(1, round((wanted - kernels) / each_rank))
-        trained = kernels + rank * each_rank
-        if abs(trained / wanted - 1) > 0.05:
-            raise ValueError(f"{title(method)}: {trained} trained parameters, not within 5% of {wanted}")
+        per_rank = sum(counts.values()) - kernels
+        rank = max(1, round((target - kernels) / per_rank))
+        trained = kernels + rank * per_rank
+        if abs(trained / target - 1) > 0.05:
+            raise ValueError(f"{title(method)}: {trained} trained parameters, not within 5% of {target}")
         return Fit(rank=rank, trained=trained, layers=tuple(swapped.get(name) for name in modules))
 
     def config(self, method: Any, rank: int, seed: int) -> DistillConfig:
         """The config of one student's training, the same for all but method, rank and seed."""
         plan = self.plan
         patterns = method if isinstance(method, Mapping) else {"*": method}
-        own = {
+        settings = {
             "method": {pattern: config_to_dict(one) for pattern, one in patterns.items()},
             "trained": {"kind": "lora", "rank": rank, "projections": PROJECTIONS},
             "loss": {"flow": 0.0 if self.calls else 0.1, "prediction": 1.0, "attention": 1.0},
             "layerwise": {"steps": plan.layer_steps, "lr": plan.layer_rate},
         }
-        return config_from_tables(self.tables(folder_name(f"{title(method)}-{seed}"), seed) | own)
+        return config_from_tables(self.tables(folder_name(f"{title(method)}-{seed}"), seed) | settings)
 
     def proposals(self) -> tuple[tuple[Row, Row], ...]:
         """One radius for all layers, and the profile's proposal of equal FLOPs at this size, without training."""
@@ -287,7 +289,7 @@ def main() -> None:
     results = options.results or (directory / "results" if options.quick or options.calls else RESULTS)
     globs = options.only or ["*"]
     methods = QUICK if options.quick else METHODS
-    titles = [*map(title, methods), *(title(local_of_equal_flops(one)) for one in methods if type(one) is Hybrid)]
+    titles = [*map(title, methods), *(title(window_of_equal_flops(one)) for one in methods if type(one) is Hybrid)]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in (*titles, PROPOSALS)):
             parser.error(f"--only {glob!r} is none of: {PROPOSALS}; {'; '.join(titles)}")

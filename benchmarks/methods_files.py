@@ -59,16 +59,16 @@ def read_table(results: Path, empty: Table) -> Table:
     """
     rows: dict[str, MethodRow] = {}
     for file in sorted(set(results.glob("methods/*.json")) - {results / PROPOSALS}):
-        entry = _of_plan(file, empty.plan)["row"]
+        entry = _read_with_plan(file, empty.plan)["row"]
         students = tuple(map(_row, entry["students"]))
         rows[entry["name"]] = MethodRow(**entry | {"untrained": _row(entry["untrained"]), "students": students})
     file = results / PROPOSALS
-    pairs = _of_plan(file, empty.plan)["proposals"] if file.is_file() else None
+    pairs = _read_with_plan(file, empty.plan)["proposals"] if file.is_file() else None
     proposals = None if pairs is None else tuple((_row(one), _row(other)) for one, other in pairs)
     return replace(empty, rows=rows, proposals=proposals)
 
 
-def _of_plan(file: Path, plan: dict[str, Any]) -> dict[str, Any]:
+def _read_with_plan(file: Path, plan: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(file.read_text())
     if content["plan"] != plan:
         different = sorted(name for name, value in plan.items() if content["plan"].get(name) != value)
@@ -81,5 +81,5 @@ def _row(entry: dict[str, Any]) -> Row:
     if comparison is not None:
         differences = {name: Interval(**one) for name, one in comparison["differences"].items()}
         comparison = Comparison(**comparison | {"differences": differences})
-    scores = {name: (right, of) for name, (right, of) in entry["scores"].items()}
+    scores = {name: (right, total) for name, (right, total) in entry["scores"].items()}
     return Row(**entry | {"scores": scores, "comparison": comparison})

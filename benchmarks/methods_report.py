@@ -122,11 +122,11 @@ def proposal_mark(pairs: Sequence[tuple[Row, Row]]) -> Mark:
     """The profile's proposal against one radius for all layers of equal FLOPs, without training."""
     errors = [(_latent_mse(proposal), _latent_mse(uniform)) for uniform, proposal in pairs]
     names = [uniform.name for uniform, _ in pairs]
-    told = [f"{name}: {_versus([pair], '{:.4f}'.format)}" for name, pair in zip(names, errors, strict=True)]
+    comparisons = [f"{name}: {_versus([pair], '{:.4f}'.format)}" for name, pair in zip(names, errors, strict=True)]
     return Mark(
         name="the profile's proposal against one radius, without training",
         target="less latent MSE at three budgets",
-        measured="; ".join(told),
+        measured="; ".join(comparisons),
         met=sum(ours < theirs for ours, theirs in errors) >= 3,
     )
 
@@ -169,7 +169,7 @@ def as_markdown(table: Table) -> str:
     plan, teacher, rows = table.plan, table.teacher, table.ordered()
     unfinished = [name for name in table.order if name not in table.rows]
     few_seeds = [row.name for row in rows if len(row.students) < len(plan["seeds"])]
-    of_teacher = " | ".join(_percent(teacher.share(score)) for score in ("objects", "coherence"))
+    teacher_cells = " | ".join(_percent(teacher.share(score)) for score in ("objects", "coherence"))
     machines = ", ".join(sorted({row.machine for row in rows}))
     lines = [
         "# Methods side by side",
@@ -191,7 +191,7 @@ def as_markdown(table: Table) -> str:
         "| # | method | layers | GFLOPs a layer | seeds | objects | coherence | latent MSE untrained | trained "
         "| s a step | times as fast | parameters |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| | teacher | | | | {of_teacher} | | | | | |",
+        f"| | teacher | | | | {teacher_cells} | | | | | |",
     ]
     for number, row in enumerate(rows, start=1):
         cells = (
@@ -225,12 +225,12 @@ def plot(teacher: Row, rows: Sequence[MethodRow], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     series = ((panels[0], "coherence, %", _coherence), (panels[1], "latent MSE to the teacher", MethodRow.latent_mses))
-    for axes, label, values_of in series:
+    for axes, label, get_values in series:
         for number, row in enumerate(rows, start=1):
-            values = values_of(row)
-            around = [[mean(values) - min(values)], [max(values) - mean(values)]]
-            look = {"fmt": "os^D"[number // 10 % 4], "color": f"C{number % 10}", "label": f"{number} {row.name}"}
-            axes.errorbar(row.flops / 1e12, mean(values), around, **look)
+            values = get_values(row)
+            error_bars = [[mean(values) - min(values)], [max(values) - mean(values)]]
+            style = {"fmt": "os^D"[number // 10 % 4], "color": f"C{number % 10}", "label": f"{number} {row.name}"}
+            axes.errorbar(row.flops / 1e12, mean(values), error_bars, **style)
         axes.set(xlabel="TFLOPs of attention a layer, FLUX.1 at 4096 x 4096", ylabel=label, xscale="log")
         axes.grid(alpha=0.3)
     panels[0].axhline(100 * teacher.share("coherence"), color="black", linewidth=0.8, linestyle="--")

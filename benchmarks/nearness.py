@@ -43,8 +43,8 @@ GRID, SHAPE = (32, 32), {"num_heads": 4, "head_dim": 32}  # of the small model a
 
 
 def hybrid(proxies: int, focus: int = 0, side: int = 4) -> Hybrid:
-    many = ProxyTokens(num_proxies=proxies)
-    return Hybrid(local=Clear(radius=4), global_=many, gate=1.0, focus_tokens=focus, focus_side=side)
+    proxy_tokens = ProxyTokens(num_proxies=proxies)
+    return Hybrid(local=Clear(radius=4), global_=proxy_tokens, gate=1.0, focus_tokens=focus, focus_side=side)
 
 
 ROWS: dict[str, tuple[Any, ...]] = {  # by kind; each has a colour in the plot
@@ -104,7 +104,7 @@ def measure(rows: Mapping[str, Sequence[Any]], captions: int, steps: int) -> lis
                 Row(
                     name=name,
                     kind=kind,
-                    keys=keys_of(method),
+                    keys=keys_per_token(method),
                     flux_gflops=flux_gflops(method),
                     errors=found.errors,
                     mean=found.mean,
@@ -123,7 +123,7 @@ def flux_gflops(method: Any) -> float | None:
     return flops(method) / 1e9
 
 
-def keys_of(method: Any) -> float:
+def keys_per_token(method: Any) -> float:
     """Mean number of keys of an image token, without text queries."""
     tokens = math.prod(GRID)
     if method is None:
@@ -142,9 +142,9 @@ def as_markdown(about: str, rows: Sequence[Row]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        told = " | ".join(f"{error:.2g}" for error in (row.mean, row.errors[0], row.errors[-1]))
+        errors = " | ".join(f"{error:.2g}" for error in (row.mean, row.errors[0], row.errors[-1]))
         flux = "nothing in focus" if row.flux_gflops is None else f"{row.flux_gflops:.0f}"
-        lines.append(f"| `{row.name}` | {row.keys:.0f} | {flux} | {told} |")
+        lines.append(f"| `{row.name}` | {row.keys:.0f} | {flux} | {errors} |")
     return "\n".join([*lines, "", "![error against cost](nearness.png)", ""])
 
 
@@ -161,24 +161,30 @@ LABELS = {
 
 def label(row: Row) -> str:
     """A row's settings in words; for a hybrid, without those of the window, which all share."""
-    own = row.name.removeprefix("Hybrid(local=Clear(radius=4), global_=")
-    words = [LABELS[name].format(value) for name, value in re.findall(r"(\w+)=([\d.]+)", own) if name in LABELS]
-    return ", ".join(words) or own.split("(")[0]
+    settings = row.name.removeprefix("Hybrid(local=Clear(radius=4), global_=")
+    words = [LABELS[name].format(value) for name, value in re.findall(r"(\w+)=([\d.]+)", settings) if name in LABELS]
+    return ", ".join(words) or settings.split("(")[0]
 
 
 def draw(rows: Sequence[Row], picture: Path) -> None:
     """Plot error against keys per token on log scales, a colour for each kind."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    everything, *others = rows
+    full_attention, *others = rows
     for kind in dict.fromkeys(row.kind for row in others):
-        some = [row for row in others if row.kind == kind]
-        axes.plot([row.keys for row in some], [row.mean for row in some], linestyle="none", marker="o", label=kind)
-        for row in some:
+        rows_of_kind = [row for row in others if row.kind == kind]
+        axes.plot(
+            [row.keys for row in rows_of_kind],
+            [row.mean for row in rows_of_kind],
+            linestyle="none",
+            marker="o",
+            label=kind,
+        )
+        for row in rows_of_kind:
             axes.annotate(label(row), (row.keys, row.mean), fontsize=6, xytext=(4, 4), textcoords="offset points")
-    axes.axvline(everything.keys, color="black", linewidth=0.8, linestyle="--", label="softmax over everything")
+    axes.axvline(full_attention.keys, color="black", linewidth=0.8, linestyle="--", label="softmax over everything")
     axes.set(xscale="log", yscale="log", xlabel="keys a token", ylabel="relative error of one prediction, untrained")
-    axes.set_xlim(right=1.4 * everything.keys)
+    axes.set_xlim(right=1.4 * full_attention.keys)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7, loc="lower left")
     write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=130))

@@ -49,7 +49,7 @@ class Plan:
     seed: int = 1000  # of the judged pictures
 
 
-def _lost(layer: LayerProfile) -> tuple[float, ...]:
+def _attention_lost(layer: LayerProfile) -> tuple[float, ...]:
     """Attention outside each window, mean over heads."""
     text = mean(layer.text)
     return tuple(1 - text - mean(column) for column in zip(*layer.mass, strict=True))
@@ -57,11 +57,11 @@ def _lost(layer: LayerProfile) -> tuple[float, ...]:
 
 VALUES: dict[str, Callable[[LayerProfile], tuple[float, ...]]] = {
     "output error": lambda layer: layer.output_error,
-    "attention lost": _lost,
+    "attention lost": _attention_lost,
 }
 
 
-def valued_by(profile: Profile, value: Callable[[LayerProfile], tuple[float, ...]]) -> Profile:
+def replace_error(profile: Profile, value: Callable[[LayerProfile], tuple[float, ...]]) -> Profile:
     """The profile with another figure in place of the error by which `propose` spends the budget."""
     return replace(profile, layers=tuple(replace(layer, output_error=value(layer)) for layer in profile.layers))
 
@@ -97,10 +97,10 @@ class Judge:
         linearize_(self.pipe, config)
         latents = self._sample()
         errors = []
-        for kwargs, wanted in self.calls[::2]:
+        for kwargs, target in self.calls[::2]:
             with torch.no_grad():
-                found = self.pipe.transformer(**kwargs)[0]
-            errors.append(float((found - wanted).square().sum() / wanted.square().sum()))
+                prediction = self.pipe.transformer(**kwargs)[0]
+            errors.append(float((prediction - target).square().sum() / target.square().sum()))
         restore_(self.pipe)
         per_picture = (latents - self.latents).square().mean((1, 2))
         return {
@@ -115,28 +115,32 @@ def run(pipe: Any, profile: Profile, plan: Plan) -> list[dict[str, Any]]:
     judge = Judge(pipe, plan)
     rows = []
     for radius in plan.budgets:
-        proposals = {name: propose(valued_by(profile, value), Clear(radius=radius)) for name, value in VALUES.items()}
+        proposals = {
+            name: propose(replace_error(profile, value), Clear(radius=radius)) for name, value in VALUES.items()
+        }
         uniform = proposals["output error"].budget
         proposals["windows and agents"] = propose(profile, Clear(radius=radius), choices=[*profile.windows, AGENT])
-        ways: dict[str, tuple[Config, int, Any]] = {"uniform": (Clear(radius=radius), uniform, f"radius {radius:g}")}
-        ways |= {name: (one.configs, one.flops, named(one.chosen)) for name, one in proposals.items()}
-        for name, (config, flops, chosen) in ways.items():
+        conversions: dict[str, tuple[Config, int, Any]] = {
+            "uniform": (Clear(radius=radius), uniform, f"radius {radius:g}")
+        }
+        conversions |= {name: (one.configs, one.flops, layer_methods(one.chosen)) for name, one in proposals.items()}
+        for name, (config, flops, chosen) in conversions.items():
             row = {"budget": f"radius:{radius:g}", "spent by": name, **judge.judge(config)}
             rows.append(
                 row | {"flops": flops, "share": flops / proposals["output error"].dense_flops, "chosen": chosen}
             )
             if name in proposals:
-                rows[-1]["error_of_layers"] = sum(error_of(profile, proposals[name].chosen))
+                rows[-1]["error_of_layers"] = sum(layer_errors(profile, proposals[name].chosen))
             logger.info("%s", as_line(row))
     return rows
 
 
-def named(chosen: Mapping[str, Any]) -> dict[str, str]:
+def layer_methods(chosen: Mapping[str, Any]) -> dict[str, str]:
     """The method of each layer, in words."""
     return {module: name_of(one) for module, one in chosen.items()}
 
 
-def error_of(profile: Profile, chosen: Mapping[str, Any]) -> list[float]:
+def layer_errors(profile: Profile, chosen: Mapping[str, Any]) -> list[float]:
     """The profiled error of each layer's output; 0 for full attention."""
     candidates = profile.candidates
     pairs = ((layer, chosen[layer.module]) for layer in profile.layers)
@@ -151,9 +155,9 @@ def as_line(row: Mapping[str, Any]) -> str:
 def load_or_profile(pipe: Any, plan: Plan, file: Path) -> Profile:
     """The profile that an earlier call of this version left in `file`, or a new one."""
     with suppress(ValueError):  # none, or another version's
-        kept = read_profile(file)
-        if (kept.radii, kept.methods) == (plan.radii, (AGENT,)):
-            return kept
+        stored = read_profile(file)
+        if (stored.radii, stored.methods) == (plan.radii, (AGENT,)):
+            return stored
     captions = [scenes.sample(index).caption for index in range(plan.prompts)]
     drawing = {"steps": plan.steps, "max_sequence_length": plan.text_tokens}
     side = (plan.side, plan.side)

@@ -39,7 +39,7 @@ SIZES = ("256x256", "288x288", "320x320", "320x192", "384x384", "512x512")
 def factors(ratio: float, dim: int) -> dict[str, float]:
     """The factor of each rule, for a longest side `ratio` times the native one."""
     ratios = {"one": 1.0, "ramp": min(ratio, max(1.0, (ratio / KNOWN) ** 2)), "known": ratio / KNOWN, "native": ratio}
-    return {name: ntk_factor(of, dim) for name, of in ratios.items()}
+    return {name: ntk_factor(rule_ratio, dim) for name, rule_ratio in ratios.items()}
 
 
 def errors(pipe: Any, number: int, size: tuple[int, int]) -> dict[str, float]:
@@ -59,18 +59,18 @@ def errors(pipe: Any, number: int, size: tuple[int, int]) -> dict[str, float]:
         "txt_ids": text_ids,
         "return_dict": False,
     }
-    wanted = pack_latents(noise - clean)
+    target = pack_latents(noise - clean)
     dim = rope_dim(pipe.transformer)
     assert dim is not None, "FLUX's positions are rotary"
     by_rule = factors(max(size) / NATIVE, dim)
-    by_factor = {factor: _error(pipe, call, wanted, factor) for factor in set(by_rule.values())}
+    by_factor = {factor: _error(pipe, call, target, factor) for factor in set(by_rule.values())}
     return {name: by_factor[factor] for name, factor in by_rule.items()}
 
 
 @torch.no_grad()
-def _error(pipe: Any, call: dict[str, Any], wanted: Tensor, factor: float) -> float:
+def _error(pipe: Any, call: dict[str, Any], target: Tensor, factor: float) -> float:
     with exact_positions(pipe), rope_scaled(pipe, factor):
-        return float((pipe.transformer(**call)[0] - wanted).square().mean())
+        return float((pipe.transformer(**call)[0] - target).square().mean())
 
 
 def main() -> None:
@@ -84,9 +84,12 @@ def main() -> None:
         made = [errors(pipe, number, size) for number in tqdm(range(options.captions), unit="drawing")]
         print(f"{size[1]}x{size[0]}")
         for name in made[0]:
-            apart = [one[name] - one["native"] for one in made]
-            spread = stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
-            print(f"  {name:6}  {mean(one[name] for one in made):.4f}  {mean(apart):+.4f} +- {spread:.4f}", flush=True)
+            differences = [one[name] - one["native"] for one in made]
+            standard_error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+            print(
+                f"  {name:6}  {mean(one[name] for one in made):.4f}  {mean(differences):+.4f} +- {standard_error:.4f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

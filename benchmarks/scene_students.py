@@ -36,16 +36,16 @@ class ScenePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class JudgedPictures:
     """Pictures of one model, and the judge's scores of each."""
 
     pictures: Pictures
     scores: tuple[Scores, ...]
 
-    def first(self, count: int) -> "Made":
+    def first(self, count: int) -> "JudgedPictures":
         """The same for the first captions only."""
-        some = replace(self.pictures, latents=self.pictures.latents[:count], images=self.pictures.images[:count])
-        return Made(pictures=some, scores=self.scores[:count])
+        pictures = replace(self.pictures, latents=self.pictures.latents[:count], images=self.pictures.images[:count])
+        return JudgedPictures(pictures=pictures, scores=self.scores[:count])
 
 
 class SceneStudents:
@@ -60,10 +60,10 @@ class SceneStudents:
     def __init__(self, base: Path, directory: Path, plan: ScenePlan, *, calls: int = 0) -> None:
         weights = [sha256(file)[:8] for file in sorted(base.rglob("*.safetensors"))]
         self.base, self.directory, self.plan, self.calls = base, directory, plan, calls
-        asked = json.loads(json.dumps(asdict(plan))) | {"base": weights} | ({"calls": calls} if calls else {})
-        self.work = WorkLog(directory, asked)
+        settings = json.loads(json.dumps(asdict(plan))) | {"base": weights} | ({"calls": calls} if calls else {})
+        self.work = WorkLog(directory, settings)
         self.captions = [scenes.sample(index, split="held_out").caption for index in range(plan.captions)]
-        self.made: dict[str, Made] = {}
+        self.judged: dict[str, JudgedPictures] = {}
 
     def draw(self, name: str, source: Path, count: int, *, text_tokens: int | None = None) -> None:
         """Pictures of the first `count` captions; the noise of each is the same for every model."""
@@ -78,7 +78,7 @@ class SceneStudents:
         captions = self.captions[:count]
         pictures = make_pictures(open_pipeline(source), captions, self.directory / "pictures", settings, name=name)
         scores = tuple(judge_scene(*pair) for pair in zip(captions, pictures.images, strict=True))
-        self.made[name] = Made(pictures=pictures, scores=scores)
+        self.judged[name] = JudgedPictures(pictures=pictures, scores=scores)
 
     def prepare(self) -> Path:
         """The teacher's samples, on which all students are trained."""
@@ -94,7 +94,7 @@ class SceneStudents:
             shard_size=16,
         )
 
-    def swapped(self, method: Any, folder: Path) -> Path:
+    def untrained_adapter(self, method: Any, folder: Path) -> Path:
         """The folder of an untrained conversion, relative to this run's."""
         folder = self.directory / folder
         if not folder.exists():
@@ -119,22 +119,22 @@ class SceneStudents:
             "validate": {"samples": 0},
         }
 
-    def taught(self, config: DistillConfig) -> Path:
+    def trained_adapter(self, config: DistillConfig) -> Path:
         """The adapter of a student, trained if it does not exist."""
         adapter = Path(config.run.directory) / "adapter"
         return adapter if adapter.exists() else distill(config, resume="latest")
 
     def row(self, name: str, count: int | None = None) -> Row:
         """One model's figures on the first `count` captions; a student's pictures are compared with the teacher's."""
-        made = self.made[name] if count is None else self.made[name].first(count)
-        count = len(made.scores)
-        teacher = self.made["teacher"].first(count)
+        judged = self.judged[name] if count is None else self.judged[name].first(count)
+        count = len(judged.scores)
+        teacher = self.judged["teacher"].first(count)
         return Row(
             name=name,
             pictures=count,
-            scores=score_totals(made.scores),
-            seconds_per_picture=made.pictures.seconds,
+            scores=score_totals(judged.scores),
+            seconds_per_picture=judged.pictures.seconds,
             comparison=None
             if name == "teacher"
-            else compare(made.pictures, teacher.pictures, made.scores, teacher.scores),
+            else compare(judged.pictures, teacher.pictures, judged.scores, teacher.scores),
         )

@@ -18,7 +18,7 @@ CASES = ((3, (768, 768), 256), (11, (768, 512), 128), (20, (512, 768), 96))  # s
 
 def main() -> None:
     vae = open_pipeline(path()).vae
-    each_its_own = patch("lineardit.pipelines.vae.whole_statistics", lambda *_: nullcontext())
+    per_tile_statistics = patch("lineardit.pipelines.vae.whole_statistics", lambda *_: nullcontext())
     print("| scene, size, tile | decoded, each its own | whole's | VAE's error | encoded, each its own | whole's |")
     print("| --- | --- | --- | --- | --- | --- |")
     for number, (height, width), tile in CASES:
@@ -26,13 +26,13 @@ def main() -> None:
         latents = encode(vae, pixels, tile=None)
         picture = decode(vae, latents, tile=None)
         errors: dict[str, list[torch.Tensor]] = {"decoded": [], "encoded": []}
-        for statistics in (each_its_own, nullcontext()):
+        for statistics in (per_tile_statistics, nullcontext()):
             with statistics:
                 errors["decoded"].append(decode(vae, latents, tile=tile) - picture)
                 errors["encoded"].append(encode(vae, pixels, tile=tile) - latents)
         figures = [*errors["decoded"], picture - pixels, *errors["encoded"]]
-        words = " | ".join(f"{figure.abs().mean():.3f}" for figure in figures)
-        print(f"| {number}, {width} x {height}, {tile} | {words} |")
+        cells = " | ".join(f"{figure.abs().mean():.3f}" for figure in figures)
+        print(f"| {number}, {width} x {height}, {tile} | {cells} |")
 
 
 if __name__ == "__main__":

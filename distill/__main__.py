@@ -8,13 +8,13 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
-from .launch import QUIET, end_with
+from .launch import QUIET_ENVIRONMENT, exit_with_launcher
 
-LESS_MEMORY = (
+MEMORY_ADVICE = (
     "raise run.gradient_accumulation or set run.gradient_checkpointing = true, and continue with --resume latest; in "
     "another folder, a run with base.dtype = 'bfloat16' takes less too"
 )
-PATIENCE = 10  # seconds to wait for the process that reports why the run ended
+REPORT_WAIT = 10  # seconds to wait for the process that reports why the run ended
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,41 +23,41 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or after a one-sentence message 1 (out of memory), 2 (`SENTENCES`) or 130 (interrupted)."""
-    for name, value in QUIET.items():  # before importing the libraries, some of which log on import
+    """The exit code: 0, or after a one-sentence message 1 (out of memory), 2 (`USER_ERRORS`) or 130 (interrupted)."""
+    for name, value in QUIET_ENVIRONMENT.items():  # before importing the libraries, some of which log on import
         os.environ.setdefault(name, value)
     from ..linearize.errors import is_out_of_memory, told
     from .config_tables import load_config
-    from .processes import SENTENCES
+    from .processes import USER_ERRORS
     from .train import distill
 
     logging.basicConfig(format="%(message)s")
     if os.environ.get("RANK", "0") == "0":  # only one process logs
         logging.getLogger("lineardit").setLevel(logging.INFO)
     try:
-        options = _parsed(arguments)
+        options = _parse_arguments(arguments)
         if options.launcher:
-            end_with(options.launcher)
+            exit_with_launcher(options.launcher)
         distill(load_config(options.config, options.set), resume=options.resume)
-    except SENTENCES as error:
-        _tell(told(error), elsewhere=_is_told_elsewhere(error))
+    except USER_ERRORS as error:
+        _report(told(error), reported_elsewhere=_is_reported_elsewhere(error))
         return 2
     except RuntimeError as error:
-        if _is_of_another(error):
-            time.sleep(PATIENCE)  # that process reports why it ended, and the launcher ends this one
+        if _other_process_failed(error):
+            time.sleep(REPORT_WAIT)  # that process reports why it ended, and the launcher ends this one
         if not is_out_of_memory(error):
             raise
-        sentence = f"out of memory: {' '.join(str(error).split())}; {LESS_MEMORY}"
-        _tell(sentence, elsewhere=not _is_first_without_memory())
+        message = f"out of memory: {' '.join(str(error).split())}; {MEMORY_ADVICE}"
+        _report(message, reported_elsewhere=not _is_first_out_of_memory())
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            _tell("interrupted; --resume latest continues after the newest checkpoint")
+            _report("interrupted; --resume latest continues after the newest checkpoint")
         return 130
     return 0
 
 
-def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line; raises ValueError if it is invalid."""
     parser = _Parser(prog="lineardit.distill", description="Distill a model into linear attention.")
     parser.add_argument("config", help="TOML file")
@@ -79,45 +79,45 @@ def _resume(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"must be latest or the step of a checkpoint, got {text!r}")
 
 
-def _tell(sentence: str, *, elsewhere: bool = False) -> None:
-    """Print why the run ended; if `elsewhere`, wait: another process prints it, and the launcher ends both."""
-    if elsewhere:
+def _report(message: str, *, reported_elsewhere: bool = False) -> None:
+    """Print why the run ended; if `reported_elsewhere`, wait: another process prints it, and the launcher ends both."""
+    if reported_elsewhere:
         with suppress(KeyboardInterrupt):
-            time.sleep(PATIENCE)
+            time.sleep(REPORT_WAIT)
     else:
-        sys.stderr.write(f"lineardit.distill: {sentence}\n")
+        sys.stderr.write(f"lineardit.distill: {message}\n")
 
 
-def _is_of_another(error: RuntimeError) -> bool:
+def _other_process_failed(error: RuntimeError) -> bool:
     """Whether a collective operation failed because another process of the launch has ended."""
     from torch import distributed
 
-    lost = any(word in str(error) for word in ("closed by peer", "reset by peer"))  # gloo's messages
-    return _has_joined() and (lost or isinstance(error, distributed.DistError))
+    connection_lost = any(word in str(error) for word in ("closed by peer", "reset by peer"))  # gloo's messages
+    return _in_process_group() and (connection_lost or isinstance(error, distributed.DistError))
 
 
-def _has_joined() -> bool:
+def _in_process_group() -> bool:
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _is_told_elsewhere(error: Exception) -> bool:
+def _is_reported_elsewhere(error: Exception) -> bool:
     """Whether another process reports it: rank 0 if all raise it; local rank 0 before the process group exists."""
     from torch import distributed
 
-    from .processes import OF_ALL
+    from .processes import RAISED_BY_ALL
 
-    if not _has_joined():
+    if not _in_process_group():
         return os.environ.get("LOCAL_RANK", "0") != "0"
-    return OF_ALL in getattr(error, "__notes__", ()) and distributed.get_rank() != 0
+    return RAISED_BY_ALL in getattr(error, "__notes__", ()) and distributed.get_rank() != 0
 
 
-def _is_first_without_memory() -> bool:
+def _is_first_out_of_memory() -> bool:
     """Whether this process is the first of the launch to run out of memory, counted in the group's store."""
     from torch import distributed
 
-    if not _has_joined():
+    if not _in_process_group():
         return True
     try:
         return distributed.distributed_c10d._get_default_store().add("out of memory", 1) == 1

@@ -7,7 +7,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 
-class Average:
+class WeightAverage:
     """diffusers' EMAModel; step n has the decay min(`decay`, n / (n + 9)), so that the initial weights fade quickly.
 
     Args:
@@ -25,7 +25,7 @@ class Average:
         """Start the average from the current weights."""
         self.ema = EMAModel(self.trained.values(), decay=self.decay) if self.decay else None
 
-    def remember_(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
+    def load_tensors_(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
         """Restore the average from its `tensors()` after this many steps."""
         if self.ema is not None:
             self.ema.shadow_params = [tensors[name] for name in self.trained]
@@ -41,7 +41,7 @@ class Average:
         return {} if self.ema is None else dict(zip(self.trained, self.ema.shadow_params, strict=True))
 
     @contextmanager
-    def acting(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Inside, the weights hold their average; on exit the previous values are restored bit for bit."""
         if self.ema is None:
             yield

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..linearize.networks import denoiser
 from .config import DistillConfig
-from .data import Batch, Order, TeacherSamples, counter_generator
+from .data import Batch, BatchOrder, TeacherSamples, counter_generator
 from .latent_functions import latent_functions
 from .schedule import noise_levels
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """One training forward: the model's arguments, and the latents and noise behind them where they are known."""
 
     arguments: Mapping[str, Any]
@@ -35,31 +35,31 @@ class Batches:
         self.pipe = pipe
         self.samples = samples
         self.dtype = getattr(torch, config.base.dtype)
-        self.order = Order(
+        self.order = BatchOrder(
             samples.samples[: len(samples) - config.validate.samples],
             batch_size=config.run.batch_size,
             seed=config.run.seed,
         )
 
-    def parts(self, step: int) -> Iterator[Part]:
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's share of the step's batch, split for gradient accumulation."""
         run, accelerator = self.config.run, self.accelerator
         size = run.batch_size // (accelerator.num_processes * run.gradient_accumulation)
-        chosen = self.order.batch(step - 1)
+        batch_indices = self.order.batch(step - 1)
         first = accelerator.process_index * size * run.gradient_accumulation
         for start in range(first, first + size * run.gradient_accumulation, size):
-            places = range(start, start + size)
-            generators = [counter_generator(run.seed, step, place) for place in places]
+            positions = range(start, start + size)
+            generators = [counter_generator(run.seed, step, position) for position in positions]
             uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
-            indices = chosen[start : start + size]
+            indices = batch_indices[start : start + size]
             if self.samples.calls:
-                yield from self._kept_calls(indices, (torch.tensor(places) + uniform) / run.batch_size)
+                yield from self._kept_calls(indices, (torch.tensor(positions) + uniform) / run.batch_size)
             else:
                 batch = self.samples.load(indices)
                 noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=one) for one in generators])
-                yield self._noised(batch, noise, noise_levels(self.config, places, uniform))
+                yield self._add_noise(batch, noise, noise_levels(self.config, positions, uniform))
 
-    def _noised(self, batch: Batch, noise: Tensor, unshifted: Tensor) -> Part:
+    def _add_noise(self, batch: Batch, noise: Tensor, unshifted: Tensor) -> MicroBatch:
         """The samples mixed with noise [B, N, C] at noise levels [B], which are given before the shift."""
         device, model = self.accelerator.device, denoiser(self.pipe)[1]
         functions = latent_functions(model)
@@ -69,10 +69,10 @@ class Batches:
         noisy = ((1 - share) * batch.latents.float() + share * noise).to(self.dtype)
         guidance = self.samples.settings["guidance"]
         arguments = functions.inputs(model, noisy, sigma, batch.conditions, grid=batch.grid, guidance=guidance)
-        return Part(arguments, batch.latents, noise)
+        return MicroBatch(arguments, batch.latents, noise)
 
-    def _kept_calls(self, indices: Sequence[int], shares: Tensor) -> Iterator[Part]:
+    def _kept_calls(self, indices: Sequence[int], shares: Tensor) -> Iterator[MicroBatch]:
         """One call of each sample, the one at this share in [0, 1) of its denoising."""
         for index, share in zip(indices, shares.tolist(), strict=True):
             number = min(int(share * self.samples.calls), self.samples.calls - 1)  # a share may be rounded to 1
-            yield Part(self.samples.call(index, number))
+            yield MicroBatch(self.samples.call(index, number))

@@ -24,22 +24,22 @@ class ByName:
     offload: str = "none"
     quantization: Quantization | None = None
 
-    def opening(self) -> dict[str, Any]:
+    def open_arguments(self) -> dict[str, Any]:
         """Arguments of `open_named`."""
         return {key: value for key, value in asdict(self).items() if key not in ("device", "offload")}
 
 
-def check_place(model: Any) -> None:
+def check_model(model: Any) -> None:
     """Raise what opening a `ByName` would raise for an unknown name or an offload mode that is not possible."""
     if isinstance(model, ByName):
         check_offload(torch.device(model.device), model.offload, model.quantization)
         find_adapter(model.name, offline=model.offline)
 
 
-def opened(model: Any) -> Any:
+def open_model(model: Any) -> Any:
     """The pipeline of a `ByName`, opened and placed; a pipeline in memory is returned as it is."""
     if not isinstance(model, ByName):
         return model
-    pipe = open_named(model.opening())
+    pipe = open_named(model.open_arguments())
     place_(pipe, torch.device(model.device), model.offload)
     return pipe

@@ -16,18 +16,21 @@ from torch import Tensor
 from ..linearize.measures.recording import Arguments, Prediction
 
 
-def chosen_calls(made: Sequence[Prediction], count: int, seed: int) -> list[Prediction]:
+def sample_calls(predictions: Sequence[Prediction], count: int, seed: int) -> list[Prediction]:
     """Choose `count` calls of a picture, a random one from each of `count` equal parts; all if there are no more.
 
     Args:
-        made: In the order of denoising.
+        predictions: In the order of denoising.
         seed: Of the random choice.
     """
-    if len(made) <= count:
-        return list(made)
-    starts = [part * len(made) // count for part in range(count + 1)]
+    if len(predictions) <= count:
+        return list(predictions)
+    starts = [part * len(predictions) // count for part in range(count + 1)]
     generator = torch.Generator("cpu").manual_seed(seed)
-    return [made[int(torch.randint(first, end, (), generator=generator))] for first, end in itertools.pairwise(starts)]
+    return [
+        predictions[int(torch.randint(first, end, (), generator=generator))]
+        for first, end in itertools.pairwise(starts)
+    ]
 
 
 def pack(calls: Sequence[Arguments], prefix: str) -> tuple[dict[str, Tensor], str]:

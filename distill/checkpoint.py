@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from ..linearize.adapters.adapter import save_adapter
 from ..linearize.adapters.fitting import check_shapes, shapes_of
 from ..linearize.folders import sync, write_whole
-from .average import Average
+from .average import WeightAverage
 from .files import write_json
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ ADAPTER = "adapter"
 
 
 def save_checkpoint(
-    root: Path, step: int, pipe: Any, trained: Mapping[str, nn.Parameter], optimizer: Optimizer, average: Average
+    root: Path, step: int, pipe: Any, trained: Mapping[str, nn.Parameter], optimizer: Optimizer, average: WeightAverage
 ) -> Path:
     """Write the checkpoint of a step, with an adapter of the pipeline; called on the main process only.
 
@@ -50,12 +50,12 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        weights = {name: one.detach().contiguous() for name, one in trained.items()}
+        weights = {name: parameter.detach().contiguous() for name, parameter in trained.items()}
         write_whole(temporary / TRAINED, partial(save_file, weights))
         write_whole(temporary / OPTIMIZER, partial(save_file, optimizer_tensors(optimizer, trained)))
         if averaged := average.tensors():
             write_whole(temporary / AVERAGE, partial(save_file, averaged))
-        with average.acting():
+        with average.applied():
             save_adapter(pipe, temporary / ADAPTER)  # for users: resuming does not read it
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
         write_json(temporary / MANIFEST, {"step": step, "files": files})
@@ -106,7 +106,7 @@ def optimizer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter])
     }
 
 
-def remember_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     """Restore AdamW's state from the tensors of `optimizer_tensors`."""
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(".")
@@ -115,13 +115,13 @@ def remember_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], tensors
 
 def latest_checkpoint(root: Path) -> tuple[Path, int] | None:
     """Folder and step of the newest complete checkpoint; None if there is none."""
-    whole = whole_checkpoints(root)
-    return (whole[max(whole)], max(whole)) if whole else None
+    complete = complete_checkpoints(root)
+    return (complete[max(complete)], max(complete)) if complete else None
 
 
-def whole_checkpoints(root: Path) -> dict[int, Path]:
+def complete_checkpoints(root: Path) -> dict[int, Path]:
     """The complete checkpoints, by step."""
-    return {_step(path): path for path in _checkpoints(root) if _is_whole(path)}
+    return {_step(path): path for path in _checkpoints(root) if _is_complete(path)}
 
 
 def step_to_resume(root: Path, resume: Resume) -> int:
@@ -130,12 +130,14 @@ def step_to_resume(root: Path, resume: Resume) -> int:
     Raises:
         ValueError: there is no complete checkpoint of this step.
     """
-    whole = whole_checkpoints(root)
+    complete = complete_checkpoints(root)
     if resume == "latest":
-        return max(whole, default=0)
-    if resume not in whole:
-        there = ", ".join(map(str, whole)) or "none"
-        raise ValueError(f"--resume must be latest or the step of a whole checkpoint in {root} ({there}), got {resume}")
+        return max(complete, default=0)
+    if resume not in complete:
+        existing = ", ".join(map(str, complete)) or "none"
+        raise ValueError(
+            f"--resume must be latest or the step of a whole checkpoint in {root} ({existing}), got {resume}"
+        )
     return resume
 
 
@@ -143,16 +145,16 @@ def remove_later(root: Path, step: int) -> None:
     """Remove, and log, the checkpoints after the step at which a run resumes: its later steps may differ from them."""
     for path in _checkpoints(root):
         if _step(path) > step:
-            why = f"the run continues after step {step}" if _is_whole(path) else "it is incomplete"
-            logger.warning("%s is removed: %s", path, why)
+            reason = f"the run continues after step {step}" if _is_complete(path) else "it is incomplete"
+            logger.warning("%s is removed: %s", path, reason)
             _remove(path)
 
 
 def prune_checkpoints(root: Path, keep_last: int) -> None:
     """Remove all but the newest complete checkpoints, and the leftovers of interrupted writes."""
-    whole = [path for path in _checkpoints(root) if _is_whole(path)]
+    complete = [path for path in _checkpoints(root) if _is_complete(path)]
     for path in _checkpoints(root):
-        if path not in whole[-keep_last:]:
+        if path not in complete[-keep_last:]:
             _remove(path)
     for path in root.glob(".step-*.tmp"):
         shutil.rmtree(path)
@@ -171,7 +173,7 @@ def _checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     manifest = path / MANIFEST
     if not manifest.is_file():
         return False

@@ -17,9 +17,9 @@ from typing import Any
 from ..linearize.adapters.quantization import CASTING, Quantization
 
 
-def require(right: bool, name: str, rule: str, value: object) -> None:
+def require(condition: bool, name: str, rule: str, value: object) -> None:
     """Raise a ValueError that says what a setting must be."""
-    if not right:
+    if not condition:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 

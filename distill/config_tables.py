@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..linearize.methods import config_from_dict, config_to_dict
 from .config import TRAINED, DistillConfig, Start, require
-from .start import filled
+from .start import with_adapter_defaults
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
         _override(tables, override)
     start = tables.get("start", {})
     require(isinstance(start, Mapping), "start", "a table", start)
-    return config_from_tables(filled(tables, _build(Start, start, "start")))
+    return config_from_tables(with_adapter_defaults(tables, _build(Start, start, "start")))
 
 
 def config_from_tables(tables: Mapping[str, Any]) -> DistillConfig:
@@ -86,10 +86,10 @@ def _override(tables: dict[str, Any], text: str) -> None:
     values = tables.setdefault(table, {})
     require(isinstance(values, dict), table, "a table", values)
     values[key] = parsed
-    of_kind = isinstance(parsed, str) and parsed in TRAINED
-    if (table, key) == ("trained", "kind") and of_kind:  # drop the file's settings of the other kind
-        of_others = {item.name for kind in TRAINED.values() for item in fields(kind)}
-        for name in of_others - {item.name for item in fields(TRAINED[parsed])}:
+    is_kind = isinstance(parsed, str) and parsed in TRAINED
+    if (table, key) == ("trained", "kind") and is_kind:  # drop the file's settings of the other kind
+        known_fields = {item.name for kind in TRAINED.values() for item in fields(kind)}
+        for name in known_fields - {item.name for item in fields(TRAINED[parsed])}:
             values.pop(name, None)
 
 

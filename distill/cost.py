@@ -21,7 +21,7 @@ from ..linearize.networks import denoiser
 from ..pipelines.sizes import size_multiple
 from .latent_functions import latent_functions
 from .launch import child_environment
-from .pictures import PictureSettings, denoise, draw_whole, draws_in_parts
+from .pictures import PictureSettings, decodes_separately, denoise, draw_in_one_call
 
 GIB = 2**30
 PROMPT = "a red circle at the top left on striped sand"  # cost does not depend on the words
@@ -43,7 +43,7 @@ def step_call(pipe: Any, settings: PictureSettings) -> Callable[[], None]:
     return step
 
 
-def seconds_of(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
@@ -53,7 +53,7 @@ def step_seconds(pipe: Any, settings: PictureSettings) -> float:
     """Median over five forwards, after one warm-up."""
     step = step_call(pipe, settings)
     step()
-    return median(seconds_of(step) for _ in range(5))
+    return median(time_call(step) for _ in range(5))
 
 
 def paired_step_seconds(
@@ -63,14 +63,14 @@ def paired_step_seconds(
     steps = step_call(first, settings), step_call(second, settings)
     for step in steps:
         step()
-    return [(seconds_of(steps[0]), seconds_of(steps[1])) for _ in range(pairs)]
+    return [(time_call(steps[0]), time_call(steps[1])) for _ in range(pairs)]
 
 
 def picture_peak(pipe: Any, settings: PictureSettings) -> float:
     """Peak memory of one picture in GiB: on a GPU all that torch allocates, on a CPU the growth of resident memory.
 
-    On a CPU, call it in a fresh process (`fresh_picture_peak`): memory freed by earlier work would be reused and not
-    measured. A very small picture is drawn first, so that weights and libraries are loaded.
+    On a CPU, call it in a fresh process (`picture_peak_in_subprocess`): memory freed by earlier work would be reused
+    and not measured. A very small picture is drawn first, so that weights and libraries are loaded.
     """
     small = min(4 * size_multiple(pipe), settings.size[0])
     device = pipe._execution_device
@@ -88,13 +88,13 @@ def _draw(pipe: Any, settings: PictureSettings) -> None:
     """Draw one picture in two steps: a third needs no more memory."""
     settings = replace(settings, steps=2)
     pipe.set_progress_bar_config(disable=True)
-    if not draws_in_parts(pipe, settings):
-        draw_whole(pipe, [PROMPT], [0], settings)
+    if not decodes_separately(pipe, settings):
+        draw_in_one_call(pipe, [PROMPT], [0], settings)
         return
     functions = latent_functions(denoiser(pipe)[1])
     grid = functions.grid(pipe, *settings.size)
     with torch.no_grad():
-        latents = denoise(pipe, [PROMPT], [0], settings.of(pipe))
+        latents = denoise(pipe, [PROMPT], [0], settings.with_defaults(pipe))
         functions.decode(pipe, latents, grid)
 
 
@@ -106,11 +106,11 @@ def resident_peak() -> Iterator[list[int]]:
     """
     process, done, peak = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss
-    if _forget_high_water():
+    if _reset_high_water_mark():
         try:
             yield peak
         finally:
-            peak[0] = max(0, _high_water() - before)
+            peak[0] = max(0, _high_water_mark() - before)
         return
 
     def watch() -> None:
@@ -126,7 +126,7 @@ def resident_peak() -> Iterator[list[int]]:
         watcher.join()
 
 
-def _forget_high_water() -> bool:
+def _reset_high_water_mark() -> bool:
     """Reset Linux's high-water mark of this process; False if that is not possible."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -135,34 +135,37 @@ def _forget_high_water() -> bool:
     return True
 
 
-def _high_water() -> int:
+def _high_water_mark() -> int:
     """Linux's high-water mark of resident memory, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     return 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0])
 
 
-def fresh_picture_peak(opening: dict[str, Any], settings: PictureSettings) -> float:
+def picture_peak_in_subprocess(open_arguments: dict[str, Any], settings: PictureSettings) -> float:
     """`picture_peak` in a fresh process.
 
     Args:
-        opening: Arguments of `open_named`.
+        open_arguments: Arguments of `open_named`.
     """
-    request = json.dumps({"opening": opening, "settings": asdict(settings)})
+    request = json.dumps({"opening": open_arguments, "settings": asdict(settings)})
     command = [sys.executable, "-m", "lineardit.distill.cost", request]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring the peak memory of {opening['name']} failed:\n{done.stderr}")
+        raise RuntimeError(f"measuring the peak memory of {open_arguments['name']} failed:\n{done.stderr}")
     return float(done.stdout.splitlines()[-1])
 
 
-def open_named(opening: Mapping[str, Any]) -> Any:
+def open_named(open_arguments: Mapping[str, Any]) -> Any:
     """`open_pipeline` with JSON arguments: the dtype by its name, the quantization as a dictionary."""
     from ..linearize.adapters.opening import named_dtype, open_pipeline
     from ..linearize.adapters.quantization import Quantization
 
-    named = opening.get("quantization")
-    made = {"dtype": named_dtype(opening["dtype"]), "quantization": named and Quantization(**named)}
-    return open_pipeline(**{**opening, **made})
+    quantization = open_arguments.get("quantization")
+    converted = {
+        "dtype": named_dtype(open_arguments["dtype"]),
+        "quantization": quantization and Quantization(**quantization),
+    }
+    return open_pipeline(**{**open_arguments, **converted})
 
 
 def main() -> None:

@@ -65,13 +65,14 @@ class TeacherSamples:
         if index is None:
             raise ValueError(f"{directory} holds no {INDEX}; make the samples with `lineardit prepare`")
         entries = [entry for shard in index["shards"] for entry in shard["samples"]]
-        wanted = index["settings"]["num_prompts"]
-        if len(entries) < wanted:
+        expected = index["settings"]["num_prompts"]
+        if len(entries) < expected:
             raise ValueError(
-                f"{directory} holds {len(entries)} of {wanted} samples; call `lineardit prepare` again, for every part"
+                f"{directory} holds {len(entries)} of {expected} samples; call `lineardit prepare` again, "
+                "for every part"
             )
         for shard in index["shards"]:
-            if not shard_is_whole(directory, shard):
+            if not shard_is_complete(directory, shard):
                 file = directory / shard["file"]
                 raise ValueError(f"{file} is missing or cut short; call `lineardit prepare` again")
         self.directory = directory
@@ -106,7 +107,7 @@ class TeacherSamples:
         """The arguments of one kept call of this sample, 0 <= number < `calls`, in the order of denoising."""
         with self._shard(index) as shard:
             arguments = unpack(
-                shard.metadata()[f"{index:08d}"], number, lambda place: shard.get_tensor(f"{index:08d}.{place}")
+                shard.metadata()[f"{index:08d}"], number, lambda key: shard.get_tensor(f"{index:08d}.{key}")
             )
             if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in tree_leaves(arguments)):
                 raise ValueError(f"sample {index} holds NaN")
@@ -145,7 +146,7 @@ def index_name(part: int, parts: int) -> str:
     return INDEX if parts == 1 else f"index-{part}-of-{parts}.json"
 
 
-def shard_is_whole(directory: Path, shard: Mapping[str, Any]) -> bool:
+def shard_is_complete(directory: Path, shard: Mapping[str, Any]) -> bool:
     """Whether the file of this index entry has the size that the entry says."""
     path = directory / shard["file"]
     return path.is_file() and path.stat().st_size == shard["bytes"]
@@ -160,7 +161,7 @@ def read_index(directory: Path) -> dict[str, Any] | None:
     files = sorted([*directory.glob(INDEX), *directory.glob("index-*-of-*.json")])
     if not files:
         return None
-    indexes = {file.name: _read_one(file) for file in files}
+    indexes = {file.name: _read_index_file(file) for file in files}
     (first, index), *others = indexes.items()
     for name, other in others:
         if other["settings"] != index["settings"]:
@@ -169,24 +170,24 @@ def read_index(directory: Path) -> dict[str, Any] | None:
             )
     shards: dict[str, Mapping[str, Any]] = {}
     for shard in (shard for one in indexes.values() for shard in one["shards"]):
-        if shard["file"] not in shards or shard_is_whole(directory, shard):  # prefer the entry that fits the file
+        if shard["file"] not in shards or shard_is_complete(directory, shard):  # prefer the entry that fits the file
             shards[shard["file"]] = shard
     return index | {"shards": [shards[name] for name in sorted(shards)]}
 
 
-def _read_one(path: Path) -> dict[str, Any]:
+def _read_index_file(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it, and call `lineardit prepare` again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT or not {"settings", "shards"} <= index.keys():
         raise ValueError(f"{path} is not an index of format {FORMAT}, that of this version: make the samples again")
-    if not _is_sound(index):
+    if not _is_valid_index(index):
         raise ValueError(f"{path} is damaged: remove it, and call `lineardit prepare` again")
     return index
 
 
-def _is_sound(index: Mapping[str, Any]) -> bool:
+def _is_valid_index(index: Mapping[str, Any]) -> bool:
     """Whether the entries that are read exist and have the right types and ranges."""
     settings, shards = index["settings"], index["shards"]
     if not isinstance(settings, dict) or not isinstance(shards, list):
@@ -211,7 +212,7 @@ def counter_generator(seed: int, step: int, position: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int(mixed))
 
 
-class Order:
+class BatchOrder:
     """Which samples each step sees: epochs of shuffled batches, one size per batch, a function of seed and step.
 
     A size with fewer samples than a batch repeats them; samples that do not fill a batch are left out of the epoch.
@@ -234,17 +235,17 @@ class Order:
 
     def batch(self, step: int) -> list[int]:
         """Sample indices of a step, counted from 0."""
-        epoch, place = divmod(step, self.batches_per_epoch)
+        epoch, position = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._shuffle(epoch)
-        return self._batches[place]
+        return self._batches[position]
 
     def _shuffle(self, epoch: int) -> list[list[int]]:
         random = numpy.random.default_rng((self.seed, epoch))
-        batches = [batch for bucket in self.buckets for batch in self._cut(random.permutation(bucket))]
-        return [batches[place] for place in random.permutation(len(batches))]
+        batches = [batch for bucket in self.buckets for batch in self._split(random.permutation(bucket))]
+        return [batches[position] for position in random.permutation(len(batches))]
 
-    def _cut(self, shuffled: Any) -> Iterator[list[int]]:
+    def _split(self, shuffled: Any) -> Iterator[list[int]]:
         if len(shuffled) < self.batch_size:
             shuffled = numpy.resize(shuffled, self.batch_size)
         for start in range(0, len(shuffled) - self.batch_size + 1, self.batch_size):

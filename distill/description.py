@@ -16,7 +16,7 @@ from .student import KERNEL, trained_parameters
 GIB = 2**30
 # Vectors of the model's width that a step keeps per token and block: those saved by autograd (counted on FLUX's
 # blocks), and the attention outputs of student and teacher.
-_SAVED, _OUTPUTS = 14, 2
+_SAVED_VECTORS, _OUTPUT_VECTORS = 14, 2
 
 
 def describe_run(
@@ -45,38 +45,38 @@ def describe_run(
     lines = {
         "base": base,
         "trained": f"{what}: {len(trained)} tensors, {count:,} of {total:,} parameters ({kernel:,} in kernels)",
-        "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}{warmup_told(config)}; "
+        "loss": f"{loss}; AdamW, rate {config.optimizer.lr:g}, {config.schedule.kind}{describe_warmup(config)}; "
         f"{'bfloat16' if mixed else 'float32'} for the student",
         "data": f"{len(samples)} samples ({config.validate.samples} held out), {kept}, "
         + ", ".join(f"{width}x{height}" for width, height in sizes)
         + "".join(f", {rows}x{columns} = {rows * columns} image tokens" for rows, columns in grids),
-        "steps": f"{_layerwise(config)}{config.run.steps} of {config.run.batch_size} samples = "
-        + _at_once(config, processes, micro, samples.calls),
-        "memory": _memory(config, model, report, grids, micro, mixed),
+        "steps": f"{_describe_layerwise(config)}{config.run.steps} of {config.run.batch_size} samples = "
+        + _describe_batch(config, processes, micro, samples.calls),
+        "memory": _describe_memory(config, model, report, grids, micro, mixed),
     }
     return "\n".join(f"{name:>8}: {text}" for name, text in lines.items())
 
 
-def _at_once(config: DistillConfig, processes: int, micro: int, calls: int) -> str:
+def _describe_batch(config: DistillConfig, processes: int, micro: int, calls: int) -> str:
     """How a step's batch is split; with kept calls, each forward takes one."""
     accumulated = config.run.gradient_accumulation
     accumulated, micro = (accumulated * micro, 1) if calls else (accumulated, micro)
     return f"{processes} processes x {accumulated} accumulated x {micro}"
 
 
-def warmup_told(config: DistillConfig) -> str:
+def describe_warmup(config: DistillConfig) -> str:
     """The warm-up of the learning rate, and whether the run is too short for it."""
     warmup, steps = config.schedule.warmup, config.run.steps
     short = f", and the run has {steps}: it comes to {min(steps / max(1, warmup), 1):.0%} of the rate"
     return (f" after {warmup} steps of warm-up" if warmup else "") + (short if warmup > steps else "")
 
 
-def _layerwise(config: DistillConfig) -> str:
+def _describe_layerwise(config: DistillConfig) -> str:
     first = config.layerwise
     return f"{first.steps} layer by layer at rate {first.lr:g}, then " if first.steps else ""
 
 
-def _memory(
+def _describe_memory(
     config: DistillConfig,
     model: nn.Module,
     report: SwapReport,
@@ -95,8 +95,8 @@ def _memory(
         width = shape.num_attention_heads * shape.attention_head_dim
         vector = micro * max(rows * columns for rows, columns in grids) * width * (2 if mixed else 4)
         blocks = len(report.swapped)
-        saved = blocks + _SAVED if config.run.gradient_checkpointing else blocks * _SAVED
-        parts["activations (rough)"] = vector * (saved + (blocks * _OUTPUTS if config.loss.attention else 0))
+        saved = blocks + _SAVED_VECTORS if config.run.gradient_checkpointing else blocks * _SAVED_VECTORS
+        parts["activations (rough)"] = vector * (saved + (blocks * _OUTPUT_VECTORS if config.loss.attention else 0))
     total = sum(parts.values())
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"

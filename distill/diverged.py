@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from .checkpoint import latest_checkpoint, whole_checkpoints
+from .checkpoint import complete_checkpoints, latest_checkpoint
 from .config import DistillConfig
 
 
@@ -25,16 +25,18 @@ def check_finite(values: Mapping[str, float], step: int, config: DistillConfig, 
 
 
 def _advice(step: int, config: DistillConfig, started: int) -> str:
-    first, found = config.layerwise, latest_checkpoint(config.run.folder)
+    first, latest = config.layerwise, latest_checkpoint(config.run.folder)
     name, rate = ("layerwise.lr", first.lr) if step <= first.steps else ("optimizer.lr", config.optimizer.lr)
     lower = f"a lower rate, such as --set {name}={rate / 3:.1g}"
-    if found is None:
+    if latest is None:
         return f"there is no checkpoint yet: start in another folder with {lower}"
     if step == started + 1:
-        before = [one for one in whole_checkpoints(config.run.folder) if one < started]
-        way = f"go on after the one before it with --resume {max(before)}" if before else "start in another folder"
-        return (
-            f"it is the first after {found[0]}: with --resume latest try {lower}; if that fails as well, its weights "
-            f"are bad already: {way}"
+        before = [one for one in complete_checkpoints(config.run.folder) if one < started]
+        alternative = (
+            f"go on after the one before it with --resume {max(before)}" if before else "start in another folder"
         )
-    return f"go on after the last checkpoint, {found[0]}, with --resume latest and {lower}"
+        return (
+            f"it is the first after {latest[0]}: with --resume latest try {lower}; if that fails as well, its weights "
+            f"are bad already: {alternative}"
+        )
+    return f"go on after the last checkpoint, {latest[0]}, with --resume latest and {lower}"

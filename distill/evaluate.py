@@ -17,8 +17,8 @@ from ..linearize.locks import held, remove_leftovers
 from ..linearize.what_runs import describe_attention
 from ..pipelines.cut_prompts import tell_cut_prompts
 from .by_name import ByName as ByName
-from .by_name import check_place, opened
-from .cost import fresh_picture_peak, picture_peak, step_seconds
+from .by_name import check_model, open_model
+from .cost import picture_peak, picture_peak_in_subprocess, step_seconds
 from .files import write_json
 from .metrics import Count, Interval, latent_mse, paired_bootstrap, psnr, ssim
 from .pictures import Pictures, PictureSettings, make_pictures
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 REPORT, SHEET, PICTURES = "report.json", "teacher-student-difference.png", "pictures"
 
-Scores = Mapping[str, Count]  # name -> (right, of), of one picture
+Scores = Mapping[str, Count]  # name -> (right, total), of one picture
 # the scores of a prompt's picture; empty for a prompt that the judge does not understand
 Judge = Callable[[str, Image.Image], Scores]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class ModelMeasurements:
     """Measurements of one model.
 
     Attributes:
@@ -43,7 +43,7 @@ class Side:
         seconds_per_picture: Text encoding, denoising and decoding; the median.
         seconds_per_step: One warm transformer forward for one picture; the median.
         peak_gib: Of one picture, as measured by `picture_peak`; None: not measured.
-        scores: Name -> (right, of), over all prompts that the judge understands.
+        scores: Name -> (right, total), over all prompts that the judge understands.
     """
 
     model: str
@@ -89,8 +89,8 @@ class Report(Comparison):
     """
 
     settings: PictureSettings
-    teacher: Side
-    student: Side
+    teacher: ModelMeasurements
+    student: ModelMeasurements
     sheet: Path
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,24 +138,28 @@ def evaluate(
         question = _question(teacher, student, prompts, settings)
         _check_contents(directory, question, overwrite)
         for source in (teacher, student):
-            check_place(source)  # before the teacher's pictures are made
-        pipe = opened(teacher)
-        of_teacher = settings.of(pipe)
-        tell_cut_prompts(pipe, prompts, of_teacher.max_sequence_length)
+            check_model(source)  # before the teacher's pictures are made
+        pipe = open_model(teacher)
+        teacher_settings = settings.with_defaults(pipe)
+        tell_cut_prompts(pipe, prompts, teacher_settings.max_sequence_length)
         # shared by both; for other settings left at None each pipeline uses its own default
-        settings = replace(settings, height=of_teacher.height, width=of_teacher.width, steps=of_teacher.steps)
-        judged = partial(_judged, prompts=prompts, directory=directory, settings=settings, judge=judge, memory=memory)
-        teacher_side, reference, expected = judged("teacher", teacher, pipe)
+        settings = replace(
+            settings, height=teacher_settings.height, width=teacher_settings.width, steps=teacher_settings.steps
+        )
+        measure = partial(
+            _measure_model, prompts=prompts, directory=directory, settings=settings, judge=judge, memory=memory
+        )
+        teacher_side, reference, teacher_scores = measure("teacher", teacher, pipe)
         del pipe  # one model at a time
         gc.collect()  # offloading and conversion create reference cycles
-        student_side, pictures, scores = judged("student", student, opened(student))
+        student_side, pictures, scores = measure("student", student, open_model(student))
         _write_sheet(reference, pictures, shown, directory / SHEET)
         report = Report(
             settings=settings,
             teacher=teacher_side,
             student=student_side,
             sheet=directory / SHEET,
-            **vars(compare(pictures, reference, scores, expected)),
+            **vars(compare(pictures, reference, scores, teacher_scores)),
         )
         write_json(directory / REPORT, {"question": question, **report.to_dict()})
         return report
@@ -194,17 +198,17 @@ def compare(
 
 
 def score_totals(scores: Sequence[Scores]) -> dict[str, Count]:
-    """{score: (right, of)} over all pictures that have it."""
+    """{score: (right, total)} over all pictures that have it."""
     names = dict.fromkeys(name for one in scores for name in one)
     counts = {name: _counts(name, scores) for name in names}
-    return {name: (sum(right for right, _ in one), sum(of for _, of in one)) for name, one in counts.items()}
+    return {name: (sum(right for right, _ in one), sum(total for _, total in one)) for name, one in counts.items()}
 
 
 def _counts(name: str, scores: Sequence[Scores]) -> list[Count]:
     return [one[name] for one in scores if name in one]
 
 
-def _judged(
+def _measure_model(
     role: str,
     source: Any,
     pipe: Any,
@@ -214,13 +218,13 @@ def _judged(
     settings: PictureSettings,
     judge: Judge | None,
     memory: bool,
-) -> tuple[Side, Pictures, list[Scores]]:
+) -> tuple[ModelMeasurements, Pictures, list[Scores]]:
     attention = describe_attention(pipe)
     logger.info("%s: %s", role, attention)
     pictures = make_pictures(pipe, prompts, directory / PICTURES, settings, name=role)
     logger.info("%s: seconds of a step%s", role, ", and memory (a while on a CPU; --no-memory)" if memory else "")
     scores = [judge(*pair) for pair in zip(prompts, pictures.images, strict=True)] if judge else []
-    side = Side(
+    side = ModelMeasurements(
         model=_name(source),
         attention=attention,
         seconds_per_picture=pictures.seconds,
@@ -234,7 +238,7 @@ def _judged(
 def _peak(pipe: Any, source: Any, settings: PictureSettings) -> float | None:
     if pipe._execution_device.type == "cuda":
         return picture_peak(pipe, settings)
-    return fresh_picture_peak(source.opening(), settings) if isinstance(source, ByName) else None
+    return picture_peak_in_subprocess(source.open_arguments(), settings) if isinstance(source, ByName) else None
 
 
 def _name(source: Any) -> str:
@@ -243,15 +247,15 @@ def _name(source: Any) -> str:
 
 def _question(teacher: Any, student: Any, prompts: Sequence[str], settings: PictureSettings) -> dict[str, Any]:
     """What a report compares; a different comparison in the same folder would overwrite it."""
-    asked: dict[str, Any] = {}
+    question: dict[str, Any] = {}
     for role, source in (("teacher", teacher), ("student", student)):
-        asked[role] = _name(source)
+        question[role] = _name(source)
         if isinstance(source, ByName):
-            how: dict[str, Any] = {"base": source.base, "dtype": source.dtype, "quantization": source.quantization}
-            how["offload"] = None if source.offload == "none" else source.offload  # seconds and memory depend on it
-            asked |= {f"{role}_{name}": value and str(value) for name, value in how.items()}
+            options: dict[str, Any] = {"base": source.base, "dtype": source.dtype, "quantization": source.quantization}
+            options["offload"] = None if source.offload == "none" else source.offload  # seconds and memory depend on it
+            question |= {f"{role}_{name}": value and str(value) for name, value in options.items()}
     drawn = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
-    return asked | {"prompts": list(prompts), "settings": drawn}
+    return question | {"prompts": list(prompts), "settings": drawn}
 
 
 def _check_contents(directory: Path, question: Mapping[str, Any], overwrite: bool) -> None:

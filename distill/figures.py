@@ -19,7 +19,7 @@ def require_matplotlib(picture: str) -> None:
 
 
 @contextmanager
-def worth_no_run(path: Path) -> Iterator[None]:
+def write_errors_as_warnings(path: Path) -> Iterator[None]:
     """Inside, a file that cannot be written is a warning, and the run continues without it."""
     try:
         yield
@@ -44,8 +44,8 @@ class StepLog:
         self.path = path
         self.columns = ["step", *columns]
         self.rows = [row for row in _read(path, self.columns) if row["step"] <= last_step]
-        self.whole = False  # whether the file has every row
-        self.told = False
+        self.complete = False  # whether the file has every row
+        self.warned = False
         self._write()
 
     def append(self, row: Mapping[str, float]) -> None:
@@ -55,23 +55,23 @@ class StepLog:
     def _write(self) -> None:
         """Append the last row; write all rows if the file lacks more."""
         try:
-            if self.whole:
-                self.whole = False
+            if self.complete:
+                self.complete = False
                 with self.path.open("a", newline="") as file:
                     csv.DictWriter(file, self.columns).writerow(self.rows[-1])
             else:
                 write_whole(self.path, self._rewrite)
-            self.whole = True
+            self.complete = True
         except OSError as error:
-            self._tell(self.path, error)
+            self._warn_once(self.path, error)
 
-    def _tell(self, path: Path, error: OSError) -> None:
-        if not self.told:
+    def _warn_once(self, path: Path, error: OSError) -> None:
+        if not self.warned:
             reason = error.strerror or error
             logger.warning(
                 "%s cannot be written (%s): its rows are kept until it can, and the run continues", path, reason
             )
-        self.told = True
+        self.warned = True
 
     def draw(self, path: Path, *, layerwise: int = 0) -> None:
         """Plot each term over the steps: faint as measured, strong as a running mean.
@@ -100,7 +100,7 @@ class StepLog:
         try:
             write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
         except OSError as error:
-            self._tell(path, error)
+            self._warn_once(path, error)
 
     def _rewrite(self, path: Path) -> None:
         with path.open("w", newline="") as file:

@@ -19,19 +19,19 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        weight = _offloaded(model, name) if parameter.is_meta else parameter
+        weight = _offloaded_weight(model, name) if parameter.is_meta else parameter
         for stored in [] if weight is None else stored_tensors(weight):
             first = stored.flatten()[:8].to(dtype or stored.dtype)
             digest.update(first.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _offloaded(model: nn.Module, name: str) -> Tensor | None:
+def _offloaded_weight(model: nn.Module, name: str) -> Tensor | None:
     """A weight that accelerate keeps elsewhere between forwards, as in sequential offload; None if there is none."""
     owner, _, leaf = name.rpartition(".")
     hook: Any = getattr(model.get_submodule(owner), "_hf_hook", None)
-    kept = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
-    return next((weights[leaf] for weights in kept if weights is not None), None)
+    weight_maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
+    return next((weights[leaf] for weights in weight_maps if weights is not None), None)
 
 
 def architecture(model: nn.Module) -> str | None:
@@ -44,8 +44,8 @@ def architecture(model: nn.Module) -> str | None:
 
 def main_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of most weights, quantized ones aside: some models keep a few in float32 whatever is requested."""
-    numbers: Counter[torch.dtype] = Counter({torch.float32: 0})
+    counts: Counter[torch.dtype] = Counter({torch.float32: 0})
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.itemsize > 1:
-            numbers[parameter.dtype] += parameter.numel()
-    return numbers.most_common(1)[0][0]
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]

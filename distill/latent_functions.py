@@ -80,8 +80,8 @@ def _flux_shift(scheduler: Any, sigma: Tensor, grid: Grid) -> Tensor:
     config = scheduler.config
     if not config.use_dynamic_shifting:
         return scheduler.shift * sigma / (1 + (scheduler.shift - 1) * sigma)
-    spans = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-    return scheduler.time_shift(calculate_shift(grid[0] * grid[1], *spans), 1.0, sigma)
+    shift_arguments = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+    return scheduler.time_shift(calculate_shift(grid[0] * grid[1], *shift_arguments), 1.0, sigma)
 
 
 def _flux_inputs(
@@ -115,7 +115,7 @@ LATENT_FUNCTIONS = {
 }
 
 
-def has_row(model: torch.nn.Module) -> bool:
+def has_latent_functions(model: torch.nn.Module) -> bool:
     """Whether this model's class can be trained on final latents."""
     return type(model).__name__ in LATENT_FUNCTIONS
 
@@ -126,7 +126,7 @@ def latent_functions(model: torch.nn.Module) -> LatentFunctions:
     Raises:
         ValueError: there is none.
     """
-    if not has_row(model):
+    if not has_latent_functions(model):
         raise ValueError(
             f"final latents are known of {', '.join(LATENT_FUNCTIONS)}, got a {type(model).__name__}: keep calls of "
             "it, as `lineardit prepare` does without --calls 0"

@@ -20,9 +20,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 30  # seconds for an interrupted process to end by itself
+SHUTDOWN_WAIT = 30  # seconds for an interrupted process to end by itself
 POLL = 0.1  # seconds between polls of the processes
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
+QUIET_ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
 
 Worker = subprocess.Popen[bytes]
 
@@ -39,14 +43,14 @@ def launch(config: Path, options: Sequence[str] = (), *, processes: int = 1) -> 
     logger.info("%s%s", shlex.join(["python", *words]), f", in {processes} processes" if processes > 1 else "")
     command = [sys.executable, *words, "--launcher", str(os.getpid())]
     workers: list[Worker] = []
-    with _ended_with_this(workers) as signals:
+    with _end_on_exit(workers) as signals:
         try:
             for environment in _environments(processes):
                 workers.append(subprocess.Popen(command, env=environment))
             return _first_failure(workers, signals)
         except KeyboardInterrupt:  # from a terminal, which interrupts the workers as well
             with suppress(subprocess.TimeoutExpired):
-                _wait(workers, PATIENCE)
+                _wait(workers, SHUTDOWN_WAIT)
             raise
 
 
@@ -85,25 +89,25 @@ def _first_failure(workers: Sequence[Worker], signals: Sequence[int]) -> int:
 
 
 @contextmanager
-def _ended_with_this(workers: Sequence[Worker]) -> Iterator[list[int]]:
+def _end_on_exit(workers: Sequence[Worker]) -> Iterator[list[int]]:
     """End all workers on exit; inside, SIGTERM is only recorded, since it may arrive while a worker starts."""
     signals: list[int] = []
 
-    def stop(number: int, _frame: object) -> None:
+    def record(number: int, _frame: object) -> None:
         signals.append(number)
 
-    main = threading.current_thread() is threading.main_thread()  # Python handles signals only there
-    before = signal.signal(signal.SIGTERM, stop) if main else None
+    in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles signals only there
+    previous = signal.signal(signal.SIGTERM, record) if in_main_thread else None
     try:
         yield signals
     finally:
         _signal(workers, signal.SIGTERM)
         try:
-            _wait(workers, PATIENCE)
+            _wait(workers, SHUTDOWN_WAIT)
         except subprocess.TimeoutExpired:
             _signal(workers, signal.SIGKILL)
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _signal(workers: Sequence[Worker], number: int) -> None:
@@ -113,12 +117,12 @@ def _signal(workers: Sequence[Worker], number: int) -> None:
 
 def _wait(workers: Sequence[Worker], seconds: float) -> None:
     """Wait until all have ended, for this long in total at most."""
-    last = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     for one in workers:
-        one.wait(timeout=max(0, last - time.monotonic()))
+        one.wait(timeout=max(0, deadline - time.monotonic()))
 
 
-def end_with(launcher: int) -> None:
+def exit_with_launcher(launcher: int) -> None:
     """End this process soon after its parent, the launcher, which may be killed before it can end its workers.
 
     Orphaned workers would otherwise keep running unseen and hold the run's folder.
@@ -139,4 +143,4 @@ def child_environment() -> Mapping[str, str]:
     """The environment of a child: it finds the same package as this process, installed or not, with quiet libraries."""
     package = Path(str(sys.modules["lineardit"].__file__)).parent
     search_path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return QUIET | os.environ | {"PYTHONPATH": search_path}
+    return QUIET_ENVIRONMENT | os.environ | {"PYTHONPATH": search_path}

@@ -30,14 +30,16 @@ Precision = Callable[[], AbstractContextManager[Any]]
 
 def layer_error(student: Output, teacher: Output) -> Tensor:
     """The relative error of one layer: 0 for the teacher's own output, 1 for zeros; a float32 scalar."""
-    given, wanted = (output if isinstance(output, tuple) else (output,) for output in (student, teacher))
-    pairs = [(s.float().flatten(1), t.float().flatten(1)) for s, t in zip(given, wanted, strict=True)]
+    outputs, targets = (output if isinstance(output, tuple) else (output,) for output in (student, teacher))
+    pairs = [(s.float().flatten(1), t.float().flatten(1)) for s, t in zip(outputs, targets, strict=True)]
     error = torch.stack([(s - t).square().sum(1) for s, t in pairs]).sum(0)  # [B]
     return (error / torch.stack([t.square().sum(1) for _, t in pairs]).sum(0)).mean()
 
 
 @contextmanager
-def lessons(model: nn.Module, precision: Precision, *, share: float = 1.0) -> Iterator[dict[str, Tensor]]:
+def layerwise_training(
+    model: nn.Module, precision: Precision, *, loss_scale: float = 1.0
+) -> Iterator[dict[str, Tensor]]:
     """Make each forward of a student, called under no_grad, the teacher's, and add gradients to every swapped module.
 
     All hooks are removed on exit.
@@ -45,42 +47,44 @@ def lessons(model: nn.Module, precision: Precision, *, share: float = 1.0) -> It
     Args:
         model: A student of `build_student_`.
         precision: The context in which a module runs as the student.
-        share: Factor of the loss.
+        loss_scale: Factor of the loss.
     Yields:
         Each module's error in the last forward, by name.
     """
     errors: dict[str, Tensor] = {}
-    with ExitStack() as undo:
+    with ExitStack() as cleanup:
         for name, module in swapped(model).items():
-            lesson = _Lesson(model, precision, share, partial(errors.__setitem__, name))
-            undo.callback(lesson.as_teacher.close)
-            undo.callback(module.register_forward_pre_hook(lesson.ask, with_kwargs=True).remove)
-            undo.callback(module.register_forward_hook(lesson.learn).remove)
+            hooks = _ModuleHooks(model, precision, loss_scale, partial(errors.__setitem__, name))
+            cleanup.callback(hooks.teacher_context.close)
+            cleanup.callback(module.register_forward_pre_hook(hooks.run_student, with_kwargs=True).remove)
+            cleanup.callback(module.register_forward_hook(hooks.backward_error).remove)
         yield errors
 
 
-class _Lesson:
+class _ModuleHooks:
     """The hooks of one module, before and after its forward, which runs as the teacher."""
 
-    def __init__(self, model: nn.Module, precision: Precision, share: float, note: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, model: nn.Module, precision: Precision, loss_scale: float, record: Callable[[Tensor], None]
+    ) -> None:
         self.model = model
         self.precision = precision
-        self.share = share
-        self.note = note
-        self.as_teacher = ExitStack()
-        self.answer: Output = ()
+        self.loss_scale = loss_scale
+        self.record = record
+        self.teacher_context = ExitStack()
+        self.student_output: Output = ()
 
-    def ask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run_student(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.enable_grad(), self.precision():
-            self.answer = module.forward(*args, **kwargs)  # not module(...), which would call this hook again
-        self.as_teacher.enter_context(teacher(self.model))
+            self.student_output = module.forward(*args, **kwargs)  # not module(...), which would call this hook again
+        self.teacher_context.enter_context(teacher(self.model))
 
-    def learn(self, module: nn.Module, args: tuple[Any, ...], output: Output) -> None:
-        self.as_teacher.close()
+    def backward_error(self, module: nn.Module, args: tuple[Any, ...], output: Output) -> None:
+        self.teacher_context.close()
         device = next(module.parameters()).device
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            error = layer_error(self.answer, output)
+            error = layer_error(self.student_output, output)
             if error.requires_grad:  # else nothing of this module is trained
-                (self.share * error).backward()
-        self.answer = ()
-        self.note(error.detach())
+                (self.loss_scale * error).backward()
+        self.student_output = ()
+        self.record(error.detach())

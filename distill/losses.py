@@ -17,20 +17,20 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from ..linearize.measures.recording import to_device
-from .batches import Part
+from .batches import MicroBatch
 from .config import Loss
 from .pair import Pair
 
 Outputs = dict[str, tuple[Tensor, ...]]  # module name -> image output, or (image, text) of a joint attention
 
 
-def loss_terms(pair: Pair, part: Part, names: Collection[str]) -> dict[str, Tensor]:
+def loss_terms(pair: Pair, micro_batch: MicroBatch, names: Collection[str]) -> dict[str, Tensor]:
     """The requested terms of the objective, differentiable in the student.
 
     Args:
         names: Any of "flow", "prediction" and "attention"; the teacher runs for the last two only.
     """
-    arguments = to_device(part.arguments, pair.device)
+    arguments = to_device(micro_batch.arguments, pair.device)
     layers = pair.layers if "attention" in names else {}
     theirs: Outputs = {}
     if "prediction" in names or layers:
@@ -39,7 +39,7 @@ def loss_terms(pair: Pair, part: Part, names: Collection[str]) -> dict[str, Tens
     with attention_outputs(layers) as ours, pair.as_student():
         prediction = pair.predict(arguments)
     terms: Mapping[str, Callable[[], Tensor]] = {
-        "flow": lambda: flow_loss(prediction, cast(Tensor, part.latents), cast(Tensor, part.noise)),
+        "flow": lambda: flow_loss(prediction, cast(Tensor, micro_batch.latents), cast(Tensor, micro_batch.noise)),
         "prediction": lambda: prediction_loss(prediction, target),
         "attention": lambda: attention_loss(ours, theirs),
     }

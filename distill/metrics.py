@@ -15,7 +15,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels from 0 to 1
 
 RESAMPLES = 10_000  # of a bootstrap
 
-Count = tuple[int, int]  # (right, of)
+Count = tuple[int, int]  # (right, total)
 
 
 def latent_mse(latents: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
@@ -42,9 +42,9 @@ def ssim(image: Image.Image, reference: Image.Image) -> float:
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
-    likeness = (2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)
-    scale = (mean_x**2 + mean_y**2 + SSIM_C1) * (variance_x + variance_y + SSIM_C2)
-    return float((likeness / scale).mean())
+    numerator = (2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)
+    denominator = (mean_x**2 + mean_y**2 + SSIM_C1) * (variance_x + variance_y + SSIM_C2)
+    return float((numerator / denominator).mean())
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -74,20 +74,20 @@ def paired_bootstrap(ours: Sequence[Count], reference: Sequence[Count]) -> Inter
     """The difference between our share of right answers and the reference's, over the same questions.
 
     Args:
-        ours: (right, of) for each picture.
+        ours: (right, total) for each picture.
         reference: The same for the same captions and seeds.
     Raises:
         ValueError: there is no picture, or the lengths differ.
     """
     if not ours or len(ours) != len(reference):
         raise ValueError(f"both sides need the same pictures, at least one, got {len(ours)} and {len(reference)}")
-    counts = numpy.array([ours, reference], numpy.float64)  # [2, pictures, (right, of)]
+    counts = numpy.array([ours, reference], numpy.float64)  # [2, pictures, (right, total)]
     number = len(ours)
     # sets of pictures drawn with replacement, each with the results of both sides
-    drawn = numpy.random.default_rng(0).multinomial(number, [1 / number] * number, size=RESAMPLES)
-    sums = drawn @ counts  # [2, RESAMPLES, (right, of)]
+    resampled = numpy.random.default_rng(0).multinomial(number, [1 / number] * number, size=RESAMPLES)
+    sums = resampled @ counts  # [2, RESAMPLES, (right, total)]
     shares = sums[..., 0] / sums[..., 1]
     low, high = numpy.quantile(shares[0] - shares[1], (0.025, 0.975))
-    whole = counts.sum(axis=1)
-    difference = whole[0, 0] / whole[0, 1] - whole[1, 0] / whole[1, 1]
+    totals = counts.sum(axis=1)
+    difference = totals[0, 0] / totals[0, 1] - totals[1, 0] / totals[1, 1]
     return Interval(difference=float(difference), low=float(low), high=float(high))

@@ -2,8 +2,8 @@
 
 A folder belongs to one model and one setting; its name is their digest. Picture i is `00000i.safetensors` (final
 latents, packed if the model packs them, with the prompt in the header) and `00000i.png`; each records the seconds it
-took. Where `draws_in_parts`, latents are written before they are decoded; other pipelines are called once for both, and
-the last output of their scheduler is kept as latents.
+took. Where `decodes_separately`, latents are written before they are decoded; other pipelines are called once for
+both, and the last output of their scheduler is kept as latents.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ from ..pipelines.files import check_finite
 from ..pipelines.fresh_noise import noise_drawn_from
 from ..pipelines.sizes import check_size, default_size
 from .identity import fingerprint, main_dtype
-from .latent_functions import has_row, latent_functions
-from .watching import decoding_in_tiles_at_need, last_step
+from .latent_functions import has_latent_functions, latent_functions
+from .pipeline_hooks import keep_last_output, tiled_decoding_fallback
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +65,16 @@ class PictureSettings:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width), which must be set."""
-        assert self.height is not None, "`of` fills in the pipeline's own"
+        assert self.height is not None, "`with_defaults` fills in the pipeline's own"
         assert self.width is not None, "the same"
         return self.height, self.width
 
-    def of(self, pipe: Any) -> "PictureSettings":
+    def with_defaults(self, pipe: Any) -> "PictureSettings":
         """A copy with the pipeline's defaults in place of None."""
-        own = own_settings(pipe)._asdict()
+        defaults = own_settings(pipe)._asdict()
         if self.height is None or self.width is None:
-            own["height"], own["width"] = default_size(pipe)
-        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+            defaults["height"], defaults["width"] = default_size(pipe)
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def call(self, pipe: Any) -> dict[str, Any]:
         """Arguments of the pipeline's call for these pictures, except prompts and generators."""
@@ -103,45 +103,47 @@ def make_pictures(
     Raises:
         ValueError: the pipeline cannot make this size, or does not return pictures.
     """
-    settings = settings.of(pipe)
+    settings = settings.with_defaults(pipe)
     check_size(pipe, *settings.size)
     settings.call(pipe)  # raises for an unknown argument
     folder = directory / digest(pipe, settings)
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
-    in_parts = draws_in_parts(pipe, settings)
-    made = {index for index, prompt in enumerate(prompts) if _has_latents(folder, index, prompt)}
-    undecoded = [index for index in sorted(made) if not _is_picture(_files(folder, index)[1])]
-    if not in_parts:
-        made, undecoded = made - set(undecoded), []
-    missing = [index for index in range(len(prompts)) if index not in made]
-    with tqdm(total=len(prompts), initial=len(made) - len(undecoded), desc=name, unit="picture") as progress:
+    separately = decodes_separately(pipe, settings)
+    done = {index for index, prompt in enumerate(prompts) if _has_latents(folder, index, prompt)}
+    undecoded = [index for index in sorted(done) if not _is_picture(_files(folder, index)[1])]
+    if not separately:
+        done, undecoded = done - set(undecoded), []
+    missing = [index for index in range(len(prompts)) if index not in done]
+    with tqdm(total=len(prompts), initial=len(done) - len(undecoded), desc=name, unit="picture") as progress:
         _decode(pipe, folder, undecoded, settings, progress)
         for start in range(0, len(missing), settings.batch_size):
             batch = missing[start : start + settings.batch_size]
             texts = [prompts[index] for index in batch]
             began = time.perf_counter()
             latents, images = (
-                (denoise(pipe, texts, batch, settings), []) if in_parts else draw_whole(pipe, texts, batch, settings)
+                (denoise(pipe, texts, batch, settings), [])
+                if separately
+                else draw_in_one_call(pipe, texts, batch, settings)
             )
             check_finite(latents)
             seconds = (time.perf_counter() - began) / len(batch)
             for index, prompt, one in zip(batch, texts, latents.cpu(), strict=True):
-                _keep_latents(folder, index, one, {"prompt": prompt, SECONDS: f"{seconds:.4f}"})
+                _save_latents(folder, index, one, {"prompt": prompt, SECONDS: f"{seconds:.4f}"})
             for index, image in zip(batch, images, strict=False):
-                _keep_picture(folder, index, image, 0.0)  # the seconds above include decoding
+                _save_picture(folder, index, image, 0.0)  # the seconds above include decoding
                 progress.update()
-            if in_parts:
+            if separately:
                 _decode(pipe, folder, batch, settings, progress)
     return _read(folder, len(prompts))
 
 
-def draws_in_parts(pipe: Any, settings: PictureSettings) -> bool:
+def decodes_separately(pipe: Any, settings: PictureSettings) -> bool:
     """Whether latents are made first and decoded later, or the pipeline is called once for both."""
-    return has_row(denoiser(pipe)[1]) and not settings.arguments
+    return has_latent_functions(denoiser(pipe)[1]) and not settings.arguments
 
 
-def draw_whole(
+def draw_in_one_call(
     pipe: Any, prompts: list[str], indices: Sequence[int], settings: PictureSettings
 ) -> tuple[Tensor, list[Image.Image]]:
     """Final latents [B, ...] on the CPU, and pictures, from one call of the pipeline.
@@ -156,18 +158,22 @@ def draw_whole(
     else:
         call = for_batch(call, len(prompts)) | {"prompt": prompts, "generator": generators}
     fresh_noise = noise_drawn_from(getattr(pipe, "scheduler", None), generators)
-    named = arguments_named(pipe, settings.arguments)
-    with fresh_noise, last_step(pipe) as made, decoding_in_tiles_at_need(pipe), named:
+    named_arguments = arguments_named(pipe, settings.arguments)
+    with fresh_noise, keep_last_output(pipe) as scheduler_output, tiled_decoding_fallback(pipe), named_arguments:
         output = pipe(**call)
     images = output[0]
-    if not made or not all(isinstance(image, Image.Image) for image in images) or len(images) != len(prompts):
+    if (
+        not scheduler_output
+        or not all(isinstance(image, Image.Image) for image in images)
+        or len(images) != len(prompts)
+    ):
         raise ValueError(
             f"{type(pipe).__name__} does not make a picture for each prompt, and only pictures can be evaluated"
         )
-    for prompt, blackened in zip(prompts, getattr(output, "nsfw_content_detected", None) or (), strict=False):
-        if blackened:
+    for prompt, flagged in zip(prompts, getattr(output, "nsfw_content_detected", None) or (), strict=False):
+        if flagged:
             logger.warning("the pipeline's safety checker has made the picture of %r black, and so it counts", prompt)
-    return made[0][: len(prompts)].cpu(), images  # with guidance the batch may hold each twice
+    return scheduler_output[0][: len(prompts)].cpu(), images  # with guidance the batch may hold each twice
 
 
 def digest(pipe: Any, settings: PictureSettings) -> str:
@@ -186,12 +192,12 @@ def digest(pipe: Any, settings: PictureSettings) -> str:
         content["methods"] = "dense"
     elif dense_below := dense_below_of(model):
         content["dense_below"] = dense_below
-    if styles := {name: one for name, part in parts.items() if (one := _styles_of(part))}:
-        content["styles"] = styles
+    if lora_scales := {name: one for name, part in parts.items() if (one := _lora_scales(part))}:
+        content["styles"] = lora_scales
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _styles_of(part: nn.Module) -> dict[str, Any]:
+def _lora_scales(part: nn.Module) -> dict[str, Any]:
     """Per-layer strength of the user's own LoRA, which is not stored in weights."""
     return {
         name: [layer.scaling, list(layer.active_adapters), layer.disable_adapters]
@@ -225,7 +231,7 @@ def _decode(pipe: Any, folder: Path, indices: Sequence[int], settings: PictureSe
         began = time.perf_counter()
         latents = read_tensors(_files(folder, index)[0])["latents"][None]
         (image,) = functions.decode(pipe, latents.to(pipe._execution_device), grid)
-        _keep_picture(folder, index, image, time.perf_counter() - began)
+        _save_picture(folder, index, image, time.perf_counter() - began)
         progress.update()
 
 
@@ -233,17 +239,17 @@ def _files(folder: Path, index: int) -> tuple[Path, Path]:
     return folder / f"{index:06d}.safetensors", folder / f"{index:06d}.png"
 
 
-def _keep_latents(folder: Path, index: int, latents: Tensor, about: dict[str, str]) -> None:
+def _save_latents(folder: Path, index: int, latents: Tensor, metadata: dict[str, str]) -> None:
     """Write the latents of one picture, replacing those of another prompt and removing its picture."""
     tensors, picture = _files(folder, index)
     picture.unlink(missing_ok=True)
-    write_whole(tensors, lambda temporary: save_file({"latents": latents.contiguous()}, temporary, metadata=about))
+    write_whole(tensors, lambda temporary: save_file({"latents": latents.contiguous()}, temporary, metadata=metadata))
 
 
-def _keep_picture(folder: Path, index: int, image: Image.Image, seconds: float) -> None:
-    about = PngInfo()
-    about.add_text(SECONDS, f"{seconds:.4f}")
-    write_whole(_files(folder, index)[1], partial(image.save, format="PNG", pnginfo=about))
+def _save_picture(folder: Path, index: int, image: Image.Image, seconds: float) -> None:
+    metadata = PngInfo()
+    metadata.add_text(SECONDS, f"{seconds:.4f}")
+    write_whole(_files(folder, index)[1], partial(image.save, format="PNG", pnginfo=metadata))
 
 
 def _has_latents(folder: Path, index: int, prompt: str) -> bool:

@@ -11,17 +11,17 @@ from .config import DistillConfig
 logger = logging.getLogger(__name__)
 
 
-def autocasts(config: DistillConfig, device: torch.device) -> bool:
+def uses_autocast(config: DistillConfig, device: torch.device) -> bool:
     """Whether `run.mixed_precision` makes the student compute in bfloat16; warns if that is slow on this device."""
-    wanted = config.run.mixed_precision
-    if wanted == "auto":
+    mode = config.run.mixed_precision
+    if mode == "auto":
         return config.base.dtype == "bfloat16" or bfloat16_is_faster(device.type)
-    if wanted == "bf16" and not bfloat16_is_faster(device.type):
+    if mode == "bf16" and not bfloat16_is_faster(device.type):
         logger.warning(
             "run.mixed_precision = 'bf16' is slower than float32 on this %s; 'no' or 'auto' computes in float32",
             device.type.upper(),
         )
-    return wanted == "bf16"
+    return mode == "bf16"
 
 
 @lru_cache  # measured once for each kind of device

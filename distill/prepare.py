@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..kernels.pieces.results import dtype_name
-from ..linearize import families as conversions
+from ..linearize import families
 from ..linearize.calling import own_settings
 from ..linearize.convert import swapped
 from ..linearize.locks import held, remove_leftovers
@@ -27,8 +27,8 @@ from ..linearize.weights.quantized import quantized_in
 from ..pipelines.sizes import check_size, default_size
 from .data import Sample, index_name
 from .identity import architecture, fingerprint, main_dtype
-from .latent_functions import has_row, latent_functions
-from .samples import call_of_teacher
+from .latent_functions import has_latent_functions, latent_functions
+from .samples import teacher_call_arguments
 from .shards import write_shards
 
 CALLS = 4  # kept per picture
@@ -111,10 +111,10 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings that determine the samples, as JSON values: stored with them, and compared by later calls."""
     _, model = denoiser(pipe)
-    conversions.family_of(model)  # raises where the class is not known
-    own = own_settings(pipe)
+    families.family_of(model)  # raises where the class is not known
+    defaults = own_settings(pipe)
     if calls is None:
-        calls = 0 if has_row(model) else CALLS
+        calls = 0 if has_latent_functions(model) else CALLS
     try:
         arguments = json.loads(json.dumps(dict(arguments or {}))) or None
     except TypeError as error:
@@ -128,10 +128,10 @@ def _settings(
         "num_prompts": len(prompts),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],
         "sizes": [list(size) for size in (sizes if sizes is not None else [default_size(pipe)])],
-        "steps": steps if steps is not None else own.steps or 28,
-        "guidance": own.guidance if guidance is None else float(guidance),
+        "steps": steps if steps is not None else defaults.steps or 28,
+        "guidance": defaults.guidance if guidance is None else float(guidance),
         "seed": seed,
-        "max_sequence_length": own.max_sequence_length if max_sequence_length is None else max_sequence_length,
+        "max_sequence_length": defaults.max_sequence_length if max_sequence_length is None else max_sequence_length,
         "calls": calls,
         "arguments": arguments,
         "shard_size": shard_size if shard_size is not None else 8 if calls else 64,
@@ -158,7 +158,7 @@ def _check(
     for size in settings["sizes"]:
         check_size(pipe, *size)
     if settings["calls"]:
-        call_of_teacher(pipe, settings["sizes"][0], settings)  # raises for an unknown setting
+        teacher_call_arguments(pipe, settings["sizes"][0], settings)  # raises for an unknown setting
 
 
 def _check_calls(model: torch.nn.Module, calls: int, arguments: Mapping[str, Any] | None) -> None:

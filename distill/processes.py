@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from ..linearize.errors import told
 from .diverged import DivergedError
 
-SENTENCES = (ValueError, OSError, DivergedError)  # errors that end a run with their message alone
-OF_ALL = "All processes of the launch raise this."  # note on an error that every process raises
-BUCKET = 2**25  # elements per exchange
-WAIT = timedelta(hours=1)  # while the main process writes tens of GB to a slow disk; NCCL's default is ten minutes
+USER_ERRORS = (ValueError, OSError, DivergedError)  # errors that end a run with their message alone
+RAISED_BY_ALL = "All processes of the launch raise this."  # note on an error that every process raises
+BUCKET_SIZE = 2**25  # elements per exchange
+TIMEOUT = timedelta(hours=1)  # while the main process writes tens of GB to a slow disk; NCCL's default is ten minutes
 
 Result = TypeVar("Result")
 
@@ -55,69 +55,69 @@ def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = Non
         mixed_precision="no",  # `pair.py` applies autocast: the teacher does not always use it
         # accelerate would otherwise read these from the environment:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         dynamo_backend="no",
         log_with=list(trackers) or None,
         project_dir=folder,
     )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
         raise ValueError(
-            f"the launcher started {started} processes, accelerate joined {accelerator.num_processes}; "
+            f"the launcher started {launched} processes, accelerate joined {accelerator.num_processes}; "
             "launch with `accelerate launch --multi_gpu --num_processes N`, on CPUs as well"
         )
     return accelerator
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """Run `action` on the main process; all processes get its result, or raise its error if it is in `SENTENCES`."""
-    said: list[Result | Exception | None] = [None]
+    """Run `action` on the main process; all processes get its result, or raise its error if it is in `USER_ERRORS`."""
+    outcome: list[Result | Exception | None] = [None]
     if accelerator.is_main_process:
         try:
-            said = [action()]
-        except SENTENCES as error:
-            said = [_plain(error)]
-    (result,) = broadcast_object_list(said)
-    if isinstance(result, SENTENCES):
-        result.add_note(OF_ALL)
+            outcome = [action()]
+        except USER_ERRORS as error:
+            outcome = [_picklable(error)]
+    (result,) = broadcast_object_list(outcome)
+    if isinstance(result, USER_ERRORS):
+        result.add_note(RAISED_BY_ALL)
         raise result
     return result
 
 
-def main_has(accelerator: Accelerator, make: Callable[[], Result]) -> Result | None:
-    """Make an object on the main process only; None in others. All raise its error if it is in `SENTENCES`."""
+def make_on_main(accelerator: Accelerator, make: Callable[[], Result]) -> Result | None:
+    """Make an object on the main process only; None in others. All raise its error if it is in `USER_ERRORS`."""
     made: list[Result] = []
     on_main(accelerator, lambda: made.append(make()))
     return made[0] if made else None
 
 
 @contextmanager
-def all_or_none(accelerator: Accelerator) -> Iterator[None]:
-    """If a process raises one of `SENTENCES` inside, all raise it on exit, so that none waits for a failed process.
+def raise_together(accelerator: Accelerator) -> Iterator[None]:
+    """If a process raises one of `USER_ERRORS` inside, all raise it on exit, so that none waits for a failed process.
 
     Inside, processes must not communicate.
     """
-    mine: Exception | None = None
+    own_error: Exception | None = None
     try:
         yield
-    except SENTENCES as error:
-        mine = error
-    found = gather_object([mine and _plain(mine)])
-    failed = [process for process, error in enumerate(found) if error]
+    except USER_ERRORS as error:
+        own_error = error
+    errors = gather_object([own_error and _picklable(own_error)])
+    failed = [process for process, error in enumerate(errors) if error]
     if not failed:
         return
-    first = found[failed[0]]
-    if len(failed) == len(found):
-        first = mine or first
+    first = errors[failed[0]]
+    if len(failed) == len(errors):
+        first = own_error or first
     else:
-        first = type(first)(f"process {failed[0]} of {len(found)}: {first}")
-    first.add_note(OF_ALL)
+        first = type(first)(f"process {failed[0]} of {len(errors)}: {first}")
+    first.add_note(RAISED_BY_ALL)
     raise first
 
 
-def _plain(error: Exception) -> Exception:
-    """The error as an instance of its base type in `SENTENCES`, which other processes can unpickle."""
-    return next(kind for kind in SENTENCES if isinstance(error, kind))(told(error))
+def _picklable(error: Exception) -> Exception:
+    """The error as an instance of its base type in `USER_ERRORS`, which other processes can unpickle."""
+    return next(kind for kind in USER_ERRORS if isinstance(error, kind))(told(error))
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
@@ -129,9 +129,9 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Paramete
     if accelerator.num_processes == 1:
         return
     parameters = list(parameters)
-    there = torch.tensor([float(one.grad is not None) for one in parameters], device=accelerator.device)
-    anywhere = accelerator.reduce(there, "sum").tolist()
-    for bucket in _buckets(one for one, count in zip(parameters, anywhere, strict=True) if count):
+    has_gradient = torch.tensor([float(one.grad is not None) for one in parameters], device=accelerator.device)
+    counts = accelerator.reduce(has_gradient, "sum").tolist()
+    for bucket in _buckets(one for one, count in zip(parameters, counts, strict=True) if count):
         pieces = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
         means = accelerator.reduce(torch.cat([piece.flatten() for piece in pieces]), "mean")
         for one, mean in zip(bucket, means.split([piece.numel() for piece in pieces]), strict=True):
@@ -141,20 +141,20 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Paramete
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Groups of consecutive parameters, each closed once it has `BUCKET` elements."""
+    """Groups of consecutive parameters, each closed once it has `BUCKET_SIZE` elements."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
         bucket.append(parameter)
         size += parameter.numel()
-        if size >= BUCKET:
+        if size >= BUCKET_SIZE:
             yield bucket
             bucket, size = [], 0
     if bucket:
         yield bucket
 
 
-def tensors_of_main(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def broadcast_tensors(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Broadcast the main process's tensors one by one; yields name and tensor, on the process's device.
 
     Args:

@@ -13,7 +13,7 @@ from .checkpoint import Resume, step_to_resume
 from .config import DistillConfig
 from .config_tables import config_from_tables, config_to_tables
 from .files import write_json
-from .start import fingerprint_of
+from .start import adapter_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _MAY_CHANGE = {
     "validate.every",
 }
 # These affect later steps only: a run that diverged can continue with a lower rate, for example.
-_MAY_CHANGE_FROM_HERE = (
+_MAY_CHANGE_ON_RESUME = (
     "layerwise.lr",
     "layerwise.warmup",
     "optimizer.betas",
@@ -103,7 +103,7 @@ def write_run(config: DistillConfig, data: str, *, start: int = 0, mixed: bool) 
     file, contents = directory / FILE, _contents(config, data)
     before = _read(file) if file.is_file() else contents
     history, mixed = before.get(HISTORY, []), before.get(AUTOCAST, mixed)
-    changed = _differences(before, contents, _MAY_CHANGE_FROM_HERE)
+    changed = _differences(before, contents, _MAY_CHANGE_ON_RESUME)
     if changed:
         logger.warning("%s continues after step %d with other settings: %s", directory, start, "; ".join(changed))
         history = [*history, {"after_step": start, "changed": changed}]
@@ -112,7 +112,7 @@ def write_run(config: DistillConfig, data: str, *, start: int = 0, mixed: bool) 
 
 
 def _contents(config: DistillConfig, data: str) -> dict[str, Any]:
-    started = fingerprint_of(config.start)
+    started = adapter_fingerprint(config.start)
     contents = config_to_tables(config) | {SAMPLES: data} | ({START: started} if started else {})
     return json.loads(json.dumps(contents))
 
@@ -136,7 +136,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _compare(stored: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
     names = {name for table in (stored, now) for name, _ in _flat(table)}
-    different = _differences(stored, now, names - _MAY_CHANGE - {*_MAY_CHANGE_FROM_HERE})
+    different = _differences(stored, now, names - _MAY_CHANGE - {*_MAY_CHANGE_ON_RESUME})
     if different:
         raise ValueError(
             f"{directory} was started with other settings: {'; '.join(different)}; name another folder, or go on with "

@@ -12,12 +12,12 @@ from torch import Tensor
 from ..linearize.calling import arguments_named, call_arguments, draw_latents
 from ..linearize.measures.recording import recording
 from ..linearize.networks import denoiser
-from .calls import chosen_calls, pack
+from .calls import pack, sample_calls
 from .data import Sample
 from .latent_functions import latent_functions
 
 
-class Made(NamedTuple):
+class ShardContent(NamedTuple):
     """What goes into a shard."""
 
     tensors: dict[str, Tensor]
@@ -25,7 +25,7 @@ class Made(NamedTuple):
 
 
 @torch.no_grad()
-def final_latents(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> Made:
+def final_latents(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> ShardContent:
     """Latents and conditions of samples of one size, which are given by index."""
     functions = latent_functions(denoiser(pipe)[1])
     first = next(iter(batch.values()))
@@ -45,10 +45,10 @@ def final_latents(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str,
     tensors = {
         f"{index:08d}.{name}": one[row].cpu().clone() for row, index in enumerate(batch) for name, one in parts.items()
     }
-    return Made(tensors, {})
+    return ShardContent(tensors, {})
 
 
-def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> Made:
+def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, Any]) -> ShardContent:
     """Calls of the denoiser that draw the picture of one sample.
 
     Raises:
@@ -56,8 +56,8 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
             not finite.
     """
     ((index, sample),) = batch.items()
-    call = call_of_teacher(pipe, (sample.height, sample.width), settings)
-    with recording(denoiser(pipe)[1]) as made:
+    call = teacher_call_arguments(pipe, (sample.height, sample.width), settings)
+    with recording(denoiser(pipe)[1]) as predictions:
         try:
             with arguments_named(pipe, settings["arguments"]):
                 draw_latents(pipe, sample.prompt, sample.seed, call)
@@ -65,16 +65,18 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
             raise ValueError(
                 f"{type(pipe).__name__} does not draw from a prompt and a size ({error}): pass its other arguments"
             ) from error
-    if len(made) < settings["calls"]:
-        raise ValueError(f"calls must be <= {len(made)}, as many as a picture of {settings['steps']} steps takes")
-    _check_finite(made[-1].output, "predictions", sample)
+    if len(predictions) < settings["calls"]:
+        raise ValueError(
+            f"calls must be <= {len(predictions)}, as many as a picture of {settings['steps']} steps takes"
+        )
+    _check_finite(predictions[-1].output, "predictions", sample)
     name = f"{index:08d}"
-    kept = chosen_calls(made, settings["calls"], sample.seed)
+    kept = sample_calls(predictions, settings["calls"], sample.seed)
     tensors, text = pack([one.arguments for one in kept], name)
-    return Made(tensors, {name: text})
+    return ShardContent(tensors, {name: text})
 
 
-def call_of_teacher(pipe: Any, size: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+def teacher_call_arguments(pipe: Any, size: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the pipeline's call for samples of this size, (height, width) in pixels.
 
     Raises:
@@ -84,9 +86,9 @@ def call_of_teacher(pipe: Any, size: tuple[int, int], settings: Mapping[str, Any
     return call_arguments(pipe, {"height": size[0], "width": size[1], **named}, settings["arguments"])
 
 
-def _check_finite(made: Tensor, name: str, sample: Sample) -> None:
-    if not made.isfinite().all():
+def _check_finite(tensor: Tensor, name: str, sample: Sample) -> None:
+    if not tensor.isfinite().all():
         raise ValueError(
-            f"the teacher's {name} for {sample.prompt!r} with seed {sample.seed} are not finite in {made.dtype}: "
+            f"the teacher's {name} for {sample.prompt!r} with seed {sample.seed} are not finite in {tensor.dtype}: "
             "in another folder, load it in another dtype (--dtype) or leave this prompt out"
         )

@@ -25,11 +25,11 @@ def learning_rate(config: DistillConfig, step: int) -> float:
     return rate * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def noise_levels(config: DistillConfig, places: Sequence[int], uniform: Tensor) -> Tensor:
+def noise_levels(config: DistillConfig, positions: Sequence[int], uniform: Tensor) -> Tensor:
     """sigma of these places of a batch, before the shift; `uniform` [len(places)] are random numbers in [0, 1).
 
     Stratified: each place samples its own of `run.batch_size` equal shares of the distribution, so that all steps have
     the same mix of noise levels, and the loss varies less.
     """
-    share = ((torch.tensor(places) + uniform) / config.run.batch_size).clamp(1e-6, 1 - 1e-6)  # ndtri(0) is infinite
+    share = ((torch.tensor(positions) + uniform) / config.run.batch_size).clamp(1e-6, 1 - 1e-6)  # ndtri(0) is infinite
     return torch.sigmoid(config.noise.mean + config.noise.std * torch.special.ndtri(share))

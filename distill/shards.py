@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from ..linearize.folders import write_whole
 from ..pipelines.cut_prompts import tell_cut_prompts
-from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_whole, shard_name, shard_number
+from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_complete, shard_name, shard_number
 from .files import write_json
-from .samples import Made, final_latents, kept_calls
+from .samples import ShardContent, final_latents, kept_calls
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,14 @@ def write_shards(
     part: tuple[int, int],
 ) -> None:
     """Make the missing and incomplete shards of this part, adding each to the index when it is done."""
-    whole = _whole_shards(directory, settings)
-    shards = _of_part(samples, settings["shard_size"], part)
+    complete = _complete_shards(directory, settings)
+    shards = _part_shards(samples, settings["shard_size"], part)
     if not shards:
         size = settings["shard_size"]
         logger.info("nothing to do for part %d of %d: there are fewer shards of %d samples", *part, size)
         return
-    missing = {number: shard for number, shard in shards.items() if number not in whole}
-    listed = [whole[number] for number in shards if number in whole]
+    missing = {number: shard for number, shard in shards.items() if number not in complete}
+    listed = [complete[number] for number in shards if number in complete]
     if settings["calls"]:
         logger.info("keeping %d calls of the denoiser of each picture, to be learnt from", settings["calls"])
     prompts = [sample.prompt for shard in missing.values() for sample in shard.values()]
@@ -56,7 +56,7 @@ def write_shards(
     total = sum(map(len, shards.values()))
     with tqdm(total=total, initial=total - len(prompts), unit="sample", desc=name) as progress:
         for number, shard in missing.items():
-            made = _make(pipe, shard, settings, batch_size, progress)
+            made = _make_shard(pipe, shard, settings, batch_size, progress)
             file = directory / shard_name(number)
             write_whole(file, partial(save_file, made.tensors, metadata=made.texts))
             entries = [asdict(sample) for sample in shard.values()]
@@ -65,10 +65,10 @@ def write_shards(
             conditions = set() if settings["calls"] else {key.partition(".")[2] for key in made.tensors} - {"latents"}
             content = {"settings": {**settings, "conditions": sorted(conditions)}, "shards": listed}
             write_json(directory / index_name(*part), {"format": FORMAT, **content})
-    _tell(directory, settings, total, len(samples), part)
+    _log_totals(directory, settings, total, len(samples), part)
 
 
-def _of_part(samples: Sequence[Sample], size: int, part: tuple[int, int]) -> dict[int, Shard]:
+def _part_shards(samples: Sequence[Sample], size: int, part: tuple[int, int]) -> dict[int, Shard]:
     """Every n-th shard from the i-th on, by number."""
     numbered = list(enumerate(samples))
     return {
@@ -77,12 +77,12 @@ def _of_part(samples: Sequence[Sample], size: int, part: tuple[int, int]) -> dic
     }
 
 
-def _make(pipe: Any, shard: Shard, settings: Mapping[str, Any], batch_size: int, progress: Any) -> Made:
-    made = Made({}, {})
+def _make_shard(pipe: Any, shard: Shard, settings: Mapping[str, Any], batch_size: int, progress: Any) -> ShardContent:
+    made = ShardContent({}, {})
     make, size = (kept_calls, 1) if settings["calls"] else (final_latents, batch_size)
     for batch in _batches(shard, size):
         more = make(pipe, batch, settings)
-        made = Made(made.tensors | more.tensors, made.texts | more.texts)
+        made = ShardContent(made.tensors | more.tensors, made.texts | more.texts)
         progress.update(len(batch))
     return made
 
@@ -97,17 +97,17 @@ def _batches(shard: Shard, batch_size: int) -> Iterator[Shard]:
             yield {index: shard[index] for index in bucket[start : start + batch_size]}
 
 
-def _tell(directory: Path, settings: Mapping[str, Any], made: int, wanted: int, part: tuple[int, int]) -> None:
+def _log_totals(directory: Path, settings: Mapping[str, Any], made: int, total: int, part: tuple[int, int]) -> None:
     """Log how many samples there are; for a part its own, since others may be running, and whether it was the last."""
-    there = sum(len(shard["samples"]) for shard in _whole_shards(directory, settings).values())
+    present = sum(len(shard["samples"]) for shard in _complete_shards(directory, settings).values())
     if part[1] == 1:
-        logger.info("%s holds %d of %d samples", directory, there, wanted)
+        logger.info("%s holds %d of %d samples", directory, present, total)
     else:
-        last = f", which now holds all {wanted}" if there == wanted else ""
+        last = f", which now holds all {total}" if present == total else ""
         logger.info("part %d of %d: its %d samples are in %s%s", *part, made, directory, last)
 
 
-def _whole_shards(directory: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _complete_shards(directory: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The complete shards by number; raises ValueError if the folder has other settings or contents."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is not a folder")
@@ -125,7 +125,7 @@ def _whole_shards(directory: Path, settings: Mapping[str, Any]) -> dict[int, dic
         raise ValueError(
             f"{directory} was made with other settings: {'; '.join(different)}: call with those, or name another folder"
         )
-    return {shard_number(shard): shard for shard in index["shards"] if shard_is_whole(directory, shard)}
+    return {shard_number(shard): shard for shard in index["shards"] if shard_is_complete(directory, shard)}
 
 
 def _is_foreign(path: Path) -> bool:

@@ -20,7 +20,9 @@ def difference(image: Image.Image, reference: Image.Image) -> Image.Image:
 def write_sheet(columns: Sequence[str], rows: Sequence[Sequence[Image.Image]], path: Path) -> None:
     """Write the rows as a PNG; each column is as wide as its widest picture or name."""
     font = ImageFont.load_default(FONT_SIZE)
-    widths = [max(int(font.getlength(name)), *(row[place].width for row in rows)) for place, name in enumerate(columns)]
+    widths = [
+        max(int(font.getlength(name)), *(row[column].width for row in rows)) for column, name in enumerate(columns)
+    ]
     heights = [max(picture.height for picture in row) for row in rows]
     header = FONT_SIZE + GAP
     sheet = Image.new(
@@ -28,11 +30,11 @@ def write_sheet(columns: Sequence[str], rows: Sequence[Sequence[Image.Image]], p
     )
     draw = ImageDraw.Draw(sheet)
     left = GAP
-    for place, (name, width) in enumerate(zip(columns, widths, strict=True)):
+    for column, (name, width) in enumerate(zip(columns, widths, strict=True)):
         draw.text((left, GAP // 2), name, fill="black", font=font)
         top = header + GAP
         for row, height in zip(rows, heights, strict=True):
-            sheet.paste(row[place], (left, top))
+            sheet.paste(row[column], (left, top))
             top += height + GAP
         left += width + GAP
     write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))

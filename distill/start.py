@@ -20,7 +20,7 @@ from .config import DistillConfig, Lora, Start
 logger = logging.getLogger(__name__)
 
 
-def filled(tables: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
+def with_adapter_defaults(tables: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
     """The tables of a config, with the adapter's method and kind of weights as defaults.
 
     Raises:
@@ -35,7 +35,7 @@ def filled(tables: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
     return {"method": manifest.methods, **tables, "trained": ours}
 
 
-def fingerprint_of(start: Start) -> str | None:
+def adapter_fingerprint(start: Start) -> str | None:
     """A digest of the adapter's content; None if there is no adapter."""
     if start.adapter is None:
         return None
@@ -43,7 +43,7 @@ def fingerprint_of(start: Start) -> str | None:
     return None if file is None else sha256(file)[:16]  # if weights have a separate file, this one holds its sha256
 
 
-def start_(model: nn.Module, config: DistillConfig) -> None:
+def load_start_adapter_(model: nn.Module, config: DistillConfig) -> None:
     """Copy the adapter's weights into a student; a layer that the adapter did not train starts untrained.
 
     Raises:
@@ -60,23 +60,23 @@ def start_(model: nn.Module, config: DistillConfig) -> None:
     _check_methods(start, choose(candidates, manifest.configs(), None), model)
     _check_trained(start, manifest, config)
     parts = sorted_tensors(manifest, tensors, model, family)
-    parameters, values = dict(model.named_parameters()), dict(_values(parts))
-    if others := [name for name in values if name not in parameters or not parameters[name].requires_grad]:
+    parameters, values = dict(model.named_parameters()), dict(_trained_weights(parts))
+    if untrained := [name for name in values if name not in parameters or not parameters[name].requires_grad]:
         raise ValueError(
-            f"start.adapter {start.adapter} has trained what trained.projections leaves out: {listed(others)}; leave "
-            "trained.projections out, or name those layers as well"
+            f"start.adapter {start.adapter} has trained what trained.projections leaves out: {listed(untrained)}; "
+            "leave trained.projections out, or name those layers as well"
         )
     for name, module in swapped(model).items():
         cast(Any, module).linear_kernel.load_state_dict(parts.kernels.get(name, {}))
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
-    there = len(values) + sum(map(len, parts.kernels.values()))
+    loaded = len(values) + sum(map(len, parts.kernels.values()))
     trained = sum(parameter.requires_grad for parameter in parameters.values())
-    logger.info("%s: %d of %d trained tensors begin as they are there", start.adapter, there, trained)
+    logger.info("%s: %d of %d trained tensors begin as they are there", start.adapter, loaded, trained)
 
 
-def _values(parts: Parts) -> Iterator[tuple[str, Tensor]]:
+def _trained_weights(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     """The trained weights and LoRA of the base's layers, under the student's parameter names."""
     yield from parts.full.items()
     for layer, (down, up) in parts.lora.items():
@@ -113,9 +113,9 @@ def _check_trained(start: Start, manifest: Manifest, config: DistillConfig) -> N
 def _check_methods(start: Start, theirs: Mapping[str, Any], model: nn.Module) -> None:
     ours = {name: cast(Any, module).linear_kernel.config for name, module in swapped(model).items()}
     for name in {**theirs, **ours}:
-        there, here = theirs.get(name, "full attention"), ours.get(name, "full attention")
-        if there != here:
+        adapter_method, run_method = theirs.get(name, "full attention"), ours.get(name, "full attention")
+        if adapter_method != run_method:
             raise ValueError(
-                f"start.adapter {start.adapter} has {there} in {name}, and the settings {here}: leave [method] and "
-                "run.min_tokens out, or start from an adapter of that method"
+                f"start.adapter {start.adapter} has {adapter_method} in {name}, and the settings {run_method}: "
+                "leave [method] and run.min_tokens out, or start from an adapter of that method"
             )

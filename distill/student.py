@@ -21,7 +21,7 @@ from ..linearize.seam.conversion import put_on
 from ..linearize.weights.quantized import is_quantized
 from ..linearize.weights.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
-from .start import start_
+from .start import load_start_adapter_
 
 KERNEL = ".linear_kernel."
 
@@ -45,7 +45,7 @@ def build_student_(pipe: Any, config: DistillConfig) -> SwapReport:
         if name in overlay or KERNEL in name:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
-    start_(model, config)
+    load_start_adapter_(model, config)
     return report
 
 

@@ -12,10 +12,10 @@ from .runs import flat_tables
 PROJECT = "lineardit"  # shown by trackers; TensorBoard's events are in a subfolder of this name in the run's folder
 
 
-def available(names: Iterable[str]) -> list[str]:
+def installed_trackers(names: Iterable[str]) -> list[str]:
     """The trackers whose package is installed."""
-    here = [str(one) for one in get_available_trackers()]
-    return [name for name in names if name in here]
+    installed = [str(one) for one in get_available_trackers()]
+    return [name for name in names if name in installed]
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -23,7 +23,7 @@ def check_trackers(names: Iterable[str]) -> None:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"save.report_to must be of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}; got {name!r}")
-        if not available([name]):
+        if not installed_trackers([name]):
             raise ValueError(f"save.report_to names {name}, which is not installed: pip install {name}")
 
 

@@ -24,14 +24,14 @@ from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
 from .description import describe_run
 from .figures import require_matplotlib
+from .gradient_checkpointing import check_gradient_checkpointing
 from .identity import architecture, fingerprint, main_dtype
-from .precision import autocasts
-from .processes import all_or_none, on_main, start_accelerator
+from .precision import uses_autocast
+from .processes import on_main, raise_together, start_accelerator
 from .quantized import check_gradients
-from .recomputing import check_recomputes
 from .runs import check_run, write_run
 from .student import build_student_
-from .trackers import available, check_trackers, start_trackers
+from .trackers import check_trackers, installed_trackers, start_trackers
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -54,14 +54,14 @@ def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
         DivergedError: a loss is not finite.
     """
     trackers = config.save.report_to
-    accelerator = start_accelerator(trackers=available(trackers), folder=config.run.folder)
-    with all_or_none(accelerator):
+    accelerator = start_accelerator(trackers=installed_trackers(trackers), folder=config.run.folder)
+    with raise_together(accelerator):
         require_matplotlib("the curve of the losses")
         check_trackers(trackers)
         samples = TeacherSamples(config.data.folder)
         _check_config(config, samples, accelerator.num_processes)
-    with ExitStack() as while_held:  # by the main process, the only one that uses the folder
-        on_main(accelerator, lambda: while_held.enter_context(_held_and_tidy(config.run.folder)))
+    with ExitStack() as locks:  # by the main process, the only one that uses the folder
+        on_main(accelerator, lambda: locks.enter_context(_locked_folder(config.run.folder)))
         _check_same_samples(accelerator, samples)
         start = on_main(accelerator, lambda: check_run(config, samples.fingerprint, resume=resume))
         adapter = _train(accelerator, config, samples, start)
@@ -72,18 +72,18 @@ def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
 
 def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamples, start: int) -> Path:
     torch.manual_seed(config.run.seed)
-    with all_or_none(accelerator):
+    with raise_together(accelerator):
         pipe = load_teacher(config.base)
-        taught: Any = denoiser(pipe)[1] if samples.calls else pipe  # training on calls draws no pictures
-        taught.to(accelerator.device)
+        module: Any = denoiser(pipe)[1] if samples.calls else pipe  # training on calls draws no pictures
+        module.to(accelerator.device)
         _check_teacher(accelerator, denoiser(pipe)[1], samples)
         check_gradients(denoiser(pipe)[1], getattr(torch, config.base.dtype))
         if config.run.gradient_checkpointing:
-            check_recomputes(denoiser(pipe)[1])
+            check_gradient_checkpointing(denoiser(pipe)[1])
         report = build_student_(pipe, config)
 
-    def write() -> bool:  # `autocasts` may measure: all use the main process's result
-        return write_run(config, samples.fingerprint, start=start, mixed=autocasts(config, accelerator.device))
+    def write() -> bool:  # `uses_autocast` may measure: all use the main process's result
+        return write_run(config, samples.fingerprint, start=start, mixed=uses_autocast(config, accelerator.device))
 
     mixed = on_main(accelerator, write)
     if accelerator.is_main_process:
@@ -96,11 +96,11 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
         logger.info("which is the last: nothing is left to train")
     trainer.fit(start)
     adapter = config.run.folder / "adapter"
-    with trainer.average.acting():
+    with trainer.average.applied():
         on_main(accelerator, lambda: save_adapter(pipe, adapter, overwrite=True))
     if accelerator.is_main_process:
-        judge = f"lineardit evaluate {quote(config.base.model)} {quote(str(adapter))} --prompts FILE --seed 100000"
-        logger.info("the adapter is in %s; how near it comes to its teacher: %s", adapter, judge)
+        command = f"lineardit evaluate {quote(config.base.model)} {quote(str(adapter))} --prompts FILE --seed 100000"
+        logger.info("the adapter is in %s; how near it comes to its teacher: %s", adapter, command)
     return adapter
 
 
@@ -115,12 +115,12 @@ def load_teacher(base: Base) -> Any:
     unused: tuple[str, ...] = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "processor")
     if (parts.get("safety_checker") or [None, None])[1] == "StableDiffusionSafetyChecker":
         unused += ("safety_checker",)  # which needs the feature extractor
-    without: dict[str, Any] = {name: None for name in parts if name.startswith(unused)}
-    return load_base(found, dtype=getattr(torch, base.dtype), quantization=base.quantization, **without)
+    unloaded: dict[str, Any] = {name: None for name in parts if name.startswith(unused)}
+    return load_base(found, dtype=getattr(torch, base.dtype), quantization=base.quantization, **unloaded)
 
 
 @contextmanager
-def _held_and_tidy(folder: Path) -> Iterator[None]:
+def _locked_folder(folder: Path) -> Iterator[None]:
     with held(folder):
         remove_leftovers(folder, FILES)
         yield
@@ -158,7 +158,7 @@ def _check_same_samples(accelerator: Accelerator, samples: TeacherSamples) -> No
     """Check that all processes have the same samples: machines that share no disk read their own copy."""
     found = gather_object([samples.fingerprint])
     others = [str(process) for process, one in enumerate(found) if one != found[0]]
-    with all_or_none(accelerator):
+    with raise_together(accelerator):
         if others:
             raise ValueError(
                 f"data.directory must hold the same samples for all processes; in {', '.join(others)} they differ from "
@@ -168,12 +168,12 @@ def _check_same_samples(accelerator: Accelerator, samples: TeacherSamples) -> No
 
 def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: TeacherSamples) -> None:
     """Check that this model made the samples: another class or shape raises, other weights cause a warning."""
-    made_by, here = samples.settings["model"], type(model).__name__
-    if made_by != here or _differ(samples.settings["architecture"], architecture(model)):
-        which = f"a {made_by}" if made_by != here else f"another {made_by}"
+    recorded_class, model_class = samples.settings["model"], type(model).__name__
+    if recorded_class != model_class or _known_to_differ(samples.settings["architecture"], architecture(model)):
+        which = f"a {recorded_class}" if recorded_class != model_class else f"another {recorded_class}"
         raise ValueError(
-            f"{samples.directory} was made by {which}, and base.model is a {here}"
-            + (" of other shapes" if made_by == here else "")
+            f"{samples.directory} was made by {which}, and base.model is a {model_class}"
+            + (" of other shapes" if recorded_class == model_class else "")
             + ": call `lineardit prepare` with base.model"
         )
     dtype = samples.settings["dtype"]
@@ -187,11 +187,11 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
             "%s was made by a %s of %s: it says what those would draw; if that is not meant, make samples with "
             "base.model",
             samples.directory,
-            here,
+            model_class,
             others,
         )
 
 
-def _differ(one: str | None, other: str | None) -> bool:
+def _known_to_differ(one: str | None, other: str | None) -> bool:
     """Whether both are known, and differ."""
     return None not in (one, other) and one != other

@@ -18,28 +18,28 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ..linearize.networks import denoiser
-from .average import Average
+from .average import WeightAverage
 from .batches import Batches
 from .checkpoint import (
     AVERAGE,
     OPTIMIZER,
     TRAINED,
+    complete_checkpoints,
     load_checkpoint,
+    load_optimizer_,
     prune_checkpoints,
-    remember_,
     remove_later,
     save_checkpoint,
-    whole_checkpoints,
 )
 from .config import DistillConfig
 from .data import TeacherSamples
 from .diverged import check_finite
 from .figures import StepLog
-from .layerwise import lessons
+from .gradient_checkpointing import enable_gradient_checkpointing_
+from .layerwise import layerwise_training
 from .losses import loss_terms, weighted_sum
 from .pair import Pair
-from .processes import average_gradients, main_has, on_main, tensors_of_main
-from .recomputing import recompute_
+from .processes import average_gradients, broadcast_tensors, make_on_main, on_main
 from .schedule import learning_rate
 from .validation import Validation
 
@@ -66,27 +66,27 @@ class Trainer:
         self.started = 0  # the step after which this process began
         model: Any = denoiser(pipe)[1]
         if config.run.gradient_checkpointing:
-            recompute_(model)
+            enable_gradient_checkpointing_(model)
         model.eval()  # as when the samples were made: in training mode HiDream returns its padding as well
         pipe.set_progress_bar_config(disable=True)
         self.pair = Pair(model, device=accelerator.device, dtype=getattr(torch, config.base.dtype), mixed=mixed)
         self.trained = self.pair.trained
         self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
-        table = config.optimizer
-        adamw: dict[str, Any] = {name: getattr(table, name) for name in ("lr", "betas", "eps", "weight_decay")}
+        settings = config.optimizer
+        adamw: dict[str, Any] = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
         self.optimizer = torch.optim.AdamW(self.trained.values(), **adamw, fused=True)
         self.batches = Batches(accelerator, config, pipe, samples)
         self.validation = Validation(accelerator, config, pipe, samples, self.pair)
-        self._train_from(self.trained)
-        self.average = Average(self.trained, config.trained.ema)
+        self._broadcast_weights(self.trained)
+        self.average = WeightAverage(self.trained, config.trained.ema)
 
     def fit(self, start: int) -> None:
         """Train the steps after `start` to the last one, with checkpoints, curve and validation on the way."""
         save = self.config.save
         self.started = start
-        with self.average.acting():
+        with self.average.applied():
             self.validation.start(start)
-        log = main_has(self.accelerator, lambda: self._log(start))
+        log = make_on_main(self.accelerator, lambda: self._log(start))
         began = time.perf_counter() - (log.rows[-1].get("seconds", 0.0) if log and log.rows else 0.0)
         with tqdm(total=self.last_step, initial=start, desc="distill", unit="step", disable=log is None) as progress:
             for step in range(start + 1, self.last_step + 1):
@@ -102,7 +102,7 @@ class Trainer:
                 if last or step % save.every == 0:
                     self._save(step)
                 if self.validation.is_due(step):
-                    with self.average.acting():
+                    with self.average.applied():
                         self.validation.run(step)
                 progress.unpause()  # the estimate of the time left is based on steps only
 
@@ -126,23 +126,27 @@ class Trainer:
 
     def _layer_by_layer(self, step: int) -> dict[str, float]:
         """Accumulate gradients of the first phase's loss; returns its mean over layers."""
-        pair, parts = self.pair, list(self.batches.parts(step))
+        pair, micro_batches = self.pair, list(self.batches.micro_batches(step))
         sums = torch.zeros(len(pair.layers), device=pair.device)
-        for part in parts:
-            with torch.no_grad(), lessons(pair.model, pair.as_student, share=1 / len(parts)) as errors, pair.native():
-                pair.predict(part.arguments)
+        for micro_batch in micro_batches:
+            with (
+                torch.no_grad(),
+                layerwise_training(pair.model, pair.as_student, loss_scale=1 / len(micro_batches)) as errors,
+                pair.native(),
+            ):
+                pair.predict(micro_batch.arguments)
             sums += torch.stack([errors[name] for name in pair.layers])
-        return {"layerwise": self.accelerator.reduce(sums / len(parts), "mean").mean().item()}
+        return {"layerwise": self.accelerator.reduce(sums / len(micro_batches), "mean").mean().item()}
 
     def _end_to_end(self, step: int) -> dict[str, float]:
         """Accumulate gradients of the objective; returns its terms."""
-        parts = list(self.batches.parts(step))
+        micro_batches = list(self.batches.micro_batches(step))
         sums = torch.zeros(len(self.weights), device=self.pair.device)
-        for part in parts:
-            terms = loss_terms(self.pair, part, self.weights)
-            (weighted_sum(terms, self.config.loss) / len(parts)).backward()
+        for micro_batch in micro_batches:
+            terms = loss_terms(self.pair, micro_batch, self.weights)
+            (weighted_sum(terms, self.config.loss) / len(micro_batches)).backward()
             sums += torch.stack([terms[name].detach() for name in self.weights])
-        means = self.accelerator.reduce(sums / len(parts), "mean").tolist()
+        means = self.accelerator.reduce(sums / len(micro_batches), "mean").tolist()
         return dict(zip(self.weights, means, strict=True))
 
     def _check_finite(self, values: Mapping[str, float], step: int) -> None:
@@ -168,20 +172,20 @@ class Trainer:
 
         def read() -> None:
             if step:
-                folder = whole_checkpoints(self.directory)[step]
+                folder = complete_checkpoints(self.directory)[step]
                 files.update(load_checkpoint(folder, self.trained, averaged=averaged))
             remove_later(self.directory, step)
 
         on_main(self.accelerator, read)
         if not step:
             return
-        self._train_from(files[TRAINED])
-        remember_(self.optimizer, self.trained, dict(tensors_of_main(self.accelerator, files[OPTIMIZER])))
-        averages = dict(tensors_of_main(self.accelerator, files[AVERAGE]))
-        self.average.remember_(averages, steps=step - self.layerwise_steps if step > self.layerwise_steps else step)
+        self._broadcast_weights(files[TRAINED])
+        load_optimizer_(self.optimizer, self.trained, dict(broadcast_tensors(self.accelerator, files[OPTIMIZER])))
+        averages = dict(broadcast_tensors(self.accelerator, files[AVERAGE]))
+        self.average.load_tensors_(averages, steps=step - self.layerwise_steps if step > self.layerwise_steps else step)
         logger.info("continuing after step %d", step)
 
-    def _train_from(self, tensors: Mapping[str, Tensor]) -> None:
+    def _broadcast_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the main process's tensors into the trained weights of every process."""
-        for name, tensor in tensors_of_main(self.accelerator, tensors):
+        for name, tensor in broadcast_tensors(self.accelerator, tensors):
             self.trained[name].data.copy_(tensor)

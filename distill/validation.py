@@ -19,17 +19,17 @@ from ..linearize.errors import is_out_of_memory
 from ..linearize.measures.recording import to_device
 from .config import DistillConfig
 from .data import TeacherSamples
-from .figures import StepLog, worth_no_run
+from .figures import StepLog, write_errors_as_warnings
 from .latent_functions import latent_functions
 from .pair import Pair
-from .processes import main_has, on_main
+from .processes import make_on_main, on_main
 from .sheet import write_sheet
 
 logger = logging.getLogger(__name__)
 
 
-class _Judged(NamedTuple):
-    place: int  # index of the sample
+class _SampleResult(NamedTuple):
+    sample_index: int
     error: float
     pictures: list[Image.Image]  # the teacher's and the student's; none for kept calls
 
@@ -65,9 +65,11 @@ class Validation:
                     sheet.unlink()  # of later steps, which the run repeats or does not reach
             return StepLog(self.directory / "validation.csv", [self.column], last_step=step)
 
-        self.log = log = main_has(self.accelerator, read)
-        there = on_main(self.accelerator, lambda: log is not None and any(row["step"] == step for row in log.rows))
-        if step and self.is_due(step) and not there:
+        self.log = log = make_on_main(self.accelerator, read)
+        already_logged = on_main(
+            self.accelerator, lambda: log is not None and any(row["step"] == step for row in log.rows)
+        )
+        if step and self.is_due(step) and not already_logged:
             self.run(step)
 
     @torch.no_grad()
@@ -76,21 +78,21 @@ class Validation:
 
         A validation that runs out of memory in any process is reported and left out: the run continues.
         """
-        shares = gather_object([self._judged()])
+        shares = gather_object([self._validate_share()])
         if None in shares:
             if self.accelerator.is_main_process:
                 logger.warning("validation after step %d ran out of memory; the run continues without it", step)
             return
-        judged = sorted((one for share in shares for one in share), key=lambda one: one.place)
-        on_main(self.accelerator, lambda: self._write(step, judged))
+        results = sorted((one for share in shares for one in share), key=lambda one: one.sample_index)
+        on_main(self.accelerator, lambda: self._write(step, results))
 
-    def _judged(self) -> list[_Judged] | None:
+    def _validate_share(self) -> list[_SampleResult] | None:
         """This process's share of the samples; None: out of memory."""
-        main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
+        is_main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
         share = self.indices[self.accelerator.process_index :: processes]
-        judge = self._predicted if self.samples.calls else self._drawn
+        validate = self._compare_predictions if self.samples.calls else self._compare_pictures
         try:
-            return [judge(index) for index in tqdm(share, desc="validate", leave=False, disable=not main)]
+            return [validate(index) for index in tqdm(share, desc="validate", leave=False, disable=not is_main)]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -98,20 +100,20 @@ class Validation:
             torch.cuda.empty_cache()  # here, where no traceback holds tensors any more
         return None
 
-    def _write(self, step: int, judged: Sequence[_Judged]) -> None:
+    def _write(self, step: int, results: Sequence[_SampleResult]) -> None:
         assert self.log is not None, "`start` comes first"
-        error = sum(one.error for one in judged) / len(judged)
+        error = sum(one.error for one in results) / len(results)
         self.log.append({"step": step, self.column: error})
         self.accelerator.log({f"validation/{self.column}": error}, step=step)
-        if judged[0].pictures:
+        if results[0].pictures:
             sheet = self._sheet(step)
-            with worth_no_run(sheet):
-                write_sheet(["teacher", "student"], [one.pictures for one in judged], sheet)
+            with write_errors_as_warnings(sheet):
+                write_sheet(["teacher", "student"], [one.pictures for one in results], sheet)
 
     def _sheet(self, step: int) -> Path:
         return self.directory / f"validation-{step:08d}.png"
 
-    def _predicted(self, index: int) -> _Judged:
+    def _compare_predictions(self, index: int) -> _SampleResult:
         """The squared error of the predictions relative to the teacher's, averaged over a sample's calls."""
         errors = []
         for number in range(self.samples.calls):
@@ -121,9 +123,9 @@ class Validation:
             with self.pair.as_student():
                 prediction = self.pair.predict(arguments).float()
             errors.append(float((prediction - target).square().sum() / target.square().sum()))
-        return _Judged(index, sum(errors) / len(errors), [])
+        return _SampleResult(index, sum(errors) / len(errors), [])
 
-    def _drawn(self, index: int) -> _Judged:
+    def _compare_pictures(self, index: int) -> _SampleResult:
         """Pictures of teacher and student, and the mean squared error of their latents."""
         functions, sample = latent_functions(self.pair.model), self.samples.samples[index]
         batch = self.samples.load([index]).to(self.pair.device, self.pair.dtype)
@@ -138,6 +140,6 @@ class Validation:
                 generators=[torch.Generator("cpu").manual_seed(sample.seed)],
             )
         error = float(mse_loss(latents.float(), batch.latents.float()))
-        return _Judged(
+        return _SampleResult(
             index, error, [functions.decode(self.pipe, one, batch.grid)[0] for one in (batch.latents, latents)]
         )

@@ -31,8 +31,8 @@ from .commands.upscale import upscale
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 PIPE_CLOSED = 141  # 128 + SIGPIPE, as of other tools whose reader has gone
-GO_ON = ("prepare", "generate", "upscale", "evaluate", "demo")  # commands that resume their own work
-LESS_MEMORY = (
+RESUMABLE = ("prepare", "generate", "upscale", "evaluate", "demo")  # commands that resume their own work
+MEMORY_ADVICE = (
     "less is needed for a smaller size or batch, and, where the command has them, with --dtype bfloat16, "
     "--chunk-tokens or --offload"
 )
@@ -58,8 +58,8 @@ app.command(cls=SectionedCommand)(bench)
 app.command(cls=SectionedCommand)(demo)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"lineardit {__version__}")
         raise typer.Exit
 
@@ -75,7 +75,7 @@ def _before_each_command(
     logging.getLogger("lineardit").setLevel(logging.DEBUG if traceback else logging.INFO)
 
 
-def _with_what_is_allowed(error: typer.TyperException) -> str:
+def _with_valid_options(error: typer.TyperException) -> str:
     """The error's message; for an unknown option, with the options that exist."""
     message = error.format_message()
     context = getattr(error, "ctx", None)
@@ -93,16 +93,16 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BrokenPipeError: the reader of the output has gone.
     """
-    words = [_at_home(word) for word in arguments] or ["--help"]
+    words = [_expand_home(word) for word in arguments] or ["--help"]
     try:
         exit_code = app(args=words, prog_name="lineardit", standalone_mode=False) or 0
         print(end="", flush=True)  # here, where a failure is still handled
         command = next((word for word in words if not word.startswith("-")), "")
         if exit_code != INTERRUPTED or command == "distill":  # distill says itself how to continue
             return exit_code
-        message = "interrupted" + ("; run the same command again to continue" if command in GO_ON else "")
+        message = "interrupted" + ("; run the same command again to continue" if command in RESUMABLE else "")
     except typer.TyperException as error:
-        message, exit_code = _with_what_is_allowed(error), error.exit_code
+        message, exit_code = _with_valid_options(error), error.exit_code
     except SystemExit as error:
         if error.code != 1:
             raise
@@ -120,12 +120,12 @@ def run(arguments: Sequence[str]) -> int:
 
         if "--traceback" in arguments or not is_out_of_memory(error):
             raise
-        message, exit_code = f"out of memory: {error}; {LESS_MEMORY}", 1
+        message, exit_code = f"out of memory: {error}; {MEMORY_ADVICE}", 1
     print(f"lineardit: {' '.join(message.split())}", file=sys.stderr)
     return exit_code
 
 
-def _at_home(word: str) -> str:
+def _expand_home(word: str) -> str:
     """An argument with a leading `~/` expanded, also after an equals sign, where shells leave it."""
     return re.sub(r"^(--[\w-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{Path.home()}", word)
 

@@ -215,23 +215,25 @@ def _distill(base: Path, directory: Path, method: Any, settings: DemoSettings) -
 
 def _judge(sources: dict[str, Path], directory: Path, settings: DemoSettings) -> tuple[Row, ...]:
     captions = [scenes.sample(index, split="held_out").caption for index in range(settings.captions)]
-    how = PictureSettings(
+    picture_settings = PictureSettings(
         height=settings.side, width=settings.side, steps=settings.steps, max_sequence_length=TEXT_TOKENS
     )
-    made: dict[str, Pictures] = {}
+    pictures: dict[str, Pictures] = {}
     scores: dict[str, list[Scores]] = {}
     for name, source in sources.items():
-        made[name] = make_pictures(open_pipeline(source), captions, directory / "pictures", how, name=name)
-        scores[name] = [judge_scene(*pair) for pair in zip(captions, made[name].images, strict=True)]
-    write_sheet(list(made), list(zip(*(one.images for one in made.values()), strict=True)), directory / SHEET)
+        pictures[name] = make_pictures(
+            open_pipeline(source), captions, directory / "pictures", picture_settings, name=name
+        )
+        scores[name] = [judge_scene(*pair) for pair in zip(captions, pictures[name].images, strict=True)]
+    write_sheet(list(pictures), list(zip(*(one.images for one in pictures.values()), strict=True)), directory / SHEET)
     return tuple(
         Row(
             name=name,
             scores=score_totals(scores[name]),
-            seconds_per_picture=made[name].seconds,
+            seconds_per_picture=pictures[name].seconds,
             comparison=None
             if name == "teacher"
-            else compare(made[name], made["teacher"], scores[name], scores["teacher"]),
+            else compare(pictures[name], pictures["teacher"], scores[name], scores["teacher"]),
         )
         for name in sources
     )
@@ -251,8 +253,8 @@ def _speed(base: Path, adapter: Path, directory: Path, settings: DemoSettings) -
     file = directory / SPEED
     if not file.exists():
         side = settings.large_side
-        how = PictureSettings(height=side, width=side, max_sequence_length=TEXT_TOKENS)
-        pairs = paired_step_seconds(open_pipeline(base), open_pipeline(adapter), how, pairs=settings.pairs)
+        picture_settings = PictureSettings(height=side, width=side, max_sequence_length=TEXT_TOKENS)
+        pairs = paired_step_seconds(open_pipeline(base), open_pipeline(adapter), picture_settings, pairs=settings.pairs)
         write_json(file, {"pairs": pairs, "gflops": matmul_gflops(), "threads": torch.get_num_threads()})
     stored = json.loads(file.read_text())
     return Speed(pairs=tuple(map(tuple, stored["pairs"])), gflops=stored["gflops"], threads=stored["threads"])

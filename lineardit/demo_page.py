@@ -65,7 +65,7 @@ def write_page(report: DemoReport, settings: DemoSettings) -> Path:
         ratio=report.speed.ratio,
         pairs=len(report.speed.pairs),
         commands=html.escape("\n".join(next_commands(report))),
-        took=took(report),
+        took=describe_timing(report),
     )
     page = report.directory / PAGE
     write_whole(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -77,7 +77,7 @@ def table_rows(report: DemoReport) -> list[tuple[str, ...]]:
     names = list(report.rows[0].scores)
     rows = [("", *(f"{name} right" for name in names), "latent MSE", "PSNR, dB", "s/picture")]
     for row in report.rows:
-        scores = (f"{100 * right / of:.0f}% ({right}/{of})" for right, of in row.scores.values())
+        scores = (f"{100 * right / total:.0f}% ({right}/{total})" for right, total in row.scores.values())
         compared = ("", "")
         if row.comparison:
             compared = f"{row.comparison.latent_mse:.3f}", f"{row.comparison.psnr:.1f}"
@@ -105,7 +105,7 @@ def _command() -> str:
     return quote(os.path.relpath(script)) if script.exists() else "python -m lineardit"
 
 
-def took(report: DemoReport) -> str:
+def describe_timing(report: DemoReport) -> str:
     """How long it took, and the speed of this machine for comparison."""
     speed = report.speed
     return (

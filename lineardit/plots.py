@@ -13,7 +13,7 @@ from .linearize.measures.attention_profile import Profile
 from .linearize.measures.nearness import Nearness
 from .linearize.measures.step_times import StepTime
 
-LONGEST = 40  # characters of a name
+MAX_NAME_LENGTH = 40  # characters of a name
 MAP_RADIUS = 8  # of the mass that is drawn, or the nearest profiled radius
 ROW_INCHES, COLUMN_INCHES = 0.22, 0.32
 
@@ -24,11 +24,11 @@ def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None
     axes = figure.add_subplot()
     for number, (name, rows) in enumerate(found.items()):
         for label, style in (("original", "o--"), ("converted", "s-")):
-            points = sorted((row.tokens, median(taken)) for row in rows if (taken := getattr(row, label)))
-            told = _label_of(name) if label == "converted" else f"original, in turn with {_label_of(name)}"
+            points = sorted((row.tokens, median(times)) for row in rows if (times := getattr(row, label)))
+            legend = _short_label(name) if label == "converted" else f"original, in turn with {_short_label(name)}"
             if points:
                 fill = "none" if label == "original" else "full"
-                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", fillstyle=fill, label=told)
+                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", fillstyle=fill, label=legend)
     sizes: dict[int, dict[str, None]] = {}  # distinct sizes by number of tokens
     for row in sorted((row for rows in found.values() for row in rows), key=lambda row: row.tokens):
         sizes.setdefault(row.tokens, {})[f"{row.width}x{row.height}"] = None
@@ -47,7 +47,7 @@ def draw_nearness(found: Mapping[str, Nearness], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, one in found.items():
-        axes.plot(range(1, len(one.errors) + 1), one.errors, marker="o", label=_label_of(name))
+        axes.plot(range(1, len(one.errors) + 1), one.errors, marker="o", label=_short_label(name))
     axes.set(xlabel="call of the denoiser in a picture", ylabel="relative error of a prediction", yscale="log")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
@@ -83,7 +83,7 @@ def draw_profile(profile: Profile, path: Path) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
-def _label_of(name: str) -> str:
+def _short_label(name: str) -> str:
     """The end of a name, escaped where matplotlib would read mathematics or hide the label."""
-    short = name if len(name) <= LONGEST else f"...{name[-LONGEST:]}"
+    short = name if len(name) <= MAX_NAME_LENGTH else f"...{name[-MAX_NAME_LENGTH:]}"
     return (f"./{short}" if short.startswith("_") else short).replace("$", r"\$")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .distill.cost import seconds_of
+from .distill.cost import time_call
 from .distill.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -48,14 +48,14 @@ class WorkLog:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         logger.info("%s", name)
-        began, worked = time.perf_counter(), cpu_seconds()
+        began, cpu_began = time.perf_counter(), cpu_seconds()
         try:
             yield
         finally:
-            self._add(name, seconds=time.perf_counter() - began, cpu_seconds=cpu_seconds() - worked)
+            self._add(name, seconds=time.perf_counter() - began, cpu_seconds=cpu_seconds() - cpu_began)
 
-    def _add(self, name: str, **taken: float) -> None:
-        for key, seconds in taken.items():
+    def _add(self, name: str, **durations: float) -> None:
+        for key, seconds in durations.items():
             self.record[key][name] = round(self.record[key].get(name, 0.0) + seconds, 2)
         write_json(self.file, self.record)
 
@@ -70,7 +70,7 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def this_machine() -> str:
+def describe_machine() -> str:
     """What times on this machine depend on, for a report."""
     vectors = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
@@ -78,15 +78,15 @@ def this_machine() -> str:
     return f"{count} of {vectors}, float32 matrix product: {matmul_gflops():.0f} GFLOP/s"
 
 
-def that_device(device: torch.device) -> str:
-    """The GPU's name with torch's version; for the CPU, `this_machine`."""
+def describe_device(device: torch.device) -> str:
+    """The GPU's name with torch's version; for the CPU, `describe_machine`."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return this_machine() if device.type == "cpu" else str(device)
+    return describe_machine() if device.type == "cpu" else str(device)
 
 
 @lru_cache
 def matmul_gflops() -> float:
     """CPU speed in a float32 product of 1024 x 1024 matrices, median of 20, cached: for comparing machines."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    return 2 * 1024**3 / median(seconds_of(lambda: torch.mm(left, right)) for _ in range(20)) / 1e9
+    return 2 * 1024**3 / median(time_call(lambda: torch.mm(left, right)) for _ in range(20)) / 1e9

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 
-from benchmarks.gpu.interpreter import hasten_interpreter
+from benchmarks.gpu.interpreter import speed_up_interpreter
 
 hypothesis.settings.register_profile("lineardit", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("lineardit")
@@ -35,7 +35,7 @@ hypothesis.register_random(TORCH_RANDOM)
 
 
 if find_spec("triton"):
-    hasten_interpreter()
+    speed_up_interpreter()
 
 
 # The files that take longest among those with few tests.

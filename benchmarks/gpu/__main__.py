@@ -21,30 +21,30 @@ from .tables import failures, marks_table, part_tables
 PART_SECONDS = 165
 SMOKE_SECONDS = 3600  # a smoke run is not cut short
 GRACE = 45  # seconds past a part's time at which its last row is given up
-NAMED_LINES = 30  # of a process's stderr, the last ones
+STDERR_LINES = 30  # of a process's stderr, the last ones
 
 
-def run_parts(path: Path, parts: Sequence[str], seconds: float, *, ahead: bool = False) -> Results:
+def run_parts(path: Path, parts: Sequence[str], seconds: float, *, compile_first: bool = False) -> Results:
     """Run parts in one process; if a row ends it, record that in the file and continue in a new one.
 
     Args:
-        ahead: Compile kernels before, on all cores.
+        compile_first: Compile kernels before, on all cores.
     """
     deadline = time.monotonic() + seconds
-    if ahead:
+    if compile_first:
         compile_ahead(path, deadline)
     while True:
         command = [sys.executable, "-m", f"{__package__}.worker", str(path), f"{deadline:.0f}", *parts]
-        code, said = run_process(command, max(deadline - time.monotonic(), 0) + GRACE)
+        code, stderr = run_process(command, max(deadline - time.monotonic(), 0) + GRACE)
         results = load(path)
         # if all goes well, stderr holds warnings about kernels that fell back
-        if said.strip():
-            print("\n".join(said.splitlines()[-NAMED_LINES:]), file=sys.stderr, flush=True)
+        if stderr.strip():
+            print("\n".join(stderr.splitlines()[-STDERR_LINES:]), file=sys.stderr, flush=True)
         if code == 0:
             return results
-        known = results.running is not None
-        results.add(failed_row(results, parts[0], code, said))
-        if not known:
+        row_was_running = results.running is not None
+        results.add(failed_row(results, parts[0], code, stderr))
+        if not row_was_running:
             return results
 
 
@@ -53,18 +53,18 @@ def run_process(command: list[str], limit: float) -> tuple[int | None, str]:
 
     stderr goes to a file: processes left behind would keep a pipe open.
     """
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
+    with tempfile.TemporaryFile("w+", errors="replace") as stderr:
         try:
-            code = subprocess.run(command, cwd=ROOT, stderr=said, timeout=limit, check=False).returncode
+            code = subprocess.run(command, cwd=ROOT, stderr=stderr, timeout=limit, check=False).returncode
         except subprocess.TimeoutExpired:
             code = None
-        said.seek(0)
-        return code, said.read()
+        stderr.seek(0)
+        return code, stderr.read()
 
 
-def failed_row(results: Results, part: str, code: int | None, said: str) -> Row:
+def failed_row(results: Results, part: str, code: int | None, stderr: str) -> Row:
     """The row that was running when the process ended, or the start of this part."""
-    lines = said.strip().splitlines() or ["it said nothing"]
+    lines = stderr.strip().splitlines() or ["it said nothing"]
     error = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
     note = f"process ended with {code}: {error[-1][:500]}"
     if code is None:
@@ -101,8 +101,10 @@ def main() -> int:
     # A process for each part frees the GPU's memory; loading torch four times takes too long for a smoke run.
     groups = [parts] if arguments.smoke else [[part] for part in parts]
     for group in groups:
-        ahead = group == ["correctness"] and not arguments.smoke and head.impl == "triton"
-        results = run_parts(path, group, SMOKE_SECONDS if arguments.smoke else arguments.seconds, ahead=ahead)
+        compile_first = group == ["correctness"] and not arguments.smoke and head.impl == "triton"
+        results = run_parts(
+            path, group, SMOKE_SECONDS if arguments.smoke else arguments.seconds, compile_first=compile_first
+        )
         results.marks = marks(results)  # after each: the next may be cut off
         results.save()
     for part in parts:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .names import NAMES
+from .names import SIZE_NAMES
 from .records import Results
 
 
@@ -16,7 +16,7 @@ class UnavailableError(Exception):
     """This case cannot be measured here; the message says why."""
 
 
-class TimeSpentError(Exception):
+class OutOfTimeError(Exception):
     """This case did not finish in the time of its part; the next run tries it again."""
 
 
@@ -44,7 +44,7 @@ class Scale:
 FULL = Scale(
     device="cuda:0",
     dtype=torch.bfloat16,
-    sides=tuple(NAMES),
+    sides=tuple(SIZE_NAMES),
     radii=(8, 16, 32),
     text_len=512,
     num_heads=24,
@@ -107,7 +107,7 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measurement:
     figures: dict[str, float]
     note: str = ""
     passed: bool = True
@@ -120,7 +120,7 @@ class Task:
     part: str
     case: str
     impl: str
-    measure: Callable[[], Measured]
+    measure: Callable[[], Measurement]
 
     @property
     def key(self) -> tuple[str, str, str]:

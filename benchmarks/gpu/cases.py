@@ -38,7 +38,7 @@ class Case:
         parts += [f"batch {self.batch}"] * (self.batch > 1) + [f"{self.num_pooled} pooled"] * (self.num_pooled > 0)
         return ", ".join([*parts, *(name for name, given in flags.items() if given)])
 
-    def spread(self, tensor: Tensor) -> Tensor:
+    def in_memory_order(self, tensor: Tensor) -> Tensor:
         """The same numbers, in the memory order of this case."""
         return tensor.transpose(1, 2).contiguous().transpose(1, 2) if self.token_major else tensor
 
@@ -46,7 +46,7 @@ class Case:
         """query, key, value, and pooled key and value if there are any; new random numbers."""
         lengths = [self.text_len + self.grid[0] * self.grid[1]] * 3 + [self.num_pooled] * (2 * (self.num_pooled > 0))
         sizes = [(self.batch, self.num_heads, length, self.head_dim) for length in lengths]
-        return [self.spread(torch.randn(size, dtype=self.dtype, device=device)) for size in sizes]
+        return [self.in_memory_order(torch.randn(size, dtype=self.dtype, device=device)) for size in sizes]
 
     def options(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of `window_attention` except pooled and impl."""
@@ -94,7 +94,7 @@ PORTABLE = (
     Case(grid=(45, 33), radius=8, text_len=77, head_dim=64, dtype=FLOAT, num_pooled=35),
 )
 # For a smoke run.
-FEW = (
+SMOKE_CASES = (
     Case(grid=(7, 19), radius=4, text_len=5, head_dim=16, dtype=FLOAT, batch=2, masked=True, token_major=True),
     Case(grid=(16, 24), radius=2.5, text_len=0, head_dim=40, dtype=HALF, num_heads=1, num_pooled=3),
     Case(grid=(5, 7), radius=8, text_len=3, head_dim=16, num_heads=1, text_first=False),

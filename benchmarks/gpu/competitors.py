@@ -26,12 +26,12 @@ from .flex_window import (
     row_major_mask_mod,
     tile_mask_mod,
 )
-from .names import CLEARS_WAY, DENSE
+from .names import CLEAR_FLEX, DENSE
 from .timing import shared_memory
 
 TILE = (8, 16)  # 128 queries
 SMALL_TILE = (8, 8)
-ENOUGH_SHARED = 160 * 2**10  # bytes
+FLEX_SHARED_MEMORY = 160 * 2**10  # bytes
 
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -178,7 +178,7 @@ def _smaller_loads(bench: Bench) -> dict[str, int]:
     if bench.device.type == "cpu":
         return {}
     shared = shared_memory(bench.device)
-    return {} if shared >= ENOUGH_SHARED else {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 2}
+    return {} if shared >= FLEX_SHARED_MEMORY else {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 2}
 
 
 def _compiled_flex(bench: Bench) -> Callable[..., Tensor]:
@@ -201,7 +201,7 @@ Competitor = Callable[..., Attention]
 COMPETITORS: dict[str, Competitor] = {
     DENSE[0]: dense_cudnn,
     DENSE[1]: dense_flash,
-    CLEARS_WAY: flex_row_major,
+    CLEAR_FLEX: flex_row_major,
     "flex tiles": flex_tiles,
     "natten": natten,
 }

@@ -21,12 +21,12 @@ from .correctness import case_tasks
 from .environment import ROOT
 from .records import load
 
-MOST_PROCESSES = 12  # each takes a few hundred MiB of the GPU's memory
+MAX_PROCESSES = 12  # each takes a few hundred MiB of the GPU's memory
 
 
 def compile_ahead(path: Path, deadline: float) -> None:
     """Run the processes until all cases are done, for at most half of the time that is left."""
-    start, count = time.monotonic(), min(len(os.sched_getaffinity(0)) - 1, MOST_PROCESSES)
+    start, count = time.monotonic(), min(len(os.sched_getaffinity(0)) - 1, MAX_PROCESSES)
     if count < 2:
         return
     command = [sys.executable, "-m", f"{__package__}.compile_ahead", str(path), f"{deadline:.0f}"]

@@ -38,7 +38,7 @@ class TileOrder:
         """Tokens of a query tile and of a key tile."""
         return self.query_tile[0] * self.query_tile[1], self.key_tile[0] * self.key_tile[1]
 
-    def place(self, slot: Tensor) -> tuple[Tensor, Tensor]:
+    def row_and_column(self, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column of the token in a slot."""
         (rows, columns), (key_rows, key_columns) = self.query_tile, self.key_tile
         query_size, key_size = self.block_size
@@ -62,8 +62,8 @@ def tile_mask_mod(order: TileOrder, radius: int, text_len: int, *, text_queries:
     first_query = text_len if text_queries else 0
 
     def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        query_row, query_column = order.place(query - first_query)
-        key_row, key_column = order.place(key - text_len)
+        query_row, query_column = order.row_and_column(query - first_query)
+        key_row, key_column = order.row_and_column(key - text_len)
         near = (query_row - key_row) ** 2 + (query_column - key_column) ** 2 < radius * radius
         return (query < first_query) | (key < text_len) | near
 
@@ -89,15 +89,15 @@ def analytic_block_mask(
     query_size, key_size = order.block_size
     if text_len % query_size or text_len % key_size:
         raise ValueError(f"text_len must be a multiple of the blocks {order.block_size}, got {text_len}")
-    touched, whole = _image_blocks(order, radius, device)
+    touched, full = _image_blocks(order, radius, device)
     text_keys = touched.new_ones(len(touched), text_len // key_size)
-    touched, whole = (torch.cat([text_keys, blocks], dim=1) for blocks in (touched, whole))
+    touched, full = (torch.cat([text_keys, blocks], dim=1) for blocks in (touched, full))
     if text_queries:
         text_rows = touched.new_ones(text_len // query_size, touched.shape[1])
-        touched, whole = (torch.cat([text_rows, blocks]) for blocks in (touched, whole))
+        touched, full = (torch.cat([text_rows, blocks]) for blocks in (touched, full))
     return BlockMask.from_kv_blocks(
-        *_ordered(touched & ~whole),
-        *_ordered(whole),
+        *_ordered(touched & ~full),
+        *_ordered(full),
         BLOCK_SIZE=order.block_size,
         mask_mod=mask_mod,
         seq_lengths=(touched.shape[0] * query_size, touched.shape[1] * key_size),
@@ -116,11 +116,11 @@ def _image_blocks(order: TileOrder, radius: int, device: torch.device) -> tuple[
     """[query tiles, key tiles] bool each: some pair is near enough; all pairs are."""
     query_size, key_size = order.block_size
     num_tokens = order.grid[0] * order.grid[1]
-    query_places = order.place(torch.arange(0, num_tokens, query_size, device=device))
-    key_places = order.place(torch.arange(0, num_tokens, key_size, device=device))
+    query_coordinates = order.row_and_column(torch.arange(0, num_tokens, query_size, device=device))
+    key_coordinates = order.row_and_column(torch.arange(0, num_tokens, key_size, device=device))
     nearest = farthest = torch.zeros((), dtype=torch.int64, device=device)
     for axis in (0, 1):
-        query_first, key_first = query_places[axis][:, None], key_places[axis]
+        query_first, key_first = query_coordinates[axis][:, None], key_coordinates[axis]
         query_last = query_first + order.query_tile[axis] - 1
         key_last = key_first + order.key_tile[axis] - 1
         nearest = nearest + torch.maximum(key_first - query_last, query_first - key_last).clamp(min=0) ** 2

@@ -16,14 +16,14 @@ from lineardit.kernels.pieces.results import dtype_name
 from lineardit.kernels.window import Circle
 from lineardit.kernels.window.windows import from_arguments, to_arguments
 
-from .bench import Bench, Measured, Task, Tasks, UnavailableError
+from .bench import Bench, Measurement, Task, Tasks, UnavailableError
 from .judging import nan_filled_memory, verdict
 from .names import size_name
 from .timing import peak_gib, seconds
 
 RADIUS = 16
 TILE_SIDES = (4, 8)
-ALIKE = 0.99  # of the tiles must choose the same cells as in float64; near a tie, rounding decides
+MIN_AGREEMENT = 0.99  # of the tiles must choose the same cells as in float64; near a tie, rounding decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,16 @@ CASES = (
     Case(grid=(48, 80), radius=8, num_cells=60, num_tokens=640, side=5, dtype=FLOAT, head_dim=64),
     Case(grid=(40, 40), radius=4, num_cells=100, num_tokens=160, side=8, head_dim=256),
 )
-FEW = (Case(grid=(9, 14), radius=3, num_cells=9, num_tokens=50, side=4, head_dim=16, dtype=FLOAT),)
+SMOKE_CASES = (Case(grid=(9, 14), radius=3, num_cells=9, num_tokens=50, side=4, head_dim=16, dtype=FLOAT),)
 
 
 def correctness_tasks(bench: Bench) -> Tasks:
-    for case in FEW if bench.scale.few_cases else CASES:
-        yield Task(part="correctness", case=str(case), impl=impl_of(bench), measure=partial(against_plain, bench, case))
+    for case in SMOKE_CASES if bench.scale.few_cases else CASES:
+        yield Task(
+            part="correctness", case=str(case), impl=focus_impl(bench), measure=partial(against_plain, bench, case)
+        )
         measure = partial(gradients_against_plain, bench, case)
-        yield Task(part="correctness", case=f"{case}, gradients", impl=impl_of(bench), measure=measure)
+        yield Task(part="correctness", case=f"{case}, gradients", impl=focus_impl(bench), measure=measure)
 
 
 def operator_tasks(bench: Bench) -> Tasks:
@@ -77,10 +79,10 @@ def operator_tasks(bench: Bench) -> Tasks:
     for backward, picture, side in product((False, True), bench.scale.sides, tile_sides):
         case = f"{size_name(picture)}, cells in focus, tiles of {side}" + ", backward" * backward
         measure = partial(speed, bench, picture, side, backward=backward)
-        yield Task(part="operator", case=case, impl=impl_of(bench), measure=measure)
+        yield Task(part="operator", case=case, impl=focus_impl(bench), measure=measure)
 
 
-def impl_of(bench: Bench) -> str:
+def focus_impl(bench: Bench) -> str:
     return "triton" if bench.impl == "triton" else "plain"
 
 
@@ -88,15 +90,15 @@ def _check(bench: Bench, case: Case, *, backward: bool = False) -> None:
     """Raise UnavailableError if our implementation cannot run, RuntimeError if plain PyTorch replaces its backward."""
     query = torch.empty(1, 1, 1, case.head_dim, dtype=case.dtype, device=bench.device)
     try:
-        choose_impl(query, case.side, impl_of(bench))
+        choose_impl(query, case.side, focus_impl(bench))
     except ValueError as error:
         raise UnavailableError(str(error)) from None
     kernel = bench.device, case.dtype, case.head_dim, case.side
-    if backward and impl_of(bench) == "triton" and backward_blocks(*kernel) is None:
+    if backward and focus_impl(bench) == "triton" and backward_blocks(*kernel) is None:
         raise RuntimeError("the kernels of the backward do not run here, or are wrong")
 
 
-def against_plain(bench: Bench, case: Case) -> Measured:
+def against_plain(bench: Bench, case: Case) -> Measurement:
     """out and log-sum-exp of the tiles that choose the same cells as in float64; plain PyTorch is tested on CPUs."""
     _check(bench, case)
     inputs = case.inputs(bench.device)
@@ -107,12 +109,12 @@ def against_plain(bench: Bench, case: Case) -> Measured:
         return focus_op(*tensors, case.grid, count, case.side, case.head_dim**-0.5, impl, *window)
 
     with nan_filled_memory():
-        actual, actual_lse, chosen = run(inputs, impl_of(bench))
+        actual, actual_lse, chosen = run(inputs, focus_impl(bench))
     exact, exact_lse, expected = run([x.double() for x in inputs], "plain")
     low, low_lse, low_chosen = run(inputs, "plain")  # in float32, and rounded
     same = (chosen.sort(3).values == expected.sort(3).values).all(3)  # [B, H, tiles]
-    if not same.float().mean() >= ALIKE:
-        return Measured(figures={}, note=f"WRONG: {same.float().mean():.2%} of tiles choose alike", passed=False)
+    if not same.float().mean() >= MIN_AGREEMENT:
+        return Measurement(figures={}, note=f"WRONG: {same.float().mean():.2%} of tiles choose alike", passed=False)
     same &= (low_chosen.sort(3).values == expected.sort(3).values).all(3)
     float64 = torch.float64
     tables = focus_tables(case.grid, from_arguments(*window), case.num_cells, case.side, float64, bench.device, float64)
@@ -122,7 +124,7 @@ def against_plain(bench: Bench, case: Case) -> Measured:
     return verdict(*([out[rows], lse[rows]] for out, lse in pairs), names=("out", "log-sum-exp"))
 
 
-def gradients_against_plain(bench: Bench, case: Case) -> Measured:
+def gradients_against_plain(bench: Bench, case: Case) -> Measurement:
     """Gradients of all inputs, given float64's output, log-sum-exp and choice; the kernels' runs must be bit-equal."""
     _check(bench, case, backward=True)
     inputs = case.inputs(bench.device)
@@ -135,19 +137,19 @@ def gradients_against_plain(bench: Bench, case: Case) -> Measured:
 
     def run(tensors: list[Tensor], impl: str) -> list[Tensor]:
         dtype, sums = tensors[0].dtype, torch.promote_types(tensors[0].dtype, torch.float32)
-        given = (grad_out.to(dtype), grad_lse.to(sums), *tensors, out.to(dtype), lse.to(sums), chosen)
-        return list(focus_backward_op(*given, *shape, impl, *window))
+        arguments = (grad_out.to(dtype), grad_lse.to(sums), *tensors, out.to(dtype), lse.to(sums), chosen)
+        return list(focus_backward_op(*arguments, *shape, impl, *window))
 
     with nan_filled_memory():
-        actual, again = (run(inputs, impl_of(bench)) for _ in range(2))
+        actual, again = (run(inputs, focus_impl(bench)) for _ in range(2))
     names = ("query", "key", "value", "proxy_key", "proxy_value")
     differing = [name for name, one, other in zip(names, actual, again, strict=True) if not torch.equal(one, other)]
-    if differing and impl_of(bench) == "triton":
-        return Measured(figures={}, note=f"two runs differ: gradients of {', '.join(differing)}", passed=False)
+    if differing and focus_impl(bench) == "triton":
+        return Measurement(figures={}, note=f"two runs differ: gradients of {', '.join(differing)}", passed=False)
     return verdict(actual, run(doubles, "plain"), run(inputs, "plain"), names=[f"gradient of {name}" for name in names])
 
 
-def speed(bench: Bench, picture: int, side: int, *, backward: bool) -> Measured:
+def speed(bench: Bench, picture: int, side: int, *, backward: bool) -> Measurement:
     """Speed of a forward, with `backward` of both; includes the choice of cells, but not the window and the pooling."""
     scale, grid = bench.scale, (picture, picture)
     num_cells = min(scale.focus_tokens, picture**2 // 4)
@@ -172,7 +174,7 @@ def speed(bench: Bench, picture: int, side: int, *, backward: bool) -> Measured:
         num_tokens=case.num_tokens,
         side=side,
         scale=case.head_dim**-0.5,
-        impl=impl_of(bench),
+        impl=focus_impl(bench),
     )
 
     def run() -> None:
@@ -181,9 +183,9 @@ def speed(bench: Bench, picture: int, side: int, *, backward: bool) -> Measured:
             torch.autograd.grad(outs, inputs, grad_outs)
 
     peak = peak_gib(run, bench.device)
-    taken = seconds(run, bench.device, repeats=scale.repeats)
+    elapsed = seconds(run, bench.device, repeats=scale.repeats)
     count = cells_in_focus(case.num_tokens, num_cells, grid)
     pairs = picture**2 * (num_cells + count * picture**2 / num_cells)
     products = 2 + 7 * backward  # four for the gradients of keys, three for those of queries
-    tflops = 2 * products * pairs * case.num_heads * case.head_dim / taken / 1e12
-    return Measured(figures={"milliseconds": 1e3 * taken, "computed_tflops": tflops, "peak_gib": peak})
+    tflops = 2 * products * pairs * case.num_heads * case.head_dim / elapsed / 1e12
+    return Measurement(figures={"milliseconds": 1e3 * elapsed, "computed_tflops": tflops, "peak_gib": peak})

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 
-def hasten_interpreter() -> None:
+def speed_up_interpreter() -> None:
     """Patch `triton.language` once per launch, not at every call inside a kernel, and skip overflow checks.
 
     Compiled kernels have no such checks either.
@@ -18,13 +18,13 @@ def hasten_interpreter() -> None:
 
     def patch_once(function: Any) -> Any:
         seen = [module for module in (tl, tl.core) if module in function.__globals__.values()]
-        return patch(function) if any(tl.core.is_builtin(module.load) for module in seen) else _Nothing()
+        return patch(function) if any(tl.core.is_builtin(module.load) for module in seen) else _SkippedPatch()
 
     interpreter._patch_lang = patch_once
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
-class _Nothing:
+class _SkippedPatch:
     """Undoes a patch that was skipped."""
 
     def restore(self) -> None:

@@ -7,21 +7,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .bench import Measured
+from .bench import Measurement
 
 ROUNDINGS = 4
 
 
 def verdict(
     actual: list[Tensor], exact: list[Tensor], low: list[Tensor], names: Sequence[str] | None = None
-) -> Measured:
+) -> Measurement:
     """Verdict on the tensor closest to its allowed error; NaN never passes. Default names: out, then gradients."""
     names = names or ["out", *(f"gradient {index}" for index in range(len(actual) - 1))]
     figures = [_errors(*tensors) for tensors in zip(actual, exact, low, strict=True)]
     name, worst = max(zip(names, figures, strict=True), key=lambda one: one[1]["share_of_allowed"])
     passed = worst["share_of_allowed"] <= 1
     note = f"worst: {name}" if passed else f"WRONG: {name} has an error of {worst['largest_error']}"
-    return Measured(figures=worst, note=note, passed=passed)
+    return Measurement(figures=worst, note=note, passed=passed)
 
 
 def _errors(actual: Tensor, exact: Tensor, low: Tensor) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Targets on an H200, and what others published, for their cards, versions and protocols."""
 
-from .names import ALL_WEIGHTS, CLEARS_WAY, IN_CHUNKS, OUR_STEPS, case_name, size_name
+from .names import ALL_WEIGHTS, CLEAR_FLEX, IN_CHUNKS, OUR_STEPS, case_name, size_name
 from .records import Mark, Results
 
 FOUR_K, EIGHT_K, ONE_K = 256, 512, 64
@@ -23,7 +23,7 @@ def _operator_marks(results: Results) -> list[Mark]:
         return results.figure("operator", case_name(side, radius, backward=backward), name, "milliseconds")
 
     def times_clear(side: int, radius: int) -> float | None:
-        ours, theirs = milliseconds(side, radius, impl), milliseconds(side, radius, CLEARS_WAY)
+        ours, theirs = milliseconds(side, radius, impl), milliseconds(side, radius, CLEAR_FLEX)
         return None if ours is None or theirs is None else theirs / ours
 
     forward, both = (milliseconds(FOUR_K, 16, impl, backward=backward) for backward in (False, True))

@@ -6,11 +6,11 @@ from itertools import product
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from .bench import Bench, Measured, Shape, Task, Tasks, UnavailableError, shape_of
+from .bench import Bench, Measurement, Shape, Task, Tasks, UnavailableError, shape_of
 from .competitors import COMPETITORS, Attention, Competitor, ours, pairs_attending, tiled
 from .flex_window import row_major_mask_mod
 from .focus import operator_tasks as focus_tasks
-from .names import CLEARS_WAY, DENSE, PORTABLE, case_name, size_name
+from .names import CLEAR_FLEX, DENSE, PORTABLE, case_name, size_name
 from .timing import peak_gib, seconds, shared_memory
 
 PART = "operator"
@@ -38,7 +38,7 @@ def tasks(bench: Bench) -> Tasks:
     for backward in (False, True):
         yield _task(bench, side, scale.radii[len(scale.radii) // 2], PORTABLE, tiled, backward=backward)
     for side in scale.sides:
-        measure = partial(making_a_mask, bench, shape_of(scale, side, scale.radii[0]))
+        measure = partial(mask_creation, bench, shape_of(scale, side, scale.radii[0]))
         yield Task(part=PART, case=f"{size_name(side)}, its mask", impl="create_block_mask", measure=measure)
 
 
@@ -49,7 +49,7 @@ def _task(bench: Bench, side: int, radius: int | None, name: str, competitor: Co
 
 def speed(
     bench: Bench, side: int, radius: int | None, name: str, competitor: Competitor, *, backward: bool
-) -> Measured:
+) -> Measurement:
     """Speed of one call; `radius` is None for dense attention."""
     if side >= SLOW_SIDE and name in DENSE:
         _check_fastest(bench, side // 2, name, backward=backward)
@@ -65,13 +65,13 @@ def speed(
             torch.autograd.grad(outs, inputs, grad_outs)
 
     peak = peak_gib(run, bench.device)
-    taken = seconds(run, bench.device, repeats=bench.scale.repeats)
-    figures = {"milliseconds": 1e3 * taken, "peak_gib": peak}
-    figures |= _rates(bench, shape, attention, taken, dense=radius is None, backward=backward)
+    elapsed = seconds(run, bench.device, repeats=bench.scale.repeats)
+    figures = {"milliseconds": 1e3 * elapsed, "peak_gib": peak}
+    figures |= _rates(bench, shape, attention, elapsed, dense=radius is None, backward=backward)
     dense = dense_milliseconds(bench, side, backward=backward)
     if dense is not None and radius is not None:
         figures["speedup"] = dense / figures["milliseconds"]
-    return Measured(figures=figures, note=attention.note)
+    return Measurement(figures=figures, note=attention.note)
 
 
 def dense_milliseconds(bench: Bench, side: int, *, backward: bool) -> float | None:
@@ -94,27 +94,27 @@ def _check_fastest(bench: Bench, side: int, name: str, *, backward: bool) -> Non
 
 
 def _rates(
-    bench: Bench, shape: Shape, attention: Attention, taken: float, *, dense: bool, backward: bool
+    bench: Bench, shape: Shape, attention: Attention, elapsed: float, *, dense: bool, backward: bool
 ) -> dict[str, float]:
     """TFLOP/s, and the share of what the card's own rates allow."""
     per_pair = 2 * shape.num_heads * shape.head_dim  # of one product: multiply and add
     pairs = shape.num_tokens**2 if dense else pairs_attending(shape)
     useful = pairs * per_pair * (2 + 5 * backward)
-    figures = {"useful_tflops": useful / taken / 1e12}
+    figures = {"useful_tflops": useful / elapsed / 1e12}
     if attention.pairs is not None:
         products = 2 * attention.pairs
         if backward:
             products += attention.backward_products * (attention.backward_pairs or attention.pairs)
-        figures["computed_tflops"] = products * per_pair / taken / 1e12
+        figures["computed_tflops"] = products * per_pair / elapsed / 1e12
     copy, matmul = (bench.results.figure(PART, *CARD, name) for name in ("copy_tb_per_s", "matmul_tflops"))
     if copy and matmul:
         # query, key, value, out; backward reads them and the gradient of out, and writes three gradients
         moved = (4 + 8 * backward) * shape.num_tokens * shape.num_heads * shape.head_dim * shape.dtype.itemsize
-        figures["roofline_share"] = max(moved / copy, useful / matmul) / 1e12 / taken
+        figures["roofline_share"] = max(moved / copy, useful / matmul) / 1e12 / elapsed
     return figures
 
 
-def card_rates(bench: Bench) -> Measured:
+def card_rates(bench: Bench) -> Measurement:
     """Two ceilings: a large copy, and a large matrix product of random numbers."""
     scale, device = bench.scale, bench.device
     figures: dict[str, float] = {}
@@ -133,13 +133,13 @@ def card_rates(bench: Bench) -> Measured:
     multiply = partial(torch.mm, left, right)
     multiply()
     multiplying = seconds(multiply, device, repeats=scale.repeats)
-    return Measured(
+    return Measurement(
         figures=figures
         | {"copy_tb_per_s": 2 * size / copying / 1e12, "matmul_tflops": 2 * side**3 / multiplying / 1e12}
     )
 
 
-def making_a_mask(bench: Bench, shape: Shape) -> Measured:
+def mask_creation(bench: Bench, shape: Shape) -> Measurement:
     """Time of `create_block_mask`, compiled as CLEAR calls it, once for every size; other figures exclude it."""
     mask_mod = row_major_mask_mod(shape.side, shape.radius, shape.text_len)
     compiled = bench.device.type == "cuda"
@@ -151,5 +151,5 @@ def making_a_mask(bench: Bench, shape: Shape) -> Measured:
 
     torch.compiler.reset()
     peak = peak_gib(run, bench.device)
-    taken = seconds(run, bench.device, repeats=1)
-    return Measured(figures={"milliseconds": 1e3 * taken, "peak_gib": peak}, note=f"for {CLEARS_WAY}")
+    elapsed = seconds(run, bench.device, repeats=1)
+    return Measurement(figures={"milliseconds": 1e3 * elapsed, "peak_gib": peak}, note=f"for {CLEAR_FLEX}")

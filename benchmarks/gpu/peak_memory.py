@@ -7,9 +7,9 @@ from itertools import product
 
 import torch
 
-from .bench import Bench, Measured, Task, Tasks, shape_of
+from .bench import Bench, Measurement, Task, Tasks, shape_of
 from .competitors import COMPETITORS, Competitor, ours
-from .model_step import Models
+from .model_step import CachedModel
 from .names import ALL_WEIGHTS, DENSE, DENSE_STEP, IN_CHUNKS, OUR_STEPS, case_name, size_name
 from .timing import peak_gib
 
@@ -25,18 +25,18 @@ def tasks(bench: Bench) -> Tasks:
         radius = RADIUS if RADIUS in scale.radii else scale.radii[0]
         calls: dict[str, Competitor] = {DENSE[1]: COMPETITORS[DENSE[1]], bench.impl: ours}
         for name, competitor in calls.items():
-            measure = partial(of_operator, bench, side, radius, competitor, backward=backward)
+            measure = partial(operator_peak, bench, side, radius, competitor, backward=backward)
             case = f"operator, {case_name(side, radius, backward=backward)}"
             yield Task(part=PART, case=case, impl=name, measure=measure)
     if importlib.util.find_spec("diffusers") is None:
         return
-    models = Models(bench, compiled=False)
+    cached = CachedModel(bench, compiled=False)
     for impl, side in product((DENSE_STEP, OUR_STEPS[RADIUS], IN_CHUNKS), sides):
-        measure = partial(of_step, bench, models, impl, side)
+        measure = partial(step_peak, bench, cached, impl, side)
         yield Task(part=PART, case=f"step, {size_name(side)}", impl=impl, measure=measure)
 
 
-def of_operator(bench: Bench, side: int, radius: int, competitor: Competitor, *, backward: bool) -> Measured:
+def operator_peak(bench: Bench, side: int, radius: int, competitor: Competitor, *, backward: bool) -> Measurement:
     """Peak memory, inputs included."""
     shape = shape_of(bench.scale, side, radius)
     attention = competitor(shape, bench, backward=backward)
@@ -47,22 +47,22 @@ def of_operator(bench: Bench, side: int, radius: int, competitor: Competitor, *,
         if backward:
             torch.autograd.grad(outs, inputs, [torch.ones_like(out) for out in outs])
 
-    return Measured(figures={"peak_gib": peak_gib(run, bench.device)})
+    return Measurement(figures={"peak_gib": peak_gib(run, bench.device)})
 
 
-def of_step(bench: Bench, models: Models, impl: str, side: int) -> Measured:
+def step_peak(bench: Bench, cached: CachedModel, impl: str, side: int) -> Measurement:
     """Blocks free what they allocate, so the first of each kind show the peak; all weights are in memory."""
     from lineardit.pipelines.estimate import CHUNK_TOKENS
     from lineardit.pipelines.token_chunks import in_token_chunks
 
     from . import flux
 
-    model = models.converted(OUR_STEPS[RADIUS] if impl == IN_CHUNKS else impl)
+    model = cached.converted(OUR_STEPS[RADIUS] if impl == IN_CHUNKS else impl)
     run = flux.step(model, bench.scale, side)
     chunks = in_token_chunks(model, CHUNK_TOKENS) if impl == IN_CHUNKS else nullcontext()
     with flux.first_units(model, 1), chunks:
         peak = peak_gib(run, bench.device)
     note = ALL_WEIGHTS
-    if models.units < models.whole:
-        note = f"first blocks, with the weights of {models.units} of {models.whole} units, which is what fits"
-    return Measured(figures={"peak_gib": peak}, note=note)
+    if cached.units < cached.total_units:
+        note = f"first blocks, with the weights of {cached.units} of {cached.total_units} units, which is what fits"
+    return Measurement(figures={"peak_gib": peak}, note=note)

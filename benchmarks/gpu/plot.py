@@ -10,14 +10,14 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from .names import (
-    CLEARS_STEP,
-    CLEARS_WAY,
+    CLEAR_FLEX,
+    CLEAR_STEP,
     DENSE,
     DENSE_STEP,
     FOCUS_STEP,
     HYBRID_STEP,
-    NAMES,
     OUR_STEPS,
+    SIZE_NAMES,
     case_name,
     size_name,
 )
@@ -30,7 +30,7 @@ Series = dict[int, float]  # side in tokens -> figure
 def operator_series(results: Results, radius: int) -> dict[str, Series]:
     """Milliseconds of one forward call, by implementation; "dense" is the faster of two."""
     series = {}
-    for impl in (results.head.impl, CLEARS_WAY, "flex tiles", "natten"):
+    for impl in (results.head.impl, CLEAR_FLEX, "flex tiles", "natten"):
         series[impl] = _measured(results, "operator", impl, "milliseconds", radius)
     dense = [_measured(results, "operator", name, "milliseconds", None) for name in DENSE]
     sides = sorted({side for one in dense for side in one})
@@ -40,10 +40,10 @@ def operator_series(results: Results, radius: int) -> dict[str, Series]:
 
 def step_series(results: Results) -> dict[str, Series]:
     """Seconds of one step, by attention."""
-    impls = (DENSE_STEP, CLEARS_STEP, *OUR_STEPS.values(), HYBRID_STEP, FOCUS_STEP)
+    impls = (DENSE_STEP, CLEAR_STEP, *OUR_STEPS.values(), HYBRID_STEP, FOCUS_STEP)
     series: dict[str, Series] = {impl: {} for impl in impls}
     for impl in impls:
-        for side in NAMES:
+        for side in SIZE_NAMES:
             seconds = results.figure("model", size_name(side), impl, "seconds")
             if seconds is not None:
                 series[impl][side] = seconds
@@ -52,7 +52,7 @@ def step_series(results: Results) -> dict[str, Series]:
 
 def _measured(results: Results, part: str, impl: str, figure: str, radius: int | None) -> Series:
     found = {
-        side: results.figure(part, case_name(side, radius, backward=False), impl, figure) for side in sorted(NAMES)
+        side: results.figure(part, case_name(side, radius, backward=False), impl, figure) for side in sorted(SIZE_NAMES)
     }
     return {side: value for side, value in found.items() if value is not None}
 
@@ -74,7 +74,7 @@ def _panel(panel: Any, title: str, series: dict[str, Series]) -> None:
     panel.set_title(title, fontsize=9)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    panel.set_xticks(list(NAMES), list(NAMES.values()))
+    panel.set_xticks(list(SIZE_NAMES), list(SIZE_NAMES.values()))
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     if series:

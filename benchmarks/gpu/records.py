@@ -114,7 +114,7 @@ class Results:
         row = self.find(part, case, impl)
         return None if row is None or row.status != "measured" else row.figures.get(name)
 
-    def of_part(self, part: str) -> list[Row]:
+    def rows_of_part(self, part: str) -> list[Row]:
         return [row for row in self.rows if row.part == part]
 
     def start(self, key: tuple[str, str, str]) -> None:
@@ -171,7 +171,7 @@ def open_results(path: Path, head: Head) -> Results:
             results.rows = old.rows
             results.head = replace(head, versions=old.head.versions | head.versions)
         else:
-            os.replace(path, _unused(path, old.head))
+            os.replace(path, _unused_path(path, old.head))
     path.parent.mkdir(parents=True, exist_ok=True)
     results.save()
     return results
@@ -182,7 +182,7 @@ def finite(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def _unused(path: Path, head: Head) -> Path:
+def _unused_path(path: Path, head: Head) -> Path:
     stem = f"{path.stem}-{head.commit}-{head.impl}"
     names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
     return next(free for name in names if not (free := path.with_name(f"{name}.json")).exists())
@@ -194,17 +194,19 @@ def _read(cls: type[Any], data: dict[str, Any]) -> Any:
     if set(data) != {one.name for one in fields(cls)}:
         raise ValueError(f"{cls.__name__} has the fields {sorted(types)}, got {sorted(data)}")
     for name, value in data.items():
-        if not _is(value, types[name]):
+        if not _has_type(value, types[name]):
             raise ValueError(f"{cls.__name__}.{name} must be {types[name]}, got {value!r}")
     return cls(**data)
 
 
-def _is(value: Any, declared: Any) -> bool:
+def _has_type(value: Any, declared: Any) -> bool:
     if get_origin(declared) is dict:
-        of_key, of_value = get_args(declared)
-        return isinstance(value, dict) and all(_is(k, of_key) and _is(v, of_value) for k, v in value.items())
+        key_type, value_type = get_args(declared)
+        return isinstance(value, dict) and all(
+            _has_type(k, key_type) and _has_type(v, value_type) for k, v in value.items()
+        )
     if declared is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if args := get_args(declared):
-        return any(_is(value, one) for one in args)
+        return any(_has_type(value, one) for one in args)
     return isinstance(value, declared)

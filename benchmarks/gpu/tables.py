@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from .marks import PUBLISHED
 from .records import FIGURES, Mark, Results, Row
 
-FIGURES_OF_PART = {
+PART_FIGURES = {
     "correctness": ("share_of_allowed", "relative_error", "largest_error"),
     "operator": ("milliseconds", "speedup", "computed_tflops", "useful_tflops", "roofline_share", "peak_gib"),
     "model": ("seconds", "speedup", "peak_gib"),
@@ -22,9 +22,9 @@ def line(row: Row) -> str:
 
 def part_tables(results: Results, part: str) -> str:
     """A table of cases and implementations for each figure, and notes, also on why rows are missing."""
-    rows = results.of_part(part)
+    rows = results.rows_of_part(part)
     lines = [f"== {part}: {len(rows)} rows"]
-    for name in FIGURES_OF_PART[part]:
+    for name in PART_FIGURES[part]:
         shown = [row for row in rows if name in row.figures]
         if shown:
             lines += ["", f"{name}: {FIGURES[name]}", *_matrix(shown, name)]

@@ -9,20 +9,22 @@ from collections.abc import Callable
 import torch
 
 FLUSH_BYTES = 2**30
-ENOUGH = 0.3  # seconds of measuring
+MEASURING_SECONDS = 0.3  # seconds of measuring
 
 
-def seconds(run: Callable[[], object], device: torch.device, *, repeats: int, enough: float = ENOUGH) -> float:
+def seconds(
+    run: Callable[[], object], device: torch.device, *, repeats: int, budget: float = MEASURING_SECONDS
+) -> float:
     """Median time of a call that ran before.
 
     On a GPU, device time by events, with cold caches: other memory is written before each run, which also gives the
-    host a head start. Three to `repeats` runs, for about `enough` seconds; one if it takes over three times as long.
+    host a head start. Three to `repeats` runs, for about `budget` seconds; one if it takes over three times as long.
     """
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     first = measure(run, 1)
-    if first > 3 * enough or repeats == 1:
+    if first > 3 * budget or repeats == 1:
         return first
-    return measure(run, min(repeats, max(3, math.ceil(enough / first))))
+    return measure(run, min(repeats, max(3, math.ceil(budget / first))))
 
 
 def peak_gib(run: Callable[[], object], device: torch.device) -> float:

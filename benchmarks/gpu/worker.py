@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .bench import FULL, SMOKE, Bench, Measured, Task, TimeSpentError, UnavailableError
-from .interpreter import hasten_interpreter
+from .bench import FULL, SMOKE, Bench, Measurement, OutOfTimeError, Task, UnavailableError
+from .interpreter import speed_up_interpreter
 from .records import Row, finite, load
 from .tables import line
 
@@ -29,7 +29,7 @@ def measure(task: Task, bench: Bench) -> None:
         return
     start = time.monotonic()
 
-    def row(status: str, measured: Measured) -> Row:
+    def row(status: str, measured: Measurement) -> Row:
         took, figures = time.monotonic() - start, finite(measured.figures)
         return Row(
             part=task.part,
@@ -42,23 +42,25 @@ def measure(task: Task, bench: Bench) -> None:
         )
 
     if bench.seconds_left() < 0:
-        results.add(row("left out", Measured(figures={}, note="the time of this part was spent; run it again")))
+        results.add(row("left out", Measurement(figures={}, note="the time of this part was spent; run it again")))
         return
     results.start(task.key)
     try:
         measured = task.measure()
         done = row("measured" if measured.passed else "failed", measured)
     except UnavailableError as reason:
-        done = row("not available", Measured(figures={}, note=str(reason)))
-    except TimeSpentError as reason:
-        done = row("left out", Measured(figures={}, note=str(reason)))
+        done = row("not available", Measurement(figures={}, note=str(reason)))
+    except OutOfTimeError as reason:
+        done = row("left out", Measurement(figures={}, note=str(reason)))
     except torch.OutOfMemoryError:
-        done = row("not available", Measured(figures={}, note="out of memory on this card"))
+        done = row("not available", Measurement(figures={}, note="out of memory on this card"))
     except Exception as error:  # noqa: BLE001 the other rows can still be measured
         if bench.device.type == "cuda":
             torch.cuda.synchronize()  # raises if the context is broken
         traceback.print_exc()
-        done = row("failed", Measured(figures={}, note=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]))
+        done = row(
+            "failed", Measurement(figures={}, note=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+        )
     results.add(done)
     print(line(done), flush=True)
     if bench.device.type == "cuda":
@@ -72,7 +74,7 @@ def main() -> None:
     bench = Bench(scale=SMOKE if results.head.smoke else FULL, results=results, deadline=float(deadline))
     torch.manual_seed(0)
     if results.head.smoke and find_spec("triton"):
-        hasten_interpreter()
+        speed_up_interpreter()
     for part in parts:
         print(f"\n-- {part}", flush=True)
         for task in importlib.import_module(f".{MODULES[part]}", __package__).tasks(bench):

@@ -82,11 +82,11 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
             axes_dims_rope=(8, 12, 12),
         ).eval(),
     )
-    look_nearby_(pipe.text_encoder_2)
+    init_position_bias_(pipe.text_encoder_2)
     return pipe
 
 
-def look_nearby_(encoder: T5EncoderModel) -> None:
+def init_position_bias_(encoder: T5EncoderModel) -> None:
     """Initialize the heads to attend to words nearby: before, after, on both sides; the last head to all.
 
     Only word order says which words belong to one object, and it enters only through these biases. From T5's own

@@ -44,7 +44,7 @@ def optimizers(model: TinyFlux, config: TrainConfig) -> list[torch.optim.Optimiz
     ]
 
 
-def rate(step: int, config: TrainConfig) -> float:
+def rate_factor(step: int, config: TrainConfig) -> float:
     """Warm-up, constant, then linear to zero over the last quarter; `steps` may change while the rate is constant."""
     return min(1.0, (step + 1) / config.warmup, 4 * (1 - step / config.steps) + 0.01)
 
@@ -116,7 +116,7 @@ class Run:
             peaks = self.config.matrix_learning_rate, self.config.learning_rate
             for optimizer, peak in zip(self.optimizers, peaks, strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = peak * rate(self.step, self.config)
+                    group["lr"] = peak * rate_factor(self.step, self.config)
                 optimizer.step()
                 optimizer.zero_grad()
             self.ema.step(self.model.parameters())
@@ -145,7 +145,7 @@ class Run:
         captions = [scenes.sample(i, split="held_out").caption for i in range(EVALUATED)]
         size = 128 // stride
         mixed = torch.autocast(self.config.device, torch.bfloat16, enabled=bfloat16_is_faster(self.config.device))
-        with mixed, positions(self.pipe, stride):
+        with mixed, strided_positions(self.pipe, stride):
             images = self.pipe(
                 captions,
                 height=size,
@@ -163,7 +163,7 @@ class Run:
 
 
 @contextmanager
-def positions(pipe: FluxPipeline, stride: int) -> Iterator[None]:
+def strided_positions(pipe: FluxPipeline, stride: int) -> Iterator[None]:
     """Inside, the pipeline's image tokens have positions `stride` apart, as in the first phase of the training."""
 
     def strided(batch_size: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -176,7 +176,7 @@ def positions(pipe: FluxPipeline, stride: int) -> Iterator[None]:
         del pipe._prepare_latent_image_ids
 
 
-def join(device: str) -> None:
+def join_processes(device: str) -> None:
     """Join the processes of `torchrun`, if it started this one; each uses the GPU of its local rank."""
     if "WORLD_SIZE" not in os.environ:
         return
@@ -207,20 +207,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training on")
     arguments = parser.parse_args()
-    join(arguments.device)  # before the first tensor on a device
+    join_processes(arguments.device)  # before the first tensor on a device
     if arguments.init:
         pipe = FluxPipeline.from_pretrained(arguments.init)
     else:
         pipe = build_pipeline()
         pipe.register_modules(vae=AutoencoderKL.from_pretrained(arguments.vae).eval())
         if not (arguments.run / "checkpoint.pt").exists():
-            told = train_text_encoder(pipe, device=arguments.device)
-            print(f"text encoder: {told:.1%} of the words tell their object whole", flush=True)
-    plain = TrainConfig(steps=arguments.steps, device=arguments.device)
+            accuracy = train_text_encoder(pipe, device=arguments.device)
+            print(f"text encoder: {accuracy:.1%} of the words tell their object whole", flush=True)
+    defaults = TrainConfig(steps=arguments.steps, device=arguments.device)
     config = replace(
-        plain,
-        learning_rate=plain.learning_rate * arguments.learning_rate,
-        matrix_learning_rate=plain.matrix_learning_rate * arguments.learning_rate,
+        defaults,
+        learning_rate=defaults.learning_rate * arguments.learning_rate,
+        matrix_learning_rate=defaults.matrix_learning_rate * arguments.learning_rate,
     )
     run = Run(arguments.run, pipe, config)
     if arguments.export:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from . import scenes
 from .flow import token_ids
 
-TOLD = (tuple(scenes.COLOURS), scenes.SHAPES, scenes.CELLS)
+LABELS = (tuple(scenes.COLOURS), scenes.SHAPES, scenes.CELLS)
 
 
 def words_and_objects(first: int, count: int) -> tuple[list[str], list[list[tuple[int, int, int] | None]]]:
@@ -24,8 +24,8 @@ def words_and_objects(first: int, count: int) -> tuple[list[str], list[list[tupl
         captions.append(scene.say(reverse=reverse))
         row: list[tuple[int, int, int] | None] = []
         for item in scene.objects[::-1] if reverse else scene.objects:
-            told = TOLD[0].index(item.colour), TOLD[1].index(item.shape), TOLD[2].index(item.cell)
-            row += [None] * bool(row) + [told] * len(item.phrase.split())  # None for the "and" between two objects
+            label = LABELS[0].index(item.colour), LABELS[1].index(item.shape), LABELS[2].index(item.cell)
+            row += [None] * bool(row) + [label] * len(item.phrase.split())  # None for the "and" between two objects
         labels.append(row)
     return captions, labels
 
@@ -33,8 +33,8 @@ def words_and_objects(first: int, count: int) -> tuple[list[str], list[list[tupl
 def label_tensor(labels: list[list[tuple[int, int, int] | None]], length: int) -> Tensor:
     """[captions, length, 3], -100 (which cross_entropy ignores) where a word belongs to no object."""
     out = torch.full((len(labels), length, 3), -100)
-    for row, told in enumerate(labels):
-        for column, item in enumerate(told):
+    for row, row_labels in enumerate(labels):
+        for column, item in enumerate(row_labels):
             if item is not None:
                 out[row, column] = torch.tensor(item)
     return out
@@ -43,13 +43,13 @@ def label_tensor(labels: list[list[tuple[int, int, int] | None]], length: int) -
 def train_text_encoder(pipe: FluxPipeline, *, steps: int = 300, batch_size: int = 128, device: str = "cpu") -> float:
     """Trains `pipe.text_encoder_2`; returns the share of words in new captions that predict their object fully."""
     encoder = pipe.text_encoder_2.to(device).train().requires_grad_(True)
-    heads = nn.ModuleList(nn.Linear(encoder.config.d_model, len(names)) for names in TOLD).to(device)
+    heads = nn.ModuleList(nn.Linear(encoder.config.d_model, len(names)) for names in LABELS).to(device)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in range(steps):
-        logits, labels = _told(pipe, heads, step * batch_size, batch_size, (32, 64)[step % 2], device)
-        losses = [cross_entropy(told.flatten(0, 1), labels[..., i].flatten()) for i, told in enumerate(logits)]
+        logits, labels = _predict(pipe, heads, step * batch_size, batch_size, (32, 64)[step % 2], device)
+        losses = [cross_entropy(logit.flatten(0, 1), labels[..., i].flatten()) for i, logit in enumerate(logits)]
         loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -59,13 +59,13 @@ def train_text_encoder(pipe: FluxPipeline, *, steps: int = 300, batch_size: int 
         if step % 50 == 0:
             print(f"text encoder: step {step} of {steps}, loss {loss.item():.3f}", flush=True)
     with torch.no_grad():
-        logits, labels = _told(pipe, heads, steps * batch_size, 1024, 64, device)
-    right = torch.stack([told.argmax(-1) == labels[..., i] for i, told in enumerate(logits)]).all(0)
+        logits, labels = _predict(pipe, heads, steps * batch_size, 1024, 64, device)
+    right = torch.stack([logit.argmax(-1) == labels[..., i] for i, logit in enumerate(logits)]).all(0)
     encoder.eval()
     return right[labels[..., 0] >= 0].float().mean().item()
 
 
-def _told(
+def _predict(
     pipe: FluxPipeline, heads: nn.ModuleList, first: int, count: int, length: int, device: str
 ) -> tuple[list[Tensor], Tensor]:
     captions, labels = words_and_objects(first, count)

@@ -69,7 +69,7 @@ def train(steps: int, batch: int, seed: int = 0) -> AutoencoderKL:
             error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
         )
         _update(vae, loss, optimizer, schedule)
-        progress.tell(step, loss, error)
+        progress.log(step, loss, error)
     return vae.eval()
 
 
@@ -89,7 +89,7 @@ def refine(vae: AutoencoderKL, steps: int, batch: int, seed: int = 0) -> Autoenc
         error = vae.decode(latents).sample - original
         loss = (weight / weight.mean() * (error.abs() + error.square())).mean()
         _update(vae, loss, optimizer, schedule)
-        progress.tell(step, loss, error)
+        progress.log(step, loss, error)
     return vae.requires_grad_(True).eval()
 
 
@@ -108,7 +108,7 @@ class _Progress:
         self.steps = steps
         self.start = time.monotonic()
 
-    def tell(self, step: int, loss: Tensor, error: Tensor) -> None:
+    def log(self, step: int, loss: Tensor, error: Tensor) -> None:
         if step % 50 and step < self.steps - 1:
             return
         left = (time.monotonic() - self.start) / (step + 1) * (self.steps - step - 1)

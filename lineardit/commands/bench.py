@@ -46,7 +46,7 @@ def bench(
     dtype: Dtype = "auto",
 ) -> None:
     """Time a step of the original and of conversions, alternating. Reads no weights of the base."""
-    asked = [parse_size(size) for size in sizes or SIZES]
+    requested = [parse_size(size) for size in sizes or SIZES]
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -70,7 +70,7 @@ def bench(
         compiled=compiled,
     )
     # reports what does not fit before any of them runs
-    fitting = {one: one.fitting(list(dict.fromkeys(asked)), conditions, all_of=bool(sizes)) for one in conversions}
+    fitting = {one: one.fitting(list(dict.fromkeys(requested)), conditions, all_of=bool(sizes)) for one in conversions}
     _time(fitting, conditions, output)
 
 
@@ -80,9 +80,9 @@ def _time(fitting: "Mapping[WeightlessConversion, Sequence[Size]]", conditions: 
     from ..kernels.pieces.results import dtype_name
     from ..linearize.measures.step_times import time_steps
     from ..plots import draw_step_times
-    from ..work_log import that_device
+    from ..work_log import describe_device
 
-    where = {"device": that_device(conditions.device), "dtype": dtype_name(conditions.dtype)}
+    where = {"device": describe_device(conditions.device), "dtype": dtype_name(conditions.dtype)}
     about = where | {name: getattr(conditions, name) for name in ("pairs", "text_len", "impl", "compiled")}
     found: dict[str, list[StepTime]] = {}
     for conversion, sizes in fitting.items():
@@ -128,22 +128,22 @@ def verdict(rows: "Sequence[StepTime]") -> str:
     fitting = [row for row in rows if row.converted is not None]
     if not fitting:
         return "No step of the conversion fits into memory: take smaller sizes, or a smaller dtype."
-    ran = sorted((row for row in fitting if not row.is_original), key=lambda row: row.tokens)
-    if not ran:
+    converted = sorted((row for row in fitting if not row.is_original), key=lambda row: row.tokens)
+    if not converted:
         return "At these sizes the conversion makes the model's original call: larger pictures gain from it."
-    largest = f"{ran[-1].width}x{ran[-1].height}"
-    slower = [row.tokens for row in ran if row.speedup is not None and row.speedup <= 1]
-    faster = [row for row in ran if row.tokens > max(slower, default=0)]
+    largest = f"{converted[-1].width}x{converted[-1].height}"
+    slower = [row.tokens for row in converted if row.speedup is not None and row.speedup <= 1]
+    faster = [row for row in converted if row.tokens > max(slower, default=0)]
     if not faster:
         return f"At {largest} the conversion is not faster: larger pictures gain more."
-    told = "" if slower else ", the smallest that was measured,"
-    return f"The conversion is faster from {faster[0].width}x{faster[0].height}{told} on."
+    note = "" if slower else ", the smallest that was measured,"
+    return f"The conversion is faster from {faster[0].width}x{faster[0].height}{note} on."
 
 
-def _seconds(taken: tuple[float, ...] | None) -> str:
-    if taken is None:
+def _seconds(times: tuple[float, ...] | None) -> str:
+    if times is None:
         return "no memory"
-    return f"{median(taken):.3g} s" if median(taken) < 100 else f"{median(taken):.0f} s"
+    return f"{median(times):.3g} s" if median(times) < 100 else f"{median(times):.0f} s"
 
 
 def _gib(peak: float | None) -> str:

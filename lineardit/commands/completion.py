@@ -7,43 +7,43 @@ def methods(incomplete: str) -> list[str]:
     """Names of methods."""
     from ..linearize.methods import METHODS
 
-    return _that_begin(incomplete, [config.__name__.lower() for config in METHODS])
+    return _starting_with(incomplete, [config.__name__.lower() for config in METHODS])
 
 
 def implementations(incomplete: str) -> list[str]:
     """Names of implementations that some method has."""
     from ..linearize.methods import implementations as names
 
-    return _that_begin(incomplete, names())
+    return _starting_with(incomplete, names())
 
 
 def offloads(incomplete: str) -> list[str]:
     """Ways of offloading."""
     from ..pipelines.placement import OFFLOADS
 
-    return _that_begin(incomplete, OFFLOADS)
+    return _starting_with(incomplete, OFFLOADS)
 
 
 def backends(incomplete: str) -> list[str]:
     """Backends of quantization."""
     from ..linearize.adapters.quantization import BACKENDS
 
-    return _that_begin(incomplete, BACKENDS)
+    return _starting_with(incomplete, BACKENDS)
 
 
 def dtypes(incomplete: str) -> list[str]:
     """Dtypes of weights."""
     from ..linearize.adapters.opening import DTYPES
 
-    return _that_begin(incomplete, ["auto", *DTYPES])
+    return _starting_with(incomplete, ["auto", *DTYPES])
 
 
 def devices(incomplete: str) -> list[str]:
     """Devices of this machine."""
-    from .devices import devices_here
+    from .devices import available_devices
 
-    return _that_begin(incomplete, ["auto", *devices_here()])
+    return _starting_with(incomplete, ["auto", *available_devices()])
 
 
-def _that_begin(incomplete: str, names: Iterable[str]) -> list[str]:
+def _starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]

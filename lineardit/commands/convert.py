@@ -106,7 +106,12 @@ def convert(
         if (config, importer, layers, min_tokens) != (None, None, None, 0):
             raise ValueError("--from-profile chooses method and layers: leave --method, --import and --layers out")
         config = _from_profile(from_profile, base, budget, budget_size, choices, revision=revision, offline=offline)
-    places: dict[str, Any] = {"output": output, "revision": revision, "offline": offline, "overwrite": overwrite}
+    output_options: dict[str, Any] = {
+        "output": output,
+        "revision": revision,
+        "offline": offline,
+        "overwrite": overwrite,
+    }
     conversion: dict[str, Any] = {
         "layers": layers,
         "min_tokens": min_tokens,
@@ -116,14 +121,16 @@ def convert(
     if config is None and importer is None and find_adapter(base, revision=revision, offline=offline) is None:
         config = RECOMMENDED
     if merge:
-        convert_and_merge(base, config, dtype="auto" if dtype == "auto" else named_dtype(dtype), **conversion, **places)
+        convert_and_merge(
+            base, config, dtype="auto" if dtype == "auto" else named_dtype(dtype), **conversion, **output_options
+        )
         print(f"Wrote {output}; generate with: lineardit generate {quote(str(output))} PROMPT")
         return
     if config is None and importer is None:
         refuse_choices(layers, min_tokens, dense_below)
-        repack_adapter(base, **places)
+        repack_adapter(base, **output_options)
     else:
-        convert_base(base, config, **conversion, **places)
+        convert_base(base, config, **conversion, **output_options)
     print(f"Wrote {output}; see what it does with: lineardit inspect {quote(str(output))}")
 
 

@@ -19,7 +19,7 @@ def demo(
     quiet_libraries()
     from ..demo import DemoSettings
     from ..demo import demo as run
-    from ..demo_page import next_commands, table_rows, took, write_page
+    from ..demo_page import describe_timing, next_commands, table_rows, write_page
 
     settings = DemoSettings()
     report = run(output, settings=settings)
@@ -32,6 +32,6 @@ def demo(
     console.print(table)
     side, ratio = settings.large_side, report.speed.ratio
     print(f"A step at {side}x{side}: the student is {ratio:.1f} times as fast as the teacher (target: at least 3).")
-    print(took(report))
+    print(describe_timing(report))
     print(f"Pictures: {page}")
     print("Next:\n  " + "\n  ".join(next_commands(report)))

@@ -8,10 +8,10 @@ from ..linearize.adapters.opening import DTYPES
 from ..linearize.errors import nearest
 
 
-def devices_here() -> list[str]:
+def available_devices() -> list[str]:
     """The names of this machine's devices."""
-    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    return here + (["mps"] if torch.backends.mps.is_available() else [])
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return devices + (["mps"] if torch.backends.mps.is_available() else [])
 
 
 def find_device(name: str) -> torch.device:
@@ -20,12 +20,12 @@ def find_device(name: str) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
-    here = devices_here()
+    devices = available_devices()
     if name == "auto":
         own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        return torch.device(own if own in here else "cuda" if "cuda:0" in here else here[-1])
-    if name not in here and not (name == "cuda" and "cuda:0" in here):
-        raise ValueError(f"device must be auto or one of {', '.join(here)}, got {name!r}")
+        return torch.device(own if own in devices else "cuda" if "cuda:0" in devices else devices[-1])
+    if name not in devices and not (name == "cuda" and "cuda:0" in devices):
+        raise ValueError(f"device must be auto or one of {', '.join(devices)}, got {name!r}")
     return torch.device(name)
 
 

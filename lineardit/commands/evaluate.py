@@ -24,7 +24,7 @@ from .options import (
     Steps,
 )
 from .prompts import parse_arguments, parse_quantization, parse_size, read_prompts
-from .tables import how_told, print_titled, wide_console
+from .tables import conditions_suffix, print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..distill.evaluate import Report
@@ -92,20 +92,20 @@ def evaluate(
     report = compare(
         *models, texts, output, settings=settings, judge=judge_scene, memory=memory, shown=shown, overwrite=overwrite
     )
-    show(report, how_told(common["quantization"], offload))
+    show(report, conditions_suffix(common["quantization"], offload))
     print(f"Report and pictures: {output}")
 
 
-def show(report: "Report", how: str = "") -> None:
-    """Print the table; `how` is from `how_told`."""
+def show(report: "Report", conditions: str = "") -> None:
+    """Print the table; `conditions` is from `conditions_suffix`."""
     settings = report.settings
     pictures = f"{report.pictures} picture{'s' * (report.pictures != 1)}"
     steps = f"{settings.steps} step{'s' * (settings.steps != 1)}"
-    told = f"{pictures} of {settings.width}x{settings.height}, {steps}{how}"
+    title = f"{pictures} of {settings.width}x{settings.height}, {steps}{conditions}"
     table = Table("", "teacher", "student", box=SIMPLE_HEAD)
     for name, values in _rows(report):
         table.add_row(name, *values)
-    print_titled(wide_console(), told, table)
+    print_titled(wide_console(), title, table)
 
 
 def _rows(report: "Report") -> list[tuple[str, tuple[str, ...]]]:
@@ -130,5 +130,5 @@ def _gib(peak: float | None) -> str:
     return "not measured" if peak is None else f"{peak:.2f}"
 
 
-def _share(right: int, of: int) -> str:
-    return f"{100 * right / of:.1f} ({right}/{of})"
+def _share(right: int, total: int) -> str:
+    return f"{100 * right / total:.1f} ({right}/{total})"

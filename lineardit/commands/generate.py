@@ -106,7 +106,7 @@ def generate(
     On N GPUs: accelerate launch --multi_gpu --num_processes N -m lineardit generate ...
     On several machines, use --part.
     """
-    share, more, loras = parse_part(part), parse_arguments(arguments), parse_loras(lora)
+    share, extra_arguments, loras = parse_part(part), parse_arguments(arguments), parse_loras(lora)
     texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])] * count
     planned: dict[str, Any] = {"size": None if size is None else parse_size(size), "steps": steps, "cascade": cascade}
     planned |= {"max_sequence_length": max_sequence_length, "chunk_tokens": chunk_tokens}
@@ -123,22 +123,33 @@ def generate(
         "settings": _stage_settings(strength, stage_steps, sharpen),
         "tile": Plan.tile if tile is None else tile,
     }
-    placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
-    placing["quantization"] = parse_quantization(quantize)
+    placement: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
+    placement["quantization"] = parse_quantization(quantize)
     weights = not plan
     if weights:
-        said = {"size": size, "steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length, **more}
-        said |= fresh
-        weights = _check_files(texts, output, seed, share, said, overwrite=overwrite)
-    where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
-    pipe, about = load(source, **where, **placing, loras=loras, with_weights=weights)
+        recorded = {
+            "size": size,
+            "steps": steps,
+            "guidance": guidance,
+            "max_sequence_length": max_sequence_length,
+            **extra_arguments,
+        }
+        recorded |= fresh
+        weights = _check_files(texts, output, seed, share, recorded, overwrite=overwrite)
+    source_options: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
+    pipe, about = load(source, **source_options, **placement, loras=loras, with_weights=weights)
     if stochastic:
         pipe.scheduler = with_fresh_noise(pipe.scheduler)
     if plan:
         _print_plan(pipe, planned)
         return
     began = time.perf_counter()
-    drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "batch_size": batch_size, "arguments": more}
+    drawing: dict[str, Any] = {
+        "seed": seed,
+        "guidance": guidance,
+        "batch_size": batch_size,
+        "arguments": extra_arguments,
+    }
     files = generate_pictures(
         pipe, texts, output, **planned, **drawing, part=share, about=about | fresh, overwrite=overwrite
     )
@@ -155,15 +166,15 @@ def _stage_settings(strength: float | None, steps: int | None, sharpen: float | 
 
 
 def _check_files(
-    texts: list[str], output: Path, seed: int, share: tuple[int, int], said: dict[str, Any], *, overwrite: bool
+    texts: list[str], output: Path, seed: int, share: tuple[int, int], recorded: dict[str, Any], *, overwrite: bool
 ) -> bool:
     """Check the files before a large model is loaded; returns whether any has to be made."""
     from ..pipelines.files import check_there, plan_files, said_of
 
-    wanted = plan_files(texts, output, seed=seed, text=said_of(said))[share[0] - 1 :: share[1]]
+    planned = plan_files(texts, output, seed=seed, text=said_of(recorded))[share[0] - 1 :: share[1]]
     if not overwrite:
-        check_there(wanted)
-    return overwrite or not all(one.path.exists() for one in wanted)
+        check_there(planned)
+    return overwrite or not all(one.path.exists() for one in planned)
 
 
 def _print_plan(pipe: Any, planned: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ class SectionedCommand(TyperCommand):
     """
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        names = [_named(parameter) for parameter in self.get_params(ctx) if _is_argument(parameter)]
+        names = [_usage_name(parameter) for parameter in self.get_params(ctx) if _is_argument(parameter)]
         return [self.options_metavar or "", *names]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -23,9 +23,9 @@ class SectionedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                usual = "Arguments" if _is_argument(parameter) else "Options"
-                told = sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, [])
-                told.append(_in_words(parameter, *record))
+                default_heading = "Arguments" if _is_argument(parameter) else "Options"
+                section = sections.setdefault(getattr(parameter, "rich_help_panel", None) or default_heading, [])
+                section.append(_format_record(parameter, *record))
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -35,18 +35,18 @@ def _is_argument(parameter: Any) -> bool:
     return bool(parameter.param_type_name == "argument")
 
 
-def _named(parameter: Any) -> str:
+def _usage_name(parameter: Any) -> str:
     """`BASE`, or `[PROMPT...]` if it is optional; typer puts the first in braces, which mean a choice."""
     return parameter.metavar if parameter.required else f"[{parameter.metavar}]"
 
 
-def _in_words(parameter: Any, name: str, told: str) -> tuple[str, str]:
+def _format_record(parameter: Any, name: str, help_text: str) -> tuple[str, str]:
     """typer's help record of an argument or option, without Python's types and with bounds in words."""
     if _is_argument(parameter):
-        name, told = _named(parameter), told.removesuffix("[required]").rstrip()
+        name, help_text = _usage_name(parameter), help_text.removesuffix("[required]").rstrip()
     bounds = parameter.min, parameter.max
     if bounds != (None, None):
-        least, most = bounds
-        words = f"{least} to {most}" if most is not None and most < 2**32 else f"{least} or more"
-        told = re.sub(r"[-\d.<=]*x[-\d.<=>]+\]$", f"{words}]", told)
-    return name.replace(" range>", ">"), told
+        minimum, maximum = bounds
+        words = f"{minimum} to {maximum}" if maximum is not None and maximum < 2**32 else f"{minimum} or more"
+        help_text = re.sub(r"[-\d.<=]*x[-\d.<=>]+\]$", f"{words}]", help_text)
+    return name.replace(" range>", ">"), help_text

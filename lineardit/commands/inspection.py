@@ -33,12 +33,12 @@ def inspect(
 
     quiet_libraries()
     inspection = inspect_base(source, base=base, revision=revision, offline=offline, impl=impl)
-    told = json.dumps(inspection.to_dict(), indent=2) + "\n"
+    text = json.dumps(inspection.to_dict(), indent=2) + "\n"
     if json_file == Path("-"):
-        typer.echo(told, nl=False)
+        typer.echo(text, nl=False)
         return
     if json_file is not None:
-        write_whole(json_file, partial(Path.write_text, data=told))
+        write_whole(json_file, partial(Path.write_text, data=text))
     show(inspection)
 
 

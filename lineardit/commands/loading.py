@@ -40,9 +40,9 @@ def load(
     target = find_device(device)
     weights = find_dtype(dtype, target)
     check_offload(target, offload, quantization)
-    opening: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
-    opening |= {"dtype": weights, "quantization": quantization, "weights": with_weights}
-    pipe = open_pipeline(source, **opening)
+    open_arguments: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
+    open_arguments |= {"dtype": weights, "quantization": quantization, "weights": with_weights}
+    pipe = open_pipeline(source, **open_arguments)
     load_loras_(pipe, loras, offline=offline)
     if with_weights:
         place_(pipe, target, offload)
@@ -62,30 +62,30 @@ def load(
     return pipe, about
 
 
-def open_in_place(name: str, *, device: "torch.device", offload: str, **opening: Any) -> Any:
+def open_on_device(name: str, *, device: "torch.device", offload: str, **open_arguments: Any) -> Any:
     """Open a pipeline and place it on its device; an impossible placement raises before anything is loaded."""
     from ..linearize.adapters.opening import open_pipeline
     from ..pipelines.placement import check_offload, place_
 
-    check_offload(device, offload, opening.get("quantization"))
-    pipe = open_pipeline(name, **opening)
+    check_offload(device, offload, open_arguments.get("quantization"))
+    pipe = open_pipeline(name, **open_arguments)
     place_(pipe, device, offload)
     return pipe
 
 
 def load_at_size(
-    base: str, size: tuple[int, int] | None, *, device: "torch.device", offload: str, **opening: Any
+    base: str, size: tuple[int, int] | None, *, device: "torch.device", offload: str, **open_arguments: Any
 ) -> tuple[Any, tuple[int, int]]:
     """An unconverted pipeline on its device, and the (height, width) asked for, or its default."""
     from ..pipelines.sizes import check_size, default_size
 
-    pipe = open_in_place(base, device=device, offload=offload, **opening)
+    pipe = open_on_device(base, device=device, offload=offload, **open_arguments)
     height, width = size or default_size(pipe)
     check_size(pipe, height, width)
     return pipe, (height, width)
 
 
-def base_said(adapter: str, model: str | None, revision: str | None, offline: bool) -> str | None:
+def recorded_base(adapter: str, model: str | None, revision: str | None, offline: bool) -> str | None:
     """The base that a picture records, if its adapter names another; else None."""
     from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.manifest import read_manifest

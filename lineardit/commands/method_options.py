@@ -11,7 +11,7 @@ import re
 from typing import Any, get_args, get_origin
 
 from .help_text import SectionedCommand
-from .prompts import outside_brackets
+from .prompts import split_outside_brackets
 
 
 def option_name(field: str) -> str:
@@ -27,13 +27,13 @@ def fields_of_methods() -> dict[str, tuple[dataclasses.Field[Any], ...]]:
 
 
 def split_arguments(
-    arguments: list[str], fields: set[str], of_methods: frozenset[str] = frozenset()
+    arguments: list[str], fields: set[str], method_fields: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Any], list[str]]:
     """Separate `--field value` and `--field=value` from the other arguments.
 
     Args:
         fields: Names of all fields.
-        of_methods: Names of those that hold a method.
+        method_fields: Names of those that hold a method.
     Returns:
         ({field: value}, the other arguments). A value is parsed as JSON (`16` a number, `null` None), else it is text;
         a method is a dictionary.
@@ -52,7 +52,7 @@ def split_arguments(
         text = value or next(remaining, "--")
         if re.match(r"-(?![\d.])", text):  # the next option, not a negative number
             raise ValueError(f"option {name} needs a value")
-        options[field] = parse_method(text) if field in of_methods else _value(text)
+        options[field] = parse_method(text) if field in method_fields else _value(text)
     return options, others
 
 
@@ -65,7 +65,7 @@ def parse_method(text: str) -> Any:
     if text.startswith("{"):
         return _value(text)
     method, _, entries = text.partition(":")
-    pairs = [part.partition("=") for part in outside_brackets(entries)]
+    pairs = [part.partition("=") for part in split_outside_brackets(entries)]
     if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"a method is spelled METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")
     found = {key.replace("-", "_"): value for key, _, value in pairs}
@@ -104,41 +104,43 @@ class MethodCommand(SectionedCommand):
 
         super().format_options(ctx, formatter)
         for config in METHODS:
-            told = told_of_fields(config)
+            descriptions = field_descriptions(config)
             with formatter.section(f"Options of --method {config.__name__.lower()}"):
-                formatter.write_dl([(_spelled(one), _described(one, told)) for one in dataclasses.fields(config)])
+                formatter.write_dl(
+                    [(_option_usage(one), _describe_field(one, descriptions)) for one in dataclasses.fields(config)]
+                )
 
 
-def told_of_fields(config: type) -> dict[str, str]:
+def field_descriptions(config: type) -> dict[str, str]:
     """{field: text} from `Attributes:` in the docstrings of a config and its bases."""
-    told: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for one in reversed(config.__mro__):
         _, _, attributes = inspect.cleandoc(one.__doc__ or "").partition("Attributes:\n")
         found = re.findall(r"(?m)^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", attributes)
-        told |= {name: " ".join(text.split()) for names, text in found for name in names.split(", ")}
-    return told
+        descriptions |= {name: " ".join(text.split()) for names, text in found for name in names.split(", ")}
+    return descriptions
 
 
-def _spelled(field: dataclasses.Field[Any]) -> str:
+def _option_usage(field: dataclasses.Field[Any]) -> str:
     """`--window <int>|[<int>,<int>]`."""
-    return f"{option_name(field.name)} {'METHOD[:SETTING=VALUE,...]' if _holds_method(field) else _form(field.type)}"
+    return f"{option_name(field.name)} {'METHOD[:SETTING=VALUE,...]' if _holds_method(field) else _syntax(field.type)}"
 
 
 def _holds_method(field: dataclasses.Field[Any]) -> bool:
     return bool(field.metadata.get("of_method"))
 
 
-def _form(kind: Any) -> str:
+def _syntax(kind: Any) -> str:
     """How a value of this type is written."""
     if get_origin(kind) is tuple:
-        return f"[{','.join(map(_form, get_args(kind)))}]"
+        return f"[{','.join(map(_syntax, get_args(kind)))}]"
     if parts := [part for part in get_args(kind) if part is not type(None)]:
-        return "|".join(map(_form, parts))
+        return "|".join(map(_syntax, parts))
     return "true|false" if kind is bool else f"<{getattr(kind, '__name__', kind)}>"
 
 
-def _described(field: dataclasses.Field[Any], told: dict[str, str]) -> str:
+def _describe_field(field: dataclasses.Field[Any], descriptions: dict[str, str]) -> str:
     """The field's description and default, as for other options."""
     default = "required" if field.default is dataclasses.MISSING else f"default: {json.dumps(field.default)}"
     is_none = field.default is None
-    return " ".join([told.get(field.name, ""), *([] if is_none else [f" [{default}]"])]).strip()
+    return " ".join([descriptions.get(field.name, ""), *([] if is_none else [f" [{default}]"])]).strip()

@@ -23,7 +23,7 @@ from .options import (
     Seed,
 )
 from .prompts import parse_arguments, parse_quantization, parse_size, read_prompts
-from .tables import how_told, print_titled, wide_console
+from .tables import conditions_suffix, print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.nearness import Nearness
@@ -53,7 +53,7 @@ def nearness(
     quantize: Quantize = None,
 ) -> None:
     """Compare conversions with their base by single predictions. Needs no training and draws no picture."""
-    texts, more = read_prompts(prompts), parse_arguments(arguments)
+    texts, extra_arguments = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     from ..distill.figures import require_matplotlib
 
@@ -63,7 +63,7 @@ def nearness(
     from ..linearize.measures.nearness import record_predictions
     from ..plots import draw_nearness
     from .devices import find_device, find_dtype
-    from .loading import load_at_size, open_in_place
+    from .loading import load_at_size, open_on_device
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -71,30 +71,30 @@ def nearness(
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)
     target = find_device(device)
-    opening = {student: _opening(student, base, offline=offline) for student in students}
+    open_arguments = {student: _open_arguments(student, base, offline=offline) for student in students}
     weights: dict[str, Any] = {"dtype": find_dtype(dtype, target), "offline": offline}
     weights |= {"quantization": (quantization := parse_quantization(quantize))}
     pipe, height_width = load_at_size(base, height_width, device=target, offload=offload, **weights)
     settings: dict[str, Any] = {"size": height_width, "steps": steps, "seed": seed}
-    settings |= {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": more}
+    settings |= {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": extra_arguments}
     predictions = record_predictions(pipe, texts, **settings)
     found = {base: measure(pipe, predictions, name=base)}
     for student in students:
         del pipe  # one model at a time
         gc.collect()
-        pipe = open_in_place(student, device=target, offload=offload, impl=impl, **weights, **opening[student])
+        pipe = open_on_device(student, device=target, offload=offload, impl=impl, **weights, **open_arguments[student])
         found[student] = measure(pipe, predictions, name=student)
     output.mkdir(parents=True, exist_ok=True)
     rows = {name: asdict(one) | {"mean": one.mean} for name, one in found.items()}
-    how = {"quantization": quantization and str(quantization), "offload": offload}
-    content = {"base": base, "prompts": len(texts), **settings, **how, "models": rows}
+    conditions = {"quantization": quantization and str(quantization), "offload": offload}
+    content = {"base": base, "prompts": len(texts), **settings, **conditions, "models": rows}
     write_whole(figures, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
     draw_nearness({name: one for name, one in found.items() if name != base}, picture)
-    show(found, how_told(quantization, offload))
+    show(found, conditions_suffix(quantization, offload))
     print(f"Wrote {figures} and {picture.name}")
 
 
-def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
+def _open_arguments(student: str, base: str, *, offline: bool) -> dict[str, Any]:
     """Arguments for opening a student; one that is missing is reported before the base is loaded."""
     from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.base import read_base
@@ -105,8 +105,8 @@ def _opening(student: str, base: str, *, offline: bool) -> dict[str, Any]:
     return {}
 
 
-def show(found: "dict[str, Nearness]", how: str = "") -> None:
-    """Print a row for each model; `how` is from `how_told`."""
+def show(found: "dict[str, Nearness]", conditions: str = "") -> None:
+    """Print a row for each model; `conditions` is from `conditions_suffix`."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     for header in ("first", "last", "mean", "seconds a prediction"):
@@ -114,4 +114,4 @@ def show(found: "dict[str, Nearness]", how: str = "") -> None:
     for name, one in found.items():
         values = one.errors[0], one.errors[-1], one.mean
         table.add_row(name, *(f"{value:.2g}" for value in values), f"{one.seconds:.3g}")
-    print_titled(wide_console(), f"Relative error of one prediction{how}", table)
+    print_titled(wide_console(), f"Relative error of one prediction{conditions}", table)

@@ -25,7 +25,7 @@ def finite(number: float | None) -> float | None:
     return number
 
 
-def known(impl: str) -> str:
+def known_impl(impl: str) -> str:
     """Return the name of an implementation, unchanged, if some method has it.
 
     Raises:
@@ -91,7 +91,7 @@ Impl = Annotated[
     typer.Option(
         help="Implementation of converted attention.",
         rich_help_panel=MODEL,
-        callback=known,
+        callback=known_impl,
         autocompletion=implementations,
     ),
 ]

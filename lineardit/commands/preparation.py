@@ -85,20 +85,20 @@ def prepare(
     """
     share = parse_part(part)
     sizes = [parse_size(text) for text in size] if size else None
-    texts, more = read_prompts(prompts), parse_arguments(arguments)
+    texts, extra_arguments = read_prompts(prompts), parse_arguments(arguments)
     from .quiet import quiet_libraries
 
     quiet_libraries()
     from ..distill.prepare import prepare as make_samples
     from ..linearize.folders import check_writable
     from .devices import find_device, find_dtype
-    from .loading import open_in_place
+    from .loading import open_on_device
 
     weights: dict[str, Any] = {"quantization": parse_quantization(quantize)}
     check_writable(output)  # before a large model is loaded
     place = find_device(device)
     weights |= {"dtype": find_dtype(dtype, place), "revision": revision, "offline": offline}
-    pipe = open_in_place(base, device=place, offload=offload, **weights)
+    pipe = open_on_device(base, device=place, offload=offload, **weights)
     make_samples(
         pipe,
         texts,
@@ -110,7 +110,7 @@ def prepare(
         batch_size=batch_size,
         max_sequence_length=max_sequence_length,
         calls=calls,
-        arguments=more,
+        arguments=extra_arguments,
         shard_size=shard_size,
         part=share,
     )

@@ -15,7 +15,7 @@ from rich.table import Table
 from .method_options import parse_method
 from .options import Arguments, Device, Dtype, Guidance, MaxSequenceLength, Offline, Offload, Quantize, Revision, Seed
 from .prompts import parse_arguments, parse_numbers, parse_quantization, parse_size, read_prompts
-from .tables import how_told, print_titled, wide_console
+from .tables import conditions_suffix, print_titled, wide_console
 
 if TYPE_CHECKING:
     from ..linearize.measures.attention_profile import Profile
@@ -52,10 +52,10 @@ def profile(
     quantize: Quantize = None,
 ) -> None:
     """Measure where attention goes, by layer and head. Also what windows and methods change, for convert."""
-    texts, more = read_prompts(prompts), parse_arguments(arguments)
+    texts, extra_arguments = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     windows = parse_numbers("--radii", radii)
-    named = [parse_method(text) for text in methods or ()]
+    method_entries = [parse_method(text) for text in methods or ()]
     from ..distill.figures import require_matplotlib
 
     require_matplotlib("profile.png")
@@ -68,40 +68,43 @@ def profile(
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    tried = [config_from_dict(entries) for entries in named]
+    configs = [config_from_dict(entries) for entries in method_entries]
     figures, picture = output / "profile.json", output / "profile.png"
     for file in (figures, picture):
         check_output_file(file, overwrite=overwrite)
     target = find_device(device)
-    opening: dict[str, Any] = {"dtype": find_dtype(dtype, target), "revision": revision, "offline": offline}
-    opening |= {"quantization": (quantization := parse_quantization(quantize))}
-    pipe, height_width = load_at_size(base, height_width, device=target, offload=offload, **opening)
+    open_arguments: dict[str, Any] = {"dtype": find_dtype(dtype, target), "revision": revision, "offline": offline}
+    open_arguments |= {"quantization": (quantization := parse_quantization(quantize))}
+    pipe, height_width = load_at_size(base, height_width, device=target, offload=offload, **open_arguments)
     began = time.perf_counter()
     found = profile_attention(
         pipe,
         texts,
         size=height_width,
         radii=windows,
-        methods=tried,
+        methods=configs,
         steps=steps,
         queries=queries,
         seed=seed,
         guidance=guidance,
         max_sequence_length=max_sequence_length,
-        arguments=more,
+        arguments=extra_arguments,
     )
     output.mkdir(parents=True, exist_ok=True)
     found.write(figures)
     draw_profile(found, picture)
-    show(found, how_told(quantization, offload))
+    show(found, conditions_suffix(quantization, offload))
     print(f"Wrote {figures} and {picture.name}; {time.perf_counter() - began:.0f} s")
     print(
         f"Convert with: lineardit convert {quote(base)} --from-profile {quote(str(figures))} --budget radius:8 -o DIR"
     )
 
 
-def show(profile: "Profile", how: str = "") -> None:
-    """Print where attention goes and what each candidate changes, a row for each layer; `how` is from `how_told`."""
+def show(profile: "Profile", conditions: str = "") -> None:
+    """Print where attention goes and what each candidate changes, a row for each layer.
+
+    `conditions` is from `conditions_suffix`.
+    """
     from ..linearize.measures.budget import name_of
 
     console = wide_console()
@@ -112,7 +115,7 @@ def show(profile: "Profile", how: str = "") -> None:
         masses = [f"{mean(column):.0%}" for column in zip(*layer.mass, strict=True)]
         where.add_row(layer.module, *masses, f"{mean(layer.text):.0%}", f"{mean(layer.distance):.1f}")
         error.add_row(layer.module, *(f"{one:.2g}" for one in layer.output_error))
-    print_titled(console, f"Attention of image tokens, mean over heads{how}", where)
+    print_titled(console, f"Attention of image tokens, mean over heads{conditions}", where)
     print_titled(console, "|converted - original|^2 / |original|^2 of a layer's attention", error)
     for letter, method in zip(letters, profile.methods, strict=True):
         console.print(f"{letter}: {name_of(method)}")

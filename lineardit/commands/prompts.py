@@ -54,22 +54,22 @@ def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        read = tomllib.loads(f"value = {text}")
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    plain = len(read) == 1 and "#" not in text and isinstance(read["value"], bool | int | float | str | list)
-    return read["value"] if plain else text  # dates, comments and second lines stay text
+    plain = len(parsed) == 1 and "#" not in text and isinstance(parsed["value"], bool | int | float | str | list)
+    return parsed["value"] if plain else text  # dates, comments and second lines stay text
 
 
-def outside_brackets(text: str) -> list[str]:
+def split_outside_brackets(text: str) -> list[str]:
     """Split at commas outside brackets; an empty text has no parts."""
     parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0:
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
             parts.append("")
         else:
-            parts[-1] += letter
+            parts[-1] += character
     return parts if text else []
 
 
@@ -83,11 +83,11 @@ def parse_quantization(text: str | None) -> "Quantization | None":
         return None
     from ..linearize.adapters.quantization import Quantization
 
-    backend, colon, named = text.partition(":")
-    pairs = [one.partition("=") for one in outside_brackets(named)] if colon else []
+    backend, colon, settings = text.partition(":")
+    pairs = [one.partition("=") for one in split_outside_brackets(settings)] if colon else []
     arguments = {name: _value(value) for name, _, value in pairs}
     lists = [name for name, value in arguments.items() if isinstance(value, str) and value.startswith(("[", "{"))]
-    if (colon and not named) or lists or len(arguments) < len(pairs) or not all(one[0] and one[1] for one in pairs):
+    if (colon and not settings) or lists or len(arguments) < len(pairs) or not all(one[0] and one[1] for one in pairs):
         raise ValueError(
             "--quantize must be BACKEND[:NAME=VALUE,...], each name once, such as "
             "bitsandbytes_4bit:bnb_4bit_use_double_quant=true, and a list as in TOML, such as "

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ..linearize.adapters.quantization import Quantization
 
 MAX_WIDTH = 100  # columns, of a terminal
-WHOLE = 10_000  # columns, if it is not a terminal: no cell is cut or wrapped
+UNLIMITED_WIDTH = 10_000  # columns, if it is not a terminal: no cell is cut or wrapped
 
 
 def wide_console() -> Console:
@@ -18,7 +18,7 @@ def wide_console() -> Console:
     It prints text as given: brackets and colons in folder names are not markup.
     """
     console = Console(markup=False, emoji=False, highlight=False)
-    console.width = min(console.width, MAX_WIDTH) if console.is_terminal else WHOLE
+    console.width = min(console.width, MAX_WIDTH) if console.is_terminal else UNLIMITED_WIDTH
     return console
 
 
@@ -28,8 +28,8 @@ def print_titled(console: Console, title: str, table: Table) -> None:
     console.print(table)
 
 
-def how_told(quantization: "Quantization | None", offload: str = "none") -> str:
+def conditions_suffix(quantization: "Quantization | None", offload: str = "none") -> str:
     """Suffix for the title of a quantized or offloaded model's figures: `; weights by torchao, offload model`."""
-    told = [f"weights by {quantization}"] if quantization else []
-    told += [f"offload {offload}"] if offload != "none" else []
-    return f"; {', '.join(told)}" if told else ""
+    conditions = [f"weights by {quantization}"] if quantization else []
+    conditions += [f"offload {offload}"] if offload != "none" else []
+    return f"; {', '.join(conditions)}" if conditions else ""

@@ -28,7 +28,7 @@ from .options import (
 from .prompts import parse_arguments, parse_quantization, parse_size
 
 # Further arguments of the call that a picture records, and that an enlarged one needs to show the same.
-_TAKEN_OVER = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "true_cfg_scale")
+_REUSED_ARGUMENTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "true_cfg_scale")
 
 
 def upscale(
@@ -72,41 +72,45 @@ def upscale(
     From a PNG made by lineardit, defaults are read: prompt and model, and, if a model of the same base made it,
     guidance, negative prompt and number of text tokens.
     """
-    more, loras = parse_arguments(arguments), parse_loras(lora)
+    extra_arguments, loras = parse_arguments(arguments), parse_loras(lora)
     from .quiet import quiet_libraries
 
     quiet_libraries()
     from ..pipelines.cascade import check_larger, enlarge
     from ..pipelines.files import check_there, plan_files, said_of, text_of
     from ..pipelines.plan import Settings
-    from .loading import base_said, load
+    from .loading import load, recorded_base
 
-    image, said = _read(picture), text_of(picture)
-    prompt, source = _prompt_and_model(picture, said, prompt, source)
+    image, recorded = _read(picture), text_of(picture)
+    prompt, source = _prompt_and_model(picture, recorded, prompt, source)
     if output.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {output}")
     settings = Settings(strength=strength, steps=steps, sharpen=sharpen, chunk_tokens=chunk_tokens)
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
     # checks before a large model is loaded
     check_larger(image, (height, width))
-    (wanted,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **said_of(more)})
+    (planned,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **said_of(extra_arguments)})
     if not overwrite:
-        check_there([wanted])
-    if base is None and source == said.get("adapter"):
-        base = base_said(source, said.get("model"), revision, offline)
-    placing: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
-    placing["quantization"] = parse_quantization(quantize)
-    where: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
-    to_make = overwrite or not output.exists()
-    pipe, about = load(source, **where, **placing, loras=loras, with_weights=to_make)
-    if "lora" in said and not loras:
-        print(f"the picture was made with --lora {said['lora']}: give it again to keep its style")
-    drawing: dict[str, Any] = {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": more}
-    if said.get("model") == about["model"]:
-        drawing = drawn_as_said(picture, said, **drawing)
+        check_there([planned])
+    if base is None and source == recorded.get("adapter"):
+        base = recorded_base(source, recorded.get("model"), revision, offline)
+    placement: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}
+    placement["quantization"] = parse_quantization(quantize)
+    source_options: dict[str, Any] = {"base": base, "revision": revision, "offline": offline, "impl": impl}
+    must_generate = overwrite or not output.exists()
+    pipe, about = load(source, **source_options, **placement, loras=loras, with_weights=must_generate)
+    if "lora" in recorded and not loras:
+        print(f"the picture was made with --lora {recorded['lora']}: give it again to keep its style")
+    drawing: dict[str, Any] = {
+        "guidance": guidance,
+        "max_sequence_length": max_sequence_length,
+        "arguments": extra_arguments,
+    }
+    if recorded.get("model") == about["model"]:
+        drawing = recorded_settings(picture, recorded, **drawing)
     began = time.perf_counter()
-    wanted = replace(wanted, text={**wanted.text, **about})
-    enlarge(pipe, image, wanted, (height, width), settings, tile=tile, overwrite=overwrite, **drawing)
+    planned = replace(planned, text={**planned.text, **about})
+    enlarge(pipe, image, planned, (height, width), settings, tile=tile, overwrite=overwrite, **drawing)
     print(f"{output}; {time.perf_counter() - began:.1f} s")
 
 
@@ -126,20 +130,20 @@ def _read(picture: Path) -> Any:
 
 
 def _prompt_and_model(
-    picture: Path, said: Mapping[str, str], prompt: str | None, source: str | None
+    picture: Path, recorded: Mapping[str, str], prompt: str | None, source: str | None
 ) -> tuple[str, str]:
     """The prompt and the model, as given or else as recorded in the PNG."""
-    prompt = prompt or said.get("prompt")
-    source = source or said.get("adapter") or said.get("model")
+    prompt = prompt or recorded.get("prompt")
+    source = source or recorded.get("adapter") or recorded.get("model")
     if prompt is None or source is None:
         missing = "--prompt" if source else "the model, after the picture"
         raise ValueError(f"{picture} does not record how it was made: give {missing}")
     return prompt, source
 
 
-def drawn_as_said(
+def recorded_settings(
     picture: Path,
-    said: Mapping[str, str],
+    recorded: Mapping[str, str],
     *,
     guidance: float | None,
     max_sequence_length: int | None,
@@ -150,21 +154,21 @@ def drawn_as_said(
     Raises:
         ValueError: a recorded number is not a number.
     """
-    taken: dict[str, Any] = {}
+    reused: dict[str, Any] = {}
     try:
-        if guidance is None and "guidance" in said:
-            taken["guidance"] = guidance = float(said["guidance"])
-        if max_sequence_length is None and "max_sequence_length" in said:
-            taken["max_sequence_length"] = max_sequence_length = int(said["max_sequence_length"])
-        for name in _TAKEN_OVER:
-            if name in said and name not in arguments:
-                taken[name] = float(said[name]) if name == "true_cfg_scale" else said[name]
+        if guidance is None and "guidance" in recorded:
+            reused["guidance"] = guidance = float(recorded["guidance"])
+        if max_sequence_length is None and "max_sequence_length" in recorded:
+            reused["max_sequence_length"] = max_sequence_length = int(recorded["max_sequence_length"])
+        for name in _REUSED_ARGUMENTS:
+            if name in recorded and name not in arguments:
+                reused[name] = float(recorded[name]) if name == "true_cfg_scale" else recorded[name]
     except ValueError as error:
         raise ValueError(
             f"{picture} does not record correctly how it was made ({error}): give --guidance, --max-sequence-length "
             "and, with --argument, true_cfg_scale"
         ) from error
-    if taken:
-        print(f"as recorded in the picture: {', '.join(f'{name}={value!r}' for name, value in taken.items())}")
-    more = {name: value for name, value in taken.items() if name in _TAKEN_OVER}
+    if reused:
+        print(f"as recorded in the picture: {', '.join(f'{name}={value!r}' for name, value in reused.items())}")
+    more = {name: value for name, value in reused.items() if name in _REUSED_ARGUMENTS}
     return {"guidance": guidance, "max_sequence_length": max_sequence_length, "arguments": {**more, **arguments}}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import compile_ahead
-from benchmarks.gpu.bench import Bench, Measured, Task
+from benchmarks.gpu.bench import Bench, Measurement, Task
 from benchmarks.gpu.records import Head, Results, Row, load
 
 HEAD = Head(gpu="a card", date="", command="", commit="", versions={}, smoke=True, impl="triton")
@@ -27,7 +27,7 @@ def test_each_process_compiles_its_share_of_missing_cases_and_saves_nothing(
     ran: list[int] = []
 
     def tasks(_: Bench) -> Any:
-        def measure(number: int) -> Measured:
+        def measure(number: int) -> Measurement:
             ran.append(number)
             raise RuntimeError("the kernel is wrong")
 

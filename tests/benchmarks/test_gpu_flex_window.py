@@ -14,7 +14,7 @@ from benchmarks.gpu.flex_window import (
     row_major_mask_mod,
     tile_mask_mod,
 )
-from benchmarks.gpu.model_step import extrapolated
+from benchmarks.gpu.model_step import extrapolate
 from lineardit.kernels.window.reference import window_mask
 from lineardit.kernels.window.windows import Circle
 
@@ -55,7 +55,7 @@ def test_analytic_block_mask_equals_the_searched_one(order: TileOrder, text_quer
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_place_is_a_permutation(order: TileOrder) -> None:
-    row, column = order.place(torch.arange(order.grid[0] * order.grid[1]))
+    row, column = order.row_and_column(torch.arange(order.grid[0] * order.grid[1]))
     tokens = row * order.grid[1] + column
     assert torch.equal(tokens.sort().values, torch.arange(len(tokens)))
 
@@ -63,7 +63,7 @@ def test_place_is_a_permutation(order: TileOrder) -> None:
 @pytest.mark.parametrize("grid", [(16, 8), (48, 32), (2, 128), (3, 384)])
 def test_row_major_is_the_order_of_the_picture(grid: tuple[int, int]) -> None:
     slots = torch.arange(grid[0] * grid[1])
-    row, column = row_major(grid).place(slots)
+    row, column = row_major(grid).row_and_column(slots)
     assert torch.equal(row * grid[1] + column, slots)
 
 
@@ -84,4 +84,4 @@ def test_pairs_attending_counts_the_mask(side: int, radius: int, text_len: int) 
 def test_extrapolated_steps_are_linear_in_the_blocks() -> None:
     before, unit = 0.25, 1.5
     one, two, whole = (before + count * unit for count in (1, 2, 19))
-    assert extrapolated(one, two, 19) == pytest.approx(whole)
+    assert extrapolate(one, two, 19) == pytest.approx(whole)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.gpu.__main__ import failed_row, run_parts
 from benchmarks.gpu.environment import file_name
 from benchmarks.gpu.marks import marks
-from benchmarks.gpu.names import ALL_WEIGHTS, CLEARS_WAY, IN_CHUNKS, OUR_STEPS, case_name
+from benchmarks.gpu.names import ALL_WEIGHTS, CLEAR_FLEX, IN_CHUNKS, OUR_STEPS, case_name
 from benchmarks.gpu.records import SETTLED, STATUSES, Head, Results, Row, load, open_results
 from benchmarks.gpu.tables import marks_table, part_tables
 
@@ -134,7 +134,7 @@ def test_run_continues_after_a_failed_process(
 def test_marks_hold_at_the_target(results: Results) -> None:
     for radius, side, ours, clear in ((16, 256, 6.5, 19.5), (8, 512, 10.0, 34.9)):
         results.add(row(case_name(side, radius, backward=False), milliseconds=ours))
-        results.add(row(case_name(side, radius, backward=False), CLEARS_WAY, milliseconds=clear))
+        results.add(row(case_name(side, radius, backward=False), CLEAR_FLEX, milliseconds=clear))
     results.add(row(case_name(256, 16, backward=True), milliseconds=6.5 + 4 * 6.5))
     for size, speedup in (("4K", 3.8), ("8K", 11.9)):
         results.add(row(size, OUR_STEPS[8], part="model", speedup=speedup))

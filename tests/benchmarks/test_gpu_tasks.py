@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.bench import FULL, SMOKE, Bench, Measured, Task
+from benchmarks.gpu.bench import FULL, SMOKE, Bench, Measurement, Task
 from benchmarks.gpu.judging import verdict
-from benchmarks.gpu.names import CLEARS_WAY, DENSE, OUR_STEPS, case_name
+from benchmarks.gpu.names import CLEAR_FLEX, DENSE, OUR_STEPS, case_name
 from benchmarks.gpu.records import PARTS, Head, Results
 from benchmarks.gpu.worker import MODULES, measure
 
@@ -47,15 +47,15 @@ def test_operator_is_measured_at_every_size_and_radius(bench: Bench) -> None:
             assert {(case_name(side, None, backward=backward), name) for name in DENSE} <= keys
             for radius in (8, 16, 32):
                 case = case_name(side, radius, backward=backward)
-                assert {(case, "triton"), (case, CLEARS_WAY), (case, "flex tiles"), (case, "natten")} <= keys
+                assert {(case, "triton"), (case, CLEAR_FLEX), (case, "flex tiles"), (case, "natten")} <= keys
 
 
 def test_error_fails_only_its_own_row(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    def wrong() -> Measured:
+    def wrong() -> Measurement:
         raise RuntimeError("the kernel\nis wrong")
 
     here = replace(bench, scale=SMOKE)
-    for case, measure_it in (("a", wrong), ("b", lambda: Measured(figures={"seconds": 1.0}))):
+    for case, measure_it in (("a", wrong), ("b", lambda: Measurement(figures={"seconds": 1.0}))):
         measure(Task(part="model", case=case, impl="triton", measure=measure_it), here)
     first, second = bench.results.rows
     assert (first.status, first.note, second.status) == ("failed", "RuntimeError: the kernel is wrong", "measured")

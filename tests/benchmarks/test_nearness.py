@@ -34,7 +34,7 @@ def test_quick_run_writes_a_row_for_each_method(
 
 
 def test_keys_of_counts_the_keys_of_an_image_token(script: Any) -> None:
-    assert script.keys_of(None) == 64 + 1024
-    assert script.keys_of(Clear(radius=100)) == 64 + 1024
+    assert script.keys_per_token(None) == 64 + 1024
+    assert script.keys_per_token(Clear(radius=100)) == 64 + 1024
     within = sum(a * a + b * b < 4 for a in range(-2, 3) for b in range(-2, 3))
-    assert 0.9 * within < script.keys_of(Clear(radius=2)) - 64 < within  # fewer at the border
+    assert 0.9 * within < script.keys_per_token(Clear(radius=2)) - 64 < within  # fewer at the border

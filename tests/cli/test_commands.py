@@ -13,7 +13,7 @@ import pytest
 from typer.main import get_command
 
 from lineardit.cli import app, main, run
-from lineardit.commands.method_options import split_arguments, told_of_fields
+from lineardit.commands.method_options import field_descriptions, split_arguments
 from lineardit.linearize.methods import METHODS
 
 
@@ -100,7 +100,7 @@ def test_help_describes_every_setting_of_a_method() -> None:
         f"{config.__name__}.{field.name}"
         for config in METHODS
         for field in dataclasses.fields(config)
-        if not told_of_fields(config).get(field.name)
+        if not field_descriptions(config).get(field.name)
     ]
     assert untold == []
 

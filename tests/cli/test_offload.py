@@ -110,10 +110,10 @@ def test_teacher_is_freed_before_the_student_is_loaded(
 
 
 def test_memory_is_measured_on_the_execution_device(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = by_name.opened(ByName(name=str(base)))
+    pipe = by_name.open_model(ByName(name=str(base)))
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))  # offloaded: the weights are on the CPU
     monkeypatch.setattr(evaluating, "picture_peak", lambda *_: 3.0)
-    monkeypatch.setattr(evaluating, "fresh_picture_peak", lambda *_: pytest.fail("drawn on the CPU"))
+    monkeypatch.setattr(evaluating, "picture_peak_in_subprocess", lambda *_: pytest.fail("drawn on the CPU"))
     assert evaluating._peak(pipe, ByName(name=str(base), offload="model"), SETTINGS) == 3.0
 
 
@@ -153,7 +153,7 @@ def test_sequential_offload_of_4_bit_weights_is_refused(base: Path, monkeypatch:
         ValueError, match=r"offload .sequential. cannot move weights that .* 4 bits: use .* model or gro"
     ):
         check_offload(cuda, "sequential", Quantization(quant_backend="bitsandbytes_4bit"))
-    pipe = by_name.opened(ByName(name=str(base)))
+    pipe = by_name.open_model(ByName(name=str(base)))
     monkeypatch.setattr(placement, "quantized_in", lambda _: "Params4bit")  # as in a base saved in 4 bits
     with pytest.raises(ValueError, match="offload 'sequential' cannot move weights"):
         place_(pipe, cuda, "sequential")
@@ -168,7 +168,7 @@ def test_group_offload_unsupported_by_diffusers_is_refused() -> None:
 def test_group_offload_uses_no_streams_for_torchao_weights(
     kind: str | None, streams: bool, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = by_name.opened(ByName(name=str(base)))
+    pipe = by_name.open_model(ByName(name=str(base)))
     given: dict[str, Any] = {}
     monkeypatch.setattr(type(pipe), "enable_group_offload", lambda _self, **options: given.update(options))
     monkeypatch.setattr(placement, "quantized_in", lambda _: kind)

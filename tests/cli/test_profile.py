@@ -113,7 +113,7 @@ def test_profile_names_the_radii_option_in_its_error(made: Path, capsys: pytest.
 def test_table_titles_are_not_wrapped_at_the_table_width(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lineardit.commands.tables.WHOLE", 40)
+    monkeypatch.setattr("lineardit.commands.tables.UNLIMITED_WIDTH", 40)
     show(read_profile(made / "out" / "profile.json"))
     title = "|converted - original|^2 / |original|^2 of a layer's attention"
     assert title in capsys.readouterr().out.splitlines()

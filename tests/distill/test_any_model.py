@@ -21,7 +21,7 @@ from whole_pipelines import WHOLE
 from lineardit import Clear, linearize_, load_adapter_
 from lineardit.distill import train
 from lineardit.distill.batches import Batches
-from lineardit.distill.calls import chosen_calls, pack, unpack
+from lineardit.distill.calls import pack, sample_calls, unpack
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.evaluate import evaluate
 from lineardit.distill.identity import fingerprint, main_dtype
@@ -63,7 +63,7 @@ def test_kept_calls_reproduce_the_pipelines_outputs(name: str, tmp_path: Path) -
     with torch.no_grad():
         again = [predict(model, samples.call(1, number)) for number in range(2)]
     if name in DRAW_AT_RANDOM:
-        assert [one.shape for one in again] == [one.output.shape for one in chosen_calls(made, 2, 1)]
+        assert [one.shape for one in again] == [one.output.shape for one in sample_calls(made, 2, 1)]
         return
     # tensors read from disk have other strides, with which sums may run in another order
     places = [[torch.allclose(one.output, two, atol=1e-5) for one in made].index(True) for two in again]
@@ -242,7 +242,7 @@ def test_chosen_calls_takes_one_call_of_each_part(made: int, count: int) -> None
     nothing = torch.empty(0)
     predictions = [Prediction(index=index, arguments={}, output=nothing) for index in range(made)]
     for seed in range(20):
-        indices = [one.index for one in chosen_calls(predictions, count, seed)]
+        indices = [one.index for one in sample_calls(predictions, count, seed)]
         parts = min(made, count)
         assert len(set(indices)) == len(indices) == parts
         assert all(part * made // parts <= index < (part + 1) * made // parts for part, index in enumerate(indices))

@@ -12,7 +12,7 @@ import pytest
 from lineardit import Clear
 from lineardit.distill.config import Attention, DistillConfig, Lora
 from lineardit.distill.config_tables import config_from_tables, config_to_tables, load_config
-from lineardit.distill.description import warmup_told
+from lineardit.distill.description import describe_warmup
 
 TEXT = """
 base.model = "some/model"
@@ -138,7 +138,8 @@ def test_config_refuses_a_missing_table() -> None:
 
 def test_warmup_told_warns_of_a_run_shorter_than_its_warmup(file: Path) -> None:
     assert (
-        warmup_told(load_config(file)) == " after 100 steps of warm-up, and the run has 10: it comes to 10% of the rate"
+        describe_warmup(load_config(file))
+        == " after 100 steps of warm-up, and the run has 10: it comes to 10% of the rate"
     )
-    assert warmup_told(load_config(file, ["run.steps=100"])) == " after 100 steps of warm-up"
-    assert warmup_told(load_config(file, ["schedule.warmup=0"])) == ""
+    assert describe_warmup(load_config(file, ["run.steps=100"])) == " after 100 steps of warm-up"
+    assert describe_warmup(load_config(file, ["schedule.warmup=0"])) == ""

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from lineardit.distill.data import Order, Sample, counter_generator
+from lineardit.distill.data import BatchOrder, Sample, counter_generator
 
 
 def _samples(*heights: int) -> list[Sample]:
@@ -13,7 +13,7 @@ def _samples(*heights: int) -> list[Sample]:
 
 def test_order_sees_every_sample_once_an_epoch() -> None:
     samples = _samples(*[8, 16] * 8)
-    order = Order(samples, batch_size=4, seed=0)
+    order = BatchOrder(samples, batch_size=4, seed=0)
     assert order.batches_per_epoch == 4
     epochs = [[order.batch(step) for step in range(start, start + 4)] for start in (0, 4)]
     for epoch in epochs:
@@ -24,14 +24,14 @@ def test_order_sees_every_sample_once_an_epoch() -> None:
 
 def test_order_does_not_depend_on_where_it_starts() -> None:
     samples = _samples(*[8] * 7, *[16] * 9)
-    order = Order(samples, batch_size=3, seed=1)
+    order = BatchOrder(samples, batch_size=3, seed=1)
     batches = [order.batch(step) for step in range(12)]
-    assert [Order(samples, batch_size=3, seed=1).batch(step) for step in reversed(range(12))] == batches[::-1]
-    assert [Order(samples, batch_size=3, seed=2).batch(step) for step in range(12)] != batches
+    assert [BatchOrder(samples, batch_size=3, seed=1).batch(step) for step in reversed(range(12))] == batches[::-1]
+    assert [BatchOrder(samples, batch_size=3, seed=2).batch(step) for step in range(12)] != batches
 
 
 def test_order_repeats_samples_of_a_rare_size() -> None:
-    order = Order(_samples(8, 8, 8, 8, 16), batch_size=4, seed=0)
+    order = BatchOrder(_samples(8, 8, 8, 8, 16), batch_size=4, seed=0)
     assert sorted(sorted(order.batch(step)) for step in range(2)) == [[0, 1, 2, 3], [4, 4, 4, 4]]
 
 

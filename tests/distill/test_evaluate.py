@@ -17,7 +17,7 @@ from tiny_distill import PROMPTS, build_tiny
 
 from lineardit import Clear, dense, linearize_, set_impl_
 from lineardit.distill import cost
-from lineardit.distill.cost import PROMPT, fresh_picture_peak, paired_step_seconds, resident_peak
+from lineardit.distill.cost import PROMPT, paired_step_seconds, picture_peak_in_subprocess, resident_peak
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.evaluate import ByName, evaluate
 from lineardit.distill.pictures import PictureSettings, digest, make_pictures
@@ -240,13 +240,13 @@ def test_picture_settings_refuse_zero_steps() -> None:
 def test_digest_covers_weights_offloaded_by_accelerate() -> None:
     """Sequential offload leaves all parameters on the meta device between forwards."""
     one, other = build_tiny(), build_tiny()
-    in_memory = digest(one, SETTINGS.of(one))
+    in_memory = digest(one, SETTINGS.with_defaults(one))
     with torch.no_grad():
         other.transformer.proj_out.weight.add_(1)
     for pipe in (one, other):
         cpu_offload(pipe.transformer, torch.device("cpu"))
         assert pipe.transformer.proj_out.weight.is_meta
-    assert digest(one, SETTINGS.of(one)) == in_memory != digest(other, SETTINGS.of(other))
+    assert digest(one, SETTINGS.with_defaults(one)) == in_memory != digest(other, SETTINGS.with_defaults(other))
 
 
 def test_costs_are_measured_on_the_pipelines_own_gpu(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,8 +278,8 @@ def test_resident_peak_includes_memory_freed_before_the_end(
     kernel_counts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel_counts:
-        monkeypatch.setattr(cost, "_forget_high_water", lambda: False)
-    elif not cost._forget_high_water():
+        monkeypatch.setattr(cost, "_reset_high_water_mark", lambda: False)
+    elif not cost._reset_high_water_mark():
         pytest.skip("only Linux keeps a mark of resident memory")
     gc.collect()  # garbage of earlier tests, freed meanwhile, would hide the block
     with resident_peak() as peak:
@@ -293,9 +293,9 @@ def test_resident_peak_includes_memory_freed_before_the_end(
 
 @pytest.mark.slow
 def test_fresh_picture_peak_grows_with_the_picture(base: Path) -> None:
-    source = ByName(name=str(base)).opening()
+    source = ByName(name=str(base)).open_arguments()
     small, large = (
-        fresh_picture_peak(source, PictureSettings(height=side, width=side, max_sequence_length=8))
+        picture_peak_in_subprocess(source, PictureSettings(height=side, width=side, max_sequence_length=8))
         for side in (32, 256)
     )
     assert 0 <= small < large

@@ -72,7 +72,7 @@ def test_interrupted_launch_gives_its_workers_time_to_end(
 ) -> None:
     started, ended = tmp_path / "started", tmp_path / "ended"
     pretend(f"trap '' INT\ntouch {started}\nsleep {1 if comes_to_its_end else 60} && touch {ended}")
-    monkeypatch.setattr(launch, "PATIENCE", patience)
+    monkeypatch.setattr(launch, "SHUTDOWN_WAIT", patience)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT
     _when(started, signal.SIGINT)
     began = time.perf_counter()
@@ -111,7 +111,7 @@ def test_worker_ends_after_its_launcher_is_killed() -> None:
     if not launcher:
         worker = os.fork()
         if not worker:
-            launch.end_with(os.getppid())
+            launch.exit_with_launcher(os.getppid())
         else:
             os.write(tells, f"{worker} ".encode())
         time.sleep(60)

@@ -16,7 +16,7 @@ from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.diverged import DivergedError
 from lineardit.distill.latent_functions import latent_functions
-from lineardit.distill.layerwise import layer_error, lessons
+from lineardit.distill.layerwise import layer_error, layerwise_training
 from lineardit.distill.schedule import learning_rate
 from lineardit.distill.student import build_student_, teacher, trained_parameters
 from lineardit.distill.train import distill
@@ -83,7 +83,7 @@ def test_lessons_give_each_layer_the_gradient_of_its_own_error(
 ) -> None:
     model, inputs = _student(pipe, make_config(method=MALA, trained=trained), data)
     alone = _alone(model, inputs)
-    with torch.no_grad(), lessons(model, nullcontext, share=0.5) as errors:
+    with torch.no_grad(), layerwise_training(model, nullcontext, loss_scale=0.5) as errors:
         model(**inputs)
     assert errors == {name: error for name, (error, _) in alone.items()}
     expected = [(name, gradient) for _, gradients in alone.values() for name, gradient in gradients.items()]
@@ -115,7 +115,7 @@ def test_lessons_return_the_teachers_output_bit_for_bit(
     def precision() -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
-    with torch.no_grad(), lessons(model, precision) as errors:
+    with torch.no_grad(), layerwise_training(model, precision) as errors:
         assert torch.equal(model(**inputs)[0], expected)
     assert all(0 < error < 10 for error in errors.values())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in swapped(model).values())

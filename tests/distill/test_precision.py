@@ -35,7 +35,7 @@ def test_autocasts_follows_the_setting_and_the_machine(
 ) -> None:
     monkeypatch.setattr(precision, "bfloat16_is_faster", lambda device_type: faster)
     with caplog.at_level(logging.WARNING):
-        assert precision.autocasts(make_config(**settings), CPU) == expected[faster]
+        assert precision.uses_autocast(make_config(**settings), CPU) == expected[faster]
     forced = settings["run"]["mixed_precision"] == "bf16" and not faster
     assert ("slower than float32 on this CPU" in caplog.text) == forced
 

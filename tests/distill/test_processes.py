@@ -20,7 +20,7 @@ from lineardit.distill import processes
 from lineardit.distill.config import DistillConfig
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.diverged import DivergedError
-from lineardit.distill.processes import all_or_none, average_gradients, on_main, start_accelerator, tensors_of_main
+from lineardit.distill.processes import average_gradients, broadcast_tensors, on_main, raise_together, start_accelerator
 from lineardit.distill.train import _check_same_samples
 from lineardit.distill.trainer import Trainer
 
@@ -45,7 +45,7 @@ def _in_processes(work: Callable[[Accelerator], None], folder: Path) -> None:
 def test_average_gradients_treats_a_missing_gradient_as_zero(
     bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "BUCKET", bucket)
+    monkeypatch.setattr(processes, "BUCKET_SIZE", bucket)
 
     def work(accelerator: Accelerator) -> None:
         rank = accelerator.process_index
@@ -67,7 +67,7 @@ def test_tensors_results_and_errors_reach_all_processes(tmp_path: Path) -> None:
     def work(accelerator: Accelerator) -> None:
         wanted = {"a.step": torch.tensor(7.0), "a": torch.arange(6).view(2, 3).bfloat16(), "empty": torch.zeros(0)}
         mine = wanted if accelerator.is_main_process else {}
-        found = dict(tensors_of_main(accelerator, mine))
+        found = dict(broadcast_tensors(accelerator, mine))
         assert list(found) == list(wanted)
         assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in wanted.items())
         assert on_main(accelerator, lambda: accelerator.process_index) == 0
@@ -78,10 +78,10 @@ def test_tensors_results_and_errors_reach_all_processes(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"^runs: Permission denied"):
             on_main(accelerator, Mock(side_effect=PermissionError(13, "Permission denied", "runs")))
         for who, told in (({0, 1}, "^process [01] says no"), ({1}, "^process 1 of 2: process 1 says no")):
-            with pytest.raises(ValueError, match=told), all_or_none(accelerator):
+            with pytest.raises(ValueError, match=told), raise_together(accelerator):
                 if accelerator.process_index in who:
                     _refuse(accelerator.process_index, ValueError)
-        with all_or_none(accelerator):
+        with raise_together(accelerator):
             pass
 
     _in_processes(work, tmp_path)
@@ -125,4 +125,4 @@ def test_start_accelerator_sets_a_timeout_for_large_checkpoints(monkeypatch: pyt
     monkeypatch.setattr(processes, "Accelerator", make)
     start_accelerator()
     (handler,) = make.call_args.kwargs["kwargs_handlers"]
-    assert handler.to_kwargs()["timeout"] == processes.WAIT
+    assert handler.to_kwargs()["timeout"] == processes.TIMEOUT

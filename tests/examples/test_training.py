@@ -8,8 +8,8 @@ import torch
 from lineardit.examples.tiny_flux import scenes
 from lineardit.examples.tiny_flux.flow import image_positions
 from lineardit.examples.tiny_flux.model import build_vae
-from lineardit.examples.tiny_flux.train import join
-from lineardit.examples.tiny_flux.train_text import TOLD, label_tensor, words_and_objects
+from lineardit.examples.tiny_flux.train import join_processes
+from lineardit.examples.tiny_flux.train_text import LABELS, label_tensor, words_and_objects
 from lineardit.examples.tiny_flux.train_vae import object_masks, refine
 
 
@@ -17,7 +17,7 @@ def test_words_and_objects_label_every_word_with_its_object():
     captions, labels = words_and_objects(0, 40)
     for caption, row in zip(captions, labels, strict=True):
         objects = {(item.colour, item.shape, item.cell): item for item in scenes.parse(caption).objects}
-        told = [item and tuple(names[i] for names, i in zip(TOLD, item, strict=True)) for item in row]
+        told = [item and tuple(names[i] for names, i in zip(LABELS, item, strict=True)) for item in row]
         words = caption.split()
         for item in objects:
             phrase = " ".join(word for word, label in zip(words, told, strict=False) if label == item)
@@ -62,9 +62,9 @@ def test_join_gives_each_process_its_own_gpu(device: str, monkeypatch: pytest.Mo
     called = Mock()
     monkeypatch.setattr("torch.cuda.set_device", called.set_device)
     monkeypatch.setattr("torch.distributed.init_process_group", called.init_process_group)
-    join(device)
+    join_processes(device)
     assert called.mock_calls == []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    join(device)
+    join_processes(device)
     assert called.mock_calls == [*([call.set_device(1)] if device == "cuda" else []), call.init_process_group()]

@@ -101,7 +101,7 @@ def test_marks_run_makes_every_row_and_resumes(
     students = ("hybrid", "proxies alone", wide, *marks.FOLLOWERS)
     beside = [f"{name}{steps}" for name in students for steps in (", 0 steps", "")]
     seeds = ["hybrid, seed 1", f"{wide}, seed 1"]
-    names = ["teacher", *beside, *seeds, "0 steps", "default", marks.LONG]
+    names = ["teacher", *beside, *seeds, "0 steps", "default", marks.TEACHER_512_TOKENS]
     rows = run.rows()
     assert [one.name for one in rows] == names
     assert [one.pictures for one in rows] == [3, 2, 3, *[2] * 12, 3, 3, 2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lineardit import work_log
-from lineardit.work_log import WorkLog, matmul_gflops, this_machine
+from lineardit.work_log import WorkLog, describe_machine, matmul_gflops
 
 
 def test_stages_add_up_over_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,5 +36,5 @@ def test_work_log_refuses_other_settings_and_other_folders(tmp_path: Path) -> No
 
 
 def test_this_machine_includes_its_speed() -> None:
-    assert f"product: {matmul_gflops():.0f} GFLOP/s" in this_machine()
+    assert f"product: {matmul_gflops():.0f} GFLOP/s" in describe_machine()
     assert 0.1 < matmul_gflops() < 1e6

@@ -52,7 +52,7 @@ MAX_WAVE_ERROR = 0.5  # of a cell's brightness, root mean square, as a share of 
 
 
 @dataclass(frozen=True)
-class _Found:
+class _FoundObject:
     item: Object
     tint: str
     light: str | None  # the corner that this object's shadow points away from
@@ -67,7 +67,7 @@ def read(image: Image.Image) -> Scene:
     pixels = _canonical(image)
     found = [item for cell in CELLS if (item := _find_object(pixels, cell))]
     objects = tuple(item.item for item in found)
-    free = _free_of_objects(pixels)
+    free = _background_mask(pixels)
     background, wave_agrees = _read_background(pixels, free, objects)
     light, one_sun = _read_sun(pixels)
     shadows_agree = all(item.light == light for item in found)
@@ -82,15 +82,15 @@ def read(image: Image.Image) -> Scene:
 
 def score(caption: str, image: Image.Image) -> tuple[int, int]:
     """Number of the caption's objects that the picture shows with the right colour, shape and cell, and their total."""
-    wanted = set(parse(caption).objects)
-    return len(wanted & set(read(image).objects)), len(wanted)
+    expected = set(parse(caption).objects)
+    return len(expected & set(read(image).objects)), len(expected)
 
 
 def _canonical(image: Image.Image) -> Array:
     scale = SIDE / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
-    how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-    resized = image.convert("RGB").resize(size, how).filter(ImageFilter.GaussianBlur(BLUR))
+    resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    resized = image.convert("RGB").resize(size, resampling).filter(ImageFilter.GaussianBlur(BLUR))
     return np.asarray(resized, np.float32) / 255
 
 
@@ -98,7 +98,7 @@ def _chroma(pixels: Array) -> Array:
     return pixels.max(-1) - pixels.min(-1)
 
 
-def _find_object(pixels: Array, cell: str) -> _Found | None:
+def _find_object(pixels: Array, cell: str) -> _FoundObject | None:
     height, width = pixels.shape[:2]
     window = _window(cell, width, height)
     chroma = _chroma(pixels[window])
@@ -117,7 +117,7 @@ def _find_object(pixels: Array, cell: str) -> _Found | None:
     rgb = np.median(pixels[window][inside], axis=0) * 255
     colour, tint = min(product(COLOURS, TINTS), key=lambda pair: float(np.abs(rgb - tinted(*pair)).sum()))
     item = Object(colour=colour, shape=shape, cell=cell)
-    return _Found(item, tint, _read_shadow(pixels, item, move))
+    return _FoundObject(item, tint, _read_shadow(pixels, item, move))
 
 
 def _window(cell: str, width: int, height: int) -> tuple[slice, slice]:
@@ -143,14 +143,14 @@ def _read_shadow(pixels: Array, item: Object, move: tuple[float, float]) -> str 
     darkness = {}
     for light in LIGHTS:
         away_row, away_col = shadow_offset(light)
-        cast = coverage(item.shape, item.cell, width, height, move[0] + away_row, move[1] + away_col)
-        beside = (cast > 0.9) & (body < 0.1)
-        darkness[light] = float(brightness[beside].mean())
+        shadow = coverage(item.shape, item.cell, width, height, move[0] + away_row, move[1] + away_col)
+        visible_shadow = (shadow > 0.9) & (body < 0.1)
+        darkness[light] = float(brightness[visible_shadow].mean())
     best, second = sorted(darkness, key=lambda light: darkness[light])[:2]
     return best if darkness[best] < 0.8 * darkness[second] else None
 
 
-def _free_of_objects(pixels: Array) -> Mask:
+def _background_mask(pixels: Array) -> Mask:
     """Where the plain background shows: no object, no shadow, no sun, with a margin."""
     height, width = pixels.shape[:2]
     busy = (_chroma(pixels) > 0.2) | (pixels.max(-1) < 0.5)

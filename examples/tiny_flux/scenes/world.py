@@ -138,7 +138,7 @@ def sample(seed: int, *, split: Literal["train", "held_out"] = "train") -> Scene
         raise ValueError(f'split must be "train" or "held_out", got {split!r}')
     rng = random.Random(f"{split}-{seed}")
     while True:
-        scene = _draw_lots(rng)
+        scene = _random_scene(rng)
         if is_held_out(scene) == (split == "held_out"):
             return scene
 
@@ -163,7 +163,7 @@ def _pair(a: Object, b: Object) -> tuple[str, str]:
     return first, second
 
 
-def _draw_lots(rng: random.Random) -> Scene:
+def _random_scene(rng: random.Random) -> Scene:
     cells = rng.sample(CELLS, rng.choice((1, 2, 2)))
     scene = Scene(
         objects=tuple(Object(colour=rng.choice(list(COLOURS)), shape=rng.choice(SHAPES), cell=cell) for cell in cells),

@@ -14,39 +14,39 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def last_step(pipe: Any) -> Iterator[list[Tensor]]:
+def keep_last_output(pipe: Any) -> Iterator[list[Tensor]]:
     """Yield a list that holds, after a call of the pipeline, the last output of its scheduler."""
-    made: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(step: Any) -> Any:
         def kept(*args: Any, **kwargs: Any) -> Any:
             output = step(*args, **kwargs)
-            made[:] = [output[0]]
+            outputs[:] = [output[0]]
             return output
 
         return kept
 
-    with _replaced(pipe.scheduler, "step", keep):
-        yield made
+    with _replace_method(pipe.scheduler, "step", keep):
+        yield outputs
 
 
 @contextmanager
-def decoding_in_tiles_at_need(pipe: Any) -> Iterator[None]:
+def tiled_decoding_fallback(pipe: Any) -> Iterator[None]:
     """Inside, if pictures are too large for the VAE, decode again, one at a time and with diffusers' tiling."""
     vae: Any = getattr(pipe, "vae", None)
     if not hasattr(vae, "enable_tiling"):
         yield
         return
 
-    def twice(decode: Any) -> Any:
+    def with_fallback(decode: Any) -> Any:
         def decoded(*args: Any, **kwargs: Any) -> Any:
             try:
                 return decode(*args, **kwargs)
             except RuntimeError as error:
-                why = why_too_large(error)
-                if vae.use_tiling or why is None:
+                reason = why_too_large(error)
+                if vae.use_tiling or reason is None:
                     raise
-                logger.warning("%s: the VAE decodes one picture at a time, in tiles", why)
+                logger.warning("%s: the VAE decodes one picture at a time, in tiles", reason)
             torch.cuda.empty_cache()
             vae.enable_tiling()
             if hasattr(vae, "enable_slicing"):
@@ -55,12 +55,12 @@ def decoding_in_tiles_at_need(pipe: Any) -> Iterator[None]:
 
         return decoded
 
-    with _replaced(vae, "decode", twice):
+    with _replace_method(vae, "decode", with_fallback):
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, change: Any) -> Iterator[None]:
+def _replace_method(owner: Any, name: str, change: Any) -> Iterator[None]:
     """Inside, replace this method of one object by `change` of it."""
     before = vars(owner).get(name)
     setattr(owner, name, change(getattr(owner, name)))

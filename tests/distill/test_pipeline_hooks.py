@@ -7,8 +7,8 @@ import pytest
 import torch
 from prompted import prompted, size_of
 
-from lineardit.distill.pictures import PictureSettings, draw_whole
-from lineardit.distill.watching import last_step
+from lineardit.distill.pictures import PictureSettings, draw_in_one_call
+from lineardit.distill.pipeline_hooks import keep_last_output
 
 
 def _settings(name: str) -> PictureSettings:
@@ -20,7 +20,7 @@ def test_last_step_is_the_final_latents() -> None:
     pipe = prompted("sd3")
     height, width = size_of("sd3")
     call = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "latent"}
-    with last_step(pipe) as made:
+    with keep_last_output(pipe) as made:
         latents = pipe(prompt=["a", "b"], generator=torch.Generator().manual_seed(0), **call).images
     assert torch.equal(made[0], latents)
     assert "step" not in vars(pipe.scheduler)
@@ -39,7 +39,7 @@ def test_draw_whole_decodes_in_tiles_when_pictures_are_too_large(
     why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = prompted("sd3")
-    whole = draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
+    whole = draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
     decode = type(pipe.vae).decode
 
     def runs_out(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -48,13 +48,13 @@ def test_draw_whole_decodes_in_tiles_when_pictures_are_too_large(
         return decode(self, latents, *args, **kwargs)
 
     monkeypatch.setattr(type(pipe.vae), "decode", runs_out)
-    tiled = draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
+    tiled = draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
     assert f"{why}: the VAE decodes one picture at a time, in tiles" in caplog.text
     assert [one.tobytes() for one in tiled] == [one.tobytes() for one in whole]  # each picture fits in one tile
     assert "decode" not in vars(pipe.vae)
     monkeypatch.setattr(type(pipe.vae), "decode", Mock(side_effect=TOO_LARGE[why]))
     with pytest.raises(type(TOO_LARGE[why])):
-        draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd3"))
+        draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd3"))
 
 
 def test_draw_whole_warns_of_pictures_blackened_by_the_safety_checker(
@@ -65,6 +65,6 @@ def test_draw_whole_warns_of_pictures_blackened_by_the_safety_checker(
     monkeypatch.setattr(
         type(pipe), "run_safety_checker", lambda self, image, *others: (check(self, image, *others)[0], [False, True])
     )
-    draw_whole(pipe, ["a", "b"], [0, 1], _settings("sd"))
+    draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd"))
     assert "safety checker has made the picture of 'b' black" in caplog.text
     assert "picture of 'a'" not in caplog.text

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 
-def check_recomputes(model: Any) -> None:
+def check_gradient_checkpointing(model: Any) -> None:
     """Raise a ValueError if diffusers has no gradient checkpointing for the model."""
     if not model._supports_gradient_checkpointing:
         raise ValueError(
@@ -15,6 +15,6 @@ def check_recomputes(model: Any) -> None:
         )
 
 
-def recompute_(model: Any) -> None:
+def enable_gradient_checkpointing_(model: Any) -> None:
     """Enable gradient checkpointing; diffusers' default function rejects HunyuanImage's keyword arguments."""
     model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
