@@ -33,7 +33,7 @@ def test_quick_run_writes_a_row_for_each_method(
     assert (tmp_path / "nearness.png").is_file()
 
 
-def test_keys_of_counts_the_keys_of_an_image_token(script: Any) -> None:
+def test_keys_per_token_counts_the_keys_of_an_image_token(script: Any) -> None:
     assert script.keys_per_token(None) == 64 + 1024
     assert script.keys_per_token(Clear(radius=100)) == 64 + 1024
     within = sum(a * a + b * b < 4 for a in range(-2, 3) for b in range(-2, 3))

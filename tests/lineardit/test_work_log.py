@@ -35,6 +35,6 @@ def test_work_log_refuses_other_settings_and_other_folders(tmp_path: Path) -> No
         WorkLog(tmp_path, {})
 
 
-def test_this_machine_includes_its_speed() -> None:
+def test_describe_machine_includes_its_speed() -> None:
     assert f"product: {matmul_gflops():.0f} GFLOP/s" in describe_machine()
     assert 0.1 < matmul_gflops() < 1e6
