@@ -20,7 +20,7 @@ from lineardit.distill.config_tables import config_from_tables
 from lineardit.distill.files import write_json
 from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path
-from lineardit.linearize.folders import write_whole
+from lineardit.linearize.folders import write_atomically
 from lineardit.linearize.methods import Clear, config_to_dict
 from lineardit.work_log import describe_machine
 
@@ -111,7 +111,7 @@ class Ablations(SceneStudents):
                 "",
             ]
         )
-        write_whole(results / "ablations.md", lambda temporary: temporary.write_text(report))
+        write_atomically(results / "ablations.md", lambda temporary: temporary.write_text(report))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lineardit import Hybrid
 from lineardit.kernels.focus.tables import focus_tables
-from lineardit.linearize.measures.held_bytes import peak_with
+from lineardit.linearize.measures.peak_bytes import peak_with
 from lineardit.linearize.methods import RECOMMENDED
 from lineardit.pipelines.estimate import CHUNK_TOKENS, GIB, Shape, forward, step_in_chunks
 

@@ -33,8 +33,8 @@ from lineardit.distill.pictures import PictureSettings
 from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.adapters.opening import open_pipeline
-from lineardit.linearize.folders import sha256, write_whole
-from lineardit.linearize.what_runs import describe_attention
+from lineardit.linearize.describe import describe_attention
+from lineardit.linearize.folders import sha256, write_atomically
 from lineardit.pipelines.pictures import enlarged
 from lineardit.pipelines.plan import Plan, Settings
 from lineardit.pipelines.vae import decode, encode
@@ -118,7 +118,7 @@ class HighResolution:
                 file = folder / f"{index:03d}.png"
                 if not file.exists():
                     image = draw(index)
-                    write_whole(file, lambda temporary, image=image: image.save(temporary, format="PNG"))
+                    write_atomically(file, lambda temporary, image=image: image.save(temporary, format="PNG"))
                 with Image.open(file) as image:
                     images.append(image.convert("RGB"))
         return images
@@ -306,7 +306,7 @@ def write_results(results: Path, run: HighResolution) -> str:
     write_sheet(list(shown), list(zip(*shown.values(), strict=True)), results / "high_resolution.png")
     description = f"{run.attention}\n{run.plan(amount.largest)}"
     text = report(amount.side, amount.largest, run.rows, run.measurements, description)
-    write_whole(results / "high_resolution.md", lambda temporary: temporary.write_text(text))
+    write_atomically(results / "high_resolution.md", lambda temporary: temporary.write_text(text))
     return text
 
 

@@ -25,7 +25,7 @@ from lineardit.distill.files import write_json
 from lineardit.distill.launch import child_environment
 from lineardit.examples.tiny_flux import path
 from lineardit.linearize.adapters.opening import open_pipeline
-from lineardit.linearize.folders import write_whole
+from lineardit.linearize.folders import write_atomically
 from lineardit.pipelines.plan import Settings
 
 RESULTS = Path(__file__).with_name("results")
@@ -112,7 +112,7 @@ def main() -> None:
     memory = measure_fresh(options.sides)
     write_json(options.results / "high_resolution_memory.json", {"memory": [asdict(one) for one in memory]})
     text = f"# Memory of the cascade on a CPU\n\n{table(memory)}\n"
-    write_whole(options.results / "high_resolution_memory.md", lambda temporary: temporary.write_text(text))
+    write_atomically(options.results / "high_resolution_memory.md", lambda temporary: temporary.write_text(text))
     print(text)
 
 

@@ -32,9 +32,9 @@ from lineardit.kernels.focus.triton_focus import (
     BLOCK_ROWS,
     Blocks,
     backward_candidates,
-    queries_of_a_program,
-    warps_of_keys,
-    warps_of_queries,
+    key_warps,
+    query_slots,
+    query_warps,
 )
 from lineardit.kernels.focus.triton_focus import candidates as focus_candidates
 from lineardit.kernels.pieces.launch import STRIDE_UNIT, block_d
@@ -158,17 +158,17 @@ def focus_rows(side: int, arch: int, report: Callable[[str], None]) -> dict[str,
     rows: dict[str, dict[str, Any]] = {}
     for block_candidates, members in directions:
         for blocks in block_candidates:
-            constants = {"BLOCK_Q": queries_of_a_program(side), "BLOCK_K": blocks.keys}
+            constants = {"BLOCK_Q": query_slots(side), "BLOCK_K": blocks.keys}
             constants |= {"BLOCK_ROWS": BLOCK_ROWS, "DISJOINT": True}
             for kernel in members:
-                launch_blocks = blocks if kernel in key_kernels else replace(blocks, num_warps=warps_of_queries(side))
+                launch_blocks = blocks if kernel in key_kernels else replace(blocks, num_warps=query_warps(side))
                 tiles = f"k{launch_blocks.keys} w{launch_blocks.num_warps} s{launch_blocks.num_stages}"
                 rows[kernel.fn.__name__] = {"tiles": tiles, **compile_for(kernel, constants, launch_blocks, arch)}
             if all(rows[kernel.fn.__name__]["shared_bytes"] <= SHARED_MEMORY[arch] for kernel in members):
                 break
             report(f"sm_{arch}: {blocks} do not fit")
     if key_kernels:  # cells of few tokens, as at 1024 x 1024 pixels with 1,024 proxies
-        small_blocks = replace(blocks, keys=16, num_warps=warps_of_keys(16))
+        small_blocks = replace(blocks, keys=16, num_warps=key_warps(16))
         constants["BLOCK_K"] = small_blocks.keys
         usage = compile_for(focus_kernels.focus_grad_cell, constants, small_blocks, arch)
         rows["focus_grad_cell of small cells"] = {

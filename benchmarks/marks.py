@@ -27,7 +27,7 @@ from lineardit.distill.launch import launch
 from lineardit.distill.sheet import write_sheet
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize.adapters.opening import open_pipeline
-from lineardit.linearize.folders import write_whole
+from lineardit.linearize.folders import write_atomically
 from lineardit.linearize.measures.attention_profile import read_profile
 from lineardit.linearize.measures.budget import propose
 from lineardit.linearize.measures.profiling import profile_attention
@@ -276,7 +276,7 @@ def write_results(results: Path, run: Marks) -> str:
         f"{machine}"
     )
     report = as_markdown(title, rows, marks)
-    write_whole(results / "marks.md", lambda temporary: temporary.write_text(report))
+    write_atomically(results / "marks.md", lambda temporary: temporary.write_text(report))
     return report
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from lineardit.distill.evaluate import Comparison
 from lineardit.distill.files import write_json
 from lineardit.distill.metrics import Interval
-from lineardit.linearize.folders import write_whole
+from lineardit.linearize.folders import write_atomically
 
 PROPOSALS = "methods/proposals.json"
 
@@ -26,7 +26,7 @@ def write_row(results: Path, table: Table, row: MethodRow, images: Sequence[Imag
         strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
         for place, image in enumerate(images):
             strip.paste(image, (place * image.width, 0))
-        write_whole(path, lambda temporary: strip.save(temporary, format="JPEG", quality=90))
+        write_atomically(path, lambda temporary: strip.save(temporary, format="JPEG", quality=90))
     write_json(path.with_suffix(".json"), {"plan": table.plan, "row": asdict(row)})
 
 
@@ -48,7 +48,7 @@ def write_table(results: Path, table: Table) -> None:
     }
     write_json(results / "methods.json", content)
     plot(table.teacher, table.ordered(), results / "methods.png")
-    write_whole(results / "methods.md", lambda temporary: temporary.write_text(as_markdown(table)))
+    write_atomically(results / "methods.md", lambda temporary: temporary.write_text(as_markdown(table)))
 
 
 def read_table(results: Path, empty: Table) -> Table:

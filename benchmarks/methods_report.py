@@ -10,7 +10,7 @@ from typing import Any
 from marks_report import Mark, Row
 from matplotlib.figure import Figure
 
-from lineardit.linearize.folders import write_whole
+from lineardit.linearize.folders import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +236,7 @@ def plot(teacher: Row, rows: Sequence[MethodRow], path: Path) -> None:
     panels[0].axhline(100 * teacher.share("coherence"), color="black", linewidth=0.8, linestyle="--")
     panels[1].set_yscale("log")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def _coherence(row: MethodRow) -> list[float]:

@@ -23,7 +23,7 @@ from lineardit.examples.tiny_flux import path, scenes
 from lineardit.kernels.focus import cells_in_focus
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.convert import linearize_, restore_
-from lineardit.linearize.folders import write_whole
+from lineardit.linearize.folders import write_atomically
 from lineardit.linearize.measures.nearness import nearness, record_predictions
 from lineardit.linearize.methods import (
     METHODS,
@@ -187,7 +187,7 @@ def draw(rows: Sequence[Row], picture: Path) -> None:
     axes.set_xlim(right=1.4 * full_attention.keys)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7, loc="lower left")
-    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    write_atomically(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
 def main() -> None:
@@ -207,7 +207,7 @@ def main() -> None:
     )
     write_json(options.results / "nearness.json", {"about": about, "rows": [asdict(row) for row in rows]})
     report = as_markdown(about, rows)
-    write_whole(options.results / "nearness.md", lambda temporary: temporary.write_text(report))
+    write_atomically(options.results / "nearness.md", lambda temporary: temporary.write_text(report))
     draw(rows, options.results / "nearness.png")
     print(report)
 

@@ -25,7 +25,7 @@ from lineardit.examples.tiny_flux import path, scenes
 from lineardit.linearize import Agent, Clear, Profile, linearize_, profile_attention, propose, read_profile, restore_
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.measures.attention_profile import LayerProfile
-from lineardit.linearize.measures.budget import name_of
+from lineardit.linearize.measures.budget import describe_choice
 from lineardit.plots import draw_profile
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def run(pipe: Any, profile: Profile, plan: Plan) -> list[dict[str, Any]]:
 
 def layer_methods(chosen: Mapping[str, Any]) -> dict[str, str]:
     """The method of each layer, in words."""
-    return {module: name_of(one) for module, one in chosen.items()}
+    return {module: describe_choice(one) for module, one in chosen.items()}
 
 
 def layer_errors(profile: Profile, chosen: Mapping[str, Any]) -> list[float]:

@@ -25,7 +25,7 @@ from lineardit.commands.prompts import parse_size
 from lineardit.commands.quiet import quiet_libraries
 from lineardit.examples.tiny_flux import path, scenes
 from lineardit.pipelines.latents import pack_latents
-from lineardit.pipelines.plan import KNOWN, STRENGTH
+from lineardit.pipelines.plan import KNOWN_SCALE, STRENGTH
 from lineardit.pipelines.planning import ntk_factor
 from lineardit.pipelines.positions import exact_positions, rope_scaled
 from lineardit.pipelines.stock import rope_dim
@@ -38,7 +38,12 @@ SIZES = ("256x256", "288x288", "320x320", "320x192", "384x384", "512x512")
 
 def factors(ratio: float, dim: int) -> dict[str, float]:
     """The factor of each rule, for a longest side `ratio` times the native one."""
-    ratios = {"one": 1.0, "ramp": min(ratio, max(1.0, (ratio / KNOWN) ** 2)), "known": ratio / KNOWN, "native": ratio}
+    ratios = {
+        "one": 1.0,
+        "ramp": min(ratio, max(1.0, (ratio / KNOWN_SCALE) ** 2)),
+        "known": ratio / KNOWN_SCALE,
+        "native": ratio,
+    }
     return {name: ntk_factor(rule_ratio, dim) for name, rule_ratio in ratios.items()}
 
 

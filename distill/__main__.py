@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or after a one-sentence message 1 (out of memory), 2 (`USER_ERRORS`) or 130 (interrupted)."""
     for name, value in QUIET_ENVIRONMENT.items():  # before importing the libraries, some of which log on import
         os.environ.setdefault(name, value)
-    from ..linearize.errors import is_out_of_memory, told
+    from ..linearize.errors import error_text, is_out_of_memory
     from .config_tables import load_config
     from .processes import USER_ERRORS
     from .train import distill
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             exit_with_launcher(options.launcher)
         distill(load_config(options.config, options.set), resume=options.resume)
     except USER_ERRORS as error:
-        _report(told(error), reported_elsewhere=_is_reported_elsewhere(error))
+        _report(error_text(error), reported_elsewhere=_is_reported_elsewhere(error))
         return 2
     except RuntimeError as error:
         if _other_process_failed(error):

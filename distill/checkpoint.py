@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..linearize.adapters.adapter import save_adapter
 from ..linearize.adapters.fitting import check_shapes, shapes_of
-from ..linearize.folders import sync, write_whole
+from ..linearize.folders import sync, write_atomically
 from .average import WeightAverage
 from .files import write_json
 
@@ -51,10 +51,10 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         weights = {name: parameter.detach().contiguous() for name, parameter in trained.items()}
-        write_whole(temporary / TRAINED, partial(save_file, weights))
-        write_whole(temporary / OPTIMIZER, partial(save_file, optimizer_tensors(optimizer, trained)))
+        write_atomically(temporary / TRAINED, partial(save_file, weights))
+        write_atomically(temporary / OPTIMIZER, partial(save_file, optimizer_tensors(optimizer, trained)))
         if averaged := average.tensors():
-            write_whole(temporary / AVERAGE, partial(save_file, averaged))
+            write_atomically(temporary / AVERAGE, partial(save_file, averaged))
         with average.applied():
             save_adapter(pipe, temporary / ADAPTER)  # for users: resuming does not read it
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}

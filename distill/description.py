@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..linearize.report import SwapReport
-from ..linearize.weights.quantized import count_of, quantized_in, stored_tensors
+from ..linearize.weights.quantized import num_weights, quantized_types, stored_tensors
 from .config import DistillConfig, Lora
 from .config_tables import config_to_tables
 from .data import TeacherSamples
@@ -30,9 +30,9 @@ def describe_run(
     trained = trained_parameters(model)
     count = sum(parameter.numel() for parameter in trained.values())
     kernel = sum(parameter.numel() for name, parameter in trained.items() if KERNEL in name)
-    total = sum(map(count_of, model.parameters()))
+    total = sum(map(num_weights, model.parameters()))
     base = config.base.model + (f", from {config.start.adapter} on" if config.start.adapter else "")
-    if quantized_in(model):
+    if quantized_types(model):
         base += ", quantized"
     what = f"LoRA of rank {config.trained.rank}" if isinstance(config.trained, Lora) else "attention projections"
     ema = config.trained.ema

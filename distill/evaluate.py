@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 
 from ..linearize.adapters.base import read_json
+from ..linearize.describe import describe_attention
 from ..linearize.folders import check_writable
-from ..linearize.locks import held, remove_leftovers
-from ..linearize.what_runs import describe_attention
-from ..pipelines.cut_prompts import tell_cut_prompts
+from ..linearize.locks import folder_lock, remove_leftovers
+from ..pipelines.truncated_prompts import warn_truncated_prompts
 from .by_name import ByName as ByName
 from .by_name import check_model, open_model
 from .cost import picture_peak, picture_peak_in_subprocess, step_seconds
@@ -133,7 +133,7 @@ def evaluate(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"the output must be a folder, {directory} is a file")
     check_writable(directory)
-    with held(directory):
+    with folder_lock(directory):
         remove_leftovers(directory, (f"{REPORT}.*", f"{SHEET}.*"))
         question = _question(teacher, student, prompts, settings)
         _check_contents(directory, question, overwrite)
@@ -141,7 +141,7 @@ def evaluate(
             check_model(source)  # before the teacher's pictures are made
         pipe = open_model(teacher)
         teacher_settings = settings.with_defaults(pipe)
-        tell_cut_prompts(pipe, prompts, teacher_settings.max_sequence_length)
+        warn_truncated_prompts(pipe, prompts, teacher_settings.max_sequence_length)
         # shared by both; for other settings left at None each pipeline uses its own default
         settings = replace(
             settings, height=teacher_settings.height, width=teacher_settings.width, steps=teacher_settings.steps

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..linearize.folders import write_whole
+from ..linearize.folders import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class StepLog:
                 with self.path.open("a", newline="") as file:
                     csv.DictWriter(file, self.columns).writerow(self.rows[-1])
             else:
-                write_whole(self.path, self._rewrite)
+                write_atomically(self.path, self._rewrite)
             self.complete = True
         except OSError as error:
             self._warn_once(self.path, error)
@@ -98,7 +98,7 @@ class StepLog:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.grid(alpha=0.3)
         try:
-            write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+            write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
         except OSError as error:
             self._warn_once(path, error)
 

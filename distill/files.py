@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..linearize.folders import write_whole
+from ..linearize.folders import write_atomically
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content`, indented by one."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linearize.weights.quantized import quantized_in, stored_tensors
+from ..linearize.weights.quantized import quantized_types, stored_tensors
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -36,7 +36,7 @@ def _offloaded_weight(model: nn.Module, name: str) -> Tensor | None:
 
 def architecture(model: nn.Module) -> str | None:
     """A digest of parameter names and shapes; None if some are quantized, which changes their shapes."""
-    if quantized_in(model):
+    if quantized_types(model):
         return None
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import Tensor
 
-from ..pipelines.fresh_noise import noise_drawn_from
+from ..pipelines.fresh_noise import draw_noise_from
 from ..pipelines.latents import unpack_latents
 from ..pipelines.vae import decode
 
@@ -56,7 +56,7 @@ def _flux_generate(
     guidance: float,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    with noise_drawn_from(pipe.scheduler, list(generators)):
+    with draw_noise_from(pipe.scheduler, list(generators)):
         return pipe(
             prompt_embeds=conditions["prompt_embeds"],
             pooled_prompt_embeds=conditions["pooled_prompt_embeds"],

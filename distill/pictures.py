@@ -24,15 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
+from ..linearize.calling import arguments_in_errors, call_arguments, default_settings, for_batch
 from ..linearize.convert import swapped
-from ..linearize.folders import read_header, read_tensors, write_whole
+from ..linearize.describe import dense_below_of
+from ..linearize.folders import read_header, read_tensors, write_atomically
 from ..linearize.methods import config_to_dict
 from ..linearize.networks import denoiser
 from ..linearize.seam.conversion import conversion_of
-from ..linearize.what_runs import dense_below_of
 from ..pipelines.files import check_finite
-from ..pipelines.fresh_noise import noise_drawn_from
+from ..pipelines.fresh_noise import draw_noise_from
 from ..pipelines.sizes import check_size, default_size
 from .identity import fingerprint, main_dtype
 from .latent_functions import has_latent_functions, latent_functions
@@ -71,7 +71,7 @@ class PictureSettings:
 
     def with_defaults(self, pipe: Any) -> "PictureSettings":
         """A copy with the pipeline's defaults in place of None."""
-        defaults = own_settings(pipe)._asdict()
+        defaults = default_settings(pipe)._asdict()
         if self.height is None or self.width is None:
             defaults["height"], defaults["width"] = default_size(pipe)
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
@@ -157,8 +157,8 @@ def draw_in_one_call(
         call |= {"prompt": prompts[0], "generator": generators[0]}
     else:
         call = for_batch(call, len(prompts)) | {"prompt": prompts, "generator": generators}
-    fresh_noise = noise_drawn_from(getattr(pipe, "scheduler", None), generators)
-    named_arguments = arguments_named(pipe, settings.arguments)
+    fresh_noise = draw_noise_from(getattr(pipe, "scheduler", None), generators)
+    named_arguments = arguments_in_errors(pipe, settings.arguments)
     with fresh_noise, keep_last_output(pipe) as scheduler_output, tiled_decoding_fallback(pipe), named_arguments:
         output = pipe(**call)
     images = output[0]
@@ -243,13 +243,15 @@ def _save_latents(folder: Path, index: int, latents: Tensor, metadata: dict[str,
     """Write the latents of one picture, replacing those of another prompt and removing its picture."""
     tensors, picture = _files(folder, index)
     picture.unlink(missing_ok=True)
-    write_whole(tensors, lambda temporary: save_file({"latents": latents.contiguous()}, temporary, metadata=metadata))
+    write_atomically(
+        tensors, lambda temporary: save_file({"latents": latents.contiguous()}, temporary, metadata=metadata)
+    )
 
 
 def _save_picture(folder: Path, index: int, image: Image.Image, seconds: float) -> None:
     metadata = PngInfo()
     metadata.add_text(SECONDS, f"{seconds:.4f}")
-    write_whole(_files(folder, index)[1], partial(image.save, format="PNG", pnginfo=metadata))
+    write_atomically(_files(folder, index)[1], partial(image.save, format="PNG", pnginfo=metadata))
 
 
 def _has_latents(folder: Path, index: int, prompt: str) -> bool:

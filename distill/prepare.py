@@ -19,11 +19,11 @@ import torch
 
 from ..kernels.pieces.results import dtype_name
 from ..linearize import families
-from ..linearize.calling import own_settings
+from ..linearize.calling import default_settings
 from ..linearize.convert import swapped
-from ..linearize.locks import held, remove_leftovers
+from ..linearize.locks import folder_lock, remove_leftovers
 from ..linearize.networks import denoiser
-from ..linearize.weights.quantized import quantized_in
+from ..linearize.weights.quantized import quantized_types
 from ..pipelines.sizes import check_size, default_size
 from .data import Sample, index_name
 from .identity import architecture, fingerprint, main_dtype
@@ -90,7 +90,7 @@ def prepare(
     _check(pipe, prompts, settings, batch_size, part)
     samples = _samples(pipe, prompts, settings)
     directory = Path(directory)
-    with held(directory, name=f".{index_name(*part)}.lock"):
+    with folder_lock(directory, name=f".{index_name(*part)}.lock"):
         remove_leftovers(directory, ("shard-*", "index*"), locks=".index*.lock")
         write_shards(pipe, samples, directory, settings, batch_size=batch_size, part=part)
     return directory
@@ -112,7 +112,7 @@ def _settings(
     """The settings that determine the samples, as JSON values: stored with them, and compared by later calls."""
     _, model = denoiser(pipe)
     families.family_of(model)  # raises where the class is not known
-    defaults = own_settings(pipe)
+    defaults = default_settings(pipe)
     if calls is None:
         calls = 0 if has_latent_functions(model) else CALLS
     try:
@@ -124,7 +124,7 @@ def _settings(
         "model": type(model).__name__,
         "architecture": architecture(model),
         "dtype": dtype_name(main_dtype(model)),
-        "quantized": quantized_in(model),
+        "quantized": quantized_types(model),
         "num_prompts": len(prompts),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16],
         "sizes": [list(size) for size in (sizes if sizes is not None else [default_size(pipe)])],

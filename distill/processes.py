@@ -24,7 +24,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from ..linearize.errors import told
+from ..linearize.errors import error_text
 from .diverged import DivergedError
 
 USER_ERRORS = (ValueError, OSError, DivergedError)  # errors that end a run with their message alone
@@ -117,7 +117,7 @@ def raise_together(accelerator: Accelerator) -> Iterator[None]:
 
 def _picklable(error: Exception) -> Exception:
     """The error as an instance of its base type in `USER_ERRORS`, which other processes can unpickle."""
-    return next(kind for kind in USER_ERRORS if isinstance(error, kind))(told(error))
+    return next(kind for kind in USER_ERRORS if isinstance(error, kind))(error_text(error))
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:

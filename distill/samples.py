@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linearize.calling import arguments_named, call_arguments, draw_latents
+from ..linearize.calling import arguments_in_errors, call_arguments, draw_latents
 from ..linearize.measures.recording import recording
 from ..linearize.networks import denoiser
 from .calls import pack, sample_calls
@@ -59,7 +59,7 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
     call = teacher_call_arguments(pipe, (sample.height, sample.width), settings)
     with recording(denoiser(pipe)[1]) as predictions:
         try:
-            with arguments_named(pipe, settings["arguments"]):
+            with arguments_in_errors(pipe, settings["arguments"]):
                 draw_latents(pipe, sample.prompt, sample.seed, call)
         except (TypeError, AttributeError) as error:  # what diffusers raises for a missing argument
             raise ValueError(

@@ -18,8 +18,8 @@ from typing import Any
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..linearize.folders import write_whole
-from ..pipelines.cut_prompts import tell_cut_prompts
+from ..linearize.folders import write_atomically
+from ..pipelines.truncated_prompts import warn_truncated_prompts
 from .data import FORMAT, INDEX, Sample, index_name, read_index, shard_is_complete, shard_name, shard_number
 from .files import write_json
 from .samples import ShardContent, final_latents, kept_calls
@@ -50,7 +50,7 @@ def write_shards(
     if settings["calls"]:
         logger.info("keeping %d calls of the denoiser of each picture, to be learnt from", settings["calls"])
     prompts = [sample.prompt for shard in missing.values() for sample in shard.values()]
-    tell_cut_prompts(pipe, prompts, settings["max_sequence_length"])
+    warn_truncated_prompts(pipe, prompts, settings["max_sequence_length"])
     pipe.set_progress_bar_config(disable=True)
     name = "prepare" if part[1] == 1 else f"prepare {part[0]}/{part[1]}"
     total = sum(map(len, shards.values()))
@@ -58,7 +58,7 @@ def write_shards(
         for number, shard in missing.items():
             made = _make_shard(pipe, shard, settings, batch_size, progress)
             file = directory / shard_name(number)
-            write_whole(file, partial(save_file, made.tensors, metadata=made.texts))
+            write_atomically(file, partial(save_file, made.tensors, metadata=made.texts))
             entries = [asdict(sample) for sample in shard.values()]
             listed.append({"file": file.name, "bytes": file.stat().st_size, "samples": entries})
             listed.sort(key=itemgetter("file"))

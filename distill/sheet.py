@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from ..linearize.folders import write_whole
+from ..linearize.folders import write_atomically
 
 GAP = 6  # pixels
 FONT_SIZE = 14  # pixels
@@ -37,4 +37,4 @@ def write_sheet(columns: Sequence[str], rows: Sequence[Sequence[Image.Image]], p
             sheet.paste(row[column], (left, top))
             top += height + GAP
         left += width + GAP
-    write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linearize.adapters.adapter import find_adapter, read_adapter
-from ..linearize.adapters.fitting import Parts, check_fit, listed, sorted_tensors
+from ..linearize.adapters.fitting import AdapterTensors, check_fit, shorten_list, sort_tensors
 from ..linearize.adapters.manifest import Manifest
 from ..linearize.convert import swapped
 from ..linearize.families import family_of
@@ -59,11 +59,11 @@ def load_start_adapter_(model: nn.Module, config: DistillConfig) -> None:
     candidates = list(attention_modules(model, family)[0])
     _check_methods(start, choose(candidates, manifest.configs(), None), model)
     _check_trained(start, manifest, config)
-    parts = sorted_tensors(manifest, tensors, model, family)
+    parts = sort_tensors(manifest, tensors, model, family)
     parameters, values = dict(model.named_parameters()), dict(_trained_weights(parts))
     if untrained := [name for name in values if name not in parameters or not parameters[name].requires_grad]:
         raise ValueError(
-            f"start.adapter {start.adapter} has trained what trained.projections leaves out: {listed(untrained)}; "
+            f"start.adapter {start.adapter} has trained what trained.projections leaves out: {shorten_list(untrained)}; "
             "leave trained.projections out, or name those layers as well"
         )
     for name, module in swapped(model).items():
@@ -76,7 +76,7 @@ def load_start_adapter_(model: nn.Module, config: DistillConfig) -> None:
     logger.info("%s: %d of %d trained tensors begin as they are there", start.adapter, loaded, trained)
 
 
-def _trained_weights(parts: Parts) -> Iterator[tuple[str, Tensor]]:
+def _trained_weights(parts: AdapterTensors) -> Iterator[tuple[str, Tensor]]:
     """The trained weights and LoRA of the base's layers, under the student's parameter names."""
     yield from parts.full.items()
     for layer, (down, up) in parts.lora.items():

@@ -17,7 +17,7 @@ from ..linearize.adapters.manifest import Trained
 from ..linearize.convert import dense, linearize_
 from ..linearize.networks import denoiser
 from ..linearize.report import SwapReport
-from ..linearize.seam.conversion import put_on
+from ..linearize.seam.conversion import add_overlay
 from ..linearize.weights.quantized import is_quantized
 from ..linearize.weights.training import add_lora_, projection_names
 from .config import DistillConfig, Lora
@@ -93,7 +93,7 @@ def add_twins_(model: nn.Module, projections: Sequence[str] | None) -> dict[str,
         if type(module) is not nn.Linear or is_quantized(module.weight):
             raise ValueError(f"{name} must be an nn.Linear to be trained, got a {_kind(module)}; train a lora")
     twins = Twins({name: _add_twin_(cast(nn.Linear, module)) for name, module in found.items()})
-    put_on(model, twins)
+    add_overlay(model, twins)
     write_entry_(model)
     return twins.parameters()
 

@@ -16,9 +16,9 @@ from ..kernels.pieces.results import dtype_name
 from ..linearize.adapters.adapter import save_adapter
 from ..linearize.adapters.base import read_base
 from ..linearize.adapters.loading import load_base
-from ..linearize.locks import held, remove_leftovers
+from ..linearize.locks import folder_lock, remove_leftovers
 from ..linearize.networks import denoiser
-from ..linearize.weights.quantized import quantized_in
+from ..linearize.weights.quantized import quantized_types
 from .checkpoint import Resume
 from .config import Base, DistillConfig, Noise
 from .data import TeacherSamples
@@ -121,7 +121,7 @@ def load_teacher(base: Base) -> Any:
 
 @contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
-    with held(folder):
+    with folder_lock(folder):
         remove_leftovers(folder, FILES)
         yield
 
@@ -179,7 +179,7 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
     dtype = samples.settings["dtype"]
     if dtype_name(main_dtype(model)) not in (dtype, "float32"):
         return  # these weights are rounded differently from those that made the samples
-    if quantized_in(model):
+    if quantized_types(model):
         return  # these too
     if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model, torch.bfloat16):
         others = "quantized weights" if samples.settings.get("quantized") else "other weights than base.model has"

@@ -112,9 +112,9 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if "--traceback" in arguments:
             raise
-        from .linearize.errors import told
+        from .linearize.errors import error_text
 
-        message, exit_code = told(error), 2
+        message, exit_code = error_text(error), 2
     except RuntimeError as error:
         from .linearize.errors import is_out_of_memory
 

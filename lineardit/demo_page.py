@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 from .demo import HYBRID, LARGE, RUN, SHEET, DemoReport, DemoSettings
-from .linearize.folders import write_whole
+from .linearize.folders import write_atomically
 
 PAGE = "index.html"
 CURVE = f"{RUN}/loss.png"
@@ -68,7 +68,7 @@ def write_page(report: DemoReport, settings: DemoSettings) -> Path:
         took=describe_timing(report),
     )
     page = report.directory / PAGE
-    write_whole(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return page
 
 

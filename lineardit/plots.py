@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .linearize.folders import write_whole
+from .linearize.folders import write_atomically
 from .linearize.measures.attention_profile import Profile
 from .linearize.measures.nearness import Nearness
 from .linearize.measures.step_times import StepTime
@@ -39,7 +39,7 @@ def draw_step_times(found: Mapping[str, Sequence[StepTime]], path: Path) -> None
     axes.set_xticks(list(sizes), ["\n".join([*names, f"{tokens:,}"]) for tokens, names in sizes.items()], fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3, which="both")
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def draw_nearness(found: Mapping[str, Nearness], path: Path) -> None:
@@ -51,7 +51,7 @@ def draw_nearness(found: Mapping[str, Nearness], path: Path) -> None:
     axes.set(xlabel="call of the denoiser in a picture", ylabel="relative error of a prediction", yscale="log")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def draw_profile(profile: Profile, path: Path) -> None:
@@ -80,7 +80,7 @@ def draw_profile(profile: Profile, path: Path) -> None:
         axis.set_xticks(range(0, num_heads, max(1, num_heads // 8)))
         axis.set_yticks(range(len(names)), names, fontsize=7)
         figure.colorbar(picture, ax=axis, fraction=0.08)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
 def _short_label(name: str) -> str:

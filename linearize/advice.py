@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 TESTED_DIFFUSERS = ("0.35.0", "0.42.1")  # oldest and newest version that the tests of the seam ran on
 
 
-def warn_of_others(pipe_or_model: Any, model: nn.Module) -> None:
+def warn_unconverted_networks(pipe_or_model: Any, model: nn.Module) -> None:
     """Warn about other networks of a pipeline that could be converted but keep full attention."""
     if pipe_or_model is model:
         return

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import NO_FAULT_OF_ARGUMENTS, is_out_of_memory
+from .errors import NOT_ARGUMENT_ERRORS, is_out_of_memory
 from .networks import denoiser
 from .seam.conversion import conversion_of
 
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 _NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 # Arguments that have their own setting, or that callers of the pipeline set.
-_TAKEN = (
+_RESERVED = (
     *("prompt", "height", "width", "generator", "latents", "output_type", "return_dict", "max_sequence_length"),
     *("num_images_per_prompt", "sigmas", "timesteps", "image", "plan", "start_latents", "start_stage"),
 )
 BINNING = "use_resolution_binning"  # would draw at another size and resize the picture
 
 
-class OwnSettings(NamedTuple):
+class DefaultSettings(NamedTuple):
     """Defaults of a pipeline's call; None: it has no such argument, or no default for it."""
 
     steps: int | None
@@ -34,27 +34,28 @@ class OwnSettings(NamedTuple):
     max_sequence_length: int | None
 
 
-def own_settings(pipe: Any) -> OwnSettings:
+def default_settings(pipe: Any) -> DefaultSettings:
     """The defaults of this pipeline's call."""
     parameters = inspect.signature(pipe.__call__).parameters
-    named = [parameters.get(_NAMES.get(name, name)) for name in OwnSettings._fields]
+    named = [parameters.get(_NAMES.get(name, name)) for name in DefaultSettings._fields]
     steps, guidance, text = (None if one is None or one.default is one.empty else one.default for one in named)
-    return OwnSettings(steps, None if guidance is None else float(guidance), text)
+    return DefaultSettings(steps, None if guidance is None else float(guidance), text)
 
 
-def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def call_arguments(pipe: Any, settings: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Arguments of the pipeline's call; settings that are None are left to the pipeline.
 
     Args:
         settings: steps, guidance, height, width, max_sequence_length.
-        more: Arguments by the pipeline's own names, such as {"negative_prompt": "blurry"}.
+        extra: Arguments by the pipeline's own names, such as {"negative_prompt": "blurry"}.
     Raises:
-        ValueError: the pipeline does not take an argument, a value is not finite, or one of `more` has its own setting.
+        ValueError: the pipeline does not take an argument, a value is not finite, or one of `extra` has its own
+            setting.
     """
     parameters = inspect.signature(pipe.__call__).parameters.values()
     known = {one.name: one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
-    more = more or {}
-    for name, value in {**settings, **more}.items():
+    extra = extra or {}
+    for name, value in {**settings, **extra}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
     call = {}
@@ -66,36 +67,36 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], more: Mapping[str, An
             call[argument] = value
     if "height" in call and BINNING in known:
         call[BINNING] = False
-    for name, value in more.items():
-        if name in _TAKEN or name in _NAMES.values() or name.startswith("callback"):
+    for name, value in extra.items():
+        if name in _RESERVED or name in _NAMES.values() or name.startswith("callback"):
             raise ValueError(f"{name} is not a further argument: it has its own setting, or must not be set")
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise ValueError(f"{type(pipe).__name__} takes no {name}" + (f"; did you mean {near[0]}?" if near else ""))
-        pair = isinstance(value, list) and "tuple" in str(known[name].annotation).lower()
-        call[name] = tuple(value) if pair else value
+        as_tuple = isinstance(value, list) and "tuple" in str(known[name].annotation).lower()
+        call[name] = tuple(value) if as_tuple else value
     if "true_cfg_scale" in known:
-        scale = more.get("true_cfg_scale", known["true_cfg_scale"].default)
+        scale = extra.get("true_cfg_scale", known["true_cfg_scale"].default)
         if type(scale) not in (int, float):
             raise ValueError(f"true_cfg_scale must be a number, got {scale!r}")
-        if (scale > 1) != ("negative_prompt" in more):
-            tell_unguided(type(pipe).__name__, scale)
+        if (scale > 1) != ("negative_prompt" in extra):
+            warn_unguided(type(pipe).__name__, scale)
     return call
 
 
 @lru_cache  # warn once
-def tell_unguided(name: str, scale: float) -> None:
+def warn_unguided(name: str, scale: float) -> None:
     """Warn that a pipeline which supports guidance runs without it."""
-    told = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
+    message = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
     if scale <= 1:
-        told = (
+        message = (
             "%s takes no notice of a negative prompt while its true_cfg_scale is %g: add --argument true_cfg_scale=4.0"
         )
-    logger.warning(told, name, scale)
+    logger.warning(message, name, scale)
 
 
 @contextmanager
-def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[None]:
+def arguments_in_errors(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[None]:
     """Context manager that blames the pipeline's errors on the further arguments that it was given, if any.
 
     Raises:
@@ -104,7 +105,7 @@ def arguments_named(pipe: Any, arguments: Mapping[str, Any] | None) -> Iterator[
     try:
         yield
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
-        if not arguments or isinstance(error, NO_FAULT_OF_ARGUMENTS) or is_out_of_memory(error):
+        if not arguments or isinstance(error, NOT_ARGUMENT_ERRORS) or is_out_of_memory(error):
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ValueError(
@@ -131,7 +132,7 @@ def for_batch(call: Mapping[str, Any], count: int) -> dict[str, Any]:
     }
 
 
-def call_of_original(
+def original_call(
     pipe: Any,
     prompts: Sequence[str],
     *,

@@ -10,15 +10,15 @@ from torch import nn
 
 from ..kernels.pieces.kept_tables import release_tables
 from .adapters.config_entry import remove_entry_, write_entry_
-from .advice import warn_of_others, warn_untested
-from .errors import UnsupportedModelError, nearest
+from .advice import warn_unconverted_networks, warn_untested
+from .errors import UnsupportedModelError, did_you_mean
 from .families import Family, family_of
 from .matching import attention_modules, check_text, choose, head_shape, levels_below
 from .methods import METHODS, RECOMMENDED, config_to_dict
 from .methods.field_checks import check_count
 from .networks import denoiser, networks
 from .report import SwapReport
-from .seam.conversion import Conversion, conversion_of, tell_unused_dense_below
+from .seam.conversion import Conversion, conversion_of, warn_unused_dense_below
 from .seam.group_offload import regroup_offload_
 from .seam.hooks import Level, install
 from .seam.input_terms import InputTerms, check_inputs
@@ -69,29 +69,29 @@ def linearize_(
     for one in patterns.values():
         config_to_dict(one)  # raises if it is not a config
     candidates, skipped = attention_modules(model, family)
-    small = levels_below(model, family, list(candidates), min_tokens)
-    skipped |= small
-    candidates = {name: module for name, module in candidates.items() if name not in small}
+    below_min_tokens = levels_below(model, family, list(candidates), min_tokens)
+    skipped |= below_min_tokens
+    candidates = {name: module for name, module in candidates.items() if name not in below_min_tokens}
     configs = choose(list(candidates), patterns, [layers] if isinstance(layers, str) else layers)
     check_convertible(model, family, configs, impl)
 
-    before = _remove_seam(model)
-    conversion = Conversion(family, patterns if layers is None and not small else configs, dense_below)
-    if before is not None:
-        conversion.overlays = before.overlays
+    previous = _remove_seam(model)
+    conversion = Conversion(family, patterns if layers is None and not below_min_tokens else configs, dense_below)
+    if previous is not None:
+        conversion.overlays = previous.overlays
     kernels = {name: _kernel(candidates[name], one, impl) for name, one in configs.items()}
     swap_(model, conversion, {name: candidates[name] for name in configs}, kernels)
     regroup_offload_(model)
     write_entry_(model)
     if conversion.overlays.items:
         logger.warning("weights trained for the previous conversion are kept: call restore_ first to start over")
-        tell_unused_dense_below(model)
+        warn_unused_dense_below(model)
     skipped |= {name: f"not matched by {layers or list(patterns)!r}" for name in candidates if name not in configs}
     report = SwapReport(
         swapped=configs, skipped=skipped, family=family.name, impl=impl, dense_below=conversion.dense_tokens
     )
     logger.info("%s", report)
-    warn_of_others(pipe_or_model, model)
+    warn_unconverted_networks(pipe_or_model, model)
     return report
 
 
@@ -108,7 +108,7 @@ def check_convertible(model: nn.Module, family: Family, configs: Mapping[str, An
         check_forward(name, candidates[name])
         check_text(name, family, one)
         check_inputs(name, candidates[name], one)
-    _check_ours(model)
+    _check_unmodified(model)
 
 
 def restore_(pipe_or_model: Any) -> None:
@@ -124,7 +124,7 @@ def restore_(pipe_or_model: Any) -> None:
     conversions = converted_networks(pipe_or_model)
     for model in conversions:
         _refuse_sharded(model, "restore_")
-        _check_ours(model)
+        _check_unmodified(model)
     for model, conversion in conversions.items():
         conversion.overlays.remove()
         _remove_seam(model)
@@ -186,7 +186,7 @@ def check_impl(impl: str, config_class: type) -> None:
     names = METHODS[config_class].implementations()
     if impl not in names:
         raise ValueError(
-            f"{config_class.__name__} has no impl {impl!r}{nearest(impl, names)}; there are: {', '.join(names)}"
+            f"{config_class.__name__} has no impl {impl!r}{did_you_mean(impl, names)}; there are: {', '.join(names)}"
         )
 
 
@@ -227,8 +227,8 @@ def swap_(
     seen_at = conversion.family.seen_at
     levels: dict[nn.Module, Level] = {}
     for name, module in modules.items():
-        place = model if seen_at is None else _ancestor(model, name, seen_at)
-        level = levels.setdefault(place, Level(conversion))
+        owner = model if seen_at is None else _ancestor(model, name, seen_at)
+        level = levels.setdefault(owner, Level(conversion))
         attention, kernel = cast(Any, module), kernels[name]
         device = next(module.parameters()).device
         # kernels have real weights even in a model on meta: they are saved with the adapter
@@ -251,7 +251,7 @@ def _ancestor(model: nn.Module, name: str, class_name: str) -> nn.Module:
     raise UnsupportedModelError(f"{name} lies in no {class_name}, where its token grid would be known")
 
 
-def _check_ours(model: nn.Module) -> None:
+def _check_unmodified(model: nn.Module) -> None:
     """Raise an UnsupportedModelError if a converted module is no longer as `linearize_` left it."""
     for name, module in swapped(model).items():
         check_forward(name, module)

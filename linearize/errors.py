@@ -20,9 +20,9 @@ class NotFiniteError(ValueError):
     """A model computed NaN or infinity."""
 
 
-NO_FAULT_OF_ARGUMENTS = (UnsupportedModelError, LayoutError, KernelNotReachedError, NotFiniteError)
+NOT_ARGUMENT_ERRORS = (UnsupportedModelError, LayoutError, KernelNotReachedError, NotFiniteError)
 
-_TOO_MANY_NUMBERS = ("less than INT_MAX elements", "canUse32BitIndexMath")  # 2^31, as in a VAE at 4096 x 4096 pixels
+_TOO_MANY_ELEMENTS = ("less than INT_MAX elements", "canUse32BitIndexMath")  # 2^31, as in a VAE at 4096 x 4096 pixels
 _NO_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator: can't allocate")
 
 
@@ -40,10 +40,10 @@ def why_too_large(error: BaseException) -> str | None:
     """Why a computation was too large, so that less at a time may work, in words; None for any other error."""
     if is_out_of_memory(error):
         return "out of memory"
-    return "a tensor is too large for CUDA's kernels" if any(one in str(error) for one in _TOO_MANY_NUMBERS) else None
+    return "a tensor is too large for CUDA's kernels" if any(one in str(error) for one in _TOO_MANY_ELEMENTS) else None
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error's message on one line; of an OSError, the file names and the system's message without its number."""
     if isinstance(error, OSError) and type(error).__str__ is OSError.__str__ and error.strerror:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
@@ -51,7 +51,7 @@ def told(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def nearest(name: object, names: Iterable[object]) -> str:
+def did_you_mean(name: object, names: Iterable[object]) -> str:
     """ " (did you mean ...?)" for a name close to one of `names`, else nothing: for the end of a message."""
     near = get_close_matches(str(name), [str(known) for known in names], n=3)
     return f" (did you mean {', '.join(near)}?)" if near else ""

@@ -45,16 +45,16 @@ def first_steps(pipe: Any, count: int) -> Iterator[OnStepEnd]:
 @contextmanager
 def _before_each_schedule(scheduler: Any, run: Callable[[], None]) -> Iterator[None]:
     """Context manager that calls `run` before `set_timesteps`, which begins a call: the last one may have failed."""
-    own: Any = type(scheduler)
+    base: Any = type(scheduler)
 
-    @wraps(own.set_timesteps)  # pipelines inspect its parameters
+    @wraps(base.set_timesteps)  # pipelines inspect its parameters
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         run()
-        return own.set_timesteps(self, *args, **kwargs)
+        return base.set_timesteps(self, *args, **kwargs)
 
     # a subclass, not an instance attribute: copies of the scheduler must set their own timesteps
-    scheduler.__class__ = type(own.__name__, (own,), {"set_timesteps": set_timesteps, "__module__": own.__module__})
+    scheduler.__class__ = type(base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__})
     try:
         yield
     finally:
-        scheduler.__class__ = own
+        scheduler.__class__ = base

@@ -37,7 +37,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 file.chmod(0o666 & ~_umask())  # safetensors writes files that only the owner can read
             sync(file)
         sync(temporary)
-        _put_in_place(temporary, path)
+        _replace_folder(temporary, path)
         sync(path.parent)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
@@ -83,16 +83,16 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    place = next(place for place in (folder, *folder.parents) if place.exists())
+    existing = next(existing for existing in (folder, *folder.parents) if existing.exists())
     try:
-        with tempfile.TemporaryFile(dir=place) as file:  # unnamed, where the system supports it
+        with tempfile.TemporaryFile(dir=existing) as file:  # unnamed, where the system supports it
             file.write(b"something")
             file.flush()
     except OSError as error:
-        raise OSError(f"nothing can be written in {place} ({error.strerror}): choose another output") from error
+        raise OSError(f"nothing can be written in {existing} ({error.strerror}): choose another output") from error
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def _replace_folder(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
@@ -108,7 +108,7 @@ def _umask() -> int:
     return mask
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file in a hidden folder next to `path`, then move it: readers see the old file or the new one.
 
     Of two writers, the last one wins. It is a folder because some writers make temporary files of their own.
@@ -193,8 +193,8 @@ def main_dtype(path: Path) -> torch.dtype:
     with _opened(path) as file:
         numbers: Counter[torch.dtype] = Counter()
         for name in file.keys():  # noqa: SIM118
-            piece = file.get_slice(name)
-            numbers[_DTYPES.get(piece.get_dtype(), torch.float32)] += math.prod(piece.get_shape())
+            tensor = file.get_slice(name)
+            numbers[_DTYPES.get(tensor.get_dtype(), torch.float32)] += math.prod(tensor.get_shape())
     return max(numbers, key=lambda dtype: numbers[dtype] * dtype.itemsize)
 
 

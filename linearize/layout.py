@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.pieces.cells import Grid as Grid
 from .errors import LayoutError
 
-_OF_TEXT_ALONE = (
+_TEXT_ONLY = (
     "attn_mask must hide text tokens only, alike in every head (True/False, or 0/-inf): a mask on image tokens or "
     "a bias has no linear form here; drop it, or run this call inside `with dense(model):`"
 )
@@ -88,7 +88,7 @@ def reorder(x: Tensor, order: Tensor, dim: int) -> Tensor:
 
 
 def text_mask_of(
-    attn_mask: Tensor, query: Tensor, layout: Layout, *, asked: list[Tensor] | None = None
+    attn_mask: Tensor, query: Tensor, layout: Layout, *, pending: list[Tensor] | None = None
 ) -> Tensor | None:
     """Reduce the mask that upstream passes to attention to a mask of the text.
 
@@ -97,8 +97,8 @@ def text_mask_of(
             queries and keys, [B or 1, H or 1, N, N], if all tokens that are attended to attend to the same ones.
         query: [B, H, N, D].
         layout: Layout of these tokens.
-        asked: Receives a bool tensor, whether the mask hides text only, for `require_text_masks`; None: check at once,
-            which waits for the device.
+        pending: Receives a bool tensor, whether the mask hides text only, for `require_text_masks`; None: check it
+            now, which waits for the device.
     Returns:
         [B, text_len] bool, None without text.
     Raises:
@@ -121,21 +121,21 @@ def text_mask_of(
     text_len = layout.text_len
     image = slice(text_len, None) if layout.text_first else slice(0, num_tokens - text_len)
     text = slice(0, text_len) if layout.text_first else slice(num_tokens - text_len, None)
-    seen = attend[:, :1, slice(text_len, text_len + 1) if layout.text_first and mask.shape[2] > 1 else slice(0, 1)]
-    unread = False if mask.shape[2] == 1 else ~seen.mT  # rows of hidden tokens
-    allowed = seen[..., image].all() & ((attend == seen) | unread).all()
+    attended = attend[:, :1, slice(text_len, text_len + 1) if layout.text_first and mask.shape[2] > 1 else slice(0, 1)]
+    hidden_rows = False if mask.shape[2] == 1 else ~attended.mT  # rows of hidden tokens
+    allowed = attended[..., image].all() & ((attend == attended) | hidden_rows).all()
     if mask.dtype != torch.bool:
         allowed = allowed & (attend | (mask <= _BLOCKED)).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(allowed, _OF_TEXT_ALONE)
-    elif asked is not None:
-        asked.append(allowed)
+        torch._assert_async(allowed, _TEXT_ONLY)
+    elif pending is not None:
+        pending.append(allowed)
     else:
         require_text_masks([allowed])
-    return seen[:, 0, 0, text].expand(batch, -1) if text_len > 0 else None
+    return attended[:, 0, 0, text].expand(batch, -1) if text_len > 0 else None
 
 
-def require_text_masks(asked: list[Tensor]) -> None:
+def require_text_masks(pending: list[Tensor]) -> None:
     """Raise a LayoutError if one of these is false; they may be on different devices, and it waits for them once."""
-    if not torch.stack([allowed.to(asked[0].device) for allowed in asked]).all():
-        raise LayoutError(_OF_TEXT_ALONE)
+    if not torch.stack([allowed.to(pending[0].device) for allowed in pending]).all():
+        raise LayoutError(_TEXT_ONLY)

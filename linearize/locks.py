@@ -18,7 +18,7 @@ TRIES, PAUSE = 5, 0.05  # in seconds: another process may be testing the lock
 
 
 @contextmanager
-def held(folder: Path, *, name: str = ".lock") -> Iterator[None]:
+def folder_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
     """Context manager that makes and locks a folder for this process, and removes it in the end if it is empty.
 
     Nothing is locked where the system has no locks of this kind (Windows, some network disks).
@@ -32,10 +32,10 @@ def held(folder: Path, *, name: str = ".lock") -> Iterator[None]:
         raise ValueError(f"{folder} must be a folder, it is a file")
     file = folder / name
     with _locked(file) as lock:
-        who = f"process {os.getpid()} on {socket.gethostname()}".encode()
+        holder = f"process {os.getpid()} on {socket.gethostname()}".encode()
         with suppress(OSError):  # a full disk
-            lock.write(who)
-            lock.truncate(len(who))
+            lock.write(holder)
+            lock.truncate(len(holder))
         try:
             yield
         finally:
@@ -48,16 +48,16 @@ def remove_leftovers(folder: Path, names: Sequence[str], *, locks: str = ".lock"
     """Remove what killed writers of these files left in a folder, unless another process may be writing there.
 
     Args:
-        folder: `held` by this process.
-        names: Patterns of the files that `write_whole` and `new_folder` make there, such as "shard-*".
+        folder: Locked by this process (`folder_lock`).
+        names: Patterns of the files that `write_atomically` and `new_folder` make there, such as "shard-*".
         locks: The pattern of the names by which processes hold this folder.
     """
-    left = [path for name in names for path in folder.glob(f".{name}.tmp")]  # listed before the locks are tested
+    leftovers = [path for name in names for path in folder.glob(f".{name}.tmp")]  # listed before the locks are tested
     if sum(map(_is_locked, folder.glob(locks))) != 1:  # others work here; or there are no locks on this disk
         return
     replaced = [path for name in names for path in folder.glob(f".{name}.old")]
-    left += [path for path in replaced if (folder / path.name[1:].rsplit(".", 2)[0]).exists()]  # if replaced
-    for path in left:
+    leftovers += [path for path in replaced if (folder / path.name[1:].rsplit(".", 2)[0]).exists()]  # if replaced
+    for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -69,22 +69,22 @@ def _locked(file: Path) -> Iterator[IO[bytes]]:
     """The file, open and locked."""
     for last in range(1 - TRIES, 1):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "r+b", buffering=0, opener=_make) as lock:  # with a buffer, closing would write once more
+        with open(file, "r+b", buffering=0, opener=_create) as lock:  # with a buffer, closing would write once more
             if not _lock(lock):
                 if not last:
-                    who = lock.read().decode() or "which does not say its name"
+                    holder = lock.read().decode() or "which does not say its name"
                     raise ValueError(
-                        f"another process is at work in {file.parent} ({who}): wait for it, end it, or name another "
+                        f"another process is at work in {file.parent} ({holder}): wait for it, end it, or name another "
                         "folder"
                     )
-            elif _is_there(lock, file):
+            elif _is_current(lock, file):
                 yield lock
                 return
         time.sleep(PAUSE)
     raise ValueError(f"{file} is repeatedly removed by other processes: check which are at work in {file.parent}")
 
 
-def _make(path: str, flags: int) -> int:
+def _create(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
 
 
@@ -100,7 +100,7 @@ def _lock(file: IO[Any]) -> bool:
     return True
 
 
-def _is_there(lock: IO[Any], file: Path) -> bool:
+def _is_current(lock: IO[Any], file: Path) -> bool:
     """Whether the lock is still the file of this name, which the previous holder removes in the end."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), file.stat())

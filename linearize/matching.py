@@ -23,12 +23,12 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
     candidates: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
-        is_ours = any(fnmatchcase(name, pattern) for pattern in family.attention)
-        if not is_ours and not hasattr(module, "get_processor"):
+        matches = any(fnmatchcase(name, pattern) for pattern in family.attention)
+        if not matches and not hasattr(module, "get_processor"):
             continue
         if getattr(module, "is_cross_attention", False):
             skipped[name] = CROSS_ATTENTION
-        elif not is_ours:
+        elif not matches:
             skipped[name] = NOT_IMAGE_SELF_ATTENTION
         else:
             candidates[name] = module
@@ -42,13 +42,13 @@ def attention_modules(model: nn.Module, family: Family) -> tuple[dict[str, nn.Mo
 
 def check_text(name: str, family: Family, config: Any) -> None:
     """Raise an UnsupportedModelError if a method is for the image alone and a module may see text as well."""
-    alone = any(fnmatchcase(name, pattern) for pattern in family.image_alone)
-    if METHODS[type(config)].image_alone and not alone:
+    sees_image_only = any(fnmatchcase(name, pattern) for pattern in family.image_alone)
+    if METHODS[type(config)].image_alone and not sees_image_only:
         method, layers = type(config).__name__, ", ".join(map(repr, family.image_alone))
-        way_out = f"choose layers={layers}" if layers else "set image_alone in a Family of your own"
+        remedy = f"choose layers={layers}" if layers else "set image_alone in a Family of your own"
         raise UnsupportedModelError(
             f"{method} is for self-attention of the image alone, and {name} of family {family.name} may see text as "
-            f"well: take another method (Clear, Mala, Rala, ...), or {way_out}"
+            f"well: take another method (Clear, Mala, Rala, ...), or {remedy}"
         )
 
 

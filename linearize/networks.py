@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .families.refused import MULTIPLE
+from .families.refused import MULTI_CONTROLNETS
 
 
 def denoiser(pipe_or_model: Any) -> tuple[str, nn.Module]:
@@ -16,12 +16,12 @@ def denoiser(pipe_or_model: Any) -> tuple[str, nn.Module]:
         UnsupportedModelError: it is neither a pipeline that has one nor a model.
     """
     if isinstance(pipe_or_model, nn.Module):
-        model = _inner(pipe_or_model)
+        model = _unwrapped(pipe_or_model)
         return ("unet" if type(model).__name__.startswith("UNet") else "transformer"), model
     for name in ("transformer", "unet"):
         part = getattr(pipe_or_model, name, None)
         if isinstance(part, nn.Module):
-            return name, _inner(part)
+            return name, _unwrapped(part)
     raise UnsupportedModelError(
         f"expected a pipeline with a `transformer` or `unet`, or such a model, got {type(pipe_or_model).__name__}"
     )
@@ -35,15 +35,15 @@ def networks(pipe_or_model: Any) -> Iterator[tuple[str, nn.Module]]:
         return
     components: Mapping[str, Any] = getattr(pipe_or_model, "components", {})
     for other, part in components.items():
-        if type(part).__name__ in MULTIPLE:
-            yield from ((f"{other}.nets[{index}]", _inner(net)) for index, net in enumerate(part.nets))
+        if type(part).__name__ in MULTI_CONTROLNETS:
+            yield from ((f"{other}.nets[{index}]", _unwrapped(net)) for index, net in enumerate(part.nets))
         elif other != name and isinstance(part, nn.Module):
-            yield other, _inner(part)
+            yield other, _unwrapped(part)
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """What `torch.compile(model)` and peft's `get_peft_model(model, ...)` wrap."""
     names = {cls.__name__ for cls in type(model).__mro__}
     if "OptimizedModule" in names:
-        return _inner(cast(nn.Module, model._orig_mod))
-    return _inner(cast(Any, model).get_base_model()) if "PeftModel" in names else model
+        return _unwrapped(cast(nn.Module, model._orig_mod))
+    return _unwrapped(cast(Any, model).get_base_model()) if "PeftModel" in names else model

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import config_to_dict, spelled
+from .methods import config_to_dict, format_setting
 
 CROSS_ATTENTION = "cross-attention"
 NOT_IMAGE_SELF_ATTENTION = "not an image self-attention of this family"
@@ -29,10 +29,10 @@ class SwapReport:
     dense_below: int = 0
 
     def __str__(self) -> str:
-        chosen_out = [name for name, reason in self.skipped.items() if _could_be_swapped(reason)]
+        left_out = [name for name, reason in self.skipped.items() if _is_swappable(reason)]
         configs = Counter(_short(config) for config in self.swapped.values())
         methods = ", ".join(f"{count} x {config}" for config, count in configs.items())
-        total = len(self.swapped) + len(chosen_out)
+        total = len(self.swapped) + len(left_out)
         line = f"{len(self.swapped)}/{total} self-attention modules: {methods}"
         reasons = Counter(self.skipped.values())
         left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -42,9 +42,9 @@ class SwapReport:
 
 def _short(config: Any) -> str:
     """`Clear(radius=16)`: without the fields left at their defaults."""
-    entries = [f"{key}={spelled(value)}" for key, value in config_to_dict(config).items() if key != "method"]
+    entries = [f"{key}={format_setting(value)}" for key, value in config_to_dict(config).items() if key != "method"]
     return f"{type(config).__name__}({', '.join(entries)})"
 
 
-def _could_be_swapped(reason: str) -> bool:
+def _is_swappable(reason: str) -> bool:
     return reason not in (CROSS_ATTENTION, NOT_IMAGE_SELF_ATTENTION)

@@ -15,32 +15,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..linearize.calling import arguments_named, call_arguments
+from ..linearize.calling import arguments_in_errors, call_arguments
 from ..linearize.errors import UnsupportedModelError
-from .cut_prompts import tell_cut_prompts
 from .files import (
-    Wanted,
+    PictureJob,
     check_stages,
-    latents_kept,
-    not_there,
+    log_kept_latents,
+    missing_pictures,
     other_stages,
     read_latents,
     remove_stage_latents,
-    said_of,
     save_latents,
-    unkept_told,
+    settings_metadata,
+    warn_on_write_error,
     write_latents,
     write_picture,
     write_png,
 )
 from .high_resolution import HighResolutionPipeline
 from .plan import Plan, Settings
+from .truncated_prompts import warn_truncated_prompts
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Staged:
+class PlannedCascade:
     """A pipeline and its plan; `picture`: the picture to enlarge, None: a prompt alone."""
 
     pipe: Any
@@ -48,7 +48,7 @@ class Staged:
     picture: Image.Image | None = None
 
 
-def cascade_of(
+def cascade_for_size(
     pipe: Any,
     height: int,
     width: int,
@@ -56,36 +56,36 @@ def cascade_of(
     *,
     steps: int | None,
     text_len: int | None,
-    wanted: bool | None,
+    requested: bool | None,
     tile: int | None = 1024,
-) -> Staged | None:
+) -> PlannedCascade | None:
     """The cascade that makes this size; None if one call of the pipeline is enough.
 
     Args:
         steps: Of the first stage; None: the pipeline's default. The settings are for the others.
-        wanted: None: a cascade if the size takes several stages and the pipeline supports one.
+        requested: None: a cascade if the size takes several stages and the pipeline supports one.
         tile: Side in pixels of the VAE's tiles; None: in one piece.
     Raises:
-        UnsupportedModelError: a cascade is wanted, and there is none for this model.
+        UnsupportedModelError: a cascade is requested, and there is none for this model.
     """
-    if wanted is False:
+    if requested is False:
         return None
     try:
         high = HighResolutionPipeline.from_pipe(pipe)
     except UnsupportedModelError:
-        if wanted:
+        if requested:
             raise
         return None
-    if not wanted and height * width <= 2 * high.native_size**2:
+    if not requested and height * width <= 2 * high.native_size**2:
         return None  # one stage, which the pipeline makes with any scheduler
     plan = high.plan(height, width, num_inference_steps=steps, settings=settings, tile=tile, text_len=text_len)
-    return Staged(high, plan)
+    return PlannedCascade(high, plan)
 
 
 def enlarge(
     pipe: Any,
     picture: Image.Image,
-    one: Wanted,
+    job: PictureJob,
     size: tuple[int, int],
     settings: Settings,
     *,
@@ -112,17 +112,17 @@ def enlarge(
     high = HighResolutionPipeline.from_pipe(pipe)
     shape = (picture.height, picture.width)
     plan = high.plan(*size, settings=settings, enlarge=shape, tile=tile, text_len=max_sequence_length)
-    drawing = {"guidance": guidance, "max_sequence_length": max_sequence_length}
-    said = said_of({**drawing, **(arguments or {})})
-    one = replace(one, text={**one.text, **said, "stages": plan.recipe(), "picture": _fingerprint(picture)})
+    call_settings = {"guidance": guidance, "max_sequence_length": max_sequence_length}
+    metadata = settings_metadata({**call_settings, **(arguments or {})})
+    job = replace(job, text={**job.text, **metadata, "stages": plan.recipe(), "picture": _fingerprint(picture)})
     if not overwrite:
-        if not not_there([one]):
+        if not missing_pictures([job]):
             return
-        check_stages(one)
-    call = call_arguments(high, drawing, arguments)
-    tell_cut_prompts(pipe, [one.prompt], max_sequence_length)
-    with arguments_named(high, arguments):
-        make_in_stages(Staged(high, plan, picture), one, call)
+        check_stages(job)
+    call = call_arguments(high, call_settings, arguments)
+    warn_truncated_prompts(pipe, [job.prompt], max_sequence_length)
+    with arguments_in_errors(high, arguments):
+        make_in_stages(PlannedCascade(high, plan, picture), job, call)
 
 
 def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:
@@ -132,66 +132,66 @@ def check_larger(picture: Image.Image, size: tuple[int, int]) -> None:
         raise ValueError(f"size must be larger than the picture on both sides, got {got}")
 
 
-def make_in_stages(staged: Staged, one: Wanted, call: Mapping[str, Any]) -> None:
+def make_in_stages(staged: PlannedCascade, job: PictureJob, call: Mapping[str, Any]) -> None:
     """Make one picture, resuming after the last stage on disk; if all stages exist, only decode.
 
     Stages of another picture under its name are removed.
     """
-    for file in other_stages(one):
+    for file in other_stages(job):
         file.unlink()
-    if (latents := _latents_of(one.latents, one)) is not None:
-        logger.info("%s: all stages exist; decoding", one.path)
-        with latents_kept([one]):
-            write_picture(one, staged.pipe.decode_last(latents, staged.plan)[0])
-        remove_stage_latents(one.path, one.text)
+    if (latents := _matching_latents(job.latents, job)) is not None:
+        logger.info("%s: all stages exist; decoding", job.path)
+        with log_kept_latents([job]):
+            write_picture(job, staged.pipe.decode_last(latents, staged.plan)[0])
+        remove_stage_latents(job.path, job.text)
         return
-    folder = one.stages
-    latents, done = _last_latents(folder, one, len(staged.plan.stages) - 1)
+    folder = job.stages
+    latents, done = _last_latents(folder, job, len(staged.plan.stages) - 1)
     if done:
-        there = "stage 1 is" if done == 1 else f"stages 1 to {done} are"
-        logger.info("%s: %s there already", one.path, there)
+        finished = "stage 1 is" if done == 1 else f"stages 1 to {done} are"
+        logger.info("%s: %s there already", job.path, finished)
 
-    @unkept_told()
-    def on_stage_end(_pipe: Any, number: int, made: dict[str, Any]) -> None:
+    @warn_on_write_error()
+    def on_stage_end(_pipe: Any, number: int, results: dict[str, Any]) -> None:
         stage = staged.plan.stages[number]
-        if "latents" in made:
+        if "latents" in results:
             if number + 1 == len(staged.plan.stages):
-                save_latents([one], made["latents"])
+                save_latents([job], results["latents"])
             else:
-                write_latents(folder / f"{number + 1}.latents.safetensors", made["latents"], one.text)
-        for image in made.get("images", ()):
+                write_latents(folder / f"{number + 1}.latents.safetensors", results["latents"], job.text)
+        for image in results.get("images", ()):
             file = folder / f"{number + 1}-{stage.width}x{stage.height}.png"
-            write_png(file, image, one.text)
+            write_png(file, image, job.text)
 
-    with latents_kept([one]):
+    with log_kept_latents([job]):
         image = staged.pipe(
-            one.prompt,
+            job.prompt,
             plan=staged.plan,
             image=staged.picture if done == 0 else None,
-            generator=torch.Generator("cpu").manual_seed(one.seed),
+            generator=torch.Generator("cpu").manual_seed(job.seed),
             callback_on_stage_end=on_stage_end,
             start_latents=latents,
             start_stage=done,
             **call,
         ).images[0]
-        write_picture(one, image)
-    remove_stage_latents(one.path, one.text)
+        write_picture(job, image)
+    remove_stage_latents(job.path, job.text)
 
 
-def _last_latents(folder: Path, one: Wanted, most: int) -> tuple[Tensor | None, int]:
+def _last_latents(folder: Path, job: PictureJob, last: int) -> tuple[Tensor | None, int]:
     """The latents of the last stage made with the same settings, and its number; (None, 0) if there is none."""
-    for number in range(most, 0, -1):
-        if (latents := _latents_of(folder / f"{number}.latents.safetensors", one)) is not None:
+    for number in range(last, 0, -1):
+        if (latents := _matching_latents(folder / f"{number}.latents.safetensors", job)) is not None:
             return latents, number
     return None, 0
 
 
-def _latents_of(file: Path, one: Wanted) -> Tensor | None:
+def _matching_latents(file: Path, job: PictureJob) -> Tensor | None:
     """The latents in a file; None if made with other settings, or not finite."""
     if not file.exists():
         return None
     latents, text = read_latents(file)
-    return latents if text == dict(one.text) and latents.isfinite().all() else None
+    return latents if text == dict(job.text) and latents.isfinite().all() else None
 
 
 def _fingerprint(picture: Image.Image) -> str:

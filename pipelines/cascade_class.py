@@ -6,7 +6,7 @@ from typing import Any
 from .checks import check_misplaced
 
 # Arguments of a stock call that the stages set.
-_OF_STAGES = ("latents", "sigmas", "timesteps", "denoising_end")
+_SET_BY_STAGES = ("latents", "sigmas", "timesteps", "denoising_end")
 
 
 def cascade_class(ours: Any, stock: Any) -> Any:
@@ -16,13 +16,13 @@ def cascade_class(ours: Any, stock: Any) -> Any:
     kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = []
     for name, one in theirs.items():
-        if name in _OF_STAGES:
+        if name in _SET_BY_STAGES:
             kind = inspect.Parameter.KEYWORD_ONLY  # later positions no longer match
         elif one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
             default = one.default if name == "self" or one.default is not one.empty else None
             parameters.append(own[name].replace(kind=kind) if name in own else one.replace(kind=kind, default=default))
-    lacking = [one for name, one in own.items() if name not in theirs and one.kind == one.KEYWORD_ONLY]
-    parameters += [one for one in lacking if one.name != "callback_on_step_end"]  # the stock call lacks it
+    extra = [one for name, one in own.items() if name not in theirs and one.kind == one.KEYWORD_ONLY]
+    parameters += [one for one in extra if one.name != "callback_on_step_end"]  # the stock call lacks it
     signature = inspect.Signature(parameters)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -35,7 +35,7 @@ def cascade_class(ours: Any, stock: Any) -> Any:
     return type(name, (ours, stock), {"stock": stock, "__call__": call, "__module__": ours.__module__})
 
 
-def made_of(cls: Any, pipeline: Any) -> Any:
+def build_from(cls: Any, pipeline: Any) -> Any:
     """A pipeline of this class from the components and flags (such as `requires_safety_checker`) of another."""
     flags = {name: value for name, value in pipeline.config.items() if isinstance(value, bool | int | float)}
     expected = inspect.signature(cls.__init__).parameters

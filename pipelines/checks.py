@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .plan import Limits, Plan, Settings, Stage
-from .stage_schedule import most_steps
+from .stage_schedule import max_steps
 
 
 def check_plan(plan: Plan, height: int | None, width: int | None, steps: int | None, settings: object) -> None:
@@ -79,10 +79,10 @@ def _check_sigmas(stage: Stage, limits: Limits, scheduler: Any) -> None:
             f"low frequencies follow in flow matching, in pipelines with callback_on_step_end, not with a {name}: "
             f"leave follow out, got {stage.follow}"
         )
-    if not flows and not stage.is_stock and stage.steps > (most := most_steps(scheduler, stage.strength)):
+    if not flows and not stage.is_stock and stage.steps > (limit := max_steps(scheduler, stage.strength)):
         raise ValueError(
-            f"a {name} has at most {most} steps at strength {stage.strength:g}, got {stage.steps}: take fewer, or more "
-            "strength"
+            f"a {name} has at most {limit} steps at strength {stage.strength:g}, got {stage.steps}: take fewer, or "
+            "more strength"
         )
 
 
@@ -132,13 +132,13 @@ def count_pictures(prompt: Any, call: Mapping[str, Any]) -> int:
 
 
 def check_numbers(
-    batch: int, image: Sequence[Any] | None, generator: Any, latents: Tensor | None, wanted: Sequence[int], stage: int
+    batch: int, image: Sequence[Any] | None, generator: Any, latents: Tensor | None, shape: Sequence[int], stage: int
 ) -> None:
     """Raise a ValueError if the numbers of input pictures, generators or latents do not fit that of the outputs.
 
     Args:
         batch: Number of output pictures.
-        latents: To continue with after stage `stage`, of shape [batch, *wanted].
+        latents: To continue with after stage `stage`, of shape [batch, *shape].
     """
     generators = generator if isinstance(generator, list) else [generator]
     if not all(one is None or isinstance(one, torch.Generator) for one in generators):
@@ -149,5 +149,5 @@ def check_numbers(
         raise ValueError(f"generator must be one, or a list of {batch}, one a picture, got {len(generator)}")
     if image is not None and batch % len(image):
         raise ValueError(f"image must hold a number of pictures that divides {batch}, got {len(image)}")
-    if latents is not None and list(latents.shape) != [batch, *wanted]:
-        raise ValueError(f"start_latents must be {[batch, *wanted]}, those of stage {stage}, got {list(latents.shape)}")
+    if latents is not None and list(latents.shape) != [batch, *shape]:
+        raise ValueError(f"start_latents must be {[batch, *shape]}, those of stage {stage}, got {list(latents.shape)}")

@@ -41,11 +41,11 @@ def decode_file(
         OSError: a file cannot be read, or the base is not found.
     """
     check_tile(tile)
-    own = file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
-    if not file.exists() and own.exists():
-        raise ValueError(f"{file} is not there and {own} is: that picture was decoded, and its latents went")
+    default_output = file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
+    if not file.exists() and default_output.exists():
+        raise ValueError(f"{file} is not there and {default_output} is: that picture was decoded, and its latents went")
     latents, text = read_latents(file)
-    path = output or own
+    path = output or default_output
     if path.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {path}")
     check_output_file(path, overwrite=overwrite)
@@ -57,7 +57,7 @@ def decode_file(
     pixels = pixels[..., : int(size[2]), : int(size[1])]
     (picture,) = VaeImageProcessor().postprocess(pixels, output_type="pil")
     write_png(path, picture, text)
-    if path == own:
+    if path == default_output:
         file.unlink()
         remove_stage_latents(path, text)
     return path
@@ -80,7 +80,7 @@ def _vae(name: str, *, revision: str | None, offline: bool) -> Any:
     library, class_name = config["vae"]
     if library != "diffusers":
         raise ValueError(f"the VAE of {name} is a {library}.{class_name}, which is none of diffusers'")
-    made: Any = getattr(diffusers, class_name)
-    return made.from_pretrained(
+    vae_class: Any = getattr(diffusers, class_name)
+    return vae_class.from_pretrained(
         name, subfolder="vae", revision=revision, local_files_only=offline, use_safetensors=True
     )

@@ -18,14 +18,14 @@ from torch import nn
 
 from ..linearize.adapters.base import Base, Source, build_on_meta
 from ..linearize.convert import swapped
+from ..linearize.describe import dense_below_of
 from ..linearize.families import FAMILIES
 from ..linearize.measures.flops import Step, count_step
-from ..linearize.measures.held_bytes import peak_with
+from ..linearize.measures.peak_bytes import peak_with
 from ..linearize.measures.step_inputs import can_make_inputs, token_side
 from ..linearize.networks import denoiser
 from ..linearize.weights.quantized import stored_tensors
-from ..linearize.what_runs import dense_below_of
-from .placement import noted_place
+from .placement import recorded_placement
 from .plan import Plan, Stage
 from .positions import table_side
 from .token_chunks import in_token_chunks
@@ -35,12 +35,12 @@ GIB = 2**30
 LONG_SECONDS = 0.02  # of the smallest product; if slower, stop: some CPUs take 40 s for the next one in bfloat16
 ENOUGH_SECONDS = 0.002  # of the others; launch overhead is small against it
 CHUNK_TOKENS = 8192  # large enough for matrix products to run at full speed
-_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_TOKENS = 2**24  # of a stage whose cost is counted: positions are not on the meta device and take a second by then
-_CHUNKS = 64  # counted at most
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_TOKENS = 2**24  # of a stage whose cost is counted: positions are not on the meta device and take a second by then
+_MAX_CHUNKS = 64  # counted at most
 _CLIP_TOKENS = 77
 # Pipelines whose guidance calls the model once with the prompt and once without; others give it both at once.
-_ONE_AFTER_THE_OTHER = (
+_SEQUENTIAL_GUIDANCE = (
     *("ChromaPipeline", "OvisImagePipeline", "CogView4Pipeline", "Krea2Pipeline", "Lumina2Pipeline"),
     "Flux2KleinPipeline",
 )
@@ -50,21 +50,21 @@ class Estimator:
     """Cost of the stages of one pipeline in its current state."""
 
     @staticmethod
-    def knows(model: nn.Module) -> bool:
+    def supports(model: nn.Module) -> bool:
         """Whether the inputs of a forward can be made from the model's config."""
         return type(model).__name__ in FAMILIES and can_make_inputs(model)
 
     def __init__(self, pipe: Any, text_len: int | None, batch: int) -> None:
         _, self.model = denoiser(pipe)
         self.text_len, self.scale = _text_len(pipe, text_len), pixels_per_latent(pipe.vae)
-        self.forwards, together = forwards_of(pipe)
-        self.batch = batch * together
+        self.forwards, copies = forwards_of(pipe)
+        self.batch = batch * copies
         self.weights = weights_on_device(pipe)
-        place = noted_place(pipe)
-        device = pipe._execution_device if place is None else place.device
-        own = cast(Any, self.model).dtype
-        self.dtype = own if own in _COMPUTED_IN else torch.bfloat16  # weights that are cast layer by layer
-        self.speed = half_of_peak(device, self.dtype)
+        placement = recorded_placement(pipe)
+        device = pipe._execution_device if placement is None else placement.device
+        dtype = cast(Any, self.model).dtype
+        self.dtype = dtype if dtype in _COMPUTE_DTYPES else torch.bfloat16  # weights that are cast layer by layer
+        self.speed = half_peak_flops(device, self.dtype)
         self.limit = free_gib(device)
 
     def with_costs(self, plan: Plan, *, chunks: bool) -> Plan:
@@ -78,20 +78,20 @@ class Estimator:
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             note = f"time and memory are not known: a forward could not be counted ({type(error).__name__}: {error})"
             return replace(plan, notes=(*plan.notes, note))
-        if self._tokens(plan.stages[-1]) > _MOST_TOKENS:
-            note = f"time and memory are counted up to {_MOST_TOKENS:,} tokens of the picture"
+        if self._tokens(plan.stages[-1]) > _MAX_TOKENS:
+            note = f"time and memory are counted up to {_MAX_TOKENS:,} tokens of the picture"
             plan = replace(plan, notes=(*plan.notes, note))
-        most = max(stage.gib or 0 for stage in stages)
-        if self.limit is None or most <= self.limit:
+        peak = max(stage.gib or 0 for stage in stages)
+        if self.limit is None or peak <= self.limit:
             return replace(plan, stages=tuple(stages))
         note = (
-            f"about {most:.1f} GiB where {self.limit:.1f} are free: offload (enable_model_cpu_offload or "
+            f"about {peak:.1f} GiB where {self.limit:.1f} are free: offload (enable_model_cpu_offload or "
             "enable_group_offload; --offload), quantize the model, or make a smaller picture"
         )
         return replace(plan, stages=tuple(stages), notes=(*plan.notes, note))
 
     def _with_cost(self, stage: Stage, chunks: bool) -> Stage:
-        if self._tokens(stage) > _MOST_TOKENS:
+        if self._tokens(stage) > _MAX_TOKENS:
             return stage
         shape = self._shape(stage)
         step = forward(shape)
@@ -101,13 +101,13 @@ class Estimator:
         configs = {name: cast(Any, module).linear_kernel.config for name, module in kernels.items()}
         flops = step.flops(configs, dense_below=dense_below_of(self.model))
         operations = stage.steps * self.forwards * self.batch * flops.after
-        in_use = set(configs.values())
+        used_configs = set(configs.values())
         counted = step if stage.chunk_tokens is None else step_in_chunks(shape, stage.chunk_tokens)
-        gib = self._gib(peak_with(counted, in_use, self.dtype))
+        gib = self._gib(peak_with(counted, used_configs, self.dtype))
         too_large = self.limit is not None and gib > self.limit
         if too_large and chunks and stage.chunk_tokens is None and prod(step.grid) > CHUNK_TOKENS:
             stage, counted = replace(stage, chunk_tokens=CHUNK_TOKENS), step_in_chunks(shape, CHUNK_TOKENS)
-            gib = self._gib(peak_with(counted, in_use, self.dtype))
+            gib = self._gib(peak_with(counted, used_configs, self.dtype))
         return replace(stage, seconds=operations / self.speed, gib=gib)
 
     def _tokens(self, stage: Stage) -> int:
@@ -150,9 +150,9 @@ class Shape:
     latents: tuple[int, int]
     text_len: int | None
 
-    def model(self, **others: int) -> nn.Module:
-        """The model on the meta device; `others` replace values of its config."""
-        config = json.loads(self.config) | others
+    def model(self, **overrides: int) -> nn.Module:
+        """The model on the meta device; `overrides` replace values of its config."""
+        config = json.loads(self.config) | overrides
         base = Base(source=Source(name="the pipeline"), model_class=self.model_class, config=config)
         return build_on_meta(base, dtype=self.dtype)
 
@@ -170,56 +170,56 @@ def forward(shape: Shape) -> Step | None:
 def step_in_chunks(shape: Shape, chunk_tokens: int) -> Step:
     """A forward of FLUX.1 with one block of each kind, its token-wise layers on `chunk_tokens` tokens at a time."""
     model = shape.model(num_layers=1, num_single_layers=1)  # more blocks do not raise the peak
-    most = prod(shape.latents) // token_side(model) ** 2 // _CHUNKS  # smaller ones save little, and take long
-    with in_token_chunks(model, max(chunk_tokens, most)):
+    least = prod(shape.latents) // token_side(model) ** 2 // _MAX_CHUNKS  # smaller ones save little, and take long
+    with in_token_chunks(model, max(chunk_tokens, least)):
         return cast(Step, shape.step(model))
 
 
 def forwards_of(pipe: Any) -> tuple[int, int]:
     """Default (forwards per step, copies of each picture in them); one of them is 2 for classifier-free guidance."""
-    stock, own = pipe.stock.__name__, inspect.signature(pipe.stock.__call__).parameters
+    stock, parameters = pipe.stock.__name__, inspect.signature(pipe.stock.__call__).parameters
     if (guider := getattr(pipe, "guider", None)) is not None:  # HunyuanImage
         return guider.num_conditions, 1
-    scale = own["guidance_scale"].default if "guidance_scale" in own else None
+    scale = parameters["guidance_scale"].default if "guidance_scale" in parameters else None
     # where there is a true_cfg_scale as well, guidance_scale is an input of the model
-    guided = "true_cfg_scale" not in own and isinstance(scale, int | float) and scale > 1
+    guided = "true_cfg_scale" not in parameters and isinstance(scale, int | float) and scale > 1
     if stock.startswith("Flux2"):
         guided = stock == "Flux2KleinPipeline" and not pipe.config.is_distilled
-    return (1, 1) if not guided else (2, 1) if stock in _ONE_AFTER_THE_OTHER else (1, 2)
+    return (1, 1) if not guided else (2, 1) if stock in _SEQUENTIAL_GUIDANCE else (1, 2)
 
 
 def _text_len(pipe: Any, text_len: int | None) -> int | None:
     """Text tokens that the pipeline passes to the model; None: unknown."""
-    own = inspect.signature(pipe.stock.__call__).parameters
-    if text_len is None and "max_sequence_length" in own:
-        text_len = own["max_sequence_length"].default
+    parameters = inspect.signature(pipe.stock.__call__).parameters
+    if text_len is None and "max_sequence_length" in parameters:
+        text_len = parameters["max_sequence_length"].default
     if text_len is not None and "Diffusion3" in pipe.stock.__name__:
         text_len += _CLIP_TOKENS  # before those of T5
     return text_len
 
 
 @lru_cache
-def half_of_peak(device: torch.device, dtype: torch.dtype) -> float:
+def half_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Half the operations per second of matrix products, of a few milliseconds or the smallest one if slow."""
     side = 2048
     right = torch.randn(side, side, device=device, dtype=dtype)
-    for rows, times, enough in (
+    for rows, repeats, long_enough in (
         (8, 1, LONG_SECONDS),
         (512, 1, ENOUGH_SECONDS),
         (4096, 8, ENOUGH_SECONDS),
         (4096, 64, 0),
     ):
         left = torch.randn(rows, side, device=device, dtype=dtype)
-        seconds = min(_seconds(left, right, times) for _ in range(3))
-        if seconds > enough:
+        seconds = min(_seconds(left, right, repeats) for _ in range(3))
+        if seconds > long_enough:
             break
-    return 0.5 * 2 * rows * side * side * times / seconds
+    return 0.5 * 2 * rows * side * side * repeats / seconds
 
 
-def _seconds(left: torch.Tensor, right: torch.Tensor, times: int) -> float:
+def _seconds(left: torch.Tensor, right: torch.Tensor, repeats: int) -> float:
     """Duration of `times` matrix products, one after the other."""
     began = time.perf_counter()
-    for _ in range(times):
+    for _ in range(repeats):
         product = left @ right
     float(product[0, 0])  # waits for the device
     return time.perf_counter() - began
@@ -236,22 +236,22 @@ def free_gib(device: torch.device) -> float | None:
 def weights_on_device(pipe: Any) -> int:
     """Bytes of a pipeline's weights that are on its device at once."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    place, model = noted_place(pipe), denoiser(pipe)[1]
-    bits = None if place is None or place.quantization is None else place.quantization.bits
-    whole = [_bytes(part, None, bits=bits if part is model else None) for part in parts]
+    placement, model = recorded_placement(pipe), denoiser(pipe)[1]
+    bits = None if placement is None or placement.quantization is None else placement.quantization.bits
+    sizes = [_bytes(part, None, bits=bits if part is model else None) for part in parts]
     # offloading keeps one part on the device, or a few layers
-    if getattr(pipe, "_all_hooks", None) or (place is not None and place.offload == "model"):
-        return max(whole)
-    if place is not None:
-        return sum(whole) if place.offload == "none" else 0
+    if getattr(pipe, "_all_hooks", None) or (placement is not None and placement.offload == "model"):
+        return max(sizes)
+    if placement is not None:
+        return sum(sizes) if placement.offload == "none" else 0
     return sum(_bytes(part, pipe._execution_device) for part in parts)
 
 
 def _bytes(part: nn.Module, device: torch.device | None, *, bits: float | None = None) -> int:
     """Bytes of a part's weights on a device (None: any), with `bits` per Linear weight (None: as they are)."""
-    held = (*part.parameters(), *part.buffers())
-    there = [weight for weight in held if device is None or weight.device.type == device.type]
-    total = sum(stored.nbytes for weight in there for stored in stored_tensors(weight))
+    tensors = (*part.parameters(), *part.buffers())
+    on_device = [weight for weight in tensors if device is None or weight.device.type == device.type]
+    total = sum(stored.nbytes for weight in on_device for stored in stored_tensors(weight))
     if bits is None:
         return total
     linear = [layer.weight for layer in part.modules() if isinstance(layer, nn.Linear)]

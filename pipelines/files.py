@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..linearize.errors import NotFiniteError
-from ..linearize.folders import check_writable, write_whole
+from ..linearize.folders import check_writable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ Text = Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class PictureJob:
     """One picture to make: the file, the seed of its noise, and what is written into the PNG."""
 
     path: Path
@@ -54,7 +54,7 @@ def remove_stage_latents(picture: Path, text: Text) -> None:
             file.unlink()
 
 
-def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -> list[Wanted]:
+def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -> list[PictureJob]:
     """The files that `generate` makes.
 
     Raises:
@@ -80,7 +80,9 @@ def plan_files(prompts: Sequence[str], output: Path, *, seed: int, text: Text) -
         paths = [output / f"{index:03d}.png" for index in range(len(prompts))]
     check_writable(paths[0].parent)
     return [
-        Wanted(path=path, prompt=prompt, seed=seed + index, text={"prompt": prompt, "seed": str(seed + index), **text})
+        PictureJob(
+            path=path, prompt=prompt, seed=seed + index, text={"prompt": prompt, "seed": str(seed + index), **text}
+        )
         for index, (path, prompt) in enumerate(zip(paths, prompts, strict=True))
     ]
 
@@ -95,72 +97,72 @@ def check_text(words: str) -> None:
         ) from error
 
 
-def said_of(settings: Mapping[str, Any]) -> dict[str, str]:
+def settings_metadata(settings: Mapping[str, Any]) -> dict[str, str]:
     """Metadata of a picture's settings: those that are not None."""
     return {name: str(value) for name, value in settings.items() if value is not None}
 
 
-def not_there(wanted: Sequence[Wanted]) -> list[Wanted]:
+def missing_pictures(jobs: Sequence[PictureJob]) -> list[PictureJob]:
     """The pictures still to be made; existing ones with the same metadata are kept.
 
     Raises:
         ValueError: a picture exists with other metadata, or latents of another picture exist under its name.
     """
-    missing = [one for one in wanted if not one.path.exists()]
-    for one in wanted:
-        if one.path.exists() and text_of(one.path) != one.text:
-            raise ValueError(_kept(one.path))
-    if there := len(wanted) - len(missing):
-        told = "the picture is" if len(wanted) == 1 else f"{there} of {len(wanted)} pictures are"
-        logger.info("%s there already", told)
-    for one in missing:
-        check_latents(one)
+    missing = [job for job in jobs if not job.path.exists()]
+    for job in jobs:
+        if job.path.exists() and png_metadata(job.path) != job.text:
+            raise ValueError(_exists_message(job.path))
+    if num_existing := len(jobs) - len(missing):
+        subject = "the picture is" if len(jobs) == 1 else f"{num_existing} of {len(jobs)} pictures are"
+        logger.info("%s there already", subject)
+    for job in missing:
+        check_latents(job)
     return missing
 
 
-def check_there(wanted: Sequence[Wanted]) -> None:
+def check_existing_pictures(jobs: Sequence[PictureJob]) -> None:
     """Raise a ValueError if an existing picture does not have all the metadata of the wanted one."""
-    for one in wanted:
-        if one.path.exists() and not one.text.items() <= text_of(one.path).items():
-            raise ValueError(_kept(one.path))
+    for job in jobs:
+        if job.path.exists() and not job.text.items() <= png_metadata(job.path).items():
+            raise ValueError(_exists_message(job.path))
 
 
-def _kept(path: Path) -> str:
+def _exists_message(path: Path) -> str:
     return (
         f"{path} exists, was made with other settings, and is kept: name another output, or replace it with overwrite "
         "(--overwrite)"
     )
 
 
-def check_latents(one: Wanted) -> None:
+def check_latents(job: PictureJob) -> None:
     """Raise a ValueError if latents of another picture exist under this one's name, not decoded yet."""
-    if not one.latents.exists():
+    if not job.latents.exists():
         return
-    text = read_text(one.latents)
-    if not one.text.items() <= text.items():
+    text = read_text(job.latents)
+    if not job.text.items() <= text.items():
         raise ValueError(
-            f"{one.latents} holds another picture, not decoded yet: `lineardit decode` makes it; else name another "
+            f"{job.latents} holds another picture, not decoded yet: `lineardit decode` makes it; else name another "
             "output, or replace it with overwrite (--overwrite)"
         )
 
 
-def check_stages(one: Wanted) -> None:
+def check_stages(job: PictureJob) -> None:
     """Raise a ValueError where stages of another picture are kept under this one's name."""
-    if other_stages(one):
+    if other_stages(job):
         raise ValueError(
-            f"{one.stages} holds stages of another picture: name another output, or replace them with overwrite "
+            f"{job.stages} holds stages of another picture: name another output, or replace them with overwrite "
             "(--overwrite)"
         )
 
 
-def other_stages(one: Wanted) -> list[Path]:
+def other_stages(job: PictureJob) -> list[Path]:
     """Files of stages under this picture's name that belong to another picture."""
-    said = {file: read_text(file) for file in one.stages.glob("*.latents.safetensors")}
-    said |= {file: dict(text_of(file)) for file in one.stages.glob("*-*x*.png")}
-    return [file for file, text in said.items() if text != dict(one.text)]
+    metadata = {file: read_text(file) for file in job.stages.glob("*.latents.safetensors")}
+    metadata |= {file: dict(png_metadata(file)) for file in job.stages.glob("*-*x*.png")}
+    return [file for file, text in metadata.items() if text != dict(job.text)]
 
 
-def text_of(path: Path) -> Text:
+def png_metadata(path: Path) -> Text:
     """Metadata of a PNG; empty if the file is not a picture."""
     try:
         with Image.open(path) as image:
@@ -169,10 +171,10 @@ def text_of(path: Path) -> Text:
         return {}
 
 
-def save_latents(batch: Sequence[Wanted], latents: Tensor) -> None:
+def save_latents(batch: Sequence[PictureJob], latents: Tensor) -> None:
     """Write each picture's final latents with the metadata of its PNG; errors as in `write_latents`."""
-    for one, row in zip(batch, latents.split(1), strict=True):
-        write_latents(one.latents, row, one.text)
+    for job, row in zip(batch, latents.split(1), strict=True):
+        write_latents(job.latents, row, job.text)
 
 
 def check_finite(latents: Tensor) -> None:
@@ -193,7 +195,7 @@ def write_latents(file: Path, latents: Tensor, text: Text) -> None:
     """
     check_finite(latents)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
+    write_atomically(file, partial(save_file, {"latents": latents.cpu().contiguous()}, metadata=dict(text)))
 
 
 def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
@@ -222,10 +224,10 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is not a complete file of latents as written by generate: {error}") from error
 
 
-def write_picture(one: Wanted, image: Image.Image) -> None:
+def write_picture(job: PictureJob, image: Image.Image) -> None:
     """Write the PNG and remove the latents."""
-    write_png(one.path, image, one.text)
-    one.latents.unlink(missing_ok=True)
+    write_png(job.path, image, job.text)
+    job.latents.unlink(missing_ok=True)
 
 
 def write_png(path: Path, image: Image.Image, text: Text) -> None:
@@ -234,11 +236,11 @@ def write_png(path: Path, image: Image.Image, text: Text) -> None:
     for key, value in text.items():
         info.add_text(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
 @contextmanager
-def unkept_told() -> Iterator[None]:
+def warn_on_write_error() -> Iterator[None]:
     """Inside, intermediate files that cannot be written (full disk) cause a warning, and the picture is still made."""
     try:
         yield
@@ -247,10 +249,10 @@ def unkept_told() -> Iterator[None]:
 
 
 @contextmanager
-def latents_kept(batch: Sequence[Wanted]) -> Iterator[None]:
+def log_kept_latents(batch: Sequence[PictureJob]) -> Iterator[None]:
     """On exit, log where the latents are if decoding did not finish."""
     try:
         yield
     finally:
-        if left := [str(one.latents) for one in batch if one.latents.exists()]:
-            logger.warning("not decoded; the finished latents are kept in %s, for `lineardit decode`", ", ".join(left))
+        if files := [str(job.latents) for job in batch if job.latents.exists()]:
+            logger.warning("not decoded; the finished latents are kept in %s, for `lineardit decode`", ", ".join(files))

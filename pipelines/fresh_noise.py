@@ -33,29 +33,29 @@ def with_fresh_noise(scheduler: Any) -> Any:
 
 
 @contextmanager
-def noise_drawn_from(scheduler: Any, generators: Any) -> Iterator[None]:
+def draw_noise_from(scheduler: Any, generators: Any) -> Iterator[None]:
     """Inside, fresh noise comes from the call's generator, or list of one for each picture."""
-    flows = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    if generators is None or not flows or not scheduler.config.get("stochastic_sampling"):
+    is_flow_matching = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    if generators is None or not is_flow_matching or not scheduler.config.get("stochastic_sampling"):
         yield
         return
-    step, replaced = scheduler.step, vars(scheduler).get("step")  # set by the user
+    step, override = scheduler.step, vars(scheduler).get("step")  # set by the user
 
     @wraps(step)
-    def seeded(
-        model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **more: Any
+    def seeded_step(
+        model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
     ) -> Any:
-        made = step(model_output, timestep, sample, *args, return_dict=True, **more)
+        output = step(model_output, timestep, sample, *args, return_dict=True, **kwargs)
         before, after = noise_levels(scheduler)
         noise = randn_tensor(sample.shape, generator=generators, device=sample.device, dtype=sample.dtype)
         clean = sample.float() - before * model_output
-        made.prev_sample = ((1 - after) * clean + after * noise).to(model_output.dtype)
-        return made if return_dict else (made.prev_sample,)
+        output.prev_sample = ((1 - after) * clean + after * noise).to(model_output.dtype)
+        return output if return_dict else (output.prev_sample,)
 
-    scheduler.step = seeded
+    scheduler.step = seeded_step
     try:
         yield
     finally:
         del scheduler.step
-        if replaced is not None:
-            scheduler.step = replaced
+        if override is not None:
+            scheduler.step = override

@@ -16,28 +16,28 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..linearize.calling import arguments_named, call_arguments, for_batch, own_settings
+from ..linearize.calling import arguments_in_errors, call_arguments, default_settings, for_batch
 from ..linearize.convert import swapped
 from ..linearize.networks import denoiser
-from .cascade import Staged, cascade_of, make_in_stages
-from .cut_prompts import tell_cut_prompts
+from .cascade import PlannedCascade, cascade_for_size, make_in_stages
 from .files import (
+    PictureJob,
     Text,
-    Wanted,
     check_stages,
-    latents_kept,
-    not_there,
+    log_kept_latents,
+    missing_pictures,
     plan_files,
-    said_of,
     save_latents,
-    unkept_told,
+    settings_metadata,
+    warn_on_write_error,
     write_picture,
 )
-from .fresh_noise import noise_drawn_from
-from .plan import MOST_STEPS, Plan, Settings
-from .running_kernels import kernels_told
+from .fresh_noise import draw_noise_from
+from .kernel_log import log_kernels
+from .plan import MAX_STEPS, Plan, Settings
 from .sizes import check_size, default_size
 from .token_chunks import in_token_chunks
+from .truncated_prompts import warn_truncated_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ def generate(
             exists that was made with other settings.
         OSError: the files cannot be written.
     """
-    steps = (own_settings(pipe).steps or 28) if steps is None else steps
+    steps = (default_settings(pipe).steps or 28) if steps is None else steps
     _check_numbers(steps, batch_size, seed, part)
     height, width = size or default_size(pipe)
-    drawing = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
-    text = {"size": f"{width}x{height}", **said_of({**drawing, **(arguments or {})}), **(about or {})}
-    staged = in_stages(
+    call_settings = {"steps": steps, "guidance": guidance, "max_sequence_length": max_sequence_length}
+    text = {"size": f"{width}x{height}", **settings_metadata({**call_settings, **(arguments or {})}), **(about or {})}
+    staged = plan_cascade(
         pipe,
         size=(height, width),
         steps=steps,
@@ -111,47 +111,47 @@ def generate(
     )
     if staged is not None:
         text |= {"stages": staged.plan.recipe()}
-    wanted = plan_files(prompts, Path(output), seed=seed, text=text)[part[0] - 1 :: part[1]]
-    missing = wanted if overwrite else not_there(wanted)
-    tell_cut_prompts(pipe, [one.prompt for one in missing], max_sequence_length)
+    jobs = plan_files(prompts, Path(output), seed=seed, text=text)[part[0] - 1 :: part[1]]
+    missing = jobs if overwrite else missing_pictures(jobs)
+    warn_truncated_prompts(pipe, [one.prompt for one in missing], max_sequence_length)
     if staged is not None:
-        _make_in_stages(staged, missing, drawing, arguments, overwrite=overwrite)
-        return [one.path for one in wanted]
-    call = call_arguments(pipe, drawing | {"height": height, "width": width}, arguments)
+        _make_in_stages(staged, missing, call_settings, arguments, overwrite=overwrite)
+        return [one.path for one in jobs]
+    call = call_arguments(pipe, call_settings | {"height": height, "width": width}, arguments)
     with nullcontext() if chunk_tokens is None else in_token_chunks(pipe, chunk_tokens):
         _make_at_once(pipe, missing, call, arguments, steps=steps, batch_size=batch_size)
-    return [one.path for one in wanted]
+    return [one.path for one in jobs]
 
 
 def _check_numbers(steps: int, batch_size: int, seed: int, part: tuple[int, int]) -> None:
     if min(steps, batch_size) < 1 or not 0 <= seed < MAX_SEED:
         raise ValueError(f"steps and batch_size must be >= 1, seed >= 0, got {steps}, {batch_size} and {seed}")
-    if steps > MOST_STEPS:
-        raise ValueError(f"steps must be <= {MOST_STEPS}, got {steps}")
+    if steps > MAX_STEPS:
+        raise ValueError(f"steps must be <= {MAX_STEPS}, got {steps}")
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part must be (i, n) with 1 <= i <= n, got {part}")
 
 
 def _make_in_stages(
-    staged: Staged,
-    missing: Sequence[Wanted],
-    drawing: Mapping[str, Any],
+    staged: PlannedCascade,
+    missing: Sequence[PictureJob],
+    call_settings: Mapping[str, Any],
     arguments: Mapping[str, Any] | None,
     *,
     overwrite: bool,
 ) -> None:
     """Run the cascade for one picture after the other."""
-    call = call_arguments(staged.pipe, drawing, arguments)
-    for one in () if overwrite else missing:
-        check_stages(one)
-    with logging_redirect_tqdm(), arguments_named(staged.pipe, arguments):
-        for one in missing:
-            make_in_stages(staged, one, call)
+    call = call_arguments(staged.pipe, call_settings, arguments)
+    for job in () if overwrite else missing:
+        check_stages(job)
+    with logging_redirect_tqdm(), arguments_in_errors(staged.pipe, arguments):
+        for job in missing:
+            make_in_stages(staged, job, call)
 
 
 def _make_at_once(
     pipe: Any,
-    missing: Sequence[Wanted],
+    missing: Sequence[PictureJob],
     call: Mapping[str, Any],
     arguments: Mapping[str, Any] | None,
     *,
@@ -163,10 +163,10 @@ def _make_at_once(
     with progress, logging_redirect_tqdm():
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            _make(pipe, batch, call, progress, arguments=arguments, tell_kernel=start == 0)
+            _make(pipe, batch, call, progress, arguments=arguments, log_kernel=start == 0)
 
 
-def in_stages(
+def plan_cascade(
     pipe: Any,
     *,
     size: tuple[int, int] | None,
@@ -176,23 +176,25 @@ def in_stages(
     chunk_tokens: int | None,
     settings: Settings | None,
     tile: int | None,
-) -> Staged | None:
+) -> PlannedCascade | None:
     """The cascade that `generate` runs with these arguments, with its plan; None if one call of the pipeline is enough.
 
     Raises:
         ValueError: the model cannot make this size, or settings of a cascade are out of range or given without one.
     """
     height, width = size or default_size(pipe)
-    later = settings or Settings()
+    stage_settings = settings or Settings()
     if chunk_tokens is not None:
-        later = replace(later, chunk_tokens=chunk_tokens)
+        stage_settings = replace(stage_settings, chunk_tokens=chunk_tokens)
     text_len = max_sequence_length
-    staged = cascade_of(pipe, height, width, later, steps=steps, text_len=text_len, wanted=cascade, tile=tile)
+    staged = cascade_for_size(
+        pipe, height, width, stage_settings, steps=steps, text_len=text_len, requested=cascade, tile=tile
+    )
     if settings is not None and (staged is None or len(staged.plan.stages) == 1):
-        other = "make a larger picture" if cascade is not False else "cascade=False (--direct)"
+        remedy = "make a larger picture" if cascade is not False else "cascade=False (--direct)"
         raise ValueError(
             "settings (--strength, --stage-steps, --sharpen) are of a cascade's stages after the first, and "
-            f"{width}x{height} is made at once: leave them out, or {other}"
+            f"{width}x{height} is made at once: leave them out, or {remedy}"
         )
     if staged is None:
         if tile != Plan.tile:
@@ -211,31 +213,31 @@ def in_stages(
 
 def _make(
     pipe: Any,
-    batch: Sequence[Wanted],
+    batch: Sequence[PictureJob],
     call: Mapping[str, Any],
     progress: Any,
     *,
     arguments: Mapping[str, Any] | None,
-    tell_kernel: bool,
+    log_kernel: bool,
 ) -> None:
     """Denoise, save the latents, decode, write the pictures, remove the latents."""
-    generators = [torch.Generator("cpu").manual_seed(one.seed) for one in batch]
+    generators = [torch.Generator("cpu").manual_seed(job.seed) for job in batch]
     _, model = denoiser(pipe)
     pipe.set_progress_bar_config(disable=True)
-    with latents_kept(batch), kernels_told(pipe) if tell_kernel and swapped(model) else nullcontext():
+    with log_kept_latents(batch), log_kernels(pipe) if log_kernel and swapped(model) else nullcontext():
 
         def after_step(step: int, latents: Tensor) -> None:
             progress.update(len(batch))
             if step + 1 == len(pipe.scheduler.timesteps):
-                with unkept_told():
+                with warn_on_write_error():
                     save_latents(batch, latents)
 
-        prompts = [one.prompt for one in batch]
+        prompts = [job.prompt for job in batch]
         given = for_batch(call, len(prompts)) | _callback(pipe, after_step)
-        with arguments_named(pipe, arguments), noise_drawn_from(pipe.scheduler, generators):
+        with arguments_in_errors(pipe, arguments), draw_noise_from(pipe.scheduler, generators):
             images = pipe(prompt=prompts, generator=generators, **given).images
-        for one, image in zip(batch, images, strict=True):
-            write_picture(one, image)
+        for job, image in zip(batch, images, strict=True):
+            write_picture(job, image)
 
 
 def _callback(pipe: Any, after_step: Callable[[int, Tensor], None]) -> dict[str, Any]:

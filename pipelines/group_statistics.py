@@ -24,33 +24,33 @@ def whole_statistics(module: nn.Module, run: Callable[[], object]) -> Iterator[N
 
     Other threads and pipelines with the same module would use these statistics too: none may run it meanwhile.
     """
-    met: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
+    recorded: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
-    def meet(norm: Any, inputs: tuple[Tensor]) -> None:
+    def record(norm: Any, inputs: tuple[Tensor]) -> None:
         groups = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2)  # [B, G, places]
         variance, mean = torch.var_mean(groups.float(), dim=-1, correction=0)
-        met[norm] = mean, variance
+        recorded[norm] = mean, variance
 
     norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm)]
-    handles = [norm.register_forward_pre_hook(meet) for norm in norms]
+    handles = [norm.register_forward_pre_hook(record) for norm in norms]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    before: list[tuple[Any, Any]] = [(norm, type(norm)) for norm in met]
+    original_classes: list[tuple[Any, Any]] = [(norm, type(norm)) for norm in recorded]
     try:
-        for norm, own in before:
-            norm.whole_statistics = met[norm]
-            change_class(norm, _keeping(own))
+        for norm, original in original_classes:
+            norm.whole_statistics = recorded[norm]
+            change_class(norm, _fixed_statistics_class(original))
         yield
     finally:
-        for norm, own in before:
-            change_class(norm, own)
+        for norm, original in original_classes:
+            change_class(norm, original)
             del norm.whole_statistics
 
 
-class _KeepsStatistics:
+class _FixedStatistics:
     """Mixed in before a group norm's own class."""
 
     num_groups: int
@@ -69,5 +69,5 @@ class _KeepsStatistics:
 
 
 @cache
-def _keeping(own: Any) -> type[nn.Module]:
-    return type(f"{own.__name__}OfTheWhole", (_KeepsStatistics, own), {})
+def _fixed_statistics_class(norm_class: Any) -> type[nn.Module]:
+    return type(f"{norm_class.__name__}OfTheWhole", (_FixedStatistics, norm_class), {})

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ..linearize.adapters.opening import open_pipeline
 from ..linearize.convert import check_dense
+from ..linearize.describe import advice_on
 from ..linearize.networks import denoiser
 from ..linearize.seam.conversion import conversion_of
-from ..linearize.what_runs import advice_on
-from .cascade_class import cascade_class, made_of
+from .cascade_class import build_from, cascade_class
 from .checks import (
     check_counts,
     check_numbers,
@@ -40,21 +40,21 @@ from .checks import (
 from .estimate import Estimator
 from .low_frequencies import OnStep
 from .pictures import as_pictures
-from .placement import NOTED
+from .placement import PLACEMENT_KEY
 from .plan import Attention, Limits, Plan, Settings, Stage
 from .planning import cascade
 from .positions import table_side
 from .sizes import size_multiple
 from .stage_schedule import largest_shift, matches_flows
 from .stages import OnStage, StagedPipeline, Start, stage_generators
-from .stock import most_tokens, packs_latents, rope_dim, stock_class, trained_size
-from .token_chunks import has_chunks
+from .stock import max_side_tokens, packs_latents, rope_dim, stock_class, trained_size
+from .token_chunks import supports_chunks
 from .vae import latent_channels, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
 # Attributes of a pipeline besides components and config: of enable_model_cpu_offload, SDXL's watermark, and our note.
-_REMEMBERED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "watermark", NOTED)
+_COPIED_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "watermark", PLACEMENT_KEY)
 
 
 class HighResolutionPipeline(StagedPipeline):
@@ -80,10 +80,10 @@ class HighResolutionPipeline(StagedPipeline):
         """
         if native_size is not None and (type(native_size) is not int or native_size < 1):
             raise ValueError(f"native_size must be an integer >= 1 or None, got {native_size!r}")
-        made = made_of(_cascade_class(stock_class(pipeline)), pipeline)
+        made = build_from(_cascade_class(stock_class(pipeline)), pipeline)
         made.native_size = native_size or trained_size(made)
-        for remembered in (name for name in _REMEMBERED if hasattr(pipeline, name)):
-            setattr(made, remembered, getattr(pipeline, remembered))
+        for attribute in (name for name in _COPIED_ATTRIBUTES if hasattr(pipeline, name)):
+            setattr(made, attribute, getattr(pipeline, attribute))
         return made
 
     @classmethod
@@ -110,7 +110,7 @@ class HighResolutionPipeline(StagedPipeline):
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Save the components as the stock pipeline, which `from_pretrained` loads as a cascade."""
-        made_of(self.stock, self).save_pretrained(save_directory, **options)
+        build_from(self.stock, self).save_pretrained(save_directory, **options)
 
     def plan(
         self,
@@ -139,12 +139,12 @@ class HighResolutionPipeline(StagedPipeline):
             ValueError: a setting is out of range, or the model or its scheduler does not support it.
         """
         check_counts(batch, text_len)
-        limits, own = self._limits(), inspect.signature(self.stock.__call__).parameters
+        limits, parameters = self._limits(), inspect.signature(self.stock.__call__).parameters
         if enlarge is not False and num_inference_steps is not None:
             settings = settings or Settings(steps=num_inference_steps)
         if num_inference_steps is None:
-            num_inference_steps = own["num_inference_steps"].default
-        said = own["max_sequence_length"].default if "max_sequence_length" in own else None
+            num_inference_steps = parameters["num_inference_steps"].default
+        default_text_len = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
         plan = cascade(
             limits.native if height is None else height,
             limits.native if width is None else width,
@@ -152,12 +152,12 @@ class HighResolutionPipeline(StagedPipeline):
             Settings() if settings is None else settings,
             first_steps=num_inference_steps,
             enlarge=enlarge,
-            text_len=text_len or said or 77,
+            text_len=text_len or default_text_len or 77,
             tile=tile,
         )
         check_stages(plan, limits, self.scheduler)
         plan = self._with_advice(plan, limits)
-        if not Estimator.knows(denoiser(self)[1]):
+        if not Estimator.supports(denoiser(self)[1]):
             return plan
         plan = Estimator(self, text_len, batch).with_costs(plan, chunks=limits.chunks)
         if getattr(self, "controlnet", None) is not None:
@@ -228,7 +228,7 @@ class HighResolutionPipeline(StagedPipeline):
         latents, stage = self._cascade(
             plan,
             Start(start_stage, pictures, start_latents),
-            self._for_every_stage(prompt, call, callback_on_step_end),
+            self._stage_arguments(prompt, call, callback_on_step_end),
             stage_generators(generator, len(plan.stages)),
             batch,
             callback_on_step_end,
@@ -260,7 +260,7 @@ class HighResolutionPipeline(StagedPipeline):
         """The properties of model and scheduler, in their current state, that a plan depends on."""
         model: Any = denoiser(self)[1]
         flows, multiple = matches_flows(self.scheduler), size_multiple(self)
-        most, table = most_tokens(model), table_side(model)
+        max_tokens, table = max_side_tokens(model), table_side(model)
         return Limits(
             native=self.native_size,
             multiple=multiple,
@@ -268,10 +268,10 @@ class HighResolutionPipeline(StagedPipeline):
             rope_dim=rope_dim(model),
             attention=self._attention(),
             follows=flows and "callback_on_step_end" in inspect.signature(self.stock.__call__).parameters,
-            largest=None if most is None else most * multiple,
+            largest=None if max_tokens is None else max_tokens * multiple,
             table=None if table is None else table * multiple,
             counts_tokens="UNet" not in type(model).__name__,
-            chunks=has_chunks(model),
+            chunks=supports_chunks(model),
         )
 
     def _with_advice(self, plan: Plan, limits: Limits) -> Plan:

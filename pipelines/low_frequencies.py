@@ -32,37 +32,37 @@ class LowFrequencies:
 
     def __init__(self, reference: Tensor, *, follow: float) -> None:
         self.follow = follow
-        self.wanted = _low(reference.float())
+        self.target = _low(reference.float())
 
     def after_step(self, before: Tensor, after: Tensor, sigma: float, next_sigma: float) -> Tensor:
         """x_s and x_t [B, C, h, w], their noise levels s and t -> x_t corrected."""
         velocity = (before.float() - after.float()) / (sigma - next_sigma)
         predicted = after.float() - next_sigma * velocity
         weight = (1 - next_sigma) * self.follow * next_sigma
-        return (after.float() + weight * (self.wanted - _low(predicted))).to(after.dtype)
+        return (after.float() + weight * (self.target - _low(predicted))).to(after.dtype)
 
 
-class Following:
+class FollowCallback:
     """`callback_on_step_end` of a stage whose low frequencies follow; then calls the user's own.
 
     Args:
         clean: Latents [B, C, h, w] to follow.
         latents: Initial latents of the stage, of the same shape.
-        then: The user's callback.
+        callback: The user's callback.
     """
 
-    def __init__(self, clean: Tensor, latents: Tensor, *, follow: float, then: OnStep | None) -> None:
+    def __init__(self, clean: Tensor, latents: Tensor, *, follow: float, callback: OnStep | None) -> None:
         self.low = LowFrequencies(clean, follow=follow)
         self.before = latents
-        self.then = then
+        self.callback = callback
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         packed = tensors["latents"].ndim == 3
         after = self._planes(tensors["latents"])
         self.before = self.low.after_step(self.before, after, *noise_levels(pipe.scheduler))
         tensors = {**tensors, "latents": pack_latents(self.before) if packed else self.before}
-        if self.then is not None:
-            tensors |= self.then(pipe, step, timestep, dict(tensors))  # it may return changed tensors only
+        if self.callback is not None:
+            tensors |= self.callback(pipe, step, timestep, dict(tensors))  # it may return changed tensors only
             self.before = self._planes(tensors["latents"])
         return tensors
 

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 logger = logging.getLogger(__name__)
 
-STRETCHED = 0.02  # log ratio of aspect ratios above which a warning is logged; rounding of sizes stays below
+MAX_STRETCH = 0.02  # log ratio of aspect ratios above which a warning is logged; rounding of sizes stays below
 
 
 def as_pictures(given: Any) -> list[Image.Image]:
@@ -42,9 +42,9 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, turned).convert("RGB")
 
 
-def tell_stretched(picture: tuple[int, int], size: tuple[int, int]) -> None:
+def warn_stretched(picture: tuple[int, int], size: tuple[int, int]) -> None:
     """Warn if a picture (height, width) and its new size have different aspect ratios."""
-    if abs(math.log(size[0] * picture[1] / (size[1] * picture[0]))) > STRETCHED:
+    if abs(math.log(size[0] * picture[1] / (size[1] * picture[0]))) > MAX_STRETCH:
         logger.warning(
             "the picture is stretched: %dx%d has another aspect ratio than its %dx%d",
             *size[::-1],
@@ -66,13 +66,13 @@ def enlarged(picture: Image.Image, width: int, height: int, sharpen: float) -> I
         return large
     sharp = large.filter(ImageFilter.UnsharpMask(radius=ratio, percent=round(100 * sharpen), threshold=0))
     low, high = (
-        _around(picture, choose).resize(large.size, Image.Resampling.BILINEAR)
+        _local_extreme(picture, choose).resize(large.size, Image.Resampling.BILINEAR)
         for choose in (numpy.minimum, numpy.maximum)
     )
     return ImageChops.darker(ImageChops.lighter(sharp, low), high)
 
 
-def _around(picture: Image.Image, choose: numpy.ufunc) -> Image.Image:
+def _local_extreme(picture: Image.Image, choose: numpy.ufunc) -> Image.Image:
     """The least or largest of the 3 x 3 values around each pixel; Pillow's filters sort them, which is slow."""
     values = numpy.pad(numpy.asarray(picture), ((1, 1), (1, 1), (0, 0)), mode="edge")
     values = choose(choose(values[:-2], values[1:-1]), values[2:])
@@ -96,8 +96,8 @@ def _from_values(values: numpy.ndarray, shape: Sequence[int]) -> list[Image.Imag
     if values.size == 0 or not (values.min() >= 0 and values.max() <= 1):  # both are false for NaN
         got = "none" if values.size == 0 else f"{values.min():g} to {values.max():g}"
         raise ValueError(f"numbers of image {list(shape)} must lie in [0, 1], got {got}")
-    whole = (values * 255).round().astype(numpy.uint8)
-    return [Image.fromarray(picture) for picture in whole.reshape(-1, *whole.shape[-3:])]
+    pixels = (values * 255).round().astype(numpy.uint8)
+    return [Image.fromarray(picture) for picture in pixels.reshape(-1, *pixels.shape[-3:])]
 
 
 def resized(picture: Any, height: int, width: int) -> Any:

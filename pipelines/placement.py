@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from ..linearize.adapters.quantization import Quantization
-from ..linearize.weights.quantized import quantized_in
+from ..linearize.weights.quantized import quantized_types
 
 OFFLOADS = ("none", "model", "sequential", "group")
 
-NOTED = "_lineardit_place"  # attribute of a pipeline
+PLACEMENT_KEY = "_lineardit_place"  # attribute of a pipeline
 
 _NO_LAYERS_OF_4_BITS = (
     "offload 'sequential' cannot move weights that bitsandbytes packs in 4 bits: use --offload model or group, or "
@@ -20,7 +20,7 @@ _NO_LAYERS_OF_4_BITS = (
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where a pipeline without weights would be put (a device, and one of `OFFLOADS`), and its quantization."""
 
     device: torch.device
@@ -39,12 +39,12 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
     """
     check_offload(device, offload)
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    kinds = " ".join(quantized_in(part) or "" for part in parts)
+    kinds = " ".join(quantized_types(part) or "" for part in parts)
     if offload == "sequential" and "Params4bit" in kinds:
         raise ValueError(_NO_LAYERS_OF_4_BITS)
-    whole = [type(part).__name__ for part in parts if not getattr(part, "_supports_group_offloading", True)]
-    if offload == "group" and whole:
-        raise ValueError(f"offload 'group' is not for a {' or a '.join(whole)} in diffusers: use --offload model")
+    unsupported = [type(part).__name__ for part in parts if not getattr(part, "_supports_group_offloading", True)]
+    if offload == "group" and unsupported:
+        raise ValueError(f"offload 'group' is not for a {' or a '.join(unsupported)} in diffusers: use --offload model")
     if offload == "none":
         pipe.to(device)
     elif offload == "model":
@@ -57,7 +57,7 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=streams)
 
 
-def note_place_(
+def record_placement_(
     pipe: Any, device: torch.device, offload: str = "none", quantization: Quantization | None = None
 ) -> None:
     """Record where `place_` would put a pipeline without weights (`from_pretrained(weights=False)`), for estimates.
@@ -68,12 +68,12 @@ def note_place_(
         ValueError: as in `place_`.
     """
     check_offload(device, offload, quantization)
-    setattr(pipe, NOTED, Place(device, offload, quantization))
+    setattr(pipe, PLACEMENT_KEY, Placement(device, offload, quantization))
 
 
-def noted_place(pipe: Any) -> Place | None:
-    """The place recorded by `note_place_`, if any."""
-    return getattr(pipe, NOTED, None)
+def recorded_placement(pipe: Any) -> Placement | None:
+    """The place recorded by `record_placement_`, if any."""
+    return getattr(pipe, PLACEMENT_KEY, None)
 
 
 def check_offload(device: torch.device, offload: str, quantization: Quantization | None = None) -> None:

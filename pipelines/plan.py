@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 Attention = Literal["original", "converted", "both"]
-KNOWN = 2  # a model knows positions up to this many times its native side: it was trained on long pictures too
+KNOWN_SCALE = 2  # a model knows positions up to this many times its native side: it was trained on long pictures too
 STRENGTH = 0.3
 STEPS = 8
 FOLLOW = 1.0
 SHARPEN = 1.0
-MOST_SHARPENING = 10
-MOST_STEPS = 10_000  # bounds the list of noise levels
-LEAST_TILE = 64  # pixels; the smallest that can be requested
+MAX_SHARPEN = 10
+MAX_STEPS = 10_000  # bounds the list of noise levels
+MIN_TILE = 64  # pixels; the smallest that can be requested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +61,16 @@ class Stage:
         for name, number in counts.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} of a stage must be an integer >= 1, got {number!r}")
-        if self.steps > MOST_STEPS:
-            raise ValueError(f"steps of a stage must be <= {MOST_STEPS}, got {self.steps}")
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"steps of a stage must be <= {MAX_STEPS}, got {self.steps}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength of a stage must be in (0, 1], got {self.strength!r}")
         if self.attention not in ("original", "converted"):
             raise ValueError(f"attention of a stage must be original or converted, got {self.attention!r}")
         if not 0 <= self.follow <= 1:
             raise ValueError(f"follow of a stage must be in [0, 1], got {self.follow!r}")
-        if not 0 <= self.sharpen <= MOST_SHARPENING:
-            raise ValueError(f"sharpen of a stage must be in [0, {MOST_SHARPENING}], got {self.sharpen!r}")
+        if not 0 <= self.sharpen <= MAX_SHARPEN:
+            raise ValueError(f"sharpen of a stage must be in [0, {MAX_SHARPEN}], got {self.sharpen!r}")
         for name in ("shift", "rope_factor", "logit_factor"):
             number = getattr(self, name)
             if number is not None and not 0 < number < math.inf:
@@ -113,8 +113,8 @@ class Stage:
 
 def _about(amount: float, digits: int, unit: str) -> str:
     """`about 3 s`, or `less than 1 s` for an amount that rounds to 0."""
-    told = f"{amount:.{digits}f}"
-    return f"about {told} {unit}" if float(told) else f"less than {10**-digits:g} {unit}"
+    number = f"{amount:.{digits}f}"
+    return f"about {number} {unit}" if float(number) else f"less than {10**-digits:g} {unit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +163,8 @@ class Plan:
 
 def check_tile(tile: int | None) -> None:
     """Raise a ValueError if this is not a valid side of a tile."""
-    if tile is not None and (type(tile) is not int or tile < LEAST_TILE):
-        raise ValueError(f"tile must be an integer >= {LEAST_TILE} pixels or None, got {tile!r}")
+    if tile is not None and (type(tile) is not int or tile < MIN_TILE):
+        raise ValueError(f"tile must be an integer >= {MIN_TILE} pixels or None, got {tile!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,4 +221,4 @@ class Limits:
     @property
     def known(self) -> int:
         """Longest side in pixels whose positions the model knows."""
-        return KNOWN * self.native
+        return KNOWN_SCALE * self.native

@@ -19,7 +19,7 @@ again, up to the requested size. Sources of the defaults:
 import math
 from numbers import Integral
 
-from .pictures import tell_stretched
+from .pictures import warn_stretched
 from .plan import FOLLOW, Limits, Plan, Settings, Stage
 
 
@@ -52,7 +52,7 @@ def cascade(
     if enlarge and settings.strength == 1 and limits.largest_shift is None:
         raise ValueError("strength must be below 1 where a picture is enlarged: at 1 it is forgotten")
     if isinstance(enlarge, tuple):
-        tell_stretched(enlarge, (height, width))
+        warn_stretched(enlarge, (height, width))
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
     stages: list[Stage] = []
     for rows, columns in sizes:
@@ -130,9 +130,9 @@ def stage_sizes(height: int, width: int, limits: Limits, *, enlarge: bool | tupl
     picture = math.sqrt(math.prod(enlarge)) if isinstance(enlarge, tuple) else limits.native
     ratio = math.sqrt(last[0] * last[1]) / max(limits.native, picture)
     doublings = math.ceil(round(math.log2(ratio), 6)) if ratio > math.sqrt(2) else 0
-    is_there = bool(enlarge) and picture * math.sqrt(2) >= limits.native
+    replaces_native = bool(enlarge) and picture * math.sqrt(2) >= limits.native
     sizes = []
-    for index in range(1 if is_there else 0, doublings):
+    for index in range(1 if replaces_native else 0, doublings):
         share = ratio ** (index / doublings - 1)
         rows, columns = (max(1, round(side * share / limits.multiple)) * limits.multiple for side in last)
         sizes.append((rows, columns))

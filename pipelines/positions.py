@@ -21,14 +21,14 @@ _TABLES = {
 }
 
 
-def is_told_positions(model: nn.Module) -> bool:
+def takes_image_ids(model: nn.Module) -> bool:
     """Whether the position of each token of the image is an argument, as in FLUX.1."""
     return "img_ids" in inspect.signature(type(model).forward).parameters
 
 
-def computes_rotation(model: nn.Module) -> bool:
+def computes_rope(model: nn.Module) -> bool:
     """Whether each forward computes rotary positions from a base, as in FLUX.1; Qwen-Image's are a table."""
-    return is_told_positions(model) and hasattr(getattr(model, "pos_embed", None), "theta")
+    return takes_image_ids(model) and hasattr(getattr(model, "pos_embed", None), "theta")
 
 
 @contextmanager
@@ -42,8 +42,8 @@ def exact_positions(pipe_or_model: Any) -> Iterator[None]:
         ids = kwargs["img_ids"]
         return args, {**kwargs, "img_ids": rectangle(ids[0] if ids.ndim == 3 else ids)[1]}
 
-    told = [network for _, network in networks(pipe_or_model) if is_told_positions(network)]
-    handles = [network.register_forward_pre_hook(exact, with_kwargs=True) for network in told]
+    models = [network for _, network in networks(pipe_or_model) if takes_image_ids(network)]
+    handles = [network.register_forward_pre_hook(exact, with_kwargs=True) for network in models]
     try:
         yield
     finally:
@@ -62,12 +62,12 @@ def rope_scaled(pipe_or_model: Any, factor: float) -> Iterator[None]:
         yield
         return
     _, model = denoiser(pipe_or_model)
-    if not computes_rotation(model):
+    if not computes_rope(model):
         raise ValueError(
             f"{type(model).__name__} has no rotary base to scale, so rope_factor must be 1, got {factor}: "
             "set it in the plan's stages"
         )
-    ropes: list[Any] = [network.pos_embed for _, network in networks(pipe_or_model) if computes_rotation(network)]
+    ropes: list[Any] = [network.pos_embed for _, network in networks(pipe_or_model) if computes_rope(network)]
     bases = [rope.theta for rope in ropes]
     for rope, theta in zip(ropes, bases, strict=True):
         rope.theta = theta * factor
@@ -98,34 +98,34 @@ def positions_stretched(pipe_or_model: Any, side: int, device: torch.device) -> 
         ValueError: the table is not accessible, being offloaded layer by layer.
     """
     _, model = denoiser(pipe_or_model)
-    own_side = table_side(model)
-    if own_side is None or side <= own_side:
+    trained_side = table_side(model)
+    if trained_side is None or side <= trained_side:
         yield
         return
     embedding = _embedding_of(model)
-    own, own_size = embedding.pos_embed, embedding.pos_embed_max_size
-    if own.is_meta:
+    table, table_size = embedding.pos_embed, embedding.pos_embed_max_size
+    if table.is_meta:
         raise ValueError(
             f"the positions of this {type(model).__name__} must be stretched to {side} a side, and are offloaded layer "
             "by layer: take model or group offload in place of the sequential one"
         )
-    stretched = _stretched(own.detach().to(device), own_side, side)
-    embedding.pos_embed = nn.Parameter(stretched, requires_grad=False) if isinstance(own, nn.Parameter) else stretched
-    embedding.pos_embed_max_size = side if own_size == own_side else side**2  # AuraFlow counts all of them
+    stretched = _stretched(table.detach().to(device), trained_side, side)
+    embedding.pos_embed = nn.Parameter(stretched, requires_grad=False) if isinstance(table, nn.Parameter) else stretched
+    embedding.pos_embed_max_size = side if table_size == trained_side else side**2  # AuraFlow counts all of them
     try:
         yield
     finally:
-        own.data = own.data.to(embedding.proj.weight.device)  # the model may have moved; keeps the tensor object
-        embedding.pos_embed, embedding.pos_embed_max_size = own, own_size
+        table.data = table.data.to(embedding.proj.weight.device)  # the model may have moved; keeps the tensor object
+        embedding.pos_embed, embedding.pos_embed_max_size = table, table_size
 
 
 def _embedding_of(model: nn.Module) -> Any:
     return getattr(model, _TABLES[type(model).__name__])
 
 
-def _stretched(table: Tensor, own_side: int, side: int) -> Tensor:
-    """[..., own_side * own_side, C] or [own_side, own_side, C] -> the same for `side`."""
+def _stretched(table: Tensor, trained_side: int, side: int) -> Tensor:
+    """[..., trained_side * trained_side, C] or [trained_side, trained_side, C] -> the same for `side`."""
     channels = table.shape[-1]
-    image = table.float().reshape(1, own_side, own_side, channels).permute(0, 3, 1, 2)
+    image = table.float().reshape(1, trained_side, trained_side, channels).permute(0, 3, 1, 2)
     larger = interpolate(image, (side, side), mode="bicubic", align_corners=True).permute(0, 2, 3, 1).to(table.dtype)
-    return larger[0] if table.shape[:-1] == (own_side, own_side) else larger.reshape(1, side * side, channels)
+    return larger[0] if table.shape[:-1] == (trained_side, trained_side) else larger.reshape(1, side * side, channels)

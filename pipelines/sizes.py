@@ -6,9 +6,9 @@ from typing import Any
 from ..linearize.networks import denoiser
 
 IN_PIXELS = 256  # a pipeline's default_sample_size from here on is in pixels (PRX), below it in latents
-_SAY_THE_SIZE = ("AutoencoderKL", "AutoencoderKLFlux2")  # VAEs whose sample_size in the config is the whole model's
-_LEFT_OUT = 32  # default of a VAE's config that does not set it
-_IN_THE_CALL = 1024  # set inside the calls of Z-Image, Qwen-Image 2.1 and JoyImage Edit, and nowhere else
+_VAES_WITH_SIZE = ("AutoencoderKL", "AutoencoderKLFlux2")  # VAEs whose sample_size in the config is the whole model's
+_UNSET_SIZE = 32  # default of a VAE's config that does not set it
+_CALL_DEFAULT = 1024  # set inside the calls of Z-Image, Qwen-Image 2.1 and JoyImage Edit, and nowhere else
 
 
 def size_multiple(pipe: Any) -> int:
@@ -19,7 +19,7 @@ def size_multiple(pipe: Any) -> int:
     patch = patch[-1] if isinstance(patch, tuple | list) else patch
     # FLUX packs 2 x 2 latents before its transformer, whose patch_size is then 1; its image processor has the product
     processor = getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
-    return max(processor.config.vae_scale_factor if processor else 1, _pixels_of_a_latent(pipe) * patch)
+    return max(processor.config.vae_scale_factor if processor else 1, _pixels_per_latent(pipe) * patch)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:
@@ -40,18 +40,18 @@ def native_side(pipe: Any) -> int:
     """
     config: Any = denoiser(pipe)[1].config
     if isinstance(latents := config.get("sample_size"), int):
-        return latents * _pixels_of_a_latent(pipe)
+        return latents * _pixels_per_latent(pipe)
     default: int | None = getattr(pipe, "default_sample_size", None)
     if default is not None and default >= IN_PIXELS:
         return default
     vae: Any = getattr(pipe, "vae", None)
-    said = vae.config.get("sample_size") if type(vae).__name__ in _SAY_THE_SIZE else None
-    if said not in (None, _LEFT_OUT):
-        return int(said)
-    return _IN_THE_CALL if default is None else default * _pixels_of_a_latent(pipe)
+    vae_size = vae.config.get("sample_size") if type(vae).__name__ in _VAES_WITH_SIZE else None
+    if vae_size not in (None, _UNSET_SIZE):
+        return int(vae_size)
+    return _CALL_DEFAULT if default is None else default * _pixels_per_latent(pipe)
 
 
-def _pixels_of_a_latent(pipe: Any) -> int:
+def _pixels_per_latent(pipe: Any) -> int:
     """Pixels per latent, along one side."""
     return getattr(pipe, "vae_scale_factor", 0) or getattr(pipe, "vae_scale_factor_spatial", 1)
 

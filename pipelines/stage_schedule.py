@@ -20,7 +20,7 @@ from torch import Tensor
 from .plan import Stage
 
 # Attributes of schedulers with one entry per step, in order.
-_OF_EACH_STEP = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "order_list")
+_PER_STEP = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "order_list")
 
 
 def matches_flows(scheduler: Any) -> bool:
@@ -51,7 +51,7 @@ def largest_shift(scheduler: Any) -> float:
     return math.exp(config.max_shift)
 
 
-def most_steps(scheduler: Any, strength: float) -> int:
+def max_steps(scheduler: Any, strength: float) -> int:
     """The most steps that a stage of this strength can have with a scheduler other than those of flow matching."""
     if _takes_strength(scheduler):
         return int(scheduler.config.original_inference_steps * strength)
@@ -60,27 +60,27 @@ def most_steps(scheduler: Any, strength: float) -> int:
 
 def scheduler_of(stage: Stage, scheduler: Any, device: torch.device) -> Any:
     """A scheduler like the pipeline's, set to the steps of this stage, which its `set_timesteps` always uses."""
-    made = _plain(scheduler)
-    set_all, sigmas = made.set_timesteps, stage.sigmas()
+    stage_scheduler = _copy_for_stage(scheduler)
+    set_original, sigmas = stage_scheduler.set_timesteps, stage.sigmas()
 
-    @wraps(set_all)
+    @wraps(set_original)
     def set_timesteps(*_: Any, device: Any = None, timesteps: Any = None, mu: float | None = None, **__: Any) -> None:
         if sigmas is not None:
-            told = None if timesteps is None else _unshifted(sigmas, mu, scheduler)
-            set_all(sigmas=sigmas, device=device, **({} if told is None else {"timesteps": told}))
-        elif _takes_strength(made):
-            set_all(stage.steps, device=device, strength=stage.strength)
+            unshifted = None if timesteps is None else _unshifted(sigmas, mu, scheduler)
+            set_original(sigmas=sigmas, device=device, **({} if unshifted is None else {"timesteps": unshifted}))
+        elif _takes_strength(stage_scheduler):
+            set_original(stage.steps, device=device, strength=stage.strength)
         else:
-            whole = max(stage.steps, round(stage.steps / stage.strength))
-            set_all(whole, device=device)
-            _cut(made, (whole - stage.steps) * made.order)
+            num_steps = max(stage.steps, round(stage.steps / stage.strength))
+            set_original(num_steps, device=device)
+            _cut(stage_scheduler, (num_steps - stage.steps) * stage_scheduler.order)
 
-    made.set_timesteps = set_timesteps
-    if hasattr(made, "init_noise_sigma"):  # the latents that a pipeline is given are noised already
-        cls = type(made)
-        made.__class__ = type(cls.__name__, (cls,), {"init_noise_sigma": 1.0, "__module__": cls.__module__})
-    made.set_timesteps(device=device)
-    return made
+    stage_scheduler.set_timesteps = set_timesteps
+    if hasattr(stage_scheduler, "init_noise_sigma"):  # the latents that a pipeline is given are noised already
+        cls = type(stage_scheduler)
+        stage_scheduler.__class__ = type(cls.__name__, (cls,), {"init_noise_sigma": 1.0, "__module__": cls.__module__})
+    stage_scheduler.set_timesteps(device=device)
+    return stage_scheduler
 
 
 def noised(scheduler: Any, clean: Tensor, noise: Tensor) -> Tensor:
@@ -96,11 +96,11 @@ def _takes_strength(scheduler: Any) -> bool:
     return "strength" in inspect.signature(scheduler.set_timesteps).parameters
 
 
-def _cut(scheduler: Any, first: int) -> None:
+def _cut(scheduler: Any, count: int) -> None:
     """Drop the first entries of a scheduler's steps."""
-    for name in _OF_EACH_STEP:
+    for name in _PER_STEP:
         if (values := getattr(scheduler, name, None)) is not None:
-            setattr(scheduler, name, values[first:])
+            setattr(scheduler, name, values[count:])
 
 
 def _unshifted(sigmas: list[float], mu: float | None, scheduler: Any) -> list[float]:
@@ -110,7 +110,7 @@ def _unshifted(sigmas: list[float], mu: float | None, scheduler: Any) -> list[fl
     return [config.num_train_timesteps * sigma / (shift - (shift - 1) * sigma) for sigma in sigmas]
 
 
-def _plain(scheduler: Any) -> Any:
+def _copy_for_stage(scheduler: Any) -> Any:
     """A separate scheduler for one stage."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which would shift the noise levels again
         unshifted = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}

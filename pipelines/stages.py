@@ -22,24 +22,24 @@ from ..linearize.convert import dense
 from ..linearize.networks import denoiser
 from ..linearize.seam.conversion import conversion_of
 from ..linearize.seam.logits import scaled_logits
-from .encoded_once import text_encoded_once
-from .fresh_noise import noise_drawn_from
+from .fresh_noise import draw_noise_from
+from .kernel_log import log_kernels
 from .latents import unpack_latents
-from .low_frequencies import Following
+from .low_frequencies import FollowCallback
 from .pictures import enlarged, resized
 from .plan import Plan, Stage
 from .positions import exact_positions, positions_stretched, rope_scaled
-from .running_kernels import kernels_told
 from .sizes import size_multiple
 from .stage_schedule import noised, scheduler_of
-from .stock import as_given, as_taken
+from .stock import from_pipeline_latents, to_pipeline_latents
+from .text_encoding import encode_text_once
 from .token_chunks import in_token_chunks
 from .vae import decode, encode_faithfully, latent_channels, pixels_per_latent
 
 logger = logging.getLogger(__name__)
 
 # Slow options of the text encoding, which runs once: FLUX.2's prompts, rewritten by a language model.
-_OF_TEXT = ("caption_upsample_temperature",)
+_TEXT_OPTIONS = ("caption_upsample_temperature",)
 
 OnStage = Callable[[Any, int, dict[str, Any]], None]
 
@@ -79,7 +79,7 @@ class StagedPipeline(DiffusionPipeline):
         """The latents of the last stage that ran, and that stage; `call` goes to the stock pipeline."""
         pictures, latents = start.pictures, start.latents
         self._interrupt = False
-        with text_encoded_once(self) as begin:
+        with encode_text_once(self) as begin_call:
             for number in range(start.stage, len(plan.stages)):
                 stage = plan.stages[number]
                 if number > 0:
@@ -88,24 +88,24 @@ class StagedPipeline(DiffusionPipeline):
                     if on_stage_end is not None:
                         on_stage_end(self, number - 1, {"images": pictures})
                         if self._interrupt:
-                            _tell_interrupted(plan, number - 1)
+                            _warn_interrupted(plan, number - 1)
                             return latents, plan.stages[number - 1]
                 clean = None
                 if pictures is not None and not stage.is_stock:
                     clean = self._enlarged(pictures, stage, plan.tile, batch)
-                begin()
-                with self._told(number, plan), self._as_planned(stage):
+                begin_call()
+                with self._log_stage(number, plan), self._stage_setup(stage):
                     latents = self._denoise(stage, clean, call, generators[number], batch, on_step_end)
-                call = {name: value for name, value in call.items() if name not in _OF_TEXT}
+                call = {name: value for name, value in call.items() if name not in _TEXT_OPTIONS}
                 if on_stage_end is not None:
                     on_stage_end(self, number, {"latents": latents})
                 if self._interrupt:
-                    _tell_interrupted(plan, number)
+                    _warn_interrupted(plan, number)
                     break
         assert latents is not None
         return latents, stage
 
-    def _for_every_stage(self, prompt: Any, call: Mapping[str, Any], on_step_end: Any) -> dict[str, Any]:
+    def _stage_arguments(self, prompt: Any, call: Mapping[str, Any], on_step_end: Any) -> dict[str, Any]:
         """Arguments of the stock pipeline in each stage, from those of the cascade's call."""
         call = dict(for_batch(call, len(prompt)) if isinstance(prompt, list) else call)  # one negative prompt for all
         inputs = getattr(on_step_end, "tensor_inputs", None)  # of diffusers' own callbacks
@@ -132,29 +132,29 @@ class StagedPipeline(DiffusionPipeline):
             call["control_image"] = resized(call["control_image"], stage.height, stage.width)
         if stage.is_stock:
             return self._stock_call(call, on_step_end)
-        own = self.scheduler
-        scheduler = scheduler_of(stage, own, self._execution_device)
+        original = self.scheduler
+        scheduler = scheduler_of(stage, original, self._execution_device)
         scale, dtype = pixels_per_latent(self.vae), denoiser(self)[1].dtype
         shape = (batch, latent_channels(self.vae), stage.height // scale, stage.width // scale)
         latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         if clean is not None:
             latents = noised(scheduler, clean, latents.float()).to(latents.dtype)
             if stage.follow:
-                on_step_end = Following(clean, latents, follow=stage.follow, then=on_step_end)
+                on_step_end = FollowCallback(clean, latents, follow=stage.follow, callback=on_step_end)
         self.scheduler = scheduler
         try:
-            return self._stock_call(call | {"latents": as_taken(self, latents)}, on_step_end)
+            return self._stock_call(call | {"latents": to_pipeline_latents(self, latents)}, on_step_end)
         finally:
-            self.scheduler = own
+            self.scheduler = original
 
     def _stock_call(self, call: Mapping[str, Any], on_step_end: Any) -> Tensor:
         if on_step_end is not None:
             call = {**call, "callback_on_step_end": on_step_end}
-        with noise_drawn_from(self.scheduler, call["generator"]):
-            latents = as_given(self, self.stock.__call__(self, **call).images)
+        with draw_noise_from(self.scheduler, call["generator"]):
+            latents = from_pipeline_latents(self, self.stock.__call__(self, **call).images)
         scale = pixels_per_latent(self.vae)
-        places = call["height"] * call["width"] // scale**2
-        if latents[0].numel() != places * latent_channels(self.vae):
+        num_positions = call["height"] * call["width"] // scale**2
+        if latents[0].numel() != num_positions * latent_channels(self.vae):
             raise RuntimeError(
                 f"{self.stock.__name__} was asked for {call['width']}x{call['height']} pixels and made latents "
                 f"{list(latents.shape)}, of another size"
@@ -162,7 +162,7 @@ class StagedPipeline(DiffusionPipeline):
         return latents
 
     @contextmanager
-    def _as_planned(self, stage: Stage) -> Iterator[None]:
+    def _stage_setup(self, stage: Stage) -> Iterator[None]:
         """Inside, the model and its ControlNet are set up for this stage."""
         _, model = denoiser(self)
         converted = conversion_of(model) is not None
@@ -175,22 +175,22 @@ class StagedPipeline(DiffusionPipeline):
             yield
 
     @contextmanager
-    def _told(self, number: int, plan: Plan) -> Iterator[None]:
+    def _log_stage(self, number: int, plan: Plan) -> Iterator[None]:
         """Show the progress of one stage's steps, and log how long it took."""
         stage = plan.stages[number]
-        before = dict(getattr(self, "_progress_bar_config", {}))
-        what = f"stage {number + 1} of {len(plan.stages)}, {stage.width}x{stage.height}, {stage.attention} attention"
-        self.set_progress_bar_config(**{"unit": "step", **before, "desc": what})
+        progress_config = dict(getattr(self, "_progress_bar_config", {}))
+        label = f"stage {number + 1} of {len(plan.stages)}, {stage.width}x{stage.height}, {stage.attention} attention"
+        self.set_progress_bar_config(**{"unit": "step", **progress_config, "desc": label})
         self.stage, self.stage_number = stage, number
         began = time.perf_counter()
-        kernels = kernels_told(self, what) if stage.attention == "converted" else nullcontext()
+        kernels = log_kernels(self, label) if stage.attention == "converted" else nullcontext()
         try:
             with kernels:
                 yield
         finally:
             self.stage = self.stage_number = None
-            self.set_progress_bar_config(**before)
-        logger.info("%s: %.1f s", what, time.perf_counter() - began)
+            self.set_progress_bar_config(**progress_config)
+        logger.info("%s: %.1f s", label, time.perf_counter() - began)
 
     def _pictures(self, latents: Tensor, stage: Stage, tile: int | None) -> list[Image.Image]:
         return self.image_processor.postprocess(self._decoded(latents, stage, tile), output_type="pil")
@@ -208,8 +208,8 @@ class StagedPipeline(DiffusionPipeline):
         size = {"height": stage.height, "width": stage.width}
         large = [enlarged(picture, **size, sharpen=stage.sharpen) for picture in pictures]
         pixels = self.image_processor.preprocess(large, **size)
-        how: dict[str, Any] = {"tile": tile, "progress": self._shows_progress()}
-        latents = encode_faithfully(self.vae, pixels.to(self._execution_device), **how)
+        options: dict[str, Any] = {"tile": tile, "progress": self._shows_progress()}
+        latents = encode_faithfully(self.vae, pixels.to(self._execution_device), **options)
         return latents.to(self._execution_device).repeat_interleave(batch // len(latents), 0)
 
     @torch.no_grad()
@@ -224,11 +224,11 @@ class StagedPipeline(DiffusionPipeline):
         pixels = self._decoded(latents, stage, plan.tile)[..., : plan.height, : plan.width]
         if getattr(self, "watermark", None) is not None:  # SDXL's, where it is installed
             pixels = self.watermark.apply_watermark(pixels)
-        found = None
+        unsafe = None
         if getattr(self, "safety_checker", None) is not None:
-            pixels, found = self.run_safety_checker(pixels, self._execution_device, self.vae.dtype)
-        shown = [not one for one in found or [False] * len(pixels)]  # unsafe pictures are 0 already, which is black
-        return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=shown), found
+            pixels, unsafe = self.run_safety_checker(pixels, self._execution_device, self.vae.dtype)
+        safe = [not one for one in unsafe or [False] * len(pixels)]  # unsafe pictures are 0 already, which is black
+        return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=safe), unsafe
 
     def _shows_progress(self) -> bool:
         return not getattr(self, "_progress_bar_config", {}).get("disable", False)
@@ -248,7 +248,7 @@ def stage_generators(generator: Any, count: int) -> list[Any]:
     return [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in seeds[1:])]
 
 
-def _tell_interrupted(plan: Plan, number: int) -> None:
+def _warn_interrupted(plan: Plan, number: int) -> None:
     """Warn that a callback has set diffusers' `_interrupt`: the pictures are those of that stage."""
     stage = plan.stages[number]
     size = f"{stage.width}x{stage.height}"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..linearize.errors import UnsupportedModelError
 from ..linearize.networks import denoiser
 from .latents import pack_latents, patches_of
-from .positions import computes_rotation
+from .positions import computes_rope
 from .sizes import native_side
-from .vae import is_flux2, is_known, latent_channels, normalized
+from .vae import is_flux2, is_supported, latent_channels, normalized
 
 # The text-to-image pipeline of a transformer, whichever pipeline it comes from, such as Kontext's or Fill's.
 _TEXT_TO_IMAGE: dict[str, type] = {"FluxTransformer2DModel": FluxPipeline}
@@ -41,20 +41,20 @@ def stock_class(pipeline: Any) -> type:
     name, kind = type(pipeline).__name__, type(model).__name__
     own: Any = getattr(type(pipeline), "stock", type(pipeline))
     stock = own if own.__name__ in _STEERED else _TEXT_TO_IMAGE.get(kind, own)
-    if why := _unsuitable(stock, getattr(pipeline, "components", {})):
+    if reason := _unsuitable(stock, getattr(pipeline, "components", {})):
         raise UnsupportedModelError(
-            f"high resolution is built for text-to-image pipelines, and a {name} {why}: {_OWN_PIPELINES}"
+            f"high resolution is built for text-to-image pipelines, and a {name} {reason}: {_OWN_PIPELINES}"
         )
     vae = getattr(pipeline, "vae", None)
-    if not is_known(vae) or (is_flux2(vae) and stock.__name__ not in _FLUX2):
-        has = "none" if vae is None else f"a {type(vae).__name__}"
+    if not is_supported(vae) or (is_flux2(vae) and stock.__name__ not in _FLUX2):
+        found = "none" if vae is None else f"a {type(vae).__name__}"
         raise UnsupportedModelError(
-            f"high resolution needs an AutoencoderKL as the VAE of the {name}, it has {has}: {_OWN_PIPELINES}"
+            f"high resolution needs an AutoencoderKL as the VAE of the {name}, it has {found}: {_OWN_PIPELINES}"
         )
-    channels, given = latent_channels(vae), model.config.get("in_channels")
-    if given not in (channels, 4 * channels):
+    channels, in_channels = latent_channels(vae), model.config.get("in_channels")
+    if in_channels not in (channels, 4 * channels):
         raise UnsupportedModelError(
-            f"this {kind} takes {given} numbers a token where text-to-image takes {4 * channels} or "
+            f"this {kind} takes {in_channels} numbers a token where text-to-image takes {4 * channels} or "
             f"{channels} (Fill, Canny, Depth, inpainting): use its own pipelines"
         )
     return stock
@@ -66,8 +66,8 @@ def _unsuitable(stock: Any, parts: Mapping[str, Any]) -> str | None:
         return "is made of blocks (make diffusers' stock pipeline of its parts, and a cascade of that)"
     takes = inspect.signature(stock.__call__).parameters
     foreign = [name for name in _FOREIGN if name in takes and not (name == "image" and stock.__name__ in _FLUX2)]
-    if lacks := [name for name in _NEEDED if name not in takes]:
-        return f"takes no {lacks[0]}"
+    if missing := [name for name in _NEEDED if name not in takes]:
+        return f"takes no {missing[0]}"
     if ("controlnet" in parts or foreign) and stock.__name__ not in _STEERED:
         return f"takes {foreign[0] if foreign else 'control_image'}"
     return "draws one area, whatever size is asked for" if stock.__name__ in _RESIZES else None
@@ -79,14 +79,14 @@ def packs_latents(pipe: Any) -> bool:
     return bool(config.in_channels == 4 * latent_channels(pipe.vae))
 
 
-def as_taken(pipe: Any, latents: Tensor) -> Tensor:
+def to_pipeline_latents(pipe: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] as the pipeline takes them."""
     if is_flux2(pipe.vae):
         return patches_of(latents)
     return pack_latents(latents) if packs_latents(pipe) else latents
 
 
-def as_given(pipe: Any, latents: Tensor) -> Tensor:
+def from_pipeline_latents(pipe: Any, latents: Tensor) -> Tensor:
     """Latents returned by the pipeline, in the denoiser's format: FLUX.2 klein returns the VAE's own."""
     if is_flux2(pipe.vae) and latents.ndim == 4:
         return pack_latents(normalized(pipe.vae, latents))
@@ -104,10 +104,10 @@ def trained_size(pipe: Any) -> int:
 def rope_dim(model: nn.Module) -> int | None:
     """Head dimensions rotated by one axis of the picture; None if the base of the rotation cannot be scaled."""
     axes = cast(Any, model.config).get("axes_dims_rope")
-    return axes[-1] if axes and computes_rotation(model) else None
+    return axes[-1] if axes and computes_rope(model) else None
 
 
-def most_tokens(model: nn.Module) -> int | None:
+def max_side_tokens(model: nn.Module) -> int | None:
     """The most tokens along one side for which the model has rotary positions; None: any number."""
     config: Any = model.config
     match type(model).__name__:

@@ -32,7 +32,7 @@ from ..linearize.errors import UnsupportedModelError
 from ..linearize.networks import denoiser
 
 
-def has_chunks(model: nn.Module) -> bool:
+def supports_chunks(model: nn.Module) -> bool:
     """Whether the model has blocks that run on some tokens at a time."""
     return any(isinstance(module, FluxTransformerBlock | FluxSingleTransformerBlock) for module in model.modules())
 
@@ -59,27 +59,27 @@ def in_token_chunks(pipe_or_model: Any, chunk_tokens: int) -> Iterator[None]:
             f"token-wise layers run in chunks in FLUX.1's blocks, and this {type(model).__name__} has none: "
             "leave chunk_tokens out"
         )
-    before = [(module, type(module)) for module, _ in changes]
+    original_classes = [(module, type(module)) for module, _ in changes]
     try:
         for module, change in changes:
             module.__class__ = change
         yield
     finally:
-        for module, own in before:
-            module.__class__ = own
+        for module, original in original_classes:
+            module.__class__ = original
 
 
 def _changes(model: nn.Module, chunk_tokens: int) -> Iterator[tuple[nn.Module, type[Any]]]:
     """Modules, and the classes that they get."""
     for block in model.modules():
         if isinstance(block, FluxTransformerBlock):
-            yield block.ff, _with(_Layer, block.ff, chunk_tokens)
-            yield block.ff_context, _with(_Layer, block.ff_context, chunk_tokens)
+            yield block.ff, _subclass(_Layer, block.ff, chunk_tokens)
+            yield block.ff_context, _subclass(_Layer, block.ff_context, chunk_tokens)
         elif isinstance(block, FluxSingleTransformerBlock):
             mlp = block.proj_mlp, block.act_mlp
-            yield block.proj_out, _with(_Out, block.proj_out, chunk_tokens, mlp=mlp)
+            yield block.proj_out, _subclass(_Out, block.proj_out, chunk_tokens, mlp=mlp)
             for module in mlp:
-                yield module, _with(_HandsOn, module, chunk_tokens)
+                yield module, _subclass(_PassThrough, module, chunk_tokens)
         else:
             continue
         # other processors, such as that of image prompts, use queries before RoPE
@@ -89,19 +89,19 @@ def _changes(model: nn.Module, chunk_tokens: int) -> Iterator[tuple[nn.Module, t
 
 def _attention_changes(attention: Any, chunk_tokens: int) -> Iterator[tuple[nn.Module, type[Any]]]:
     positions = _Positions()
-    yield attention, _with(_Attention, attention, chunk_tokens, positions=positions)
-    of_text = () if attention.added_kv_proj_dim is None else (attention.norm_added_q, attention.norm_added_k)
-    for norm in (attention.norm_q, attention.norm_k, *of_text):
-        yield norm, _with(_Norm, norm, chunk_tokens, positions=positions, of_text=norm in of_text)
+    yield attention, _subclass(_Attention, attention, chunk_tokens, positions=positions)
+    text_norms = () if attention.added_kv_proj_dim is None else (attention.norm_added_q, attention.norm_added_k)
+    for norm in (attention.norm_q, attention.norm_k, *text_norms):
+        yield norm, _subclass(_Norm, norm, chunk_tokens, positions=positions, is_text=norm in text_norms)
 
 
-def _with(kind: type[Any], module: nn.Module, chunk_tokens: int, **known: Any) -> type[Any]:
+def _subclass(kind: type[Any], module: nn.Module, chunk_tokens: int, **attributes: Any) -> type[Any]:
     """A subclass of a module's class with the mixin `kind`; what its calls need are attributes of the class."""
-    own = type(module)
-    return type(f"{own.__name__}{kind.__name__}", (kind, own), {"chunk_tokens": chunk_tokens, **known})
+    base = type(module)
+    return type(f"{base.__name__}{kind.__name__}", (kind, base), {"chunk_tokens": chunk_tokens, **attributes})
 
 
-def _joined(num_tokens: int, chunk_tokens: int, piece: Callable[[slice], Tensor]) -> Tensor:
+def _in_pieces(num_tokens: int, chunk_tokens: int, piece: Callable[[slice], Tensor]) -> Tensor:
     """[B, N, ...] from pieces [B, n, ...], which `piece` makes for a slice of tokens."""
     if num_tokens <= chunk_tokens:
         return piece(slice(0, num_tokens))
@@ -133,16 +133,16 @@ class _Layer(_InChunks):
 
     def __call__(self, tokens: Tensor) -> Tensor:  # [B, N, C] -> [B, N, C]
         layer = super().__call__  # type: ignore[misc]
-        return _joined(tokens.shape[1], self.chunk_tokens, lambda span: layer(tokens[:, span]))
+        return _in_pieces(tokens.shape[1], self.chunk_tokens, lambda span: layer(tokens[:, span]))
 
 
-class _HandsOn(_InChunks):
+class _PassThrough(_InChunks):
     """A single block's `proj_mlp` or `act_mlp`, whose work is left to `proj_out`."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def work(self, tokens: Tensor) -> Tensor:
+    def compute(self, tokens: Tensor) -> Tensor:
         return super().__call__(tokens)  # type: ignore[misc]
 
 
@@ -151,15 +151,15 @@ class _Out(_InChunks):
 
     mlp: tuple[Any, Any]
 
-    def __call__(self, both: Tensor) -> Tensor:  # [B, N, 2 C] -> [B, N, C]
+    def __call__(self, joined: Tensor) -> Tensor:  # [B, N, 2 C] -> [B, N, C]
         project = super().__call__  # type: ignore[misc]
         proj_mlp, act_mlp = self.mlp
 
         def piece(span: slice) -> Tensor:
-            attended, tokens = both[:, span].chunk(2, dim=-1)
-            return project(torch.cat([attended, act_mlp.work(proj_mlp.work(tokens))], dim=-1))
+            attended, tokens = joined[:, span].chunk(2, dim=-1)
+            return project(torch.cat([attended, act_mlp.compute(proj_mlp.compute(tokens))], dim=-1))
 
-        return _joined(both.shape[1], self.chunk_tokens, piece)
+        return _in_pieces(joined.shape[1], self.chunk_tokens, piece)
 
 
 class _Attention(_InChunks):
@@ -183,12 +183,12 @@ class _Norm(_InChunks):
     """The norm of queries or keys, of the text's or of all others, followed by RoPE."""
 
     positions: _Positions
-    of_text: bool
+    is_text: bool
 
     def __call__(self, heads: Tensor) -> Tensor:  # [B, N, H, D] -> [B, N, H, D]
         norm = super().__call__  # type: ignore[misc]
         cos_sin = self.positions.cos_sin
-        offset = 0 if self.of_text else self.positions.text_len
+        offset = 0 if self.is_text else self.positions.text_len
 
         def piece(span: slice) -> Tensor:
             normed = norm(heads[:, span])
@@ -197,4 +197,4 @@ class _Norm(_InChunks):
             cos, sin = (table[span.start + offset : span.stop + offset] for table in cos_sin)
             return apply_rotary_emb(normed, (cos, sin), sequence_dim=1)
 
-        return _joined(heads.shape[1], self.chunk_tokens, piece)
+        return _in_pieces(heads.shape[1], self.chunk_tokens, piece)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 OVERLAP = 0.25  # of a tile, at least
 SDXL_SCALING = 0.13025  # of the only VAE that overflows in float16; other configs have force_upcast by default
-_KNOWN = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage")
+_SUPPORTED = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage")
 SMALLEST_TILE = 256  # pixels; below it, a tile is mostly border
 
 
@@ -46,11 +46,11 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None, progress: bool = Fals
     values = latents * std / _scaling(vae) + mean
 
     def run(part: Tensor) -> Tensor:
-        return _still(vae, lambda values: vae.decode(values, return_dict=False)[0], part.to(vae.dtype))
+        return _on_pictures(vae, lambda values: vae.decode(values, return_dict=False)[0], part.to(vae.dtype))
 
     with _without_overflow(vae):
-        how: dict[str, Any] = {"tile": tile, "step": scale, "gain": scale, "what": "decode", "progress": progress}
-        return _in_tiles(vae, run, values, **how)
+        options: dict[str, Any] = {"tile": tile, "step": scale, "gain": scale, "what": "decode", "progress": progress}
+        return _in_tiles(vae, run, values, **options)
 
 
 def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = False) -> Tensor:
@@ -65,11 +65,11 @@ def encode(vae: Any, pictures: Tensor, *, tile: int | None, progress: bool = Fal
     scale = pixels_per_latent(vae)
 
     def run(part: Tensor) -> Tensor:
-        return _still(vae, lambda values: vae.encode(values).latent_dist.mode(), part.to(vae.dtype))
+        return _on_pictures(vae, lambda values: vae.encode(values).latent_dist.mode(), part.to(vae.dtype))
 
     with _without_overflow(vae):
-        how: dict[str, Any] = {"tile": tile, "step": 1, "gain": 1 / scale, "what": "encode", "progress": progress}
-        values = _in_tiles(vae, run, pictures, **how, align=scale)
+        options: dict[str, Any] = {"tile": tile, "step": 1, "gain": 1 / scale, "what": "encode", "progress": progress}
+        values = _in_tiles(vae, run, pictures, **options, align=scale)
     return normalized(vae, values)
 
 
@@ -82,14 +82,14 @@ def encode_faithfully(vae: Any, pictures: Tensor, *, tile: int | None, progress:
     """
     latents = encode(vae, pictures, tile=tile, progress=progress)
     decoded = decode(vae, latents.to(pictures.device), tile=tile, progress=progress)
-    again = encode(vae, decoded.to(pictures.device), tile=tile, progress=progress)
-    return 2 * latents - again
+    reencoded = encode(vae, decoded.to(pictures.device), tile=tile, progress=progress)
+    return 2 * latents - reencoded
 
 
-def is_known(vae: Any) -> bool:
+def is_supported(vae: Any) -> bool:
     """Whether this module supports the VAE, compiled or not."""
     names = {cls.__name__ for cls in type(getattr(vae, "_orig_mod", vae)).__mro__}
-    return not names.isdisjoint(_KNOWN)
+    return not names.isdisjoint(_SUPPORTED)
 
 
 def is_flux2(vae: Any) -> bool:
@@ -107,9 +107,9 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
     """Mean of the VAE's own latents [B, C, h, w], and their divisor besides its scaling factor: numbers, or tensors."""
     config = vae.config
     if is_flux2(vae):
-        squares = (vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).sqrt())
+        statistics = (vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).sqrt())
         repeats = (1, latents.shape[-2] // 2, latents.shape[-1] // 2)
-        mean, std = (one.to(latents.device).view(-1, 2, 2).repeat(repeats) for one in squares)
+        mean, std = (one.to(latents.device).view(-1, 2, 2).repeat(repeats) for one in statistics)
         return mean, std
     means, deviations = config.get("latents_mean"), config.get("latents_std")
     if means is None or deviations is None:
@@ -137,25 +137,25 @@ def _scaling(vae: Any) -> float:
     return float(vae.config.get("scaling_factor", 1.0))
 
 
-def _still(vae: Any, run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+def _on_pictures(vae: Any, run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """`run` on pictures [B, C, h, w]; if the VAE takes videos, on videos of one frame."""
-    return run(values[:, :, None])[:, :, 0] if _is_of_videos(vae) else run(values)
+    return run(values[:, :, None])[:, :, 0] if _is_video_vae(vae) else run(values)
 
 
-def _is_of_videos(vae: Any) -> bool:
+def _is_video_vae(vae: Any) -> bool:
     return "z_dim" in vae.config
 
 
 def latent_channels(vae: Any) -> int:
     """Channels of its latents."""
-    return int(vae.config.z_dim if _is_of_videos(vae) else vae.config.latent_channels)
+    return int(vae.config.z_dim if _is_video_vae(vae) else vae.config.latent_channels)
 
 
 def pixels_per_latent(vae: Any) -> int:
     """Pixels per latent, along one side."""
     if "spatial_compression_ratio" in vae.config:  # HunyuanImage's
         return int(vae.config.spatial_compression_ratio)
-    return 2 ** (len(vae.config.dim_mult if _is_of_videos(vae) else vae.config.block_out_channels) - 1)
+    return 2 ** (len(vae.config.dim_mult if _is_video_vae(vae) else vae.config.block_out_channels) - 1)
 
 
 def _in_tiles(
@@ -184,14 +184,14 @@ def _in_tiles(
             with _without_own_tiles(vae):
                 return _blended(vae, run, values, side, gain, what, progress, align)
         except RuntimeError as error:
-            why = why_too_large(error)
-            if why is None:
+            reason = why_too_large(error)
+            if reason is None:
                 raise
             largest = max(values.shape[-2:]) if side is None else min(side, max(values.shape[-2:]))
             smaller = largest // 2 // align * align
             if smaller * step < SMALLEST_TILE:
                 raise
-            logger.warning("%s: the VAE continues in tiles of %d pixels", why, smaller * step)
+            logger.warning("%s: the VAE continues in tiles of %d pixels", reason, smaller * step)
             side = smaller
         torch.cuda.empty_cache()
 
@@ -215,7 +215,7 @@ def _blended(
     if len(values) > 1 and getattr(vae, "use_slicing", False):  # each picture has statistics of its own
         return torch.cat([_blended(vae, run, one, side, gain, what, progress, align) for one in values.split(1)])
     total = weight = None
-    with whole_statistics(vae, lambda: run(_as_small_as_a_tile(values, side, align))):
+    with whole_statistics(vae, lambda: run(_downsampled_to_tile(values, side, align))):
         for (top, bottom), (left, right) in tqdm(tiles, desc=what, unit="tile", disable=not progress):
             part = run(values[..., top:bottom, left:right]).float().cpu()
             if total is None or weight is None:
@@ -241,7 +241,7 @@ def _without_own_tiles(vae: Any) -> Iterator[None]:
         vae.use_tiling = own
 
 
-def _as_small_as_a_tile(values: Tensor, side: int, align: int) -> Tensor:
+def _downsampled_to_tile(values: Tensor, side: int, align: int) -> Tensor:
     """[B, C, rows, columns] downsampled to at most the area of a tile, both sides multiples of `align`."""
     share = min(1, side / math.sqrt(math.prod(values.shape[-2:])))
     size = [max(1, int(length * share / align)) * align for length in values.shape[-2:]]

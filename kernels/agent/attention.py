@@ -63,6 +63,6 @@ def agent_attention(
 
 def _check_agents(query: Tensor, agents: Tensor) -> None:
     batch, num_heads, _, head_dim = query.shape
-    wanted = (batch, num_heads, agents.shape[-2] if agents.ndim > 1 else 0, head_dim)
-    if agents.shape != wanted or agents.shape[2] == 0:
+    expected = (batch, num_heads, agents.shape[-2] if agents.ndim > 1 else 0, head_dim)
+    if agents.shape != expected or agents.shape[2] == 0:
         raise ValueError(f"agents must be [B, H, A, D] like query, A > 0, got {tuple(agents.shape)}")

@@ -35,7 +35,7 @@ from ..pieces.cells import Grid, sizes_of
 from ..pieces.kept_tables import KEEPS_TABLES
 from ..pieces.results import sum_dtype, token_major
 from ..window.windows import Window, from_arguments, to_arguments
-from .choose import backward_blocks, blocks_for, choose_impl, kernels_divide
+from .choose import backward_blocks, blocks_for, choose_impl, division_is_exact
 from .plain import plain_backward, plain_forward
 
 
@@ -118,19 +118,19 @@ def focus_op(
     """far [B, H, n, D], lse [B, H, n], and the cells that the tiles chose [B, H, G, k]; an operator because tables
     depend on the grid: tracing would recompile for each grid.
     """
-    given = (query, key, value, proxy_key, proxy_value)
+    inputs = (query, key, value, proxy_key, proxy_value)
     if query.numel() == 0:  # an empty batch: PyTorch's own kernels would divide by zero
-        return _outputs(*given, grid, count, side)
+        return _outputs(*inputs, grid, count, side)
     window = from_arguments(radius, frame_radius, box)
     out = token_major(query, query.shape[2])
     with torch.autocast(query.device.type, enabled=False):
-        if impl == "triton" and kernels_divide(tuple(grid), proxy_key.shape[2], count):
+        if impl == "triton" and division_is_exact(tuple(grid), proxy_key.shape[2], count):
             from .triton_focus import triton_forward
 
             blocks = blocks_for(query.device, query.dtype, query.shape[3], side)
-            lse, chosen = triton_forward(given, out, tuple(grid), window, count, side, scale, blocks)
+            lse, chosen = triton_forward(inputs, out, tuple(grid), window, count, side, scale, blocks)
         else:
-            lse, chosen = plain_forward(given, out, tuple(grid), window, count, side, scale)
+            lse, chosen = plain_forward(inputs, out, tuple(grid), window, count, side, scale)
         return out, lse, chosen.int()
 
 
@@ -174,20 +174,20 @@ def focus_backward_op(
     box: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the inputs; `out`, `lse` and `chosen` as returned by `focus_op`."""
-    given = (query, key, value, proxy_key, proxy_value)
+    inputs = (query, key, value, proxy_key, proxy_value)
     if query.numel() == 0:
-        return _gradients(grad_out, grad_lse, *given)
+        return _gradients(grad_out, grad_lse, *inputs)
     window = from_arguments(radius, frame_radius, box)
     with torch.autocast(query.device.type, enabled=False):
-        made = (grad_out, grad_lse, given, out, lse, chosen.long(), tuple(grid), window, side, scale)
+        arguments = (grad_out, grad_lse, inputs, out, lse, chosen.long(), tuple(grid), window, side, scale)
         blocks = None
-        if impl == "triton" and kernels_divide(tuple(grid), proxy_key.shape[2], count):
+        if impl == "triton" and division_is_exact(tuple(grid), proxy_key.shape[2], count):
             blocks = backward_blocks(query.device, query.dtype, query.shape[3], side)
         if blocks is not None:
             from .triton_focus import triton_backward
 
-            return triton_backward(*made, blocks)
-        return plain_backward(*made)
+            return triton_backward(*arguments, blocks)
+        return plain_backward(*arguments)
 
 
 @focus_backward_op.register_fake

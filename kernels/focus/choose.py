@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid, cell_grid, sizes_of
-from ..window.choose import where, why_not_triton
+from ..window.choose import device_text, why_not_triton
 
 if TYPE_CHECKING:
     from .triton_focus import Blocks
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # The kernels divide by multiplying with an inverse, which is exact if dividend * divisor is less than this.
-EXACT = 2**31
+EXACT_BELOW = 2**31
 
 
 def choose_impl(query: Tensor, side: int, impl: str) -> str:
@@ -55,7 +55,7 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, side: int)
     except torch.OutOfMemoryError:
         raise  # temporary: the next call tries again
     except NO_KERNEL as exception:
-        reason = f"{where(device)}: {exception}"
+        reason = f"{device_text(device)}: {exception}"
         logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: %s", reason)
         return reason
     return None
@@ -67,22 +67,22 @@ def backward_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, sid
 
     None, with a warning, if none can run: plain PyTorch computes the gradients.
     """
-    from ..pieces.trial import found_or_told
+    from ..pieces.trial import find_or_warn
     from .triton_probe import backward_blocks_for
 
     find = partial(backward_blocks_for, device, dtype, head_dim, side)
-    return found_or_told(find, "Gradients of tokens in focus", where(device))
+    return find_or_warn(find, "Gradients of tokens in focus", device_text(device))
 
 
 @lru_cache
-def kernels_divide(grid: Grid, num_cells: int, count: int) -> bool:
-    """Whether the kernels can divide by multiplying (`EXACT`), for this grid and the tokens of `count` cells.
+def division_is_exact(grid: Grid, num_cells: int, count: int) -> bool:
+    """Whether the kernels can divide by multiplying (`EXACT_BELOW`), for this grid and the tokens of `count` cells.
 
     If not, plain PyTorch computes the call, with a warning.
     """
     _, height, width = sizes = sizes_of(grid)
-    cell_len = math.prod(-(-size // along) + 1 for size, along in zip(sizes, cell_grid(*sizes, num_cells), strict=True))
-    if max(math.prod(grid) * max(height, width), (count + 1) * cell_len**2) < EXACT:
+    cell_len = math.prod(-(-size // num) + 1 for size, num in zip(sizes, cell_grid(*sizes, num_cells), strict=True))
+    if max(math.prod(grid) * max(height, width), (count + 1) * cell_len**2) < EXACT_BELOW:
         return True
     logger.warning("Tokens in focus fall back to plain PyTorch, which is slower: a grid of %s is too large", grid)
     return False

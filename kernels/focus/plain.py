@@ -105,7 +105,7 @@ def _gather(
     tiles: slice, prepared: "_Prepared", chosen: Tensor | None, count: int, scale: float
 ) -> tuple[_Chunk, Tensor]:
     """The tiles' chunk and their chosen cells, which are chosen here if None. The next call overwrites the chunk."""
-    (query, key_cells, value_cells, proxy_key, proxy_value), tables, spaces = prepared[:3]
+    (query, key_cells, value_cells, proxy_key, proxy_value), tables, buffers = prepared[:3]
     batch, num_heads, num_cells, head_dim = proxy_key.shape
     tokens = tables.tiles[tiles]  # [g, Q]
     q = query[:, :, tokens]  # [B, H, g, Q, D]
@@ -113,35 +113,35 @@ def _gather(
         chosen = choose(q, proxy_key, tables, tiles, count, scale)
     hidden = q.new_zeros(*chosen.shape[:3], num_cells).scatter_(-1, chosen, UNSEEN)
     queries = q.shape[:4]  # B, H, g, Q
-    of_proxies, of_tokens = (space[: math.prod(queries)] for space in (spaces.of_proxies, spaces.of_tokens))
-    of_proxies = of_proxies.view(*queries, num_cells)
-    torch.add(tables.log_rest.at(tokens), hidden[:, :, :, None], out=of_proxies)
-    of_tokens = of_tokens.view(*queries, chosen.shape[3], -1)  # [B, H, g, Q, k, L]
-    _fill_of_tokens(of_tokens, chosen, tables, tiles)
+    proxy_bias, token_bias = (buffer[: math.prod(queries)] for buffer in (buffers.proxy_bias, buffers.token_bias))
+    proxy_bias = proxy_bias.view(*queries, num_cells)
+    torch.add(tables.log_rest.at(tokens), hidden[:, :, :, None], out=proxy_bias)
+    token_bias = token_bias.view(*queries, chosen.shape[3], -1)  # [B, H, g, Q, k, L]
+    _fill_token_bias(token_bias, chosen, tables, tiles)
     first = torch.arange(batch * num_heads, device=query.device).view(batch, num_heads, 1, 1) * num_cells
     index = (chosen + first).flatten()
     k, v = (
-        torch.index_select(cells, 0, index, out=space[: len(index)]).view(batch * num_heads, len(tokens), -1, head_dim)
-        for cells, space in zip((key_cells, value_cells), (spaces.key, spaces.value), strict=True)
+        torch.index_select(cells, 0, index, out=buffer[: len(index)]).view(batch * num_heads, len(tokens), -1, head_dim)
+        for cells, buffer in zip((key_cells, value_cells), (buffers.key, buffers.value), strict=True)
     )
     return _Chunk(
         tokens.flatten(),
         q.flatten(2, 3),
         index,
-        Keys(proxy_key, proxy_value, of_proxies.flatten(2, 3)),
-        Keys(k, v, of_tokens.flatten(4).flatten(0, 1)),
+        Keys(proxy_key, proxy_value, proxy_bias.flatten(2, 3)),
+        Keys(k, v, token_bias.flatten(4).flatten(0, 1)),
     ), chosen
 
 
-def _fill_of_tokens(of_tokens: Tensor, chosen: Tensor, tables: FocusTables, tiles: slice) -> None:
+def _fill_token_bias(token_bias: Tensor, chosen: Tensor, tables: FocusTables, tiles: slice) -> None:
     """Biases [B, H, g, Q, k, L] of the tokens of the chosen cells [B, H, g, k]: UNSEEN in a query's own window."""
     shares = tables.shares[chosen]
-    of_tokens.copy_(shares[:, :, :, None])
+    token_bias.copy_(shares[:, :, :, None])
     # Most chosen cells are outside all windows of their tile.
     batch, head, tile, place = tables.reached_of(chosen, tiles).nonzero(as_tuple=True)
     if len(tile) > 0:
         near = _near(tables.cells[chosen[batch, head, tile, place]], tables, tiles.start + tile)
-        of_tokens[batch, head, tile, :, place] = torch.where(near, UNSEEN, shares[batch, head, tile, place][:, None])
+        token_bias[batch, head, tile, :, place] = torch.where(near, UNSEEN, shares[batch, head, tile, place][:, None])
 
 
 def _near(tokens: Tensor, tables: FocusTables, tile: Tensor) -> Tensor:
@@ -157,13 +157,13 @@ def _near(tokens: Tensor, tables: FocusTables, tile: Tensor) -> Tensor:
     return (column_distance[:, None] < left[:, :, None]).flatten(1, 2)
 
 
-class _Spaces(NamedTuple):
+class _Buffers(NamedTuple):
     """Buffers that all chunks reuse: allocating them costs more than filling them."""
 
     key: Tensor  # [B * H * tiles * k, L * D]
     value: Tensor
-    of_proxies: Tensor  # biases [B * H * tiles * Q, C]
-    of_tokens: Tensor  # and [B * H * tiles * Q, K]
+    proxy_bias: Tensor  # biases [B * H * tiles * Q, C]
+    token_bias: Tensor  # and [B * H * tiles * Q, K]
 
 
 class _Prepared(NamedTuple):
@@ -171,7 +171,7 @@ class _Prepared(NamedTuple):
 
     inputs: tuple[Tensor, ...]  # query, key and value by cells [B * H * C, L * D], proxy_key, proxy_value
     tables: FocusTables
-    spaces: _Spaces
+    buffers: _Buffers
     partial: Partial
     chunks: tuple[slice, ...]  # of the tiles
 
@@ -183,16 +183,18 @@ def _prepare(inputs: Sequence[Tensor], grid: Grid, window: Window, count: int, s
     tables = focus_tables(grid, window, num_cells, side, dtype, device, dtype)
     by_cell = tuple(one[:, :, tables.cells].flatten(3).flatten(0, 2) for one in (key, value))
     num_seen = count * tables.cells.shape[1]
-    of_a_tile = side * side * (num_cells + 2 * num_seen) + 2 * num_seen * head_dim
-    most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (batch * num_heads * of_a_tile * dtype.itemsize)
-    step = max(1, min(most, len(tables.tiles)))
+    numbers_per_tile = side * side * (num_cells + 2 * num_seen) + 2 * num_seen * head_dim
+    max_tiles = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (
+        batch * num_heads * numbers_per_tile * dtype.itemsize
+    )
+    step = max(1, min(max_tiles, len(tables.tiles)))
     tiles = batch * num_heads * step
-    key_space, value_space = (one.new_empty(tiles * count, one.shape[1]) for one in by_cell)
-    of_proxies, of_tokens = (query.new_empty(tiles * side * side, length) for length in (num_cells, num_seen))
+    key_buffer, value_buffer = (one.new_empty(tiles * count, one.shape[1]) for one in by_cell)
+    proxy_bias, token_bias = (query.new_empty(tiles * side * side, length) for length in (num_cells, num_seen))
     return _Prepared(
         (query, *by_cell, proxy_key, proxy_value),
         tables,
-        _Spaces(key_space, value_space, of_proxies, of_tokens),
+        _Buffers(key_buffer, value_buffer, proxy_bias, token_bias),
         fastest_partial(device, dtype),
         tuple(slice(start, start + step) for start in range(0, len(tables.tiles), step)),
     )

@@ -5,7 +5,7 @@
 Cells are those of kernels/pieces/cells.py, which overlap if their number does not divide a side. Over all cells, rest_i
 adds up to the number of tokens outside the window. With a cell for each token, rest is 1 outside and 0 inside.
 
-A window reaches few of the cells; all others are entirely outside it. `RestOfCells` holds only the cells in reach of
+A window reaches few of the cells; all others are entirely outside it. `CellTable` holds only the cells in reach of
 each query: a few MiB instead of hundreds for [n, C] numbers.
 
 Tokens in a window are counted along each axis: a box is a product over the axes, and so is each row of a circle.
@@ -32,16 +32,16 @@ UNSEEN = -1e4
 
 ALIGNED = 16  # PyTorch's kernels copy a bias unless its rows start at multiples of this
 PARTS = 8  # parts of the image's rows, counted one at a time
-PLACED = 2**22  # numbers of `RestOfCells.near` scattered to their cells at a time, with indices of 32 MiB
+SCATTER_CHUNK = 2**22  # numbers of `CellTable.near` scattered to their cells at a time, with indices of 32 MiB
 
 
-class RestOfCells(NamedTuple):
-    """A number for each place and cell, [places, C]; at each place, most cells have the number in `whole`.
+class CellTable(NamedTuple):
+    """A number for each place and cell, [places, C]; at each place, most cells have the number in `far`.
 
     Places form a grid (frames, height, width): the image's tokens, or tiles of them.
     """
 
-    whole: Tensor  # [C], for cells out of the window's reach
+    far: Tensor  # [C], for cells out of the window's reach
     near: Tensor  # [places, k], for the cells in reach, which form a box
     axes: tuple[Tensor, Tensor, Tensor]  # the box's cells by axis: [frames, deep], [height, rows], [width, columns]
     counts: tuple[int, int, int]  # frames, rows and columns of all cells
@@ -56,21 +56,21 @@ class RestOfCells(NamedTuple):
 
     def at(self, places: Tensor) -> Tensor:
         """The numbers of these places and all cells, [...] -> [..., C], in new memory."""
-        return self.whole.repeat(*places.shape, 1).scatter_(-1, self.cells(places), self.near[places])
+        return self.far.repeat(*places.shape, 1).scatter_(-1, self.cells(places), self.near[places])
 
     def everywhere(self, *, multiple: int = 1) -> Tensor:
         """The numbers of all places and cells, [places, C]; rows start at multiples of `multiple` numbers."""
-        num_places, num_cells = len(self.near), len(self.whole)
-        out = self.whole.new_empty(num_places, -(-num_cells // multiple) * multiple)[:, :num_cells].copy_(self.whole)
-        step = max(1, PLACED // self.near.shape[1])
+        num_places, num_cells = len(self.near), len(self.far)
+        out = self.far.new_empty(num_places, -(-num_cells // multiple) * multiple)[:, :num_cells].copy_(self.far)
+        step = max(1, SCATTER_CHUNK // self.near.shape[1])
         for start in range(0, num_places, step):
             places = torch.arange(start, min(start + step, num_places), device=out.device)
             out[start : start + step].scatter_(1, self.cells(places), self.near[start : start + step])
         return out
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "RestOfCells":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "CellTable":
         """Apply a function to all numbers."""
-        return self._replace(whole=function(self.whole), near=function(self.near))
+        return self._replace(far=function(self.far), near=function(self.near))
 
 
 def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor:
@@ -114,11 +114,11 @@ def _(like, grid, radius, num_cells, *_):  # type: ignore[no-untyped-def]
 
 def _log_rest(like: Tensor, grid: Sequence[int], window: Window, num_cells: int) -> Tensor:
     rest = kept_log_rest(tuple(grid), window, num_cells, like.dtype, like.device)
-    return rest._replace(whole=pad(rest.whole, (0, 1))).everywhere(multiple=ALIGNED)
+    return rest._replace(far=pad(rest.far, (0, 1))).everywhere(multiple=ALIGNED)
 
 
 @kept(maxsize=8)
-def kept_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> RestOfCells:
+def kept_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> CellTable:
     """The numbers of `log_rest`, cached: read only."""
     with torch.autocast(device.type, enabled=False):
         share = num_cells / math.prod(grid)
@@ -126,12 +126,12 @@ def kept_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype
         return rest.map(lambda numbers: numbers.mul_(share).log_().clamp_(min=UNSEEN).to(dtype))
 
 
-def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> RestOfCells:
+def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.device) -> CellTable:
     """`rest` of the module's formula, in float32."""
     frames, height, _ = sizes = sizes_of(grid)
     counts = cell_grid(*sizes, num_cells)
     holds = [  # [places of an axis, cells along it], along frames, height and width
-        _holds(size, count, device) for size, count in zip(sizes, counts, strict=True)
+        _membership(size, count, device) for size, count in zip(sizes, counts, strict=True)
     ]
     deep, rows, columns = (one.sum(0) for one in holds)
     frame = torch.arange(frames, device=device)
@@ -145,29 +145,29 @@ def rest_of_cells(grid: Grid, window: Window, num_cells: int, device: torch.devi
     near_frames = near_frames.gather(1, axes[0])[:, None, None, :, None, None]
     by_row = by_row.gather(2, axes[1].expand(len(by_row), -1, -1))
     by_column = by_column.gather(2, axes[2].expand(len(by_column), -1, -1))
-    of_frames = deep[axes[0]][:, None, None, :, None, None]
+    frame_tokens = deep[axes[0]][:, None, None, :, None, None]
 
     rest = torch.empty(*sizes, math.prod(cells.shape[1] for cells in axes), device=device)
     step = math.ceil(height / PARTS)
     for start in range(0, height, step):
         part = slice(start, start + step)
         near = near_frames * _product(by_row[:, part], by_column)[:, :, None]  # [frames, part, width, *box]
-        of_part = rows[axes[1][part]][:, None, None, :, None] * columns[axes[2]][:, None, None]
-        torch.sub(of_frames * of_part, near, out=near)
+        plane_tokens = rows[axes[1][part]][:, None, None, :, None] * columns[axes[2]][:, None, None]
+        torch.sub(frame_tokens * plane_tokens, near, out=near)
         rest[:, part] = near.masked_fill_(near < 1e-3, 0).flatten(3)  # less than any share of a token
-    whole = deep[:, None] * torch.outer(rows, columns).flatten()
-    return RestOfCells(whole.flatten(), rest.flatten(0, 2), axes, counts)
+    cell_sizes = deep[:, None] * torch.outer(rows, columns).flatten()
+    return CellTable(cell_sizes.flatten(), rest.flatten(0, 2), axes, counts)
 
 
 def in_reach(seen: Tensor) -> Tensor:
     """The range of cells that each place of an axis sees, [places, cells] bool -> [places, widest range]."""
     count = seen.shape[1]
     first, last = seen.int().argmax(1), count - 1 - seen.flip(1).int().argmax(1)
-    most = int((last - first).max()) + 1
-    return first.clamp(max=count - most)[:, None] + torch.arange(most, device=seen.device)
+    widest = int((last - first).max()) + 1
+    return first.clamp(max=count - widest)[:, None] + torch.arange(widest, device=seen.device)
 
 
-def _holds(size: int, count: int, device: torch.device) -> Tensor:
+def _membership(size: int, count: int, device: torch.device) -> Tensor:
     """[size, count]: 1/m where a cell holds a place of the axis that m cells hold, else 0."""
     holds = torch.zeros(size, count)
     for index, (start, length) in enumerate(cells_of_axis(size, count)):
@@ -194,8 +194,8 @@ def _near_circle(window: Circle, rows: Tensor, columns: Tensor) -> tuple[Tensor,
         shifted = torch.zeros_like(rows)
         shifted[max(-step, 0) : len(rows) - max(step, 0)] = rows[max(step, 0) : len(rows) - max(-step, 0)]
         by_row.append(shifted)
-        stretch = distance.square() + step * step < limit
-        by_column.append(stretch.float() @ columns)
+        in_row = distance.square() + step * step < limit
+        by_column.append(in_row.float() @ columns)
     return torch.stack(by_row), torch.stack(by_column)
 
 

@@ -14,7 +14,7 @@ from ..pieces.cells import Grid, cell_grid, cells_of_axis, sizes_of
 from ..pieces.kept_tables import kept
 from ..window import Circle
 from ..window.windows import Window
-from .rest_of_cells import UNSEEN, RestOfCells, in_reach, rest_of_cells
+from .rest_of_cells import UNSEEN, CellTable, in_reach, rest_of_cells
 
 
 class FocusTables(NamedTuple):
@@ -28,9 +28,9 @@ class FocusTables(NamedTuple):
     cells: Tensor  # [C, L] tokens
     shares: Tensor  # [C, L], -log (m n/C) of a token, UNSEEN or less beyond the last
     places: Tensor  # [n, largest m], indices of a token in the flattened `cells`, -1 beyond the last
-    log_rest: RestOfCells  # [n, C], log (r / (n/C)), in `rest_dtype`
-    log_rest_of_tiles: RestOfCells  # [G, C], log of the mean of r / (n/C) over the tile
-    reached: RestOfCells  # [G, C] bool: a window of the tile holds tokens of the cell
+    log_rest: CellTable  # [n, C], log (r / (n/C)), in `rest_dtype`
+    log_rest_of_tiles: CellTable  # [G, C], log of the mean of r / (n/C) over the tile
+    reached: CellTable  # [G, C] bool: a window of the tile holds tokens of the cell
     distances: list[Tensor]  # [size, size] along frames, rows, columns
     limit: int  # a token is in a window if its distances add up to less
 
@@ -63,10 +63,10 @@ def focus_tables(
     cells, shares = _tokens_of_cells(sizes, num_cells, dtype)
     rest = rest_of_cells(grid, window, num_cells, device)
     rest = rest.map(lambda numbers: numbers.to(dtype).mul_(num_cells / math.prod(sizes)))
-    of_tiles, least = _of_tiles(rest, tiles.to(device), real.to(device), side)
-    places = _places_of_tokens(cells[shares > UNSEEN], shares > UNSEEN, math.prod(sizes))
+    tile_mean, tile_min = _mean_and_min_of_tiles(rest, tiles.to(device), real.to(device), side)
+    places = _slots_of_tokens(cells[shares > UNSEEN], shares > UNSEEN, math.prod(sizes))
     shares -= math.log(math.prod(sizes) / num_cells)
-    whole = shares.exp().sum(1).to(device)
+    cell_sizes = shares.exp().sum(1).to(device)
     distances, limit = _distances(window, sizes)
     return FocusTables(
         tiles=tiles.to(device),
@@ -78,36 +78,36 @@ def focus_tables(
         shares=shares.to(device),
         places=places.to(device),
         log_rest=rest.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN).to(rest_dtype)),
-        log_rest_of_tiles=of_tiles.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN)),
-        reached=least._replace(
-            whole=torch.zeros_like(whole, dtype=torch.bool),
+        log_rest_of_tiles=tile_mean.map(lambda numbers: numbers.log_().clamp_(min=UNSEEN)),
+        reached=tile_min._replace(
+            far=torch.zeros_like(cell_sizes, dtype=torch.bool),
             # the tolerance is less than any token's share of a cell
-            near=least.near < (1 - 1e-5) * whole[least.cells(torch.arange(len(tiles), device=device))],
+            near=tile_min.near < (1 - 1e-5) * cell_sizes[tile_min.cells(torch.arange(len(tiles), device=device))],
         ),
         distances=[one.to(device) for one in distances],
         limit=limit,
     )
 
 
-def _of_tiles(rest: RestOfCells, tiles: Tensor, real: Tensor, side: int) -> tuple[RestOfCells, RestOfCells]:
+def _mean_and_min_of_tiles(rest: CellTable, tiles: Tensor, real: Tensor, side: int) -> tuple[CellTable, CellTable]:
     """Mean and minimum of `rest` over the queries of each tile."""
     frames, rows, columns = rest.axes
     _, num_rows, num_columns = rest.counts
     axes = frames, _in_reach_of_tiles(rows, num_rows, side), _in_reach_of_tiles(columns, num_columns, side)
     box = math.prod(cells.shape[1] for cells in axes)
-    mean = RestOfCells(rest.whole.clone(), rest.near.new_zeros(len(tiles), box), axes, rest.counts)
-    least = mean._replace(near=torch.full_like(mean.near, math.inf))
+    mean = CellTable(rest.far.clone(), rest.near.new_zeros(len(tiles), box), axes, rest.counts)
+    minimum = mean._replace(near=torch.full_like(mean.near, math.inf))
     cells = mean.cells(torch.arange(len(tiles), device=tiles.device))
     for tokens, exists in zip(tiles.unbind(1), real.unbind(1), strict=True):
-        one = rest.at(tokens).gather(1, cells)
-        mean.near.add_(one * exists[:, None])
-        torch.minimum(least.near, one, out=least.near)
+        numbers = rest.at(tokens).gather(1, cells)
+        mean.near.add_(numbers * exists[:, None])
+        torch.minimum(minimum.near, numbers, out=minimum.near)
     mean.near.div_(real.sum(1, keepdim=True))
-    return mean, least
+    return mean, minimum
 
 
 def _in_reach_of_tiles(cells: Tensor, count: int, side: int) -> Tensor:
-    """One of `RestOfCells.axes`, merged over every `side` places."""
+    """One of `CellTable.axes`, merged over every `side` places."""
     seen = torch.zeros(-(-len(cells) // side), count, dtype=torch.bool, device=cells.device)
     tile = torch.arange(len(cells), device=cells.device) // side
     seen[tile[:, None], cells] = True
@@ -119,24 +119,24 @@ def _tokens_of_cells(sizes: tuple[int, int, int], num_cells: int, dtype: torch.d
     counts = cell_grid(*sizes, num_cells)
     axes = [cells_of_axis(size, count) for size, count in zip(sizes, counts, strict=True)]
     holders = [torch.zeros(size, dtype=dtype) for size in sizes]  # number of cells of an axis that hold a place
-    for holds, axis in zip(holders, axes, strict=True):
+    for along_axis, axis in zip(holders, axes, strict=True):
         for start, length in axis:
-            holds[start : start + length] += 1
-    of_token = holders[0][:, None, None] * holders[1][:, None] * holders[2]
+            along_axis[start : start + length] += 1
+    num_holders = holders[0][:, None, None] * holders[1][:, None] * holders[2]
     largest = math.prod(max(length for _, length in axis) for axis in axes)
     cells = torch.zeros(num_cells, largest, dtype=torch.long)
     shares = torch.full((num_cells, largest), UNSEEN, dtype=dtype)
     token = torch.arange(math.prod(sizes)).view(sizes)
-    every = ((deep, row, column) for deep in axes[0] for row in axes[1] for column in axes[2])
-    for index, cell in enumerate(every):
+    all_cells = ((deep, row, column) for deep in axes[0] for row in axes[1] for column in axes[2])
+    for index, cell in enumerate(all_cells):
         where = tuple(slice(start, start + length) for start, length in cell)
         members = token[where].flatten()
         cells[index, : len(members)] = members
-        shares[index, : len(members)] = -of_token[where].flatten().log()
+        shares[index, : len(members)] = -num_holders[where].flatten().log()
     return cells, shares
 
 
-def _places_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor:
+def _slots_of_tokens(tokens: Tensor, exists: Tensor, num_tokens: int) -> Tensor:
     """`FocusTables.places`; `tokens` are the cells' tokens in order, `exists` [C, L] is True at their slots."""
     order = tokens.argsort(stable=True)
     flat = exists.flatten().nonzero().squeeze(1)[order]

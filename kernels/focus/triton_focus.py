@@ -15,7 +15,7 @@ from ..pieces.kept_tables import kept
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..window.windows import Window
 from . import triton_kernels as kernels
-from .choose import EXACT
+from .choose import EXACT_BELOW
 from .chosen_cells import choose
 from .tables import FocusTables, focus_tables
 
@@ -39,22 +39,22 @@ MAX_SUMS, MAX_FLOAT_SUMS = 2**14, 2**12
 BLOCK_ROWS = 32
 
 
-def queries_of_a_program(side: int) -> int:
+def query_slots(side: int) -> int:
     """Slots for a tile of side * side queries: a power of two, at least 16 for the matrix units."""
     return max(16, triton.next_power_of_2(side * side))
 
 
 def fits(side: int, head_dim: int) -> bool:
     """Whether one program can hold a tile."""
-    return queries_of_a_program(side) * block_d(head_dim) <= MAX_SUMS
+    return query_slots(side) * block_d(head_dim) <= MAX_SUMS
 
 
-def warps_of_queries(side: int) -> int:
+def query_warps(side: int) -> int:
     """Warps of a program that owns a tile: with 4 for 64 queries, the forward spills 0.9 KB per thread."""
-    return 4 if queries_of_a_program(side) < 64 else 8
+    return 4 if query_slots(side) < 64 else 8
 
 
-def warps_of_keys(keys: int) -> int:
+def key_warps(keys: int) -> int:
     """Warps of a program that owns this many keys, and their two gradients."""
     return 8 if keys == 64 else 4
 
@@ -62,7 +62,7 @@ def warps_of_keys(keys: int) -> int:
 def candidates(side: int, dtype: torch.dtype) -> list[Blocks]:
     """Blocks to try for tiles of side * side queries, the largest first."""
     return [
-        Blocks(keys=keys, num_warps=warps_of_queries(side), num_stages=num_stages)
+        Blocks(keys=keys, num_warps=query_warps(side), num_stages=num_stages)
         for keys, num_stages in ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1))
         if num_stages <= max_stages(dtype)
     ]
@@ -71,14 +71,14 @@ def candidates(side: int, dtype: torch.dtype) -> list[Blocks]:
 def backward_candidates(head_dim: int, dtype: torch.dtype) -> list[Blocks]:
     """Blocks to try for the backward's key programs, which hold two accumulators each; the largest first.
 
-    Its query programs have the warps of `warps_of_queries`.
+    Its query programs have the warps of `query_warps`.
     """
-    most = MAX_FLOAT_SUMS if dtype == torch.float32 else MAX_SUMS
-    widest = max(16, most // (2 * block_d(head_dim)))
+    max_sums = MAX_FLOAT_SUMS if dtype == torch.float32 else MAX_SUMS
+    max_keys = max(16, max_sums // (2 * block_d(head_dim)))
     return [
-        Blocks(keys=keys, num_warps=warps_of_keys(keys), num_stages=num_stages)
+        Blocks(keys=keys, num_warps=key_warps(keys), num_stages=num_stages)
         for keys, num_stages in ((64, 2), (64, 1), (32, 2), (32, 1), (16, 1))
-        if keys <= widest and num_stages <= max_stages(dtype)
+        if keys <= max_keys and num_stages <= max_stages(dtype)
     ]
 
 
@@ -99,7 +99,7 @@ def _packed(
     tiles = tables.tiles.masked_fill(~tables.real, -1)
     frames, rows, columns = tables.distances
     return PackedTables(
-        tiles=F.pad(tiles, (0, queries_of_a_program(side) - tiles.shape[1]), value=-1).int().contiguous(),
+        tiles=F.pad(tiles, (0, query_slots(side) - tiles.shape[1]), value=-1).int().contiguous(),
         cells=tables.cells.int().contiguous(),
         distances=(rows.contiguous(), columns.contiguous(), frames.contiguous()),
     )
@@ -121,8 +121,8 @@ class _Call:
     def lists(self) -> tuple[Tensor, ...]:
         """Arguments TILES to FRAMES of the kernels that own tiles of queries."""
         packed = self.packed
-        of_cells = packed.cells, self.tables.shares, self.log_rest
-        return packed.tiles, *of_cells, self.chosen.int(), self.hidden, self.num_unmasked, *packed.distances
+        cell_tables = packed.cells, self.tables.shares, self.log_rest
+        return packed.tiles, *cell_tables, self.chosen.int(), self.hidden, self.num_unmasked, *packed.distances
 
     @cached_property
     def log_rest(self) -> Tensor:
@@ -146,7 +146,7 @@ class _Call:
         _, cell_len = self.packed.cells.shape
         num_tokens = self.inputs[0].shape[2]
         _, height, width = self.sizes
-        inverses = [-(-EXACT // size) for size in (cell_len, height, width)]
+        inverses = [-(-EXACT_BELOW // size) for size in (cell_len, height, width)]
         return num_tiles, num_tokens, self.num_cells, cell_len, count, self.tables.limit, *self.sizes, *inverses
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
@@ -246,11 +246,11 @@ def triton_backward(
             *(num_heads, batch * num_heads, *call.counts),
             scale,
             UNIT=unit,
-            **call.constants(replace(blocks, num_warps=warps_of_queries(side))),
+            **call.constants(replace(blocks, num_warps=query_warps(side))),
         )
-        of_keys = _cell_gradients(grad_out, lse, delta, call, blocks)
-        of_proxies = _proxy_gradients(grad_out, lse, delta, call, blocks)
-    dk, dv, dpk, dpv = (grad.to(one.dtype) for grad, one in zip((*of_keys, *of_proxies), inputs[1:], strict=True))
+        key_grads = _cell_gradients(grad_out, lse, delta, call, blocks)
+        proxy_grads = _proxy_gradients(grad_out, lse, delta, call, blocks)
+    dk, dv, dpk, dpv = (grad.to(one.dtype) for grad, one in zip((*key_grads, *proxy_grads), inputs[1:], strict=True))
     return grad_query, dk, dv, dpk, dpv
 
 
@@ -260,7 +260,7 @@ def _cell_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, b
     batch, num_heads, _, count = call.chosen.shape
     cell_len = call.packed.cells.shape[1]
     keys = min(blocks.keys, max(16, triton.next_power_of_2(cell_len)))
-    blocks = replace(blocks, keys=keys, num_warps=warps_of_keys(keys))
+    blocks = replace(blocks, keys=keys, num_warps=key_warps(keys))
     choosers = call.chosen.int().flatten(2).argsort(dim=2, stable=True) // count
     first = F.pad(call.hidden.sum(2, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0))
     places = call.tables.places
@@ -280,16 +280,16 @@ def _cell_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, b
         DISJOINT=disjoint,
         **call.constants(blocks),
     )
-    return grads if disjoint else [_of_tokens(grad, places) for grad in grads]
+    return grads if disjoint else [_sum_over_cells(grad, places) for grad in grads]
 
 
-def _of_tokens(of_cells: Tensor, places: Tensor) -> Tensor:
+def _sum_over_cells(cell_grads: Tensor, places: Tensor) -> Tensor:
     """[B, H, C * L, D] -> [B, H, n, D], each token's sum over the cells that hold it, in their order."""
-    first, *others = places.unbind(1)
-    of_tokens = of_cells.index_select(2, first)
-    for place in others:
-        of_tokens += of_cells.index_select(2, place.clamp(min=0)).where((place >= 0)[:, None], 0)
-    return of_tokens
+    first, *more_places = places.unbind(1)
+    token_grads = cell_grads.index_select(2, first)
+    for place in more_places:
+        token_grads += cell_grads.index_select(2, place.clamp(min=0)).where((place >= 0)[:, None], 0)
+    return token_grads
 
 
 def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, blocks: Blocks) -> list[Tensor]:
@@ -316,8 +316,8 @@ def _proxy_gradients(grad_out: Tensor, lse: Tensor, delta: Tensor, call: _Call, 
 def _choose(query: Tensor, proxy_key: Tensor, tables: FocusTables, count: int, scale: float) -> Tensor:
     """The chosen cells [B, H, G, k]."""
     batch, num_heads, num_cells, head_dim = proxy_key.shape
-    of_a_tile = batch * num_heads * (query.element_size() * tables.tiles.shape[1] * head_dim + 4 * num_cells)
-    step = max(1, CHOICE_BYTES // of_a_tile)
+    bytes_per_tile = batch * num_heads * (query.element_size() * tables.tiles.shape[1] * head_dim + 4 * num_cells)
+    step = max(1, CHOICE_BYTES // bytes_per_tile)
     choices = []
     for start in range(0, len(tables.tiles), step):
         tiles = slice(start, start + step)

@@ -46,17 +46,17 @@ UNSPECIALIZED = [
 
 
 @triton.jit
-def _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells):
+def _proxy_bias(queries, i_cell, valid, b_hidden, REST, num_cells):
     """[queries, cells] added to the logits; `b_hidden`: 1 where the queries' tile chose a cell.
 
     `i_cell` is not clamped, so that Triton sees contiguous addresses and loads several at once.
     """
     p_rest = REST + queries.to(tl.int64)[:, None] * num_cells + i_cell[None, :]
-    return (tl.load(p_rest, mask=there[None, :], other=0.0).to(tl.float32) + UNSEEN * b_hidden) * LOG2_E
+    return (tl.load(p_rest, mask=valid[None, :], other=0.0).to(tl.float32) + UNSEEN * b_hidden) * LOG2_E
 
 
 @triton.jit
-def _over(number, inverse):
+def _divide(number, inverse):
     """number // d, for `inverse` = ceil(2**31 / d), number * d < 2**31. A division takes about twenty instructions."""
     return tl.umulhi((number + number).to(tl.uint32), inverse.to(tl.uint32)).to(tl.int32)
 
@@ -66,7 +66,7 @@ def _chosen_tokens(start, num_tokens, CELLS, SHARES, p_chosen, cell_len, per_cel
     """Tokens `start` to `start` + BLOCK_K of the chosen cells, and what is added to their logits."""
     i_token = start + tl.arange(0, BLOCK_K)
     exists = i_token < num_tokens
-    i_cell = _over(i_token, per_cell)
+    i_cell = _divide(i_token, per_cell)
     cell = tl.load(p_chosen + i_cell, mask=exists, other=0)
     slot = cell * cell_len + i_token - i_cell * cell_len
     return tl.load(CELLS + slot), tl.where(exists, tl.load(SHARES + slot) * LOG2_E, EXCLUDED)
@@ -75,8 +75,8 @@ def _chosen_tokens(start, num_tokens, CELLS, SHARES, p_chosen, cell_len, per_cel
 @triton.jit
 def _near(queries, keys, limit, ROWS, COLUMNS, FRAMES, frames, height, width, per_height, per_width):
     """[queries, keys] bool: the key is in the query's window."""
-    q_line, k_line = _over(queries, per_width), _over(keys, per_width)
-    q_frame, k_frame = _over(q_line, per_height), _over(k_line, per_height)
+    q_line, k_line = _divide(queries, per_width), _divide(keys, per_width)
+    q_frame, k_frame = _divide(q_line, per_height), _divide(k_line, per_height)
     distance = tl.load(ROWS + (q_line - q_frame * height)[:, None] * height + (k_line - k_frame * height)[None, :])
     distance += tl.load(COLUMNS + (queries - q_line * width)[:, None] * width + (keys - k_line * width)[None, :])
     if frames > 1:
@@ -127,15 +127,15 @@ def focus_forward(
     if num_cells > 0:
         for start in tl.range(0, num_cells, BLOCK_K):
             i_cell = start + tl.arange(0, BLOCK_K)
-            there = i_cell < num_cells
+            valid = i_cell < num_cells
             cells = tl.minimum(i_cell, num_cells - 1)
             b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
             b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
             b_s += _proxy_bias(
-                queries, i_cell, there, tl.load(p_hidden + i_cell, mask=there, other=0)[None, :], REST, num_cells
+                queries, i_cell, valid, tl.load(p_hidden + i_cell, mask=valid, other=0)[None, :], REST, num_cells
             )
-            b_s = tl.where(there[None, :], b_s, EXCLUDED)
+            b_s = tl.where(valid[None, :], b_s, EXCLUDED)
             b_acc, b_max, b_sum = online_softmax(b_s, 1.0, b_v, b_acc, b_max, b_sum, PRECISION)
 
     num_seen = num_chosen * cell_len
@@ -209,15 +209,15 @@ def focus_grad_query(
     if num_cells > 0:
         for start in tl.range(0, num_cells, BLOCK_K):
             i_cell = start + tl.arange(0, BLOCK_K)
-            there = i_cell < num_cells
+            valid = i_cell < num_cells
             cells = tl.minimum(i_cell, num_cells - 1)
             b_k = load_rows(p_pk, cells, pk_n, HEAD_DIM, BLOCK_D)
             b_v = load_rows(p_pv, cells, pv_n, HEAD_DIM, BLOCK_D)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
             b_s += _proxy_bias(
-                queries, i_cell, there, tl.load(p_hidden + i_cell, mask=there, other=0)[None, :], REST, num_cells
+                queries, i_cell, valid, tl.load(p_hidden + i_cell, mask=valid, other=0)[None, :], REST, num_cells
             )
-            b_p = tl.where(there[None, :], tl.exp2(b_s - b_lse), 0.0)
+            b_p = tl.where(valid[None, :], tl.exp2(b_s - b_lse), 0.0)
             b_dq = query_gradient(b_do, b_k, b_v, b_p, b_delta, b_dq, PRECISION)
 
     num_seen = num_chosen * cell_len
@@ -266,7 +266,7 @@ def focus_grad_proxy(
     o_lse = i_both.to(tl.int64) * num_tokens
 
     i_cell = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
-    there = i_cell < num_cells
+    valid = i_cell < num_cells
     cells = tl.minimum(i_cell, num_cells - 1)
     b_k = load_rows(head_of(PROXY_K, i_batch, i_head, pk_b, pk_h, UNIT), cells, pk_n, HEAD_DIM, BLOCK_D)
     b_v = load_rows(head_of(PROXY_V, i_batch, i_head, pv_b, pv_h, UNIT), cells, pv_n, HEAD_DIM, BLOCK_D)
@@ -286,14 +286,14 @@ def focus_grad_proxy(
             b_do = load_rows(p_do, queries, do_n, HEAD_DIM, BLOCK_D)
             b_lse, b_delta = tl.load(LSE + o_lse + queries) * LOG2_E, tl.load(DELTA + o_lse + queries)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-            b_hidden = tl.load(HIDDEN + o_tile[:, None] * num_cells + i_cell[None, :], mask=there[None, :], other=0)
-            b_s += _proxy_bias(queries, i_cell, there, b_hidden, REST, num_cells)
+            b_hidden = tl.load(HIDDEN + o_tile[:, None] * num_cells + i_cell[None, :], mask=valid[None, :], other=0)
+            b_s += _proxy_bias(queries, i_cell, valid, b_hidden, REST, num_cells)
             b_p = tl.where(exists[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
             b_dk, b_dv = key_gradients(b_do, b_q, b_v, b_p, b_delta, b_dk, b_dv, PRECISION)
 
     o_out = (i_split.to(tl.int64) * tl.num_programs(1) + i_both) * num_cells * HEAD_DIM
-    store_rows(GRAD_K + o_out, cells, HEAD_DIM, b_dk * scale, there, HEAD_DIM, BLOCK_D)
-    store_rows(GRAD_V + o_out, cells, HEAD_DIM, b_dv, there, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_K + o_out, cells, HEAD_DIM, b_dk * scale, valid, HEAD_DIM, BLOCK_D)
+    store_rows(GRAD_V + o_out, cells, HEAD_DIM, b_dv, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

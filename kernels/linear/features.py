@@ -23,7 +23,7 @@ def feature_slope(x: Tensor) -> Tensor:
     return x.to(sum_dtype(x)).clamp(max=0).exp()
 
 
-def wide(x: Tensor) -> Tensor:
+def to_sum_dtype(x: Tensor) -> Tensor:
     """x in the dtype of sums."""
     return x.to(sum_dtype(x))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..pieces.results import sum_dtype, token_major
 from .backward import register_backward
-from .features import chunks, feature_map, feature_slope, wide
+from .features import chunks, feature_map, feature_slope, to_sum_dtype
 
 
 class State(NamedTuple):
@@ -73,23 +73,23 @@ def _mala_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = State(centred, mean_key, mean_value)
     with torch.autocast(query.device.type, enabled=False):
-        grad_query, grad_state = _backward_of_queries(grad_out, query, state, eps)
-        return grad_query, *_backward_of_keys(key, value, state, grad_state)
+        grad_query, grad_state = _query_gradients(grad_out, query, state, eps)
+        return grad_query, *_key_gradients(key, value, state, grad_state)
 
 
-def _backward_of_queries(grad_out: Tensor, query: Tensor, state: State, eps: float) -> tuple[Tensor, State]:
+def _query_gradients(grad_out: Tensor, query: Tensor, state: State, eps: float) -> tuple[Tensor, State]:
     """Gradients of the queries, and of the state as three independent tensors."""
     grad_query = token_major(query, query.shape[2])
     grad_state = State(*map(torch.zeros_like, state))
     for part in chunks(query):
-        q, grad = query[:, :, part], wide(grad_out[:, :, part])
+        q, grad = query[:, :, part], to_sum_dtype(grad_out[:, :, part])
         features = feature_map(q)
         mean = features @ state.mean_key.mT
         inverse = 1 / (mean + eps)
         grad_spread = grad * (1 + inverse)  # of phi(q) C
-        of_factor = ((features @ state.centred) * grad).sum(-1, keepdim=True)
-        of_share = (grad * state.mean_value).sum(-1, keepdim=True)
-        grad_mean = (eps * of_share - of_factor) * inverse**2
+        grad_factor = ((features @ state.centred) * grad).sum(-1, keepdim=True)
+        grad_share = (grad * state.mean_value).sum(-1, keepdim=True)
+        grad_mean = (eps * grad_share - grad_factor) * inverse**2
         grad_features = grad_spread @ state.centred.mT + grad_mean * state.mean_key
         grad_query[:, :, part] = grad_features * feature_slope(q)
         grad_state.centred.add_(features.mT @ grad_spread)
@@ -98,7 +98,7 @@ def _backward_of_queries(grad_out: Tensor, query: Tensor, state: State, eps: flo
     return grad_query, grad_state
 
 
-def _backward_of_keys(key: Tensor, value: Tensor, state: State, grad_state: State) -> tuple[Tensor, Tensor]:
+def _key_gradients(key: Tensor, value: Tensor, state: State, grad_state: State) -> tuple[Tensor, Tensor]:
     num_tokens, head_dim = key.shape[2:]
     share = head_dim**-0.5 / num_tokens
     grad_sums = grad_state.centred
@@ -106,7 +106,7 @@ def _backward_of_keys(key: Tensor, value: Tensor, state: State, grad_state: Stat
     grad_mean_value = grad_state.mean_value - state.mean_key @ grad_sums
     grad_key, grad_value = (token_major(x, num_tokens) for x in (key, value))
     for part in chunks(key):
-        k, v = key[:, :, part], wide(value[:, :, part])
+        k, v = key[:, :, part], to_sum_dtype(value[:, :, part])
         grad_key[:, :, part] = (v @ grad_sums.mT + grad_mean_key) * share * feature_slope(k)
         grad_value[:, :, part] = feature_map(k) @ grad_sums * share + grad_mean_value / num_tokens
     return grad_key, grad_value

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..pieces.results import sum_dtype, token_major
 from .backward import register_backward
-from .features import chunks, wide
+from .features import chunks, to_sum_dtype
 
 
 def log_mass(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
@@ -42,7 +42,7 @@ def _log_mass_op(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tens
         mean, covariance = _moments(key)
         out = covariance.new_empty(query.shape[:3])
         for part in chunks(query):
-            q = wide(query[:, :, part]) * scale
+            q = to_sum_dtype(query[:, :, part]) * scale
             variance = ((q @ covariance) * q).sum(-1)
             out[:, :, part] = (q @ mean.mT)[..., 0] + _log_mean_of_exponentials(variance, key.shape[2])[0]
     return out, mean, covariance
@@ -61,7 +61,7 @@ def _moments(key: Tensor) -> tuple[Tensor, Tensor]:
     mean = key.mean(2, keepdim=True, dtype=sum_dtype(key))
     covariance = mean.new_zeros(*key.shape[:2], head_dim, head_dim)
     for part in chunks(key):
-        centred = wide(key[:, :, part]) - mean
+        centred = to_sum_dtype(key[:, :, part]) - mean
         covariance += centred.mT @ centred
     return mean, covariance / num_tokens
 
@@ -84,14 +84,14 @@ def _log_mass_backward(
     grad_mean, grad_covariance = torch.zeros_like(mean), torch.zeros_like(covariance)
     with torch.autocast(query.device.type, enabled=False):
         for part in chunks(query):
-            q, grad = wide(query[:, :, part]) * scale, grad_out[:, :, part, None]
-            along = q @ covariance
-            grad_variance = grad * _log_mean_of_exponentials((along * q).sum(-1, keepdim=True), num_tokens)[1]
-            grad_query[:, :, part] = (grad * mean + 2 * grad_variance * along) * scale
+            q, grad = to_sum_dtype(query[:, :, part]) * scale, grad_out[:, :, part, None]
+            projected = q @ covariance
+            grad_variance = grad * _log_mean_of_exponentials((projected * q).sum(-1, keepdim=True), num_tokens)[1]
+            grad_query[:, :, part] = (grad * mean + 2 * grad_variance * projected) * scale
             grad_mean += grad.mT @ q
             grad_covariance += (grad_variance * q).mT @ q
         for part in chunks(key):
-            centred = wide(key[:, :, part]) - mean
+            centred = to_sum_dtype(key[:, :, part]) - mean
             grad_key[:, :, part] = (grad_mean + 2 * centred @ grad_covariance) / num_tokens
     return grad_query, grad_key
 

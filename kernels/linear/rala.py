@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..pieces.results import sum_dtype, token_major
 from .backward import register_backward
-from .features import chunks, feature_map, feature_slope, wide
+from .features import chunks, feature_map, feature_slope, to_sum_dtype
 
 
 class State(NamedTuple):
@@ -59,7 +59,7 @@ def _sum_tokens(query: Tensor, key: Tensor, value: Tensor) -> State:
     log_sum = logits.logsumexp(2, keepdim=True)
     for part in chunks(key):
         weighted = feature_map(key[:, :, part]) * (logits[:, :, part] - log_sum).exp()
-        sums += weighted.mT @ wide(value[:, :, part])
+        sums += weighted.mT @ to_sum_dtype(value[:, :, part])
         key_sum += weighted.sum(2, keepdim=True)
     return State(sums, key_sum, mean_query, log_sum)
 
@@ -81,28 +81,28 @@ def _rala_backward(
         grad_sums, grad_key_sum = torch.zeros_like(sums), torch.zeros_like(key_sum)
         for part in chunks(query):
             features = feature_map(query[:, :, part])
-            grad_product, grad_normalizer = _backward_of_quotient(features, grad_out[:, :, part], state, eps)
+            grad_product, grad_normalizer = _quotient_gradients(features, grad_out[:, :, part], state, eps)
             grad_sums += features.mT @ grad_product
             grad_key_sum += grad_normalizer.mT @ features
-        grad_key, grad_value, grad_mean = _backward_of_keys(key, value, state, grad_sums, grad_key_sum)
+        grad_key, grad_value, grad_mean = _key_gradients(key, value, state, grad_sums, grad_key_sum)
         grad_query = token_major(query, query.shape[2])
         for part in chunks(query):
             features = feature_map(query[:, :, part])
-            grad_product, grad_normalizer = _backward_of_quotient(features, grad_out[:, :, part], state, eps)
+            grad_product, grad_normalizer = _quotient_gradients(features, grad_out[:, :, part], state, eps)
             grad_features = grad_product @ sums.mT + grad_normalizer * key_sum + grad_mean
             grad_query[:, :, part] = grad_features * feature_slope(query[:, :, part])
     return grad_query, grad_key, grad_value
 
 
-def _backward_of_quotient(features: Tensor, grad_out: Tensor, state: State, eps: float) -> tuple[Tensor, Tensor]:
+def _quotient_gradients(features: Tensor, grad_out: Tensor, state: State, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of phi(q) S [B, H, n, D] and of phi(q) . m [B, H, n, 1]."""
     normalizer = features @ state.key_sum.mT + eps
-    grad_product = wide(grad_out) / normalizer
+    grad_product = to_sum_dtype(grad_out) / normalizer
     out = features @ state.sums / normalizer
     return grad_product, -(grad_product * out).sum(-1, keepdim=True)
 
 
-def _backward_of_keys(
+def _key_gradients(
     key: Tensor, value: Tensor, state: State, grad_sums: Tensor, grad_key_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of keys and values, and of phi(q) through the weights a, [B, H, 1, D], the same for each query."""
@@ -112,7 +112,7 @@ def _backward_of_keys(
     # sum_j a_j grad_a_j, which the backward of softmax subtracts
     mean = (state.sums * grad_sums).sum((2, 3), keepdim=True) + (state.key_sum * grad_key_sum).sum(3, keepdim=True)
     for part in chunks(key):
-        k, v = key[:, :, part], wide(value[:, :, part])
+        k, v = key[:, :, part], to_sum_dtype(value[:, :, part])
         features = feature_map(k)
         weight = (features @ state.mean_query.mT - state.log_sum).exp()
         per_weight = v @ grad_sums.mT + grad_key_sum  # gradient of a_j phi(k_j)

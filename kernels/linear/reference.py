@@ -17,7 +17,7 @@ def mala_attention_reference(query: Tensor, key: Tensor, value: Tensor, *, eps: 
     scores = _features(query) @ _features(key).mT * query.shape[-1] ** -0.5  # [B, H, N, N]
     mean = scores.mean(-1, keepdim=True)
     weights = ((1 + 1 / (mean + eps)) * scores - mean) / key.shape[2]
-    return (weights @ _wide(value)).to(value.dtype)
+    return (weights @ _to_sum_dtype(value)).to(value.dtype)
 
 
 def rala_attention_reference(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -29,12 +29,12 @@ def rala_attention_reference(query: Tensor, key: Tensor, value: Tensor, *, eps: 
     phi_query, phi_key = _features(query), _features(key)
     logits = phi_query.mean(2, keepdim=True) @ phi_key.mT * query.shape[-1] ** -0.5  # [B, H, 1, N]
     weights = phi_query @ phi_key.mT * logits.softmax(-1)
-    return (weights @ _wide(value) / (weights.sum(-1, keepdim=True) + eps)).to(value.dtype)
+    return (weights @ _to_sum_dtype(value) / (weights.sum(-1, keepdim=True) + eps)).to(value.dtype)
 
 
 def log_mass_reference(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
     """`log_mass` from the mean and variance of every query's logits. Returns [B, H, N], float32 or float64."""
-    logits = _wide(query) @ _wide(key).mT * scale
+    logits = _to_sum_dtype(query) @ _to_sum_dtype(key).mT * scale
     mean, variance = logits.mean(-1), logits.var(-1, correction=0)
     count = torch.tensor(key.shape[2], dtype=torch.float64, device=logits.device)
     largest = torch.special.ndtri((count - 0.375) / (count + 0.25)).to(logits.dtype)
@@ -45,8 +45,8 @@ def log_mass_reference(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
 
 
 def _features(x: Tensor) -> Tensor:
-    return torch.where(x > 0, _wide(x) + 1, _wide(x).clamp(max=0).exp())
+    return torch.where(x > 0, _to_sum_dtype(x) + 1, _to_sum_dtype(x).clamp(max=0).exp())
 
 
-def _wide(x: Tensor) -> Tensor:
+def _to_sum_dtype(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

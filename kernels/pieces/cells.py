@@ -27,11 +27,11 @@ def cell_grid(frames: int, height: int, width: int, num_cells: int) -> tuple[int
     ]
     skip = 1 if frames == 1 else 0
 
-    def unlikeness(counts: tuple[int, int, int]) -> float:
+    def aspect_ratio(counts: tuple[int, int, int]) -> float:
         sides = [size / count for size, count in zip((frames, height, width), counts, strict=True)][skip:]
         return max(sides) / min(sides)
 
-    return min(grids, key=unlikeness)
+    return min(grids, key=aspect_ratio)
 
 
 def sides_of_cells(grid: Grid, num_cells: int) -> tuple[float, float]:

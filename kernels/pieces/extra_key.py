@@ -18,7 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .autocast import without_autocast
 
-MORE = 8  # additional coordinates: 2 are used, and GPU kernels prefer multiples of 8
+EXTRA_DIMS = 8  # additional coordinates: 2 are used, and GPU kernels prefer multiples of 8
 
 
 def attend_with_extra_key(
@@ -47,9 +47,9 @@ def attend_with_extra_key(
         [B, H, N, D], dtype of value.
     """
     assert bias is None or mask is None
-    seen = bias if mask is None else pad(mask, (0, 1), value=True)[:, None, None, :]
-    from_keys, extra_share = _attend(query, key, value, extra_logit, seen, scale)
-    return from_keys + extra_share * extra_value.to(value.dtype)
+    attn_mask = bias if mask is None else pad(mask, (0, 1), value=True)[:, None, None, :]
+    key_out, extra_share = _attend(query, key, value, extra_logit, attn_mask, scale)
+    return key_out + extra_share * extra_value.to(value.dtype)
 
 
 def share_of_keys(
@@ -76,16 +76,16 @@ def _attend(
     dtype, head_dim = value.dtype, query.shape[-1]
     query, key = query.to(dtype), key.to(dtype)
     # a power of two, so exact, near the usual 1 / scale: extra_logit / scale alone overflows float16 for large logits
-    of_key = 2.0 ** round(math.log2(head_dim) / 2)
-    exact = extra_logit / (scale * of_key)
+    key_coordinate = 2.0 ** round(math.log2(head_dim) / 2)
+    exact = extra_logit / (scale * key_coordinate)
     high = exact.to(dtype)
     low = (exact - high).to(dtype)  # high + low has twice the digits of half precision
-    query = torch.cat([query, pad(torch.stack([high, low], -1), (0, MORE - 2))], -1)
-    extra_key, extra_value = query.new_zeros(2, *key.shape[:2], 1, head_dim + MORE)
-    extra_key[..., head_dim : head_dim + 2] = of_key
+    query = torch.cat([query, pad(torch.stack([high, low], -1), (0, EXTRA_DIMS - 2))], -1)
+    extra_key, extra_value = query.new_zeros(2, *key.shape[:2], 1, head_dim + EXTRA_DIMS)
+    extra_key[..., head_dim : head_dim + 2] = key_coordinate
     extra_value[..., head_dim] = 1
-    key = torch.cat([pad(key, (0, MORE)), extra_key], 2)
-    value = torch.cat([pad(value, (0, MORE)), extra_value], 2)
+    key = torch.cat([pad(key, (0, EXTRA_DIMS)), extra_key], 2)
+    value = torch.cat([pad(value, (0, EXTRA_DIMS)), extra_value], 2)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     with without_autocast(query):

@@ -50,12 +50,12 @@ def dense_rows(tensor: Tensor) -> Tensor:
 def split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
     """(parts, length of a part, a multiple of `block`), such that `programs` per part keep the device busy."""
     blocks = triton.cdiv(length, block)
-    parts = min(blocks, triton.cdiv(_programs_wanted(device), programs))
+    parts = min(blocks, triton.cdiv(_target_programs(device), programs))
     part_len = triton.cdiv(blocks, parts) * block
     return triton.cdiv(length, part_len), part_len
 
 
-def _programs_wanted(device: torch.device) -> int:
+def _target_programs(device: torch.device) -> int:
     """Four per multiprocessor, so that none idles for long at the end."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 

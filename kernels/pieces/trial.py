@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 NO_KERNEL = (RuntimeError, OSError, SubprocessError, AssertionError)
 MAX_ERROR = 0.05  # relative to the largest value: above bfloat16 rounding, below the error of a wrong kernel
 
-TIMED = 4  # candidates that run are raced; later ones are for devices on which the first do not run
-NOTABLY = 0.95  # a later candidate wins below this share of an earlier one's time; a smaller gain may be noise
+MAX_RACED = 4  # candidates that run are raced; later ones are for devices on which the first do not run
+CLEARLY_FASTER = 0.95  # a later candidate wins below this share of an earlier one's time; a smaller gain may be noise
 
 Candidate = TypeVar("Candidate")
 
@@ -29,9 +29,9 @@ def first_that_fits(candidates: Sequence[Candidate], error_of: Callable[[Candida
     Raises:
         RuntimeError: none runs, or the first that does is wrong.
     """
-    candidate, error = next(_that_run(candidates, error_of))
+    candidate, error = next(_runnable(candidates, error_of))
     if error > MAX_ERROR:
-        raise RuntimeError(_wrong(error))
+        raise RuntimeError(_error_message(error))
     return candidate
 
 
@@ -40,55 +40,55 @@ def fastest_that_fits(
     error_of: Callable[[Candidate], float],
     race: Callable[[Sequence[Candidate]], Mapping[Candidate, float]],
 ) -> tuple[Candidate, str]:
-    """The fastest of the first `TIMED` candidates that run, if correct, and a description of the race; a later one wins
-    only if it is notably faster.
+    """The fastest of the first `MAX_RACED` candidates that run, if correct, and a description of the race; a later one
+    wins only if it is notably faster.
 
     Args:
         race: Seconds of each candidate that runs at the race's shape, for which Triton may recompile.
     Raises:
         RuntimeError: none runs, or all that do are wrong.
     """
-    right = []
-    for candidate, error in islice(_that_run(candidates, error_of), TIMED):
+    correct = []
+    for candidate, error in islice(_runnable(candidates, error_of), MAX_RACED):
         if error <= MAX_ERROR:
-            right.append(candidate)
+            correct.append(candidate)
         else:
-            logger.warning("%s is left out: %s", candidate, _wrong(error))
-    if not right:
-        raise RuntimeError(_wrong(error))
-    if len(right) == 1:
-        return right[0], "the only one that runs"
+            logger.warning("%s is left out: %s", candidate, _error_message(error))
+    if not correct:
+        raise RuntimeError(_error_message(error))
+    if len(correct) == 1:
+        return correct[0], "the only one that runs"
     try:
-        seconds = race(right)
+        seconds = race(correct)
     except RuntimeError as exception:
         if "out of memory" not in str(exception).lower():
             raise
-        return right[0], f"not raced: {exception}"  # a card that is nearly full; what follows may still fit
+        return correct[0], f"not raced: {exception}"  # a card that is nearly full; what follows may still fit
     if not seconds:
         raise RuntimeError("none runs at a common size")
     best, *others = seconds
     for candidate in others:
-        if seconds[candidate] < NOTABLY * seconds[best]:
+        if seconds[candidate] < CLEARLY_FASTER * seconds[best]:
             best = candidate
-    return best, ", ".join(f"{candidate} {1e3 * taken:.3f} ms" for candidate, taken in seconds.items())
+    return best, ", ".join(f"{candidate} {1e3 * time:.3f} ms" for candidate, time in seconds.items())
 
 
-def found_or_told(find: Callable[[], Candidate], what: str, where: str) -> Candidate | None:
+def find_or_warn(find: Callable[[], Candidate], subject: str, device_name: str) -> Candidate | None:
     """The result of `find`; None, with a warning, if no kernel is usable and plain PyTorch takes over."""
     try:
         return find()
     except torch.OutOfMemoryError:
         raise  # temporary: the next call tries again
     except NO_KERNEL as exception:
-        logger.warning("%s fall back to plain PyTorch, which is slower: %s: %s", what, where, exception)
+        logger.warning("%s fall back to plain PyTorch, which is slower: %s: %s", subject, device_name, exception)
         return None
 
 
-def _wrong(error: float) -> str:
+def _error_message(error: float) -> str:
     return f"a trial differs from the reference by {error:.2g} of its largest value"
 
 
-def _that_run(
+def _runnable(
     candidates: Sequence[Candidate], error_of: Callable[[Candidate], float]
 ) -> Iterator[tuple[Candidate, float]]:
     """Each candidate that runs, with its error; raises a RuntimeError with the last reason if none runs."""
@@ -97,7 +97,7 @@ def _that_run(
         try:
             error = error_of(candidate)
         except (TritonError, RuntimeError) as exception:  # needs too many resources, or does not compile
-            if not _is_of_the_compiler(exception):
+            if not _is_compiler_error(exception):
                 raise
             reason = str(exception)
             continue
@@ -107,7 +107,7 @@ def _that_run(
         raise RuntimeError(reason)
 
 
-def _is_of_the_compiler(exception: Exception) -> bool:
+def _is_compiler_error(exception: Exception) -> bool:
     """Whether the compiler failed; a failing pass raises a plain RuntimeError."""
     return isinstance(exception, TritonError) or "PassManager" in str(exception)
 
@@ -116,15 +116,15 @@ def device_seconds(calls: Mapping[Candidate, Callable[[], object]], *, rounds: i
     """Median seconds of the calls that run, by CUDA events on the current device; calls take turns, so that a changing
     load affects all of them.
     """
-    running = {candidate: call for candidate, call in calls.items() if _runs(call)}
+    running = {candidate: call for candidate, call in calls.items() if _can_run(call)}
     events: dict[Candidate, list[list[Any]]] = {candidate: [] for candidate in running}
-    for number in range(3 + rounds):  # three to warm up
+    for repeat in range(3 + rounds):  # three to warm up
         for candidate, call in running.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
             end.record()
-            if number >= 3:
+            if repeat >= 3:
                 events[candidate].append([start, end])
     torch.cuda.synchronize()
     return {
@@ -132,11 +132,11 @@ def device_seconds(calls: Mapping[Candidate, Callable[[], object]], *, rounds: i
     }
 
 
-def _runs(call: Callable[[], object]) -> bool:
+def _can_run(call: Callable[[], object]) -> bool:
     try:
         call()
     except (TritonError, RuntimeError) as exception:
-        if not _is_of_the_compiler(exception):
+        if not _is_compiler_error(exception):
             raise
         return False
     return True

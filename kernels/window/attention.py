@@ -100,7 +100,7 @@ def windowed_attention(
     Other arguments, result and errors are those of `window_attention`.
     """
     text = (text_len, text_first, text_mask)
-    return _attend(query, key, value, grid, window, *text, pooled, scale, impl, wants_lse=False)[0]
+    return _attend(query, key, value, grid, window, *text, pooled, scale, impl, return_lse=False)[0]
 
 
 def windowed_attention_and_lse(
@@ -123,7 +123,7 @@ def windowed_attention_and_lse(
         out [B, H, N, D], lse [B, H, image tokens] in float32, or float64 for float64; both have gradients.
     """
     text = (text_len, text_first, text_mask)
-    out, lse = _attend(query, key, value, grid, window, *text, None, scale, impl, wants_lse=True)
+    out, lse = _attend(query, key, value, grid, window, *text, None, scale, impl, return_lse=True)
     assert lse is not None, "it was asked for"
     return out, lse
 
@@ -141,7 +141,7 @@ def _attend(
     scale: float | None,
     impl: str,
     *,
-    wants_lse: bool,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """out [B, H, N, D] and lse [B, H, image tokens], which is None if it is not wanted and would take extra work."""
     _validate(query, key, value, grid, window, text_len, text_mask, pooled, impl)
@@ -150,14 +150,14 @@ def _attend(
         pooled_key, pooled_value = as_autocast(*pooled)
         pooled = pooled_key, pooled_value
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    impl = _chosen(query, grid, window, text_len, scale, impl)
+    impl = _resolve_impl(query, grid, window, text_len, scale, impl)
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)
     check_mask_size(query, text_mask, pooled)
-    bias_of = kept_window_bias if impl == "masked" else window_bias
-    bias = bias_of(query, grid, window, text_len, text_first)  # [N, N]
+    make_bias = kept_window_bias if impl == "masked" else window_bias
+    bias = make_bias(query, grid, window, text_len, text_first)  # [N, N]
     out = biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)
-    return out, biased_lse(query, key, bias, text_len, text_first, text_mask, scale) if wants_lse else None
+    return out, biased_lse(query, key, bias, text_len, text_first, text_mask, scale) if return_lse else None
 
 
 def _linear(
@@ -184,15 +184,15 @@ def _linear(
         shared_mask = None if text_mask is None else F.pad(text_mask, (0, pooled_key.shape[2]), value=True)
     text_out = text_query
     if text_len > 0:
-        keys_seen = None if text_mask is None else key_mask(text_mask, image_query.shape[2], text_first)
-        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=keys_seen, scale=scale)
+        mask = None if text_mask is None else key_mask(text_mask, image_query.shape[2], text_first)
+        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=mask, scale=scale)
     image = (image_query, image_key, image_value)
     shared = (shared_key, shared_value, shared_mask)
     radius, frame_radius, box = to_arguments(window)
     return window_attention_op(text_out, text_first, *image, *shared, grid, radius, scale, impl, frame_radius, box)
 
 
-def _chosen(query: Tensor, grid: Grid, window: Window, text_len: int, scale: float, impl: str) -> str:
+def _resolve_impl(query: Tensor, grid: Grid, window: Window, text_len: int, scale: float, impl: str) -> str:
     """The implementation that `impl` runs."""
     if impl == "auto":
         impl = choose_impl(query, grid=grid, window=window, text_len=text_len)
@@ -224,16 +224,16 @@ def _validate(
     if text_len < 0:
         raise ValueError(f"text_len must be >= 0, got {text_len}")
     if text_len + math.prod(grid) != num_tokens:
-        named = " * ".join(("frames", "height", "width")[-len(grid) :])
+        sides = " * ".join(("frames", "height", "width")[-len(grid) :])
         sizes = " * ".join(str(size) for size in grid)
-        raise ValueError(f"text_len + {named} must equal N, got {text_len} + {sizes} != {num_tokens}")
+        raise ValueError(f"text_len + {sides} must equal N, got {text_len} + {sizes} != {num_tokens}")
     if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != (batch, text_len)):
         got = f"{text_mask.dtype} {tuple(text_mask.shape)}"
         raise ValueError(f"text_mask must be bool [B, text_len] = ({batch}, {text_len}), got {got}")
     if pooled is not None:
         pooled_shapes = [tuple(tensor.shape) for tensor in pooled]
-        wanted = (batch, num_heads, pooled[0].shape[-2], head_dim)
-        if pooled_shapes != [wanted, wanted]:
+        expected = (batch, num_heads, pooled[0].shape[-2], head_dim)
+        if pooled_shapes != [expected, expected]:
             raise ValueError(f"pooled must be (key, value), each [B, H, P, D] like query, got {pooled_shapes}")
     tensors = (query, key, value, *(pooled or ()))
     if any(tensor.dtype != query.dtype for tensor in tensors) and not autocast_enabled(query):

@@ -41,11 +41,11 @@ def choose_impl(query: Tensor, *, grid: Grid, window: Window, text_len: int) -> 
         return "tiled" if why_not_triton(query.device, query.dtype, query.shape[-1]) else "triton"
     if torch.compiler.is_compiling() or query.device.type != "cpu":
         return "tiled"
-    return _on_cpu(tuple(grid), window, text_len)
+    return _choose_on_cpu(tuple(grid), window, text_len)
 
 
 @lru_cache
-def _on_cpu(grid: Grid, window: Window, text_len: int) -> str:
+def _choose_on_cpu(grid: Grid, window: Window, text_len: int) -> str:
     image_len = math.prod(grid)
     if image_len > 4096:
         return "tiled"
@@ -90,7 +90,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         except torch.OutOfMemoryError:
             raise  # temporary: the next call tries again
         except NO_KERNEL as exception:
-            reason = f"{where(device)}: {exception}"
+            reason = f"{device_text(device)}: {exception}"
         else:
             return None
     logger.warning("Window attention falls back to plain PyTorch, which is slower: %s", reason)
@@ -103,13 +103,13 @@ def backward_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> "
 
     None, with a warning, if none can run: plain PyTorch computes the gradients.
     """
-    from ..pieces.trial import found_or_told
+    from ..pieces.trial import find_or_warn
     from .triton_probe import backward_tiles_for
 
     find = partial(backward_tiles_for, device, dtype, head_dim)
-    return found_or_told(find, "Gradients of window attention", where(device))
+    return find_or_warn(find, "Gradients of window attention", device_text(device))
 
 
-def where(device: torch.device) -> str:
+def device_text(device: torch.device) -> str:
     """Where kernels would run, as warnings say it."""
     return "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..pieces.cells import Grid, sizes_of
 from .windows import Box, Circle, Span, Window
 
-INSIDE, BORDER, APART = 0, 1, 2  # a key tile is read without a mask, through a mask, not at all
+INSIDE, BORDER, OUTSIDE = 0, 1, 2  # a key tile is read without a mask, through a mask, not at all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +83,12 @@ class _Pairs:
     """The pairs of tiles of one frame: each query tile with its candidates among the key tiles."""
 
     key_tiles: Tensor  # [query tiles, candidates]
-    kind: Tensor  # [query tiles, candidates] INSIDE, BORDER or APART
-    mask_ids: Tensor  # [query tiles, candidates], -1 where APART
+    kind: Tensor  # [query tiles, candidates] INSIDE, BORDER or OUTSIDE
+    mask_ids: Tensor  # [query tiles, candidates], -1 where OUTSIDE
     masks: Tensor  # [distinct masks, BLOCK_Q, BLOCK_K] bool
 
 
-def _in_frames(
+def _repeat_in_frames(
     pairs: _Pairs, query_tokens: Tensor, key_tokens: Tensor, frames: int, frame_radius: int | None
 ) -> TileLists:
     """Each query tile reads the same window in all frames in reach; tokens are those of all frames."""
@@ -97,10 +97,10 @@ def _in_frames(
     key_frame, exists = in_time.key[:, None, :, None], in_time.exists[:, None, :, None]
     per_frame = len(key_tokens) // frames
     key_tiles = (pairs.key_tiles[:, None] + per_frame * key_frame).flatten(2).flatten(0, 1)
-    kind = torch.where(exists, pairs.kind[:, None], APART).flatten(2).flatten(0, 1)
+    kind = torch.where(exists, pairs.kind[:, None], OUTSIDE).flatten(2).flatten(0, 1)
     mask_ids = torch.where(exists, pairs.mask_ids[:, None], -1).flatten(2).flatten(0, 1)
 
-    counts = (kind != APART).sum(1)
+    counts = (kind != OUTSIDE).sum(1)
     order = kind.argsort(dim=1, stable=True)[:, : int(counts.max())]
     return TileLists(
         query_tokens=query_tokens,
@@ -155,7 +155,7 @@ def circle_lists(
     key_rows, key_columns = _outer(rows.key, columns.key)
     pairs = _Pairs(
         key_tiles=key_rows * -(-width // key_tile[1]) + key_columns,
-        kind=torch.where(touched, torch.where(whole & (farthest < limit), INSIDE, BORDER), APART),
+        kind=torch.where(touched, torch.where(whole & (farthest < limit), INSIDE, BORDER), OUTSIDE),
         mask_ids=torch.full(touched.shape, -1).masked_scatter(touched, ids),
         masks=_circle_masks(distinct, query_tile, key_tile, limit),
     )
@@ -163,7 +163,7 @@ def circle_lists(
         _tile_tokens(frames, height, width, _cut(height, tile[0])[0], _cut(width, tile[1])[0])
         for tile in (query_tile, key_tile)
     )
-    return _in_frames(pairs, query_tokens, key_tokens, frames, frame_radius)
+    return _repeat_in_frames(pairs, query_tokens, key_tokens, frames, frame_radius)
 
 
 def _axis(size: int, query_tile: int, key_tile: int, limit: int) -> _Axis:
@@ -243,13 +243,13 @@ def box_lists(
     by_row, by_column = rows.masks[distinct // len(columns.masks)], columns.masks[distinct % len(columns.masks)]
     pairs = _Pairs(
         key_tiles=key_rows * len(columns.key_places) + key_columns,
-        kind=torch.where(touched, torch.where(inside, INSIDE, BORDER), APART),
+        kind=torch.where(touched, torch.where(inside, INSIDE, BORDER), OUTSIDE),
         mask_ids=torch.full(touched.shape, -1).masked_scatter(touched, ids),
         masks=(by_row[:, :, None, :, None] & by_column[:, None, :, None, :]).flatten(3).flatten(1, 2),
     )
     query_tokens = _tile_tokens(frames, height, width, rows.query_places, columns.query_places)
     key_tokens = _tile_tokens(frames, height, width, rows.key_places, columns.key_places)
-    return _in_frames(pairs, query_tokens, key_tokens, frames, box.frame_radius)
+    return _repeat_in_frames(pairs, query_tokens, key_tokens, frames, box.frame_radius)
 
 
 def _box_axis(span: Span, query_tile: int, key_tile: int, step: int) -> _BoxAxis:

@@ -113,7 +113,7 @@ def _flash_backward(
 
 def _with_grad_lse(
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    more: int,
+    extra: int,
     grad_out: Tensor,
     query: Tensor,
     keys: Keys,
@@ -123,10 +123,10 @@ def _with_grad_lse(
     grad_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`backward` with `more` coordinates, 0 in query, key, value, which add -grad_lse to the sum of out * grad_out."""
-    longer = Keys(pad(keys.key, (0, more)), pad(keys.value, (0, more)), keys.bias)
-    out = torch.cat([out, pad(-grad_lse[..., None].to(out.dtype), (0, more - 1))], -1)
-    grads = backward(pad(grad_out, (0, more), value=1), pad(query, (0, more)), longer, out, lse, scale, None)
-    return grads[0][..., :-more], grads[1][..., :-more], grads[2][..., :-more]
+    longer_keys = Keys(pad(keys.key, (0, extra)), pad(keys.value, (0, extra)), keys.bias)
+    out = torch.cat([out, pad(-grad_lse[..., None].to(out.dtype), (0, extra - 1))], -1)
+    grads = backward(pad(grad_out, (0, extra), value=1), pad(query, (0, extra)), longer_keys, out, lse, scale, None)
+    return grads[0][..., :-extra], grads[1][..., :-extra], grads[2][..., :-extra]
 
 
 def _efficient_forward(query: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:

@@ -122,9 +122,9 @@ def biased_attention(
     if pooled is not None:
         pooled_key, pooled_value = pooled
         start = text_len if text_first else 0
-        of_pooled = bias.new_full((*bias.shape[:3], pooled_key.shape[2]), -torch.inf)
-        of_pooled[:, :, start : start + image_len] = 0
-        bias = torch.cat([bias, of_pooled], dim=3)
+        pooled_bias = bias.new_full((*bias.shape[:3], pooled_key.shape[2]), -torch.inf)
+        pooled_bias[:, :, start : start + image_len] = 0
+        bias = torch.cat([bias, pooled_bias], dim=3)
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 

@@ -74,8 +74,8 @@ def tiled_forward(inputs: Inputs, out: Tensor, grid: Sequence[int], window: Wind
     out_rows = out.transpose(1, 2).flatten(2)
     lse_rows = query.new_empty(batch, num_tokens, num_heads, dtype=sum_dtype(query))
     for chunk in _chunks(groups, key, dtype):
-        q = _take(query, chunk.queries, num_heads, dtype)
-        k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
+        q = _gather_rows(query, chunk.queries, num_heads, dtype)
+        k, v = (_tiles(_gather_rows(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
         o, lse = partial.forward(_tiles(q, chunk.tiles), Keys(k, v, chunk.bias), scale)
         o, lse = _untile(o, batch), _untile(lse, batch)  # [B, queries, H, D], [B, queries, H]
         if shared is not None:
@@ -108,8 +108,8 @@ def tiled_backward(
     grad_key, grad_value = (torch.zeros_like(rows, dtype=lse.dtype) for rows in (key, value))
     grad_shared = [rows.new_zeros(rows.shape, dtype=lse.dtype) for rows in (inputs.shared_key, inputs.shared_value)]
     for chunk in _chunks(groups, key, dtype):
-        q, o, do = (_take(rows, chunk.queries, num_heads, dtype) for rows in (query, out_rows, grad_out_rows))
-        k, v = (_tiles(_take(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
+        q, o, do = (_gather_rows(rows, chunk.queries, num_heads, dtype) for rows in (query, out_rows, grad_out_rows))
+        k, v = (_tiles(_gather_rows(rows, chunk.keys, num_heads, dtype), chunk.tiles) for rows in (key, value))
         chunk_lse = lse_rows.index_select(1, chunk.queries)
         dl = None if grad_lse_rows is None else grad_lse_rows.index_select(1, chunk.queries)
         q_tiles, o_tiles, do_tiles, lse_tiles = (_tiles(rows, chunk.tiles) for rows in (q, o, do, chunk_lse))
@@ -166,7 +166,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).flatten(2).contiguous()
 
 
-def _take(rows: Tensor, index: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+def _gather_rows(rows: Tensor, index: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     """[B, N, H * D] -> [B, len(index), H, D]."""
     # On a CPU, taking rows of a matrix is a third faster than of a batch of one.
     taken = rows[0].index_select(0, index)[None] if len(rows) == 1 else rows.index_select(1, index)
@@ -207,7 +207,7 @@ def query_tile(window: Window, height: int, width: int) -> tuple[int, int]:
     height, width = -(-height // window.dilation[0]), -(-width // window.dilation[1])
     if window.cell == (1, 1):
         return tile_shape(height, width, max(window.window) / 2)
-    return min(_of_whole_cells(window.cell[0]), height), min(_of_whole_cells(window.cell[1]), width)
+    return min(_side_of_whole_cells(window.cell[0]), height), min(_side_of_whole_cells(window.cell[1]), width)
 
 
 def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
@@ -216,16 +216,16 @@ def tile_shape(height: int, width: int, radius: float) -> tuple[int, int]:
     Measured on a CPU: 8x8 is best up to radius 16, then 16x16. A narrow grid takes longer tiles of as many tokens.
     """
     side = 8 if radius <= 16 else 16
-    rows = _even(height, max(side, side * side // width))
-    return rows, _even(width, max(side, side * side // rows))
+    rows = _even_piece(height, max(side, side * side // width))
+    return rows, _even_piece(width, max(side, side * side // rows))
 
 
-def _even(size: int, longest: int) -> int:
+def _even_piece(size: int, longest: int) -> int:
     """Longest piece when `size` is cut evenly into the fewest pieces of at most `longest`."""
     return -(-size // -(-size // longest))
 
 
-def _of_whole_cells(cell: int) -> int:
+def _side_of_whole_cells(cell: int) -> int:
     """Side of a tile: a divisor of the cell if there is one, so that no mask is needed; a multiple of small cells."""
     if cell <= 8:
         return cell * (8 // cell)

@@ -22,7 +22,7 @@ from .windows import Circle
 logger = logging.getLogger(__name__)
 
 GRID, WINDOW, NUM_SHARED = (35, 40), Circle(radius=14.0), 77
-RACED = (torch.bfloat16, torch.float16)  # where speed matters; each tile shape takes a second to compile
+RACED_DTYPES = (torch.bfloat16, torch.float16)  # where speed matters; each tile shape takes a second to compile
 # The race: FLUX.1 at 1024 x 1024 with CLEAR's window, and four times the heads: a call takes longer than its launch.
 RACE_GRID, RACE_WINDOW, RACE_SHARED, RACE_HEADS = (64, 64), Circle(radius=16.0), 512, 96
 
@@ -57,7 +57,7 @@ def _tiles_for(
     fitting = candidates(tiles, head_dim, 10 * major + minor, dtype)
     with torch.autocast(device.type, enabled=False), torch.cuda.device(device):  # the reference is float32
         error = partial(error_of, _Trial(device, dtype, head_dim))
-        if dtype not in RACED:
+        if dtype not in RACED_DTYPES:
             return first_that_fits(fitting, error)
         fastest, raced = fastest_that_fits(fitting, error, partial(seconds_of, _Race(device, dtype, head_dim)))
     where = f"{torch.cuda.get_device_name(device)}, {dtype}, head dimension {head_dim}"
@@ -128,5 +128,5 @@ class _Race:
     def backward_seconds(self, candidates: Sequence[Tiles]) -> Mapping[Tiles, float]:
         query = self.inputs.query
         lse = query.new_zeros(query.shape[:3], dtype=torch.float32)  # not the true one: it does not affect the time
-        given = (query, self.inputs, query, lse, None, RACE_GRID, RACE_WINDOW, self.head_dim**-0.5)
-        return device_seconds({tiles: partial(triton_backward, *given, tiles) for tiles in candidates})
+        arguments = (query, self.inputs, query, lse, None, RACE_GRID, RACE_WINDOW, self.head_dim**-0.5)
+        return device_seconds({tiles: partial(triton_backward, *arguments, tiles) for tiles in candidates})

@@ -61,16 +61,16 @@ BACKWARD_TILES = (
 )
 # float32 accumulators of one output that fit a thread's registers; gradients of keys have two outputs. Half of that for
 # float32 inputs (`max_stages` says why).
-SUMS_OF_A_THREAD, FLOAT_SUMS_OF_A_THREAD = 64, 32
+SUMS_PER_THREAD, FLOAT_SUMS_PER_THREAD = 64, 32
 
 
 def candidates(tiles: tuple[Tiles, ...], head_dim: int, arch: int, dtype: torch.dtype) -> list[Tiles]:
     """The tiles to try: those whose sums stay in registers, the largest first; the smallest if none do."""
-    most = FLOAT_SUMS_OF_A_THREAD if dtype == torch.float32 else SUMS_OF_A_THREAD
+    max_sums = FLOAT_SUMS_PER_THREAD if dtype == torch.float32 else SUMS_PER_THREAD
     return [
         one
         for one in tiles
-        if math.prod(one.owned) * block_d(head_dim) <= most * 32 * one.num_warps
+        if math.prod(one.owned) * block_d(head_dim) <= max_sums * 32 * one.num_warps
         and arch in one.archs
         and one.num_stages <= max_stages(dtype)
     ] or [tiles[-1]]
@@ -94,18 +94,18 @@ def _window(
     grid: Grid, window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
     """A window cut for programs that own queries and read keys."""
-    owned, lists = _shorter(owned, lambda tile: window_lists(grid, window, query_tile=tile, key_tile=read))
+    owned, lists = _with_shorter_lists(owned, lambda tile: window_lists(grid, window, query_tile=tile, key_tile=read))
     listed = lists.key_tokens[:, 0][lists.key_tiles]
     lengths = lists.counts, lists.inside
     return _on_device(device, owned, lists.query_tokens[:, 0], listed, lists.mask_ids, *lengths, lists.masks)
 
 
 @kept(maxsize=16)
-def _window_of_keys(
+def _key_window(
     grid: Grid, window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
     """A window cut for programs that own keys and read the queries that see them."""
-    owned, lists = _shorter(owned, lambda tile: window_lists(grid, window, query_tile=read, key_tile=tile))
+    owned, lists = _with_shorter_lists(owned, lambda tile: window_lists(grid, window, query_tile=read, key_tile=tile))
     by_key = transposed(lists)
     listed = lists.query_tokens[:, 0][by_key.query_tiles]
     lengths = by_key.counts, torch.zeros_like(by_key.counts)
@@ -113,7 +113,7 @@ def _window_of_keys(
     return _on_device(device, owned, lists.key_tokens[:, 0], listed, by_key.mask_ids, *lengths, masks)
 
 
-def _shorter(
+def _with_shorter_lists(
     owned: tuple[int, int], lists_of: Callable[[tuple[int, int]], TileLists]
 ) -> tuple[tuple[int, int], TileLists]:
     """The owned tile, turned so that lists are shorter, and the lists."""
@@ -151,7 +151,7 @@ def _prepare(inputs: Inputs, grid: Sequence[int], window: Window, tiles: Tiles) 
     block = math.prod(tiles.read)
     num_shared, mask = inputs.shared_key.shape[2], inputs.shared_mask
     if mask is None:
-        words = _words_of_all(query.shape[0], num_shared, block, query.device)
+        words = _unmasked_words(query.shape[0], num_shared, block, query.device)
     else:
         words = _shared_words(mask, block)
     return _Launch(
@@ -174,7 +174,7 @@ def _shared_words(mask: Tensor, block: int) -> Tensor:
 
 
 @kept(maxsize=8)
-def _words_of_all(batch: int, num_shared: int, block: int, device: torch.device) -> Tensor:
+def _unmasked_words(batch: int, num_shared: int, block: int, device: torch.device) -> Tensor:
     """`_shared_words` of keys without a mask, cached: they are the same in every layer and step."""
     return _shared_words(torch.ones(batch, num_shared, dtype=torch.bool, device=device), block)
 
@@ -240,7 +240,7 @@ def triton_backward(
     delta = torch.empty_like(lse)  # written by the query kernel, read by the key kernels
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     tiled = launch.window
-    of_keys = _window_of_keys(tuple(grid), window, tiles.owned, tiles.read, query.device)
+    key_window = _key_window(tuple(grid), window, tiles.owned, tiles.read, query.device)
     with device_of(query):
         strided, unit = with_strides(grad_out, query, key, value, shared_key, shared_value, out, grads[0])
         kernels.window_grad_query[len(tiled.counts), batch * num_heads](
@@ -256,14 +256,14 @@ def triton_backward(
             **launch.constants,
         )
         strided, unit = with_strides(grad_out, query, key, value, *grads[1:])
-        kernels.window_grad_key[len(of_keys.counts), batch * num_heads](
+        kernels.window_grad_key[len(key_window.counts), batch * num_heads](
             *strided,
             *(lse, delta),
-            *(of_keys.corners, of_keys.listed, of_keys.mask_ids, of_keys.counts, of_keys.words),
-            *(num_heads, *grid[-2:], num_tokens, of_keys.listed.shape[1]),
+            *(key_window.corners, key_window.listed, key_window.mask_ids, key_window.counts, key_window.words),
+            *(num_heads, *grid[-2:], num_tokens, key_window.listed.shape[1]),
             scale,
             UNIT=unit,
-            **_tile_constants(tiles.read, of_keys.owned),
+            **_tile_constants(tiles.read, key_window.owned),
             **launch.constants,
         )
         shared = (query, shared_key, shared_value, lse, delta)

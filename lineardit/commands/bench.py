@@ -70,7 +70,10 @@ def bench(
         compiled=compiled,
     )
     # reports what does not fit before any of them runs
-    fitting = {one: one.fitting(list(dict.fromkeys(requested)), conditions, all_of=bool(sizes)) for one in conversions}
+    fitting = {
+        one: one.supported_sizes(list(dict.fromkeys(requested)), conditions, require_all=bool(sizes))
+        for one in conversions
+    }
     _time(fitting, conditions, output)
 
 

@@ -5,7 +5,7 @@ import os
 import torch
 
 from ..linearize.adapters.opening import DTYPES
-from ..linearize.errors import nearest
+from ..linearize.errors import did_you_mean
 
 
 def available_devices() -> list[str]:
@@ -38,5 +38,5 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in DTYPES:
-        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}{did_you_mean(name, DTYPES)}")
     return DTYPES[name]

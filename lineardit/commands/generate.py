@@ -169,18 +169,18 @@ def _check_files(
     texts: list[str], output: Path, seed: int, share: tuple[int, int], recorded: dict[str, Any], *, overwrite: bool
 ) -> bool:
     """Check the files before a large model is loaded; returns whether any has to be made."""
-    from ..pipelines.files import check_there, plan_files, said_of
+    from ..pipelines.files import check_existing_pictures, plan_files, settings_metadata
 
-    planned = plan_files(texts, output, seed=seed, text=said_of(recorded))[share[0] - 1 :: share[1]]
+    planned = plan_files(texts, output, seed=seed, text=settings_metadata(recorded))[share[0] - 1 :: share[1]]
     if not overwrite:
-        check_there(planned)
+        check_existing_pictures(planned)
     return overwrite or not all(one.path.exists() for one in planned)
 
 
 def _print_plan(pipe: Any, planned: dict[str, Any]) -> None:
-    from ..pipelines.generate import in_stages
+    from ..pipelines.generate import plan_cascade
 
-    staged = in_stages(pipe, **planned)
+    staged = plan_cascade(pipe, **planned)
     print("one call of the pipeline, no stages" if staged is None else staged.plan)
 
 

@@ -27,7 +27,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show every attention module and the cost of a step. Swapped or the reason why not, method, and FLOPs."""
-    from ..linearize.folders import write_whole
+    from ..linearize.folders import write_atomically
     from ..linearize.measures.inspection import inspect_base
     from .quiet import quiet_libraries
 
@@ -38,7 +38,7 @@ def inspect(
         typer.echo(text, nl=False)
         return
     if json_file is not None:
-        write_whole(json_file, partial(Path.write_text, data=text))
+        write_atomically(json_file, partial(Path.write_text, data=text))
     show(inspection)
 
 
@@ -53,13 +53,13 @@ def show(inspection: "Inspection") -> None:
 
 
 def _modules(inspection: "Inspection") -> Table:
-    from ..linearize.methods import spelled
+    from ..linearize.methods import format_setting
 
     table = Table("module", "swapped", "method", "settings", "runs", box=SIMPLE_HEAD)
     for row in inspection.rows:
         if row.swapped:
             settings = ", ".join(
-                f"{name}={spelled(value)}" for name, value in row.settings.items() if value is not None
+                f"{name}={format_setting(value)}" for name, value in row.settings.items() if value is not None
             )
             table.add_row(row.module, "yes", row.method, settings, row.impl)
         else:

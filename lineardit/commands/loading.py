@@ -30,10 +30,10 @@ def load(
     from ..linearize.adapters.adapter import find_adapter
     from ..linearize.adapters.base import source_of
     from ..linearize.adapters.opening import open_pipeline
+    from ..linearize.describe import swap_report
     from ..linearize.folders import sha256
     from ..linearize.networks import denoiser
-    from ..linearize.what_runs import swap_report
-    from ..pipelines.placement import check_offload, note_place_, place_
+    from ..pipelines.placement import check_offload, place_, record_placement_
     from .devices import find_device, find_dtype
     from .loras import load_loras_
 
@@ -47,7 +47,7 @@ def load(
     if with_weights:
         place_(pipe, target, offload)
     else:
-        note_place_(pipe, target, offload, quantization)
+        record_placement_(pipe, target, offload, quantization)
     if swap_report(pipe) is None:  # otherwise the conversion has logged what it swapped
         print(f"{source} runs with its original attention")
     model = source_of(pipe, denoiser(pipe)[1]).name or source

@@ -58,7 +58,7 @@ def nearness(
     from ..distill.figures import require_matplotlib
 
     require_matplotlib("nearness.png")
-    from ..linearize.folders import check_output_file, write_whole
+    from ..linearize.folders import check_output_file, write_atomically
     from ..linearize.measures.nearness import nearness as measure
     from ..linearize.measures.nearness import record_predictions
     from ..plots import draw_nearness
@@ -88,7 +88,7 @@ def nearness(
     rows = {name: asdict(one) | {"mean": one.mean} for name, one in found.items()}
     conditions = {"quantization": quantization and str(quantization), "offload": offload}
     content = {"base": base, "prompts": len(texts), **settings, **conditions, "models": rows}
-    write_whole(figures, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(figures, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
     draw_nearness({name: one for name, one in found.items() if name != base}, picture)
     show(found, conditions_suffix(quantization, offload))
     print(f"Wrote {figures} and {picture.name}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..pipelines.plan import MOST_STEPS
+from ..pipelines.plan import MAX_STEPS
 from .completion import backends, devices, dtypes, implementations, offloads
 
 DRAWING = "Drawing"
@@ -38,7 +38,7 @@ def known_impl(impl: str) -> str:
     return impl
 
 
-Steps = Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; default: the pipeline's.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps; default: the pipeline's.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Picture i starts from the noise of seed + i.")]
 Guidance = Annotated[float | None, typer.Option(callback=finite, help="guidance_scale; default: the pipeline's.")]
 

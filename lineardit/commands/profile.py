@@ -105,7 +105,7 @@ def show(profile: "Profile", conditions: str = "") -> None:
 
     `conditions` is from `conditions_suffix`.
     """
-    from ..linearize.measures.budget import name_of
+    from ..linearize.measures.budget import describe_choice
 
     console = wide_console()
     windows = [f"< {radius:g}" for radius in profile.radii]
@@ -118,7 +118,7 @@ def show(profile: "Profile", conditions: str = "") -> None:
     print_titled(console, f"Attention of image tokens, mean over heads{conditions}", where)
     print_titled(console, "|converted - original|^2 / |original|^2 of a layer's attention", error)
     for letter, method in zip(letters, profile.methods, strict=True):
-        console.print(f"{letter}: {name_of(method)}")
+        console.print(f"{letter}: {describe_choice(method)}")
 
 
 def _table(headers: Iterable[str]) -> Table:

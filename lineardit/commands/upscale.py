@@ -77,11 +77,11 @@ def upscale(
 
     quiet_libraries()
     from ..pipelines.cascade import check_larger, enlarge
-    from ..pipelines.files import check_there, plan_files, said_of, text_of
+    from ..pipelines.files import check_existing_pictures, plan_files, png_metadata, settings_metadata
     from ..pipelines.plan import Settings
     from .loading import load, recorded_base
 
-    image, recorded = _read(picture), text_of(picture)
+    image, recorded = _read(picture), png_metadata(picture)
     prompt, source = _prompt_and_model(picture, recorded, prompt, source)
     if output.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png, got {output}")
@@ -89,9 +89,11 @@ def upscale(
     height, width = parse_size(size) if size else (2 * image.height, 2 * image.width)
     # checks before a large model is loaded
     check_larger(image, (height, width))
-    (planned,) = plan_files([prompt], output, seed=seed, text={"size": f"{width}x{height}", **said_of(extra_arguments)})
+    (planned,) = plan_files(
+        [prompt], output, seed=seed, text={"size": f"{width}x{height}", **settings_metadata(extra_arguments)}
+    )
     if not overwrite:
-        check_there([planned])
+        check_existing_pictures([planned])
     if base is None and source == recorded.get("adapter"):
         base = recorded_base(source, recorded.get("model"), revision, offline)
     placement: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload}

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from ... import __version__
 from ..convert import check_convertible, converted_networks, linearize_, restore_, swapped
 from ..families import Family, family_of
-from ..folders import check_output, check_output_file, new_folder, read_shapes, read_tensors, sha256, write_whole
+from ..folders import check_output, check_output_file, new_folder, read_shapes, read_tensors, sha256, write_atomically
 from ..matching import attention_modules, choose
 from ..methods import config_to_dict
 from ..networks import denoiser
 from ..report import SwapReport
-from ..seam.conversion import overlays_of, put_on
+from ..seam.conversion import add_overlay, overlays_of
 from ..weights.full_weights import check_writable, replace_weights_
-from ..weights.low_rank import FusedLowRank, LowRank, like_layer
+from ..weights.low_rank import FusedLowRank, LowRank, match_layer
 from ..weights.overlays import check_unmerged, refuse_fused
 from .base import Source, source_of
 from .config_entry import write_entry_
-from .fitting import attention_shapes, check_fit, sorted_tensors
+from .fitting import attention_shapes, check_fit, sort_tensors
 from .grouping import grouped
 from .manifest import (
     MANIFEST_FILE,
@@ -58,11 +58,11 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
     """
     _, model = denoiser(pipe_or_model)
     converted_networks(model)  # raises if nothing is converted
-    _tell_of_styles(pipe_or_model, model)
+    _warn_of_user_lora(pipe_or_model, model)
     return write_adapter(model, source_of(pipe_or_model, model), Path(directory), overwrite=overwrite)
 
 
-def _tell_of_styles(pipe_or_model: Any, model: nn.Module) -> None:
+def _warn_of_user_lora(pipe_or_model: Any, model: nn.Module) -> None:
     """Warn about LoRA that the user loaded, which is not part of the student."""
     if getattr(pipe_or_model, "num_fused_loras", 0):
         logger.warning("LoRA that was fused into the base's weights is not saved in an adapter; save_merged keeps it")
@@ -99,7 +99,7 @@ def load_adapter_(
             unchanged.
     """
     manifest, tensors = read_adapter(directory_or_repo, revision=revision, offline=offline)
-    return mount_adapter_(pipe_or_model, manifest, tensors, keep_original=keep_original, impl=impl, family=family)
+    return apply_adapter_(pipe_or_model, manifest, tensors, keep_original=keep_original, impl=impl, family=family)
 
 
 def read_adapter(
@@ -180,7 +180,7 @@ def _checked_tensors(place: Place, expected: TensorsFile, weights: bool) -> dict
     return _tensors_of(file, weights)
 
 
-def mount_adapter_(
+def apply_adapter_(
     pipe_or_model: Any,
     manifest: Manifest,
     tensors: dict[str, Tensor],
@@ -196,7 +196,7 @@ def mount_adapter_(
     if manifest.trained:
         refuse_fused(model)
     check_fit(manifest, model, family)
-    parts = sorted_tensors(manifest, tensors, model, family)
+    parts = sort_tensors(manifest, tensors, model, family)
     check_unmerged(model, parts.full)
     check_writable(model, [*parts.full, *([] if keep_original else [f"{name}.weight" for name in parts.lora])])
     check_convertible(model, family, choose(list(attention_modules(model, family)[0]), configs, None), impl)
@@ -209,9 +209,9 @@ def mount_adapter_(
     if parts.full:
         replace_weights_(model, parts.full, keep_original=keep_original)
     if parts.lora:
-        factors = {name: like_layer(model, name, pair) for name, pair in parts.lora.items()}
+        factors = {name: match_layer(model, name, pair) for name, pair in parts.lora.items()}
         overlay = LowRank if keep_original else FusedLowRank
-        put_on(model, overlay(model, factors, alpha=parts.alpha))
+        add_overlay(model, overlay(model, factors, alpha=parts.alpha))
     write_entry_(model)
     return replace(report, dense_below=manifest.dense_tokens)
 
@@ -233,16 +233,16 @@ def _warn_of_other_base(manifest: Manifest, source: Source) -> None:
 
 def write_adapter(model: nn.Module, source: Source, output: Path, *, overwrite: bool) -> Path:
     """`save_adapter` for a converted denoiser whose base is known."""
-    return write_parts(manifest_of(model, source), _tensors(model), output, overwrite=overwrite)
+    return write_adapter_files(manifest_of(model, source), _tensors(model), output, overwrite=overwrite)
 
 
-def write_parts(manifest: Manifest, tensors: dict[str, Tensor], output: Path, *, overwrite: bool) -> Path:
+def write_adapter_files(manifest: Manifest, tensors: dict[str, Tensor], output: Path, *, overwrite: bool) -> Path:
     """Write an adapter, as a folder or as a single file."""
     if is_single_file(output):
         check_output_file(output, overwrite=overwrite)
         output.parent.mkdir(parents=True, exist_ok=True)
         header = replace(manifest, tensors=None).header()
-        write_whole(output, lambda temporary: save_file(tensors, temporary, metadata=header))
+        write_atomically(output, lambda temporary: save_file(tensors, temporary, metadata=header))
         return output
     with new_folder(output, overwrite=overwrite) as folder:
         file = None

@@ -89,7 +89,7 @@ def read_base(name: str | Path, *, revision: str | None = None, offline: bool = 
     elif config_file is None:
         config_file = place.file(CONFIG_FILE)
     if config_file is None:
-        raise ValueError(_nothing_found(place, component))
+        raise ValueError(_not_found_message(place, component))
     config = read_json(config_file)
     if not isinstance(config.get("_class_name"), str):
         raise ValueError(f"{config_file} names no _class_name: it is not a config of diffusers")
@@ -126,13 +126,13 @@ def source_of(pipe_or_model: Any, model: Any) -> Source:
             folder = folder.parent
         place = Place(name=str(folder), folder=folder)
     else:
-        place = _cached(name) if is_repository(name) else None
+        place = _cached_place(name) if is_repository(name) else None
     if place is None:
         return Source(pipeline_class=pipeline_class)
     return Source(name=place.name, revision=place.revision, license=license_of(place), pipeline_class=pipeline_class)
 
 
-def _cached(repository: str) -> Place | None:
+def _cached_place(repository: str) -> Place | None:
     """A Hub repository at the commit of its default branch in the cache; None: it is not cached."""
     place = Place(name=repository, folder=None, offline=True)
     files = (place.file(name) for name in (CONFIG_FILE, *(f"{one}/{CONFIG_FILE}" for one in COMPONENTS)))
@@ -163,10 +163,10 @@ def build_on_meta(base: Base, *, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 def cast_as_loaded_(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters as `from_pretrained` does: to `dtype`, or to float32 where the class requires that."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep_in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, weight in model.named_parameters():
         if weight.is_floating_point():
-            weight.data = weight.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
+            weight.data = weight.data.to(torch.float32 if keep_in_fp32.intersection(name.split(".")) else dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -198,12 +198,12 @@ def _component(index: Mapping[str, Any], index_file: Path) -> str:
 
 def _vae_scale(config: Mapping[str, Any]) -> int:
     """Pixels per latent position, along one side, from a VAE's config.json."""
-    told = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
+    scale = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
     widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    return int(told or (2 ** (len(widths) - 1) if widths else 8))
+    return int(scale or (2 ** (len(widths) - 1) if widths else 8))
 
 
-def _nothing_found(place: Place, component: str | None) -> str:
+def _not_found_message(place: Place, component: str | None) -> str:
     if component is not None:
         return f"{place.name} has a {PIPELINE_FILE} but no {component}/{CONFIG_FILE}: its copy is not complete"
     if place.offline:

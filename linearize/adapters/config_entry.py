@@ -20,21 +20,21 @@ CONFIG_KEY = "lineardit"
 
 
 @contextmanager
-def entry_expected() -> Iterator[None]:
+def suppress_entry_warning() -> Iterator[None]:
     """Context manager that keeps diffusers from warning about the entry as an unexpected config attribute."""
-    of_configs = logging.getLogger("diffusers.configuration_utils")
-    of_configs.addFilter(_of_something_else)
+    config_logger = logging.getLogger("diffusers.configuration_utils")
+    config_logger.addFilter(_is_unrelated)
     try:
         yield
     finally:
-        of_configs.removeFilter(_of_something_else)
+        config_logger.removeFilter(_is_unrelated)
 
 
-def _of_something_else(record: logging.LogRecord) -> bool:
+def _is_unrelated(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(f"The config attributes {{'{CONFIG_KEY}': ")
 
 
-class _Saved(dict[str, Any]):
+class _ConfigEntry(dict[str, Any]):
     """The entry; diffusers calls `to_dict` when it saves."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def write_entry_(model: Any) -> None:
     if conversion is None or not hasattr(model, "register_to_config"):
         return
     changed = [name for overlay in overlays_of(model).items for name in overlay.changed()]
-    entry = _Saved(entry_of(model, changed=changed).to_dict())
+    entry = _ConfigEntry(entry_of(model, changed=changed).to_dict())
     model._internal_dict = _config({**model.config, CONFIG_KEY: entry}, model.config)
 
 
@@ -65,12 +65,12 @@ def entry_of(model: nn.Module, *, changed: Sequence[str]) -> Entry:
     """
     conversion = conversion_of(model)
     assert conversion is not None, "only a converted model has an entry"
-    told = [overlay.describe() for overlay in overlays_of(model).items if not _is_fused(overlay)]
+    trained = [overlay.describe() for overlay in overlays_of(model).items if not _is_fused(overlay)]
     names = [name for name, _ in model.named_parameters()]
     return Entry(
         methods={pattern: config_to_dict(config) for pattern, config in conversion.patterns.items()},
         dense_below=conversion.dense_below,
-        trained=tuple(dict.fromkeys(told)),
+        trained=tuple(dict.fromkeys(trained)),
         changed=tuple(grouped(dict.fromkeys(changed, 0), names)),
     )
 
@@ -87,8 +87,8 @@ def remove_entry_(model: Any) -> None:
         model._internal_dict = _config(entries, model.config)
 
 
-def _config(entries: dict[str, Any], before: FrozenDict) -> FrozenDict:
+def _config(entries: dict[str, Any], previous: FrozenDict) -> FrozenDict:
     """A config with these entries, and with the values that diffusers' loaders set only as attributes."""
     config = FrozenDict(entries)
-    vars(config).update({name: value for name, value in vars(before).items() if name != CONFIG_KEY})
+    vars(config).update({name: value for name, value in vars(previous).items() if name != CONFIG_KEY})
     return config

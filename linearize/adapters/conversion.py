@@ -7,14 +7,21 @@ from typing import Any, Literal
 import torch
 
 from ..convert import linearize_
-from ..errors import nearest
+from ..errors import did_you_mean
 from ..folders import check_output
 from ..importers import load_clear_checkpoint_, load_linfusion_checkpoint_
 from ..methods import METHODS
 from ..methods.clear import Clear
 from ..methods.linfusion import LinFusion
 from ..report import SwapReport
-from .adapter import check_adapter_output, find_adapter, is_single_file, read_adapter, write_adapter, write_parts
+from .adapter import (
+    check_adapter_output,
+    find_adapter,
+    is_single_file,
+    read_adapter,
+    write_adapter,
+    write_adapter_files,
+)
 from .base import build_on_meta, read_base
 from .loading import from_pretrained, load_base
 from .manifest import SINGLE_FILE_SUFFIX
@@ -86,7 +93,7 @@ def repack_adapter(
     """
     check_adapter_output(Path(output), overwrite=overwrite)
     manifest, tensors = read_adapter(adapter, revision=revision, offline=offline)
-    return write_parts(manifest, tensors, Path(output), overwrite=overwrite)
+    return write_adapter_files(manifest, tensors, Path(output), overwrite=overwrite)
 
 
 def convert_and_merge(
@@ -161,7 +168,7 @@ def _check_together(
         return
     kind, _, path = importer.partition(":")
     if kind not in ("clear", "linfusion") or not path:
-        near = nearest(kind, ("clear", "linfusion"))
+        near = did_you_mean(kind, ("clear", "linfusion"))
         raise ValueError(f"importer (--import) must be {' or '.join(IMPORTERS)}, got {importer!r}{near}")
     if layers is not None or min_tokens > 0:
         raise ValueError(f"checkpoints to import are for all layers that they name, got {layers=} and {min_tokens=}")

@@ -19,7 +19,7 @@ MAX_LISTED = 5  # names in an error message
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class AdapterTensors:
     """The tensors of an adapter, by purpose.
 
     Attributes:
@@ -57,16 +57,16 @@ def check_fit(manifest: Manifest, model: nn.Module, family: Family) -> None:
         found = attention_shapes(candidates[name] for name in fnmatch.filter(candidates, pattern))
         if found != dict(expected):
             raise ValueError(
-                f"{made_for}, whose {pattern} is {_told(expected)} (heads x head_dim); this model's is {_told(found)}: "
-                "load it on a model of that shape"
+                f"{made_for}, whose {pattern} is {_shapes_text(expected)} (heads x head_dim); this model's is "
+                f"{_shapes_text(found)}: load it on a model of that shape"
             )
 
 
-def _told(shapes: Mapping[str, int]) -> str:
+def _shapes_text(shapes: Mapping[str, int]) -> str:
     return " + ".join(f"{count} of {shape}" for shape, count in shapes.items()) or "absent"
 
 
-def sorted_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.Module, family: Family) -> Parts:
+def sort_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.Module, family: Family) -> AdapterTensors:
     """Sort an adapter's tensors and compare their names and shapes with the model's.
 
     Raises:
@@ -79,17 +79,17 @@ def sorted_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.
     full: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, key = name.partition(".linear_kernel.")
-        layer, _, half = name.removesuffix(".weight").rpartition(".")
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
         if key:
             kernels.setdefault(module, {})[key] = tensor
-        elif half in ("lora_A", "lora_B") and "lora" in trained:
-            lora.setdefault(layer, {})[half] = tensor
+        elif factor in ("lora_A", "lora_B") and "lora" in trained:
+            lora.setdefault(layer, {})[factor] = tensor
             expected |= _lora_shapes(layer, cast(int, trained["lora"].rank), model)
         elif "full" in trained:
             full[name] = tensor
             expected |= _parameter_shape(name, model)
     check_shapes(shapes_of(tensors), expected, what="the adapter's tensors")
-    return Parts(
+    return AdapterTensors(
         kernels=kernels,
         lora={layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in lora.items()},
         alpha=cast(float, trained["lora"].alpha) if "lora" in trained else 0,
@@ -110,18 +110,18 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
     """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
-    others = [
+    reshaped = [
         f"{name} is {list(found[name])}, the model's is {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    problems = {"missing": missing, "not in this model": unknown, "of another shape": others}
-    texts = [f"{len(names)} {problem}: {listed(names)}" for problem, names in problems.items() if names]
+    problems = {"missing": missing, "not in this model": unknown, "of another shape": reshaped}
+    texts = [f"{len(names)} {problem}: {shorten_list(names)}" for problem, names in problems.items() if names]
     if texts:
         raise ValueError(f"{what} do not fit this model; {'; '.join(texts)}")
 
 
-def listed(names: list[str]) -> str:
+def shorten_list(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more

@@ -43,7 +43,7 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
     """
     at = f" at revision {revision}" if revision else ""
     try:
-        with told_if_slow("waiting for the Hub: %s of %s", file, repository):
+        with log_if_slow("waiting for the Hub: %s of %s", file, repository):
             return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=offline))
     except LocalEntryNotFoundError as error:
         if offline:
@@ -73,7 +73,9 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
         raise ValueError(f"the Hub answered for {repository}{at}: {error}; try again later") from error
 
 
-def names_in(repository: str, folder: str, *, revision: str | None = None, offline: bool = False) -> list[str] | None:
+def list_file_names(
+    repository: str, folder: str, *, revision: str | None = None, offline: bool = False
+) -> list[str] | None:
     """Names of the files in one folder of a Hub repository; none is downloaded.
 
     Args:
@@ -89,7 +91,7 @@ def names_in(repository: str, folder: str, *, revision: str | None = None, offli
             root = Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
             paths = [file.relative_to(root) for file in root.rglob("*")]
         else:
-            with told_if_slow("waiting for the Hub: the files of %s", repository):
+            with log_if_slow("waiting for the Hub: the files of %s", repository):
                 paths = [Path(name) for name in huggingface_hub.list_repo_files(repository, revision=revision)]
     except (FAILED_REQUEST, OSError):
         return None
@@ -97,7 +99,7 @@ def names_in(repository: str, folder: str, *, revision: str | None = None, offli
 
 
 @contextmanager
-def told_if_slow(*message: str) -> Iterator[None]:
+def log_if_slow(*message: str) -> Iterator[None]:
     """Context manager that logs a message if its body takes long."""
     timer = threading.Timer(PATIENCE, logger.info, message)
     timer.daemon = True

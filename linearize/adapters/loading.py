@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from ..convert import linearize_
 from ..folders import read_tensors
 from ..networks import denoiser
-from ..seam.conversion import put_on
+from ..seam.conversion import add_overlay
 from ..weights.full_weights import FullWeights
-from ..weights.low_rank import LORA_NAME, LowRank, like_layer
-from .adapter import adapter_tensors, mount_adapter_
+from ..weights.low_rank import LORA_NAME, LowRank, match_layer
+from .adapter import adapter_tensors, apply_adapter_
 from .base import Base, build_on_meta
-from .config_entry import entry_expected, write_entry_
+from .config_entry import suppress_entry_warning, write_entry_
 from .fitting import check_shapes, shapes_of
-from .hub import told_if_slow
+from .hub import log_if_slow
 from .manifest import Entry, Manifest
-from .named import Named, find_named
 from .outline import parts_on_meta
 from .place import CONFIG_FILE, Place
-from .quantization import Quantization, cast_layerwise_, quantization_options, quantization_told
+from .quantization import Quantization, cast_layerwise_, quantization_options, translate_quantization_errors
+from .resolve import ResolvedName, resolve_name
 from .stored_weights import check_has_weights, files_of_denoiser, stored_dtype, variant_of
 
 logger = logging.getLogger(__name__)
@@ -76,12 +76,12 @@ def from_pretrained(
     """
     if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
-    named = find_named(directory_or_repo, base=base, revision=revision, offline=offline)
-    return load_converted(named, dtype=dtype, impl=impl, keep_original=keep_original, weights=weights, **options)
+    resolved = resolve_name(directory_or_repo, base=base, revision=revision, offline=offline)
+    return load_converted(resolved, dtype=dtype, impl=impl, keep_original=keep_original, weights=weights, **options)
 
 
 def load_converted(
-    named: Named,
+    resolved: ResolvedName,
     *,
     dtype: torch.dtype | Literal["auto"] | None,
     impl: str,
@@ -90,12 +90,12 @@ def load_converted(
     **options: Any,
 ) -> Any:
     """`from_pretrained` for a name that has been resolved."""
-    place, conversion = named.place, named.converted()
-    opening: dict[str, Any] = {"dtype": dtype, "offline": place.offline, "weights": weights, **options}
+    place, conversion = resolved.place, resolved.require_conversion()
+    load_options: dict[str, Any] = {"dtype": dtype, "offline": place.offline, "weights": weights, **options}
     if isinstance(conversion, Manifest):
         tensors = adapter_tensors(place, conversion, weights=weights)
-        pipe = load_base(named.base, **opening)
-        mount_adapter_(pipe, conversion, tensors, keep_original=keep_original, impl=impl)
+        pipe = load_base(resolved.base, **load_options)
+        apply_adapter_(pipe, conversion, tensors, keep_original=keep_original, impl=impl)
         return pipe
     if conversion.warning is None:
         logger.warning(
@@ -103,9 +103,9 @@ def load_converted(
             "attention; use lineardit.save_adapter to keep a student",
             place.name,
         )
-    pipe = load_base(named.base, **opening)
+    pipe = load_base(resolved.base, **load_options)
     _, model = denoiser(pipe)
-    _restore_conversion_(model, conversion, impl, _folder_of(model, place), weights)
+    _restore_conversion_(model, conversion, impl, _denoiser_folder(model, place), weights)
     return pipe
 
 
@@ -132,9 +132,9 @@ def load_base(
             option is refused.
     """
     source = base.source
-    for name, why in _REFUSED.items():
+    for name, reason in _REFUSED.items():
         if name in options:
-            raise ValueError(f"{name} is refused: {why}")
+            raise ValueError(f"{name} is refused: {reason}")
     if source.name is None or Path(source.name).is_file():
         raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
     files = files_of_denoiser(base, offline=offline) if weights else None
@@ -143,36 +143,36 @@ def load_base(
     if files is not None and base.component not in options:
         check_has_weights(base, files, offline=offline)
     # None would leave text encoders in the dtype of their files
-    named = dtype or torch.float32
-    if named == "auto":
-        named = stored_dtype(base, variant=options["variant"], offline=offline)
+    load_dtype = dtype or torch.float32
+    if load_dtype == "auto":
+        load_dtype = stored_dtype(base, variant=options["variant"], offline=offline)
     if not weights and source.pipeline_class is None:
-        model = build_on_meta(base, dtype=named)
+        model = build_on_meta(base, dtype=load_dtype)
         model.register_to_config(_name_or_path=source.name)  # type: ignore[operator]  # as diffusers does
         return model
     if not weights:
-        options = parts_on_meta(base, dtype=named, offline=offline) | options
+        options = parts_on_meta(base, dtype=load_dtype, offline=offline) | options
     elif quantization is not None:
-        options |= quantization_options(quantization, base, named)
+        options |= quantization_options(quantization, base, load_dtype)
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
-    told = told_if_slow("loading %s", str(source.name))
-    with warnings.catch_warnings(), quantization_told(quantization), entry_expected(), told:
+    slow_load = log_if_slow("loading %s", str(source.name))
+    with warnings.catch_warnings(), translate_quantization_errors(quantization), suppress_entry_warning(), slow_load:
         # new versions of diffusers call it dtype, which the oldest supported version would silently ignore
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         pipe = loader.from_pretrained(
             source.name,
-            torch_dtype=named,
+            torch_dtype=load_dtype,
             revision=source.revision,
             local_files_only=offline,
             use_safetensors=True,
             # diffusers requires components that were saved as None to be passed as None
             **dict.fromkeys(base.absent) | options,
         )
-    cast_layerwise_(denoiser(pipe)[1], quantization, named)
+    cast_layerwise_(denoiser(pipe)[1], quantization, load_dtype)
     return pipe
 
 
-def _folder_of(model: Any, place: Place) -> Path:
+def _denoiser_folder(model: Any, place: Place) -> Path:
     """The folder of the denoiser's files; of a bare denoiser on the Hub, diffusers records only the id."""
     folder = Path(model.config._name_or_path)
     if place.folder is None and not folder.is_dir():
@@ -190,37 +190,37 @@ def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path, weig
     parameters = dict(model.named_parameters())
     changed = [name for name in parameters if any(fnmatchcase(name, glob) for glob in entry.changed)]
     if changed:
-        put_on(model, FullWeights(model, dict.fromkeys(changed)))
+        add_overlay(model, FullWeights(model, dict.fromkeys(changed)))
     if without_weights:  # only a repository's configs were fetched
         return
-    saved = _own_tensors(folder)
+    saved = _conversion_tensors(folder)
     for trained in entry.trained:
         if trained.kind == "lora":
-            put_on(model, _saved_lora(model, saved, cast(float, trained.alpha), folder))
-    expected = {name: one for name, one in model.state_dict().items() if _is_ours(name)}
+            add_overlay(model, _saved_lora(model, saved, cast(float, trained.alpha), folder))
+    expected = {name: one for name, one in model.state_dict().items() if _is_conversion_tensor(name)}
     check_shapes(shapes_of(saved), shapes_of(expected), what=f"the tensors of {folder}")
     model.load_state_dict(saved, strict=False)
     write_entry_(model)
 
 
 def _saved_lora(model: nn.Module, saved: Mapping[str, Tensor], alpha: float, folder: Path) -> LowRank:
-    end = f".{LORA_NAME}.down"
-    layers = [name.removesuffix(end) for name in saved if name.endswith(end)]
+    suffix = f".{LORA_NAME}.down"
+    layers = [name.removesuffix(suffix) for name in saved if name.endswith(suffix)]
     if not layers:
         raise ValueError(f"{folder} lacks the LoRA that its config.json names: copy it again")
-    pairs = {layer: (saved[f"{layer}{end}"], saved[f"{layer}.{LORA_NAME}.up"]) for layer in layers}
-    return LowRank(model, {layer: like_layer(model, layer, pair) for layer, pair in pairs.items()}, alpha=alpha)
+    pairs = {layer: (saved[f"{layer}{suffix}"], saved[f"{layer}.{LORA_NAME}.up"]) for layer in layers}
+    return LowRank(model, {layer: match_layer(model, layer, pair) for layer, pair in pairs.items()}, alpha=alpha)
 
 
-def _own_tensors(folder: Path) -> dict[str, Tensor]:
+def _conversion_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved denoiser that belong to the conversion and not to the base."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= read_tensors(file, only=_is_ours)
+        tensors |= read_tensors(file, only=_is_conversion_tensor)
     return tensors
 
 
-def _is_ours(name: str) -> bool:
+def _is_conversion_tensor(name: str) -> bool:
     """Whether a saved tensor belongs to the conversion or its LoRA; a ValueError if it is under a user's peft layer."""
     if ".base_layer." in name:
         raise ValueError("this model was saved with a LoRA of your own loaded: unload that, and save it again")

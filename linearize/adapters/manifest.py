@@ -19,7 +19,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import nearest
+from ..errors import did_you_mean
 from ..folders import read_header
 from ..methods import config_from_dict
 from ..methods.field_checks import check_count
@@ -261,7 +261,7 @@ def _check_keys(where: str, entries: Mapping[str, Any], cls: Any) -> None:
     known = {field.name: field for field in fields(cls)}
     for key in entries:
         if key not in known:
-            raise ValueError(f"unknown key {key!r} in {where}{nearest(key, known)}; there are: {', '.join(known)}")
+            raise ValueError(f"unknown key {key!r} in {where}{did_you_mean(key, known)}; there are: {', '.join(known)}")
     missing = [name for name, field in known.items() if field.default is MISSING and name not in entries]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")

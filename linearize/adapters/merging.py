@@ -73,7 +73,7 @@ def _merged_names(model: nn.Module) -> list[str]:
 def _merged(model: Any, manifest: Manifest) -> Iterator[None]:
     """Context manager in which the model's state dict and config are those of the merged model."""
     entry = replace(entry_of(model, changed=_merged_names(model)), warning=merged_warning(manifest), trained=())
-    handle = model.register_state_dict_post_hook(_merge)
+    handle = model.register_state_dict_post_hook(_merge_lora)
     model.register_to_config(**{CONFIG_KEY: entry.to_dict()})
     try:
         yield
@@ -82,7 +82,7 @@ def _merged(model: Any, manifest: Manifest) -> Iterator[None]:
         write_entry_(model)
 
 
-def _merge(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+def _merge_lora(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     """State dict hook that merges LoRA into the weights of its layers."""
     for overlay in overlays_of(model).items:
         if isinstance(overlay, LowRank):

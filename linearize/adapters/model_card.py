@@ -96,11 +96,11 @@ def _base(manifest: Manifest) -> str:
 
 def _methods(manifest: Manifest) -> str:
     """`clear (radius 16)`, each kind once."""
-    told = []
+    texts = []
     for entries in manifest.methods.values():
         values = [f"{key} {json.dumps(value)}" for key, value in entries.items() if key != "method"]
-        told.append(entries["method"] + (f" ({', '.join(values)})" if values else ""))
-    return " and ".join(dict.fromkeys(told))
+        texts.append(entries["method"] + (f" ({', '.join(values)})" if values else ""))
+    return " and ".join(dict.fromkeys(texts))
 
 
 def _dense(manifest: Manifest) -> str:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ..errors import nearest
+from ..errors import did_you_mean
 from ..methods import check_impl_known
 from .loading import load_base, load_converted
-from .named import find_named
+from .resolve import resolve_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,15 +40,15 @@ def open_pipeline(
             is not an adapter.
     """
     check_impl_known(impl)
-    named = find_named(name, base=base, revision=revision, offline=offline)
-    if named.base.source.pipeline_class is None:
+    resolved = resolve_name(name, base=base, revision=revision, offline=offline)
+    if resolved.base.source.pipeline_class is None:
         raise ValueError(
-            f"{named.base.source.name} is a denoiser alone, which makes no pictures: give the folder or Hub id of the "
-            "pipeline that it belongs to; of an adapter, as base (--base)"
+            f"{resolved.base.source.name} is a denoiser alone, which makes no pictures: give the folder or Hub id of "
+            "the pipeline that it belongs to; of an adapter, as base (--base)"
         )
-    if named.conversion is None:
-        return load_base(named.base, dtype=dtype, offline=offline, **options)
-    return load_converted(named, dtype=dtype, impl=impl, **options)
+    if resolved.conversion is None:
+        return load_base(resolved.base, dtype=dtype, offline=offline, **options)
+    return load_converted(resolved, dtype=dtype, impl=impl, **options)
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -58,5 +58,5 @@ def named_dtype(name: str) -> torch.dtype:
         ValueError: the name is unknown.
     """
     if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}{did_you_mean(name, DTYPES)}")
     return DTYPES[name]

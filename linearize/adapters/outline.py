@@ -37,9 +37,9 @@ def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> d
         if isinstance(entry, list) and entry[0] is not None
     }
     configs = {name: place.file(f"{name}/{file}") for name, kind in kinds.items() if (file := _config_name(kind))}
-    if lacking := [f"{name}/{_config_name(kinds[name])}" for name, file in configs.items() if file is None]:
+    if missing := [f"{name}/{_config_name(kinds[name])}" for name, file in configs.items() if file is None]:
         raise ValueError(
-            f"{place.name} has a {PIPELINE_FILE} but no {', '.join(lacking)}: its copy is not complete; a plan needs "
+            f"{place.name} has a {PIPELINE_FILE} but no {', '.join(missing)}: its copy is not complete; a plan needs "
             "no weights, but these"
         )
     parts: dict[str, nn.Module | None] = {}
@@ -74,7 +74,7 @@ def _config_name(kind: Any) -> str | None:
 def _part_on_meta(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Module:
     try:
         if issubclass(kind, transformers.PreTrainedModel):
-            return _of_transformers(kind, config, dtype)
+            return _transformers_part_on_meta(kind, config, dtype)
         with init_empty_weights(include_buffers=True):
             model: nn.Module = kind.from_config(read_json(config))
     except (TypeError, RuntimeError, ZeroDivisionError) as error:
@@ -83,14 +83,14 @@ def _part_on_meta(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Modul
     return model
 
 
-def _of_transformers(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Module:
+def _transformers_part_on_meta(kind: type[Any], config: Path, dtype: torch.dtype) -> nn.Module:
     """A text encoder on the meta device; weights that two layers share stay shared."""
     with torch.device("meta"):
         model: nn.Module = kind(kind.config_class.from_pretrained(config.parent)).to(dtype)
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    keep_in_fp32 = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        keep_in_fp32 |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, weight in model.named_parameters():
-        if kept.intersection(name.split(".")):
+        if keep_in_fp32.intersection(name.split(".")):
             weight.data = weight.data.to(torch.float32)
     return model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from .hub import fetch, is_repository, names_in
+from .hub import fetch, is_repository, list_file_names
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
@@ -32,7 +32,7 @@ class Place:
     def names(self, path: str = "") -> list[str] | None:
         """Sorted names of the files in one of its folders; None: no such folder, or no list from the Hub."""
         if self.folder is None:
-            return names_in(self.name, path, revision=self.revision, offline=self.offline)
+            return list_file_names(self.name, path, revision=self.revision, offline=self.offline)
         folder = self.folder / path
         return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else None
 
@@ -45,7 +45,7 @@ def find_place(name: str | Path, *, revision: str | None = None, offline: bool =
             or the path is not valid in this locale.
     """
     offline = offline or constants.HF_HUB_OFFLINE
-    check_spelling(str(name))
+    check_encodable(str(name))
     path = Path(name).expanduser()
     if path.exists():
         if revision is not None:
@@ -56,13 +56,13 @@ def find_place(name: str | Path, *, revision: str | None = None, offline: bool =
     return Place(name=str(name), folder=None, revision=revision, offline=offline)
 
 
-def check_spelling(path: str) -> None:
+def check_encodable(path: str) -> None:
     """Raise a ValueError for a path that this locale or UTF-8 cannot encode."""
     try:
         os.fsencode(path)
         path.encode("utf-8")
     except UnicodeEncodeError as error:
-        here = sys.getfilesystemencoding()
+        encoding = sys.getfilesystemencoding()
         raise ValueError(
-            f"{path!a} is no path here, where they are in {here}: set PYTHONUTF8=1, or rename it"
+            f"{path!a} is no path here, where they are in {encoding}: set PYTHONUTF8=1, or rename it"
         ) from error

@@ -24,7 +24,7 @@ import diffusers
 import torch
 from torch import nn
 
-from ..errors import nearest
+from ..errors import did_you_mean
 from ..families import FAMILIES
 from .base import Base, build_on_meta
 
@@ -36,8 +36,8 @@ BACKENDS = {  # and their packages
     "torchao": "torchao",
     CASTING: "diffusers",
 }
-_KEPT = ("modules_to_not_convert", "llm_int8_skip_modules")  # settings that name layers
-_STORED = ("float8_e4m3fn", "float8_e5m2")
+_SKIP_SETTINGS = ("modules_to_not_convert", "llm_int8_skip_modules")  # settings that name layers
+_STORAGE_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Quantization:
         if self.quant_backend not in BACKENDS:
             raise ValueError(
                 f"{SETTING}: quant_backend must be {' or '.join(BACKENDS)}, got {self.quant_backend!r}"
-                + nearest(self.quant_backend, BACKENDS)
+                + did_you_mean(self.quant_backend, BACKENDS)
             )
 
     @property
@@ -62,11 +62,11 @@ class Quantization:
 
     def __str__(self) -> str:
         """As written on the command line."""
-        named = ",".join(
+        arguments = ",".join(
             f"{name}={value if isinstance(value, str) else json.dumps(value)}"
             for name, value in self.quant_kwargs.items()
         )
-        return f"{self.quant_backend}:{named}" if named else self.quant_backend
+        return f"{self.quant_backend}:{arguments}" if arguments else self.quant_backend
 
 
 def quantization_options(quantization: Quantization, base: Base, dtype: torch.dtype) -> dict[str, Any]:
@@ -84,8 +84,8 @@ def quantization_options(quantization: Quantization, base: Base, dtype: torch.dt
     package = BACKENDS[quantization.quant_backend]
     if find_spec(package) is None:
         raise ValueError(f"{SETTING} asks for {package}, which is not installed: pip install {package}")
-    for name in _KEPT:
-        _check_kept(name, quantization.quant_kwargs.get(name), base)
+    for name in _SKIP_SETTINGS:
+        _check_skipped(name, quantization.quant_kwargs.get(name), base)
     if package == "bitsandbytes" and not torch.cuda.is_available():
         raise ValueError(f"{SETTING}: diffusers quantizes with bitsandbytes on GPUs only; torchao works on CPUs too")
     try:
@@ -101,12 +101,12 @@ def cast_layerwise_(model: Any, quantization: Quantization | None, dtype: torch.
     """Store a denoiser's weights in 8 bits and compute in `dtype`, if `quantization` is layerwise casting."""
     if quantization is not None and quantization.quant_backend == CASTING:
         _check_casting(quantization.quant_kwargs)
-        stored = quantization.quant_kwargs.get("storage_dtype", _STORED[0])
-        model.enable_layerwise_casting(storage_dtype=getattr(torch, stored), compute_dtype=dtype)
+        storage_dtype = quantization.quant_kwargs.get("storage_dtype", _STORAGE_DTYPES[0])
+        model.enable_layerwise_casting(storage_dtype=getattr(torch, storage_dtype), compute_dtype=dtype)
 
 
 @contextmanager
-def quantization_told(quantization: Quantization | None) -> Iterator[None]:
+def translate_quantization_errors(quantization: Quantization | None) -> Iterator[None]:
     """Context manager that turns a backend's error about a missing requirement into a ValueError.
 
     Raises:
@@ -122,10 +122,10 @@ def quantization_told(quantization: Quantization | None) -> Iterator[None]:
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
     bits = quantization.quant_backend.removeprefix("bitsandbytes_")
-    usual: dict[str, Any] = {f"load_in_{bits}": True}
+    defaults: dict[str, Any] = {f"load_in_{bits}": True}
     if bits == "4bit":
-        usual |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    given = usual | quantization.quant_kwargs
+        defaults |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    given = defaults | quantization.quant_kwargs
     _check_names(given, diffusers.BitsAndBytesConfig)
     return diffusers.BitsAndBytesConfig(**given)
 
@@ -135,26 +135,28 @@ def _torchao(quantization: Quantization) -> Any:
 
     kinds = [name for name in dir(library) if name.endswith("Config") and not name.startswith("AOBase")]
     given = {"quant_type": "Int8WeightOnlyConfig"} | quantization.quant_kwargs
-    kind, kept = given.pop("quant_type"), given.pop("modules_to_not_convert", None)
+    kind, skipped = given.pop("quant_type"), given.pop("modules_to_not_convert", None)
     if kind not in kinds:
         known = ", ".join(kinds)
-        raise ValueError(f"{SETTING}: quant_type must be one of {known}; got {kind!r}{nearest(kind, kinds)}")
+        raise ValueError(f"{SETTING}: quant_type must be one of {known}; got {kind!r}{did_you_mean(kind, kinds)}")
     config_class = getattr(library, kind)
     _check_names(given, config_class)
-    usual = {name: one.default for name, one in inspect.signature(config_class).parameters.items()}
-    dtypes = {name: getattr(torch, str(one)) for name, one in given.items() if isinstance(usual[name], torch.dtype)}
-    return diffusers.TorchAoConfig(config_class(**given | dtypes), modules_to_not_convert=kept)
+    defaults = {name: one.default for name, one in inspect.signature(config_class).parameters.items()}
+    dtypes = {name: getattr(torch, str(one)) for name, one in given.items() if isinstance(defaults[name], torch.dtype)}
+    return diffusers.TorchAoConfig(config_class(**given | dtypes), modules_to_not_convert=skipped)
 
 
 def _check_casting(given: Mapping[str, Any]) -> None:
     for name in given:
         if name != "storage_dtype":
             raise ValueError(f"{SETTING}: unknown quant_kwargs {name}; {CASTING} takes storage_dtype")
-    if given.get("storage_dtype", _STORED[0]) not in _STORED:
-        raise ValueError(f"{SETTING}: storage_dtype must be {' or '.join(_STORED)}, got {given['storage_dtype']!r}")
+    if given.get("storage_dtype", _STORAGE_DTYPES[0]) not in _STORAGE_DTYPES:
+        raise ValueError(
+            f"{SETTING}: storage_dtype must be {' or '.join(_STORAGE_DTYPES)}, got {given['storage_dtype']!r}"
+        )
 
 
-def _check_kept(setting: str, given: Any, base: Base) -> None:
+def _check_skipped(setting: str, given: Any, base: Base) -> None:
     """Raise a ValueError if a given name is not the end of the name of any Linear layer or of a module around one."""
     if given is None:
         return
@@ -169,7 +171,7 @@ def _check_kept(setting: str, given: Any, base: Base) -> None:
             known = dict.fromkeys(part for layer in layers for part in layer.split(".") if not part.isdigit())
             raise ValueError(
                 f"{SETTING}: {setting} names {name!r}, and no Linear layer of this {base.model_class} is, or is in, a "
-                f"module of that name{nearest(name, known)}; its layers are {', '.join(known)}"
+                f"module of that name{did_you_mean(name, known)}; its layers are {', '.join(known)}"
             )
 
 
@@ -179,6 +181,6 @@ def _check_names(given: Mapping[str, Any], config_class: Any) -> None:
     for name in given:
         if name not in known:
             raise ValueError(
-                f"{SETTING}: unknown quant_kwargs {name}{nearest(name, known)}; {config_class.__name__} takes "
+                f"{SETTING}: unknown quant_kwargs {name}{did_you_mean(name, known)}; {config_class.__name__} takes "
                 + ", ".join(known)
             )

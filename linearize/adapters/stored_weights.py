@@ -13,7 +13,7 @@ from .place import Place, find_place
 
 logger = logging.getLogger(__name__)
 
-_OF_A_VARIANT = re.compile(r"diffusion_pytorch_model(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
+_VARIANT_FILE = re.compile(r"diffusion_pytorch_model(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
 
 
 def files_of_denoiser(base: Base, *, offline: bool = False) -> list[str] | None:
@@ -38,7 +38,7 @@ def variant_of(base: Base, names: Sequence[str]) -> str | None:
         )
     if any(re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", name) for name in names):
         return None
-    found = sorted({match[1] for name in names if (match := _OF_A_VARIANT.fullmatch(name))})
+    found = sorted({match[1] for name in names if (match := _VARIANT_FILE.fullmatch(name))})
     if len(found) > 1:
         raise ValueError(
             f"{folder} holds weights of several variants, {', '.join(found)}: pass variant= with one of them "
@@ -86,10 +86,10 @@ def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = Fals
         ValueError: there are no weights in safetensors files of the usual name.
     """
     place = _place(base, offline)
-    folder, of_variant = f"{base.component}/" if base.component else "", f".{variant}" if variant else ""
+    folder, variant_suffix = f"{base.component}/" if base.component else "", f".{variant}" if variant else ""
     stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
-    index = place.file(f"{folder}{SAFETENSORS_WEIGHTS_NAME}.index{of_variant}.json")
-    name = f"{stem}{of_variant}.safetensors"
+    index = place.file(f"{folder}{SAFETENSORS_WEIGHTS_NAME}.index{variant_suffix}.json")
+    name = f"{stem}{variant_suffix}.safetensors"
     if index is not None:
         name = next(iter(read_json(index)["weight_map"].values()))
     file = place.file(f"{folder}{name}")

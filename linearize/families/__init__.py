@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..errors import UnsupportedModelError, nearest
+from ..errors import UnsupportedModelError, did_you_mean
 from .family import Family as Family
 from .family import Sight as Sight
 from .latents import (
@@ -50,7 +50,7 @@ _FLUX = Family(
 )
 
 
-def _like_flux(name: str, classes: str) -> Family:
+def _flux_like_family(name: str, classes: str) -> Family:
     """A relative of FLUX with the same module names, whose own classes begin with `classes`."""
     return replace(_FLUX, name=name, blocks=(f"{classes}TransformerBlock", f"{classes}SingleTransformerBlock"))
 
@@ -74,24 +74,24 @@ _SD_UNET = Family(
 )
 
 
-def _of_the_image(name: str, attention: str, block: str) -> Family:
+def _image_only_family(name: str, attention: str, block: str) -> Family:
     """A family that takes latents as an image and has self-attention of the image alone."""
     return Family(name=name, attention=(attention,), see=see_latents, image_alone=("*",), blocks=(block,))
 
 
-_HUNYUAN_DIT = _of_the_image("hunyuan-dit", "blocks.*.attn1", "HunyuanDiTBlock")
+_HUNYUAN_DIT = _image_only_family("hunyuan-dit", "blocks.*.attn1", "HunyuanDiTBlock")
 _QWEN_IMAGE = Family(
     name="qwen-image",
     attention=("transformer_blocks.*.attn",),
     see=see_image_shapes,
     blocks=("QwenImageTransformerBlock",),
 )
-_WAN = _of_the_image("wan", "blocks.*.attn1", "WanTransformerBlock")
+_WAN = _image_only_family("wan", "blocks.*.attn1", "WanTransformerBlock")
 
 FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
     "FluxControlNetModel": replace(_FLUX, see=see_flux_controlnet),
-    "Flux2Transformer2DModel": replace(_like_flux("flux2", "Flux2"), see=see_flux2),
+    "Flux2Transformer2DModel": replace(_flux_like_family("flux2", "Flux2"), see=see_flux2),
     "Flux3Transformer2DModel": Family(
         name="flux3",
         attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
@@ -99,8 +99,8 @@ FAMILIES: dict[str, Family] = {
         image_alone=("mode_blocks.*",),
         blocks=("Flux3ModeTransformerBlock", "Flux3SingleTransformerBlock"),
     ),
-    "BriaTransformer2DModel": _like_flux("bria", "Bria"),
-    "BriaFiboTransformer2DModel": _like_flux("bria-fibo", "BriaFibo"),
+    "BriaTransformer2DModel": _flux_like_family("bria", "Bria"),
+    "BriaFiboTransformer2DModel": _flux_like_family("bria-fibo", "BriaFibo"),
     "BriaFibo2Transformer2DModel": Family(
         name="bria-fibo2",
         attention=("layers.*.attention", "noise_refiner.*.attention"),
@@ -108,8 +108,8 @@ FAMILIES: dict[str, Family] = {
         text_first=False,
         blocks=("BriaFibo2TransformerBlock",),
     ),
-    "LongCatImageTransformer2DModel": _like_flux("longcat-image", "LongCatImage"),
-    "OvisImageTransformer2DModel": _like_flux("ovis-image", "OvisImage"),
+    "LongCatImageTransformer2DModel": _flux_like_family("longcat-image", "LongCatImage"),
+    "OvisImageTransformer2DModel": _flux_like_family("ovis-image", "OvisImage"),
     "Krea2Transformer2DModel": Family(
         name="krea2",
         attention=("transformer_blocks.*.attn",),
@@ -132,9 +132,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "SD3Transformer2DModel": _SD3,
     "SD3ControlNetModel": _SD3,
-    "PixArtTransformer2DModel": _of_the_image("pixart", "transformer_blocks.*.attn1", "BasicTransformerBlock"),
+    "PixArtTransformer2DModel": _image_only_family("pixart", "transformer_blocks.*.attn1", "BasicTransformerBlock"),
     "DiTTransformer2DModel": replace(
-        _of_the_image("dit", "transformer_blocks.*.attn1", "BasicTransformerBlock"), see=see_square_latents
+        _image_only_family("dit", "transformer_blocks.*.attn1", "BasicTransformerBlock"), see=see_square_latents
     ),
     "UNet2DConditionModel": _SD_UNET,
     "ControlNetModel": _SD_UNET,
@@ -225,11 +225,13 @@ FAMILIES: dict[str, Family] = {
         blocks=("JoyImageEditPlusTransformerBlock",),
     ),
     "Kandinsky5Transformer3DModel": replace(
-        _of_the_image("kandinsky5", "visual_transformer_blocks.*.self_attention", "Kandinsky5TransformerDecoderBlock"),
+        _image_only_family(
+            "kandinsky5", "visual_transformer_blocks.*.self_attention", "Kandinsky5TransformerDecoderBlock"
+        ),
         see=see_channels_last,
     ),
-    "CosmosTransformer3DModel": _of_the_image("cosmos", "transformer_blocks.*.attn1", "CosmosTransformerBlock"),
-    "LuminaNextDiT2DModel": _of_the_image("lumina-next", "layers.*.attn1", "LuminaNextDiTBlock"),
+    "CosmosTransformer3DModel": _image_only_family("cosmos", "transformer_blocks.*.attn1", "CosmosTransformerBlock"),
+    "LuminaNextDiT2DModel": _image_only_family("lumina-next", "layers.*.attn1", "LuminaNextDiTBlock"),
     "NucleusMoEImageTransformer2DModel": Family(
         name="nucleus-image",
         attention=("transformer_blocks.*.attn",),
@@ -276,6 +278,6 @@ def unsupported(class_name: str) -> str:
     if class_name in REFUSED:
         return f"a {class_name} {REFUSED[class_name]}"
     return (
-        f"cannot convert a {class_name}{nearest(class_name, FAMILIES)}; supported: {', '.join(FAMILIES)}; "
+        f"cannot convert a {class_name}{did_you_mean(class_name, FAMILIES)}; supported: {', '.join(FAMILIES)}; "
         "for a model of your own pass linearize_(..., family=Family(...))"
     )

@@ -62,10 +62,10 @@ def image_and_references(ids: Tensor) -> tuple[Grid, int, Tensor]:
         LayoutError: one of the images is not a rectangle.
     """
     device, ids = ids.device, ids.cpu()
-    others = [axis for axis in range(ids.shape[1]) if axis not in (1, 2)]
+    other_axes = [axis for axis in range(ids.shape[1]) if axis not in (1, 2)]
     grid, exact, start = None, [], 0
     while start < ids.shape[0]:
-        length = _first((ids[start:, others] != ids[start, others]).any(1))
+        length = _first((ids[start:, other_axes] != ids[start, other_axes]).any(1))
         shape, run = rectangle(ids[start : start + length])
         grid = grid or shape
         exact.append(run)
@@ -99,12 +99,12 @@ def _see_ids(arguments: Mapping[str, Any], text_len: int) -> Sight:
             f"hidden_states hold {tokens} image tokens, img_ids {ids.shape[0]}: make both from the same height and "
             "width (a token is a 2x2 patch of latents)"
         )
-    sight, exact = _beside_text(ids, text_len)
+    sight, exact = _sight_after_text(ids, text_len)
     # as many dimensions as given: context parallelism splits a fixed one
     return replace(sight, replaced={"img_ids": exact.expand_as(arguments["img_ids"])})
 
 
-def _beside_text(ids: Tensor, text_len: int) -> tuple[Sight, Tensor]:
+def _sight_after_text(ids: Tensor, text_len: int) -> tuple[Sight, Tensor]:
     """The sight for ids [N, axes] of the image and its references after a text, and the ids without rounding."""
     grid, num_references, exact = image_and_references(ids)
     starts = (text_len,) if num_references else None
@@ -143,8 +143,8 @@ def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
     text_len = _first(is_image[0])
     positions = positions[:, text_len:]
     attend = segments == segments[:, -1:]
-    alike = (is_image == is_image[:1]).all() and (positions == positions[:1]).all()
-    if not alike or not is_image[:, text_len:].all() or not attend[:, text_len:].all():
+    same_layout = (is_image == is_image[:1]).all() and (positions == positions[:1]).all()
+    if not same_layout or not is_image[:, text_len:].all() or not attend[:, text_len:].all():
         raise LayoutError(
             "linear attention needs one image in each sequence, of one size and in one place after the text "
             "(indicator, position_ids, segment_ids): pad the texts at their beginning, as Ideogram4Pipeline does"
@@ -153,16 +153,16 @@ def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
     sight = Sight(grid=grid, text_lens=(text_len,))
     if _is_original(model, grid):
         return sight
-    whole = all(hasattr(layer.attention, "linear_kernel") for layer in model.layers)
+    all_converted = all(hasattr(layer.attention, "linear_kernel") for layer in model.layers)
     text_mask = attend[:, :text_len].to(arguments["segment_ids"].device)
-    replaced = {"segment_ids": arguments["segment_ids"][:, -1:]} if whole else {}
+    replaced = {"segment_ids": arguments["segment_ids"][:, -1:]} if all_converted else {}
     return replace(sight, text_mask=text_mask, replaced=replaced)
 
 
 def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     """Krea 2: position_ids [text + N, 3] of both; hidden_states [B, N, C], encoder_hidden_states [B, text, ...]."""
     ids, text_len = arguments["position_ids"], arguments["encoder_hidden_states"].shape[1]
-    sight, exact = _beside_text(ids[text_len:], text_len)
+    sight, exact = _sight_after_text(ids[text_len:], text_len)
     return replace(sight, replaced={"position_ids": torch.cat([ids[:text_len].float(), exact])})
 
 

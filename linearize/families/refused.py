@@ -1,9 +1,9 @@
 """Image models of diffusers that are not supported, and why: what `UnsupportedModelError` says."""
 
-_LINEAR = "has linear self-attention already: nothing to convert"
+_LINEAR_ALREADY = "has linear self-attention already: nothing to convert"
 
 # wrappers that pipelines make from a list of ControlNets
-MULTIPLE = (
+MULTI_CONTROLNETS = (
     "FluxMultiControlNetModel",
     "HunyuanDiT2DMultiControlNetModel",
     "MultiControlNetModel",
@@ -11,13 +11,13 @@ MULTIPLE = (
     "QwenImageMultiControlNetModel",
     "SD3MultiControlNetModel",
 )
-_SEVERAL = "holds several networks: convert each one of its `nets`"
+_SEVERAL_NETWORKS = "holds several networks: convert each one of its `nets`"
 
 REFUSED = {
-    **dict.fromkeys(MULTIPLE, _SEVERAL),
-    "SanaTransformer2DModel": _LINEAR,
-    "SanaControlNetModel": _LINEAR,
-    "SanaVideoTransformer3DModel": _LINEAR,
+    **dict.fromkeys(MULTI_CONTROLNETS, _SEVERAL_NETWORKS),
+    "SanaTransformer2DModel": _LINEAR_ALREADY,
+    "SanaControlNetModel": _LINEAR_ALREADY,
+    "SanaVideoTransformer3DModel": _LINEAR_ALREADY,
     "OmniGenTransformer2DModel": (
         "lets each text token see those before it only, and tells so by a mask of tokens x tokens, for which there is "
         "no linear attention yet"

@@ -21,7 +21,7 @@ def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
 
     The images after it are references. Layered models generate all images, of one size: here they are frames.
     """
-    shapes = _shapes_of_all(arguments["img_shapes"])
+    shapes = _common_shapes(arguments["img_shapes"])
     text_len = arguments["encoder_hidden_states"].shape[1]
     tokens = arguments["hidden_states"].shape[1]
     if sum(map(prod, shapes)) != tokens:
@@ -30,7 +30,7 @@ def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
         return Sight(grid=(len(shapes) * shapes[0][0], *shapes[0][1:]), text_lens=(text_len,))
     num_references = tokens - prod(shapes[0])
     return Sight(
-        grid=_flat(shapes[0]),
+        grid=_without_single_frame(shapes[0]),
         text_lens=(text_len + num_references,),
         image_starts=(text_len,) if num_references else None,
     )
@@ -41,20 +41,20 @@ def see_image_shapes_last(model: nn.Module, arguments: Mapping[str, Any]) -> Sig
 
     img_mask [B, slots] is True for slots of images, each of 2 x 2 tokens, and False for slots of text, each of one.
     """
-    shape = _shapes_of_all(arguments["img_shapes"])[-1]
+    shape = _common_shapes(arguments["img_shapes"])[-1]
     slots = arguments["img_mask"][0]
     num_tokens = slots.shape[0] + 3 * int(slots.sum())
-    return Sight(grid=_flat(shape), text_lens=(num_tokens - prod(shape),))
+    return Sight(grid=_without_single_frame(shape), text_lens=(num_tokens - prod(shape),))
 
 
 def see_shape_list(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     """JoyImage Edit Plus: hidden_states [B, N, ...] of the image, its references and padding; the text after them."""
-    shape = _shapes_of_all(arguments["shape_list"])[0]
+    shape = _common_shapes(arguments["shape_list"])[0]
     num_tokens = arguments["hidden_states"].shape[1] + arguments["encoder_hidden_states"].shape[1]
-    return Sight(grid=_flat(shape), text_lens=(num_tokens - prod(shape),))
+    return Sight(grid=_without_single_frame(shape), text_lens=(num_tokens - prod(shape),))
 
 
-def _shapes_of_all(img_shapes: Sequence[Any]) -> list[Shape]:
+def _common_shapes(img_shapes: Sequence[Any]) -> list[Shape]:
     """The shapes of one sample's images, which all samples must share."""
     samples = [[sample] if isinstance(sample[0], int) else list(sample) for sample in img_shapes]
     if any(sample != samples[0] for sample in samples):
@@ -64,7 +64,7 @@ def _shapes_of_all(img_shapes: Sequence[Any]) -> list[Shape]:
     return [(int(frames), int(height), int(width)) for frames, height, width in samples[0]]
 
 
-def _flat(shape: Shape) -> Grid:
+def _without_single_frame(shape: Shape) -> Grid:
     return shape[1:] if shape[0] == 1 else shape
 
 
@@ -131,10 +131,10 @@ def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
     shape = (frames // frame_patch, height // patch, width // patch)
     _check_axes(model, shape, (model.config.axes_lens[0], *model.config.axes_lens[1:]))
     padding = -prod(shape) % _SEQUENCE_MULTIPLE
-    parts = texts if omni else [[text] for text in texts]
-    lengths = tuple(sum(len(text) + -len(text) % _SEQUENCE_MULTIPLE for text in sample) for sample in parts)
+    texts_of_samples = texts if omni else [[text] for text in texts]
+    lengths = tuple(sum(len(text) + -len(text) % _SEQUENCE_MULTIPLE for text in sample) for sample in texts_of_samples)
     return Sight(
-        grid=_flat(shape),
+        grid=_without_single_frame(shape),
         text_lens=(padding, padding + max(lengths)),
         image_starts=lengths if omni else None,
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import read_json
 from ..adapters.config_entry import write_entry_
-from ..adapters.fitting import check_shapes, listed, shapes_of
+from ..adapters.fitting import check_shapes, shapes_of, shorten_list
 from ..adapters.grouping import grouped
 from ..adapters.place import CONFIG_FILE, Place, find_place
 from ..convert import linearize_, restore_, swapped
@@ -84,11 +84,11 @@ def load_linfusion_checkpoint_(
     configs = {entry.name: entry.config for entry in entries}
     candidates, _ = attention_modules(model, family_of(model))
     groups = grouped(configs, list(candidates))
-    without_memory = next(model.parameters()).is_meta  # only then kernels take the checkpoint's dtype
+    is_meta_model = next(model.parameters()).is_meta  # only then kernels take the checkpoint's dtype
     report = linearize_(model, {glob: configs[names[0]] for glob, names in groups.items()})
     for index, entry in enumerate(entries):
         kernel = cast(nn.Module, model.get_submodule(entry.name).linear_kernel)
-        kernel.load_state_dict(_networks(index, tensors), assign=without_memory)
+        kernel.load_state_dict(_networks(index, tensors), assign=is_meta_model)
     replace_weights_(model, weights, keep_original=keep_original)
     write_entry_(model)
     return report
@@ -143,20 +143,20 @@ def _shard(place: Place, name: str) -> dict[str, Tensor]:
 def _check_modules(entries: Sequence[_Entry], model: nn.Module, name: str) -> None:
     """Check that the UNet has these modules, with these channels and heads."""
     candidates, _ = attention_modules(model, family_of(model))
-    wrong = []
+    problems = []
     for entry in entries:
         module: Any = candidates.get(entry.name)
         if module is None:
-            wrong.append(f"{entry.name} is no self-attention of it")
+            problems.append(f"{entry.name} is no self-attention of it")
             continue
         heads, head_dim = head_shape(module)
         if (heads * head_dim, heads) != (entry.channels, entry.heads):
-            here = f"{heads * head_dim} channels in {heads} heads"
-            wrong.append(f"{entry.name} has {here}, not {entry.channels} in {entry.heads}")
+            actual = f"{heads * head_dim} channels in {heads} heads"
+            problems.append(f"{entry.name} has {actual}, not {entry.channels} in {entry.heads}")
     if len({entry.name for entry in entries}) < len(entries):
-        wrong.append("a module is named twice")
-    if wrong:
-        raise ValueError(f"{name} is for another UNet than this one: {listed(wrong)}")
+        problems.append("a module is named twice")
+    if problems:
+        raise ValueError(f"{name} is for another UNet than this one: {shorten_list(problems)}")
 
 
 def _expected(entries: Sequence[_Entry], model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -188,8 +188,8 @@ def _projections(entries: Sequence[_Entry], tensors: Mapping[str, Tensor]) -> di
 def _networks(index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of module `index`'s linear kernel."""
     return {
-        f"{ours}.{name.removeprefix(start)}": tensor
+        f"{ours}.{name.removeprefix(prefix)}": tensor
         for theirs, ours in _NETWORKS.items()
         for name, tensor in tensors.items()
-        if name.startswith(start := f"{index}.{theirs}.")
+        if name.startswith(prefix := f"{index}.{theirs}.")
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.base import read_json
-from ..folders import write_whole
+from ..folders import write_atomically
 from ..methods import config_from_dict, config_to_dict
 from ..methods.clear import Clear
 from ..methods.field_checks import as_tuples
@@ -92,7 +92,7 @@ class Profile:
         """Write JSON atomically."""
         methods = [config_to_dict(method) for method in self.methods]
         text = json.dumps({"format": FORMAT, **asdict(self), "methods": methods}, indent=1) + "\n"
-        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def is_window(config: Any) -> bool:

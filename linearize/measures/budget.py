@@ -27,7 +27,7 @@ from ..adapters.grouping import grouped
 from ..families import FAMILIES, family_of
 from ..layout import Grid
 from ..matching import attention_modules, head_shape
-from ..methods import METHODS, config_to_dict, spelled
+from ..methods import METHODS, config_to_dict, format_setting
 from ..methods.clear import Clear
 from .attention_profile import LayerProfile, Profile, is_window
 
@@ -58,10 +58,10 @@ class Proposal:
 
     def __str__(self) -> str:
         counts = Counter(self.chosen.values()).most_common()
-        told = ", ".join(f"{count} x {name_of(choice)}" for choice, count in counts)
+        summary = ", ".join(f"{count} x {describe_choice(choice)}" for choice, count in counts)
         height, width = self.size
         shares = f"{self.flops / self.dense_flops:.2%} of full attention's, budget {self.budget / self.dense_flops:.2%}"
-        return f"{told}; operations at {width}x{height}: {shares}"
+        return f"{summary}; operations at {width}x{height}: {shares}"
 
 
 def propose(
@@ -92,20 +92,20 @@ def propose(
     flops = [[_flops(profile, layer, grid, choice) for choice in choices] for layer, grid in pairs]
     errors = [[_error(profile, layer, choice) for choice in choices] for layer in profile.layers]
     if sum(map(min, flops)) > limit:
-        least = sum(map(min, flops)) / dense_flops
+        cheapest = sum(map(min, flops)) / dense_flops
         raise ValueError(
-            f"the budget is {limit / dense_flops:.4f} of full attention, the cheapest choices need {least:.4f}: raise "
-            "the budget, or profile and choose cheaper attention"
+            f"the budget is {limit / dense_flops:.4f} of full attention, the cheapest choices need {cheapest:.4f}: "
+            "raise the budget, or profile and choose cheaper attention"
         )
     chosen = knapsack(flops, errors, limit)
-    found = {layer.module: choices[option] for layer, option in zip(profile.layers, chosen, strict=True)}
-    swapped = {module: choice for module, choice in found.items() if choice is not None}
+    choice_of_layer = {layer.module: choices[option] for layer, option in zip(profile.layers, chosen, strict=True)}
+    swapped = {module: choice for module, choice in choice_of_layer.items() if choice is not None}
     if not swapped:
         raise ValueError(f"a budget of {budget} leaves full attention in every layer, and nothing to convert: lower it")
-    groups = grouped(swapped, list(found))
+    groups = grouped(swapped, list(choice_of_layer))
     return Proposal(
         configs={glob: swapped[modules[0]] for glob, modules in groups.items()},
-        chosen=found,
+        chosen=choice_of_layer,
         size=size,
         flops=sum(costs[option] for costs, option in zip(flops, chosen, strict=True)),
         budget=limit,
@@ -146,11 +146,11 @@ def parse_choices(profile: Profile, text: str) -> list[Any]:
     return choices
 
 
-def name_of(choice: Any) -> str:
+def describe_choice(choice: Any) -> str:
     """A choice in words: "radius 8", "full attention", or as the command spells a method."""
     if choice is None:
         return "full attention"
-    return f"radius {choice.radius:g}" if is_window(choice) else spelled(config_to_dict(choice))
+    return f"radius {choice.radius:g}" if is_window(choice) else format_setting(config_to_dict(choice))
 
 
 def _number(text: str) -> float:
@@ -171,22 +171,22 @@ def knapsack(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], 
     Returns:
         [items], indices of the options.
     """
-    spare = limit - sum(map(min, costs))
+    slack = limit - sum(map(min, costs))
     cost, error = np.zeros(1, np.int64), np.zeros(1)
     steps: list[npt.NDArray[np.int64]] = []  # totals that were kept, as row * options + option
-    for one_costs, one_errors in zip(costs, errors, strict=True):
-        extra = np.array(one_costs, np.int64) - min(one_costs)
+    for item_costs, item_errors in zip(costs, errors, strict=True):
+        extra = np.array(item_costs, np.int64) - min(item_costs)
         all_costs = (cost[:, None] + extra).ravel()
-        all_errors = (error[:, None] + np.array(one_errors)).ravel()
+        all_errors = (error[:, None] + np.array(item_errors)).ravel()
         order = np.lexsort((all_errors, all_costs))
-        order = order[all_costs[order] <= spare]
+        order = order[all_costs[order] <= slack]
         best = np.minimum.accumulate(all_errors[order])
         kept = order[np.concatenate([[True], best[1:] < best[:-1]])]
         cost, error = all_costs[kept], all_errors[kept]
         steps.append(kept)
     options, row = [], len(cost) - 1
-    for kept, one_costs in zip(reversed(steps), reversed(costs), strict=True):
-        row, option = divmod(int(kept[row]), len(one_costs))
+    for kept, item_costs in zip(reversed(steps), reversed(costs), strict=True):
+        row, option = divmod(int(kept[row]), len(item_costs))
         options.append(option)
     return options[::-1]
 
@@ -214,8 +214,8 @@ def _check_choices(profile: Profile, choices: Sequence[Any]) -> None:
         raise ValueError("choices must hold at least one, got none")
     for choice in choices:
         if choice is not None and choice not in profile.candidates:
-            had = ", ".join(map(name_of, profile.candidates))
-            raise ValueError(f"{name_of(choice)} was not profiled, these were: {had}")
+            profiled = ", ".join(map(describe_choice, profile.candidates))
+            raise ValueError(f"{describe_choice(choice)} was not profiled, these were: {profiled}")
     for layer in profile.layers:
         if not np.isfinite(layer.output_error).all():
             raise ValueError(f"the profile has no finite error for every candidate in {layer.module}: make it again")
@@ -231,9 +231,9 @@ def _flops(profile: Profile, layer: LayerProfile, grid: Grid, choice: Any) -> in
     """Operations of one call of a layer, batch 1, as `flops.py` counts them; choice None: full attention."""
     if choice is None:
         family = FAMILIES.get(profile.model_class)
-        text_asks = family is None or family.text_queries
+        text_queries = family is None or family.text_queries
         num_image = math.prod(grid)
-        pairs = (num_image + text_asks * layer.text_len) * (num_image + layer.text_len)
+        pairs = (num_image + text_queries * layer.text_len) * (num_image + layer.text_len)
     else:
         shape = {"num_heads": layer.num_heads, "head_dim": layer.head_dim}
         pairs = METHODS[type(choice)].pairs(choice, grid, layer.text_len, **shape)

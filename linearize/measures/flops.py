@@ -22,7 +22,7 @@ from ..families import family_of
 from ..layout import Grid, Layout
 from ..matching import attention_modules
 from ..methods import METHODS
-from ..seam.original import COVERED, below
+from ..seam.original import COVERED, dense_below_text
 from .live_bytes import LiveBytes
 from .step_inputs import can_make_inputs, step_inputs
 
@@ -102,7 +102,7 @@ class Step:
         """
         before = after = 0
         for call in self.calls:
-            if call.module in configs and self.is_of_the_image(call):
+            if call.module in configs and self.is_image_self_attention(call):
                 config = configs[call.module]
                 grid, text_len = self.layout(call)
                 pairs = call.queries * call.keys
@@ -111,29 +111,29 @@ class Step:
                     method = METHODS[type(config)]
                     pairs = method.pairs(config, grid, text_len, num_heads=call.heads, head_dim=call.head_dim)
                 after += call.flops(pairs)
-        everything = self.layers + sum(call.flops(call.queries * call.keys) for call in self.calls)
+        total = self.layers + sum(call.flops(call.queries * call.keys) for call in self.calls)
         return StepFlops(
             size=self.size,
             grid=self.grid,
             attention_before=before,
             attention_after=after,
-            before=everything,
+            before=total,
         )
 
-    def is_of_the_image(self, call: Call) -> bool:
+    def is_image_self_attention(self, call: Call) -> bool:
         """Whether a call of a converted module is the one that its linear kernel replaces."""
         return call.queries == (call.keys if self.text_queries else prod(self.grid))
 
-    def picked(self, module: str, config: Any, like: Tensor, *, dense_below: int = 0) -> str:
+    def auto_impl(self, module: str, config: Any, like: Tensor, *, dense_below: int = 0) -> str:
         """The implementation that "auto" picks for a converted module, on the device and in the dtype of `like`.
 
         Args:
             dense_below: Image tokens of a call below which the original attention runs.
         """
-        call = next(call for call in self.calls if call.module == module and self.is_of_the_image(call))
+        call = next(call for call in self.calls if call.module == module and self.is_image_self_attention(call))
         grid, text_len = self.layout(call)
         if prod(grid) < dense_below:
-            return below(dense_below)
+            return dense_below_text(dense_below)
         method = METHODS[type(config)]
         with torch.device("meta"):
             kernel = method(config, num_heads=call.heads, head_dim=call.head_dim)
@@ -210,12 +210,12 @@ class _Counter(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            return self.skip(*args, **kwargs)
+            return self.record_attention(*args, **kwargs)
         if func is Tensor.__setitem__ and args[0].is_meta:
             return None
         if func is Tensor.repeat_interleave and isinstance(args[1], Tensor):
             kwargs = {**kwargs, "output_size": int(args[1].sum())}
-        args, kwargs = _without_numbers(args, kwargs)
+        args, kwargs = _to_meta(args, kwargs)
         out = func(*args, **kwargs)
         if func in _WEIGHTED:
             weight = args[1]  # [out, in] or [out, in / groups, *sides]
@@ -224,7 +224,7 @@ class _Counter(TorchFunctionMode):
             self.layers += 2 * out.numel() * args[0].shape[-1]
         return out
 
-    def skip(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def record_attention(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
         """Record an attention call and return an empty output, [B, H, N, D]."""
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]
@@ -237,7 +237,7 @@ _WEIGHTED = (functional.linear, functional.conv1d, functional.conv2d, functional
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 
 
-def _without_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _to_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Move all tensors of a call to meta if one is there; a boolean index becomes integer indices first."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if len({tensor.is_meta for tensor in tensors}) < 2:
@@ -251,20 +251,20 @@ def _as_indices(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(_as_indices(one) for one in index)
     if isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta:
-        found = index.nonzero(as_tuple=True)
-        return found if len(found) > 1 else found[0]
+        indices = index.nonzero(as_tuple=True)
+        return indices if len(indices) > 1 else indices[0]
     return index
 
 
-def _as_upstream_takes(name: str, value: Any, dtype: torch.dtype) -> Any:
+def _as_model_input(name: str, value: Any, dtype: torch.dtype) -> Any:
     """Move floats (cast to `dtype` if already there) and `segment_ids` to meta; models read the values of the rest."""
 
-    def taken(tensor: Tensor) -> Tensor:
+    def convert(tensor: Tensor) -> Tensor:
         if tensor.is_meta and tensor.is_floating_point():
             return tensor.to(dtype)
         return tensor.to("meta") if tensor.is_floating_point() or name == "segment_ids" else tensor
 
-    return tree_map_only(Tensor, taken, value)
+    return tree_map_only(Tensor, convert, value)
 
 
 def _run(
@@ -280,7 +280,7 @@ def _run(
         handles += [module.register_forward_hook(counter.leave)]
     try:
         with torch.no_grad(), live, counter:
-            model(**{name: _as_upstream_takes(name, value, model.dtype) for name, value in inputs.items()})
+            model(**{name: _as_model_input(name, value, model.dtype) for name, value in inputs.items()})
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..adapters.base import Base, build_on_meta
-from ..adapters.named import find_named
+from ..adapters.resolve import resolve_name
 from ..convert import check_impl
 from ..families import family_of
 from ..matching import attention_modules, choose
@@ -84,11 +84,11 @@ def inspect_base(
             other than an adapter.
     """
     check_impl_known(impl)
-    named = find_named(base_or_adapter, base=base, revision=revision, offline=offline)
-    if named.conversion is None:
-        return _inspect(named.base, {}, impl, 0)
-    dense_below = named.conversion.dense_tokens if impl == "auto" else 0
-    return _inspect(named.base, named.conversion.configs(), impl, dense_below)
+    resolved = resolve_name(base_or_adapter, base=base, revision=revision, offline=offline)
+    if resolved.conversion is None:
+        return _inspect(resolved.base, {}, impl, 0)
+    dense_below = resolved.conversion.dense_tokens if impl == "auto" else 0
+    return _inspect(resolved.base, resolved.conversion.configs(), impl, dense_below)
 
 
 def _inspect(base: Base, patterns: Mapping[str, Any], impl: str, dense_below: int) -> Inspection:
@@ -99,9 +99,10 @@ def _inspect(base: Base, patterns: Mapping[str, Any], impl: str, dense_below: in
     candidates, skipped = attention_modules(model, family)
     configs = choose(list(candidates), patterns, None)
     steps = count_steps(model, vae_scale=base.vae_scale)
-    left = skipped | {name: "not converted" for name in candidates if name not in configs}
-    rows = {name: _left(name, reason) for name, reason in left.items()} | {
-        name: _row(name, config, _runs(name, config, steps, impl, dense_below)) for name, config in configs.items()
+    skipped_modules = skipped | {name: "not converted" for name in candidates if name not in configs}
+    rows = {name: _skipped_row(name, reason) for name, reason in skipped_modules.items()} | {
+        name: _swapped_row(name, config, _impl_by_size(name, config, steps, impl, dense_below))
+        for name, config in configs.items()
     }
     return Inspection(
         base=base.source.name or "memory",
@@ -113,24 +114,24 @@ def _inspect(base: Base, patterns: Mapping[str, Any], impl: str, dense_below: in
     )
 
 
-def _row(name: str, config: Any, impl: str) -> Row:
+def _swapped_row(name: str, config: Any, impl: str) -> Row:
     entries = config_to_dict(config)
     method = entries.pop("method")
     return Row(module=name, swapped=True, reason="", method=method, settings=entries, impl=impl)
 
 
-def _left(name: str, reason: str) -> Row:
+def _skipped_row(name: str, reason: str) -> Row:
     return Row(module=name, swapped=False, reason=reason, method="", settings={}, impl="")
 
 
-def _runs(name: str, config: Any, steps: Sequence[Step], impl: str, dense_below: int) -> str:
+def _impl_by_size(name: str, config: Any, steps: Sequence[Step], impl: str, dense_below: int) -> str:
     """The implementation at every size: "tiled", or "reference at 1K, tiled at 2K 4K 8K"; "auto" without sizes."""
     if impl != "auto" or not steps:
         return impl
     like = torch.empty(1, device="cuda", dtype=torch.bfloat16) if torch.cuda.is_available() else torch.empty(1)
     sizes: dict[str, list[str]] = {}
     for step in steps:
-        sizes.setdefault(step.picked(name, config, like, dense_below=dense_below), []).append(step.size)
+        sizes.setdefault(step.auto_impl(name, config, like, dense_below=dense_below), []).append(step.size)
     if len(sizes) == 1:
         return next(iter(sizes))
     return ", ".join(f"{chosen} at {' '.join(names)}" for chosen, names in sizes.items())

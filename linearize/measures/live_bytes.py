@@ -13,16 +13,16 @@ class LiveBytes(TorchDispatchMode):
     """Mode that counts the bytes of tensors from their creation until nothing refers to them.
 
     Args:
-        known: Module whose parameters and buffers do not count.
-        given: Tensors that do not count either.
+        module: Module whose parameters and buffers do not count.
+        inputs: Tensors that do not count either.
     Attributes:
         peak: The most bytes held at once.
     """
 
-    def __init__(self, known: nn.Module, given: Iterable[Tensor] = ()) -> None:
+    def __init__(self, module: nn.Module, inputs: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        tensors = (*known.parameters(), *known.buffers(), *given)
-        self.known = {one.untyped_storage()._cdata for one in tensors}
+        tensors = (*module.parameters(), *module.buffers(), *inputs)
+        self.excluded = {one.untyped_storage()._cdata for one in tensors}
         self.bytes: dict[int, int] = {}
         self.now = self.peak = 0
 
@@ -30,7 +30,7 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in self.bytes and storage._cdata not in self.known:
+            if storage is not None and storage._cdata not in self.bytes and storage._cdata not in self.excluded:
                 self.bytes[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)

@@ -81,23 +81,23 @@ def inputs_by_name(
     *,
     text_len: int,
     batch: int = 1,
-    leave: Collection[str] = (),
+    omit: Collection[str] = (),
 ) -> dict[str, Any]:
     """Generate those arguments of a forward whose names are known.
 
     Args:
         grid: (height, width) of the picture in tokens; for a UNet, in latents.
         text_len: Number of text tokens, unless the config sets it.
-        leave: Names of arguments to omit.
+        omit: Names of arguments to omit.
     """
     names = argument_names(model_class)
     text = config.get("text_len") or text_len
     picture = Picture(config=config, names=names, grid=grid, text=text, batch=batch)
-    made = {name: _MAKERS[name](picture) for name in names if name in _MAKERS and name not in leave}
-    return {name: value for name, value in made.items() if value is not None}
+    inputs = {name: _MAKERS[name](picture) for name in names if name in _MAKERS and name not in omit}
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
-def with_numbers(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def with_values(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """One of these arguments on a device; meta floats get values of this dtype: 0.5 in vectors, else random."""
     if not value.is_meta:
         return value.to(device)
@@ -211,7 +211,7 @@ def _pair(picture: Picture) -> Tensor:
     return picture.floats(2)
 
 
-def _one(picture: Picture) -> Tensor:
+def _scalar(picture: Picture) -> Tensor:
     return picture.floats()
 
 
@@ -242,8 +242,8 @@ _MAKERS: dict[str, Callable[[Picture], Any]] = {
     "controlnet_mode": lambda picture: (
         torch.zeros(picture.batch, 1, dtype=torch.long) if picture.config.get("num_mode") is not None else None
     ),
-    "timestep": _one,
-    "t": _one,
+    "timestep": _scalar,
+    "t": _scalar,
     "target_timestep": lambda picture: picture.floats() if picture.config.get("flow_map") else None,
     "guidance": lambda picture: picture.floats() if picture.config.get("guidance_embeds") else None,
     "img_ids": lambda picture: picture.ids(len(picture.config["axes_dims_rope"])),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..calling import call_of_original, draw_latents
+from ..calling import draw_latents, original_call
 from ..families import family_of
 from ..networks import denoiser
 from .recording import Prediction, predict, recording, to_device
@@ -67,7 +67,7 @@ def record_predictions(
     """
     _, model = denoiser(pipe)
     family_of(model)
-    call = call_of_original(
+    call = original_call(
         pipe,
         prompts,
         size=size,
@@ -78,9 +78,9 @@ def record_predictions(
     )
     predictions: list[Prediction] = []
     for index, prompt in enumerate(tqdm(prompts, desc="base", unit="picture")):
-        with recording(model) as of_picture:
+        with recording(model) as recorded:
             draw_latents(pipe, prompt, seed + index, call)
-        predictions += of_picture
+        predictions += recorded
     return predictions
 
 
@@ -99,17 +99,17 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
     device = pipe._execution_device
     sums: dict[int, tuple[float, float]] = {}
     seconds = []
-    for one in tqdm(predictions, desc=name, unit="prediction"):
-        given = to_device(one.arguments, device)
+    for prediction in tqdm(predictions, desc=name, unit="prediction"):
+        arguments = to_device(prediction.arguments, device)
         began = time.perf_counter()
-        output = predict(model, given).float().cpu()
+        output = predict(model, arguments).float().cpu()
         seconds.append(time.perf_counter() - began)
-        if output.shape != one.output.shape:
-            shapes = f"{tuple(output.shape)}, the base {tuple(one.output.shape)}"
+        if output.shape != prediction.output.shape:
+            shapes = f"{tuple(output.shape)}, the base {tuple(prediction.output.shape)}"
             raise ValueError(f"the model must be a conversion of the base, it predicts {shapes}")
-        expected = one.output.float()
-        error, norm = sums.get(one.index, (0.0, 0.0))
-        sums[one.index] = (
+        expected = prediction.output.float()
+        error, norm = sums.get(prediction.index, (0.0, 0.0))
+        sums[prediction.index] = (
             error + float((output - expected).square().sum()),
             norm + float(expected.square().sum()),
         )

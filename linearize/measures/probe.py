@@ -54,7 +54,7 @@ class Probe(Method):
         kernels: Kernels of the methods to try, made for this module.
         num_queries: Image queries to sample in each call; all of them if the image has fewer.
         generator: CPU generator of the sample.
-        turns: Numbers the probes of a model in the order of their first calls.
+        call_counter: Numbers the probes of a model in the order of their first calls.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Probe(Method):
         head_dim: int,
         num_queries: int,
         generator: torch.Generator,
-        turns: Iterator[int],
+        call_counter: Iterator[int],
     ) -> None:
         super().__init__(None, num_heads=num_heads, head_dim=head_dim)
         self.radii = radii
@@ -74,8 +74,8 @@ class Probe(Method):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.num_queries = num_queries
         self.generator = generator
-        self.turns = turns
-        self.turn = -1
+        self.call_counter = call_counter
+        self.first_call = -1
         self.grid: Grid = ()
         self.text_len = 0
         double = torch.float64
@@ -97,15 +97,15 @@ class Probe(Method):
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
         """[B, H, N, D] -> [B, H, N, D]."""
-        self._note(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)
+        self._record(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)
         mask = None
         if layout.text_mask is not None:
             mask = key_mask(layout.text_mask, layout.num_image_tokens, layout.text_first)
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
-    def _note(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> None:
-        if self.turn < 0:
-            self.turn = next(self.turns)
+    def _record(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> None:
+        if self.first_call < 0:
+            self.first_call = next(self.call_counter)
         self.grid, self.text_len = layout.grid, layout.text_len
         image_query = split_text(query, layout.text_len, layout.text_first)[1]
         # keys in one order, [image, text]
@@ -115,22 +115,24 @@ class Probe(Method):
         num_image = layout.num_image_tokens
         sample = torch.randperm(num_image, generator=self.generator)[: self.num_queries]
         rows = max(1, MAX_ENTRIES // (query.shape[0] * query.shape[1] * key.shape[2]))
-        hidden = None
+        masked = None
         if layout.text_mask is not None:
-            hidden = pad(~layout.text_mask, (num_image, 0))[:, None, None]  # [B, 1, 1, N]
-        others = []
+            masked = pad(~layout.text_mask, (num_image, 0))[:, None, None]  # [B, 1, 1, N]
+        kernel_outs = []
         for kernel in self.kernels:
             out = kernel(query, key, value, layout, scale=scale)
             image_out = split_text(out, layout.text_len, layout.text_first)[1]
-            others.append(image_out[:, :, sample.to(query.device)].float().split(rows, dim=2))
+            kernel_outs.append(image_out[:, :, sample.to(query.device)].float().split(rows, dim=2))
         for index, part in enumerate(sample.split(rows)):
             queries = image_query[:, :, part.to(query.device)].float()
             logits = scale * queries @ keys.mT  # [B, H, S, N]
-            if hidden is not None:
-                logits = logits.masked_fill(hidden, -torch.inf)
-            self._add(logits, values, _distances(part, layout.grid).to(query.device), [out[index] for out in others])
+            if masked is not None:
+                logits = logits.masked_fill(masked, -torch.inf)
+            self._accumulate(
+                logits, values, _distances(part, layout.grid).to(query.device), [out[index] for out in kernel_outs]
+            )
 
-    def _add(self, logits: Tensor, value: Tensor, distance: Tensor, others: Sequence[Tensor]) -> None:
+    def _accumulate(self, logits: Tensor, value: Tensor, distance: Tensor, kernel_outs: Sequence[Tensor]) -> None:
         """Add to the sums: logits [B, H, S, N], distances [S, image tokens], the kernels' outputs [B, H, S, D]."""
         sums = self.sums
         num_image = distance.shape[1]
@@ -146,8 +148,8 @@ class Probe(Method):
             sums.mass[:, index] += _by_head(image.masked_fill(far, 0))
             near_out = logits.masked_fill(pad(far, (0, logits.shape[-1] - num_image)), -torch.inf).softmax(-1) @ value
             sums.error[index] += (near_out - out).square().sum().cpu()
-        for index, other in enumerate(others, start=len(self.radii)):
-            sums.error[index] += (other - out).square().sum().cpu()
+        for index, kernel_out in enumerate(kernel_outs, start=len(self.radii)):
+            sums.error[index] += (kernel_out - out).square().sum().cpu()
 
 
 def _distances(queries: Tensor, grid: Grid) -> Tensor:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ... import __version__
 from ..adapters.base import source_of
-from ..calling import call_of_original, check_counts, draw_latents
+from ..calling import check_counts, draw_latents, original_call
 from ..convert import restore_, swap_
 from ..families import family_of
 from ..matching import attention_modules, head_shape
@@ -20,7 +20,7 @@ from ..methods import METHODS, config_to_dict
 from ..methods.clear import Clear
 from ..networks import denoiser
 from ..seam.conversion import Conversion
-from ..weights.quantized import quantized_in
+from ..weights.quantized import quantized_types
 from .attention_profile import LayerProfile, Profile, is_window
 from .probe import Probe
 
@@ -71,7 +71,7 @@ def profile_attention(
     for radius in radii:
         Clear(radius=radius)  # raises if it is not a radius
     check_counts(prompts, {"queries": queries})
-    call = call_of_original(
+    call = original_call(
         pipe,
         prompts,
         size=size,
@@ -96,8 +96,8 @@ def profile_attention(
         steps=steps,
         queries=queries,
         seed=seed,
-        quantized=quantized_in(model),
-        layers=tuple(_layer(name, probes[name]) for name in sorted(probes, key=lambda name: probes[name].turn)),
+        quantized=quantized_types(model),
+        layers=tuple(_layer(name, probes[name]) for name in sorted(probes, key=lambda name: probes[name].first_call)),
         versions={"lineardit": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
     )
 
@@ -114,7 +114,7 @@ def probed(
     """Context manager that runs a `Probe` in each self-attention module of the image; yields them by module name."""
     family = family_of(model)
     modules, _ = attention_modules(model, family)
-    shared: dict[str, Any] = {"num_queries": num_queries, "generator": generator, "turns": itertools.count()}
+    shared: dict[str, Any] = {"num_queries": num_queries, "generator": generator, "call_counter": itertools.count()}
     probes: dict[str, Probe] = {}
     for name, module in modules.items():
         num_heads, head_dim = head_shape(module)

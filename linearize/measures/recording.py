@@ -86,28 +86,28 @@ def first_call(pipe: Any, **call: Any) -> Arguments:
 
     def catch(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(_by_name(model, args, kwargs))
-        raise _Enough
+        raise _StopCall
 
     handle = model.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)  # before a conversion's hooks
     try:
         pipe(**call)
-    except _Enough:
+    except _StopCall:
         return caught[0]
     finally:
         handle.remove()
     raise ValueError(f"{type(pipe).__name__} made a picture without a call of its {type(model).__name__}")
 
 
-class _Enough(Exception):
+class _StopCall(Exception):
     """Ends a pipeline's call."""
 
 
 def predict(model: nn.Module, arguments: Arguments) -> Tensor:
     """The prediction of one call."""
-    return prediction_of(model, model(**with_own_lists(arguments)))
+    return prediction_of(model, model(**copy_lists(arguments)))
 
 
-def with_own_lists(arguments: Arguments) -> dict[str, Any]:
+def copy_lists(arguments: Arguments) -> dict[str, Any]:
     """The same tensors in new lists: some models empty the lists that they are given."""
     return {name: tree_map(lambda one: one, value) for name, value in arguments.items()}
 
@@ -129,9 +129,9 @@ def prediction_of(model: nn.Module, output: Any) -> Tensor:
     prediction = output[0]
     if isinstance(prediction, Tensor):
         config: Any = model.config
-        twice = 2 * (config.get("in_channels") or 0)
-        learnt = config.get("learn_sigma") or config.get("out_channels") == twice
-        with_variance = learnt and prediction.ndim == 4 and prediction.shape[1] == twice
+        twice_channels = 2 * (config.get("in_channels") or 0)
+        learns_variance = config.get("learn_sigma") or config.get("out_channels") == twice_channels
+        with_variance = learns_variance and prediction.ndim == 4 and prediction.shape[1] == twice_channels
         return prediction.chunk(2, dim=1)[0] if with_variance else prediction
     return torch.cat([one.flatten() for one in prediction])
 

@@ -24,13 +24,13 @@ from ..errors import is_out_of_memory
 from ..families import family_of
 from ..seam.original import ORIGINAL
 from .flops import StepFlops
-from .named_inputs import with_numbers
-from .recording import with_own_lists
+from .named_inputs import with_values
+from .recording import copy_lists
 from .step_inputs import step_inputs
-from .weightless_conversion import GIB, Conditions, Size, WeightlessConversion, failed
+from .weightless_conversion import GIB, Conditions, Size, WeightlessConversion, failure_text
 
 
-def _untimed(device_type: str) -> int:
+def _num_warmup_runs(device_type: str) -> int:
     """Number of warm-up forwards, on a GPU plus one that measures memory."""
     return 2 if device_type == "cuda" else 1
 
@@ -81,25 +81,27 @@ def time_steps(conversion: WeightlessConversion, sizes: Sequence[Size], conditio
         ValueError: the model does not support a size, its weights do not fit into memory, or a forward fails.
     """
     device, dtype = conditions.device, conditions.dtype
-    with _only(device):
-        conversion.fitting(sizes, conditions)
+    with _use_device(device):
+        conversion.supported_sizes(sizes, conditions)
         model = conversion.model(conditions)
         if conditions.compiled:
             torch.compiler.reset()  # drop graphs and dynamic sizes of earlier conversions
             compile_(model)
-        forwards = 2 * (_untimed(device.type) + conditions.pairs) * len(sizes)
+        forwards = 2 * (_num_warmup_runs(device.type) + conditions.pairs) * len(sizes)
         with tqdm(total=forwards, desc=conversion.name, unit="step") as progress:
             for size in sizes:
                 width_height = f"{size[1]}x{size[0]}"
                 try:
-                    tokens, flops, runs = conversion.counted(size, conditions)
-                    made = step_inputs(
+                    tokens, flops, runs = conversion.count_size(size, conditions)
+                    meta_inputs = step_inputs(
                         model, family_of(model).name, conversion.latents(size), text_len=conditions.text_len
                     )
-                    inputs = tree_map_only(Tensor, lambda one: with_numbers(one, device, dtype), made)
-                    original, converted = _in_turn(model, cast(dict[str, Any], inputs), conditions.pairs, progress)
+                    inputs = tree_map_only(Tensor, lambda one: with_values(one, device, dtype), meta_inputs)
+                    original, converted = _time_alternately(
+                        model, cast(dict[str, Any], inputs), conditions.pairs, progress
+                    )
                 except (RuntimeError, LookupError, TypeError, ValueError) as error:
-                    raise ValueError(failed(conversion.base.model_class, width_height, error)) from error
+                    raise ValueError(failure_text(conversion.base.model_class, width_height, error)) from error
                 yield StepTime(
                     height=size[0],
                     width=size[1],
@@ -114,7 +116,7 @@ def time_steps(conversion: WeightlessConversion, sizes: Sequence[Size], conditio
 
 
 @contextmanager
-def _only(device: torch.device) -> Iterator[None]:
+def _use_device(device: torch.device) -> Iterator[None]:
     """Make a GPU the current device, after freeing what an earlier model left on it."""
     gc.collect()
     if device.type != "cuda":
@@ -125,18 +127,20 @@ def _only(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _in_turn(model: nn.Module, inputs: dict[str, Any], pairs: int, progress: "tqdm[Any]") -> tuple["_Timed", "_Timed"]:
+def _time_alternately(
+    model: nn.Module, inputs: dict[str, Any], pairs: int, progress: "tqdm[Any]"
+) -> tuple["_TimedModel", "_TimedModel"]:
     """Run both models alternately: warm up, on a GPU measure memory once, then time `pairs` forwards of each."""
-    original, converted = _Timed(model, inputs), _Timed(model, inputs)
-    for turn in range(_untimed(original.device.type) + pairs):
-        converted.run(turn)
+    original, converted = _TimedModel(model, inputs), _TimedModel(model, inputs)
+    for index in range(_num_warmup_runs(original.device.type) + pairs):
+        converted.run(index)
         with dense(model):
-            original.run(turn)
+            original.run(index)
         progress.update(2)
     return original, converted
 
 
-class _Timed:
+class _TimedModel:
     """Forwards of a model on the same inputs; `seconds` is None once one ran out of memory."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -146,12 +150,12 @@ class _Timed:
         self.seconds: tuple[float, ...] | None = ()
         self.gib: float | None = None
 
-    def run(self, turn: int) -> None:
+    def run(self, index: int) -> None:
         """Run one more forward: the first warms up (kernel trials, compilation), on a GPU the second counts memory."""
         if self.seconds is None:
             return
-        counts = self.on_gpu and turn == 1
-        if counts:
+        counts_memory = self.on_gpu and index == 1
+        if counts_memory:
             torch.cuda.reset_peak_memory_stats()
         try:
             seconds = self._forward()
@@ -162,15 +166,15 @@ class _Timed:
         if self.seconds is None:
             if self.on_gpu:
                 torch.cuda.empty_cache()  # only here has the traceback released the forward's tensors
-        elif counts:
+        elif counts_memory:
             self.gib = torch.cuda.max_memory_allocated() / GIB
-        elif turn >= _untimed(self.device.type):
+        elif index >= _num_warmup_runs(self.device.type):
             self.seconds = (*self.seconds, seconds)
 
     @torch.no_grad()
     def _forward(self) -> float:
         """Run one forward and return its seconds."""
-        inputs = with_own_lists(self.inputs)
+        inputs = copy_lists(self.inputs)
         self._wait()
         began = time.perf_counter()
         self.model(**inputs)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.pieces.results import dtype_name
-from ..adapters.adapter import adapter_tensors, mount_adapter_
+from ..adapters.adapter import adapter_tensors, apply_adapter_
 from ..adapters.base import Base, build_on_meta
 from ..adapters.config_entry import CONFIG_KEY
 from ..adapters.fitting import check_fit
 from ..adapters.manifest import Manifest
-from ..adapters.named import find_named
+from ..adapters.resolve import resolve_name
 from ..convert import check_impl, linearize_
 from ..families import family_of
 from ..matching import attention_modules, choose
@@ -89,10 +89,10 @@ class WeightlessConversion:
             ValueError: it is missing, damaged, not converted, a saved pipeline with trained weights, or of a model
                 whose inputs cannot be generated; or `base` is given for something other than an adapter.
         """
-        named = find_named(name, base=base, offline=offline)
-        found, conversion, adapter = named.base, named.converted(), None
+        resolved = resolve_name(name, base=base, offline=offline)
+        found, conversion, adapter = resolved.base, resolved.require_conversion(), None
         if isinstance(conversion, Manifest):
-            adapter = conversion, adapter_tensors(named.place, conversion)
+            adapter = conversion, adapter_tensors(resolved.place, conversion)
         elif conversion.trained:
             raise ValueError(
                 f"{name} holds what was trained among its weights, which are not read: time the adapter itself "
@@ -105,11 +105,12 @@ class WeightlessConversion:
         configs, dense_below = conversion.configs(), conversion.dense_tokens
         return cls(name=str(name), base=found, configs=configs, dense_below=dense_below, adapter=adapter)
 
-    def fitting(self, sizes: Sequence[Size], conditions: Conditions, *, all_of: bool = True) -> list[Size]:
+    def supported_sizes(self, sizes: Sequence[Size], conditions: Conditions, *, require_all: bool = True) -> list[Size]:
         """The sizes that the model supports.
 
         Args:
-            all_of: Raise for any unsupported size; False: leave it out with a warning, and raise only if none is left.
+            require_all: Raise for any unsupported size; False: leave it out with a warning, and raise only if none is
+                left.
         Raises:
             ValueError: a size is unsupported, the conversion is of another model, the implementation is unknown, or the
                 weights do not fit into memory.
@@ -120,13 +121,13 @@ class WeightlessConversion:
         if self.adapter is not None:
             check_fit(self.adapter[0], model, family_of(model))
         multiple = self.base.vae_scale * token_side(model)
-        made = []
+        supported = []
         for size in sizes:
             try:
                 self._check_size(size, multiple, conditions.text_len)
-                made.append(size)
+                supported.append(size)
             except ValueError as error:
-                if all_of or (size == sizes[-1] and not made):
+                if require_all or (size == sizes[-1] and not supported):
                     raise
                 logger.warning("%s: left out, %s", self.name, error)
         needed, free = sum(weight.nbytes for weight in model.parameters()), _free_bytes(conditions.device)
@@ -136,7 +137,7 @@ class WeightlessConversion:
                 f"{dtype_name(conditions.dtype)}, {free / GIB:.1f} are free on {conditions.device}: "
                 "take a smaller dtype or another device, or time fewer bits with `lineardit evaluate --quantize ...`"
             )
-        return made
+        return supported
 
     def _check_size(self, size: Size, multiple: int, text_len: int | None) -> None:
         if any(side % multiple for side in size):
@@ -150,10 +151,10 @@ class WeightlessConversion:
         if self.adapter is None:
             linearize_(model, self.configs, dense_below=self.dense_below, impl=conditions.impl)
         else:
-            mount_adapter_(model, *self.adapter, keep_original=True, impl=conditions.impl)
+            apply_adapter_(model, *self.adapter, keep_original=True, impl=conditions.impl)
         return model
 
-    def counted(self, size: Size, conditions: Conditions) -> tuple[int, StepFlops, str]:
+    def count_size(self, size: Size, conditions: Conditions) -> tuple[int, StepFlops, str]:
         """Image tokens, operations, and what runs, for one size."""
         step, model = self._step(size, conditions.text_len), build_on_meta(self.base)
         modules, _ = attention_modules(model, family_of(model))
@@ -162,10 +163,10 @@ class WeightlessConversion:
         runs = conditions.impl
         if runs == "auto":
             like = torch.empty(1, device=conditions.device, dtype=conditions.dtype)
-            picked = {step.picked(name, config, like, dense_below=dense_below) for name, config in configs.items()}
+            impls = {step.auto_impl(name, config, like, dense_below=dense_below) for name, config in configs.items()}
             if conditions.compiled:  # what a trace picks is unknown here
-                picked = {one if one.startswith(ORIGINAL) else "auto" for one in picked}
-            runs = ", ".join(sorted(picked))
+                impls = {one if one.startswith(ORIGINAL) else "auto" for one in impls}
+            runs = ", ".join(sorted(impls))
         return prod(step.grid), step.flops(configs, dense_below=dense_below), runs
 
     def _step(self, size: Size, text_len: int | None) -> Step:
@@ -180,7 +181,7 @@ class WeightlessConversion:
         try:
             step = count_step(model, self.latents(size), width_height, text_len=text_len)
         except (RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(failed(model_class, width_height, error)) from error
+            raise ValueError(failure_text(model_class, width_height, error)) from error
         if step is None:
             raise ValueError(f"a {model_class} of this config has no positions for {width_height}")
         return step
@@ -190,10 +191,10 @@ class WeightlessConversion:
         return size[0] // self.base.vae_scale, size[1] // self.base.vae_scale
 
 
-def failed(model_class: str, width_height: str, error: Exception) -> str:
+def failure_text(model_class: str, width_height: str, error: Exception) -> str:
     """Error message about a forward that raised."""
-    said = str(error).strip().partition("\n")[0]
-    return f"a step of a {model_class} at {width_height} failed ({type(error).__name__}: {said})"
+    message = str(error).strip().partition("\n")[0]
+    return f"a step of a {model_class} at {width_height} failed ({type(error).__name__}: {message})"
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from ..errors import nearest
+from ..errors import did_you_mean
 from .agent import Agent as Agent
 from .agent import AgentAttention
 from .clear import Clear as Clear
@@ -52,15 +52,15 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """
     if type(config) not in METHODS:
         raise ValueError(
-            f"expected a config of a method ({', '.join(_names())}), such as Clear(radius=16), got {config!r}; a "
-            "dict is {pattern of module names: config}"
+            f"expected a config of a method ({', '.join(_config_names())}), such as Clear(radius=16), got {config!r}; "
+            "a dict is {pattern of module names: config}"
         )
     values = {field_name(field): (getattr(config, field.name), field.default) for field in fields(config)}
-    changed = {name: _plain(value) for name, (value, default) in values.items() if value != default}
+    changed = {name: _json_value(value) for name, (value, default) in values.items() if value != default}
     return {"method": type(config).__name__.lower(), **changed}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if type(value) in METHODS:
         return config_to_dict(value)
     return list(value) if isinstance(value, tuple) else value
@@ -77,13 +77,15 @@ def config_from_dict(entries: Mapping[str, Any]) -> Any:
     classes = {cls.__name__.lower(): cls for cls in METHODS}
     method = entries["method"]
     if method not in classes:
-        raise ValueError(f"unknown method {method!r}{nearest(method, classes)}; there are: {', '.join(classes)}")
+        raise ValueError(f"unknown method {method!r}{did_you_mean(method, classes)}; there are: {', '.join(classes)}")
     cls = classes[method]
     known = {field_name(field): field for field in fields(cls)}
     given = {key: value for key, value in entries.items() if key != "method"}
     for key in given:
         if key not in known:
-            raise ValueError(f"unknown setting {key!r} of {method}{nearest(key, known)}; there are: {', '.join(known)}")
+            raise ValueError(
+                f"unknown setting {key!r} of {method}{did_you_mean(key, known)}; there are: {', '.join(known)}"
+            )
     nested = {key: config_from_dict(given[key]) for key in given if known[key].metadata.get("of_method")}
     given = {key: as_tuples(value) for key, value in given.items()}
     try:
@@ -98,7 +100,7 @@ def field_name(field: Field[Any]) -> str:
     return field.name.rstrip("_")
 
 
-def spelled(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A field's value as text; that of a nested method as on the command line, `clear:radius=8`."""
     if not isinstance(value, Mapping):
         return str(value)
@@ -117,8 +119,8 @@ def check_impl_known(impl: str) -> None:
     """Raise a ValueError if no method has an implementation of this name."""
     names = implementations()
     if impl not in names:
-        raise ValueError(f"impl must be one of {', '.join(names)}, got {impl!r}{nearest(impl, names)}")
+        raise ValueError(f"impl must be one of {', '.join(names)}, got {impl!r}{did_you_mean(impl, names)}")
 
 
-def _names() -> list[str]:
+def _config_names() -> list[str]:
     return [cls.__name__ for cls in METHODS]

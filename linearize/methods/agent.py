@@ -29,7 +29,7 @@ from ...kernels.agent import agent_attention, implementations
 from ...kernels.agent.agent_bias import agent_bias
 from ...kernels.pieces.cell_means import cell_means
 from ..layout import Grid
-from .field_checks import check_count, check_finite, check_switch
+from .field_checks import check_bool, check_count, check_finite
 from .joint import JointMethod, joint_pairs
 from .local_terms import LocalConv
 
@@ -62,7 +62,7 @@ class Agent:
         check_count("bias_size", self.bias_size, least=3, odd=True, optional=True)
         check_finite("second_scale_exponent", self.second_scale_exponent, least=0)
         check_finite("shortcut", self.shortcut, least=0)
-        check_switch("balance", self.balance)
+        check_bool("balance", self.balance)
 
 
 class AgentAttention(JointMethod):

@@ -21,7 +21,7 @@ def check_finite(name: str, value: Any, *, least: float | None = None) -> None:
         raise ValueError(f"{name} must be a finite number{'' if least is None else f' >= {least:g}'}, got {value!r}")
 
 
-def check_switch(name: str, value: object) -> None:
+def check_bool(name: str, value: object) -> None:
     """Require True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")

@@ -170,27 +170,27 @@ class HybridAttention(Method):
     @staticmethod
     def chosen(config: Hybrid, query: Tensor, grid: Grid, text_len: int) -> str:
         """What impl="auto" runs for a query [B, H, N, D]: "tiled", or "tiled (focus: plain)"."""
-        local = LOCAL[type(config.local)].chosen(config.local, query, grid, text_len)
+        window_impl = LOCAL[type(config.local)].chosen(config.local, query, grid, text_len)
         if config.focus_tokens == 0 or cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
-            return local
-        return f"{local} (focus: {choose_impl(query, config.focus_side, 'auto')})"
+            return window_impl
+        return f"{window_impl} (focus: {choose_impl(query, config.focus_side, 'auto')})"
 
     @staticmethod
     def pairs(config: Hybrid, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:
         """Cost of both branches, text once, and of the cells that weigh them unless these are the proxies."""
         shape = {"num_heads": num_heads, "head_dim": head_dim}
-        local = LOCAL[type(config.local)].pairs(config.local, grid, text_len, **shape)
-        of_image = GLOBAL[type(config.global_)].pairs(config.global_, grid, 0, **shape)
-        weighs = config.join == "mass" and not config.is_one_softmax
+        local_pairs = LOCAL[type(config.local)].pairs(config.local, grid, text_len, **shape)
+        global_pairs = GLOBAL[type(config.global_)].pairs(config.global_, grid, 0, **shape)
+        uses_cells = config.join == "mass" and not config.is_one_softmax
         if config.focus_tokens > 0:
-            of_image += focus_pairs(config.focus_tokens, config.num_cells, config.focus_side, grid)
-        return local + of_image + (math.prod(grid) * config.num_cells if weighs else 0)
+            global_pairs += focus_pairs(config.focus_tokens, config.num_cells, config.focus_side, grid)
+        return local_pairs + global_pairs + (math.prod(grid) * config.num_cells if uses_cells else 0)
 
     @staticmethod
     def advice(config: Hybrid, grid: Grid) -> str | None:
         """Known weaknesses at this grid: no tokens in focus, or proxies that are coarse for the window."""
-        told = [one for one in (focus_advice(config, grid), proxy_advice(config, grid)) if one is not None]
-        return "; ".join(told) if told else None
+        notes = [one for one in (focus_advice(config, grid), proxy_advice(config, grid)) if one is not None]
+        return "; ".join(notes) if notes else None
 
     def observe(self, grid: Grid) -> None:
         """As `Method.observe`.
@@ -200,8 +200,8 @@ class HybridAttention(Method):
         """
         self.local.observe(grid)
         self.global_.observe(grid)
-        if (told := focus_advice(self.config, grid)) is not None:
-            warn_once(told)
+        if (warning := focus_advice(self.config, grid)) is not None:
+            warn_once(warning)
 
     def covers(self, layout: Layout) -> bool:
         """Whether the window leaves nothing to the global branch."""
@@ -225,12 +225,12 @@ class HybridAttention(Method):
             out, lse = self.local.attend_and_lse(query, key, value, layout, scale=scale)
             text_out, near = split_text(out, text_len, text_first)
             num_cells = self.config.num_cells
-            tokens_of_a_cell = lse.new_ones(()) * (image_query.shape[2] / num_cells)
-            log_near = lse - self.balance[:, None] - tokens_of_a_cell.log()  # of L, in cells of n/C tokens
+            tokens_per_cell = lse.new_ones(()) * (image_query.shape[2] / num_cells)
+            log_near = lse - self.balance[:, None] - tokens_per_cell.log()  # of L, in cells of n/C tokens
             if self.config.is_one_softmax:
                 image = (image_query, image_key, image_value)
-                far, of_far = self._one_softmax(*image, near, log_near, layout.grid, scale)
-                share = share * of_far
+                far, far_share = self._one_softmax(*image, near, log_near, layout.grid, scale)
+                share = share * far_share
             else:
                 log_weights = log_rest(image_value, layout.grid, self.local.window, num_cells)  # of r_ic over n/C
                 cells = cell_means(image_key, *layout.grid[-2:], num_cells).to(key.dtype)

@@ -20,14 +20,14 @@ NEAR_CELLS = 2  # cells that a window should reach: with 1, the small model's pi
 def focus_advice(config: "Hybrid", grid: Grid) -> str | None:
     """Says that `focus_tokens` has no effect at this grid; None if it has, or need not."""
     shape, (frames, height, width) = config.local.shape, sizes_of(grid)
-    covers = shape.covers(height, width) and (shape.frame_radius is None or frames <= shape.frame_radius)
-    if config.focus_tokens == 0 or covers or cells_in_focus(config.focus_tokens, config.num_cells, grid) > 0:
+    window_covers = shape.covers(height, width) and (shape.frame_radius is None or frames <= shape.frame_radius)
+    if config.focus_tokens == 0 or window_covers or cells_in_focus(config.focus_tokens, config.num_cells, grid) > 0:
         return None
-    of_a_cell = math.ceil(math.prod(grid) / config.num_cells)
+    tokens_per_cell = math.ceil(math.prod(grid) / config.num_cells)
     return (
         f"focus_tokens={config.focus_tokens} has no effect at {' x '.join(map(str, grid))} tokens: whole cells are "
-        f"seen, and one of {config.num_cells} has {of_a_cell} tokens; set focus_tokens to {of_a_cell} or more, or take "
-        "more proxies"
+        f"seen, and one of {config.num_cells} has {tokens_per_cell} tokens; set focus_tokens to {tokens_per_cell} "
+        "or more, or take more proxies"
     )
 
 
@@ -37,8 +37,8 @@ def proxy_advice(config: "Hybrid", grid: Grid) -> str | None:
         return None
     reaches = [config.local.shape.reach(axis, size) for axis, size in enumerate(grid[-2:])]
     sides = sides_of_cells(grid, config.num_cells)
-    every_token_its_own = max(sides) <= 1
-    if every_token_its_own or all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):
+    one_proxy_per_token = max(sides) <= 1
+    if one_proxy_per_token or all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):
         return None
     return (
         f"a window that reaches {min(reaches):g} tokens, and proxies that stand for {sides[0]:g} x {sides[1]:g} "
@@ -48,6 +48,6 @@ def proxy_advice(config: "Hybrid", grid: Grid) -> str | None:
 
 
 @lru_cache  # once
-def warn_once(told: str) -> None:
+def warn_once(warning: str) -> None:
     """Log advice once, since every attention module observes the same grids."""
-    logger.warning(told)
+    logger.warning(warning)

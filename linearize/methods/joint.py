@@ -48,12 +48,12 @@ class JointMethod(Method):
         text_key, image_key = split_text(key, layout.text_len, layout.text_first)
         text_value, image_value = split_text(value, layout.text_len, layout.text_first)
         image_out = self.attend_to_image(image_query, image_key, image_value, layout.grid, scale)
-        log_of_image = log_mass(image_query, image_key, scale=scale)
+        log_image_mass = log_mass(image_query, image_key, scale=scale)
         if self.balance is not None:
-            log_of_image = log_of_image + self.balance[:, None]
-        image = (log_of_image, image_out)
+            log_image_mass = log_image_mass + self.balance[:, None]
+        image = (log_image_mass, image_out)
         out = attend_with_extra_key(image_query, text_key, text_value, *image, mask=layout.text_mask, scale=scale)
-        text_out = _attend_to_all(query, key, value, layout, scale)
+        text_out = _attend_text_to_all(query, key, value, layout, scale)
         return torch.cat([text_out, out] if layout.text_first else [out, text_out], dim=2)
 
 
@@ -64,7 +64,7 @@ def joint_pairs(image_pairs: int, num_image: int, text_len: int, head_dim: int) 
     return image_pairs + num_image * (text_len + head_dim) + text_len * (text_len + num_image)
 
 
-def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def _attend_text_to_all(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """Output for the text queries, [B, H, T, D]."""
     text_query, image_query = split_text(query, layout.text_len, layout.text_first)
     mask = None

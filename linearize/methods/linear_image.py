@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels.linear import implementations
 from ..layout import Grid
-from .field_checks import check_count, check_switch
+from .field_checks import check_bool, check_count
 from .joint import JointMethod, joint_pairs
 from .local_terms import LocalConv, ValueGate
 
@@ -36,8 +36,8 @@ class LinearImage:
 
     def __post_init__(self) -> None:
         check_count("conv_size", self.conv_size, least=3, odd=True, optional=True)
-        check_switch("gate", self.gate)
-        check_switch("balance", self.balance)
+        check_bool("gate", self.gate)
+        check_bool("balance", self.balance)
 
 
 class LinearImageAttention(JointMethod):

@@ -16,7 +16,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from ...kernels.linear.features import feature_map, wide
+from ...kernels.linear.features import feature_map, to_sum_dtype
 from ...kernels.pieces.autocast import without_autocast
 from ..errors import LayoutError
 from ..layout import Grid, Layout
@@ -59,7 +59,7 @@ class LinFusionAttention(Method):
     """Generalized linear attention as the kernel of one attention module, with the networks f_q and f_k."""
 
     input_terms: ClassVar[Mapping[str, str]] = {"to_q": "query_term", "to_k": "key_term"}
-    heads_alike = True
+    shared_across_heads = True
     image_alone = True
 
     def __init__(self, config: LinFusion, *, num_heads: int, head_dim: int) -> None:
@@ -90,7 +90,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The formula above after the projections; all [B, H, N, D]. Sums are in float32, or float64 for float64."""
     with without_autocast(query):
         phi_query, phi_key = feature_map(query), feature_map(key)
-        state = phi_key.mT @ wide(value) / key.shape[2]  # [B, H, D, D]
+        state = phi_key.mT @ to_sum_dtype(value) / key.shape[2]  # [B, H, D, D]
         normalizer = phi_query @ phi_key.mean(dim=2, keepdim=True).mT + EPSILON  # [B, H, N, 1]
         return (phi_query @ state / normalizer).to(value.dtype)
 

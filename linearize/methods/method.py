@@ -17,7 +17,7 @@ class Method(nn.Module):
     # {layer of the attention module: child of this module}: that layer's input x becomes x + child(x) (linfusion.py)
     input_terms: ClassVar[Mapping[str, str]] = {}
     # its weights are the same for every head: it may be called with some of the heads only (context parallelism)
-    heads_alike: ClassVar[bool] = False
+    shared_across_heads: ClassVar[bool] = False
     # it does not take text along with the image: joint attention is refused
     image_alone: ClassVar[bool] = False
     impl: str = "auto"  # one of `implementations()`

@@ -58,10 +58,10 @@ def weighted_pool(parts: Sequence[Tensor], weight: Tensor, grid: Grid, num_cells
     ones = weight.new_ones(1, 1, parts[0].shape[2], 1)
     is_full = cell_sums(ones, torch.ones_like(weight), height, width, num_cells) == weight.numel()
     # both are 1 in full cells, where the weights may add up to 0
-    kept = torch.where(is_full, 1, cell_sums(ones, weight, height, width, num_cells))
+    present = torch.where(is_full, 1, cell_sums(ones, weight, height, width, num_cells))
     total = torch.where(is_full, 1, weight.sum())
-    factor = total / kept  # [1, 1, C, 1]
-    return tuple((cell_sums(part, weight, height, width, num_cells) * factor).to(part.dtype) for part in parts)
+    correction = total / present  # [1, 1, C, 1]
+    return tuple((cell_sums(part, weight, height, width, num_cells) * correction).to(part.dtype) for part in parts)
 
 
 def mean_pool(parts: Sequence[Tensor], side: int, grid: Grid, num_cells: int) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...kernels.pieces.cell_means import cell_means
 from ..layout import Grid
-from .field_checks import check_count, check_switch
+from .field_checks import check_bool, check_count
 from .joint import JointMethod, joint_pairs
 
 
@@ -44,7 +44,7 @@ class ProxyTokens:
 
     def __post_init__(self) -> None:
         check_count("num_proxies", self.num_proxies)
-        check_switch("balance", self.balance)
+        check_bool("balance", self.balance)
 
 
 class ProxyTokensAttention(JointMethod):
@@ -71,6 +71,6 @@ class ProxyTokensAttention(JointMethod):
         proxy_query, proxy_key, proxy_value = (
             cell_means(tokens, *grid[-2:], self.config.num_proxies).to(tokens.dtype) for tokens in (query, key, value)
         )
-        heard = scaled_dot_product_attention(proxy_query, proxy_key, proxy_value, scale=scale)
+        attended = scaled_dot_product_attention(proxy_query, proxy_key, proxy_value, scale=scale)
         gate = self.gate[:, None, None].to(proxy_value.dtype)
-        return proxy_key, (proxy_value + gate * (heard - proxy_value)).to(value.dtype)
+        return proxy_key, (proxy_value + gate * (attended - proxy_value)).to(value.dtype)

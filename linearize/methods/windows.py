@@ -33,7 +33,7 @@ class WindowConfig(Protocol):
 class WindowAttention(Method):
     """Attention in a window as the kernel of one attention module."""
 
-    heads_alike = True
+    shared_across_heads = True
 
     def __init__(self, config: WindowConfig, *, num_heads: int, head_dim: int) -> None:
         super().__init__(config, num_heads=num_heads, head_dim=head_dim)
@@ -55,7 +55,7 @@ class WindowAttention(Method):
         frame_radius = config.shape.frame_radius
         frames, height, width = _with_frames(frame_radius, grid)
         image_len = frames * height * width
-        window = config.shape.num_pairs(height, width) * _pairs_of_frames(frame_radius, frames)
+        window = config.shape.num_pairs(height, width) * _num_frame_pairs(frame_radius, frames)
         return window + image_len * text_len + text_len * (text_len + image_len)
 
     def observe(self, grid: Grid) -> None:
@@ -122,7 +122,7 @@ def _with_frames(frame_radius: int | None, grid: Grid) -> Grid:
     return sizes_of(grid)
 
 
-def _pairs_of_frames(frame_radius: int | None, frames: int) -> int:
+def _num_frame_pairs(frame_radius: int | None, frames: int) -> int:
     """Pairs of a frame and one that it sees: |frame_i - frame_j| < frame_radius."""
     reach = min(frame_radius or frames, frames) - 1
     return frames * (2 * reach + 1) - reach * (reach + 1)

@@ -30,8 +30,8 @@ class Conversion:
         overlays: What was trained on the base.
         input_terms: One for each converted module whose method changes the inputs of layers.
         logit_factor: Factor of the attention logits, set by `scaled_logits`.
-        kept_sights: Sights of the running forward by level, if gradient checkpointing will recompute parts of it.
-        masks_asked: Whether each mask of the running forward hides text only; None outside a forward.
+        saved_sights: Sights of the running forward by level, if gradient checkpointing will recompute parts of it.
+        pending_mask_checks: Whether each mask of the running forward hides text only; None outside a forward.
     """
 
     def __init__(self, family: Family, patterns: dict[str, Any], dense_below: int = 0) -> None:
@@ -43,11 +43,11 @@ class Conversion:
         self.input_terms: list[InputTerms] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.logit_factor = 1.0
-        self.kept_sights: dict[Any, Sight] | None = None
-        self.masks_asked: list[Tensor] | None = None
+        self.saved_sights: dict[Any, Sight] | None = None
+        self.pending_mask_checks: list[Tensor] | None = None
         self._thread: int | None = None
         self._dense_thread: int | None = None
-        _keep_tables_for(self)
+        _release_tables_with(self)
 
     @property
     def dense_tokens(self) -> int:
@@ -66,7 +66,7 @@ class Conversion:
     def leave(self) -> None:
         """Release the model if this thread holds it."""
         if self._thread == threading.get_ident():
-            self._thread = self.kept_sights = self.masks_asked = None
+            self._thread = self.saved_sights = self.pending_mask_checks = None
 
     def disable(self) -> None:
         """Run the model's own attention until `enable`; only this thread may call the model."""
@@ -78,20 +78,22 @@ class Conversion:
 
     def refuse_other_threads(self) -> None:
         """Raise a RuntimeError if another thread is inside a forward of the model or inside `dense` of it."""
-        me = threading.get_ident()
-        if self._thread not in (None, me) and _is_inside(self._thread, self):
-            raise RuntimeError(f"another thread is inside this converted model: one forward at a time, {_APART}")
-        if not self.enabled and self._dense_thread not in (None, me):
+        this_thread = threading.get_ident()
+        if self._thread not in (None, this_thread) and _is_inside(self._thread, self):
+            raise RuntimeError(
+                f"another thread is inside this converted model: one forward at a time, {_USE_SEPARATE_CALLS}"
+            )
+        if not self.enabled and self._dense_thread not in (None, this_thread):
             raise RuntimeError(
                 "another thread is inside `dense` of this model, which holds for that one alone: enter `dense` in the "
-                f"thread that calls the model; else {_APART}"
+                f"thread that calls the model; else {_USE_SEPARATE_CALLS}"
             )
 
     def refuse_earlier_grids(self) -> None:
         """Raise a LayoutError if a model runs these modules without our hooks: their grid is from an earlier call."""
         if self._thread is not None or self.family.seen_at is not None:
             return
-        for running in _modules_at_work(threading.get_ident()):
+        for running in _running_modules(threading.get_ident()):
             if isinstance(running, ModelMixin) or conversion_of(running) is self:
                 raise LayoutError(
                     f"{type(running).__name__}.forward reaches converted attention without the model's hooks, which "
@@ -101,11 +103,11 @@ class Conversion:
 
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles: no thread is inside; made inside `dense`, they run the base in every thread."""
-        return vars(self) | {"_thread": None, "_dense_thread": None, "masks_asked": None}
+        return vars(self) | {"_thread": None, "_dense_thread": None, "pending_mask_checks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        _keep_tables_for(self)
+        _release_tables_with(self)
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:
@@ -120,15 +122,15 @@ def overlays_of(model: nn.Module) -> Overlays:
     return conversion.overlays
 
 
-def put_on(model: nn.Module, overlay: Overlay) -> None:
+def add_overlay(model: nn.Module, overlay: Overlay) -> None:
     """Add an overlay to a converted model; from the first one on, `dense_below` has no effect."""
     overlays = overlays_of(model)
     overlays.items.append(overlay)
     if len(overlays.items) == 1:
-        tell_unused_dense_below(model)
+        warn_unused_dense_below(model)
 
 
-def tell_unused_dense_below(model: nn.Module) -> None:
+def warn_unused_dense_below(model: nn.Module) -> None:
     """Warn if `dense_below` has no effect because the model has trained weights."""
     conversion = conversion_of(model)
     if conversion is not None and conversion.dense_below > conversion.dense_tokens:
@@ -139,31 +141,31 @@ def tell_unused_dense_below(model: nn.Module) -> None:
         )
 
 
-_WITH_TABLES: "weakref.WeakSet[Conversion]" = weakref.WeakSet()
+_LIVE_CONVERSIONS: "weakref.WeakSet[Conversion]" = weakref.WeakSet()
 
 
-def _keep_tables_for(conversion: Conversion) -> None:
+def _release_tables_with(conversion: Conversion) -> None:
     """Free the window tables kept on the device once this and every other conversion is gone."""
-    _WITH_TABLES.add(conversion)
+    _LIVE_CONVERSIONS.add(conversion)
     weakref.finalize(conversion, _release_if_last).atexit = False
 
 
 def _release_if_last() -> None:
-    if next(iter(_WITH_TABLES), None) is None:  # len() still counts the one that has just gone
+    if next(iter(_LIVE_CONVERSIONS), None) is None:  # len() still counts the one that has just gone
         release_tables()
 
 
-_APART = "hold a lock around the call or give each thread its own copy.deepcopy of the model"
+_USE_SEPARATE_CALLS = "hold a lock around the call or give each thread its own copy.deepcopy of the model"
 
 
 def _is_inside(thread: int | None, conversion: Conversion) -> bool:
     """Whether a thread is in a forward of the model or a replica; its claim outlives a forward ended by Ctrl-C."""
     # a compiled model's own frames are not on the stack, those of its wrapper are
-    at_work = ((one, vars(one).get("_modules", {}).get("_orig_mod")) for one in _modules_at_work(thread))
-    return any(one is not None and conversion_of(one) is conversion for pair in at_work for one in pair)
+    running = ((one, vars(one).get("_modules", {}).get("_orig_mod")) for one in _running_modules(thread))
+    return any(one is not None and conversion_of(one) is conversion for pair in running for one in pair)
 
 
-def _modules_at_work(thread: int | None) -> Iterator[nn.Module]:
+def _running_modules(thread: int | None) -> Iterator[nn.Module]:
     """The modules whose methods are on a thread's stack, innermost first."""
     frame = None if thread is None else sys._current_frames().get(thread)
     while frame is not None:

@@ -101,10 +101,10 @@ def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     conversion: Conversion = model._lineardit_conversion
     conversion.enter()
     for terms in conversion.input_terms:
-        terms.follow()
+        terms.update_hooks()
     recomputes = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
-    conversion.kept_sights = {} if recomputes else None
-    conversion.masks_asked = []
+    conversion.saved_sights = {} if recomputes else None
+    conversion.pending_mask_checks = []
 
 
 @torch.compiler.disable
@@ -125,8 +125,8 @@ def _publish(
             "(position ids, lengths): compile_ it instead, or export it inside `with dense(model):`"
         ) from error
     level.publish(sight)
-    if level.conversion.kept_sights is not None:
-        level.conversion.kept_sights[level] = replace(sight, replaced={})
+    if level.conversion.saved_sights is not None:
+        level.conversion.saved_sights[level] = replace(sight, replaced={})
     new_args = tuple(sight.replaced.get(name, value) for name, value in zip(names, args, strict=False))
     return new_args, {name: sight.replaced.get(name, value) for name, value in kwargs.items()}
 
@@ -135,17 +135,17 @@ def _publish(
 def _leave(model: Any, args: tuple[Any, ...], output: Any) -> None:
     conversion: Conversion = model._lineardit_conversion
     rewind_before_backward(conversion, output)
-    asked = conversion.masks_asked
+    pending = conversion.pending_mask_checks
     conversion.leave()
-    if asked and output is not None:
-        require_text_masks(asked)
+    if pending and output is not None:
+        require_text_masks(pending)
 
 
 def rewind_before_backward(conversion: Conversion, output: Any) -> None:
     """Restore this forward's grids at the start of its backward: gradient checkpointing reruns blocks there."""
-    if conversion.kept_sights is None or output is None:
+    if conversion.saved_sights is None or output is None:
         return
-    rewind: Callable[[Tensor], None] = partial(_rewind, conversion, conversion.kept_sights, conversion.enabled)
+    rewind: Callable[[Tensor], None] = partial(_rewind, conversion, conversion.saved_sights, conversion.enabled)
     for value in _values(output):
         if isinstance(value, Tensor) and value.requires_grad:
             value.register_hook(rewind)

@@ -10,7 +10,7 @@ from ..errors import UnsupportedModelError
 from ..layout import Layout
 from ..matching import head_shape
 from ..methods import METHODS, Method
-from .beside_input import call_beside
+from .input_device import call_on_input_device
 from .original import runs_original
 
 
@@ -32,9 +32,9 @@ class InputTerms:
             weight: Any = getattr(attention, layer).weight
             if weight.is_floating_point() and weight.itemsize > 1:
                 hook.term.to(weight.dtype)
-        self.follow()
+        self.update_hooks()
 
-    def follow(self) -> None:
+    def update_hooks(self) -> None:
         """Move the hooks to the current layers: loading a style wraps a layer in peft's, unloading unwraps it."""
         for name, hook in self.hooks.items():
             layer = getattr(self.attention, name)
@@ -76,8 +76,8 @@ class _AddTerm:
         image = Layout(self.level.grid, 0, conversion.family.text_first) if conversion.enabled else None
         if image is None or runs_original(self.kernel, image, conversion.dense_tokens):
             return None
-        x, *others = args
-        return x + call_beside(self.term, x), *others
+        x, *rest = args
+        return x + call_on_input_device(self.term, x), *rest
 
 
 def check_inputs(name: str, attention: Any, config: Any) -> None:

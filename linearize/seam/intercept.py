@@ -19,10 +19,10 @@ from ...kernels.pieces.text import key_mask
 from ..errors import KernelNotReachedError, LayoutError, UnsupportedModelError
 from ..layout import Layout, num_tokens, reorder, text_mask_of
 from ..matching import head_shape
-from .beside_input import call_beside
 from .hooks import Level, rewind_before_backward
+from .input_device import call_on_input_device
 from .original import runs_original
-from .parallel import join_shares, refuse_gradients, share_out, share_sizes, ulysses_degree
+from .parallel import join_shares, refuse_gradients, share_sizes, split_shares, ulysses_degree
 from .perturbed import refuse_perturbed, skips_scores
 
 
@@ -47,7 +47,7 @@ class LinearAttention:
         with intercept:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if intercept.hits != 1:
-            raise KernelNotReachedError(_diagnosis(self, intercept.hits))
+            raise KernelNotReachedError(_not_reached_message(self, intercept.hits))
         refuse_gradients(degree, output)
         if not torch.compiler.is_compiling():
             rewind_before_backward(conversion, output)
@@ -100,9 +100,9 @@ def _stored_forwards(module: nn.Module) -> Iterator[tuple[Any, str]]:
     """Where accelerate's and diffusers' hooks keep the module's own forward: (holder, attribute)."""
     registry = vars(module).get("_diffusers_hook")
     references = registry._fn_refs if registry is not None else []
-    places = [(module, "forward"), (module, "_old_forward")]
-    places += [(reference, attribute) for reference in references for attribute in ("forward", "original_forward")]
-    for holder, attribute in places:
+    candidates = [(module, "forward"), (module, "_old_forward")]
+    candidates += [(reference, attribute) for reference in references for attribute in ("forward", "original_forward")]
+    for holder, attribute in candidates:
         method = vars(holder).get(attribute)
         if isinstance(method, MethodType) and method.__self__ is module and method.__func__ is type(module).forward:
             yield holder, attribute
@@ -124,7 +124,7 @@ class _Intercept(TorchFunctionMode):
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, key = _query_and_key(*args, **kwargs)
-        if not _is_of_the_image(self.attention, query, key):
+        if not _is_image_self_attention(self.attention, query, key):
             # cross-attention, or attention to an image prompt
             _refuse_dense(self.attention, query, key)
             return func(*args, **kwargs)
@@ -139,24 +139,24 @@ def _query_and_key(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tens
     return query, key
 
 
-def _is_of_the_image(attention: LinearAttention, query: Tensor, key: Tensor) -> bool:
+def _is_image_self_attention(attention: LinearAttention, query: Tensor, key: Tensor) -> bool:
     """Whether a call is the image's self-attention: all tokens are queries, or only the image's if text has none."""
     level = attention._lineardit_level
     if level.conversion.family.text_queries:
         return query.shape[2] == key.shape[2]
-    image = num_tokens(level.grid)
-    if query.shape[2] != image:
+    num_image = num_tokens(level.grid)
+    if query.shape[2] != num_image:
         return False
     if torch.compiler.is_compiling():  # text_lens are integers, and each would need its own trace
-        return key.shape[2] >= image
-    return key.shape[2] - image in (level.text_lens or (0,))  # a reference as large sees fewer
+        return key.shape[2] >= num_image
+    return key.shape[2] - num_image in (level.text_lens or (0,))  # a reference as large sees fewer
 
 
 def _check_heads(attention: LinearAttention, query: Tensor) -> None:
     """Raise a LayoutError if this process has only some of the heads and the method has weights for each head."""
     kernel, num_heads = attention.linear_kernel, head_shape(attention)[0]
-    alike = kernel.heads_alike or not list(kernel.parameters())
-    if query.shape[1] != num_heads and not alike:
+    shared = kernel.shared_across_heads or not list(kernel.parameters())
+    if query.shape[1] != num_heads and not shared:
         method = type(kernel.config).__name__
         raise LayoutError(
             f"{attention._lineardit_name}: {method} has weights for each of {num_heads} heads, and {query.shape[1]} of "
@@ -209,9 +209,9 @@ def _attend(
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    no_queries = key.shape[2] - query.shape[2]  # text without queries: pad with zeros, drop their outputs
-    if no_queries > 0:
-        padding = (0, 0, no_queries, 0) if layout.text_first else (0, 0, 0, no_queries)
+    num_missing_queries = key.shape[2] - query.shape[2]  # text without queries: pad with zeros, drop their outputs
+    if num_missing_queries > 0:
+        padding = (0, 0, num_missing_queries, 0) if layout.text_first else (0, 0, 0, num_missing_queries)
         query = pad(query, padding)
     sizes = _share_sizes(attention, layout)
     if sizes:
@@ -225,15 +225,15 @@ def _attend(
         layout = replace(layout, text_first=False)
     if attn_mask is not None:
         # a growing list would be traced again each time
-        asked = None if torch.compiler.is_compiling() else level.conversion.masks_asked
-        text_mask = text_mask_of(attn_mask, query, layout, asked=asked)
+        pending = None if torch.compiler.is_compiling() else level.conversion.pending_mask_checks
+        text_mask = text_mask_of(attn_mask, query, layout, pending=pending)
         layout = replace(layout, text_mask=text_mask)
-    out = call_beside(kernel, query, key, value, layout, scale=scale)
+    out = call_on_input_device(kernel, query, key, value, layout, scale=scale)
     if order is not None:
         out = reorder(out, order.argsort(-1), dim=2)
-    if no_queries > 0:
-        out = out[:, :, no_queries:] if layout.text_first else out[:, :, :-no_queries]
-    return share_out(out, sizes, dim=2) if sizes else out
+    if num_missing_queries > 0:
+        out = out[:, :, num_missing_queries:] if layout.text_first else out[:, :, :-num_missing_queries]
+    return split_shares(out, sizes, dim=2) if sizes else out
 
 
 def _order_of(level: Level, query: Tensor) -> Tensor | None:
@@ -277,7 +277,7 @@ def _share_sizes(attention: LinearAttention, layout: Layout) -> list[int]:
     return share_sizes(*(parts if layout.text_first else parts[::-1]), degree)
 
 
-def _diagnosis(attention: LinearAttention, hits: int) -> str:
+def _not_reached_message(attention: LinearAttention, hits: int) -> str:
     processor = getattr(attention, "processor", None)
     backend = getattr(processor, "_attention_backend", None)
     return (

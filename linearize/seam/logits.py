@@ -17,11 +17,11 @@ def scaled_logits(pipe_or_model: Any, factor: float) -> Iterator[None]:
         ValueError: nothing is converted.
     """
     conversions = list(converted_networks(pipe_or_model).values())
-    before = [conversion.logit_factor for conversion in conversions]
+    factors = [conversion.logit_factor for conversion in conversions]
     for conversion in conversions:
         conversion.logit_factor = factor
     try:
         yield
     finally:
-        for conversion, own in zip(conversions, before, strict=True):
-            conversion.logit_factor = own
+        for conversion, previous in zip(conversions, factors, strict=True):
+            conversion.logit_factor = previous

@@ -19,6 +19,6 @@ def runs_original(kernel: Any, layout: Layout, dense_below: int) -> bool:
     return kernel.impl == "auto" and (layout.num_image_tokens < dense_below or kernel.covers(layout))
 
 
-def below(dense_below: int) -> str:
+def dense_below_text(dense_below: int) -> str:
     """What reports say when the model's own call runs because of `dense_below`."""
     return f"{ORIGINAL} (fewer than {dense_below:,} image tokens)"

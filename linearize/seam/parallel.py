@@ -58,7 +58,7 @@ def join_shares(x: Tensor, sizes: Sequence[int], *, dim: int) -> Tensor:
     return torch.cat([*shares[0::2], *shares[1::2]], dim)
 
 
-def share_out(x: Tensor, sizes: Sequence[int], *, dim: int) -> Tensor:
+def split_shares(x: Tensor, sizes: Sequence[int], *, dim: int) -> Tensor:
     """[first, second] along `dim` -> [first 0, second 0, first 1, second 1, ...]."""
     parts = x.split_with_sizes([*sizes[0::2], *sizes[1::2]], dim)
     degree = len(sizes) // 2

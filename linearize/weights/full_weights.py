@@ -6,8 +6,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..adapters.manifest import Trained
-from ..seam.conversion import put_on
-from .overlays import NO_WAY_BACK, check_unmerged, plain_layer
+from ..seam.conversion import add_overlay
+from .overlays import NOT_REVERSIBLE, check_unmerged, plain_layer
 from .quantized import is_quantized
 
 
@@ -36,7 +36,7 @@ class FullWeights:
         check_unmerged(self.model, self.originals)
         for name, original in self.originals.items():
             if original is None:
-                raise ValueError(NO_WAY_BACK)
+                raise ValueError(NOT_REVERSIBLE)
             _check_writable(name, *self.owners[name])
 
     def off(self) -> None:
@@ -107,7 +107,7 @@ def replace_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, keep_or
         keep = keep_original and old.is_meta == weights[name].is_meta
         originals[name] = old.detach().to("meta" if old.is_meta else "cpu", copy=True) if keep else None
     overlay = FullWeights(model, originals)
-    put_on(model, overlay)  # first, so that an interruption below can be undone
+    add_overlay(model, overlay)  # first, so that an interruption below can be undone
     for name, (layer, attribute) in owners.items():
         old = getattr(layer, attribute)
         if old.is_meta and not weights[name].is_meta:

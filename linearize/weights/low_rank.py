@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..adapters.manifest import Trained
 from ..seam.group_offload import regroup_offload_
 from ..seam.intercept import change_class, check_forward
-from .overlays import NO_WAY_BACK, plain_layer
+from .overlays import NOT_REVERSIBLE, plain_layer
 
 LORA_NAME = "lineardit_lora"  # the child of a Linear layer that holds its low-rank term
 
@@ -75,7 +75,7 @@ def _blank_layer(plain_class: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _forget_graphs() -> None:
+def _reset_compiled_graphs() -> None:
     """Reset compiled graphs: before 2.13, torch does not notice that the class of a compiled Linear has changed."""
     if Version(torch.__version__).release < (2, 13):
         torch.compiler.reset()
@@ -105,7 +105,7 @@ class LowRank:
             plain_class: Any = type(layer)
             change_class(layer, low_rank_class(plain_class))
         regroup_offload_(model)
-        _forget_graphs()
+        _reset_compiled_graphs()
 
     def terms(self) -> dict[str, LowRankTerm]:
         """The low-rank term of every layer, by the layer's name."""
@@ -126,7 +126,7 @@ class LowRank:
         for layer in self.layers.values():
             change_class(layer, cast(Any, layer)._plain_class)
             delattr(layer, LORA_NAME)
-        _forget_graphs()
+        _reset_compiled_graphs()
 
     def changed(self) -> list[str]:
         return []
@@ -140,7 +140,7 @@ class LowRank:
             }
 
     def tensors(self) -> dict[str, Tensor]:
-        return _by_pefts_names({name: (term.down.detach(), term.up.detach()) for name, term in self.terms().items()})
+        return _with_peft_names({name: (term.down.detach(), term.up.detach()) for name, term in self.terms().items()})
 
     def describe(self) -> Trained:
         return Trained(kind="lora", rank=self.rank, alpha=self.alpha)
@@ -161,7 +161,7 @@ class FusedLowRank:
                 weights[name].copy_(merged_weight(weights[name], down, up, scale=alpha / self.rank))
 
     def check_reversible(self) -> None:
-        raise ValueError(NO_WAY_BACK)
+        raise ValueError(NOT_REVERSIBLE)
 
     off = on = remove = check_reversible
 
@@ -169,13 +169,13 @@ class FusedLowRank:
         return [f"{name}.weight" for name in self.factors]
 
     def tensors(self) -> dict[str, Tensor]:
-        return _by_pefts_names(self.factors)
+        return _with_peft_names(self.factors)
 
     def describe(self) -> Trained:
         return Trained(kind="lora", rank=self.rank, alpha=self.alpha)
 
 
-def _by_pefts_names(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def _with_peft_names(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """LoRA factors by peft's names, which adapters use: A is down, B is up."""
     downs = {f"{name}.lora_A.weight": down for name, (down, _) in factors.items()}
     return downs | {f"{name}.lora_B.weight": up for name, (_, up) in factors.items()}
@@ -187,7 +187,7 @@ def merged_weight(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> 
     return (weight.float() + term * scale).to(weight.dtype)
 
 
-def like_layer(model: nn.Module, name: str, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def match_layer(model: nn.Module, name: str, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Copies of LoRA factors on a layer's device and in its dtype, if that is a float of 16 bits or more."""
     weight = plain_layer(model, name).weight
     device = factors[0].device if weight.is_meta else weight.device

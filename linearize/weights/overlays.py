@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters.manifest import Trained
 from ..errors import UnsupportedModelError
 
-NO_WAY_BACK = (
+NOT_REVERSIBLE = (
     "the originals of this model's trained weights were not kept, so the base cannot be restored: load the base again, "
     "and the adapter on top of it with keep_original=True"
 )
@@ -102,13 +102,13 @@ def refuse_fused(model: nn.Module) -> None:
         UnsupportedModelError: `fuse_qkv_projections` is on.
     """
     for name, module in model.named_modules():
-        if _reads_fused(module):
+        if _uses_fused_projections(module):
             raise UnsupportedModelError(
                 f"{name} has fused projections, which trained weights would not reach: unfuse_qkv_projections first"
             )
 
 
-def _reads_fused(module: Any) -> bool:
+def _uses_fused_projections(module: Any) -> bool:
     if not getattr(module, "fused_projections", False):
         return False
     # diffusers' older Attention class never resets that flag; there the processor decides

@@ -13,7 +13,7 @@ def is_quantized(parameter: Tensor) -> bool:
     return not parameter.is_floating_point() or type(parameter) is not nn.Parameter or parameter.itemsize == 1
 
 
-def quantized_in(model: nn.Module) -> str | None:
+def quantized_types(model: nn.Module) -> str | None:
     """Types of the quantized weights by their backend's names, such as "Params4bit"; None: none are quantized."""
     return ", ".join(sorted({_kind(one) for one in model.parameters() if is_quantized(one)})) or None
 
@@ -30,7 +30,7 @@ def stored_tensors(parameter: Tensor) -> list[Tensor]:
     return [one for name in names for one in stored_tensors(getattr(parameter, name))]
 
 
-def count_of(parameter: nn.Parameter) -> int:
+def num_weights(parameter: nn.Parameter) -> int:
     """Number of weights that it stores; bitsandbytes packs two 4-bit ones into one element."""
     packed: Any = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else math.prod(packed.shape)

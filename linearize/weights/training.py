@@ -11,12 +11,12 @@ from torch import nn
 from ..adapters.config_entry import write_entry_
 from ..convert import converted_networks, swapped
 from ..networks import denoiser
-from ..seam.conversion import overlays_of, put_on
+from ..seam.conversion import add_overlay, overlays_of
 from .low_rank import LORA_NAME, LowRank
 from .overlays import plain_layer, refuse_fused
 
 # Children of an attention module that process text or an image prompt, or belong to the kernel.
-_NOT_OF_THE_IMAGE = re.compile(r"add_.*|to_add_out|txt_.*|.*_t|processor|linear_kernel")
+_NOT_FOR_IMAGE = re.compile(r"add_.*|to_add_out|txt_.*|.*_t|processor|linear_kernel")
 
 
 def add_lora_(
@@ -54,7 +54,7 @@ def add_lora_(
         down = torch.empty(rank, layer.in_features, dtype=dtype, device=device)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         factors[name] = (down, torch.zeros(layer.out_features, rank, dtype=dtype, device=device))
-    put_on(model, LowRank(model, factors, alpha=rank if alpha is None else alpha))
+    add_overlay(model, LowRank(model, factors, alpha=rank if alpha is None else alpha))
     write_entry_(model)
     return {name: parameter for name, parameter in model.named_parameters() if f".{LORA_NAME}." in name}
 
@@ -69,7 +69,7 @@ def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[st
     refuse_fused(model)
     if targets is None:
         modules = swapped(model).items()
-        return [f"{name}.{below}" for name, attention in modules for below in _layers_of_image(attention)]
+        return [f"{name}.{layer}" for name, attention in modules for layer in _image_layers(attention)]
     candidates = {target: [f"{name}.{target}" for name in swapped(model)] for target in targets}
     layers = {name for name, _ in model.named_modules()}
     found = {target: [name for name in names if name in layers] for target, names in candidates.items()}
@@ -79,12 +79,12 @@ def projection_names(model: nn.Module, targets: Sequence[str] | None) -> list[st
     return [name for names in found.values() for name in names]
 
 
-def _layers_of_image(attention: nn.Module, prefix: str = "") -> Iterator[str]:
+def _image_layers(attention: nn.Module, prefix: str = "") -> Iterator[str]:
     """Names of the Linear layers that process the image; one wrapped in a style's peft layer goes by its own name."""
     for name, child in attention.named_children():
-        if _NOT_OF_THE_IMAGE.fullmatch(name):
+        if _NOT_FOR_IMAGE.fullmatch(name):
             continue
         if isinstance(child, nn.Linear) or hasattr(child, "get_base_layer"):
             yield prefix + name
         else:
-            yield from _layers_of_image(child, f"{prefix}{name}.")
+            yield from _image_layers(child, f"{prefix}{name}.")

@@ -16,7 +16,7 @@ from lineardit.linearize.adapters.conversion import convert_base
 from lineardit.linearize.measures.flops import StepFlops
 from lineardit.linearize.measures.step_times import StepTime
 from lineardit.linearize.measures.weightless_conversion import Conditions, WeightlessConversion
-from lineardit.linearize.seam.original import COVERED, below
+from lineardit.linearize.seam.original import COVERED, dense_below_text
 from lineardit.plots import draw_step_times
 from tiny_models import build
 
@@ -113,12 +113,12 @@ def test_verdict_names_the_size_from_which_the_conversion_is_faster() -> None:
 
 
 def test_verdict_leaves_out_sizes_at_which_the_original_runs() -> None:
-    same = [replace(row(side, 1.1), runs=below(4096)) for side in (32, 64)]
+    same = [replace(row(side, 1.1), runs=dense_below_text(4096)) for side in (32, 64)]
     assert verdict([*same, row(128, 1.5)]).startswith("The conversion is faster from 128x128, the smallest")
     assert verdict([*same, row(128, 0.9)]).startswith("At 128x128 the conversion is not faster")
     assert verdict(same).startswith("At these sizes the conversion makes the model's original call")
-    assert not replace(same[0], runs=f"{below(4096)}, tiled").is_original
-    assert replace(same[0], runs=f"{below(4096)}, {COVERED}").is_original
+    assert not replace(same[0], runs=f"{dense_below_text(4096)}, tiled").is_original
+    assert replace(same[0], runs=f"{dense_below_text(4096)}, {COVERED}").is_original
 
 
 def test_counted_uses_the_original_attention_below_dense_below(made: Path, tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_counted_uses_the_original_attention_below_dense_below(made: Path, tmp_p
     conversion = WeightlessConversion.read(tmp_path / "adapter", offline=True)
     auto = Conditions(device=torch.device("cpu"), dtype=torch.float32)
     for conditions in (auto, replace(auto, compiled=True)):
-        _, small, runs = conversion.counted((64, 64), conditions)
+        _, small, runs = conversion.count_size((64, 64), conditions)
         assert small.after == small.before and runs == "original (fewer than 100 image tokens)"
-        _, large, runs = conversion.counted((256, 256), conditions)
+        _, large, runs = conversion.count_size((256, 256), conditions)
         assert large.after < large.before and "original" not in runs
-    _, forced, runs = conversion.counted((64, 64), replace(auto, impl="tiled"))
+    _, forced, runs = conversion.count_size((64, 64), replace(auto, impl="tiled"))
     assert forced.after < small.after and runs == "tiled"

@@ -154,7 +154,7 @@ def test_sequential_offload_of_4_bit_weights_is_refused(base: Path, monkeypatch:
     ):
         check_offload(cuda, "sequential", Quantization(quant_backend="bitsandbytes_4bit"))
     pipe = by_name.open_model(ByName(name=str(base)))
-    monkeypatch.setattr(placement, "quantized_in", lambda _: "Params4bit")  # as in a base saved in 4 bits
+    monkeypatch.setattr(placement, "quantized_types", lambda _: "Params4bit")  # as in a base saved in 4 bits
     with pytest.raises(ValueError, match="offload 'sequential' cannot move weights"):
         place_(pipe, cuda, "sequential")
 
@@ -171,6 +171,6 @@ def test_group_offload_uses_no_streams_for_torchao_weights(
     pipe = by_name.open_model(ByName(name=str(base)))
     given: dict[str, Any] = {}
     monkeypatch.setattr(type(pipe), "enable_group_offload", lambda _self, **options: given.update(options))
-    monkeypatch.setattr(placement, "quantized_in", lambda _: kind)
+    monkeypatch.setattr(placement, "quantized_types", lambda _: kind)
     place_(pipe, torch.device("cuda"), "group")
     assert given["use_stream"] is streams

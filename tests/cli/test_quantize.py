@@ -15,9 +15,9 @@ from lineardit.linearize.adapters.base import build_on_meta, read_base
 from lineardit.linearize.adapters.opening import open_pipeline
 from lineardit.linearize.adapters.quantization import BACKENDS, Quantization, cast_layerwise_
 from lineardit.linearize.measures.attention_profile import read_profile
-from lineardit.linearize.weights.quantized import quantized_in
+from lineardit.linearize.weights.quantized import quantized_types
 from lineardit.pipelines.estimate import _bytes, weights_on_device
-from lineardit.pipelines.placement import note_place_
+from lineardit.pipelines.placement import record_placement_
 
 SCENE = "a red circle at the top left on striped sand"
 SMALL = ("--steps", "1", "--max-sequence-length", "8", "--offline")
@@ -91,8 +91,8 @@ def test_weights_on_device_counts_quantized_weights_as_stored(base: Path) -> Non
 def test_weights_on_device_counts_a_planned_quantization(base: Path) -> None:
     pipe, plain = open_pipeline(base, weights=False), open_pipeline(base, weights=False)
     linear = sum(layer.weight.numel() for layer in pipe.transformer.modules() if isinstance(layer, nn.Linear))
-    note_place_(plain, torch.device("cpu"))
-    note_place_(pipe, torch.device("cpu"), quantization=Quantization(quant_backend="bitsandbytes_8bit"))
+    record_placement_(plain, torch.device("cpu"))
+    record_placement_(pipe, torch.device("cpu"), quantization=Quantization(quant_backend="bitsandbytes_8bit"))
     assert weights_on_device(plain) - weights_on_device(pipe) == 3 * linear
 
 
@@ -125,7 +125,7 @@ def test_generate_supports_layerwise_casting(
         open_pipeline(base, quantization=Quantization(quant_backend="layerwise_casting")),
     )
     planned = open_pipeline(base, weights=False, quantization=Quantization(quant_backend="layerwise_casting"))
-    assert quantized_in(packed.transformer) == "float8_e4m3fn"
+    assert quantized_types(packed.transformer) == "float8_e4m3fn"
     assert weights_on_device(planned) == weights_on_device(packed) < weights_on_device(whole)
     assert lineardit(*command, "--quantize", "layerwise_casting:storage=float8_e5m2", "--overwrite") == 2
     assert "layerwise_casting takes storage_dtype" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from lineardit.distill.data import TeacherSamples
 from lineardit.distill.evaluate import ByName, evaluate
 from lineardit.distill.pictures import PictureSettings, digest, make_pictures
 from lineardit.distill.prepare import prepare
-from lineardit.linearize.locks import held
+from lineardit.linearize.locks import folder_lock
 
 SETTINGS = PictureSettings(height=24, width=32, steps=2, max_sequence_length=8, batch_size=2)
 THREE = PROMPTS[:3]
@@ -223,7 +223,7 @@ def test_evaluate_refuses_a_folder_of_other_files(pipe: FluxPipeline, tmp_path: 
 
 
 def test_evaluate_locks_its_folder(pipe: FluxPipeline, tmp_path: Path) -> None:
-    with held(tmp_path / "out"), pytest.raises(ValueError, match=r"another process is at work in .*out"):
+    with folder_lock(tmp_path / "out"), pytest.raises(ValueError, match=r"another process is at work in .*out"):
         evaluate(pipe, pipe, THREE[:1], tmp_path / "out", settings=SETTINGS)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").touch()  # left by a process killed before its first picture

@@ -33,7 +33,7 @@ def test_full_disk_loses_the_loss_curve_but_not_the_run(
     def full(path: Path, _: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(figures, "write_whole", full)
+    monkeypatch.setattr(figures, "write_atomically", full)
     config = make_config(run={"steps": 3}, save={"log_every": 1})
     assert distill(config).is_dir()
     assert [path.name for path in config.run.folder.glob("loss*")] == []

@@ -16,7 +16,7 @@ from lineardit import Clear, linearize_
 from lineardit.distill.data import TeacherSamples
 from lineardit.distill.latent_functions import latent_functions
 from lineardit.distill.prepare import prepare
-from lineardit.linearize.locks import held
+from lineardit.linearize.locks import folder_lock
 
 SETTINGS: dict[str, Any] = {"sizes": SIZES, "steps": 2, "max_sequence_length": 8, "shard_size": 5}
 
@@ -140,7 +140,7 @@ def test_prepare_refuses_guidance_that_is_not_finite(pipe: FluxPipeline, tmp_pat
 
 def test_prepare_refuses_a_part_locked_by_another_process(pipe: FluxPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with held(folder, name=".index-1-of-2.json.lock"):
+    with folder_lock(folder, name=".index-1-of-2.json.lock"):
         with pytest.raises(
             ValueError, match=r"another process is at work in .*data \(process \d+ on .*\): wait for it"
         ):

@@ -25,7 +25,7 @@ from lineardit.distill.runs import check_run, write_run
 from lineardit.distill.train import distill
 from lineardit.distill.trainer import Trainer
 from lineardit.distill.validation import Validation
-from lineardit.linearize.locks import held
+from lineardit.linearize.locks import folder_lock
 
 MakeConfig = Callable[..., DistillConfig]
 
@@ -298,7 +298,7 @@ def test_resume_at_an_earlier_checkpoint_discards_later_ones(
 def test_two_runs_in_one_folder_are_refused(make_config: MakeConfig) -> None:
     config = make_config()
     with (
-        held(config.run.folder),
+        folder_lock(config.run.folder),
         pytest.raises(
             ValueError,
             match=rf"another process is at work in .*run \(process {os.getpid()} on .*\): wait for it, end it, or name",

@@ -61,7 +61,7 @@ def test_rest_of_cells_matches_the_count_in_videos(grid: tuple[int, ...], num_ce
 def test_rest_everywhere_does_not_depend_on_the_chunk_size(placed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rest = rest_of_cells((7, 10), Circle(radius=2.5), 70, CPU)
     expected = rest.everywhere()
-    monkeypatch.setattr(rest_of_cells_module, "PLACED", placed)
+    monkeypatch.setattr(rest_of_cells_module, "SCATTER_CHUNK", placed)
     assert torch.equal(rest.everywhere(), expected)
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from lineardit.kernels.focus import triton_focus, triton_probe
-from lineardit.kernels.focus.choose import choose_impl, kernels_divide
+from lineardit.kernels.focus.choose import choose_impl, division_is_exact
 from lineardit.kernels.focus.triton_focus import Blocks, backward_candidates, candidates
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -265,8 +265,8 @@ def test_backward_falls_back_to_plain_with_a_warning(
 
 
 def test_kernels_divide_refuses_too_large_grids_with_a_warning(caplog):
-    assert kernels_divide((1024, 1024), 4096, 4) and not caplog.text
-    assert not kernels_divide((1024, 8192), 1024, 1)
+    assert division_is_exact((1024, 1024), 4096, 4) and not caplog.text
+    assert not division_is_exact((1024, 8192), 1024, 1)
     assert (
         "Tokens in focus fall back to plain PyTorch, which is slower: a grid of (1024, 8192) is too large"
         in caplog.text

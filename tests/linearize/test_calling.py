@@ -8,7 +8,7 @@ from prompted import prompted
 from tiny_distill import build_tiny
 
 from lineardit.linearize import KernelNotReachedError
-from lineardit.linearize.calling import arguments_named, call_arguments, for_batch, own_settings, tell_unguided
+from lineardit.linearize.calling import arguments_in_errors, call_arguments, default_settings, for_batch, warn_unguided
 from lineardit.linearize.errors import NotFiniteError
 
 
@@ -33,11 +33,11 @@ def test_call_arguments_disables_resolution_binning_for_a_given_size() -> None:
 
 def test_call_arguments_warns_once_about_ineffective_guidance(caplog: pytest.LogCaptureFixture) -> None:
     pipe = prompted("qwen-image")
-    tell_unguided.cache_clear()
+    warn_unguided.cache_clear()
     call_arguments(pipe, {"steps": 2})
     call_arguments(pipe, {"steps": 2})
     assert caplog.text.count("is guided only") == 1
-    tell_unguided.cache_clear()
+    warn_unguided.cache_clear()
     assert 'is guided only with a negative prompt: --argument negative_prompt=" "' in caplog.text
     caplog.clear()
     call_arguments(pipe, {"steps": 2}, {"negative_prompt": " "})
@@ -66,10 +66,10 @@ def test_arguments_named_adds_the_given_arguments_to_an_error() -> None:
     pipe = build_tiny()
     with (
         pytest.raises(ValueError, match=r"FluxPipeline did not draw with clip_skip='a' \(IndexError: nothing\)"),
-        arguments_named(pipe, {"clip_skip": "a"}),
+        arguments_in_errors(pipe, {"clip_skip": "a"}),
     ):
         raise IndexError("nothing")
-    with pytest.raises(IndexError), arguments_named(pipe, {}):
+    with pytest.raises(IndexError), arguments_in_errors(pipe, {}):
         raise IndexError("nothing")
     for error in (
         torch.OutOfMemoryError(),
@@ -77,14 +77,14 @@ def test_arguments_named_adds_the_given_arguments_to_an_error() -> None:
         NotFiniteError("nan"),
         KernelNotReachedError("attention slicing"),
     ):
-        with pytest.raises(type(error)) as raised, arguments_named(pipe, {"clip_skip": "a"}):
+        with pytest.raises(type(error)) as raised, arguments_in_errors(pipe, {"clip_skip": "a"}):
             raise error
         assert raised.value is error
 
 
 def test_own_settings_reads_the_pipeline_defaults() -> None:
-    assert own_settings(build_tiny()) == (28, 3.5, 512)
-    assert own_settings(prompted("sdxl")) == (50, 5.0, None)
+    assert default_settings(build_tiny()) == (28, 3.5, 512)
+    assert default_settings(prompted("sdxl")) == (50, 5.0, None)
 
 
 @pytest.mark.parametrize(

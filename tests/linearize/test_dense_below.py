@@ -29,14 +29,14 @@ from lineardit.linearize.adapters.conversion import convert_and_merge, convert_b
 from lineardit.linearize.adapters.manifest import read_entry, read_manifest
 from lineardit.linearize.adapters.model_card import adapter_card
 from lineardit.linearize.convert import swapped
-from lineardit.linearize.measures.inspection import inspect_base
-from lineardit.linearize.weights.training import add_lora_
-from lineardit.linearize.what_runs import (
+from lineardit.linearize.describe import (
+    count_implementations,
     describe_attention,
     describe_implementations,
-    implementations_seen,
     swap_report,
 )
+from lineardit.linearize.measures.inspection import inspect_base
+from lineardit.linearize.weights.training import add_lora_
 from tiny_models import FAMILIES, build, inputs_of, run
 
 SMALL = Clear(radius=1.5)
@@ -86,7 +86,7 @@ def test_dense_below_applies_to_each_unet_level_separately() -> None:
     largest_alone = converted_run("unet", layers=[name for name, count in counts.items() if count == large])
     report = linearize_(model, SMALL, dense_below=large)
     assert len(report.swapped) == len(counts)
-    with implementations_seen(model) as seen:
+    with count_implementations(model) as seen:
         assert torch.equal(run(model, arguments), largest_alone)
     dense_modules = sum(count < large for count in counts.values())
     told = describe_implementations(seen, model)
@@ -101,7 +101,7 @@ def test_forced_implementation_ignores_dense_below(impl: str) -> None:
     model = base()
     linearize_(model, SMALL, dense_below=1000)
     set_impl_(model, impl)
-    with implementations_seen(model) as seen:
+    with count_implementations(model) as seen:
         assert torch.equal(run(model, inputs_of("flux")), expected)
     assert describe_implementations(seen, model) == impl
     assert swap_report(model).dense_below == 0
@@ -112,7 +112,7 @@ def test_reports_name_the_dense_below_limit() -> None:
     report = linearize_(model, SMALL, dense_below=4096)
     assert str(report).endswith("(family flux, impl auto, original below 4,096 image tokens)")
     assert describe_attention(model) == str(report)
-    with implementations_seen(model) as seen:
+    with count_implementations(model) as seen:
         run(model, inputs_of("flux"))
     assert describe_implementations(seen, model) == "original (fewer than 4,096 image tokens)"
 

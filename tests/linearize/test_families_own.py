@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lineardit import Clear, UnsupportedModelError, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize import Family, Sight
-from lineardit.linearize.what_runs import describe_attention
+from lineardit.linearize.describe import describe_attention
 
 
 class _Pond(nn.Module):

@@ -98,7 +98,7 @@ def test_count_steps_finds_the_attention_of_every_family(family: str, monkeypatc
         return
     (step,) = count_steps(model, vae_scale=4)
     modules, _ = attention_modules(model, family_of(model))
-    assert {call.module for call in step.calls if step.is_of_the_image(call)} >= modules.keys()
+    assert {call.module for call in step.calls if step.is_image_self_attention(call)} >= modules.keys()
     near, nearer = (step.flops(dict.fromkeys(modules, Clear(radius=radius))) for radius in (2, 1))
     assert 0 < nearer.after < near.after
     assert near.before == nearer.before > near.attention_before > 0

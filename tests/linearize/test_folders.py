@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lineardit.linearize.folders import check_output_file, check_writable, new_folder, read_tensors, write_whole
+from lineardit.linearize.folders import check_output_file, check_writable, new_folder, read_tensors, write_atomically
 
 
 def test_new_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_write_whole_error_names_the_file_and_keeps_the_old_one(tmp_path: Path) 
 
     (tmp_path / "told.json").write_text("old")
     with pytest.raises(OSError, match=r"No space left on device: '.*/told.json'"):
-        write_whole(tmp_path / "told.json", full)
+        write_atomically(tmp_path / "told.json", full)
     with pytest.raises(FileNotFoundError, match=r"missing/told.json'"):
-        write_whole(tmp_path / "missing" / "told.json", lambda temporary: temporary.write_text("new"))
+        write_atomically(tmp_path / "missing" / "told.json", lambda temporary: temporary.write_text("new"))
     assert [file.name for file in tmp_path.iterdir()] == ["told.json"]
     assert (tmp_path / "told.json").read_text() == "old"
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from lineardit.linearize import locks
-from lineardit.linearize.folders import write_whole
-from lineardit.linearize.locks import held, remove_leftovers
+from lineardit.linearize.folders import write_atomically
+from lineardit.linearize.locks import folder_lock, remove_leftovers
 
 
 def test_held_error_names_the_process_that_holds_the_lock(tmp_path: Path) -> None:
     who = (
         rf"another process is at work in .*run \(process {os.getpid()} on {socket.gethostname()}\): wait for it, end it"
     )
-    with held(tmp_path / "run"):
-        with pytest.raises(ValueError, match=who), held(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
+        with pytest.raises(ValueError, match=who), folder_lock(tmp_path / "run"):
             pass
-        with held(tmp_path / "run", name=".other"):
+        with folder_lock(tmp_path / "run", name=".other"):
             pass
     assert not (tmp_path / "run").exists()
 
@@ -28,7 +28,7 @@ def test_held_error_names_the_process_that_holds_the_lock(tmp_path: Path) -> Non
 def test_held_works_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to("/dev/full")
-    with held(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
 
@@ -44,7 +44,7 @@ def test_held_retries_when_the_lock_file_was_removed(tmp_path: Path, monkeypatch
         return lock(file)
 
     monkeypatch.setattr(locks, "_lock", slow)
-    with held(tmp_path):
+    with folder_lock(tmp_path):
         assert "process" in (tmp_path / ".lock").read_text()
     assert len(calls) == 2
 
@@ -57,7 +57,7 @@ def test_remove_leftovers_removes_the_files_of_a_killed_writer(tmp_path: Path) -
 
     writer = os.fork()
     if not writer:
-        write_whole(tmp_path / "shard-1.safetensors", hang)
+        write_atomically(tmp_path / "shard-1.safetensors", hang)
     while not list(tmp_path.glob(".shard*/.tmp*")):
         time.sleep(0.01)
     os.kill(writer, signal.SIGKILL)
@@ -67,15 +67,15 @@ def test_remove_leftovers_removes_the_files_of_a_killed_writer(tmp_path: Path) -
     (tmp_path / ".shards.old").mkdir()
     (tmp_path / ".mine.txt.7.tmp").write_text("mine")
     names = ("shard-*", "index*", "adapter.*")
-    with held(tmp_path, name=".one.lock"):
-        with held(tmp_path, name=".two.lock"):
+    with folder_lock(tmp_path, name=".one.lock"):
+        with folder_lock(tmp_path, name=".two.lock"):
             remove_leftovers(tmp_path, names, locks=".*.lock")
             assert len(list(tmp_path.glob(".*.tmp"))) == 3
         remove_leftovers(tmp_path, names, locks=".*.lock")
     left = {".adapter.abc.old", ".mine.txt.7.tmp", ".shards.old"}  # the first may be the only copy of an adapter
     assert {path.name for path in tmp_path.iterdir()} == left
     (tmp_path / "adapter").mkdir()
-    with held(tmp_path):
+    with folder_lock(tmp_path):
         remove_leftovers(tmp_path, names)
     assert not (tmp_path / ".adapter.abc.old").exists()
 
@@ -83,6 +83,6 @@ def test_remove_leftovers_removes_the_files_of_a_killed_writer(tmp_path: Path) -
 def test_remove_leftovers_removes_nothing_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "fcntl", None)
     (tmp_path / ".index.json.7.tmp").write_text("half")
-    with held(tmp_path):
+    with folder_lock(tmp_path):
         remove_leftovers(tmp_path, ("index*",))
     assert (tmp_path / ".index.json.7.tmp").exists()

@@ -17,7 +17,7 @@ from lineardit.linearize.weights.full_weights import replace_weights_
 from lineardit.linearize.weights.low_rank import LowRank
 from lineardit.pipelines.estimate import weights_on_device
 from lineardit.pipelines.high_resolution import HighResolutionPipeline
-from lineardit.pipelines.placement import note_place_
+from lineardit.pipelines.placement import record_placement_
 
 PIPELINES = {"flux": build_tiny, **{name: make for name, (make, _) in WHOLE.items()}}
 
@@ -51,7 +51,7 @@ def test_outline_needs_only_configs_and_names_the_missing_ones(tmp_path: Path) -
         shutil.rmtree(folder)
     outline = open_pipeline(tmp_path, weights=False)
     assert (outline.tokenizer, outline.tokenizer_2) == (None, None)
-    note_place_(outline, torch.device("cpu"))
+    record_placement_(outline, torch.device("cpu"))
     assert HighResolutionPipeline.from_pipe(outline).plan(64, 64).stages[0].seconds > 0
     lacking = [f"{name}.json" for name in ("scheduler/scheduler_config", "text_encoder_2/config", "vae/config")]
     for name in lacking:
@@ -103,12 +103,12 @@ def test_weights_on_device_of_an_outline_follow_its_placement(tmp_path: Path) ->
     build_tiny().save_pretrained(tmp_path)
     cpu, loaded = torch.device("cpu"), open_pipeline(tmp_path)
     outline = open_pipeline(tmp_path, weights=False)
-    note_place_(outline, cpu)
+    record_placement_(outline, cpu)
     counted = weights_on_device(HighResolutionPipeline.from_pipe(outline))
     assert counted == weights_on_device(loaded) > 0
     sizes = {}
     for offload in ("model", "group", "sequential"):
-        note_place_(outline, torch.device("cuda"), offload)
+        record_placement_(outline, torch.device("cuda"), offload)
         sizes[offload] = weights_on_device(outline)
     assert sizes == {"model": max(map(of_one, loaded.components.values())), "group": 0, "sequential": 0}
 

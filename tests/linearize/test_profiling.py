@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lineardit.linearize import Agent, Clear, LinFusion, Mala, Proposal, linearize_, profile_attention, propose, swapped
 from lineardit.linearize.measures import probe as probe_module
 from lineardit.linearize.measures.attention_profile import LayerProfile, Profile, read_profile
-from lineardit.linearize.measures.budget import knapsack, name_of, parse_budget, parse_choices
+from lineardit.linearize.measures.budget import describe_choice, knapsack, parse_budget, parse_choices
 from lineardit.linearize.measures.profiling import probed
 from lineardit.linearize.methods import METHODS as kernels_of_methods
 from lineardit.linearize.methods import ClearAttention, Hybrid, ProxyTokens
@@ -127,7 +127,7 @@ def test_probe_ignores_masked_text() -> None:
 
 def _probe() -> probe_module.Probe:
     shape = {"num_heads": 2, "head_dim": 8, "num_queries": 99}
-    return probe_module.Probe(RADII, generator=torch.Generator(), turns=itertools.count(), **shape)
+    return probe_module.Probe(RADII, generator=torch.Generator(), call_counter=itertools.count(), **shape)
 
 
 def _profile(**changes: Any) -> Profile:
@@ -152,7 +152,7 @@ def test_probe_error_matches_converting_one_layer(family: str, entries: int, mon
     generator = torch.Generator().manual_seed(0)
     with probed(model, RADII, METHODS, num_queries=10**6, generator=generator) as probes:
         run(model, arguments)
-    name = min(probes, key=lambda name: probes[name].turn)
+    name = min(probes, key=lambda name: probes[name].first_call)
     error = probes[name].sums.error / probes[name].sums.norm
     assert torch.allclose(error[len(RADII)], error[RADII.index(2)], atol=1e-6)  # the same window both ways
     layer = model.get_submodule(name)
@@ -338,7 +338,7 @@ def test_parse_choices_takes_radii_methods_and_full_attention() -> None:
     for text, word in (("2,mala", "mala"), ("4", "4"), ("2,", ""), ("", ""), ("nan", "nan")):
         with pytest.raises(ValueError, match=f"'{word}' was not profiled: choices are 2, 2.5, 8, agent, clear, full"):
             parse_choices(profile, text)
-    assert name_of(pooled) == "clear:radius=4,pool_tokens=4"
+    assert describe_choice(pooled) == "clear:radius=4,pool_tokens=4"
 
 
 def test_propose_refuses_errors_that_are_not_finite() -> None:

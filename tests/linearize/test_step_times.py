@@ -83,7 +83,7 @@ def test_time_steps_yields_one_row_per_size(tmp_path: Path) -> None:
 
 def test_original_and_conversion_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[bool] = []
-    forward = step_times._Timed._forward
+    forward = step_times._TimedModel._forward
 
     def note(timed: Any) -> float:
         conversion = conversion_of(timed.model)
@@ -91,7 +91,7 @@ def test_original_and_conversion_alternate(tmp_path: Path, monkeypatch: pytest.M
         turns.append(conversion.enabled)
         return forward(timed)
 
-    monkeypatch.setattr(step_times._Timed, "_forward", note)
+    monkeypatch.setattr(step_times._TimedModel, "_forward", note)
     timed(WeightlessConversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)], pairs=2)
     assert turns == [True, False] * 3
 
@@ -166,10 +166,10 @@ def test_compiled_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_fitting_skips_sizes_without_positions_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     conversion = WeightlessConversion.read(adapter_of(build("sd3"), tmp_path))  # up to 32 tokens of 16 pixels a side
-    assert conversion.fitting([(64, 64), (1024, 1024)], CONDITIONS, all_of=False) == [(64, 64)]
+    assert conversion.supported_sizes([(64, 64), (1024, 1024)], CONDITIONS, require_all=False) == [(64, 64)]
     assert "left out, a SD3Transformer2DModel of this config has no positions for 1024x1024" in caplog.text
     with pytest.raises(ValueError, match="no positions for 2048x2048"):
-        conversion.fitting([(1024, 1024), (2048, 2048)], CONDITIONS, all_of=False)
+        conversion.supported_sizes([(1024, 1024), (2048, 2048)], CONDITIONS, require_all=False)
 
 
 def test_time_steps_refuses_what_cannot_be_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_time_steps_refuses_what_cannot_be_timed(tmp_path: Path, monkeypatch: py
         timed(conversion, [(64, 64)], pairs=0)
     other = replace(conversion, adapter=(replace(manifest_of(conversion), model_class="FluxTransformer2DModel"), {}))
     with pytest.raises(ValueError, match="a FluxTransformer2DModel; this model is a SD3Transformer2DModel"):
-        other.fitting([(64, 64)], CONDITIONS)
+        other.supported_sizes([(64, 64)], CONDITIONS)
     lumina = WeightlessConversion.read(adapter_of(build("lumina2"), tmp_path / "lumina"))
     with pytest.raises(ValueError, match=r"a step of a Lumina2.* at 64x64 failed \(.*Error: index"):
         timed(lumina, [(64, 64)], text_len=900)  # its table of positions is shorter

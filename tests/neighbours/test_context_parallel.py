@@ -22,7 +22,7 @@ from lineardit import (
     dense,
     linearize_,
 )
-from lineardit.linearize.seam.parallel import join_shares, share_out, share_sizes
+from lineardit.linearize.seam.parallel import join_shares, share_sizes, split_shares
 from tiny_models import FAMILIES, build, inputs_of, run
 
 diffusers = pytest.importorskip("diffusers", minversion="0.36", reason="context parallelism came with diffusers 0.36")
@@ -50,7 +50,7 @@ def test_share_sizes_are_those_of_tensor_split(first: int, second: int, degree: 
     shares = [part for pair in parts for part in pair]
     sizes = share_sizes(first, second, degree)
     assert torch.equal(join_shares(torch.cat(shares, 1), sizes, dim=1), torch.cat([text, image], 1))
-    assert torch.equal(share_out(torch.cat([text, image], 1), sizes, dim=1), torch.cat(shares, 1))
+    assert torch.equal(split_shares(torch.cat([text, image], 1), sizes, dim=1), torch.cat(shares, 1))
 
 
 @pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (2, 2)])
@@ -136,7 +136,7 @@ def _compare_masked(rank: int, family: str) -> None:
     linearize_(model, CONFIGS[0])
     expected = run(model, {**arguments, "joint_attention_kwargs": {"attention_mask": mask}})
     _share_tokens(model)
-    share = share_out(mask, share_sizes(4, 24, DEGREE), dim=1).chunk(DEGREE, 1)[rank]
+    share = split_shares(mask, share_sizes(4, 24, DEGREE), dim=1).chunk(DEGREE, 1)[rank]
     out = run(model, {**arguments, "joint_attention_kwargs": {"attention_mask": share}})
     assert torch.allclose(out, expected, atol=1e-5)
     with pytest.raises(LayoutError, match="image tokens"):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_distill import build_tiny
 
-from lineardit.pipelines.cascade import cascade_of
+from lineardit.pipelines.cascade import cascade_for_size
 from lineardit.pipelines.decoding import decode_file
 from lineardit.pipelines.generate import generate
 
@@ -126,7 +126,7 @@ def test_generate_at_native_size_accepts_any_scheduler(tmp_path: Path) -> None:
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler"):
         generate(pipe, [PROMPT], tmp_path / "a.png", size=(128, 128), steps=1, max_sequence_length=8)
-    assert cascade_of(pipe, 64, 64, FEW, steps=1, text_len=8, wanted=None) is None
+    assert cascade_for_size(pipe, 64, 64, FEW, steps=1, text_len=8, requested=None) is None
 
 
 def test_undecoded_latents_of_a_cascade_can_be_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,21 +10,21 @@ from tiny_distill import build_tiny
 
 from lineardit.pipelines import files
 from lineardit.pipelines.decoding import decode_file
-from lineardit.pipelines.files import Wanted, not_there, plan_files, write_latents
+from lineardit.pipelines.files import PictureJob, missing_pictures, plan_files, write_latents
 
 LATENTS = torch.zeros(1, 4, 16)  # tokens of 8 x 8 pixels
 
 
-def wanted(path: Path, prompt: str) -> Wanted:
-    return Wanted(path=path, prompt=prompt, seed=0, text={"prompt": prompt, "size": "8x8"})
+def wanted(path: Path, prompt: str) -> PictureJob:
+    return PictureJob(path=path, prompt=prompt, seed=0, text={"prompt": prompt, "size": "8x8"})
 
 
 def test_latents_of_another_picture_are_not_overwritten(tmp_path: Path) -> None:
     one, other = (wanted(tmp_path / "out.png", prompt) for prompt in ("a circle", "a square"))
     write_latents(one.latents, LATENTS, {**one.text, "stages": "[]"})
-    assert not_there([one]) == [one]
+    assert missing_pictures([one]) == [one]
     with pytest.raises(ValueError, match=r"out.latents.safetensors holds another picture, not decoded yet"):
-        not_there([other])
+        missing_pictures([other])
 
 
 def test_decode_file_removes_only_its_own_latents(tmp_path: Path) -> None:

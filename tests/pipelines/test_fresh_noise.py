@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_distill import build_tiny
 
 from lineardit import HighResolutionPipeline, dense
-from lineardit.pipelines.fresh_noise import noise_drawn_from, with_fresh_noise
+from lineardit.pipelines.fresh_noise import draw_noise_from, with_fresh_noise
 from lineardit.pipelines.generate import generate
 from lineardit.pipelines.plan import Settings
 
@@ -41,7 +41,7 @@ def test_step_adds_the_generators_noise_to_the_predicted_clean_latents(return_di
     scheduler.set_timesteps(2)
     sigma, following = scheduler.sigmas[:2]
     latents, velocity = torch.randn(2, 2, 3, 4, 5, generator=seeded(9))
-    with noise_drawn_from(scheduler, [seeded(1), seeded(2)]):
+    with draw_noise_from(scheduler, [seeded(1), seeded(2)]):
         made = scheduler.step(velocity, scheduler.timesteps[0], latents, return_dict=return_dict)[0]
     noise = torch.stack([torch.randn(3, 4, 5, generator=seeded(seed)) for seed in (1, 2)])
     wanted = (1 - following) * (latents - sigma * velocity) + following * noise

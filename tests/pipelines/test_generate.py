@@ -16,9 +16,9 @@ from tiny_distill import build_tiny
 
 from lineardit import Clear, linearize_
 from lineardit.pipelines import files
-from lineardit.pipelines.cut_prompts import tell_cut_prompts
 from lineardit.pipelines.generate import generate
 from lineardit.pipelines.placement import place_
+from lineardit.pipelines.truncated_prompts import warn_truncated_prompts
 
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
 CALL: dict[str, Any] = {"size": (24, 32), "steps": 2, "max_sequence_length": 8}
@@ -186,7 +186,7 @@ def test_generate_warns_once_of_a_truncated_prompt(
     generate(pipe, [long + " and a blue square"], tmp_path / "b", **CALL | {"max_sequence_length": 64})
     assert caplog.text.count("is cut after") == 1
     pipe.text_encoder_2, pipe.tokenizer_2 = pipe.text_encoder, pipe.tokenizer  # two of CLIP, as in Stable Diffusion XL
-    tell_cut_prompts(pipe, ["the red circle " * 26], None)
+    warn_truncated_prompts(pipe, ["the red circle " * 26], None)
     assert "77 tokens (its text encoder takes no more), without 'red circle'" in caplog.text
 
 

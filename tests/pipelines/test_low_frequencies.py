@@ -26,13 +26,13 @@ def test_after_step_moves_the_predicted_picture_and_not_the_noise() -> None:
     moved = (corrected - following * noise) / (1 - following)
     low = torch.nn.functional.avg_pool2d(moved, 8)  # exact but for the filter's reach across cells
     assert (low - 3).abs().max() < 0.6
-    high = moved - LowFrequencies(moved, follow=1).wanted
-    assert torch.allclose(high.std(), (picture - LowFrequencies(picture, follow=1).wanted).std(), rtol=0.15)
+    high = moved - LowFrequencies(moved, follow=1).target
+    assert torch.allclose(high.std(), (picture - LowFrequencies(picture, follow=1).target).std(), rtol=0.15)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 30), (18, 7)])
 def test_low_frequencies_of_small_latents_keep_the_mean(size: tuple[int, int]) -> None:
-    assert torch.allclose(LowFrequencies(torch.full((1, 4, *size), 3.0), follow=1).wanted, torch.tensor(3.0))
+    assert torch.allclose(LowFrequencies(torch.full((1, 4, *size), 3.0), follow=1).target, torch.tensor(3.0))
 
 
 def test_after_step_leaves_the_last_step_alone() -> None:
@@ -67,13 +67,13 @@ def test_following_keeps_the_picture_near_the_previous_stage(high: Any) -> None:
     """A model with random weights drifts; following low frequencies keeps it nearer to the enlarged picture."""
     picture = Image.linear_gradient("L").convert("RGB")
     pixels = high.image_processor.preprocess(picture, height=32, width=32)
-    wanted = LowFrequencies(encode(high.vae, pixels, tile=None), follow=1).wanted
+    wanted = LowFrequencies(encode(high.vae, pixels, tile=None), follow=1).target
     errors = []
     for follow in (0.0, 1.0):
         plan = high.plan(32, 32, enlarge=True, settings=Settings(steps=6, follow=follow, rope_factor=1, strength=0.9))
         call: dict[str, Any] = {"plan": plan, "generator": seeded(), "max_sequence_length": 8, "output_type": "latent"}
         made = unpack_latents(high(PROMPT, image=picture, **call).images, 16, 16)
-        errors.append(float((LowFrequencies(made, follow=1).wanted - wanted).abs().mean()))
+        errors.append(float((LowFrequencies(made, follow=1).target - wanted).abs().mean()))
     assert errors[1] < 0.9 * errors[0]
 
 

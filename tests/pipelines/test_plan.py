@@ -198,6 +198,6 @@ def test_half_of_peak_is_not_measured_for_long(
         return seconds
 
     monkeypatch.setattr(estimate, "_seconds", product)
-    speed = estimate.half_of_peak.__wrapped__(torch.device("cpu"), torch.float32)
+    speed = estimate.half_peak_flops.__wrapped__(torch.device("cpu"), torch.float32)
     assert seen == products
     assert speed == pytest.approx(0.5 * 2 * math.prod(products[-1]) * 2048**2 / seconds)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from benchmarks.forward_memory import peak_bytes, table_bytes
 from lineardit import Clear, HighResolutionPipeline, Hybrid, ProxyTokens, UnsupportedModelError, dense, linearize_
 from lineardit.linearize.compiling import compile_
-from lineardit.linearize.measures.held_bytes import peak_with
 from lineardit.linearize.measures.live_bytes import LiveBytes
+from lineardit.linearize.measures.peak_bytes import peak_with
 from lineardit.linearize.methods import RECOMMENDED
 from lineardit.pipelines.estimate import Shape, forward, step_in_chunks
 from lineardit.pipelines.plan import Settings, Stage

@@ -13,7 +13,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from lineardit.examples.tiny_flux import path, scenes
-from lineardit.pipelines.group_statistics import _keeping, whole_statistics
+from lineardit.pipelines.group_statistics import _fixed_statistics_class, whole_statistics
 from lineardit.pipelines.vae import decode, encode, encode_faithfully, pixels_per_latent, tile_spans
 
 
@@ -81,7 +81,7 @@ def test_tiles_use_the_statistics_of_the_whole_picture(vae: Any, monkeypatch: py
         return float((made[0] - latents).abs().mean()), float((made[1] - whole).abs().mean())
 
     kept = errors()
-    assert all(type(module) is not _keeping(torch.nn.GroupNorm) for module in vae.modules())
+    assert all(type(module) is not _fixed_statistics_class(torch.nn.GroupNorm) for module in vae.modules())
     monkeypatch.setattr("lineardit.pipelines.vae.whole_statistics", lambda *_: nullcontext())
     own = errors()
     assert kept[0] < 0.2 * own[0] and kept[1] < 0.2 * own[1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lineardit.linearize.measures.named_inputs import inputs_by_name, with_numbers
+from lineardit.linearize.measures.named_inputs import inputs_by_name, with_values
 
 Grid = tuple[int, int]
 Arguments = dict[str, Any]
@@ -105,8 +105,8 @@ class Tiny:
         others = self.inputs(grid, text_len, batch)
         parameters = inspect.signature(self._class.__init__).parameters
         config = {name: parameter.default for name, parameter in parameters.items()} | self._config(None)
-        named = inputs_by_name(self._class, config, grid, text_len=text_len, batch=batch, leave=others)
-        numbered = partial(with_numbers, device=torch.device("cpu"), dtype=torch.float32)
+        named = inputs_by_name(self._class, config, grid, text_len=text_len, batch=batch, omit=others)
+        numbered = partial(with_values, device=torch.device("cpu"), dtype=torch.float32)
         return tree_map_only(Tensor, numbered, named) | others
 
     @property

@@ -23,29 +23,29 @@ from .live_bytes import LiveBytes
 
 def peak_with(step: Step, configs: Collection[Any], dtype: torch.dtype) -> int:
     """`step.peak` if the image's calls run under the config that holds most; `dtype` is the model's."""
-    calls = {replace(call, module="") for call in step.calls if step.is_of_the_image(call)}
-    held = [
-        call.live + _held_by(config, replace(call, live=0), *step.layout(call), dtype)
+    calls = {replace(call, module="") for call in step.calls if step.is_image_self_attention(call)}
+    peaks = [
+        call.live + _kernel_peak(config, replace(call, live=0), *step.layout(call), dtype)
         for call in calls
         for config in set(configs)
     ]
-    return max([step.peak, *held])
+    return max([step.peak, *peaks])
 
 
 @lru_cache(maxsize=256)
-def _held_by(config: Any, call: Call, grid: Grid, text_len: int, dtype: torch.dtype) -> int:
+def _kernel_peak(config: Any, call: Call, grid: Grid, text_len: int, dtype: torch.dtype) -> int:
     """Peak bytes of one attention module's kernel, without its inputs."""
     size = (call.batch, call.heads, call.keys, call.head_dim)
     with torch.device("meta"):
         kernel = METHODS[type(config)](config, num_heads=call.heads, head_dim=call.head_dim)
         inputs = [torch.empty(size, dtype=dtype) for _ in range(3)]
     kernel.observe(grid)
-    with torch.no_grad(), LiveBytes(kernel, inputs) as live, _OutputAlone():
+    with torch.no_grad(), LiveBytes(kernel, inputs) as live, _OutputOnlyAttention():
         kernel(*inputs, Layout(grid, text_len, text_first=True))
     return live.peak
 
 
-class _OutputAlone(TorchFunctionMode):
+class _OutputOnlyAttention(TorchFunctionMode):
     """Softmax attention allocates only its output, as fused kernels do; on meta it would allocate all logits."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

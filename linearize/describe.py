@@ -15,7 +15,7 @@ from .matching import attention_modules
 from .networks import denoiser
 from .report import SwapReport
 from .seam.conversion import conversion_of
-from .seam.original import COVERED, below
+from .seam.original import COVERED, dense_below_text
 
 
 def swap_report(pipe_or_model: Any) -> SwapReport | None:
@@ -55,36 +55,36 @@ def advice_on(model: nn.Module, grids: Sequence[Grid]) -> tuple[str, ...]:
     """
     kernels: list[Any] = [module.linear_kernel for module in swapped(model).values()]
     dense_below = dense_below_of(model)
-    told = [kernel.advice(kernel.config, grids[-1]) for kernel in kernels if prod(grids[-1]) >= dense_below]
+    notes = [kernel.advice(kernel.config, grids[-1]) for kernel in kernels if prod(grids[-1]) >= dense_below]
     if any(prod(grid) < dense_below for grid in grids):
-        told.append(f"converted stages of fewer than {dense_below:,} image tokens make the model's original call")
-    return tuple(dict.fromkeys(advice for advice in told if advice is not None))
+        notes.append(f"converted stages of fewer than {dense_below:,} image tokens make the model's original call")
+    return tuple(dict.fromkeys(advice for advice in notes if advice is not None))
 
 
 @contextmanager
-def implementations_seen(pipe_or_model: Any) -> Iterator[Counter[str]]:
+def count_implementations(pipe_or_model: Any) -> Iterator[Counter[str]]:
     """Context manager that counts which implementations kernels run; original calls (`runs_original`) do not count."""
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
 
-    def note(kernel: Any, inputs: tuple[Tensor, Tensor, Tensor, Layout], _options: Any) -> None:
+    def count(kernel: Any, inputs: tuple[Tensor, Tensor, Tensor, Layout], _options: Any) -> None:
         query, _, _, layout = inputs
-        picked = kernel.chosen(kernel.config, query, layout.grid, layout.text_len)
-        seen[picked if kernel.impl == "auto" else kernel.impl] += 1
+        auto_impl = kernel.chosen(kernel.config, query, layout.grid, layout.text_len)
+        counts[auto_impl if kernel.impl == "auto" else kernel.impl] += 1
 
     modules: list[Any] = [module.linear_kernel for module in swapped(denoiser(pipe_or_model)[1]).values()]
-    handles = [kernel.register_forward_pre_hook(note, with_kwargs=True) for kernel in modules]
+    handles = [kernel.register_forward_pre_hook(count, with_kwargs=True) for kernel in modules]
     try:
-        yield seen
+        yield counts
     finally:
         for handle in handles:
             handle.remove()
 
 
-def describe_implementations(seen: Counter[str], model: nn.Module) -> str:
-    """Counts of `implementations_seen` over one forward, in words: "tiled", or how often each ran."""
+def describe_implementations(counts: Counter[str], model: nn.Module) -> str:
+    """Counts of `count_implementations` over one forward, in words: "tiled", or how often each ran."""
     modules: list[Any] = list(swapped(model).values())
     swaps, dense_below = len(modules), dense_below_of(model)
-    if original := swaps - seen.total():
-        small = sum(prod(module._lineardit_level.grid) < dense_below for module in modules) if dense_below else 0
-        seen = seen + Counter({below(dense_below): small, COVERED: original - small})
-    return ", ".join(name if count == swaps else f"{count} x {name}" for name, count in seen.most_common())
+    if original := swaps - counts.total():
+        below_dense = sum(prod(module._lineardit_level.grid) < dense_below for module in modules) if dense_below else 0
+        counts = counts + Counter({dense_below_text(dense_below): below_dense, COVERED: original - below_dense})
+    return ", ".join(name if count == swaps else f"{count} x {name}" for name, count in counts.most_common())

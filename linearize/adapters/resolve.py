@@ -8,11 +8,11 @@ from .adapter import adapter_file
 from .base import Base, read_base
 from .config_entry import CONFIG_KEY
 from .manifest import MANIFEST_FILE, Entry, Manifest, read_entry, read_manifest
-from .place import Place, check_spelling, find_place
+from .place import Place, check_encodable, find_place
 
 
 @dataclass(frozen=True, kw_only=True)
-class Named:
+class ResolvedName:
     """What a folder, file or Hub id refers to.
 
     Attributes:
@@ -25,7 +25,7 @@ class Named:
     base: Base
     conversion: Manifest | Entry | None
 
-    def converted(self) -> Manifest | Entry:
+    def require_conversion(self) -> Manifest | Entry:
         """The conversion.
 
         Raises:
@@ -43,9 +43,9 @@ class Named:
         )
 
 
-def find_named(
+def resolve_name(
     name: str | Path, *, base: str | Path | None = None, revision: str | None = None, offline: bool = False
-) -> Named:
+) -> ResolvedName:
     """Resolve a name.
 
     Args:
@@ -62,12 +62,12 @@ def find_named(
     if file is not None:
         manifest = read_manifest(file)
         found = _base_of(manifest, place.name, base, offline=offline)
-        return Named(place=place, base=found, conversion=manifest)
+        return ResolvedName(place=place, base=found, conversion=manifest)
     found = read_base(place.name, revision=revision, offline=offline)
     if base is not None:
         raise ValueError(f"base (--base) is for adapters, and {place.name} is a whole model: leave it out")
     entry = read_entry(found.config[CONFIG_KEY]) if CONFIG_KEY in found.config else None
-    return Named(place=place, base=found, conversion=entry)
+    return ResolvedName(place=place, base=found, conversion=entry)
 
 
 def _base_of(manifest: Manifest, adapter: str, base: str | Path | None, *, offline: bool) -> Base:
@@ -75,7 +75,7 @@ def _base_of(manifest: Manifest, adapter: str, base: str | Path | None, *, offli
         return read_base(base, offline=offline)
     if manifest.base is None:
         raise ValueError(f"{adapter} does not name its base (it was made in memory): pass base= (--base)")
-    check_spelling(manifest.base)
+    check_encodable(manifest.base)
     if Path(manifest.base).is_absolute() and not Path(manifest.base).exists():
         raise ValueError(f"the base of {adapter} is no longer at {manifest.base}: pass its new place as base= (--base)")
     return read_base(manifest.base, revision=manifest.base_revision, offline=offline)

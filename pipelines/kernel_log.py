@@ -5,23 +5,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..linearize.describe import count_implementations, describe_implementations
 from ..linearize.networks import denoiser
-from ..linearize.what_runs import describe_implementations, implementations_seen
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def kernels_told(pipe_or_model: Any, what: str = "") -> Iterator[None]:
+def log_kernels(pipe_or_model: Any, label: str = "") -> Iterator[None]:
     """Inside, the first forward of a converted model logs which implementations it ran, after `what`."""
     _, model = denoiser(pipe_or_model)
-    with implementations_seen(model) as seen:
+    with count_implementations(model) as counts:
 
-        def tell(*_: Any) -> None:
+        def log(*_: Any) -> None:
             handle.remove()
-            logger.info("%skernel: %s", f"{what}, " if what else "", describe_implementations(seen, model))
+            logger.info("%skernel: %s", f"{label}, " if label else "", describe_implementations(counts, model))
 
-        handle = model.register_forward_hook(tell)
+        handle = model.register_forward_hook(log)
         try:
             yield
         finally:

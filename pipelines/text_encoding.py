@@ -8,7 +8,7 @@ from ..linearize.networks import denoiser
 
 
 @contextmanager
-def text_encoded_once(pipe: Any) -> Iterator[Callable[[], None]]:
+def encode_text_once(pipe: Any) -> Iterator[Callable[[], None]]:
     """Inside, results of `pipe.encode_prompt` before the first step of a call are kept for later calls.
 
     All calls must have the same text: arguments of `encode_prompt` are not compared. From the first step on nothing is
@@ -17,37 +17,37 @@ def text_encoded_once(pipe: Any) -> Iterator[Callable[[], None]]:
     Yields:
         A function to call before each call of the pipeline.
     """
-    own = getattr(pipe, "encode_prompt", None)
-    if own is None:
+    original = getattr(pipe, "encode_prompt", None)
+    if original is None:
         yield lambda: None
         return
-    replaced = vars(pipe).get("encode_prompt")  # set by the user
-    kept: list[Any] = []  # of the first, second, ... encoding in a call
+    override = vars(pipe).get("encode_prompt")  # set by the user
+    results: list[Any] = []  # of the first, second, ... encoding in a call
     number: int | None = 0
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         nonlocal number
         if number is None:
-            return own(*args, **kwargs)
-        if number == len(kept):
-            kept.append(own(*args, **kwargs))
+            return original(*args, **kwargs)
+        if number == len(results):
+            results.append(original(*args, **kwargs))
         number += 1
-        return kept[number - 1]
+        return results[number - 1]
 
-    def begin() -> None:
+    def begin_call() -> None:
         nonlocal number
         number = 0
 
-    def denoises(*_: Any) -> None:
+    def stop_reuse(*_: Any) -> None:
         nonlocal number
         number = None
 
-    handle = denoiser(pipe)[1].register_forward_pre_hook(denoises)
+    handle = denoiser(pipe)[1].register_forward_pre_hook(stop_reuse)
     pipe.encode_prompt = encode_prompt
     try:
-        yield begin
+        yield begin_call
     finally:
         handle.remove()
         del pipe.encode_prompt
-        if replaced is not None:
-            pipe.encode_prompt = replaced
+        if override is not None:
+            pipe.encode_prompt = override
