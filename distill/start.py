@@ -63,8 +63,8 @@ def load_start_adapter_(model: nn.Module, config: DistillConfig) -> None:
     parameters, values = dict(model.named_parameters()), dict(_trained_weights(parts))
     if untrained := [name for name in values if name not in parameters or not parameters[name].requires_grad]:
         raise ValueError(
-            f"start.adapter {start.adapter} has trained what trained.projections leaves out: {shorten_list(untrained)}; "
-            "leave trained.projections out, or name those layers as well"
+            f"start.adapter {start.adapter} has trained what trained.projections leaves out: "
+            f"{shorten_list(untrained)}; leave trained.projections out, or name those layers as well"
         )
     for name, module in swapped(model).items():
         cast(Any, module).linear_kernel.load_state_dict(parts.kernels.get(name, {}))

@@ -98,7 +98,7 @@ def test_row_made_elsewhere_gets_students_of_further_seeds(methods: Any, tmp_pat
     assert (results / "methods" / "Mala.jpg").read_bytes() == strip
 
 
-def test_local_of_equal_flops_is_the_smallest_window_of_that_cost(methods: Any) -> None:
+def test_window_of_equal_flops_is_the_smallest_window_of_that_cost(methods: Any) -> None:
     for config in (Mala(), Clear(radius=4, pool_tokens=64)):
         found = methods.window_of_equal_flops(config)
         assert methods.flops(Clear(radius=found.radius - 0.5)) < methods.flops(config) <= methods.flops(found)

@@ -121,7 +121,7 @@ def test_verdict_leaves_out_sizes_at_which_the_original_runs() -> None:
     assert replace(same[0], runs=f"{dense_below_text(4096)}, {COVERED}").is_original
 
 
-def test_counted_uses_the_original_attention_below_dense_below(made: Path, tmp_path: Path) -> None:
+def test_count_size_uses_the_original_attention_below_dense_below(made: Path, tmp_path: Path) -> None:
     convert_base(made / "base", Clear(radius=1.5), output=tmp_path / "adapter", dense_below=100)
     conversion = WeightlessConversion.read(tmp_path / "adapter", offline=True)
     auto = Conditions(device=torch.device("cpu"), dtype=torch.float32)

@@ -238,7 +238,7 @@ def test_unpack_inverts_pack() -> None:
 
 
 @pytest.mark.parametrize(("made", "count"), [(28, 4), (7, 3), (2, 2), (2, 5)])
-def test_chosen_calls_takes_one_call_of_each_part(made: int, count: int) -> None:
+def test_sample_calls_takes_one_call_of_each_part(made: int, count: int) -> None:
     nothing = torch.empty(0)
     predictions = [Prediction(index=index, arguments={}, output=nothing) for index in range(made)]
     for seed in range(20):

@@ -136,7 +136,7 @@ def test_config_refuses_a_missing_table() -> None:
         config_from_tables({"data": {"directory": "samples"}})
 
 
-def test_warmup_told_warns_of_a_run_shorter_than_its_warmup(file: Path) -> None:
+def test_describe_warmup_warns_of_a_run_shorter_than_its_warmup(file: Path) -> None:
     assert (
         describe_warmup(load_config(file))
         == " after 100 steps of warm-up, and the run has 10: it comes to 10% of the rate"

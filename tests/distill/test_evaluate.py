@@ -292,7 +292,7 @@ def test_resident_peak_includes_memory_freed_before_the_end(
 
 
 @pytest.mark.slow
-def test_fresh_picture_peak_grows_with_the_picture(base: Path) -> None:
+def test_picture_peak_in_subprocess_grows_with_the_picture(base: Path) -> None:
     source = ByName(name=str(base)).open_arguments()
     small, large = (
         picture_peak_in_subprocess(source, PictureSettings(height=side, width=side, max_sequence_length=8))

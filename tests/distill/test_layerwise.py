@@ -78,7 +78,7 @@ def _alone(model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, 
 
 
 @TRAINED
-def test_lessons_give_each_layer_the_gradient_of_its_own_error(
+def test_layerwise_training_gives_each_layer_the_gradient_of_its_own_error(
     trained: dict[str, Any], pipe: Any, data: Path, make_config: MakeConfig
 ) -> None:
     model, inputs = _student(pipe, make_config(method=MALA, trained=trained), data)
@@ -97,7 +97,7 @@ def test_lessons_give_each_layer_the_gradient_of_its_own_error(
 
 @TRAINED
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lessons_return_the_teachers_output_bit_for_bit(
+def test_layerwise_training_returns_the_teachers_output_bit_for_bit(
     dtype: str, trained: dict[str, Any], pipe: Any, data: Path, make_config: MakeConfig
 ) -> None:
     pipe.transformer.to(getattr(torch, dtype))

@@ -16,7 +16,7 @@ def _settings(name: str) -> PictureSettings:
     return PictureSettings(height=height, width=width, steps=2)
 
 
-def test_last_step_is_the_final_latents() -> None:
+def test_keep_last_output_keeps_the_final_latents() -> None:
     pipe = prompted("sd3")
     height, width = size_of("sd3")
     call = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "latent"}
@@ -35,7 +35,7 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("why", TOO_LARGE)
-def test_draw_whole_decodes_in_tiles_when_pictures_are_too_large(
+def test_draw_in_one_call_decodes_in_tiles_when_pictures_are_too_large(
     why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = prompted("sd3")
@@ -57,7 +57,7 @@ def test_draw_whole_decodes_in_tiles_when_pictures_are_too_large(
         draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd3"))
 
 
-def test_draw_whole_warns_of_pictures_blackened_by_the_safety_checker(
+def test_draw_in_one_call_warns_of_pictures_blackened_by_the_safety_checker(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = prompted("sd")

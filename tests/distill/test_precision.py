@@ -25,7 +25,7 @@ MakeConfig = Callable[..., DistillConfig]
     ],
     ids=["no", "auto", "bf16", "auto-bfloat16-base"],
 )
-def test_autocasts_follows_the_setting_and_the_machine(
+def test_uses_autocast_follows_the_setting_and_the_machine(
     make_config: MakeConfig,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

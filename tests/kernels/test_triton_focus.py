@@ -264,7 +264,7 @@ def test_backward_falls_back_to_plain_with_a_warning(
     assert f"Gradients of tokens in focus fall back to plain PyTorch, which is slower: {reason}" in caplog.text
 
 
-def test_kernels_divide_refuses_too_large_grids_with_a_warning(caplog):
+def test_division_is_exact_refuses_too_large_grids_with_a_warning(caplog):
     assert division_is_exact((1024, 1024), 4096, 4) and not caplog.text
     assert not division_is_exact((1024, 8192), 1024, 1)
     assert (

@@ -62,7 +62,7 @@ def test_call_arguments_converts_lists_to_tuples_for_pairs() -> None:
     assert call_arguments(prompted("sdxl"), {}, {"original_size": [64, 48]}) == {"original_size": (64, 48)}
 
 
-def test_arguments_named_adds_the_given_arguments_to_an_error() -> None:
+def test_arguments_in_errors_adds_the_given_arguments_to_an_error() -> None:
     pipe = build_tiny()
     with (
         pytest.raises(ValueError, match=r"FluxPipeline did not draw with clip_skip='a' \(IndexError: nothing\)"),
@@ -82,7 +82,7 @@ def test_arguments_named_adds_the_given_arguments_to_an_error() -> None:
         assert raised.value is error
 
 
-def test_own_settings_reads_the_pipeline_defaults() -> None:
+def test_default_settings_reads_the_pipeline_defaults() -> None:
     assert default_settings(build_tiny()) == (28, 3.5, 512)
     assert default_settings(prompted("sdxl")) == (50, 5.0, None)
 

@@ -73,7 +73,7 @@ def test_new_folder_refuses_existing_folders_and_files(tmp_path: Path) -> None:
         pass
 
 
-def test_write_whole_error_names_the_file_and_keeps_the_old_one(tmp_path: Path) -> None:
+def test_write_atomically_error_names_the_file_and_keeps_the_old_one(tmp_path: Path) -> None:
     def full(temporary: Path) -> None:
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")

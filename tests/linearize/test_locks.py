@@ -13,7 +13,7 @@ from lineardit.linearize.folders import write_atomically
 from lineardit.linearize.locks import folder_lock, remove_leftovers
 
 
-def test_held_error_names_the_process_that_holds_the_lock(tmp_path: Path) -> None:
+def test_folder_lock_error_names_the_process_that_holds_the_lock(tmp_path: Path) -> None:
     who = (
         rf"another process is at work in .*run \(process {os.getpid()} on {socket.gethostname()}\): wait for it, end it"
     )
@@ -25,7 +25,7 @@ def test_held_error_names_the_process_that_holds_the_lock(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_held_works_on_a_full_disk(tmp_path: Path) -> None:
+def test_folder_lock_works_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to("/dev/full")
     with folder_lock(tmp_path / "run"):
@@ -33,7 +33,7 @@ def test_held_works_on_a_full_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_held_retries_when_the_lock_file_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_lock_retries_when_the_lock_file_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The previous holder removes it after we open it and before we lock it."""
     lock, calls = locks._lock, []
 

@@ -164,7 +164,9 @@ def test_compiled_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row.original and row.converted
 
 
-def test_fitting_skips_sizes_without_positions_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_supported_sizes_skips_sizes_without_positions_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     conversion = WeightlessConversion.read(adapter_of(build("sd3"), tmp_path))  # up to 32 tokens of 16 pixels a side
     assert conversion.supported_sizes([(64, 64), (1024, 1024)], CONDITIONS, require_all=False) == [(64, 64)]
     assert "left out, a SD3Transformer2DModel of this config has no positions for 1024x1024" in caplog.text

@@ -63,7 +63,7 @@ def test_cascade_at_most_doubles_and_keeps_the_shape(height: int, width: int) ->
     assert all(rows % 16 == 0 and columns % 16 == 0 for rows, columns in made)
 
 
-def test_cascade_of_a_picture_has_no_native_stage() -> None:
+def test_cascade_for_size_of_a_picture_has_no_native_stage() -> None:
     assert sizes(4096, 4096, enlarge=True) == [(2048, 2048), (4096, 4096)]
     assert sizes(1024, 1024, enlarge=True) == [(1024, 1024)]
     assert sizes(4096, 4096, enlarge=(900, 1100)) == [(2048, 2048), (4096, 4096)]
@@ -187,7 +187,7 @@ def test_plan_refuses_sizes_that_do_not_fit() -> None:
         (0.0001, [(8, 1)] * 3 + [(512, 1)] * 3 + [(4096, 8)] * 3 + [(4096, 64)] * 3),
     ],
 )
-def test_half_of_peak_is_not_measured_for_long(
+def test_half_peak_flops_is_not_measured_for_long(
     seconds: float, products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The smallest product suffices on a slow device; on a fast one it ends too soon to be measured."""
