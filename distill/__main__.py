@@ -11,8 +11,8 @@ from typing import NoReturn
 from .launch import QUIET_ENVIRONMENT, exit_with_launcher
 
 MEMORY_ADVICE = (
-    "raise run.gradient_accumulation or set run.gradient_checkpointing = true, and continue with --resume latest; in "
-    "another folder, a run with base.dtype = 'bfloat16' takes less too"
+    "raise run.gradient_accumulation or set run.gradient_checkpointing = true, and continue with --resume latest; a "
+    "new run in another folder also needs less with base.dtype = 'bfloat16'"
 )
 REPORT_WAIT = 10  # seconds to wait for the process that reports why the run ended
 
@@ -65,7 +65,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--resume",
         type=_resume,
         metavar="latest|STEP",
-        help="go on after the newest whole checkpoint, or that of a step",
+        help="continue from the newest complete checkpoint, or from that of a step",
     )
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change a setting")
     elastic = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # started by torchrun or accelerate

@@ -55,7 +55,7 @@ def pack(calls: Sequence[Arguments], prefix: str) -> tuple[dict[str, Tensor], st
             return {"dict": {key: write(one, name) for key, one in value.items()}}
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise ValueError(f"calls of this model cannot be kept: its argument {name} is a {type(value).__name__}")
+        raise ValueError(f"calls of this model cannot be recorded: its argument {name} is a {type(value).__name__}")
 
     written = [{name: write(value, name) for name, value in arguments.items()} for arguments in calls]
     return tensors, json.dumps(written)

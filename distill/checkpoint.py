@@ -61,7 +61,7 @@ def save_checkpoint(
         write_json(temporary / MANIFEST, {"step": step, "files": files})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{final} cannot be written ({error}): make room, and continue with --resume latest") from error
+        raise OSError(f"{final} cannot be written ({error}): free space, and continue with --resume latest") from error
     if final.exists():  # an incomplete one
         shutil.rmtree(final)
     os.rename(temporary, final)
@@ -83,7 +83,7 @@ def load_checkpoint(
         files = {name: load_file(path / name) for name in (TRAINED, OPTIMIZER, *([AVERAGE] if averaged else []))}
     except FileNotFoundError as error:
         raise ValueError(
-            f"{path} is of an earlier version of lineardit: continue with that one, or train again"
+            f"{path} was written by an earlier version of lineardit: continue with that version, or train again"
         ) from error
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to continue after the previous checkpoint") from error
@@ -136,7 +136,7 @@ def step_to_resume(root: Path, resume: Resume) -> int:
     if resume not in complete:
         existing = ", ".join(map(str, complete)) or "none"
         raise ValueError(
-            f"--resume must be latest or the step of a whole checkpoint in {root} ({existing}), got {resume}"
+            f"--resume must be latest or the step of a complete checkpoint in {root} ({existing}), got {resume}"
         )
     return resume
 
@@ -146,7 +146,7 @@ def remove_later(root: Path, step: int) -> None:
     for path in _checkpoints(root):
         if _step(path) > step:
             reason = f"the run continues after step {step}" if _is_complete(path) else "it is incomplete"
-            logger.warning("%s is removed: %s", path, reason)
+            logger.warning("removing %s: %s", path, reason)
             _remove(path)
 
 

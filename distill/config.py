@@ -55,7 +55,7 @@ class Start:
 
     def __post_init__(self) -> None:
         alone = self.revision is not None and self.adapter is None
-        require(not alone, "start.revision", "left out where no start.adapter is named", self.revision)
+        require(not alone, "start.revision", "left out without start.adapter", self.revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,15 +230,15 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if self.base.dtype == "bfloat16" and self.run.mixed_precision == "no":
-            raise ValueError("run.mixed_precision must be bf16 or auto where base.dtype is bfloat16, got 'no'")
+            raise ValueError("run.mixed_precision must be bf16 or auto if base.dtype is bfloat16, got 'no'")
         if self.base.quantization is not None and not isinstance(self.trained, Lora):
             raise ValueError(
-                "trained.kind must be lora where base.quantization is set, got 'attention': projections in 8 or 4 bits "
-                "cannot be trained, a LoRA beside them can"
+                "trained.kind must be lora if base.quantization is set, got 'attention': 8-bit and 4-bit projections "
+                "cannot be trained, but a LoRA on them can"
             )
         casts = self.base.quantization is not None and self.base.quantization.quant_backend == CASTING
         if casts and not self.run.gradient_checkpointing:
             raise ValueError(
-                f"run.gradient_checkpointing must be true where base.quantization is {CASTING}: without it the weights "
-                "that each layer was cast to stay in memory until the backward"
+                f"run.gradient_checkpointing must be true if base.quantization is {CASTING}: without it, the cast "
+                "weights of every layer stay in memory until the backward pass"
             )

@@ -68,13 +68,12 @@ class TeacherSamples:
         expected = index["settings"]["num_prompts"]
         if len(entries) < expected:
             raise ValueError(
-                f"{directory} holds {len(entries)} of {expected} samples; call `lineardit prepare` again, "
-                "for every part"
+                f"{directory} holds {len(entries)} of {expected} samples; run `lineardit prepare` again, for every part"
             )
         for shard in index["shards"]:
             if not shard_is_complete(directory, shard):
                 file = directory / shard["file"]
-                raise ValueError(f"{file} is missing or cut short; call `lineardit prepare` again")
+                raise ValueError(f"{file} is missing or truncated; run `lineardit prepare` again")
         self.directory = directory
         self.settings: Mapping[str, Any] = index["settings"]
         grids = [tuple(entry["grid"]) if entry["grid"] else None for entry in entries]
@@ -100,7 +99,7 @@ class TeacherSamples:
         rows = [self._read(index) for index in indices]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         grid = self.samples[indices[0]].grid
-        assert grid is not None, "calls are read by `call`"
+        assert grid is not None, "recorded calls are read with `call`"
         return Batch(latents=stacked.pop("latents"), conditions=stacked, grid=grid)
 
     def call(self, index: int, number: int) -> dict[str, Any]:
@@ -110,7 +109,7 @@ class TeacherSamples:
                 shard.metadata()[f"{index:08d}"], number, lambda key: shard.get_tensor(f"{index:08d}.{key}")
             )
             if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in tree_leaves(arguments)):
-                raise ValueError(f"sample {index} holds NaN")
+                raise ValueError(f"sample {index} contains NaN")
             return arguments
 
     def _read(self, index: int) -> dict[str, Tensor]:
@@ -128,7 +127,7 @@ class TeacherSamples:
             yield self._shards[name]
         except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{self.directory / name} cannot be read ({error}): remove it, and call `lineardit prepare` again"
+                f"{self.directory / name} cannot be read ({error}): remove it, and run `lineardit prepare` again"
             ) from error
 
 
@@ -179,11 +178,11 @@ def _read_index_file(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): remove it, and call `lineardit prepare` again") from error
+        raise ValueError(f"{path} is not JSON ({error}): remove it, and run `lineardit prepare` again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT or not {"settings", "shards"} <= index.keys():
-        raise ValueError(f"{path} is not an index of format {FORMAT}, that of this version: make the samples again")
+        raise ValueError(f"{path} is not an index of format {FORMAT}, as this version needs: make the samples again")
     if not _is_valid_index(index):
-        raise ValueError(f"{path} is damaged: remove it, and call `lineardit prepare` again")
+        raise ValueError(f"{path} is damaged: remove it, and run `lineardit prepare` again")
     return index
 
 

@@ -31,16 +31,16 @@ def describe_run(
     count = sum(parameter.numel() for parameter in trained.values())
     kernel = sum(parameter.numel() for name, parameter in trained.items() if KERNEL in name)
     total = sum(map(num_weights, model.parameters()))
-    base = config.base.model + (f", from {config.start.adapter} on" if config.start.adapter else "")
+    base = config.base.model + (f", starting from {config.start.adapter}" if config.start.adapter else "")
     if quantized_types(model):
         base += ", quantized"
     what = f"LoRA of rank {config.trained.rank}" if isinstance(config.trained, Lora) else "attention projections"
     ema = config.trained.ema
-    what += f", judged and saved as their moving average of decay {ema:g}" if ema else ""
+    what += f", evaluated and saved as their moving average with decay {ema:g}" if ema else ""
     loss = " + ".join(f"{weight:g} {name}" for name, weight in config_to_tables(config)["loss"].items() if weight)
     grids = sorted({sample.grid for sample in samples.samples if sample.grid})
     sizes = sorted({(sample.width, sample.height) for sample in samples.samples})
-    kept = f"{samples.calls} calls of each kept" if samples.calls else "final latents"
+    kept = f"{samples.calls} calls recorded of each" if samples.calls else "final latents"
     micro = config.run.batch_size // (processes * config.run.gradient_accumulation)
     lines = {
         "base": base,
@@ -67,7 +67,7 @@ def _describe_batch(config: DistillConfig, processes: int, micro: int, calls: in
 def describe_warmup(config: DistillConfig) -> str:
     """The warm-up of the learning rate, and whether the run is too short for it."""
     warmup, steps = config.schedule.warmup, config.run.steps
-    short = f", and the run has {steps}: it comes to {min(steps / max(1, warmup), 1):.0%} of the rate"
+    short = f", but the run has only {steps}: it reaches {min(steps / max(1, warmup), 1):.0%} of the rate"
     return (f" after {warmup} steps of warm-up" if warmup else "") + (short if warmup > steps else "")
 
 
@@ -100,5 +100,5 @@ def _describe_memory(
     total = sum(parts.values())
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
-    rest = "" if grids else ", and activations"
-    return f"about {total / GIB:.2f} GiB a process on {device}: {listed}{rest}"
+    rest = "" if grids else ", plus activations"
+    return f"about {total / GIB:.2f} GiB per process on {device}: {listed}{rest}"

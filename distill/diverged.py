@@ -33,10 +33,10 @@ def _advice(step: int, config: DistillConfig, started: int) -> str:
     if step == started + 1:
         before = [one for one in complete_checkpoints(config.run.folder) if one < started]
         alternative = (
-            f"go on after the one before it with --resume {max(before)}" if before else "start in another folder"
+            f"continue from the one before it with --resume {max(before)}" if before else "start in another folder"
         )
         return (
-            f"it is the first after {latest[0]}: with --resume latest try {lower}; if that fails as well, its weights "
-            f"are bad already: {alternative}"
+            f"it is the first step after {latest[0]}: try --resume latest with {lower}; if that fails too, the weights "
+            f"of this checkpoint are already bad: {alternative}"
         )
-    return f"go on after the last checkpoint, {latest[0]}, with --resume latest and {lower}"
+    return f"continue from the last checkpoint, {latest[0]}, with --resume latest and {lower}"

@@ -131,7 +131,7 @@ def evaluate(
         raise ValueError(f"shown must be >= 1, got {shown}")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"the output must be a folder, {directory} is a file")
+        raise ValueError(f"the output must be a folder, but {directory} is a file")
     check_writable(directory)
     with folder_lock(directory):
         remove_leftovers(directory, (f"{REPORT}.*", f"{SHEET}.*"))
@@ -184,7 +184,7 @@ def compare(
     pairs = list(zip(ours.images, reference.images, strict=True))
     shapes = {tuple(one.shape) for one in (*ours.latents, *reference.latents)}
     if len(shapes) > 1:
-        raise ValueError(f"latents of different shapes do not compare, got {' and '.join(map(str, sorted(shapes)))}")
+        raise ValueError(f"latents must all have the same shape, got {' and '.join(map(str, sorted(shapes)))}")
     return Comparison(
         pictures=len(pairs),
         latent_mse=latent_mse(ours.latents, reference.latents),
@@ -222,7 +222,7 @@ def _measure_model(
     attention = describe_attention(pipe)
     logger.info("%s: %s", role, attention)
     pictures = make_pictures(pipe, prompts, directory / PICTURES, settings, name=role)
-    logger.info("%s: seconds of a step%s", role, ", and memory (a while on a CPU; --no-memory)" if memory else "")
+    logger.info("%s: timing a step%s", role, " and measuring memory (slow on a CPU; --no-memory)" if memory else "")
     scores = [judge(*pair) for pair in zip(prompts, pictures.images, strict=True)] if judge else []
     side = ModelMeasurements(
         model=_name(source),
@@ -270,5 +270,5 @@ def _check_contents(directory: Path, question: Mapping[str, Any], overwrite: boo
     changed = [name for name, value in question.items() if before.get(name) != value]
     if changed:
         raise ValueError(
-            f"{directory} holds a report of other {', '.join(changed)}: name another folder, or add --overwrite"
+            f"{directory} holds a report with different {', '.join(changed)}: name another folder, or add --overwrite"
         )

@@ -69,7 +69,7 @@ class StepLog:
         if not self.warned:
             reason = error.strerror or error
             logger.warning(
-                "%s cannot be written (%s): its rows are kept until it can, and the run continues", path, reason
+                "%s cannot be written (%s): its rows stay in memory until it can, and the run continues", path, reason
             )
         self.warned = True
 

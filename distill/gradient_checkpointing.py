@@ -10,8 +10,8 @@ def check_gradient_checkpointing(model: Any) -> None:
     """Raise a ValueError if diffusers has no gradient checkpointing for the model."""
     if not model._supports_gradient_checkpointing:
         raise ValueError(
-            f"run.gradient_checkpointing must be false for a {type(model).__name__}, which diffusers has none for; a "
-            "smaller run.batch_size takes less memory"
+            f"run.gradient_checkpointing must be false for a {type(model).__name__}, for which diffusers does not "
+            "support it; a smaller run.batch_size needs less memory"
         )
 
 

@@ -128,7 +128,7 @@ def latent_functions(model: torch.nn.Module) -> LatentFunctions:
     """
     if not has_latent_functions(model):
         raise ValueError(
-            f"final latents are known of {', '.join(LATENT_FUNCTIONS)}, got a {type(model).__name__}: keep calls of "
-            "it, as `lineardit prepare` does without --calls 0"
+            f"final latents are supported for {', '.join(LATENT_FUNCTIONS)}, got a {type(model).__name__}: record its "
+            "calls, as `lineardit prepare` does without --calls 0"
         )
     return LATENT_FUNCTIONS[type(model).__name__]

@@ -80,7 +80,7 @@ def paired_bootstrap(ours: Sequence[Count], reference: Sequence[Count]) -> Inter
         ValueError: there is no picture, or the lengths differ.
     """
     if not ours or len(ours) != len(reference):
-        raise ValueError(f"both sides need the same pictures, at least one, got {len(ours)} and {len(reference)}")
+        raise ValueError(f"ours and reference must be of one length, at least 1, got {len(ours)} and {len(reference)}")
     counts = numpy.array([ours, reference], numpy.float64)  # [2, pictures, (right, total)]
     number = len(ours)
     # sets of pictures drawn with replacement, each with the results of both sides

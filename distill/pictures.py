@@ -168,11 +168,11 @@ def draw_in_one_call(
         or len(images) != len(prompts)
     ):
         raise ValueError(
-            f"{type(pipe).__name__} does not make a picture for each prompt, and only pictures can be evaluated"
+            f"{type(pipe).__name__} does not return one picture per prompt, and only pictures can be evaluated"
         )
     for prompt, flagged in zip(prompts, getattr(output, "nsfw_content_detected", None) or (), strict=False):
         if flagged:
-            logger.warning("the pipeline's safety checker has made the picture of %r black, and so it counts", prompt)
+            logger.warning("the pipeline's safety checker blacked out the picture of %r; it is evaluated as is", prompt)
     return scheduler_output[0][: len(prompts)].cpu(), images  # with guidance the batch may hold each twice
 
 

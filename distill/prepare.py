@@ -165,7 +165,7 @@ def _check_calls(model: torch.nn.Module, calls: int, arguments: Mapping[str, Any
     if calls < 0:
         raise ValueError(f"calls must be >= 0, got {calls}")
     if arguments and not calls:
-        raise ValueError(f"final latents are made without other arguments: keep calls (--calls 4), got {arguments}")
+        raise ValueError(f"final latents are made without other arguments: record calls (--calls 4), got {arguments}")
     dtype = main_dtype(model)
     if calls and dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(

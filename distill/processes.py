@@ -47,7 +47,7 @@ def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = Non
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
-                f"the launcher asks for {name}, and a distillation holds the whole model in each process: launch with "
+                f"the launcher asks for {name}, but distillation needs the whole model in each process: launch with "
                 "`accelerate launch --multi_gpu --num_processes N`, which overrides accelerate's configuration"
             )
     accelerator = Accelerator(
@@ -63,8 +63,8 @@ def start_accelerator(*, trackers: Sequence[str] = (), folder: Path | None = Non
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ValueError(
-            f"the launcher started {launched} processes, accelerate joined {accelerator.num_processes}; "
-            "launch with `accelerate launch --multi_gpu --num_processes N`, on CPUs as well"
+            f"the launcher started {launched} processes, but accelerate joined {accelerator.num_processes}; "
+            "launch with `accelerate launch --multi_gpu --num_processes N`, also on CPUs"
         )
     return accelerator
 

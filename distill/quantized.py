@@ -27,7 +27,7 @@ def check_gradients(model: nn.Module, dtype: torch.dtype) -> None:
                 passes = False
             if not passes:
                 raise ValueError(
-                    f"no gradient passes through {name}, whose weight is a {type(layer.weight).__name__}: take a kind "
-                    f"of {SETTING} that quantizes weights only"
+                    f"no gradient passes through {name}, whose weight is a {type(layer.weight).__name__}: use a kind "
+                    f"of {SETTING} that quantizes only weights"
                 )
             return

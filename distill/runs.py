@@ -139,8 +139,8 @@ def _compare(stored: Mapping[str, Any], now: Mapping[str, Any], directory: Path)
     different = _differences(stored, now, names - _MAY_CHANGE - {*_MAY_CHANGE_ON_RESUME})
     if different:
         raise ValueError(
-            f"{directory} was started with other settings: {'; '.join(different)}; name another folder, or go on with "
-            "what it had"
+            f"{directory} was started with other settings: {'; '.join(different)}; name another folder, or continue "
+            "with those settings"
         )
 
 
@@ -149,7 +149,7 @@ def _check_steps(config: DistillConfig, start: int) -> None:
     if start > first + config.run.steps:
         raise ValueError(
             f"run.steps must be >= {start - first}, the step after which the run continues, got {config.run.steps}; "
-            "each checkpoint holds an adapter, and --resume STEP continues after an earlier one"
+            "each checkpoint holds an adapter, and --resume STEP continues from an earlier one"
         )
 
 

@@ -63,12 +63,10 @@ def kept_calls(pipe: Any, batch: Mapping[int, Sample], settings: Mapping[str, An
                 draw_latents(pipe, sample.prompt, sample.seed, call)
         except (TypeError, AttributeError) as error:  # what diffusers raises for a missing argument
             raise ValueError(
-                f"{type(pipe).__name__} does not draw from a prompt and a size ({error}): pass its other arguments"
+                f"{type(pipe).__name__} needs more than a prompt and a size ({error}): pass its other arguments"
             ) from error
     if len(predictions) < settings["calls"]:
-        raise ValueError(
-            f"calls must be <= {len(predictions)}, as many as a picture of {settings['steps']} steps takes"
-        )
+        raise ValueError(f"calls must be <= {len(predictions)}, the number of calls in {settings['steps']} steps")
     _check_finite(predictions[-1].output, "predictions", sample)
     name = f"{index:08d}"
     kept = sample_calls(predictions, settings["calls"], sample.seed)
@@ -90,5 +88,5 @@ def _check_finite(tensor: Tensor, name: str, sample: Sample) -> None:
     if not tensor.isfinite().all():
         raise ValueError(
             f"the teacher's {name} for {sample.prompt!r} with seed {sample.seed} are not finite in {tensor.dtype}: "
-            "in another folder, load it in another dtype (--dtype) or leave this prompt out"
+            "load it in another dtype (--dtype) or leave this prompt out, in another folder"
         )

@@ -48,7 +48,7 @@ def write_shards(
     missing = {number: shard for number, shard in shards.items() if number not in complete}
     listed = [complete[number] for number in shards if number in complete]
     if settings["calls"]:
-        logger.info("keeping %d calls of the denoiser of each picture, to be learnt from", settings["calls"])
+        logger.info("recording %d calls of the denoiser per picture, for training", settings["calls"])
     prompts = [sample.prompt for shard in missing.values() for sample in shard.values()]
     warn_truncated_prompts(pipe, prompts, settings["max_sequence_length"])
     pipe.set_progress_bar_config(disable=True)
@@ -123,7 +123,7 @@ def _complete_shards(directory: Path, settings: Mapping[str, Any]) -> dict[int, 
     ]
     if different:
         raise ValueError(
-            f"{directory} was made with other settings: {'; '.join(different)}: call with those, or name another folder"
+            f"{directory} was made with other settings: {'; '.join(different)}: use those, or name another folder"
         )
     return {shard_number(shard): shard for shard in index["shards"] if shard_is_complete(directory, shard)}
 

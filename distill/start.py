@@ -63,8 +63,8 @@ def load_start_adapter_(model: nn.Module, config: DistillConfig) -> None:
     parameters, values = dict(model.named_parameters()), dict(_trained_weights(parts))
     if untrained := [name for name in values if name not in parameters or not parameters[name].requires_grad]:
         raise ValueError(
-            f"start.adapter {start.adapter} has trained what trained.projections leaves out: "
-            f"{shorten_list(untrained)}; leave trained.projections out, or name those layers as well"
+            f"start.adapter {start.adapter} has trained layers that trained.projections leaves out: "
+            f"{shorten_list(untrained)}; leave trained.projections out, or add these layers"
         )
     for name, module in swapped(model).items():
         cast(Any, module).linear_kernel.load_state_dict(parts.kernels.get(name, {}))
@@ -73,7 +73,7 @@ def load_start_adapter_(model: nn.Module, config: DistillConfig) -> None:
             parameters[name].copy_(value)
     loaded = len(values) + sum(map(len, parts.kernels.values()))
     trained = sum(parameter.requires_grad for parameter in parameters.values())
-    logger.info("%s: %d of %d trained tensors begin as they are there", start.adapter, loaded, trained)
+    logger.info("loaded from %s: %d of %d trained tensors", start.adapter, loaded, trained)
 
 
 def _trained_weights(parts: AdapterTensors) -> Iterator[tuple[str, Tensor]]:
@@ -88,8 +88,8 @@ def _trained_table(manifest: Manifest, start: Start) -> dict[str, Any]:
     """The `[trained]` table of an adapter; empty if only kernels have weights."""
     if len(manifest.trained) > 1:
         raise ValueError(
-            f"start.adapter {start.adapter} has a LoRA and changed projections, and a run trains one of them: start "
-            "from an adapter with one"
+            f"start.adapter {start.adapter} has both a LoRA and changed projections, but a run trains only one of "
+            "them: start from an adapter with one"
         )
     for one in manifest.trained:
         return {"kind": "lora", "rank": one.rank, "alpha": one.alpha} if one.kind == "lora" else {"kind": "attention"}
@@ -105,8 +105,8 @@ def _check_trained(start: Start, manifest: Manifest, config: DistillConfig) -> N
     for name, value in theirs.items():
         if ours.get(name) != value:
             raise ValueError(
-                f"trained.{name} must be {value!r} as in start.adapter {start.adapter}, got {ours.get(name)!r}; where "
-                "it is left out it is the adapter's"
+                f"trained.{name} must be {value!r} as in start.adapter {start.adapter}, got {ours.get(name)!r}; leave "
+                "it out to use the adapter's value"
             )
 
 
@@ -116,6 +116,6 @@ def _check_methods(start: Start, theirs: Mapping[str, Any], model: nn.Module) ->
         adapter_method, run_method = theirs.get(name, "full attention"), ours.get(name, "full attention")
         if adapter_method != run_method:
             raise ValueError(
-                f"start.adapter {start.adapter} has {adapter_method} in {name}, and the settings {run_method}: "
-                "leave [method] and run.min_tokens out, or start from an adapter of that method"
+                f"start.adapter {start.adapter} has {adapter_method} in {name}, but the settings have {run_method}: "
+                "leave [method] and run.min_tokens out, or start from an adapter with that method"
             )

@@ -91,7 +91,7 @@ def add_twins_(model: nn.Module, projections: Sequence[str] | None) -> dict[str,
     found = {name: model.get_submodule(name) for name in projection_names(model, projections)}
     for name, module in found.items():
         if type(module) is not nn.Linear or is_quantized(module.weight):
-            raise ValueError(f"{name} must be an nn.Linear to be trained, got a {_kind(module)}; train a lora")
+            raise ValueError(f"{name} must be an nn.Linear to be trained, got a {_kind(module)}; train a LoRA")
     twins = Twins({name: _add_twin_(cast(nn.Linear, module)) for name, module in found.items()})
     add_overlay(model, twins)
     write_entry_(model)

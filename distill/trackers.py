@@ -22,7 +22,8 @@ def check_trackers(names: Iterable[str]) -> None:
     """Raise a ValueError for a tracker that accelerate does not know, or whose package is not installed."""
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(f"save.report_to must be of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}; got {name!r}")
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ValueError(f"save.report_to must be one or more of {known}, got {name!r}")
         if not installed_trackers([name]):
             raise ValueError(f"save.report_to names {name}, which is not installed: pip install {name}")
 

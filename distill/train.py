@@ -56,7 +56,7 @@ def distill(config: DistillConfig, *, resume: Resume | None = None) -> Path:
     trackers = config.save.report_to
     accelerator = start_accelerator(trackers=installed_trackers(trackers), folder=config.run.folder)
     with raise_together(accelerator):
-        require_matplotlib("the curve of the losses")
+        require_matplotlib("the loss curve")
         check_trackers(trackers)
         samples = TeacherSamples(config.data.folder)
         _check_config(config, samples, accelerator.num_processes)
@@ -93,14 +93,14 @@ def _train(accelerator: Accelerator, config: DistillConfig, samples: TeacherSamp
     trainer = Trainer(accelerator, config, pipe, samples, mixed=mixed)
     trainer.restore(start)
     if start == config.layerwise.steps + config.run.steps:
-        logger.info("which is the last: nothing is left to train")
+        logger.info("this is the last step: nothing is left to train")
     trainer.fit(start)
     adapter = config.run.folder / "adapter"
     with trainer.average.applied():
         on_main(accelerator, lambda: save_adapter(pipe, adapter, overwrite=True))
     if accelerator.is_main_process:
         command = f"lineardit evaluate {quote(config.base.model)} {quote(str(adapter))} --prompts FILE --seed 100000"
-        logger.info("the adapter is in %s; how near it comes to its teacher: %s", adapter, command)
+        logger.info("the adapter is in %s; compare it with its teacher: %s", adapter, command)
     return adapter
 
 
@@ -139,12 +139,12 @@ def _check_config(config: DistillConfig, samples: TeacherSamples, processes: int
         return
     if config.loss.flow:
         raise ValueError(
-            f"loss.flow must be 0 for {samples.directory}, which holds calls of the teacher's model and not what noise "
-            f"was added: the student learns its predictions; got {config.loss.flow:g}"
+            f"loss.flow must be 0 for {samples.directory}, which holds calls of the teacher's model without the added "
+            f"noise: the student learns the teacher's predictions; got {config.loss.flow:g}"
         )
     if config.noise != Noise():
         raise ValueError(
-            f"noise must be left out for {samples.directory}, whose calls have the noise of their pictures; got "
+            f"noise must be left out for {samples.directory}, whose calls already contain noise; got "
             f"mean {config.noise.mean:g}, std {config.noise.std:g}"
         )
     if config.base.dtype != samples.settings["dtype"]:
@@ -161,8 +161,8 @@ def _check_same_samples(accelerator: Accelerator, samples: TeacherSamples) -> No
     with raise_together(accelerator):
         if others:
             raise ValueError(
-                f"data.directory must hold the same samples for all processes; in {', '.join(others)} they differ from "
-                f"those in 0: copy {samples.directory} from there"
+                "data.directory must hold the same samples for all processes; those of process "
+                f"{', '.join(others)} differ from those of process 0: copy {samples.directory} from its machine"
             )
 
 
@@ -172,9 +172,9 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
     if recorded_class != model_class or _known_to_differ(samples.settings["architecture"], architecture(model)):
         which = f"a {recorded_class}" if recorded_class != model_class else f"another {recorded_class}"
         raise ValueError(
-            f"{samples.directory} was made by {which}, and base.model is a {model_class}"
+            f"{samples.directory} was made by {which}, but base.model is a {model_class}"
             + (" of other shapes" if recorded_class == model_class else "")
-            + ": call `lineardit prepare` with base.model"
+            + ": run `lineardit prepare` with base.model"
         )
     dtype = samples.settings["dtype"]
     if dtype_name(main_dtype(model)) not in (dtype, "float32"):
@@ -182,10 +182,10 @@ def _check_teacher(accelerator: Accelerator, model: torch.nn.Module, samples: Te
     if quantized_types(model):
         return  # these too
     if accelerator.is_main_process and samples.settings["teacher"] != fingerprint(model, torch.bfloat16):
-        others = "quantized weights" if samples.settings.get("quantized") else "other weights than base.model has"
+        others = "quantized weights" if samples.settings.get("quantized") else "other weights than base.model's"
         logger.warning(
-            "%s was made by a %s of %s: it says what those would draw; if that is not meant, make samples with "
-            "base.model",
+            "%s was made by a %s with %s: the student learns to draw what that model draws; if this is not intended, "
+            "make samples with base.model",
             samples.directory,
             model_class,
             others,

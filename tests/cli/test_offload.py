@@ -83,7 +83,7 @@ def test_evaluations_are_the_same_with_every_offload(
         assert report["question"]["teacher_offload"] == report["question"]["student_offload"] == named
     assert errors == [errors[0]] * len(OFFLOADS)
     assert lineardit(*command, tmp_path / "group") == 2
-    assert "report of other teacher_offload, student_offload" in capsys.readouterr().err
+    assert "report with different teacher_offload, student_offload" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cpu_for_accelerator")

@@ -276,5 +276,5 @@ def test_evaluate_supports_pipelines_other_than_flux(tmp_path: Path) -> None:
 def test_evaluate_refuses_a_pipeline_that_makes_no_pictures(tmp_path: Path) -> None:
     pipe, (height, width) = prompted("chronoedit"), size_of("chronoedit")
     settings = PictureSettings(height=height, width=width, steps=2)
-    with pytest.raises(ValueError, match="does not make a picture for each prompt"):
+    with pytest.raises(ValueError, match="does not return one picture per prompt"):
         evaluate(pipe, pipe, PROMPTS[:2], tmp_path, settings=settings)

@@ -56,7 +56,7 @@ def test_average_is_validated_saved_and_resumed(
     run = config.run.folder
     with caplog.at_level("INFO"):
         distill(config)
-    assert "judged and saved as their moving average of decay 0.6" in caplog.text
+    assert "evaluated and saved as their moving average with decay 0.6" in caplog.text
 
     expected: dict[str, torch.Tensor] = {}
     for step in range(1, LAST + 1):

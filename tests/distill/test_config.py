@@ -139,7 +139,7 @@ def test_config_refuses_a_missing_table() -> None:
 def test_describe_warmup_warns_of_a_run_shorter_than_its_warmup(file: Path) -> None:
     assert (
         describe_warmup(load_config(file))
-        == " after 100 steps of warm-up, and the run has 10: it comes to 10% of the rate"
+        == " after 100 steps of warm-up, but the run has only 10: it reaches 10% of the rate"
     )
     assert describe_warmup(load_config(file, ["run.steps=100"])) == " after 100 steps of warm-up"
     assert describe_warmup(load_config(file, ["schedule.warmup=0"])) == ""

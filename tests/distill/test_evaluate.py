@@ -140,7 +140,7 @@ def test_evaluate_refuses_a_damaged_report(pipe: FluxPipeline, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"report.json is damaged"):
         evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS, memory=False)
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds a report of other teacher, student, prompts, settings"):
+    with pytest.raises(ValueError, match=r"holds a report with different teacher, student, prompts, settings"):
         evaluate(pipe, pipe, THREE, tmp_path, settings=SETTINGS, memory=False)
 
 
@@ -189,7 +189,7 @@ def test_evaluate_keeps_a_report_of_other_settings_unless_overwritten(pipe: Flux
     evaluate(pipe, pipe, THREE[:1], tmp_path, settings=SETTINGS)
     before = (tmp_path / "report.json").read_text()
     other = PictureSettings(**vars(SETTINGS) | {"steps": 1})
-    with pytest.raises(ValueError, match="holds a report of other prompts, settings: name another folder"):
+    with pytest.raises(ValueError, match="holds a report with different prompts, settings: name another folder"):
         evaluate(pipe, pipe, THREE[:2], tmp_path, settings=other)
     assert (tmp_path / "report.json").read_text() == before
     assert evaluate(pipe, pipe, THREE[:2], tmp_path, settings=other, overwrite=True).pictures == 2

@@ -24,7 +24,7 @@ def test_step_log_keeps_rows_until_the_disk_has_room(tmp_path: Path, caplog: pyt
     log.append({"step": 2, "loss": 0.25})
     log.append({"step": 3, "loss": 0.125})
     assert [row["step"] for row in table(path)] == [1, 2, 3]
-    assert caplog.text.count("cannot be written (No space left on device): its rows are kept") == 1
+    assert caplog.text.count("cannot be written (No space left on device): its rows stay in memory") == 1
 
 
 def test_full_disk_loses_the_loss_curve_but_not_the_run(

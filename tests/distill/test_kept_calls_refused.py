@@ -33,18 +33,19 @@ def test_settings_that_do_not_fit_kept_calls_are_refused(base: Path, pipe: FluxP
         ValueError, match=r"base.dtype must be float32, in which the calls in .*prepare --dtype bfloat16"
     ):
         train.distill(config_of(tmp_path, str(base), "bfloat16", run={"mixed_precision": "bf16"}))
-    with pytest.raises(ValueError, match=r"noise must be left out for .*, whose calls have the noise of"):
+    with pytest.raises(ValueError, match=r"noise must be left out for .*, whose calls already contain noise"):
         train.distill(config_of(tmp_path, str(base), noise={"mean": 1.0}))
     assert not (tmp_path / "run").exists()
 
 
 def test_calls_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     pipe, size = prompted("sd3"), size_of("sd3")
-    with pytest.raises(ValueError, match=r"calls must be <= 2, as many as a picture of 2 steps takes"):
+    with pytest.raises(ValueError, match=r"calls must be <= 2, the number of calls in 2 steps"):
         kept(pipe, tmp_path / "samples", size, calls=3)
-    with pytest.raises(ValueError, match=r"final latents are known of FluxTransformer2DModel, got a SD3Transformer2D"):
+    told = "final latents are supported for FluxTransformer2DModel, got a SD3Transformer2D"
+    with pytest.raises(ValueError, match=told):
         kept(pipe, tmp_path / "samples", size, calls=0)
-    with pytest.raises(ValueError, match=r"final latents are made without other arguments: keep calls"):
+    with pytest.raises(ValueError, match=r"final latents are made without other arguments: record calls"):
         prepare(pipe, PROMPTS, tmp_path / "samples", calls=0, arguments={"negative_prompt": "x"})
     with pytest.raises(ValueError, match=r"calls must be >= 0, got -1"):
         kept(pipe, tmp_path / "samples", size, calls=-1)
@@ -61,7 +62,7 @@ def test_calls_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
 def test_samples_of_a_model_with_other_shapes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(prompted("sd"), tmp_path / "samples", size_of("sd"))
     monkeypatch.setattr(train, "load_teacher", lambda _: prompted("sdxl"))
-    with pytest.raises(ValueError, match=r"was made by another UNet2D.*, and base.model is a .* of other shapes"):
+    with pytest.raises(ValueError, match=r"was made by another UNet2D.*, but base.model is a .* of other shapes"):
         train.distill(config_of(tmp_path))
     assert not (tmp_path / "run").exists()
 
@@ -72,7 +73,7 @@ def test_samples_of_a_model_with_other_shapes_are_refused(tmp_path: Path, monkey
         (lambda tensors, _: tensors.pop("00000001.0"), "cannot be read"),
         (lambda _, texts: texts.pop("00000001"), "cannot be read"),
         (lambda _, texts: texts.update({"00000001": "[1]"}), "cannot be read"),
-        (lambda tensors, _: tensors["00000001.0"].fill_(float("nan")), "sample 1 holds NaN"),
+        (lambda tensors, _: tensors["00000001.0"].fill_(float("nan")), "sample 1 contains NaN"),
     ],
 )
 def test_damaged_shard_is_named_in_the_error(damage: Any, message: str, tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_damaged_shard_is_named_in_the_error(damage: Any, message: str, tmp_path
     save_file(tensors, file, metadata=texts)
     with pytest.raises(ValueError, match=r"shard-00000.safetensors cannot be read") as raised:
         samples.call(1, 0)
-    assert message in str(raised.value) and "call `lineardit prepare` again" in str(raised.value)
+    assert message in str(raised.value) and "run `lineardit prepare` again" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_damaged_index_is_named_in_the_error(damage: Callable[[Any], Any], tmp_p
     index = json.loads((folder / "index.json").read_text())
     damage(index)
     (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index.json is damaged: remove it, and call `lineardit prepare` again"):
+    with pytest.raises(ValueError, match=r"index.json is damaged: remove it, and run `lineardit prepare` again"):
         TeacherSamples(folder)
 
 

@@ -93,5 +93,5 @@ def test_paired_bootstrap_weights_objects_not_pictures() -> None:
 
 
 def test_paired_bootstrap_refuses_unequal_sides() -> None:
-    with pytest.raises(ValueError, match="the same pictures, at least one, got 1 and 2"):
+    with pytest.raises(ValueError, match="of one length, at least 1, got 1 and 2"):
         paired_bootstrap([(1, 1)], [(1, 1), (1, 1)])

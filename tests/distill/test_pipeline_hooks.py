@@ -66,5 +66,5 @@ def test_draw_in_one_call_warns_of_pictures_blackened_by_the_safety_checker(
         type(pipe), "run_safety_checker", lambda self, image, *others: (check(self, image, *others)[0], [False, True])
     )
     draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd"))
-    assert "safety checker has made the picture of 'b' black" in caplog.text
+    assert "safety checker blacked out the picture of 'b'" in caplog.text
     assert "picture of 'a'" not in caplog.text

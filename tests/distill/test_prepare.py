@@ -73,7 +73,7 @@ def test_prepare_resumes_after_the_last_whole_shard(data: Path, pipe: FluxPipeli
     last = folder / "shard-00002.safetensors"
     last.write_bytes(last.read_bytes()[:-10])
     first = (folder / "shard-00000.safetensors").stat().st_mtime_ns
-    with pytest.raises(ValueError, match=r"shard-00002.safetensors is missing or cut short; call `lineardit prepare`"):
+    with pytest.raises(ValueError, match=r"shard-00002.safetensors is missing or truncated; run `lineardit prepare`"):
         TeacherSamples(folder)
     prepare(pipe, PROMPTS, folder, **SETTINGS)
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == first
@@ -89,7 +89,7 @@ def test_parts_make_the_same_samples_as_one_call(
     folder = tmp_path / "data"
     prepare(pipe, PROMPTS, folder, part=(2, 2), **SETTINGS)
     assert sorted(path.name for path in folder.iterdir()) == ["index-2-of-2.json", "shard-00001.safetensors"]
-    with pytest.raises(ValueError, match=r"holds 5 of 12 samples; call `lineardit prepare` again, for every part"):
+    with pytest.raises(ValueError, match=r"holds 5 of 12 samples; run `lineardit prepare` again, for every part"):
         TeacherSamples(folder)
     prepare(pipe, PROMPTS, folder, part=(1, 2), **SETTINGS)
     told = [record.getMessage() for record in caplog.records]  # each part has its own count
@@ -168,7 +168,7 @@ def test_interrupted_prepare_leaves_no_partial_shard(pipe: FluxPipeline, tmp_pat
         "shard-00000.safetensors",
         "shard-00001.safetensors",
     ]
-    with pytest.raises(ValueError, match="holds 10 of 12 samples; call `lineardit prepare` again"):
+    with pytest.raises(ValueError, match="holds 10 of 12 samples; run `lineardit prepare` again"):
         TeacherSamples(tmp_path / "data")
     handle.remove()
     assert len(TeacherSamples(prepare(pipe, PROMPTS[:4] * 3, tmp_path / "data", **settings))) == 12
@@ -188,7 +188,7 @@ def test_prepare_refuses_other_settings(data: Path, pipe: FluxPipeline, change: 
     if change.pop("pipe", None):
         pipe.transformer.proj_out.weight.data.add_(1)
     prompts = change.pop("prompts", PROMPTS)
-    with pytest.raises(ValueError, match=f"was made with other settings: {message}.*: call with those"):
+    with pytest.raises(ValueError, match=f"was made with other settings: {message}.*: use those"):
         prepare(pipe, prompts, data, **SETTINGS | change)
 
 

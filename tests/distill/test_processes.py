@@ -103,7 +103,7 @@ def test_diverged_run_names_the_checkpoint_of_the_main_process(
         trainer.accelerator, trainer.started = accelerator, 0
         trainer.config = make_config(run={"directory": str(tmp_path / str(accelerator.process_index))})
         trainer._check_finite({"flow": 1.0}, 5)
-        with pytest.raises(DivergedError, match=r"flow is inf at step 5; go on after .*0/step-00000002"):
+        with pytest.raises(DivergedError, match=r"flow is inf at step 5; continue from .*0/step-00000002"):
             trainer._check_finite({"flow": float("inf")}, 5)
 
     _in_processes(work, tmp_path)
@@ -112,7 +112,8 @@ def test_diverged_run_names_the_checkpoint_of_the_main_process(
 def test_different_samples_in_one_process_are_refused_by_all(tmp_path: Path) -> None:
     def work(accelerator: Accelerator) -> None:
         mine = SimpleNamespace(fingerprint=f"made on {accelerator.process_index}", directory="samples")
-        with pytest.raises(ValueError, match="same samples for all processes; in 1 they differ"):
+        told = "same samples for all processes; those of process 1 differ from those of process 0"
+        with pytest.raises(ValueError, match=told):
             _check_same_samples(accelerator, cast(TeacherSamples, mine))
         mine.fingerprint = "copied"
         _check_same_samples(accelerator, cast(TeacherSamples, mine))

@@ -103,8 +103,8 @@ def test_non_finite_loss_stops_the_run(make_config: MakeConfig, monkeypatch: pyt
         return found | {"prediction": found["prediction"] * float("nan")} if len(loss_rows(run)) == 4 else found
 
     monkeypatch.setattr(trainer, "loss_terms", broken)
-    told = r"prediction is nan at step 5; go on after the last checkpoint, .*step-00000004, .* --set optimizer.lr=0.003"
-    with pytest.raises(DivergedError, match=told):
+    last = r"the last checkpoint, .*step-00000004, .* --set optimizer.lr=0.003"
+    with pytest.raises(DivergedError, match=f"prediction is nan at step 5; continue from {last}"):
         distill(config)
     assert steps_of(loss_rows(run)) == [1, 2, 3, 4]
     assert all(tensor.isfinite().all() for tensor in load_file(run / "step-00000004" / "trained.safetensors").values())
@@ -199,7 +199,7 @@ def test_full_disk_leaves_no_partial_checkpoint(
 
     monkeypatch.setattr(checkpoint, unwritable, full)
     with pytest.raises(
-        OSError, match=r"step-00000004 cannot be written \(.*No space left.*\): make room, and continue with"
+        OSError, match=r"step-00000004 cannot be written \(.*No space left.*\): free space, and continue with"
     ):
         distill(config)
     run = config.run.folder
@@ -274,7 +274,8 @@ def test_resume_at_an_earlier_checkpoint_discards_later_ones(
     run, step = config.run.folder, Trainer.step
     distill(config)
     shutil.copytree(run, run.with_name("as it was"))
-    with pytest.raises(ValueError, match=r"--resume must be latest or .* whole checkpoint in .*run \(2, 4, 6\), got 3"):
+    told = r"--resume must be latest or .* complete checkpoint in .*run \(2, 4, 6\), got 3"
+    with pytest.raises(ValueError, match=told):
         distill(config, resume=3)
 
     def interrupted(self: Trainer, number: int) -> dict[str, float]:
@@ -289,7 +290,7 @@ def test_resume_at_an_earlier_checkpoint_discards_later_ones(
     assert sorted(path.name for path in run.glob("step-*")) == ["step-00000002"]
     assert [path.name for path in run.glob("validation*.png")] == ["validation-00000003.png"]
     assert [steps_of(table(run / name)) for name in ("loss.csv", "validation.csv")] == [[1, 2, 3], [3]]
-    assert f"{run / 'step-00000006'} is removed: the run continues after step 2" in caplog.text
+    assert f"removing {run / 'step-00000006'}: the run continues after step 2" in caplog.text
     assert json.loads((run / "run.json").read_text())["history"][0]["after_step"] == 2
     distill(config, resume="latest")
     assert_same_weights(run, run.with_name("as it was"))
@@ -326,7 +327,7 @@ def test_resume_reports_and_rewrites_an_incomplete_checkpoint(
     (run / "step-00000004" / "checkpoint.json").write_text('{"files": {"trai')
     shutil.copytree(run / "step-00000002", run / "step-00000002.kept")
     distill(config, resume="latest")
-    assert f"{run / 'step-00000004'} is removed: it is incomplete" in caplog.text
+    assert f"removing {run / 'step-00000004'}: it is incomplete" in caplog.text
     assert latest_checkpoint(run) == (run / "step-00000004", 4)
     assert (run / "step-00000002.kept").is_dir()
 
@@ -382,7 +383,7 @@ def test_divergence_right_after_resuming_advises_an_earlier_checkpoint(
     monkeypatch.setattr(trainer, "loss_terms", broken)
     with pytest.raises(
         DivergedError,
-        match=r"is the first after .*step-00000004: with --resume latest try a lower rate.* with --resume 2",
+        match=r"is the first step after .*step-00000004: try --resume latest with a lower rate.* with --resume 2",
     ):
         distill(make_config(run={"steps": 6}), resume="latest")
 

@@ -72,8 +72,8 @@ def test_run_starts_from_the_adapter_of_another_run(
     with caplog.at_level(logging.INFO):
         distill(config)
     run = config.run.folder
-    assert f"{adapter}: 16 of 16 trained tensors begin as they are there" in caplog.text
-    assert f"from {adapter} on" in caplog.text
+    assert f"loaded from {adapter}: 16 of 16 trained tensors" in caplog.text
+    assert f", starting from {adapter}" in caplog.text
     assert loss_rows(run)[0]["attention"] < loss_rows(tmp_path / "first")[0]["attention"]
 
     shutil.move(adapter, tmp_path / "moved")
@@ -114,15 +114,15 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"method": {"method": "clear", "radius": 3}}, r"has Clear\(radius=2.*\) in transformer_blocks.0.attn, and the "
-         r"settings Clear\(radius=3.*\): leave \[method\]"),
-        ({"method": {PATTERNS[0]: {"method": "clear", "radius": 2}}}, r"in single_transformer_blocks.0.attn, and the "
-         "settings full attention: leave"),
-        ({"trained": {"kind": "lora", "rank": 4}}, r"trained.rank must be 2 as in start.adapter .*, got 4; where"),
+        ({"method": {"method": "clear", "radius": 3}}, r"has Clear\(radius=2.*\) in transformer_blocks.0.attn, but the "
+         r"settings have Clear\(radius=3.*\): leave \[method\]"),
+        ({"method": {PATTERNS[0]: {"method": "clear", "radius": 2}}}, r"in single_transformer_blocks.0.attn, but the "
+         "settings have full attention: leave"),
+        ({"trained": {"kind": "lora", "rank": 4}}, r"trained.rank must be 2 as in start.adapter .*, got 4; leave it"),
         ({"trained": {"kind": "lora", "rank": 2, "alpha": 1.0}}, r"trained.alpha must be 2(.0)? as in .*, got 1.0"),
         ({"trained": {"kind": "attention"}}, r"trained.kind must be 'lora' as in start.adapter .*, got 'attention'"),
         ({"trained": {"kind": "lora", "rank": 2, "projections": ["to_q"]}},
-         r"has trained what trained.projections leaves out: .*to_k.*; leave trained.projections out"),
+         r"has trained layers that trained.projections leaves out: .*to_k.*; leave trained.projections out"),
     ],
     ids=["method", "layers", "rank", "alpha", "kind", "projections"],
 )  # fmt: skip
@@ -147,7 +147,7 @@ def test_layers_missing_from_the_start_adapter_begin_untrained(adapter: Path, ma
     ("override", "message"),
     [
         ("start.adapter=nowhere", "no folder nowhere here, and it is not a Hub id"),
-        ("start.revision=main", "start.revision must be left out where no start.adapter is named, got 'main'"),
+        ("start.revision=main", "start.revision must be left out without start.adapter, got 'main'"),
         ("start.adaptor=x", r"unknown setting start.adaptor; did you mean start.adapter\?"),
         ("start=3", "an override must look like table.key=value"),
     ],

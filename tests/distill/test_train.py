@@ -142,11 +142,11 @@ def test_samples_of_another_teacher_give_a_warning_or_an_error(
     (others / "index.json").write_text(json.dumps(index))
     made = {"data": {"directory": str(others)}, "run": {"steps": 1, "directory": str(tmp_path / "second")}}
     distill(make_config(**made))
-    assert f"{others} was made by a FluxTransformer2DModel of other weights than base.model has" in caplog.text
+    assert f"{others} was made by a FluxTransformer2DModel with other weights than base.model's" in caplog.text
     index["settings"]["model"] = "UNet2DConditionModel"
     (others / "index.json").write_text(json.dumps(index))
     made["run"] = {"directory": str(tmp_path / "third")}
-    with pytest.raises(ValueError, match="was made by a UNet2DConditionModel, and "):
+    with pytest.raises(ValueError, match="was made by a UNet2DConditionModel, but "):
         distill(make_config(**made))
 
 
@@ -212,10 +212,10 @@ def test_missing_matplotlib_is_reported_before_training(
 def test_start_accelerator_refuses_a_wrong_process_count_and_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start_accelerator().num_processes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"the launcher started 2 processes, accelerate joined 1; launch with"):
+    with pytest.raises(ValueError, match=r"the launcher started 2 processes, but accelerate joined 1; launch with"):
         start_accelerator()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
-    with pytest.raises(ValueError, match=r"the launcher asks for FSDP, and a distillation holds the whole model"):
+    with pytest.raises(ValueError, match=r"the launcher asks for FSDP, but distillation needs the whole model"):
         start_accelerator()
 
 
