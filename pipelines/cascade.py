@@ -148,8 +148,8 @@ def make_in_stages(staged: PlannedCascade, job: PictureJob, call: Mapping[str, A
     folder = job.stages
     latents, done = _last_latents(folder, job, len(staged.plan.stages) - 1)
     if done:
-        finished = "stage 1 is" if done == 1 else f"stages 1 to {done} are"
-        logger.info("%s: %s there already", job.path, finished)
+        finished = "stage 1 already exists" if done == 1 else f"stages 1 to {done} already exist"
+        logger.info("%s: %s", job.path, finished)
 
     @warn_on_write_error()
     def on_stage_end(_pipe: Any, number: int, results: dict[str, Any]) -> None:

@@ -19,13 +19,13 @@ def check_plan(plan: Plan, height: int | None, width: int | None, steps: int | N
     if not isinstance(plan, Plan):
         raise ValueError(f"plan must be what `plan(height, width)` returns, or None, got {plan!r}")
     if settings is not None:
-        raise ValueError("settings must be left out where there is a plan: `plan(..., settings=...)` makes another one")
+        raise ValueError("settings must be left out if a plan is given: pass them to `plan(..., settings=...)`")
     if (height or plan.height, width or plan.width) != (plan.height, plan.width):
         raise ValueError(f"height and width must be the plan's, {plan.height} and {plan.width}, or left out")
     planned = plan.stages[0].steps
     if steps not in (None, planned):
         raise ValueError(
-            f"num_inference_steps must be the {planned} of the plan's first stage, or left out, got {steps}: "
+            f"num_inference_steps must be {planned}, as in the plan's first stage, or left out, got {steps}: "
             "`plan(..., num_inference_steps=...)` makes another plan"
         )
 
@@ -47,12 +47,12 @@ def check_stages(plan: Plan, limits: Limits, scheduler: Any) -> None:
             raise ValueError(f"sides of a stage must be multiples of {multiple}, got {size}")
         if limits.largest is not None and max(stage.height, stage.width) > limits.largest:
             raise ValueError(
-                f"this model has positions for at most {limits.largest} pixels a side, got {size}: make that, and "
-                "enlarge it by other means"
+                f"this model has positions for at most {limits.largest} pixels a side, got {size}: generate "
+                "that size, and enlarge it by other means"
             )
         if limits.attention not in (stage.attention, "both"):
             raise ValueError(
-                f"a stage asks for {stage.attention} attention, and this model has {limits.attention} only"
+                f"a stage asks for {stage.attention} attention, but this model has only {limits.attention} attention"
             )
         _check_sigmas(stage, limits, scheduler)
         if limits.rope_dim is None and stage.rope_factor != 1:
@@ -60,10 +60,10 @@ def check_stages(plan: Plan, limits: Limits, scheduler: Any) -> None:
                 f"this model has no rotary base to scale, so rope_factor must be 1, got {stage.rope_factor}"
             )
         if not limits.counts_tokens and stage.logit_factor != 1:
-            raise ValueError(f"proportional attention is of transformers: leave it out, got {stage.logit_factor}")
+            raise ValueError(f"proportional attention needs a transformer: leave it out, got {stage.logit_factor}")
         if not limits.chunks and stage.chunk_tokens is not None:
             raise ValueError(
-                f"this model does not run in chunks of tokens: leave chunk_tokens out, {stage.chunk_tokens}"
+                f"this model does not run in chunks of tokens: leave chunk_tokens out, got {stage.chunk_tokens}"
             )
 
 
@@ -71,18 +71,18 @@ def _check_sigmas(stage: Stage, limits: Limits, scheduler: Any) -> None:
     """Raise a ValueError if the scheduler does not support a stage's noise levels, or settings that depend on them."""
     flows, name = limits.largest_shift is not None, type(scheduler).__name__
     if flows and stage.shift is None and stage.strength < 1:
-        raise ValueError("a stage of strength below 1 needs a shift of its own, got None")
+        raise ValueError("shift must be set for a stage with strength below 1, got None")
     if not flows and stage.shift is not None:
-        raise ValueError(f"shift is of schedulers of flow matching, not of a {name}: leave it out, got {stage.shift}")
+        raise ValueError(f"shift needs a flow-matching scheduler, not a {name}: leave it out, got {stage.shift}")
     if not limits.follows and stage.follow:
         raise ValueError(
-            f"low frequencies follow in flow matching, in pipelines with callback_on_step_end, not with a {name}: "
-            f"leave follow out, got {stage.follow}"
+            f"follow needs flow matching and a pipeline with callback_on_step_end, the scheduler is a {name}: "
+            f"leave it out, got {stage.follow}"
         )
     if not flows and not stage.is_stock and stage.steps > (limit := max_steps(scheduler, stage.strength)):
         raise ValueError(
-            f"a {name} has at most {limit} steps at strength {stage.strength:g}, got {stage.steps}: take fewer, or "
-            "more strength"
+            f"a {name} has at most {limit} steps at strength {stage.strength:g}, got {stage.steps}: use fewer, or a "
+            "higher strength"
         )
 
 
@@ -109,9 +109,9 @@ def check_start(plan: Plan, image: Sequence[Any] | None, start_latents: Tensor |
     if image is not None and start_stage > 0:
         raise ValueError("give image or start_latents, not both")
     if image is not None and plan.stages[0].is_stock:
-        raise ValueError("this plan begins with noise, and image would be ignored: plan(..., enlarge=True)")
+        raise ValueError("this plan starts from noise and would ignore image: use plan(..., enlarge=True)")
     if image is None and start_stage == 0 and plan.stages[0].strength < 1:
-        raise ValueError("a plan without a stage of strength 1 enlarges a picture: give image")
+        raise ValueError("this plan enlarges a picture, since its first stage has strength below 1: give image")
 
 
 def count_pictures(prompt: Any, call: Mapping[str, Any]) -> int:
@@ -124,9 +124,9 @@ def count_pictures(prompt: Any, call: Mapping[str, Any]) -> int:
     if (prompt is None) != bool(embeddings):
         raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both")
     if prompt is not None and not isinstance(prompt, str | list):
-        raise ValueError(f"prompt must be text or a list of it, got a {type(prompt).__name__}")
+        raise ValueError(f"prompt must be a string or a list of strings, got a {type(prompt).__name__}")
     if prompt == []:
-        raise ValueError("prompt must hold at least one text, got an empty list")
+        raise ValueError("prompt must hold at least one string, got an empty list")
     prompts = [prompt] if isinstance(prompt, str) else prompt or embeddings[0]
     return len(prompts) * (call.get("num_images_per_prompt") or 1)
 
@@ -146,8 +146,8 @@ def check_numbers(
             f"generator must be a torch.Generator, or a list of them, got a {type(generators[0]).__name__}"
         )
     if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"generator must be one, or a list of {batch}, one a picture, got {len(generator)}")
+        raise ValueError(f"generator must be one, or a list of {batch}, one per picture, got {len(generator)}")
     if image is not None and batch % len(image):
         raise ValueError(f"image must hold a number of pictures that divides {batch}, got {len(image)}")
     if latents is not None and list(latents.shape) != [batch, *shape]:
-        raise ValueError(f"start_latents must be {[batch, *shape]}, those of stage {stage}, got {list(latents.shape)}")
+        raise ValueError(f"start_latents of stage {stage} must be {[batch, *shape]}, got {list(latents.shape)}")

@@ -43,7 +43,7 @@ def decode_file(
     check_tile(tile)
     default_output = file.parent / f"{file.name.removesuffix('.safetensors').removesuffix('.latents')}.png"
     if not file.exists() and default_output.exists():
-        raise ValueError(f"{file} is not there and {default_output} is: that picture was decoded, and its latents went")
+        raise ValueError(f"{file} does not exist, but {default_output} does: its latents were decoded and removed")
     latents, text = read_latents(file)
     path = output or default_output
     if path.suffix.lower() != ".png":
@@ -51,7 +51,7 @@ def decode_file(
     check_output_file(path, overwrite=overwrite)
     name, size = base or text.get("model"), re.fullmatch(r"(\d+)x(\d+)", text.get("size", ""))
     if name is None or size is None:
-        raise ValueError(f"{file} does not say whose latents it holds and of what size: was it written by generate?")
+        raise ValueError(f"{file} does not name its model and its picture's size: was it written by generate?")
     vae = _vae(name, revision=revision, offline=offline).to(device, dtype)
     pixels = decode(vae, _planes(latents, vae, int(size[2]), int(size[1])).to(device), tile=tile, progress=True)
     pixels = pixels[..., : int(size[2]), : int(size[1])]
@@ -70,7 +70,7 @@ def _planes(latents: Tensor, vae: Any, height: int, width: int) -> Tensor:
     token = 2 * pixels_per_latent(vae)
     rows, columns = -(-height // token), -(-width // token)
     if rows * columns != latents.shape[1]:
-        raise ValueError(f"{latents.shape[1]} tokens of latents are no picture of {width}x{height} from this VAE")
+        raise ValueError(f"latents of {latents.shape[1]} tokens do not fit a {width}x{height} picture of this VAE")
     return unpack_latents(latents, 2 * rows, 2 * columns)
 
 
@@ -79,7 +79,7 @@ def _vae(name: str, *, revision: str | None, offline: bool) -> Any:
     config = DiffusionPipeline.load_config(name, revision=revision, local_files_only=offline)
     library, class_name = config["vae"]
     if library != "diffusers":
-        raise ValueError(f"the VAE of {name} is a {library}.{class_name}, which is none of diffusers'")
+        raise ValueError(f"the VAE of {name} must be a class of diffusers, got {library}.{class_name}")
     vae_class: Any = getattr(diffusers, class_name)
     return vae_class.from_pretrained(
         name, subfolder="vae", revision=revision, local_files_only=offline, use_safetensors=True

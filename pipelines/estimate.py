@@ -76,16 +76,16 @@ class Estimator:
         try:
             stages = [self._with_cost(stage, chunks) for stage in plan.stages]
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            note = f"time and memory are not known: a forward could not be counted ({type(error).__name__}: {error})"
+            note = f"time and memory are unknown: a forward could not be counted ({type(error).__name__}: {error})"
             return replace(plan, notes=(*plan.notes, note))
         if self._tokens(plan.stages[-1]) > _MAX_TOKENS:
-            note = f"time and memory are counted up to {_MAX_TOKENS:,} tokens of the picture"
+            note = f"time and memory are estimated only up to {_MAX_TOKENS:,} image tokens"
             plan = replace(plan, notes=(*plan.notes, note))
         peak = max(stage.gib or 0 for stage in stages)
         if self.limit is None or peak <= self.limit:
             return replace(plan, stages=tuple(stages))
         note = (
-            f"about {peak:.1f} GiB where {self.limit:.1f} are free: offload (enable_model_cpu_offload or "
+            f"about {peak:.1f} GiB needed, but {self.limit:.1f} are free: offload (enable_model_cpu_offload or "
             "enable_group_offload; --offload), quantize the model, or make a smaller picture"
         )
         return replace(plan, stages=tuple(stages), notes=(*plan.notes, note))

@@ -113,8 +113,8 @@ def missing_pictures(jobs: Sequence[PictureJob]) -> list[PictureJob]:
         if job.path.exists() and png_metadata(job.path) != job.text:
             raise ValueError(_exists_message(job.path))
     if num_existing := len(jobs) - len(missing):
-        subject = "the picture is" if len(jobs) == 1 else f"{num_existing} of {len(jobs)} pictures are"
-        logger.info("%s there already", subject)
+        subject = "the picture already exists"
+        logger.info("%s", subject if len(jobs) == 1 else f"{num_existing} of {len(jobs)} pictures already exist")
     for job in missing:
         check_latents(job)
     return missing
@@ -141,7 +141,7 @@ def check_latents(job: PictureJob) -> None:
     text = read_text(job.latents)
     if not job.text.items() <= text.items():
         raise ValueError(
-            f"{job.latents} holds another picture, not decoded yet: `lineardit decode` makes it; else name another "
+            f"{job.latents} holds another picture, not decoded yet: decode it with `lineardit decode`, name another "
             "output, or replace it with overwrite (--overwrite)"
         )
 
@@ -245,7 +245,7 @@ def warn_on_write_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.warning("cannot be kept, but the picture is made: %s", error)
+        logger.warning("latents cannot be saved, but the picture is still made: %s", error)
 
 
 @contextmanager

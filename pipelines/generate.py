@@ -191,22 +191,22 @@ def plan_cascade(
         pipe, height, width, stage_settings, steps=steps, text_len=text_len, requested=cascade, tile=tile
     )
     if settings is not None and (staged is None or len(staged.plan.stages) == 1):
-        remedy = "make a larger picture" if cascade is not False else "cascade=False (--direct)"
+        remedy = "make a larger picture" if cascade is not False else "leave out cascade=False (--direct)"
         raise ValueError(
-            "settings (--strength, --stage-steps, --sharpen) are of a cascade's stages after the first, and "
-            f"{width}x{height} is made at once: leave them out, or {remedy}"
+            "settings (--strength, --stage-steps, --sharpen) are for the later stages of a cascade, but "
+            f"{width}x{height} is made in one stage: leave them out, or {remedy}"
         )
     if staged is None:
         if tile != Plan.tile:
             raise ValueError(
-                f"tile (--tile) is of a cascade, and {width}x{height} is made at once: leave it out, or add "
+                f"tile (--tile) is for a cascade, but {width}x{height} is made in one stage: leave it out, or add "
                 "cascade=True (--cascade)"
             )
         try:
             check_size(pipe, height, width)
         except ValueError as error:
             raise ValueError(
-                f"{error}; a cascade (cascade=True, --cascade), where the model has one, makes any"
+                f"{error}; a cascade (cascade=True, --cascade) makes any size, if the model supports it"
             ) from error
     return staged
 

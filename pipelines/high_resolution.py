@@ -161,7 +161,7 @@ class HighResolutionPipeline(StagedPipeline):
             return plan
         plan = Estimator(self, text_len, batch).with_costs(plan, chunks=limits.chunks)
         if getattr(self, "controlnet", None) is not None:
-            plan = replace(plan, notes=(*plan.notes, "what a ControlNet takes is not in the estimates"))
+            plan = replace(plan, notes=(*plan.notes, "the estimates do not include the ControlNet"))
         return plan
 
     @torch.no_grad()

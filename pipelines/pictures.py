@@ -46,7 +46,7 @@ def warn_stretched(picture: tuple[int, int], size: tuple[int, int]) -> None:
     """Warn if a picture (height, width) and its new size have different aspect ratios."""
     if abs(math.log(size[0] * picture[1] / (size[1] * picture[0]))) > MAX_STRETCH:
         logger.warning(
-            "the picture is stretched: %dx%d has another aspect ratio than its %dx%d",
+            "the picture is stretched: the aspect ratio of %dx%d differs from its own, %dx%d",
             *size[::-1],
             *picture[::-1],
         )
@@ -95,7 +95,7 @@ def _from_values(values: numpy.ndarray, shape: Sequence[int]) -> list[Image.Imag
     """Pictures from values in [0, 1], an array [h, w, 3] or [B, h, w, 3]."""
     if values.size == 0 or not (values.min() >= 0 and values.max() <= 1):  # both are false for NaN
         got = "none" if values.size == 0 else f"{values.min():g} to {values.max():g}"
-        raise ValueError(f"numbers of image {list(shape)} must lie in [0, 1], got {got}")
+        raise ValueError(f"values of image {list(shape)} must be in [0, 1], got {got}")
     pixels = (values * 255).round().astype(numpy.uint8)
     return [Image.fromarray(picture) for picture in pixels.reshape(-1, *pixels.shape[-3:])]
 

@@ -44,7 +44,9 @@ def place_(pipe: Any, device: torch.device, offload: str = "none") -> None:
         raise ValueError(_NO_LAYERS_OF_4_BITS)
     unsupported = [type(part).__name__ for part in parts if not getattr(part, "_supports_group_offloading", True)]
     if offload == "group" and unsupported:
-        raise ValueError(f"offload 'group' is not for a {' or a '.join(unsupported)} in diffusers: use --offload model")
+        raise ValueError(
+            f"diffusers does not support offload 'group' for a {' or a '.join(unsupported)}: use --offload model"
+        )
     if offload == "none":
         pipe.to(device)
     elif offload == "model":

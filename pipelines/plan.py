@@ -76,7 +76,7 @@ class Stage:
             if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"{name} of a stage must be > 0 and finite, got {number!r}")
         if self.logit_factor != 1 and self.attention == "original":
-            raise ValueError(f"logit_factor is of converted attention, got {self.logit_factor} with the original")
+            raise ValueError(f"logit_factor must be 1 with original attention, got {self.logit_factor}")
 
     @property
     def is_stock(self) -> bool:
@@ -157,7 +157,7 @@ class Plan:
         lines = [f"{self.width}x{self.height} in {len(self.stages)} stage{'s' if len(self.stages) > 1 else ''}"]
         lines += [f"  {number}. {stage}" for number, stage in enumerate(self.stages, start=1)]
         if self.tile is not None and max(self.stages[-1].height, self.stages[-1].width) > self.tile:
-            lines.append(f"  VAE in tiles of {self.tile} pixels, and its attention within them")
+            lines.append(f"  VAE in tiles of {self.tile} pixels, with attention within each tile")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

@@ -50,7 +50,7 @@ def cascade(
     if not isinstance(settings, Settings):
         raise ValueError(f"settings must be lineardit.pipelines.Settings(...) or None, got {settings!r}")
     if enlarge and settings.strength == 1 and limits.largest_shift is None:
-        raise ValueError("strength must be below 1 where a picture is enlarged: at 1 it is forgotten")
+        raise ValueError("strength must be below 1 to enlarge a picture: at 1 the picture is ignored")
     if isinstance(enlarge, tuple):
         warn_stretched(enlarge, (height, width))
     sizes = stage_sizes(height, width, limits, enlarge=enlarge)
@@ -100,22 +100,22 @@ def _notes(height: int, width: int, last: Stage, limits: Limits) -> tuple[str, .
             f"{width}x{height}"
         )
     if limits.attention == "original":
-        notes.append("the model is not converted: every size has full attention (linearize_, `lineardit convert`)")
+        notes.append("the model is not converted: every size uses full attention (linearize_, `lineardit convert`)")
     elif limits.attention == "converted":
-        notes.append("the base cannot come back (`with dense(pipe):` says why): every size has its converted attention")
+        notes.append("the base cannot be restored (`with dense(pipe):` says why): every size uses converted attention")
     if max(height, width) > limits.known and last.follow == 0:
         remedy = "set follow, or make a smaller picture" if limits.follows else "keep strength low"
         notes.append(
             f"the model was not trained beyond {limits.known} pixels a side, and low frequencies do not follow the "
-            f"stage before: expect repeated objects; {remedy}"
+            f"previous stage: expect repeated objects; {remedy}"
         )
     if limits.table is not None and max(last.height, last.width) > limits.table:
         notes.append(
-            f"the model's table of positions is for {limits.table} pixels a side and is stretched beyond, which was "
-            "not tried on trained weights"
+            f"the model's table of positions covers {limits.table} pixels a side and is stretched beyond, which is "
+            "untested with trained weights"
         )
     if max(height, width) > 8 * limits.native:
-        notes.append(f"nobody has shown pictures beyond {8 * limits.native} pixels a side from such a model")
+        notes.append(f"no pictures beyond {8 * limits.native} pixels a side have been published for such a model")
     return tuple(notes)
 
 
@@ -154,5 +154,5 @@ def proportional_factor(num_tokens: int, trained_tokens: int, count: float = 1.0
         ValueError: count * num_tokens is at most 1.
     """
     if not count * num_tokens > 1:
-        raise ValueError(f"proportional must be more than 1 / {num_tokens} tokens, got {count!r}")
+        raise ValueError(f"proportional must be > 1 / {num_tokens} tokens, got {count!r}")
     return math.sqrt(math.log(count * num_tokens) / math.log(trained_tokens))

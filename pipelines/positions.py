@@ -106,8 +106,8 @@ def positions_stretched(pipe_or_model: Any, side: int, device: torch.device) -> 
     table, table_size = embedding.pos_embed, embedding.pos_embed_max_size
     if table.is_meta:
         raise ValueError(
-            f"the positions of this {type(model).__name__} must be stretched to {side} a side, and are offloaded layer "
-            "by layer: take model or group offload in place of the sequential one"
+            f"the positions of this {type(model).__name__} must be stretched to {side} a side, but are offloaded layer "
+            "by layer: use model or group offload instead of sequential"
         )
     stretched = _stretched(table.detach().to(device), trained_side, side)
     embedding.pos_embed = nn.Parameter(stretched, requires_grad=False) if isinstance(table, nn.Parameter) else stretched

@@ -26,7 +26,7 @@ _STEERED = ("FluxControlNetPipeline",)  # the control image is resized to each s
 _FLUX2 = ("Flux2Pipeline", "Flux2KleinPipeline")  # take reference pictures, and need none
 _RESIZES = ("HiDreamImagePipeline",)  # draws the native area, whatever size is requested
 _OWN_PIPELINES = (
-    "after linearize_ call its own pipelines, text-to-image at native size and image-to-image at larger ones"
+    "after linearize_, call its own pipelines, text-to-image at the native size and image-to-image at larger sizes"
 )
 _LUMINA_NEXT_TOKENS = 384  # of one side, in its pipeline
 
@@ -43,7 +43,7 @@ def stock_class(pipeline: Any) -> type:
     stock = own if own.__name__ in _STEERED else _TEXT_TO_IMAGE.get(kind, own)
     if reason := _unsuitable(stock, getattr(pipeline, "components", {})):
         raise UnsupportedModelError(
-            f"high resolution is built for text-to-image pipelines, and a {name} {reason}: {_OWN_PIPELINES}"
+            f"high resolution supports text-to-image pipelines, but a {name} {reason}: {_OWN_PIPELINES}"
         )
     vae = getattr(pipeline, "vae", None)
     if not is_supported(vae) or (is_flux2(vae) and stock.__name__ not in _FLUX2):
@@ -54,7 +54,7 @@ def stock_class(pipeline: Any) -> type:
     channels, in_channels = latent_channels(vae), model.config.get("in_channels")
     if in_channels not in (channels, 4 * channels):
         raise UnsupportedModelError(
-            f"this {kind} takes {in_channels} numbers a token where text-to-image takes {4 * channels} or "
+            f"this {kind} takes {in_channels} numbers per token, but text-to-image takes {4 * channels} or "
             f"{channels} (Fill, Canny, Depth, inpainting): use its own pipelines"
         )
     return stock
@@ -63,14 +63,14 @@ def stock_class(pipeline: Any) -> type:
 def _unsuitable(stock: Any, parts: Mapping[str, Any]) -> str | None:
     """Why this is not a text-to-image pipeline for a cascade; None if it is."""
     if any(cls.__name__ == "ModularPipeline" for cls in stock.__mro__):
-        return "is made of blocks (make diffusers' stock pipeline of its parts, and a cascade of that)"
+        return "is made of blocks (build diffusers' stock pipeline from its parts, and a cascade from that)"
     takes = inspect.signature(stock.__call__).parameters
     foreign = [name for name in _FOREIGN if name in takes and not (name == "image" and stock.__name__ in _FLUX2)]
     if missing := [name for name in _NEEDED if name not in takes]:
         return f"takes no {missing[0]}"
     if ("controlnet" in parts or foreign) and stock.__name__ not in _STEERED:
         return f"takes {foreign[0] if foreign else 'control_image'}"
-    return "draws one area, whatever size is asked for" if stock.__name__ in _RESIZES else None
+    return "draws at a fixed area, whatever size is requested" if stock.__name__ in _RESIZES else None
 
 
 def packs_latents(pipe: Any) -> bool:

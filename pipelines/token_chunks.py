@@ -52,11 +52,11 @@ def in_token_chunks(pipe_or_model: Any, chunk_tokens: int) -> Iterator[None]:
         raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
     _, model = denoiser(pipe_or_model)
     if any(isinstance(module, _InChunks) for module in model.modules()):
-        raise ValueError(f"this {type(model).__name__} runs in chunks of tokens already")
+        raise ValueError(f"this {type(model).__name__} already runs in chunks of tokens")
     changes = list(_changes(model, chunk_tokens))
     if not changes:
         raise UnsupportedModelError(
-            f"token-wise layers run in chunks in FLUX.1's blocks, and this {type(model).__name__} has none: "
+            f"token-wise layers run in chunks only in FLUX.1's blocks, and this {type(model).__name__} has none: "
             "leave chunk_tokens out"
         )
     original_classes = [(module, type(module)) for module, _ in changes]

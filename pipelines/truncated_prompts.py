@@ -28,10 +28,10 @@ def warn_truncated_prompts(pipe: Any, prompts: Sequence[str], max_sequence_lengt
     if not tokenizers:
         return
     tokenizer = max(others or tokenizers.values(), key=lambda one: one.model_max_length)
-    limit, why = tokenizer.model_max_length, "its text encoder takes no more"
+    limit, why = tokenizer.model_max_length, "the limit of its text encoder"
     requested = max_sequence_length or default_settings(pipe).max_sequence_length
     if others and requested is not None:
-        limit, why = requested, "--max-sequence-length sets them"
+        limit, why = requested, "set by --max-sequence-length"
     for prompt in dict.fromkeys(prompts):
         tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         num_read = limit - tokenizer.num_special_tokens_to_add()
@@ -45,5 +45,5 @@ def _is_clip(pipe: Any, tokenizer: str) -> bool:
 
 
 def _warn(prompt: str, cut: str, limit: int, why: str) -> None:
-    message = "the prompt '%s' is cut after %d tokens (%s), without '%s'"
+    message = "the prompt '%s' is truncated to %d tokens (%s), losing '%s'"
     logger.warning(message, shorten(prompt, 40, placeholder="..."), limit, why, shorten(cut, 200, placeholder="..."))

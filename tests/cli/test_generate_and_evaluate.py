@@ -136,7 +136,7 @@ def test_evaluate_writes_table_report_and_sheet(
         "coherence",
     ):
         assert row in table
-    assert caplog.text.count("is cut after 8 tokens") == 1  # once for both models
+    assert caplog.text.count("is truncated to 8 tokens") == 1  # once for both models
     report = json.loads((out / "report.json").read_text())
     assert report["pictures"] == 2
     assert report["student"]["scores"]["objects"][1] == 1

@@ -64,11 +64,11 @@ def test_generate_accepts_stage_settings_and_prints_the_plan(
     for size, option, remedy in (
         ("16x16", words[:2], "leave them out, or make a larger picture"),
         ("16x16", (*words[:2], "--cascade"), "leave them out, or make a larger picture"),
-        ("32x32", (*words[:2], "--direct"), "leave them out, or cascade=False (--direct)"),
+        ("32x32", (*words[:2], "--direct"), "leave them out, or leave out cascade=False (--direct)"),
         ("16x16", words[6:], "leave it out, or add cascade=True (--cascade)"),
     ):
         assert lineardit(*generate, PROMPT, "--size", size, *option, "-o", tmp_path / "b.png") == 2
-        assert f"{size} is made at once: {remedy}" in capsys.readouterr().err.splitlines()[-1]
+        assert f"{size} is made in one stage: {remedy}" in capsys.readouterr().err.splitlines()[-1]
     assert lineardit(*generate, "--size", "16x16", "--plan") == 0
     assert "one call of the pipeline, no stages" in capsys.readouterr().out
 
@@ -94,7 +94,7 @@ def test_generate_logs_stages_and_kernels(adapter: Path, tmp_path: Path, caplog:
     assert "token-wise layers in chunks of 9" in caplog.text
     assert "stage 2 of 3, 28x24, converted attention, kernel: masked" in caplog.text
     assert lineardit("generate", adapter, PROMPT, *words) == 0
-    assert "the picture is there already" in caplog.messages
+    assert "the picture already exists" in caplog.messages
 
 
 def test_upscale_takes_prompt_and_model_from_the_picture(
@@ -104,7 +104,7 @@ def test_upscale_takes_prompt_and_model_from_the_picture(
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "-o", small) == 0
     words = ("--size", "36x32", "--chunk-tokens", "16", "--guidance", "2", *FEW, "-o", large)
     assert lineardit("upscale", small, *words) == 0
-    assert "the picture is stretched: 36x32 has another aspect ratio than its 16x16" in caplog.text
+    assert "the picture is stretched: the aspect ratio of 36x32 differs from its own, 16x16" in caplog.text
     with Image.open(large) as image:
         assert image.size == (36, 32) and image.info["prompt"] == PROMPT and image.info["adapter"] == str(adapter)
         assert (image.info["guidance"], image.info["max_sequence_length"]) == ("2.0", "8")  # a rerun compares them
@@ -149,7 +149,7 @@ def test_no_weights_are_read_for_existing_pictures(
         file.unlink()
     caplog.clear()
     assert lineardit(*generate, small) == lineardit(*generate, tmp_path, *many) == lineardit(*upscale) == 0
-    assert caplog.messages.count("the picture is there already") == 3
+    assert caplog.messages.count("the picture already exists") == 3
     assert lineardit(*generate, small, "--overwrite") == lineardit(*generate, tmp_path / "b.png") == 2
 
 

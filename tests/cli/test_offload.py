@@ -160,7 +160,8 @@ def test_sequential_offload_of_4_bit_weights_is_refused(base: Path, monkeypatch:
 
 
 def test_group_offload_unsupported_by_diffusers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^offload 'group' is not for a HunyuanDiT2DModel .* use --offload model$"):
+    told = "^diffusers does not support offload 'group' for a HunyuanDiT2DModel.*: use --offload model$"
+    with pytest.raises(ValueError, match=told):
         place_(STOCK["hunyuan-dit"].make(), torch.device("cuda"), "group")
 
 

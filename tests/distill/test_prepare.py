@@ -45,7 +45,7 @@ def test_prepare_warns_of_a_truncated_prompt(
     pipe: FluxPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare(pipe, ["a yellow cross at the bottom right on shaded sky"], tmp_path / "samples", **SETTINGS)
-    assert "is cut after 8 tokens (--max-sequence-length sets them), without 'on shaded sky'" in caplog.text
+    assert "is truncated to 8 tokens (set by --max-sequence-length), losing 'on shaded sky'" in caplog.text
 
 
 def test_decode_equals_the_pipelines_picture(data: Path, pipe: FluxPipeline) -> None:

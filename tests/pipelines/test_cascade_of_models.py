@@ -25,11 +25,11 @@ from lineardit.pipelines.stock import packs_latents
 from lineardit.pipelines.vae import encode_faithfully
 
 REFUSED = {
-    "flux-fill": "takes 24 numbers a token where text-to-image takes 4 or 1",
-    "glm-image": "takes image: after linearize_ call its own pipelines",
+    "flux-fill": "takes 24 numbers per token, but text-to-image takes 4 or 1",
+    "glm-image": "takes image: after linearize_, call its own pipelines",
     "dit": "takes no prompt",
     "wan": "takes num_frames",
-    "hidream": "draws one area, whatever size is asked for",
+    "hidream": "draws at a fixed area, whatever size is requested",
     "ideogram4": "needs an AutoencoderKL as the VAE of the Ideogram4Pipeline, it has a AutoencoderKLFlux2",
     "kandinsky5": "it has none",
     "sd3-controlnet": "takes control_image",
@@ -59,7 +59,7 @@ def test_position_table_is_stretched_beyond_its_end(name: str) -> None:
     plan = high.plan(*small, settings=Settings(steps=1))
     assert not any("stretched" in note for note in plan.notes)
     plan = high.plan(*large, settings=Settings(steps=1))
-    assert f"is for {own * multiple} pixels a side and is stretched beyond" in "\n".join(plan.notes)
+    assert f"covers {own * multiple} pixels a side and is stretched beyond" in "\n".join(plan.notes)
     assert plan.stages[-1].gib > plan.stages[0].gib
     embedding = model.patch_embed if name == "cogview3-plus" else model.pos_embed
     table, before = embedding.pos_embed, embedding.pos_embed.clone()
@@ -160,7 +160,7 @@ def test_plan_estimates_up_to_a_maximum_of_tokens(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(estimate, "forward", shapes.append)
     plan = high.plan(10**6, 10**6)
     assert plan.stages[-1].seconds is None
-    assert plan.notes[-1] == "time and memory are counted up to 16,777,216 tokens of the picture"
+    assert plan.notes[-1] == "time and memory are estimated only up to 16,777,216 image tokens"
     assert 2**22 < max(prod(shape.latents) // 4 for shape in shapes) <= 2**24
 
 
@@ -239,12 +239,12 @@ def test_low_frequencies_follow_in_unpacked_latents() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "settings", "said"),
     [
-        ("sd", 128, Settings(follow=0.5), "leave follow out, got 0.5"),
-        ("sd", 128, Settings(shift=3.0), "shift is of schedulers of flow matching, not of a DDIMScheduler"),
+        ("sd", 128, Settings(follow=0.5), "follow needs flow matching .* is a DDIMScheduler: leave it out, got 0.5"),
+        ("sd", 128, Settings(shift=3.0), "shift needs a flow-matching scheduler, not a DDIMScheduler"),
         ("sd", 128, Settings(rope_factor=2.0), "no rotary base to scale, so rope_factor must be 1, got 2.0"),
         ("qwen-image", 128, Settings(rope_factor=2.0), "no rotary base to scale"),
-        ("sd", 128, Settings(proportional=1.0), "proportional attention is of transformers"),
-        ("lumina-next", 20000, Settings(), "positions for at most .* pixels a side, got .*: make that, and enlarge it"),
+        ("sd", 128, Settings(proportional=1.0), "proportional attention needs a transformer"),
+        ("lumina-next", 20000, Settings(), "for at most .* pixels a side, got .*: generate that size, and enlarge it"),
         ("z-image", 20000, Settings(), "positions for at most .* pixels a side"),
     ],
 )
@@ -257,11 +257,11 @@ def test_plan_refuses_settings_that_a_model_lacks(name: str, size: int, settings
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"shift": 3.0}, "shift is of schedulers of flow matching, not of a DDIMScheduler: leave it out, got 3.0"),
-        ({"follow": 0.5}, "low frequencies follow in flow matching, .*, not with a DDIMScheduler"),
-        ({"chunk_tokens": 9}, "this model does not run in chunks of tokens: leave chunk_tokens out, 9"),
+        ({"shift": 3.0}, "shift needs a flow-matching scheduler, not a DDIMScheduler: leave it out, got 3.0"),
+        ({"follow": 0.5}, "follow needs flow matching .*, the scheduler is a DDIMScheduler"),
+        ({"chunk_tokens": 9}, "this model does not run in chunks of tokens: leave chunk_tokens out, got 9"),
         ({"rope_factor": 2.0}, "no rotary base to scale, so rope_factor must be 1, got 2.0"),
-        ({"logit_factor": 1.1}, "proportional attention is of transformers: leave it out, got 1.1"),
+        ({"logit_factor": 1.1}, "proportional attention needs a transformer: leave it out, got 1.1"),
         ({"strength": 0.001}, "a DDIMScheduler has at most 1 steps at strength 0.001, got 8"),
     ],
 )
@@ -342,8 +342,8 @@ def test_diffusers_callbacks_get_the_tensors_they_request() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prompt": []}, "prompt must hold at least one text"),
-        ({"prompt": 5}, "prompt must be text or a list of it, got a int"),
+        ({"prompt": []}, "prompt must hold at least one string"),
+        ({"prompt": 5}, "prompt must be a string or a list of strings, got a int"),
         ({"prompt": "a", "generator": 5}, "generator must be a torch.Generator, or a list of them, got a int"),
         ({"prompt": "a", "output_type": "foo"}, "output_type must be pil, np, pt or latent, got 'foo'"),
         ({"prompt": "a", "prompt_embeds": torch.zeros(1, 4, 32)}, "Provide either `prompt` or `prompt_embeds`"),

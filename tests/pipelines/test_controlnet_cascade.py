@@ -55,7 +55,7 @@ def test_controlnet_is_used_with_the_settings_of_every_stage(pipe: Any, argument
     high = HighResolutionPipeline.from_pipe(pipe, native_size=32)
     plan = high.plan(64, 96, num_inference_steps=1, settings=Settings(steps=1, rope_factor=3.0, proportional=1.0))
     assert plan.stages[-1].logit_factor > 1
-    assert "what a ControlNet takes is not in the estimates" in plan.notes
+    assert "the estimates do not include the ControlNet" in plan.notes
     seen: dict[str, list[tuple[Any, ...]]] = {name: [] for name in NETWORKS}
     for name in NETWORKS:
 

@@ -41,7 +41,7 @@ def test_decode_file_removes_only_its_own_latents(tmp_path: Path) -> None:
         said = {"model": str(tmp_path / "base"), "size": "8x8"} | ({"prompt": prompt} if prompt else {})
         write_latents(stages / f"{number}.latents.safetensors", LATENTS, said)
     assert decode_file(one, **how) == tmp_path / "a.png"
-    with pytest.raises(ValueError, match=r"a\.png is: that picture was decoded, and its latents went"):
+    with pytest.raises(ValueError, match=r"a\.png does: its latents were decoded and removed"):
         decode_file(one, **how)
     assert [file.name for file in stages.iterdir()] == ["1.latents.safetensors"]
     assert not one.exists() and other.exists()

@@ -105,7 +105,7 @@ def test_generate_makes_the_picture_if_latents_cannot_be_saved(
     generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL | {"size": (48, 48)}, cascade=cascade)
     assert pixels(tmp_path / "out.png").shape == (48, 48, 3)
     assert not list(tmp_path.rglob("*.safetensors"))
-    told = "cannot be kept, but the picture is made: .*/out.latents.safetensors cannot be written: No space left"
+    told = "cannot be saved, but the picture is still made: .*/out.latents.safetensors cannot be written: No space left"
     assert re.search(told, caplog.text)
 
 
@@ -180,14 +180,14 @@ def test_generate_warns_once_of_a_truncated_prompt(
 ) -> None:
     long = "a teal cross at the top left on striped mint"
     generate(pipe, [long, PROMPTS[0], long], tmp_path / "a", **CALL)
-    told = "the prompt 'a teal cross at the top left on...' is cut after 8 tokens (--max-sequence-length sets them)"
-    assert caplog.messages.count(f"{told}, without 'on striped mint'") == 1
-    assert caplog.text.count("is cut after") == 1
+    told = "the prompt 'a teal cross at the top left on...' is truncated to 8 tokens (set by --max-sequence-length)"
+    assert caplog.messages.count(f"{told}, losing 'on striped mint'") == 1
+    assert caplog.text.count("is truncated to") == 1
     generate(pipe, [long + " and a blue square"], tmp_path / "b", **CALL | {"max_sequence_length": 64})
-    assert caplog.text.count("is cut after") == 1
+    assert caplog.text.count("is truncated to") == 1
     pipe.text_encoder_2, pipe.tokenizer_2 = pipe.text_encoder, pipe.tokenizer  # two of CLIP, as in Stable Diffusion XL
     warn_truncated_prompts(pipe, ["the red circle " * 26], None)
-    assert "77 tokens (its text encoder takes no more), without 'red circle'" in caplog.text
+    assert "77 tokens (the limit of its text encoder), losing 'red circle'" in caplog.text
 
 
 class OldPipeline(FluxPipeline):

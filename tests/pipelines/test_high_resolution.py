@@ -111,7 +111,7 @@ def test_call_with_settings_equals_a_call_with_their_plan(high: Any) -> None:
         high("x", height=16, width=24, settings={})
     with pytest.raises(ValueError, match=r"plan must be what `plan\(height, width\)` returns, or None, got '32x48'"):
         high("x", plan="32x48")
-    with pytest.raises(ValueError, match="settings must be left out where there is a plan"):
+    with pytest.raises(ValueError, match="settings must be left out if a plan is given"):
         high(PROMPT, plan=plan, settings=settings, **call)
 
 
@@ -213,13 +213,13 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda plan: {"plan": replace(plan, stages=plan.stages[1:])}, "enlarges a picture: give image"),
-        (lambda plan: {"plan": plan, "image": Image.new("RGB", (16, 16))}, "begins with noise, and image would be"),
+        (lambda plan: {"plan": replace(plan, stages=plan.stages[1:])}, "first stage has strength below 1: give image"),
+        (lambda plan: {"plan": plan, "image": Image.new("RGB", (16, 16))}, "starts from noise and would ignore image"),
         (lambda plan: {"plan": plan, "start_stage": 1}, "start_stage must be 1 to 2 with start_latents"),
         (lambda plan: {"plan": plan, "height": 16}, "height and width must be the plan's, 64 and 64, or left out"),
         (
             lambda plan: {"plan": plan, "num_inference_steps": 9},
-            "must be the 28 of the plan's first stage",
+            "must be 28, as in the plan's first stage",
         ),
         (lambda plan: {"plan": plan, "prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
         (
@@ -228,12 +228,12 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
         ),
         (
             lambda plan: {"plan": replace(plan, stages=(plan.stages[0], replace(plan.stages[-1], shift=None)))},
-            "a stage of strength below 1 needs a shift of its own, got None",
+            "shift must be set for a stage with strength below 1, got None",
         ),
-        (lambda plan: {"plan": plan, "generator": [seeded()] * 2}, "generator must be one, or a list of 1, one a pic"),
+        (lambda plan: {"plan": plan, "generator": [seeded()] * 2}, "generator must be one, or a list of 1, one per"),
         (
             lambda plan: {"plan": plan, "start_stage": 1, "start_latents": torch.zeros(1, 9, 16)},
-            r"start_latents must be \[1, 16, 16\], those of stage 0, got \[1, 9, 16\]",
+            r"start_latents of stage 0 must be \[1, 16, 16\], got \[1, 9, 16\]",
         ),
         (
             lambda plan: {"height": 64, "width": 64, "image": [Image.new("RGB", (16, 16))] * 2},
@@ -279,7 +279,7 @@ def test_plan_detects_the_base_without_removing_weights(high: Any, monkeypatch: 
     replace_weights_(model, weights, keep_original=False)
     plan = high.plan(64, 64)
     assert [stage.attention for stage in plan.stages] == ["converted"] * 3
-    assert any("the base cannot come back" in note for note in plan.notes)
+    assert any("the base cannot be restored" in note for note in plan.notes)
 
 
 def test_plan_has_the_base_while_another_thread_is_in_dense(high: Any) -> None:
@@ -296,7 +296,7 @@ def test_from_pipe_and_plan_refuse_unsupported_parts(high: Any) -> None:
         transformer = torch.nn.Linear(2, 2)
 
     with pytest.raises(
-        lineardit.UnsupportedModelError, match="for text-to-image pipelines, and a Other takes no prompt"
+        lineardit.UnsupportedModelError, match="supports text-to-image pipelines, but a Other takes no prompt"
     ):
         HighResolutionPipeline.from_pipe(Other())
 
@@ -307,7 +307,7 @@ def test_from_pipe_and_plan_refuse_unsupported_parts(high: Any) -> None:
         HighResolutionPipeline.from_pipe(Modular.__new__(Modular))
     pipe = converted()
     pipe.transformer.register_to_config(in_channels=24)
-    with pytest.raises(lineardit.UnsupportedModelError, match="takes 24 numbers a token where text-to-image takes 16"):
+    with pytest.raises(lineardit.UnsupportedModelError, match="24 numbers per token, but text-to-image takes 16"):
         HighResolutionPipeline.from_pipe(pipe)
     pipe.register_modules(vae=None)
     with pytest.raises(

@@ -70,7 +70,7 @@ def test_as_pictures_gives_the_same_for_every_form() -> None:
         ("a.png", "must be PIL pictures, tensors .* got str"),
         ([], "at least one picture"),
         (torch.zeros(2, 1, 4, 4), r"got Tensor \[2, 1, 4, 4\]"),
-        (torch.full((3, 4, 4), -1.0), r"numbers of image \[3, 4, 4\] must lie in \[0, 1\], got -1 to -1"),
+        (torch.full((3, 4, 4), -1.0), r"values of image \[3, 4, 4\] must be in \[0, 1\], got -1 to -1"),
         (torch.full((3, 4, 4), torch.nan), "got nan to nan"),
         (torch.zeros(3, 0, 4), "got none"),
     ],

@@ -85,7 +85,7 @@ def test_in_token_chunks_restores_the_model(model: Any) -> None:
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(run(model, arguments), before)
     assert torch.allclose(in_chunks(model, arguments), in_chunks(model, arguments, 9), atol=1e-5)
-    with in_token_chunks(model, 7), pytest.raises(ValueError, match="runs in chunks of tokens already"):
+    with in_token_chunks(model, 7), pytest.raises(ValueError, match="already runs in chunks of tokens"):
         in_chunks(model, arguments)
 
 
@@ -252,7 +252,7 @@ def test_plan_uses_chunks_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) 
     assert short.stages[-1].gib < whole and not any("are free" in note for note in short.notes)
     assert "token-wise layers in chunks of 8192" in str(short) and short.recipe() == free.recipe()
     monkeypatch.setattr("lineardit.pipelines.estimate.free_gib", lambda _: 0.001)
-    assert "GiB where 0.0 are free: offload" in high.plan(512, 512, settings=settings).notes[-1]
+    assert "GiB needed, but 0.0 are free: offload" in high.plan(512, 512, settings=settings).notes[-1]
 
 
 def test_stage_in_chunks_makes_the_same_picture() -> None:
