@@ -32,10 +32,7 @@ from .commands.upscale import upscale
 INTERRUPTED = 130  # the exit code after Ctrl-C
 PIPE_CLOSED = 141  # 128 + SIGPIPE, as of other tools whose reader has gone
 RESUMABLE = ("prepare", "generate", "upscale", "evaluate", "demo")  # commands that resume their own work
-MEMORY_ADVICE = (
-    "less is needed for a smaller size or batch, and, where the command has them, with --dtype bfloat16, "
-    "--chunk-tokens or --offload"
-)
+MEMORY_ADVICE = "use a smaller size or batch or, if the command has them, --dtype bfloat16, --chunk-tokens or --offload"
 
 app = typer.Typer(
     name="lineardit",

@@ -148,7 +148,7 @@ def demo(
     """
     base, directory, settings = Path(base or path()), Path(directory), settings or DemoSettings()
     if not (base / "model_index.json").is_file():
-        raise ValueError(f"no pipeline in {base}: the demonstration needs the one that comes with a clone")
+        raise ValueError(f"no pipeline in {base}: the demonstration needs the pipeline in a clone of the repository")
     work = WorkLog(directory, asdict(settings) | {"base": _digest(base)})
     local, proxies = Clear(radius=settings.radius), ProxyTokens(num_proxies=settings.proxies)
     hybrid = Hybrid(local=local, global_=proxies, gate=1.0, focus_tokens=settings.focus_tokens)

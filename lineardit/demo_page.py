@@ -27,12 +27,12 @@ pre {{ background: #f4f4f4; padding: .5em 1em; overflow-x: auto; }}
 </style>
 <h1>Attention of linear cost, near the original</h1>
 <p>A small FLUX pipeline was converted to local attention (radius {radius:g} tokens), which was distilled on pictures
-that the pipeline had made itself; and to a hybrid, which adds one proxy for each of {proxies} parts of the picture and,
-of the parts that weigh most, {focus_tokens} tokens one by one. The hybrid was not trained.</p>
+made by the pipeline itself; and to a hybrid, which adds one proxy for each of {proxies} parts of the picture and,
+individually, {focus_tokens} tokens of the parts with the most weight. The hybrid was not trained.</p>
 <h2>Same prompts, same noise</h2>
 <p>Captions that no training picture shows. Teacher: the original. Converted: local attention, not trained. Distilled:
-after {train_steps} steps of the training below. Hybrid: not trained. What must agree across the picture, stripes, light
-and shadows, a window alone cannot see.</p>
+after {train_steps} steps of the training below. Hybrid: not trained. A window alone cannot see what must agree across
+the picture: stripes, light and shadows.</p>
 {table}
 <p><img src="{sheet}" alt="A column of pictures for each model"></p>
 <h2>The training</h2>

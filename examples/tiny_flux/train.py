@@ -198,12 +198,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the checkpoint and the loss log")
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--vae", type=Path, help="autoencoder from train_vae; all else starts from random weights")
     start.add_argument(
-        "--init", type=Path, help="a pipeline to go on from, with fresh optimizer state; its T5 encoder stays as it is"
+        "--vae", type=Path, help="autoencoder from train_vae; everything else starts from random weights"
+    )
+    start.add_argument(
+        "--init", type=Path, help="a pipeline to continue from, with fresh optimizer state; its T5 encoder is kept"
     )
     parser.add_argument("--steps", type=int, default=4600)
-    parser.add_argument("--learning-rate", type=float, default=1.0, help="times the settings' own")
+    parser.add_argument("--learning-rate", type=float, default=1.0, help="factor on the learning rates of the settings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training on")
     arguments = parser.parse_args()
@@ -215,7 +217,7 @@ def main() -> None:
         pipe.register_modules(vae=AutoencoderKL.from_pretrained(arguments.vae).eval())
         if not (arguments.run / "checkpoint.pt").exists():
             accuracy = train_text_encoder(pipe, device=arguments.device)
-            print(f"text encoder: {accuracy:.1%} of the words tell their object whole", flush=True)
+            print(f"text encoder: {accuracy:.1%} of the words predict their object fully", flush=True)
     defaults = TrainConfig(steps=arguments.steps, device=arguments.device)
     config = replace(
         defaults,

@@ -130,22 +130,22 @@ def verdict(rows: "Sequence[StepTime]") -> str:
     """A sentence on the measured size from which the conversion is faster."""
     fitting = [row for row in rows if row.converted is not None]
     if not fitting:
-        return "No step of the conversion fits into memory: take smaller sizes, or a smaller dtype."
+        return "No step of the conversion fits into memory: use smaller sizes, or a smaller dtype."
     converted = sorted((row for row in fitting if not row.is_original), key=lambda row: row.tokens)
     if not converted:
-        return "At these sizes the conversion makes the model's original call: larger pictures gain from it."
+        return "At these sizes the conversion runs the original attention: larger pictures gain from it."
     largest = f"{converted[-1].width}x{converted[-1].height}"
     slower = [row.tokens for row in converted if row.speedup is not None and row.speedup <= 1]
     faster = [row for row in converted if row.tokens > max(slower, default=0)]
     if not faster:
         return f"At {largest} the conversion is not faster: larger pictures gain more."
-    note = "" if slower else ", the smallest that was measured,"
+    note = "" if slower else " (the smallest size measured)"
     return f"The conversion is faster from {faster[0].width}x{faster[0].height}{note} on."
 
 
 def _seconds(times: tuple[float, ...] | None) -> str:
     if times is None:
-        return "no memory"
+        return "out of memory"
     return f"{median(times):.3g} s" if median(times) < 100 else f"{median(times):.0f} s"
 
 

@@ -141,7 +141,7 @@ def _config(method: str | None, entries: dict[str, Any]) -> Any:
     if method is not None:
         return config_from_dict({"method": method, **entries})
     if entries:
-        raise ValueError(f"{', '.join(entries)} is a setting of a method: say which with --method")
+        raise ValueError(f"{', '.join(entries)} is a setting of a method: name the method with --method")
     return None
 
 

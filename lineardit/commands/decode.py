@@ -12,7 +12,7 @@ def decode(
     latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="X.latents.safetensors, saved by generate.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="PNG file; default: X.png beside the latents.", show_default=False),
+        typer.Option("--output", "-o", help="PNG file; default: X.png next to the latents.", show_default=False),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
     base: Annotated[

@@ -10,7 +10,7 @@ def distill(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings of the run, a TOML file.")],
     resume: Annotated[
         str | None,
-        typer.Option(metavar="latest|STEP", help="Continue after the newest checkpoint, or after that of a step."),
+        typer.Option(metavar="latest|STEP", help="Continue from the newest checkpoint, or from that of a step."),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; repeatable.")

@@ -30,7 +30,7 @@ def parse_loras(texts: Sequence[str] | None) -> list[Lora]:
         loras.append(Lora(source, weight))
         path = Path(source)
         if not path.exists() and (path.suffix == ".safetensors" or path.is_absolute()):
-            raise ValueError(f"--lora: there is no {path}")
+            raise ValueError(f"--lora: {path} does not exist")
         if path.is_file() and path.suffix != ".safetensors":
             raise ValueError(f"--lora must be FILE[:WEIGHT], a file that ends in .safetensors, got {text!r}")
     return loras
@@ -54,10 +54,10 @@ def load_loras_(pipe: Any, loras: Sequence[Lora], *, offline: bool) -> None:
     if not loras:
         return
     if not hasattr(pipe, "load_lora_weights"):
-        raise ValueError(f"a {type(pipe).__name__} takes no LoRA: leave --lora out")
+        raise ValueError(f"a {type(pipe).__name__} does not support LoRA: leave --lora out")
     names = [f"lora_{number}" for number in range(1, len(loras) + 1)]
     for name, lora in zip(names, loras, strict=True):
         pipe.load_lora_weights(lora.source, adapter_name=name, local_files_only=offline, use_safetensors=True)
         if name not in {one for part in pipe.get_list_adapters().values() for one in part}:
-            raise ValueError(f"--lora {lora.source} is of another model than this {type(pipe).__name__}")
+            raise ValueError(f"--lora {lora.source} is for another model than this {type(pipe).__name__}")
     pipe.set_adapters(names, [lora.weight for lora in loras])

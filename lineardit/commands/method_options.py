@@ -67,7 +67,7 @@ def parse_method(text: str) -> Any:
     method, _, entries = text.partition(":")
     pairs = [part.partition("=") for part in split_outside_brackets(entries)]
     if not all(equals for _, equals, _ in pairs):
-        raise ValueError(f"a method is spelled METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")
+        raise ValueError(f"a method must be METHOD:SETTING=VALUE,... such as clear:radius=8, got {text!r}")
     found = {key.replace("-", "_"): value for key, _, value in pairs}
     nested = nested_fields()
     return {"method": method} | {key: (parse_method if key in nested else _value)(found[key]) for key in found}

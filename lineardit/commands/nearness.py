@@ -52,7 +52,7 @@ def nearness(
     offload: Offload = "none",
     quantize: Quantize = None,
 ) -> None:
-    """Compare conversions with their base by single predictions. Needs no training and draws no picture."""
+    """Compare single predictions of conversions and their base. Needs no training and draws no picture."""
     texts, extra_arguments = read_prompts(prompts), parse_arguments(arguments)
     height_width = None if size is None else parse_size(size)
     from ..distill.figures import require_matplotlib

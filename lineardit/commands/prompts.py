@@ -32,9 +32,7 @@ def parse_numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) if "." in part else int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(
-            f"{option} must be numbers with commas between them, for example 4,8,16, got {text!r}"
-        ) from error
+        raise ValueError(f"{option} must be numbers separated by commas, for example 4,8,16, got {text!r}") from error
 
 
 def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
@@ -123,9 +121,9 @@ def read_prompts(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be text in UTF-8, it is not ({error})") from error
+        raise ValueError(f"{file} must be text in UTF-8 ({error})") from error
     prompts = [line.strip() for line in text.split("\n")]  # `splitlines` also splits at other characters
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if not prompts:
-        raise ValueError(f"{file} must hold one prompt a line, it holds none; lines that begin with # are comments")
+        raise ValueError(f"{file} must have one prompt per line, but has none; lines that begin with # are comments")
     return prompts

@@ -34,7 +34,8 @@ _REUSED_ARGUMENTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3"
 def upscale(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="The picture to enlarge.")],
     source: Annotated[
-        str | None, typer.Argument(metavar="ADAPTER_OR_BASE", help="Hub id or folder; default: what made the picture.")
+        str | None,
+        typer.Argument(metavar="ADAPTER_OR_BASE", help="Hub id or folder; default: the one that made the picture."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("upscaled.png"),
     size: Annotated[
@@ -69,7 +70,7 @@ def upscale(
 ) -> None:
     """Enlarge a picture in stages. Adds detail, with attention of linear cost.
 
-    From a PNG made by lineardit, defaults are read: prompt and model, and, if a model of the same base made it,
+    Defaults are read from a PNG made by lineardit: prompt and model, and, if a model of the same base made it,
     guidance, negative prompt and number of text tokens.
     """
     extra_arguments, loras = parse_arguments(arguments), parse_loras(lora)

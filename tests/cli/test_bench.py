@@ -105,7 +105,7 @@ def row(side: int, speedup: float | None) -> StepTime:
 def test_verdict_names_the_size_from_which_the_conversion_is_faster() -> None:
     assert verdict([row(64, 0.5), row(128, 1.5), row(256, None)]) == "The conversion is faster from 128x128 on."
     assert verdict([row(64, 1.5), row(128, 0.9), row(256, 2.0)]) == "The conversion is faster from 256x256 on."
-    assert "64x64, the smallest that was measured, on" in verdict([row(64, 1.5), row(128, 2)])
+    assert "64x64 (the smallest size measured) on" in verdict([row(64, 1.5), row(128, 2)])
     none = replace(row(256, 1), original=None, converted=None)
     assert verdict([row(64, 2.0), row(128, 3.0), none]).startswith("The conversion is faster from 64x64")
     assert verdict([none]).startswith("No step of the conversion fits")
@@ -114,9 +114,9 @@ def test_verdict_names_the_size_from_which_the_conversion_is_faster() -> None:
 
 def test_verdict_leaves_out_sizes_at_which_the_original_runs() -> None:
     same = [replace(row(side, 1.1), runs=dense_below_text(4096)) for side in (32, 64)]
-    assert verdict([*same, row(128, 1.5)]).startswith("The conversion is faster from 128x128, the smallest")
+    assert verdict([*same, row(128, 1.5)]).startswith("The conversion is faster from 128x128 (the smallest")
     assert verdict([*same, row(128, 0.9)]).startswith("At 128x128 the conversion is not faster")
-    assert verdict(same).startswith("At these sizes the conversion makes the model's original call")
+    assert verdict(same).startswith("At these sizes the conversion runs the original attention")
     assert not replace(same[0], runs=f"{dense_below_text(4096)}, tiled").is_original
     assert replace(same[0], runs=f"{dense_below_text(4096)}, {COVERED}").is_original
 

@@ -238,7 +238,7 @@ def test_decode_finishes_a_generate_that_ran_out_of_memory(
         patch.setattr(finish, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("decoder")))
         assert lineardit("generate", adapter, PROMPT, "--size", "42x32", *FEW, "-o", out) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("lineardit: out of memory: decoder; less is needed for a smaller size")
+    assert message.startswith("lineardit: out of memory: decoder; use a smaller size")
     latents = tmp_path / "out.latents.safetensors"
     assert latents.is_file() and not out.exists()
     assert lineardit("decode", latents, "--offline", "--tile", "9") == 2

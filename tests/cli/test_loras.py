@@ -57,7 +57,7 @@ def test_plan_accepts_a_style(made: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lineardit(*words, made / "style.safetensors") == 0
     assert "32x24 in 1 stage\n" in capsys.readouterr().out
     assert lineardit(*words, made / "other.safetensors") == 2
-    assert "is of another model than this FluxPipeline" in capsys.readouterr().err
+    assert "is for another model than this FluxPipeline" in capsys.readouterr().err
 
 
 def test_upscale_accepts_a_style_and_reminds_of_a_recorded_one(
@@ -78,12 +78,12 @@ def test_upscale_accepts_a_style_and_reminds_of_a_recorded_one(
 @pytest.mark.parametrize(
     ("lora", "said"),
     [
-        ("nothing.safetensors", "--lora: there is no nothing.safetensors"),
-        ("nothing.safetensors:0.5", "--lora: there is no nothing.safetensors"),
+        ("nothing.safetensors", "--lora: nothing.safetensors does not exist"),
+        ("nothing.safetensors:0.5", "--lora: nothing.safetensors does not exist"),
         ("{made}/style.safetensors:nan", "the weight a number such as 0.8"),
         ("{made}/style.safetensors:", "the weight a number such as 0.8"),
         ("{made}/adapter/lineardit.json", "a file that ends in .safetensors"),
-        ("{made}/other.safetensors", "is of another model than this FluxPipeline"),
+        ("{made}/other.safetensors", "is for another model than this FluxPipeline"),
     ],
 )
 def test_invalid_style_is_refused(

@@ -107,7 +107,7 @@ def test_profile_refuses_an_invalid_method(
 def test_profile_names_the_radii_option_in_its_error(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["profile", str(made / "base"), "--prompts", str(made / "prompts.txt"), "--radii", "2,x", "--offline"]
     assert run(words) == 2
-    assert capsys.readouterr().err.startswith("lineardit: --radii must be numbers with commas between them")
+    assert capsys.readouterr().err.startswith("lineardit: --radii must be numbers separated by commas")
 
 
 def test_table_titles_are_not_wrapped_at_the_table_width(

@@ -54,5 +54,5 @@ def test_read_prompts_refuses_invalid_utf8(tmp_path: Path) -> None:
 
 def test_read_prompts_refuses_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n# nothing\n")
-    with pytest.raises(ValueError, match="one prompt a line"):
+    with pytest.raises(ValueError, match="one prompt per line"):
         read_prompts(tmp_path / "prompts.txt")

@@ -62,7 +62,7 @@ def test_demo_makes_pictures_figures_and_a_page(
 
 
 def test_demo_refuses_other_settings_and_a_missing_pipeline(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no pipeline in .*missing: the demonstration needs the one that comes with"):
+    with pytest.raises(ValueError, match=r"no pipeline in .*missing: the demonstration needs the pipeline in a clone"):
         demo(tmp_path / "demo", base=tmp_path / "missing")
     assert not (tmp_path / "demo").exists()
     (tmp_path / "mine.txt").write_text("mine")

@@ -352,7 +352,7 @@ def test_convert_defaults_to_the_recommended_hybrid(base: Path, tmp_path: Path) 
         (["FILE", "--method", "clear", "--radius", "2"], "is an adapter, which already has a method"),
         (["ADAPTER", "--layers", "x"], "an adapter keeps its layers, got layers='x'"),
         (["ADAPTER", "--merge", "--min-tokens", "9"], "an adapter keeps its layers"),
-        (["ADAPTER", "--radius", "2"], "radius is a setting of a method: say which with --method"),
+        (["ADAPTER", "--radius", "2"], "radius is a setting of a method: name the method with --method"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

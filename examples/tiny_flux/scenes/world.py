@@ -94,7 +94,7 @@ class Scene:
             _check_word(name, value, allowed)
         cells = [item.cell for item in self.objects]
         if len(set(cells)) < len(cells):
-            raise ValueError(f"objects must stand in different cells, got {cells}")
+            raise ValueError(f"objects must be in different cells, got {cells}")
         object.__setattr__(self, "objects", tuple(sorted(self.objects, key=lambda item: CELLS.index(item.cell))))
 
     @property
