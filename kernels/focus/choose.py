@@ -36,7 +36,7 @@ def choose_impl(query: Tensor, side: int, impl: str) -> str:
     if reason is None:
         return "triton"
     if impl == "triton":
-        raise ValueError(f"impl='triton' cannot run here: {reason}; 'plain' runs anywhere")
+        raise ValueError(f"impl='triton' cannot run here: {reason}; use 'plain', which runs anywhere")
     return "plain"
 
 

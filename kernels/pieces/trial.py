@@ -53,7 +53,7 @@ def fastest_that_fits(
         if error <= MAX_ERROR:
             correct.append(candidate)
         else:
-            logger.warning("%s is left out: %s", candidate, _error_message(error))
+            logger.warning("skipping %s: %s", candidate, _error_message(error))
     if not correct:
         raise RuntimeError(_error_message(error))
     if len(correct) == 1:
@@ -65,7 +65,7 @@ def fastest_that_fits(
             raise
         return correct[0], f"not raced: {exception}"  # a card that is nearly full; what follows may still fit
     if not seconds:
-        raise RuntimeError("none runs at a common size")
+        raise RuntimeError("no candidate runs at a common size")
     best, *others = seconds
     for candidate in others:
         if seconds[candidate] < CLEARLY_FASTER * seconds[best]:

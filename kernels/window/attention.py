@@ -124,7 +124,7 @@ def windowed_attention_and_lse(
     """
     text = (text_len, text_first, text_mask)
     out, lse = _attend(query, key, value, grid, window, *text, None, scale, impl, return_lse=True)
-    assert lse is not None, "it was asked for"
+    assert lse is not None, "return_lse=True returns lse"
     return out, lse
 
 

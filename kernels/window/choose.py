@@ -61,7 +61,7 @@ def require_triton(query: Tensor) -> None:
     reason = why_not_triton(query.device, query.dtype, query.shape[-1])
     if reason:
         others = ", ".join(name for name in implementations() if name != "triton")
-        raise ValueError(f"impl='triton' cannot run here: {reason}; what runs anywhere: {others}")
+        raise ValueError(f"impl='triton' cannot run here: {reason}; use one that runs anywhere: {others}")
 
 
 @torch.compiler.assume_constant_result  # devices do not change under a compiled graph

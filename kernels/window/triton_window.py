@@ -197,7 +197,7 @@ def triton_forward(
         ValueError: scale <= 0.
     """
     if scale <= 0:
-        raise ValueError(f"impl='triton' takes a scale > 0, got {scale}: 'tiled' takes any")
+        raise ValueError(f"impl='triton' needs a scale > 0, got {scale}: use 'tiled', which takes any scale")
     launch = _prepare(inputs, grid, window, tiles)
     tensors = [dense_rows(tensor) for tensor in inputs[:5]]
     batch, num_heads, num_tokens, _ = inputs.query.shape

@@ -195,7 +195,7 @@ def test_choose_impl_returns_or_refuses_an_implementation(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"a tile of 16 x 16 queries of head dimension 128 is too large"):
         choose_impl(query, 16, "triton")
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ValueError, match="it needs a CUDA device, got cpu; 'plain' runs anywhere"):
+    with pytest.raises(ValueError, match="it needs a CUDA device, got cpu; use 'plain', which runs anywhere"):
         choose_impl(query[..., :64], 4, "triton")
 
 
