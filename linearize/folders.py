@@ -57,7 +57,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         OSError: its parent folder is not writable.
     """
     if path.exists() and not path.is_dir():
-        raise ValueError(f"the output must be a folder, {path} is a file")
+        raise ValueError(f"the output must be a folder, but {path} is a file")
     if path.exists() and not overwrite and any(path.iterdir()):
         raise ValueError(f"the output folder {path} exists: choose another one, or pass overwrite=True (--overwrite)")
     check_writable(path.parent)
@@ -71,7 +71,7 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
         OSError: its folder is not writable.
     """
     if path.is_dir():
-        raise ValueError(f"the output must be a file, {path} is a folder")
+        raise ValueError(f"the output must be a file, but {path} is a folder")
     if path.exists() and not overwrite:
         raise ValueError(f"the output file {path} exists: choose another one, or pass overwrite=True (--overwrite)")
     check_writable(path.parent)
@@ -89,7 +89,7 @@ def check_writable(folder: Path) -> None:
             file.write(b"something")
             file.flush()
     except OSError as error:
-        raise OSError(f"nothing can be written in {existing} ({error.strerror}): choose another output") from error
+        raise OSError(f"cannot write in {existing} ({error.strerror}): choose another output") from error
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:

@@ -29,7 +29,7 @@ def folder_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
         ValueError: another process holds it, or it is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder, it is a file")
+        raise ValueError(f"{folder} must be a folder, but it is a file")
     file = folder / name
     with _locked(file) as lock:
         holder = f"process {os.getpid()} on {socket.gethostname()}".encode()
@@ -72,16 +72,16 @@ def _locked(file: Path) -> Iterator[IO[bytes]]:
         with open(file, "r+b", buffering=0, opener=_create) as lock:  # with a buffer, closing would write once more
             if not _lock(lock):
                 if not last:
-                    holder = lock.read().decode() or "which does not say its name"
+                    holder = lock.read().decode() or "unknown"
                     raise ValueError(
-                        f"another process is at work in {file.parent} ({holder}): wait for it, end it, or name another "
+                        f"another process is using {file.parent} ({holder}): wait for it, stop it, or choose another "
                         "folder"
                     )
             elif _is_current(lock, file):
                 yield lock
                 return
         time.sleep(PAUSE)
-    raise ValueError(f"{file} is repeatedly removed by other processes: check which are at work in {file.parent}")
+    raise ValueError(f"{file} is repeatedly removed by other processes: check which processes use {file.parent}")
 
 
 def _create(path: str, flags: int) -> int:

@@ -65,9 +65,11 @@ def save_adapter(pipe_or_model: Any, directory: str | Path, *, overwrite: bool =
 def _warn_of_user_lora(pipe_or_model: Any, model: nn.Module) -> None:
     """Warn about LoRA that the user loaded, which is not part of the student."""
     if getattr(pipe_or_model, "num_fused_loras", 0):
-        logger.warning("LoRA that was fused into the base's weights is not saved in an adapter; save_merged keeps it")
+        logger.warning("LoRA fused into the base's weights is not saved in an adapter; save_merged keeps it")
     if any(hasattr(module, "get_base_layer") for module in model.modules()):
-        logger.warning("a LoRA of your own is loaded and not saved in the adapter: load it again beside the adapter")
+        logger.warning(
+            "a loaded LoRA is not part of the student and is not saved in the adapter: load it again after the adapter"
+        )
 
 
 def load_adapter_(
@@ -116,8 +118,9 @@ def read_adapter(
     file = adapter_file(place)
     if file is None:
         raise ValueError(
-            f"{place.name} has no {MANIFEST_FILE}: it is not an adapter; save_adapter or `lineardit convert` makes one"
-            + (", or, offline, it is not in the local cache" if place.offline else "")
+            f"{place.name} has no {MANIFEST_FILE}: it is not an adapter"
+            + (" (or, offline, not in the local cache)" if place.offline else "")
+            + "; create one with save_adapter or `lineardit convert`"
         )
     manifest = read_manifest(file)
     return manifest, adapter_tensors(place, manifest, weights=weights)
@@ -168,15 +171,15 @@ def _tensors_of(file: Path, weights: bool) -> dict[str, Tensor]:
 def _checked_tensors(place: Place, expected: TensorsFile, weights: bool) -> dict[str, Tensor]:
     file = place.file(expected.file)
     if file is None:
-        raise ValueError(f"{place.name} lacks {expected.file}, which its {MANIFEST_FILE} names: copy it again")
+        raise ValueError(f"{place.name} is missing {expected.file}, which its {MANIFEST_FILE} refers to: copy it again")
     size = file.stat().st_size
     if size != expected.bytes:
         raise ValueError(
-            f"{file} has {size} bytes, {MANIFEST_FILE} says {expected.bytes}: it is truncated or of another adapter; "
-            "copy both files again"
+            f"{file} has {size} bytes, but {MANIFEST_FILE} says {expected.bytes}: it is truncated or from another "
+            "adapter; copy both files again"
         )
     if weights and sha256(file) != expected.sha256:
-        raise ValueError(f"{file} is not the file that {MANIFEST_FILE} names (sha256 differs): copy both files again")
+        raise ValueError(f"{file} does not match {MANIFEST_FILE} (sha256 differs): copy both files again")
     return _tensors_of(file, weights)
 
 
@@ -223,8 +226,8 @@ def _warn_of_other_base(manifest: Manifest, source: Source) -> None:
         logger.info("the adapter was made for %s and is applied to %s", manifest.base, source.name)
     elif None not in (manifest.base_revision, source.revision) and manifest.base_revision != source.revision:
         logger.warning(
-            "the adapter was made for revision %s of %s, this pipeline is revision %s: if pictures are off, load that "
-            "revision, or use lineardit.from_pretrained, which does",
+            "the adapter was made for revision %s of %s, but this pipeline is revision %s: if images look wrong, "
+            "load that revision, or use lineardit.from_pretrained, which loads it",
             manifest.base_revision,
             manifest.base,
             source.revision,
@@ -264,7 +267,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         tensors |= overlay.tensors()
     for name, tensor in tensors.items():
         if tensor.is_meta or type(tensor.data) is not Tensor:
-            raise ValueError(f"{name} is not whole in memory (offloaded or sharded): gather it before save_adapter")
+            raise ValueError(f"{name} is not fully in memory (offloaded or sharded): gather it before save_adapter")
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

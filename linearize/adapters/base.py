@@ -92,7 +92,7 @@ def read_base(name: str | Path, *, revision: str | None = None, offline: bool = 
         raise ValueError(_not_found_message(place, component))
     config = read_json(config_file)
     if not isinstance(config.get("_class_name"), str):
-        raise ValueError(f"{config_file} names no _class_name: it is not a config of diffusers")
+        raise ValueError(f"{config_file} has no _class_name: it is not a diffusers config")
     snapshot = snapshot_of(config_file)
     revision = snapshot[1] if place.folder is None and snapshot else None
     source = Source(name=place.name, revision=revision, license=license_of(place), pipeline_class=pipeline_class)
@@ -190,7 +190,7 @@ def _component(index: Mapping[str, Any], index_file: Path) -> str:
         if isinstance(entry, list) and entry[0] is not None:
             if entry[0] != "diffusers":
                 raise UnsupportedModelError(
-                    f"{index_file}: its {name} is a {entry[1]} of {entry[0]}; only diffusers' own classes are loaded"
+                    f"{index_file}: its {name} is a {entry[1]} from {entry[0]}; only classes from diffusers are loaded"
                 )
             return name
     raise UnsupportedModelError(f"{index_file} has no {' or '.join(COMPONENTS)}: nothing in this pipeline to convert")
@@ -205,15 +205,15 @@ def _vae_scale(config: Mapping[str, Any]) -> int:
 
 def _not_found_message(place: Place, component: str | None) -> str:
     if component is not None:
-        return f"{place.name} has a {PIPELINE_FILE} but no {component}/{CONFIG_FILE}: its copy is not complete"
+        return f"{place.name} has a {PIPELINE_FILE} but no {component}/{CONFIG_FILE}: the copy is incomplete"
     if place.offline:
         return (
-            f"{place.name} is not in the local cache, and offline=True (--offline, HF_HUB_OFFLINE=1): drop that once, "
-            "or give a folder"
+            f"{place.name} is not in the local cache, and offline=True (--offline, HF_HUB_OFFLINE=1): load it once "
+            "without offline, or pass a folder"
         )
     if place.file(MANIFEST_FILE) is not None:
-        return f"{place.name} is an adapter, not a base: give the base that its {MANIFEST_FILE} names"
+        return f"{place.name} is an adapter, not a base: pass the base named in its {MANIFEST_FILE}"
     return (
-        f"{place.name} has no {PIPELINE_FILE} or {CONFIG_FILE}, and no {MANIFEST_FILE} as an adapter has: give a "
-        "pipeline or a denoiser in diffusers' format"
+        f"{place.name} has no {PIPELINE_FILE} or {CONFIG_FILE}, and no {MANIFEST_FILE} as an adapter would: pass a "
+        "pipeline or a denoiser in diffusers format"
     )

@@ -131,7 +131,7 @@ def convert_and_merge(
         ValueError: something cannot be read or does not match, or the output exists; nothing is written.
     """
     if is_single_file(Path(output)):
-        raise ValueError(f"a merged pipeline is a folder, got the output {output}: leave {SINGLE_FILE_SUFFIX} out")
+        raise ValueError(f"a merged pipeline is a folder, got the output {output}: omit {SINGLE_FILE_SUFFIX}")
     check_output(Path(output), overwrite=overwrite)
     if config is None and importer is None:
         refuse_choices(layers, min_tokens, dense_below)
@@ -147,14 +147,16 @@ def convert_and_merge(
 def refuse_choices(layers: str | Sequence[str] | None, min_tokens: int, dense_below: int) -> None:
     """Raise a ValueError if layers or sizes are chosen for an adapter, which has its own."""
     if dense_below != 0:
-        raise ValueError(f"an adapter keeps its dense_below, got {dense_below=}: give its base")
+        raise ValueError(f"dense_below of an adapter cannot be changed, got {dense_below=}: pass its base instead")
     if layers is not None or min_tokens > 0:
-        raise ValueError(f"an adapter keeps its layers, got {layers=} and {min_tokens=}: give its base")
+        raise ValueError(
+            f"layers of an adapter cannot be changed, got {layers=} and {min_tokens=}: pass its base instead"
+        )
 
 
 def _refuse_adapter(base: str | Path, *, revision: str | None, offline: bool) -> None:
     if find_adapter(base, revision=revision, offline=offline) is not None:
-        raise ValueError(f"{base} is an adapter, which already has a method: give the base that it names, or no method")
+        raise ValueError(f"{base} is an adapter, which already has a method: pass its base instead, or omit the method")
 
 
 def _check_together(
@@ -171,13 +173,18 @@ def _check_together(
         near = did_you_mean(kind, ("clear", "linfusion"))
         raise ValueError(f"importer (--import) must be {' or '.join(IMPORTERS)}, got {importer!r}{near}")
     if layers is not None or min_tokens > 0:
-        raise ValueError(f"checkpoints to import are for all layers that they name, got {layers=} and {min_tokens=}")
+        raise ValueError(
+            f"an imported checkpoint converts every layer it names: omit layers and min_tokens, got {layers=} and "
+            f"{min_tokens=}"
+        )
     if dense_below != 0:
-        raise ValueError(f"weights to import were trained for the new attention at every size, got {dense_below=}")
+        raise ValueError(
+            f"imported weights were trained for linear attention at every size: omit dense_below, got {dense_below=}"
+        )
     if kind == "clear" and (not isinstance(config, Clear) or config.pool_tokens is not None):
         raise ValueError(f"CLEAR's checkpoints need method clear with its radius and pool_size, got {config}")
     if kind == "linfusion" and config not in (None, LinFusion()):
-        raise ValueError(f"LinFusion's checkpoints bring their own settings, so no method is given, got {config}")
+        raise ValueError(f"LinFusion's checkpoints include their own settings: omit the method, got {config}")
 
 
 def _convert_(

@@ -50,7 +50,7 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
             return None
         raise ValueError(
             f"the Hub cannot be reached and {file} of {repository}{at} is not in the local cache: check the network, "
-            "use the cache with offline=True (--offline, HF_HUB_OFFLINE=1), or give the folder of a copy"
+            "use the cache with offline=True (--offline, HF_HUB_OFFLINE=1), or pass the folder of a local copy"
         ) from error
     except EntryNotFoundError:
         return None
@@ -61,7 +61,7 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{repository} is neither a folder here nor a public Hub repository: check the name, or log in with "
+            f"{repository} is neither a local folder nor a public Hub repository: check the name, or log in with "
             "`hf auth login` if it is private"
         ) from error
     except RevisionNotFoundError as error:
@@ -70,7 +70,7 @@ def fetch(repository: str, file: str, *, revision: str | None = None, offline: b
             f"https://huggingface.co/{repository}/commits/main"
         ) from error
     except HfHubHTTPError as error:
-        raise ValueError(f"the Hub answered for {repository}{at}: {error}; try again later") from error
+        raise ValueError(f"the Hub returned an error for {repository}{at}: {error}; try again later") from error
 
 
 def list_file_names(

@@ -19,7 +19,7 @@ def license_of(place: Place) -> str | None:
     try:
         return _license_in(place)
     except ValueError as error:  # a network failure here must not stop the caller
-        logger.warning("the license of %s is not known: %s", place.name, error)
+        logger.warning("the license of %s is unknown: %s", place.name, error)
         return None
 
 

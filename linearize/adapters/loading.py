@@ -32,9 +32,9 @@ from .stored_weights import check_has_weights, files_of_denoiser, stored_dtype, 
 logger = logging.getLogger(__name__)
 
 # Arguments of diffusers' `from_pretrained` that would unpickle or run code of a repository, or have other names here.
-_SAFE = "weights come from safetensors files, no code of a repository runs"
+_SAFE = "weights are loaded from safetensors files only, and code from a repository is never run"
 _REFUSED = dict.fromkeys(("use_safetensors", "trust_remote_code", "custom_pipeline"), _SAFE)
-_REFUSED |= {"torch_dtype": "its name here is dtype", "local_files_only": "its name here is offline"}
+_REFUSED |= {"torch_dtype": "pass dtype instead", "local_files_only": "pass offline instead"}
 
 
 def from_pretrained(
@@ -100,7 +100,7 @@ def load_converted(
     if conversion.warning is None:
         logger.warning(
             "%s was written by save_pretrained: its conversion is restored, but plain diffusers loads it with full "
-            "attention; use lineardit.save_adapter to keep a student",
+            "attention; use lineardit.save_adapter to save a student",
             place.name,
         )
     pipe = load_base(resolved.base, **load_options)
@@ -134,7 +134,7 @@ def load_base(
     source = base.source
     for name, reason in _REFUSED.items():
         if name in options:
-            raise ValueError(f"{name} is refused: {reason}")
+            raise ValueError(f"{name} is not supported: {reason}")
     if source.name is None or Path(source.name).is_file():
         raise ValueError(f"{source.name} is a config without weights: pass base= with a folder or Hub id that has them")
     files = files_of_denoiser(base, offline=offline) if weights else None
@@ -207,7 +207,7 @@ def _saved_lora(model: nn.Module, saved: Mapping[str, Tensor], alpha: float, fol
     suffix = f".{LORA_NAME}.down"
     layers = [name.removesuffix(suffix) for name in saved if name.endswith(suffix)]
     if not layers:
-        raise ValueError(f"{folder} lacks the LoRA that its config.json names: copy it again")
+        raise ValueError(f"{folder} is missing the LoRA that its config.json refers to: copy it again")
     pairs = {layer: (saved[f"{layer}{suffix}"], saved[f"{layer}.{LORA_NAME}.up"]) for layer in layers}
     return LowRank(model, {layer: match_layer(model, layer, pair) for layer, pair in pairs.items()}, alpha=alpha)
 
@@ -223,5 +223,7 @@ def _conversion_tensors(folder: Path) -> dict[str, Tensor]:
 def _is_conversion_tensor(name: str) -> bool:
     """Whether a saved tensor belongs to the conversion or its LoRA; a ValueError if it is under a user's peft layer."""
     if ".base_layer." in name:
-        raise ValueError("this model was saved with a LoRA of your own loaded: unload that, and save it again")
+        raise ValueError(
+            "this model was saved with an additional LoRA loaded: unload that LoRA and save the model again"
+        )
     return ".linear_kernel." in name or f".{LORA_NAME}." in name

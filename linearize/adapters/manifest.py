@@ -164,7 +164,9 @@ def read_manifest(path: Path) -> Manifest:
             of the wrong kind.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: an adapter folder is what save_adapter or `lineardit convert` wrote")
+        raise ValueError(
+            f"{path} does not exist: pass an adapter folder written by save_adapter or `lineardit convert`"
+        )
     try:
         entries = json.loads(_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -181,7 +183,7 @@ def _text(path: Path) -> str:
     header = read_header(path)
     if HEADER_KEY not in header:
         raise ValueError(
-            f"{path} has no {HEADER_KEY!r} in its header, so it is not an adapter; import checkpoints of other "
+            f"{path} has no {HEADER_KEY!r} in its header, so it is not an adapter; import checkpoints from other "
             "projects with `lineardit convert BASE --import clear:FILE`"
         )
     return header[HEADER_KEY]
@@ -193,7 +195,7 @@ def _manifest(entries: Any) -> Manifest:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"format_version must be {FORMAT_VERSION}, got {version!r}: "
-            "a newer lineardit wrote this, or it was edited; update lineardit, or copy the file again"
+            "the file was written by a newer lineardit, or edited; update lineardit, or copy the file again"
         )
     _check_keys("the file", entries, Manifest)
     for key in ("base", "base_revision", "base_license", "pipeline_class", "family"):
@@ -261,7 +263,9 @@ def _check_keys(where: str, entries: Mapping[str, Any], cls: Any) -> None:
     known = {field.name: field for field in fields(cls)}
     for key in entries:
         if key not in known:
-            raise ValueError(f"unknown key {key!r} in {where}{did_you_mean(key, known)}; there are: {', '.join(known)}")
+            raise ValueError(
+                f"unknown key {key!r} in {where}{did_you_mean(key, known)}; known keys: {', '.join(known)}"
+            )
     missing = [name for name, field in known.items() if field.default is MISSING and name not in entries]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")

@@ -51,11 +51,11 @@ def save_merged(pipe_or_model: Any, directory: str | Path, *, overwrite: bool = 
 
 def _check_mergeable(model: nn.Module) -> None:
     if not converted_networks(model)[model].enabled:
-        raise ValueError("inside `with dense(model):` the trained weights are off: save outside of it")
+        raise ValueError("the trained weights are disabled inside `with dense(model):`: save outside it")
     refuse_fused(model)
     for name, module in model.named_modules():
         if hasattr(module, "get_base_layer"):
-            raise ValueError(f"{name} carries a LoRA of your own, which is not part of the student: unload it first")
+            raise ValueError(f"{name} has an additional LoRA loaded, which is not part of the student: unload it first")
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{missing[0]} is not in memory (sequential offload?): save before enabling offload")
     check_writable(model, _merged_names(model))

@@ -22,7 +22,7 @@ def adapter_card(manifest: Manifest, name: str) -> str:
     """The card of an adapter that is loaded by `name`."""
     warning = (
         "This is an adapter, not a model: diffusers alone cannot load it. Its weights were trained together with "
-        f"{_methods(manifest)} and belong on no model with full attention."
+        f"{_methods(manifest)} and do not work with full attention."
     )
     return _card(manifest, name, warning=warning, relation="adapter")
 
@@ -35,9 +35,9 @@ def merged_card(manifest: Manifest, name: str) -> str:
 def merged_warning(manifest: Manifest) -> str:
     """The warning for whoever loads a merged folder."""
     return (
-        "WRONG WITH PLAIN DIFFUSERS: this model's attention was trained for a window or another form of linear cost, "
-        f"{_methods(manifest)}, not for full attention. Plain diffusers loads it without an error, but runs full "
-        "attention, which costs more and gives wrong pictures. Load it with lineardit.from_pretrained."
+        "DO NOT LOAD WITH PLAIN DIFFUSERS: this model was trained with attention of linear cost, "
+        f"{_methods(manifest)}, not with full attention. Plain diffusers loads it without an error, but runs full "
+        "attention, which costs more and generates wrong images. Load it with lineardit.from_pretrained."
     )
 
 
@@ -60,7 +60,7 @@ def _card(manifest: Manifest, name: str, *, warning: str, relation: str) -> str:
 {data.to_yaml()}
 ---
 
-# {name.rpartition("/")[2]}: {_base(manifest)} with attention of linear cost
+# {name.rpartition("/")[2]}: {_base(manifest)} with linear-cost attention
 
 > **{warning}**
 
@@ -72,25 +72,25 @@ pipe = lineardit.from_pretrained({load})
 image = pipe("a lighthouse at dawn").images[0]
 ```
 
-## What it is
+## Details
 
 | | |
 | --- | --- |
 | base | {_base(manifest)}{f" at revision {manifest.base_revision}" if manifest.base_revision else ""} |
-| licence of the base | {manifest.base_license or "not known: look it up before you use or share this"} |
+| licence of the base | {manifest.base_license or "unknown: look it up before you use or share this model"} |
 | model | {manifest.model_class}{f", family {manifest.family}" if manifest.family else ""} |
 | method and settings | {_methods(manifest)}{_dense(manifest)} |
 | modules | {", ".join(f"`{pattern}`" for pattern in manifest.methods)} |
-| trained | {", ".join(map(_trained, manifest.trained)) or "nothing beside the method's own parameters"} |
+| trained | {", ".join(map(_trained, manifest.trained)) or "only the method's own parameters"} |
 | versions | {", ".join(f"{library} {version}" for library, version in manifest.versions.items())} |
 
-Made with lineardit. The licence of the base holds for what is derived from it.
+Made with lineardit. The licence of the base applies to this derived model.
 """
 
 
 def _base(manifest: Manifest) -> str:
     if manifest.base is None:
-        return "a model made in memory"
+        return "a model created in memory"
     return manifest.base if is_repository(manifest.base) else f"a local folder, {Path(manifest.base).name}"
 
 
@@ -113,7 +113,7 @@ def _names(manifest: Manifest) -> list[str]:
 
 
 def _trained(trained: Trained) -> str:
-    return f"LoRA of rank {trained.rank}, alpha {trained.alpha}" if trained.kind == "lora" else "whole tensors"
+    return f"LoRA of rank {trained.rank}, alpha {trained.alpha}" if trained.kind == "lora" else "full weights"
 
 
 def _slug(name: str) -> str:

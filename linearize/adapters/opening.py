@@ -43,8 +43,8 @@ def open_pipeline(
     resolved = resolve_name(name, base=base, revision=revision, offline=offline)
     if resolved.base.source.pipeline_class is None:
         raise ValueError(
-            f"{resolved.base.source.name} is a denoiser alone, which makes no pictures: give the folder or Hub id of "
-            "the pipeline that it belongs to; of an adapter, as base (--base)"
+            f"{resolved.base.source.name} is only a denoiser, which cannot generate images: pass the folder or Hub id "
+            "of its pipeline; for an adapter, pass it as base (--base)"
         )
     if resolved.conversion is None:
         return load_base(resolved.base, dtype=dtype, offline=offline, **options)

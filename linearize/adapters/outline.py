@@ -39,8 +39,8 @@ def parts_on_meta(base: Base, *, dtype: torch.dtype, offline: bool = False) -> d
     configs = {name: place.file(f"{name}/{file}") for name, kind in kinds.items() if (file := _config_name(kind))}
     if missing := [f"{name}/{_config_name(kinds[name])}" for name, file in configs.items() if file is None]:
         raise ValueError(
-            f"{place.name} has a {PIPELINE_FILE} but no {', '.join(missing)}: its copy is not complete; a plan needs "
-            "no weights, but these"
+            f"{place.name} has a {PIPELINE_FILE} but no {', '.join(missing)}: the copy is incomplete; a plan needs "
+            "these files, but no weights"
         )
     parts: dict[str, nn.Module | None] = {}
     for name, kind in kinds.items():

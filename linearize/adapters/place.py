@@ -52,7 +52,7 @@ def find_place(name: str | Path, *, revision: str | None = None, offline: bool =
             raise ValueError(f"revision is for Hub repositories, got {revision!r} for the folder {path}")
         return Place(name=str(path.resolve()), folder=path.resolve())
     if not is_repository(str(name)):
-        raise ValueError(f"no folder {name} here, and it is not a Hub id, which has the form owner/name")
+        raise ValueError(f"{name} is neither a local folder nor a Hub id, which has the form owner/name")
     return Place(name=str(name), folder=None, revision=revision, offline=offline)
 
 
@@ -64,5 +64,5 @@ def check_encodable(path: str) -> None:
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
         raise ValueError(
-            f"{path!a} is no path here, where they are in {encoding}: set PYTHONUTF8=1, or rename it"
+            f"{path!a} cannot be encoded as {encoding}, which paths use here: set PYTHONUTF8=1, or rename it"
         ) from error

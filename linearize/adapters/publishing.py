@@ -67,15 +67,15 @@ def push_to_hub(
                 repo_id=repo_id,
                 folder_path=folder,
                 revision=revision,
-                commit_message=commit_message or f"{'Pipeline' if merged else 'Adapter'} of lineardit",
+                commit_message=commit_message or f"Upload lineardit {'pipeline' if merged else 'adapter'}",
             )
         except HfHubHTTPError as error:
             raise ValueError(
-                f"the Hub refused {repo_id}: {error}; log in with `hf auth login` to an account that may write there"
+                f"the Hub refused {repo_id}: {error}; log in with `hf auth login` to an account that may write to it"
             ) from error
         except (FAILED_REQUEST, OSError) as error:
             raise ValueError(
                 f"the Hub cannot be reached: {error}; check the network, or write a folder with "
-                f"lineardit.{'save_merged' if merged else 'save_adapter'} and upload that elsewhere"
+                f"lineardit.{'save_merged' if merged else 'save_adapter'} and upload it from another machine"
             ) from error
     return f"https://huggingface.co/{repo_id}"

@@ -77,13 +77,13 @@ def quantization_options(quantization: Quantization, base: Base, dtype: torch.dt
             argument is unknown or wrong.
     """
     if "quantization_config" in base.config:
-        raise ValueError(f"{base.source.name} is quantized already, as its config says: leave {SETTING} out")
+        raise ValueError(f"{base.source.name} is already quantized according to its config: omit {SETTING}")
     if quantization.quant_backend == CASTING:
         _check_casting(quantization.quant_kwargs)
         return {}
     package = BACKENDS[quantization.quant_backend]
     if find_spec(package) is None:
-        raise ValueError(f"{SETTING} asks for {package}, which is not installed: pip install {package}")
+        raise ValueError(f"{SETTING} needs {package}, which is not installed: pip install {package}")
     for name in _SKIP_SETTINGS:
         _check_skipped(name, quantization.quant_kwargs.get(name), base)
     if package == "bitsandbytes" and not torch.cuda.is_available():
@@ -162,7 +162,7 @@ def _check_skipped(setting: str, given: Any, base: Base) -> None:
         return
     names = given if isinstance(given, list) else [given]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{SETTING}: {setting} must be names of modules, got {given!r}")
+        raise ValueError(f"{SETTING}: {setting} must be module names, got {given!r}")
     if base.model_class not in FAMILIES:
         return
     layers = [name for name, layer in build_on_meta(base).named_modules() if isinstance(layer, nn.Linear)]
@@ -170,8 +170,8 @@ def _check_skipped(setting: str, given: Any, base: Base) -> None:
         if not any(f"{name}." in f"{layer}." for layer in layers):
             known = dict.fromkeys(part for layer in layers for part in layer.split(".") if not part.isdigit())
             raise ValueError(
-                f"{SETTING}: {setting} names {name!r}, and no Linear layer of this {base.model_class} is, or is in, a "
-                f"module of that name{did_you_mean(name, known)}; its layers are {', '.join(known)}"
+                f"{SETTING}: {setting} names {name!r}, but this {base.model_class} has no Linear layer of that name or "
+                f"inside a module of that name{did_you_mean(name, known)}; its layers are {', '.join(known)}"
             )
 
 

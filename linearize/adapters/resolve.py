@@ -34,11 +34,13 @@ class ResolvedName:
         if self.conversion is not None:
             return self.conversion
         name, pipeline = self.place.name, self.base.source.pipeline_class
-        also = "; HighResolutionPipeline.from_pretrained and `lineardit generate` take it as it is, with full attention"
+        also = (
+            "; HighResolutionPipeline.from_pretrained and `lineardit generate` load it unconverted, with full attention"
+        )
         raise ValueError(
-            f"{name} is a base and not converted (it has no {MANIFEST_FILE}). In memory: "
+            f"{name} is an unconverted base (it has no {MANIFEST_FILE}). Convert it in memory: "
             f"pipe = diffusers.{pipeline or self.base.model_class}.from_pretrained({name!r}); "
-            f"lineardit.linearize_(pipe). Or `lineardit convert {quote(name)} -o DIR` makes an adapter, and "
+            f"lineardit.linearize_(pipe). Or `lineardit convert {quote(name)} -o DIR` writes an adapter, and "
             f"lineardit.from_pretrained('DIR') loads both{also if pipeline else ''}"
         )
 
@@ -65,7 +67,7 @@ def resolve_name(
         return ResolvedName(place=place, base=found, conversion=manifest)
     found = read_base(place.name, revision=revision, offline=offline)
     if base is not None:
-        raise ValueError(f"base (--base) is for adapters, and {place.name} is a whole model: leave it out")
+        raise ValueError(f"base (--base) is for adapters only, but {place.name} is a complete model: omit it")
     entry = read_entry(found.config[CONFIG_KEY]) if CONFIG_KEY in found.config else None
     return ResolvedName(place=place, base=found, conversion=entry)
 
@@ -77,5 +79,7 @@ def _base_of(manifest: Manifest, adapter: str, base: str | Path | None, *, offli
         raise ValueError(f"{adapter} does not name its base (it was made in memory): pass base= (--base)")
     check_encodable(manifest.base)
     if Path(manifest.base).is_absolute() and not Path(manifest.base).exists():
-        raise ValueError(f"the base of {adapter} is no longer at {manifest.base}: pass its new place as base= (--base)")
+        raise ValueError(
+            f"the base of {adapter} is no longer at {manifest.base}: pass its new location as base= (--base)"
+        )
     return read_base(manifest.base, revision=manifest.base_revision, offline=offline)

@@ -33,7 +33,7 @@ def variant_of(base: Base, names: Sequence[str]) -> str | None:
     folder = _folder(base)
     if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
-            f"{folder} holds pickles (.bin), and only safetensors files are loaded: load it with diffusers, and "
+            f"{folder} contains pickles (.bin), but only safetensors files are loaded: load it with diffusers and "
             "save it with safe_serialization=True"
         )
     if any(re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", name) for name in names):
@@ -41,8 +41,8 @@ def variant_of(base: Base, names: Sequence[str]) -> str | None:
     found = sorted({match[1] for name in names if (match := _VARIANT_FILE.fullmatch(name))})
     if len(found) > 1:
         raise ValueError(
-            f"{folder} holds weights of several variants, {', '.join(found)}: pass variant= with one of them "
-            "(Python), or keep one"
+            f"{folder} contains weights of several variants, {', '.join(found)}: pass one of them as variant= "
+            "(in Python), or keep only one"
         )
     if not found:
         return None
@@ -58,11 +58,11 @@ def check_has_weights(base: Base, names: Sequence[str], *, offline: bool = False
     if place.folder is None and place.offline:
         raise ValueError(
             f"the weights of {_folder(base)} are not in the local cache, and offline=True (--offline, "
-            "HF_HUB_OFFLINE=1): drop that once, or give a folder that has them as base= (--base)"
+            "HF_HUB_OFFLINE=1): load them once without offline, or pass a folder that has them as base= (--base)"
         )
     raise ValueError(
-        f"{_folder(base)} has a config and no weights, enough to convert, inspect and bench: to draw or train, give "
-        "a folder or Hub id that has them, or that as base= (--base) of an adapter"
+        f"{_folder(base)} has a config but no weights, which is enough to convert, inspect and bench: to generate or "
+        "train, pass a folder or Hub id that has weights; for an adapter, pass it as base= (--base)"
     )
 
 
@@ -94,5 +94,5 @@ def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = Fals
         name = next(iter(read_json(index)["weight_map"].values()))
     file = place.file(f"{folder}{name}")
     if file is None:
-        raise ValueError(f"{place.name} has no {folder}{name}, to read the dtype from: give a dtype (--dtype)")
+        raise ValueError(f"{place.name} has no {folder}{name} to read the dtype from: pass dtype (--dtype)")
     return main_dtype(file)

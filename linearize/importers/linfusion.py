@@ -111,7 +111,7 @@ def _entry(module: Any, where: str) -> _Entry:
         key for key, kind in keys.items() if not isinstance(module, dict) or not isinstance(module.get(key, ...), kind)
     ]
     if wrong:
-        raise ValueError(f"{where} needs {', '.join(keys)}; not right: {', '.join(wrong)}")
+        raise ValueError(f"{where} needs {', '.join(keys)}; missing or of another type: {', '.join(wrong)}")
     hidden = 0 if module["projection_mid_dim"] == -1 else module["projection_mid_dim"]
     config = LinFusion(projection_channels=hidden)
     return _Entry(name=module["module_name"], channels=module["dim_n"], heads=module["heads"], config=config)
@@ -127,7 +127,7 @@ def _tensors(place: Place) -> dict[str, Tensor]:
         return {name: tensor for shard in shards for name, tensor in _shard(place, shard).items()}
     if place.file(_PICKLE) is not None:
         raise ValueError(
-            f"{place.name} has its weights as {_PICKLE}, a pickle, which can run code and is not loaded: save them as "
+            f"{place.name} has its weights in {_PICKLE}, a pickle, which can run code and is not loaded: save them as "
             f"{_WEIGHTS} with safetensors.torch.save_file(torch.load({_PICKLE!r}, weights_only=True), {_WEIGHTS!r})"
         )
     raise ValueError(f"{place.name} has no {_WEIGHTS}: copy the missing file again")
@@ -136,7 +136,9 @@ def _tensors(place: Place) -> dict[str, Tensor]:
 def _shard(place: Place, name: str) -> dict[str, Tensor]:
     file = place.file(name)
     if file is None:
-        raise ValueError(f"{place.name} lacks {name}, which {_WEIGHTS}.index.json names: copy the missing file again")
+        raise ValueError(
+            f"{place.name} is missing {name}, which {_WEIGHTS}.index.json refers to: copy the missing file again"
+        )
     return read_tensors(file)
 
 
@@ -147,7 +149,7 @@ def _check_modules(entries: Sequence[_Entry], model: nn.Module, name: str) -> No
     for entry in entries:
         module: Any = candidates.get(entry.name)
         if module is None:
-            problems.append(f"{entry.name} is no self-attention of it")
+            problems.append(f"{entry.name} is not one of its self-attention modules")
             continue
         heads, head_dim = head_shape(module)
         if (heads * head_dim, heads) != (entry.channels, entry.heads):
@@ -156,7 +158,7 @@ def _check_modules(entries: Sequence[_Entry], model: nn.Module, name: str) -> No
     if len({entry.name for entry in entries}) < len(entries):
         problems.append("a module is named twice")
     if problems:
-        raise ValueError(f"{name} is for another UNet than this one: {shorten_list(problems)}")
+        raise ValueError(f"{name} was made for a different UNet: {shorten_list(problems)}")
 
 
 def _expected(entries: Sequence[_Entry], model: nn.Module) -> dict[str, tuple[int, ...]]:

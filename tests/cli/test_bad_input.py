@@ -131,7 +131,7 @@ def test_commands_check_the_output_before_loading_a_model(
     words = [places.get(word, word) for word in arguments]
     output = places["PROMPTS"] / "deep" / ("out.png" if arguments[0] in ("upscale", "decode") else "out")
     sentence = refused(capsys, *words, "--offline", "-o", output)
-    assert f"nothing can be written in {places['PROMPTS']} (Not a directory): choose another output" in sentence
+    assert f"cannot write in {places['PROMPTS']} (Not a directory): choose another output" in sentence
 
 
 def test_traceback_option_shows_the_error(tmp_path: Path) -> None:

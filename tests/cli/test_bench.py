@@ -64,15 +64,15 @@ def test_bench_refuses_bad_input_before_measuring(made: Path, capsys: pytest.Cap
         assert not (made / "other").exists()
         return capsys.readouterr().err
 
-    assert "is a base and not converted" in told(str(made / "base"))
+    assert "is an unconverted base" in told(str(made / "base"))
     assert "multiples of 16 pixels" in told("--size", "64x64", "--size", "65x64")
     assert "WIDTHxHEIGHT" in told("--size", "64")
     assert "got 'tield' (did you mean tiled?)" in told("--impl", "tield")
-    assert "no folder" in told(str(made / "nothing"))
+    assert "is neither a local folder nor a Hub id" in told(str(made / "nothing"))
     assert run(["bench", str(made / "clear-3"), "--offline", "-o", str(made / "base" / "config.json")]) == 2
-    assert "the output must be a folder, " in capsys.readouterr().err
+    assert "the output must be a folder, but " in capsys.readouterr().err
     assert run(["bench", "nosuch", "--offline", "-o", str(made / "base" / "config.json")]) == 2
-    assert "no folder nosuch here" in capsys.readouterr().err
+    assert "nosuch is neither a local folder nor a Hub id" in capsys.readouterr().err
 
 
 def test_bench_accepts_names_with_markup_characters(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

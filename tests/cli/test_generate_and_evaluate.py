@@ -160,7 +160,10 @@ def test_evaluate_writes_table_report_and_sheet(
         (["inspect", "{base}", "--impl", "nope"], "got 'nope'"),
         (["generate", "missing", "a"], "missing"),
         (["evaluate", "{base}", "{adapter}", "-o", "out"], "--prompts"),
-        (["evaluate", "{base}", "missing", "--prompts", __file__, "-o", "out"], "no folder missing"),
+        (
+            ["evaluate", "{base}", "missing", "--prompts", __file__, "-o", "out"],
+            "missing is neither a local folder nor a Hub id",
+        ),
         (["prepare", "{base}", "--prompts", __file__, "--guidance", "nan", "-o", "out"], "must be finite, got nan"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -66,7 +66,7 @@ def test_nearness_refuses_a_missing_adapter_before_measuring(made: Path, capsys:
     words = ["nearness", made / "base", made / "clear-3", made / "nothing", "--prompts", made / "prompts.txt"]
     assert run([*map(str, words), "--size", "32x24", "--offline", "-o", str(made / "other")]) == 2
     told = capsys.readouterr().err
-    assert "nothing here, and it is not a Hub id" in told and "picture" not in told
+    assert "nothing is neither a local folder nor a Hub id" in told and "picture" not in told
     (made / "empty").mkdir(exist_ok=True)
     words[3] = made / "empty"
     assert run([*map(str, words), "--size", "32x24", "--offline", "-o", str(made / "other")]) == 2

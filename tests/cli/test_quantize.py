@@ -77,7 +77,7 @@ def test_quantizing_a_quantized_base_is_refused(base: Path, tmp_path: Path, caps
     pytest.importorskip("torchao.quantization")
     open_pipeline(base, quantization=Quantization(quant_backend="torchao")).save_pretrained(tmp_path / "base")
     assert lineardit("generate", tmp_path / "base", SCENE, *SMALL, *INT8, "-o", tmp_path / "out.png") == 2
-    assert "is quantized already, as its config says: leave" in capsys.readouterr().err
+    assert "is already quantized according to its config: omit" in capsys.readouterr().err
 
 
 def test_weights_on_device_counts_quantized_weights_as_stored(base: Path) -> None:

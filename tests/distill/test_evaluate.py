@@ -223,7 +223,7 @@ def test_evaluate_refuses_a_folder_of_other_files(pipe: FluxPipeline, tmp_path: 
 
 
 def test_evaluate_locks_its_folder(pipe: FluxPipeline, tmp_path: Path) -> None:
-    with folder_lock(tmp_path / "out"), pytest.raises(ValueError, match=r"another process is at work in .*out"):
+    with folder_lock(tmp_path / "out"), pytest.raises(ValueError, match=r"another process is using .*out"):
         evaluate(pipe, pipe, THREE[:1], tmp_path / "out", settings=SETTINGS)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").touch()  # left by a process killed before its first picture

@@ -141,9 +141,7 @@ def test_prepare_refuses_guidance_that_is_not_finite(pipe: FluxPipeline, tmp_pat
 def test_prepare_refuses_a_part_locked_by_another_process(pipe: FluxPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with folder_lock(folder, name=".index-1-of-2.json.lock"):
-        with pytest.raises(
-            ValueError, match=r"another process is at work in .*data \(process \d+ on .*\): wait for it"
-        ):
+        with pytest.raises(ValueError, match=r"another process is using .*data \(process \d+ on .*\): wait for it"):
             prepare(pipe, PROMPTS, folder, **SETTINGS, part=(1, 2))
         prepare(pipe, PROMPTS, folder, **SETTINGS, part=(2, 2))
     prepare(pipe, PROMPTS, folder, **SETTINGS)

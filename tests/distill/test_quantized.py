@@ -182,10 +182,10 @@ def test_quantization_without_gradients_is_refused(make_config: MakeConfig) -> N
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"modules_to_not_convert": 3}, r"modules_to_not_convert must be names of modules, got 3"),
+        ({"modules_to_not_convert": 3}, r"modules_to_not_convert must be module names, got 3"),
         (
             {"modules_to_not_convert": ["proj_out", "to_qq"]},
-            r"names 'to_qq', and no Linear layer of this Flux.* .did you mean to_q, .*; its layers are",
+            r"names 'to_qq', but this Flux.* has no Linear layer .* .did you mean to_q, .*; its layers are",
         ),
         ({"quant_type": None}, r"quant_type must be one of .*Int8WeightOnlyConfig.*; got None"),
         ({"quant_type": "Int8WeightOnly"}, r"got 'Int8WeightOnly' \(did you mean Int8WeightOnlyConfig"),
@@ -236,7 +236,7 @@ def test_arguments_of_bitsandbytes_are_checked(base: Path, monkeypatch: pytest.M
         return made.quant_mapping["transformer"]
 
     monkeypatch.setattr(quantizing, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"asks for bitsandbytes, which is not installed: pip install bitsandbytes$"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes, which is not installed: pip install bitsandbytes$"):
         options("bitsandbytes_4bit")
     monkeypatch.setattr(quantizing, "find_spec", lambda _: True)
     with pytest.raises(ValueError, match="diffusers quantizes with bitsandbytes on GPUs only; torchao"):

@@ -302,7 +302,7 @@ def test_two_runs_in_one_folder_are_refused(make_config: MakeConfig) -> None:
         folder_lock(config.run.folder),
         pytest.raises(
             ValueError,
-            match=rf"another process is at work in .*run \(process {os.getpid()} on .*\): wait for it, end it, or name",
+            match=rf"another process is using .*run \(process {os.getpid()} on .*\): wait for it, stop it, or choose",
         ),
     ):
         distill(config)

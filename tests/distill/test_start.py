@@ -146,7 +146,7 @@ def test_layers_missing_from_the_start_adapter_begin_untrained(adapter: Path, ma
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("start.adapter=nowhere", "no folder nowhere here, and it is not a Hub id"),
+        ("start.adapter=nowhere", "nowhere is neither a local folder nor a Hub id"),
         ("start.revision=main", "start.revision must be left out without start.adapter, got 'main'"),
         ("start.adaptor=x", r"unknown setting start.adaptor; did you mean start.adapter\?"),
         ("start=3", "an override must look like table.key=value"),

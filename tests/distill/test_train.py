@@ -183,7 +183,7 @@ def test_two_processes_train_a_hybrid_whose_window_covers_pictures(
         (["--set", "run.batch_size=3", "--set", "run.gradient_accumulation=2"], "run.batch_size must be a multiple of"),
         (["--set", "data.directory=nowhere"], "nowhere holds no index.json; make the samples with `lineardit prepare`"),
         (["--set", "validate.samples=12"], "validate.samples must be < 12"),
-        (["--set", "base.model=nowhere"], "no folder nowhere here, and it is not a Hub id"),
+        (["--set", "base.model=nowhere"], "nowhere is neither a local folder nor a Hub id"),
         (["--set", "method.radius=0"], "radius must be > 0"),
         (["--set", "method.method=clair"], "unknown method 'clair'"),
     ],

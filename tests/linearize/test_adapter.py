@@ -74,7 +74,7 @@ def test_save_adapter_leaves_out_a_user_lora(tmp_path: Path, caplog: pytest.LogC
     model = trained("both")
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), adapter_name="style")
     save_adapter(model, tmp_path / "adapter")
-    assert "a LoRA of your own is loaded and not saved in the adapter" in caplog.text
+    assert "a loaded LoRA is not part of the student and is not saved in the adapter" in caplog.text
     names = set(load_file(tmp_path / "adapter" / "lineardit.safetensors"))
     block = "single_transformer_blocks.0.attn."
     assert {name.removeprefix(block) for name in names if name.startswith(block)} == {
@@ -309,7 +309,7 @@ def test_load_adapter_warns_about_a_different_base_revision(
         assert not caplog.records
         load_adapter_(type(model).from_pretrained(snapshots / "bbbb"), tmp_path / "adapter")
     (warning,) = caplog.messages
-    assert "revision aaaa of somebody/tiny, this pipeline is revision bbbb" in warning
+    assert "revision aaaa of somebody/tiny, but this pipeline is revision bbbb" in warning
 
 
 @pytest.mark.parametrize("keep_original", [True, False])
@@ -318,7 +318,7 @@ def test_load_adapter_refuses_to_change_quantized_or_offloaded_weights(tmp_path:
     model = base()
     layer = model.transformer_blocks[0].attn.to_q
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"floating point of 16 bits or more .*int8: quantized bases take LoRA"):
+    with pytest.raises(ValueError, match=r"floating point of 16 bits or more .*int8: quantized bases support LoRA"):
         load_adapter_(model, tmp_path / "adapter", keep_original=keep_original)
     assert not swapped(model)
     model = base()

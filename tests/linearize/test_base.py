@@ -126,10 +126,13 @@ def response(status: int) -> Any:
     ("error", "text"),
     [
         (GatedRepoError("", response=response(403)), "is gated: accept its terms at https://huggingface.co/some/model"),
-        (RepositoryNotFoundError("", response=response(401)), "neither a folder here nor a public Hub repository"),
+        (RepositoryNotFoundError("", response=response(401)), "neither a local folder nor a public Hub repository"),
         (RevisionNotFoundError("", response=response(404)), "some/model has no revision 'v2'"),
         (LocalEntryNotFoundError(""), "cannot be reached and model_index.json of some/model at revision v2 is not in"),
-        (HfHubHTTPError("busy", response=response(503)), "the Hub answered for some/model at revision v2: busy"),
+        (
+            HfHubHTTPError("busy", response=response(503)),
+            "the Hub returned an error for some/model at revision v2: busy",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -175,7 +178,7 @@ def test_from_pretrained_error_explains_a_path_outside_the_locale(tmp_path: Path
         done = subprocess.run(
             [sys.executable, "-c", code, source], env=in_ascii, capture_output=True, text=True, check=False
         )
-        assert "is no path here, where they are in ascii: set PYTHONUTF8=1, or rename it" in done.stderr
+        assert "cannot be encoded as ascii, which paths use here: set PYTHONUTF8=1, or rename it" in done.stderr
 
 
 def test_hf_hub_offline_uses_only_the_local_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,9 +266,9 @@ def write(folder: Path, **files: object) -> Path:
         ({"model_index": "{"}, "model_index.json is damaged"),
         ({"model_index": [1]}, "must hold a JSON object, got list"),
         ({"model_index": {"_class_name": "P", "vae": ["diffusers", "V"]}}, "has no transformer or unet"),
-        ({"model_index": {"transformer": ["my_code", "Mine"]}}, "is a Mine of my_code; only diffusers' own classes"),
-        ({"model_index": {"transformer": ["diffusers", "X"]}}, "no transformer/config.json: its copy is not complete"),
-        ({"config": {"hidden_size": 3}}, "names no _class_name"),
+        ({"model_index": {"transformer": ["my_code", "Mine"]}}, "is a Mine from my_code; only classes from diffusers"),
+        ({"model_index": {"transformer": ["diffusers", "X"]}}, "no transformer/config.json: the copy is incomplete"),
+        ({"config": {"hidden_size": 3}}, "has no _class_name"),
     ],
 )
 def test_read_base_refuses_invalid_folders(tmp_path: Path, files: dict, text: str) -> None:
@@ -274,7 +277,7 @@ def test_read_base_refuses_invalid_folders(tmp_path: Path, files: dict, text: st
 
 
 def test_find_place_refuses_a_missing_folder_and_a_revision_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no folder ./nowhere here, and it is not a Hub id"):
+    with pytest.raises(ValueError, match=r"./nowhere is neither a local folder nor a Hub id"):
         find_place("./nowhere")
     with pytest.raises(ValueError, match="revision is for Hub repositories, got 'v1'"):
         find_place(tmp_path, revision="v1")

@@ -40,7 +40,7 @@ from lineardit.linearize.weights.training import add_lora_
 from tiny_models import FAMILIES, build, inputs_of, run
 
 SMALL = Clear(radius=1.5)
-UNUSED = "dense_below=1000 is left unused"
+UNUSED = "dense_below=1000 is ignored"
 MANIFEST = "lineardit.json"
 
 
@@ -259,7 +259,10 @@ def test_inspect_reports_where_the_window_covers_the_image(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"config": None, "dense_below": 9, "importer": "linfusion:x"}, "at every size, got dense_below=9"),
+        (
+            {"config": None, "dense_below": 9, "importer": "linfusion:x"},
+            "at every size: omit dense_below, got dense_below=9",
+        ),
         ({"config": SMALL, "dense_below": -9}, "dense_below must be an integer >= 0, got -9"),
     ],
 )
@@ -271,7 +274,7 @@ def test_convert_refuses_an_invalid_dense_below(options: dict, told: str, merge:
 
 
 def test_merging_an_adapter_refuses_a_new_dense_below(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="an adapter keeps its dense_below, got dense_below=9"):
+    with pytest.raises(ValueError, match="dense_below of an adapter cannot be changed, got dense_below=9"):
         convert_and_merge(_plain_adapter(tmp_path), output=tmp_path / "merged", dense_below=9)
 
 

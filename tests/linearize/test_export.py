@@ -98,7 +98,7 @@ def test_save_adapter_overwrites_a_file_only_when_asked(base: Path, tmp_path: Pa
     (tmp_path / "b.safetensors").mkdir()
     with pytest.raises(ValueError, match=r"output file .*a.safetensors exists: .*overwrite=True"):
         save_adapter(student, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"must be a file, .*b.safetensors is a folder"):
+    with pytest.raises(ValueError, match=r"must be a file, but .*b.safetensors is a folder"):
         save_adapter(student, tmp_path / "b.safetensors", overwrite=True)
     assert (tmp_path / "a.safetensors").read_text() == "mine"
     save_adapter(student, tmp_path / "a.safetensors", overwrite=True)
@@ -149,7 +149,7 @@ def test_save_merged_writes_a_plain_pipeline_with_a_warning(base: Path, tmp_path
     entry = json.loads((tmp_path / "merged" / "transformer" / "config.json").read_text())["lineardit"]
     card = (tmp_path / "merged" / "README.md").read_text()
     for text in (entry["warning"], card):
-        assert "WRONG WITH PLAIN DIFFUSERS" in text and "clear (radius 2, pool_size 2)" in text
+        assert "DO NOT LOAD WITH PLAIN DIFFUSERS" in text and "clear (radius 2, pool_size 2)" in text
     dense_output = run(plain(tmp_path / "merged"), arguments)
     assert not torch.allclose(dense_output, run(student, arguments), atol=1e-3)
     with dense(student):
@@ -185,7 +185,7 @@ def test_save_merged_refuses_unconverted_dense_and_user_lora_models(base: Path, 
     with dense(student), pytest.raises(ValueError, match=r"inside `with dense\(model\):`"):
         save_merged(student, tmp_path / "out")
     student.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="carries a LoRA of your own"):
+    with pytest.raises(ValueError, match="has an additional LoRA loaded"):
         save_merged(student, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -264,7 +264,7 @@ def test_push_to_hub_uploads_a_merged_pipeline(base: Path, hub: FakeHub) -> None
     push_to_hub(student, "me/merged", merged=True)
     assert torch.equal(run(from_pretrained(hub.folder), arguments), run(student, arguments))
     card = (hub.folder / "README.md").read_text()
-    assert "WRONG WITH PLAIN DIFFUSERS" in card and 'lineardit.from_pretrained("me/merged")' in card
+    assert "DO NOT LOAD WITH PLAIN DIFFUSERS" in card and 'lineardit.from_pretrained("me/merged")' in card
 
 
 def test_push_to_hub_error_names_the_cause(base: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,8 +350,8 @@ def test_convert_defaults_to_the_recommended_hybrid(base: Path, tmp_path: Path) 
         (["ADAPTER", "--method", "clear", "--radius", "2"], "is an adapter, which already has a method"),
         (["ADAPTER", "--merge", "--method", "clear", "--radius", "2"], "is an adapter, which already has a method"),
         (["FILE", "--method", "clear", "--radius", "2"], "is an adapter, which already has a method"),
-        (["ADAPTER", "--layers", "x"], "an adapter keeps its layers, got layers='x'"),
-        (["ADAPTER", "--merge", "--min-tokens", "9"], "an adapter keeps its layers"),
+        (["ADAPTER", "--layers", "x"], "layers of an adapter cannot be changed, got layers='x'"),
+        (["ADAPTER", "--merge", "--min-tokens", "9"], "layers of an adapter cannot be changed"),
         (["ADAPTER", "--radius", "2"], "radius is a setting of a method: name the method with --method"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -91,7 +91,7 @@ def test_check_writable_leaves_no_files_and_names_the_problem(tmp_path: Path, mo
     check_writable(tmp_path / "new" / "deep")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"written in .*/file \(Not a directory\): choose another output"):
+    with pytest.raises(OSError, match=r"cannot write in .*/file \(Not a directory\): choose another output"):
         check_output_file(tmp_path / "file" / "deep" / "out.png", overwrite=False)
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=full))

@@ -59,10 +59,10 @@ def test_hub_downloads_uploads_and_error_messages(tmp_path: Path) -> None:
         told = output_of_script(hub, tmp_path / "adapter")
     for sentence in (
         "me/gated is gated: accept its terms",
-        "me/missing is neither a folder here nor a public Hub repository",
+        "me/missing is neither a local folder nor a public Hub repository",
         "me/model has no revision 'other'",
         "me/pickles/transformer holds pickles",
-        "me/configs/transformer has a config and no weights",
+        "me/configs/transformer has a config but no weights",
         "the weights of me/configs/transformer are not in the local cache",
     ):
         assert sentence in told

@@ -54,12 +54,12 @@ def test_convert_base_overwrites_only_when_asked(base: Path, tmp_path: Path) -> 
     ("options", "text"),
     [
         ({"config": Clear(radius=2), "layers": "blocks.*"}, "matches no self-attention module; near names: "),
-        ({"config": {}}, "no module is swapped"),
+        ({"config": {}}, "nothing to convert: the mapping of patterns"),
         ({"config": Clear(radius=2), "importer": "claer:x"}, r"importer .* be clear:FILE.*did you mean clear"),
         ({"config": Clear(radius=2), "importer": "clear:"}, r"importer .* must be clear:FILE"),
         ({"config": Clear(radius=2), "importer": "clear:nothing.safetensors"}, "nothing.safetensors does not exist"),
         ({"config": Clear(radius=2, pool_tokens=9), "importer": "clear:x"}, "need method clear with its radius"),
-        ({"config": Clear(radius=2), "importer": "clear:x", "layers": "*"}, "are for all layers"),
+        ({"config": Clear(radius=2), "importer": "clear:x", "layers": "*"}, "converts every layer it names"),
     ],
 )
 def test_convert_base_that_fails_writes_nothing(base: Path, tmp_path: Path, options: dict, text: str) -> None:

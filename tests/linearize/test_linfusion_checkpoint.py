@@ -203,7 +203,7 @@ def test_load_linfusion_checkpoint_reads_shards(case: Case, folder: Path) -> Non
     load_linfusion_checkpoint_(unet, folder)
     assert relative_error(run(unet, case.inputs), case.output) < 1e-4
     (folder / "part-2.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks part-2.safetensors"):
+    with pytest.raises(ValueError, match=r"is missing part-2.safetensors"):
         load_linfusion_checkpoint_(case.unet(), folder)
 
 
@@ -247,11 +247,11 @@ def test_load_linfusion_checkpoint_lists_wrong_keys_and_changes_nothing(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"module_name": "mid_block.attn"}, "mid_block.attn is no self-attention of it"),
+        ({"module_name": "mid_block.attn"}, "mid_block.attn is not one of its self-attention modules"),
         ({"heads": 8}, "attn1 has 32 channels in 4 heads, not 32 in 8"),
         ({"dim_n": 64}, "attn1 has 32 channels in 4 heads, not 64 in 4"),
         ({"heads": 0}, "not 32 in 0"),
-        ({"heads": "4"}, r"modules_list\[0\] of .*; not right: heads"),
+        ({"heads": "4"}, r"modules_list\[0\] of .*; missing or of another type: heads"),
         ({"projection_mid_dim": -2}, "projection_channels must be an integer >= 0"),
     ],
 )
@@ -262,7 +262,7 @@ def test_load_linfusion_checkpoint_refuses_wrong_modules(case: Case, tmp_path: P
 
 
 def test_load_linfusion_checkpoint_refuses_invalid_folders_and_models(case: Case, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no folder .*nowhere here, and it is not a Hub id"):
+    with pytest.raises(ValueError, match=r"nowhere is neither a local folder nor a Hub id"):
         load_linfusion_checkpoint_(case.unet(), tmp_path / "nowhere")
     for config in ({"modules_list": []}, {}, {"modules_list": {"a": 1}}):
         (folder / "config.json").write_text(json.dumps(config))
@@ -328,8 +328,8 @@ def test_convert_keeps_the_precision_of_the_checkpoint(case: Case, tmp_path: Pat
     [
         (["--import", "linfusion:nowhere"], "nowhere"),
         (["--import", "linfusion:"], "clear:FILE or linfusion:DIR"),
-        (["--import", "linfusion:DIR", "--method", "clear", "--radius", "4"], "bring their own settings"),
-        (["--import", "linfusion:DIR", "--layers", "mid_block.*"], "are for all layers"),
+        (["--import", "linfusion:DIR", "--method", "clear", "--radius", "4"], "include their own settings"),
+        (["--import", "linfusion:DIR", "--layers", "mid_block.*"], "converts every layer it names"),
     ],
 )
 def test_convert_refuses_bad_imports(case: Case, tmp_path: Path, capsys, options: list[str], said: str) -> None:

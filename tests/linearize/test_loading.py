@@ -86,7 +86,7 @@ def test_from_pretrained_accepts_the_new_place_of_a_moved_base(base: Path, tmp_p
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"is no longer at .*base: pass its new place as base= \(--base\)"):
+    with pytest.raises(ValueError, match=r"is no longer at .*base: pass its new location as base= \(--base\)"):
         from_pretrained(tmp_path / "adapter")
     assert torch.equal(run(from_pretrained(tmp_path / "adapter", base=moved), arguments), run(student, arguments))
 
@@ -147,10 +147,10 @@ def test_from_pretrained_runs_no_code_and_reads_no_pickle(base: Path, tmp_path: 
     weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(ValueError, match=r"holds pickles \(.bin\), and only safetensors files are loaded"):
+    with pytest.raises(ValueError, match=r"contains pickles \(.bin\), but only safetensors files are loaded"):
         from_pretrained(tmp_path / "adapter")
     for option in ("use_safetensors", "trust_remote_code", "custom_pipeline", "torch_dtype", "local_files_only"):
-        with pytest.raises(ValueError, match=f"{option} is refused"):
+        with pytest.raises(ValueError, match=f"{option} is not supported"):
             from_pretrained(tmp_path / "adapter", **{option: False})
 
 
@@ -168,7 +168,7 @@ def test_from_pretrained_loads_the_only_variant(
             assert torch.equal(run(pipe, arguments), run(student, arguments))
     assert "loading the variant fp16, the only one available" in caplog.text
     plain(base).save_pretrained(moved, variant="bf16", **shards)
-    with pytest.raises(ValueError, match="several variants, bf16, fp16: pass variant="):
+    with pytest.raises(ValueError, match="several variants, bf16, fp16: pass one of them as variant="):
         from_pretrained(tmp_path / "adapter", base=moved)
     assert torch.equal(
         run(from_pretrained(tmp_path / "adapter", base=moved, variant="fp16"), arguments), run(student, arguments)
@@ -198,27 +198,29 @@ def test_from_pretrained_refuses_a_base_folder_without_weights(base: Path, tmp_p
     student = student_of(base, "kernels")
     save_adapter(student, tmp_path / "adapter")
     (base / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"base/transformer has a config and no weights, .*--base"):
+    with pytest.raises(ValueError, match=r"base/transformer has a config but no weights, .*--base"):
         from_pretrained(tmp_path / "adapter")
     assert from_pretrained(tmp_path / "adapter", weights=False).transformer.device.type == "meta"
     assert swapped(from_pretrained(tmp_path / "adapter", transformer=build("flux")).transformer)
 
 
 def test_from_pretrained_refuses_unconverted_and_empty_folders(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is a base .*: pipe = diffusers.FluxPipeline.from_pretrained.*generate"):
+    with pytest.raises(
+        ValueError, match=r"is an unconverted base .*: pipe = diffusers.FluxPipeline.from_pretrained.*generate"
+    ):
         from_pretrained(base)
-    with pytest.raises(ValueError, match=r"is a base and not converted") as caught:
+    with pytest.raises(ValueError, match=r"is an unconverted base") as caught:
         from_pretrained(base / "transformer")
     typed: dict[str, Any] = {"diffusers": diffusers, "lineardit": lineardit}
-    lines = re.findall(r"In memory: (pipe = .*); (lineardit\.linearize_\(pipe\))\. Or ", str(caught.value))
+    lines = re.findall(r"Convert it in memory: (pipe = .*); (lineardit\.linearize_\(pipe\))\. Or ", str(caught.value))
     exec("\n".join(lines[0]), typed)
     assert swapped(typed["pipe"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=r"has no model_index.json or config.json, and no lineardit.json as an adapter"
+        ValueError, match=r"has no model_index.json or config.json, and no lineardit.json as an adapter would"
     ):
         from_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match="it is not a Hub id"):
+    with pytest.raises(ValueError, match="nothing is neither a local folder nor a Hub id"):
         from_pretrained(tmp_path / "nothing")
 
 
@@ -232,7 +234,7 @@ def test_base_argument_is_refused_for_a_whole_model(
         linearize_(pipe, conversion)
     pipe.save_pretrained(tmp_path / "whole")
     with pytest.raises(
-        ValueError, match=r"base \(--base\) is for adapters, and .*/whole is a whole model: leave it out"
+        ValueError, match=r"base \(--base\) is for adapters only, but .*/whole is a complete model: omit it"
     ):
         read(tmp_path / "whole", base=base)
 
@@ -241,7 +243,9 @@ def test_open_pipeline_refuses_a_bare_denoiser(base: Path, tmp_path: Path) -> No
     denoiser = base / "transformer"
     save_adapter(student_of(base, "kernels"), tmp_path / "adapter")
     for source, options in ((denoiser, {}), (tmp_path / "adapter", {"base": denoiser})):
-        with pytest.raises(ValueError, match=r"base/transformer is a denoiser alone, which makes no pictures: give"):
+        with pytest.raises(
+            ValueError, match=r"base/transformer is only a denoiser, which cannot generate images: pass"
+        ):
             open_pipeline(source, **options)
     assert swapped(from_pretrained(tmp_path / "adapter", base=denoiser))
 
@@ -263,7 +267,9 @@ def test_saved_conversion_without_its_trained_weights_is_refused(base: Path, kin
     if kind != "lora":
         tensors = {name: one for name, one in tensors.items() if not name.endswith("0.attn.linear_kernel.pool_weight")}
     save_file(tensors, file)
-    expected = "lacks the LoRA" if kind == "lora" else "do not fit this model; 2 missing: .*linear_kernel.pool_weight"
+    expected = (
+        "is missing the LoRA" if kind == "lora" else "do not fit this model; 2 missing: .*linear_kernel.pool_weight"
+    )
     with pytest.raises(ValueError, match=expected):
         from_pretrained(tmp_path / "saved")
 
@@ -272,7 +278,9 @@ def test_conversion_saved_with_a_user_lora_is_refused(base: Path, kind: str, tmp
     student = student_of(base, kind)
     student.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
     student.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="saved with a LoRA of your own loaded: unload that, and save it again"):
+    with pytest.raises(
+        ValueError, match="saved with an additional LoRA loaded: unload that LoRA and save the model again"
+    ):
         from_pretrained(tmp_path / "saved")
 
 

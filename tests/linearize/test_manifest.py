@@ -57,7 +57,7 @@ LORA = {"kind": "lora", "rank": 4, "alpha": 8.0}
     [
         ({"format_version": 2}, "format_version must be 1, got 2.*update lineardit"),
         ({"format_version": ...}, "format_version must be 1, got None"),
-        ({"metods": {}}, r"unknown key 'metods' in the file \(did you mean methods\?\); there are: "),
+        ({"metods": {}}, r"unknown key 'metods' in the file \(did you mean methods\?\); known keys: "),
         ({"model_class": ...}, "the file lacks model_class"),
         ({"model_class": 3}, "model_class must be of type str, got 3"),
         ({"base": 3}, "base must be of type str or null, got 3"),
@@ -93,7 +93,7 @@ def test_read_manifest_refuses_a_damaged_file(tmp_path: Path, text: str) -> None
 
 
 def test_read_manifest_refuses_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist: an adapter folder is what"):
+    with pytest.raises(ValueError, match="does not exist: pass an adapter folder written by"):
         read_manifest(tmp_path / MANIFEST_FILE)
 
 

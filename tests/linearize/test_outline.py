@@ -56,7 +56,7 @@ def test_outline_needs_only_configs_and_names_the_missing_ones(tmp_path: Path) -
     lacking = [f"{name}.json" for name in ("scheduler/scheduler_config", "text_encoder_2/config", "vae/config")]
     for name in lacking:
         (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=f"but no {', '.join(lacking)}: its copy is not complete; a plan needs no wei"):
+    with pytest.raises(ValueError, match=f"but no {', '.join(lacking)}: the copy is incomplete; a plan needs these fi"):
         open_pipeline(tmp_path, weights=False)
 
 
