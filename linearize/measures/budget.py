@@ -94,14 +94,16 @@ def propose(
     if sum(map(min, flops)) > limit:
         cheapest = sum(map(min, flops)) / dense_flops
         raise ValueError(
-            f"the budget is {limit / dense_flops:.4f} of full attention, the cheapest choices need {cheapest:.4f}: "
+            f"the budget is {limit / dense_flops:.4f} of full attention, but the cheapest choices need {cheapest:.4f}: "
             "raise the budget, or profile and choose cheaper attention"
         )
     chosen = knapsack(flops, errors, limit)
     choice_of_layer = {layer.module: choices[option] for layer, option in zip(profile.layers, chosen, strict=True)}
     swapped = {module: choice for module, choice in choice_of_layer.items() if choice is not None}
     if not swapped:
-        raise ValueError(f"a budget of {budget} leaves full attention in every layer, and nothing to convert: lower it")
+        raise ValueError(
+            f"a budget of {budget} leaves full attention in every layer, so there is nothing to convert: lower it"
+        )
     groups = grouped(swapped, list(choice_of_layer))
     return Proposal(
         configs={glob: swapped[modules[0]] for glob, modules in groups.items()},
@@ -199,13 +201,14 @@ def check_profile(profile: Profile, base: Base) -> None:
     profiled = {layer.module: (layer.num_heads, layer.head_dim) for layer in profile.layers}
     if profile.model_class != base.model_class or profiled != shapes:
         raise ValueError(
-            f"the profile is of another model: {profile.base}, a {profile.model_class} of {len(profiled)} layers; "
-            f"{base.source.name} is a {base.model_class} of {len(shapes)}, not all of those names and heads: profile it"
+            f"the profile is of another model: {profile.base}, a {profile.model_class} with {len(profiled)} layers; "
+            f"{base.source.name} is a {base.model_class} with {len(shapes)}, and their names or heads differ: profile "
+            "it"
         )
     if profile.base != base.source.name:
         raise ValueError(
-            f"the profile is of another model: {profile.base}, not {base.source.name}: profile that or, where it is "
-            'the same model in another place, change "base" in the profile'
+            f"the profile is of another model: {profile.base}, not {base.source.name}: profile that or, if it is "
+            'the same model at another location, change "base" in the profile'
         )
 
 
@@ -215,7 +218,7 @@ def _check_choices(profile: Profile, choices: Sequence[Any]) -> None:
     for choice in choices:
         if choice is not None and choice not in profile.candidates:
             profiled = ", ".join(map(describe_choice, profile.candidates))
-            raise ValueError(f"{describe_choice(choice)} was not profiled, these were: {profiled}")
+            raise ValueError(f"{describe_choice(choice)} was not profiled; profiled choices: {profiled}")
     for layer in profile.layers:
         if not np.isfinite(layer.output_error).all():
             raise ValueError(f"the profile has no finite error for every candidate in {layer.module}: make it again")

@@ -106,7 +106,7 @@ def nearness(pipe: Any, predictions: Sequence[Prediction], *, name: str = "nearn
         seconds.append(time.perf_counter() - began)
         if output.shape != prediction.output.shape:
             shapes = f"{tuple(output.shape)}, the base {tuple(prediction.output.shape)}"
-            raise ValueError(f"the model must be a conversion of the base, it predicts {shapes}")
+            raise ValueError(f"the model must be a conversion of the base, but it predicts {shapes}")
         expected = prediction.output.float()
         error, norm = sums.get(prediction.index, (0.0, 0.0))
         sums[prediction.index] = (

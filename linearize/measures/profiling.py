@@ -131,7 +131,7 @@ def _check_method(method: Any) -> None:
     """Raise a ValueError if this is not a config, or its method cannot be tried by its kernel alone."""
     config_to_dict(method)
     if METHODS[type(method)].input_terms:
-        raise ValueError(f"{method} cannot be tried layer by layer: it changes the layers before attention as well")
+        raise ValueError(f"{method} cannot be profiled layer by layer: it also changes the layers before attention")
 
 
 def _layer(name: str, probe: Probe) -> LayerProfile:

@@ -95,7 +95,7 @@ def first_call(pipe: Any, **call: Any) -> Arguments:
         return caught[0]
     finally:
         handle.remove()
-    raise ValueError(f"{type(pipe).__name__} made a picture without a call of its {type(model).__name__}")
+    raise ValueError(f"{type(pipe).__name__} generated an image without calling its {type(model).__name__}")
 
 
 class _StopCall(Exception):

@@ -95,12 +95,13 @@ class WeightlessConversion:
             adapter = conversion, adapter_tensors(resolved.place, conversion)
         elif conversion.trained:
             raise ValueError(
-                f"{name} holds what was trained among its weights, which are not read: time the adapter itself "
-                "(lineardit.save_adapter of the loaded pipeline makes one)"
+                f"{name} keeps its trained parameters among its weights, which are not read: time the adapter instead "
+                "(save one with lineardit.save_adapter on the loaded pipeline)"
             )
         if not can_make_inputs(build_on_meta(found)):
             raise ValueError(
-                f"the inputs of a {found.model_class} cannot be generated: `lineardit evaluate` times whole pictures"
+                f"the inputs of a {found.model_class} cannot be generated: use `lineardit evaluate`, which times whole "
+                "images"
             )
         configs, dense_below = conversion.configs(), conversion.dense_tokens
         return cls(name=str(name), base=found, configs=configs, dense_below=dense_below, adapter=adapter)
@@ -129,13 +130,13 @@ class WeightlessConversion:
             except ValueError as error:
                 if require_all or (size == sizes[-1] and not supported):
                     raise
-                logger.warning("%s: left out, %s", self.name, error)
+                logger.warning("%s: skipped, %s", self.name, error)
         needed, free = sum(weight.nbytes for weight in model.parameters()), _free_bytes(conditions.device)
         if needed > free:
             raise ValueError(
                 f"the weights of this {self.base.model_class} are {needed / GIB:.1f} GiB in "
-                f"{dtype_name(conditions.dtype)}, {free / GIB:.1f} are free on {conditions.device}: "
-                "take a smaller dtype or another device, or time fewer bits with `lineardit evaluate --quantize ...`"
+                f"{dtype_name(conditions.dtype)}, but {free / GIB:.1f} are free on {conditions.device}: "
+                "use a smaller dtype or another device, or time fewer bits with `lineardit evaluate --quantize ...`"
             )
         return supported
 
@@ -183,7 +184,7 @@ class WeightlessConversion:
         except (RuntimeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(failure_text(model_class, width_height, error)) from error
         if step is None:
-            raise ValueError(f"a {model_class} of this config has no positions for {width_height}")
+            raise ValueError(f"a {model_class} with this config has no positions for {width_height}")
         return step
 
     def latents(self, size: Size) -> Size:

@@ -52,8 +52,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """
     if type(config) not in METHODS:
         raise ValueError(
-            f"expected a config of a method ({', '.join(_config_names())}), such as Clear(radius=16), got {config!r}; "
-            "a dict is {pattern of module names: config}"
+            f"expected a method config ({', '.join(_config_names())}), such as Clear(radius=16), got {config!r}; "
+            "a dict must map patterns of module names to configs"
         )
     values = {field_name(field): (getattr(config, field.name), field.default) for field in fields(config)}
     changed = {name: _json_value(value) for name, (value, default) in values.items() if value != default}
@@ -77,14 +77,14 @@ def config_from_dict(entries: Mapping[str, Any]) -> Any:
     classes = {cls.__name__.lower(): cls for cls in METHODS}
     method = entries["method"]
     if method not in classes:
-        raise ValueError(f"unknown method {method!r}{did_you_mean(method, classes)}; there are: {', '.join(classes)}")
+        raise ValueError(f"unknown method {method!r}{did_you_mean(method, classes)}; choose from: {', '.join(classes)}")
     cls = classes[method]
     known = {field_name(field): field for field in fields(cls)}
     given = {key: value for key, value in entries.items() if key != "method"}
     for key in given:
         if key not in known:
             raise ValueError(
-                f"unknown setting {key!r} of {method}{did_you_mean(key, known)}; there are: {', '.join(known)}"
+                f"unknown setting {key!r} of {method}{did_you_mean(key, known)}; known settings: {', '.join(known)}"
             )
     nested = {key: config_from_dict(given[key]) for key in given if known[key].metadata.get("of_method")}
     given = {key: as_tuples(value) for key, value in given.items()}

@@ -93,7 +93,7 @@ class ClearAttention(WindowAttention):
         """Keys and values of the cells, each [B, H, C, D]."""
         if not self._pools():
             return None
-        assert self._cells is not None, "the seam tells each grid before it calls"
+        assert self._cells is not None, "the seam sets the grid before each call"
         side, num_cells = self._cells.shape
         start = layout.text_len if layout.text_first else 0
         image = slice(start, start + layout.num_image_tokens)

@@ -104,7 +104,7 @@ class Hybrid:
         _check_branch("local", self.local, LOCAL)
         _check_branch("global", self.global_, GLOBAL)
         if isinstance(self.local, Clear) and (self.local.pool_size is not None or self.local.pool_tokens is not None):
-            raise ValueError(f"local must have no pooled tokens, the global branch replaces them, got {self.local}")
+            raise ValueError(f"local must have no pooled tokens, which the global branch replaces, got {self.local}")
         if self.global_.balance:
             raise ValueError(f"global must not have balance, since the hybrid has a gate, got {self.global_}")
         if self.join not in JOINS:
@@ -115,8 +115,8 @@ class Hybrid:
         check_count("focus_side", self.focus_side)
         if self.focus_tokens > 0 and not self.is_one_softmax:
             raise ValueError(
-                "focus_tokens must be 0 unless join is 'mass', global ProxyTokens, and mass_cells None or its number, "
-                f"got {self}"
+                "focus_tokens must be 0 unless join is 'mass', global is ProxyTokens, and mass_cells is None or "
+                f"num_proxies, got {self}"
             )
 
     @property

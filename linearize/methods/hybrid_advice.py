@@ -25,9 +25,9 @@ def focus_advice(config: "Hybrid", grid: Grid) -> str | None:
         return None
     tokens_per_cell = math.ceil(math.prod(grid) / config.num_cells)
     return (
-        f"focus_tokens={config.focus_tokens} has no effect at {' x '.join(map(str, grid))} tokens: whole cells are "
-        f"seen, and one of {config.num_cells} has {tokens_per_cell} tokens; set focus_tokens to {tokens_per_cell} "
-        "or more, or take more proxies"
+        f"focus_tokens={config.focus_tokens} has no effect at {' x '.join(map(str, grid))} tokens: only whole cells "
+        f"are in focus, and one of {config.num_cells} has {tokens_per_cell} tokens; set focus_tokens to "
+        f"{tokens_per_cell} or more, or use more proxies"
     )
 
 
@@ -41,9 +41,9 @@ def proxy_advice(config: "Hybrid", grid: Grid) -> str | None:
     if one_proxy_per_token or all(NEAR_CELLS * side <= reach for side, reach in zip(sides, reaches, strict=True)):
         return None
     return (
-        f"a window that reaches {min(reaches):g} tokens, and proxies that stand for {sides[0]:g} x {sides[1]:g} "
-        "each: a faint grid of these may show in smooth areas; take more proxies, or a window that reaches "
-        f"{NEAR_CELLS} of them"
+        f"the window reaches {min(reaches):g} tokens, and each proxy covers {sides[0]:g} x {sides[1]:g} tokens: a "
+        f"faint grid of these cells may show in smooth areas; use more proxies, or a window that reaches {NEAR_CELLS} "
+        "cells"
     )
 
 

@@ -80,8 +80,8 @@ class LinFusionAttention(Method):
         """[B, H, N, D] -> [B, H, N, D]; there are no logits, so `scale` is ignored."""
         if layout.text_len > 0:
             raise LayoutError(
-                f"LinFusion is for self-attention of the image alone, got {layout.text_len} text tokens in the same "
-                "call: take it for UNets, or another method for this model"
+                f"LinFusion needs self-attention over image tokens only, got {layout.text_len} text tokens in the same "
+                "call: use it for UNets, or use another method for this model"
             )
         return linear_attention(query, key, value)
 

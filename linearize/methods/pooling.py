@@ -29,7 +29,7 @@ def cell_side(grid: Grid, max_cells: int) -> int:
     frames, _, _ = sizes_of(grid)
     if frames > max_cells:
         raise LayoutError(
-            f"every frame has a cell, so pool_tokens must be >= the number of frames, got {max_cells} for {frames}: "
+            f"pool_tokens must be >= the number of frames, since each frame has a cell, got {max_cells} for {frames}: "
             "raise pool_tokens, or pool by pool_size"
         )
     side = 2

@@ -116,7 +116,7 @@ def _with_frames(frame_radius: int | None, grid: Grid) -> Grid:
     """A grid as (frames, height, width), one frame for a picture, for which a frame_radius is a LayoutError."""
     if frame_radius is not None and len(grid) == 2:
         raise LayoutError(
-            f"frame_radius={frame_radius} is for models of several frames, got a grid of {tuple(grid)}: "
+            f"frame_radius={frame_radius} is for models with several frames, got a grid of {tuple(grid)}: "
             "leave frame_radius out"
         )
     return sizes_of(grid)

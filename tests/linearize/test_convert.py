@@ -68,13 +68,13 @@ def test_linearize_layers_and_patterns_select_modules() -> None:
         ),
         ({"tranformer_blocks.0.attn": SMALL}, None, "near names: transformer_blocks.0.attn"),
         ({"*": SMALL, "single_*": SMALL}, None, "two patterns match single_transformer_blocks.0.attn"),
-        ({}, None, "no module is swapped"),
+        ({}, None, "nothing to convert: the mapping of patterns"),
         ({"single_*": SMALL}, "transformer_blocks.*", "matches no self-attention module"),
         (SMALL, [], r"layers must be None \(all\), a glob of module names, or a list of them, got \[\]"),
         (SMALL, 3, "layers must be None"),
-        (4, None, "expected a config of a method"),
-        ({"*": {"radius": 4}}, None, "expected a config of a method"),
-        (Clear, None, "expected a config of a method"),
+        (4, None, "expected a method config"),
+        ({"*": {"radius": 4}}, None, "expected a method config"),
+        (Clear, None, "expected a method config"),
     ],
 )
 def test_linearize_refuses_invalid_layer_choices_and_changes_nothing(config: object, layers: object, told: str) -> None:
@@ -131,7 +131,7 @@ def test_unconverted_models_are_refused() -> None:
 
 def test_unknown_implementations_are_refused() -> None:
     model = build("flux")
-    with pytest.raises(ValueError, match=r"no impl 'tilde' \(did you mean tiled\?\); there are: auto, reference,"):
+    with pytest.raises(ValueError, match=r"no impl 'tilde' \(did you mean tiled\?\); choose from: auto, reference,"):
         linearize_(model, SMALL, impl="tilde")
     assert not swapped(model)
     linearize_(model, SMALL)

@@ -301,15 +301,15 @@ def test_report_prints_both_branches_in_command_line_syntax() -> None:
 @pytest.mark.parametrize(
     ("local", "num_proxies", "grid", "told"),
     [
-        (Clear(radius=4), 256, (128, 128), "reaches 4 tokens, and proxies that stand for 8 x 8 each"),
-        (Clear(radius=8), 1024, (256, 512), "reaches 8 tokens, and proxies that stand for 16 x 8 each"),
+        (Clear(radius=4), 256, (128, 128), "reaches 4 tokens, and each proxy covers 8 x 8 tokens"),
+        (Clear(radius=8), 1024, (256, 512), "reaches 8 tokens, and each proxy covers 16 x 8 tokens"),
         (Clear(radius=16), 64, (16, 1024), "16 x 16"),  # the window spans the height
         (Neighborhood(window=9), 64, (64, 64), "reaches 4"),
         (Neighborhood(window=(33, 3)), 256, (64, 64), "reaches 1 tokens"),
         (Neighborhood(window=(3, 33)), 256, (64, 64), "reaches 1 tokens"),
         (Neighborhood(window=33, dilation=2), 1024, (64, 64), "reaches 0"),
         (SlidingTile(tile=16, window=1), 1024, (64, 64), "reaches 0"),
-        (SlidingTile(tile=2, window=3), 64, (8, 64, 64), "reaches 2 tokens, and proxies that stand for 8 x 8 each"),
+        (SlidingTile(tile=2, window=3), 64, (8, 64, 64), "reaches 2 tokens, and each proxy covers 8 x 8 tokens"),
         (Clear(radius=8), 1024, (128, 128), None),
         (Clear(radius=33), 1, (32, 32), None),
         (Neighborhood(window=33), 16, (32, 32), None),
@@ -334,7 +334,7 @@ NO_FOCUS = Hybrid(local=Clear(radius=64), global_=ProxyTokens(num_proxies=256), 
     [
         (
             (256, 256),
-            "focus_tokens=200 has no effect at 256 x 256 tokens: whole cells are seen, and one of 256 has",
+            "focus_tokens=200 has no effect at 256 x 256 tokens: only whole cells are in focus, and one of 256 has",
         ),
         ((4, 128, 128), "at 4 x 128 x 128 tokens"),
         ((128, 128), None),

@@ -176,9 +176,9 @@ def test_profile_attention_merges_windows_into_radii_and_drops_duplicates() -> N
 
 
 def test_profile_attention_refuses_unsupported_methods() -> None:
-    with pytest.raises(ValueError, match=r"LinFusion.* cannot be tried layer by layer"):
+    with pytest.raises(ValueError, match=r"LinFusion.* cannot be profiled layer by layer"):
         _profile(methods=(LinFusion(),))
-    with pytest.raises(ValueError, match="expected a config of a method"):
+    with pytest.raises(ValueError, match="expected a method config"):
         _profile(methods=("mala",))
 
 
@@ -352,7 +352,7 @@ def test_propose_refuses_errors_that_are_not_finite() -> None:
         (0.01, None, "the cheapest choices need"),
         (1.5, None, "between 0 and 1, got 1.5"),
         (0.9999999, (Clear(radius=8), None), "nothing to convert"),
-        (0.5, (Clear(radius=3),), "radius 3 was not profiled, these were: radius 2, radius 4, radius 8"),
+        (0.5, (Clear(radius=3),), "radius 3 was not profiled; profiled choices: radius 2, radius 4, radius 8"),
         (0.5, (Mala(),), "mala was not profiled"),
         (0.5, (), "choices must hold at least one"),
     ],

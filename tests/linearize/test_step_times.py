@@ -56,7 +56,7 @@ def timed(conversion: WeightlessConversion, sizes: Sequence[tuple[int, int]], **
 def test_time_steps_supports_every_model_with_known_inputs(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(family)
     if not can_make_inputs(model):
-        with pytest.raises(ValueError, match=r"inputs of a .* cannot be generated: `lineardit evaluate`"):
+        with pytest.raises(ValueError, match=r"inputs of a .* cannot be generated: use `lineardit evaluate`"):
             WeightlessConversion.read(adapter_of(model, tmp_path))
         return
     conversion = WeightlessConversion.read(adapter_of(model, tmp_path))
@@ -99,7 +99,7 @@ def test_original_and_conversion_alternate(tmp_path: Path, monkeypatch: pytest.M
 def test_weightless_conversion_error_names_a_moved_base(tmp_path: Path) -> None:
     adapter = adapter_of(build("flux"), tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"is no longer at .*base: pass its new place as base= \(--base\)"):
+    with pytest.raises(ValueError, match=r"is no longer at .*base: pass its new location as base= \(--base\)"):
         WeightlessConversion.read(adapter)
     assert timed(WeightlessConversion.read(adapter, base=tmp_path / "moved"), [(64, 64)])
 
@@ -169,16 +169,14 @@ def test_supported_sizes_skips_sizes_without_positions_with_a_warning(
 ) -> None:
     conversion = WeightlessConversion.read(adapter_of(build("sd3"), tmp_path))  # up to 32 tokens of 16 pixels a side
     assert conversion.supported_sizes([(64, 64), (1024, 1024)], CONDITIONS, require_all=False) == [(64, 64)]
-    assert "left out, a SD3Transformer2DModel of this config has no positions for 1024x1024" in caplog.text
+    assert "skipped, a SD3Transformer2DModel with this config has no positions for 1024x1024" in caplog.text
     with pytest.raises(ValueError, match="no positions for 2048x2048"):
         conversion.supported_sizes([(1024, 1024), (2048, 2048)], CONDITIONS, require_all=False)
 
 
 def test_time_steps_refuses_what_cannot_be_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved(build("sd3"), tmp_path / "base")
-    with pytest.raises(
-        ValueError, match=r"is a base and not converted .*`lineardit convert .* -o DIR` makes an adapter"
-    ):
+    with pytest.raises(ValueError, match=r"is an unconverted base .*`lineardit convert .* -o DIR` writes an adapter"):
         WeightlessConversion.read(base)
     convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
     conversion = WeightlessConversion.read(tmp_path / "adapter")
@@ -201,5 +199,7 @@ def test_time_steps_refuses_what_cannot_be_timed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         weightless_conversion.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**10})
     )
-    with pytest.raises(ValueError, match=r"weights of this SD3Transformer2DModel are .* GiB in float32, 0.0 are free"):
+    with pytest.raises(
+        ValueError, match=r"weights of this SD3Transformer2DModel are .* GiB in float32, but 0.0 are free"
+    ):
         timed(conversion, [(64, 64)])

@@ -171,7 +171,7 @@ def test_frame_radius_is_refused_in_an_image_model_on_every_call(config: Any, im
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, config, impl=impl)
     for _ in range(2):
-        with pytest.raises(LayoutError, match="frame_radius=1 is for models of several frames"):
+        with pytest.raises(LayoutError, match="frame_radius=1 is for models with several frames"):
             run(model, arguments)
 
 
