@@ -69,7 +69,7 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], extra: Mapping[str, A
         call[BINNING] = False
     for name, value in extra.items():
         if name in _RESERVED or name in _NAMES.values() or name.startswith("callback"):
-            raise ValueError(f"{name} is not a further argument: it has its own setting, or must not be set")
+            raise ValueError(f"{name} cannot be a further argument: it has its own setting, or must not be set")
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise ValueError(f"{type(pipe).__name__} takes no {name}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -87,11 +87,9 @@ def call_arguments(pipe: Any, settings: Mapping[str, Any], extra: Mapping[str, A
 @lru_cache  # warn once
 def warn_unguided(name: str, scale: float) -> None:
     """Warn that a pipeline which supports guidance runs without it."""
-    message = '%s is guided only with a negative prompt: --argument negative_prompt=" " (its true_cfg_scale is %g)'
+    message = '%s is guided only with a negative prompt: add --argument negative_prompt=" " (its true_cfg_scale is %g)'
     if scale <= 1:
-        message = (
-            "%s takes no notice of a negative prompt while its true_cfg_scale is %g: add --argument true_cfg_scale=4.0"
-        )
+        message = "%s ignores a negative prompt while its true_cfg_scale is %g: add --argument true_cfg_scale=4.0"
     logger.warning(message, name, scale)
 
 
@@ -108,9 +106,7 @@ def arguments_in_errors(pipe: Any, arguments: Mapping[str, Any] | None) -> Itera
         if not arguments or isinstance(error, NOT_ARGUMENT_ERRORS) or is_out_of_memory(error):
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(
-            f"{type(pipe).__name__} did not draw with {given} ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{type(pipe).__name__} failed with {given} ({type(error).__name__}: {error})") from error
 
 
 def draw_latents(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> None:

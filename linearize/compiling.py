@@ -38,8 +38,8 @@ def compile_(pipe_or_model: Any, *, backend: str = "inductor", family: Family | 
         repeated = Counter(type(module).__name__ for module in model.modules() if list(module.children()))
         often = ", ".join(name for name, _ in repeated.most_common(5))
         raise UnsupportedModelError(
-            f"nothing to compile: Family.blocks names {', '.join(family.blocks) or 'no class'}, and this "
-            f"{type(model).__name__} has most of: {often}"
+            f"nothing to compile: Family.blocks names {', '.join(family.blocks) or 'no class'}, but this "
+            f"{type(model).__name__} has none; its most frequent modules are {often}"
         )
     for block in blocks:
         block.compile(fullgraph=True, backend=backend, **options)

@@ -99,7 +99,7 @@ def check_convertible(model: nn.Module, family: Family, configs: Mapping[str, An
     """Raise like `linearize_` if these modules cannot get these methods; changes nothing."""
     _refuse_sharded(model, "linearize_")
     if not configs:
-        raise ValueError("no module is swapped: the mapping of patterns is empty")
+        raise ValueError("nothing to convert: the mapping of patterns to methods is empty")
     if any(METHODS[type(one)].input_terms for one in configs.values()):
         refuse_fused(model)
     candidates, _ = attention_modules(model, family)
@@ -186,7 +186,7 @@ def check_impl(impl: str, config_class: type) -> None:
     names = METHODS[config_class].implementations()
     if impl not in names:
         raise ValueError(
-            f"{config_class.__name__} has no impl {impl!r}{did_you_mean(impl, names)}; there are: {', '.join(names)}"
+            f"{config_class.__name__} has no impl {impl!r}{did_you_mean(impl, names)}; choose from: {', '.join(names)}"
         )
 
 
@@ -248,7 +248,7 @@ def _ancestor(model: nn.Module, name: str, class_name: str) -> nn.Module:
         module = model.get_submodule(".".join(parts[:length]))
         if type(module).__name__ == class_name:
             return module
-    raise UnsupportedModelError(f"{name} lies in no {class_name}, where its token grid would be known")
+    raise UnsupportedModelError(f"{name} is not inside a {class_name}, so its token grid is unknown")
 
 
 def _check_unmodified(model: nn.Module) -> None:

@@ -57,7 +57,7 @@ def advice_on(model: nn.Module, grids: Sequence[Grid]) -> tuple[str, ...]:
     dense_below = dense_below_of(model)
     notes = [kernel.advice(kernel.config, grids[-1]) for kernel in kernels if prod(grids[-1]) >= dense_below]
     if any(prod(grid) < dense_below for grid in grids):
-        notes.append(f"converted stages of fewer than {dense_below:,} image tokens make the model's original call")
+        notes.append(f"converted stages with fewer than {dense_below:,} image tokens run the original attention")
     return tuple(dict.fromkeys(advice for advice in notes if advice is not None))
 
 

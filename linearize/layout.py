@@ -13,8 +13,8 @@ from ..kernels.pieces.cells import Grid as Grid
 from .errors import LayoutError
 
 _TEXT_ONLY = (
-    "attn_mask must hide text tokens only, alike in every head (True/False, or 0/-inf): a mask on image tokens or "
-    "a bias has no linear form here; drop it, or run this call inside `with dense(model):`"
+    "attn_mask must hide text tokens only, the same in every head (True/False, or 0/-inf): linear attention supports "
+    "neither a mask on image tokens nor a bias; drop it, or run this call inside `with dense(model):`"
 )
 _BLOCKED = -9e3  # an additive mask at or below this blocks; diffusers writes -inf or -10000, -9984 in bfloat16
 
@@ -113,7 +113,7 @@ def text_mask_of(
         mask = mask[:, : 1 if mask.stride(1) == 0 else None, : 1 if mask.stride(2) == 0 else None]
     if mask.ndim != 4 or mask.shape[2] not in (1, num_tokens) or mask.shape[3] != num_tokens:
         raise LayoutError(
-            f"linear attention takes a mask of keys, [batch, 1, 1, tokens], got attn_mask of shape "
+            f"attn_mask must be a mask of keys, [batch, 1, 1, tokens], for linear attention, got shape "
             f"{tuple(attn_mask.shape)} for {num_tokens} tokens: mask text padding per key, or run this call inside "
             "`with dense(model):`"
         )

@@ -45,10 +45,10 @@ def check_text(name: str, family: Family, config: Any) -> None:
     sees_image_only = any(fnmatchcase(name, pattern) for pattern in family.image_alone)
     if METHODS[type(config)].image_alone and not sees_image_only:
         method, layers = type(config).__name__, ", ".join(map(repr, family.image_alone))
-        remedy = f"choose layers={layers}" if layers else "set image_alone in a Family of your own"
+        remedy = f"choose layers={layers}" if layers else "set image_alone in a custom Family"
         raise UnsupportedModelError(
-            f"{method} is for self-attention of the image alone, and {name} of family {family.name} may see text as "
-            f"well: take another method (Clear, Mala, Rala, ...), or {remedy}"
+            f"{method} needs self-attention over image tokens only, but {name} of family {family.name} may also see "
+            f"text: use another method (Clear, Mala, Rala, ...), or {remedy}"
         )
 
 
@@ -66,7 +66,9 @@ def levels_below(model: nn.Module, family: Family, names: Sequence[str], min_tok
     counts = {name: family.native_tokens(model, name) for name in names}
     if max(counts.values()) < min_tokens:
         levels = ", ".join(map(str, sorted(set(counts.values()), reverse=True)))
-        raise ValueError(f"min_tokens must be <= {max(counts.values())}: the levels have {levels}, got {min_tokens}")
+        raise ValueError(
+            f"min_tokens must be <= {max(counts.values())}: the levels have {levels} tokens, got {min_tokens}"
+        )
     return {name: f"{count} tokens, fewer than {min_tokens}" for name, count in counts.items() if count < min_tokens}
 
 

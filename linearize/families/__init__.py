@@ -279,5 +279,5 @@ def unsupported(class_name: str) -> str:
         return f"a {class_name} {REFUSED[class_name]}"
     return (
         f"cannot convert a {class_name}{did_you_mean(class_name, FAMILIES)}; supported: {', '.join(FAMILIES)}; "
-        "for a model of your own pass linearize_(..., family=Family(...))"
+        "for a custom model pass linearize_(..., family=Family(...))"
     )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..layout import Grid
 
 CACHED_REFERENCES = (
-    "reference images whose keys and values are kept between the steps (kv_cache) have no window: use a pipeline that "
-    "runs them in every step (FLUX.2: Flux2KleinPipeline), make this call inside `with dense(pipe):`, or restore_ it"
+    "reference images with keys and values cached between steps (kv_cache) are not supported: use a pipeline that "
+    "recomputes them in every step (FLUX.2: Flux2KleinPipeline), run this call inside `with dense(pipe):`, or "
+    "restore_ it"
 )
 
 

@@ -13,7 +13,7 @@ from ..errors import LayoutError
 from ..layout import Grid
 from .family import CACHED_REFERENCES, Sight
 
-_SMALLER = "choose a smaller picture, or run this call inside `with dense(model):` if you know that it is right"
+_SMALLER = "choose a smaller image, or run this call inside `with dense(model):` if you know that its output is correct"
 
 
 def _grid(model: Any, latents: Tensor) -> Grid:
@@ -33,7 +33,7 @@ def see_square_latents(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
     """DiT, whose output upstream folds into a square whatever the input was."""
     grid = _grid(model, arguments["hidden_states"])
     if grid[0] != grid[1]:
-        raise LayoutError(f"{type(model).__name__} makes square pictures only, got {grid} tokens: {_SMALLER}")
+        raise LayoutError(f"{type(model).__name__} generates square images only, got {grid} tokens: {_SMALLER}")
     return Sight(grid=grid)
 
 
@@ -62,7 +62,7 @@ def see_sd3(model: Any, arguments: Mapping[str, Any]) -> Sight:
     limit = getattr(model.pos_embed, "pos_embed_max_size", None)
     if limit is not None and max(sight.grid) > limit:
         raise LayoutError(
-            f"this {type(model).__name__} knows positions up to {limit} tokens a side (pos_embed_max_size), got "
+            f"this {type(model).__name__} has positions for up to {limit} tokens per side (pos_embed_max_size), got "
             f"{sight.grid}: {_SMALLER}"
         )
     return sight
@@ -74,8 +74,8 @@ def see_auraflow(model: Any, arguments: Mapping[str, Any]) -> Sight:
     limit = isqrt(model.pos_embed.pos_embed_max_size)
     if max(sight.grid) > limit:
         raise LayoutError(
-            f"this {type(model).__name__} knows positions up to {limit} tokens a side, and takes wrong ones beyond "
-            f"without an error, got {sight.grid}: {_SMALLER}"
+            f"this {type(model).__name__} has positions for up to {limit} tokens per side, and silently uses wrong "
+            f"ones beyond that, got {sight.grid}: {_SMALLER}"
         )
     return Sight(grid=sight.grid, text_lens=(sight.text_lens[0] + model.register_tokens.shape[1],))
 
@@ -90,13 +90,13 @@ def see_hidream(model: Any, arguments: Mapping[str, Any]) -> Sight:
     latents = arguments["hidden_states"]
     if latents.ndim != 4:
         raise LayoutError(
-            "give HiDream latents [batch, channels, height, width]: in patches of its own, their padding is unknown"
+            "HiDream latents must be [batch, channels, height, width]: the padding of patched latents is unknown"
         )
     grid = _grid(model, latents)
     if grid[0] != grid[1] and grid[0] * grid[1] > model.max_seq:
         raise LayoutError(
-            f"this {type(model).__name__} has room for {model.max_seq} tokens where a picture is not square "
-            f"(max_resolution), got {grid}: choose a smaller or a square picture"
+            f"this {type(model).__name__} has room for {model.max_seq} tokens of a non-square image "
+            f"(max_resolution), got {grid}: choose a smaller or a square image"
         )
     padding = 0 if grid[0] == grid[1] else model.max_seq - grid[0] * grid[1]
     llama = arguments["encoder_hidden_states_llama3"].shape[-2]
@@ -115,13 +115,15 @@ def see_channels_last(model: Any, arguments: Mapping[str, Any]) -> Sight:
     """Kandinsky 5: latents [B, frames, height, width, C]; its sparse attention comes in `sparse_params`."""
     if arguments.get("sparse_params") is not None:
         raise LayoutError(
-            "Kandinsky 5's own sparse attention (sparse_params) leaves nothing to replace: use a checkpoint with "
+            "Kandinsky 5's own sparse attention (sparse_params) cannot be replaced: use a checkpoint with "
             'attention_type "regular", or run this call inside `with dense(model):`'
         )
     grid = _grid(model, arguments["hidden_states"].movedim(-1, 1))
     limits = model.visual_rope_embeddings.max_pos
     if any(side > limit for side, limit in zip(grid, limits, strict=True)):
-        raise LayoutError(f"this {type(model).__name__} knows positions up to {limits} tokens, got {grid}: {_SMALLER}")
+        raise LayoutError(
+            f"this {type(model).__name__} has positions for up to {limits} tokens, got {grid}: {_SMALLER}"
+        )
     return Sight(grid=grid)
 
 
@@ -150,8 +152,8 @@ def level_tokens(model: Any, name: str) -> int:
     sample = model.config.get("sample_size")
     if sample is None:
         raise ValueError(
-            f"min_tokens needs to know for which size a model was trained, and the config of this "
-            f'{type(model).__name__} has no sample_size: choose levels by name, as layers="down_blocks.0.*"'
+            f"min_tokens needs the size that a model was trained for, but the config of this "
+            f'{type(model).__name__} has no sample_size: choose levels by name, such as layers="down_blocks.0.*"'
         )
     part, index = name.split(".")[:2]
     last = len(model.config.block_out_channels) - 1

@@ -43,8 +43,8 @@ def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
             if torch.equal(exact.to(ids.dtype), ids):
                 return (height, width), exact.to(device)
     raise LayoutError(
-        f"the {num_tokens} image positions are not one full rectangle in row-major order, so there is no window on "
-        "them (an image cropped or packed by hand, or references that share the image's first position column): run "
+        f"the {num_tokens} image positions are not one full rectangle in row-major order, so they have no "
+        "window (an image cropped or packed by hand, or references that share the image's first position column): run "
         "this call inside `with dense(model):`, or restore_ the model"
     )
 
@@ -96,8 +96,8 @@ def _see_ids(arguments: Mapping[str, Any], text_len: int) -> Sight:
     ids = ids[0] if ids.ndim == 3 else ids
     if ids.shape[0] != tokens:
         raise LayoutError(
-            f"hidden_states hold {tokens} image tokens, img_ids {ids.shape[0]}: make both from the same height and "
-            "width (a token is a 2x2 patch of latents)"
+            f"hidden_states has {tokens} image tokens, but img_ids has {ids.shape[0]}: make both from the same height "
+            "and width (a token is a 2x2 patch of latents)"
         )
     sight, exact = _sight_after_text(ids, text_len)
     # as many dimensions as given: context parallelism splits a fixed one
@@ -146,8 +146,8 @@ def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
     same_layout = (is_image == is_image[:1]).all() and (positions == positions[:1]).all()
     if not same_layout or not is_image[:, text_len:].all() or not attend[:, text_len:].all():
         raise LayoutError(
-            "linear attention needs one image in each sequence, of one size and in one place after the text "
-            "(indicator, position_ids, segment_ids): pad the texts at their beginning, as Ideogram4Pipeline does"
+            "linear attention needs one image per sequence, at the same position after the text and of the same size "
+            "in all sequences (indicator, position_ids, segment_ids): left-pad the texts, as Ideogram4Pipeline does"
         )
     grid, _ = rectangle(positions[0])
     sight = Sight(grid=grid, text_lens=(text_len,))
@@ -180,12 +180,12 @@ def see_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> Si
     text_len = arguments["encoder_hidden_states"].shape[1]
     if not (mask[:, text_len:] == 1).all() or not ((mask == 0) | (mask == 1)).all():
         raise LayoutError(
-            "attention_mask must be True or 1 (attend) and False or 0, and hide text tokens only, got "
+            "attention_mask must be True or 1 (attend) or False or 0 (hide), and hide text tokens only, got "
             f"{mask.dtype} {tuple(mask.shape)}"
         )
     if sight.image_starts is not None:
         raise LayoutError(
-            "reference images beside a text mask have no window yet: give one prompt at a time, without padding"
+            "reference images with a text mask are not supported yet: pass one prompt at a time, without padding"
         )
     return replace(sight, text_mask=mask[:, :text_len].bool())
 

@@ -1,6 +1,6 @@
 """Image models of diffusers that are not supported, and why: what `UnsupportedModelError` says."""
 
-_LINEAR_ALREADY = "has linear self-attention already: nothing to convert"
+_LINEAR_ALREADY = "already has linear self-attention: nothing to convert"
 
 # wrappers that pipelines make from a list of ControlNets
 MULTI_CONTROLNETS = (
@@ -11,7 +11,7 @@ MULTI_CONTROLNETS = (
     "QwenImageMultiControlNetModel",
     "SD3MultiControlNetModel",
 )
-_SEVERAL_NETWORKS = "holds several networks: convert each one of its `nets`"
+_SEVERAL_NETWORKS = "contains several networks: convert each of its `nets`"
 
 REFUSED = {
     **dict.fromkeys(MULTI_CONTROLNETS, _SEVERAL_NETWORKS),
@@ -19,18 +19,18 @@ REFUSED = {
     "SanaControlNetModel": _LINEAR_ALREADY,
     "SanaVideoTransformer3DModel": _LINEAR_ALREADY,
     "OmniGenTransformer2DModel": (
-        "lets each text token see those before it only, and tells so by a mask of tokens x tokens, for which there is "
-        "no linear attention yet"
+        "has causal attention over text tokens, given by a mask of tokens x tokens, which linear attention does not "
+        "support yet"
     ),
     "DreamLiteUNetModel": (
-        "has picture and reference side by side in one image, where a window would hide the reference; it attends at "
-        "its smallest level only"
+        "places image and reference side by side in one canvas, where a window would hide the reference; it has "
+        "attention at its smallest level only"
     ),
-    "Kandinsky3UNet": "has its self-attention marked as cross-attention by diffusers, so that it cannot be told apart",
-    "StableCascadeUNet": "attends to image and text from unlike layers, which is not supported yet",
-    "UVit2DModel": "makes pictures of 256 or 512 pixels only, where attention is cheap",
+    "Kandinsky3UNet": "has self-attention that diffusers marks as cross-attention, so the two cannot be distinguished",
+    "StableCascadeUNet": "attends to image and text tokens that come from different layers, which is not supported yet",
+    "UVit2DModel": "generates images of 256 or 512 pixels only, where attention is cheap",
     "ZImageControlNetModel": (
-        "shares the refiner of its transformer, which is told one grid for both: convert the transformer with "
-        'layers="layers.*" to run it beside this'
+        "shares the refiner of its transformer, which can have only one token grid: convert the transformer with "
+        'layers="layers.*" to use it with this ControlNet'
     ),
 }

@@ -25,7 +25,9 @@ def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
     text_len = arguments["encoder_hidden_states"].shape[1]
     tokens = arguments["hidden_states"].shape[1]
     if sum(map(prod, shapes)) != tokens:
-        raise LayoutError(f"hidden_states hold {tokens} image tokens, img_shapes say {shapes}: make both from one size")
+        raise LayoutError(
+            f"hidden_states has {tokens} image tokens, but img_shapes has {shapes}: make both from the same size"
+        )
     if getattr(model.config, "use_layer3d_rope", False) and len(set(shapes)) == 1:
         return Sight(grid=(len(shapes) * shapes[0][0], *shapes[0][1:]), text_lens=(text_len,))
     num_references = tokens - prod(shapes[0])
@@ -59,7 +61,7 @@ def _common_shapes(img_shapes: Sequence[Any]) -> list[Shape]:
     samples = [[sample] if isinstance(sample[0], int) else list(sample) for sample in img_shapes]
     if any(sample != samples[0] for sample in samples):
         raise LayoutError(
-            f"every picture of a batch must have the same size, got the shapes {img_shapes}: run them one by one"
+            f"every image of a batch must have the same size, got the shapes {img_shapes}: run them one by one"
         )
     return [(int(frames), int(height), int(width)) for frames, height, width in samples[0]]
 
@@ -119,13 +121,13 @@ def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
     if omni:
         if any(len(sample) > 1 for sample in latents):
             raise LayoutError(
-                "several images in one sequence (Z-Image's omni mode) have no window yet: run this call inside "
+                "several images in one sequence (Z-Image's omni mode) are not supported yet: run this call inside "
                 "`with dense(model):`, or restore_ the model"
             )
         latents = [image for (image,) in latents]
     sizes = {tuple(latent.shape[-3:]) for latent in latents}
     if len(sizes) > 1:
-        raise LayoutError(f"every picture of a batch must have the same size, got {sorted(sizes)}: run them one by one")
+        raise LayoutError(f"every image of a batch must have the same size, got {sorted(sizes)}: run them one by one")
     frames, height, width = sizes.pop()
     patch, frame_patch = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
     shape = (frames // frame_patch, height // patch, width // patch)
@@ -147,6 +149,6 @@ def _check_axes(model: nn.Module, grid: Grid, limits: Sequence[int]) -> None:
     """Raise a LayoutError if a side has more tokens than the model has positions."""
     if any(side > limit for side, limit in zip(grid, limits, strict=True)):
         raise LayoutError(
-            f"this {type(model).__name__} knows positions up to {tuple(limits)} tokens (axes_lens), got {tuple(grid)}: "
-            "choose a smaller picture"
+            f"this {type(model).__name__} has positions for up to {tuple(limits)} tokens (axes_lens), got "
+            f"{tuple(grid)}: choose a smaller image"
         )

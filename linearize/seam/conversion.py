@@ -81,12 +81,13 @@ class Conversion:
         this_thread = threading.get_ident()
         if self._thread not in (None, this_thread) and _is_inside(self._thread, self):
             raise RuntimeError(
-                f"another thread is inside this converted model: one forward at a time, {_USE_SEPARATE_CALLS}"
+                "another thread is running this converted model, which takes one forward at a time: "
+                f"{_USE_SEPARATE_CALLS}"
             )
         if not self.enabled and self._dense_thread not in (None, this_thread):
             raise RuntimeError(
-                "another thread is inside `dense` of this model, which holds for that one alone: enter `dense` in the "
-                f"thread that calls the model; else {_USE_SEPARATE_CALLS}"
+                "another thread is inside `dense` of this model, which applies to that thread only: enter `dense` in "
+                f"the thread that calls the model, or {_USE_SEPARATE_CALLS}"
             )
 
     def refuse_earlier_grids(self) -> None:
@@ -97,7 +98,7 @@ class Conversion:
             if isinstance(running, ModelMixin) or conversion_of(running) is self:
                 raise LayoutError(
                     f"{type(running).__name__}.forward reaches converted attention without the model's hooks, which "
-                    "tell it the token grid: call the converted model itself, not model.forward; layers that it shares "
+                    "set its token grid: call the converted model itself, not model.forward; layers that it shares "
                     "with another model must stay dense (linearize_(..., layers=...))"
                 )
 
@@ -118,7 +119,7 @@ def conversion_of(model: nn.Module) -> Conversion | None:
 def overlays_of(model: nn.Module) -> Overlays:
     """What was trained on the base of a converted model."""
     conversion = conversion_of(model)
-    assert conversion is not None, "overlays are put on after linearize_"
+    assert conversion is not None, "overlays are added after linearize_"
     return conversion.overlays
 
 
@@ -135,8 +136,8 @@ def warn_unused_dense_below(model: nn.Module) -> None:
     conversion = conversion_of(model)
     if conversion is not None and conversion.dense_below > conversion.dense_tokens:
         logger.warning(
-            "dense_below=%d is left unused: what is trained for the new attention would be wrong with the original, so "
-            "linear attention runs at every size",
+            "dense_below=%d is ignored: weights trained for linear attention would be wrong with the original "
+            "attention, so linear attention runs at every size",
             conversion.dense_below,
         )
 

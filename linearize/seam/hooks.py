@@ -44,7 +44,9 @@ class Level:
     @property
     def grid(self) -> Grid:
         if self._shape is None:
-            raise LayoutError("no token grid yet: call the converted model itself, not model.forward or a block of it")
+            raise LayoutError(
+                "no token grid yet: call the converted model itself, not model.forward or one of its blocks"
+            )
         return tuple(self._shape.shape)
 
     def publish(self, sight: Sight) -> None:
@@ -121,8 +123,8 @@ def _publish(
         if type(error).__name__ != "GuardOnDataDependentSymNode":
             raise
         raise LayoutError(
-            f"torch.export traces without numbers, and the token grid of a {type(module).__name__} is read from some "
-            "(position ids, lengths): compile_ it instead, or export it inside `with dense(model):`"
+            f"torch.export traces without values, but the token grid of a {type(module).__name__} is read from values "
+            "(position ids, lengths): use compile_ instead, or export it inside `with dense(model):`"
         ) from error
     level.publish(sight)
     if level.conversion.saved_sights is not None:
@@ -161,6 +163,8 @@ def _values(output: Any) -> tuple[Any, ...]:
 def _rewind(conversion: Conversion, sights: dict[Level, Sight], enabled: bool, gradient: Tensor) -> None:
     if conversion.enabled != enabled:
         where = "outside" if enabled else "inside"
-        raise RuntimeError(f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward there")
+        raise RuntimeError(
+            f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward {where} as well"
+        )
     for level, sight in sights.items():
         level.publish(sight)

@@ -58,8 +58,8 @@ class InputTerms:
             UnsupportedModelError: always; the fused layer would get its input without these terms.
         """
         raise UnsupportedModelError(
-            "fuse_qkv_projections would put one layer in the place of to_q, to_k and to_v, whose inputs differ in this "
-            "method: leave the projections as they are"
+            "fuse_qkv_projections would replace to_q, to_k and to_v with one layer, but their inputs differ in this "
+            "method: do not fuse the projections"
         )
 
 

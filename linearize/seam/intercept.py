@@ -159,8 +159,9 @@ def _check_heads(attention: LinearAttention, query: Tensor) -> None:
     if query.shape[1] != num_heads and not shared:
         method = type(kernel.config).__name__
         raise LayoutError(
-            f"{attention._lineardit_name}: {method} has weights for each of {num_heads} heads, and {query.shape[1]} of "
-            "them are here (context or tensor parallelism): run it without, or take a method whose heads share weights"
+            f"{attention._lineardit_name}: {method} has weights for each of {num_heads} heads, but only "
+            f"{query.shape[1]} are on this device (context or tensor parallelism): disable parallelism, or use a "
+            "method whose heads share weights"
         )
 
 
@@ -175,8 +176,8 @@ def _refuse_dense(attention: LinearAttention, query: Tensor, key: Tensor) -> Non
     if not runs_original(kernel, image, level.conversion.dense_tokens):
         processor = type(getattr(attention, "processor", None)).__name__
         raise LayoutError(
-            f"{attention._lineardit_name}: {processor} lets every image token attend to the whole image once more, as "
-            "image prompts do in SD3: unload_ip_adapter, or run this call inside `with dense(model):`"
+            f"{attention._lineardit_name}: {processor} makes every image token attend to the whole image a second "
+            "time, as image prompts do in SD3: call unload_ip_adapter, or run this call inside `with dense(model):`"
         )
 
 
@@ -203,7 +204,10 @@ def _attend(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if is_causal or dropout_p > 0:
-        raise LayoutError(f"{attention._lineardit_name}: linear attention has no {is_causal=} or {dropout_p=}")
+        raise LayoutError(
+            f"{attention._lineardit_name}: linear attention supports neither is_causal nor dropout_p, got {is_causal=} "
+            f"and {dropout_p=}"
+        )
     # norms under autocast return float32 queries and keys, values are half: cast all three, as autocast does for SDPA
     query, key, value = as_autocast(query, key, value)
     if enable_gqa:
@@ -252,10 +256,10 @@ def _layout_of(attention: LinearAttention, key: Tensor) -> Layout:
     text_len = key.shape[2] - num_tokens(level.grid)
     if not torch.compiler.is_compiling() and text_len not in (0, *level.text_lens):
         raise LayoutError(
-            f"{attention._lineardit_name} sees {key.shape[2]} tokens where the model was called with "
-            f"{' or '.join(map(str, level.text_lens or (0,)))} of text and a grid of {level.grid}: call the model "
-            "itself, run each backward with gradient checkpointing before the next forward at another size, and take "
-            "away what merges or crops tokens (ToMe)"
+            f"{attention._lineardit_name} got {key.shape[2]} tokens, but the model was called with "
+            f"{' or '.join(map(str, level.text_lens or (0,)))} text tokens and a grid of {level.grid}: call the model "
+            "itself, run each backward with gradient checkpointing before the next forward at another size, and "
+            "remove whatever merges or crops tokens (ToMe)"
         )
     mask = None
     if level.text_mask is not None and text_len > 0:
@@ -270,8 +274,8 @@ def _share_sizes(attention: LinearAttention, layout: Layout) -> list[int]:
         return []
     if attention._lineardit_level.order is not None:
         raise LayoutError(
-            "context parallelism cannot share out reference images or prompts of different length with linear "
-            "attention: run without it, or run this call inside `with dense(model):`"
+            "context parallelism cannot split reference images or prompts of different lengths with linear "
+            "attention: disable it, or run this call inside `with dense(model):`"
         )
     parts = (layout.text_len, layout.num_image_tokens)
     return share_sizes(*(parts if layout.text_first else parts[::-1]), degree)
@@ -283,8 +287,9 @@ def _not_reached_message(attention: LinearAttention, hits: int) -> str:
     return (
         f"{attention._lineardit_name} is converted, but its forward reached linear attention {hits} times instead of "
         f"once (processor {type(processor).__name__}, attention backend {getattr(backend, 'value', 'default')}). "
-        "Likely causes: set_attention_backend on any model (it holds for the whole process) or DIFFUSERS_ATTN_BACKEND "
-        "with a kernel of its own, xformers, attention slicing, another scaled_dot_product_attention (SageAttention) "
-        "or a processor that does not call torch's once. Set the backend 'native' and a processor that does (a UNet's "
-        "set_default_attn_processor sets one that does not, AttnProcessor2_0() does), or restore_ it."
+        "Likely causes: set_attention_backend on any model (it applies to the whole process) or "
+        "DIFFUSERS_ATTN_BACKEND with its own kernel, xformers, attention slicing, another "
+        "scaled_dot_product_attention (SageAttention) or a processor that does not call torch's once. Set the backend "
+        "'native' and a processor that does (for a UNet, AttnProcessor2_0(); the one from set_default_attn_processor "
+        "does not), or restore_ the model."
     )

@@ -26,9 +26,9 @@ def ulysses_degree(processor: Any) -> int:
     context = getattr(parallelism, "context_parallel_config", None)
     if context is None or context.ring_degree not in (None, 1):
         raise LayoutError(
-            "linear attention takes context parallelism by Ulysses alone, ContextParallelConfig(ulysses_degree=...): "
-            f"ring attention sees a part of the keys at a time, got {context or parallelism}; use ulysses_degree, "
-            "disable it, or run this call inside `with dense(model):`"
+            "linear attention supports Ulysses context parallelism only, ContextParallelConfig(ulysses_degree=...): "
+            f"ring attention sees only part of the keys at a time, got {context or parallelism}; use ulysses_degree, "
+            "disable parallelism, or run this call inside `with dense(model):`"
         )
     return context.ulysses_degree or 1
 
@@ -42,7 +42,7 @@ def refuse_gradients(degree: int, output: Any) -> None:
     outputs = output if isinstance(output, tuple) else (output,)
     if degree > 1 and any(out.requires_grad for out in outputs):
         raise LayoutError(
-            "under context parallelism diffusers takes gradients through dense attention, which would be wrong here: "
+            "under context parallelism diffusers computes gradients of dense attention, which would be wrong here: "
             "generate under torch.no_grad(), and train without enable_parallelism"
         )
 

@@ -20,9 +20,9 @@ def refuse_perturbed(name: str, processor: Any) -> None:
     """Raise a LayoutError if a processor perturbs attention with a tokens x tokens mask."""
     if type(processor).__name__ in _MASKS_TOKENS:
         raise LayoutError(
-            f"{name} has {type(processor).__name__}: SD3's perturbed attention guidance masks tokens x tokens, which "
-            "linear attention does not. Leave layers that it perturbs dense (linearize_(..., layers=[the others])), or "
-            "call StableDiffusion3Pipeline with skip_guidance_layers=[...] in place of it, or make this call inside "
-            "`with dense(pipe):`. After such an error diffusers leaves its processors in the model: "
-            "pipe.transformer.set_attn_processor(JointAttnProcessor2_0()) takes them out"
+            f"{name} has {type(processor).__name__}: SD3's perturbed attention guidance needs a mask of tokens x "
+            "tokens, which linear attention does not support. Keep the layers that it perturbs dense (linearize_(..., "
+            "layers=[the others])), or call StableDiffusion3Pipeline with skip_guidance_layers=[...] instead, or run "
+            "this call inside `with dense(pipe):`. After such an error diffusers leaves its processors in the model: "
+            "pipe.transformer.set_attn_processor(JointAttnProcessor2_0()) removes them"
         )

@@ -87,8 +87,8 @@ def _check_writable(name: str, layer: nn.Module, attribute: str) -> None:
     if is_quantized(parameter):
         kind = parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
         raise ValueError(
-            f"{name} must be floating point of 16 bits or more to be changed, got {kind}: quantized bases take LoRA "
-            "adapters"
+            f"{name} must be floating point of 16 bits or more to be changed, got {kind}: quantized bases support LoRA "
+            "adapters only"
         )
 
 

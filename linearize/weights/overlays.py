@@ -81,8 +81,8 @@ class Overlays:
         """
         if any(overlay.reversible for overlay in self.items):
             raise UnsupportedModelError(
-                "fuse_qkv_projections would copy trained projections, which dense and restore_ could not take off the "
-                "copy: load the adapter with keep_original=False first"
+                "fuse_qkv_projections would copy trained projections, which dense and restore_ could not remove from "
+                "the copy: load the adapter with keep_original=False first"
             )
 
     def check_reversible(self) -> None:
@@ -124,7 +124,7 @@ def check_unmerged(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if getattr(model.get_submodule(name.rpartition(".")[0]), "merged", False):
             raise ValueError(
-                f"{name} has a style fused into it, which changing the weight would break: unfuse_lora first"
+                f"{name} has a LoRA fused into it, which changing the weight would break: unfuse_lora first"
             )
 
 

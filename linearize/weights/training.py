@@ -46,7 +46,7 @@ def add_lora_(
     _, model = denoiser(pipe_or_model)
     names = projection_names(model, targets)
     if any(overlay.describe().kind == "lora" for overlay in overlays_of(model).items):
-        raise ValueError("this model already has a LoRA to train: use that one, or restore_ and linearize_ first")
+        raise ValueError("this model already has a trainable LoRA: use that one, or restore_ and linearize_ first")
     factors = {}
     for name in names:
         layer = plain_layer(model, name)

@@ -38,7 +38,7 @@ def test_call_arguments_warns_once_about_ineffective_guidance(caplog: pytest.Log
     call_arguments(pipe, {"steps": 2})
     assert caplog.text.count("is guided only") == 1
     warn_unguided.cache_clear()
-    assert 'is guided only with a negative prompt: --argument negative_prompt=" "' in caplog.text
+    assert 'is guided only with a negative prompt: add --argument negative_prompt=" "' in caplog.text
     caplog.clear()
     call_arguments(pipe, {"steps": 2}, {"negative_prompt": " "})
     call_arguments(pipe, {"steps": 2}, {"true_cfg_scale": 1.0})
@@ -48,8 +48,7 @@ def test_call_arguments_warns_once_about_ineffective_guidance(caplog: pytest.Log
     call_arguments(build_tiny(), {"steps": 2}, {"negative_prompt": "blurry"})
     call_arguments(build_tiny(), {"steps": 2}, {"negative_prompt": "blurry"})
     assert caplog.messages == [
-        "FluxPipeline takes no notice of a negative prompt while its true_cfg_scale is 1: add --argument "
-        "true_cfg_scale=4.0"
+        "FluxPipeline ignores a negative prompt while its true_cfg_scale is 1: add --argument true_cfg_scale=4.0"
     ]
 
 
@@ -65,7 +64,7 @@ def test_call_arguments_converts_lists_to_tuples_for_pairs() -> None:
 def test_arguments_in_errors_adds_the_given_arguments_to_an_error() -> None:
     pipe = build_tiny()
     with (
-        pytest.raises(ValueError, match=r"FluxPipeline did not draw with clip_skip='a' \(IndexError: nothing\)"),
+        pytest.raises(ValueError, match=r"FluxPipeline failed with clip_skip='a' \(IndexError: nothing\)"),
         arguments_in_errors(pipe, {"clip_skip": "a"}),
     ):
         raise IndexError("nothing")
@@ -92,11 +91,11 @@ def test_default_settings_reads_the_pipeline_defaults() -> None:
     [
         ({"clip_skip": 2}, {}, "FluxPipeline takes no clip_skip: leave clip_skip out, got 2"),
         ({}, {"negativ_prompt": ""}, "FluxPipeline takes no negativ_prompt; did you mean negative_prompt?"),
-        ({}, {"height": 3}, "height is not a further argument: it has its own setting"),
-        ({}, {"guidance_scale": 3.0}, "guidance_scale is not a further argument"),
-        ({}, {"callback_on_step_end": "x"}, "callback_on_step_end is not a further argument"),
-        ({}, {"num_images_per_prompt": 2}, "num_images_per_prompt is not a further argument"),
-        ({}, {"sigmas": []}, "sigmas is not a further argument"),
+        ({}, {"height": 3}, "height cannot be a further argument: it has its own setting"),
+        ({}, {"guidance_scale": 3.0}, "guidance_scale cannot be a further argument"),
+        ({}, {"callback_on_step_end": "x"}, "callback_on_step_end cannot be a further argument"),
+        ({}, {"num_images_per_prompt": 2}, "num_images_per_prompt cannot be a further argument"),
+        ({}, {"sigmas": []}, "sigmas cannot be a further argument"),
         ({}, {"true_cfg_scale": "abc"}, "true_cfg_scale must be a number, got 'abc'"),
         ({"guidance": float("nan")}, {}, "guidance must be finite, got nan"),
         ({}, {"true_cfg_scale": float("inf")}, "true_cfg_scale must be finite, got inf"),

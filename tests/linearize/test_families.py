@@ -190,7 +190,7 @@ def test_ideogram4_padding_is_not_attended(layers: str | None) -> None:
     arguments["position_ids"][0, 0] += 5
     assert not torch.allclose(run(model, arguments)[:, 1:], out[:, 1:], atol=1e-4)
     arguments["indicator"][0, -1] = 0
-    with pytest.raises(LayoutError, match="one image in each sequence"):
+    with pytest.raises(LayoutError, match="one image per sequence"):
         run(model, arguments)
 
 
@@ -217,8 +217,8 @@ def test_bfloat16_ids_beyond_256_give_the_float32_output() -> None:
 @pytest.mark.parametrize(
     ("family", "grid", "text"),
     [
-        ("sd3", (4, 33), "32 tokens a side"),
-        ("auraflow", (33, 4), "takes wrong ones beyond"),
+        ("sd3", (4, 33), "32 tokens per side"),
+        ("auraflow", (33, 4), "uses wrong ones beyond"),
         ("lumina2", (4, 33), "axes_lens"),
         ("z-image", (33, 4), "axes_lens"),
     ],
@@ -244,7 +244,7 @@ def test_hidream_refuses_non_square_grids_beyond_its_token_limit() -> None:
 def test_dit_refuses_non_square_images() -> None:
     model, arguments = build("dit"), inputs_of("dit")
     linearize_(model, SMALL)
-    with pytest.raises(LayoutError, match="square pictures only"):
+    with pytest.raises(LayoutError, match="square images only"):
         run(model, {**arguments, "hidden_states": torch.randn(2, 4, 8, 12)})
 
 
@@ -293,7 +293,7 @@ def test_min_tokens_skips_the_small_levels_of_a_unet() -> None:
 
 def test_min_tokens_is_refused_where_the_sample_size_is_unknown() -> None:
     for model in (build("unet-controlnet"), build("unet", sample_size=None)):
-        with pytest.raises(ValueError, match=r'no sample_size: choose levels by name, as layers="down_blocks'):
+        with pytest.raises(ValueError, match=r'no sample_size: choose levels by name, such as layers="down_blocks'):
             linearize_(model, SMALL, min_tokens=100)
         linearize_(model, SMALL, layers="down_blocks.0.*")
 

@@ -200,7 +200,7 @@ def test_fused_projections_are_refused_in_either_order() -> None:
 
 def test_joint_attention_is_refused_with_a_suggestion() -> None:
     model = build("flux")
-    with pytest.raises(UnsupportedModelError, match="take another method"):
+    with pytest.raises(UnsupportedModelError, match="use another method"):
         linearize_(model, LinFusion(projection_channels=0))
     assert not swapped(model)
     model = build("sd3")

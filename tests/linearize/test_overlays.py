@@ -267,7 +267,7 @@ def test_add_lora_refuses_a_second_one() -> None:
     model = build("flux")
     linearize_(model, CLEAR)
     add_lora_(model, rank=2, targets=["to_q"])
-    with pytest.raises(ValueError, match="already has a LoRA to train"):
+    with pytest.raises(ValueError, match="already has a trainable LoRA"):
         add_lora_(model, rank=2, targets=["to_k"])
 
 

@@ -69,7 +69,7 @@ def test_replica_or_compiled_form_is_refused_while_another_thread_runs(second: s
     first, then = (other, model) if second == "compiled" else (model, other)
     with (
         held_inside(model, lambda: run(first, arguments)),
-        pytest.raises(RuntimeError, match="another thread is inside this converted model"),
+        pytest.raises(RuntimeError, match="another thread is running this converted model"),
     ):
         run(then, inputs_of("flux", grid=(4, 4)))
 

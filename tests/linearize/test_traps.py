@@ -102,7 +102,7 @@ def test_image_ids_that_are_not_a_rectangle_are_refused(ids: Tensor) -> None:
 def test_image_ids_of_another_size_are_refused() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
-    with pytest.raises(LayoutError, match="35 image tokens, img_ids 24"):
+    with pytest.raises(LayoutError, match="35 image tokens, but img_ids has 24"):
         run(model, {**arguments, "img_ids": position_ids((4, 6))})
 
 
@@ -157,7 +157,7 @@ def test_text_masks_are_taken_over(kind: str) -> None:
         (torch.ones(2, 1, 38, 38, dtype=torch.bool).tril(), "hide text tokens only"),
         (torch.arange(38).expand(2, 38)[:, None, None] < 37, "image tokens"),
         (torch.full((2, 1, 1, 38), 0.5), "bias"),
-        (torch.arange(2)[None, :, None, None].expand(2, 2, 1, 38) + torch.arange(38) > 0, "alike in every head"),
+        (torch.arange(2)[None, :, None, None].expand(2, 2, 1, 38) + torch.arange(38) > 0, "the same in every head"),
     ],
     ids=["tokens x tokens", "causal", "image", "bias", "heads differ"],
 )

@@ -153,7 +153,7 @@ def _try_methods(rank: int, family: str) -> None:
         if config in WEIGHTS_SHARED[family]:
             assert torch.allclose(run(model, arguments), expected, atol=1e-5), config
         else:
-            with pytest.raises(LayoutError, match=r"weights for each of 2 heads, and 1 of them"):
+            with pytest.raises(LayoutError, match=r"weights for each of 2 heads, but only 1 are on this device"):
                 run(model, arguments)
 
 

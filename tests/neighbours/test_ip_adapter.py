@@ -112,7 +112,7 @@ def test_sd3_image_prompts_are_refused_for_attending_to_the_image_again() -> Non
     )
     base = run(model, arguments)
     linearize_(model, Clear(radius=1.5))
-    with pytest.raises(LayoutError, match=r"attend to the whole image once more.*unload_ip_adapter"):
+    with pytest.raises(LayoutError, match=r"attend to the whole image a second time.*unload_ip_adapter"):
         run(model, arguments)
     with dense(model):
         assert torch.equal(run(model, arguments), base)

@@ -130,7 +130,7 @@ def test_fused_style_works_with_the_adapter(
     pipe.unload_lora_weights()
     assert torch.allclose(forward(pipe), styled, atol=1e-4)
     save_adapter(pipe, tmp_path / "without_the_style")
-    assert "LoRA that was fused into the base's weights is not saved in an adapter" in caplog.text
+    assert "LoRA fused into the base's weights is not saved in an adapter" in caplog.text
     restore_(pipe)
     assert torch.allclose(forward(pipe), dense_style, atol=1e-4)
     load_adapter_(pipe, adapter)
@@ -146,7 +146,7 @@ def test_swapping_whole_weights_under_a_fused_style_is_refused(
     pipe.load_lora_weights(style_of(pipe), adapter_name="style")
     pipe.fuse_lora()
     fused = forward(pipe)
-    with pytest.raises(ValueError, match=r"to_[qv]\..* has a style fused into it.*unfuse_lora first"):
+    with pytest.raises(ValueError, match=r"to_[qv]\..* has a LoRA fused into it.*unfuse_lora first"):
         load_adapter_(pipe, adapter)
     assert torch.equal(forward(pipe), fused)
     pipe.unfuse_lora()

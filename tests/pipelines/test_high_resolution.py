@@ -253,7 +253,7 @@ def test_plan_notes_the_advice_of_a_method_once() -> None:
     linearize_(pipe, Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4)))
     high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
     (note,) = [note for note in high.plan(64, 64).notes if "faint grid" in note]
-    assert "8 x 8 each" in note
+    assert "covers 8 x 8 tokens" in note
     assert not any("faint grid" in note for note in high.plan(16, 16).notes)  # with the original attention
 
 
@@ -264,7 +264,7 @@ def test_plan_notes_and_counts_the_original_call_in_small_stages() -> None:
         linearize_(pipe, Clear(radius=2), dense_below=dense_below)
         high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
         plans.append(high.plan(64, 64))
-    said = "converted stages of fewer than 100 image tokens make the model's original call"
+    said = "converted stages with fewer than 100 image tokens run the original attention"
     assert said not in plans[0].notes and plans[1].notes.count(said) == 1
     converted, chosen = ([stage.seconds for stage in plan.stages] for plan in plans)
     assert chosen[0] == converted[0] and chosen[1] > converted[1] and chosen[2] == converted[2]
