@@ -38,7 +38,7 @@ def bench(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing figures.")] = False,
     max_sequence_length: MaxSequenceLength = None,
     base: Annotated[
-        str | None, typer.Option(rich_help_panel=MODEL, help="Base to use in place of those that the adapters name.")
+        str | None, typer.Option(rich_help_panel=MODEL, help="Base to use instead of those that the adapters name.")
     ] = None,
     impl: Impl = "auto",
     offline: Offline = False,

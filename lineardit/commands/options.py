@@ -80,7 +80,7 @@ Tile = Annotated[
 ]
 
 Base = Annotated[
-    str | None, typer.Option(help="Base to use in place of the one that the adapter names.", rich_help_panel=MODEL)
+    str | None, typer.Option(help="Base to use instead of the one that the adapter names.", rich_help_panel=MODEL)
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=MODEL)]
 Offline = Annotated[
