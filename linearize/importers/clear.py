@@ -80,7 +80,7 @@ def _check_pool_size(tensors: Mapping[str, Tensor], pool_size: int | None, what:
     sizes = {tensor.shape[3] for name, tensor in tensors.items() if name.endswith(_POOLING) and tensor.ndim == 7}
     if sizes != ({pool_size} - {None}):
         trained = " and ".join(map(str, sizes)) or "None"
-        raise ValueError(f"pool_size must match what {what} were trained with, {trained}, got {pool_size}")
+        raise ValueError(f"pool_size must be {trained}, which {what} were trained with, got {pool_size}")
 
 
 def _expected(transformer: nn.Module, pool_size: int | None) -> dict[str, tuple[int, ...]]:

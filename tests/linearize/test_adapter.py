@@ -235,7 +235,7 @@ def test_load_adapter_failure_keeps_an_earlier_conversion(tmp_path: Path) -> Non
     model, arguments = base(), inputs_of("flux")
     linearize_(model, Clear(radius=3))
     before = run(model, arguments)
-    refused(tmp_path / "adapter", model, r"lacks lineardit.safetensors")
+    refused(tmp_path / "adapter", model, r"is missing lineardit.safetensors")
     assert torch.equal(run(model, arguments), before)
 
 

@@ -61,7 +61,7 @@ def test_hub_downloads_uploads_and_error_messages(tmp_path: Path) -> None:
         "me/gated is gated: accept its terms",
         "me/missing is neither a local folder nor a public Hub repository",
         "me/model has no revision 'other'",
-        "me/pickles/transformer holds pickles",
+        "me/pickles/transformer contains pickles",
         "me/configs/transformer has a config but no weights",
         "the weights of me/configs/transformer are not in the local cache",
     ):
