@@ -55,6 +55,7 @@ def _with_blocks(family: str) -> nn.Module:
 
 ONE_GRAPH_MORE = pytest.mark.xfail(reason="a third size makes a graph more")
 NO_GRAPH = pytest.mark.xfail(reason="the experts of a block depend on the data")
+TOLERANCES = {"kandinsky5": 1e-3}  # upstream rounds rotated queries to bfloat16, which enlarges differences in float32
 KNOWN = dict.fromkeys(("flux3", "lumina2", "z-image"), ONE_GRAPH_MORE) | {"hidream": NO_GRAPH}
 
 
@@ -67,7 +68,7 @@ def _marks(family: str) -> list[pytest.MarkDecorator]:
 def test_compile_adds_no_graph_after_the_second_size(family: str) -> None:
     model = _with_blocks(family)
     linearize_(model, Clear(radius=2.3))
-    graphs = _graphs_per_size(model, family, tolerance=1e-6 if family in FIRST else 2e-5)
+    graphs = _graphs_per_size(model, family, tolerance=TOLERANCES.get(family, 1e-6 if family in FIRST else 2e-5))
     assert graphs[0] == graphs[1]
     assert graphs[2] == graphs[-1] > 0
 
