@@ -89,6 +89,7 @@ class Plan(ScenePlan):
     train_steps: int = 200
     layer_steps: int = 40  # of the first phase, layer by layer
     layer_rate: float = 1e-3
+    flow: float = 0.1  # weight of the flow loss
     seeds: tuple[int, ...] = (0, 1, 2)
     trained: int = 220_000  # parameters of each student, to be met within 5%
     step_side: int = 512  # pixels, for seconds a step
@@ -231,7 +232,7 @@ class MethodTable(SceneStudents):
         settings = {
             "method": {pattern: config_to_dict(one) for pattern, one in patterns.items()},
             "trained": {"kind": "lora", "rank": rank, "projections": PROJECTIONS},
-            "loss": {"flow": 0.0 if self.calls else 0.1, "prediction": 1.0, "attention": 1.0},
+            "loss": {"flow": plan.flow, "prediction": 1.0, "attention": 1.0},
             "layerwise": {"steps": plan.layer_steps, "lr": plan.layer_rate},
         }
         return config_from_tables(self.tables(folder_name(f"{title(method)}-{seed}"), seed) | settings)
@@ -274,6 +275,10 @@ def main() -> None:
     parser.add_argument(
         "--calls", type=int, default=0, help="learn from so many kept calls of each sample, as models without a row do"
     )
+    parser.add_argument(
+        "--rate", type=float, default=Plan.learning_rate, help="learning rate of both phases; another table"
+    )
+    parser.add_argument("--flow", type=float, default=Plan.flow, help="weight of the flow loss; another table")
     parser.add_argument("--seeds", type=int, default=len(Plan.seeds), help="stop after so many")
     parser.add_argument(
         "--only", action="append", metavar="GLOB", help=f"rows with this title, or {PROPOSALS!r}; repeatable"
@@ -282,7 +287,15 @@ def main() -> None:
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     few = min(options.captions, Plan.few_captions)
-    plan = quick_plan() if options.quick else Plan(captions=options.captions, few_captions=few)
+    training = {
+        "learning_rate": options.rate,
+        "layer_rate": options.rate,
+        "flow": 0.0 if options.calls else options.flow,  # kept calls have no clean latents
+    }
+    plan = replace(
+        quick_plan() if options.quick else Plan(captions=options.captions, few_captions=few),
+        **training,
+    )
     name = "methods-quick" if options.quick else f"methods-{options.calls}-calls" if options.calls else "methods"
     directory = options.directory or Path("runs", name)
     table = MethodTable(path(), directory, plan, calls=options.calls)

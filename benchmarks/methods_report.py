@@ -177,7 +177,8 @@ def as_markdown(table: Table) -> str:
         f"examples/tiny_flux, {plan['captions']} held-out captions ({plan['few_captions']} untrained) at "
         f"{plan['side']}x{plan['side']}, {plan['steps']} denoising steps. "
         f"Students: {plan['layer_steps']} steps layer by layer and {plan['train_steps']} end to end, of "
-        f"{plan['batch_size']} samples; mean and standard deviation over seeds. "
+        f"{plan['batch_size']} samples, at a learning rate of {plan['learning_rate']:g} with {plan['flow']:g} of the "
+        "flow loss; mean and standard deviation over seeds. "
         "FLOPs: attention of one FLUX.1 layer at 4096x4096, mean over layers. A step at "
         f"{plan['step_side']}x{plan['step_side']}, and the teacher's in turn with it, on a CPU ({machines}).",
         "",
