@@ -10,7 +10,7 @@ from .errors import KernelNotReachedError as KernelNotReachedError
 from .errors import LayoutError as LayoutError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .families import Family as Family
-from .families import Sight as Sight
+from .families import ForwardLayout as ForwardLayout
 from .first_steps import first_steps as first_steps
 from .layout import Layout as Layout
 from .measures.attention_profile import Profile as Profile

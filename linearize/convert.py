@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..kernels.pieces.kept_tables import release_tables
+from ..kernels.pieces.table_cache import release_tables
 from .adapters.config_entry import remove_entry_, write_entry_
 from .advice import warn_unconverted_networks, warn_untested
 from .errors import UnsupportedModelError, did_you_mean
@@ -224,10 +224,10 @@ def swap_(
         modules: Attention modules by name, checked by `check_convertible`.
         kernels: A `Method` for each, by the same names.
     """
-    seen_at = conversion.family.seen_at
+    layout_at = conversion.family.layout_at
     levels: dict[nn.Module, Level] = {}
     for name, module in modules.items():
-        owner = model if seen_at is None else _ancestor(model, name, seen_at)
+        owner = model if layout_at is None else _ancestor(model, name, layout_at)
         level = levels.setdefault(owner, Level(conversion))
         attention, kernel = cast(Any, module), kernels[name]
         device = next(module.parameters()).device

@@ -68,7 +68,7 @@ def count_implementations(pipe_or_model: Any) -> Iterator[Counter[str]]:
 
     def count(kernel: Any, inputs: tuple[Tensor, Tensor, Tensor, Layout], _options: Any) -> None:
         query, _, _, layout = inputs
-        auto_impl = kernel.chosen(kernel.config, query, layout.grid, layout.text_len)
+        auto_impl = kernel.auto_impl(kernel.config, query, layout.grid, layout.text_len)
         counts[auto_impl if kernel.impl == "auto" else kernel.impl] += 1
 
     modules: list[Any] = [module.linear_kernel for module in swapped(denoiser(pipe_or_model)[1]).values()]

@@ -34,7 +34,7 @@ class RowMajorFlexAttention(Method):
         return ("auto",)
 
     @staticmethod
-    def chosen(config: RowMajorFlex, query: Tensor, grid: Grid, text_len: int) -> str:
+    def auto_impl(config: RowMajorFlex, query: Tensor, grid: Grid, text_len: int) -> str:
         return "auto"
 
     @staticmethod
@@ -42,7 +42,7 @@ class RowMajorFlexAttention(Method):
         clear = Clear(radius=config.radius)
         return ClearAttention.pairs(clear, grid, text_len, num_heads=num_heads, head_dim=head_dim)
 
-    def observe(self, grid: Grid) -> None:
+    def prepare_for(self, grid: Grid) -> None:
         """Build the mask of a new grid, outside traced code."""
         place = self.get_buffer("place")
         self.block_mask = _block_mask(grid[-2:], self.config, place.device)

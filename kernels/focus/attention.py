@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid, sizes_of
-from ..pieces.kept_tables import KEEPS_TABLES
 from ..pieces.results import sum_dtype, token_major
+from ..pieces.table_cache import CACHES_TABLES
 from ..window.windows import Window, from_arguments, to_arguments
 from .choose import backward_blocks, blocks_for, choose_impl, division_is_exact
 from .plain import plain_backward, plain_forward
@@ -97,7 +97,7 @@ SHAPES = f"{CELLS}, {WINDOW}"
 @torch.library.custom_op(
     "lineardit::focus_attention",
     mutates_args=(),
-    **KEEPS_TABLES,
+    **CACHES_TABLES,
     schema=f"({INPUTS}, {SHAPES}) -> (Tensor, Tensor, Tensor)",
 )
 def focus_op(
@@ -149,7 +149,7 @@ def _outputs(query, key, value, proxy_key, proxy_value, grid, count, side, *_): 
 @torch.library.custom_op(
     "lineardit::focus_attention_backward",
     mutates_args=(),
-    **KEEPS_TABLES,
+    **CACHES_TABLES,
     schema=f"(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, Tensor chosen, {SHAPES}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

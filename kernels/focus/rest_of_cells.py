@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..pieces.cells import Grid, cell_grid, cells_of_axis, sizes_of
-from ..pieces.kept_tables import KEEPS_TABLES, kept
+from ..pieces.table_cache import CACHES_TABLES, cached_table
 from ..window import Box, Circle
 from ..window.windows import Window, from_arguments, to_arguments
 
@@ -91,7 +91,7 @@ def log_rest(like: Tensor, grid: Grid, window: Window, num_cells: int) -> Tensor
 @torch.library.custom_op(
     "lineardit::log_rest",
     mutates_args=(),
-    **KEEPS_TABLES,
+    **CACHES_TABLES,
     schema="(Tensor like, SymInt[] grid, float? radius, SymInt num_cells, SymInt? frame_radius=None, "
     "SymInt[]? box=None) -> Tensor",
 )
@@ -113,12 +113,12 @@ def _(like, grid, radius, num_cells, *_):  # type: ignore[no-untyped-def]
 
 
 def _log_rest(like: Tensor, grid: Sequence[int], window: Window, num_cells: int) -> Tensor:
-    rest = kept_log_rest(tuple(grid), window, num_cells, like.dtype, like.device)
+    rest = cached_log_rest(tuple(grid), window, num_cells, like.dtype, like.device)
     return rest._replace(far=pad(rest.far, (0, 1))).everywhere(multiple=ALIGNED)
 
 
-@kept(maxsize=8)
-def kept_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> CellTable:
+@cached_table(maxsize=8)
+def cached_log_rest(grid: Grid, window: Window, num_cells: int, dtype: torch.dtype, device: torch.device) -> CellTable:
     """The numbers of `log_rest`, cached: read only."""
     with torch.autocast(device.type, enabled=False):
         share = num_cells / math.prod(grid)

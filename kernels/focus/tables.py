@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid, cell_grid, cells_of_axis, sizes_of
-from ..pieces.kept_tables import kept
+from ..pieces.table_cache import cached_table
 from ..window import Circle
 from ..window.windows import Window
 from .rest_of_cells import UNSEEN, CellTable, in_reach, rest_of_cells
@@ -40,7 +40,7 @@ class FocusTables(NamedTuple):
         return self.reached.at(place).expand(*chosen.shape[:2], -1, -1).gather(3, chosen)
 
 
-@kept(maxsize=8)
+@cached_table(maxsize=8)
 def focus_tables(
     grid: Grid,
     window: Window,

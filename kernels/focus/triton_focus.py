@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from ..pieces.cells import Grid, sizes_of
-from ..pieces.kept_tables import kept
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
+from ..pieces.table_cache import cached_table
 from ..window.windows import Window
 from . import triton_kernels as kernels
 from .choose import EXACT_BELOW
@@ -91,7 +91,7 @@ class PackedTables:
     distances: tuple[Tensor, ...]  # of rows, columns, frames, int32
 
 
-@kept(maxsize=8)
+@cached_table(maxsize=8)
 def _packed(
     grid: Grid, window: Window, num_cells: int, side: int, device: torch.device, rest_dtype: torch.dtype
 ) -> PackedTables:

@@ -22,8 +22,8 @@ from ..pieces.autocast import as_autocast, autocast_enabled
 from ..pieces.cells import Grid
 from ..pieces.checks import check_attention
 from ..pieces.text import key_mask, split_text
+from .cached_bias import cached_window_bias
 from .choose import choose_impl, implementations, require_triton
-from .kept_bias import kept_window_bias
 from .operator import window_attention_op
 from .reference import biased_attention, biased_lse, check_mask_size, window_bias
 from .windows import Box, Circle, Window, to_arguments
@@ -154,7 +154,7 @@ def _attend(
     if impl in ("tiled", "triton"):
         return _linear(query, key, value, text_len, text_first, text_mask, pooled, grid, window, scale, impl)
     check_mask_size(query, text_mask, pooled)
-    make_bias = kept_window_bias if impl == "masked" else window_bias
+    make_bias = cached_window_bias if impl == "masked" else window_bias
     bias = make_bias(query, grid, window, text_len, text_first)  # [N, N]
     out = biased_attention(query, key, value, bias, text_len, text_first, text_mask, pooled, scale)
     return out, biased_lse(query, key, bias, text_len, text_first, text_mask, scale) if return_lse else None

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pieces.kept_tables import KEEPS_TABLES
 from ..pieces.results import sum_dtype, token_major
+from ..pieces.table_cache import CACHES_TABLES
 from ..pieces.text import split_text
 from .choose import backward_tiles
 from .inputs import Inputs
@@ -27,7 +27,7 @@ WINDOW = "SymInt[] grid, float? radius, float scale, str impl, SymInt? frame_rad
 @torch.library.custom_op(
     "lineardit::window_attention",
     mutates_args=(),
-    **KEEPS_TABLES,
+    **CACHES_TABLES,
     schema=f"(Tensor text_out, bool text_first, {INPUTS}, {WINDOW}) -> (Tensor, Tensor)",
 )
 def window_attention_op(
@@ -78,7 +78,7 @@ def window_attention_op(
 @torch.library.custom_op(
     "lineardit::window_attention_backward",
     mutates_args=(),
-    **KEEPS_TABLES,
+    **CACHES_TABLES,
     schema=f"(Tensor grad_out, {INPUTS}, Tensor out, Tensor lse, Tensor? grad_lse, {WINDOW}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid
-from ..pieces.kept_tables import kept
 from ..pieces.results import sum_dtype
+from ..pieces.table_cache import cached_table
 from .inputs import Inputs
 from .lists import TileLists, box_lists, circle_lists
 from .partial import Keys, Partial, attention_bias, fastest_partial, merge
@@ -189,7 +189,7 @@ def _groups_and_partial(inputs: Inputs, grid: Sequence[int], window: Window) -> 
     return window_groups(tuple(grid), window, query.device), partial
 
 
-@kept(maxsize=8)
+@cached_table(maxsize=8)
 def window_groups(grid: Grid, window: Window, device: torch.device) -> tuple[TileGroup, ...]:
     """The groups of a window, on the device."""
     tile = query_tile(window, grid[-2], grid[-1])

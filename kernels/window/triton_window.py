@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 
 from ..pieces.cells import Grid
-from ..pieces.kept_tables import kept
 from ..pieces.launch import block_d, dense_rows, device_of, max_stages, split, with_strides
 from ..pieces.results import token_major
+from ..pieces.table_cache import cached_table
 from . import triton_kernels as kernels
 from .inputs import Inputs
 from .lists import TileLists, mask_words, transposed, window_lists
@@ -89,7 +89,7 @@ class TiledWindow:
     words: Tensor  # [masks, owned tokens] int64, a bit for each token that is read
 
 
-@kept(maxsize=16)
+@cached_table(maxsize=16)
 def _window(
     grid: Grid, window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
@@ -100,7 +100,7 @@ def _window(
     return _on_device(device, owned, lists.query_tokens[:, 0], listed, lists.mask_ids, *lengths, lists.masks)
 
 
-@kept(maxsize=16)
+@cached_table(maxsize=16)
 def _key_window(
     grid: Grid, window: Window, owned: tuple[int, int], read: tuple[int, int], device: torch.device
 ) -> TiledWindow:
@@ -173,7 +173,7 @@ def _shared_words(mask: Tensor, block: int) -> Tensor:
     return mask_words(F.pad(mask, (0, -mask.shape[1] % block)).unflatten(1, (-1, block)))
 
 
-@kept(maxsize=8)
+@cached_table(maxsize=8)
 def _unmasked_words(batch: int, num_shared: int, block: int, device: torch.device) -> Tensor:
     """`_shared_words` of keys without a mask, cached: they are the same in every layer and step."""
     return _shared_words(torch.ones(batch, num_shared, dtype=torch.bool, device=device), block)

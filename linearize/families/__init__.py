@@ -7,45 +7,45 @@ from torch import nn
 
 from ..errors import UnsupportedModelError, did_you_mean
 from .family import Family as Family
-from .family import Sight as Sight
+from .family import ForwardLayout as ForwardLayout
 from .latents import (
     level_tokens,
-    see_auraflow,
-    see_channels_last,
-    see_ernie_image,
-    see_feature_map,
-    see_glm_image,
-    see_hidream,
-    see_hunyuan_image,
-    see_items,
-    see_latents,
-    see_latents_and_text,
-    see_sd3,
-    see_square_latents,
+    read_auraflow,
+    read_channels_last,
+    read_ernie_image,
+    read_feature_map,
+    read_glm_image,
+    read_hidream,
+    read_hunyuan_image,
+    read_items,
+    read_latents,
+    read_latents_and_text,
+    read_sd3,
+    read_square_latents,
 )
 from .positions import (
-    see_flux2,
-    see_flux3,
-    see_flux_controlnet,
-    see_image_ids,
-    see_image_ids_and_mask,
-    see_indicator,
-    see_joint_position_ids,
+    read_flux2,
+    read_flux3,
+    read_flux_controlnet,
+    read_image_ids,
+    read_image_ids_and_mask,
+    read_indicator,
+    read_joint_position_ids,
 )
 from .refused import REFUSED
 from .sequences import (
-    see_bria_fibo2,
-    see_image_shapes,
-    see_image_shapes_last,
-    see_lumina,
-    see_shape_list,
-    see_z_image,
+    read_bria_fibo2,
+    read_image_shapes,
+    read_image_shapes_last,
+    read_lumina,
+    read_shape_list,
+    read_z_image,
 )
 
 _FLUX = Family(
     name="flux",
     attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    see=see_image_ids,
+    read_layout=read_image_ids,
     blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
 )
 
@@ -58,7 +58,7 @@ def _flux_like_family(name: str, classes: str) -> Family:
 _SD3 = Family(
     name="sd3",
     attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
-    see=see_sd3,
+    read_layout=read_sd3,
     text_first=False,
     image_alone=("*.attn2",),
     blocks=("JointTransformerBlock", "SD3SingleTransformerBlock"),
@@ -66,8 +66,8 @@ _SD3 = Family(
 _SD_UNET = Family(
     name="sd-unet",
     attention=("*.transformer_blocks.*.attn1", "*.transformer_blocks.*.attn2"),
-    see=see_feature_map,
-    seen_at="Transformer2DModel",
+    read_layout=read_feature_map,
+    layout_at="Transformer2DModel",
     image_alone=("*",),
     blocks=("BasicTransformerBlock",),
     native_tokens=level_tokens,
@@ -76,26 +76,26 @@ _SD_UNET = Family(
 
 def _image_only_family(name: str, attention: str, block: str) -> Family:
     """A family that takes latents as an image and has self-attention of the image alone."""
-    return Family(name=name, attention=(attention,), see=see_latents, image_alone=("*",), blocks=(block,))
+    return Family(name=name, attention=(attention,), read_layout=read_latents, image_alone=("*",), blocks=(block,))
 
 
 _HUNYUAN_DIT = _image_only_family("hunyuan-dit", "blocks.*.attn1", "HunyuanDiTBlock")
 _QWEN_IMAGE = Family(
     name="qwen-image",
     attention=("transformer_blocks.*.attn",),
-    see=see_image_shapes,
+    read_layout=read_image_shapes,
     blocks=("QwenImageTransformerBlock",),
 )
 _WAN = _image_only_family("wan", "blocks.*.attn1", "WanTransformerBlock")
 
 FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
-    "FluxControlNetModel": replace(_FLUX, see=see_flux_controlnet),
-    "Flux2Transformer2DModel": replace(_flux_like_family("flux2", "Flux2"), see=see_flux2),
+    "FluxControlNetModel": replace(_FLUX, read_layout=read_flux_controlnet),
+    "Flux2Transformer2DModel": replace(_flux_like_family("flux2", "Flux2"), read_layout=read_flux2),
     "Flux3Transformer2DModel": Family(
         name="flux3",
         attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
-        see=see_flux3,
+        read_layout=read_flux3,
         image_alone=("mode_blocks.*",),
         blocks=("Flux3ModeTransformerBlock", "Flux3SingleTransformerBlock"),
     ),
@@ -104,7 +104,7 @@ FAMILIES: dict[str, Family] = {
     "BriaFibo2Transformer2DModel": Family(
         name="bria-fibo2",
         attention=("layers.*.attention", "noise_refiner.*.attention"),
-        see=see_bria_fibo2,
+        read_layout=read_bria_fibo2,
         text_first=False,
         blocks=("BriaFibo2TransformerBlock",),
     ),
@@ -113,20 +113,20 @@ FAMILIES: dict[str, Family] = {
     "Krea2Transformer2DModel": Family(
         name="krea2",
         attention=("transformer_blocks.*.attn",),
-        see=see_joint_position_ids,
+        read_layout=read_joint_position_ids,
         blocks=("Krea2TransformerBlock",),
     ),
     "Ideogram4Transformer2DModel": Family(
         name="ideogram4",
         attention=("layers.*.attention",),
-        see=see_indicator,
+        read_layout=read_indicator,
         blocks=("Ideogram4TransformerBlock",),
         masked_at=("Ideogram4TransformerBlock",),
     ),
     "ChromaTransformer2DModel": Family(
         name="chroma",
         attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        see=see_image_ids_and_mask,
+        read_layout=read_image_ids_and_mask,
         blocks=("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
         masked_at=("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
     ),
@@ -134,7 +134,8 @@ FAMILIES: dict[str, Family] = {
     "SD3ControlNetModel": _SD3,
     "PixArtTransformer2DModel": _image_only_family("pixart", "transformer_blocks.*.attn1", "BasicTransformerBlock"),
     "DiTTransformer2DModel": replace(
-        _image_only_family("dit", "transformer_blocks.*.attn1", "BasicTransformerBlock"), see=see_square_latents
+        _image_only_family("dit", "transformer_blocks.*.attn1", "BasicTransformerBlock"),
+        read_layout=read_square_latents,
     ),
     "UNet2DConditionModel": _SD_UNET,
     "ControlNetModel": _SD_UNET,
@@ -143,7 +144,7 @@ FAMILIES: dict[str, Family] = {
     "AuraFlowTransformer2DModel": Family(
         name="auraflow",
         attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        see=see_auraflow,
+        read_layout=read_auraflow,
         blocks=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
     ),
     "HunyuanDiT2DModel": _HUNYUAN_DIT,
@@ -151,14 +152,14 @@ FAMILIES: dict[str, Family] = {
     "HunyuanImageTransformer2DModel": Family(
         name="hunyuan-image",
         attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        see=see_hunyuan_image,
+        read_layout=read_hunyuan_image,
         text_first=False,
         blocks=("HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"),
     ),
     "Lumina2Transformer2DModel": Family(
         name="lumina2",
         attention=("layers.*.attn", "noise_refiner.*.attn"),
-        see=see_lumina,
+        read_layout=read_lumina,
         image_alone=("noise_refiner.*",),
         blocks=("Lumina2TransformerBlock",),
     ),
@@ -167,60 +168,60 @@ FAMILIES: dict[str, Family] = {
     "QwenImage21Transformer2DModel": Family(
         name="qwen-image-21",
         attention=("transformer_blocks.*.attn",),
-        see=see_image_shapes_last,
+        read_layout=read_image_shapes_last,
         text_queries=False,
         blocks=("QwenImage21TransformerBlock",),
     ),
     "ZImageTransformer2DModel": Family(
         name="z-image",
         attention=("layers.*.attention", "noise_refiner.*.attention"),
-        see=see_z_image,
+        read_layout=read_z_image,
         text_first=False,
         blocks=("ZImageTransformerBlock",),
     ),
     "CogView4Transformer2DModel": Family(
         name="cogview4",
         attention=("transformer_blocks.*.attn1",),
-        see=see_latents_and_text,
+        read_layout=read_latents_and_text,
         blocks=("CogView4TransformerBlock",),
     ),
     "CogView3PlusTransformer2DModel": Family(
         name="cogview3-plus",
         attention=("transformer_blocks.*.attn1",),
-        see=see_latents_and_text,
+        read_layout=read_latents_and_text,
         blocks=("CogView3PlusTransformerBlock",),
     ),
     "GlmImageTransformer2DModel": Family(
         name="glm-image",
         attention=("transformer_blocks.*.attn1",),
-        see=see_glm_image,
+        read_layout=read_glm_image,
         blocks=("GlmImageTransformerBlock",),
     ),
     "ErnieImageTransformer2DModel": Family(
         name="ernie-image",
         attention=("layers.*.self_attention",),
-        see=see_ernie_image,
+        read_layout=read_ernie_image,
         text_first=False,
         blocks=("ErnieImageSharedAdaLNBlock",),
     ),
     "HiDreamImageTransformer2DModel": Family(
         name="hidream",
         attention=("double_stream_blocks.*.attn1", "single_stream_blocks.*.attn1"),
-        see=see_hidream,
+        read_layout=read_hidream,
         text_first=False,
         blocks=("HiDreamBlock",),
     ),
     "JoyImageEditTransformer3DModel": Family(
         name="joy-image",
         attention=("double_blocks.*.attn",),
-        see=see_items,
+        read_layout=read_items,
         text_first=False,
         blocks=("JoyImageTransformerBlock",),
     ),
     "JoyImageEditPlusTransformer3DModel": Family(
         name="joy-image-plus",
         attention=("double_blocks.*.attn",),
-        see=see_shape_list,
+        read_layout=read_shape_list,
         text_first=False,
         blocks=("JoyImageEditPlusTransformerBlock",),
     ),
@@ -228,14 +229,14 @@ FAMILIES: dict[str, Family] = {
         _image_only_family(
             "kandinsky5", "visual_transformer_blocks.*.self_attention", "Kandinsky5TransformerDecoderBlock"
         ),
-        see=see_channels_last,
+        read_layout=read_channels_last,
     ),
     "CosmosTransformer3DModel": _image_only_family("cosmos", "transformer_blocks.*.attn1", "CosmosTransformerBlock"),
     "LuminaNextDiT2DModel": _image_only_family("lumina-next", "layers.*.attn1", "LuminaNextDiTBlock"),
     "NucleusMoEImageTransformer2DModel": Family(
         name="nucleus-image",
         attention=("transformer_blocks.*.attn",),
-        see=see_image_shapes,
+        read_layout=read_image_shapes,
         text_first=False,
         text_queries=False,
         blocks=("NucleusMoEImageTransformerBlock",),
@@ -243,7 +244,7 @@ FAMILIES: dict[str, Family] = {
     "PRXTransformer2DModel": Family(
         name="prx",
         attention=("blocks.*.attention",),
-        see=see_latents_and_text,
+        read_layout=read_latents_and_text,
         text_queries=False,
         blocks=("PRXBlock",),
     ),

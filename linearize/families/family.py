@@ -16,7 +16,7 @@ CACHED_REFERENCES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class ForwardLayout:
     """The layout of tokens that the arguments of one forward determine.
 
     Attributes:
@@ -44,25 +44,25 @@ class Family:
         name: Name in reports.
         attention: Globs of module names that match the image's self-attention (cross-attention among them is ignored).
             Each such module calls `scaled_dot_product_attention` once.
-        see: (module, arguments by name) -> Sight. A module-level function, so that models can be copied and pickled.
+        read_layout: (module, arguments by name) -> layout. A module-level function: models can be copied and pickled.
         text_first: Text comes before the image in joint attention.
         text_queries: Text tokens are queries in joint attention; False: they are keys only.
         image_alone: Globs of those modules whose calls contain only image tokens, never text or others.
-        seen_at: Class name of the modules whose arguments determine the grid; None: the model itself.
+        layout_at: Class name of the modules whose arguments determine the grid; None: the model itself.
         blocks: Class names of the repeated blocks, for `compile_`.
         masked_at: Class names of the modules that would expand their `attention_mask` to tokens x tokens. Those with
-            converted attention receive None instead if there is a `Sight.text_mask`, which replaces it.
+            converted attention receive None instead if there is a `ForwardLayout.text_mask`, which replaces it.
         native_tokens: (model, name of an attention module) -> image tokens at the size the model was trained for, if
             modules differ in it (the levels of a UNet).
     """
 
     name: str
     attention: tuple[str, ...]
-    see: Callable[[nn.Module, Mapping[str, Any]], Sight]
+    read_layout: Callable[[nn.Module, Mapping[str, Any]], ForwardLayout]
     text_first: bool = True
     text_queries: bool = True
     image_alone: tuple[str, ...] = ()
-    seen_at: str | None = None
+    layout_at: str | None = None
     blocks: tuple[str, ...] = ()
     masked_at: tuple[str, ...] = ()
     native_tokens: Callable[[nn.Module, str], int] | None = None

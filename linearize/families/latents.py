@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..layout import Grid
-from .family import CACHED_REFERENCES, Sight
+from .family import CACHED_REFERENCES, ForwardLayout
 
 _SMALLER = "choose a smaller image, or run this call inside `with dense(model):` if you know that its output is correct"
 
@@ -24,68 +24,70 @@ def _grid(model: Any, latents: Tensor) -> Grid:
     return tuple(side // size for side, size in zip(sides, patches, strict=True))
 
 
-def see_latents(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_latents(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Attention over image tokens only."""
-    return Sight(grid=_grid(model, arguments["hidden_states"]))
+    return ForwardLayout(grid=_grid(model, arguments["hidden_states"]))
 
 
-def see_square_latents(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_square_latents(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """DiT, whose output upstream folds into a square whatever the input was."""
     grid = _grid(model, arguments["hidden_states"])
     if grid[0] != grid[1]:
         raise LayoutError(f"{type(model).__name__} generates square images only, got {grid} tokens: {_SMALLER}")
-    return Sight(grid=grid)
+    return ForwardLayout(grid=grid)
 
 
-def see_latents_and_text(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_latents_and_text(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Joint attention with encoder_hidden_states [B, text, C], if given."""
     text = arguments.get("encoder_hidden_states")
-    return Sight(grid=_grid(model, arguments["hidden_states"]), text_lens=() if text is None else (text.shape[1],))
+    return ForwardLayout(
+        grid=_grid(model, arguments["hidden_states"]), text_lens=() if text is None else (text.shape[1],)
+    )
 
 
-def see_glm_image(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_glm_image(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """GLM-Image; references are run first, and their keys and values kept in `kv_caches` for the image."""
     caches = arguments.get("kv_caches")
     if caches is not None and any(layer.mode in ("write", "read") for layer in caches.caches):
         raise LayoutError(CACHED_REFERENCES)
-    return see_latents_and_text(model, arguments)
+    return read_latents_and_text(model, arguments)
 
 
-def see_sd3(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_sd3(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """SD3 crops a table of positions; `attn2` of its dual blocks sees the image alone.
 
     A ControlNet may have no table of its own: its hidden_states are tokens then, and controlnet_cond has the size.
     """
     if arguments["hidden_states"].ndim == 3:
         arguments = {**arguments, "hidden_states": arguments["controlnet_cond"]}
-    sight = see_latents_and_text(model, arguments)
+    layout = read_latents_and_text(model, arguments)
     limit = getattr(model.pos_embed, "pos_embed_max_size", None)
-    if limit is not None and max(sight.grid) > limit:
+    if limit is not None and max(layout.grid) > limit:
         raise LayoutError(
             f"this {type(model).__name__} has positions for up to {limit} tokens per side (pos_embed_max_size), got "
-            f"{sight.grid}: {_SMALLER}"
+            f"{layout.grid}: {_SMALLER}"
         )
-    return sight
+    return layout
 
 
-def see_auraflow(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_auraflow(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """AuraFlow puts register tokens before the text; beyond its table, positions would wrap silently."""
-    sight = see_latents_and_text(model, arguments)
+    layout = read_latents_and_text(model, arguments)
     limit = isqrt(model.pos_embed.pos_embed_max_size)
-    if max(sight.grid) > limit:
+    if max(layout.grid) > limit:
         raise LayoutError(
             f"this {type(model).__name__} has positions for up to {limit} tokens per side, and silently uses wrong "
-            f"ones beyond that, got {sight.grid}: {_SMALLER}"
+            f"ones beyond that, got {layout.grid}: {_SMALLER}"
         )
-    return Sight(grid=sight.grid, text_lens=(sight.text_lens[0] + model.register_tokens.shape[1],))
+    return ForwardLayout(grid=layout.grid, text_lens=(layout.text_lens[0] + model.register_tokens.shape[1],))
 
 
-def see_ernie_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_ernie_image(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """ERNIE-Image: text_bth [B, text, C] after the image."""
-    return Sight(grid=_grid(model, arguments["hidden_states"]), text_lens=(arguments["text_bth"].shape[1],))
+    return ForwardLayout(grid=_grid(model, arguments["hidden_states"]), text_lens=(arguments["text_bth"].shape[1],))
 
 
-def see_hidream(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_hidream(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """HiDream: after the image, padding if the picture is not square, then two texts, one of them twice."""
     latents = arguments["hidden_states"]
     if latents.ndim != 4:
@@ -100,18 +102,18 @@ def see_hidream(model: Any, arguments: Mapping[str, Any]) -> Sight:
         )
     padding = 0 if grid[0] == grid[1] else model.max_seq - grid[0] * grid[1]
     llama = arguments["encoder_hidden_states_llama3"].shape[-2]
-    return Sight(grid=grid, text_lens=(padding + arguments["encoder_hidden_states_t5"].shape[1] + 2 * llama,))
+    return ForwardLayout(grid=grid, text_lens=(padding + arguments["encoder_hidden_states_t5"].shape[1] + 2 * llama,))
 
 
-def see_items(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_items(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """JoyImage: latents [B, C, frames, height, width], or [B, items, C, frames, height, width]: items are frames."""
     latents = arguments["hidden_states"]
     items = latents.shape[1] if latents.ndim == 6 else 1
     frames, height, width = _grid(model, latents[:, 0] if latents.ndim == 6 else latents)
-    return Sight(grid=(items * frames, height, width), text_lens=(arguments["encoder_hidden_states"].shape[1],))
+    return ForwardLayout(grid=(items * frames, height, width), text_lens=(arguments["encoder_hidden_states"].shape[1],))
 
 
-def see_channels_last(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_channels_last(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Kandinsky 5: latents [B, frames, height, width, C]; its sparse attention comes in `sparse_params`."""
     if arguments.get("sparse_params") is not None:
         raise LayoutError(
@@ -124,21 +126,21 @@ def see_channels_last(model: Any, arguments: Mapping[str, Any]) -> Sight:
         raise LayoutError(
             f"this {type(model).__name__} has positions for up to {limits} tokens, got {grid}: {_SMALLER}"
         )
-    return Sight(grid=grid)
+    return ForwardLayout(grid=grid)
 
 
-def see_hunyuan_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_hunyuan_image(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """HunyuanImage joins two texts, the second optional."""
     grid = _grid(model, arguments["hidden_states"])
     texts = [arguments["encoder_hidden_states"]]
     if model.context_embedder_2 is not None and arguments.get("encoder_hidden_states_2") is not None:
         texts.append(arguments["encoder_hidden_states_2"])
-    return Sight(grid=grid, text_lens=(sum(text.shape[1] for text in texts),))
+    return ForwardLayout(grid=grid, text_lens=(sum(text.shape[1] for text in texts),))
 
 
-def see_feature_map(module: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_feature_map(module: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """A level of a UNet: hidden_states [B, C, height, width], one token for each position."""
-    return Sight(grid=tuple(arguments["hidden_states"].shape[-2:]))
+    return ForwardLayout(grid=tuple(arguments["hidden_states"].shape[-2:]))
 
 
 def level_tokens(model: Any, name: str) -> int:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from ..errors import LayoutError
 from ..layout import Grid, Layout
 from ..seam.original import runs_original
-from .family import CACHED_REFERENCES, Sight
+from .family import CACHED_REFERENCES, ForwardLayout
 
 
 def rectangle(ids: Tensor) -> tuple[Grid, Tensor]:
@@ -79,19 +79,19 @@ def _first(mask: Tensor) -> int:
     return int(pad(mask.to(torch.uint8), (0, 1), value=1).argmax())
 
 
-def see_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_image_ids(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """hidden_states [B, N, C], img_ids [N, axes] (or, deprecated, [1, N, axes]), encoder_hidden_states [B, text, C]."""
     return _see_ids(arguments, arguments["encoder_hidden_states"].shape[1])
 
 
-def see_flux_controlnet(model: Any, arguments: Mapping[str, Any]) -> Sight:
-    """As `see_image_ids`; a union ControlNet has a token for its mode before the text."""
+def read_flux_controlnet(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
+    """As `read_image_ids`; a union ControlNet has a token for its mode before the text."""
     mode = arguments.get("controlnet_mode") if model.union else None  # upstream raises if it is missing
     num_modes = 0 if mode is None else mode.shape[1]
     return _see_ids(arguments, num_modes + arguments["encoder_hidden_states"].shape[1])
 
 
-def _see_ids(arguments: Mapping[str, Any], text_len: int) -> Sight:
+def _see_ids(arguments: Mapping[str, Any], text_len: int) -> ForwardLayout:
     ids, tokens = arguments["img_ids"], arguments["hidden_states"].shape[1]
     ids = ids[0] if ids.ndim == 3 else ids
     if ids.shape[0] != tokens:
@@ -99,39 +99,39 @@ def _see_ids(arguments: Mapping[str, Any], text_len: int) -> Sight:
             f"hidden_states has {tokens} image tokens, but img_ids has {ids.shape[0]}: make both from the same height "
             "and width (a token is a 2x2 patch of latents)"
         )
-    sight, exact = _sight_after_text(ids, text_len)
+    layout, exact = _layout_after_text(ids, text_len)
     # as many dimensions as given: context parallelism splits a fixed one
-    return replace(sight, replaced={"img_ids": exact.expand_as(arguments["img_ids"])})
+    return replace(layout, replaced={"img_ids": exact.expand_as(arguments["img_ids"])})
 
 
-def _sight_after_text(ids: Tensor, text_len: int) -> tuple[Sight, Tensor]:
-    """The sight for ids [N, axes] of the image and its references after a text, and the ids without rounding."""
+def _layout_after_text(ids: Tensor, text_len: int) -> tuple[ForwardLayout, Tensor]:
+    """The layout for ids [N, axes] of the image and its references after a text, and the ids without rounding."""
     grid, num_references, exact = image_and_references(ids)
     starts = (text_len,) if num_references else None
-    return Sight(grid=grid, text_lens=(text_len + num_references,), image_starts=starts), exact
+    return ForwardLayout(grid=grid, text_lens=(text_len + num_references,), image_starts=starts), exact
 
 
-def see_flux2(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """FLUX.2: as `see_image_ids`; with a `kv_cache_mode`, references come first or are only keys and values."""
+def read_flux2(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
+    """FLUX.2: as `read_image_ids`; with a `kv_cache_mode`, references come first or are only keys and values."""
     if arguments.get("kv_cache_mode") is not None:
         raise LayoutError(CACHED_REFERENCES)
-    return see_image_ids(model, arguments)
+    return read_image_ids(model, arguments)
 
 
-def see_flux3(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """FLUX.3: as `see_image_ids`; references are separate arguments, and their tokens follow the image."""
-    sight = see_image_ids(model, arguments)
+def read_flux3(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
+    """FLUX.3: as `read_image_ids`; references are separate arguments, and their tokens follow the image."""
+    layout = read_image_ids(model, arguments)
     references = arguments.get("image_cond_hidden_states")
     if references is None:
-        return sight
+        return layout
     text_len = arguments["encoder_hidden_states"].shape[1]
-    return replace(sight, text_lens=(text_len + references.shape[1],), image_starts=(text_len,))
+    return replace(layout, text_lens=(text_len + references.shape[1],), image_starts=(text_len,))
 
 
 _OUTPUT_IMAGE = 2  # OUTPUT_IMAGE_INDICATOR of diffusers' transformer_ideogram4
 
 
-def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_indicator(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Ideogram 4: indicator [B, text + N] gives the kind of each token, position_ids [B, text + N, 3] its position.
 
     Upstream makes a tokens x tokens mask of segment_ids [B, text + N], which separate the padding before the text. If
@@ -150,44 +150,44 @@ def see_indicator(model: Any, arguments: Mapping[str, Any]) -> Sight:
             "in all sequences (indicator, position_ids, segment_ids): left-pad the texts, as Ideogram4Pipeline does"
         )
     grid, _ = rectangle(positions[0])
-    sight = Sight(grid=grid, text_lens=(text_len,))
+    layout = ForwardLayout(grid=grid, text_lens=(text_len,))
     if _is_original(model, grid):
-        return sight
+        return layout
     all_converted = all(hasattr(layer.attention, "linear_kernel") for layer in model.layers)
     text_mask = attend[:, :text_len].to(arguments["segment_ids"].device)
     replaced = {"segment_ids": arguments["segment_ids"][:, -1:]} if all_converted else {}
-    return replace(sight, text_mask=text_mask, replaced=replaced)
+    return replace(layout, text_mask=text_mask, replaced=replaced)
 
 
-def see_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_joint_position_ids(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Krea 2: position_ids [text + N, 3] of both; hidden_states [B, N, C], encoder_hidden_states [B, text, ...]."""
     ids, text_len = arguments["position_ids"], arguments["encoder_hidden_states"].shape[1]
-    sight, exact = _sight_after_text(ids[text_len:], text_len)
-    return replace(sight, replaced={"position_ids": torch.cat([ids[:text_len].float(), exact])})
+    layout, exact = _layout_after_text(ids[text_len:], text_len)
+    return replace(layout, replaced={"position_ids": torch.cat([ids[:text_len].float(), exact])})
 
 
-def see_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    """As `see_image_ids`, with attention_mask [B, text + N], which blocks would expand to tokens x tokens.
+def read_image_ids_and_mask(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
+    """As `read_image_ids`, with attention_mask [B, text + N], which blocks would expand to tokens x tokens.
 
     Chroma's pipelines fill it with 0.0 and 1.0, which full attention adds to its scores, so that it hides nothing
     (diffusers issue 12116). Linear attention hides the masked tokens, as in training; if every converted module makes
     the original call, upstream's mask stays.
     """
-    sight = see_image_ids(model, arguments)
+    layout = read_image_ids(model, arguments)
     mask = arguments.get("attention_mask")
-    if mask is None or (mask.dtype != torch.bool and _is_original(model, sight.grid)):
-        return sight
+    if mask is None or (mask.dtype != torch.bool and _is_original(model, layout.grid)):
+        return layout
     text_len = arguments["encoder_hidden_states"].shape[1]
     if not (mask[:, text_len:] == 1).all() or not ((mask == 0) | (mask == 1)).all():
         raise LayoutError(
             "attention_mask must be True or 1 (attend) or False or 0 (hide), and hide text tokens only, got "
             f"{mask.dtype} {tuple(mask.shape)}"
         )
-    if sight.image_starts is not None:
+    if layout.image_starts is not None:
         raise LayoutError(
             "reference images with a text mask are not supported yet: pass one prompt at a time, without padding"
         )
-    return replace(sight, text_mask=mask[:, :text_len].bool())
+    return replace(layout, text_mask=mask[:, :text_len].bool())
 
 
 def _is_original(model: nn.Module, grid: Grid) -> bool:

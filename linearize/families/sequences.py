@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..layout import Grid
-from .family import Sight
+from .family import ForwardLayout
 
 Shape = tuple[int, int, int]  # (frames, height, width) in tokens
 
 
-def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_image_shapes(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Qwen-Image: img_shapes has the (frames, height, width) of each sample's images; the first one is generated.
 
     The images after it are references. Layered models generate all images, of one size: here they are frames.
@@ -29,16 +29,16 @@ def see_image_shapes(model: Any, arguments: Mapping[str, Any]) -> Sight:
             f"hidden_states has {tokens} image tokens, but img_shapes has {shapes}: make both from the same size"
         )
     if getattr(model.config, "use_layer3d_rope", False) and len(set(shapes)) == 1:
-        return Sight(grid=(len(shapes) * shapes[0][0], *shapes[0][1:]), text_lens=(text_len,))
+        return ForwardLayout(grid=(len(shapes) * shapes[0][0], *shapes[0][1:]), text_lens=(text_len,))
     num_references = tokens - prod(shapes[0])
-    return Sight(
+    return ForwardLayout(
         grid=_without_single_frame(shapes[0]),
         text_lens=(text_len + num_references,),
         image_starts=(text_len,) if num_references else None,
     )
 
 
-def see_image_shapes_last(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_image_shapes_last(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Qwen-Image 2.1: img_shapes as above, with the generated image last; tokens before it do not attend to it.
 
     img_mask [B, slots] is True for slots of images, each of 2 x 2 tokens, and False for slots of text, each of one.
@@ -46,14 +46,14 @@ def see_image_shapes_last(model: nn.Module, arguments: Mapping[str, Any]) -> Sig
     shape = _common_shapes(arguments["img_shapes"])[-1]
     slots = arguments["img_mask"][0]
     num_tokens = slots.shape[0] + 3 * int(slots.sum())
-    return Sight(grid=_without_single_frame(shape), text_lens=(num_tokens - prod(shape),))
+    return ForwardLayout(grid=_without_single_frame(shape), text_lens=(num_tokens - prod(shape),))
 
 
-def see_shape_list(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
+def read_shape_list(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
     """JoyImage Edit Plus: hidden_states [B, N, ...] of the image, its references and padding; the text after them."""
     shape = _common_shapes(arguments["shape_list"])[0]
     num_tokens = arguments["hidden_states"].shape[1] + arguments["encoder_hidden_states"].shape[1]
-    return Sight(grid=_without_single_frame(shape), text_lens=(num_tokens - prod(shape),))
+    return ForwardLayout(grid=_without_single_frame(shape), text_lens=(num_tokens - prod(shape),))
 
 
 def _common_shapes(img_shapes: Sequence[Any]) -> list[Shape]:
@@ -75,15 +75,15 @@ def _patches(patch_size: int, latents: Tensor) -> Grid:
     return tuple(side // patch_size for side in latents.shape[-2:])
 
 
-def see_lumina(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_lumina(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Lumina 2: latents [B, C, height, width]; each sample is its text, then the image, then padding."""
     grid = _patches(model.config.patch_size, arguments["hidden_states"])
     _check_axes(model, grid, model.config.axes_lens[1:])
     lengths = [int(length) for length in arguments["encoder_attention_mask"].sum(1).tolist()]
-    return Sight(grid=grid, text_lens=(max(lengths),), image_starts=tuple(lengths))
+    return ForwardLayout(grid=grid, text_lens=(max(lengths),), image_starts=tuple(lengths))
 
 
-def see_bria_fibo2(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_bria_fibo2(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Bria Fibo 2: latents [B, C, height, width], references, and gist tokens in place of the text.
 
     The gist is before the image, or after the references if the samples' gists differ in length.
@@ -104,14 +104,14 @@ def see_bria_fibo2(model: Any, arguments: Mapping[str, Any]) -> Sight:
     )
     references = arguments.get("context_latents") or ()
     num_references = sum(prod(_patches(config.patch_size, latents)) for latents in references)
-    return Sight(
+    return ForwardLayout(
         grid=grid,
         text_lens=(num_references, num_references + max(gists)),
         image_starts=(gists[0] if len(set(gists)) == 1 else 0,),
     )
 
 
-def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
+def read_z_image(model: Any, arguments: Mapping[str, Any]) -> ForwardLayout:
     """Z-Image: a list of latents [C, frames, height, width]; the image, padded to a multiple, then the text, padded.
 
     In omni mode, each sample has a list of texts and a list of images, and all of its texts come first.
@@ -135,7 +135,7 @@ def see_z_image(model: Any, arguments: Mapping[str, Any]) -> Sight:
     padding = -prod(shape) % _SEQUENCE_MULTIPLE
     texts_of_samples = texts if omni else [[text] for text in texts]
     lengths = tuple(sum(len(text) + -len(text) % _SEQUENCE_MULTIPLE for text in sample) for sample in texts_of_samples)
-    return Sight(
+    return ForwardLayout(
         grid=_without_single_frame(shape),
         text_lens=(padding, padding + max(lengths)),
         image_starts=lengths if omni else None,

@@ -137,11 +137,11 @@ class Step:
         method = METHODS[type(config)]
         with torch.device("meta"):
             kernel = method(config, num_heads=call.heads, head_dim=call.head_dim)
-        if kernel.covers(Layout(grid, text_len, text_first=True)):
+        if kernel.is_exact(Layout(grid, text_len, text_first=True)):
             return COVERED
         query = like.new_empty(1).expand(1, call.heads, call.keys, call.head_dim)  # takes no memory
-        chosen: str = method.chosen(config, query, grid, text_len)
-        return chosen
+        impl: str = method.auto_impl(config, query, grid, text_len)
+        return impl
 
     def layout(self, call: Call) -> tuple[Grid, int]:
         """Grid and text length of a self-attention call; in a UNet, the grid of the call's level."""
@@ -175,7 +175,7 @@ def count_step(model: Any, latents: tuple[int, int], size: str, *, text_len: int
     family = family_of(model)
     inputs = step_inputs(model, family.name, latents, text_len=text_len)
     try:
-        grid = latents if family.seen_at else family.see(model, inputs).grid
+        grid = latents if family.layout_at else family.read_layout(model, inputs).grid
     except LayoutError:
         return None  # larger than the model's table of positions
     counter, live = _run(model, inputs, attention_modules(model, family))

@@ -39,7 +39,7 @@ def _kernel_peak(config: Any, call: Call, grid: Grid, text_len: int, dtype: torc
     with torch.device("meta"):
         kernel = METHODS[type(config)](config, num_heads=call.heads, head_dim=call.head_dim)
         inputs = [torch.empty(size, dtype=dtype) for _ in range(3)]
-    kernel.observe(grid)
+    kernel.prepare_for(grid)
     with torch.no_grad(), LiveBytes(kernel, inputs) as live, _OutputOnlyAttention():
         kernel(*inputs, Layout(grid, text_len, text_first=True))
     return live.peak

@@ -88,10 +88,10 @@ class Probe(Method):
             norm=torch.zeros((), dtype=double),
         )
 
-    def observe(self, grid: Grid) -> None:
-        """As `Method.observe`, for the kernels of the methods that are tried."""
+    def prepare_for(self, grid: Grid) -> None:
+        """As `Method.prepare_for`, for the kernels of the methods that are tried."""
         for kernel in self.kernels:
-            cast(Any, kernel).observe(grid)
+            cast(Any, kernel).prepare_for(grid)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None

@@ -67,20 +67,20 @@ class ClearAttention(WindowAttention):
         if config.pool_size is not None:
             self.pool_weight = nn.Parameter(torch.full((config.pool_size,) * 2, 1 / config.pool_size**2))
 
-    def observe(self, grid: Grid) -> None:
-        """As `Method.observe`: the cells become a shape, which a trace keeps symbolic.
+    def prepare_for(self, grid: Grid) -> None:
+        """As `Method.prepare_for`: the cells become a shape, which a trace keeps symbolic.
 
         Raises:
             LayoutError: frame_radius in a model of single pictures, or more frames than pool_tokens.
         """
-        super().observe(grid)
+        super().prepare_for(grid)
         cells = _cells(self.config, grid)
         if cells is not None:
             self._cells = as_shape(*cells)
 
-    def covers(self, layout: Layout) -> bool:
+    def is_exact(self, layout: Layout) -> bool:
         """Whether this is the model's own softmax attention over everything."""
-        return not self._pools() and super().covers(layout)
+        return not self._pools() and super().is_exact(layout)
 
     @staticmethod
     def pairs(config: Clear, grid: Grid, text_len: int, *, num_heads: int, head_dim: int) -> int:

@@ -168,9 +168,9 @@ class HybridAttention(Method):
         return WindowAttention.implementations()
 
     @staticmethod
-    def chosen(config: Hybrid, query: Tensor, grid: Grid, text_len: int) -> str:
+    def auto_impl(config: Hybrid, query: Tensor, grid: Grid, text_len: int) -> str:
         """What impl="auto" runs for a query [B, H, N, D]: "tiled", or "tiled (focus: plain)"."""
-        window_impl = LOCAL[type(config.local)].chosen(config.local, query, grid, text_len)
+        window_impl = LOCAL[type(config.local)].auto_impl(config.local, query, grid, text_len)
         if config.focus_tokens == 0 or cells_in_focus(config.focus_tokens, config.num_cells, grid) == 0:
             return window_impl
         return f"{window_impl} (focus: {choose_impl(query, config.focus_side, 'auto')})"
@@ -192,27 +192,27 @@ class HybridAttention(Method):
         notes = [one for one in (focus_advice(config, grid), proxy_advice(config, grid)) if one is not None]
         return "; ".join(notes) if notes else None
 
-    def observe(self, grid: Grid) -> None:
-        """As `Method.observe`.
+    def prepare_for(self, grid: Grid) -> None:
+        """As `Method.prepare_for`.
 
         Raises:
             LayoutError: a branch rejects this grid.
         """
-        self.local.observe(grid)
-        self.global_.observe(grid)
+        self.local.prepare_for(grid)
+        self.global_.prepare_for(grid)
         if (warning := focus_advice(self.config, grid)) is not None:
             warn_once(warning)
 
-    def covers(self, layout: Layout) -> bool:
+    def is_exact(self, layout: Layout) -> bool:
         """Whether the window leaves nothing to the global branch."""
-        return self.local.covers(layout)
+        return self.local.is_exact(layout)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None
     ) -> Tensor:
         """[B, H, N, D] -> [B, H, N, D]."""
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if self.covers(layout):
+        if self.is_exact(layout):
             return self.local(query, key, value, layout, scale=scale)
         text_len, text_first = layout.text_len, layout.text_first
         image_query, image_key, image_value = (split_text(x, text_len, text_first)[1] for x in (query, key, value))

@@ -32,7 +32,7 @@ class Method(nn.Module):
         return ("auto", "torch")
 
     @staticmethod
-    def chosen(config: Any, query: Tensor, grid: Grid, text_len: int) -> str:
+    def auto_impl(config: Any, query: Tensor, grid: Grid, text_len: int) -> str:
         """What impl="auto" runs for a query [B, H, N, D]."""
         return "torch"
 
@@ -49,10 +49,10 @@ class Method(nn.Module):
         """A known weakness at this grid, in a sentence for the notes of a plan; None: none known."""
         return None
 
-    def observe(self, grid: Grid) -> None:
+    def prepare_for(self, grid: Grid) -> None:
         """Called with each new grid before `forward`, outside traced code, to reject it or to prepare for it."""
 
-    def covers(self, layout: Layout) -> bool:
+    def is_exact(self, layout: Layout) -> bool:
         """Whether the method equals softmax over all pairs here, so that impl="auto" runs the original call instead."""
         return False
 

@@ -45,7 +45,7 @@ class WindowAttention(Method):
         return ("auto", *implementations())
 
     @staticmethod
-    def chosen(config: WindowConfig, query: Tensor, grid: Grid, text_len: int) -> str:
+    def auto_impl(config: WindowConfig, query: Tensor, grid: Grid, text_len: int) -> str:
         """What impl="auto" runs for a query [B, H, N, D]."""
         return choose_impl(query, grid=grid, window=config.shape, text_len=text_len)
 
@@ -58,15 +58,15 @@ class WindowAttention(Method):
         window = config.shape.num_pairs(height, width) * _num_frame_pairs(frame_radius, frames)
         return window + image_len * text_len + text_len * (text_len + image_len)
 
-    def observe(self, grid: Grid) -> None:
-        """As `Method.observe`.
+    def prepare_for(self, grid: Grid) -> None:
+        """As `Method.prepare_for`.
 
         Raises:
             LayoutError: frame_radius in a model of single pictures.
         """
         _with_frames(self.window.frame_radius, grid)
 
-    def covers(self, layout: Layout) -> bool:
+    def is_exact(self, layout: Layout) -> bool:
         """Whether this is the model's own softmax attention over everything."""
         frames, height, width = _with_frames(self.window.frame_radius, layout.grid)
         sees_frames = self.window.frame_radius is None or frames <= self.window.frame_radius

@@ -11,9 +11,9 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from ...kernels.pieces.kept_tables import release_tables
+from ...kernels.pieces.table_cache import release_tables
 from ..errors import LayoutError
-from ..families import Family, Sight
+from ..families import Family, ForwardLayout
 from ..weights.overlays import Overlay, Overlays
 from .input_terms import InputTerms
 
@@ -30,7 +30,7 @@ class Conversion:
         overlays: What was trained on the base.
         input_terms: One for each converted module whose method changes the inputs of layers.
         logit_factor: Factor of the attention logits, set by `scaled_logits`.
-        saved_sights: Sights of the running forward by level, if gradient checkpointing will recompute parts of it.
+        saved_layouts: Layouts of the running forward by level, if gradient checkpointing will recompute parts of it.
         pending_mask_checks: Whether each mask of the running forward hides text only; None outside a forward.
     """
 
@@ -43,7 +43,7 @@ class Conversion:
         self.input_terms: list[InputTerms] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.logit_factor = 1.0
-        self.saved_sights: dict[Any, Sight] | None = None
+        self.saved_layouts: dict[Any, ForwardLayout] | None = None
         self.pending_mask_checks: list[Tensor] | None = None
         self._thread: int | None = None
         self._dense_thread: int | None = None
@@ -66,7 +66,7 @@ class Conversion:
     def leave(self) -> None:
         """Release the model if this thread holds it."""
         if self._thread == threading.get_ident():
-            self._thread = self.saved_sights = self.pending_mask_checks = None
+            self._thread = self.saved_layouts = self.pending_mask_checks = None
 
     def disable(self) -> None:
         """Run the model's own attention until `enable`; only this thread may call the model."""
@@ -92,7 +92,7 @@ class Conversion:
 
     def refuse_earlier_grids(self) -> None:
         """Raise a LayoutError if a model runs these modules without our hooks: their grid is from an earlier call."""
-        if self._thread is not None or self.family.seen_at is not None:
+        if self._thread is not None or self.family.layout_at is not None:
             return
         for running in _running_modules(threading.get_ident()):
             if isinstance(running, ModelMixin) or conversion_of(running) is self:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError
-from ..families import Sight
+from ..families import ForwardLayout
 from ..layout import Grid, as_shape, image_first, require_text_masks
 from ..methods import Method
 from .conversion import Conversion
@@ -28,7 +28,7 @@ class Level:
 
     Attributes:
         kernels: Of the attention modules at this level.
-        text_lens: As in the `Sight` of the running forward.
+        text_lens: As in the `ForwardLayout` of the running forward.
         text_mask: As there, [B, text_len] bool or None.
         order: [B or 1, N] token order that puts the image first; None: the image is where the family has it.
     """
@@ -49,19 +49,19 @@ class Level:
             )
         return tuple(self._shape.shape)
 
-    def publish(self, sight: Sight) -> None:
-        """Make this the sight that the attention modules of this level read."""
-        self.text_lens, self.text_mask = sight.text_lens, sight.text_mask
+    def publish(self, layout: ForwardLayout) -> None:
+        """Make this the layout that the attention modules of this level read."""
+        self.text_lens, self.text_mask = layout.text_lens, layout.text_mask
         self.order = None
-        if sight.image_starts is not None:
+        if layout.image_starts is not None:
             text_first = self.conversion.family.text_first
-            self.order = image_first(sight.grid, sight.image_starts, max(sight.text_lens), text_first=text_first)
-        if self._shape is not None and tuple(self._shape.shape) == sight.grid:
+            self.order = image_first(layout.grid, layout.image_starts, max(layout.text_lens), text_first=text_first)
+        if self._shape is not None and tuple(self._shape.shape) == layout.grid:
             return
         self._shape = None  # the next call must check a rejected grid again
         for kernel in self.kernels:
-            kernel.observe(sight.grid)
-        self._shape = as_shape(*sight.grid)
+            kernel.prepare_for(layout.grid)
+        self._shape = as_shape(*layout.grid)
 
 
 def install(model: nn.Module, conversion: Conversion, levels: dict[nn.Module, Level]) -> None:
@@ -105,7 +105,7 @@ def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for terms in conversion.input_terms:
         terms.update_hooks()
     recomputes = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
-    conversion.saved_sights = {} if recomputes else None
+    conversion.saved_layouts = {} if recomputes else None
     conversion.pending_mask_checks = []
 
 
@@ -118,7 +118,7 @@ def _publish(
         return None
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     try:
-        sight = level.conversion.family.see(module, {**dict(zip(names, args, strict=False)), **kwargs})
+        layout = level.conversion.family.read_layout(module, {**dict(zip(names, args, strict=False)), **kwargs})
     except RuntimeError as error:
         if type(error).__name__ != "GuardOnDataDependentSymNode":
             raise
@@ -126,11 +126,11 @@ def _publish(
             f"torch.export traces without values, but the token grid of a {type(module).__name__} is read from values "
             "(position ids, lengths): use compile_ instead, or export it inside `with dense(model):`"
         ) from error
-    level.publish(sight)
-    if level.conversion.saved_sights is not None:
-        level.conversion.saved_sights[level] = replace(sight, replaced={})
-    new_args = tuple(sight.replaced.get(name, value) for name, value in zip(names, args, strict=False))
-    return new_args, {name: sight.replaced.get(name, value) for name, value in kwargs.items()}
+    level.publish(layout)
+    if level.conversion.saved_layouts is not None:
+        level.conversion.saved_layouts[level] = replace(layout, replaced={})
+    new_args = tuple(layout.replaced.get(name, value) for name, value in zip(names, args, strict=False))
+    return new_args, {name: layout.replaced.get(name, value) for name, value in kwargs.items()}
 
 
 @torch.compiler.disable
@@ -145,9 +145,9 @@ def _leave(model: Any, args: tuple[Any, ...], output: Any) -> None:
 
 def rewind_before_backward(conversion: Conversion, output: Any) -> None:
     """Restore this forward's grids at the start of its backward: gradient checkpointing reruns blocks there."""
-    if conversion.saved_sights is None or output is None:
+    if conversion.saved_layouts is None or output is None:
         return
-    rewind: Callable[[Tensor], None] = partial(_rewind, conversion, conversion.saved_sights, conversion.enabled)
+    rewind: Callable[[Tensor], None] = partial(_rewind, conversion, conversion.saved_layouts, conversion.enabled)
     for value in _values(output):
         if isinstance(value, Tensor) and value.requires_grad:
             value.register_hook(rewind)
@@ -160,11 +160,11 @@ def _values(output: Any) -> tuple[Any, ...]:
     return tuple(output.values() if isinstance(output, Mapping) else output)
 
 
-def _rewind(conversion: Conversion, sights: dict[Level, Sight], enabled: bool, gradient: Tensor) -> None:
+def _rewind(conversion: Conversion, layouts: dict[Level, ForwardLayout], enabled: bool, gradient: Tensor) -> None:
     if conversion.enabled != enabled:
         where = "outside" if enabled else "inside"
         raise RuntimeError(
             f"with gradient checkpointing, a forward {where} `dense(model)` needs its backward {where} as well"
         )
-    for level, sight in sights.items():
-        level.publish(sight)
+    for level, layout in layouts.items():
+        level.publish(layout)

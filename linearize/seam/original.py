@@ -16,7 +16,7 @@ def runs_original(kernel: Any, layout: Layout, dense_below: int) -> bool:
         dense_below: Number of image tokens below which the model's own call runs.
     """
     # in this order, a trace of small pictures does not depend on the window
-    return kernel.impl == "auto" and (layout.num_image_tokens < dense_below or kernel.covers(layout))
+    return kernel.impl == "auto" and (layout.num_image_tokens < dense_below or kernel.is_exact(layout))
 
 
 def dense_below_text(dense_below: int) -> str:

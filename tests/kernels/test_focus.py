@@ -67,7 +67,7 @@ def test_hybrid_with_all_cells_in_focus_matches_full_softmax(grid: tuple[int, ..
     num_image, text_len = math.prod(grid), 3
     config = Hybrid(local=local, global_=ProxyTokens(num_proxies=6), gate=1.0, focus_tokens=num_image)
     kernel = METHODS[Hybrid](config, num_heads=2, head_dim=8).double()
-    kernel.observe(grid)
+    kernel.prepare_for(grid)
     inputs = [torch.randn(2, 2, text_len + num_image, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     mask = torch.tensor([[True, False, True], [True] * 3])
     out = kernel(*inputs, Layout(grid, text_len, True, mask), scale=SCALE)

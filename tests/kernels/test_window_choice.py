@@ -16,7 +16,7 @@ from impls import PORTABLE
 from lineardit.kernels import focus  # noqa: F401  registers operators
 from lineardit.kernels.window import Box, Circle, choose_impl, operator, tiled, windowed_attention
 from lineardit.kernels.window import partial as partials
-from lineardit.kernels.window.kept_bias import kept_bias, kept_window_bias, window_bias_op
+from lineardit.kernels.window.cached_bias import cached_bias, cached_window_bias, window_bias_op
 from lineardit.kernels.window.partial import EFFICIENT, FLASH, PLAIN, fastest_partial
 from lineardit.kernels.window.reference import window_mask
 from lineardit.kernels.window.windows import to_arguments
@@ -161,10 +161,10 @@ def test_operators_pass_opcheck(case):
     torch.library.opcheck(window_bias_op, (torch.zeros(1), case.grid, radius, 4, True, *others))
 
 
-def test_window_bias_op_never_returns_the_kept_bias():
+def test_window_bias_op_never_returns_the_cached_bias():
     window_bias_op(torch.zeros(1), (3, 5), 2.0, 4, True).fill_(1)
     window = Circle(radius=2.0)
-    kept = kept_window_bias(torch.zeros(1), (3, 5), window, 4, True)
+    kept = cached_window_bias(torch.zeros(1), (3, 5), window, 4, True)
     assert torch.equal(kept == 0, window_mask((3, 5), window, 4, True, torch.device("cpu")))
     assert kept[kept != 0].eq(-torch.inf).all()
 
@@ -185,13 +185,13 @@ def test_operators_that_keep_tables_are_not_recorded_in_cuda_graphs(name):
     assert torch.Tag.cudagraph_unsafe in tags and torch.Tag.pt2_compliant_tag in tags
 
 
-def test_kept_window_bias_keeps_fake_and_real_tensors_apart():
+def test_cached_window_bias_keeps_fake_and_real_tensors_apart():
     arguments = ((4, 5), Circle(radius=2.25), 3, False)
     for first_fake in (True, False):
-        kept_bias.cache_clear()
+        cached_bias.cache_clear()
         for fake in (first_fake, not first_fake):
             with FakeTensorMode() if fake else nullcontext():
-                assert isinstance(kept_window_bias(torch.zeros(1), *arguments), FakeTensor) == fake
+                assert isinstance(cached_window_bias(torch.zeros(1), *arguments), FakeTensor) == fake
 
 
 CIRCLE = Circle(radius=3), [(5, 30), (7, 20), (40, 3), (13, 14)]

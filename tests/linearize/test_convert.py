@@ -12,7 +12,7 @@ from torch import nn
 from lineardit.linearize import (
     Clear,
     Family,
-    Sight,
+    ForwardLayout,
     SwapReport,
     UnsupportedModelError,
     dense,
@@ -190,12 +190,12 @@ class _OwnModel(nn.Module):
         return self.layer(image.flatten(2).transpose(1, 2))
 
 
-def _see_own(model: nn.Module, arguments: dict) -> Sight:
-    return Sight(grid=tuple(arguments["image"].shape[-2:]))
+def _read_own(model: nn.Module, arguments: dict) -> ForwardLayout:
+    return ForwardLayout(grid=tuple(arguments["image"].shape[-2:]))
 
 
 def test_linearize_accepts_a_custom_family() -> None:
-    family = Family(name="own", attention=("layer",), see=_see_own)
+    family = Family(name="own", attention=("layer",), read_layout=_read_own)
     model, image = _OwnModel(), torch.randn(2, 8, 5, 7)
     base = model(image)
     report = linearize_(model, Clear(radius=20), family=family)

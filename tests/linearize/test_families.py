@@ -201,9 +201,9 @@ def test_bfloat16_ids_beyond_256_are_read_and_made_exact(family: str) -> None:
     model, arguments = build(family), inputs_of(family, grid=(300, 280), batch=1)
     name = "position_ids" if family == "krea2" else "img_ids"
     exact = arguments[name]
-    sight = family_of(model).see(model, {**arguments, name: exact.to(torch.bfloat16)})
-    assert sight.grid == (300, 280)
-    assert torch.equal(sight.replaced[name], exact)
+    layout = family_of(model).read_layout(model, {**arguments, name: exact.to(torch.bfloat16)})
+    assert layout.grid == (300, 280)
+    assert torch.equal(layout.replaced[name], exact)
 
 
 @pytest.mark.slow
@@ -258,9 +258,9 @@ def test_several_sizes_in_a_batch_are_refused() -> None:
 def test_qwen_image_layers_are_frames_only_with_layer3d_rope() -> None:
     model = build("qwen-image")
     arguments = inputs_of("qwen-image", grid=(4, 6)) | {"img_shapes": [[(1, 2, 6), (1, 2, 6)]] * 2}
-    assert family_of(model).see(model, arguments).grid == (2, 6)
+    assert family_of(model).read_layout(model, arguments).grid == (2, 6)
     model.register_to_config(use_layer3d_rope=True)
-    assert family_of(model).see(model, arguments).grid == (2, 2, 6)
+    assert family_of(model).read_layout(model, arguments).grid == (2, 2, 6)
 
 
 @pytest.mark.parametrize("starts", [(0,), (2,), (3,), (0, 2, 3)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lineardit import Clear, UnsupportedModelError, linearize_, load_adapter_, restore_, save_adapter
-from lineardit.linearize import Family, Sight
+from lineardit.linearize import Family, ForwardLayout
 from lineardit.linearize.describe import describe_attention
 
 
@@ -41,12 +41,12 @@ class _Ripple(nn.Module):
         return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def _see_pond(model: nn.Module, arguments: Mapping[str, Any]) -> Sight:
-    return Sight(grid=tuple(arguments["latents"].shape[-2:]))
+def _read_pond(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
+    return ForwardLayout(grid=tuple(arguments["latents"].shape[-2:]))
 
 
 def test_custom_family_converts_saves_and_loads(tmp_path: Path) -> None:
-    family = Family(name="pond", attention=("blocks.?",), see=_see_pond, image_alone=("*",))
+    family = Family(name="pond", attention=("blocks.?",), read_layout=_read_pond, image_alone=("*",))
     model, latents = _Pond(), torch.randn(2, 16, 4, 5)
     base = model(latents)
     with pytest.raises(UnsupportedModelError, match=r"a Linear that Family.attention matches.*`\*`"):

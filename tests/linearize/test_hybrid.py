@@ -49,7 +49,7 @@ BRANCHES = [
 def kernel_of(config: Any, dtype: torch.dtype = torch.float64) -> Any:
     """The attention module for 2 heads of 8, after observing the grid."""
     kernel = METHODS[type(config)](config, num_heads=2, head_dim=8).to(dtype)
-    kernel.observe(GRID)
+    kernel.prepare_for(GRID)
     return kernel
 
 
@@ -121,7 +121,7 @@ def test_open_gate_approximates_full_softmax_for_constant_cells() -> None:
     """Keys and values are constant within each cell, and the window holds only the query's own token."""
     kernel = kernel_of(Hybrid(local=Clear(radius=1), global_=ProxyTokens(num_proxies=4), gate=1.0))
     grid, text_len = (20, 20), 2
-    kernel.observe(grid)
+    kernel.prepare_for(grid)
     cells = torch.randn(3, 1, 2, 2, 2, 8, dtype=torch.float64) / 2
     image = cells.repeat_interleave(10, 3).repeat_interleave(10, 4).flatten(3, 4)
     text = torch.randn(3, 1, 2, text_len, 8, dtype=torch.float64)
@@ -177,10 +177,10 @@ def test_hybrid_with_a_covering_window_matches_full_softmax() -> None:
     for join in ("mass", "gate"):
         kernel = kernel_of(Hybrid(local=Clear(radius=9), global_=Mala(), join=join, gate=0.7))
         inputs, layout = tokens(TEXT_LEN), Layout(GRID, TEXT_LEN, True, None)
-        assert kernel.covers(layout)
+        assert kernel.is_exact(layout)
         kernel.impl = "tiled"
         assert torch.allclose(kernel(*inputs, layout), scaled_dot_product_attention(*inputs))
-        assert not kernel.covers(Layout((20, 20), TEXT_LEN, True, None))
+        assert not kernel.is_exact(Layout((20, 20), TEXT_LEN, True, None))
 
 
 @pytest.mark.parametrize("config", BRANCHES, ids=str)
@@ -213,7 +213,7 @@ def test_hybrid_mixes_frames_through_the_global_branch() -> None:
         Hybrid(local=Clear(radius=9, frame_radius=1), global_=Agent(num_agents=4), gate=1), num_heads=2, head_dim=8
     ).double()
     layout = Layout((2, 3, 5), 0, True, None)
-    kernel.observe(layout.grid)
+    kernel.prepare_for(layout.grid)
     query, key, value = tokens(0)
     later = torch.cat([value[:, :, :15], value[:, :, 15:] + 1], 2)
     assert torch.equal(*(kernel.local(query, key, x, layout)[:, :, :15] for x in (value, later)))
@@ -352,6 +352,6 @@ def test_advice_is_given_where_focus_tokens_has_no_effect(grid: tuple[int, ...],
 def test_grid_without_focus_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     kernels = [METHODS[Hybrid](NO_FOCUS, num_heads=2, head_dim=8) for _ in range(2)]
     for kernel in kernels:
-        kernel.observe((250, 260))
-        kernel.observe((40, 40))
+        kernel.prepare_for((250, 260))
+        kernel.prepare_for((40, 40))
     assert [record.message.count("set focus_tokens to 254 or more") for record in caplog.records] == [1]

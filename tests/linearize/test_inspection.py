@@ -127,7 +127,7 @@ def test_inspect_base_names_the_implementation_by_size_where_it_differs(
     convert_base(base, Clear(radius=2), output=tmp_path / "adapter")
     monkeypatch.setattr(
         METHODS[Clear],
-        "chosen",
+        "auto_impl",
         staticmethod(lambda config, query, grid, text_len: "reference" if grid[0] < 1000 else "tiled"),
     )
     assert inspect_base(tmp_path / "adapter").rows[0].impl == "reference at 1K 2K, tiled at 4K 8K"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lineardit.kernels.pieces import kept_tables
+from lineardit.kernels.pieces import table_cache
 from lineardit.linearize import linearize_, restore_
 from lineardit.linearize.layout import Layout
 from lineardit.linearize.measures.live_bytes import LiveBytes
@@ -18,7 +18,7 @@ LOCAL = Clear(radius=2)
 
 
 @pytest.mark.parametrize("focus_tokens", [0, 30])
-def test_restore_frees_the_kept_tables(focus_tokens: int) -> None:
+def test_restore_frees_the_cached_tables(focus_tokens: int) -> None:
     proxies = ProxyTokens(num_proxies=4)
     model = build("flux", num_layers=1)
     linearize_(model, Hybrid(local=Clear(radius=2), global_=proxies, focus_tokens=focus_tokens), impl="tiled")
@@ -44,7 +44,7 @@ def test_tables_are_freed_with_the_last_converted_model() -> None:
 
 
 def _num_tables() -> int:
-    return sum(cached.cache_info().currsize for cached in kept_tables._KEPT)
+    return sum(cached.cache_info().currsize for cached in table_cache._CACHES)
 
 
 @pytest.mark.parametrize("text_len", [0, 3])

@@ -79,7 +79,7 @@ def tokens(grid: tuple[int, ...], text_len: int, dtype: torch.dtype = torch.floa
 
 
 def attend(kernel: Any, inputs: list[Tensor], layout: Layout, *, scale: float | None = None) -> Tensor:
-    kernel.observe(layout.grid)
+    kernel.prepare_for(layout.grid)
     return kernel(*inputs, layout, scale=scale)
 
 
@@ -223,21 +223,21 @@ def test_covers_only_where_the_method_equals_the_base_attention(config: Any) -> 
     kernel = kernel_of(config)
     text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
     for grid in [(32, 33), (33, 32), (33, 35)]:
-        kernel.observe(grid)
-        assert not kernel.covers(Layout(grid, text_len, True, None)), grid
+        kernel.prepare_for(grid)
+        assert not kernel.is_exact(Layout(grid, text_len, True, None)), grid
     for grid in [(2, 2), (2, 3), *GRIDS]:
         inputs, layout = tokens(grid, text_len), Layout(grid, text_len, True, None)
-        kernel.observe(grid)
-        if kernel.covers(layout):
+        kernel.prepare_for(grid)
+        if kernel.is_exact(layout):
             assert torch.allclose(kernel(*inputs, layout), scaled_dot_product_attention(*inputs), atol=1e-5), grid
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_chosen_is_an_implementation(config: Any) -> None:
+def test_auto_impl_is_an_implementation(config: Any) -> None:
     kernel = kernel_of(config)
-    told = kernel.chosen(config, torch.empty(1, 2, 15 + TEXT_LEN, 8), (3, 5), TEXT_LEN)
+    auto_impl = kernel.auto_impl(config, torch.empty(1, 2, 15 + TEXT_LEN, 8), (3, 5), TEXT_LEN)
     # such as "tiled (focus: plain)"
-    assert told.split(" ")[0] in kernel.implementations()
+    assert auto_impl.split(" ")[0] in kernel.implementations()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -31,7 +31,7 @@ class SharperAttention(Method):
     def pairs(config: Sharper, grid: Any, text_len: int, *, num_heads: int, head_dim: int) -> int:
         return (math.prod(grid) + text_len) ** 2
 
-    def covers(self, layout: Any) -> bool:
+    def is_exact(self, layout: Any) -> bool:
         return self.config.sharpness == 1
 
     def forward(self, query: Any, key: Any, value: Any, layout: Any, *, scale: float | None = None) -> Any:

@@ -53,7 +53,7 @@ def test_cell_side_is_the_smallest_within_pool_tokens(grid: tuple[int, ...], poo
 
 def test_cell_side_refuses_more_frames_than_cells() -> None:
     with pytest.raises(LayoutError, match=r"got 2 for 3: raise pool_tokens, or pool by pool_size"):
-        ClearAttention(Clear(radius=2, pool_tokens=2), num_heads=1, head_dim=4).observe((3, 3, 5))
+        ClearAttention(Clear(radius=2, pool_tokens=2), num_heads=1, head_dim=4).prepare_for((3, 3, 5))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -108,7 +108,7 @@ def test_clear_with_pooled_cells_matches_the_definition(
     text_len, num_image = 3, math.prod(grid)
     kernel = ClearAttention(config, num_heads=2, head_dim=4).double()
     kernel.impl = impl
-    kernel.observe(grid)
+    kernel.prepare_for(grid)
     side = config.pool_size or cell_side(grid, config.pool_tokens or 1)
     weight = torch.ones(side, side, dtype=torch.float64) / side**2
     if config.pool_size is not None:
@@ -137,4 +137,4 @@ def test_clear_with_pooled_cells_counts_them_in_pairs_and_never_covers(
     pairs = ClearAttention.pairs(config, grid, 4, num_heads=1, head_dim=4)
     assert pairs == pairs_by_hand(grid, config.shape).sum() + 45 * (4 + num_cells) + 4 * (4 + 45)
     wide = Clear(radius=50, frame_radius=frame_radius, **pools)
-    assert not ClearAttention(wide, num_heads=1, head_dim=4).covers(Layout(grid, 3, True))
+    assert not ClearAttention(wide, num_heads=1, head_dim=4).is_exact(Layout(grid, 3, True))

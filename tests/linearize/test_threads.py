@@ -51,10 +51,10 @@ def test_second_thread_in_one_model_is_refused() -> None:
     linearize_(model, SMALL)
     out = run(model, arguments)
     with held_inside(model, lambda: run(model, arguments)) as results:
-        conversion_of(model).saved_sights = sights = {}  # as with gradient checkpointing
+        conversion_of(model).saved_layouts = layouts = {}  # as with gradient checkpointing
         with pytest.raises(RuntimeError, match="another thread"):
             run(model, inputs_of("flux", grid=(4, 4)))
-        assert conversion_of(model).saved_sights is sights
+        assert conversion_of(model).saved_layouts is layouts
     assert torch.equal(results[0], out)
     assert torch.equal(run(model, arguments), out)
 

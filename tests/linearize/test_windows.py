@@ -92,7 +92,7 @@ def test_window_attention_matches_the_definition(config: Any, text_first: bool, 
     text_len, num_image = 3, math.prod(grid)
     kernel = kernel_of(config, num_heads=2)
     kernel.impl = impl
-    kernel.observe(grid)
+    kernel.prepare_for(grid)
     query, key, value = torch.randn(3, 2, 2, text_len + num_image, 4, dtype=torch.float64)
     text_mask = torch.tensor([[True, True, False], [True, True, True]])
     out = kernel(query, key, value, Layout(grid, text_len, text_first, text_mask), scale=0.7)
@@ -124,7 +124,7 @@ def test_pairs_and_covers_are_exact(config: Any, grid: tuple[int, ...]) -> None:
     near, num_image = pairs_by_hand(grid, config.shape), math.prod(grid)
     pairs = METHODS[type(config)].pairs(config, grid, 4, num_heads=1, head_dim=4)
     assert pairs == near.sum() + num_image * 4 + 4 * (4 + num_image)
-    assert kernel_of(config).covers(Layout(grid, 4, True)) == near.all()
+    assert kernel_of(config).is_exact(Layout(grid, 4, True)) == near.all()
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"])
@@ -206,13 +206,13 @@ def test_window_attention_adds_no_graph_after_the_second_grid(config: Any, grids
 
     def attend(query: Tensor, grid: Tensor) -> Tensor:
         layout = Layout(tuple(grid.shape), 2, True)
-        assert not kernel.covers(layout)
+        assert not kernel.is_exact(layout)
         return kernel(query, query, query, layout)
 
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     graphs = []
     for grid in grids:
-        kernel.observe(grid)
+        kernel.prepare_for(grid)
         query = torch.randn(1, 1, 2 + math.prod(grid), 4, dtype=torch.float64, requires_grad=True)
         results = [function(query, as_shape(*grid)) for function in (attend, compiled)]
         grads = [torch.autograd.grad(out.square().sum(), query)[0] for out in results]

@@ -8,15 +8,15 @@ import torch
 
 # Options of `torch.library.custom_op` for operators that read cached tables. A CUDA graph replays without looking them
 # up, and tables that have left the cache are freed: their memory may hold something else by then.
-KEEPS_TABLES: dict[str, Any] = (
+CACHES_TABLES: dict[str, Any] = (
     {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}  # from torch 2.8 on
 )
 
 Table = TypeVar("Table")
-_KEPT: list["_lru_cache_wrapper[Any]"] = []
+_CACHES: list["_lru_cache_wrapper[Any]"] = []
 
 
-def kept(*, maxsize: int) -> Callable[[Callable[..., Table]], "_lru_cache_wrapper[Table]"]:
+def cached_table(*, maxsize: int) -> Callable[[Callable[..., Table]], "_lru_cache_wrapper[Table]"]:
     """A decorator of functions that make tables: an `lru_cache` that `release_tables` clears.
 
     Tables are made outside inference mode, so that they serve training too, and with the CPU as the default device.
@@ -29,7 +29,7 @@ def kept(*, maxsize: int) -> Callable[[Callable[..., Table]], "_lru_cache_wrappe
             with torch.inference_mode(False), torch.device("cpu"):
                 return make(*arguments, **named)
 
-        _KEPT.append(cached)
+        _CACHES.append(cached)
         return cached
 
     return decorate
@@ -37,5 +37,5 @@ def kept(*, maxsize: int) -> Callable[[Callable[..., Table]], "_lru_cache_wrappe
 
 def release_tables() -> None:
     """Free all tables; calls that need them rebuild them."""
-    for cached in _KEPT:
+    for cached in _CACHES:
         cached.cache_clear()
