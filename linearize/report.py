@@ -29,7 +29,7 @@ class SwapReport:
     dense_below: int = 0
 
     def __str__(self) -> str:
-        left_out = [name for name, reason in self.skipped.items() if _is_swappable(reason)]
+        left_out = [name for name, reason in self.skipped.items() if is_swappable(reason)]
         configs = Counter(_short(config) for config in self.swapped.values())
         methods = ", ".join(f"{count} x {config}" for config, count in configs.items())
         total = len(self.swapped) + len(left_out)
@@ -46,5 +46,6 @@ def _short(config: Any) -> str:
     return f"{type(config).__name__}({', '.join(entries)})"
 
 
-def _is_swappable(reason: str) -> bool:
+def is_swappable(reason: str) -> bool:
+    """Whether a module left for this reason is image self-attention, which a method could replace."""
     return reason not in (CROSS_ATTENTION, NOT_IMAGE_SELF_ATTENTION)

@@ -46,6 +46,7 @@ def show(inspection: "Inspection") -> None:
     """Print the two tables."""
     console = wide_console()
     console.print(f"{inspection.model_class} of {inspection.base}, family {inspection.family}")
+    console.print(f"{inspection.num_swapped} of {inspection.num_swappable} self-attention modules converted")
     if inspection.dense_below:
         console.print(f"original attention in calls with fewer than {inspection.dense_below:,} image tokens")
     console.print(_modules(inspection))

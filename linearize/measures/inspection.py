@@ -13,6 +13,7 @@ from ..convert import check_impl
 from ..families import family_of
 from ..matching import attention_modules, choose
 from ..methods import check_impl_known, config_to_dict
+from ..report import is_swappable
 from .flops import Step, StepFlops, count_steps
 
 
@@ -56,6 +57,16 @@ class Inspection:
     dense_below: int
     rows: tuple[Row, ...]
     flops: tuple[StepFlops, ...]
+
+    @property
+    def num_swapped(self) -> int:
+        """Number of modules with a linear kernel."""
+        return sum(row.swapped for row in self.rows)
+
+    @property
+    def num_swappable(self) -> int:
+        """Number of the image's self-attention modules, swapped or not."""
+        return sum(row.swapped or is_swappable(row.reason) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""

@@ -185,6 +185,7 @@ def test_inspect_lists_every_converted_module(tmp_path: Path, capsys: pytest.Cap
     assert f"Wrote {adapter}" in capsys.readouterr().out.replace("\n", "")
     assert run(["inspect", str(adapter), "--offline", "--json", str(told)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "57 of 57 self-attention modules converted" in lines
     assert sum("radius=8" in line for line in lines) == 57
     assert len(json.loads(told.read_text())["rows"]) == 57
 

@@ -88,6 +88,8 @@ def test_inspect_base_shows_every_attention_module(tmp_path: Path) -> None:
             assert row.impl.split()[0] in implementations()
         else:
             assert (row.swapped, row.reason) == (False, "not converted")
+    assert found.num_swapped == sum(row.swapped for row in found.rows)
+    assert found.num_swappable == sum(row.reason != "cross-attention" for row in found.rows)
     assert [step.size for step in found.flops] == ["1K", "2K", "4K", "8K"]
     assert all(step.after < step.before for step in found.flops)
 
