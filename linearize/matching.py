@@ -76,7 +76,8 @@ def head_shape(attention: Any) -> tuple[int, int]:
     """(heads, head_dim) of the queries of an attention module, by the names that diffusers' classes give them.
 
     Raises:
-        UnsupportedModelError: it has no number of heads, such as a layer inside attention that a glob matches too.
+        UnsupportedModelError: it has no number of heads, such as a layer inside attention that a glob matches too, or
+            nothing that tells their size.
     """
     num_heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
     if num_heads is None:
@@ -88,7 +89,12 @@ def head_shape(attention: Any) -> tuple[int, int]:
         return num_heads, attention.head_dim
     if hasattr(attention, "inner_dim"):
         return num_heads, attention.inner_dim // num_heads
-    to_query = attention.to_q if hasattr(attention, "to_q") else attention.to_query  # Kandinsky's name
+    to_query = getattr(attention, "to_q", None) or getattr(attention, "to_query", None)  # Kandinsky's name
+    if to_query is None:
+        raise UnsupportedModelError(
+            f"a {type(attention).__name__} that Family.attention matches has none of `head_dim`, `inner_dim` and "
+            "`to_q`: set its `head_dim`"
+        )
     return num_heads, to_query.out_features // num_heads
 
 

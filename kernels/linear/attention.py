@@ -11,6 +11,7 @@ Both: phi(x) = elu(x) + 1. The implementations:
 
 from torch import Tensor
 
+from ..pieces.autocast import without_autocast
 from ..pieces.checks import check_attention
 from .mala import mala_op
 from .rala import rala_op
@@ -41,7 +42,8 @@ def mala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e
     """
     _validate(query, key, value, eps, impl)
     if impl == "reference":
-        return mala_attention_reference(query, key, value, eps=eps)
+        with without_autocast(query):
+            return mala_attention_reference(query, key, value, eps=eps)
     return mala_op(query, key, value, eps)[0]
 
 
@@ -55,11 +57,14 @@ def rala_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e
     """
     _validate(query, key, value, eps, impl)
     if impl == "reference":
-        return rala_attention_reference(query, key, value, eps=eps)
+        with without_autocast(query):
+            return rala_attention_reference(query, key, value, eps=eps)
     return rala_op(query, key, value, eps)[0]
 
 
 def _validate(query: Tensor, key: Tensor, value: Tensor, eps: float, impl: str) -> None:
     check_attention(query, key, value, impl, implementations())
+    if query.shape[2] == 0:
+        raise ValueError(f"there must be a token to attend to, got {tuple(query.shape)}")
     if not 0 < eps < 1:
         raise ValueError(f"eps must be > 0 and < 1, got {eps}")

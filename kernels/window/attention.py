@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..pieces.autocast import as_autocast, autocast_enabled
 from ..pieces.cells import Grid
-from ..pieces.checks import check_attention
+from ..pieces.checks import check_attention, check_devices
 from ..pieces.text import key_mask, split_text
 from .cached_bias import cached_window_bias
 from .choose import choose_impl, implementations, require_triton
@@ -232,9 +232,10 @@ def _validate(
         raise ValueError(f"text_mask must be bool [B, text_len] = ({batch}, {text_len}), got {got}")
     if pooled is not None:
         pooled_shapes = [tuple(tensor.shape) for tensor in pooled]
-        expected = (batch, num_heads, pooled[0].shape[-2], head_dim)
+        expected = (batch, num_heads, pooled_shapes[0][-2] if pooled_shapes and pooled[0].ndim == 4 else 0, head_dim)
         if pooled_shapes != [expected, expected]:
             raise ValueError(f"pooled must be (key, value), each [B, H, P, D] like query, got {pooled_shapes}")
+    check_devices(query, text_mask=text_mask, pooled=None if pooled is None else pooled[0])
     tensors = (query, key, value, *(pooled or ()))
     if any(tensor.dtype != query.dtype for tensor in tensors) and not autocast_enabled(query):
         raise ValueError(f"query, key, value and pooled must have one dtype, got {[t.dtype for t in tensors]}")

@@ -284,7 +284,7 @@ def _shared_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of shared_key and shared_value: partial sums over parts of the image, then their sum; no atomics."""
     batch, num_heads, num_shared, head_dim = shared_key.shape
-    if num_shared == 0:
+    if num_shared == 0 or query.numel() == 0:
         return torch.empty_like(shared_key), torch.empty_like(shared_value)
     num_tokens, keys, queries = query.shape[2], math.prod(tiles.owned), math.prod(tiles.read)
     blocks = triton.cdiv(num_shared, keys)

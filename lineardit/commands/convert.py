@@ -87,7 +87,7 @@ def convert(
         typer.Option(
             rich_help_panel=WEIGHTS,
             autocompletion=dtypes,
-            help="Dtype of the weights that --merge writes; auto: the dtype of the base's denoiser.",
+            help="Dtype of the weights that --merge writes; auto: the dtype of the base's denoiser, for all parts.",
         ),
     ] = "auto",
     revision: Revision = None,

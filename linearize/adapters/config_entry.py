@@ -10,6 +10,7 @@ from torch import nn
 
 from ..methods import config_to_dict
 from ..seam.conversion import conversion_of, overlays_of
+from ..weights.low_rank import LORA_NAME
 from ..weights.overlays import Overlay
 from .grouping import grouped
 from .manifest import Entry
@@ -20,18 +21,37 @@ CONFIG_KEY = "lineardit"
 
 
 @contextmanager
-def suppress_entry_warning() -> Iterator[None]:
-    """Context manager that keeps diffusers from warning about the entry as an unexpected config attribute."""
-    config_logger = logging.getLogger("diffusers.configuration_utils")
-    config_logger.addFilter(_is_unrelated)
+def suppress_loading_warnings() -> Iterator[None]:
+    """Context manager that keeps diffusers from warning about the entry and the tensors of a saved conversion.
+
+    Diffusers calls both unexpected; `from_pretrained` reads them afterwards.
+    """
+    filters = {"diffusers.configuration_utils": _is_unrelated, "diffusers.models.modeling_utils": _is_of_base}
+    for name, keep in filters.items():
+        logging.getLogger(name).addFilter(keep)
     try:
         yield
     finally:
-        config_logger.removeFilter(_is_unrelated)
+        for name, keep in filters.items():
+            logging.getLogger(name).removeFilter(keep)
 
 
 def _is_unrelated(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(f"The config attributes {{'{CONFIG_KEY}': ")
+
+
+def _is_of_base(record: logging.LogRecord) -> bool:
+    """False for "Some weights ... were not used ...: ['a, b']" if all of them belong to a conversion."""
+    message = record.getMessage()
+    if not message.startswith("Some weights of the model checkpoint"):
+        return True
+    names = message.rpartition("[")[2].strip("']\n ").split(", ")
+    return not all(is_conversion_tensor(name) for name in names)
+
+
+def is_conversion_tensor(name: str) -> bool:
+    """Whether a saved tensor belongs to the conversion or its LoRA."""
+    return ".linear_kernel." in name or f".{LORA_NAME}." in name
 
 
 class _ConfigEntry(dict[str, Any]):

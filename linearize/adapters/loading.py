@@ -19,7 +19,7 @@ from ..weights.full_weights import FullWeights
 from ..weights.low_rank import LORA_NAME, LowRank, match_layer
 from .adapter import adapter_tensors, apply_adapter_
 from .base import Base, build_on_meta
-from .config_entry import suppress_entry_warning, write_entry_
+from .config_entry import is_conversion_tensor, suppress_loading_warnings, write_entry_
 from .fitting import check_shapes, shapes_of
 from .hub import log_if_slow
 from .manifest import Entry, Manifest
@@ -156,7 +156,7 @@ def load_base(
         options |= quantization_options(quantization, base, load_dtype)
     loader = diffusers.DiffusionPipeline if source.pipeline_class else getattr(diffusers, base.model_class)
     slow_load = log_if_slow("loading %s", str(source.name))
-    with warnings.catch_warnings(), translate_quantization_errors(quantization), suppress_entry_warning(), slow_load:
+    with warnings.catch_warnings(), translate_quantization_errors(quantization), suppress_loading_warnings(), slow_load:
         # new versions of diffusers call it dtype, which the oldest supported version would silently ignore
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         pipe = loader.from_pretrained(
@@ -226,4 +226,4 @@ def _is_conversion_tensor(name: str) -> bool:
         raise ValueError(
             "this model was saved with an additional LoRA loaded: unload that LoRA and save the model again"
         )
-    return ".linear_kernel." in name or f".{LORA_NAME}." in name
+    return is_conversion_tensor(name)

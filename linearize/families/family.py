@@ -66,3 +66,8 @@ class Family:
     blocks: tuple[str, ...] = ()
     masked_at: tuple[str, ...] = ()
     native_tokens: Callable[[nn.Module, str], int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("attention", "image_alone", "blocks", "masked_at"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"Family.{name} must be a tuple of names, such as ({value!r},), got {value!r}")

@@ -74,10 +74,13 @@ def config_from_dict(entries: Mapping[str, Any]) -> Any:
     """
     if not isinstance(entries, Mapping) or not isinstance(entries.get("method"), str):
         raise ValueError(f'a method must look like {{"method": "clear", "radius": 16}}, got {entries!r}')
-    classes = {cls.__name__.lower(): cls for cls in METHODS}
+    classes = _classes()
     method = entries["method"]
     if method not in classes:
-        raise ValueError(f"unknown method {method!r}{did_you_mean(method, classes)}; choose from: {', '.join(classes)}")
+        raise ValueError(
+            f"unknown method {method!r}{did_you_mean(method, classes)}; choose from: {', '.join(classes)}, or import "
+            "the package that adds it to METHODS first"
+        )
     cls = classes[method]
     known = {field_name(field): field for field in fields(cls)}
     given = {key: value for key, value in entries.items() if key != "method"}
@@ -120,6 +123,24 @@ def check_impl_known(impl: str) -> None:
     names = implementations()
     if impl not in names:
         raise ValueError(f"impl must be one of {', '.join(names)}, got {impl!r}{did_you_mean(impl, names)}")
+
+
+def _classes() -> dict[str, type]:
+    """Name of a method in files and commands -> class of its config.
+
+    Raises:
+        ValueError: two configs of `METHODS` have one name.
+    """
+    classes: dict[str, type] = {}
+    for cls in METHODS:
+        name = cls.__name__.lower()
+        if name in classes:
+            places = f"{classes[name].__module__} and {cls.__module__}"
+            raise ValueError(
+                f"two methods are called {name!r}, in {places}: rename the class of the config that is yours"
+            )
+        classes[name] = cls
+    return classes
 
 
 def _config_names() -> list[str]:

@@ -85,6 +85,30 @@ def test_agent_attention_refuses_invalid_arguments(name: str) -> None:
         agent_attention(**{**arguments, name: bad[name]})
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [
+        ("key_bias", torch.zeros(15)),
+        ("key_bias", torch.zeros(4, 15, dtype=torch.bool)),
+        ("query_bias", torch.zeros(4, 15)),
+        ("query_bias", torch.zeros(1, 1, 1, 15, 4)),
+        ("query_bias", torch.zeros(15, 4, device="meta")),
+    ],
+)
+def test_agent_attention_refuses_invalid_biases(name: str, bias: Tensor, impl: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        agent_attention(*inputs(), impl=impl, **{name: bias})
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_agent_attention_has_the_dtype_of_autocast(impl: str) -> None:
+    tensors = [x.float() for x in inputs()]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = agent_attention(*tensors, shortcut=0.1, impl=impl)
+    assert out.dtype == torch.bfloat16
+
+
 def test_agent_bias_operators_pass_opcheck() -> None:
     table = torch.randn(2, 3, 3, requires_grad=True)
     torch.library.opcheck(agent_bias.agent_bias, (table, 30, 3, 5, 8))

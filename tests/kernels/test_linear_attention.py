@@ -106,8 +106,9 @@ def test_linear_attention_of_equal_values_is_that_value(attention: Attention, re
 def test_linear_attention_sums_in_float32_under_autocast(attention: Attention, reference: Attention) -> None:
     inputs = [x.float() for x in tokens(3)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attention(*inputs)
+        out, expected = attention(*inputs), attention(*inputs, impl="reference")
     assert torch.equal(out, attention(*inputs))
+    assert torch.allclose(out, expected, atol=1e-4 * expected.abs().max().item())
 
 
 def test_operators_pass_opcheck() -> None:
@@ -124,6 +125,8 @@ def test_operators_pass_opcheck() -> None:
         ({"eps": 0}, "eps must be > 0"),
         ({"key": torch.zeros(2, 2, 14, 8)}, "must have one shape"),
         ({"query": torch.zeros(2, 15, 8)}, "query must be floating point"),
+        ({"value": torch.zeros(2, 2, 15, 8, device="meta")}, "value must be on the device of query, cpu, got meta"),
+        (dict.fromkeys(("query", "key", "value"), torch.zeros(2, 2, 0, 8)), "there must be a token"),
     ],
 )
 def test_linear_attention_refuses_invalid_arguments(changed: dict, told: str) -> None:

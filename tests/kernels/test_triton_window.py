@@ -128,6 +128,14 @@ def test_window_attention_triton_compiles_as_one_graph_and_is_deterministic():
         assert torch.equal(eager, other)
 
 
+@pytest.mark.parametrize(("batch", "num_heads"), [(0, 2), (1, 0)])
+def test_window_attention_triton_of_an_empty_batch_has_empty_gradients(batch, num_heads):
+    case = Case(grid=(4, 6), radius=2, text_len=5, num_pooled=3, batch=batch, num_heads=num_heads)
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(FP32)]
+    grads = torch.autograd.grad(case.run(*leaves, impl="triton").sum(), leaves)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+
+
 def test_transposed_lists_hold_the_same_pairs_of_tiles():
     lists = circle_lists((20, 23), 9, query_tile=(4, 8), key_tile=(3, 2))
     other = transposed(lists)

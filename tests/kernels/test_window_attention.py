@@ -300,6 +300,10 @@ TENSOR = torch.zeros(2, 3, 11, 4)
         ({"text_mask": torch.ones(2, 3)}, "text_mask must be bool"),
         ({"pooled": (TENSOR[:, :2], TENSOR[:, :2])}, "pooled must be"),
         ({"pooled": (TENSOR, TENSOR[:, :, :4])}, "pooled must be"),
+        ({"pooled": ()}, "pooled must be"),
+        ({"pooled": (TENSOR[0, 0, 0], TENSOR[0, 0, 0])}, "pooled must be"),
+        ({"value": TENSOR.to("meta")}, "value must be on the device of query, cpu, got meta"),
+        ({"text_mask": torch.ones(2, 3, dtype=torch.bool, device="meta")}, "text_mask must be on the device of query"),
         (
             {"impl": "triton2"},
             r"impl must be one of \('auto', 'reference', 'masked', 'tiled', 'triton'\), got 'triton2'",

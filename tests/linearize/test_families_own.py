@@ -63,3 +63,15 @@ def test_custom_family_converts_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(model(latents), windowed)
     load_adapter_(model, tmp_path / "adapter")
     assert torch.equal(model(latents), windowed)
+
+
+def test_attention_without_a_head_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_Ripple, "head_dim")
+    family = Family(name="pond", attention=("blocks.?",), read_layout=_read_pond, image_alone=("*",))
+    with pytest.raises(UnsupportedModelError, match=r"a _Ripple .* none of `head_dim`, `inner_dim` and `to_q`"):
+        linearize_(_Pond(), Clear(radius=2.3), family=family)
+
+
+def test_family_refuses_a_string_for_globs() -> None:
+    with pytest.raises(ValueError, match=r"Family.attention must be a tuple of names, such as \('blocks.\*',\)"):
+        Family(name="pond", attention="blocks.*", read_layout=_read_pond)  # type: ignore[arg-type]

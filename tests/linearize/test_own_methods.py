@@ -12,7 +12,7 @@ from tiny_distill import build_tiny
 from torch import nn
 
 from lineardit import from_pretrained, linearize_, save_adapter
-from lineardit.linearize.methods import METHODS, Method
+from lineardit.linearize.methods import METHODS, Method, config_from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +58,12 @@ def test_custom_method_converts_saves_and_loads(tmp_path: Path, monkeypatch: pyt
     again.set_progress_bar_config(disable=True)
     assert torch.equal(again("a", generator=torch.Generator().manual_seed(0), **call).images, made)
     monkeypatch.delitem(METHODS, Sharper)
-    with pytest.raises(ValueError, match="unknown method 'sharper'; choose from: clear"):
+    with pytest.raises(ValueError, match=r"unknown method 'sharper'; choose from: clear.*, or import the package"):
         from_pretrained(tmp_path / "adapter")
+
+
+def test_custom_method_named_like_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    namesake = dataclass(frozen=True, kw_only=True)(type("Clear", (), {"__module__": "mine"}))
+    monkeypatch.setitem(METHODS, namesake, SharperAttention)
+    with pytest.raises(ValueError, match=r"two methods are called 'clear', in lineardit\S+ and mine: rename"):
+        config_from_dict({"method": "clear", "radius": 2})
