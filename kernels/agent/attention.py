@@ -59,10 +59,18 @@ def agent_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     second_scale = scale if second_scale is None else second_scale
     if impl == "reference":
-        scales = {"scale": scale, "second_scale": second_scale, "shortcut": shortcut}
-        biases = {"key_bias": key_bias, "query_bias": query_bias}
         with without_autocast(query):
-            return agent_attention_reference(query, key, value, agents, **scales, **biases)
+            return agent_attention_reference(
+                query,
+                key,
+                value,
+                agents,
+                scale=scale,
+                second_scale=second_scale,
+                shortcut=shortcut,
+                key_bias=key_bias,
+                query_bias=query_bias,
+            )
     gathered = scaled_dot_product_attention(agents, key, value, attn_mask=key_bias, scale=scale)
     out = scaled_dot_product_attention(query, agents, gathered, attn_mask=query_bias, scale=second_scale)
     return out if shortcut == 0 else out + shortcut * value
