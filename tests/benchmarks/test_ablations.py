@@ -39,8 +39,8 @@ def test_rows_differ_from_the_baseline_only_in_their_settings(ablations: Any, tm
     baseline = configs[ablations.BASELINE]
     assert (baseline.loss.flow, baseline.loss.prediction, baseline.loss.attention) == (0.1, 1.0, 1.0)
     assert configs["no attention loss"].loss.attention == 0 and configs["400 steps"].run.steps == 400
-    assert {one.data.directory for one in configs.values()} == {baseline.data.directory}
-    assert len({one.run.directory for one in configs.values()}) == len(configs)
+    assert {config.data.directory for config in configs.values()} == {baseline.data.directory}
+    assert len({config.run.directory for config in configs.values()}) == len(configs)
 
 
 def build(folder: Path) -> Path:

@@ -24,11 +24,11 @@ def path(tmp_path: Path) -> Path:
 def test_each_process_compiles_its_share_of_missing_cases_and_saves_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[int] = []
+    measured: list[int] = []
 
     def tasks(_: Bench) -> Any:
         def measure(number: int) -> Measurement:
-            ran.append(number)
+            measured.append(number)
             raise RuntimeError("the kernel is wrong")
 
         for number in range(8):
@@ -41,7 +41,7 @@ def test_each_process_compiles_its_share_of_missing_cases_and_saves_nothing(
         compile_ahead.main()
     monkeypatch.setattr(sys, "argv", ["compile_ahead", str(path), str(time.monotonic() + 60), "1", "3"])
     compile_ahead.main()
-    assert ran == [5, 1, 4, 7]
+    assert measured == [5, 1, 4, 7]
     assert path.read_text() == before
 
 

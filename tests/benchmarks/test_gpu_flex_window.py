@@ -33,8 +33,8 @@ def assert_same(analytic: BlockMask, searched: BlockMask) -> None:
         counts, expected = (getattr(mask, f"{kind}_num_blocks") for mask in (analytic, searched))
         assert torch.equal(counts, expected), kind
         lists = [getattr(mask, f"{kind}_indices").flatten(0, 2) for mask in (analytic, searched)]
-        for count, ours, theirs in zip(counts.flatten().tolist(), *lists, strict=True):
-            assert sorted(ours[:count].tolist()) == sorted(theirs[:count].tolist()), kind
+        for count, blocks, expected_blocks in zip(counts.flatten().tolist(), *lists, strict=True):
+            assert sorted(blocks[:count].tolist()) == sorted(expected_blocks[:count].tolist()), kind
     assert analytic.shape == searched.shape and analytic.BLOCK_SIZE == searched.BLOCK_SIZE
 
 
@@ -83,5 +83,5 @@ def test_pairs_attending_counts_the_mask(side: int, radius: int, text_len: int) 
 
 def test_extrapolated_steps_are_linear_in_the_blocks() -> None:
     before, unit = 0.25, 1.5
-    one, two, whole = (before + count * unit for count in (1, 2, 19))
-    assert extrapolate(one, two, 19) == pytest.approx(whole)
+    one, two, nineteen = (before + count * unit for count in (1, 2, 19))
+    assert extrapolate(one, two, 19) == pytest.approx(nineteen)

@@ -93,9 +93,9 @@ def test_forget_drops_the_rows_to_be_measured_again(results: Results) -> None:
         results.add(row(status, status=status))
     results.add(row("other", part="model", status="failed"))
     results.forget(["operator"], statuses=set(STATUSES) - set(SETTLED))
-    assert [one.case for one in load(results.path).rows] == ["measured", "not available", "other"]
+    assert [entry.case for entry in load(results.path).rows] == ["measured", "not available", "other"]
     results.forget(["operator"])
-    assert [one.case for one in load(results.path).rows] == ["other"]
+    assert [entry.case for entry in load(results.path).rows] == ["other"]
 
 
 def test_failed_row_is_the_one_that_was_running(results: Results) -> None:
@@ -150,8 +150,8 @@ def test_marks_hold_at_the_target(results: Results) -> None:
 def test_tables_show_every_case_and_reason(results: Results) -> None:
     results.add(row("4K, forward", milliseconds=12.34))
     results.add(replace(row("8K, forward", status="not available"), note="out of memory"))
-    shown = part_tables(results, "operator")
-    assert "12.3" in shown and "triton: not available: out of memory" in shown
+    tables = part_tables(results, "operator")
+    assert "12.3" in tables and "triton: not available: out of memory" in tables
 
 
 def test_draw_makes_a_picture(results: Results, tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def test_error_fails_only_its_own_row(bench: Bench, capsys: pytest.CaptureFixtur
     def wrong() -> Measurement:
         raise RuntimeError("the kernel\nis wrong")
 
-    here = replace(bench, scale=SMOKE)
+    smoke_bench = replace(bench, scale=SMOKE)
     for case, measure_it in (("a", wrong), ("b", lambda: Measurement(figures={"seconds": 1.0}))):
-        measure(Task(part="model", case=case, impl="triton", measure=measure_it), here)
+        measure(Task(part="model", case=case, impl="triton", measure=measure_it), smoke_bench)
     first, second = bench.results.rows
     assert (first.status, first.note, second.status) == ("failed", "RuntimeError: the kernel is wrong", "measured")
     assert "Traceback" in capsys.readouterr().err
@@ -78,6 +78,6 @@ def test_verdict_allows_twice_the_error_of_the_reference(error: float, passed: b
     low = exact.float() + 0.001
     actual = exact.float()
     actual[1, 2] += error
-    judged = verdict([low, actual], [exact, exact], [low, low])
-    assert judged.passed is passed
-    assert ("WRONG: gradient 0" in judged.note) is not passed
+    result = verdict([low, actual], [exact, exact], [low, low])
+    assert result.passed is passed
+    assert ("WRONG: gradient 0" in result.note) is not passed

@@ -1,4 +1,4 @@
-"""The benchmark of the cascade, on few and small pictures."""
+"""The benchmark of the cascade, on a few small pictures."""
 
 import importlib
 import json
@@ -82,6 +82,6 @@ def test_memory_grows_with_the_pixels(high_resolution: Any) -> None:
 def test_sharpness_falls_with_blur(high_resolution: Any) -> None:
     drawn = scenes.draw(scenes.sample(5), (256, 256))
     blurred = drawn.filter(ImageFilter.GaussianBlur(3))
-    sharp, soft = (high_resolution.sharpness(one) for one in (drawn, blurred))
+    sharp, soft = (high_resolution.sharpness(picture) for picture in (drawn, blurred))
     assert sharp is not None and soft is not None and soft < 0.5 * sharp
     assert high_resolution.sharpness(Image.fromarray(numpy.full((16, 16, 3), 128, numpy.uint8))) is None

@@ -51,12 +51,12 @@ def test_quick_run_makes_every_row_and_resumes(methods: Any, report: Any, tmp_pa
     plan = replace(methods.quick_plan(), side=16, text_tokens=16, step_side=16, trained=5_000)
     partial = {methods.SINGLE: Clear(radius=2)}
     table = methods.MethodTable(base, tmp_path / "work", plan)
-    results, shown = tmp_path / "results", (Mala(), partial)
-    first = table.run(shown, plan.seeds, results, lambda name: name == "Mala()")
+    results, configs = tmp_path / "results", (Mala(), partial)
+    first = table.run(configs, plan.seeds, results, lambda name: name == "Mala()")
     assert list(first.rows) == ["Mala()"]
     assert "Not made yet: Clear(radius=2) in" in (results / "methods.md").read_text()
-    made = table.run(shown, plan.seeds, results)
-    rows = made.ordered()
+    complete = table.run(configs, plan.seeds, results)
+    rows = complete.ordered()
     assert [row.name for row in rows] == ["Mala()", "Clear(radius=2) in single_transformer_blocks.*.attn"]
     assert rows[0] == first.rows["Mala()"]
     assert [(row.swapped, row.layers) for row in rows] == [(2, 2), (1, 2)]
@@ -66,21 +66,21 @@ def test_quick_run_makes_every_row_and_resumes(methods: Any, report: Any, tmp_pa
     content = json.loads((results / "methods.json").read_text())
     assert [row["name"] for row in content["rows"]] == [row.name for row in rows]
     text = (results / "methods.md").read_text()
-    assert all(f"| {row.name} |" in text for row in rows) and all(mark.name in text for mark in made.marks())
+    assert all(f"| {row.name} |" in text for row in rows) and all(mark.name in text for mark in complete.marks())
     assert (results / "methods.png").stat().st_size > 10_000
     with Image.open(results / "methods" / "Mala.jpg") as strip:
         assert strip.size == (2 * 16, 16)
 
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
-    again = methods.MethodTable(base, tmp_path / "work", plan).run(shown, plan.seeds, tmp_path / "others")
+    again = methods.MethodTable(base, tmp_path / "work", plan).run(configs, plan.seeds, tmp_path / "others")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == files
     assert [row.students for row in again.ordered()] == [row.students for row in rows]
-    elsewhere = methods.MethodTable(base, tmp_path / "elsewhere", plan).run(shown, plan.seeds, results)
-    assert (elsewhere.rows, elsewhere.proposals) == (made.rows, made.proposals)  # nothing was left to do
+    elsewhere = methods.MethodTable(base, tmp_path / "elsewhere", plan).run(configs, plan.seeds, results)
+    assert (elsewhere.rows, elsewhere.proposals) == (complete.rows, complete.proposals)  # nothing was left to do
     with pytest.raises(ValueError, match="started with other train_steps"):
         methods.MethodTable(base, tmp_path / "work", replace(plan, train_steps=3))
     with pytest.raises(ValueError, match=r"json is of another plan \(train_steps\)"):
-        methods.MethodTable(base, tmp_path / "new", replace(plan, train_steps=3)).run(shown, plan.seeds, results)
+        methods.MethodTable(base, tmp_path / "new", replace(plan, train_steps=3)).run(configs, plan.seeds, results)
 
 
 def test_row_made_elsewhere_gets_students_of_further_seeds(methods: Any, tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_row_made_elsewhere_gets_students_of_further_seeds(methods: Any, tmp_pat
 
 def test_window_of_equal_flops_is_the_smallest_window_of_that_cost(methods: Any) -> None:
     for config in (Mala(), Clear(radius=4, pool_tokens=64)):
-        found = methods.window_of_equal_flops(config)
-        assert methods.flops(Clear(radius=found.radius - 0.5)) < methods.flops(config) <= methods.flops(found)
+        window = methods.window_of_equal_flops(config)
+        assert methods.flops(Clear(radius=window.radius - 0.5)) < methods.flops(config) <= methods.flops(window)
 
 
 def test_every_method_can_be_fitted_to_equal_parameter_counts(methods: Any, tmp_path: Path) -> None:
@@ -126,7 +126,8 @@ def test_hybrid_marks_hold_on_every_seed(
 ) -> None:
     teacher = picture_row(report, coherence=90, latent_mse=None)
     students = [
-        picture_row(report, coherence=one, latent_mse=error) for one, error in zip(coherence, latent_mses, strict=True)
+        picture_row(report, coherence=share, latent_mse=error)
+        for share, error in zip(coherence, latent_mses, strict=True)
     ]
     local = method_row(report, "Clear", [picture_row(report, coherence=85, latent_mse=0.5)] * 3)
     (mark,) = report.hybrid_marks(teacher, [(method_row(report, "Hybrid", students), local)])

@@ -26,6 +26,6 @@ def test_ramp_rises_from_one_to_the_ntk_factor(rope_factors: Any) -> None:
 
 
 def test_errors_differ_where_factors_do(rope_factors: Any) -> None:
-    made = rope_factors.errors(open_pipeline(path()), 0, (32, 288))
-    assert len(set(made.values())) == len(made) == 4
-    assert 0 < max(made.values()) < 1
+    errors = rope_factors.errors(open_pipeline(path()), 0, (32, 288))
+    assert len(set(errors.values())) == len(errors) == 4
+    assert 0 < max(errors.values()) < 1

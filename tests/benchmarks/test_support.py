@@ -18,13 +18,13 @@ REPORT = """<testsuites><testsuite>
 def test_outcomes_and_table_say_what_ran_and_passed(tmp_path: Path) -> None:
     (tmp_path / "report.xml").write_text(REPORT)
     families = ["flux", "flux2", "flux-controlnet"]
-    found = support.outcomes(tmp_path / "report.xml", families)
-    assert found == {
+    outcomes = support.outcomes(tmp_path / "report.xml", families)
+    assert outcomes == {
         ("test_load_adapter_round_trips_every_family", "flux2"): [True],
         ("test_linearize_receptive_field_is_the_window", "flux"): [True, False],
         ("test_linearize_receptive_field_is_the_window", "flux-controlnet"): [True],
     }
-    rows = support.as_markdown({name: name.title() for name in families}, found).splitlines()[2:]
+    rows = support.as_markdown({name: name.title() for name in families}, outcomes).splitlines()[2:]
     assert [row.count(" yes ") for row in rows] == [0, 1, 1]
     assert [row.count("**no**") for row in rows] == [1, 0, 0]
 

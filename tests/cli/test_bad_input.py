@@ -46,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--method", "cleer", "--radius", "4"], ["cleer", "clear"]),
         (["--method", "clear", "--radius", "0"], ["radius", "> 0", "0"]),
@@ -62,15 +62,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )
 def test_convert_refuses_bad_options(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: list[str]
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], expected: list[str]
 ) -> None:
     sentence = refused(capsys, "convert", base, *options, "--offline", "-o", tmp_path / "out")
-    assert [words for words in said if words not in sentence] == []
+    assert [part for part in expected if part not in sentence] == []
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["prepare", "BASE", "--prompts", "none.txt", "-o", "OUT"], "lineardit: none.txt: No such file or directory\n"),
         (["prepare", "BASE", "--prompts", "PROMPTS", "--size", "64", "-o", "OUT"], "WIDTHxHEIGHT"),
@@ -98,14 +98,14 @@ def test_convert_refuses_bad_options(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_commands_refuse_bad_input(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
     places = {"BASE": base, "PROMPTS": prompts, "OUT": tmp_path / "out", "OUT.png": tmp_path / "out.png"}
     places["EMPTY"] = tmp_path / "empty"
     places["EMPTY"].mkdir()
-    assert said in refused(capsys, *(places.get(word, word) for word in arguments))
+    assert expected in refused(capsys, *(places.get(word, word) for word in arguments))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "prompts.txt", "empty"}
 
 
@@ -128,9 +128,9 @@ def test_commands_check_the_output_before_loading_a_model(
     places["PROMPTS"].write_text("a red circle\n")
     Image.new("RGB", (8, 8)).save(places["PICTURE"], format="PNG")
     write_latents(places["LATENTS"], torch.zeros(1, 4, 16), {"model": "nowhere", "size": "8x8"})
-    words = [places.get(word, word) for word in arguments]
+    command = [places.get(word, word) for word in arguments]
     output = places["PROMPTS"] / "deep" / ("out.png" if arguments[0] in ("upscale", "decode") else "out")
-    sentence = refused(capsys, *words, "--offline", "-o", output)
+    sentence = refused(capsys, *command, "--offline", "-o", output)
     assert f"cannot write in {places['PROMPTS']} (Not a directory): choose another output" in sentence
 
 
@@ -140,6 +140,6 @@ def test_traceback_option_shows_the_error(tmp_path: Path) -> None:
 
 
 def test_table_prints_brackets_and_colons_of_a_name_unchanged(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    odd = base.rename(base.parent / "a[red]b:key:")
-    assert run(["inspect", str(odd)]) == 0
-    assert str(odd) in capsys.readouterr().out
+    renamed = base.rename(base.parent / "a[red]b:key:")
+    assert run(["inspect", str(renamed)]) == 0
+    assert str(renamed) in capsys.readouterr().out

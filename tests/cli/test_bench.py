@@ -22,7 +22,7 @@ from tiny_models import build
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configs of a base, two conversions of it, and the command's output."""
     folder = tmp_path_factory.mktemp("bench")
     build("flux").save_config(folder / "base")
@@ -32,63 +32,63 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    words = ["bench", folder / "clear-1.5", folder / "clear-3", "--size", "64x64", "--size", "128x64", "--pairs", "2"]
-    words += ["--max-sequence-length", "7", "--offline", "-o", folder / "out"]
-    return [*map(str, words), *options]
+    args = ["bench", folder / "clear-1.5", folder / "clear-3", "--size", "64x64", "--size", "128x64", "--pairs", "2"]
+    args += ["--max-sequence-length", "7", "--offline", "-o", folder / "out"]
+    return [*map(str, args), *options]
 
 
-def test_bench_writes_figures_and_a_picture(made: Path) -> None:
-    content = json.loads((made / "out" / "bench.json").read_text())
+def test_bench_writes_figures_and_a_picture(folder: Path) -> None:
+    content = json.loads((folder / "out" / "bench.json").read_text())
     assert (content["dtype"], content["pairs"], content["text_len"]) == ("float32", 2, 7)
-    assert list(content["conversions"]) == [str(made / "clear-1.5"), str(made / "clear-3")]
+    assert list(content["conversions"]) == [str(folder / "clear-1.5"), str(folder / "clear-3")]
     for rows in content["conversions"].values():
         assert [(row["height"], row["width"], row["tokens"]) for row in rows] == [(64, 64, 16), (64, 128, 32)]
         for row in rows:
             assert len(row["original"]) == len(row["converted"]) == 2
             assert row["speedup"] > 0
-    with Image.open(made / "out" / "bench.png") as picture:
+    with Image.open(folder / "out" / "bench.png") as picture:
         assert min(picture.size) > 200
 
 
-def test_bench_keeps_existing_output_unless_overwritten(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command(made)) == 2
+def test_bench_keeps_existing_output_unless_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(folder)) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run(command(made, "--overwrite")) == 0
-    told = capsys.readouterr().out
-    assert told.count("128x64") >= 2 and "ratio" in told and "GiB" not in told
+    assert run(command(folder, "--overwrite")) == 0
+    output = capsys.readouterr().out
+    assert output.count("128x64") >= 2 and "ratio" in output and "GiB" not in output
 
 
-def test_bench_refuses_bad_input_before_measuring(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def told(*words: str) -> str:
-        assert run(["bench", str(made / "clear-3"), *words, "--offline", "-o", str(made / "other")]) == 2
-        assert not (made / "other").exists()
+def test_bench_refuses_bad_input_before_measuring(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error_of(*words: str) -> str:
+        assert run(["bench", str(folder / "clear-3"), *words, "--offline", "-o", str(folder / "other")]) == 2
+        assert not (folder / "other").exists()
         return capsys.readouterr().err
 
-    assert "is an unconverted base" in told(str(made / "base"))
-    assert "multiples of 16 pixels" in told("--size", "64x64", "--size", "65x64")
-    assert "WIDTHxHEIGHT" in told("--size", "64")
-    assert "got 'tield' (did you mean tiled?)" in told("--impl", "tield")
-    assert "is neither a local folder nor a Hub id" in told(str(made / "nothing"))
-    assert run(["bench", str(made / "clear-3"), "--offline", "-o", str(made / "base" / "config.json")]) == 2
+    assert "is an unconverted base" in error_of(str(folder / "base"))
+    assert "multiples of 16 pixels" in error_of("--size", "64x64", "--size", "65x64")
+    assert "WIDTHxHEIGHT" in error_of("--size", "64")
+    assert "got 'tield' (did you mean tiled?)" in error_of("--impl", "tield")
+    assert "is neither a local folder nor a Hub id" in error_of(str(folder / "nothing"))
+    assert run(["bench", str(folder / "clear-3"), "--offline", "-o", str(folder / "base" / "config.json")]) == 2
     assert "the output must be a folder, but " in capsys.readouterr().err
-    assert run(["bench", "nosuch", "--offline", "-o", str(made / "base" / "config.json")]) == 2
+    assert run(["bench", "nosuch", "--offline", "-o", str(folder / "base" / "config.json")]) == 2
     assert "nosuch is neither a local folder nor a Hub id" in capsys.readouterr().err
 
 
-def test_bench_accepts_names_with_markup_characters(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    odd = made / "_[red]$x^$"
-    (made / "clear-3").rename(odd)
+def test_bench_accepts_names_with_markup_characters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    renamed = folder / "_[red]$x^$"
+    (folder / "clear-3").rename(renamed)
     try:
-        words = ["bench", odd, "--size", "64x64", "--pairs", "1", "--offline", "-o", made / "odd"]
-        assert run([*map(str, words)]) == 0
+        args = ["bench", renamed, "--size", "64x64", "--pairs", "1", "--offline", "-o", folder / "odd"]
+        assert run([*map(str, args)]) == 0
         assert "_[red]$x^$" in capsys.readouterr().out.replace("\n", "")
     finally:
-        odd.rename(made / "clear-3")
+        renamed.rename(folder / "clear-3")
 
 
 def test_draw_step_times_leaves_out_sizes_that_do_not_fit(tmp_path: Path) -> None:
-    none = replace(row(256, 1), original=None, converted=None)
-    for rows in ([none], [row(64, 2.0), none]):
+    unmeasured = replace(row(256, 1), original=None, converted=None)
+    for rows in ([unmeasured], [row(64, 2.0), unmeasured]):
         draw_step_times({"a": rows}, tmp_path / "bench.png")
         with Image.open(tmp_path / "bench.png") as picture:
             assert min(picture.size) > 200
@@ -106,9 +106,9 @@ def test_verdict_names_the_size_from_which_the_conversion_is_faster() -> None:
     assert verdict([row(64, 0.5), row(128, 1.5), row(256, None)]) == "The conversion is faster from 128x128 on."
     assert verdict([row(64, 1.5), row(128, 0.9), row(256, 2.0)]) == "The conversion is faster from 256x256 on."
     assert "64x64 (the smallest size measured) on" in verdict([row(64, 1.5), row(128, 2)])
-    none = replace(row(256, 1), original=None, converted=None)
-    assert verdict([row(64, 2.0), row(128, 3.0), none]).startswith("The conversion is faster from 64x64")
-    assert verdict([none]).startswith("No step of the conversion fits")
+    unmeasured = replace(row(256, 1), original=None, converted=None)
+    assert verdict([row(64, 2.0), row(128, 3.0), unmeasured]).startswith("The conversion is faster from 64x64")
+    assert verdict([unmeasured]).startswith("No step of the conversion fits")
     assert "At 128x128 the conversion is not faster" in verdict([row(64, 1.5), row(128, 0.9)])
 
 
@@ -121,8 +121,8 @@ def test_verdict_leaves_out_sizes_at_which_the_original_runs() -> None:
     assert replace(same[0], runs=f"{dense_below_text(4096)}, {COVERED}").is_original
 
 
-def test_count_size_uses_the_original_attention_below_dense_below(made: Path, tmp_path: Path) -> None:
-    convert_base(made / "base", Clear(radius=1.5), output=tmp_path / "adapter", dense_below=100)
+def test_count_size_uses_the_original_attention_below_dense_below(folder: Path, tmp_path: Path) -> None:
+    convert_base(folder / "base", Clear(radius=1.5), output=tmp_path / "adapter", dense_below=100)
     conversion = WeightlessConversion.read(tmp_path / "adapter", offline=True)
     auto = Conditions(device=torch.device("cpu"), dtype=torch.float32)
     for conditions in (auto, replace(auto, compiled=True)):

@@ -81,9 +81,9 @@ def test_split_arguments_refuses_an_option_without_its_value(rest: list[str]) ->
 def test_no_setting_of_a_method_has_the_name_of_an_option() -> None:
     """`convert` would pass that option to the method."""
     command = get_command(app).commands["convert"]
-    own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    assert {"--method", "--layers", "-o"} <= own
-    assert not own & set(command.method_options())
+    own_options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {"--method", "--layers", "-o"} <= own_options
+    assert not own_options & set(command.method_options())
 
 
 def test_convert_help_lists_the_options_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,13 +96,13 @@ def test_convert_help_lists_the_options_of_every_method(capsys: pytest.CaptureFi
 
 
 def test_help_describes_every_setting_of_a_method() -> None:
-    untold = [
+    undescribed = [
         f"{config.__name__}.{field.name}"
         for config in METHODS
         for field in dataclasses.fields(config)
         if not field_descriptions(config).get(field.name)
     ]
-    assert untold == []
+    assert undescribed == []
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -127,8 +127,8 @@ def test_help_spells_arguments_and_bounds_as_they_are_typed(
     for name, command in get_command(app).commands.items():
         assert run([name, "--help"]) == 0
         out = capsys.readouterr().out
-        own = out.partition("Options of --method")[0]
-        assert not any(odd in own for odd in ("{", "list[", " range", "<=", ">=", str(2**63 - 1))), own
+        text = out.partition("Options of --method")[0]
+        assert not any(part in text for part in ("{", "list[", " range", "<=", ">=", str(2**63 - 1))), text
         for parameter in command.params:
             if parameter.param_type_name == "argument":
                 spelled = parameter.metavar if parameter.required else f"[{parameter.metavar}]"
@@ -151,18 +151,18 @@ def test_shell_completion_offers_commands_options_and_names(
     monkeypatch.setattr(sys, "argv", ["lineardit"])
     monkeypatch.setenv("_LINEARDIT_COMPLETE", "complete_bash")
 
-    def offered(words: str) -> list[str]:
+    def completions(words: str) -> list[str]:
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        assert ended.value.code == 0
+        assert exit_info.value.code == 0
         return capsys.readouterr().out.split()
 
-    assert offered("lineardit gen") == ["generate"]
-    assert offered("lineardit generate --offl") == ["--offline", "--offload"]
-    assert offered("lineardit convert base --method proxy") == ["proxytokens"]
-    assert "masked" in offered("lineardit generate adapter --impl m")
+    assert completions("lineardit gen") == ["generate"]
+    assert completions("lineardit generate --offl") == ["--offline", "--offload"]
+    assert completions("lineardit convert base --method proxy") == ["proxytokens"]
+    assert "masked" in completions("lineardit generate adapter --impl m")
 
 
 FLUX_DEV = Path(__file__).parents[1] / "data" / "flux1-dev"  # the real configuration, no weights
@@ -179,27 +179,27 @@ def short_flux(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_inspect_lists_every_converted_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    adapter, told = tmp_path / "adapter", tmp_path / "told.json"
+    adapter, report = tmp_path / "adapter", tmp_path / "report.json"
     assert run(["convert", str(FLUX_DEV), "--method", "clear", "--radius", "8", "--offline", "-o", str(adapter)]) == 0
     assert {path.name for path in adapter.iterdir()} == {"lineardit.json"}
     assert f"Wrote {adapter}" in capsys.readouterr().out.replace("\n", "")
-    assert run(["inspect", str(adapter), "--offline", "--json", str(told)]) == 0
+    assert run(["inspect", str(adapter), "--offline", "--json", str(report)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "57 of 57 self-attention modules converted" in lines
     assert sum("radius=8" in line for line in lines) == 57
-    assert len(json.loads(told.read_text())["rows"]) == 57
+    assert len(json.loads(report.read_text())["rows"]) == 57
 
 
 def test_inspect_prints_the_json_that_it_writes(
     short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter, told = str(tmp_path / "adapter"), tmp_path / "told.json"
+    adapter, report = str(tmp_path / "adapter"), tmp_path / "report.json"
     assert run(["convert", short_flux, "--method", "clear", "--radius", "8", "--offline", "-o", adapter]) == 0
-    assert run(["inspect", adapter, "--offline", "--json", str(told)]) == 0
+    assert run(["inspect", adapter, "--offline", "--json", str(report)]) == 0
     capsys.readouterr()
     assert run(["inspect", adapter, "--offline", "--json", "-"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(told.read_text()) and len(printed["rows"]) == 2
+    assert printed == json.loads(report.read_text()) and len(printed["rows"]) == 2
     assert all(row["settings"] == {"radius": 8} for row in printed["rows"])
     assert all(step["after"] < step["before"] for step in printed["flops"])
 
@@ -207,8 +207,8 @@ def test_inspect_prints_the_json_that_it_writes(
 def test_convert_stores_dense_below_and_inspect_shows_it(
     short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter, words = str(tmp_path / "adapter"), ["--method", "clear", "--radius", "8", "--offline"]
-    assert run(["convert", short_flux, *words, "--dense-below", "16384", "-o", adapter]) == 0
+    adapter, options = str(tmp_path / "adapter"), ["--method", "clear", "--radius", "8", "--offline"]
+    assert run(["convert", short_flux, *options, "--dense-below", "16384", "-o", adapter]) == 0
     assert json.loads((tmp_path / "adapter" / "lineardit.json").read_text())["dense_below"] == 16384
     capsys.readouterr()
     assert run(["inspect", adapter, "--offline"]) == 0
@@ -217,16 +217,16 @@ def test_convert_stores_dense_below_and_inspect_shows_it(
     assert "original (fewer than 16,384 image tokens) at 1K, tiled at 2K 4K 8K" in out
     assert run(["convert", adapter, "--dense-below", "9", "--offline", "-o", str(tmp_path / "other")]) == 2
     assert "dense_below of an adapter cannot be changed" in capsys.readouterr().err
-    assert run(["convert", short_flux, *words, "--dense-below", "-1", "-o", str(tmp_path / "other")]) == 2
+    assert run(["convert", short_flux, *options, "--dense-below", "-1", "-o", str(tmp_path / "other")]) == 2
     assert "dense_below must be an integer >= 0, got -1" in capsys.readouterr().err
 
 
 def test_inspect_truncates_nothing_in_a_pipe(
     short_flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--method", "hybrid", "--local", "clear:radius=16", "--global", "proxytokens:num_proxies=1024"]
-    words += ["--gate", "1", "--focus-tokens", "1024", "--offline", "-o", str(tmp_path / "a")]
-    assert run(["convert", short_flux, *words]) == 0
+    options = ["--method", "hybrid", "--local", "clear:radius=16", "--global", "proxytokens:num_proxies=1024"]
+    options += ["--gate", "1", "--focus-tokens", "1024", "--offline", "-o", str(tmp_path / "a")]
+    assert run(["convert", short_flux, *options]) == 0
     capsys.readouterr()
     assert run(["inspect", str(tmp_path / "a"), "--offline"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -234,18 +234,18 @@ def test_inspect_truncates_nothing_in_a_pipe(
     assert "proxytokens" in row and "focus_tokens=1024" in row and "…" not in "".join(lines)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["inspect", "transformer"], ["nosuch"]])
-def test_closed_pipe_ends_a_command_quietly(words: list[str], short_flux: str) -> None:
+@pytest.mark.parametrize("args", [["--version"], ["inspect", "transformer"], ["nosuch"]])
+def test_closed_pipe_ends_a_command_quietly(args: list[str], short_flux: str) -> None:
     """Covers output of typer, output of rich, and standard error."""
     reader, writer = os.pipe()
     os.close(reader)
-    stream = "stderr" if words == ["nosuch"] else "stdout"
+    stream = "stderr" if args == ["nosuch"] else "stdout"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
-    command = [sys.executable, "-m", "lineardit", *words]
+    command = [sys.executable, "-m", "lineardit", *args]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, cwd=short_flux, env=environment, **streams)  # type: ignore[call-overload]
+    result = subprocess.run(command, cwd=short_flux, env=environment, **streams)  # type: ignore[call-overload]
     os.close(writer)
-    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (141, b"", b"")
+    assert (result.returncode, result.stdout or b"", result.stderr or b"") == (141, b"", b"")
 
 
 def test_convert_takes_options_in_any_order(tmp_path: Path) -> None:

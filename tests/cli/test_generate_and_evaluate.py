@@ -22,8 +22,8 @@ def test_generate_with_an_adapter_records_its_settings(
     with Image.open(out) as image:
         assert image.size == (32, 24)
         info = image.info
-    told = {"prompt": SCENE, "seed": "4", "steps": "1", "size": "32x24", "lineardit": __version__}
-    assert info.items() >= told.items()
+    expected = {"prompt": SCENE, "seed": "4", "steps": "1", "size": "32x24", "lineardit": __version__}
+    assert info.items() >= expected.items()
     assert info["adapter"] == str(adapter)
     assert info["model"] == str(base)
 
@@ -49,14 +49,14 @@ def test_argument_options_reach_the_pipeline(
 
 
 def test_stochastic_steps_are_reproducible(base: Path, adapter: Path, tmp_path: Path) -> None:
-    made = {}
+    pixels = {}
     for name, more in {"plain": (), "one": ("--stochastic",), "two": ("--stochastic",)}.items():
         out = tmp_path / f"{name}.png"
         assert lineardit("generate", adapter, SCENE, *SMALL, "--steps", "2", *more, "-o", out) == 0
         with Image.open(out) as image:
             assert image.info.get("stochastic") == ("True" if more else None)
-            made[name] = image.tobytes()
-    assert made["one"] == made["two"] != made["plain"]
+            pixels[name] = image.tobytes()
+    assert pixels["one"] == pixels["two"] != pixels["plain"]
     kept = ("generate", adapter, SCENE, *SMALL, "--steps", "2", "--stochastic", "-o", tmp_path / "plain.png")
     assert lineardit(*kept) == 2
 
@@ -80,11 +80,11 @@ def test_count_adds_pictures_and_keeps_the_first(
     assert lineardit(*generate, out) == 0
     first = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert lineardit(*generate, out, "--count", "2") == 0
-    made = []
+    infos = []
     for path in sorted(out.iterdir()):
         with Image.open(path) as image:
-            made.append((path.name, image.info["prompt"], image.info["seed"]))
-    assert made == [("000.png", "one", "5"), ("001.png", "two", "6"), ("002.png", "one", "7"), ("003.png", "two", "8")]
+            infos.append((path.name, image.info["prompt"], image.info["seed"]))
+    assert infos == [("000.png", "one", "5"), ("001.png", "two", "6"), ("002.png", "one", "7"), ("003.png", "two", "8")]
     assert {path: path.stat().st_mtime_ns for path in first} == first
     capsys.readouterr()
     assert lineardit(*generate, tmp_path / "out.png", "--count", "2") == 2
@@ -101,15 +101,15 @@ def test_generate_splits_pictures_by_option_or_launcher(
     assert lineardit(*generate, "--part", "2/2") == 0
     assert [path.name for path in out.iterdir()] == ["001.png"]
     monkeypatch.setenv("WORLD_SIZE", "4")
-    for rank, said in enumerate((out / "000.png", out / "001.png", out / "002.png", "this part has no pictures")):
+    for rank, expected in enumerate((out / "000.png", out / "001.png", out / "002.png", "this part has no pictures")):
         monkeypatch.setenv("RANK", str(rank))
         assert lineardit(*generate) == 0
-        assert str(said) in capsys.readouterr().out.splitlines()[-1]
+        assert str(expected) in capsys.readouterr().out.splitlines()[-1]
     monkeypatch.delenv("WORLD_SIZE")
-    made = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert len(made) == 3
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert len(times) == 3
     assert lineardit(*generate) == 0
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == made
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
     assert lineardit(*generate, "--part", "3/2") == 2
 
 
@@ -144,7 +144,7 @@ def test_evaluate_writes_table_report_and_sheet(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["generate", "{base}", "a", "--size", "30x24"], "multiples of 4"),
         (["generate", "{base}", "a", "--steps", "0"], "'--steps': Input should be greater than or equal to 1"),
@@ -175,23 +175,23 @@ def test_commands_refuse_bad_input(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    said: str,
+    expected: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert lineardit(*(word.format(base=base, adapter=adapter) for word in arguments), "--offline") == 2
     captured = capsys.readouterr()
-    assert said in captured.err.splitlines()[-1]
+    assert expected in captured.err.splitlines()[-1]
     assert captured.err.splitlines()[-1].startswith("lineardit: ")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "words", [["a \udcff"], ["a", "--argument", "negative_prompt=\udcff"]], ids=["prompt", "argument"]
+    "args", [["a \udcff"], ["a", "--argument", "negative_prompt=\udcff"]], ids=["prompt", "argument"]
 )
 def test_invalid_utf8_is_refused_before_a_model_is_loaded(
-    words: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lineardit("generate", base, *words, *SMALL, "-o", tmp_path / "out.png") == 2
+    assert lineardit("generate", base, *args, *SMALL, "-o", tmp_path / "out.png") == 2
     out, err = capsys.readouterr()
     assert out == "" and "prompts and arguments must be text in UTF-8, got" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -201,25 +201,25 @@ def test_invalid_utf8_is_refused_before_a_model_is_loaded(
 def test_generate_again_keeps_the_picture_and_refuses_changes(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("generate", base, "a", *SMALL, "-o", tmp_path / name)
+    command = ("generate", base, "a", *SMALL, "-o", tmp_path / name)
     picture = tmp_path / name if name == "out.png" else tmp_path / name / "000.png"
-    assert lineardit(*words) == 0
+    assert lineardit(*command) == 0
     before = picture.stat().st_mtime_ns
     capsys.readouterr()
-    assert lineardit(*words) == 0
+    assert lineardit(*command) == 0
     assert str(picture) in capsys.readouterr().out.splitlines()[-1]
-    assert lineardit(*words, "--argument", "true_cfg_scale=2") == 2
+    assert lineardit(*command, "--argument", "true_cfg_scale=2") == 2
     with monkeypatch.context() as patch:
         patch.setattr("lineardit.commands.loading.load", lambda *_, **__: pytest.fail("a model is loaded"))
-        for other in (("--seed", "1"), ("--steps", "2"), ("--guidance", "3"), ("--size", "24x32")):
+        for changed in (("--seed", "1"), ("--steps", "2"), ("--guidance", "3"), ("--size", "24x32")):
             capsys.readouterr()
-            assert lineardit(*words, *other) == 2
+            assert lineardit(*command, *changed) == 2
             assert capsys.readouterr().err == (
                 f"lineardit: {picture} exists, was made with other settings, and is kept: name another output, or "
                 "replace it with overwrite (--overwrite)\n"
             )
     assert picture.stat().st_mtime_ns == before
-    assert lineardit(*words, "--overwrite") == 0
+    assert lineardit(*command, "--overwrite") == 0
     assert picture.stat().st_mtime_ns != before
 
 

@@ -42,30 +42,30 @@ def test_generate_keeps_the_pictures_of_its_stages(adapter: Path, tmp_path: Path
     assert lineardit(*direct, "-o", tmp_path / "b.png") == 0
     assert not (tmp_path / "b.stages").exists()
     assert lineardit(*direct, "--chunk-tokens", "9", "-o", tmp_path / "c.png") == 0
-    whole, chunked = (numpy.asarray(Image.open(tmp_path / name), int) for name in ("b.png", "c.png"))
-    assert abs(whole - chunked).max() <= 1
+    unchunked, chunked = (numpy.asarray(Image.open(tmp_path / name), int) for name in ("b.png", "c.png"))
+    assert abs(unchunked - chunked).max() <= 1
 
 
 def test_generate_accepts_stage_settings_and_prints_the_plan(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--strength", "0.5", "--stage-steps", "3", "--sharpen", "0", "--tile", "64")
+    options = ("--strength", "0.5", "--stage-steps", "3", "--sharpen", "0", "--tile", "64")
     generate, out = ("generate", adapter, *FEW), tmp_path / "out.png"
-    assert lineardit(*generate, "--size", "32x32", *words, "--plan", "-o", out) == 0
-    told = capsys.readouterr().out
-    assert "32x32 in 2 stages" in told and "32x32, 3 steps, converted attention, from noise level 0.5" in told
+    assert lineardit(*generate, "--size", "32x32", *options, "--plan", "-o", out) == 0
+    output = capsys.readouterr().out
+    assert "32x32 in 2 stages" in output and "32x32, 3 steps, converted attention, from noise level 0.5" in output
     assert not list(tmp_path.iterdir())
-    assert lineardit(*generate, PROMPT, "--size", "32x32", *words, "-o", out) == 0
+    assert lineardit(*generate, PROMPT, "--size", "32x32", *options, "-o", out) == 0
     with Image.open(out) as image:
         plan = json.loads(image.info["stages"])
     second = plan["stages"][1]
     assert (second["strength"], second["steps"], second["sharpen"], plan["tile"]) == (0.5, 3, 0.0, 64)
     capsys.readouterr()
     for size, option, remedy in (
-        ("16x16", words[:2], "leave them out, or make a larger picture"),
-        ("16x16", (*words[:2], "--cascade"), "leave them out, or make a larger picture"),
-        ("32x32", (*words[:2], "--direct"), "leave them out, or leave out cascade=False (--direct)"),
-        ("16x16", words[6:], "leave it out, or add cascade=True (--cascade)"),
+        ("16x16", options[:2], "leave them out, or make a larger picture"),
+        ("16x16", (*options[:2], "--cascade"), "leave them out, or make a larger picture"),
+        ("32x32", (*options[:2], "--direct"), "leave them out, or leave out cascade=False (--direct)"),
+        ("16x16", options[6:], "leave it out, or add cascade=True (--cascade)"),
     ):
         assert lineardit(*generate, PROMPT, "--size", size, *option, "-o", tmp_path / "b.png") == 2
         assert f"{size} is made in one stage: {remedy}" in capsys.readouterr().err.splitlines()[-1]
@@ -75,25 +75,25 @@ def test_generate_accepts_stage_settings_and_prints_the_plan(
 
 def test_plan_reads_no_weights(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(adapter.parent / "base", tmp_path / "base")
-    words = ("generate", adapter, "--base", tmp_path / "base", "--size", "45x33", "--plan", "--dtype", "bfloat16")
+    command = ("generate", adapter, "--base", tmp_path / "base", "--size", "45x33", "--plan", "--dtype", "bfloat16")
     pipe = from_pretrained(adapter, base=tmp_path / "base", dtype=torch.bfloat16)
     plan = HighResolutionPipeline.from_pipe(pipe).plan(33, 45)
     for file in (tmp_path / "base").rglob("*.safetensors"):
         file.unlink()
     capsys.readouterr()
-    assert lineardit(*words) == 0
-    told, wanted = (re.sub(r"about \d+ s", "", text) for text in (capsys.readouterr().out, f"{plan}\n"))
-    assert told == wanted and "GiB" in told
-    assert lineardit(*words, "--offload", "model", "--device", "cpu") == 2
+    assert lineardit(*command) == 0
+    printed, expected = (re.sub(r"about \d+ s", "", text) for text in (capsys.readouterr().out, f"{plan}\n"))
+    assert printed == expected and "GiB" in printed
+    assert lineardit(*command, "--offload", "model", "--device", "cpu") == 2
     assert "offload 'model' needs an accelerator" in capsys.readouterr().err
 
 
 def test_generate_logs_stages_and_kernels(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words = ("--size", "45x33", "--chunk-tokens", "9", *FEW, "-o", tmp_path / "out.png")
-    assert lineardit("generate", adapter, PROMPT, *words) == 0
+    options = ("--size", "45x33", "--chunk-tokens", "9", *FEW, "-o", tmp_path / "out.png")
+    assert lineardit("generate", adapter, PROMPT, *options) == 0
     assert "token-wise layers in chunks of 9" in caplog.text
     assert "stage 2 of 3, 28x24, converted attention, kernel: masked" in caplog.text
-    assert lineardit("generate", adapter, PROMPT, *words) == 0
+    assert lineardit("generate", adapter, PROMPT, *options) == 0
     assert "the picture already exists" in caplog.messages
 
 
@@ -102,8 +102,8 @@ def test_upscale_takes_prompt_and_model_from_the_picture(
 ) -> None:
     small, large = tmp_path / "small.png", tmp_path / "large.png"
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, "-o", small) == 0
-    words = ("--size", "36x32", "--chunk-tokens", "16", "--guidance", "2", *FEW, "-o", large)
-    assert lineardit("upscale", small, *words) == 0
+    options = ("--size", "36x32", "--chunk-tokens", "16", "--guidance", "2", *FEW, "-o", large)
+    assert lineardit("upscale", small, *options) == 0
     assert "the picture is stretched: the aspect ratio of 36x32 differs from its own, 16x16" in caplog.text
     with Image.open(large) as image:
         assert image.size == (36, 32) and image.info["prompt"] == PROMPT and image.info["adapter"] == str(adapter)
@@ -114,16 +114,16 @@ def test_upscale_uses_the_settings_recorded_in_the_picture(adapter: Path, tmp_pa
     small, large = tmp_path / "small.png", tmp_path / "large.png"
     drawing = ("--guidance", "2", "--argument", "negative_prompt=blurred, ünsharp", "--argument", "true_cfg_scale=3")
     assert lineardit("generate", adapter, PROMPT, "--size", "16x16", *FEW, *drawing, "-o", small) == 0
-    words = ("upscale", small, "--size", "32x32", "--steps", "1", "--offline", "-o", large)
-    assert lineardit(*words) == 0
-    told = "guidance=2.0, max_sequence_length=8, negative_prompt='blurred, ünsharp', true_cfg_scale=3.0"
-    assert f"as recorded in the picture: {told}\n" in capsys.readouterr().out
+    command = ("upscale", small, "--size", "32x32", "--steps", "1", "--offline", "-o", large)
+    assert lineardit(*command) == 0
+    settings = "guidance=2.0, max_sequence_length=8, negative_prompt='blurred, ünsharp', true_cfg_scale=3.0"
+    assert f"as recorded in the picture: {settings}\n" in capsys.readouterr().out
     with Image.open(large) as image:
-        said = image.info
+        recorded = image.info
     names = ("guidance", "max_sequence_length", "negative_prompt", "true_cfg_scale")
-    assert [said[name] for name in names] == ["2.0", "8", "blurred, ünsharp", "3.0"]
-    own = ("--guidance", "1", "--max-sequence-length", "9", "--argument", "negative_prompt=", "--overwrite")
-    assert lineardit(*words, *own) == 0
+    assert [recorded[name] for name in names] == ["2.0", "8", "blurred, ünsharp", "3.0"]
+    overrides = ("--guidance", "1", "--max-sequence-length", "9", "--argument", "negative_prompt=", "--overwrite")
+    assert lineardit(*command, *overrides) == 0
     with Image.open(large) as image:
         assert [image.info[name] for name in names] == ["1.0", "9", "", "3.0"]
     with Image.open(small) as image:
@@ -131,7 +131,7 @@ def test_upscale_uses_the_settings_recorded_in_the_picture(adapter: Path, tmp_pa
         for name, text in (image.info | {"guidance": "much"}).items():
             info.add_text(name, text)
         image.save(small, pnginfo=info)
-    assert lineardit(*words, "--overwrite") == 2
+    assert lineardit(*command, "--overwrite") == 2
     assert "small.png does not record correctly how it was made" in capsys.readouterr().err
 
 
@@ -140,15 +140,15 @@ def test_no_weights_are_read_for_existing_pictures(
 ) -> None:
     base, small, large = tmp_path / "base", tmp_path / "small.png", tmp_path / "large.png"
     shutil.copytree(adapter.parent / "base", base)
-    placed = ("--base", base, *FEW)
-    generate = ("generate", adapter, PROMPT, "--size", "45x33", *placed, "-o")
-    upscale = ("upscale", small, adapter, "--size", "90x66", *placed, "-o", large)
-    many = ("--count", "2", "--part", "2/2")
-    assert [lineardit(*words) for words in ((*generate, small), (*generate, tmp_path, *many), upscale)] == [0, 0, 0]
+    options = ("--base", base, *FEW)
+    generate = ("generate", adapter, PROMPT, "--size", "45x33", *options, "-o")
+    upscale = ("upscale", small, adapter, "--size", "90x66", *options, "-o", large)
+    part = ("--count", "2", "--part", "2/2")
+    assert [lineardit(*call) for call in ((*generate, small), (*generate, tmp_path, *part), upscale)] == [0, 0, 0]
     for file in base.rglob("*.safetensors"):
         file.unlink()
     caplog.clear()
-    assert lineardit(*generate, small) == lineardit(*generate, tmp_path, *many) == lineardit(*upscale) == 0
+    assert lineardit(*generate, small) == lineardit(*generate, tmp_path, *part) == lineardit(*upscale) == 0
     assert caplog.messages.count("the picture already exists") == 3
     assert lineardit(*generate, small, "--overwrite") == lineardit(*generate, tmp_path / "b.png") == 2
 
@@ -166,17 +166,17 @@ def test_upscale_with_another_model_uses_only_the_prompt(adapter: Path, tmp_path
 def test_upscale_keeps_stages_of_another_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     small, large = tmp_path / "small.png", tmp_path / "large.png"
     Image.new("RGB", (16, 16)).save(small)
-    words = ("upscale", small, adapter, "--prompt", PROMPT, "--size", "56x56", *FEW, "-o", large)
-    assert lineardit(*words) == 0
+    command = ("upscale", small, adapter, "--prompt", PROMPT, "--size", "56x56", *FEW, "-o", large)
+    assert lineardit(*command) == 0
     assert [path.name for path in (tmp_path / "large.stages").iterdir()] == ["1-28x28.png"]
-    made = large.stat().st_mtime_ns
-    assert lineardit(*words) == 0 and large.stat().st_mtime_ns == made  # already made
-    assert lineardit(*words, "--strength", "0.5") == 2
+    modified = large.stat().st_mtime_ns
+    assert lineardit(*command) == 0 and large.stat().st_mtime_ns == modified  # already made
+    assert lineardit(*command, "--strength", "0.5") == 2
     assert "large.png exists, was made with other settings" in capsys.readouterr().err
     large.unlink()
-    assert lineardit(*words, "--strength", "0.5") == 2
+    assert lineardit(*command, "--strength", "0.5") == 2
     assert "large.stages holds stages of another picture" in capsys.readouterr().err
-    assert lineardit(*words, "--strength", "0.5", "--overwrite") == 0
+    assert lineardit(*command, "--strength", "0.5", "--overwrite") == 0
 
 
 def test_upscale_uses_the_base_that_made_the_picture(adapter: Path, tmp_path: Path, capsys: Any) -> None:
@@ -194,7 +194,7 @@ def test_upscale_uses_the_base_that_made_the_picture(adapter: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "expected"),
     [
         (["PLAIN", "MODEL"], "does not record how it was made: give --prompt"),
         (["PLAIN", "--prompt", "a"], "does not record how it was made: give the model, after the picture"),
@@ -213,7 +213,7 @@ def test_upscale_uses_the_base_that_made_the_picture(adapter: Path, tmp_path: Pa
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_upscale_refuses_bad_input_in_one_sentence(
-    adapter: Path, tmp_path: Path, capsys: Any, words: list[str], said: str
+    adapter: Path, tmp_path: Path, capsys: Any, args: list[str], expected: str
 ) -> None:
     places = {"PLAIN": tmp_path / "a.png", "TEXT": tmp_path / "b.png", "NONE": tmp_path / "c.png", "MODEL": adapter}
     Image.new("RGB", (20, 20)).save(places["PLAIN"])
@@ -221,11 +221,11 @@ def test_upscale_refuses_bad_input_in_one_sentence(
     places["HALF"] = tmp_path / "d.png"
     Image.effect_noise((99, 99), 50).save(places["HALF"])
     places["HALF"].write_bytes(places["HALF"].read_bytes()[:5000])
-    output = [] if "-o" in words else ["-o", tmp_path / "out.png"]
+    output = [] if "-o" in args else ["-o", tmp_path / "out.png"]
     capsys.readouterr()
-    assert lineardit("upscale", *(places.get(word, word) for word in words), *output, "--offline") == 2
+    assert lineardit("upscale", *(places.get(word, word) for word in args), *output, "--offline") == 2
     message = capsys.readouterr().err
-    assert said in message and message.splitlines()[-1].startswith("lineardit: ")
+    assert expected in message and message.splitlines()[-1].startswith("lineardit: ")
     assert not (tmp_path / "out.png").exists() and not (tmp_path / "out.stages").exists()
 
 

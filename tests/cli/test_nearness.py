@@ -14,7 +14,7 @@ from lineardit.plots import draw_nearness
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, two conversions of it, prompts, and the command's output."""
     folder = tmp_path_factory.mktemp("nearness")
     build_tiny().save_pretrained(folder / "base")
@@ -25,19 +25,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    words = ["nearness", folder / "base", folder / "clear-1.5", folder / "clear-3", "--prompts", folder / "prompts.txt"]
-    words += ["--size", "32x24", "--steps", "3", "--max-sequence-length", "8", "--offline", "-o", folder / "out"]
-    return [*map(str, words), *options]
+    args = ["nearness", folder / "base", folder / "clear-1.5", folder / "clear-3", "--prompts", folder / "prompts.txt"]
+    args += ["--size", "32x24", "--steps", "3", "--max-sequence-length", "8", "--offline", "-o", folder / "out"]
+    return [*map(str, args), *options]
 
 
-def test_nearness_writes_figures_and_a_picture(made: Path) -> None:
-    content = json.loads((made / "out" / "nearness.json").read_text())
+def test_nearness_writes_figures_and_a_picture(folder: Path) -> None:
+    content = json.loads((folder / "out" / "nearness.json").read_text())
     assert (content["prompts"], content["steps"], content["size"]) == (2, 3, [24, 32])
-    means = [content["models"][str(made / name)]["mean"] for name in ("base", "clear-3", "clear-1.5")]
+    means = [content["models"][str(folder / name)]["mean"] for name in ("base", "clear-3", "clear-1.5")]
     assert means == sorted(means)
     assert means[0] == 0 < means[1] < means[2]
-    assert all(len(one["errors"]) == 3 for one in content["models"].values())
-    with Image.open(made / "out" / "nearness.png") as picture:
+    assert all(len(model["errors"]) == 3 for model in content["models"].values())
+    with Image.open(folder / "out" / "nearness.png") as picture:
         assert min(picture.size) > 200
 
 
@@ -48,26 +48,26 @@ def test_draw_nearness_accepts_names_with_markup_characters(tmp_path: Path) -> N
         assert min(picture.size) > 200
 
 
-def test_nearness_keeps_existing_output_unless_overwritten(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command(made)) == 2
+def test_nearness_keeps_existing_output_unless_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(folder)) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run(command(made, "--overwrite")) == 0
+    assert run(command(folder, "--overwrite")) == 0
     assert "seconds" in capsys.readouterr().out
 
 
-def test_nearness_refuses_a_converted_base(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["nearness", made / "clear-3", made / "clear-1.5", "--prompts", made / "prompts.txt", "--size", "32x24"]
-    assert run([*map(str, words), "--offline", "-o", str(made / "other")]) == 2
+def test_nearness_refuses_a_converted_base(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["nearness", folder / "clear-3", folder / "clear-1.5", "--prompts", folder / "prompts.txt"]
+    assert run([*map(str, args), "--size", "32x24", "--offline", "-o", str(folder / "other")]) == 2
     assert "pipe must be the original pipeline" in capsys.readouterr().err
-    assert not (made / "other").exists()
+    assert not (folder / "other").exists()
 
 
-def test_nearness_refuses_a_missing_adapter_before_measuring(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["nearness", made / "base", made / "clear-3", made / "nothing", "--prompts", made / "prompts.txt"]
-    assert run([*map(str, words), "--size", "32x24", "--offline", "-o", str(made / "other")]) == 2
-    told = capsys.readouterr().err
-    assert "nothing is neither a local folder nor a Hub id" in told and "picture" not in told
-    (made / "empty").mkdir(exist_ok=True)
-    words[3] = made / "empty"
-    assert run([*map(str, words), "--size", "32x24", "--offline", "-o", str(made / "other")]) == 2
+def test_nearness_refuses_a_missing_adapter_before_measuring(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["nearness", folder / "base", folder / "clear-3", folder / "nothing", "--prompts", folder / "prompts.txt"]
+    assert run([*map(str, args), "--size", "32x24", "--offline", "-o", str(folder / "other")]) == 2
+    message = capsys.readouterr().err
+    assert "nothing is neither a local folder nor a Hub id" in message and "picture" not in message
+    (folder / "empty").mkdir(exist_ok=True)
+    args[3] = folder / "empty"
+    assert run([*map(str, args), "--size", "32x24", "--offline", "-o", str(folder / "other")]) == 2
     assert "picture" not in capsys.readouterr().err

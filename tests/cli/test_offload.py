@@ -92,14 +92,14 @@ def test_teacher_is_freed_before_the_student_is_loaded(
 ) -> None:
     loaded: list[Any] = []
 
-    def watched(opening: Any) -> Any:
-        assert not [one for one in loaded if one() is not None]
+    def open_and_track(opening: Any) -> Any:
+        assert not [reference for reference in loaded if reference() is not None]
         pipe = opened(opening)
         loaded.append(weakref.ref(pipe.transformer))
         return pipe
 
     opened = by_name.open_named
-    monkeypatch.setattr(by_name, "open_named", watched)
+    monkeypatch.setattr(by_name, "open_named", open_and_track)
     gc.disable()  # reference counting alone must free it
     try:
         both = [ByName(name=str(name), offload="model") for name in (adapter, adapter)]
@@ -160,8 +160,8 @@ def test_sequential_offload_of_4_bit_weights_is_refused(base: Path, monkeypatch:
 
 
 def test_group_offload_unsupported_by_diffusers_is_refused() -> None:
-    told = "^diffusers does not support offload 'group' for a HunyuanDiT2DModel.*: use --offload model$"
-    with pytest.raises(ValueError, match=told):
+    message = "^diffusers does not support offload 'group' for a HunyuanDiT2DModel.*: use --offload model$"
+    with pytest.raises(ValueError, match=message):
         place_(STOCK["hunyuan-dit"].make(), torch.device("cuda"), "group")
 
 

@@ -35,17 +35,17 @@ def test_model_is_distilled_evaluated_and_used(name: str, tmp_path: Path) -> Non
     changed = ["--set", "loss.flow=0.0", "--set", "validate.samples=1"]
     assert run(["distill", str(config), *changed]) == 0
     adapter = str(tmp_path / "run" / "adapter")
-    judging = ["evaluate", str(base), adapter, *drawing, "--batch-size", "2", "--no-memory"]
-    assert run([*judging, "-o", str(tmp_path / "report")]) == 0
+    evaluation = ["evaluate", str(base), adapter, *drawing, "--batch-size", "2", "--no-memory"]
+    assert run([*evaluation, "-o", str(tmp_path / "report")]) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["latent_mse"] > 0 and report["settings"]["steps"] == 3
     assert run(["generate", adapter, *drawing, "--batch-size", "2", "-o", str(tmp_path / "pictures")]) == 0
     width, height = map(int, size.split("x"))
     drawn = [Image.open(file) for file in sorted((tmp_path / "pictures").glob("*.png"))]
-    assert [one.size for one in drawn] == [(width, height)] * 3
-    assert {one.info["negative_prompt"] for one in drawn} == {PROMPTS[5]}
-    made = sorted((tmp_path / "report" / "pictures").rglob("*.png"))
-    assert any(Image.open(file).tobytes() == drawn[0].tobytes() for file in made)  # `evaluate` draws the same
+    assert [image.size for image in drawn] == [(width, height)] * 3
+    assert {image.info["negative_prompt"] for image in drawn} == {PROMPTS[5]}
+    pictures = sorted((tmp_path / "report" / "pictures").rglob("*.png"))
+    assert any(Image.open(file).tobytes() == drawn[0].tobytes() for file in pictures)  # `evaluate` draws the same
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -58,8 +58,8 @@ def test_large_pictures_are_made_in_stages_and_resumed(
     denoiser(pipe)[1].register_to_config(sample_size=min(width, height) // 2 // pipe.vae_scale_factor)
     pipe.save_pretrained(tmp_path / "base")
     adapter, out, offline = str(tmp_path / "adapter"), tmp_path / "out.png", ["--offline"]
-    words = ["--method", "clear", "--radius", "2", "-o", adapter, *offline]
-    assert run(["convert", str(tmp_path / "base"), *words]) == 0
+    conversion = ["--method", "clear", "--radius", "2", "-o", adapter, *offline]
+    assert run(["convert", str(tmp_path / "base"), *conversion]) == 0
     drawing = [PROMPTS[0], "--size", f"{width}x{height}", "--steps", "2", "--argument", f"negative_prompt={PROMPTS[5]}"]
     drawing += offline
     with monkeypatch.context() as patch:
@@ -73,10 +73,10 @@ def test_large_pictures_are_made_in_stages_and_resumed(
         patch.setattr(type(denoiser(pipe)[1]), "forward", lambda *_, **__: pytest.fail("denoised again"))
         assert run(["generate", adapter, *drawing, "-o", str(out)]) == 0
     assert run(["decode", str(tmp_path / "copy.latents.safetensors"), *offline]) == 0
-    with Image.open(out) as made, Image.open(tmp_path / "copy.png") as decoded:
-        assert made.size == (width, height) and made.tobytes() == decoded.tobytes()
+    with Image.open(out) as picture, Image.open(tmp_path / "copy.png") as decoded:
+        assert picture.size == (width, height) and picture.tobytes() == decoded.tobytes()
     small, large = tmp_path / "out.stages" / stages[0], tmp_path / "large.png"
-    telling = ["--prompt", PROMPTS[0], "--size", f"{width}x{height}", "--steps", "2", *offline]
-    assert run(["upscale", str(small), adapter, *telling, "-o", str(large)]) == 0
-    with Image.open(large) as made:
-        assert made.size == (width, height)
+    options = ["--prompt", PROMPTS[0], "--size", f"{width}x{height}", "--steps", "2", *offline]
+    assert run(["upscale", str(small), adapter, *options, "-o", str(large)]) == 0
+    with Image.open(large) as picture:
+        assert picture.size == (width, height)

@@ -25,10 +25,10 @@ def test_prepare_then_distill_gives_an_adapter(base: Path, tmp_path: Path) -> No
     prepare = ["prepare", str(base), "--prompts", str(prompts), *small, "--offline", "-o", str(samples)]
     assert run(prepare) == 0
     shards = json.loads((samples / "index.json").read_text())["shards"]
-    made = [sample for shard in shards for sample in shard["samples"]]
-    assert [sample["prompt"] for sample in made] == PROMPTS[:3]
-    assert [sample["seed"] for sample in made] == [5, 6, 7]
-    assert [(sample["height"], sample["width"]) for sample in made] == [(24, 32), (32, 24), (24, 32)]
+    entries = [sample for shard in shards for sample in shard["samples"]]
+    assert [sample["prompt"] for sample in entries] == PROMPTS[:3]
+    assert [sample["seed"] for sample in entries] == [5, 6, 7]
+    assert [(sample["height"], sample["width"]) for sample in entries] == [(24, 32), (32, 24), (24, 32)]
     assert run(prepare) == 0  # nothing left to do
 
     config = tmp_path / "config.toml"

@@ -31,7 +31,7 @@ def prompts(tmp_path: Path) -> Path:
     return file
 
 
-def told(picture: Path) -> dict[str, str]:
+def metadata(picture: Path) -> dict[str, str]:
     with Image.open(picture) as image:
         return dict(image.info)
 
@@ -43,11 +43,11 @@ def test_pictures_record_the_quantization_of_their_model(
     out, large = tmp_path / "out.png", tmp_path / "large.png"
     command = ("generate", adapter, SCENE, "--size", "32x24", *SMALL, "-o", out)
     assert lineardit(*command, *INT8) == 0
-    assert told(out)["quantize"] == "torchao"
+    assert metadata(out)["quantize"] == "torchao"
     assert lineardit(*command) == 2
     assert "made with other settings" in capsys.readouterr().err
     assert lineardit("upscale", out, *SMALL, "--quantize", "torchao:quant_type=Int8WeightOnlyConfig", "-o", large) == 0
-    assert told(large)["quantize"] == "torchao:quant_type=Int8WeightOnlyConfig"
+    assert metadata(large)["quantize"] == "torchao:quant_type=Int8WeightOnlyConfig"
 
 
 def test_samples_record_the_quantization_of_their_teacher(
@@ -68,8 +68,8 @@ def test_both_sides_of_an_evaluation_are_quantized(
     command = ("evaluate", base, adapter, "--prompts", prompts, "--size", "32x24", *SMALL, "-o", tmp_path / "report")
     with caplog.at_level(logging.INFO):
         assert lineardit(*command, *INT8) == 0
-    asked = json.loads((tmp_path / "report/report.json").read_text())["question"]
-    assert (asked["teacher_quantization"], asked["student_quantization"]) == ("torchao", "torchao")
+    question = json.loads((tmp_path / "report/report.json").read_text())["question"]
+    assert (question["teacher_quantization"], question["student_quantization"]) == ("torchao", "torchao")
     assert lineardit(*command, "--no-memory") == 2  # other weights are another evaluation
 
 
@@ -82,9 +82,9 @@ def test_quantizing_a_quantized_base_is_refused(base: Path, tmp_path: Path, caps
 
 def test_weights_on_device_counts_quantized_weights_as_stored(base: Path) -> None:
     pytest.importorskip("torchao.quantization")
-    whole, packed = open_pipeline(base), open_pipeline(base, quantization=Quantization(quant_backend="torchao"))
-    linear = sum(layer.weight.numel() for layer in whole.transformer.modules() if isinstance(layer, nn.Linear))
-    saved = weights_on_device(whole) - weights_on_device(packed)
+    plain, packed = open_pipeline(base), open_pipeline(base, quantization=Quantization(quant_backend="torchao"))
+    linear = sum(layer.weight.numel() for layer in plain.transformer.modules() if isinstance(layer, nn.Linear))
+    saved = weights_on_device(plain) - weights_on_device(packed)
     assert 2.8 * linear < saved < 3 * linear  # of 4 bytes each; scales take some
 
 
@@ -99,12 +99,12 @@ def test_weights_on_device_counts_a_planned_quantization(base: Path) -> None:
 def test_memory_of_quantized_flux_matches_the_documentation() -> None:
     base = read_base(Path(__file__).parents[1] / "data/flux1-dev")
     model = build_on_meta(base, dtype=torch.bfloat16)
-    in_bits = {kind: _bytes(model, None, bits=Quantization(quant_backend=kind).bits) for kind in BACKENDS}
+    num_bytes = {kind: _bytes(model, None, bits=Quantization(quant_backend=kind).bits) for kind in BACKENDS}
     cast_layerwise_(model, Quantization(quant_backend="layerwise_casting"), torch.bfloat16)
-    found = {kind: round(count / 2**30, 1) for kind, count in in_bits.items()} | {
+    gib = {kind: round(count / 2**30, 1) for kind, count in num_bytes.items()} | {
         "cast": round(_bytes(model, None) / 2**30, 1)
     }
-    assert found == {
+    assert gib == {
         "bitsandbytes_4bit": 6.2,
         "bitsandbytes_8bit": 11.1,
         "torchao": 11.1,
@@ -119,35 +119,35 @@ def test_generate_supports_layerwise_casting(
     out = tmp_path / "out.png"
     command = ("generate", adapter, SCENE, "--size", "32x24", *SMALL, "-o", out)
     assert lineardit(*command, "--quantize", "layerwise_casting:storage_dtype=float8_e5m2") == 0
-    assert told(out)["quantize"] == "layerwise_casting:storage_dtype=float8_e5m2"
-    whole, packed = (
+    assert metadata(out)["quantize"] == "layerwise_casting:storage_dtype=float8_e5m2"
+    uncast, cast = (
         open_pipeline(base),
         open_pipeline(base, quantization=Quantization(quant_backend="layerwise_casting")),
     )
     planned = open_pipeline(base, weights=False, quantization=Quantization(quant_backend="layerwise_casting"))
-    assert quantized_types(packed.transformer) == "float8_e4m3fn"
-    assert weights_on_device(planned) == weights_on_device(packed) < weights_on_device(whole)
+    assert quantized_types(cast.transformer) == "float8_e4m3fn"
+    assert weights_on_device(planned) == weights_on_device(cast) < weights_on_device(uncast)
     assert lineardit(*command, "--quantize", "layerwise_casting:storage=float8_e5m2", "--overwrite") == 2
     assert "layerwise_casting takes storage_dtype" in capsys.readouterr().err
 
 
 def test_parse_quantization_inverts_str() -> None:
     text = "bitsandbytes_4bit:bnb_4bit_use_double_quant=true,bnb_4bit_quant_type=fp4"
-    asked = parse_quantization(text)
-    assert asked == Quantization(
+    quantization = parse_quantization(text)
+    assert quantization == Quantization(
         quant_backend="bitsandbytes_4bit",
         quant_kwargs={"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "fp4"},
     )
-    assert str(asked) == text
+    assert str(quantization) == text
     assert parse_quantization(None) is None
 
 
 def test_parse_quantization_accepts_a_list() -> None:
     text = 'bitsandbytes_8bit:llm_int8_skip_modules=["proj_out", "norm_out"],llm_int8_threshold=5.0'
-    asked = parse_quantization(text)
-    assert asked is not None
-    assert asked.quant_kwargs == {"llm_int8_skip_modules": ["proj_out", "norm_out"], "llm_int8_threshold": 5.0}
-    assert parse_quantization(str(asked)) == asked
+    quantization = parse_quantization(text)
+    assert quantization is not None
+    assert quantization.quant_kwargs == {"llm_int8_skip_modules": ["proj_out", "norm_out"], "llm_int8_threshold": 5.0}
+    assert parse_quantization(str(quantization)) == quantization
 
 
 def test_figures_record_the_quantization(
@@ -157,9 +157,9 @@ def test_figures_record_the_quantization(
     out, common = tmp_path / "out", ("--prompts", prompts, "--size", "32x24", *SMALL, *INT8)
     assert lineardit("nearness", base, adapter, *common, "-o", out) == 0
     assert "of one prediction; weights by torchao\n" in capsys.readouterr().out
-    found = json.loads((out / "nearness.json").read_text())
-    assert found["quantization"] == "torchao"
-    assert found["models"][str(base)]["mean"] == 0 < found["models"][str(adapter)]["mean"]
+    content = json.loads((out / "nearness.json").read_text())
+    assert content["quantization"] == "torchao"
+    assert content["models"][str(base)]["mean"] == 0 < content["models"][str(adapter)]["mean"]
     assert lineardit("profile", base, *common, "--radii", "2", "-o", out) == 0
     assert "mean over heads; weights by torchao\n" in capsys.readouterr().out
     assert read_profile(out / "profile.json").quantized == "Int8Tensor"

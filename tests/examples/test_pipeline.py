@@ -76,7 +76,7 @@ def test_pipeline_draws_what_a_caption_says(pipe):
     ).images
     right = total = 0
     for caption, image in zip(captions, images, strict=True):
-        told, found = scenes.parse(caption), scenes.read(image)
-        assert (found.tone, found.pattern) == (told.tone, told.pattern)
+        described, drawn = scenes.parse(caption), scenes.read(image)
+        assert (drawn.tone, drawn.pattern) == (described.tone, described.pattern)
         right, total = (sum(pair) for pair in zip((right, total), scenes.score(caption, image), strict=True))
     assert right >= 0.75 * total

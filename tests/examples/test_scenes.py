@@ -22,18 +22,18 @@ def noisy(image: Image.Image, seed: int) -> Image.Image:
     "size", [*SIZES, pytest.param(512, marks=pytest.mark.slow), pytest.param(1024, marks=pytest.mark.slow)]
 )
 def test_read_gives_what_was_drawn(size, noise):
-    objects = right = coherent = whole = 0
+    objects = correct = coherent = identical = 0
     for seed in range(PICTURES):
         scene = scenes.sample(seed, split="held_out" if seed % 2 else "train")
         image = scenes.draw(scene, size)
-        found = scenes.read(noisy(image, seed) if noise else image)
+        scene_read = scenes.read(noisy(image, seed) if noise else image)
         objects += len(scene.objects)
-        right += len(set(scene.objects) & set(found.objects))
-        coherent += found.coherence
-        whole += found == scene
-    assert right >= 0.99 * objects
+        correct += len(set(scene.objects) & set(scene_read.objects))
+        coherent += scene_read.coherence
+        identical += scene_read == scene
+    assert correct >= 0.99 * objects
     assert coherent >= 0.98 * PICTURES
-    assert whole >= 0.97 * PICTURES
+    assert identical >= 0.97 * PICTURES
 
 
 def test_draw_takes_width_then_height():
@@ -89,9 +89,9 @@ def test_score_counts_objects_right_in_colour_shape_and_cell():
 
 def test_read_finds_nothing_in_noise():
     pixels = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
-    found = scenes.read(Image.fromarray(pixels))
-    assert not found.objects
-    assert not found.coherence
+    scene = scenes.read(Image.fromarray(pixels))
+    assert not scene.objects
+    assert not scene.coherence
 
 
 @pytest.mark.parametrize("reverse", [False, True])

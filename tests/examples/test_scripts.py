@@ -45,19 +45,19 @@ def test_bf16_positions_counts_the_distinct_positions(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("script", "made"),
+    ("script", "picture"),
     [("text_to_image_4k", "4k"), ("low_memory", "low_memory"), ("style_lora_4k", "style"), ("upscale", "upscaled")],
 )
 def test_script_makes_its_picture(
-    script: str, made: str, adapter: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str, picture: str, adapter: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.linear_gradient("L").resize((10, 8)).save(tmp_path / "photo.png")
-    words = {"style_lora_4k": [str(lora), "a style", "32x24"], "upscale": ["photo.png", "what it shows"]}
+    arguments = {"style_lora_4k": [str(lora), "a style", "32x24"], "upscale": ["photo.png", "what it shows"]}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, str(adapter), *words.get(script, ["a prompt", "32x24"])])
+    monkeypatch.setattr(sys, "argv", [script, str(adapter), *arguments.get(script, ["a prompt", "32x24"])])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
-    with Image.open(tmp_path / f"{made}.png") as image:
+    with Image.open(tmp_path / f"{picture}.png") as image:
         assert image.size == ((40, 32) if script == "upscale" else (32, 24))
 
 

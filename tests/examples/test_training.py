@@ -17,12 +17,12 @@ def test_words_and_objects_label_every_word_with_its_object():
     captions, labels = words_and_objects(0, 40)
     for caption, row in zip(captions, labels, strict=True):
         objects = {(item.colour, item.shape, item.cell): item for item in scenes.parse(caption).objects}
-        told = [item and tuple(names[i] for names, i in zip(LABELS, item, strict=True)) for item in row]
+        labelled = [item and tuple(names[i] for names, i in zip(LABELS, item, strict=True)) for item in row]
         words = caption.split()
         for item in objects:
-            phrase = " ".join(word for word, label in zip(words, told, strict=False) if label == item)
+            phrase = " ".join(word for word, label in zip(words, labelled, strict=False) if label == item)
             assert phrase == objects[item].phrase
-        others = [word for word, label in zip(words, told, strict=False) if label is None] + words[len(told) :]
+        others = [word for word, label in zip(words, labelled, strict=False) if label is None] + words[len(labelled) :]
         assert " ".join(others).startswith("and on" if len(objects) == 2 else "on")
 
 

@@ -71,8 +71,8 @@ def test_folders_import_each_other_relatively() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            if own := [name for name in names if name.split(".")[0] in MAY_IMPORT]:
-                absolute.setdefault(str(path), []).extend(own)
+            if own_names := [name for name in names if name.split(".")[0] in MAY_IMPORT]:
+                absolute.setdefault(str(path), []).extend(own_names)
     assert absolute == {}
 
 
@@ -94,7 +94,7 @@ def test_every_import_is_a_declared_dependency() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "package", "found"),
+    ("source", "package", "expected"),
     [
         ("from ..linearize.seam import x", "lineardit.kernels", ["lineardit.linearize.seam.x"]),
         ("from ...distill import losses", "lineardit.linearize.methods", ["lineardit.distill.losses"]),
@@ -104,8 +104,8 @@ def test_every_import_is_a_declared_dependency() -> None:
         ("from .seam import x\nimport torch", "lineardit.linearize", []),
     ],
 )
-def test_backward_imports_are_found(source: str, package: str, found: list[str]) -> None:
-    assert backward_imports(source, package) == found
+def test_backward_imports_are_found(source: str, package: str, expected: list[str]) -> None:
+    assert backward_imports(source, package) == expected
 
 
 def test_star_import_gives_the_public_names() -> None:

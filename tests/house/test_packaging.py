@@ -43,11 +43,11 @@ def module_names() -> list[str]:
 def run_python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
     """Standard output of a fresh interpreter; fails the test with its standard error."""
     environment = os.environ | {"PYTHONPATH": str(path or "")}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,10 @@ def test_clone_called_lineardit_runs_from_its_parent_folder(clone: Path, tmp_pat
     """There Python finds the checkout itself first, as a folder called lineardit."""
     (tmp_path / "lineardit").symlink_to(clone)
     code = "import lineardit, lineardit.kernels.window, lineardit.examples as e; print(lineardit.Clear, e.__file__)"
-    told = f"<class 'lineardit.linearize.methods.clear.Clear'> {tmp_path / 'lineardit' / 'examples' / '__init__.py'}\n"
-    assert run_python("-c", code, cwd=tmp_path) == told
+    expected = (
+        f"<class 'lineardit.linearize.methods.clear.Clear'> {tmp_path / 'lineardit' / 'examples' / '__init__.py'}\n"
+    )
+    assert run_python("-c", code, cwd=tmp_path) == expected
     assert "convert" in run_python("-m", "lineardit", "--help", cwd=tmp_path)
 
 

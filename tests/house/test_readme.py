@@ -50,8 +50,10 @@ def test_readme_commands_and_their_options_exist(line: str) -> None:
 
 def test_readme_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    told = {target for text in PAGES.values() for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", text, re.M)}
-    assert {first or second for first, second in told} - targets == set()
+    named = {
+        target for text in PAGES.values() for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", text, re.M)
+    }
+    assert {first or second for first, second in named} - targets == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -73,11 +75,11 @@ def anchors(text: str) -> set[str]:
 
 def test_readme_paths_exist() -> None:
     folders = "|".join(entry.name for entry in ROOT.iterdir() if entry.is_dir())
-    quoted = {path for text in PAGES.values() for path in re.findall(rf"`((?:{folders})/[a-z_./]*)`", text)}
+    mentioned = {path for text in PAGES.values() for path in re.findall(rf"`((?:{folders})/[a-z_./]*)`", text)}
     words = {word for line in shell_lines("accelerate") for word in shlex.split(line, comments=True)}
     launched = {word for word in words if word.startswith("examples/")}
-    assert quoted and launched
-    assert {path for path in quoted | launched if not (ROOT / path).exists()} == set()
+    assert mentioned and launched
+    assert {path for path in mentioned | launched if not (ROOT / path).exists()} == set()
 
 
 @pytest.mark.parametrize("block", [block for text in PAGES.values() for block in code_blocks(text, "python")])
@@ -94,10 +96,10 @@ def test_docs_describe_every_distillation_setting() -> None:
     rows = dict(re.findall(r"^\| `\[(\w+)\]` \| (.*) \|$", PAGES["docs/distillation.md"], flags=re.MULTILINE))
     hints = get_type_hints(DistillConfig)
     assert rows.keys() == hints.keys()
-    for table, told in rows.items():
+    for table, text in rows.items():
         classes = [] if table == "method" else get_args(hints[table]) or [hints[table]]
         for setting in (setting for cls in classes for setting in fields(cls)):
-            assert re.search(rf"`{setting.name}[` =]", told), f"{table}.{setting.name}"
+            assert re.search(rf"`{setting.name}[` =]", text), f"{table}.{setting.name}"
             if type(setting.default) in (float, int, str):
-                values = re.findall(rf"`{setting.name} = ([^`]+)`", told)
+                values = re.findall(rf"`{setting.name} = ([^`]+)`", text)
                 assert setting.default in [tomllib.loads(f"value = {value}")["value"] for value in values], setting.name

@@ -57,8 +57,8 @@ def test_demo_makes_pictures_figures_and_a_page(
     again = demo(out, base=base, settings=SETTINGS)
     assert len(launched) == 1
     assert again.speed == report.speed
-    drawn_anew = {path.name for path, stamp in stamps.items() if stamp and path.stat().st_mtime_ns != stamp}
-    assert drawn_anew <= {"teacher-converted-distilled.png", "index.html"}
+    redrawn = {path.name for path, stamp in stamps.items() if stamp and path.stat().st_mtime_ns != stamp}
+    assert redrawn <= {"teacher-converted-distilled.png", "index.html"}
 
 
 def test_demo_refuses_other_settings_and_a_missing_pipeline(base: Path, tmp_path: Path) -> None:

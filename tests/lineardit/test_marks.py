@@ -58,23 +58,23 @@ def test_student_marks_hold_at_the_target(
 ) -> None:
     student = row(marks, objects=90, coherence=90, points=points, latent_mse=latent_mse)
     untrained = row(marks, objects=20, coherence=20, latent_mse=3.0)
-    found = marks.student_marks("default", student, untrained)
-    assert [mark.met for mark in found] == met
-    assert "(95%: -100.0 to +100.0)" in found[0].measured
+    results = marks.student_marks("default", student, untrained)
+    assert [mark.met for mark in results] == met
+    assert "(95%: -100.0 to +100.0)" in results[0].measured
 
 
 @pytest.mark.parametrize(("points", "met"), [(-5, True), (-5.1, False), (1, True)])
 def test_follow_mark_counts_objects_only(marks: Any, points: float, met: bool) -> None:
-    found = marks.follow_mark("agent", row(marks, objects=90, coherence=0, points=(points, -90)))
-    assert (found.name, found.met) == ("agent: objects", met)
+    mark = marks.follow_mark("agent", row(marks, objects=90, coherence=0, points=(points, -90)))
+    assert (mark.name, mark.met) == ("agent: objects", met)
 
 
 def test_rival_marks_require_every_seed(marks: Any) -> None:
     better, worse = (row(marks, objects=90, coherence=share, latent_mse=mse) for share, mse in ((80, 0.1), (20, 0.5)))
-    found = marks.rival_marks([(better, worse)] * 3)
-    assert [mark.met for mark in found] == [True, True]
-    assert found[0].measured == "; ".join(["80.0% and 20.0%"] * 3)
-    assert found[1].measured == "; ".join(["0.1000 and 0.5000"] * 3)
+    results = marks.rival_marks([(better, worse)] * 3)
+    assert [mark.met for mark in results] == [True, True]
+    assert results[0].measured == "; ".join(["80.0% and 20.0%"] * 3)
+    assert results[1].measured == "; ".join(["0.1000 and 0.5000"] * 3)
     assert [mark.met for mark in marks.rival_marks([(better, worse), (worse, better)])] == [False, False]
     assert [mark.met for mark in marks.rival_marks([(better, better)])] == [False, False]
     assert marks.rival_marks([]) == []
@@ -99,26 +99,26 @@ def test_marks_run_makes_every_row_and_resumes(
     run.run(lambda: reports.append(marks.write_results(tmp_path / "results", run)))
     wide = "window of equal cost"
     students = ("hybrid", "proxies alone", wide, *marks.FOLLOWERS)
-    beside = [f"{name}{steps}" for name in students for steps in (", 0 steps", "")]
+    student_rows = [f"{name}{steps}" for name in students for steps in (", 0 steps", "")]
     seeds = ["hybrid, seed 1", f"{wide}, seed 1"]
-    names = ["teacher", *beside, *seeds, "0 steps", "default", marks.TEACHER_512_TOKENS]
+    names = ["teacher", *student_rows, *seeds, "0 steps", "default", marks.TEACHER_512_TOKENS]
     rows = run.rows()
-    assert [one.name for one in rows] == names
-    assert [one.pictures for one in rows] == [3, 2, 3, *[2] * 12, 3, 3, 2]
-    assert ["loss.flow=0.0" in one for one in launched] == [
+    assert [entry.name for entry in rows] == names
+    assert [entry.pictures for entry in rows] == [3, 2, 3, *[2] * 12, 3, 3, 2]
+    assert ["loss.flow=0.0" in command for command in launched] == [
         *(True, False, False, True, True, True),  # hybrid, agent, mala
         *(True, False),  # the hybrid's other seed
         False,  # the window
     ]
-    assert ["run.seed=1" in one for one in launched] == [*[False] * 6, *[True] * 2, False]
-    assert ["layerwise.steps=1" in one for one in launched] == [*[False] * 3, *[True] * 3, *[False] * 3]
+    assert ["run.seed=1" in command for command in launched] == [*[False] * 6, *[True] * 2, False]
+    assert ["layerwise.steps=1" in command for command in launched] == [*[False] * 3, *[True] * 3, *[False] * 3]
     assert all((f"| {wide} |" in report) == (number >= 5) for number, report in enumerate(reports))  # row by row
     content = json.loads((tmp_path / "results" / "marks.json").read_text())
     assert [mark["name"] for mark in content["marks"]] == [mark.name for mark in run.marks()]
     assert len(run.marks()) == 2 + 2 + 3 + 3 + 3 + 2
-    mixed = dict(one.split("=", 1) for one in launched[5] if one.startswith("method."))
+    mixed = dict(option.split("=", 1) for option in launched[5] if option.startswith("method."))
     assert mixed.keys() == {"method.transformer_blocks.*.attn", "method.single_transformer_blocks.*.attn"}
-    assert all(one.startswith(('{method = "mala", ', '{method = "hybrid", ')) for one in mixed.values())
+    assert all(text.startswith(('{method = "mala", ', '{method = "hybrid", ')) for text in mixed.values())
     assert all(f"| {name} |" in reports[-1] for name in names)
     assert (tmp_path / "results" / "marks.md").read_text() == reports[-1]
     assert (tmp_path / "results" / "marks.png").is_file()
@@ -126,4 +126,4 @@ def test_marks_run_makes_every_row_and_resumes(
     again = marks.Marks(base, tmp_path / "work", plan)
     again.run(lambda: None)
     assert len(launched) == 9
-    assert [one.comparison for one in again.rows()] == [one.comparison for one in rows]
+    assert [entry.comparison for entry in again.rows()] == [entry.comparison for entry in rows]

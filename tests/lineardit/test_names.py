@@ -16,10 +16,10 @@ def test_completion_offers_only_public_names_and_loaded_packages() -> None:
 
 
 def test_misspelled_name_gets_a_suggestion() -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", "import lineardit; lineardit.linearise_"], capture_output=True, text=True, check=False
     )
-    assert "module 'lineardit' has no attribute 'linearise_'. Did you mean: 'linearize_'?" in done.stderr
+    assert "module 'lineardit' has no attribute 'linearise_'. Did you mean: 'linearize_'?" in result.stderr
 
 
 def test_help_begins_with_the_call_to_type() -> None:
