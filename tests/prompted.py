@@ -26,9 +26,9 @@ def prompted(name: str) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         prompt = given.pop("prompt")  # embeddings replace it
-        assert isinstance(prompt, str) or all(isinstance(one, str) for one in prompt)
+        assert isinstance(prompt, str) or all(isinstance(text, str) for text in prompt)
         dtype = main_dtype(denoiser(self)[1])
-        return draw(**{**given, **{name: _in(dtype, value) for name, value in arguments.items()}})
+        return draw(**{**given, **{name: _cast(dtype, value) for name, value in arguments.items()}})
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"__call__": call})
@@ -36,10 +36,10 @@ def prompted(name: str) -> Any:
     return pipe
 
 
-def _in(dtype: torch.dtype, value: Any) -> Any:
+def _cast(dtype: torch.dtype, value: Any) -> Any:
     """An embedding, or list of them, in this dtype."""
     if isinstance(value, list):
-        return [_in(dtype, one) for one in value]
+        return [_cast(dtype, item) for item in value]
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

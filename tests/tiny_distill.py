@@ -139,6 +139,6 @@ def steps_of(rows: list[dict[str, float]]) -> list[float]:
 
 def assert_same_weights(run: Path, other: Path) -> None:
     """The adapters of both runs are equal, bit for bit."""
-    one, two = trained_weights(run), trained_weights(other)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    weights, other_weights = trained_weights(run), trained_weights(other)
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())

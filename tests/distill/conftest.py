@@ -39,7 +39,7 @@ def make_config(base: Path, data: Path, tmp_path: Path) -> Callable[..., Distill
     """`make_config(run={...}, loss={...})` changes settings of a run of six steps; method and trained are replaced."""
 
     def make(**tables: dict[str, Any]) -> DistillConfig:
-        usual = {
+        defaults = {
             "base": {"model": str(base)},
             "data": {"directory": str(data)},
             "method": {"method": "clear", "radius": 2},
@@ -50,8 +50,8 @@ def make_config(base: Path, data: Path, tmp_path: Path) -> Callable[..., Distill
             "save": {"every": 2},
             "validate": {"samples": 0},
         }
-        whole = {name: table for name, table in tables.items() if name in ("method", "trained")}
-        merged = {name: usual.get(name, {}) | tables.get(name, {}) for name in usual | tables}
-        return config_from_tables(merged | whole)
+        replaced = {name: table for name, table in tables.items() if name in ("method", "trained")}
+        merged = {name: defaults.get(name, {}) | tables.get(name, {}) for name in defaults | tables}
+        return config_from_tables(merged | replaced)
 
     return make

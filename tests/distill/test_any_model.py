@@ -50,7 +50,7 @@ def test_kept_calls_reproduce_the_pipelines_outputs(name: str, tmp_path: Path) -
     pipe, (height, width) = prompted(name), size_of(name)
     samples = kept(pipe, tmp_path / "samples", (height, width))
     model = denoiser(pipe)[1]
-    with recording(model) as made:
+    with recording(model) as recorded:
         generator = torch.Generator().manual_seed(1)
         pipe(
             prompt=PROMPTS[1],
@@ -63,11 +63,11 @@ def test_kept_calls_reproduce_the_pipelines_outputs(name: str, tmp_path: Path) -
     with torch.no_grad():
         again = [predict(model, samples.call(1, number)) for number in range(2)]
     if name in DRAW_AT_RANDOM:
-        assert [one.shape for one in again] == [one.output.shape for one in sample_calls(made, 2, 1)]
+        assert [one.shape for one in again] == [one.output.shape for one in sample_calls(recorded, 2, 1)]
         return
     # tensors read from disk have other strides, with which sums may run in another order
-    places = [[torch.allclose(one.output, two, atol=1e-5) for one in made].index(True) for two in again]
-    assert places[0] < len(made) / 2 <= places[1]
+    places = [[torch.allclose(one.output, two, atol=1e-5) for one in recorded].index(True) for two in again]
+    assert places[0] < len(recorded) / 2 <= places[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,8 +140,8 @@ def test_kept_calls_give_the_same_losses_in_two_processes(tmp_path: Path) -> Non
     process = fork_run(write_config(configs[1], tmp_path / "two.toml"), processes=2)
     train.distill(configs[0])
     assert process.wait() == 0, process.stderr.read().decode()
-    for one, two in zip(loss_rows(tmp_path / "one"), loss_rows(tmp_path / "two"), strict=True):
-        assert {**two, "seconds": 0} == pytest.approx({**one, "seconds": 0}, rel=1e-5)
+    for row, other in zip(loss_rows(tmp_path / "one"), loss_rows(tmp_path / "two"), strict=True):
+        assert {**other, "seconds": 0} == pytest.approx({**row, "seconds": 0}, rel=1e-5)
 
 
 def test_flux_learns_from_kept_calls(base: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
@@ -231,21 +231,21 @@ def test_unpack_inverts_pack() -> None:
     tensors, written = pack(calls, "00000007")
     assert len(tensors) == 3  # the shared text is stored once
     for number, call in enumerate(calls):
-        again = unpack(written, number, lambda place: tensors[f"00000007.{place}"])
+        again = unpack(written, number, lambda key: tensors[f"00000007.{key}"])
         assert torch.equal(again.pop("x"), call["x"])
         assert again.pop("text") is text
         assert again["more"] == call["more"]
 
 
-@pytest.mark.parametrize(("made", "count"), [(28, 4), (7, 3), (2, 2), (2, 5)])
-def test_sample_calls_takes_one_call_of_each_part(made: int, count: int) -> None:
-    nothing = torch.empty(0)
-    predictions = [Prediction(index=index, arguments={}, output=nothing) for index in range(made)]
+@pytest.mark.parametrize(("total", "count"), [(28, 4), (7, 3), (2, 2), (2, 5)])
+def test_sample_calls_takes_one_call_of_each_part(total: int, count: int) -> None:
+    empty = torch.empty(0)
+    predictions = [Prediction(index=index, arguments={}, output=empty) for index in range(total)]
     for seed in range(20):
         indices = [one.index for one in sample_calls(predictions, count, seed)]
-        parts = min(made, count)
+        parts = min(total, count)
         assert len(set(indices)) == len(indices) == parts
-        assert all(part * made // parts <= index < (part + 1) * made // parts for part, index in enumerate(indices))
+        assert all(part * total // parts <= index < (part + 1) * total // parts for part, index in enumerate(indices))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -36,20 +36,20 @@ def _stored(run: Path, step: int, name: str) -> dict[str, torch.Tensor]:
 
 def _by_pefts_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     parts = {"lineardit_lora.down": "lora_A.weight", "lineardit_lora.up": "lora_B.weight"}
-    for ours, pefts in parts.items():
-        weights = {name.replace(ours, pefts): one for name, one in weights.items()}
+    for suffix, peft_suffix in parts.items():
+        weights = {name.replace(suffix, peft_suffix): tensor for name, tensor in weights.items()}
     return weights
 
 
 def test_average_is_validated_saved_and_resumed(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    judged: dict[int, dict[str, torch.Tensor]] = {}
+    validated: dict[int, dict[str, torch.Tensor]] = {}
     monkeypatch.setattr(
         Validation,
         "run",
-        lambda self, step: judged.update(
-            {step: {name: one.detach().clone() for name, one in self.pair.trained.items()}}
+        lambda self, step: validated.update(
+            {step: {name: tensor.detach().clone() for name, tensor in self.pair.trained.items()}}
         ),
     )
     config = _config(make_config, validate={"samples": 2, "every": 4})
@@ -61,41 +61,41 @@ def test_average_is_validated_saved_and_resumed(
     expected: dict[str, torch.Tensor] = {}
     for step in range(1, LAST + 1):
         weights, averages = _stored(run, step, "trained"), _stored(run, step, "average")
-        taken_in = step if step <= FIRST else step - FIRST  # each phase starts a new average
-        decay = 0 if taken_in == 1 else min(0.6, taken_in / (taken_in + 9))
-        expected = {name: decay * expected.get(name, one) + (1 - decay) * one for name, one in weights.items()}
-        assert all(one.dtype == torch.float32 for one in averages.values())
-        assert all(torch.allclose(averages[name], one, atol=1e-6) for name, one in expected.items())
-        assert taken_in == 1 or not all(torch.equal(averages[name], one) for name, one in weights.items())
+        num_averaged = step if step <= FIRST else step - FIRST  # each phase starts a new average
+        decay = 0 if num_averaged == 1 else min(0.6, num_averaged / (num_averaged + 9))
+        expected = {name: decay * expected.get(name, tensor) + (1 - decay) * tensor for name, tensor in weights.items()}
+        assert all(tensor.dtype == torch.float32 for tensor in averages.values())
+        assert all(torch.allclose(averages[name], tensor, atol=1e-6) for name, tensor in expected.items())
+        assert num_averaged == 1 or not all(torch.equal(averages[name], tensor) for name, tensor in weights.items())
         adapter = load_file(run / f"step-{step:08d}" / "adapter" / "lineardit.safetensors")
-        assert all(torch.equal(adapter[name], one) for name, one in _by_pefts_names(averages).items())
+        assert all(torch.equal(adapter[name], tensor) for name, tensor in _by_pefts_names(averages).items())
     last = _stored(run, LAST, "average")
-    assert judged.keys() == {4, LAST}
-    for step, weights in judged.items():
-        assert all(torch.equal(weights[name], one) for name, one in _stored(run, step, "average").items())
-    assert all(torch.equal(trained_weights(run)[name], one) for name, one in _by_pefts_names(last).items())
+    assert validated.keys() == {4, LAST}
+    for step, weights in validated.items():
+        assert all(torch.equal(weights[name], tensor) for name, tensor in _stored(run, step, "average").items())
+    assert all(torch.equal(trained_weights(run)[name], tensor) for name, tensor in _by_pefts_names(last).items())
     from_pretrained(run / "adapter")
 
-    of_optimizer = _stored(run, LAST, "trained")
+    unaveraged = _stored(run, LAST, "trained")
     for step in (1, FIRST, 4):
         distill(config, resume=step)
-        for name, tensors in (("trained", of_optimizer), ("average", last)):
+        for name, tensors in (("trained", unaveraged), ("average", last)):
             resumed = _stored(run, LAST, name)
-            assert all(torch.equal(resumed[key], one) for key, one in tensors.items()), (step, name)
+            assert all(torch.equal(resumed[key], tensor) for key, tensor in tensors.items()), (step, name)
 
 
 def test_average_does_not_change_the_trained_weights(make_config: MakeConfig, tmp_path: Path) -> None:
     """A run without an average writes no file for it, and cannot be resumed with one."""
-    made = {ema: make_config(
+    configs = {ema: make_config(
         trained={"kind": "lora", "rank": 2, "ema": ema}, run={"directory": str(tmp_path / str(ema)), "steps": 2}
     ) for ema in (0.0, 0.9)}  # fmt: skip
-    for config in made.values():
+    for config in configs.values():
         distill(config)
-    without, averaged = (_stored(config.run.folder, 2, "trained") for config in made.values())
-    assert all(torch.equal(averaged[name], one) for name, one in without.items())
-    assert not list(made[0.0].run.folder.rglob("average*"))
+    unaveraged, averaged = (_stored(config.run.folder, 2, "trained") for config in configs.values())
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in unaveraged.items())
+    assert not list(configs[0.0].run.folder.rglob("average*"))
     changed = make_config(
-        trained=made[0.9].trained.__dict__ | {"kind": "lora"}, run={"directory": str(tmp_path / "0.0")}
+        trained=configs[0.9].trained.__dict__ | {"kind": "lora"}, run={"directory": str(tmp_path / "0.0")}
     )
     with pytest.raises(ValueError, match=r"trained.ema was 0.0, now 0.9"):
         distill(changed, resume="latest")

@@ -42,9 +42,9 @@ def test_load_config_reads_utf8_in_any_locale(file: Path) -> None:
     file.write_text("\ufeff" + TEXT.replace('"samples"', '"b\xe9"'), encoding="utf-8")
     code = "import sys; from lineardit.distill.config_tables import load_config; print(load_config(sys.argv[1]).data)"
     command = [sys.executable, "-c", code, str(file)]
-    in_ascii = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, env=in_ascii, capture_output=True, encoding="utf-8", check=True)
-    assert done.stdout == "Data(directory='b\xe9')\n"
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
+    assert result.stdout == "Data(directory='b\xe9')\n"
     file.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="is not TOML: 'utf-8' codec can't decode"):
         load_config(file)

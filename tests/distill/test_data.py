@@ -37,6 +37,6 @@ def test_order_repeats_samples_of_a_rare_size() -> None:
 
 def test_counter_generator_differs_in_every_argument() -> None:
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]
-    numbers = [float(torch.randn((), generator=counter_generator(*place))) for place in places]
+    numbers = [float(torch.randn((), generator=counter_generator(*key))) for key in places]
     assert len(set(numbers)) == len(places)
     assert numbers[3] == float(torch.randn((), generator=counter_generator(0, 0, 1)))

@@ -42,19 +42,19 @@ def forwards(pipe: FluxPipeline) -> list[int]:
     return calls
 
 
-def says_red(prompt: str, image: Image.Image) -> Mapping[str, tuple[int, int]]:
-    """A judge that finds one of two right for prompts with "red", and judges no others."""
+def judge_red(prompt: str, image: Image.Image) -> Mapping[str, tuple[int, int]]:
+    """A judge that scores one of two right for prompts with "red", and does not judge others."""
     return {"red": (1, 2)} if "red" in prompt else {}
 
 
 def test_evaluate_compares_the_pipelines_own_latents(pipe: FluxPipeline, student: FluxPipeline, tmp_path: Path) -> None:
-    report = evaluate(pipe, student, THREE, tmp_path / "out", settings=SETTINGS, judge=says_red)
+    report = evaluate(pipe, student, THREE, tmp_path / "out", settings=SETTINGS, judge=judge_red)
     call: dict[str, Any] = {"height": 24, "width": 32, "num_inference_steps": 2, "max_sequence_length": 8}
     errors = []
     for index, prompt in enumerate(THREE):
         both = [
-            one(prompt, generator=torch.Generator().manual_seed(index), output_type="latent", **call).images
-            for one in (pipe, student)
+            pipeline(prompt, generator=torch.Generator().manual_seed(index), output_type="latent", **call).images
+            for pipeline in (pipe, student)
         ]
         errors.append((both[0] - both[1]).square().mean())
     assert report.latent_mse == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
@@ -76,7 +76,7 @@ def test_evaluate_compares_the_pipelines_own_latents(pipe: FluxPipeline, student
 def test_default_size_of_samples_and_pictures_is_the_models_own(pipe: FluxPipeline, tmp_path: Path) -> None:
     pipe.vae.register_to_config(sample_size=16)
     samples = TeacherSamples(prepare(pipe, PROMPTS[:2], tmp_path / "samples", steps=1, max_sequence_length=8))
-    assert [(one.height, one.width) for one in samples.samples] == [(16, 16)] * 2
+    assert [(sample.height, sample.width) for sample in samples.samples] == [(16, 16)] * 2
     report = evaluate(pipe, pipe, PROMPTS[:1], tmp_path / "report", settings=PictureSettings(steps=1), memory=False)
     assert (report.settings.height, report.settings.width) == (16, 16)
 
@@ -91,8 +91,8 @@ def test_evaluate_finds_no_difference_to_itself(pipe: FluxPipeline, tmp_path: Pa
 def test_make_pictures_resumes_where_it_stopped(pipe: FluxPipeline, tmp_path: Path) -> None:
     first = make_pictures(pipe, THREE, tmp_path, SETTINGS)
     calls = forwards(pipe)
-    (lost,) = tmp_path.glob("*/000001.safetensors")
-    lost.unlink()
+    (deleted,) = tmp_path.glob("*/000001.safetensors")
+    deleted.unlink()
     again = make_pictures(pipe, THREE, tmp_path, SETTINGS)
     assert len(calls) == SETTINGS.steps
     for before, after in zip(first.latents, again.latents, strict=True):
@@ -154,9 +154,11 @@ def test_make_pictures_replaces_the_picture_of_a_changed_prompt(pipe: FluxPipeli
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_make_pictures_does_not_depend_on_the_batch(pipe: FluxPipeline, tmp_path: Path, stochastic: bool) -> None:
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=stochastic)
-    one = PictureSettings(**vars(SETTINGS) | {"batch_size": 1})
-    singly, together = (make_pictures(pipe, THREE, tmp_path / str(how), how) for how in (one, SETTINGS))
-    for a, b in zip(singly.latents, together.latents, strict=True):
+    single = PictureSettings(**vars(SETTINGS) | {"batch_size": 1})
+    one_by_one, together = (
+        make_pictures(pipe, THREE, tmp_path / str(settings), settings) for settings in (single, SETTINGS)
+    )
+    for a, b in zip(one_by_one.latents, together.latents, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -165,7 +167,7 @@ def test_digest_changes_with_what_changes_pictures(pipe: FluxPipeline, student: 
     assert digest(pipe, SETTINGS) == digest(pipe, other_batch)
     other = build_tiny()
     linearize_(other, Clear(radius=3))
-    changed = {digest(one, SETTINGS) for one in (pipe, student, other)}
+    changed = {digest(pipeline, SETTINGS) for pipeline in (pipe, student, other)}
     linearize_(other, Clear(radius=3), dense_below=100)
     changed.add(digest(other, SETTINGS))
     set_impl_(other, "tiled")  # a forced implementation runs at every size
@@ -251,17 +253,17 @@ def test_digest_covers_weights_offloaded_by_accelerate() -> None:
 
 def test_costs_are_measured_on_the_pipelines_own_gpu(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on the current device, which is cuda:0 whichever device the pipeline is on."""
-    device, asked = torch.device("cuda:1"), []
+    device, devices = torch.device("cuda:1"), []
     monkeypatch.setattr(FluxPipeline, "device", device)
     monkeypatch.setattr(cost, "_draw", lambda *_: None)
     monkeypatch.setattr(cost, "first_call", lambda *_, **__: {})
     monkeypatch.setattr(cost, "predict", lambda *_: None)
-    monkeypatch.setattr(torch.accelerator, "synchronize", asked.append)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 2**30)
+    monkeypatch.setattr(torch.accelerator, "synchronize", devices.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", devices.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: devices.append(device) or 2**30)
     cost.step_call(pipe, SETTINGS)()
     assert cost.picture_peak(pipe, SETTINGS) == 1
-    assert asked == 3 * [device]
+    assert devices == 3 * [device]
 
 
 def test_paired_step_seconds_alternates_teacher_and_student(pipe: FluxPipeline, student: FluxPipeline) -> None:

@@ -37,8 +37,8 @@ def test_full_disk_loses_the_loss_curve_but_not_the_run(
     config = make_config(run={"steps": 3}, save={"log_every": 1})
     assert distill(config).is_dir()
     assert [path.name for path in config.run.folder.glob("loss*")] == []
-    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "loss.csv cannot be written (No space left on device)" in told
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "loss.csv cannot be written (No space left on device)" in warning
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def test_calls_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     pipe, size = prompted("sd3"), size_of("sd3")
     with pytest.raises(ValueError, match=r"calls must be <= 2, the number of calls in 2 steps"):
         kept(pipe, tmp_path / "samples", size, calls=3)
-    told = "final latents are supported for FluxTransformer2DModel, got a SD3Transformer2D"
-    with pytest.raises(ValueError, match=told):
+    message = "final latents are supported for FluxTransformer2DModel, got a SD3Transformer2D"
+    with pytest.raises(ValueError, match=message):
         kept(pipe, tmp_path / "samples", size, calls=0)
     with pytest.raises(ValueError, match=r"final latents are made without other arguments: record calls"):
         prepare(pipe, PROMPTS, tmp_path / "samples", calls=0, arguments={"negative_prompt": "x"})
@@ -140,9 +140,9 @@ def test_out_of_memory_message_names_settings_that_need_less(
     config = str(write_config(config_of(tmp_path), tmp_path / "config.toml"))
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
     assert main([config]) == 1
-    said = capsys.readouterr().err
-    assert "out of memory: CUDA ...; raise run.gradient_accumulation" in said
-    assert "base.dtype" not in said.partition("--resume latest")[0]  # a resumed run must keep it
+    message = capsys.readouterr().err
+    assert "out of memory: CUDA ...; raise run.gradient_accumulation" in message
+    assert "base.dtype" not in message.partition("--resume latest")[0]  # a resumed run must keep it
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main([config])
@@ -152,25 +152,25 @@ def test_exit_message_is_left_to_the_failed_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The launcher usually ends it while it waits; otherwise it raises its own error."""
-    config, slept = str(write_config(config_of(tmp_path), tmp_path / "config.toml")), Mock()
+    config, sleep = str(write_config(config_of(tmp_path), tmp_path / "config.toml")), Mock()
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("time.sleep", slept)
-    gone = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:48788")
-    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=gone))
+    monkeypatch.setattr("time.sleep", sleep)
+    connection_error = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:48788")
+    monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=connection_error))
     with pytest.raises(RuntimeError, match="closed by peer"):
         main([config])
-    slept.assert_called_once_with(10)
+    sleep.assert_called_once_with(10)
     assert not capsys.readouterr().err
 
 
 def test_out_of_memory_in_several_processes_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, slept, store = str(write_config(config_of(tmp_path), tmp_path / "config.toml")), Mock(), HashStore()
+    config, sleep, store = str(write_config(config_of(tmp_path), tmp_path / "config.toml")), Mock(), HashStore()
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
-    monkeypatch.setattr("time.sleep", slept)
+    monkeypatch.setattr("time.sleep", sleep)
     monkeypatch.setattr("lineardit.distill.train.distill", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
     assert [main([config]), main([config])] == [1, 1]
     assert capsys.readouterr().err.count("out of memory") == 1
-    slept.assert_called_once_with(10)
+    sleep.assert_called_once_with(10)

@@ -67,14 +67,14 @@ def _alone(model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, 
         handle.remove()
     with torch.no_grad():
         model(**inputs)  # publishes the grid
-    found = {}
+    results = {}
     for name, (args, kwargs, output) in seen.items():
         error = layer_error(model.get_submodule(name)(*args, **kwargs), output)
         error.backward()
-        gradients = {name: one.grad for name, one in trained_parameters(model).items() if one.grad is not None}
-        found[name] = error.detach(), gradients
+        gradients = {name: weight.grad for name, weight in trained_parameters(model).items() if weight.grad is not None}
+        results[name] = error.detach(), gradients
         model.zero_grad()
-    return found
+    return results
 
 
 @TRAINED
@@ -88,10 +88,10 @@ def test_layerwise_training_gives_each_layer_the_gradient_of_its_own_error(
     assert errors == {name: error for name, (error, _) in alone.items()}
     expected = [(name, gradient) for _, gradients in alone.values() for name, gradient in gradients.items()]
     assert len(dict(expected)) == len(expected), "no parameter learns from two layers"
-    found = {name: one.grad for name, one in trained_parameters(model).items()}
-    assert found.keys() == dict(expected).keys()
+    actual = {name: parameter.grad for name, parameter in trained_parameters(model).items()}
+    assert actual.keys() == dict(expected).keys()
     for name, gradient in expected:
-        torch.testing.assert_close(found[name], 0.5 * gradient, rtol=1e-6, atol=0)
+        torch.testing.assert_close(actual[name], 0.5 * gradient, rtol=1e-6, atol=0)
         assert gradient.abs().max() > 0
 
 
@@ -150,8 +150,8 @@ def test_run_resumes_in_either_phase_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"method": MALA, "trained": KINDS[kind], "layerwise": {"steps": 3, "lr": 1e-2}, "save": {"every": 1}}
-    whole = make_config(**settings, run={"directory": str(tmp_path / "whole"), "steps": 4})
-    expected = load_file(distill(whole) / "lineardit.safetensors")
+    uninterrupted = make_config(**settings, run={"directory": str(tmp_path / "whole"), "steps": 4})
+    expected = load_file(distill(uninterrupted) / "lineardit.safetensors")
     config = make_config(**settings, run={"steps": 4})
     step = Trainer.step
 
@@ -164,9 +164,9 @@ def test_run_resumes_in_either_phase_bit_for_bit(
     with pytest.raises(KeyboardInterrupt):
         distill(config)
     monkeypatch.undo()
-    found = load_file(distill(config, resume="latest") / "lineardit.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(one, expected[name]) for name, one in found.items())
+    resumed = load_file(distill(config, resume="latest") / "lineardit.safetensors")
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
     assert _rows(Path(config.run.directory)) == _rows(tmp_path / "whole")
 
 

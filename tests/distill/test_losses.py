@@ -39,9 +39,11 @@ def test_attention_loss_keeps_no_copies_for_its_backward() -> None:
     layers = {"a": torch.randn(1, 6, 4).bfloat16().requires_grad_(), "b": torch.randn(1, 6, 4).bfloat16()}
     teacher = {name: (torch.randn(1, 6, 4).bfloat16(),) for name in layers}
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: (kept.append(one), one)[1], lambda one: one):
-        loss = attention_loss({name: (one,) for name, one in layers.items()}, teacher)
-    assert max((one.numel() for one in kept), default=0) <= 1
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
+        loss = attention_loss({name: (tensor,) for name, tensor in layers.items()}, teacher)
+    assert max((tensor.numel() for tensor in kept), default=0) <= 1
     loss.backward()
     expected = 2 * (layers["a"].detach().float() - teacher["a"][0].float()) / 24 / 2
     torch.testing.assert_close(layers["a"].grad, expected.bfloat16())

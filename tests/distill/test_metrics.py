@@ -20,14 +20,14 @@ def noisy(seed: int, size: tuple[int, int] = (15, 12)) -> Image.Image:
 
 
 def test_latent_mse_weights_pictures_equally() -> None:
-    ours = [torch.full((4, 2), 3.0), torch.zeros(100, 2)]
+    latents = [torch.full((4, 2), 3.0), torch.zeros(100, 2)]
     reference = [torch.full((4, 2), 1.0), torch.full((100, 2), 1.0)]
-    assert latent_mse(ours, reference) == (4 + 1) / 2
+    assert latent_mse(latents, reference) == (4 + 1) / 2
 
 
 def test_latent_mse_is_in_float32() -> None:
-    ours, reference = [torch.full((8, 2), 1.0, dtype=torch.bfloat16)], [torch.full((8, 2), 1.0 + 2**-6)]
-    assert latent_mse(ours, reference) == pytest.approx(2**-12, rel=1e-6)
+    latents, reference = [torch.full((8, 2), 1.0, dtype=torch.bfloat16)], [torch.full((8, 2), 1.0 + 2**-6)]
+    assert latent_mse(latents, reference) == pytest.approx(2**-12, rel=1e-6)
 
 
 def test_psnr_of_plain_pictures() -> None:
@@ -72,9 +72,9 @@ def test_paired_bootstrap_of_equal_sides_is_zero() -> None:
 
 def test_paired_bootstrap_of_many_pairs_is_the_normal_interval() -> None:
     random = numpy.random.default_rng(0)
-    ours, reference = ([(int(hit), 1) for hit in random.random(400) < share] for share in (0.8, 0.9))
-    interval = paired_bootstrap(ours, reference)
-    each = numpy.array([a[0] - b[0] for a, b in zip(ours, reference, strict=True)])
+    scores, reference = ([(int(hit), 1) for hit in random.random(400) < share] for share in (0.8, 0.9))
+    interval = paired_bootstrap(scores, reference)
+    each = numpy.array([a[0] - b[0] for a, b in zip(scores, reference, strict=True)])
     half = 1.96 * each.std() / math.sqrt(400)
     assert interval.difference == pytest.approx(each.mean())
     assert interval.low == pytest.approx(each.mean() - half, abs=0.1 * half)
@@ -83,8 +83,8 @@ def test_paired_bootstrap_of_many_pairs_is_the_normal_interval() -> None:
 
 def test_paired_bootstrap_keeps_pairs_together() -> None:
     """The reference is always one better on the same picture: unpaired resampling would give a wide interval."""
-    ours, reference = [(0, 2), (1, 2)] * 20, [(1, 2), (2, 2)] * 20
-    interval = paired_bootstrap(ours, reference)
+    scores, reference = [(0, 2), (1, 2)] * 20, [(1, 2), (2, 2)] * 20
+    interval = paired_bootstrap(scores, reference)
     assert (interval.low, interval.high) == pytest.approx((-0.5, -0.5))
 
 

@@ -20,9 +20,9 @@ def test_keep_last_output_keeps_the_final_latents() -> None:
     pipe = prompted("sd3")
     height, width = size_of("sd3")
     call = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "latent"}
-    with keep_last_output(pipe) as made:
+    with keep_last_output(pipe) as kept:
         latents = pipe(prompt=["a", "b"], generator=torch.Generator().manual_seed(0), **call).images
-    assert torch.equal(made[0], latents)
+    assert torch.equal(kept[0], latents)
     assert "step" not in vars(pipe.scheduler)
 
 
@@ -34,26 +34,27 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize("why", TOO_LARGE)
+@pytest.mark.parametrize("reason", TOO_LARGE)
 def test_draw_in_one_call_decodes_in_tiles_when_pictures_are_too_large(
-    why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = prompted("sd3")
-    whole = draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
+    untiled = draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
     decode = type(pipe.vae).decode
 
-    def runs_out(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run_out_of_memory(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.use_tiling:
-            raise TOO_LARGE[why]
+            raise TOO_LARGE[reason]
         return decode(self, latents, *args, **kwargs)
 
-    monkeypatch.setattr(type(pipe.vae), "decode", runs_out)
+    monkeypatch.setattr(type(pipe.vae), "decode", run_out_of_memory)
     tiled = draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd3"))[1]
-    assert f"{why}: the VAE decodes one picture at a time, in tiles" in caplog.text
-    assert [one.tobytes() for one in tiled] == [one.tobytes() for one in whole]  # each picture fits in one tile
+    assert f"{reason}: the VAE decodes one picture at a time, in tiles" in caplog.text
+    # each picture fits in one tile
+    assert [image.tobytes() for image in tiled] == [image.tobytes() for image in untiled]
     assert "decode" not in vars(pipe.vae)
-    monkeypatch.setattr(type(pipe.vae), "decode", Mock(side_effect=TOO_LARGE[why]))
-    with pytest.raises(type(TOO_LARGE[why])):
+    monkeypatch.setattr(type(pipe.vae), "decode", Mock(side_effect=TOO_LARGE[reason]))
+    with pytest.raises(type(TOO_LARGE[reason])):
         draw_in_one_call(pipe, ["a", "b"], [0, 1], _settings("sd3"))
 
 

@@ -1,4 +1,4 @@
-"""The choice of a run's precision by what is faster on the machine."""
+"""A run's precision is chosen by what is faster on the machine."""
 
 import logging
 from collections.abc import Callable

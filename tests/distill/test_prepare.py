@@ -63,8 +63,8 @@ def test_decode_equals_the_pipelines_picture(data: Path, pipe: FluxPipeline) -> 
     ).images
     for picture, expected in zip(pictures, again, strict=True):
         assert picture.size == (24, 32)
-        got = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(32, 24, 3)
-        assert (got / 255 - torch.from_numpy(expected)).abs().max() < 0.01
+        decoded = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(32, 24, 3)
+        assert (decoded / 255 - torch.from_numpy(expected)).abs().max() < 0.01
 
 
 def test_prepare_resumes_after_the_last_whole_shard(data: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_parts_make_the_same_samples_as_one_call(
     with pytest.raises(ValueError, match=r"holds 5 of 12 samples; run `lineardit prepare` again, for every part"):
         TeacherSamples(folder)
     prepare(pipe, PROMPTS, folder, part=(1, 2), **SETTINGS)
-    told = [record.getMessage() for record in caplog.records]  # each part has its own count
-    assert f"part 2 of 2: its 5 samples are in {folder}" in told
-    assert f"part 1 of 2: its 7 samples are in {folder}, which now holds all 12" in told
+    messages = [record.getMessage() for record in caplog.records]  # each part has its own count
+    assert f"part 2 of 2: its 5 samples are in {folder}" in messages
+    assert f"part 1 of 2: its 7 samples are in {folder}, which now holds all 12" in messages
     together, alone = TeacherSamples(folder), TeacherSamples(data)
     assert together.fingerprint == alone.fingerprint
     expected = _tensors(data)

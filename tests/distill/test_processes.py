@@ -65,11 +65,14 @@ def test_average_gradients_treats_a_missing_gradient_as_zero(
 
 def test_tensors_results_and_errors_reach_all_processes(tmp_path: Path) -> None:
     def work(accelerator: Accelerator) -> None:
-        wanted = {"a.step": torch.tensor(7.0), "a": torch.arange(6).view(2, 3).bfloat16(), "empty": torch.zeros(0)}
-        mine = wanted if accelerator.is_main_process else {}
-        found = dict(broadcast_tensors(accelerator, mine))
-        assert list(found) == list(wanted)
-        assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in wanted.items())
+        expected = {"a.step": torch.tensor(7.0), "a": torch.arange(6).view(2, 3).bfloat16(), "empty": torch.zeros(0)}
+        tensors = expected if accelerator.is_main_process else {}
+        received = dict(broadcast_tensors(accelerator, tensors))
+        assert list(received) == list(expected)
+        assert all(
+            torch.equal(received[name], tensor) and received[name].dtype == tensor.dtype
+            for name, tensor in expected.items()
+        )
         assert on_main(accelerator, lambda: accelerator.process_index) == 0
         for raised, error in ((ValueError, ValueError), (PermissionError, OSError), (DivergedError, DivergedError)):
             with pytest.raises(error, match="process 0 says no"):
@@ -77,9 +80,9 @@ def test_tensors_results_and_errors_reach_all_processes(tmp_path: Path) -> None:
 
         with pytest.raises(OSError, match=r"^runs: Permission denied"):
             on_main(accelerator, Mock(side_effect=PermissionError(13, "Permission denied", "runs")))
-        for who, told in (({0, 1}, "^process [01] says no"), ({1}, "^process 1 of 2: process 1 says no")):
-            with pytest.raises(ValueError, match=told), raise_together(accelerator):
-                if accelerator.process_index in who:
+        for ranks, message in (({0, 1}, "^process [01] says no"), ({1}, "^process 1 of 2: process 1 says no")):
+            with pytest.raises(ValueError, match=message), raise_together(accelerator):
+                if accelerator.process_index in ranks:
                     _refuse(accelerator.process_index, ValueError)
         with raise_together(accelerator):
             pass
@@ -111,12 +114,12 @@ def test_diverged_run_names_the_checkpoint_of_the_main_process(
 
 def test_different_samples_in_one_process_are_refused_by_all(tmp_path: Path) -> None:
     def work(accelerator: Accelerator) -> None:
-        mine = SimpleNamespace(fingerprint=f"made on {accelerator.process_index}", directory="samples")
-        told = "same samples for all processes; those of process 1 differ from those of process 0"
-        with pytest.raises(ValueError, match=told):
-            _check_same_samples(accelerator, cast(TeacherSamples, mine))
-        mine.fingerprint = "copied"
-        _check_same_samples(accelerator, cast(TeacherSamples, mine))
+        samples = SimpleNamespace(fingerprint=f"made on {accelerator.process_index}", directory="samples")
+        message = "same samples for all processes; those of process 1 differ from those of process 0"
+        with pytest.raises(ValueError, match=message):
+            _check_same_samples(accelerator, cast(TeacherSamples, samples))
+        samples.fingerprint = "copied"
+        _check_same_samples(accelerator, cast(TeacherSamples, samples))
 
     _in_processes(work, tmp_path)
 

@@ -49,16 +49,16 @@ def test_run_on_a_quantized_base_is_resumed_and_evaluated(
     assert loss_rows(run)[-1]["attention"] < loss_rows(run)[0]["attention"]
     assert [row["step"] for row in table(run / "validation.csv")] == [4, 6]
     distill(config, resume=4)
-    assert all(torch.equal(one, expected[name]) for name, one in trained_weights(run).items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(run).items())
     with pytest.raises(ValueError, match=r"base.quantization.quant_backend was 'torchao', now None"):
         distill(make_config(validate=tables["validate"]), resume="latest")
 
     saved = FluxPipeline.from_pretrained(base, torch_dtype=torch.float32, quantization_config=_int8()).transformer
     assert fingerprint(saved) == fingerprint(load_teacher(config.base).transformer) != fingerprint(_plain(base))
     loaded = from_pretrained(run / "adapter", quantization_config=_int8())  # compared with unquantized weights
-    drawn = PictureSettings(height=32, width=24, steps=1, max_sequence_length=8)
-    whole = ByName(name=str(run / "adapter"))
-    report = evaluate(loaded, whole, PROMPTS[:1], tmp_path / "report", settings=drawn, memory=False)
+    settings = PictureSettings(height=32, width=24, steps=1, max_sequence_length=8)
+    unquantized = ByName(name=str(run / "adapter"))
+    report = evaluate(loaded, unquantized, PROMPTS[:1], tmp_path / "report", settings=settings, memory=False)
     assert 0 < report.latent_mse < 0.01
 
 
@@ -77,13 +77,13 @@ def _plain(base: Path) -> nn.Module:
 @pytest.mark.slow
 def test_quantized_base_gives_the_same_losses_in_two_processes(make_config: MakeConfig, tmp_path: Path) -> None:
     _torchao()
-    made = [
+    configs = [
         make_config(base={"quantization": INT8}, run={"steps": 3, "directory": str(tmp_path / name)}) for name in "ab"
     ]
-    process = launch_run(write_config(made[1], tmp_path / "b.toml"), processes=2)
-    distill(made[0])
+    process = launch_run(write_config(configs[1], tmp_path / "b.toml"), processes=2)
+    distill(configs[0])
     assert process.wait() == 0, process.stderr.read().decode()
-    rows = [[row["loss"] for row in loss_rows(one.run.folder)] for one in made]
+    rows = [[row["loss"] for row in loss_rows(config.run.folder)] for config in configs]
     assert rows[0] == pytest.approx(rows[1], rel=1e-5)
 
 
@@ -134,8 +134,8 @@ def test_lora_trains_on_bitsandbytes_layers(
     config = make_config(**named, loss={"flow": 0.0}, run={"batch_size": 2})
     with caplog.at_level(logging.INFO):
         adapter = distill(config)
-    total = sum(one.numel() for one in pipe.transformer.parameters())
-    trained = sum(one.numel() for one in trained_weights(config.run.folder).values())
+    total = sum(weight.numel() for weight in pipe.transformer.parameters())
+    trained = sum(weight.numel() for weight in trained_weights(config.run.folder).values())
     assert f"{trained:,} of {total + trained:,} parameters" in caplog.text
     rows = loss_rows(config.run.folder)
     assert rows[-1]["attention"] < rows[0]["attention"]
@@ -154,8 +154,8 @@ def test_lora_trains_with_layerwise_casting(make_config: MakeConfig, tmp_path: P
     run = {"gradient_checkpointing": True, "mixed_precision": "bf16", "batch_size": 2}
     distill(make_config(**tables, base={"dtype": "bfloat16", "quantization": casting}, run=run))
     trained = trained_weights(tmp_path / "run")
-    assert all(one.dtype == torch.float32 for one in trained.values())
-    assert not all(torch.equal(one, one.bfloat16().float()) for one in trained.values())
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained.values())
     with pytest.raises(ValueError, match=r"^run.gradient_checkpointing must be true if base.quantization is layer"):
         make_config(base={"quantization": casting})
 
@@ -209,10 +209,10 @@ def test_arguments_of_torchao_are_checked(kwargs: dict[str, Any], message: str, 
 def test_missing_requirement_of_a_backend_is_reported(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     _torchao()
 
-    def lacking(*_: Any, **__: Any) -> None:
+    def raise_missing(*_: Any, **__: Any) -> None:
         raise ImportError("Requires mslk >= 1.0.0")
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lacking)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", raise_missing)
     with pytest.raises(ValueError, match=r"^base.quantization \(--quantize\) failed: Requires mslk >= 1.0.0"):
         load_teacher(make_config(base={"quantization": INT8}).base)
 
@@ -232,8 +232,8 @@ def test_arguments_of_torchao_may_name_dtypes(make_config: MakeConfig) -> None:
 def test_arguments_of_bitsandbytes_are_checked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def options(backend: str, **kwargs: Any) -> Any:
         quantization = Quantization(quant_backend=backend, quant_kwargs=kwargs)
-        made = quantization_options(quantization, read_base(base), torch.float32)["quantization_config"]
-        return made.quant_mapping["transformer"]
+        config = quantization_options(quantization, read_base(base), torch.float32)["quantization_config"]
+        return config.quant_mapping["transformer"]
 
     monkeypatch.setattr(quantizing, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes, which is not installed: pip install bitsandbytes$"):

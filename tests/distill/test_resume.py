@@ -54,12 +54,14 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(
 ) -> None:
     steps = {"steps": 60, "batch_size": 2}
     config = make_config(trained=trained, run=steps, save={"every": 3})
-    whole = make_config(trained=trained, run=steps | {"directory": str(tmp_path / "whole")}, save={"every": 1000})
+    uninterrupted = make_config(
+        trained=trained, run=steps | {"directory": str(tmp_path / "whole")}, save={"every": 1000}
+    )
     kill(config, write_config(config, tmp_path / "config.toml"), before=50)
     distill(config, resume="latest")
-    distill(whole)
+    distill(uninterrupted)
     assert steps_of(loss_rows(config.run.folder)) == list(range(1, 61))
-    assert_same_weights(config.run.folder, whole.run.folder)
+    assert_same_weights(config.run.folder, uninterrupted.run.folder)
 
 
 @pytest.mark.slow
@@ -67,18 +69,18 @@ def test_two_processes_killed_and_resumed_end_in_the_same_weights(make_config: M
     tables: dict[str, Any] = {"layerwise": {"steps": 2, "lr": 1e-2}, "save": {"every": 3}}
     tables["trained"] = {"kind": "lora", "rank": 2, "ema": 0.9}
     steps = {"steps": 40, "batch_size": 2}
-    config, whole = (
+    config, uninterrupted = (
         make_config(**tables, run=steps | {"directory": str(tmp_path / name)}) for name in ("killed", "whole")
     )
     file = write_config(config, tmp_path / "killed.toml")
     kill(config, file, before=30, processes=2)
-    for one in (
+    for process in (
         launch_run(file, "--resume", "latest", processes=2),
-        launch_run(write_config(whole, tmp_path / "whole.toml"), processes=2),
+        launch_run(write_config(uninterrupted, tmp_path / "whole.toml"), processes=2),
     ):
-        assert one.wait() == 0, one.stderr.read().decode()
+        assert process.wait() == 0, process.stderr.read().decode()
     assert steps_of(loss_rows(config.run.folder)) == list(range(1, 43))
-    assert_same_weights(config.run.folder, whole.run.folder)
+    assert_same_weights(config.run.folder, uninterrupted.run.folder)
 
 
 def test_run_started_before_a_setting_existed_is_resumed(make_config: MakeConfig) -> None:
@@ -98,8 +100,8 @@ def test_non_finite_loss_stops_the_run(make_config: MakeConfig, monkeypatch: pyt
     run = config.run.folder
 
     def broken(*arguments: Any) -> dict[str, torch.Tensor]:
-        found = terms(*arguments)
-        return found | {"prediction": found["prediction"] * float("nan")} if len(loss_rows(run)) == 4 else found
+        losses = terms(*arguments)
+        return losses | {"prediction": losses["prediction"] * float("nan")} if len(loss_rows(run)) == 4 else losses
 
     monkeypatch.setattr(trainer, "loss_terms", broken)
     last = r"the last checkpoint, .*step-00000004, .* --set optimizer.lr=0.003"
@@ -159,12 +161,12 @@ def test_resume_logs_and_records_allowed_changes_of_settings(
     config = make_config(optimizer={"lr": 1e-3})
     check_run(config, "samples", resume="latest")
     write_run(config, "samples", mixed=False)
-    told = "optimizer.lr was 0.01, now 0.001"
+    change = "optimizer.lr was 0.01, now 0.001"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{config.run.directory} continues after step 0 with other settings: {told}"
+        f"{config.run.directory} continues after step 0 with other settings: {change}"
     ]
     record = json.loads((config.run.folder / "run.json").read_text())
-    assert record["history"] == [{"after_step": 0, "changed": [told]}]
+    assert record["history"] == [{"after_step": 0, "changed": [change]}]
     check_run(config, "samples", resume="latest")
 
 
@@ -209,15 +211,15 @@ def test_full_disk_leaves_no_partial_checkpoint(
 
 
 def test_resume_keeps_the_precision_of_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With "auto" a measurement decides, whose result may differ on resume."""
+    """With "auto", a measurement decides, and its result may differ on resume."""
     chosen = []
     start = Trainer.__init__
 
-    def told(self: Trainer, *arguments: Any, mixed: bool) -> None:
+    def record(self: Trainer, *arguments: Any, mixed: bool) -> None:
         chosen.append(mixed)
         start(self, *arguments, mixed=mixed)
 
-    monkeypatch.setattr(Trainer, "__init__", told)
+    monkeypatch.setattr(Trainer, "__init__", record)
     for steps, faster in ((2, True), (3, False)):
         monkeypatch.setattr(precision, "bfloat16_is_faster", lambda _, faster=faster: faster)
         distill(make_config(run={"steps": steps, "mixed_precision": "auto"}), resume="latest")
@@ -233,8 +235,8 @@ def test_resume_at_an_earlier_checkpoint_discards_later_ones(
     run, step = config.run.folder, Trainer.step
     distill(config)
     shutil.copytree(run, run.with_name("as it was"))
-    told = r"--resume must be latest or .* complete checkpoint in .*run \(2, 4, 6\), got 3"
-    with pytest.raises(ValueError, match=told):
+    message = r"--resume must be latest or .* complete checkpoint in .*run \(2, 4, 6\), got 3"
+    with pytest.raises(ValueError, match=message):
         distill(config, resume=3)
 
     def interrupted(self: Trainer, number: int) -> dict[str, float]:
@@ -307,7 +309,7 @@ def test_checkpoint_with_other_tensor_names_is_refused(make_config: MakeConfig) 
     distill(config)
     folder = config.run.folder / "step-00000002"
     tensors = load_file(folder / "trained.safetensors")
-    save_file({f"old.{name}": one for name, one in tensors.items()}, folder / "trained.safetensors")
+    save_file({f"old.{name}": tensor for name, tensor in tensors.items()}, folder / "trained.safetensors")
     manifest = json.loads((folder / "checkpoint.json").read_text())
     manifest["files"]["trained.safetensors"] = (folder / "trained.safetensors").stat().st_size
     (folder / "checkpoint.json").write_text(json.dumps(manifest))

@@ -40,7 +40,7 @@ def _without(config: DistillConfig, file: Path, *tables: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "trained", [{"kind": "lora", "rank": 2, "alpha": 3.0}, {"kind": "attention"}], ids=lambda one: one["kind"]
+    "trained", [{"kind": "lora", "rank": 2, "alpha": 3.0}, {"kind": "attention"}], ids=lambda trained: trained["kind"]
 )
 @pytest.mark.parametrize("as_file", [False, True], ids=["folder", "file"])
 def test_student_starts_with_the_adapters_weights(
@@ -56,10 +56,10 @@ def test_student_starts_with_the_adapters_weights(
     assert config.trained == (Attention() if trained["kind"] == "attention" else Lora(rank=2, alpha=3.0))
     pipe = load_teacher(config.base)
     build_student_(pipe, config)
-    begins = trained_parameters(pipe.transformer)
-    assert begins.keys() == first.keys()
-    assert all(torch.equal(begins[name], one) for name, one in first.items())
-    assert all(one.dtype == torch.float32 for one in begins.values())
+    initial = trained_parameters(pipe.transformer)
+    assert initial.keys() == first.keys()
+    assert all(torch.equal(initial[name], tensor) for name, tensor in first.items())
+    assert all(tensor.dtype == torch.float32 for tensor in initial.values())
 
 
 def test_run_starts_from_the_adapter_of_another_run(
@@ -95,9 +95,9 @@ def test_run_starts_from_an_untrained_conversion(make_config: MakeConfig, tmp_pa
     config = load_config(file, [f"start.adapter={tmp_path / 'converted'}", "trained.rank=4"])
     assert config.trained == Lora(rank=4)
     build_student_(pipe := load_teacher(config.base), config)
-    ups = [one for name, one in trained_parameters(pipe.transformer).items() if name.endswith(".up")]
-    assert len(ups) == 7
-    assert not any(one.any() for one in ups)
+    up_weights = [weight for name, weight in trained_parameters(pipe.transformer).items() if name.endswith(".up")]
+    assert len(up_weights) == 7
+    assert not any(weight.any() for weight in up_weights)
 
 
 @pytest.fixture(scope="module")

@@ -88,9 +88,11 @@ def test_every_trained_parameter_gets_a_gradient(
     text_side = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     build_student_(pipe, make_config(method=POOLED, trained=trained | {"projections": text_side}))
     pipe.transformer(**_inputs(pipe.transformer, data, torch.float32))[0].pow(2).mean().backward()
-    assert not [name for name, one in trained_parameters(pipe.transformer).items() if one.grad is None]
+    assert not [name for name, parameter in trained_parameters(pipe.transformer).items() if parameter.grad is None]
     assert not [
-        name for name, one in pipe.transformer.named_parameters() if one.grad is not None and not one.requires_grad
+        name
+        for name, parameter in pipe.transformer.named_parameters()
+        if parameter.grad is not None and not parameter.requires_grad
     ]
 
 

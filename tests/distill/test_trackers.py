@@ -12,12 +12,12 @@ from lineardit.distill.config import DistillConfig
 from lineardit.distill.train import distill
 
 
-class Noted(tracking.GeneralTracker):
+class RecordingTracker(tracking.GeneralTracker):
     """A tracker that records what it is given."""
 
     name = "tensorboard"
     requires_logging_directory = True
-    made: list["Noted"]
+    created: list["RecordingTracker"]
 
     def __init__(self, run_name: str, logging_dir: str, **_: Any) -> None:
         super().__init__()
@@ -25,10 +25,10 @@ class Noted(tracking.GeneralTracker):
         self.settings: dict[str, Any] = {}
         self.rows: list[tuple[int | None, dict[str, float]]] = []
         self.finished = False
-        self.made.append(self)
+        self.created.append(self)
 
     @property
-    def tracker(self) -> "Noted":
+    def tracker(self) -> "RecordingTracker":
         return self
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -42,52 +42,54 @@ class Noted(tracking.GeneralTracker):
 
 
 @pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
+def trackers(monkeypatch: pytest.MonkeyPatch) -> list[RecordingTracker]:
     """The trackers that runs create, as if TensorBoard were installed."""
-    made: list[Noted] = []
-    monkeypatch.setattr(Noted, "made", made, raising=False)
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Noted)
+    created: list[RecordingTracker] = []
+    monkeypatch.setattr(RecordingTracker, "created", created, raising=False)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", RecordingTracker)
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
-    return made
+    return created
 
 
 def test_tracker_gets_the_settings_and_the_values_of_the_csv(
-    make_config: Callable[..., DistillConfig], noted: list[Noted]
+    make_config: Callable[..., DistillConfig], trackers: list[RecordingTracker]
 ) -> None:
     config = make_config(
         run={"steps": 4}, save={"report_to": ["tensorboard"]}, validate={"samples": 1, "every": 2}, trained={"rank": 3}
     )
     distill(config)
-    (tracker,) = noted
+    (tracker,) = trackers
     folder = config.run.folder
     assert tracker.where == ("lineardit", str(folder)) and tracker.finished
     assert tracker.settings["trained.rank"] == 3 and tracker.settings["optimizer.betas"] == "(0.9, 0.999)"
     names = ("flow", "prediction", "attention", "loss", "lr")
-    of_steps = [{"step": step, **row} for step, row in tracker.rows if "loss" in row]
-    assert of_steps == [{name: row[name] for name in ("step", *names)} for row in table(folder / "loss.csv")]
-    judged = [(step, row["validation/latent_mse"]) for step, row in tracker.rows if "loss" not in row]
-    assert judged == [(row["step"], row["latent_mse"]) for row in table(folder / "validation.csv")]
-    assert [step for step, _ in judged] == [2, 4]
+    step_rows = [{"step": step, **row} for step, row in tracker.rows if "loss" in row]
+    assert step_rows == [{name: row[name] for name in ("step", *names)} for row in table(folder / "loss.csv")]
+    validations = [(step, row["validation/latent_mse"]) for step, row in tracker.rows if "loss" not in row]
+    assert validations == [(row["step"], row["latent_mse"]) for row in table(folder / "validation.csv")]
+    assert [step for step, _ in validations] == [2, 4]
 
 
-def test_run_resumes_with_other_trackers(make_config: Callable[..., DistillConfig], noted: list[Noted]) -> None:
+def test_run_resumes_with_other_trackers(
+    make_config: Callable[..., DistillConfig], trackers: list[RecordingTracker]
+) -> None:
     distill(make_config(run={"steps": 2}))
-    assert not noted
+    assert not trackers
     distill(make_config(run={"steps": 4}, save={"report_to": ["tensorboard"]}), resume="latest")
-    assert [step for step, _ in noted[0].rows] == [3, 4]
+    assert [step for step, _ in trackers[0].rows] == [3, 4]
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("wand", "must be one or more of aim, .*, wandb, got 'wand'"),
         ("wandb", "names wandb, which is not installed: pip install"),
     ],
 )
 def test_unknown_or_missing_tracker_is_refused_before_the_run(
-    name: str, told: str, make_config: Callable[..., DistillConfig], noted: list[Noted]
+    name: str, message: str, make_config: Callable[..., DistillConfig], trackers: list[RecordingTracker]
 ) -> None:
     config = make_config(save={"report_to": [name]})
-    with pytest.raises(ValueError, match=rf"save\.report_to {told}"):
+    with pytest.raises(ValueError, match=rf"save\.report_to {message}"):
         distill(config)
     assert not config.run.folder.exists()

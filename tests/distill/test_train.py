@@ -38,7 +38,7 @@ POOLED = {"method": "clear", "radius": 2, "pool_size": 2}
 def test_two_processes_give_the_same_losses_and_validation(make_config: MakeConfig, tmp_path: Path) -> None:
     """Ten steps in both phases at the same global batch; the single process accumulates two parts per step.
 
-    Of the validation pictures, which use the averaged weights, each process draws some.
+    Each process draws some of the validation pictures, which use the averaged weights.
     """
     run = {"steps": 7, "batch_size": 4}
     tables: dict[str, Any] = {"layerwise": {"steps": 3, "lr": 1e-2}, "validate": {"samples": 3}}
@@ -48,9 +48,9 @@ def test_two_processes_give_the_same_losses_and_validation(make_config: MakeConf
     process = launch_run(write_config(together, tmp_path / "two.toml"), processes=2)
     distill(alone)
     assert process.wait() == 0, process.stderr.read().decode()
-    for one, two in zip(loss_rows(tmp_path / "one"), loss_rows(tmp_path / "two"), strict=True):
-        assert {name: two[name] for name in one if name != "seconds"} == pytest.approx(
-            {name: value for name, value in one.items() if name != "seconds"}, rel=1e-5
+    for row, other in zip(loss_rows(tmp_path / "one"), loss_rows(tmp_path / "two"), strict=True):
+        assert {name: other[name] for name in row if name != "seconds"} == pytest.approx(
+            {name: value for name, value in row.items() if name != "seconds"}, rel=1e-5
         )
     (one,), (two,) = (table(tmp_path / name / "validation.csv") for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-5)
@@ -140,14 +140,14 @@ def test_samples_of_another_teacher_give_a_warning_or_an_error(
     index = json.loads((others / "index.json").read_text())
     index["settings"]["teacher"] = "0" * 16
     (others / "index.json").write_text(json.dumps(index))
-    made = {"data": {"directory": str(others)}, "run": {"steps": 1, "directory": str(tmp_path / "second")}}
-    distill(make_config(**made))
+    tables = {"data": {"directory": str(others)}, "run": {"steps": 1, "directory": str(tmp_path / "second")}}
+    distill(make_config(**tables))
     assert f"{others} was made by a FluxTransformer2DModel with other weights than base.model's" in caplog.text
     index["settings"]["model"] = "UNet2DConditionModel"
     (others / "index.json").write_text(json.dumps(index))
-    made["run"] = {"directory": str(tmp_path / "third")}
+    tables["run"] = {"directory": str(tmp_path / "third")}
     with pytest.raises(ValueError, match="was made by a UNet2DConditionModel, but "):
-        distill(make_config(**made))
+        distill(make_config(**tables))
 
 
 def test_accelerates_environment_variables_change_nothing(

@@ -41,14 +41,14 @@ def test_run_continues_when_validation_runs_out_of_memory(
 ) -> None:
     """Only that validation is missing, in the middle of the run or at its end."""
     config = make_config(validate={"samples": 2, "every": 2})
-    drawn, decoded = Validation._compare_pictures, iter(range(1, 100))
+    compare, decoded = Validation._compare_pictures, iter(range(1, 100))
 
-    def short_of_memory(self: Validation, index: int) -> Any:
+    def run_out_of_memory(self: Validation, index: int) -> Any:
         if next(decoded) == step:  # two samples per validation
             raise torch.OutOfMemoryError("CUDA ...")
-        return drawn(self, index)
+        return compare(self, index)
 
-    monkeypatch.setattr(Validation, "_compare_pictures", short_of_memory)
+    monkeypatch.setattr(Validation, "_compare_pictures", run_out_of_memory)
     assert distill(config).is_dir()
     assert f"validation after step {step} ran out of memory; the run continues without it" in caplog.text
     assert steps_of(table(config.run.folder / "validation.csv")) == [one for one in (2, 4, 6) if one != step]
