@@ -49,8 +49,8 @@ FIRST_FILES = (
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run these files first, so that no process is left with one of them at the end."""
-    places = {Path(__file__).parent / file: place for place, file in enumerate(FIRST_FILES)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    order = {Path(__file__).parent / file: index for index, file in enumerate(FIRST_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_collection_finish() -> None:
@@ -72,7 +72,7 @@ def seed() -> int:
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory() -> Iterator[None]:
-    """`torch.empty` and its relatives give NaN (integers: their maximum), so that reads of unwritten memory show."""
+    """`torch.empty` and its relatives give NaN (integers: their maximum), so that reads of unwritten memory show up."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

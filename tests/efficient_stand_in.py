@@ -23,9 +23,9 @@ def forward(
     lse = logits.logsumexp(-1)
     weights = (logits - lse[..., None]).exp().to(query.dtype)  # rounded, as tensor cores take them
     missing = -query.shape[2] % BLOCK
-    nothing = torch.zeros((), dtype=torch.int64)
+    unused = torch.zeros((), dtype=torch.int64)
     out = (weights.float() @ value.float()).to(query.dtype)
-    return out, torch.nn.functional.pad(lse, (0, missing), value=torch.inf), nothing, nothing
+    return out, torch.nn.functional.pad(lse, (0, missing), value=torch.inf), unused, unused
 
 
 def backward(
@@ -39,11 +39,11 @@ def backward(
     seed: Tensor,
     offset: Tensor,
     dropout_p: float,
-    wanted: list[bool],
+    grad_input_mask: list[bool],
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    assert wanted == [True, True, True, False] and not dropout_p
+    assert grad_input_mask == [True, True, True, False] and not dropout_p
     _check(query, key, value, attn_bias)
     _check(out, key, grad_out, None)
     assert lse.dtype == torch.float32 and lse.is_contiguous()
@@ -51,7 +51,7 @@ def backward(
     weights = (_logits(query, key, attn_bias, scale) - lse[..., : query.shape[2], None]).exp()
     delta = (out.float() * grad_out.float()).sum(-1, keepdim=True)
     grad_logits = scale * weights * (grad_out.float() @ value.float().mT - delta)
-    grad_logits, weights = (one.to(query.dtype).float() for one in (grad_logits, weights))
+    grad_logits, weights = (tensor.to(query.dtype).float() for tensor in (grad_logits, weights))
     grads = grad_logits @ key.float(), grad_logits.mT @ query.float(), weights.mT @ grad_out.float()
     return (*(grad.to(query.dtype) for grad in grads), None)  # type: ignore[return-value]
 

@@ -34,15 +34,15 @@ def inputs_of(
     return [query, key, value, *(cell_means(x, *grid[-2:], num_cells).to(dtype) for x in (key, value))]
 
 
-def holds(grid: tuple[int, ...], num_cells: int) -> Tensor:
-    """[n, C] of 0 and 1: the cell holds the token."""
+def cell_membership(grid: tuple[int, ...], num_cells: int) -> Tensor:
+    """[n, C] of 0 and 1: whether the cell holds the token."""
     sizes = (1, *grid)[-3:]
     axes = [cells_of_axis(size, count) for size, count in zip(sizes, cell_grid(*sizes, num_cells), strict=True)]
-    held = torch.zeros(math.prod(grid), num_cells, dtype=torch.float64)
+    membership = torch.zeros(math.prod(grid), num_cells, dtype=torch.float64)
     for index, ranges in enumerate(product(*axes)):
         for frame, row, column in product(*(range(start, start + length) for start, length in ranges)):
-            held[(frame * sizes[1] + row) * sizes[2] + column, index] = 1
-    return held
+            membership[(frame * sizes[1] + row) * sizes[2] + column, index] = 1
+    return membership
 
 
 def by_hand(
@@ -59,22 +59,22 @@ def by_hand(
     """far [B, H, n, D], lse [B, H, n], and whether a query's tile chose a cell [B, H, n, C]; dense masks."""
     _, height, width = (1, *grid)[-3:]
     num_cells = proxy_key.shape[2]
-    held = holds(grid, num_cells).to(query)
-    counts = held / held.sum(1, keepdim=True)  # 1 / m of each token in each cell
+    membership = cell_membership(grid, num_cells).to(query)
+    counts = membership / membership.sum(1, keepdim=True)  # 1 / m of each token in each cell
     outside = (~window_mask(grid, window, 0, True, CPU)).to(query)
     rest = outside @ counts * num_cells / math.prod(grid)
-    place = torch.arange(math.prod(grid))
-    frame, row, column = place // (height * width), place // width % height, place % width
+    position = torch.arange(math.prod(grid))
+    frame, row, column = position // (height * width), position // width % height, position % width
     tile = (frame * height + row // side) * width + column // side
-    of_tile = (tile[:, None] == tile).to(query)
-    of_tile /= of_tile.sum(1, keepdim=True)
-    wanted = SCALE * (of_tile @ query) @ proxy_key.mT + (of_tile @ rest).log().clamp(min=-1e4)
-    best = wanted.topk(cells_in_focus(num_tokens, num_cells, grid), -1).indices
-    chosen = torch.zeros_like(wanted).scatter(-1, best, 1)
-    of_proxies = (SCALE * query @ proxy_key.mT).exp() * rest * (1 - chosen)
-    of_tokens = (SCALE * query @ key.mT).exp() * outside * (chosen @ counts.T) * num_cells / math.prod(grid)
-    mass = of_proxies.sum(-1) + of_tokens.sum(-1)
-    return (of_proxies @ proxy_value + of_tokens @ value) / mass[..., None], mass.log(), chosen
+    tile_mean = (tile[:, None] == tile).to(query)
+    tile_mean /= tile_mean.sum(1, keepdim=True)
+    scores = SCALE * (tile_mean @ query) @ proxy_key.mT + (tile_mean @ rest).log().clamp(min=-1e4)
+    best = scores.topk(cells_in_focus(num_tokens, num_cells, grid), -1).indices
+    chosen = torch.zeros_like(scores).scatter(-1, best, 1)
+    proxy_weights = (SCALE * query @ proxy_key.mT).exp() * rest * (1 - chosen)
+    token_weights = (SCALE * query @ key.mT).exp() * outside * (chosen @ counts.T) * num_cells / math.prod(grid)
+    mass = proxy_weights.sum(-1) + token_weights.sum(-1)
+    return (proxy_weights @ proxy_value + token_weights @ value) / mass[..., None], mass.log(), chosen
 
 
 def clear_choice(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 def run_forks(count: int, enter: Callable[[int], None], folder: Path) -> None:
     """Call `enter(rank)` in `count` forks; an exception fails the test, and is reported through the folder."""
     context = torch.multiprocessing.get_context("fork")
-    forks = [context.Process(target=_told, args=(rank, enter, folder)) for rank in range(count)]
+    forks = [context.Process(target=_run_rank, args=(rank, enter, folder)) for rank in range(count)]
     for fork in forks:
         fork.start()
     for fork in forks:
@@ -21,7 +21,7 @@ def run_forks(count: int, enter: Callable[[int], None], folder: Path) -> None:
     assert [fork.exitcode for fork in forks] == [0] * count, "\n".join(errors)
 
 
-def _told(rank: int, enter: Callable[[int], None], folder: Path) -> None:
+def _run_rank(rank: int, enter: Callable[[int], None], folder: Path) -> None:
     try:
         enter(rank)
     except BaseException:

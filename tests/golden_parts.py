@@ -16,5 +16,5 @@ def golden_parts(name: str) -> tuple[dict[str, str], dict[str, dict[str, Tensor]
         return file.metadata(), parts
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.std())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.std())

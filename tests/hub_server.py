@@ -24,7 +24,7 @@ class HubServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Answer)
+        super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.gated = root, set[str]()
 
     @property
@@ -41,7 +41,7 @@ def serve(root: Path) -> Iterator[HubServer]:
         server.shutdown()
 
 
-class _Answer(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
 
@@ -56,26 +56,26 @@ class _Answer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         content, path = self._content(), self._path()
         if path == "api/repos/create":
-            asked = json.loads(content)
-            repository = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(content)
+            repository = f"{request['organization']}/{request['name']}"
             (self.server.root / repository).mkdir(parents=True, exist_ok=True)
-            return self._say_json({"url": f"{self.server.url}/{repository}"})
+            return self._send_json({"url": f"{self.server.url}/{repository}"})
         if path == "api/validate-yaml":
-            return self._say_json({"errors": [], "warnings": []})
+            return self._send_json({"errors": [], "warnings": []})
         _, _, owner, name, verb, *_ = path.split("/")
         if verb == "preupload":
             files = json.loads(content)["files"]
-            entries = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in files]
-            return self._say_json({"files": entries})
+            entries = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            return self._send_json({"files": entries})
         for value in (line["value"] for line in map(json.loads, content.splitlines()) if line["key"] == "file"):
             file = self.server.root / owner / name / value["path"]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(base64.b64decode(value["content"]))
-        return self._say_json({"commitOid": COMMIT, "commitUrl": f"{self.server.url}/{owner}/{name}/commit/{COMMIT}"})
+        return self._send_json({"commitOid": COMMIT, "commitUrl": f"{self.server.url}/{owner}/{name}/commit/{COMMIT}"})
 
     def _find(self) -> None:
         path = self._path()
-        of_api = path.startswith("api/models/")
+        is_api = path.startswith("api/models/")
         owner, name, *rest = path.removeprefix("api/models/").split("/")
         repository, folder = f"{owner}/{name}", self.server.root / owner / name
         revision = rest[1] if len(rest) > 1 else "main"
@@ -86,17 +86,19 @@ class _Answer(BaseHTTPRequestHandler):
         if revision not in ("main", COMMIT):
             return self._refuse(404, "RevisionNotFound")
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        if of_api and rest[:1] == ["tree"]:
+        if is_api and rest[:1] == ["tree"]:
             entries = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
-            return self._say_json([{"type": "file", "path": one, "size": size, "oid": COMMIT} for one, size in entries])
-        if of_api:
+            return self._send_json(
+                [{"type": "file", "path": path, "size": size, "oid": COMMIT} for path, size in entries]
+            )
+        if is_api:
             siblings = [{"rfilename": str(file.relative_to(folder))} for file in files]
-            return self._say_json({"id": repository, "sha": COMMIT, "siblings": siblings})
+            return self._send_json({"id": repository, "sha": COMMIT, "siblings": siblings})
         file = folder.joinpath(*rest[2:])
         if file not in files:
             return self._refuse(404, "EntryNotFound")
         content = file.read_bytes()
-        return self._say(200, content, **{"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
+        return self._send(200, content, **{"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
 
     def _path(self) -> str:
         return unquote(urlsplit(self.path).path).strip("/")
@@ -112,12 +114,12 @@ class _Answer(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _refuse(self, status: int, code: str) -> None:
-        self._say(status, b"", **{"X-Error-Code": code, "X-Error-Message": code})
+        self._send(status, b"", **{"X-Error-Code": code, "X-Error-Message": code})
 
-    def _say_json(self, content: Any) -> None:
-        self._say(200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+    def _send_json(self, content: Any) -> None:
+        self._send(200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
 
-    def _say(self, status: int, content: bytes, **headers: str) -> None:
+    def _send(self, status: int, content: bytes, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

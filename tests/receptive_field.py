@@ -36,15 +36,15 @@ def changed_by_each_image_token(module: nn.Module, args: tuple, kwargs: dict, nu
     start = hidden.shape[1] - num_image if level.conversion.family.text_first else 0
     if level.order is not None and level.order.shape[1] == hidden.shape[1]:
         start = int(level.order[0, 0])  # between the text and references
-    many = hidden.repeat(num_image + 1, 1, 1)
+    copies = hidden.repeat(num_image + 1, 1, 1)
     token = torch.arange(num_image)
-    many[token, start + token] += 3 * torch.randn(num_image, hidden.shape[2])
+    copies[token, start + token] += 3 * torch.randn(num_image, hidden.shape[2])
     for name, value in arguments.items():
         if "mask" in name and value is not None:
             arguments[name] = value.expand(num_image + 1, *[-1] * (value.ndim - 1))
-    arguments[f"{prefix}hidden_states"] = many
+    arguments[f"{prefix}hidden_states"] = copies
     if text is not None:
-        arguments[f"{prefix}encoder_hidden_states"] = many if text is hidden else text.repeat(num_image + 1, 1, 1)
+        arguments[f"{prefix}encoder_hidden_states"] = copies if text is hidden else text.repeat(num_image + 1, 1, 1)
     with torch.no_grad():
         out = module(**arguments)
     first, *others = [part.flatten(2) for part in (out if isinstance(out, tuple) else (out,)) if part is not None]

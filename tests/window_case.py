@@ -115,25 +115,25 @@ def pairs_by_hand(grid: tuple[int, ...], window: Window) -> Tensor:
     frames, *sides = (1, *grid)[-3:]
     if isinstance(window, Box):
         along = zip(sides, window.window, window.dilation, window.cell, strict=True)
-        rows, columns = ([_seen(place, size, *rest) for place in range(size)] for size, *rest in along)
+        rows, columns = ([_seen(position, size, *rest) for position in range(size)] for size, *rest in along)
 
-    def sees(here: tuple[int, ...], there: tuple[int, ...]) -> bool:
-        if window.frame_radius is not None and abs(here[0] - there[0]) >= window.frame_radius:
+    def sees(query: tuple[int, ...], key: tuple[int, ...]) -> bool:
+        if window.frame_radius is not None and abs(query[0] - key[0]) >= window.frame_radius:
             return False
         if isinstance(window, Box):
-            return there[1] in rows[here[1]] and there[2] in columns[here[2]]
-        return (here[1] - there[1]) ** 2 + (here[2] - there[2]) ** 2 < window.radius * window.radius
+            return key[1] in rows[query[1]] and key[2] in columns[query[2]]
+        return (query[1] - key[1]) ** 2 + (query[2] - key[2]) ** 2 < window.radius * window.radius
 
-    places = list(itertools.product(range(frames), range(sides[0]), range(sides[1])))
-    return torch.tensor([[sees(here, there) for there in places] for here in places])
+    positions = list(itertools.product(range(frames), range(sides[0]), range(sides[1])))
+    return torch.tensor([[sees(query, key) for key in positions] for query in positions])
 
 
-def _seen(place: int, size: int, window: int, dilation: int, cell: int) -> set[int]:
-    """The places of its axis that a place sees under a box."""
-    fellows = [other for other in range(size) if other % dilation == place % dilation]
-    cells = [set(fellows[start : start + cell]) for start in range(0, len(fellows), cell)]
-    own = next(index for index, members in enumerate(cells) if place in members)
-    first = own - window // 2
+def _seen(position: int, size: int, window: int, dilation: int, cell: int) -> set[int]:
+    """The positions on an axis that a position sees under a box."""
+    peers = [other for other in range(size) if other % dilation == position % dilation]
+    cells = [set(peers[start : start + cell]) for start in range(0, len(peers), cell)]
+    own_cell = next(index for index, members in enumerate(cells) if position in members)
+    first = own_cell - window // 2
     while first + window > len(cells):  # shifted inward; on a short axis, from the front
         first -= 1
     first = max(first, 0)

@@ -1,4 +1,4 @@
-"""A fix of the Triton interpreter for tests."""
+"""A fix to the Triton interpreter for tests."""
 
 from collections.abc import Iterator
 from typing import Any

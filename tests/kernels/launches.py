@@ -30,7 +30,7 @@ class Utils:
         return {"max_shared_mem": SHARED_MEMORY[ARCH]}
 
     def load_binary(self, *_: Any) -> tuple[Any, Any, int, int, int]:
-        return None, None, 0, 0, 1024  # module, function, registers, spills, threads at most
+        return None, None, 0, 0, 1024  # module, function, registers, spills, maximum threads
 
 
 class Launcher:
@@ -80,7 +80,7 @@ def window(head_dim: int, text_len: int, dtype: torch.dtype, *, num_pooled: int 
 
 def focus(side: int, num_cells: int) -> None:
     inputs = [torch.randn(1, 2, length, 64, dtype=torch.bfloat16) for length in (3 * [20 * 24] + 2 * [num_cells])]
-    inputs = [one.requires_grad_() for one in inputs]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
     shape: dict[str, Any] = {"grid": (20, 24), "window": Circle(radius=5), "num_tokens": 120, "side": side}
     out, lse = focus_attention(*inputs, **shape, scale=0.125, impl="triton")
     torch.autograd.backward((out, lse), (torch.randn_like(out), torch.randn_like(lse)))

@@ -79,10 +79,10 @@ def test_agent_attention_matches_the_published_result(impl: str) -> None:
 def test_agent_attention_refuses_invalid_arguments(name: str) -> None:
     query, key, value, agents = inputs()
     arguments = {"query": query, "key": key, "value": value, "agents": agents, "impl": "auto"}
-    bad = {"query": query[0], "key": key[:, :, 1:], "agents": agents[:, :, :0], "impl": "triton"}
-    told = {"query": "query must be", "key": "one shape", "agents": "agents must be", "impl": "impl must be one of"}
-    with pytest.raises(ValueError, match=told[name]):
-        agent_attention(**{**arguments, name: bad[name]})
+    invalid = {"query": query[0], "key": key[:, :, 1:], "agents": agents[:, :, :0], "impl": "triton"}
+    messages = {"query": "query must be", "key": "one shape", "agents": "agents must be", "impl": "impl must be one of"}
+    with pytest.raises(ValueError, match=messages[name]):
+        agent_attention(**{**arguments, name: invalid[name]})
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])

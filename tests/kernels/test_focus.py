@@ -48,8 +48,8 @@ def test_focus_matches_the_formula(
         sum((x[seen] * w[seen]).sum() for x, w in zip(both, weights, strict=True))
         for both in ((out, lse), (expected, expected_lse))
     ]
-    for grad, right in zip(*(torch.autograd.grad(total, inputs) for total in sums), strict=True):
-        assert torch.allclose(grad, right, atol=1e-5)
+    for grad, expected_grad in zip(*(torch.autograd.grad(total, inputs) for total in sums), strict=True):
+        assert torch.allclose(grad, expected_grad, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -75,8 +75,8 @@ def test_hybrid_with_all_cells_in_focus_matches_full_softmax(grid: tuple[int, ..
     expected = scaled_dot_product_attention(*inputs, attn_mask=keys, scale=SCALE)
     assert torch.allclose(out, expected, atol=1e-10)
     grad_out = torch.randn_like(out)
-    for grad, right in zip(*(torch.autograd.grad(x, inputs, grad_out) for x in (out, expected)), strict=True):
-        assert torch.allclose(grad, right, atol=1e-10)
+    for grad, expected_grad in zip(*(torch.autograd.grad(x, inputs, grad_out) for x in (out, expected)), strict=True):
+        assert torch.allclose(grad, expected_grad, atol=1e-10)
 
 
 def test_focus_finds_a_dominant_far_token() -> None:
@@ -84,9 +84,9 @@ def test_focus_finds_a_dominant_far_token() -> None:
     grid, errors = (32, 32), {}
     tile = (torch.arange(4)[:, None] * 32 + torch.arange(4)).flatten()
     query, key, value = (torch.randn(1, 2, 1024, 16, dtype=torch.float64) for _ in range(3))
-    wanted = torch.nn.functional.normalize(torch.randn(16, dtype=torch.float64), dim=0)
-    query[:, :, tile] += 6 * wanted
-    key[:, :, 900] += 6 * wanted
+    direction = torch.nn.functional.normalize(torch.randn(16, dtype=torch.float64), dim=0)
+    query[:, :, tile] += 6 * direction
+    key[:, :, 900] += 6 * direction
     expected = scaled_dot_product_attention(query, key, value)
     for focus_tokens in (0, 64):
         config = Hybrid(
@@ -126,7 +126,7 @@ def test_focus_is_off_where_one_cell_exceeds_focus_tokens() -> None:
     for grid, differs in (((6, 6), True), ((8, 8), False)):
         inputs, layout = [torch.randn(1, 2, math.prod(grid), 8) for _ in range(3)], Layout(grid, 0, True, None)
         with_focus, without = (
-            METHODS[Hybrid](one, num_heads=2, head_dim=8)(*inputs, layout) for one in (config, plain)
+            METHODS[Hybrid](hybrid, num_heads=2, head_dim=8)(*inputs, layout) for hybrid in (config, plain)
         )
         assert torch.equal(with_focus, without) is not differs
 
@@ -135,12 +135,12 @@ def test_focus_pairs_count_seen_tokens_and_candidate_cells() -> None:
     assert focus_pairs(16, 16, 4, (8, 8)) == 64 * 16 + 4 * 16
     assert focus_pairs(25, 6, 3, (7, 10)) == 70 * 24 + 3 * 4 * 6  # two cells of 70 / 6 tokens
     assert focus_pairs(16, 16, 4, (64, 64)) == 0
-    few, many = (focus_pairs(4096, 256, 4, (side, side)) for side in (64, 256))
-    assert many == 16 * few
+    small, large = (focus_pairs(4096, 256, 4, (side, side)) for side in (64, 256))
+    assert large == 16 * small
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"focus_tokens": -1}, "focus_tokens must be an integer >= 0, got -1"),
         ({"focus_tokens": 2.5}, "focus_tokens must be an integer >= 0, got 2.5"),
@@ -149,8 +149,8 @@ def test_focus_pairs_count_seen_tokens_and_candidate_cells() -> None:
         ({"focus_tokens": 9, "join": "gate"}, "focus_tokens must be 0 unless join is 'mass'"),
     ],
 )
-def test_hybrid_refuses_invalid_focus_settings(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_hybrid_refuses_invalid_focus_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), **settings)
 
 

@@ -56,5 +56,5 @@ def test_image_sizes_do_not_make_triton_recompile(module: Any) -> None:
     for name in vars(module):
         if name.startswith(module.__name__.split(".")[-2]):  # window_forward, focus_grad_cell, ...
             arguments = inspect.signature(getattr(module, name).fn).parameters
-            integers |= {one for one in arguments if one.islower()}
+            integers |= {argument for argument in arguments if argument.islower()}
     assert integers - ALIGNED - FLOATS == set(module.UNSPECIALIZED)

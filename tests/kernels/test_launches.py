@@ -33,29 +33,31 @@ def launches() -> list[dict[str, Any]]:
 
 def test_every_kernel_is_launched(launches):
     names = [*vars(window_kernels), *vars(focus_kernels)]
-    assert {one["kernel"] for one in launches} == {name for name in names if name.startswith(("window_", "focus_"))}
-    assert {one["constants"]["UNIT"] for one in launches} == {1, 8}
-    assert {one["constants"].get("DISJOINT") for one in launches} == {None, True, False}
+    assert {launch["kernel"] for launch in launches} == {
+        name for name in names if name.startswith(("window_", "focus_"))
+    }
+    assert {launch["constants"]["UNIT"] for launch in launches} == {1, 8}
+    assert {launch["constants"].get("DISJOINT") for launch in launches} == {None, True, False}
 
 
 def test_launches_stay_within_the_device_limits(launches):
-    for one in launches:
-        assert all(1 <= size <= most for size, most in zip(one["grid"], LARGEST_GRID, strict=True)), one
-        assert one["shared"] <= SHARED_MEMORY[90], one
+    for launch in launches:
+        assert all(1 <= size <= most for size, most in zip(launch["grid"], LARGEST_GRID, strict=True)), launch
+        assert launch["shared"] <= SHARED_MEMORY[90], launch
 
 
 def test_integer_arguments_are_int32_and_scale_is_float32(launches):
-    for one in launches:
-        numbers = {name: kind for name, kind in one["types"].items() if name.islower()}
+    for launch in launches:
+        numbers = {name: kind for name, kind in launch["types"].items() if name.islower()}
         assert numbers.pop("scale") == "fp32"
-        assert set(numbers.values()) == {"i32"}, one
+        assert set(numbers.values()) == {"i32"}, launch
 
 
 def test_pointers_are_aligned_and_sizes_are_not_specialized(launches):
     """A row of head dimension 20 is not a multiple of 16 bytes, so the image after its text is unaligned."""
-    for one in launches:
-        pointers = {name for name, kind in one["types"].items() if kind.startswith("*")}
-        specialized = set(one["specialized"])
-        assert specialized - pointers <= {"num_cells"}, one
-        if one["constants"]["HEAD_DIM"] != 20:
-            assert pointers <= specialized, one
+    for launch in launches:
+        pointers = {name for name, kind in launch["types"].items() if kind.startswith("*")}
+        specialized = set(launch["specialized"])
+        assert specialized - pointers <= {"num_cells"}, launch
+        if launch["constants"]["HEAD_DIM"] != 20:
+            assert pointers <= specialized, launch

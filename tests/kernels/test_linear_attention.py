@@ -119,7 +119,7 @@ def test_operators_pass_opcheck() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"impl": "triton"}, r"impl must be one of \('auto', 'reference', 'torch'\)"),
         ({"eps": 0}, "eps must be > 0"),
@@ -129,10 +129,10 @@ def test_operators_pass_opcheck() -> None:
         (dict.fromkeys(("query", "key", "value"), torch.zeros(2, 2, 0, 8)), "there must be a token"),
     ],
 )
-def test_linear_attention_refuses_invalid_arguments(changed: dict, told: str) -> None:
+def test_linear_attention_refuses_invalid_arguments(changed: dict, message: str) -> None:
     arguments = {name: torch.zeros(2, 2, 15, 8) for name in ("query", "key", "value")}
     for attention in (mala_attention, rala_attention):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             attention(**{**arguments, **changed})
 
 

@@ -25,24 +25,24 @@ WINDOWS = [
 ]
 
 
-def counted(grid: tuple[int, ...], window: Circle | Box, num_cells: int) -> torch.Tensor:
+def expected_rest(grid: tuple[int, ...], window: Circle | Box, num_cells: int) -> torch.Tensor:
     """[n, C], from the definition."""
     frames, height, width = (1, *grid)[-3:]
-    near = window_mask(grid, window, 0, True, CPU)
+    in_window = window_mask(grid, window, 0, True, CPU)
     counts = cell_grid(frames, height, width, num_cells)
     cells = product(*(cells_of_axis(size, count) for size, count in zip((frames, height, width), counts, strict=True)))
-    holds = torch.zeros(len(near), num_cells, dtype=torch.float64)
+    membership = torch.zeros(len(in_window), num_cells, dtype=torch.float64)
     for index, ranges in enumerate(cells):
         for frame, row, column in product(*(range(start, start + length) for start, length in ranges)):
-            holds[(frame * height + row) * width + column, index] = 1
-    return (~near).double() @ (holds / holds.sum(1, keepdim=True))
+            membership[(frame * height + row) * width + column, index] = 1
+    return (~in_window).double() @ (membership / membership.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize(("grid", "num_cells"), [((7, 10), 6), ((7, 10), 70), ((6, 8), 4), ((3, 5), 64)])
 def test_rest_of_cells_matches_the_count(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
     rest = rest_of_cells(grid, window, num_cells, CPU).everywhere()
-    assert torch.allclose(rest.double(), counted(grid, window, num_cells), atol=1e-5)
+    assert torch.allclose(rest.double(), expected_rest(grid, window, num_cells), atol=1e-5)
     outside = (~window_mask(grid, window, 0, True, CPU)).sum(1)
     assert torch.allclose(rest.sum(1), outside.float(), atol=1e-4)
 
@@ -51,17 +51,17 @@ def test_rest_of_cells_matches_the_count(grid: tuple[int, ...], num_cells: int, 
 @pytest.mark.parametrize(("grid", "num_cells"), [((3, 4, 6), 8), ((3, 5, 2), 4)], ids=["cubes", "one-column"])
 def test_rest_of_cells_matches_the_count_in_videos(grid: tuple[int, ...], num_cells: int, window: Circle | Box) -> None:
     rest = rest_of_cells(grid, window, num_cells, CPU)
-    expected = counted(grid, window, num_cells)
+    expected = expected_rest(grid, window, num_cells)
     assert torch.allclose(rest.everywhere().double(), expected, atol=1e-5)
-    some = torch.tensor([[7, 0, 11], [3, 3, len(expected) - 1]])
-    assert torch.equal(rest.at(some), rest.everywhere()[some])
+    indices = torch.tensor([[7, 0, 11], [3, 3, len(expected) - 1]])
+    assert torch.equal(rest.at(indices), rest.everywhere()[indices])
 
 
-@pytest.mark.parametrize("placed", [1, 20, 10**9])
-def test_rest_everywhere_does_not_depend_on_the_chunk_size(placed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk_size", [1, 20, 10**9])
+def test_rest_everywhere_does_not_depend_on_the_chunk_size(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rest = rest_of_cells((7, 10), Circle(radius=2.5), 70, CPU)
     expected = rest.everywhere()
-    monkeypatch.setattr(rest_of_cells_module, "SCATTER_CHUNK", placed)
+    monkeypatch.setattr(rest_of_cells_module, "SCATTER_CHUNK", chunk_size)
     assert torch.equal(rest.everywhere(), expected)
 
 

@@ -48,8 +48,8 @@ def test_triton_matches_the_formula(
     assert torch.allclose(lse[seen].double(), expected_lse[seen], atol=1e-5)
     weights = torch.randn_like(out)[seen], torch.randn_like(lse)[seen]
     grads = torch.autograd.grad((out[seen], lse[seen]), inputs, weights)
-    right = torch.autograd.grad((expected[seen], expected_lse[seen]), exact, [x.double() for x in weights])
-    for grad, exact_grad in zip(grads, right, strict=True):
+    expected_grads = torch.autograd.grad((expected[seen], expected_lse[seen]), exact, [x.double() for x in weights])
+    for grad, exact_grad in zip(grads, expected_grads, strict=True):
         assert torch.allclose(grad.double(), exact_grad, atol=1e-5)
     plain_out, plain_lse = focus_attention(*inputs, **shape, scale=SCALE, impl="plain")
     assert torch.allclose(out, plain_out, atol=1e-5)
@@ -87,15 +87,15 @@ def test_triton_matches_plain(
     for impl in ("triton", "plain"):
         both = focus_attention(*inputs, **shape, impl=impl)
         results.append([*both, *torch.autograd.grad(both, inputs, weights)])
-    for ours, expected in zip(*results, strict=True):
-        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def shown(blocks: Blocks) -> str:
+def blocks_id(blocks: Blocks) -> str:
     return f"k{blocks.keys}-w{blocks.num_warps}-s{blocks.num_stages}"
 
 
-@pytest.mark.parametrize("blocks", candidates(4, torch.float16), ids=shown)
+@pytest.mark.parametrize("blocks", candidates(4, torch.float16), ids=blocks_id)
 def test_triton_matches_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_probe, "blocks_for", lambda *_: blocks)
     inputs, shape = inputs_of((8, 7), 9, FP32), {"grid": (8, 7), "window": Circle(radius=2), "num_tokens": 20}
@@ -107,7 +107,9 @@ FIRST, *OTHERS = backward_candidates(8, torch.float16)
 
 
 @pytest.mark.parametrize(
-    "blocks", [FIRST, *OTHERS[-1:], *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS[:-1])], ids=shown
+    "blocks",
+    [FIRST, *OTHERS[-1:], *(pytest.param(blocks, marks=pytest.mark.slow) for blocks in OTHERS[:-1])],
+    ids=blocks_id,
 )
 def test_gradients_match_plain_with_any_blocks(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     """80 cells of one token and 4 of 72: more and fewer than a block, and the proxies' sums split over programs."""
@@ -119,8 +121,8 @@ def test_gradients_match_plain_with_any_blocks(blocks: Blocks, monkeypatch: pyte
             torch.autograd.grad(focus_attention(*inputs, **shape, impl=impl)[0].square().sum(), inputs)
             for impl in ("triton", "plain")
         ]
-        for ours, expected in zip(*grads, strict=True):
-            assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+        for actual, expected in zip(*grads, strict=True):
+            assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_triton_accepts_any_strides() -> None:
@@ -139,8 +141,8 @@ def test_triton_accepts_any_strides() -> None:
         torch.cat([x, x], 3).transpose(1, 2).contiguous().transpose(1, 2)[..., : x.shape[3]] for x in given
     ]
     row_in_pieces = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in given]
-    for same in (part_of_token_major, row_in_pieces):
-        assert all(map(torch.equal, results(same), expected))
+    for strided in (part_of_token_major, row_in_pieces):
+        assert all(map(torch.equal, results(strided), expected))
 
 
 def test_gradients_have_the_dtypes_of_their_inputs() -> None:
@@ -153,8 +155,8 @@ def test_gradients_have_the_dtypes_of_their_inputs() -> None:
         out, lse = focus_attention(*leaves, **shape, scale=SCALE, impl=impl)
         grads[impl] = torch.autograd.grad(out.float().square().sum() + lse.sum(), leaves)
     assert [x.dtype for x in grads["triton"]] == [FP16] * 3 + [FP32] * 2
-    for ours, expected in zip(*grads.values(), strict=True):
-        assert (ours - expected).abs().max() <= 5e-3 * expected.abs().max()
+    for actual, expected in zip(*grads.values(), strict=True):
+        assert (actual - expected).abs().max() <= 5e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("impl", ["triton", "plain"])

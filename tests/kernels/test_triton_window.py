@@ -211,9 +211,9 @@ def test_first_that_fits_takes_the_next_smaller_tiles(problem):
 def test_with_strides_counts_in_units_of_16_bytes_where_possible(shape, unit, strides):
     tensor = torch.empty(shape).transpose(1, 2)
     assert with_strides(tensor, tensor) == ([tensor, *strides] * 2, unit)
-    odd = torch.empty(1, 2, 3, 5)
-    assert with_strides(tensor, odd)[1] == 1
-    assert with_strides(tensor, odd)[0][1:4] == [
+    unaligned = torch.empty(1, 2, 3, 5)
+    assert with_strides(tensor, unaligned)[1] == 1
+    assert with_strides(tensor, unaligned)[0][1:4] == [
         step if size > 1 else 0 for step, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
     ]
 
@@ -232,10 +232,12 @@ def test_fastest_that_fits_prefers_earlier_tiles_unless_clearly_slower(seconds, 
             raise OutOfResources(200_000, 101_376, "shared memory")
         return 0.01
 
-    raced = dict(zip(FORWARD_TILES[1:], seconds, strict=False))
-    chosen, told = fastest_that_fits(list(FORWARD_TILES), error_of, lambda tiles: {one: raced[one] for one in tiles})
+    times = dict(zip(FORWARD_TILES[1:], seconds, strict=False))
+    chosen, report = fastest_that_fits(
+        list(FORWARD_TILES), error_of, lambda tiles: {candidate: times[candidate] for candidate in tiles}
+    )
     assert chosen is FORWARD_TILES[1 + winner]
-    assert all(f"{one} {1e3 * taken:.3f} ms" in told for one, taken in raced.items())
+    assert all(f"{candidate} {1e3 * time:.3f} ms" in report for candidate, time in times.items())
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_race_runs_the_forward_and_the_backward(monkeypatch):
     assert [lse.shape for lse in lses] == [(1, 1, 72)] * 2
     torch.testing.assert_close(*lses)
     grads = race.backward_seconds(BACKWARD_TILES[:2])
-    assert [[grad.shape[2] for grad in of_tiles] for of_tiles in grads] == [[72, 72, 72, 5, 5]] * 2
+    assert [[grad.shape[2] for grad in tile_grads] for tile_grads in grads] == [[72, 72, 72, 5, 5]] * 2
     torch.testing.assert_close(*grads)
 
 
@@ -296,9 +298,9 @@ def test_device_seconds_is_the_median_of_alternating_calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     order = []
 
-    def call(name: str, taken: float) -> None:
+    def call(name: str, duration: float) -> None:
         order.append(name)
-        clock[0] += taken if len(order) > 8 else 100 * taken  # the first calls are slow
+        clock[0] += duration if len(order) > 8 else 100 * duration  # the first calls are slow
 
     def too_large() -> None:
         raise OutOfResources(200_000, 101_376, "shared memory")
@@ -342,7 +344,7 @@ def test_why_not_triton_requires_cuda_outside_the_interpreter(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "problem, said",
+    "problem, reason",
     [
         (RuntimeError("out of resource: shared memory"), "out of resource: shared memory"),
         (CalledProcessError(1, "gcc"), "Command 'gcc' returned non-zero exit status 1."),  # Python headers are missing
@@ -350,7 +352,7 @@ def test_why_not_triton_requires_cuda_outside_the_interpreter(monkeypatch):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog, problem, said):
+def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog, problem, reason):
     def failing(*_: object) -> None:
         raise problem
 
@@ -358,7 +360,7 @@ def test_why_not_triton_warns_once_where_the_trial_fails(monkeypatch, caplog, pr
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tiny GPU")
     choose._why_not_triton.cache_clear()
     for _ in range(2):
-        assert choose.why_not_triton(torch.device("cuda"), BF16, 64) == f"on Tiny GPU: {said}"
+        assert choose.why_not_triton(torch.device("cuda"), BF16, 64) == f"on Tiny GPU: {reason}"
     choose._why_not_triton.cache_clear()
     assert caplog.text.count("falls back to plain PyTorch") == 1
 

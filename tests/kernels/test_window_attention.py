@@ -68,22 +68,22 @@ def test_window_attention_matches_reference_with_products_in_half_precision(case
 @pytest.mark.parametrize("rows", ["columns first", "every second", "expanded"])
 def test_window_attention_accepts_non_contiguous_rows(rows, fast_impl):
     case = Case(grid=(20, 23), radius=3, text_len=7, head_dim=16)
-    given = case.tensors(torch.float32)
+    contiguous = case.tensors(torch.float32)
     if rows == "columns first":
-        odd = [tensor.mT.contiguous().mT for tensor in given]
+        strided = [tensor.mT.contiguous().mT for tensor in contiguous]
     elif rows == "every second":
-        odd = [tensor.repeat_interleave(2, -1)[..., ::2] for tensor in given]
+        strided = [tensor.repeat_interleave(2, -1)[..., ::2] for tensor in contiguous]
     else:
-        given = [tensor[..., :1].expand_as(tensor).contiguous() for tensor in given]
-        odd = [tensor[..., :1].expand_as(tensor) for tensor in given]
-    assert all(tensor.stride(-1) != 1 for tensor in odd)
+        contiguous = [tensor[..., :1].expand_as(tensor).contiguous() for tensor in contiguous]
+        strided = [tensor[..., :1].expand_as(tensor) for tensor in contiguous]
+    assert all(tensor.stride(-1) != 1 for tensor in strided)
     results = []
-    for tensors in (odd, given):
+    for tensors in (strided, contiguous):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         out = case.run(*leaves, impl=fast_impl)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch, num_heads", [(0, 2), (2, 0)])
@@ -92,7 +92,7 @@ def test_window_attention_of_an_empty_batch_is_empty(batch, num_heads, fast_impl
     leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
     out = case.run(*leaves, impl=fast_impl)
     grads = torch.autograd.grad(out.sum(), leaves)
-    assert [one.shape for one in (out, *grads)] == [leaves[0].shape] * 4
+    assert [result.shape for result in (out, *grads)] == [leaves[0].shape] * 4
 
 
 @settings(max_examples=30)
@@ -155,9 +155,9 @@ def test_window_attention_changes_only_where_a_token_is_seen(case, impl):
     out = case.run(query, key, value, pooled_key, pooled_value, impl=impl)
     seen = window_mask(case.grid, case.window, 0, True, torch.device("cpu"))  # [image, image]
     token = 2 * len(seen) // 5
-    moved = value.clone()
-    moved[:, :, case.image.start + token] += 1
-    changed = (case.run(query, key, moved, pooled_key, pooled_value, impl=impl) != out).all(dim=3)
+    perturbed = value.clone()
+    perturbed[:, :, case.image.start + token] += 1
+    changed = (case.run(query, key, perturbed, pooled_key, pooled_value, impl=impl) != out).all(dim=3)
     expected = torch.ones(case.num_tokens, dtype=torch.bool)
     expected[case.image] = seen[:, token]
     assert torch.equal(changed, expected.expand_as(changed))
@@ -208,10 +208,10 @@ def test_window_attention_gives_the_gradient_of_one_input_alone(needed, fast_imp
     case = CASES[4]
     tensors = case.tensors()
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    every = torch.autograd.grad(case.run(*leaves, impl=fast_impl).square().sum(), leaves)
+    all_grads = torch.autograd.grad(case.run(*leaves, impl=fast_impl).square().sum(), leaves)
     alone = tensors[needed].detach().requires_grad_()
     out = case.run(*tensors[:needed], alone, *tensors[needed + 1 :], impl=fast_impl)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), alone)[0], every[needed])
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), alone)[0], all_grads[needed])
 
 
 def test_window_attention_is_the_same_without_gradients(fast_impl):

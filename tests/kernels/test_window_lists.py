@@ -46,10 +46,10 @@ def test_lists_hold_each_pair_once_with_unmasked_tiles_first(grid, window, query
     assert torch.equal(listed_pairs(lists, math.prod(grid)), window_mask(grid, window, 0, True, CPU).int())
     for tile, count in enumerate(lists.counts.tolist()):
         masks = lists.masks[lists.mask_ids[tile, :count]]
-        whole = masks[:, masks.any(2).any(0)].flatten(1).all(1).tolist()
+        full = masks[:, masks.any(2).any(0)].flatten(1).all(1).tolist()
         # at the border of the grid, a circle's whole tile may be read with a mask
-        assert all(inside >= (entry < lists.inside[tile]) for entry, inside in enumerate(whole))
-        assert isinstance(window, Circle) or sum(whole) == lists.inside[tile]
+        assert all(inside >= (entry < lists.inside[tile]) for entry, inside in enumerate(full))
+        assert isinstance(window, Circle) or sum(full) == lists.inside[tile]
         assert (lists.mask_ids[tile, count:] == -1).all()
 
 
@@ -58,8 +58,8 @@ def test_circle_lists_read_tiles_inside_without_a_mask():
     assert lists.inside.max() > 0
     for tile, count in enumerate(lists.counts.tolist()):
         masks = lists.masks[lists.mask_ids[tile, :count]]
-        whole = masks[:, masks.any(2).any(0)].flatten(1).all(1)
-        assert whole.tolist() == [entry < lists.inside[tile] for entry in range(count)]
+        full = masks[:, masks.any(2).any(0)].flatten(1).all(1)
+        assert full.tolist() == [entry < lists.inside[tile] for entry in range(count)]
 
 
 @pytest.mark.parametrize("radius", [5**0.5, 5.000000001**0.5, 1, 1.0000001, 1e200])
@@ -70,9 +70,9 @@ def test_circle_lists_match_the_definition_at_the_border(radius):
 
 @pytest.mark.parametrize(("frame_radius", "frames_read"), [(1, [1, 1, 1, 1]), (2, [2, 3, 3, 2]), (9, [4, 4, 4, 4])])
 def test_circle_lists_read_no_tile_of_a_frame_out_of_reach(frame_radius: int, frames_read: list[int]) -> None:
-    cuts = {"query_tile": (4, 8), "key_tile": (4, 4)}
-    image = circle_lists((11, 13), 3, **cuts)
-    lists = circle_lists((4, 11, 13), 3, frame_radius, **cuts)
+    tiling = {"query_tile": (4, 8), "key_tile": (4, 4)}
+    image = circle_lists((11, 13), 3, **tiling)
+    lists = circle_lists((4, 11, 13), 3, frame_radius, **tiling)
     times = torch.tensor(frames_read)[:, None]
     assert torch.equal(lists.counts.unflatten(0, (4, -1)), times * image.counts)
     assert torch.equal(lists.inside.unflatten(0, (4, -1)), times * image.inside)
@@ -133,8 +133,8 @@ def test_circle_border_is_the_same_in_every_implementation(radius):
     grid = height, width = 36, 222
     window = Circle(radius=radius)
     steps = ((dy, dx) for dy in range(1 - height, height) for dx in range(1 - width, width))
-    near = [(dy, dx) for dy, dx in steps if dy * dy + dx * dx < radius * radius] or [(0, 0)]
-    pairs = sum((height - abs(dy)) * (width - abs(dx)) for dy, dx in near)
+    offsets = [(dy, dx) for dy, dx in steps if dy * dy + dx * dx < radius * radius] or [(0, 0)]
+    pairs = sum((height - abs(dy)) * (width - abs(dx)) for dy, dx in offsets)
     assert window.num_pairs(height, width) == pairs
     assert window.covers(height, width) == (pairs == (height * width) ** 2)
 
@@ -144,8 +144,8 @@ def test_circle_border_is_the_same_in_every_implementation(radius):
 
     tables = focus_tables(grid, window, 1, 4, torch.float32, CPU, torch.float32)
     axes = (axis.flatten().unique(return_counts=True) for axis in tables.distances[1:])
-    (rows, of_row), (columns, of_column) = axes
-    assert (of_row[:, None] * of_column)[rows[:, None] + columns < tables.limit].sum() == pairs
+    (rows, row_counts), (columns, column_counts) = axes
+    assert (row_counts[:, None] * column_counts)[rows[:, None] + columns < tables.limit].sum() == pairs
     assert (height * width) ** 2 - rest_of_cells(grid, window, 1, CPU).everywhere().double().sum() == pairs
 
 

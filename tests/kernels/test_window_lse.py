@@ -73,8 +73,8 @@ def _compare(impl: str, window: Window, text_first: bool) -> None:
         return [*(result.detach() for result in results), *gradients]
 
     runs = run(impl, torch.float32), run("reference", torch.float64), run("reference", torch.float32)
-    for name, *found in zip(("out", "lse", "grad query", "grad key", "grad value"), *runs, strict=True):
-        assert_close(*found, name)
+    for name, *values in zip(("out", "lse", "grad query", "grad key", "grad value"), *runs, strict=True):
+        assert_close(*values, name)
 
 
 @pytest.mark.parametrize("impl", PORTABLE)

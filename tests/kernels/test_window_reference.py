@@ -29,12 +29,12 @@ def test_window_mask_equals_loops(window: Window, grid: tuple[int, ...]) -> None
 
 
 def loops(case: Case, query: Tensor, key: Tensor, value: Tensor, *pooled: Tensor, scale: float) -> Tensor:
-    near, text_mask, image = pairs_by_hand(case.grid, case.window), case.text_mask(), case.image
+    in_window, text_mask, image = pairs_by_hand(case.grid, case.window), case.text_mask(), case.image
 
     def attends(sample: int, token: int, other: int) -> bool:
         if not image.start <= other < image.stop:
-            return text_mask is None or bool(text_mask[sample, other - (0 if case.text_first else len(near))])
-        return not image.start <= token < image.stop or bool(near[token - image.start, other - image.start])
+            return text_mask is None or bool(text_mask[sample, other - (0 if case.text_first else len(in_window))])
+        return not image.start <= token < image.stop or bool(in_window[token - image.start, other - image.start])
 
     out = torch.zeros_like(query)
     for sample, head, token in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:3])).tolist():

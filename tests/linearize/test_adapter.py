@@ -148,9 +148,9 @@ def test_load_adapter_without_originals_refuses_restore_and_dense(tmp_path: Path
     load_adapter_(model, tmp_path / "adapter", keep_original=False)
     loaded = run(model, arguments)
     torch.testing.assert_close(loaded, run(student, arguments), rtol=0, atol=1e-5)
-    for way_back in (restore_, lambda model: dense(model).__enter__()):
+    for undo in (restore_, lambda model: dense(model).__enter__()):
         with pytest.raises(ValueError, match="keep_original=True"):
-            way_back(model)
+            undo(model)
     assert torch.equal(run(model, arguments), loaded)
     save_adapter(model, tmp_path / "again")
     files = [tmp_path / name / "lineardit.safetensors" for name in ("adapter", "again")]
@@ -242,10 +242,10 @@ def test_load_adapter_failure_keeps_an_earlier_conversion(tmp_path: Path) -> Non
 def test_load_adapter_refuses_a_truncated_or_altered_tensors_file(tmp_path: Path) -> None:
     folder = save_adapter(trained("both"), tmp_path / "adapter")
     file = folder / "lineardit.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-7])
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])
     refused(folder, base(), r"lineardit.safetensors has .* bytes.*truncated.*copy both files again")
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refused(folder, base(), r"sha256 differs")
 
 

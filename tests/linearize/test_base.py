@@ -47,9 +47,9 @@ def test_read_base_reads_a_pipeline_folder(tmp_path: Path) -> None:
     assert set(base.absent) >= {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
 
 
-@pytest.mark.parametrize("place", ["transformer", "transformer/config.json"])
-def test_read_base_reads_a_bare_denoiser(tmp_path: Path, place: str) -> None:
-    base = read_base(saved_flux_pipeline(tmp_path / "pipeline") / place)
+@pytest.mark.parametrize("location", ["transformer", "transformer/config.json"])
+def test_read_base_reads_a_bare_denoiser(tmp_path: Path, location: str) -> None:
+    base = read_base(saved_flux_pipeline(tmp_path / "pipeline") / location)
     assert (base.model_class, base.source.pipeline_class) == ("FluxTransformer2DModel", None)
     assert base.config["num_attention_heads"] == 2
 
@@ -77,7 +77,7 @@ def test_source_of_finds_folder_and_license_of_a_loaded_model(tmp_path: Path) ->
 def test_source_of_a_pipeline_is_the_source_of_its_denoiser(tmp_path: Path) -> None:
     folder, other = saved_flux_pipeline(tmp_path / "pipeline"), tmp_path / "denoiser"
     build("flux").save_pretrained(other)
-    for model, place in [
+    for model, location in [
         (FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer"), folder),
         (FluxTransformer2DModel.from_pretrained(folder / "transformer"), folder),
         (FluxTransformer2DModel.from_pretrained(other), other),
@@ -85,7 +85,7 @@ def test_source_of_a_pipeline_is_the_source_of_its_denoiser(tmp_path: Path) -> N
     ]:
         pipe = FluxPipeline.from_pretrained(folder, transformer=model, **dict.fromkeys(read_base(folder).absent))
         for one in (pipe, FluxPipeline(**pipe.components)):
-            assert source_of(one, model).name == (place and str(place))
+            assert source_of(one, model).name == (location and str(location))
 
 
 def test_source_of_a_hub_denoiser_is_the_cached_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,15 +148,15 @@ def test_fetch_error_names_the_cause(monkeypatch: pytest.MonkeyPatch, error: Exc
 
 
 def test_fetch_logs_a_slow_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    told, messages = threading.Event(), list[str]()
+    logged, messages = threading.Event(), list[str]()
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())
-            told.set()
+            logged.set()
 
     def download(*_: object, **__: object) -> str:
-        assert told.wait(30)
+        assert logged.wait(30)
         return "/file"
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -173,26 +173,26 @@ def test_from_pretrained_error_explains_a_path_outside_the_locale(tmp_path: Path
     linearize_(pipe, Clear(radius=2))
     save_adapter(pipe, tmp_path / "adapter")
     code = "import sys, lineardit; lineardit.from_pretrained(sys.argv[1])"
-    in_ascii = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C"}
     for source in (tmp_path / "adapter", base):
-        done = subprocess.run(
-            [sys.executable, "-c", code, source], env=in_ascii, capture_output=True, text=True, check=False
+        result = subprocess.run(
+            [sys.executable, "-c", code, source], env=environment, capture_output=True, text=True, check=False
         )
-        assert "cannot be encoded as ascii, which paths use here: set PYTHONUTF8=1, or rename it" in done.stderr
+        assert "cannot be encoded as ascii, which paths use here: set PYTHONUTF8=1, or rename it" in result.stderr
 
 
 def test_hf_hub_offline_uses_only_the_local_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    offline = []
 
     def download(*_: object, local_files_only: bool, **__: object) -> None:
-        asked.append(local_files_only)
+        offline.append(local_files_only)
         raise LocalEntryNotFoundError("")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"not in the local cache, and offline=True \(--offline, HF_HUB_OFFLINE=1\)"):
         read_base("some/model")
-    assert all(asked)
+    assert all(offline)
 
 
 def test_read_base_tolerates_a_license_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,10 +230,10 @@ def test_fetch_returns_none_for_a_missing_file(monkeypatch: pytest.MonkeyPatch) 
 def test_read_base_of_a_hub_id_fetches_config_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
     saved_flux_pipeline(snapshot)
-    asked: list[tuple[str, str | None, bool]] = []
+    requests: list[tuple[str, str | None, bool]] = []
 
     def download(repository: str, file: str, *, revision: str | None, local_files_only: bool) -> str:
-        asked.append((file, revision, local_files_only))
+        requests.append((file, revision, local_files_only))
         if not (snapshot / file).is_file():
             raise EntryNotFoundError("")
         return str(snapshot / file)
@@ -241,8 +241,8 @@ def test_read_base_of_a_hub_id_fetches_config_files_only(tmp_path: Path, monkeyp
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     base = read_base("some/model", revision="main", offline=True)
     assert (base.source.name, base.source.revision, base.source.license) == ("some/model", "0123", "tiny-license")
-    assert not [file for file, *_ in asked if file.endswith((".safetensors", ".bin"))]
-    assert {(revision, offline) for _, revision, offline in asked} == {("main", True)}
+    assert not [file for file, *_ in requests if file.endswith((".safetensors", ".bin"))]
+    assert {(revision, offline) for _, revision, offline in requests} == {("main", True)}
 
 
 def test_read_base_offline_refuses_a_model_not_in_the_cache() -> None:

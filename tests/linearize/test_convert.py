@@ -36,8 +36,8 @@ def test_linearize_reports_every_attention_module(family: str) -> None:
     count = MODELS[family].num_attention
     assert len(report.swapped) == count
     assert str(report).startswith(f"{count}/{count} self-attention modules: ")
-    everything = {name for name, module in model.named_modules() if hasattr(module, "get_processor")}
-    assert report.swapped.keys() | report.skipped.keys() == everything
+    attention_modules = {name for name, module in model.named_modules() if hasattr(module, "get_processor")}
+    assert report.swapped.keys() | report.skipped.keys() == attention_modules
     assert set(report.skipped.values()) <= {"cross-attention", "not an image self-attention of this family"}
     assert report.impl == "tiled"
 
@@ -59,7 +59,7 @@ def test_linearize_layers_and_patterns_select_modules() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "layers", "told"),
+    ("config", "layers", "message"),
     [
         (
             SMALL,
@@ -77,28 +77,30 @@ def test_linearize_layers_and_patterns_select_modules() -> None:
         (Clear, None, "expected a method config"),
     ],
 )
-def test_linearize_refuses_invalid_layer_choices_and_changes_nothing(config: object, layers: object, told: str) -> None:
+def test_linearize_refuses_invalid_layer_choices_and_changes_nothing(
+    config: object, layers: object, message: str
+) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
     out = run(model, arguments)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         linearize_(model, config, layers=layers)
     assert torch.equal(run(model, arguments), out)
     assert len(swapped(model)) == 2
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("arguments", "message"),
     [
         ({"family": "flux"}, r"family must be a lineardit\.linearize\.Family or None, got 'flux'"),
         ({"min_tokens": "64"}, "min_tokens must be an integer >= 0, got '64'"),
         ({"dense_below": 0.5}, "dense_below must be an integer >= 0, got 0.5"),
     ],
 )
-def test_linearize_error_names_an_argument_of_the_wrong_type(wrong: dict[str, Any], told: str) -> None:
+def test_linearize_error_names_an_argument_of_the_wrong_type(arguments: dict[str, Any], message: str) -> None:
     model = build("flux")
-    with pytest.raises(ValueError, match=told):
-        linearize_(model, SMALL, **wrong)
+    with pytest.raises(ValueError, match=message):
+        linearize_(model, SMALL, **arguments)
     assert not swapped(model)
 
 

@@ -89,9 +89,9 @@ def test_dense_below_applies_to_each_unet_level_separately() -> None:
     with count_implementations(model) as seen:
         assert torch.equal(run(model, arguments), largest_alone)
     dense_modules = sum(count < large for count in counts.values())
-    told = describe_implementations(seen, model)
-    assert f"{dense_modules} x original (fewer than {large} image tokens)" in told
-    assert f"{len(counts) - dense_modules} x " in told and "covers" not in told
+    description = describe_implementations(seen, model)
+    assert f"{dense_modules} x original (fewer than {large} image tokens)" in description
+    assert f"{len(counts) - dense_modules} x " in description and "covers" not in description
 
 
 @pytest.mark.parametrize("impl", ["tiled", "reference"])
@@ -181,28 +181,28 @@ def test_upstream_mask_is_kept_where_dense_below_applies() -> None:
     assert torch.equal(run(model, arguments), original)
 
 
-def _saved(pipe: Any, folder: Path, how: str) -> Path:
-    if how == "adapter":
+def _saved(pipe: Any, folder: Path, form: str) -> Path:
+    if form == "adapter":
         return save_adapter(pipe, folder)
-    if how == "one file":
+    if form == "one file":
         return save_adapter(pipe, folder.with_suffix(".safetensors"))
-    if how == "merged":
+    if form == "merged":
         return save_merged(pipe, folder)
     pipe.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("how", ["adapter", "one file", "merged", "save_pretrained"])
-def test_dense_below_survives_saving_and_loading(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["adapter", "one file", "merged", "save_pretrained"])
+def test_dense_below_survives_saving_and_loading(form: str, tmp_path: Path) -> None:
     plain = from_pretrained(_plain_adapter(tmp_path))
     arguments = inputs_of("flux")
     with dense(plain):
         original = run(plain.transformer, arguments)
     linearize_(plain, SMALL, dense_below=1000)
-    again = from_pretrained(_saved(plain, tmp_path / "student", how))
+    again = from_pretrained(_saved(plain, tmp_path / "student", form))
     assert swap_report(again).dense_below == 1000
     assert torch.equal(run(again.transformer, arguments), original)
-    assert inspect_base(_saved(plain, tmp_path / "other", how)).dense_below == 1000
+    assert inspect_base(_saved(plain, tmp_path / "other", form)).dense_below == 1000
 
 
 def _plain_adapter(folder: Path) -> Path:
@@ -239,13 +239,15 @@ def test_inspect_and_model_card_report_dense_below(tmp_path: Path) -> None:
     saved_flux_pipeline(tmp_path / "base")
     for name, limit in (("with", 10**6), ("without", 0)):
         convert_base(tmp_path / "base", SMALL, output=tmp_path / name, dense_below=limit)
-    found, plain = inspect_base(tmp_path / "with"), inspect_base(tmp_path / "without")
-    assert {row.impl for row in found.rows} == {"original (fewer than 1,000,000 image tokens) at 1K 2K, tiled at 4K 8K"}
-    assert [step.after == step.before for step in found.flops] == [True, True, False, False]
-    assert found.flops[2:] == plain.flops[2:]
+    inspection, plain = inspect_base(tmp_path / "with"), inspect_base(tmp_path / "without")
+    assert {row.impl for row in inspection.rows} == {
+        "original (fewer than 1,000,000 image tokens) at 1K 2K, tiled at 4K 8K"
+    }
+    assert [step.after == step.before for step in inspection.flops] == [True, True, False, False]
+    assert inspection.flops[2:] == plain.flops[2:]
     assert inspect_base(tmp_path / "with", impl="tiled").flops == plain.flops
-    told = "clear (radius 1.5); original attention below 1,000,000 image tokens |"
-    assert told in adapter_card(read_manifest(tmp_path / "with" / MANIFEST), "me/it")
+    expected = "clear (radius 1.5); original attention below 1,000,000 image tokens |"
+    assert expected in adapter_card(read_manifest(tmp_path / "with" / MANIFEST), "me/it")
     assert "original attention" not in adapter_card(read_manifest(tmp_path / "without" / MANIFEST), "me/it")
 
 
@@ -257,7 +259,7 @@ def test_inspect_reports_where_the_window_covers_the_image(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"config": None, "dense_below": 9, "importer": "linfusion:x"},
@@ -266,9 +268,9 @@ def test_inspect_reports_where_the_window_covers_the_image(tmp_path: Path) -> No
         ({"config": SMALL, "dense_below": -9}, "dense_below must be an integer >= 0, got -9"),
     ],
 )
-def test_convert_refuses_an_invalid_dense_below(options: dict, told: str, merge: bool, tmp_path: Path) -> None:
+def test_convert_refuses_an_invalid_dense_below(options: dict, message: str, merge: bool, tmp_path: Path) -> None:
     saved_flux_pipeline(tmp_path / "base")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         (convert_and_merge if merge else convert_base)(tmp_path / "base", output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

@@ -71,8 +71,11 @@ def test_save_adapter_as_one_file_writes_the_manifest_to_its_header(base: Path, 
         header = opened.metadata()
     assert header["family"] == "flux" and header["method"] == "clear" and header["base"] == str(base.resolve())
     assert all(entries == {"method": "clear", "radius": 2, "pool_size": 2} for entries in _methods(header))
-    told, folder = json.loads(header["lineardit"]), json.loads((tmp_path / "folder" / "lineardit.json").read_text())
-    assert told == folder | {"tensors": None}
+    in_header, in_folder = (
+        json.loads(header["lineardit"]),
+        json.loads((tmp_path / "folder" / "lineardit.json").read_text()),
+    )
+    assert in_header == in_folder | {"tensors": None}
     assert read_manifest(file).base_license == "tiny-license"
 
 
@@ -230,7 +233,7 @@ def test_push_to_hub_uploads_the_adapter_with_its_card(base: Path, hub: FakeHub,
     assert torch.equal(run(from_pretrained(hub.folder), arguments), run(student, arguments))
     card = (hub.folder / "README.md").read_text()
     assert 'lineardit.from_pretrained("me/flux-clear", base=' in card
-    for told in (
+    for text in (
         "tiny-license",
         "clear (radius 2, pool_size 2)",
         "LoRA of rank 2",
@@ -238,7 +241,7 @@ def test_push_to_hub_uploads_the_adapter_with_its_card(base: Path, hub: FakeHub,
         "diffusers 0.",
         "base",
     ):
-        assert told in card
+        assert text in card
     metadata = metadata_load(hub.folder / "README.md")
     assert metadata["license"] == "other" and metadata["license_name"] == "tiny-license"
     assert "clear" in metadata["tags"] and str(base) not in card
@@ -344,7 +347,7 @@ def test_convert_defaults_to_the_recommended_hybrid(base: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "expected"),
     [
         (["BASE", "--merge", "--method", "clear", "--radius", "2", "--dtype", "int3"], "dtype must be one of float32"),
         (["ADAPTER", "--method", "clear", "--radius", "2"], "is an adapter, which already has a method"),
@@ -357,7 +360,7 @@ def test_convert_defaults_to_the_recommended_hybrid(base: Path, tmp_path: Path) 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_convert_refuses_invalid_options_in_one_line(
-    base: Path, tmp_path: Path, capsys: Any, words: list[str], said: str
+    base: Path, tmp_path: Path, capsys: Any, arguments: list[str], expected: str
 ) -> None:
     student = student_of(base, "kernels")
     places = {
@@ -366,9 +369,9 @@ def test_convert_refuses_invalid_options_in_one_line(
         "FILE": save_adapter(student, tmp_path / "x.safetensors"),
     }
     capsys.readouterr()  # discard the progress bars of the saves above
-    assert command("convert", *(places.get(word, word) for word in words), "-o", tmp_path / "out") == 2
+    assert command("convert", *(places.get(word, word) for word in arguments), "-o", tmp_path / "out") == 2
     message = capsys.readouterr().err
-    assert said in message and message.count("\n") == 1
+    assert expected in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

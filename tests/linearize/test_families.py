@@ -22,10 +22,10 @@ NUM_IMAGE, NUM_REFERENCE = 20, 6
 SMALL = Clear(radius=2.3)
 
 
-def _near() -> Tensor:
+def _in_window() -> Tensor:
     """[image, image] bool, from the definition."""
-    place = position_ids(GRID)[:, 1:]
-    return (place[:, None] - place[None]).square().sum(-1) < SMALL.radius**2
+    positions = position_ids(GRID)[:, 1:]
+    return (positions[:, None] - positions[None]).square().sum(-1) < SMALL.radius**2
 
 
 def _with_reference(family: str) -> dict[str, Any]:
@@ -60,10 +60,10 @@ def test_reference_images_are_fully_attended_and_the_image_by_window(family: str
     for token in range(NUM_IMAGE + NUM_REFERENCE):
         hidden = arguments["hidden_states"].clone()
         hidden[0, token] += 1
-        moved = run(model, {**arguments, "hidden_states": hidden})
-        changed.append((moved - out)[0].abs().amax(-1) > 1e-6)
+        perturbed = run(model, {**arguments, "hidden_states": hidden})
+        changed.append((perturbed - out)[0].abs().amax(-1) > 1e-6)
     by_image, by_reference = torch.stack(changed).split([NUM_IMAGE, NUM_REFERENCE])
-    assert torch.equal(by_image[:, :NUM_IMAGE], _near())
+    assert torch.equal(by_image[:, :NUM_IMAGE], _in_window())
     assert by_image[:, NUM_IMAGE:].all()  # a reference attends to the whole image
     assert by_reference.all()
 
@@ -77,12 +77,12 @@ def test_batch_of_prompts_of_different_lengths_matches_single_runs(family: str) 
     both = inputs_of(family, grid=GRID, text_len=TEXT_LEN)
     together = run(model, both).view(2, -1)
     for sample in range(2):
-        one = {name: value[sample : sample + 1] for name, value in both.items()}
+        single = {name: value[sample : sample + 1] for name, value in both.items()}
         if family == "lumina2":
-            text_len = int(one["encoder_attention_mask"].sum())
+            text_len = int(single["encoder_attention_mask"].sum())
             for name in ("encoder_hidden_states", "encoder_attention_mask"):
-                one[name] = one[name][:, :text_len]
-        assert torch.allclose(run(model, one).flatten(), together[sample], atol=1e-5), sample
+                single[name] = single[name][:, :text_len]
+        assert torch.allclose(run(model, single).flatten(), together[sample], atol=1e-5), sample
 
 
 @pytest.mark.parametrize("num_texts", [1, 2])
@@ -105,7 +105,7 @@ def test_z_image_omni_texts_precede_the_image(num_texts: int) -> None:
         run(model, {**arguments, "x": [[torch.randn(4, 1, 8, 16)] * 2] * 2, "image_noise_mask": [[0, 1]] * 2})
 
 
-class _Largest(TorchDispatchMode):
+class _LargestTensor(TorchDispatchMode):
     """Bytes of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ def test_text_masks_are_never_expanded_to_tokens_by_tokens(family: str) -> None:
     grid, text_len = (128, 128), 40
     model, arguments = build(family, num_layers=1), inputs_of(family, grid=grid, text_len=text_len)
     linearize_(model, Clear(radius=3), impl="tiled")
-    with _Largest() as largest:
+    with _LargestTensor() as largest:
         run(model, arguments)
     assert largest.bytes < (text_len + 128 * 128) ** 2 / 8
 
@@ -272,11 +272,11 @@ def test_image_first_moves_the_image_tokens_to_the_front(starts: tuple[int, ...]
         assert order is None
         return
     assert order is not None
-    moved = reorder(tokens, order, dim=2)
+    reordered = reorder(tokens, order, dim=2)
     for sample in range(3):
         start = starts[sample % len(starts)]
-        assert moved[sample, 0, :6, 0].tolist() == list(range(start, start + 6))
-    assert torch.equal(reorder(moved, order.argsort(-1), dim=2), tokens)
+        assert reordered[sample, 0, :6, 0].tolist() == list(range(start, start + 6))
+    assert torch.equal(reorder(reordered, order.argsort(-1), dim=2), tokens)
 
 
 def test_min_tokens_skips_the_small_levels_of_a_unet() -> None:

@@ -80,9 +80,9 @@ def test_variants_match_the_base_when_covered_and_the_window_otherwise(name: str
         out = run(model, arguments)
         assert torch.equal(out, base) if impl == "auto" else torch.allclose(out, base, atol=1e-5)
     linearize_(model, Clear(radius=2.3), impl="tiled")
-    place = position_ids(GRID)[:, 1:]
-    near = (place[:, None] - place[None]).square().sum(-1) < 2.3**2
+    positions = position_ids(GRID)[:, 1:]
+    in_window = (positions[:, None] - positions[None]).square().sum(-1) < 2.3**2
     for module, args, kwargs in attention_calls(model, arguments).values():
         frames = module._lineardit_level.grid[0] if len(module._lineardit_level.grid) == 3 else 1
-        image_changed, _ = changed_by_each_image_token(module, args, kwargs, near.shape[0] * frames)
-        assert torch.equal(image_changed, near.repeat(frames, frames))
+        image_changed, _ = changed_by_each_image_token(module, args, kwargs, in_window.shape[0] * frames)
+        assert torch.equal(image_changed, in_window.repeat(frames, frames))

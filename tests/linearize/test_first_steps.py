@@ -52,13 +52,13 @@ def test_first_steps_are_linear_in_every_call(pipe: diffusers.FluxPipeline, coun
 def test_first_steps_latents_differ_from_all_linear_and_all_dense(pipe: diffusers.FluxPipeline) -> None:
     linearize_(pipe, Agent(num_agents=4, second_scale_exponent=0.3, shortcut=0.075))
     with dense(pipe):
-        none = paint(pipe)
-    every = paint(pipe)
+        all_dense = paint(pipe)
+    all_linear = paint(pipe)
     with first_steps(pipe, 1) as on_step_end:
-        some = paint(pipe, callback_on_step_end=on_step_end)
-    assert torch.equal(paint(pipe), every)
-    for other in (none, every):
-        assert not torch.allclose(some, other, atol=1e-4)
+        mixed = paint(pipe, callback_on_step_end=on_step_end)
+    assert torch.equal(paint(pipe), all_linear)
+    for other in (all_dense, all_linear):
+        assert not torch.allclose(mixed, other, atol=1e-4)
 
 
 def test_first_steps_enables_linear_attention_after_an_aborted_call(pipe: diffusers.FluxPipeline) -> None:
@@ -76,9 +76,9 @@ def test_first_steps_enables_linear_attention_after_an_aborted_call(pipe: diffus
     assert conversion.enabled
 
 
-@pytest.mark.parametrize("how", ["interrupt", "error"])
+@pytest.mark.parametrize("cause", ["interrupt", "error"])
 def test_first_steps_starts_linear_again_in_the_call_after_an_aborted_one(
-    pipe: diffusers.FluxPipeline, how: str
+    pipe: diffusers.FluxPipeline, cause: str
 ) -> None:
     linearize_(pipe, Agent(num_agents=4))
     conversion = vars(pipe.transformer)["_lineardit_conversion"]
@@ -86,13 +86,13 @@ def test_first_steps_starts_linear_again_in_the_call_after_an_aborted_one(
 
     def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         tensors = on_step_end(pipeline, step, timestep, tensors)
-        if how == "error":
+        if cause == "error":
             raise RuntimeError("broken off")
         pipeline._interrupt = True
         return tensors
 
     with first_steps(pipe, 1) as on_step_end:
-        with nullcontext() if how == "interrupt" else pytest.raises(RuntimeError, match="broken off"):
+        with nullcontext() if cause == "interrupt" else pytest.raises(RuntimeError, match="broken off"):
             paint(pipe, callback_on_step_end=stop)
         pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(conversion.enabled))
         paint(pipe, callback_on_step_end=on_step_end)

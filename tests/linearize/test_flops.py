@@ -31,8 +31,8 @@ TEXT_LEN, CHANNELS = 512, 24 * 128  # FLUX.1
 )
 def test_pairs_match_the_tables_of_the_clear_paper(config: Clear, gigaflops: tuple[float | None, ...]) -> None:
     for side, expected in zip((64, 128, 256, 512), gigaflops, strict=True):
-        found = 4 * ClearAttention.pairs(config, (side, side), TEXT_LEN, num_heads=24, head_dim=128) * CHANNELS / 1e9
-        assert expected is None or round(found, 1) == expected
+        actual = 4 * ClearAttention.pairs(config, (side, side), TEXT_LEN, num_heads=24, head_dim=128) * CHANNELS / 1e9
+        assert expected is None or round(actual, 1) == expected
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (1, 9), (6, 4)])
@@ -43,14 +43,14 @@ def test_pairs_match_the_mask(grid: tuple[int, int], config: Clear) -> None:
     height, width = grid
     text_len = 3
     positions = [divmod(index, width) for index in range(height * width)]
-    near = sum((a - c) ** 2 + (b - d) ** 2 < config.radius**2 for a, b in positions for c, d in positions)
+    in_window = sum((a - c) ** 2 + (b - d) ** 2 < config.radius**2 for a, b in positions for c, d in positions)
     side = config.pool_size
     if config.pool_tokens is not None:
         side = next(s for s in range(2, 99) if -(-height // s) * -(-width // s) <= config.pool_tokens)
     cells = 0 if side is None else len({(row // side, col // side) for row, col in positions})
-    image = near + len(positions) * (text_len + cells)
-    found = ClearAttention.pairs(config, grid, text_len, num_heads=2, head_dim=8)
-    assert found == image + text_len * (text_len + len(positions))
+    image = in_window + len(positions) * (text_len + cells)
+    pairs = ClearAttention.pairs(config, grid, text_len, num_heads=2, head_dim=8)
+    assert pairs == image + text_len * (text_len + len(positions))
 
 
 # The others compute rotary positions or attention masks by products too, which PyTorch's counter includes
@@ -99,9 +99,9 @@ def test_count_steps_finds_the_attention_of_every_family(family: str, monkeypatc
     (step,) = count_steps(model, vae_scale=4)
     modules, _ = attention_modules(model, family_of(model))
     assert {call.module for call in step.calls if step.is_image_self_attention(call)} >= modules.keys()
-    near, nearer = (step.flops(dict.fromkeys(modules, Clear(radius=radius))) for radius in (2, 1))
-    assert 0 < nearer.after < near.after
-    assert near.before == nearer.before > near.attention_before > 0
+    large, small = (step.flops(dict.fromkeys(modules, Clear(radius=radius))) for radius in (2, 1))
+    assert 0 < small.after < large.after
+    assert large.before == small.before > large.attention_before > 0
 
 
 def test_count_steps_leaves_out_sizes_beyond_the_position_table() -> None:
@@ -117,23 +117,23 @@ def steps_of(family: str) -> tuple[Step, ...]:
 def test_step_flops_of_a_covering_window_equal_the_original(family: str) -> None:
     for step in steps_of(family):
         modules = {call.module for call in step.calls}
-        told = step.flops(dict.fromkeys(modules, Clear(radius=10_000)))
-        assert told.after == told.before > told.attention_before > 0
+        total = step.flops(dict.fromkeys(modules, Clear(radius=10_000)))
+        assert total.after == total.before > total.attention_before > 0
 
 
 def test_step_flops_count_only_swapped_modules() -> None:
     step = steps_of("flux")[0]
-    one, both = step.calls[0].module, {call.module for call in step.calls}
-    some = step.flops({one: Clear(radius=2)})
-    every = step.flops(dict.fromkeys(both, Clear(radius=2)))
-    assert every.before == some.before and every.after < some.after < some.before
-    assert some.before - some.after == some.attention_before - some.attention_after
+    single, both = step.calls[0].module, {call.module for call in step.calls}
+    partial = step.flops({single: Clear(radius=2)})
+    full = step.flops(dict.fromkeys(both, Clear(radius=2)))
+    assert full.before == partial.before and full.after < partial.after < partial.before
+    assert partial.before - partial.after == partial.attention_before - partial.attention_after
 
 
 def test_step_flops_grow_quadratically_before_and_linearly_after() -> None:
     modules = {call.module for step in steps_of("pixart") for call in step.calls}
-    told = [step.flops(dict.fromkeys(modules, Clear(radius=2))) for step in steps_of("pixart")]
-    assert [step.size for step in told] == list(SIZES)
-    for small, large in pairwise(told):
+    counts = [step.flops(dict.fromkeys(modules, Clear(radius=2))) for step in steps_of("pixart")]
+    assert [step.size for step in counts] == list(SIZES)
+    for small, large in pairwise(counts):
         assert large.attention_before == 16 * small.attention_before
         assert large.attention_after < 4.5 * small.attention_after

@@ -78,13 +78,13 @@ def test_write_atomically_error_names_the_file_and_keeps_the_old_one(tmp_path: P
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    (tmp_path / "told.json").write_text("old")
-    with pytest.raises(OSError, match=r"No space left on device: '.*/told.json'"):
-        write_atomically(tmp_path / "told.json", full)
-    with pytest.raises(FileNotFoundError, match=r"missing/told.json'"):
-        write_atomically(tmp_path / "missing" / "told.json", lambda temporary: temporary.write_text("new"))
-    assert [file.name for file in tmp_path.iterdir()] == ["told.json"]
-    assert (tmp_path / "told.json").read_text() == "old"
+    (tmp_path / "report.json").write_text("old")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/report.json'"):
+        write_atomically(tmp_path / "report.json", full)
+    with pytest.raises(FileNotFoundError, match=r"missing/report.json'"):
+        write_atomically(tmp_path / "missing" / "report.json", lambda temporary: temporary.write_text("new"))
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "old"
 
 
 def test_check_writable_leaves_no_files_and_names_the_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from lineardit import Clear, linearize_
 from lineardit.examples.tiny_flux import path
 from tests.hub_server import COMMIT, HubServer, serve
 
-# Runs in its own process: the client reads the Hub's address when it is imported. `made`: a path to write to.
+# Runs in its own process: the client reads the Hub's address when it is imported. `adapter`: a path to write to.
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -23,11 +23,11 @@ import diffusers
 import lineardit
 from lineardit.cli import run
 
-made = sys.argv[1]
-assert run(["convert", "me/model", "--method", "clear", "--radius", "4", "-o", made]) == 0
-assert run(["generate", made, "a red circle", "--size", "512x512", "--plan"]) == 0
+adapter = sys.argv[1]
+assert run(["convert", "me/model", "--method", "clear", "--radius", "4", "-o", adapter]) == 0
+assert run(["generate", adapter, "a red circle", "--size", "512x512", "--plan"]) == 0
 for refused in (["me/gated"], ["me/missing"], ["me/model", "--revision", "other"]):
-    assert run(["convert", *refused, "-o", f"{made} of none"]) == 2
+    assert run(["convert", *refused, "-o", f"{adapter} of none"]) == 2
 assert not [*Path(os.environ["HF_HOME"]).rglob("*.safetensors")]
 
 pipe = diffusers.FluxPipeline.from_pretrained("me/model")
@@ -56,7 +56,7 @@ for name, options in (("pickles", {}), ("configs", {}), ("configs", {"offline": 
 def test_hub_downloads_uploads_and_error_messages(tmp_path: Path) -> None:
     with serve(tmp_path / "hub") as hub:
         fill(hub)
-        told = output_of_script(hub, tmp_path / "adapter")
+        output = output_of_script(hub, tmp_path / "adapter")
     for sentence in (
         "me/gated is gated: accept its terms",
         "me/missing is neither a local folder nor a public Hub repository",
@@ -65,7 +65,7 @@ def test_hub_downloads_uploads_and_error_messages(tmp_path: Path) -> None:
         "me/configs/transformer has a config but no weights",
         "the weights of me/configs/transformer are not in the local cache",
     ):
-        assert sentence in told
+        assert sentence in output
     assert "license: mit" in (hub.root / "me" / "student" / "README.md").read_text()
     manifest = json.loads((tmp_path / "adapter" / "lineardit.json").read_text())
     assert (manifest["base"], manifest["base_revision"], manifest["base_license"]) == ("me/model", COMMIT, "mit")
@@ -94,12 +94,12 @@ def fill(hub: HubServer) -> None:
     denoiser.save_pretrained(model.with_name("denoiser"))
 
 
-def output_of_script(hub: HubServer, made: Path) -> str:
-    """The stderr of the script with this Hub; the cache is next to `made`."""
+def output_of_script(hub: HubServer, adapter: Path) -> str:
+    """The stderr of the script with this Hub; the cache is next to `adapter`."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(made.parent / "cache"), "HF_TOKEN": "hf_of_a_test"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(adapter.parent / "cache"), "HF_TOKEN": "hf_of_a_test"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(made)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    command = [sys.executable, "-c", SCRIPT, str(adapter)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stderr

@@ -89,11 +89,11 @@ def test_hybrid_matches_the_formula(global_: Any, text_first: bool, join: str) -
     out = kernel(*inputs, Layout(GRID, TEXT_LEN, text_first, mask), scale=SCALE)
 
     query, key, value = image
-    place = torch.stack(torch.meshgrid(torch.arange(5), torch.arange(6), indexing="ij"), -1).flatten(0, 1)
-    near = (place[:, None] - place).square().sum(-1) < 4
-    of_text = (query @ text[1].mT * SCALE).masked_fill(~mask[:, None, None], -torch.inf)
-    of_window = (query @ key.mT * SCALE).masked_fill(~near, -torch.inf)
-    logits = torch.cat([of_text, of_window], -1)
+    positions = torch.stack(torch.meshgrid(torch.arange(5), torch.arange(6), indexing="ij"), -1).flatten(0, 1)
+    in_window = (positions[:, None] - positions).square().sum(-1) < 4
+    text_logits = (query @ text[1].mT * SCALE).masked_fill(~mask[:, None, None], -torch.inf)
+    window_logits = (query @ key.mT * SCALE).masked_fill(~in_window, -torch.inf)
+    logits = torch.cat([text_logits, window_logits], -1)
     local = logits.softmax(-1) @ torch.cat([text[2], value], 2)
     rest = _means(query), key, value
     if isinstance(global_, Agent):
@@ -105,9 +105,9 @@ def test_hybrid_matches_the_formula(global_: Any, text_first: bool, join: str) -
     share = kernel.gate[:, None, None]
     if join == "mass":
         rest = rest_of_cells(GRID, Circle(radius=2), 4, torch.device("cpu")).everywhere()
-        of_image = ((query @ _means(key).mT * SCALE).exp() * rest).sum(-1, keepdim=True)
-        of_image = of_image * kernel.balance.exp()[:, None, None]
-        share = share * of_image / (of_image + logits.exp().sum(-1, keepdim=True))
+        image_mass = ((query @ _means(key).mT * SCALE).exp() * rest).sum(-1, keepdim=True)
+        image_mass = image_mass * kernel.balance.exp()[:, None, None]
+        share = share * image_mass / (image_mass + logits.exp().sum(-1, keepdim=True))
     expected = local + share * (far - local)
     assert torch.allclose(out[:, :, TEXT_LEN:] if text_first else out[:, :, :30], expected, atol=1e-8)
 
@@ -129,9 +129,9 @@ def test_open_gate_approximates_full_softmax_for_constant_cells() -> None:
     out = kernel(*inputs, Layout(grid, text_len, True, None), scale=1.0)
     expected = scaled_dot_product_attention(*inputs, scale=1.0)
     closed = kernel.local(*inputs, Layout(grid, text_len, True, None), scale=1.0)
-    error, of_local = ((x - expected).norm() / expected.norm() for x in (out, closed))
+    error, local_error = ((x - expected).norm() / expected.norm() for x in (out, closed))
     assert error < 0.03
-    assert of_local > 0.3
+    assert local_error > 0.3
 
 
 @pytest.mark.parametrize("text_len", [0, TEXT_LEN])
@@ -142,17 +142,17 @@ def test_proxy_tokens_and_window_share_one_softmax(text_len: int) -> None:
         torch.nn.init.normal_(parameter)
     inputs, layout = tokens(text_len), Layout(GRID, text_len, True, masked(text_len))
     out = kernel(*inputs, layout, scale=SCALE)
-    near, lse = kernel.local.attend_and_lse(*inputs, layout, scale=SCALE)
+    local, lse = kernel.local.attend_and_lse(*inputs, layout, scale=SCALE)
     query, key, value = (x[:, :, text_len:] for x in inputs)
-    heard = (_means(query) @ _means(key).mT * SCALE).softmax(-1) @ _means(value)
-    told = _means(value) + kernel.global_.gate[:, None, None] * (heard - _means(value))
+    attended = (_means(query) @ _means(key).mT * SCALE).softmax(-1) @ _means(value)
+    proxy_value = _means(value) + kernel.global_.gate[:, None, None] * (attended - _means(value))
     rest = rest_of_cells(GRID, Circle(radius=2), 4, torch.device("cpu")).everywhere()
     weights = (query @ _means(key).mT * SCALE + kernel.balance[:, None, None]).exp() * rest
     mass = lse.exp()[..., None]
-    joined = (weights @ told + mass * near[:, :, text_len:]) / (weights.sum(-1, keepdim=True) + mass)
-    expected = torch.lerp(near[:, :, text_len:], joined, kernel.gate[:, None, None].expand_as(joined))
+    joined = (weights @ proxy_value + mass * local[:, :, text_len:]) / (weights.sum(-1, keepdim=True) + mass)
+    expected = torch.lerp(local[:, :, text_len:], joined, kernel.gate[:, None, None].expand_as(joined))
     assert torch.allclose(out[:, :, text_len:], expected, atol=1e-8)
-    assert torch.equal(out[:, :, :text_len], near[:, :, :text_len])
+    assert torch.equal(out[:, :, :text_len], local[:, :, :text_len])
 
 
 @pytest.mark.parametrize("impl", ["masked", "tiled"])
@@ -193,9 +193,9 @@ def test_gradient_reaches_the_closed_gate(config: Hybrid) -> None:
 def test_hybrid_impl_is_set_on_the_branches_that_support_it() -> None:
     kernel = kernel_of(BRANCHES[0])
     assert kernel.implementations() == kernel.local.implementations()
-    for name, of_agents in {"tiled": "auto", "reference": "reference", "auto": "auto"}.items():
+    for name, agent_impl in {"tiled": "auto", "reference": "reference", "auto": "auto"}.items():
         kernel.impl = name
-        assert (kernel.impl, kernel.local.impl, kernel.global_.impl) == (name, name, of_agents)
+        assert (kernel.impl, kernel.local.impl, kernel.global_.impl) == (name, name, agent_impl)
 
 
 def test_hybrid_pairs_sum_both_branches_and_count_text_once() -> None:
@@ -230,7 +230,7 @@ def test_config_round_trips_through_json(config: Hybrid) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"local": Mala()}, "local must be a config of Clear, Neighborhood, SlidingTile, got Mala"),
         ({"local": None}, "local must be a config of"),
@@ -244,13 +244,13 @@ def test_config_round_trips_through_json(config: Hybrid) -> None:
         ({"mass_cells": 0}, "mass_cells must be an integer >= 1 or None, got 0"),
     ],
 )
-def test_hybrid_refuses_invalid_settings(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_hybrid_refuses_invalid_settings(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Hybrid(**{"local": Clear(radius=2), "global_": Mala(), **change})
 
 
 @pytest.mark.parametrize(
-    ("entries", "told"),
+    ("entries", "message"),
     [
         ({"local": {"method": "clear", "radius": 2}}, "lacks required settings: global$"),
         ({"local": "clear", "global": {"method": "mala"}}, "a method must look like"),
@@ -258,8 +258,8 @@ def test_hybrid_refuses_invalid_settings(change: dict[str, Any], told: str) -> N
         ({"local": {"method": "clear", "radius": 2}, "globol": {"method": "mala"}}, r"did you mean global\?"),
     ],
 )
-def test_config_from_dict_refuses_invalid_branches(entries: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_config_from_dict_refuses_invalid_branches(entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         config_from_dict({"method": "hybrid", **entries})
 
 
@@ -299,7 +299,7 @@ def test_report_prints_both_branches_in_command_line_syntax() -> None:
 
 
 @pytest.mark.parametrize(
-    ("local", "num_proxies", "grid", "told"),
+    ("local", "num_proxies", "grid", "expected"),
     [
         (Clear(radius=4), 256, (128, 128), "reaches 4 tokens, and each proxy covers 8 x 8 tokens"),
         (Clear(radius=8), 1024, (256, 512), "reaches 8 tokens, and each proxy covers 16 x 8 tokens"),
@@ -319,10 +319,10 @@ def test_report_prints_both_branches_in_command_line_syntax() -> None:
     ids=str,
 )
 def test_advice_is_given_where_proxy_cells_exceed_the_window_reach(
-    local: Any, num_proxies: int, grid: tuple[int, ...], told: str | None
+    local: Any, num_proxies: int, grid: tuple[int, ...], expected: str | None
 ) -> None:
     advice = HybridAttention.advice(Hybrid(local=local, global_=ProxyTokens(num_proxies=num_proxies)), grid)
-    assert advice is None if told is None else advice is not None and told in advice
+    assert advice is None if expected is None else advice is not None and expected in advice
     assert HybridAttention.advice(Hybrid(local=local, global_=Mala()), grid) is None
 
 
@@ -330,7 +330,7 @@ NO_FOCUS = Hybrid(local=Clear(radius=64), global_=ProxyTokens(num_proxies=256), 
 
 
 @pytest.mark.parametrize(
-    ("grid", "told"),
+    ("grid", "expected"),
     [
         (
             (256, 256),
@@ -342,9 +342,9 @@ NO_FOCUS = Hybrid(local=Clear(radius=64), global_=ProxyTokens(num_proxies=256), 
     ],
     ids=str,
 )
-def test_advice_is_given_where_focus_tokens_has_no_effect(grid: tuple[int, ...], told: str | None) -> None:
+def test_advice_is_given_where_focus_tokens_has_no_effect(grid: tuple[int, ...], expected: str | None) -> None:
     advice = HybridAttention.advice(NO_FOCUS, grid)
-    assert advice is None if told is None else advice is not None and told in advice
+    assert advice is None if expected is None else advice is not None and expected in advice
     covering = replace(NO_FOCUS, local=Clear(radius=400))  # no token is outside the window
     assert HybridAttention.advice(covering, grid) is None
 

@@ -77,10 +77,10 @@ def test_convert_base_error_lists_the_supported_classes(tmp_path: Path) -> None:
 def test_inspect_base_shows_every_attention_module(tmp_path: Path) -> None:
     build("unet").save_pretrained(tmp_path / "base")
     convert_base(tmp_path / "base", Clear(radius=2), output=tmp_path / "adapter", layers="down_blocks.*")
-    found = inspect_base(tmp_path / "adapter")
+    inspection = inspect_base(tmp_path / "adapter")
     modules = [name for name, module in build("unet").named_modules() if hasattr(module, "get_processor")]
-    assert [row.module for row in found.rows] == modules
-    for row in found.rows:
+    assert [row.module for row in inspection.rows] == modules
+    for row in inspection.rows:
         if row.module.endswith("attn2"):
             assert (row.swapped, row.reason, row.method) == (False, "cross-attention", "")
         elif row.module.startswith("down_blocks"):
@@ -88,17 +88,17 @@ def test_inspect_base_shows_every_attention_module(tmp_path: Path) -> None:
             assert row.impl.split()[0] in implementations()
         else:
             assert (row.swapped, row.reason) == (False, "not converted")
-    assert found.num_swapped == sum(row.swapped for row in found.rows)
-    assert found.num_swappable == sum(row.reason != "cross-attention" for row in found.rows)
-    assert [step.size for step in found.flops] == ["1K", "2K", "4K", "8K"]
-    assert all(step.after < step.before for step in found.flops)
+    assert inspection.num_swapped == sum(row.swapped for row in inspection.rows)
+    assert inspection.num_swappable == sum(row.reason != "cross-attention" for row in inspection.rows)
+    assert [step.size for step in inspection.flops] == ["1K", "2K", "4K", "8K"]
+    assert all(step.after < step.before for step in inspection.flops)
 
 
 def test_inspect_base_of_an_unconverted_base_reports_equal_flops(base: Path) -> None:
-    found = inspect_base(base)
-    assert not any(row.swapped for row in found.rows) and len(found.rows) == 2
-    assert all(step.after == step.before for step in found.flops)
-    assert [step.grid for step in found.flops] == [(256, 256), (512, 512), (1024, 1024), (2048, 2048)]
+    inspection = inspect_base(base)
+    assert not any(row.swapped for row in inspection.rows) and len(inspection.rows) == 2
+    assert all(step.after == step.before for step in inspection.flops)
+    assert [step.grid for step in inspection.flops] == [(256, 256), (512, 512), (1024, 1024), (2048, 2048)]
 
 
 def test_inspect_base_of_a_saved_pipeline_shows_its_conversion(tmp_path: Path) -> None:

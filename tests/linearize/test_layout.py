@@ -28,8 +28,8 @@ def test_rectangle_reads_any_grid(height: int, width: int, offset: int) -> None:
 @pytest.mark.parametrize("grid", [(512, 512), (257, 300), (300, 280), (1, 600), (600, 1), (2, 513)])
 def test_rectangle_reads_bfloat16_ids_beyond_256(grid: tuple[int, int]) -> None:
     ids = position_ids(grid)
-    found, exact = rectangle(ids.to(torch.bfloat16))
-    assert found == grid
+    grid_read, exact = rectangle(ids.to(torch.bfloat16))
+    assert grid_read == grid
     assert exact.dtype == torch.float32
     assert torch.equal(exact, ids)
 
@@ -59,8 +59,8 @@ def test_text_mask_of_extracts_the_text_part(text_first: bool) -> None:
     query = torch.zeros(2, 4, 9, 8)
     for given_mask in (mask, mask[:, None, None], mask[:, None, None].expand(2, 4, 1, 9)):
         assert torch.equal(text_mask_of(given_mask, query, Layout((2, 3), 3, text_first)), text)
-    one = text_mask_of(mask[:1, None, None], query, Layout((2, 3), 3, text_first))
-    assert torch.equal(one, text[:1].expand(2, 3))
+    single = text_mask_of(mask[:1, None, None], query, Layout((2, 3), 3, text_first))
+    assert torch.equal(single, text[:1].expand(2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,7 +81,7 @@ def test_layout_counts_image_tokens() -> None:
     assert Layout((2, 5, 7), 3, True).num_image_tokens == 70
 
 
-class Waits(TorchDispatchMode):
+class CountReads(TorchDispatchMode):
     """Counts values read from the device: each read waits for all queued work."""
 
     count = 0
@@ -97,20 +97,20 @@ def test_device_synchronizations_do_not_grow_with_layers(family: str) -> None:
     for num_layers in (1, 3):
         model = build(family, num_layers=num_layers)
         linearize_(model, Clear(radius=1.5))
-        with Waits() as waits:
+        with CountReads() as reads:
             run(model, inputs_of(family))
-        counts.append(waits.count)
+        counts.append(reads.count)
     assert counts[0] == counts[1] > 0
 
 
-class Far(torch.Tensor):
+class OnDevice(torch.Tensor):
     """A tensor treated as if on a device: counts reads from it."""
 
-    waits = 0
+    reads = 0
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.waits += func.__name__ in ("cpu", "__int__", "__bool__", "equal")
+        cls.reads += func.__name__ in ("cpu", "__int__", "__bool__", "equal")
         out = super().__torch_function__(func, types, args, kwargs)
         return out.as_subclass(torch.Tensor) if func.__name__ == "cpu" else out
 
@@ -118,8 +118,8 @@ class Far(torch.Tensor):
 def test_position_ids_are_read_from_the_device_once() -> None:
     image = position_ids((5, 7))
     reference = position_ids((3, 4)) + torch.tensor([1.0, 0.0, 0.0])
-    ids = torch.cat([image, reference])
-    for read, there in ((rectangle, image), (image_and_references, ids)):
-        Far.waits = 0
-        exact = read(there.as_subclass(Far))[-1]
-        assert Far.waits == 1 and torch.equal(exact, there.float())
+    both = torch.cat([image, reference])
+    for read, ids in ((rectangle, image), (image_and_references, both)):
+        OnDevice.reads = 0
+        exact = read(ids.as_subclass(OnDevice))[-1]
+        assert OnDevice.reads == 1 and torch.equal(exact, ids.float())

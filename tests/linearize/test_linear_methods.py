@@ -25,7 +25,7 @@ CONFIGS = [
 ]
 
 
-def moved(config: Any) -> Any:
+def randomized(config: Any) -> Any:
     """The attention module for 2 heads of 8 in float64, with random parameters."""
     kernel = METHODS[type(config)](config, num_heads=2, head_dim=8).double()
     for parameter in kernel.parameters():
@@ -72,7 +72,7 @@ def _bias_by_hand(table: Tensor) -> Tensor:
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_joint_attention_matches_the_formula(config: Any, text_first: bool) -> None:
-    kernel = moved(config)
+    kernel = randomized(config)
     text, image = ([torch.randn(2, 2, count, 8, dtype=torch.float64) for _ in range(3)] for count in (TEXT_LEN, 15))
     mask = torch.tensor([[True, True, False, True], [False] * 4])
     inputs = [torch.cat((a, b) if text_first else (b, a), 2) for a, b in zip(text, image, strict=True)]
@@ -82,18 +82,18 @@ def test_joint_attention_matches_the_formula(config: Any, text_first: bool) -> N
     mass = log_mass_reference(query, key, scale=SCALE) + kernel.balance[:, None]
     logits = (query @ text[1].mT * SCALE).masked_fill(~mask[:, None, None], -torch.inf)
     weights = torch.cat([logits, mass[..., None]], -1).softmax(-1)
-    of_image = weights[..., :-1] @ text[2] + weights[..., -1:] * image_by_hand(kernel, *image)
+    image_out = weights[..., :-1] @ text[2] + weights[..., -1:] * image_by_hand(kernel, *image)
     logits = torch.cat(
         [(text[0] @ text[1].mT * SCALE).masked_fill(~mask[:, None, None], -torch.inf), text[0] @ key.mT * SCALE], -1
     )
-    of_text = logits.softmax(-1) @ torch.cat([text[2], value], 2)
-    expected = torch.cat((of_text, of_image) if text_first else (of_image, of_text), 2)
+    text_out = logits.softmax(-1) @ torch.cat([text[2], value], 2)
+    expected = torch.cat((text_out, image_out) if text_first else (image_out, text_out), 2)
     assert torch.allclose(out, expected, atol=1e-8)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_attention_without_text_is_the_image_part_alone(config: Any) -> None:
-    kernel = moved(config)
+    kernel = randomized(config)
     image = [torch.randn(2, 2, 15, 8, dtype=torch.float64) for _ in range(3)]
     out = kernel(*image, Layout(GRID, 0, True, None), scale=SCALE)
     assert torch.allclose(out, image_by_hand(kernel, *image), atol=1e-8)
@@ -174,7 +174,7 @@ def test_pairs_match_the_pytorch_flop_counter(config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "entries", "told"),
+    ("method", "entries", "message"),
     [
         (Mala, {"conv_size": 4}, "conv_size must be an odd integer >= 3 or None, got 4"),
         (Rala, {"conv_size": 1}, "conv_size must be an odd integer"),
@@ -187,6 +187,6 @@ def test_pairs_match_the_pytorch_flop_counter(config: Any) -> None:
         (Agent, {"num_agents": 4, "second_scale_exponent": float("nan")}, "second_scale_exponent must be a finite"),
     ],
 )
-def test_configs_refuse_invalid_settings(method: Any, entries: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_configs_refuse_invalid_settings(method: Any, entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         method(**entries)

@@ -94,8 +94,8 @@ def written_out(case: Case, inputs: dict[str, Any]) -> Tensor:
     unet = case.unet()
     for index, module in enumerate(case.modules):
         start = f"{index}."
-        own = {name.removeprefix(start): x for name, x in case.tensors.items() if name.startswith(start)}
-        unet.get_submodule(module["module_name"]).processor = WrittenOut(own, module["heads"])
+        tensors = {name.removeprefix(start): x for name, x in case.tensors.items() if name.startswith(start)}
+        unet.get_submodule(module["module_name"]).processor = WrittenOut(tensors, module["heads"])
     return run(unet, inputs)
 
 
@@ -180,7 +180,7 @@ def test_load_linfusion_checkpoint_supports_other_unets(case: Case, tmp_path: Pa
     unet = case.unet()
     report = load_linfusion_checkpoint_(unet, case.folder(tmp_path / "folder"))
     assert len(report.swapped) == len(case.modules) and not any(
-        "not converted" in why for why in report.skipped.values()
+        "not converted" in reason for reason in report.skipped.values()
     )
     assert relative_error(run(unet, inputs), written_out(case, inputs)) < 1e-4
 
@@ -324,7 +324,7 @@ def test_convert_keeps_the_precision_of_the_checkpoint(case: Case, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--import", "linfusion:nowhere"], "nowhere"),
         (["--import", "linfusion:"], "clear:FILE or linfusion:DIR"),
@@ -332,10 +332,10 @@ def test_convert_keeps_the_precision_of_the_checkpoint(case: Case, tmp_path: Pat
         (["--import", "linfusion:DIR", "--layers", "mid_block.*"], "converts every layer it names"),
     ],
 )
-def test_convert_refuses_bad_imports(case: Case, tmp_path: Path, capsys, options: list[str], said: str) -> None:
+def test_convert_refuses_bad_imports(case: Case, tmp_path: Path, capsys, options: list[str], expected: str) -> None:
     case.unet().save_config(tmp_path / "base")
     arguments = ["convert", str(tmp_path / "base"), *options, "--offline", "-o", str(tmp_path / "out")]
     assert run_command(arguments) == 2
     message = capsys.readouterr().err
-    assert said in message and message.count("\n") == 1
+    assert expected in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()

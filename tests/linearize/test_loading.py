@@ -85,10 +85,10 @@ def test_from_pretrained_refuses_an_invalid_dtype(dtype: object, tmp_path: Path)
 def test_from_pretrained_accepts_the_new_place_of_a_moved_base(base: Path, tmp_path: Path) -> None:
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     save_adapter(student, tmp_path / "adapter")
-    moved = base.rename(tmp_path / "moved")
+    new_base = base.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=r"is no longer at .*base: pass its new location as base= \(--base\)"):
         from_pretrained(tmp_path / "adapter")
-    assert torch.equal(run(from_pretrained(tmp_path / "adapter", base=moved), arguments), run(student, arguments))
+    assert torch.equal(run(from_pretrained(tmp_path / "adapter", base=new_base), arguments), run(student, arguments))
 
 
 def test_from_pretrained_loads_a_bare_denoiser(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_save_pretrained_loads_as_the_student_with_one_warning(
     else:
         with dense(pipe):
             assert torch.equal(run(pipe, arguments), run(plain(base), arguments))
-    adapters = [save_adapter(one, tmp_path / name) for one, name in ((student, "first"), (pipe, "second"))]
+    adapters = [save_adapter(model, tmp_path / name) for model, name in ((student, "first"), (pipe, "second"))]
     first, second = (load_file(folder / "lineardit.safetensors") for folder in adapters)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -163,22 +163,23 @@ def test_from_pretrained_loads_the_only_variant(
     student, arguments = student_of(base, "lora"), inputs_of("flux")
     student.save_pretrained(tmp_path / "saved", variant="fp16", **shards)
     save_adapter(student, tmp_path / "adapter")
-    moved = tmp_path / "base of a variant"
-    plain(base).save_pretrained(moved, variant="fp16", **shards)
+    variant_base = tmp_path / "base of a variant"
+    plain(base).save_pretrained(variant_base, variant="fp16", **shards)
     with caplog.at_level(logging.INFO, logger="lineardit"):
-        for pipe in (from_pretrained(tmp_path / "saved"), from_pretrained(tmp_path / "adapter", base=moved)):
+        for pipe in (from_pretrained(tmp_path / "saved"), from_pretrained(tmp_path / "adapter", base=variant_base)):
             assert torch.equal(run(pipe, arguments), run(student, arguments))
     assert "loading the variant fp16, the only one available" in caplog.text
-    plain(base).save_pretrained(moved, variant="bf16", **shards)
+    plain(base).save_pretrained(variant_base, variant="bf16", **shards)
     with pytest.raises(ValueError, match="several variants, bf16, fp16: pass one of them as variant="):
-        from_pretrained(tmp_path / "adapter", base=moved)
+        from_pretrained(tmp_path / "adapter", base=variant_base)
     assert torch.equal(
-        run(from_pretrained(tmp_path / "adapter", base=moved, variant="fp16"), arguments), run(student, arguments)
+        run(from_pretrained(tmp_path / "adapter", base=variant_base, variant="fp16"), arguments),
+        run(student, arguments),
     )
-    shutil.rmtree(moved)
-    plain(base).save_pretrained(moved, variant="fp16", **shards)
-    assert stored_dtype(read_base(moved), variant="fp16") == torch.float32
-    assert from_pretrained(tmp_path / "adapter", base=moved, dtype="auto").transformer.dtype == torch.float32
+    shutil.rmtree(variant_base)
+    plain(base).save_pretrained(variant_base, variant="fp16", **shards)
+    assert stored_dtype(read_base(variant_base), variant="fp16") == torch.float32
+    assert from_pretrained(tmp_path / "adapter", base=variant_base, dtype="auto").transformer.dtype == torch.float32
 
 
 def test_from_pretrained_passes_options_to_diffusers(base: Path, tmp_path: Path) -> None:
@@ -265,9 +266,11 @@ def test_from_pretrained_refuses_an_unnamed_base_and_a_config_file(base: Path, t
 def test_saved_conversion_without_its_trained_weights_is_refused(base: Path, kind: str, tmp_path: Path) -> None:
     student_of(base, kind).save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = {name: one for name, one in load_file(file).items() if ".lineardit_lora." not in name}
+    tensors = {name: tensor for name, tensor in load_file(file).items() if ".lineardit_lora." not in name}
     if kind != "lora":
-        tensors = {name: one for name, one in tensors.items() if not name.endswith("0.attn.linear_kernel.pool_weight")}
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if not name.endswith("0.attn.linear_kernel.pool_weight")
+        }
     save_file(tensors, file)
     expected = (
         "is missing the LoRA" if kind == "lora" else "do not fit this model; 2 missing: .*linear_kernel.pool_weight"

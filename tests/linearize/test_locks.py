@@ -14,9 +14,9 @@ from lineardit.linearize.locks import folder_lock, remove_leftovers
 
 
 def test_folder_lock_error_names_the_process_that_holds_the_lock(tmp_path: Path) -> None:
-    who = rf"another process is using .*run \(process {os.getpid()} on {socket.gethostname()}\): wait for it, stop it"
+    error = rf"another process is using .*run \(process {os.getpid()} on {socket.gethostname()}\): wait for it, stop it"
     with folder_lock(tmp_path / "run"):
-        with pytest.raises(ValueError, match=who), folder_lock(tmp_path / "run"):
+        with pytest.raises(ValueError, match=error), folder_lock(tmp_path / "run"):
             pass
         with folder_lock(tmp_path / "run", name=".other"):
             pass

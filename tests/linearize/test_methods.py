@@ -51,8 +51,8 @@ EXAMPLES: dict[type, list[Any]] = {
     ],
 }
 CONFIGS = [config for configs in EXAMPLES.values() for config in configs]
-IMAGE_ALONE = (LinFusion,)  # these refuse text
-JOINT = [config for config in CONFIGS if not isinstance(config, IMAGE_ALONE)]
+IMAGE_ONLY = (LinFusion,)  # these refuse text
+JOINT = [config for config in CONFIGS if not isinstance(config, IMAGE_ONLY)]
 LEARNED = [
     config
     for config in CONFIGS
@@ -64,10 +64,10 @@ GRIDS = [(3, 5), (1, 6), (7, 2), (2, 3, 5)]
 TEXT_LEN = 3
 
 
-def kernel_of(config: Any, *, moved: bool = False) -> Any:
-    """The method's module for 2 heads of 8, with initial parameters or (`moved`) changed ones."""
+def kernel_of(config: Any, *, randomized: bool = False) -> Any:
+    """The method's module for 2 heads of 8, with its initial parameters, or changed ones if `randomized`."""
     kernel = METHODS[type(config)](config, num_heads=2, head_dim=8)
-    if moved:
+    if randomized:
         move_(kernel.parameters())
     return kernel
 
@@ -96,7 +96,7 @@ def test_configs_round_trip(config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "told"),
+    ("entries", "message"),
     [
         ({"method": "claer", "radius": 4}, r"unknown method 'claer' \(did you mean clear\?\)"),
         ({"method": "clear", "raduis": 4}, r"unknown setting 'raduis' of clear \(did you mean radius\?\)"),
@@ -106,8 +106,8 @@ def test_configs_round_trip(config: Any) -> None:
         ("clear", "must look like"),
     ],
 )
-def test_config_from_dict_refuses_invalid_entries_with_suggestions(entries: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_config_from_dict_refuses_invalid_entries_with_suggestions(entries: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         config_from_dict(entries)
 
 
@@ -121,7 +121,7 @@ def test_method_configs_are_frozen_and_keyword_only() -> None:
 @pytest.mark.parametrize("text_len", [0, TEXT_LEN])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_attention_weights_sum_to_one(config: Any, text_len: int, text_first: bool) -> None:
-    if text_len > 0 and isinstance(config, IMAGE_ALONE):
+    if text_len > 0 and isinstance(config, IMAGE_ONLY):
         pytest.skip("for the image alone")
     kernel = kernel_of(config)
     mask = torch.tensor([[True, False, True], [False] * 3]) if text_len > 0 else None
@@ -134,19 +134,19 @@ def test_attention_weights_sum_to_one(config: Any, text_len: int, text_first: bo
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
 def test_text_first_and_text_last_give_the_same_output(config: Any) -> None:
-    kernel = kernel_of(config, moved=True)
+    kernel = kernel_of(config, randomized=True)
     mask = torch.tensor([[True, False, True], [True] * 3])
     for grid in GRIDS:
         inputs = tokens(grid, TEXT_LEN)
         first = attend(kernel, inputs, Layout(grid, TEXT_LEN, True, mask))
-        turned = [torch.cat([x[:, :, TEXT_LEN:], x[:, :, :TEXT_LEN]], 2) for x in inputs]
-        last = attend(kernel, turned, Layout(grid, TEXT_LEN, False, mask))
+        text_last = [torch.cat([x[:, :, TEXT_LEN:], x[:, :, :TEXT_LEN]], 2) for x in inputs]
+        last = attend(kernel, text_last, Layout(grid, TEXT_LEN, False, mask))
         assert torch.allclose(torch.cat([last[:, :, -TEXT_LEN:], last[:, :, :-TEXT_LEN]], 2), first, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
 def test_text_queries_use_full_softmax_attention(config: Any) -> None:
-    kernel, grid = kernel_of(config, moved=True), (3, 5)
+    kernel, grid = kernel_of(config, randomized=True), (3, 5)
     inputs = tokens(grid, TEXT_LEN)
     mask = torch.tensor([[True, False, True], [True] * 3])
     out = attend(kernel, inputs, Layout(grid, TEXT_LEN, True, mask), scale=0.6)
@@ -157,7 +157,7 @@ def test_text_queries_use_full_softmax_attention(config: Any) -> None:
 
 @pytest.mark.parametrize("config", JOINT, ids=str)
 def test_masked_text_is_not_attended(config: Any) -> None:
-    kernel, grid = kernel_of(config, moved=True), (3, 5)
+    kernel, grid = kernel_of(config, randomized=True), (3, 5)
     inputs = tokens(grid, TEXT_LEN)
     mask = torch.tensor([[True, False, True], [False] * 3])
     out = attend(kernel, inputs, Layout(grid, TEXT_LEN, True, mask))
@@ -171,8 +171,8 @@ def test_masked_text_is_not_attended(config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_gradients_pass_gradcheck_and_reach_every_parameter(config: Any) -> None:
-    kernel, grid = kernel_of(config, moved=True).double(), (3, 5)
-    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    kernel, grid = kernel_of(config, randomized=True).double(), (3, 5)
+    text_len = 0 if isinstance(config, IMAGE_ONLY) else TEXT_LEN
     inputs = [x.requires_grad_() for x in tokens(grid, text_len, torch.float64)]
     layout = Layout(grid, text_len, False, None)
     assert torch.autograd.gradcheck(lambda *x: attend(kernel, list(x), layout), inputs, fast_mode=True)
@@ -190,13 +190,13 @@ def test_learned_terms_start_without_effect(config: Any) -> None:
     plain = type(config)(num_agents=4) if isinstance(config, Agent) else type(config)()
     for text_len in (0, TEXT_LEN):
         inputs, layout = tokens((3, 5), text_len), Layout((3, 5), text_len, True, None)
-        out, expected = (attend(kernel_of(one), inputs, layout) for one in (config, plain))
+        out, expected = (attend(kernel_of(settings), inputs, layout) for settings in (config, plain))
         assert torch.allclose(out, expected, atol=1e-6)  # a bias of zeros may select another kernel
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_output_does_not_depend_on_earlier_resolutions(config: Any) -> None:
-    kernel = kernel_of(config, moved=True)
+    kernel = kernel_of(config, randomized=True)
     fresh = copy.deepcopy(kernel)
     small, large = tokens((3, 5), 0), tokens((8, 6), 0)
     layouts = Layout((3, 5), 0, True, None), Layout((8, 6), 0, True, None)
@@ -207,8 +207,8 @@ def test_output_does_not_depend_on_earlier_resolutions(config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_implementations_agree(config: Any) -> None:
-    kernel = kernel_of(config, moved=True)
-    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    kernel = kernel_of(config, randomized=True)
+    text_len = 0 if isinstance(config, IMAGE_ONLY) else TEXT_LEN
     inputs, layout = tokens((3, 5), text_len), Layout((3, 5), text_len, True, None)
     expected = attend(kernel, inputs, layout)
     for name in kernel.implementations():
@@ -221,7 +221,7 @@ def test_implementations_agree(config: Any) -> None:
 def test_covers_only_where_the_method_equals_the_base_attention(config: Any) -> None:
     """On a large image, `covers` would run the base's quadratic attention instead."""
     kernel = kernel_of(config)
-    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    text_len = 0 if isinstance(config, IMAGE_ONLY) else TEXT_LEN
     for grid in [(32, 33), (33, 32), (33, 35)]:
         kernel.prepare_for(grid)
         assert not kernel.is_exact(Layout(grid, text_len, True, None)), grid
@@ -242,8 +242,8 @@ def test_auto_impl_is_an_implementation(config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_bfloat16_is_close_to_float32(config: Any) -> None:
-    kernel = kernel_of(config, moved=True).bfloat16()
-    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    kernel = kernel_of(config, randomized=True).bfloat16()
+    text_len = 0 if isinstance(config, IMAGE_ONLY) else TEXT_LEN
     inputs, layout = [x.bfloat16() for x in tokens((6, 7), text_len)], Layout((6, 7), text_len, True, None)
     out = attend(kernel, inputs, layout)
     expected = attend(kernel.float(), [x.float() for x in inputs], layout)
@@ -253,17 +253,17 @@ def test_bfloat16_is_close_to_float32(config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_empty_batch_gives_an_empty_output(config: Any) -> None:
-    grid, text_len = (3, 5), 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    grid, text_len = (3, 5), 0 if isinstance(config, IMAGE_ONLY) else TEXT_LEN
     kernel, inputs = kernel_of(config), [x[:0].requires_grad_() for x in tokens(grid, text_len)]
     out = attend(kernel, inputs, Layout(grid, text_len, True, None))
-    assert [one.shape for one in (out, *torch.autograd.grad(out.sum(), inputs))] == [inputs[0].shape] * 4
+    assert [tensor.shape for tensor in (out, *torch.autograd.grad(out.sum(), inputs))] == [inputs[0].shape] * 4
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_output_does_not_depend_on_the_default_device(config: Any) -> None:
     """Nor on the one under which tables are made: no other test uses this grid."""
-    grid, text_len = (3, 11), 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
-    kernel, inputs = kernel_of(config, moved=True), [x.requires_grad_() for x in tokens(grid, text_len)]
+    grid, text_len = (3, 11), 0 if isinstance(config, IMAGE_ONLY) else TEXT_LEN
+    kernel, inputs = kernel_of(config, randomized=True), [x.requires_grad_() for x in tokens(grid, text_len)]
     layout = Layout(grid, text_len, True, None)
     with torch.device("meta"):
         out = attend(kernel, inputs, layout)
@@ -275,8 +275,8 @@ def test_output_does_not_depend_on_the_default_device(config: Any) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_float32_inputs_use_no_float64(config: Any) -> None:
     """Apple GPUs have none. No other test uses this grid, so that its tables are made here."""
-    kernel, grid = kernel_of(config, moved=True), (2, 13)
-    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    kernel, grid = kernel_of(config, randomized=True), (2, 13)
+    text_len = 0 if isinstance(config, IMAGE_ONLY) else TEXT_LEN
     mask = torch.tensor([[True, False, True], [True] * 3]) if text_len > 0 else None
     for name in kernel.implementations():
         if name != "triton":
@@ -307,13 +307,15 @@ def test_methods_receive_the_autocast_dtype(config: Any) -> None:
 def test_memory_and_pairs_grow_linearly_with_the_image(config: Any) -> None:
     """Twice the sides, four times the tokens: about four times the bytes at the peak of a forward and backward."""
     kernel = METHODS[type(config)](config, num_heads=1, head_dim=4)
-    kernel.impl = next(one for one in kernel.implementations() if one not in ("auto", "reference", "masked", "triton"))
-    text_len = 0 if isinstance(config, IMAGE_ALONE) else TEXT_LEN
+    kernel.impl = next(
+        impl for impl in kernel.implementations() if impl not in ("auto", "reference", "masked", "triton")
+    )
+    text_len = 0 if isinstance(config, IMAGE_ONLY) else TEXT_LEN
     small, large = (_peak(kernel, (side, side), text_len) for side in (24, 48))
     assert large < 5 * small  # tiles at the border see less
     shape = {"num_heads": 1, "head_dim": 4}
-    few, many = (kernel.pairs(config, (side, side), text_len, **shape) for side in (64, 256))
-    assert 0 < many < 16.5 * few
+    small_pairs, large_pairs = (kernel.pairs(config, (side, side), text_len, **shape) for side in (64, 256))
+    assert 0 < large_pairs < 16.5 * small_pairs
 
 
 def _peak(kernel: Any, grid: tuple[int, int], text_len: int) -> int:
@@ -333,7 +335,7 @@ def _peak(kernel: Any, grid: tuple[int, int], text_len: int) -> int:
 @pytest.mark.parametrize("family", ["flux", "unet"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_models_convert_save_load_and_restore(config: Any, family: str, tmp_path: Path) -> None:
-    if family == "flux" and isinstance(config, IMAGE_ALONE):
+    if family == "flux" and isinstance(config, IMAGE_ONLY):
         pytest.skip("for the image alone")
     model, arguments = build(family), inputs_of(family, grid=(8, 10))
     base = run(model, arguments)

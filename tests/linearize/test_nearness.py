@@ -19,8 +19,8 @@ def test_nearness_is_zero_for_the_base_and_tiny_for_a_covering_window() -> None:
     pipe = build_tiny()
     predictions = record_predictions(pipe, PROMPTS, **SETTINGS)
     assert len(predictions) == 6
-    found = nearness(pipe, predictions)
-    assert found.errors == (0, 0, 0)
+    result = nearness(pipe, predictions)
+    assert result.errors == (0, 0, 0)
     linearize_(pipe, Clear(radius=100))
     assert nearness(pipe, predictions).mean < 1e-9
     linearize_(pipe, Clear(radius=1.5))
@@ -33,12 +33,12 @@ def test_nearness_errors_match_the_formula() -> None:
     other = copy.deepcopy(pipe)
     with torch.no_grad():
         other.transformer.proj_out.bias += 0.1
-    found = nearness(other, predictions)
-    for index, error in enumerate(found.errors):
-        outputs = torch.cat([one.output for one in predictions if one.index == index])
+    result = nearness(other, predictions)
+    for index, error in enumerate(result.errors):
+        outputs = torch.cat([prediction.output for prediction in predictions if prediction.index == index])
         assert error == pytest.approx(0.01 / outputs.square().mean().item(), rel=1e-4)
-    assert found.mean == pytest.approx(sum(found.errors) / 3)
-    assert found.seconds > 0
+    assert result.mean == pytest.approx(sum(result.errors) / 3)
+    assert result.seconds > 0
 
 
 def test_record_predictions_is_repeatable_and_leaves_no_hooks() -> None:

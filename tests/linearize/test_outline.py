@@ -83,8 +83,8 @@ def test_outline_of_a_student_matches_the_loaded_student(trained: str, config: A
         loaded = from_pretrained(tmp_path / name, dtype=torch.bfloat16)
         outline = from_pretrained(tmp_path / name, dtype=torch.bfloat16, weights=False)
         assert parameters(outline) == parameters(loaded)
-        of_loaded, of_outline = (HighResolutionPipeline.from_pipe(one)._limits() for one in (loaded, outline))
-        assert of_outline == of_loaded
+        expected, actual = (HighResolutionPipeline.from_pipe(one)._limits() for one in (loaded, outline))
+        assert actual == expected
 
 
 def test_outline_of_a_bare_denoiser_reads_its_own_folder(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_outline_of_a_bare_denoiser_reads_its_own_folder(tmp_path: Path) -> None
     for name in ("plain", "merged"):
         loaded = from_pretrained(tmp_path / name)
         outline = from_pretrained(tmp_path / name, weights=False)
-        assert {key: (one.shape, one.dtype) for key, one in outline.state_dict().items()} == {
-            key: (one.shape, one.dtype) for key, one in loaded.state_dict().items()
+        assert {key: (tensor.shape, tensor.dtype) for key, tensor in outline.state_dict().items()} == {
+            key: (tensor.shape, tensor.dtype) for key, tensor in loaded.state_dict().items()
         }
 
 
@@ -110,10 +110,10 @@ def test_weights_on_device_of_an_outline_follow_its_placement(tmp_path: Path) ->
     for offload in ("model", "group", "sequential"):
         record_placement_(outline, torch.device("cuda"), offload)
         sizes[offload] = weights_on_device(outline)
-    assert sizes == {"model": max(map(of_one, loaded.components.values())), "group": 0, "sequential": 0}
+    assert sizes == {"model": max(map(num_bytes, loaded.components.values())), "group": 0, "sequential": 0}
 
 
-def of_one(part: Any) -> int:
+def num_bytes(part: Any) -> int:
     return sum(weight.nbytes for weight in (*part.parameters(), *part.buffers())) if isinstance(part, nn.Module) else 0
 
 

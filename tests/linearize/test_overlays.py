@@ -178,9 +178,9 @@ def test_fused_lora_matches_lora_and_refuses_restore_and_dense() -> None:
     overlays_of(fused).items.append(FusedLowRank(fused, factors, alpha=4))
     torch.testing.assert_close(run(fused, arguments), run(model, arguments), rtol=0, atol=1e-6)
     before = run(fused, arguments)
-    for way_back in (restore_, lambda model: dense(model).__enter__()):
+    for undo in (restore_, lambda model: dense(model).__enter__()):
         with pytest.raises(ValueError, match="keep_original=True"):
-            way_back(fused)
+            undo(fused)
         assert torch.equal(run(fused, arguments), before)
 
 
@@ -189,9 +189,9 @@ def test_replace_weights_without_originals_refuses_restore_and_dense() -> None:
     linearize_(model, CLEAR)
     replace_weights_(model, {"transformer_blocks.0.attn.to_q.weight": torch.randn(32, 32)}, keep_original=False)
     before = run(model, arguments)
-    for way_back in (restore_, lambda model: dense(model).__enter__()):
+    for undo in (restore_, lambda model: dense(model).__enter__()):
         with pytest.raises(ValueError, match="keep_original=True"):
-            way_back(model)
+            undo(model)
         assert torch.equal(run(model, arguments), before)
 
 

@@ -52,11 +52,11 @@ def test_custom_method_converts_saves_and_loads(tmp_path: Path, monkeypatch: pyt
     plain = pipe("a", generator=torch.Generator().manual_seed(0), **call).images
     report = linearize_(pipe, Sharper(sharpness=2.0))
     assert "Sharper(sharpness=2.0)" in str(report)
-    made = pipe("a", generator=torch.Generator().manual_seed(0), **call).images
-    assert not torch.allclose(made, plain, atol=1e-4)
+    images = pipe("a", generator=torch.Generator().manual_seed(0), **call).images
+    assert not torch.allclose(images, plain, atol=1e-4)
     again = from_pretrained(save_adapter(pipe, tmp_path / "adapter"))
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(again("a", generator=torch.Generator().manual_seed(0), **call).images, made)
+    assert torch.equal(again("a", generator=torch.Generator().manual_seed(0), **call).images, images)
     monkeypatch.delitem(METHODS, Sharper)
     with pytest.raises(ValueError, match=r"unknown method 'sharper'; choose from: clear.*, or import the package"):
         from_pretrained(tmp_path / "adapter")

@@ -61,15 +61,15 @@ def loops(call: tuple[Tensor, Tensor, Tensor], text_first: bool) -> dict[str, Te
     for b, h, i in itertools.product(range(batch), range(heads), image):
         scores = (query[b, h, i] * key[b, h]).sum(-1) / math.sqrt(head_dim)
         weights = scores.exp() / scores.exp().sum()
-        far = [math.dist(places[i], places[j]) if j in places else -1.0 for j in range(num_tokens)]
+        distances = [math.dist(places[i], places[j]) if j in places else -1.0 for j in range(num_tokens)]
         out = (weights[:, None] * value[b, h]).sum(0)
         norm += float(out.square().sum())
         text[h] += sum(weights[j] for j in range(num_tokens) if j not in places)
-        distance[h] += sum(weights[j] * far[j] for j in places)
+        distance[h] += sum(weights[j] * distances[j] for j in places)
         for r, radius in enumerate(RADII):
-            near = torch.tensor([far[j] < radius for j in range(num_tokens)])
-            mass[h, r] += sum(weights[j] for j in places if far[j] < radius)
-            seen = weights * near / (weights * near).sum()
+            in_window = torch.tensor([distances[j] < radius for j in range(num_tokens)])
+            mass[h, r] += sum(weights[j] for j in places if distances[j] < radius)
+            seen = weights * in_window / (weights * in_window).sum()
             error[r] += ((seen[:, None] * value[b, h]).sum(0) - out).square().sum()
     count = batch * len(image)
     return {"mass": mass / count, "text": text / count, "distance": distance / (count - text), "error": error / norm}
@@ -88,14 +88,14 @@ def test_probe_matches_loops(family: str, entries: int, monkeypatch: pytest.Monk
     assert torch.allclose(out, base, atol=1e-5)
     for name, probe in probes.items():
         expected, sums = loops(recorder.calls[name], TEXT_FIRST[family]), probe.sums
-        found = {
+        actual = {
             "mass": sums.mass / sums.queries,
             "text": sums.text / sums.queries,
             "distance": sums.distance / (sums.queries - sums.text),
             "error": sums.error / sums.norm,
         }
         for figure in expected:
-            assert torch.allclose(found[figure].float(), expected[figure], atol=1e-5), (name, figure)
+            assert torch.allclose(actual[figure].float(), expected[figure], atol=1e-5), (name, figure)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,7 +197,7 @@ def test_profile_attention_is_reproducible_and_round_trips(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"radii": ()}, "radii must hold at least one"),
@@ -205,8 +205,8 @@ def test_profile_attention_is_reproducible_and_round_trips(tmp_path: Path) -> No
         ({"queries": 0}, "queries must be >= 1"),
     ],
 )
-def test_profile_attention_refuses_invalid_settings(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_profile_attention_refuses_invalid_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         _profile(**changes)
 
 
@@ -231,20 +231,20 @@ ITEMS = st.integers(1, 4).flatmap(
 
 @given(items=ITEMS, spare=st.integers(0, 40))
 def test_knapsack_matches_brute_force(items: list[tuple[list[int], list[int]]], spare: int) -> None:
-    costs, errors = [list(one) for one in zip(*items, strict=True)]
+    costs, errors = [list(column) for column in zip(*items, strict=True)]
     limit = sum(map(min, costs)) + spare
-    found = knapsack(costs, errors, limit)
+    chosen = knapsack(costs, errors, limit)
 
     def total(table: list[list[int]], options: tuple[int, ...] | list[int]) -> int:
         return sum(row[option] for row, option in zip(table, options, strict=True))
 
-    everything = itertools.product(*(range(len(row)) for row in costs))
-    least = min(total(errors, options) for options in everything if total(costs, options) <= limit)
-    assert total(costs, found) <= limit
-    assert total(errors, found) == least
+    selections = itertools.product(*(range(len(row)) for row in costs))
+    least = min(total(errors, options) for options in selections if total(costs, options) <= limit)
+    assert total(costs, chosen) <= limit
+    assert total(errors, chosen) == least
 
 
-def _made(*errors: tuple[float, ...]) -> Profile:
+def _profile_with(*errors: tuple[float, ...]) -> Profile:
     """A profile of 16 x 16 image tokens and 10 text tokens."""
     layers = tuple(
         LayerProfile(
@@ -277,7 +277,7 @@ ERRORS = ((0.9, 0.5, 0.1), (0.9, 0.8, 0.7), (0.01, 0.005, 0.001), (0.3, 0.01, 0.
 
 
 def test_propose_beats_a_uniform_window_within_the_budget() -> None:
-    proposal = propose(_made(*ERRORS), Clear(radius=4))
+    proposal = propose(_profile_with(*ERRORS), Clear(radius=4))
     uniform = sum(error[1] for error in ERRORS)
     assert proposal.error < uniform
     assert proposal.flops <= proposal.budget == 4 * _flops((16, 16), 4)
@@ -290,18 +290,18 @@ def _flops(grid: tuple[int, int], radius: float) -> int:
 
 
 def test_propose_counts_operations_at_the_given_size() -> None:
-    proposal = propose(_made(*ERRORS), Clear(radius=4), size=(512, 384))
+    proposal = propose(_profile_with(*ERRORS), Clear(radius=4), size=(512, 384))
     assert proposal.budget == 4 * _flops((32, 24), 4)
     assert proposal.dense_flops == 4 * 4 * (32 * 24 + 10) ** 2 * 2 * 8
 
 
 def test_propose_counts_no_text_queries_where_text_has_only_keys() -> None:
-    profile = replace(_made(*ERRORS), model_class="PRXTransformer2DModel")
+    profile = replace(_profile_with(*ERRORS), model_class="PRXTransformer2DModel")
     assert propose(profile, Clear(radius=4)).dense_flops == 4 * 4 * 256 * (256 + 10) * 2 * 8
 
 
 def test_propose_keeps_full_attention_only_where_choices_allow_it() -> None:
-    profile = _made(*ERRORS)
+    profile = _profile_with(*ERRORS)
     assert propose(profile, 0.9).chosen["blocks.1.attn"] is None
     assert "blocks.1.attn" not in propose(profile, 0.9).configs
     assert None not in propose(profile, 0.9, choices=profile.candidates).chosen.values()
@@ -311,7 +311,7 @@ def test_propose_keeps_full_attention_only_where_choices_allow_it() -> None:
 def test_propose_mixes_methods() -> None:
     agent = Agent(num_agents=4)
     errors = ((0.9, 0.5, 0.1, 0.02), (0.9, 0.8, 0.7, 0.9), (0.01, 0.005, 0.001, 0.3), (0.3, 0.01, 0.001, 0.2))
-    profile = replace(_made(*errors), methods=(agent,))
+    profile = replace(_profile_with(*errors), methods=(agent,))
     assert agent not in propose(profile, 0.9).chosen.values()  # only where choices name it
     window = Clear(radius=8)
     proposal = propose(profile, 0.9, choices=(window, agent))
@@ -331,7 +331,7 @@ def _pairs(config: Any) -> int:
 def test_parse_choices_takes_radii_methods_and_full_attention() -> None:
     agents = Agent(num_agents=4), Agent(num_agents=16)
     pooled = Clear(radius=4, pool_tokens=4)
-    profile = replace(_made(), radii=(2, 2.5, 8), methods=(*agents, pooled))
+    profile = replace(_profile_with(), radii=(2, 2.5, 8), methods=(*agents, pooled))
     assert parse_choices(profile, "2.5, agent,full") == [Clear(radius=2.5), *agents, None]
     assert parse_choices(profile, "clear,8") == [pooled, Clear(radius=8)]
     assert parse_choices(profile, "2.0") == [Clear(radius=2)]
@@ -343,11 +343,11 @@ def test_parse_choices_takes_radii_methods_and_full_attention() -> None:
 
 def test_propose_refuses_errors_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match=r"no finite error for every candidate in blocks.1.attn"):
-        propose(_made((0.9, 0.5, 0.1), (0.9, math.nan, 0.1)), 0.9)
+        propose(_profile_with((0.9, 0.5, 0.1), (0.9, math.nan, 0.1)), 0.9)
 
 
 @pytest.mark.parametrize(
-    ("budget", "choices", "said"),
+    ("budget", "choices", "message"),
     [
         (0.01, None, "the cheapest choices need"),
         (1.5, None, "between 0 and 1, got 1.5"),
@@ -357,12 +357,14 @@ def test_propose_refuses_errors_that_are_not_finite() -> None:
         (0.5, (), "choices must hold at least one"),
     ],
 )
-def test_propose_refuses_invalid_budgets_and_choices(budget: float, choices: tuple[Any, ...] | None, said: str) -> None:
-    profile = _made(*ERRORS)
-    if said == "nothing to convert":
+def test_propose_refuses_invalid_budgets_and_choices(
+    budget: float, choices: tuple[Any, ...] | None, message: str
+) -> None:
+    profile = _profile_with(*ERRORS)
+    if message == "nothing to convert":
         profile = replace(profile, layers=profile.layers[:1])
         budget = Clear(radius=99)  # costs as much as full attention
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         propose(profile, budget, choices=choices)
 
 

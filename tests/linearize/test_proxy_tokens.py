@@ -19,9 +19,9 @@ def image_by_hand(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Te
     for head in range(2):
         q, k, v = (x[:, head] for x in (query, key, value))  # [B, 15, 8]
         means = [adaptive_avg_pool2d(x.mT.unflatten(2, GRID), (2, 2)).flatten(2).mT for x in (q, k, v)]  # [B, 4, 8]
-        heard = (means[0] @ means[1].mT * SCALE).softmax(-1) @ means[2]
-        told = (1 - gate[head]) * means[2] + gate[head] * heard
-        outs.append((q @ means[1].mT * SCALE).softmax(-1) @ told)
+        attended = (means[0] @ means[1].mT * SCALE).softmax(-1) @ means[2]
+        values = (1 - gate[head]) * means[2] + gate[head] * attended
+        outs.append((q @ means[1].mT * SCALE).softmax(-1) @ values)
     return torch.stack(outs, 1)
 
 

@@ -64,9 +64,9 @@ def test_linearize_receptive_field_is_the_window(family: str, impl: str) -> None
     calls = attention_calls(model, inputs_of(family, grid=grid, batch=1))
     assert calls.keys() == swapped(model).keys()
     for name, (module, args, kwargs) in calls.items():
-        near = _near(module._lineardit_level.grid, SMALL.radius)
-        image_changed, text_changed = changed_by_each_image_token(module, args, kwargs, near.shape[0])
-        assert torch.equal(image_changed, near), name
+        in_window = _in_window(module._lineardit_level.grid, SMALL.radius)
+        image_changed, text_changed = changed_by_each_image_token(module, args, kwargs, in_window.shape[0])
+        assert torch.equal(image_changed, in_window), name
         text_queries = module._lineardit_level.conversion.family.text_queries
         assert text_changed.all() if text_queries else not text_changed.any(), name
 
@@ -151,20 +151,20 @@ def test_deepcopy_and_pickle_are_models_of_their_own(family: str) -> None:
         torch.load(saved, weights_only=False),
     ]
     restore_(model)
-    for one in copies:
-        run(one, inputs_of(family, grid=(4, 4)))
-        assert torch.equal(run(one, arguments), out)
-        restore_(one)
-        assert torch.equal(run(one, arguments), base)
+    for copied in copies:
+        run(copied, inputs_of(family, grid=(4, 4)))
+        assert torch.equal(run(copied, arguments), out)
+        restore_(copied)
+        assert torch.equal(run(copied, arguments), base)
 
 
 def test_set_impl_changes_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, COVERING)
-    ran: list[str] = []
+    impls: list[str] = []
 
     def spy(query: Tensor, *_: Tensor, impl: str, **__: object) -> Tensor:
-        ran.append(impl)
+        impls.append(impl)
         return query
 
     monkeypatch.setattr("lineardit.linearize.methods.windows.windowed_attention", spy)
@@ -173,7 +173,7 @@ def test_set_impl_changes_the_implementation(monkeypatch: pytest.MonkeyPatch) ->
     run(model, arguments)
     set_impl_(model, "auto")
     run(model, arguments)
-    assert ran == ["tiled", "tiled"]
+    assert impls == ["tiled", "tiled"]
 
 
 def test_flux_bfloat16_ids_beyond_256_are_made_exact() -> None:
@@ -202,12 +202,12 @@ def test_dense_keeps_the_rounded_ids_of_the_base() -> None:
 def test_flux_fused_projections_keep_the_window() -> None:
     model, arguments = build("flux"), inputs_of("flux")
     linearize_(model, SMALL)
-    apart = run(model, arguments)
+    separate = run(model, arguments)
     model.fuse_qkv_projections()
-    assert torch.allclose(run(model, arguments), apart, atol=1e-5)
+    assert torch.allclose(run(model, arguments), separate, atol=1e-5)
     restore_(model)
     linearize_(model, SMALL)
-    assert torch.allclose(run(model, arguments), apart, atol=1e-5)
+    assert torch.allclose(run(model, arguments), separate, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", CHECKPOINTED)
@@ -226,10 +226,10 @@ def test_gradient_checkpointing_recomputes_with_the_grid_of_its_forward(family: 
     model = build(family)
     linearize_(model, Clear(radius=2.3))
     # the same number of tokens in both orientations, so that a count cannot distinguish them
-    several = [inputs_of(family, grid=grid) for grid in ((4, 6), (6, 4), (8, 8))]
-    plain = _gradients(model, several)
+    batches = [inputs_of(family, grid=grid) for grid in ((4, 6), (6, 4), (8, 8))]
+    plain = _gradients(model, batches)
     model.enable_gradient_checkpointing()
-    for one, other in zip(_gradients(model, several), plain, strict=True):
+    for one, other in zip(_gradients(model, batches), plain, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
 
@@ -301,16 +301,16 @@ def test_state_is_freed_after_an_error_in_forward() -> None:
     run(model, arguments)
 
 
-def _near(grid: tuple[int, ...], radius: float) -> Tensor:
+def _in_window(grid: tuple[int, ...], radius: float) -> Tensor:
     """[image tokens, image tokens] bool, from the definition; frames make no difference."""
-    place = position_ids(grid[-2:])[:, 1:].repeat(1 if len(grid) == 2 else grid[0], 1)
-    return (place[:, None] - place[None]).square().sum(-1) < radius**2
+    positions = position_ids(grid[-2:])[:, 1:].repeat(1 if len(grid) == 2 else grid[0], 1)
+    return (positions[:, None] - positions[None]).square().sum(-1) < radius**2
 
 
-def _gradients(model: nn.Module, several: list[dict]) -> tuple[Tensor, ...]:
+def _gradients(model: nn.Module, batches: list[dict]) -> tuple[Tensor, ...]:
     """Gradients of the attention weights, of one loss over all outputs after all forwards."""
     weights = [weight for module in swapped(model).values() for weight in module.parameters()]
     torch.manual_seed(7)
-    outs = [output(model, arguments) for arguments in several]
+    outs = [output(model, arguments) for arguments in batches]
     loss = sum((out * torch.randn_like(out)).mean() for out in outs)
     return tuple(gradient for gradient in torch.autograd.grad(loss, weights, allow_unused=True) if gradient is not None)

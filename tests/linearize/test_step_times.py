@@ -82,18 +82,18 @@ def test_time_steps_yields_one_row_per_size(tmp_path: Path) -> None:
 
 
 def test_original_and_conversion_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[bool] = []
+    enabled: list[bool] = []
     forward = step_times._TimedModel._forward
 
     def note(timed: Any) -> float:
         conversion = conversion_of(timed.model)
         assert conversion is not None
-        turns.append(conversion.enabled)
+        enabled.append(conversion.enabled)
         return forward(timed)
 
     monkeypatch.setattr(step_times._TimedModel, "_forward", note)
     timed(WeightlessConversion.read(adapter_of(build("flux"), tmp_path)), [(64, 64)], pairs=2)
-    assert turns == [True, False] * 3
+    assert enabled == [True, False] * 3
 
 
 def test_weightless_conversion_error_names_a_moved_base(tmp_path: Path) -> None:
@@ -126,14 +126,14 @@ def test_time_steps_leaves_out_an_original_that_runs_out_of_memory(
     conversion = WeightlessConversion.read(adapter_of(build("flux"), tmp_path))
     attend = FluxAttnProcessor.__call__
 
-    def of_a_small_card(self: Any, attention: Any, hidden_states: Tensor, *rest: Any, **options: Any) -> Any:
+    def run_out_of_memory(self: Any, attention: Any, hidden_states: Tensor, *rest: Any, **options: Any) -> Any:
         if not hidden_states.is_meta and hidden_states.shape[1] > 60 and not states[0].enabled:
             raise RuntimeError("a block failed") from error
         return attend(self, attention, hidden_states, *rest, **options)
 
     states: list[Any] = []
     monkeypatch.setattr(step_times, "compile_", lambda model: states.append(conversion_of(model)))
-    monkeypatch.setattr(FluxAttnProcessor, "__call__", of_a_small_card)
+    monkeypatch.setattr(FluxAttnProcessor, "__call__", run_out_of_memory)
     small, large = timed(conversion, [(64, 64), (128, 128)], text_len=7, compiled=True)
     assert small.original and small.converted
     assert large.original is None and large.speedup is None

@@ -29,20 +29,20 @@ def in_a_thread(call: Callable[[], Tensor]) -> Tensor:
 @contextmanager
 def held_inside(model: Any, call: Callable[[], Tensor]) -> Iterator[list[Tensor]]:
     """Hold a second thread inside `call` during the block; its result is in the list afterwards."""
-    inside, go_on, results = threading.Event(), threading.Event(), []
+    inside, proceed, results = threading.Event(), threading.Event(), []
 
     @torch.compiler.disable
     def wait(*_: object) -> None:
         if threading.current_thread() is worker:
             inside.set()
-            go_on.wait(60)
+            proceed.wait(60)
 
     model.single_transformer_blocks[0].register_forward_pre_hook(wait)
     worker = threading.Thread(target=lambda: results.append(call()))
     worker.start()
     assert inside.wait(60)
     yield results
-    go_on.set()
+    proceed.set()
     worker.join()
 
 
@@ -66,12 +66,12 @@ def test_replica_or_compiled_form_is_refused_while_another_thread_runs(second: s
     other: Any = torch.compile(model, backend="eager") if second == "compiled" else copy.copy(model)
     if second == "replica":
         other.__dict__ = {**vars(model)}  # as nn.DataParallel does: both share one conversion
-    first, then = (other, model) if second == "compiled" else (model, other)
+    first_model, second_model = (other, model) if second == "compiled" else (model, other)
     with (
-        held_inside(model, lambda: run(first, arguments)),
+        held_inside(model, lambda: run(first_model, arguments)),
         pytest.raises(RuntimeError, match="another thread is running this converted model"),
     ):
-        run(then, inputs_of("flux", grid=(4, 4)))
+        run(second_model, inputs_of("flux", grid=(4, 4)))
 
 
 def test_copy_made_inside_dense_works_in_every_thread() -> None:
@@ -90,7 +90,7 @@ def test_dense_refuses_other_threads() -> None:
     out = run(model, arguments)
     refused: list[RuntimeError] = []
 
-    def elsewhere() -> None:
+    def in_other_thread() -> None:
         for call in (lambda: run(model, arguments), dense(model).__enter__):
             try:
                 call()
@@ -98,7 +98,7 @@ def test_dense_refuses_other_threads() -> None:
                 refused.append(error)
 
     with dense(model):
-        worker = threading.Thread(target=elsewhere)
+        worker = threading.Thread(target=in_other_thread)
         worker.start()
         worker.join()
         assert not torch.allclose(run(model, arguments), out, atol=1e-4)

@@ -151,7 +151,7 @@ def test_text_masks_are_taken_over(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "told"),
+    ("mask", "message"),
     [
         (torch.ones(38, 38, dtype=torch.bool), "mask of keys"),
         (torch.ones(2, 1, 38, 38, dtype=torch.bool).tril(), "hide text tokens only"),
@@ -161,11 +161,11 @@ def test_text_masks_are_taken_over(kind: str) -> None:
     ],
     ids=["tokens x tokens", "causal", "image", "bias", "heads differ"],
 )
-def test_other_masks_are_refused(mask: Tensor, told: str) -> None:
+def test_other_masks_are_refused(mask: Tensor, message: str) -> None:
     model = build("flux")
     arguments = {**inputs_of("flux"), "joint_attention_kwargs": {"attention_mask": mask}}
     linearize_(model, SMALL)
-    with pytest.raises(LayoutError, match=told):
+    with pytest.raises(LayoutError, match=message):
         run(model, arguments)
 
 
@@ -182,7 +182,7 @@ def test_mask_on_a_unet_is_refused_unless_it_hides_nothing() -> None:
         run(model, arguments)
 
 
-class _Passes(ModelHook):
+class _CountCalls(ModelHook):
     """An accelerate hook that counts its calls."""
 
     calls = 0
@@ -195,7 +195,7 @@ class _Passes(ModelHook):
 @pytest.mark.parametrize("hooked_first", [True, False])
 def test_accelerate_hooks_on_attention_keep_the_window(hooked_first: bool) -> None:
     model, arguments = build("flux"), inputs_of("flux")
-    base, hook, attention = run(model, arguments), _Passes(), model.transformer_blocks[0].attn
+    base, hook, attention = run(model, arguments), _CountCalls(), model.transformer_blocks[0].attn
     linearize_(model, SMALL)
     windowed = run(model, arguments)
     if hooked_first:

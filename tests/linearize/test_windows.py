@@ -43,7 +43,7 @@ def kernel_of(config: Any, *, num_heads: int = 1) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("method", "entries", "told"),
+    ("method", "entries", "message"),
     [
         ("clear", {"radius": 0}, "radius must be > 0"),
         ("clear", {"radius": -1.5}, "radius must be > 0"),
@@ -72,8 +72,8 @@ def kernel_of(config: Any, *, num_heads: int = 1) -> Any:
         ("slidingtile", {"tile": 8}, "lacks required settings: window"),
     ],
 )
-def test_bad_settings_are_refused(method: str, entries: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_settings_are_refused(method: str, entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         config_from_dict({"method": method, **entries})
 
 
@@ -121,10 +121,10 @@ COUNTED_AT = [(5, 7), (6, 4), (4, 5), (1, 9), (3, 4, 5)]
     ids=str,
 )
 def test_pairs_and_covers_are_exact(config: Any, grid: tuple[int, ...]) -> None:
-    near, num_image = pairs_by_hand(grid, config.shape), math.prod(grid)
+    in_window, num_image = pairs_by_hand(grid, config.shape), math.prod(grid)
     pairs = METHODS[type(config)].pairs(config, grid, 4, num_heads=1, head_dim=4)
-    assert pairs == near.sum() + num_image * 4 + 4 * (4 + num_image)
-    assert kernel_of(config).is_exact(Layout(grid, 4, True)) == near.all()
+    assert pairs == in_window.sum() + num_image * 4 + 4 * (4 + num_image)
+    assert kernel_of(config).is_exact(Layout(grid, 4, True)) == in_window.all()
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"])
@@ -159,9 +159,9 @@ def test_receptive_field_in_a_model_is_the_window(config: Any, family: str) -> N
     model = build(family)
     linearize_(model, config, impl="tiled")
     for name, (module, args, kwargs) in attention_calls(model, inputs_of(family, batch=1)).items():
-        near = pairs_by_hand(module._lineardit_level.grid, config.shape)
-        image_changed, text_changed = changed_by_each_image_token(module, args, kwargs, near.shape[0])
-        assert torch.equal(image_changed, near), name
+        in_window = pairs_by_hand(module._lineardit_level.grid, config.shape)
+        image_changed, text_changed = changed_by_each_image_token(module, args, kwargs, in_window.shape[0])
+        assert torch.equal(image_changed, in_window), name
         assert text_changed.all(), name
 
 
@@ -179,12 +179,12 @@ def test_frame_radius_is_refused_in_an_image_model_on_every_call(config: Any, im
 def test_window_in_a_video_model_sees_frames_within_frame_radius(impl: str) -> None:
     arguments = inputs_of("wan", grid=(4, 5), batch=1)
     latents = torch.randn(1, 4, 3, 8, 10)
-    moved = latents.clone()
-    moved[:, :, 2] += 1
+    perturbed = latents.clone()
+    perturbed[:, :, 2] += 1
     for frame_radius, expected in [(1, [False, False, True]), (2, [False, True, True]), (3, [True, True, True])]:
         model = build("wan", num_layers=1)
         linearize_(model, Clear(radius=3, frame_radius=frame_radius), impl=impl)
-        outs = [run(model, {**arguments, "hidden_states": tokens}) for tokens in (latents, moved)]
+        outs = [run(model, {**arguments, "hidden_states": tokens}) for tokens in (latents, perturbed)]
         assert [
             bool((one != other).any()) for one, other in zip(*(out.unbind(2) for out in outs), strict=True)
         ] == expected

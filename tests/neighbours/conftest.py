@@ -75,9 +75,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def pipe(family: str) -> diffusers.DiffusionPipeline:
-    made = BUILD_PIPELINE[family]()
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipeline = BUILD_PIPELINE[family]()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture

@@ -45,11 +45,11 @@ class _Steps:
             pytest.skip(f"this diffusers has no {config}")
         if name in ("pyramid_attention_broadcast", "faster_cache"):
             arguments = arguments | {"current_timestep_callback": lambda: self.time}
-        made = getattr(hooks, config)(**arguments)
+        cache_config = getattr(hooks, config)(**arguments)
         if hasattr(model, "enable_cache"):
-            model.enable_cache(made)
+            model.enable_cache(cache_config)
         else:
-            getattr(hooks, f"apply_{name}")(model, made)
+            getattr(hooks, f"apply_{name}")(model, cache_config)
 
 
 @pytest.mark.parametrize("cached_first", [True, False])

@@ -153,9 +153,9 @@ def test_swapping_whole_weights_under_a_fused_style_is_refused(
     load_adapter_(pipe, adapter)
     styled = forward(pipe)
     pipe.fuse_lora()
-    for way_back in (restore_, lambda pipe: dense(pipe).__enter__()):
+    for undo in (restore_, lambda pipe: dense(pipe).__enter__()):
         with pytest.raises(ValueError, match="unfuse_lora first"):
-            way_back(pipe)
+            undo(pipe)
     assert torch.allclose(forward(pipe), styled, atol=1e-4)
     pipe.unfuse_lora()
     restore_(pipe)

@@ -188,13 +188,13 @@ def test_group_offload_registers_weights_loaded_later(
     load_adapter_(pipe, adapter)
     student, model, seen = forward(pipe), denoiser(pipe)[1], set()
     restore_(pipe)
-    make = group_offloading.ModuleGroup.__init__
+    create = group_offloading.ModuleGroup.__init__
 
-    def made(group: Any, *args: Any, **kwargs: Any) -> None:
-        make(group, *args, **kwargs)
+    def record(group: Any, *args: Any, **kwargs: Any) -> None:
+        create(group, *args, **kwargs)
         seen.update(group.parameters, *(module.parameters() for module in group.modules))
 
-    monkeypatch.setattr(group_offloading.ModuleGroup, "__init__", made)
+    monkeypatch.setattr(group_offloading.ModuleGroup, "__init__", record)
     model.enable_group_offload(CPU, offload_type=offload_type, num_blocks_per_group=1)
     load_adapter_(pipe, adapter)
     assert seen >= set(model.parameters())
