@@ -9,7 +9,7 @@ from lineardit import Clear, linearize_
 from lineardit.pipelines.plan import Settings
 
 PROMPT = "a red circle"
-FEW = Settings(steps=2)
+FEW_STEPS = Settings(steps=2)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -54,10 +54,10 @@ CASCADES: dict[str, Callable[[], Any] | None] = {
     "z-image": partial(vae, 4),
     "lumina2": partial(vae, 4, blocks=4),
 }
-NEITHER = ("height", "width", "output_type", "use_resolution_binning")
+LEFT_OUT = ("height", "width", "output_type", "use_resolution_binning")
 
 
-def made(name: str) -> tuple[Any, dict[str, Any]]:
+def pipeline_and_arguments(name: str) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its call besides a size."""
     stock = STOCK[name]
     try:
@@ -71,12 +71,12 @@ def made(name: str) -> tuple[Any, dict[str, Any]]:
         pipe.vae.bn.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3, -0.4]))
         pipe.vae.bn.running_var.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
     pipe.set_progress_bar_config(disable=True)
-    return pipe, {key: value for key, value in stock.arguments().items() if key not in NEITHER}
+    return pipe, {key: value for key, value in stock.arguments().items() if key not in LEFT_OUT}
 
 
 def cascade_of(name: str) -> tuple[Any, dict[str, Any], int]:
     """A converted cascade, its arguments, and a side in pixels that the model can make."""
-    pipe, arguments = made(name)
+    pipe, arguments = pipeline_and_arguments(name)
     if name == "z-image":
         pipe.transformer.register_to_config(axes_lens=(512, 512, 512))
     linearize_(pipe, Clear(radius=1.5))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cascade_case import FEW, PROMPT, converted
+from cascade_case import FEW_STEPS, PROMPT, converted
 from diffusers import FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
@@ -24,14 +24,14 @@ def test_generate_makes_large_sizes_in_stages_and_resumes(tmp_path: Path, monkey
     pipe, out = converted(), tmp_path / "out.png"
     call: dict[str, Any] = {"size": (50, 62), "steps": 2, "max_sequence_length": 8}
     steps = 0
-    own = type(pipe.transformer).forward
+    forward = type(pipe.transformer).forward
 
     def count(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == 14:
             raise RuntimeError("power cut")
-        return own(*args, **kwargs)
+        return forward(*args, **kwargs)
 
     monkeypatch.setattr(type(pipe.transformer), "forward", count)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -86,12 +86,13 @@ def test_non_finite_latents_of_a_stage_end_the_cascade(tmp_path: Path, monkeypat
     """The VAE would decode them to a black picture, which the next stage would enlarge."""
     pipe, out = converted(), tmp_path / "out.png"
     call: dict[str, Any] = {"size": (32, 28), "steps": 2, "max_sequence_length": 8}
-    own, steps = type(pipe.transformer).forward, 0
+    forward, steps = type(pipe.transformer).forward, 0
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        return tuple(one * (float("nan") if steps <= 2 else 1) for one in own(*args, **kwargs))  # the first stage
+        factor = float("nan") if steps <= 2 else 1  # NaN in the first stage
+        return tuple(factor * output for output in forward(*args, **kwargs))
 
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.transformer), "forward", broken)
@@ -126,7 +127,7 @@ def test_generate_at_native_size_accepts_any_scheduler(tmp_path: Path) -> None:
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler"):
         generate(pipe, [PROMPT], tmp_path / "a.png", size=(128, 128), steps=1, max_sequence_length=8)
-    assert cascade_for_size(pipe, 64, 64, FEW, steps=1, text_len=8, requested=None) is None
+    assert cascade_for_size(pipe, 64, 64, FEW_STEPS, steps=1, text_len=8, requested=None) is None
 
 
 def test_undecoded_latents_of_a_cascade_can_be_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,13 +145,13 @@ def test_undecoded_latents_of_a_cascade_can_be_decoded_later(tmp_path: Path, mon
         assert file.metadata()["prompt"] == PROMPT
     shutil.copy(latents, tmp_path / "copy.latents.safetensors")
     with monkeypatch.context() as patch:
-        own = type(pipe.transformer).forward
-        patch.setattr(type(pipe.transformer), "forward", wraps(own)(lambda *_, **__: pytest.fail("denoised again")))
+        forward = type(pipe.transformer).forward
+        patch.setattr(type(pipe.transformer), "forward", wraps(forward)(lambda *_, **__: pytest.fail("denoised again")))
         generate(pipe, [PROMPT], copy, **call, about={"model": str(tmp_path / "base")})
     assert not (tmp_path / "copy.latents.safetensors").exists()
-    made = decode_file(latents, device=torch.device("cpu"), dtype=torch.float32)
-    assert made == out and not latents.exists()
-    with Image.open(out) as image, Image.open(tmp_path / "wanted.png") as wanted:
-        assert numpy.array_equal(numpy.asarray(image), numpy.asarray(wanted))
-        assert numpy.array_equal(numpy.asarray(Image.open(copy)), numpy.asarray(wanted))
+    path = decode_file(latents, device=torch.device("cpu"), dtype=torch.float32)
+    assert path == out and not latents.exists()
+    with Image.open(out) as image, Image.open(tmp_path / "wanted.png") as expected:
+        assert numpy.array_equal(numpy.asarray(image), numpy.asarray(expected))
+        assert numpy.array_equal(numpy.asarray(Image.open(copy)), numpy.asarray(expected))
         assert image.info["seed"] == "0"

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from cascade_case import seeded
-from model_cascades import CASCADES, cascade_of, made
+from model_cascades import CASCADES, cascade_of, pipeline_and_arguments
 from PIL import Image
 from whole_pipelines import WHOLE
 
@@ -53,13 +53,13 @@ def test_cascade_makes_the_size_and_restores_the_model(name: str) -> None:
 def test_position_table_is_stretched_beyond_its_end(name: str) -> None:
     high, arguments, _ = cascade_of(name)
     model = denoiser(high)[1]
-    own, multiple = table_side(model), size_multiple(high)
-    assert own is not None
-    small, large = (own * multiple, own * multiple), ((own + 2) * multiple, own * multiple)
+    covered, multiple = table_side(model), size_multiple(high)
+    assert covered is not None
+    small, large = (covered * multiple, covered * multiple), ((covered + 2) * multiple, covered * multiple)
     plan = high.plan(*small, settings=Settings(steps=1))
     assert not any("stretched" in note for note in plan.notes)
     plan = high.plan(*large, settings=Settings(steps=1))
-    assert f"covers {own * multiple} pixels a side and is stretched beyond" in "\n".join(plan.notes)
+    assert f"covers {covered * multiple} pixels a side and is stretched beyond" in "\n".join(plan.notes)
     assert plan.stages[-1].gib > plan.stages[0].gib
     embedding = model.patch_embed if name == "cogview3-plus" else model.pos_embed
     table, before = embedding.pos_embed, embedding.pos_embed.clone()
@@ -67,7 +67,7 @@ def test_position_table_is_stretched_beyond_its_end(name: str) -> None:
     last = replace(plan, stages=plan.stages[-1:])
     (image, _) = high(plan=last, image=picture, generator=seeded(), **arguments).images
     assert image.size == large[::-1]
-    assert table_side(model) == own
+    assert table_side(model) == covered
     assert embedding.pos_embed is table and torch.equal(table, before)
 
 
@@ -76,19 +76,19 @@ def test_stretched_positions_interpolate_the_models_own(name: str) -> None:
     """In a table twice as fine, every second entry is one of the model's own."""
     model = denoiser(cascade_of(name)[0])[1]
     embedding = model.patch_embed if name == "cogview3-plus" else model.pos_embed
-    own = table_side(model)
-    assert own is not None
+    covered = table_side(model)
+    assert covered is not None
     kept = embedding.pos_embed
-    table = kept.reshape(own, own, -1)
-    side = 2 * own - 1
+    table = kept.reshape(covered, covered, -1)
+    side = 2 * covered - 1
     with positions_stretched(model, side, torch.device("cpu")):
         finer = embedding.pos_embed.reshape(side, side, -1)
         assert table_side(model) == side
         assert embedding.pos_embed.dtype == table.dtype
     assert torch.allclose(finer[::2, ::2], table, atol=1e-5)
     assert torch.allclose(finer[1:-1:2, ::2], (table[1:] + table[:-1]) / 2, atol=0.2)
-    with positions_stretched(model, own, torch.device("cpu")):
-        assert embedding.pos_embed is kept and table_side(model) == own
+    with positions_stretched(model, covered, torch.device("cpu")):
+        assert embedding.pos_embed is kept and table_side(model) == covered
 
 
 # every model in bfloat16, as it is used, and four in float32
@@ -113,13 +113,13 @@ def test_forwards_of_counts_the_forwards_of_a_step(name: str) -> None:
 
     def note(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
-        batches.append(len(next(given[one] for one in ("hidden_states", "sample", "x") if one in given)))
+        batches.append(len(next(given[key] for key in ("hidden_states", "sample", "x") if key in given)))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     steps = 2
     if "true_cfg_scale" in arguments:  # such pipelines guide only with negative prompts
-        arguments = {one: value for one, value in arguments.items() if not one.startswith("negative")}
-    arguments = {one: value for one, value in arguments.items() if one not in ("guidance_scale", "true_cfg_scale")}
+        arguments = {key: value for key, value in arguments.items() if not key.startswith("negative")}
+    arguments = {key: value for key, value in arguments.items() if key not in ("guidance_scale", "true_cfg_scale")}
     high(height=side, width=side, num_inference_steps=steps, generator=seeded(), output_type="latent", **arguments)
     handle.remove()
     images = 2  # two prompts
@@ -145,12 +145,12 @@ def test_plan_estimates_time_with_layerwise_casting() -> None:
 
 def test_plan_refuses_bad_counts() -> None:
     high, _, side = cascade_of("sd3")
-    for counts, said in (
+    for counts, message in (
         ({"batch": 0}, "batch must be an integer >= 1, got 0"),
         ({"batch": None}, "batch must be an integer >= 1, got None"),
         ({"text_len": 1.5}, "text_len must be an integer >= 1, got 1.5"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             high.plan(side, side, **counts)
 
 
@@ -182,28 +182,28 @@ def test_picture_is_kept_with_almost_no_noise(name: str) -> None:
     plan = Plan(height=side, width=side, stages=(replace(stage, height=side, width=2 * side),))
     latents = high(plan=plan, image=picture, generator=seeded(), output_type="latent", **arguments).images
     pixels = high.image_processor.preprocess(picture, height=side, width=2 * side)
-    wanted = encode_faithfully(high.vae, pixels, tile=None)
+    expected = encode_faithfully(high.vae, pixels, tile=None)
     if packs_latents(high):
         if name.startswith("flux2"):
-            of_pipeline = high._pack_latents(high._patchify_latents(wanted))
+            packed = high._pack_latents(high._patchify_latents(expected))
         else:
-            of_pipeline = high._pack_latents(wanted, 1, *wanted.shape[1:])
-        assert torch.equal(pack_latents(wanted), of_pipeline)
-        latents = unpack_latents(latents, *wanted.shape[-2:])
-    assert latents.shape == (2, *wanted.shape[1:])
-    assert (latents - wanted).abs().max() < 0.25 * max(1.0, float(wanted.std()))
+            packed = high._pack_latents(expected, 1, *expected.shape[1:])
+        assert torch.equal(pack_latents(expected), packed)
+        latents = unpack_latents(latents, *expected.shape[-2:])
+    assert latents.shape == (2, *expected.shape[1:])
+    assert (latents - expected).abs().max() < 0.25 * max(1.0, float(expected.std()))
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_from_pipe_refuses_models_without_a_cascade(name: str) -> None:
-    pipe, _ = made(name)
+    pipe, _ = pipeline_and_arguments(name)
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
         HighResolutionPipeline.from_pipe(pipe)
 
 
 @pytest.mark.parametrize("name", CASCADES)
 def test_native_side_and_first_steps_are_the_pipelines_own(name: str) -> None:
-    pipe, _ = made(name)
+    pipe, _ = pipeline_and_arguments(name)
     high = HighResolutionPipeline.from_pipe(pipe)
     sides = {"auraflow": 1024, "krea2": 1024, "flux2": 1024, "flux2-klein": 1024, "prx": 512}  # others in their configs
     assert high.native_size == sides.get(name, high.native_size) == HighResolutionPipeline.from_pipe(high).native_size
@@ -213,14 +213,14 @@ def test_native_side_and_first_steps_are_the_pipelines_own(name: str) -> None:
 
 def test_positional_arguments_are_those_of_the_stock_pipeline() -> None:
     high, arguments, side = cascade_of("sd")
-    made = [
+    images = [
         high(*given, generator=seeded(), output_type="latent", **arguments, **named).images
         for given, named in (
             ((None, side, side, 2), {}),
             ((), {"height": side, "width": side, "num_inference_steps": 2}),
         )
     ]
-    assert torch.equal(*made)
+    assert torch.equal(*images)
     pixart, arguments, side = cascade_of("pixart-sigma")
     with pytest.raises(TypeError, match="unexpected keyword argument 'callback_on_step_end'"):
         pixart(callback_on_step_end=lambda *_: {}, **arguments)
@@ -229,15 +229,15 @@ def test_positional_arguments_are_those_of_the_stock_pipeline() -> None:
 def test_low_frequencies_follow_in_unpacked_latents() -> None:
     high, arguments, side = cascade_of("sd3")
     call: dict[str, Any] = {"output_type": "latent", **arguments}
-    made = []
+    images = []
     for follow in (0.0, 1.0):
         plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=4, follow=follow))
-        made.append(high(plan=plan, generator=seeded(), **call).images)
-    assert made[0].shape == made[1].shape and not torch.allclose(*made)
+        images.append(high(plan=plan, generator=seeded(), **call).images)
+    assert images[0].shape == images[1].shape and not torch.allclose(*images)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "settings", "said"),
+    ("name", "size", "settings", "message"),
     [
         ("sd", 128, Settings(follow=0.5), "follow needs flow matching .* is a DDIMScheduler: leave it out, got 0.5"),
         ("sd", 128, Settings(shift=3.0), "shift needs a flow-matching scheduler, not a DDIMScheduler"),
@@ -248,14 +248,14 @@ def test_low_frequencies_follow_in_unpacked_latents() -> None:
         ("z-image", 20000, Settings(), "positions for at most .* pixels a side"),
     ],
 )
-def test_plan_refuses_settings_that_a_model_lacks(name: str, size: int, settings: Settings, said: str) -> None:
+def test_plan_refuses_settings_that_a_model_lacks(name: str, size: int, settings: Settings, message: str) -> None:
     high, _, _ = cascade_of(name)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         high.plan(size, size, settings=settings)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"shift": 3.0}, "shift needs a flow-matching scheduler, not a DDIMScheduler: leave it out, got 3.0"),
         ({"follow": 0.5}, "follow needs flow matching .*, the scheduler is a DDIMScheduler"),
@@ -265,11 +265,11 @@ def test_plan_refuses_settings_that_a_model_lacks(name: str, size: int, settings
         ({"strength": 0.001}, "a DDIMScheduler has at most 1 steps at strength 0.001, got 8"),
     ],
 )
-def test_call_refuses_stage_settings_that_a_model_lacks(change: dict[str, Any], said: str) -> None:
+def test_call_refuses_stage_settings_that_a_model_lacks(change: dict[str, Any], message: str) -> None:
     high, arguments, side = cascade_of("sd")
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2)
     plan = replace(plan, stages=(plan.stages[0], replace(plan.stages[1], **change)))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         high(plan=plan, **arguments)
     with pytest.raises(TypeError, match=r"strength is a setting of the stages .*pipelines\.Settings\(strength=0\.4\)"):
         high(strength=0.4, **arguments)
@@ -288,9 +288,9 @@ def test_cascade_runs_the_safety_checker() -> None:
 
     high.safety_checker, high.run_safety_checker = object(), check
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=2))
-    made = high(plan=plan, generator=seeded(), **arguments)
-    assert seen == [(2, 3, 2 * side, 2 * side)] and {image.getextrema() for image in made.images} == {((0, 0),) * 3}
-    assert made.nsfw_content_detected == [True, True]
+    result = high(plan=plan, generator=seeded(), **arguments)
+    assert seen == [(2, 3, 2 * side, 2 * side)] and {image.getextrema() for image in result.images} == {((0, 0),) * 3}
+    assert result.nsfw_content_detected == [True, True]
     latents = high(plan=plan, generator=seeded(), output_type="latent", return_dict=False, **arguments)
     assert len(latents) == 2 and latents[1] is None
 
@@ -300,27 +300,27 @@ def test_callback_can_encode_another_text() -> None:
     high = HighResolutionPipeline.from_pipe(pipe, native_size=64)
     high.set_progress_bar_config(disable=True)
     plan = high.plan(128, 128, num_inference_steps=2, settings=Settings(steps=2))
-    texts, made = ["a green cross", "a cyan square on mint"], []
+    texts, encoded = ["a green cross", "a cyan square on mint"], []
 
     def switch(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
         if step == 0:
-            made.append(pipe.encode_prompt(texts[len(made)], pipe.device, 1, True)[0])
+            encoded.append(pipe.encode_prompt(texts[len(encoded)], pipe.device, 1, True)[0])
         return {}
 
     high("a red circle", plan=plan, generator=seeded(), output_type="latent", callback_on_step_end=switch)
-    wanted = [pipe.encode_prompt(text, pipe.device, 1, True)[0] for text in texts]
-    assert torch.equal(made[0], wanted[0]) and torch.equal(made[1], wanted[1])
+    expected = [pipe.encode_prompt(text, pipe.device, 1, True)[0] for text in texts]
+    assert torch.equal(encoded[0], expected[0]) and torch.equal(encoded[1], expected[1])
 
 
 def test_replaced_encode_prompt_is_used_and_kept() -> None:
     high = HighResolutionPipeline.from_pipe(WHOLE["sd"][0](), native_size=64)
     high.set_progress_bar_config(disable=True)
     plan = high.plan(128, 128, num_inference_steps=1, settings=Settings(steps=1))
-    own, calls = high.encode_prompt, []
+    original, calls = high.encode_prompt, []
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         calls.append(0)
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
 
     high.encode_prompt = encode
     for count in (1, 2):
@@ -333,14 +333,14 @@ def test_diffusers_callbacks_get_the_tensors_they_request() -> None:
     plan = high.plan(2 * side, 2 * side, num_inference_steps=2, settings=Settings(steps=2))
     call: dict[str, Any] = {"plan": plan, "output_type": "latent", **arguments}
     cutoff = diffusers.callbacks.SD3CFGCutoffCallback(cutoff_step_ratio=0.5)
-    made = high(generator=seeded(), callback_on_step_end=cutoff, **call).images
-    assert made.isfinite().all()
+    images = high(generator=seeded(), callback_on_step_end=cutoff, **call).images
+    assert images.isfinite().all()
     inputs: dict[str, Any] = {"callback_on_step_end_tensor_inputs": [], "callback_on_step_end": lambda *_: {}}
-    assert high(generator=seeded(), **inputs, **call).images.shape == made.shape
+    assert high(generator=seeded(), **inputs, **call).images.shape == images.shape
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"prompt": []}, "prompt must hold at least one string"),
         ({"prompt": 5}, "prompt must be a string or a list of strings, got a int"),
@@ -349,8 +349,8 @@ def test_diffusers_callbacks_get_the_tensors_they_request() -> None:
         ({"prompt": "a", "prompt_embeds": torch.zeros(1, 4, 32)}, "Provide either `prompt` or `prompt_embeds`"),
     ],
 )
-def test_call_refuses_bad_input_before_encoding_the_picture(change: dict[str, Any], said: str) -> None:
+def test_call_refuses_bad_input_before_encoding_the_picture(change: dict[str, Any], message: str) -> None:
     high, _, side = cascade_of("sd")
     high.vae.encode = None
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         high(image=Image.new("RGB", (side, side)), height=2 * side, width=2 * side, **change)

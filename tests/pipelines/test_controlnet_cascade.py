@@ -18,9 +18,9 @@ NETWORKS = ("transformer", "controlnet")
 
 @pytest.fixture
 def pipe() -> Any:
-    made = controlnets.flux()
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipeline = controlnets.flux()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture(params=["PIL", "tensor"])
@@ -40,13 +40,13 @@ def latents(pipe: Any, **given: Any) -> Tensor:
 
 def test_native_stage_is_the_unconverted_stock_call(pipe: Any, arguments: dict[str, Any]) -> None:
     size = {"height": 32, "width": 32, "num_inference_steps": 2}
-    wanted = latents(pipe, **size, **arguments)
+    expected = latents(pipe, **size, **arguments)
     for part in (pipe, pipe.controlnet):
         linearize_(part, Clear(radius=1.5))
     high = HighResolutionPipeline.from_pipe(pipe, native_size=32)
     assert high.controlnet is pipe.controlnet
-    assert same(latents(high, **size, **arguments), wanted)
-    assert not torch.allclose(latents(pipe, **size, **arguments), wanted, atol=1e-4)
+    assert same(latents(high, **size, **arguments), expected)
+    assert not torch.allclose(latents(pipe, **size, **arguments), expected, atol=1e-4)
 
 
 def test_controlnet_is_used_with_the_settings_of_every_stage(pipe: Any, arguments: dict[str, Any]) -> None:
@@ -59,21 +59,21 @@ def test_controlnet_is_used_with_the_settings_of_every_stage(pipe: Any, argument
     seen: dict[str, list[tuple[Any, ...]]] = {name: [] for name in NETWORKS}
     for name in NETWORKS:
 
-        def look(network: Any, _: Any, given: dict[str, Any], name: str = name) -> None:
+        def record(network: Any, _: Any, given: dict[str, Any], name: str = name) -> None:
             ids, base, conversion = given["img_ids"], network.pos_embed.theta, network._lineardit_conversion
             seen[name].append(
                 (high.stage_number, ids.dtype, len(ids), base, conversion.enabled, conversion.logit_factor)
             )
 
-        getattr(pipe, name).register_forward_pre_hook(look, with_kwargs=True)
-    own = pipe.transformer.pos_embed.theta
+        getattr(pipe, name).register_forward_pre_hook(record, with_kwargs=True)
+    theta = pipe.transformer.pos_embed.theta
     steered = latents(high, plan=plan, **arguments)
     assert set(seen["transformer"]) == set(seen["controlnet"])
     assert [(stage, *rest) for stage, _, _, *rest in seen["controlnet"]] == [
-        (number, own if number == 0 else 3 * own, number > 0, stage.logit_factor)
+        (number, theta if number == 0 else 3 * theta, number > 0, stage.logit_factor)
         for number, stage in enumerate(plan.stages)
     ]
     assert {dtype for _, dtype, *_ in seen["controlnet"]} == {torch.float32}
-    assert [pipe.transformer.pos_embed.theta, pipe.controlnet.pos_embed.theta] == [own, own]
+    assert [pipe.transformer.pos_embed.theta, pipe.controlnet.pos_embed.theta] == [theta, theta]
     unsteered = latents(high, plan=plan, **arguments, controlnet_conditioning_scale=0.0)
     assert unsteered.shape == steered.shape and not torch.allclose(unsteered, steered, atol=1e-4)

@@ -15,12 +15,12 @@ from lineardit.pipelines.files import PictureJob, missing_pictures, plan_files, 
 LATENTS = torch.zeros(1, 4, 16)  # tokens of 8 x 8 pixels
 
 
-def wanted(path: Path, prompt: str) -> PictureJob:
+def make_job(path: Path, prompt: str) -> PictureJob:
     return PictureJob(path=path, prompt=prompt, seed=0, text={"prompt": prompt, "size": "8x8"})
 
 
 def test_latents_of_another_picture_are_not_overwritten(tmp_path: Path) -> None:
-    one, other = (wanted(tmp_path / "out.png", prompt) for prompt in ("a circle", "a square"))
+    one, other = (make_job(tmp_path / "out.png", prompt) for prompt in ("a circle", "a square"))
     write_latents(one.latents, LATENTS, {**one.text, "stages": "[]"})
     assert missing_pictures([one]) == [one]
     with pytest.raises(ValueError, match=r"out.latents.safetensors holds another picture, not decoded yet"):
@@ -32,17 +32,17 @@ def test_decode_file_removes_only_its_own_latents(tmp_path: Path) -> None:
     one, other = (tmp_path / f"{name}.latents.safetensors" for name in "ab")
     for file in (one, other):
         write_latents(file, LATENTS, {"model": str(tmp_path / "base"), "size": "8x8"})
-    how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
-    assert decode_file(one, tmp_path / "b.png", **how).is_file()
+    options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    assert decode_file(one, tmp_path / "b.png", **options).is_file()
     assert one.exists() and other.exists()
     stages = tmp_path / "a.stages"
     stages.mkdir()
     for number, prompt in enumerate(("", "of another picture")):
-        said = {"model": str(tmp_path / "base"), "size": "8x8"} | ({"prompt": prompt} if prompt else {})
-        write_latents(stages / f"{number}.latents.safetensors", LATENTS, said)
-    assert decode_file(one, **how) == tmp_path / "a.png"
+        metadata = {"model": str(tmp_path / "base"), "size": "8x8"} | ({"prompt": prompt} if prompt else {})
+        write_latents(stages / f"{number}.latents.safetensors", LATENTS, metadata)
+    assert decode_file(one, **options) == tmp_path / "a.png"
     with pytest.raises(ValueError, match=r"a\.png does: its latents were decoded and removed"):
-        decode_file(one, **how)
+        decode_file(one, **options)
     assert [file.name for file in stages.iterdir()] == ["1.latents.safetensors"]
     assert not one.exists() and other.exists()
 
@@ -58,6 +58,6 @@ def test_full_disk_error_names_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_more_pictures_do_not_rename_the_first(tmp_path: Path) -> None:
-    few, many = (plan_files(["a"] * count, tmp_path, seed=0, text={}) for count in (2, 1002))
-    assert [one.path for one in many[:2]] == [one.path for one in few]
-    assert [one.path.name for one in many[998:]] == ["998.png", "999.png", "1000.png", "1001.png"]
+    first, jobs = (plan_files(["a"] * count, tmp_path, seed=0, text={}) for count in (2, 1002))
+    assert [job.path for job in jobs[:2]] == [job.path for job in first]
+    assert [job.path.name for job in jobs[998:]] == ["998.png", "999.png", "1000.png", "1001.png"]

@@ -28,11 +28,11 @@ def pipe() -> Any:
 
 
 def pixels(files: list[Path]) -> numpy.ndarray:
-    made = []
+    arrays = []
     for file in files:
         with Image.open(file) as image:
-            made.append(numpy.asarray(image, numpy.int16))
-    return numpy.stack(made)
+            arrays.append(numpy.asarray(image, numpy.int16))
+    return numpy.stack(arrays)
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
@@ -42,10 +42,10 @@ def test_step_adds_the_generators_noise_to_the_predicted_clean_latents(return_di
     sigma, following = scheduler.sigmas[:2]
     latents, velocity = torch.randn(2, 2, 3, 4, 5, generator=seeded(9))
     with draw_noise_from(scheduler, [seeded(1), seeded(2)]):
-        made = scheduler.step(velocity, scheduler.timesteps[0], latents, return_dict=return_dict)[0]
+        actual = scheduler.step(velocity, scheduler.timesteps[0], latents, return_dict=return_dict)[0]
     noise = torch.stack([torch.randn(3, 4, 5, generator=seeded(seed)) for seed in (1, 2)])
-    wanted = (1 - following) * (latents - sigma * velocity) + following * noise
-    torch.testing.assert_close(made, wanted)
+    expected = (1 - following) * (latents - sigma * velocity) + following * noise
+    torch.testing.assert_close(actual, expected)
     assert scheduler.step_index == 1 and "step" not in vars(scheduler)
 
 
@@ -67,17 +67,17 @@ def test_first_stage_of_a_cascade_is_the_picture_of_generate(tmp_path: Path) -> 
     plan = high.plan(32, 32, num_inference_steps=3, settings=Settings(steps=1))
     seen = []
 
-    def keep(_pipe: Any, _number: int, made: dict[str, Any]) -> None:
-        seen.extend(made.get("images", ()))
+    def keep(_pipe: Any, _number: int, outputs: dict[str, Any]) -> None:
+        seen.extend(outputs.get("images", ()))
 
     call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
-    made = [high(PROMPTS[0], generator=seeded(3), callback_on_stage_end=keep, **call).images for _ in range(2)]
+    images = [high(PROMPTS[0], generator=seeded(3), callback_on_stage_end=keep, **call).images for _ in range(2)]
     first = plan.stages[0]
     with dense(pipe):
         (file,) = generate(
             pipe, PROMPTS[:1], tmp_path / "out.png", **CALL | {"size": (first.height, first.width)}, cascade=False
         )
-    assert torch.equal(*made)
+    assert torch.equal(*images)
     assert numpy.array_equal(numpy.asarray(seen[0]), pixels([file])[0])
 
 

@@ -81,7 +81,7 @@ def test_generate_saves_latents_before_it_decodes(
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("decoder")
 
-    wanted = expected(pipe, PROMPTS[0], 0, "latent")
+    expected_latents = expected(pipe, PROMPTS[0], 0, "latent")
     monkeypatch.setattr(pipe.vae, "decode", fail)
     with pytest.raises(torch.OutOfMemoryError):
         generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL)
@@ -89,7 +89,7 @@ def test_generate_saves_latents_before_it_decodes(
     assert [path.name for path in tmp_path.iterdir()] == [latents.name]
     assert str(latents) in caplog.text
     with safe_open(latents, framework="pt") as file:
-        assert torch.equal(file.get_tensor("latents")[0], wanted)
+        assert torch.equal(file.get_tensor("latents")[0], expected_latents)
         assert file.metadata()["prompt"] == PROMPTS[0]
     monkeypatch.undo()
     generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL)
@@ -105,8 +105,10 @@ def test_generate_makes_the_picture_if_latents_cannot_be_saved(
     generate(pipe, PROMPTS[:1], tmp_path / "out.png", **CALL | {"size": (48, 48)}, cascade=cascade)
     assert pixels(tmp_path / "out.png").shape == (48, 48, 3)
     assert not list(tmp_path.rglob("*.safetensors"))
-    told = "cannot be saved, but the picture is still made: .*/out.latents.safetensors cannot be written: No space left"
-    assert re.search(told, caplog.text)
+    message = (
+        "cannot be saved, but the picture is still made: .*/out.latents.safetensors cannot be written: No space left"
+    )
+    assert re.search(message, caplog.text)
 
 
 @pytest.mark.parametrize("cascade", [False, True])
@@ -180,8 +182,8 @@ def test_generate_warns_once_of_a_truncated_prompt(
 ) -> None:
     long = "a teal cross at the top left on striped mint"
     generate(pipe, [long, PROMPTS[0], long], tmp_path / "a", **CALL)
-    told = "the prompt 'a teal cross at the top left on...' is truncated to 8 tokens (set by --max-sequence-length)"
-    assert caplog.messages.count(f"{told}, losing 'on striped mint'") == 1
+    message = "the prompt 'a teal cross at the top left on...' is truncated to 8 tokens (set by --max-sequence-length)"
+    assert caplog.messages.count(f"{message}, losing 'on striped mint'") == 1
     assert caplog.text.count("is truncated to") == 1
     generate(pipe, [long + " and a blue square"], tmp_path / "b", **CALL | {"max_sequence_length": 64})
     assert caplog.text.count("is truncated to") == 1
@@ -217,7 +219,7 @@ def test_generate_supports_the_callback_of_older_pipelines(
 
 
 @pytest.mark.parametrize(
-    ("radius", "impl", "said"),
+    ("radius", "impl", "message"),
     [
         (2, "reference", "kernel: reference"),
         (2, "tiled", "kernel: tiled"),
@@ -225,13 +227,13 @@ def test_generate_supports_the_callback_of_older_pipelines(
     ],
 )
 def test_generate_logs_the_kernel_that_runs(
-    radius: float, impl: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    radius: float, impl: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = build_tiny()
     linearize_(pipe, Clear(radius=radius), impl=impl)
     with caplog.at_level(logging.INFO):
         generate(pipe, PROMPTS, tmp_path / "pictures", **CALL)
-    assert [record.message for record in caplog.records].count(said) == 1
+    assert [record.message for record in caplog.records].count(message) == 1
 
 
 def test_place_refuses_offload_without_an_accelerator(pipe: FluxPipeline) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cascade_case import FEW, PROMPT, converted, seeded
+from cascade_case import FEW_STEPS, PROMPT, converted, seeded
 from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FluxImg2ImgPipeline,
@@ -36,11 +36,11 @@ def high() -> Any:
 
 def test_from_pipe_shares_the_components(high: Any) -> None:
     pipe = converted()
-    made = HighResolutionPipeline.from_pipe(pipe, native_size=32)
-    assert isinstance(made, HighResolutionPipeline) and isinstance(made, FluxPipeline)
-    assert made.components.keys() == pipe.components.keys()
-    assert all(made.components[name] is part for name, part in pipe.components.items())
-    assert (made.native_size, high.native_size) == (32, 16)
+    other = HighResolutionPipeline.from_pipe(pipe, native_size=32)
+    assert isinstance(other, HighResolutionPipeline) and isinstance(other, FluxPipeline)
+    assert other.components.keys() == pipe.components.keys()
+    assert all(other.components[name] is part for name, part in pipe.components.items())
+    assert (other.native_size, high.native_size) == (32, 16)
     pipe = converted()
     pipe.transformer.to(torch.bfloat16)
     assert HighResolutionPipeline.from_pipe(pipe).transformer.dtype == torch.bfloat16
@@ -48,24 +48,24 @@ def test_from_pipe_shares_the_components(high: Any) -> None:
 
 def test_native_stage_is_the_stock_pipeline_bit_for_bit(high: Any) -> None:
     base = build_tiny()
-    wanted = base(PROMPT, height=16, width=16, generator=seeded(), output_type="latent", **CALL).images
-    made = high(PROMPT, generator=seeded(), output_type="latent", **CALL).images
-    assert torch.equal(made, wanted)
+    expected = base(PROMPT, height=16, width=16, generator=seeded(), output_type="latent", **CALL).images
+    images = high(PROMPT, generator=seeded(), output_type="latent", **CALL).images
+    assert torch.equal(images, expected)
     both = high([PROMPT, "b"], generator=[seeded(), seeded(1)], output_type="latent", **CALL).images
-    assert torch.allclose(both[:1], wanted, atol=1e-5)
+    assert torch.allclose(both[:1], expected, atol=1e-5)
 
 
 def test_later_stage_is_diffusers_image_to_image(high: Any) -> None:
-    """Without scaled positions, following and sharpening, from the same noise and noise levels."""
+    """Without scaled positions, following or sharpening, from the same noise and noise levels."""
     seen: dict[int, dict[str, Any]] = {}
     plan = high.plan(32, 24, num_inference_steps=2, settings=Settings(steps=3, follow=0, sharpen=0, rope_factor=1))
-    made = high(
+    images = high(
         PROMPT,
         plan=plan,
         generator=seeded(),
         max_sequence_length=8,
         output_type="latent",
-        callback_on_stage_end=lambda _pipe, number, what: seen.setdefault(number, {}).update(what),
+        callback_on_stage_end=lambda _pipe, number, outputs: seen.setdefault(number, {}).update(outputs),
     ).images
     assert [stage.attention for stage in plan.stages] == ["original", "converted"]
     assert set(seen) == {0, 1} and set(seen[0]) == {"latents", "images"} and set(seen[1]) == {"latents"}
@@ -77,7 +77,7 @@ def test_later_stage_is_diffusers_image_to_image(high: Any) -> None:
     latents = 2 * latents - high.vae.encode(high.vae.decode(latents).sample).latent_dist.mode()
     latents = (latents - high.vae.config.shift_factor) * high.vae.config.scaling_factor
     (seed,) = torch.randint(2**62, (2,), generator=seeded()).tolist()[1:]
-    wanted = stock(
+    expected = stock(
         PROMPT,
         image=latents,
         height=32,
@@ -90,7 +90,7 @@ def test_later_stage_is_diffusers_image_to_image(high: Any) -> None:
         max_sequence_length=8,
         output_type="latent",
     ).images
-    assert torch.allclose(made, wanted, atol=1e-5)
+    assert torch.allclose(images, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(33, 41), (16, 90)])
@@ -136,11 +136,11 @@ def test_model_is_restored_after_a_call_and_after_an_error(high: Any) -> None:
     assert inside == [(stage.rope_factor, stage.logit_factor, stage.attention == "converted") for stage in plan.stages]
     assert inside[-1][0] > 1 and inside[-1][1] > 1
     for stage in range(len(plan.stages)):
-        reached: list[int] = []
+        steps: list[int] = []
 
-        def stop(*_: Any, stage: int = stage, reached: list[int] = reached) -> dict[str, Any]:
-            reached.append(0)
-            return fail() if len(reached) > stage else {}
+        def stop(*_: Any, stage: int = stage, steps: list[int] = steps) -> dict[str, Any]:
+            steps.append(0)
+            return fail() if len(steps) > stage else {}
 
         with pytest.raises(RuntimeError, match="stop"):
             high(PROMPT, **call, callback_on_step_end=stop)
@@ -157,11 +157,11 @@ def test_rope_factor_is_diffusers_ntk_factor(high: Any) -> None:
     with rope_scaled(high, 10.0):
         cos, _ = high.transformer.pos_embed(ids)
     dims = high.transformer.config.axes_dims_rope
-    wanted = [
+    expected = [
         get_1d_rotary_pos_embed(dim, ids[:, 0], ntk_factor=10.0, use_real=True, repeat_interleave_real=True)[0]
         for dim in dims
     ]
-    assert torch.allclose(cos, torch.cat(wanted, -1), atol=1e-6)
+    assert torch.allclose(cos, torch.cat(expected, -1), atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["original", "converted"])
@@ -181,22 +181,22 @@ def test_saved_cascade_can_be_loaded(high: Any, tmp_path: Path) -> None:
     again = HighResolutionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert swapped(denoiser(again)[1]).keys() == swapped(denoiser(high)[1]).keys() and again.native_size == 16
-    plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
+    plan = high.plan(32, 32, num_inference_steps=1, settings=FEW_STEPS)
     call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
-    made, wanted = (one(PROMPT, generator=seeded(), **call).images for one in (again, high))
-    assert torch.equal(made, wanted)
+    actual, expected = (cascade(PROMPT, generator=seeded(), **call).images for cascade in (again, high))
+    assert torch.equal(actual, expected)
     half = HighResolutionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, native_size=32)
     assert (half.transformer.dtype, half.native_size) == (torch.bfloat16, 32)
 
 
 def test_pickle_keeps_the_cascade(high: Any) -> None:
-    made = pickle.loads(pickle.dumps(high))
-    assert type(made) is type(high) and made.native_size == high.native_size
-    wanted, images = (
-        one(PROMPT, height=32, width=32, generator=seeded(), max_sequence_length=8, num_inference_steps=1).images
-        for one in (high, made)
+    unpickled = pickle.loads(pickle.dumps(high))
+    assert type(unpickled) is type(high) and unpickled.native_size == high.native_size
+    expected, images = (
+        cascade(PROMPT, height=32, width=32, generator=seeded(), max_sequence_length=8, num_inference_steps=1).images
+        for cascade in (high, unpickled)
     )
-    assert list(images[0].getdata()) == list(wanted[0].getdata())
+    assert list(images[0].getdata()) == list(expected[0].getdata())
 
 
 def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None:
@@ -211,7 +211,7 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda plan: {"plan": replace(plan, stages=plan.stages[1:])}, "first stage has strength below 1: give image"),
         (lambda plan: {"plan": plan, "image": Image.new("RGB", (16, 16))}, "starts from noise and would ignore image"),
@@ -242,9 +242,9 @@ def test_unconverted_pipeline_makes_every_stage_with_its_own_attention() -> None
     ],
 )
 def test_call_refuses_arguments_that_do_not_fit_the_plan(
-    high: Any, change: Callable[[Any], dict[str, Any]], said: str
+    high: Any, change: Callable[[Any], dict[str, Any]], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         high(**({"prompt": PROMPT} | change(high.plan(64, 64))))
 
 
@@ -264,8 +264,8 @@ def test_plan_notes_and_counts_the_original_call_in_small_stages() -> None:
         linearize_(pipe, Clear(radius=2), dense_below=dense_below)
         high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
         plans.append(high.plan(64, 64))
-    said = "converted stages with fewer than 100 image tokens run the original attention"
-    assert said not in plans[0].notes and plans[1].notes.count(said) == 1
+    note = "converted stages with fewer than 100 image tokens run the original attention"
+    assert note not in plans[0].notes and plans[1].notes.count(note) == 1
     converted, chosen = ([stage.seconds for stage in plan.stages] for plan in plans)
     assert chosen[0] == converted[0] and chosen[1] > converted[1] and chosen[2] == converted[2]
 
@@ -327,7 +327,7 @@ def test_from_pipe_and_plan_refuse_unsupported_parts(high: Any) -> None:
 def test_style_lora_is_used_in_a_cascade(high: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    plan = high.plan(32, 32, num_inference_steps=1, settings=FEW)
+    plan = high.plan(32, 32, num_inference_steps=1, settings=FEW_STEPS)
     call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
     plain = high(PROMPT, generator=seeded(), **call).images
     high.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
@@ -339,10 +339,10 @@ def test_style_lora_is_used_in_a_cascade(high: Any, tmp_path: Path) -> None:
 
 def test_dense_reaches_the_base_after_a_cascade(high: Any) -> None:
     base = build_tiny()
-    high(PROMPT, plan=high.plan(32, 32, num_inference_steps=1, settings=FEW), max_sequence_length=8)
+    high(PROMPT, plan=high.plan(32, 32, num_inference_steps=1, settings=FEW_STEPS), max_sequence_length=8)
     stock = FluxPipeline(**high.components)
     stock.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"height": 16, "width": 16, "output_type": "latent", **CALL}
     with dense(high):
-        made, wanted = (one(PROMPT, generator=seeded(), **call).images for one in (stock, base))
-    assert torch.equal(made, wanted)
+        actual, expected = (pipe(PROMPT, generator=seeded(), **call).images for pipe in (stock, base))
+    assert torch.equal(actual, expected)

@@ -23,10 +23,10 @@ def test_after_step_moves_the_predicted_picture_and_not_the_noise() -> None:
     sigma, following = 0.75, 0.5
     before, after = ((1 - t) * picture + t * noise for t in (sigma, following))
     corrected = LowFrequencies(reference, follow=1 / following).after_step(before, after, sigma, following)
-    moved = (corrected - following * noise) / (1 - following)
-    low = torch.nn.functional.avg_pool2d(moved, 8)  # exact but for the filter's reach across cells
+    predicted = (corrected - following * noise) / (1 - following)
+    low = torch.nn.functional.avg_pool2d(predicted, 8)  # exact but for the filter's reach across cells
     assert (low - 3).abs().max() < 0.6
-    high = moved - LowFrequencies(moved, follow=1).target
+    high = predicted - LowFrequencies(predicted, follow=1).target
     assert torch.allclose(high.std(), (picture - LowFrequencies(picture, follow=1).target).std(), rtol=0.15)
 
 
@@ -44,9 +44,9 @@ def test_noise_levels_are_those_of_the_last_step() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.2])
     scheduler.set_begin_index(0)
-    for wanted in ((0.9, 0.5), (0.5, 0.2), (0.2, 0.0)):
+    for expected in ((0.9, 0.5), (0.5, 0.2), (0.2, 0.0)):
         scheduler.step(torch.zeros(1, 1), scheduler.timesteps[0], torch.zeros(1, 1))
-        assert torch.allclose(torch.tensor(noise_levels(scheduler)), torch.tensor(wanted))
+        assert torch.allclose(torch.tensor(noise_levels(scheduler)), torch.tensor(expected))
 
 
 def test_pack_latents_equals_the_flux_pipelines() -> None:
@@ -67,13 +67,13 @@ def test_following_keeps_the_picture_near_the_previous_stage(high: Any) -> None:
     """A model with random weights drifts; following low frequencies keeps it nearer to the enlarged picture."""
     picture = Image.linear_gradient("L").convert("RGB")
     pixels = high.image_processor.preprocess(picture, height=32, width=32)
-    wanted = LowFrequencies(encode(high.vae, pixels, tile=None), follow=1).target
+    expected = LowFrequencies(encode(high.vae, pixels, tile=None), follow=1).target
     errors = []
     for follow in (0.0, 1.0):
         plan = high.plan(32, 32, enlarge=True, settings=Settings(steps=6, follow=follow, rope_factor=1, strength=0.9))
         call: dict[str, Any] = {"plan": plan, "generator": seeded(), "max_sequence_length": 8, "output_type": "latent"}
-        made = unpack_latents(high(PROMPT, image=picture, **call).images, 16, 16)
-        errors.append(float((LowFrequencies(made, follow=1).target - wanted).abs().mean()))
+        latents = unpack_latents(high(PROMPT, image=picture, **call).images, 16, 16)
+        errors.append(float((LowFrequencies(latents, follow=1).target - expected).abs().mean()))
     assert errors[1] < 0.9 * errors[0]
 
 
@@ -82,8 +82,8 @@ def test_following_holds_whatever_the_callback_returns(high: Any) -> None:
     plan = high.plan(32, 32, enlarge=True, settings=settings)
     call: dict[str, Any] = {"plan": plan, "max_sequence_length": 8, "output_type": "latent"}
     call["image"] = Image.linear_gradient("L").convert("RGB")
-    made = [
+    images = [
         high(PROMPT, generator=seeded(), callback_on_step_end=callback, **call).images
         for callback in (None, lambda *_: {}, lambda *given: given[3])
     ]
-    assert torch.equal(made[1], made[0]) and torch.equal(made[2], made[0])
+    assert torch.equal(images[1], images[0]) and torch.equal(images[2], images[0])

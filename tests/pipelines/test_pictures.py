@@ -44,8 +44,8 @@ def test_enlarged_edges_are_sharp_and_have_no_halo() -> None:
 
 
 def test_enlarged_leaves_smooth_pictures_alone() -> None:
-    sky = Image.linear_gradient("L").convert("RGB")
-    soft, sharp = (numpy.asarray(enlarged(sky, 512, 400, amount), int) for amount in (0.0, 1.0))
+    gradient = Image.linear_gradient("L").convert("RGB")
+    soft, sharp = (numpy.asarray(enlarged(gradient, 512, 400, amount), int) for amount in (0.0, 1.0))
     assert abs(sharp - soft)[8:-8].max() <= 1
 
 
@@ -55,17 +55,17 @@ def test_enlarged_sharpens_only_what_grows(size: tuple[int, int]) -> None:
 
 
 def test_as_pictures_gives_the_same_for_every_form() -> None:
-    whole = numpy.arange(2 * 4 * 6 * 3, dtype=numpy.uint8).reshape(2, 4, 6, 3)
-    values = whole / numpy.float32(255)
+    images = numpy.arange(2 * 4 * 6 * 3, dtype=numpy.uint8).reshape(2, 4, 6, 3)
+    values = images / numpy.float32(255)
     tensor = torch.from_numpy(values).movedim(-1, 1)
-    forms: list[Any] = [values, tensor, [*values], [*tensor], [Image.fromarray(one) for one in whole], tensor.double()]
+    forms: list[Any] = [values, tensor, [*values], [*tensor], [Image.fromarray(one) for one in images], tensor.double()]
     for form in forms:
-        assert numpy.array_equal(numpy.stack(as_pictures(form)), whole)
-    assert numpy.array_equal(numpy.stack(as_pictures(tensor[0])), whole[:1])
+        assert numpy.array_equal(numpy.stack(as_pictures(form)), images)
+    assert numpy.array_equal(numpy.stack(as_pictures(tensor[0])), images[:1])
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ("a.png", "must be PIL pictures, tensors .* got str"),
         ([], "at least one picture"),
@@ -75,6 +75,6 @@ def test_as_pictures_gives_the_same_for_every_form() -> None:
         (torch.zeros(3, 0, 4), "got none"),
     ],
 )
-def test_as_pictures_refuses_other_values(given: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_as_pictures_refuses_other_values(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         as_pictures(given)

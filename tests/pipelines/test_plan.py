@@ -22,7 +22,7 @@ def sizes(height: int, width: int, **changes: Any) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "wanted"),
+    ("height", "width", "expected"),
     [
         (1024, 1024, [(1024, 1024)]),
         (768, 1536, [(768, 1536)]),
@@ -35,9 +35,9 @@ def sizes(height: int, width: int, **changes: Any) -> list[tuple[int, int]]:
     ],
 )
 def test_cascade_goes_from_the_native_area_to_the_requested_size(
-    height: int, width: int, wanted: list[tuple[int, int]]
+    height: int, width: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert sizes(height, width) == wanted
+    assert sizes(height, width) == expected
 
 
 def test_cascade_never_shrinks_the_given_picture() -> None:
@@ -54,13 +54,13 @@ def test_native_stage_of_a_small_picture_has_the_strength_of_the_others() -> Non
 @pytest.mark.parametrize("height", [16, 700, 1024, 1500, 3000, 5000, 8192, 20000])
 @pytest.mark.parametrize("width", [16, 1000, 2048, 8192])
 def test_cascade_at_most_doubles_and_keeps_the_shape(height: int, width: int) -> None:
-    made = sizes(height, width)
-    for (rows, columns), (next_rows, next_columns) in pairwise(made):
+    stages = sizes(height, width)
+    for (rows, columns), (next_rows, next_columns) in pairwise(stages):
         assert rows < next_rows <= 2.1 * rows or rows == 16
         assert columns < next_columns <= 2.1 * columns or columns == 16
-    assert height <= made[-1][0] < height + 16
-    assert width <= made[-1][1] < width + 16
-    assert all(rows % 16 == 0 and columns % 16 == 0 for rows, columns in made)
+    assert height <= stages[-1][0] < height + 16
+    assert width <= stages[-1][1] < width + 16
+    assert all(rows % 16 == 0 and columns % 16 == 0 for rows, columns in stages)
 
 
 def test_cascade_for_size_of_a_picture_has_no_native_stage() -> None:
@@ -147,7 +147,7 @@ def test_recipe_leaves_out_what_differs_between_machines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"height": 0}, "height of a stage must be an integer >= 1, got 0"),
         ({"steps": 2.5}, "steps of a stage must be an integer >= 1, got 2.5"),
@@ -162,8 +162,8 @@ def test_recipe_leaves_out_what_differs_between_machines() -> None:
         ({"logit_factor": 1.1}, "logit_factor must be 1 with original attention, got 1.1"),
     ],
 )
-def test_stage_refuses_bad_settings(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_stage_refuses_bad_settings(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Stage(**({"height": 16, "width": 16, "steps": 1} | change))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import diffusers
 import pytest
-from model_cascades import made
+from model_cascades import pipeline_and_arguments
 
 from lineardit import HighResolutionPipeline
 from lineardit.examples.tiny_flux.model import build_pipeline
@@ -61,10 +61,10 @@ def test_native_side_is_the_same_for_a_picture_and_a_cascade() -> None:
 
 
 def test_native_side_ignores_the_size_of_the_vaes_training_crops() -> None:
-    pipe, _ = made("hunyuan-image")
+    pipe, _ = pipeline_and_arguments("hunyuan-image")
     pipe.vae.register_to_config(sample_size=24)  # HunyuanImage-2.1 has 384 there, but generates 2048
-    wanted = pipe.default_sample_size * pipe.vae_scale_factor
-    assert HighResolutionPipeline.from_pipe(pipe).native_size == default_size(pipe)[0] == wanted
+    expected = pipe.default_sample_size * pipe.vae_scale_factor
+    assert HighResolutionPipeline.from_pipe(pipe).native_size == default_size(pipe)[0] == expected
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "unet"])
@@ -78,19 +78,19 @@ def test_default_size_reads_call_defaults_and_sizes_in_pixels() -> None:
     pipe.default_sample_size = 512  # in pixels, as in PRX
     assert default_size(pipe) == (512, 512)
 
-    class OfItsOwnSize(type(pipe)):
+    class WithDefaultSize(type(pipe)):
         def __call__(self, prompt: str, height: int = 768, width: int = 1360) -> None: ...
 
-    pipe.__class__ = OfItsOwnSize
+    pipe.__class__ = WithDefaultSize
     assert default_size(pipe) == (768, 1360)
 
 
-class Asked(Exception):
+class SizeChosen(Exception):
     """Holds the (height, width) that a pipeline's call has chosen."""
 
 
 @pytest.mark.parametrize(
-    ("name", "asks"),
+    ("name", "method"),
     [
         ("z-image", "prepare_latents"),
         ("z-image-omni", "prepare_latents"),
@@ -99,15 +99,15 @@ class Asked(Exception):
         ("joy-image-plus", "prepare_latents"),
     ],
 )
-def test_default_size_is_the_size_set_inside_the_call(name: str, asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, arguments = made(name)
-    takes = inspect.signature(getattr(pipe, asks))
+def test_default_size_is_the_size_set_inside_the_call(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, arguments = pipeline_and_arguments(name)
+    signature = inspect.signature(getattr(pipe, method))
 
-    def note(*given: Any, **named: Any) -> None:
-        bound = takes.bind(*given, **named).arguments
-        raise Asked(bound["height"], bound["width"])
+    def raise_size(*given: Any, **named: Any) -> None:
+        bound = signature.bind(*given, **named).arguments
+        raise SizeChosen(bound["height"], bound["width"])
 
-    monkeypatch.setattr(pipe, asks, note)
-    with pytest.raises(Asked) as found:
+    monkeypatch.setattr(pipe, method, raise_size)
+    with pytest.raises(SizeChosen) as raised:
         pipe(**{key: value for key, value in arguments.items() if not key.startswith("image")})
-    assert found.value.args == default_size(pipe)
+    assert raised.value.args == default_size(pipe)

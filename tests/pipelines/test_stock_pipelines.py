@@ -17,7 +17,7 @@ from tiny_stock import REFUSED, STOCK, Stock, paint
 SMALL, COVERING = Clear(radius=2.3), Clear(radius=50)
 
 
-def _made(stock: Stock) -> tuple[Any, dict[str, Any]]:
+def _pipeline_and_arguments(stock: Stock) -> tuple[Any, dict[str, Any]]:
     try:
         getattr(diffusers, stock.needs)
     except (AttributeError, RuntimeError) as error:  # missing, or needs a newer transformers
@@ -40,7 +40,7 @@ def _linearize(pipe: Any, stock: Stock, config: Clear, *, impl: str = "auto") ->
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_pipeline_is_equal_with_a_covering_window_and_restored(name: str) -> None:
     stock = STOCK[name]
-    pipe, arguments = _made(stock)
+    pipe, arguments = _pipeline_and_arguments(stock)
     base = paint(pipe, arguments)
     tolerance = 1e-5 * max(1.0, float(base.abs().max()))
     _linearize(pipe, stock, COVERING)
@@ -57,7 +57,7 @@ def test_stock_pipeline_is_equal_with_a_covering_window_and_restored(name: str) 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_stock_pipeline_without_a_window_is_refused_and_runs_dense(name: str) -> None:
-    pipe, arguments = _made(REFUSED[name])
+    pipe, arguments = _pipeline_and_arguments(REFUSED[name])
     base = paint(pipe, arguments)
     linearize_(pipe, SMALL)
     with pytest.raises(LayoutError, match="inside `with dense"):
@@ -67,7 +67,7 @@ def test_stock_pipeline_without_a_window_is_refused_and_runs_dense(name: str) ->
 
 
 def test_control_blocks_of_vace_are_swapped() -> None:
-    pipe, _ = _made(STOCK["wan-vace"])
+    pipe, _ = _pipeline_and_arguments(STOCK["wan-vace"])
     linearize_(pipe, SMALL)
     assert set(swapped(pipe.transformer)) == {"blocks.0.attn1", "blocks.1.attn1", "vace_blocks.0.attn1"}
 
@@ -75,7 +75,7 @@ def test_control_blocks_of_vace_are_swapped() -> None:
 @pytest.mark.parametrize("name", STOCK)
 def test_nearness_of_a_stock_pipeline_is_zero_until_it_is_converted(name: str) -> None:
     stock = STOCK[name]
-    pipe, arguments = _made(stock)
+    pipe, arguments = _pipeline_and_arguments(stock)
     with recording(denoiser(pipe)[1]) as predictions:
         paint(pipe, arguments)
     assert len(predictions) >= 2

@@ -34,9 +34,9 @@ TOKEN_WISE = ["to_q", "proj_mlp", "proj_out", "ff.net.0.proj", "ff.net.2"]
 
 @pytest.fixture
 def model() -> Any:
-    made = build("flux")
-    linearize_(made, Clear(radius=1.5))
-    return made
+    transformer = build("flux")
+    linearize_(transformer, Clear(radius=1.5))
+    return transformer
 
 
 def in_chunks(model: nn.Module, arguments: dict[str, Any], chunk_tokens: int = 7) -> Tensor:
@@ -50,8 +50,8 @@ def test_in_token_chunks_is_exact(model: Any, chunk_tokens: int) -> None:
     low = run(model, arguments), in_chunks(model, arguments, chunk_tokens)
     double = cast(arguments, torch.float64)
     model.double()
-    exact, made = run(model, double), in_chunks(model, double, chunk_tokens)
-    assert float((made - exact).abs().max()) < 1e-12
+    exact, chunked = run(model, double), in_chunks(model, double, chunk_tokens)
+    assert float((chunked - exact).abs().max()) < 1e-12
     assert_close(low[1], exact, low[0])
     with dense(model):
         assert float((in_chunks(model, double, chunk_tokens) - run(model, double)).abs().max()) < 1e-12
@@ -115,7 +115,7 @@ def _image_prompts(model: Any) -> None:
     block.attn.set_processor(processor)
 
 
-AROUND: dict[str, Callable[[Any], Any]] = {
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "model offload": lambda model: cpu_offload_with_hook(model, execution_device=CPU),
     "sequential offload": lambda model: cpu_offload(model, execution_device=CPU),
     "group offload by leaves": _group("leaf_level"),
@@ -130,24 +130,24 @@ AROUND: dict[str, Callable[[Any], Any]] = {
 NO_GROUPS = Version(diffusers.__version__) < Version("0.42") and torch.accelerator.current_accelerator() is None
 
 
-@pytest.mark.parametrize("around", AROUND)
-def test_in_token_chunks_works_with(around: str, model: Any) -> None:
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_in_token_chunks_works_with(wrapper: str, model: Any) -> None:
     """Whether added before or after a stage that runs in chunks."""
-    if NO_GROUPS and around.startswith("group"):
+    if NO_GROUPS and wrapper.startswith("group"):
         pytest.skip("before diffusers 0.42, group offloading needs an accelerator")
     arguments = inputs_of("flux")
-    if around == "image prompts":
+    if wrapper == "image prompts":
         arguments["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(2, 4, model.inner_dim)]}
-        AROUND[around](model)
+        WRAPPERS[wrapper](model)
         assert torch.allclose(in_chunks(model, arguments), run(model, arguments), atol=1e-5)
         return
     plain = in_chunks(model, arguments)
-    AROUND[around](model)
-    wanted = run(model, arguments)
-    assert torch.allclose(in_chunks(model, arguments), wanted, atol=1e-5)
-    assert torch.equal(run(model, arguments), wanted)
-    if around == "style":
-        assert not torch.allclose(wanted, plain, atol=1e-3)
+    WRAPPERS[wrapper](model)
+    expected = run(model, arguments)
+    assert torch.allclose(in_chunks(model, arguments), expected, atol=1e-5)
+    assert torch.equal(run(model, arguments), expected)
+    if wrapper == "style":
+        assert not torch.allclose(expected, plain, atol=1e-3)
         model.delete_adapters("style")
         assert torch.allclose(in_chunks(model, arguments), plain, atol=1e-6)
 
@@ -159,18 +159,18 @@ def test_in_token_chunks_works_with_quantized_layers() -> None:
         quantized = layers.Linear8bitLt(block.proj_mlp.in_features, block.proj_mlp.out_features, has_fp16_weights=False)
         quantized.load_state_dict(block.proj_mlp.state_dict())
         block.proj_mlp = quantized.to("cpu")
-    wanted = run(model, inputs_of("flux"))
-    assert torch.allclose(in_chunks(model, inputs_of("flux")), wanted, atol=1e-5)
+    expected = run(model, inputs_of("flux"))
+    assert torch.allclose(in_chunks(model, inputs_of("flux")), expected, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_in_token_chunks_works_with_compiled_blocks(model: Any) -> None:
     arguments = inputs_of("flux")
-    wanted = run(model, arguments)
+    expected = run(model, arguments)
     compile_(model, backend="eager")
     for _ in range(2):
-        assert torch.allclose(in_chunks(model, arguments), wanted, atol=1e-5)
-        assert torch.allclose(run(model, arguments), wanted, atol=1e-5)
+        assert torch.allclose(in_chunks(model, arguments), expected, atol=1e-5)
+        assert torch.allclose(run(model, arguments), expected, atol=1e-5)
 
 
 def test_estimated_peak_is_the_peak_of_a_forward() -> None:
@@ -245,11 +245,11 @@ def test_plan_uses_chunks_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) 
     free = high.plan(512, 512, settings=settings)
     assert [stage.chunk_tokens for stage in free.stages] == [None] * 4
     assert high.plan(512, 512, settings=Settings(steps=1, chunk_tokens=100)).stages[1].chunk_tokens == 100
-    whole = free.stages[-1].gib
-    monkeypatch.setattr("lineardit.pipelines.estimate.free_gib", lambda _: 0.9 * whole)
+    full_gib = free.stages[-1].gib
+    monkeypatch.setattr("lineardit.pipelines.estimate.free_gib", lambda _: 0.9 * full_gib)
     short = high.plan(512, 512, settings=settings)
     assert [stage.chunk_tokens for stage in short.stages] == [None, None, None, 8192]
-    assert short.stages[-1].gib < whole and not any("are free" in note for note in short.notes)
+    assert short.stages[-1].gib < full_gib and not any("are free" in note for note in short.notes)
     assert "token-wise layers in chunks of 8192" in str(short) and short.recipe() == free.recipe()
     monkeypatch.setattr("lineardit.pipelines.estimate.free_gib", lambda _: 0.001)
     assert "GiB needed, but 0.0 are free: offload" in high.plan(512, 512, settings=settings).notes[-1]
@@ -260,10 +260,10 @@ def test_stage_in_chunks_makes_the_same_picture() -> None:
     linearize_(pipe, Clear(radius=2))
     high = HighResolutionPipeline.from_pipe(pipe, native_size=16)
     call: dict[str, Any] = {"max_sequence_length": 8, "output_type": "latent"}
-    made = []
+    images = []
     for chunk_tokens in (None, 9):
         plan = high.plan(32, 24, num_inference_steps=1, settings=Settings(steps=2, chunk_tokens=chunk_tokens))
-        made.append(high("a", plan=plan, generator=torch.Generator().manual_seed(0), **call).images)
-    assert torch.allclose(*made, atol=1e-5)
+        images.append(high("a", plan=plan, generator=torch.Generator().manual_seed(0), **call).images)
+    assert torch.allclose(*images, atol=1e-5)
     with pytest.raises(ValueError, match="chunk_tokens of a stage must be an integer >= 1, got 0"):
         Stage(height=16, width=16, steps=1, chunk_tokens=0)

@@ -34,10 +34,10 @@ def picture() -> Tensor:
 
 def test_encode_and_decode_in_one_piece_equal_the_vaes_own(vae: Any, picture: Tensor) -> None:
     latents = encode(vae, picture, tile=None)
-    own = vae.encode(picture).latent_dist.mode()
-    scaled = (own - vae.config.shift_factor) * vae.config.scaling_factor
+    mode = vae.encode(picture).latent_dist.mode()
+    scaled = (mode - vae.config.shift_factor) * vae.config.scaling_factor
     assert torch.equal(latents, scaled)
-    assert torch.allclose(decode(vae, latents, tile=None), vae.decode(own, return_dict=False)[0], atol=1e-5)
+    assert torch.allclose(decode(vae, latents, tile=None), vae.decode(mode, return_dict=False)[0], atol=1e-5)
 
 
 def test_decode_in_tiles_has_no_seams(vae: Any, picture: Tensor) -> None:
@@ -54,9 +54,9 @@ def test_decode_in_tiles_has_no_seams(vae: Any, picture: Tensor) -> None:
 
 
 def test_encode_in_tiles_is_near_one_piece(vae: Any, picture: Tensor) -> None:
-    whole, tiled = encode(vae, picture, tile=None), encode(vae, picture, tile=128)
-    assert tiled.shape == whole.shape
-    assert (tiled - whole).abs().mean() < 0.05 * whole.std()
+    untiled, tiled = encode(vae, picture, tile=None), encode(vae, picture, tile=128)
+    assert tiled.shape == untiled.shape
+    assert (tiled - untiled).abs().mean() < 0.05 * untiled.std()
 
 
 @pytest.mark.parametrize("tile", [None, 128])
@@ -65,8 +65,8 @@ def test_enlarged_pictures_keep_their_colours(vae: Any, tile: int | None) -> Non
     small = scenes.draw(scenes.sample(5), (128, 128))
     enlarged = pixels_of(small.resize((256, 256), Image.Resampling.LANCZOS))
     errors = [
-        (decode(vae, way(vae, enlarged, tile=tile), tile=tile) - enlarged).square().mean()
-        for way in (encode, encode_faithfully)
+        (decode(vae, encoding(vae, enlarged, tile=tile), tile=tile) - enlarged).square().mean()
+        for encoding in (encode, encode_faithfully)
     ]
     assert errors[1] < 0.7 * errors[0]
 
@@ -74,58 +74,58 @@ def test_enlarged_pictures_keep_their_colours(vae: Any, tile: int | None) -> Non
 def test_tiles_use_the_statistics_of_the_whole_picture(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = pixels_of(scenes.draw(scenes.sample(3), (384, 384)))
     latents = encode(vae, pixels, tile=None)
-    whole = decode(vae, latents, tile=None)
+    untiled = decode(vae, latents, tile=None)
 
     def errors() -> tuple[float, float]:
-        made = encode(vae, pixels, tile=192), decode(vae, latents, tile=192)
-        return float((made[0] - latents).abs().mean()), float((made[1] - whole).abs().mean())
+        tiled = encode(vae, pixels, tile=192), decode(vae, latents, tile=192)
+        return float((tiled[0] - latents).abs().mean()), float((tiled[1] - untiled).abs().mean())
 
-    kept = errors()
+    with_statistics = errors()
     assert all(type(module) is not _fixed_statistics_class(torch.nn.GroupNorm) for module in vae.modules())
     monkeypatch.setattr("lineardit.pipelines.vae.whole_statistics", lambda *_: nullcontext())
-    own = errors()
-    assert kept[0] < 0.2 * own[0] and kept[1] < 0.2 * own[1]
+    without_statistics = errors()
+    assert with_statistics[0] < 0.2 * without_statistics[0] and with_statistics[1] < 0.2 * without_statistics[1]
 
 
 def test_tiles_are_unaffected_by_the_vaes_own_tiling_and_slicing(vae: Any, picture: Tensor) -> None:
     pixels = torch.cat([picture, picture.flip(1) / 2])
-    wanted = encode(vae, pixels, tile=128)
-    made = copy.deepcopy(vae)
-    made.enable_tiling()
-    made.enable_slicing()
-    made.tile_sample_min_size, made.tile_latent_min_size = 64, 32
-    assert torch.allclose(encode(made, pixels, tile=128), wanted, atol=1e-5)
-    latents = wanted[..., :64, :80]
-    assert torch.allclose(decode(made, latents, tile=96), decode(vae, latents, tile=96), atol=1e-5)
+    expected = encode(vae, pixels, tile=128)
+    tiling_vae = copy.deepcopy(vae)
+    tiling_vae.enable_tiling()
+    tiling_vae.enable_slicing()
+    tiling_vae.tile_sample_min_size, tiling_vae.tile_latent_min_size = 64, 32
+    assert torch.allclose(encode(tiling_vae, pixels, tile=128), expected, atol=1e-5)
+    latents = expected[..., :64, :80]
+    assert torch.allclose(decode(tiling_vae, latents, tile=96), decode(vae, latents, tile=96), atol=1e-5)
     for tile in (None, 1024):  # in one piece
-        assert torch.allclose(encode(made, pixels, tile=tile), encode(vae, pixels, tile=tile), atol=1e-5)
-        assert torch.allclose(decode(made, latents, tile=tile), decode(vae, latents, tile=tile), atol=1e-5)
-    assert made.use_tiling and made.use_slicing
+        assert torch.allclose(encode(tiling_vae, pixels, tile=tile), encode(vae, pixels, tile=tile), atol=1e-5)
+        assert torch.allclose(decode(tiling_vae, latents, tile=tile), decode(vae, latents, tile=tile), atol=1e-5)
+    assert tiling_vae.use_tiling and tiling_vae.use_slicing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_statistics_of_the_same_picture_change_nothing(vae: Any, picture: Tensor, dtype: torch.dtype) -> None:
-    made = copy.deepcopy(vae).to(dtype)
+    vae_copy = copy.deepcopy(vae).to(dtype)
     latents = encode(vae, picture[..., :96, :64], tile=None).to(dtype)
     with torch.no_grad():
-        wanted = made.decode(latents).sample
-        with whole_statistics(made, lambda: made.decode(latents)):
-            kept = made.decode(latents).sample
-            with pytest.raises(ZeroDivisionError), whole_statistics(made, lambda: 1 / 0):
+        expected = vae_copy.decode(latents).sample
+        with whole_statistics(vae_copy, lambda: vae_copy.decode(latents)):
+            kept = vae_copy.decode(latents).sample
+            with pytest.raises(ZeroDivisionError), whole_statistics(vae_copy, lambda: 1 / 0):
                 raise AssertionError("unreachable")
-        assert_close(kept, copy.deepcopy(vae).double().decode(latents.double()).sample, wanted)
-        assert torch.equal(made.decode(latents).sample, wanted)
+        assert_close(kept, copy.deepcopy(vae).double().decode(latents.double()).sample, expected)
+        assert torch.equal(vae_copy.decode(latents).sample, expected)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_tiles_work_with_offloading(vae: Any, picture: Tensor, sequential: bool) -> None:
-    made = copy.deepcopy(vae)
+    offloaded = copy.deepcopy(vae)
     if sequential:
-        cpu_offload(made, execution_device=torch.device("cpu"))
+        cpu_offload(offloaded, execution_device=torch.device("cpu"))
     else:
-        cpu_offload_with_hook(made, execution_device=torch.device("cpu"))
+        cpu_offload_with_hook(offloaded, execution_device=torch.device("cpu"))
     for _ in range(2):
-        assert torch.allclose(encode(made, picture, tile=128), encode(vae, picture, tile=128), atol=1e-5)
+        assert torch.allclose(encode(offloaded, picture, tile=128), encode(vae, picture, tile=128), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 64), (40, 91), (160, 34)])
@@ -157,24 +157,24 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize("why", TOO_LARGE)
+@pytest.mark.parametrize("reason", TOO_LARGE)
 def test_decode_continues_in_smaller_tiles_if_a_picture_is_too_large(
-    why: str, vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    reason: str, vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     latents = torch.randn(1, 4, 150, 260, generator=torch.Generator().manual_seed(0))
-    wanted = decode(vae, latents, tile=260)
-    own, sizes = vae.decode, []
+    expected = decode(vae, latents, tile=260)
+    original, sizes = vae.decode, []
 
     def small_memory(part: Tensor, return_dict: bool) -> Any:
         sizes.append(part.shape[-2:].numel())
         if sizes[-1] > 160**2:
-            raise TOO_LARGE[why]
-        return own(part, return_dict=return_dict)
+            raise TOO_LARGE[reason]
+        return original(part, return_dict=return_dict)
 
     monkeypatch.setattr(vae, "decode", small_memory)
-    assert torch.equal(decode(vae, latents, tile=640), wanted)
+    assert torch.equal(decode(vae, latents, tile=640), expected)
     assert sizes[0] == 150 * 260 and max(sizes[1:]) == 130**2
-    assert f"{why}: the VAE continues in tiles of 260 pixels" in caplog.text
-    monkeypatch.setattr(vae, "decode", lambda *_, **__: (_ for _ in ()).throw(TOO_LARGE[why]))
-    with pytest.raises(type(TOO_LARGE[why])):
+    assert f"{reason}: the VAE continues in tiles of 260 pixels" in caplog.text
+    monkeypatch.setattr(vae, "decode", lambda *_, **__: (_ for _ in ()).throw(TOO_LARGE[reason]))
+    with pytest.raises(type(TOO_LARGE[reason])):
         decode(vae, latents, tile=None)

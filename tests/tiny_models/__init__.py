@@ -43,7 +43,7 @@ def cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
-        return [_cast(one, dtype) for one in value]
+        return [_cast(item, dtype) for item in value]
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

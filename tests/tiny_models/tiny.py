@@ -70,7 +70,7 @@ LAYERS = (
 )
 
 
-def nothing_else(grid: Grid, text_len: int, batch: int) -> Arguments:
+def no_arguments(grid: Grid, text_len: int, batch: int) -> Arguments:
     """Every argument is known by its name."""
     return {}
 
@@ -88,7 +88,7 @@ class Tiny:
 
     needs: str
     config: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Callable[[Grid, int, int], Arguments] = nothing_else
+    inputs: Callable[[Grid, int, int], Arguments] = no_arguments
     num_attention: int = 2
 
     def make(self, num_layers: int | None = None, **config: Any) -> nn.Module:
@@ -98,7 +98,7 @@ class Tiny:
             num_layers: Number of each kind of block.
             config: Overrides of the table's values.
         """
-        return awake(self._class(**self._config(num_layers) | config))
+        return fill_zeros(self._class(**self._config(num_layers) | config))
 
     def arguments(self, grid: Grid, text_len: int, batch: int) -> Arguments:
         """Arguments of one forward, with random numbers."""
@@ -122,7 +122,7 @@ class Tiny:
         return {**small, **dict.fromkeys(layers, 2 if len(layers) == 1 else 1), **self.config}
 
 
-def awake(model: nn.Module) -> nn.Module:
+def fill_zeros(model: nn.Module) -> nn.Module:
     """Replace weights that are initialized to 0 (outputs, modulations), which would hide the attention."""
     for weight in model.parameters():
         if not weight.is_meta and not weight.any():

@@ -6,7 +6,7 @@ import diffusers
 import torch
 
 from tiny_models import build
-from tiny_models.tiny import awake
+from tiny_models.tiny import fill_zeros
 
 from .joint_latents import sd3_arguments
 from .latents import SDXL, ddim, hunyuan_dit_arguments, sdxl_arguments
@@ -74,7 +74,7 @@ def sdxl_union() -> Any:
         num_trans_head=2,
         **SDXL,
     )
-    parts = {"unet": build("unet", **SDXL), "controlnet": awake(controlnet).eval(), "add_watermarker": False}
+    parts = {"unet": build("unet", **SDXL), "controlnet": fill_zeros(controlnet).eval(), "add_watermarker": False}
     return pipeline("StableDiffusionXLControlNetUnionPipeline", scheduler=ddim(), vae=vae(4, blocks=4), **parts)
 
 
