@@ -287,14 +287,11 @@ def main() -> None:
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     few = min(options.captions, Plan.few_captions)
-    training = {
-        "learning_rate": options.rate,
-        "layer_rate": options.rate,
-        "flow": 0.0 if options.calls else options.flow,  # kept calls have no clean latents
-    }
     plan = replace(
         quick_plan() if options.quick else Plan(captions=options.captions, few_captions=few),
-        **training,
+        learning_rate=options.rate,
+        layer_rate=options.rate,
+        flow=0.0 if options.calls else options.flow,  # kept calls have no clean latents
     )
     name = "methods-quick" if options.quick else f"methods-{options.calls}-calls" if options.calls else "methods"
     directory = options.directory or Path("runs", name)

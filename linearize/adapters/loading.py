@@ -197,7 +197,7 @@ def _restore_conversion_(model: Any, entry: Entry, impl: str, folder: Path, weig
     for trained in entry.trained:
         if trained.kind == "lora":
             add_overlay(model, _saved_lora(model, saved, cast(float, trained.alpha), folder))
-    expected = {name: one for name, one in model.state_dict().items() if _is_conversion_tensor(name)}
+    expected = {name: one for name, one in model.state_dict().items() if _is_loaded_with_conversion(name)}
     check_shapes(shapes_of(saved), shapes_of(expected), what=f"the tensors of {folder}")
     model.load_state_dict(saved, strict=False)
     write_entry_(model)
@@ -216,12 +216,12 @@ def _conversion_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved denoiser that belong to the conversion and not to the base."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= read_tensors(file, only=_is_conversion_tensor)
+        tensors |= read_tensors(file, only=_is_loaded_with_conversion)
     return tensors
 
 
-def _is_conversion_tensor(name: str) -> bool:
-    """Whether a saved tensor belongs to the conversion or its LoRA; a ValueError if it is under a user's peft layer."""
+def _is_loaded_with_conversion(name: str) -> bool:
+    """As `is_conversion_tensor`; a ValueError if the tensor is under a user's peft layer."""
     if ".base_layer." in name:
         raise ValueError(
             "this model was saved with an additional LoRA loaded: unload that LoRA and save the model again"

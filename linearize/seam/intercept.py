@@ -153,7 +153,7 @@ def _is_image_self_attention(attention: LinearAttention, query: Tensor, key: Ten
 
 
 def _check_heads(attention: LinearAttention, query: Tensor) -> None:
-    """Raise a LayoutError if this process has only some of the heads and the method has weights for each head."""
+    """Raise a LayoutError if this process has only some of the heads and the method has tensors for each head."""
     kernel, num_heads = attention.linear_kernel, head_shape(attention)[0]
     shared = kernel.shared_across_heads or not [*kernel.parameters(), *kernel.buffers()]
     if query.shape[1] != num_heads and not shared:

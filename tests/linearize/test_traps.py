@@ -23,12 +23,14 @@ from lineardit.linearize import (
     Clear,
     KernelNotReachedError,
     LayoutError,
+    Mala,
     UnsupportedModelError,
     dense,
     linearize_,
     restore_,
     swapped,
 )
+from lineardit.linearize.seam import intercept
 from tiny_models import build, inputs_of, position_ids, run
 
 SMALL = Clear(radius=2.3)
@@ -68,6 +70,16 @@ def test_processor_of_the_same_kind_keeps_the_window() -> None:
     out = run(model, arguments)
     model.set_attn_processor(diffusers.models.transformers.transformer_flux.FluxAttnProcessor())
     assert torch.equal(run(model, arguments), out)
+
+
+def test_method_with_a_buffer_for_each_head_is_refused_on_some_of_the_heads() -> None:
+    model = build("flux")
+    linearize_(model, Mala())
+    attention, one_head = model.transformer_blocks[0].attn, torch.zeros(1, 1, 4, 8)
+    intercept._check_heads(attention, one_head)
+    attention.linear_kernel.register_buffer("table", torch.zeros(attention.heads))
+    with pytest.raises(LayoutError, match=r"weights for each of .* heads, but only 1"):
+        intercept._check_heads(attention, one_head)
 
 
 def test_context_parallelism_is_refused() -> None:
