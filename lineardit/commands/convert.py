@@ -87,7 +87,7 @@ def convert(
         typer.Option(
             rich_help_panel=WEIGHTS,
             autocompletion=dtypes,
-            help="Dtype of the weights that --merge writes; auto: the dtype of the base's denoiser, for all parts.",
+            help="Dtype of the weights that --merge writes; auto: that in which each part of the base is stored.",
         ),
     ] = "auto",
     revision: Revision = None,

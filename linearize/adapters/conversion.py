@@ -23,9 +23,10 @@ from .adapter import (
     write_adapter_files,
 )
 from .base import build_on_meta, read_base
-from .loading import from_pretrained, load_base
+from .loading import load_base, load_converted
 from .manifest import SINGLE_FILE_SUFFIX
 from .merging import save_merged
+from .resolve import resolve_name
 
 IMPORTERS = ("clear:FILE", "linfusion:DIR")
 
@@ -123,7 +124,7 @@ def convert_and_merge(
         offline: Do not access the network.
         overwrite: Replace an existing folder.
         importer: As in `convert_base`.
-        dtype: As in `from_pretrained`.
+        dtype: Dtype of the weights to write; None: float32; "auto": that in which each part of the base is stored.
     Returns:
         The folder.
     Raises:
@@ -133,13 +134,16 @@ def convert_and_merge(
     if is_single_file(Path(output)):
         raise ValueError(f"a merged pipeline is a folder, got the output {output}: omit {SINGLE_FILE_SUFFIX}")
     check_output(Path(output), overwrite=overwrite)
+    load_dtype = "stored" if dtype == "auto" else dtype
     if config is None and importer is None:
         refuse_choices(layers, min_tokens, dense_below)
-        pipe = from_pretrained(adapter_or_base, dtype=dtype, revision=revision, offline=offline, keep_original=False)
+        resolved = resolve_name(adapter_or_base, revision=revision, offline=offline)
+        pipe = load_converted(resolved, dtype=load_dtype, impl="auto", keep_original=False)
     else:
         _check_together(config, importer, layers, min_tokens, dense_below)
         _refuse_adapter(adapter_or_base, revision=revision, offline=offline)
-        pipe = load_base(read_base(adapter_or_base, revision=revision, offline=offline), dtype=dtype, offline=offline)
+        base = read_base(adapter_or_base, revision=revision, offline=offline)
+        pipe = load_base(base, dtype=load_dtype, offline=offline)
         _convert_(pipe, config, importer, layers, min_tokens, dense_below, offline=offline)
     return save_merged(pipe, output, overwrite=overwrite)
 

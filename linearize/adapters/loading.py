@@ -27,7 +27,7 @@ from .outline import parts_on_meta
 from .place import CONFIG_FILE, Place
 from .quantization import Quantization, cast_layerwise_, quantization_options, translate_quantization_errors
 from .resolve import ResolvedName, resolve_name
-from .stored_weights import check_has_weights, files_of_denoiser, stored_dtype, variant_of
+from .stored_weights import check_has_weights, files_of_denoiser, stored_dtype, stored_dtypes, variant_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +83,13 @@ def from_pretrained(
 def load_converted(
     resolved: ResolvedName,
     *,
-    dtype: torch.dtype | Literal["auto"] | None,
+    dtype: torch.dtype | Literal["auto", "stored"] | None,
     impl: str,
     keep_original: bool = True,
     weights: bool = True,
     **options: Any,
 ) -> Any:
-    """`from_pretrained` for a name that has been resolved."""
+    """`from_pretrained` for a name that has been resolved; `dtype` as in `load_base`."""
     place, conversion = resolved.place, resolved.require_conversion()
     load_options: dict[str, Any] = {"dtype": dtype, "offline": place.offline, "weights": weights, **options}
     if isinstance(conversion, Manifest):
@@ -112,7 +112,7 @@ def load_converted(
 def load_base(
     base: Base,
     *,
-    dtype: torch.dtype | Literal["auto"] | None = None,
+    dtype: torch.dtype | Literal["auto", "stored"] | None = None,
     offline: bool = False,
     weights: bool = True,
     quantization: Quantization | None = None,
@@ -122,7 +122,7 @@ def load_base(
 
     Args:
         base: From `read_base`.
-        dtype: As in `from_pretrained`.
+        dtype: As in `from_pretrained`; "stored": every part in the dtype in which it is stored, to be written again.
         offline: Do not access the network.
         weights: As in `from_pretrained`.
         quantization: How to quantize the denoiser; with weights=False, only layerwise casting is applied.
@@ -144,7 +144,10 @@ def load_base(
         check_has_weights(base, files, offline=offline)
     # None would leave text encoders in the dtype of their files
     load_dtype = dtype or torch.float32
-    if load_dtype == "auto":
+    by_part: dict[str, torch.dtype] | None = None
+    if isinstance(load_dtype, str):
+        if load_dtype == "stored" and source.pipeline_class is not None:
+            by_part = stored_dtypes(base, variant=options["variant"], offline=offline)
         load_dtype = stored_dtype(base, variant=options["variant"], offline=offline)
     if not weights and source.pipeline_class is None:
         model = build_on_meta(base, dtype=load_dtype)
@@ -161,7 +164,7 @@ def load_base(
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         pipe = loader.from_pretrained(
             source.name,
-            torch_dtype=load_dtype,
+            torch_dtype=by_part or load_dtype,
             revision=source.revision,
             local_files_only=offline,
             use_safetensors=True,

@@ -1,15 +1,18 @@
-"""The files of a base's weights and their dtype, before they are loaded."""
+"""The files of a base's weights and their dtypes, before they are loaded."""
 
 import logging
 import re
 from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..folders import main_dtype
 from .base import Base, read_json
-from .place import Place, find_place
+from .place import PIPELINE_FILE, Place, find_place
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +89,48 @@ def stored_dtype(base: Base, *, variant: str | None = None, offline: bool = Fals
         ValueError: there are no weights in safetensors files of the usual name.
     """
     place = _place(base, offline)
-    folder, variant_suffix = f"{base.component}/" if base.component else "", f".{variant}" if variant else ""
-    stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
-    index = place.file(f"{folder}{SAFETENSORS_WEIGHTS_NAME}.index{variant_suffix}.json")
-    name = f"{stem}{variant_suffix}.safetensors"
-    if index is not None:
-        name = next(iter(read_json(index)["weight_map"].values()))
-    file = place.file(f"{folder}{name}")
+    file = _weights_file(place, base.component, SAFETENSORS_WEIGHTS_NAME, variant)
     if file is None:
+        folder = f"{base.component}/" if base.component else ""
+        name = _with_variant(SAFETENSORS_WEIGHTS_NAME, variant)
         raise ValueError(f"{place.name} has no {folder}{name} to read the dtype from: pass dtype (--dtype)")
     return main_dtype(file)
+
+
+def stored_dtypes(base: Base, *, variant: str | None = None, offline: bool = False) -> dict[str, torch.dtype]:
+    """The dtype of the weights of each part of a pipeline that has any, by the name of the part.
+
+    Args:
+        base: From `read_base`; for a Hub id, one file of weights of each part is fetched, which loading needs anyway.
+        variant: As in diffusers' `from_pretrained`: the plain files are read of a part that lacks it.
+        offline: Do not access the network.
+    Raises:
+        ValueError: a file is damaged.
+    """
+    place = _place(base, offline)
+    index_file = place.file(PIPELINE_FILE)
+    assert index_file is not None  # it was read before
+    dtypes = {}
+    for part, entry in read_json(index_file).items():
+        if not isinstance(entry, list) or part in base.absent:
+            continue
+        names = product(dict.fromkeys((variant, None)), (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME))
+        files = (_weights_file(place, part, name, chosen) for chosen, name in names)
+        file = next(filter(None, files), None)
+        if file is not None:
+            dtypes[part] = main_dtype(file)
+    return dtypes
+
+
+def _weights_file(place: Place, part: str | None, name: str, variant: str | None) -> Path | None:
+    """The file of a part's weights, or one of several; None: there is none. `part` None: at the top."""
+    folder = f"{part}/" if part else ""
+    index = place.file(f"{folder}{name}.index{f'.{variant}' if variant else ''}.json")
+    if index is not None:
+        return place.file(f"{folder}{next(iter(read_json(index)['weight_map'].values()))}")
+    return place.file(f"{folder}{_with_variant(name, variant)}")
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem = name.removesuffix(".safetensors")
+    return f"{stem}.{variant}.safetensors" if variant else name

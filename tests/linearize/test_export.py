@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_distill import build_tiny
 from tiny_pipelines import plain, saved_flux_pipeline, student_of
 from torch import Tensor
 
@@ -333,6 +334,26 @@ def test_convert_merges_an_adapter_or_a_base(base: Path, tmp_path: Path, capsys:
     weights = load_file(tmp_path / "three" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
     assert "generate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("from_adapter", [False, True])
+def test_convert_merge_keeps_the_stored_dtype_of_every_part(tmp_path: Path, from_adapter: bool) -> None:
+    pipe, base = build_tiny(), tmp_path / "base"
+    pipe.transformer.to(torch.float16)
+    pipe.text_encoder_2.to(torch.bfloat16)
+    pipe.save_pretrained(base)
+    name, options = base, ("--method", "clear", "--radius", "3")
+    if from_adapter:
+        assert command("convert", base, *options, "-o", tmp_path / "adapter") == 0
+        name, options = tmp_path / "adapter", ()
+    assert command("convert", name, *options, "--merge", "-o", tmp_path / "merged") == 0
+    files = {file.relative_to(base) for file in base.rglob("*.safetensors")}
+    assert len(files) == 4  # transformer, VAE and two text encoders
+    for file in files:
+        merged = load_file(tmp_path / "merged" / file)
+        for weight_name, weight in load_file(base / file).items():
+            assert merged[weight_name].dtype == weight.dtype
+            assert torch.equal(merged[weight_name], weight), weight_name
 
 
 def test_convert_defaults_to_the_recommended_hybrid(base: Path, tmp_path: Path) -> None:

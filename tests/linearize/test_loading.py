@@ -21,7 +21,7 @@ from lineardit import Clear, dense, from_pretrained, linearize_, load_adapter_, 
 from lineardit.linearize import swapped
 from lineardit.linearize.adapters.base import read_base
 from lineardit.linearize.adapters.opening import open_pipeline
-from lineardit.linearize.adapters.stored_weights import stored_dtype
+from lineardit.linearize.adapters.stored_weights import stored_dtype, stored_dtypes
 from lineardit.linearize.measures.inspection import inspect_base
 from lineardit.linearize.measures.weightless_conversion import WeightlessConversion
 from tiny_models import build, inputs_of
@@ -74,6 +74,24 @@ def test_from_pretrained_without_a_dtype_loads_every_component_in_float32(tmp_pa
     assert {part.dtype for part in parts} == {torch.float32}
     stored = from_pretrained(tmp_path / "adapter", dtype="auto")
     assert stored.transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_stored_dtypes_are_those_of_every_part_with_weights(tmp_path: Path, variant: str | None) -> None:
+    pipe = build_tiny()
+    pipe.transformer.to(torch.bfloat16)
+    pipe.text_encoder_2.to(torch.float16)
+    pipe.save_pretrained(tmp_path, variant=variant)
+    if variant is not None:  # a part without the variant
+        shutil.rmtree(tmp_path / "vae")
+        pipe.vae.save_pretrained(tmp_path / "vae")
+    expected = {
+        "transformer": torch.bfloat16,
+        "text_encoder": torch.float32,
+        "text_encoder_2": torch.float16,
+        "vae": torch.float32,
+    }
+    assert stored_dtypes(read_base(tmp_path), variant=variant) == expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "Auto", 16])
