@@ -232,7 +232,8 @@ def plot(teacher: Row, rows: Sequence[MethodRow], path: Path) -> None:
             error_bars = [[mean(values) - min(values)], [max(values) - mean(values)]]
             style = {"fmt": "os^D"[number // 10 % 4], "color": f"C{number % 10}", "label": f"{number} {row.name}"}
             axes.errorbar(row.flops / 1e12, mean(values), error_bars, **style)
-        axes.set(xlabel="TFLOPs of attention a layer, FLUX.1 at 4096 x 4096", ylabel=label, xscale="log")
+        limits = min(row.flops for row in rows) / 2e12, max(row.flops for row in rows) / 0.5e12
+        axes.set(xlabel="TFLOPs of attention a layer, FLUX.1 at 4096 x 4096", ylabel=label, xscale="log", xlim=limits)
         axes.grid(alpha=0.3)
     panels[0].axhline(100 * teacher.share("coherence"), color="black", linewidth=0.8, linestyle="--")
     panels[1].set_yscale("log")

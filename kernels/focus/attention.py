@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from ..pieces.cells import Grid, sizes_of
+from ..pieces.checks import check_attention, check_devices
 from ..pieces.results import sum_dtype, token_major
 from ..pieces.table_cache import CACHES_TABLES
 from ..window.windows import Window, from_arguments, to_arguments
-from .choose import backward_blocks, blocks_for, choose_impl, division_is_exact
+from .choose import IMPLEMENTATIONS, backward_blocks, blocks_for, choose_impl, division_is_exact
 from .plain import plain_backward, plain_forward
 
 
@@ -81,11 +82,29 @@ def focus_attention(
         impl: "plain", "triton", or "auto": the Triton kernels if they run, otherwise "plain".
     Returns:
         [B, H, n, D], and [B, H, n] in float32, or float64 for float64; lse counts in units of n / C tokens.
+    Raises:
+        ValueError: invalid shapes, dtypes, devices, sizes or `impl`, or an implementation that cannot run here.
     """
+    check_attention(query, key, value, impl, IMPLEMENTATIONS)
+    _check_proxies(query, proxy_key=proxy_key, proxy_value=proxy_value)
     count = cells_in_focus(num_tokens, proxy_key.shape[2], grid)
+    if query.shape[2] != math.prod(grid) or side < 1 or count < 1:
+        raise ValueError(
+            f"grid must hold the {query.shape[2]} tokens of query, side be positive and num_tokens enough for one of "
+            f"the {proxy_key.shape[2]} cells, got {grid=}, {side=}, {num_tokens=}"
+        )
     impl = choose_impl(query, side, impl)
     tensors = (query, key, value, proxy_key, proxy_value)
     return focus_op(*tensors, grid, count, side, scale, impl, *to_arguments(window))[:2]
+
+
+def _check_proxies(query: Tensor, **proxies: Tensor) -> None:
+    batch, num_heads, _, head_dim = query.shape
+    num_cells = proxies["proxy_key"].shape[2] if proxies["proxy_key"].ndim == 4 else 0
+    for name, tensor in proxies.items():
+        if num_cells == 0 or tensor.shape != (batch, num_heads, num_cells, head_dim):
+            raise ValueError(f"{name} must be [B, H, C, D] like query, C > 0, got {tuple(tensor.shape)}")
+    check_devices(query, **proxies)
 
 
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor proxy_key, Tensor proxy_value"

@@ -134,7 +134,7 @@ def convert_and_merge(
     if is_single_file(Path(output)):
         raise ValueError(f"a merged pipeline is a folder, got the output {output}: omit {SINGLE_FILE_SUFFIX}")
     check_output(Path(output), overwrite=overwrite)
-    load_dtype = "stored" if dtype == "auto" else dtype
+    load_dtype: torch.dtype | Literal["auto", "stored"] | None = "stored" if dtype == "auto" else dtype
     if config is None and importer is None:
         refuse_choices(layers, min_tokens, dense_below)
         resolved = resolve_name(adapter_or_base, revision=revision, offline=offline)

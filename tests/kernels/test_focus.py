@@ -119,6 +119,28 @@ def test_focus_of_an_empty_batch_is_empty(batch: int, num_heads: int) -> None:
         assert grad.shape == given.shape
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"impl": "flash"}, r"impl must be one of \('auto', 'plain', 'triton'\), got 'flash'"),
+        ({"grid": (5, 7)}, r"grid must hold the 30 tokens of query, .* got grid=\(5, 7\)"),
+        ({"side": 0}, r"side be positive .* side=0"),
+        ({"num_tokens": 3}, r"num_tokens enough for one of the 8 cells, got .* num_tokens=3"),
+        ({"key": (1, 2, 29, 8)}, r"query, key and value must have one shape"),
+        ({"proxy_key": (1, 2, 0, 8)}, r"proxy_key must be \[B, H, C, D\] like query, C > 0, got \(1, 2, 0, 8\)"),
+        ({"proxy_value": (1, 2, 7, 8)}, r"proxy_value must be \[B, H, C, D\] like query"),
+    ],
+)
+def test_focus_refuses_arguments_that_do_not_match(changed: dict[str, Any], message: str) -> None:
+    tensors = dict.fromkeys(("query", "key", "value"), torch.zeros(1, 2, 30, 8))
+    tensors |= dict.fromkeys(("proxy_key", "proxy_value"), torch.zeros(1, 2, 8, 8))
+    shape = {"grid": (5, 6), "window": WINDOWS[0], "num_tokens": 12, "side": 2, "scale": SCALE}
+    changed = {name: torch.zeros(one) if name in tensors else one for name, one in changed.items()}
+    focus_attention(**tensors, **shape)
+    with pytest.raises(ValueError, match=message):
+        focus_attention(**{**tensors, **shape, **changed})
+
+
 def test_focus_is_off_where_one_cell_exceeds_focus_tokens() -> None:
     assert [cells_in_focus(64, 16, (side, side)) for side in (4, 8, 16, 32, 64)] == [16, 16, 4, 1, 0]
     config = Hybrid(local=Clear(radius=2), global_=ProxyTokens(num_proxies=4), gate=1.0, focus_tokens=9)
