@@ -13,6 +13,7 @@ from .families import Family as Family
 from .families import ForwardLayout as ForwardLayout
 from .first_steps import first_steps as first_steps
 from .layout import Layout as Layout
+from .layout_check import check_layout as check_layout
 from .measures.attention_profile import Profile as Profile
 from .measures.attention_profile import read_profile as read_profile
 from .measures.budget import Proposal as Proposal
