@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from own_attention import OwnAttention
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from lineardit import Clear, UnsupportedModelError, linearize_, load_adapter_, restore_, save_adapter
 from lineardit.linearize import Family, ForwardLayout
@@ -20,25 +20,13 @@ class _Pond(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Ripple() for _ in range(2))
+        self.blocks = nn.ModuleList(OwnAttention() for _ in range(2))
 
     def forward(self, latents: Tensor) -> Tensor:
         tokens = latents.flatten(2).mT
         for block in self.blocks:
             tokens = tokens + block(tokens)
         return tokens
-
-
-class _Ripple(nn.Module):
-    num_heads, head_dim = 2, 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(16, 48)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def _read_pond(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
@@ -66,9 +54,9 @@ def test_custom_family_converts_saves_and_loads(tmp_path: Path) -> None:
 
 
 def test_attention_without_a_head_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(_Ripple, "head_dim")
+    monkeypatch.delattr(OwnAttention, "head_dim")
     family = Family(name="pond", attention=("blocks.?",), read_layout=_read_pond, image_alone=("*",))
-    with pytest.raises(UnsupportedModelError, match=r"a _Ripple .* none of `head_dim`, `inner_dim` and `to_q`"):
+    with pytest.raises(UnsupportedModelError, match=r"a OwnAttention .* none of `head_dim`, `inner_dim` and `to_q`"):
         linearize_(_Pond(), Clear(radius=2.3), family=family)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from own_attention import OwnAttention
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from lineardit import Clear, LayoutError, linearize_
 from lineardit.linearize import Family, ForwardLayout, check_layout
@@ -60,26 +60,12 @@ def test_layout_of_every_transformer(family: str) -> None:
 class _Mill(nn.Module):
     """A user's own model of one layer: the text before the image."""
 
-    num_heads, head_dim = 2, 8
-
     def __init__(self) -> None:
         super().__init__()
-        self.attn = _Wheel()
+        self.attn = OwnAttention()
 
     def forward(self, latents: Tensor, text: Tensor) -> Tensor:
         return self.attn(torch.cat([text, latents.flatten(2).mT], 1))
-
-
-class _Wheel(nn.Module):
-    num_heads, head_dim = 2, 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(16, 48)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def _read(model: nn.Module, arguments: Mapping[str, Any]) -> ForwardLayout:
@@ -104,7 +90,7 @@ def test_own_family_passes_and_the_model_is_restored() -> None:
     model = _Mill()
     before = model(**INPUTS)
     check_layout(model, INPUTS, _change, family=MILL)
-    assert type(model.attn) is _Wheel
+    assert type(model.attn) is OwnAttention
     assert torch.equal(model(**INPUTS), before)
 
 
@@ -125,7 +111,7 @@ def test_wrong_layout_is_found_and_the_model_restored(family: Family, message: s
     model = _Mill()
     with pytest.raises(LayoutError, match=message):
         check_layout(model, INPUTS, _change, family=family)
-    assert type(model.attn) is _Wheel
+    assert type(model.attn) is OwnAttention
 
 
 def test_change_that_does_nothing_is_found() -> None:
