@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def _recorded_calls(model: nn.Module) -> Iterator[Calls]:
             calls[name] = value, layout
             return torch.zeros_like(out)
 
-        handles.append(module.linear_kernel.register_forward_hook(record))
+        handles.append(cast(nn.Module, module.linear_kernel).register_forward_hook(record))
     try:
         yield calls
     finally:
