@@ -20,6 +20,7 @@ from ..linearize.errors import UnsupportedModelError
 from .files import (
     PictureJob,
     check_stages,
+    latents_metadata,
     log_kept_latents,
     missing_pictures,
     other_stages,
@@ -187,11 +188,11 @@ def _last_latents(folder: Path, job: PictureJob, last: int) -> tuple[Tensor | No
 
 
 def _matching_latents(file: Path, job: PictureJob) -> Tensor | None:
-    """The latents in a file; None if made with other settings, or not finite."""
-    if not file.exists():
+    """The latents in a file; None if made with other settings, damaged, or not finite."""
+    if not file.exists() or latents_metadata(file) != dict(job.text):
         return None
-    latents, text = read_latents(file)
-    return latents if text == dict(job.text) and latents.isfinite().all() else None
+    latents, _ = read_latents(file)
+    return latents if latents.isfinite().all() else None
 
 
 def _fingerprint(picture: Image.Image) -> str:

@@ -50,7 +50,7 @@ def stages_folder(picture: Path) -> Path:
 def remove_stage_latents(picture: Path, text: Text) -> None:
     """Remove the latents of this picture's stages, which are not needed once it is finished."""
     for file in stages_folder(picture).glob("*.latents.safetensors"):
-        if read_text(file) == text:
+        if latents_metadata(file) == text:
             file.unlink()
 
 
@@ -138,7 +138,12 @@ def check_latents(job: PictureJob) -> None:
     """Raise a ValueError if latents of another picture exist under this one's name, not decoded yet."""
     if not job.latents.exists():
         return
-    text = read_text(job.latents)
+    text = latents_metadata(job.latents)
+    if not text:
+        raise ValueError(
+            f"{job.latents} is damaged, or no file of latents: remove it, name another output, or replace it with "
+            "overwrite (--overwrite)"
+        )
     if not job.text.items() <= text.items():
         raise ValueError(
             f"{job.latents} holds another picture, not decoded yet: decode it with `lineardit decode`, name another "
@@ -147,17 +152,17 @@ def check_latents(job: PictureJob) -> None:
 
 
 def check_stages(job: PictureJob) -> None:
-    """Raise a ValueError where stages of another picture are kept under this one's name."""
-    if other_stages(job):
+    """Raise a ValueError where stages of another picture, or damaged ones, are kept under this one's name."""
+    if others := other_stages(job):
         raise ValueError(
-            f"{job.stages} holds stages of another picture: name another output, or replace them with overwrite "
-            "(--overwrite)"
+            f"{job.stages} holds stages of another picture, or damaged ones ({others[0].name}): name another output, "
+            "or replace them with overwrite (--overwrite)"
         )
 
 
 def other_stages(job: PictureJob) -> list[Path]:
-    """Files of stages under this picture's name that belong to another picture."""
-    metadata = {file: read_text(file) for file in job.stages.glob("*.latents.safetensors")}
+    """Files of stages under this picture's name that belong to another picture or are damaged."""
+    metadata = {file: latents_metadata(file) for file in job.stages.glob("*.latents.safetensors")}
     metadata |= {file: dict(png_metadata(file)) for file in job.stages.glob("*-*x*.png")}
     return [file for file, text in metadata.items() if text != dict(job.text)]
 
@@ -205,23 +210,20 @@ def read_latents(file: Path) -> tuple[Tensor, dict[str, str]]:
         ValueError: it is not a file of latents.
         OSError: it cannot be read.
     """
-    with _opened(file) as content:
-        return content.get_tensor("latents"), dict(content.metadata() or {})
-
-
-def read_text(file: Path) -> dict[str, str]:
-    """Metadata in a file of latents; errors as in `read_latents`."""
-    with _opened(file) as content:
-        return dict(content.metadata() or {})
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as content:
-            yield content
+            return content.get_tensor("latents"), dict(content.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete file of latents as written by generate: {error}") from error
+
+
+def latents_metadata(file: Path) -> dict[str, str]:
+    """Metadata in a file of latents; empty if the file is damaged, or holds something else."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            return dict(content.metadata() or {})
+    except SafetensorError:
+        return {}
 
 
 def write_picture(job: PictureJob, image: Image.Image) -> None:

@@ -66,7 +66,7 @@ def test_stages_of_another_picture_are_kept_unless_overwritten(tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.transformer), "forward", lambda *_, **__: pytest.fail("denoised"))
         for change in ({"seed": 1}, {"steps": 2}, {"about": {"model": "other"}}):
-            with pytest.raises(ValueError, match=r"out.stages holds stages of another picture: name another output"):
+            with pytest.raises(ValueError, match=r"out.stages holds stages of another picture, or damaged ones \("):
                 generate(pipe, [PROMPT], out, **call | change)
     assert _contents(tmp_path / "out.stages") == kept
     (tmp_path / "out.stages" / "3-64x64.png").write_bytes(kept["1-16x16.png"])  # left by a longer plan
@@ -80,6 +80,24 @@ def test_stages_of_another_picture_are_kept_unless_overwritten(tmp_path: Path, m
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_damaged_latents_are_kept_unless_overwritten(tmp_path: Path) -> None:
+    pipe, out = converted(), tmp_path / "out.png"
+    call: dict[str, Any] = {"size": (32, 28), "steps": 1, "max_sequence_length": 8}
+    generate(pipe, [PROMPT], tmp_path / "expected.png", **call)
+    (tmp_path / "out.stages").mkdir()
+    for damaged, message in (
+        (tmp_path / "out.stages" / "1.latents.safetensors", r"or damaged ones \(1.latents.safetensors\): name another"),
+        (tmp_path / "out.latents.safetensors", "is damaged, or no file of latents: remove it, name another output"),
+    ):
+        damaged.write_bytes(b"half a file")
+        with pytest.raises(ValueError, match=message):
+            generate(pipe, [PROMPT], out, **call)
+        assert damaged.read_bytes() == b"half a file"
+    generate(pipe, [PROMPT], out, **call, overwrite=True)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert numpy.array_equal(numpy.asarray(Image.open(out)), numpy.asarray(Image.open(tmp_path / "expected.png")))
 
 
 def test_non_finite_latents_of_a_stage_end_the_cascade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
