@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tiny_distill import build_tiny
 
 from lineardit.pipelines import files
@@ -45,6 +46,36 @@ def test_decode_file_removes_only_its_own_latents(tmp_path: Path) -> None:
         decode_file(one, **options)
     assert [file.name for file in stages.iterdir()] == ["1.latents.safetensors"]
     assert not one.exists() and other.exists()
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [
+        torch.zeros(1, 5, 16),  # another number of tokens
+        torch.zeros(2, 4, 16),  # two pictures
+        torch.zeros(1, 4, 12),  # other channels
+        torch.zeros(1, 5, 4, 4),
+        torch.zeros(1, 4, 2, 2),  # of a smaller picture
+        torch.full((1, 4, 16), torch.nan),
+    ],
+)
+def test_decode_file_keeps_latents_that_do_not_fit(latents: torch.Tensor, tmp_path: Path) -> None:
+    build_tiny().save_pretrained(tmp_path / "base")
+    file = tmp_path / "a.latents.safetensors"
+    save_file({"latents": latents}, file, metadata={"model": str(tmp_path / "base"), "size": "8x8"})
+    with pytest.raises(ValueError, match=r"must hold finite latents of one 8x8 picture .* got \["):
+        decode_file(file, device=torch.device("cpu"), dtype=torch.float32)
+    assert file.exists() and not (tmp_path / "a.png").exists()
+
+
+def test_decode_file_refuses_a_folder_and_a_base_without_a_vae(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(ValueError, match="is a folder: pass one file of latents"):
+        decode_file(tmp_path, **options)
+    file = tmp_path / "a.latents.safetensors"
+    write_latents(file, LATENTS, {"model": str(tmp_path), "size": "8x8"})
+    with pytest.raises(ValueError, match="is no pipeline with a VAE of diffusers"):
+        decode_file(file, **options)
 
 
 def test_full_disk_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
