@@ -1,6 +1,7 @@
 """Picture files: their names, their metadata on how they were made, and latents that are not decoded yet."""
 
 import logging
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -168,11 +169,11 @@ def other_stages(job: PictureJob) -> list[Path]:
 
 
 def png_metadata(path: Path) -> Text:
-    """Metadata of a PNG; empty if the file is not a picture."""
+    """Metadata of a PNG of any size, which `Image.open` limits; empty if the file is not a PNG."""
     try:
-        with Image.open(path) as image:
+        with PngImageFile(path) as image:
             return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, Image.DecompressionBombError):  # not a picture, or too large for Pillow
+    except (OSError, SyntaxError, ValueError, IndexError, TypeError, EOFError, struct.error):  # what Pillow raises
         return {}
 
 

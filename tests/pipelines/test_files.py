@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny_distill import build_tiny
 
 from lineardit.pipelines import files
 from lineardit.pipelines.decoding import decode_file
-from lineardit.pipelines.files import PictureJob, missing_pictures, plan_files, write_latents
+from lineardit.pipelines.files import PictureJob, missing_pictures, plan_files, write_latents, write_picture
 
 LATENTS = torch.zeros(1, 4, 16)  # tokens of 8 x 8 pixels
 
@@ -26,6 +27,13 @@ def test_latents_of_another_picture_are_not_overwritten(tmp_path: Path) -> None:
     assert missing_pictures([one]) == [one]
     with pytest.raises(ValueError, match=r"out.latents.safetensors holds another picture, not decoded yet"):
         missing_pictures([other])
+
+
+def test_picture_beyond_pillows_limit_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path / "out.png", "a circle")
+    write_picture(job, Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    assert missing_pictures([job]) == []
 
 
 def test_decode_file_removes_only_its_own_latents(tmp_path: Path) -> None:
