@@ -278,7 +278,9 @@ def test_race_runs_the_forward_and_the_backward(monkeypatch):
     torch.testing.assert_close(*lses)
     grads = race.backward_seconds(BACKWARD_TILES[:2])
     assert [[grad.shape[2] for grad in tile_grads] for tile_grads in grads] == [[72, 72, 72, 5, 5]] * 2
-    torch.testing.assert_close(*grads)
+    for grad, other in zip(*grads, strict=True):  # up to 4,000 here, as the log-sum-exp is not the true one
+        roundings = 4 * torch.finfo(FP32).eps * grad.abs().max().item()
+        torch.testing.assert_close(grad, other, rtol=0, atol=roundings)
 
 
 def test_device_seconds_is_the_median_of_alternating_calls(monkeypatch):
