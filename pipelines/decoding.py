@@ -89,7 +89,7 @@ def _vae(name: str, *, revision: str | None, offline: bool) -> Any:
     index_file = place.file(PIPELINE_FILE)
     library, class_name = read_json(index_file).get("vae", (None, None)) if index_file else (None, None)
     if library != "diffusers":
-        raise ValueError(f"{name} is no pipeline with a VAE of diffusers, or not in the cache: name one with --base")
+        raise ValueError(f"{name} is no pipeline with a VAE of diffusers, or not in the cache: name another (--base)")
     vae_class: Any = getattr(diffusers, str(class_name))
     return vae_class.from_pretrained(
         place.name, subfolder="vae", revision=revision, local_files_only=place.offline, use_safetensors=True
